@@ -1,0 +1,335 @@
+"""What a model, its data and its training are: frozen dataclasses, checked when they are made.
+
+Every field has a default; together the defaults are configs/toy.toml. None means off.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from dsmini import names
+from dsmini.fields import build, check_types, parse_file, plain, read_toml, refuse_unknown, require, require_multiple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A DeepSeek-V3 style transformer, in the spelling of DeepSeek's released inference code.
+
+    Raises: ValueError for every combination of sizes that cannot be built.
+    """
+
+    vocab_size: int = 256
+    """Number of token ids; 256 for bytes."""
+    dim: int = 192
+    """Width of the residual stream."""
+    inter_dim: int = 512
+    """Hidden width of the dense feed-forward layers."""
+    moe_inter_dim: int = 128
+    """Hidden width of one routed expert; the shared experts are n_shared_experts times as wide."""
+    n_layers: int = 4
+    """Number of blocks, the multi-token prediction blocks not counted."""
+    n_dense_layers: int = 1
+    """The first so many blocks have a dense feed-forward; n_layers + n_mtp_layers makes the whole model dense."""
+    n_heads: int = 4
+    """Number of attention heads."""
+
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    """Multi-head Latent Attention, or one of its twins with keys of qk_nope_head_dim and values of v_head_dim."""
+    n_kv_heads: int | None = None
+    """Number of key-value heads; only for attention "gqa"."""
+    q_lora_rank: int | None = 96
+    """Width of the compressed query; None projects the query directly."""
+    kv_lora_rank: int = 64
+    """Width of the compressed key-value latent c_kv, which is what MLA caches."""
+    qk_nope_head_dim: int = 32
+    """Width of a query or key head without position."""
+    qk_rope_head_dim: int = 16
+    """Width of the rotary part of a query head, and of the one rotary key that all heads share."""
+    v_head_dim: int = 32
+    """Width of a value head."""
+
+    n_routed_experts: int = 16
+    """Number of routed experts in a MoE layer."""
+    n_shared_experts: int = 1
+    """Number of experts that every token visits; 0 for none."""
+    n_activated_experts: int = 4
+    """Number of routed experts a token visits (top-k)."""
+    n_expert_groups: int = 4
+    """Number of equal groups the routed experts are divided in."""
+    n_limited_groups: int = 2
+    """A token's experts come from at most so many groups."""
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How gate logits become scores: sigmoid in V3, softmax in V2."""
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    """noaux_tc (V3): selection bias, a group is scored by its best two; group_limited_greedy (V2): no bias, a group
+    is scored by its best one; greedy (V2-Lite): no bias, no groups."""
+    norm_topk_prob: bool = True
+    """Divide a token's weights by their sum."""
+    route_scale: float = 2.5
+    """Factor on the routed experts' weights."""
+
+    n_mtp_layers: int = 1
+    """Depth of multi-token prediction: so many extra blocks, each predicting one token further."""
+    mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
+    """Feed the MTP block the hidden state after or before the final norm; the sources disagree."""
+
+    max_seq_len: int = 256
+    """Longest sequence in tokens; beyond original_seq_len the context counts as extended and YaRN is on."""
+    original_seq_len: int | None = None
+    """Context the rotary frequencies were trained at; None: never extended, no YaRN."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_factor: float = 40.0
+    """YaRN's extension factor."""
+    beta_fast: float = 32.0
+    """YaRN keeps frequencies that turn more often than this within original_seq_len."""
+    beta_slow: float = 1.0
+    """YaRN stretches by rope_factor the frequencies that turn less often than this."""
+    mscale: float = 1.0
+    """YaRN's attention temperature, for the rotary part of the logit."""
+    mscale_all_dim: float = 1.0
+    """YaRN's attention temperature, for the whole logit."""
+
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm; the two latent norms use 1e-6 whatever this says, as DeepSeek's code does."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; DeepSeek-V3 trained with 0.006."""
+    precision: Literal["native"] = "native"
+    """native: matrix products in the compute dtype. (Simulated FP8 comes in version 0.2.)"""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        optional = {"n_shared_experts", "n_dense_layers", "n_mtp_layers", "mscale", "mscale_all_dim"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in optional:
+                require(value >= 0, f"{f.name}={value} is negative; use 0 or more")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                require(value > 0, f"{f.name}={value} is not positive; use 1 or more")
+        self._check_layers()
+        self._check_attention()
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        deepest = self.n_layers + self.n_mtp_layers
+        require(
+            self.n_dense_layers <= deepest,
+            f"n_dense_layers={self.n_dense_layers} is more than the {deepest} blocks there are "
+            f"(n_layers + n_mtp_layers); use {deepest} or fewer",
+        )
+
+    def _check_attention(self) -> None:
+        rotary = "qk_rope_head_dim" if self.attention == "mla" else "qk_nope_head_dim"
+        width = getattr(self, rotary)
+        require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
+        if self.attention == "gqa":
+            require(self.n_kv_heads is not None, "attention='gqa' needs n_kv_heads; set it to a divisor of n_heads")
+            assert self.n_kv_heads is not None
+            require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
+        else:
+            require(
+                self.n_kv_heads is None,
+                f"n_kv_heads={self.n_kv_heads} has no meaning with attention='{self.attention}'; "
+                "leave it out, or use attention='gqa'",
+            )
+        if self.extended:
+            require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
+            require(
+                self.beta_fast >= self.beta_slow,
+                f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them",
+            )
+
+    def _check_experts(self) -> None:
+        e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts
+        require_multiple("n_routed_experts", e, "n_expert_groups", g)
+        require(
+            self.n_limited_groups <= g,
+            f"n_limited_groups={self.n_limited_groups} is more than n_expert_groups={g}; use {g} or fewer",
+        )
+        require(k <= e, f"n_activated_experts={k} is more than n_routed_experts={e}; use {e} or fewer")
+        reachable = e // g * self.n_limited_groups
+        require(
+            k <= reachable,
+            f"n_activated_experts={k} is more than the {reachable} experts in n_limited_groups="
+            f"{self.n_limited_groups} groups of {e // g}; use {reachable} or fewer, or allow more groups",
+        )
+        if self.topk_method == "greedy":
+            require(g == 1, f"topk_method='greedy' ignores groups, got n_expert_groups={g}; use 1, or another method")
+        if self.topk_method == "noaux_tc" and g > 1:
+            require(e // g >= 2, f"noaux_tc scores a group by its best two, got groups of {e // g}; use fewer groups")
+
+    @property
+    def extended(self) -> bool:
+        """Whether YaRN applies: the context was stretched beyond the one trained at."""
+        return self.original_seq_len is not None and self.max_seq_len > self.original_seq_len
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a whole query or key head of MLA."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads a twin of MLA keeps."""
+        return {"mqa": 1, "gqa": self.n_kv_heads or self.n_heads}.get(self.attention, self.n_heads)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` has experts; MTP blocks follow the last layer."""
+        return layer >= self.n_dense_layers
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Read a TOML file's [model], DeepSeek's inference JSON, or Hugging Face's config.json.
+
+        Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            raw = parse_file(path, json.loads)
+            return build(cls, names.config_from_json(raw, str(path)), path.name, "")
+        sections = read_toml(path)
+        return build(cls, sections.get("model", {}), path.name, "model.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is read, and how much of it is held out."""
+
+    path: Path | None = None
+    """A text file, or a folder of them; left out: the source code of Python's own standard library."""
+    val_fraction: float = 0.1
+    """Share of the corpus held out for validation: whole files of a folder, the end of a single file."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            0 < self.val_fraction < 1,
+            f"data.val_fraction={self.val_fraction} is not between 0 and 1; use for example 0.1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The recipe. Published values are in DeepSeek-V3's report, section 4.2."""
+
+    steps: int = 600
+    """Number of optimizer steps."""
+    batch_size: int = 16
+    """Sequences in an optimizer step."""
+    grad_accum: int = 1
+    """Parts a step's batch is computed in; the result is that of one part, in less memory."""
+    seq_len: int | None = None
+    """Tokens in a training sequence; left out: the model's max_seq_len."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    lr_final: float = 0.1
+    """Final learning rate, as a share of the peak (cosine decay)."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+    bias_speed: float = 1e-3
+    """Step of the routing bias after each optimizer step (V3: 0.001)."""
+    balance_alpha: float = 1e-4
+    """Weight of the sequence-wise balance loss (V3: 0.0001)."""
+    balance_counts: Literal["published", "routed"] = "published"
+    """Which selections the balance loss counts: the report's top-k of plain scores, or the real routing."""
+    mtp_weight: float = 0.3
+    """Weight of the multi-token prediction loss (V3: 0.3, later 0.1)."""
+    recompute: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
+    eval_every: int = 100
+    """Steps between validations."""
+    eval_tokens: int = 65536
+    """Held-out tokens of a validation on the way; the one at the end reads the whole held-out split."""
+    sample_tokens: int = 400
+    """Length of the sample printed at the end, in tokens; 0 for none."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the sample."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, or a device such as cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto: bfloat16 where this hardware is seen to multiply it faster. Parameters stay float32."""
+    threads: int | None = None
+    """CPU threads; left out: what torch chooses."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size", "grad_accum", "lr", "grad_clip", "eval_every", "eval_tokens"):
+            value = getattr(self, name)
+            require(value > 0, f"train.{name}={value} is not positive; use more than 0")
+        for name in ("weight_decay", "bias_speed", "balance_alpha", "mtp_weight", "sample_tokens", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}={value} is negative; use 0 or more")
+        for name in ("lr_final", "warmup", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name}={value} is not between 0 and 1; use a share of one")
+        for name in ("seq_len", "threads"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}={value} is not positive; use 1 or more, or leave it out")
+        require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole training run: the model, the data, the recipe, and where it is kept."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: Path | None = None
+    """Folder of the run; left out: the next free runs/NAME-NNN."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.seq_len <= self.model.max_seq_len,
+            f"train.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
+            "shorten the one or raise the other",
+        )
+        require(
+            self.seq_len > self.model.n_mtp_layers,
+            f"a sequence of {self.seq_len} tokens is too short for model.n_mtp_layers={self.model.n_mtp_layers}; "
+            f"use at least {self.model.n_mtp_layers + 1}",
+        )
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a training sequence."""
+        return self.train.seq_len or self.model.max_seq_len
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "RunConfig":
+        """Read a TOML file with the sections model, data and train.
+
+        Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
+        """
+        path = Path(path)
+        sections = read_toml(path)
+        parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+        built = {key: build(part, sections.pop(key, {}), path.name, f"{key}.") for key, part in parts.items()}
+        out = sections.pop("out", None)
+        refuse_unknown(sections, [*parts, "out"], path.name, "")
+        return cls(**built, out=None if out is None else Path(out))
+
+    def to_toml(self) -> str:
+        """The whole config, defaults included, as the text of a TOML file that from_file reads back."""
+        return tomli_w.dumps(plain(dataclasses.asdict(self)))
+
+
+def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> ModelConfig:
+    """The config of a layer that stands alone: `config`, or the toy's, with plain arguments on top.
+
+    Raises: ValueError for an unknown argument, with the nearest right one.
+    """
+    refuse_unknown(arguments, [f.name for f in dataclasses.fields(ModelConfig)], "the arguments", "")
+    return dataclasses.replace(config or ModelConfig(), **arguments)

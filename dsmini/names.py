@@ -1,0 +1,295 @@
+"""Hugging Face's spelling and ours, for config keys and for tensors. No other file knows theirs.
+
+Our tensor names are those of DeepSeek's inference code with two differences: the experts of a layer
+are stacked into one tensor, and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the
+last layer as layers N, N+1, ...).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ours -> theirs, for a tensor inside a block
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn.wq": "self_attn.q_proj",
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.wkv_b": "self_attn.kv_b_proj",
+    "attn.wo": "self_attn.o_proj",
+    "ffn.w1": "mlp.gate_proj",
+    "ffn.w2": "mlp.down_proj",
+    "ffn.w3": "mlp.up_proj",
+    "ffn.gate": "mlp.gate",
+    "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
+    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
+}
+_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+_GATE_BIAS = ("ffn.gate.bias", "mlp.gate.e_score_correction_bias")
+
+
+def to_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+    """Rename a dsmini state dict to a DeepSeek/HF folder's tensors; stacked experts come apart.
+
+    Embedding and head are repeated inside each MTP block, as DeepSeek's folders have them.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if stacked := re.fullmatch(r"(.+)ffn\.experts\.(w[123])", name):
+            prefix = _block_prefix(stacked[1], n_layers)
+            for i, expert in enumerate(tensor.unbind(0)):
+                out[f"{prefix}mlp.experts.{i}.{_EXPERT[stacked[2]]}.weight"] = expert
+        else:
+            out[_to_hf_name(name, n_layers)] = tensor
+    depths = {name.split(".")[1] for name in tensors if name.startswith("mtp.")}
+    for depth in depths:
+        prefix = f"model.layers.{n_layers + int(depth)}."
+        out[prefix + "embed_tokens.weight"] = tensors["embed.weight"]
+        out[prefix + "shared_head.head.weight"] = tensors["head.weight"]
+    return out
+
+
+def from_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+    """Rename a DeepSeek/HF folder's tensors to a dsmini state dict; experts are stacked in order.
+
+    Raises: ValueError for names that belong to no dsmini module, all of them listed, and for missing experts.
+    """
+    out: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", name):
+            continue  # an MTP block's copies of the embedding and the head, which are shared
+        if part := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight", name):
+            ours = {theirs: w for w, theirs in _EXPERT.items()}.get(part[3])
+            if ours is not None:
+                stacked = f"{_our_prefix(int(part[1]), n_layers)}ffn.experts.{ours}"
+                experts.setdefault(stacked, {})[int(part[2])] = tensor
+                continue
+        ours = _from_hf_name(name, n_layers)
+        if ours is None:
+            unknown.append(name)
+        else:
+            out[ours] = tensor
+    if unknown:
+        raise ValueError(f"tensors that belong to no module of dsmini: {', '.join(sorted(unknown))}")
+    for name, parts in experts.items():
+        missing = sorted(set(range(max(parts) + 1)) - set(parts))
+        if missing:
+            raise ValueError(f"{name} lacks experts {missing} of {max(parts) + 1}; the folder is incomplete")
+        out[name] = torch.stack([parts[i] for i in range(len(parts))])
+    return out
+
+
+def _block_prefix(ours: str, n_layers: int) -> str:
+    part = re.fullmatch(r"(layers|mtp)\.(\d+)\.(block\.)?", ours)
+    if part is None:
+        raise ValueError(f"{ours!r} is not the prefix of a block; want layers.N. or mtp.K.block.")
+    return f"model.layers.{int(part[2]) + (n_layers if part[1] == 'mtp' else 0)}."
+
+
+def _our_prefix(layer: int, n_layers: int) -> str:
+    return f"layers.{layer}." if layer < n_layers else f"mtp.{layer - n_layers}.block."
+
+
+def _to_hf_name(name: str, n_layers: int) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    if (part := re.fullmatch(r"mtp\.(\d+)\.(\w+)", stem)) and part[2] in _MTP:
+        return f"model.layers.{n_layers + int(part[1])}.{_MTP[part[2]]}.{kind}"
+    if part := re.fullmatch(r"(layers\.\d+\.|mtp\.\d+\.block\.)(.+)", stem):
+        prefix = _block_prefix(part[1], n_layers)
+        if f"{part[2]}.{kind}" == _GATE_BIAS[0]:
+            return prefix + _GATE_BIAS[1]
+        if part[2] in _BLOCK:
+            return f"{prefix}{_BLOCK[part[2]]}.{kind}"
+    raise ValueError(f"tensor {name!r} has no Hugging Face name; only models with attention='mla' have a folder format")
+
+
+def _from_hf_name(name: str, n_layers: int) -> str | None:
+    stem, _, kind = name.rpartition(".")
+    for ours, theirs in _TOP.items():
+        if stem == theirs:
+            return f"{ours}.{kind}"
+    part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if part is None:
+        return None
+    layer, inner = int(part[1]), part[2]
+    prefix = _our_prefix(layer, n_layers)
+    if inner == _GATE_BIAS[1]:
+        return prefix + _GATE_BIAS[0]
+    stem, _, kind = inner.rpartition(".")
+    if kind != "weight":
+        return None
+    for ours, theirs in _BLOCK.items():
+        if stem == theirs:
+            return f"{prefix}{ours}.weight"
+    if layer >= n_layers:
+        for ours, theirs in _MTP.items():
+            if stem == theirs:
+                return f"mtp.{layer - n_layers}.{ours}.weight"
+    return None
+
+
+# theirs -> ours, for config.json
+_CONFIG = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "inter_dim",
+    "moe_intermediate_size": "moe_inter_dim",
+    "num_hidden_layers": "n_layers",
+    "first_k_dense_replace": "n_dense_layers",
+    "num_attention_heads": "n_heads",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "num_experts_per_tok": "n_activated_experts",
+    "n_group": "n_expert_groups",
+    "topk_group": "n_limited_groups",
+    "scoring_func": "score_func",
+    "topk_method": "topk_method",
+    "norm_topk_prob": "norm_topk_prob",
+    "routed_scaling_factor": "route_scale",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
+    "num_nextn_predict_layers": "n_mtp_layers",
+    "num_mtp_layers": "n_mtp_layers",
+    "rope_theta": "rope_theta",
+}
+_YARN = {
+    "factor": "rope_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "original_max_position_embeddings": "original_seq_len",
+}
+# keys whose only value dsmini can honour is the one given; any other value is refused
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "tie_word_embeddings": (False,),
+    "rope_interleave": (True,),
+    "moe_layer_freq": (1,),
+    "pretraining_tp": (1,),
+    "ep_size": (1,),
+}
+# keys that say nothing about what the model computes
+_SILENT = {
+    *("architectures", "model_type", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("torch_dtype", "dtype", "transformers_version", "num_key_value_heads", "qk_head_dim", "head_dim"),
+    *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
+    *("_name_or_path", "num_local_experts"),
+}
+# DeepSeek's ModelArgs: what its inference JSON files leave out
+_MODEL_ARGS = {
+    "vocab_size": 102400,
+    "dim": 2048,
+    "inter_dim": 10944,
+    "moe_inter_dim": 1408,
+    "n_layers": 27,
+    "n_dense_layers": 1,
+    "n_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "n_activated_experts": 6,
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+    "score_func": "softmax",
+    "route_scale": 1.0,
+    "q_lora_rank": 0,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_seq_len": 16384,
+    "original_seq_len": 4096,
+    "rope_theta": 10000.0,
+    "rope_factor": 40.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+}
+
+
+def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """ModelConfig fields from Hugging Face's config.json (it has a model_type) or DeepSeek's inference JSON.
+
+    Raises: ValueError for a key that is unknown or that dsmini cannot honour.
+    """
+    return _from_hf_config(raw, source) if "model_type" in raw else _from_inference_json(raw, source)
+
+
+def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    accepted = {"dtype", "scale_fmt", "max_batch_size"}
+    _refuse(set(raw) - set(_MODEL_ARGS) - accepted, source)
+    out = {**_MODEL_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
+    sigmoid = out["score_func"] == "sigmoid"
+    out["q_lora_rank"] = out["q_lora_rank"] or None
+    out["mscale_all_dim"] = out["mscale"]
+    out["norm_topk_prob"] = sigmoid
+    grouped = "group_limited_greedy" if out["n_expert_groups"] > 1 else "greedy"
+    out["topk_method"] = "noaux_tc" if sigmoid else grouped
+    return {**out, "n_mtp_layers": 0, "norm_eps": 1e-6}
+
+
+def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    kind = raw["model_type"]
+    if kind not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+        raise ValueError(f"{source} has model_type={kind!r}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2")
+    _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT, source)
+    for key, allowed in _FIXED.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            raise ValueError(f"{source} has {key}={raw[key]!r}, which dsmini cannot honour; want {allowed[0]!r}")
+    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers", "kv_lora_rank"} - set(raw))
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}; is it a model's config.json?")
+    v2 = kind == "deepseek_v2"
+    out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
+    out["topk_method"] = "greedy" if v2 else "noaux_tc"
+    out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
+    if v2 and out["topk_method"] == "greedy":
+        out |= {"n_expert_groups": 1, "n_limited_groups": 1}
+    return out | _yarn(raw, source)
+
+
+def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    kind = {rope.pop("type", None), rope.pop("rope_type", None)} - {None} or {"default"}
+    if kind == {"default"}:
+        _refuse(set(rope), source)
+        return {"rope_theta": theta, "original_seq_len": None}
+    if kind != {"yarn"}:
+        raise ValueError(f"{source} has rope type {sorted(kind)}, which dsmini cannot honour; want 'yarn' or none")
+    _refuse(set(rope) - set(_YARN), source)
+    if rope.get("mscale_all_dim") and not rope.get("mscale"):
+        raise ValueError(
+            f"{source} has mscale_all_dim={rope['mscale_all_dim']} and no mscale; dsmini wants both or none"
+        )
+    if not rope.get("mscale_all_dim"):
+        rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}
+    return {"rope_theta": theta} | {_YARN[key]: value for key, value in rope.items()}
+
+
+def _refuse(keys: Iterable[str], source: str) -> None:
+    if unknown := sorted(keys):
+        raise ValueError(f"{source} has keys that dsmini does not know and so cannot honour: {', '.join(unknown)}")

@@ -1,0 +1,76 @@
+"""Scaled dot-product attention, and the twins MHA, GQA and MQA that MLA is compared with."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.fp32 import at_least_fp32
+from dsmini.nn.linear import Linear
+from dsmini.nn.rope import Rope, Table, apply_rope
+
+# Up to this many tokens a CPU is faster with the whole matrix of logits than with its flash attention (docs/log.md).
+EXPLICIT_UP_TO = 512
+
+
+def causal_attention(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s v"],
+    scale: float,
+    method: Literal["auto", "explicit", "sdpa"] = "auto",
+) -> Float[Tensor, "b h s v"]:
+    """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
+
+    explicit holds the [s, s] logits; sdpa pads v with zeros to the width of q and k, without which torch's
+    flash attention refuses unequal widths. auto: explicit for short sequences on a CPU.
+    """
+    if method == "auto":
+        method = "explicit" if q.device.type == "cpu" and q.shape[2] <= EXPLICIT_UP_TO else "sdpa"
+    if method == "sdpa":
+        wide = F.pad(v, (0, max(q.shape[-1] - v.shape[-1], 0)))
+        return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., : v.shape[-1]]
+    s = q.shape[2]
+    future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
+    logits = at_least_fp32(q @ k.transpose(-1, -2)) * scale
+    return logits.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention with rotary keys and queries: MLA's twin.
+
+    Heads are qk_nope_head_dim wide for q and k and v_head_dim for v, rotated over their whole width: with V3's sizes
+    that is the MHA with 128-wide heads against which MLA's cache is 98.24 % smaller.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
+        if c.attention == "mla":
+            raise ValueError("attention='mla' is another module; use MLA, or attention='mha', 'gqa' or 'mqa'")
+        self.rope = Rope.from_config(c)
+        self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
+        self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
+
+        def linear(i: int, o: int) -> Linear:
+            return Linear(i, o, init_std=c.init_std, precision=c.precision)
+
+        self.wq = linear(c.dim, c.n_heads * c.qk_nope_head_dim)
+        self.wk = linear(c.dim, c.kv_heads * c.qk_nope_head_dim)
+        self.wv = linear(c.dim, c.kv_heads * c.v_head_dim)
+        self.wo = linear(c.n_heads * c.v_head_dim, c.dim)
+
+    def forward(self, x: Float[Tensor, "b s m"], table: Table | None = None) -> Float[Tensor, "b s m"]:
+        """Attend causally; `table` is rope.table(positions), made for positions 0, 1, ... if left out."""
+        table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
+        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
+        k = apply_rope(rearrange(self.wk(x), "b s (h d) -> b s h d", h=self.n_kv_heads), table)
+        v = rearrange(self.wv(x), "b s (h d) -> b h s d", h=self.n_kv_heads)
+        group = self.n_heads // self.n_kv_heads
+        k = k.transpose(1, 2).repeat_interleave(group, 1)
+        y = causal_attention(q.transpose(1, 2), k, v.repeat_interleave(group, 1), self.scale)
+        return self.wo(rearrange(y, "b h s d -> b s (h d)"))

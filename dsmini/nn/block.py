@@ -1,0 +1,37 @@
+"""A transformer block: attention, then a feed-forward or its mixture of experts, each normed first and added back."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.attention import Attention
+from dsmini.nn.gate import Routing
+from dsmini.nn.mla import MLA
+from dsmini.nn.moe import FeedForward, MoE
+from dsmini.nn.norm import RMSNorm
+from dsmini.nn.rope import Table
+
+
+class Block(nn.Module):
+    """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on."""
+
+    def __init__(self, config: ModelConfig | None = None, /, layer: int = 0, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = MLA(c) if c.attention == "mla" else Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.ffn = MoE(c) if c.is_moe(layer) else FeedForward(c)
+
+    def forward(
+        self, x: Float[Tensor, "b s m"], table: Table | None = None
+    ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
+        """The block's output and, from a MoE layer, its routing."""
+        x = x + self.attn(self.attn_norm(x), table)
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            y, routing = self.ffn(normed)
+            return x + y, routing
+        return x + self.ffn(normed), None

@@ -1,0 +1,120 @@
+"""The gate: which experts a token visits, and with which weights."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.balance import bias_after
+from dsmini.nn.fp32 import FP32Module, at_least_fp32
+
+
+class Routing(NamedTuple):
+    """What a gate decided for n tokens. It travels in the output: gates keep no state of a forward."""
+
+    indices: Int[Tensor, "n k"]
+    """The chosen experts, best first."""
+    weights: Float[Tensor, "n k"]
+    """Their weights, FP32; made of the unbiased scores."""
+    scores: Float[Tensor, "n e"]
+    """All unbiased scores, FP32, for the balance loss."""
+    counts: Int[Tensor, " e"]
+    """How many of the n tokens chose each expert."""
+
+
+def route(
+    logits: Float[Tensor, "n e"],
+    bias: Float[Tensor, " e"] | None,
+    *,
+    n_activated_experts: int,
+    n_expert_groups: int = 1,
+    n_limited_groups: int = 1,
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid",
+    norm_topk_prob: bool = True,
+    route_scale: float = 1.0,
+) -> Routing:
+    """Pick experts per token by group-limited top-k.
+
+    The bias steers selection only; the weights use the unbiased scores. With a bias a group is scored by its best two
+    experts (V3), without one by its best (V2). Excluded groups are -inf, not 0: biased scores may be negative.
+    Among equal scores the lower expert wins, on every device.
+
+    Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
+    """
+    scores = logits.sigmoid() if score_func == "sigmoid" else logits.softmax(-1)
+    choice = scores.detach() if bias is None else scores.detach() + bias
+    if n_expert_groups > 1:
+        grouped = rearrange(choice, "n (g i) -> n g i", g=n_expert_groups)
+        group_scores = grouped.amax(-1) if bias is None else grouped.topk(2, -1).values.sum(-1)
+        kept = stable_topk(group_scores, n_limited_groups)
+        excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
+        choice = rearrange(grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf), "n g i -> n (g i)")
+    indices = stable_topk(choice, n_activated_experts)
+    weights = scores.gather(1, indices)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    ones = torch.ones_like(indices).flatten()
+    counts = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device).scatter_add(
+        0, indices.flatten(), ones
+    )
+    return Routing(indices, weights * route_scale, scores, counts)
+
+
+def stable_topk(x: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
+    """Indices of the k largest in each row, largest first; among equals the lowest first, which topk does not promise."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+class Gate(FP32Module):
+    """A token's experts and their weights. From a config, or from plain arguments.
+
+    The weight and, with topk_method "noaux_tc", the selection bias are FP32 and stay so. The bias is a
+    buffer: no optimizer sees it, `update_bias` moves it once an optimizer step.
+
+    Source: DeepSeek-V3 report, section 2.1.2; V2's softmax gate: DeepSeek-V2 report, section 2.2.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim, dtype=torch.float32))
+        bias = torch.zeros(c.n_routed_experts, dtype=torch.float32) if c.topk_method == "noaux_tc" else None
+        self.register_buffer("bias", bias)
+        self.options: dict[str, Any] = {
+            "n_activated_experts": c.n_activated_experts,
+            "n_expert_groups": c.n_expert_groups,
+            "n_limited_groups": c.n_limited_groups,
+            "score_func": c.score_func,
+            "norm_topk_prob": c.norm_topk_prob,
+            "route_scale": c.route_scale,
+        }
+        self.reset_parameters(c.init_std)
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution; the bias starts at zero."""
+        nn.init.normal_(self.weight, std=std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "n m"]) -> Routing:
+        # fp32: bf16 scores tie, and ties pick different experts on different devices
+        x = at_least_fp32(x)
+        return route(F.linear(x, self.weight.to(x.dtype)), self.bias, **self.options)
+
+    def update_bias(self, counts: Int[Tensor, " e"], speed: float) -> None:
+        """Move the bias by `speed` towards the experts with less than the mean load; nothing to do without a bias.
+
+        Args:
+            counts: tokens each expert received over a whole optimizer step, summed over its parts.
+
+        Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
+        """
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias_after(self.bias, counts, speed))

@@ -1,0 +1,59 @@
+"""Matrix products: one matrix, and one matrix for each expert."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, init_std: float = 0.02, precision: Literal["native"] = "native"
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.precision = precision
+        self.reset_parameters(init_std)
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution."""
+        nn.init.normal_(self.weight, std=std, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def grouped_linear(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """x_j W_j^T for each group of rows, in one grouped product where torch has one for this case, else one by one.
+
+    Args:
+        ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
+    """
+    weight = weight.to(x.dtype)
+    if _grouped_mm_serves(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    return grouped_linear_by_expert(x, weight, ends)
+
+
+def grouped_linear_by_expert(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """grouped_linear as a loop over the experts: any dtype, any stride. Waits for the device to tell the sizes."""
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
+
+
+def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
+    """grouped_mm wants 16-byte strides and BF16, on a CPU also FP32; it has no FP64."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
+    return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")

@@ -1,0 +1,155 @@
+"""DeepSeekMoE: many small routed experts, of which a token visits a few, and shared experts that all tokens visit.
+
+The n*k visits are sorted by expert, so that each expert's rows lie together, and go through grouped matrix products.
+The results are gathered back by token and summed over k in order: no row is dropped, nothing is added atomically, and
+the same input gives the same bits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.gate import Gate, Routing
+from dsmini.nn.linear import Linear, grouped_linear
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). The dense layers' feed-forward, and the shared experts."""
+
+    def __init__(self, config: ModelConfig | None = None, /, inter_dim: int | None = None, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        hidden = inter_dim or c.inter_dim
+        self.w1 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
+        self.w2 = Linear(hidden, c.dim, init_std=c.init_std, precision=c.precision)
+        self.w3 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
+
+    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Slots(NamedTuple):
+    """Where each visit's row lies when rows are sorted by expert; some slots may be padding."""
+
+    token: Int[Tensor, " rows"]
+    """The token in each slot; 0 in padding."""
+    slot: Int[Tensor, "n k"]
+    """The slot of each visit; padding is in nobody's."""
+    ends: Int[Tensor, " e"]
+    """The slot after each expert's last."""
+
+
+def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align: int = 1) -> Slots:
+    """Give each visit a slot: experts in order, tokens in order within an expert, each expert starting at a
+    multiple of `align`. Above align 1 the number of slots is fixed by the sizes alone, and the last expert
+    takes what is left over, so that no row stays unwritten."""
+    (n, k), e = indices.shape, counts.shape[0]
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align
+    room = (counts + align - 1) // align * align
+    shift = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
+    slot_in_order = torch.arange(n * k, device=flat.device) + shift[flat[order]]
+    slot = torch.empty_like(flat).scatter(0, order, slot_in_order)
+    token = torch.zeros(rows, dtype=torch.int64, device=flat.device).scatter(0, slot_in_order, order // k)
+    ends = room.cumsum(0)
+    last = torch.full_like(ends[-1:], rows)
+    return Slots(token, slot.view(n, k), torch.cat((ends[:-1], last)))
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each slot's row of x. Backward gathers too: a token's gradient is the sum over its k slots, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x[token]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return grad[slot].sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """sum_k weights[n, k] * rows[slot[n, k]]. Backward gives padding slots a gradient of exactly zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, token, slot)
+        return einsum(weights.to(rows.dtype), rows[slot], "n k, n k m -> n m")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, token, slot = ctx.saved_tensors
+        weight_of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
+        grad_weights = einsum(rows[slot], grad, "n k m, n m -> n k")
+        return grad[token] * weight_of_slot[:, None], grad_weights.to(weights.dtype), None, None
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped."""
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        e, f, m = c.n_routed_experts, c.moe_inter_dim, c.dim
+        self.w1 = nn.Parameter(torch.empty(e, f, m))
+        self.w2 = nn.Parameter(torch.empty(e, m, f))
+        self.w3 = nn.Parameter(torch.empty(e, f, m))
+        self.reset_parameters(c.init_std)
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weights from a normal distribution."""
+        for weight in (self.w1, self.w2, self.w3):
+            nn.init.normal_(weight, std=std, generator=generator)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n m"],
+        indices: Int[Tensor, "n k"],
+        weights: Float[Tensor, "n k"],
+        counts: Int[Tensor, " e"],
+    ) -> Float[Tensor, "n m"]:
+        """Sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
+        token, slot, ends = sort_by_expert(indices, counts, _row_alignment(x, indices, counts))
+        rows: Tensor = _Dispatch.apply(x, token, slot)  # pyright: ignore[reportAssignmentType]
+        hidden = F.silu(grouped_linear(rows, self.w1, ends)) * grouped_linear(rows, self.w3, ends)
+        return _Combine.apply(grouped_linear(hidden, self.w2, ends), weights, token, slot)  # pyright: ignore[reportReturnType]
+
+
+def _row_alignment(x: Tensor, indices: Tensor, counts: Tensor) -> int:
+    """oneDNN prepares a product anew for each row count in BF16: rows in multiples of 64 reuse it (docs/log.md)."""
+    enough = indices.numel() >= 64 * counts.shape[0]
+    return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
+
+
+class MoE(nn.Module):
+    """A DeepSeekMoE layer: the gate, its routed experts, and the shared experts. From a config or plain arguments.
+
+    Source: DeepSeek-V3 report, section 2.1.2, equation 12.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        self.gate = Gate(c)
+        self.experts = Experts(c)
+        shared = c.n_shared_experts * c.moe_inter_dim
+        self.shared_experts = FeedForward(c, inter_dim=shared) if shared else None
+
+    def forward(self, x: Float[Tensor, "*batch m"]) -> tuple[Float[Tensor, "*batch m"], Routing]:
+        flat = x.flatten(0, -2)
+        routing = self.gate(flat)
+        y = self.experts(flat, routing.indices, routing.weights, routing.counts)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(flat)
+        return y.view(x.shape), routing

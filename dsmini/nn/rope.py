@@ -1,0 +1,88 @@
+"""Rotary position embedding, interleaved as DeepSeek has it, and YaRN for a context longer than the trained one.
+
+A head's dimensions are rotated in adjacent pairs (x0, x1), (x2, x3), ... and stay where they are. Pair j at position p
+turns by p * theta^(-2j/d). Only differences of positions reach the attention logit q.k.
+
+YaRN (Peng et al. 2023) stretches a context by `factor`: pairs that turn often within the original context keep their
+frequency, pairs that hardly turn are slowed by the factor, a linear ramp blends those between. The logits are also made
+sharper, by m(a)^2 with m(a) = 0.1 a ln(factor) + 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini.config import ModelConfig
+
+Table = tuple[Float[Tensor, "*#b s pairs"], Float[Tensor, "*#b s pairs"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotary embedding of `dim` dimensions; it holds no tensors, tables are made where they are needed.
+
+    original_seq_len None turns YaRN off.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    original_seq_len: int | None = None
+    factor: float = 40.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> "Rope":
+        """The rotary embedding of a model's heads; YaRN only if its context is extended."""
+        return cls(
+            dim=config.qk_rope_head_dim if config.attention == "mla" else config.qk_nope_head_dim,
+            theta=config.rope_theta,
+            original_seq_len=config.original_seq_len if config.extended else None,
+            factor=config.rope_factor,
+            beta_fast=config.beta_fast,
+            beta_slow=config.beta_slow,
+            mscale=config.mscale,
+            mscale_all_dim=config.mscale_all_dim,
+        )
+
+    def frequencies(self, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
+        """Radians a position, for each pair. FP32, as the released models were trained."""
+        pair = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device)
+        base = 1.0 / self.theta ** (pair / self.dim)
+        if self.original_seq_len is None:
+            return base
+        low = max(math.floor(self._pair_turning(self.beta_fast)), 0)
+        high = min(math.ceil(self._pair_turning(self.beta_slow)), self.dim - 1)
+        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+        stretched = ramp.clamp(0, 1)
+        return base / self.factor * stretched + base * (1 - stretched)
+
+    def _pair_turning(self, turns: float) -> float:
+        """The (fractional) pair that makes so many turns within the original context."""
+        assert self.original_seq_len is not None
+        return self.dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    def table(self, positions: Int[Tensor, "*b s"]) -> Table:
+        """cos and sin of each position's angles, FP32. With YaRN, times m(mscale) / m(mscale_all_dim)."""
+        angles = positions[..., None].float() * self.frequencies(positions.device)
+        ratio = self._m(self.mscale) / self._m(self.mscale_all_dim)
+        return angles.cos() * ratio, angles.sin() * ratio
+
+    def softmax_scale(self, qk_head_dim: int) -> float:
+        """Factor on the whole logit q.k: 1/sqrt(d), with YaRN times m(mscale_all_dim)^2."""
+        return qk_head_dim**-0.5 * self._m(self.mscale_all_dim) ** 2
+
+    def _m(self, a: float) -> float:
+        return 1.0 if self.original_seq_len is None else 0.1 * a * math.log(self.factor) + 1.0
+
+
+def apply_rope(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s h r"]:
+    """Rotate adjacent pairs of x's last dimension; computed in FP32, returned in x's dtype."""
+    cos, sin = (t.unsqueeze(-2) for t in table)
+    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

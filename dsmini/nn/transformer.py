@@ -1,0 +1,203 @@
+"""The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks behind them."""
+
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.balance import sequence_balance_loss
+from dsmini.nn.block import Block
+from dsmini.nn.gate import Gate, Routing
+from dsmini.nn.linear import Linear
+from dsmini.nn.losses import IGNORE, Losses, linear_cross_entropy
+from dsmini.nn.moe import Experts
+from dsmini.nn.mtp import MTP
+from dsmini.nn.norm import RMSNorm
+from dsmini.nn.rope import Rope, Table
+
+
+class Embedding(nn.Module):
+    """A row of the weight for each token id."""
+
+    def __init__(self, vocab_size: int, dim: int, *, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.reset_parameters(init_std)
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution."""
+        nn.init.normal_(self.weight, std=std, generator=generator)
+
+    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
+        return F.embedding(tokens, self.weight)
+
+
+class Output(NamedTuple):
+    """What Transformer.run returns."""
+
+    logits: Float[Tensor, "b s v"]
+    """Of the next token."""
+    hidden: Float[Tensor, "b s m"]
+    """After the final norm."""
+    mtp_logits: list[Tensor]
+    """[b, s - k, v] for depths k = 1, 2, ...: at position i, of token i + k + 1."""
+    routing: list[Routing]
+    """One for each MoE layer, those of the MTP blocks last."""
+
+
+class _Trunk(NamedTuple):
+    hidden: Tensor  # before the final norm
+    normed: Tensor
+    routing: list[Routing]
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3 style language model. From a config, or from plain arguments.
+
+    Args:
+        compute_dtype: dtype of activations and matrix products; None: the dtype of the embedding's weight. Norms,
+            softmax, gates and losses are FP32 in any case.
+
+    Source: DeepSeek-V3 report, section 2.
+    """
+
+    def __init__(
+        self, config: ModelConfig | None = None, /, *, compute_dtype: torch.dtype | None = None, **arguments: Any
+    ) -> None:
+        super().__init__()
+        c = self.config = layer_config(config, arguments)
+        self.compute_dtype = compute_dtype
+        self.rope = Rope.from_config(c)
+        self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
+        self.layers = nn.ModuleList(Block(c, layer=i) for i in range(c.n_layers))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.head = Linear(c.dim, c.vocab_size, init_std=c.init_std)
+        self.mtp = nn.ModuleList(MTP(c, depth=k) for k in range(c.n_mtp_layers))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all matrices anew, in the order of named_modules, and set norms to 1 and biases to 0."""
+        for module in self.modules():
+            if isinstance(module, Embedding | Linear | Experts | Gate):
+                module.reset_parameters(self.config.init_std, generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
+        """Logits of the next token at every position, in the compute dtype.
+
+        Raises: ValueError for more than max_seq_len tokens, or (on a CPU) a token id outside the vocabulary.
+        """
+        return self.head(self._trunk(tokens).normed)
+
+    def run(self, tokens: Int[Tensor, "b s"], mtp: bool = False) -> Output:
+        """forward, with all that there is to see. With mtp also the logits of the multi-token prediction blocks."""
+        trunk = self._trunk(tokens)
+        normed, routing = self._predict_further(tokens, trunk) if mtp else ([], [])
+        mtp_logits = [self.head(h) for h in normed]
+        return Output(self.head(trunk.normed), trunk.normed, mtp_logits, trunk.routing + routing)
+
+    def losses(
+        self,
+        tokens: Int[Tensor, "b s"],
+        targets: Int[Tensor, "b s"],
+        *,
+        mtp_weight: float = 0.3,
+        balance_alpha: float = 1e-4,
+        balance_counts: Literal["published", "routed"] = "published",
+        recompute: bool = False,
+        chunk_rows: int | None = None,
+    ) -> Losses:
+        """The training losses; no [b, s, vocab] tensor is held.
+
+        Args:
+            targets: the token after each position; IGNORE (-100) where there is none.
+            recompute: keep only each block's input and compute the rest again in backward.
+            chunk_rows: rows of logits that exist at a time.
+
+        A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
+        loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
+        """
+        counted = (targets != IGNORE).sum().clamp(min=1)
+
+        def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
+            flat = hidden.flatten(0, 1)
+            return linear_cross_entropy(flat, self.head.weight, target.flatten(), chunk_rows) / counted
+
+        trunk = self._trunk(tokens, recompute)
+        main = cross_entropy(trunk.normed, targets)
+        normed, mtp_routing = self._predict_further(tokens, trunk, recompute)
+        mtp = balance = torch.zeros_like(main)
+        if normed:
+            depths = [cross_entropy(h, targets[:, k:]) for k, h in enumerate(normed, 1)]
+            mtp = torch.stack(depths).mean()
+        routing = trunk.routing + mtp_routing
+        if routing:
+            parts = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
+            balance = torch.stack(parts).sum().to(main.dtype)
+        return Losses(main, mtp, balance, main + mtp_weight * mtp + balance_alpha * balance, routing)
+
+    def gates(self) -> list[Gate]:
+        """The gates in the order of Output.routing."""
+        return [module for module in self.modules() if isinstance(module, Gate)]
+
+    def _trunk(self, tokens: Tensor, recompute: bool = False) -> _Trunk:
+        self._check(tokens)
+        x = self._embed(tokens)
+        table = self._table(tokens.shape[1], tokens.device)
+        routing: list[Routing] = []
+        for block in self.layers:
+            x, decided = _run_block(block, recompute, x, table)
+            routing += [] if decided is None else [decided]
+        return _Trunk(x, self.norm(x), routing)
+
+    def _predict_further(
+        self, tokens: Tensor, trunk: _Trunk, recompute: bool = False
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """Each depth's normed hidden states, [b, s - k, m], and its routing."""
+        all_normed: list[Tensor] = []
+        routing: list[Routing] = []
+        before_norm = self.config.mtp_input == "pre_norm"
+        hidden = trunk.hidden if before_norm else trunk.normed
+        for k, block in enumerate(cast(list[MTP], list(self.mtp)), 1):
+            if tokens.shape[1] <= k:
+                raise ValueError(f"a sequence of {tokens.shape[1]} tokens is too short for MTP depth {k}; want {k + 1}")
+            embedding = self._embed(tokens[:, k:])
+            hidden = hidden[:, : embedding.shape[1]]
+            table = self._table(embedding.shape[1], tokens.device)
+            x, decided = _run_block(block, recompute, hidden, embedding, table)
+            normed = block.norm(x)
+            hidden = x if before_norm else normed
+            all_normed.append(normed)
+            routing += [] if decided is None else [decided]
+        return all_normed, routing
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+
+    def _table(self, s: int, device: torch.device) -> Table:
+        return self.rope.table(torch.arange(s, device=device))
+
+    def _check(self, tokens: Tensor) -> None:
+        c = self.config
+        if tokens.shape[1] > c.max_seq_len:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than max_seq_len={c.max_seq_len}; "
+                "shorten it, or build the model with a longer context"
+            )
+        # On an accelerator the check would wait for the device in every step; the commands check their data once.
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= c.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary; want 0 to {c.vocab_size - 1}"
+                )
+
+
+def _run_block(block: nn.Module, recompute: bool, *args: Any) -> tuple[Tensor, Routing | None]:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+    return block(*args)

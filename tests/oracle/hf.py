@@ -1,0 +1,112 @@
+"""transformers' DeepSeek models with random weights, and their tensors under the names of a saved folder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpModel
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_shared_experts": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 128,
+    "num_mtp_layers": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def yarn(**changes: Any) -> dict[str, Any]:
+    """rope_parameters of an extended context, its two temperatures unequal."""
+    values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32, "beta_slow": 1}
+    return values | {"mscale": 0.707, "mscale_all_dim": 1.2, "original_max_position_embeddings": 16} | changes
+
+
+def v3(seed: int, **changes: Any) -> DeepseekV3ForCausalLM:
+    """A random V3 model whose routing biases are nonzero, most of them negative."""
+    torch.manual_seed(seed)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**(SMALL | changes), attn_implementation="eager")).eval()
+    _randomise(model)
+    return model
+
+
+def v2(seed: int, **changes: Any) -> DeepseekV2ForCausalLM:
+    torch.manual_seed(seed)
+    config = {k: v for k, v in SMALL.items() if k != "num_mtp_layers"} | changes
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**config, attn_implementation="eager")).eval()
+    _randomise(model)
+    return model
+
+
+def mtp(model: DeepseekV3ForCausalLM, depth: int) -> MtpModel:
+    """transformers' own multi-token prediction blocks for the model, random."""
+    blocks = MtpModel(model, depth).eval()
+    _randomise(blocks.layers)
+    return blocks
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    """Weights large enough that every part of the model matters; norms around 1."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.4, 0.1)
+            elif "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() > 1:
+                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+
+
+def tensors(model: torch.nn.Module, n_layers: int, kind: str = "data") -> dict[str, Tensor]:
+    """A model's tensors, or their gradients (kind "grad"), under the names of a saved folder: experts one by one."""
+    out: dict[str, Tensor] = {}
+    named = list(model.named_parameters())
+    if kind == "data":
+        named += [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for name, tensor in named:
+        value = getattr(tensor, kind)
+        if value is None:
+            value = torch.zeros_like(tensor)
+        name = _folder_name(name, n_layers)
+        if name.endswith("experts.gate_up_proj"):
+            for i, both in enumerate(value):
+                gate, up = both.chunk(2)
+                out[name.replace("gate_up_proj", f"{i}.gate_proj.weight")] = gate
+                out[name.replace("gate_up_proj", f"{i}.up_proj.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            for i, down in enumerate(value):
+                out[name.replace("down_proj", f"{i}.down_proj.weight")] = down
+        else:
+            out[name] = value
+    return out
+
+
+def mtp_tensors(blocks: MtpModel, n_layers: int) -> dict[str, Tensor]:
+    """The tensors of multi-token prediction blocks alone, without the main model's that they share."""
+    return {k: v for k, v in tensors(blocks, n_layers).items() if k.startswith("model.layers.")}
+
+
+def _folder_name(name: str, n_layers: int) -> str:
+    """MtpModel's in-memory names to those of a folder, where MTP blocks follow the last layer."""
+    if not name.startswith("layers."):
+        return name
+    _, depth, rest = name.split(".", 2)
+    rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+    return f"model.layers.{n_layers + int(depth)}.{rest}"

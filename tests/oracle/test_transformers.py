@@ -1,0 +1,104 @@
+"""The same answers as transformers: logits, gradients, multi-token prediction."""
+
+import json
+from typing import Any
+
+import hf
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, Transformer, names
+
+LOGITS = 1e-5
+GRADIENTS = 1e-4
+
+CASES: dict[str, dict[str, Any]] = {
+    "v3": {},
+    "no query compression": {"q_lora_rank": None},
+    "yarn": {"rope_parameters": hf.yarn()},
+    "yarn, one temperature": {"rope_parameters": hf.yarn(mscale=1.0, mscale_all_dim=1.0), "q_lora_rank": None},
+    "yarn, kimi's ramp": {"rope_parameters": hf.yarn(beta_fast=1, rope_theta=50000.0, factor=32.0)},
+    "yarn, no temperature": {"rope_parameters": {k: v for k, v in hf.yarn().items() if "mscale" not in k}},
+    "all dense": {"first_k_dense_replace": 3},
+    "all moe": {"first_k_dense_replace": 0, "n_shared_experts": 2},
+    "one group, weights as they are": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    "grouped products": {"hidden_size": 64, "moe_intermediate_size": 32},
+}
+
+
+def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transformer:
+    """A dsmini model from the config.json and the tensors that transformers would save."""
+    raw = json.loads(model.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": n_mtp_layers}
+    config = ModelConfig(**names.config_from_json(raw, "config.json"))
+    built = Transformer(config)
+    built.load_state_dict(names.from_hf(tensors, config.n_layers))
+    return built
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def tokens_for(model: Any) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case: str) -> None:
+    theirs = hf.v3(3, **CASES[case])
+    n_layers = theirs.config.num_hidden_layers
+    model = ours(theirs, hf.tensors(theirs, n_layers), 0)
+    tokens = tokens_for(theirs)
+    want = theirs(tokens).logits
+    got = model(tokens)
+    assert relative_error(got, want) < LOGITS
+
+    target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    (want * target).sum().backward()
+    (got * target).sum().backward()
+    grads = names.from_hf(hf.tensors(theirs, n_layers, "grad"), n_layers)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if grads[name].norm() > 0:
+            assert relative_error(parameter.grad, grads[name]) < GRADIENTS, name
+        else:
+            assert parameter.grad.norm() == 0, name
+
+
+@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
+def test_v2_softmax_routing(method: str) -> None:
+    groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
+    theirs = hf.v2(4, topk_method=method, norm_topk_prob=False, routed_scaling_factor=16.0, **groups)
+    model = ours(theirs, hf.tensors(theirs, 3), 0)
+    tokens = tokens_for(theirs)
+    assert relative_error(model(tokens), theirs(tokens).logits) < LOGITS
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("case", ["v3", "yarn"])
+def test_mtp_logits(case: str, depth: int) -> None:
+    theirs = hf.v3(5, **CASES[case])
+    blocks = hf.mtp(theirs, depth)
+    n_layers = theirs.config.num_hidden_layers
+    all_tensors = hf.tensors(theirs, n_layers) | hf.mtp_tensors(blocks, n_layers)
+    model = ours(theirs, all_tensors, depth)
+    tokens = tokens_for(theirs)
+    with torch.no_grad():
+        got = model.run(tokens, mtp=True)
+        hidden = theirs.model(tokens).last_hidden_state
+        for k in range(1, depth + 1):
+            s = tokens.shape[1] - k
+            hidden = blocks.forward_layer(k - 1, hidden[:, :s], torch.arange(s)[None], None, input_ids=tokens[:, k:])
+            assert relative_error(got.mtp_logits[k - 1], theirs.lm_head(hidden)) < LOGITS
+
+
+def test_names_go_there_and_back() -> None:
+    theirs = hf.v3(6)
+    tensors = hf.tensors(theirs, 3) | hf.mtp_tensors(hf.mtp(theirs, 2), 3)
+    back = names.to_hf(names.from_hf(tensors, 3), 3)
+    copies = {
+        f"model.layers.{3 + k}.{name}" for k in range(2) for name in ("embed_tokens.weight", "shared_head.head.weight")
+    }
+    assert set(back) == set(tensors) | copies
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
