@@ -254,6 +254,8 @@ class TrainConfig:
     """Held-out tokens of a validation on the way; the one at the end reads the whole held-out split."""
     sample_tokens: int = 400
     """Length of the sample printed at the end, in tokens; 0 for none."""
+    sample_prompt: str = "\n"
+    """What that sample goes on from."""
     seed: int = 0
     """Seed of the initial weights, the data order and the sample."""
     device: str = "auto"

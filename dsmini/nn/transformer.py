@@ -91,7 +91,11 @@ class Transformer(nn.Module):
 
         Raises: ValueError for more than max_seq_len tokens, or (on a CPU) a token id outside the vocabulary.
         """
-        return self.head(self._trunk(tokens).normed)
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
+        """The hidden states after the final norm, from which `head` makes the logits."""
+        return self._trunk(tokens).normed
 
     def run(self, tokens: Int[Tensor, "b s"], mtp: bool = False) -> Output:
         """forward, with all that there is to see. With mtp also the logits of the multi-token prediction blocks."""

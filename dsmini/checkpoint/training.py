@@ -1,0 +1,91 @@
+"""A training run on disk: its folder, what is written to it, and the model that can be read back.
+
+runs/NAME/
+    config.toml           the whole config, with the device, dtype and threads that were really used
+    corpus.json           what was trained on: size, hash, how the held-out part was chosen
+    metrics.jsonl         a line a step
+    checkpoints/step-000030/model.safetensors
+    summary.json, loss.png, expert_load.png     at the end
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dsmini.config import RunConfig
+from dsmini.nn import Transformer
+
+
+def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
+    """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
+
+    Raises: ValueError if the folder holds anything already; nothing is overwritten.
+    """
+    if out is None:
+        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            held = "another run" if (out / "config.toml").exists() else "other files"
+            raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
+    return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: a temporary file, renamed once it is complete."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """write_text of a readable JSON object."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_model(run: Path, step: int, model: Transformer) -> Path:
+    """Save the model's state dict after `step` steps; the file appears only when it is complete."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    temporary = folder / "model.safetensors.partial"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+    return path
+
+
+def load_run(path: Path, compute_dtype: torch.dtype | None = None) -> tuple[Transformer, RunConfig]:
+    """The model of a run folder's last checkpoint, or of one checkpoint folder, and the run's config.
+
+    Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
+    """
+    checkpoint = path if (path / "model.safetensors").is_file() else _last_checkpoint(path)
+    run = checkpoint.parent.parent
+    if not (run / "config.toml").is_file():
+        raise ValueError(f"{run} has no config.toml, so it is no training run; name a folder that dsmini.train wrote")
+    config = RunConfig.from_file(run / "config.toml")
+    model = Transformer(config.model, compute_dtype=compute_dtype)
+    try:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read {checkpoint / 'model.safetensors'}: {error}") from None
+    return model.eval(), config
+
+
+def _last_checkpoint(run: Path) -> Path:
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    found = sorted(p.parent for p in run.glob("checkpoints/step-*/model.safetensors"))
+    if not found:
+        raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
+    return found[-1]

@@ -1,0 +1,86 @@
+"""python -m dsmini.generate: continue a text with a trained model."""
+
+import codecs
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from dsmini.checkpoint.training import load_run
+from dsmini.command import parse, run
+from dsmini.generation import Stats, stream
+from dsmini.machine import pick_device, pick_dtype
+from dsmini.tokenizer import ByteTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand:
+    """Continue a text with a model that dsmini.train trained."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a training run, or of one of its checkpoints."""
+    prompt: str = "\n"
+    """The text to continue."""
+    max_new_tokens: int = 400
+    """How many tokens to add."""
+    temperature: float = 0.8
+    """0 takes the likeliest token; higher is more adventurous."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """auto, float32 or bfloat16."""
+    json: bool = False
+    """Print one JSON object instead of streaming the text."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    command = parse(GenerateCommand, "generate", args)
+    if command.max_new_tokens < 0:
+        raise ValueError(f"--max-new-tokens {command.max_new_tokens} is negative; use 0 or more")
+    device = pick_device(command.device)
+    model, _ = load_run(command.run, pick_dtype(command.dtype, device))
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(command.prompt).tolist()
+    generator = torch.Generator().manual_seed(command.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
+
+    def show(new: list[int]) -> None:
+        if not command.json:
+            print(decoder.decode(bytes(new)), end="", flush=True)
+
+    start = time.perf_counter()
+    show(tokens)
+    for (token,) in stream(
+        model.to(device),
+        [tokens],
+        command.max_new_tokens,
+        temperature=command.temperature,
+        top_k=command.top_k,
+        generator=generator,
+    ):
+        assert token is not None  # without an end token no row ends
+        tokens.append(token)
+        show([token])
+    stats = Stats(new_tokens=command.max_new_tokens, seconds=time.perf_counter() - start)
+    if command.json:
+        figures = {"new_tokens": stats.new_tokens, "seconds": stats.seconds, "tokens_per_s": stats.tokens_per_s}
+        print(json.dumps({"text": tokenizer.decode(tokens), **figures}))
+    else:
+        print()
+        print(f"{stats.new_tokens} tokens, {stats.tokens_per_s:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

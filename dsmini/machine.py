@@ -1,0 +1,72 @@
+"""The machine at hand: which device and dtype to use, how fast it multiplies, how much memory was used."""
+
+import resource
+import sys
+import time
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for "auto" CUDA, then MPS, then the CPU.
+
+    Raises: ValueError for a device that is unknown or not there.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device={name!r} is no device; use auto, cpu, cuda or mps") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if has_mps else [])]
+        raise ValueError(f"train.device={name!r} is not on this machine; it has {', '.join(have)}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of that name; for "auto" BF16 if this device multiplies it at least 1.2 times as fast as FP32
+    (tried, a tenth of a second)."""
+    if name != "auto":
+        return DTYPES[name]
+    try:
+        fp32, bf16 = (matmul_rate(device, dtype, size=768, repeats=4) for dtype in (torch.float32, torch.bfloat16))
+    except RuntimeError:  # a device without BF16
+        return torch.float32
+    return torch.bfloat16 if bf16 > 1.2 * fp32 else torch.float32
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
+    """The best rate of a square matrix product, in FLOP/s: this machine's matrix peak, measured."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first is for warming up, and never the best
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far, in bytes: on the GPU if there is one, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,153 @@
+"""What people see of a run: the progress bar, the plots, the summary."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dsmini.trainer import Step
+
+
+class TrainingProgress:
+    """A bar in a terminal; in a pipe or a file a line every so many steps."""
+
+    def __init__(self, console: Console, steps: int, seq_len: int) -> None:
+        self.console, self.steps, self.seq_len = console, steps, seq_len
+        self.every = max(1, steps // 20)
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=steps, figures="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, step: Step, tokens_per_s: float) -> None:
+        """One training step."""
+        vio = "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
+        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}"
+        self.bar.update(self.task, completed=step.step, figures=figures)
+        if not self.console.is_terminal and (step.step == 1 or step.step % self.every == 0):
+            left = (self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9)
+            self.say(f"step {step.step}/{self.steps}  {figures}  {left:.0f} s left")
+        if step.skipped:
+            self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")
+
+    def validated(self, step: int, nats: float, tokens: int) -> None:
+        """A validation on the way."""
+        self.say(f"step {step}: validation {nats:.3f} nats ({tokens:,} held-out tokens, context {self.seq_len})")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def bits(nats: float) -> float:
+    """Nats as bits."""
+    return nats / math.log(2)
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The figures of a finished run, as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in summary_lines(summary):
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
+    """A summary's figures in words."""
+    lines = []
+    if s["val_loss"] is not None:
+        where = f"{s['val_tokens']:,} tokens, all that was held out, at context {s['seq_len']}"
+        lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
+    vs = f"{s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less"
+    lines += [
+        ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
+        ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
+        (
+            "speed",
+            f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s, {s['peak_share']:.0%} of the {s['matrix_peak'] / 1e9:.0f} that "
+            f"this machine reached in {s['dtype']} matrix products",
+        ),
+        ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
+        ("cache", f"{s['cache_bytes_per_token']:,} bytes a token in {s['dtype']}; {vs}"),
+    ]
+    if s["max_vio"] is not None:
+        lines.append(("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps"))
+    if s["skipped"]:
+        lines.append(("skipped", f"{s['skipped']} steps, for a gradient that was not finite"))
+    return lines
+
+
+def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequence[float]]) -> None:
+    """Write loss.png and, for a model with experts, expert_load.png into the run folder.
+
+    Args:
+        steps: the lines of metrics.jsonl.
+        loads: [MoE layers][experts]: share of the mean load, over the last steps.
+    """
+    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    x = [row["step"] for row in steps]
+    raw = [row["loss"] for row in steps]
+    axes.plot(x, raw, color="#9db4d0", linewidth=0.8, label="training, each step")
+    axes.plot(x, _smooth(raw), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    validated = [(row["step"], row["val_loss"]) for row in steps if row["val_loss"] is not None]
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", color="#c8501e", label=f"validation, last {validated[-1][1]:.3f}")
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title="Loss")
+    right = axes.secondary_yaxis("right", functions=(lambda v: v / math.log(2), lambda v: v * math.log(2)))
+    right.set_ylabel("bits a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=120)
+    if loads:
+        _plot_loads(run, steps, loads)
+
+
+def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequence[float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
+    heat, line = figure.subplots(2, 1, height_ratios=(1 + 0.35 * len(loads), 2.4))
+    image = heat.imshow(loads, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    heat.set(
+        xlabel="expert", ylabel="MoE layer", yticks=range(len(loads)), title="Load of each expert, 1 = an equal share"
+    )
+    figure.colorbar(image, ax=heat)
+    line.plot([row["step"] for row in steps], _smooth([row["max_vio"] for row in steps]), color="#1f4e8c")
+    line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
+    line.set_ylim(bottom=0)
+    line.grid(alpha=0.3)
+    figure.savefig(run / "expert_load.png", dpi=120)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the values, unbiased at the start."""
+    decay = 1 - 1 / max(1.0, len(values) / 20)
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return out

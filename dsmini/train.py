@@ -1,0 +1,120 @@
+"""python -m dsmini.train: train a model on a text and show what it learned."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dsmini import accounting
+from dsmini.checkpoint.training import new_run_folder, write_json, write_text
+from dsmini.command import parse, run, take_file
+from dsmini.config import RunConfig
+from dsmini.data import Corpus, load_corpus
+from dsmini.generation import stream
+from dsmini.machine import pick_device, pick_dtype
+from dsmini.nn import Transformer
+from dsmini.report import print_summary
+from dsmini.tokenizer import ByteTokenizer
+from dsmini.trainer import Trainer
+from dsmini.training_run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(RunConfig):
+    """Train a DeepSeek-style transformer on a text, watch it, and read a sample of what it learned.
+
+    Without arguments: a small model, the source code of Python's standard library, about five minutes on two cores.
+    A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set.
+    """
+
+    json: bool = False
+    """Print the final figures as a line of JSON, and all else to the standard error."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    file, rest = take_file(args)
+    default = None if file is None else TrainCommand(**_fields(RunConfig.from_file(file)))
+    command = parse(TrainCommand, "train", rest, default)
+    config = RunConfig(**{name: value for name, value in _fields(command).items() if name != "json"})
+    console = Console(stderr=command.json)
+
+    device = pick_device(config.train.device)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size)
+    dtype = pick_dtype(config.train.dtype, device)
+    config = _resolved(config, device, dtype, "toy" if file is None else file.stem)
+    _introduce(console, config, corpus)
+
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model, compute_dtype=dtype).to(device)
+    training = TrainingRun(config, Trainer(model, corpus, config, device), console)
+    finished = training.train()
+    training.plot()
+    if not finished:
+        console.print(f"stopped after step {training.trainer.steps_done}; saved in {config.out}", highlight=False)
+        return 130
+    summary = training.summarise()
+    summary["sample"] = _sample(console, model, config)
+    print_summary(console, summary)
+    console.print(f"\nGo on with: python -m dsmini.generate {config.out} --prompt 'def '", highlight=False, markup=False)
+    if command.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def _resolved(config: RunConfig, device: torch.device, dtype: torch.dtype, name: str) -> RunConfig:
+    """The config with what was chosen for it: a new folder, and the device, dtype and threads in use."""
+    path = config.data.path and config.data.path.resolve()
+    train = dataclasses.replace(
+        config.train, device=str(device), dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads()
+    )
+    data = dataclasses.replace(config.data, path=path)
+    return dataclasses.replace(config, train=train, data=data, out=new_run_folder(config.out, name))
+
+
+def _introduce(console: Console, config: RunConfig, corpus: Corpus) -> None:
+    """Say what is going to happen, and keep it in the run's folder."""
+    assert config.out is not None
+    write_text(config.out / "config.toml", config.to_toml())
+    write_json(config.out / "corpus.json", corpus.describe())
+    parameters = accounting.parameters(config.model)
+    left_out = f", {corpus.skipped} left out: empty or not text" if corpus.skipped else ""
+    for line in (
+        f"corpus  {corpus.source}, {corpus.files} files{left_out}",
+        f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
+        f"        sha256 {corpus.sha256}",
+        f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
+        f"run     {config.out}, {config.train.dtype} on {config.train.device}, {config.train.threads} threads",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
+    """Let the trained model write, on the screen as it comes."""
+    if not config.train.sample_tokens:
+        return ""
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(config.train.sample_prompt).tolist()
+    generator = torch.Generator().manual_seed(config.train.seed)
+    console.rule("a sample at temperature 0.8")
+    for (token,) in stream(model.eval(), [tokens], config.train.sample_tokens, temperature=0.8, generator=generator):
+        tokens += [] if token is None else [token]
+    text = tokenizer.decode(tokens)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.rule()
+    return text
+
+
+if __name__ == "__main__":
+    run(main)

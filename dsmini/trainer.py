@@ -1,0 +1,115 @@
+"""The training loop: one step, and the validation."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsmini.config import RunConfig
+from dsmini.data import Corpus
+from dsmini.machine import synchronize
+from dsmini.nn import Transformer, linear_cross_entropy, max_violation
+from dsmini.optim import adamw, learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one optimizer step did. Losses in nats a token, before the update."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    mtp_loss: float
+    balance_loss: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    tokens: int
+    seconds: float
+    counts: Tensor | None
+    """[MoE layers, experts]: tokens each expert received; None for a dense model."""
+    skipped: bool
+    """The gradient was not finite: nothing was changed."""
+
+    @property
+    def max_vio(self) -> float | None:
+        """Mean over MoE layers of (largest load - mean load) / mean load."""
+        return None if self.counts is None else max_violation(self.counts).mean().item()
+
+
+class Trainer:
+    """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop."""
+
+    def __init__(self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device) -> None:
+        self.model, self.corpus, self.config, self.device = model, corpus, config, device
+        self.optimizer = adamw(model, config.train)
+        self.steps_done = 0
+
+    def step(self) -> Step:
+        """One optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
+        start = time.perf_counter()
+        train = self.config.train
+        lr = learning_rate(self.steps_done, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums, counts = self._accumulate()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
+        finite = math.isfinite(norm.item())
+        if finite:
+            self.optimizer.step()
+            for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
+                gate.update_bias(load, train.bias_speed)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        main, mtp, balance = sums.tolist()
+        synchronize(self.device)
+        return Step(
+            step=self.steps_done,
+            loss=main,
+            mtp_loss=mtp,
+            balance_loss=balance,
+            grad_norm=norm.item(),
+            lr=lr,
+            tokens=train.batch_size * self.config.seq_len,
+            seconds=time.perf_counter() - start,
+            counts=None if counts is None else counts.cpu(),
+            skipped=not finite,
+        )
+
+    def _accumulate(self) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the mean loss over the step's batch; the mean losses [main, mtp, balance], the summed loads."""
+        train = self.config.train
+        tokens, targets = self.corpus.batch(self.steps_done, train.batch_size, self.config.seq_len, train.seed)
+        sums = torch.zeros(3, device=self.device)
+        counts: Tensor | None = None
+        for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
+            losses = self.model.losses(
+                x.to(self.device),
+                y.to(self.device),
+                mtp_weight=train.mtp_weight,
+                balance_alpha=train.balance_alpha,
+                balance_counts=train.balance_counts,
+                recompute=train.recompute,
+            )
+            (losses.total / train.grad_accum).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / train.grad_accum
+            if losses.routing:
+                load = torch.stack([routing.counts for routing in losses.routing])
+                counts = load if counts is None else counts + load
+        return sums, counts
+
+    @torch.no_grad()
+    def validate(self, at_most: int | None = None, tokens_at_a_time: int = 8192) -> float:
+        """Cross-entropy in nats a token over the held-out split, in windows of the training length; over about at_most
+        of its tokens if given. Changes nothing in the model."""
+        x, y = self.corpus.windows(self.config.seq_len, at_most)
+        rows = max(1, tokens_at_a_time // self.config.seq_len)
+        total = torch.zeros((), dtype=torch.float64)
+        self.model.eval()
+        for tokens, targets in zip(x.split(rows), y.split(rows), strict=True):
+            hidden = self.model.hidden(tokens.to(self.device)).flatten(0, 1)
+            total += linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
+        self.model.train()
+        return total.item() / y.numel()

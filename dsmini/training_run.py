@@ -1,0 +1,180 @@
+"""A whole training run: steps and validations with their record, what is saved, and the summary at the end."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dsmini import accounting
+from dsmini.checkpoint.training import save_model, write_json
+from dsmini.config import RunConfig
+from dsmini.machine import DTYPES, matmul_rate, peak_memory
+from dsmini.report import TrainingProgress, bits, plot_run
+from dsmini.trainer import Step, Trainer
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class TrainingRun:
+    """Drives a Trainer to the end of its config, and keeps the run's folder.
+
+    Args:
+        config: resolved: the device, dtype and threads really used, and the folder `out`, which exists.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Trainer, console: Console) -> None:
+        assert config.out is not None
+        self.config, self.trainer, self.console = config, trainer, console
+        self.folder: Path = config.out
+        self.rows: list[dict[str, Any]] = []
+        self.recent: list[Step] = []
+        self.seconds = 0.0
+        self.skipped_in_a_row = 0
+
+    def train(self) -> bool:
+        """All steps, or those until Ctrl-C; the model is saved either way. Whether it came to the end.
+
+        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
+        """
+        steps = self.config.train.steps
+        progress = TrainingProgress(self.console, steps, self.config.seq_len)
+        with (self.folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics, progress, asked_to_stop() as asked:
+            while self.trainer.steps_done < steps:
+                step = self.trainer.step()
+                self._keep(step)
+                progress.show(step, self._recent_rate())
+                last = step.step == steps
+                if last or asked or self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    save_model(self.folder, step.step, self.trainer.model)
+                val_loss = self._validate(step.step, progress) if not asked else None
+                self._record(step, val_loss, metrics)
+                if asked and not last:
+                    return False
+                if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    raise ArithmeticError(
+                        f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {step.step}; "
+                        "lower train.lr or look at the data"
+                    )
+        return True
+
+    def _keep(self, step: Step) -> None:
+        self.seconds += step.seconds
+        self.recent = [*self.recent, step][-max(10, self.config.train.steps // 10) :]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+
+    def _recent_rate(self) -> float:
+        """Tokens a second over the last steps."""
+        steps = self.recent[-10:]
+        return sum(s.tokens for s in steps) / sum(s.seconds for s in steps)
+
+    def _validate(self, step: int, progress: TrainingProgress) -> float | None:
+        """On the way a part of the held-out split, at the end all of it."""
+        train = self.config.train
+        if step == train.steps:
+            progress.say("validating on the whole held-out split")
+            return self.trainer.validate()
+        if step % train.eval_every:
+            return None
+        nats = self.trainer.validate(train.eval_tokens)
+        progress.validated(step, nats, min(train.eval_tokens, len(self.trainer.corpus.val)))
+        return nats
+
+    def _record(self, step: Step, val_loss: float | None, metrics: Any) -> None:
+        row = {
+            "step": step.step,
+            "loss": step.loss,
+            "val_loss": val_loss,
+            "lr": step.lr,
+            "tokens_per_s": step.tokens / step.seconds,
+            "max_vio": step.max_vio,
+            "skipped": step.skipped,
+            "mtp_loss": step.mtp_loss,
+            "balance_loss": step.balance_loss,
+            "grad_norm": step.grad_norm,
+        }
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.rows.append(row)
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+
+    def plot(self) -> None:
+        """Draw what was recorded so far."""
+        plot_run(self.folder, self.rows, self._loads())
+
+    def _loads(self) -> list[list[float]]:
+        """Each layer's experts' shares of the mean load over the last tenth of the steps."""
+        counts = [step.counts for step in self.recent if step.counts is not None]
+        if not counts:
+            return []
+        total = torch.stack(counts).sum(0).double()
+        return (total / total.mean(1, keepdim=True)).tolist()
+
+    def summarise(self) -> dict[str, Any]:
+        """The run's figures, also written to summary.json. Measures this machine's matrix peak (a second)."""
+        config, model = self.config, self.trainer.model.config
+        device, dtype = self.trainer.device, DTYPES[config.train.dtype]
+        parameters = accounting.parameters(model)
+        tokens = sum(1 for _ in self.rows) * config.train.batch_size * config.seq_len
+        rate = tokens / self.seconds
+        flops = accounting.flops_per_token(model, config.seq_len, causal=True, training=True).total * rate
+        peak = matmul_rate(device, dtype)
+        val_loss = self.rows[-1]["val_loss"]
+        cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
+        mha_cache = accounting.kv_bytes_per_token(accounting.mha_twin(model), dtype.itemsize)
+        vio = [step.max_vio for step in self.recent if step.max_vio is not None]
+        summary = {
+            "run": str(self.folder),
+            "steps": self.trainer.steps_done,
+            "loss": self.rows[-1]["loss"],
+            "val_loss": val_loss,
+            "val_bits_per_byte": None if val_loss is None else bits(val_loss),
+            "val_tokens": (len(self.trainer.corpus.val) - 1) // config.seq_len * config.seq_len,
+            "seq_len": config.seq_len,
+            "tokens": tokens,
+            "train_seconds": self.seconds,
+            "tokens_per_s": rate,
+            "parameters": parameters.total,
+            "active_parameters": parameters.active,
+            "flops_per_s": flops,
+            "matrix_peak": peak,
+            "peak_share": flops / peak,
+            "dtype": config.train.dtype,
+            "device": config.train.device,
+            "threads": torch.get_num_threads(),
+            "peak_memory": peak_memory(device),
+            "cache_bytes_per_token": cache,
+            "mha_cache_bytes_per_token": mha_cache,
+            "cache_saved": 1 - cache / mha_cache,
+            "max_vio": sum(vio) / len(vio) if vio else None,
+            "skipped": sum(row["skipped"] for row in self.rows),
+            "corpus_sha256": self.trainer.corpus.sha256,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

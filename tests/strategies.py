@@ -1,0 +1,63 @@
+"""Random configs that can be built, for hypothesis."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dsmini import ModelConfig
+
+
+@st.composite
+def model_configs(draw: st.DrawFn) -> ModelConfig:
+    """Any valid ModelConfig with small, mostly odd sizes: each attention, dense and MoE layers, groups, MTP, YaRN."""
+
+    def size(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    attention = draw(st.sampled_from(["mla", "mha", "gqa", "mqa"]))
+    n_kv_heads = size(1, 3) if attention == "gqa" else None
+    n_heads = size(1, 3) * (n_kv_heads or 1)
+    topk_method = draw(st.sampled_from(["noaux_tc", "group_limited_greedy", "greedy"]))
+    groups = 1 if topk_method == "greedy" else size(1, 3)
+    in_group = size(2, 5)
+    limited = size(1, groups)
+    n_layers, n_mtp_layers = size(1, 3), size(0, 2)
+    slow, fast = sorted((draw(st.floats(0.5, 64)), draw(st.floats(0.5, 64))))
+    values: dict[str, Any] = {
+        "vocab_size": size(1, 40),
+        "dim": size(1, 40),
+        "inter_dim": size(1, 40),
+        "moe_inter_dim": size(1, 20),
+        "n_layers": n_layers,
+        "n_dense_layers": size(0, n_layers + n_mtp_layers),
+        "n_heads": n_heads,
+        "attention": attention,
+        "n_kv_heads": n_kv_heads,
+        "q_lora_rank": draw(st.none() | st.integers(1, 20)),
+        "kv_lora_rank": size(1, 20),
+        "qk_nope_head_dim": size(1, 15) * (1 if attention == "mla" else 2),
+        "qk_rope_head_dim": 2 * size(1, 8),
+        "v_head_dim": size(1, 20),
+        "n_routed_experts": groups * in_group,
+        "n_shared_experts": size(0, 3),
+        "n_activated_experts": size(1, limited * in_group),
+        "n_expert_groups": groups,
+        "n_limited_groups": limited,
+        "score_func": draw(st.sampled_from(["sigmoid", "softmax"])),
+        "topk_method": topk_method,
+        "norm_topk_prob": draw(st.booleans()),
+        "route_scale": draw(st.floats(0.1, 20)),
+        "n_mtp_layers": n_mtp_layers,
+        "mtp_input": draw(st.sampled_from(["post_norm", "pre_norm"])),
+        "max_seq_len": size(3, 99),
+        "original_seq_len": draw(st.none() | st.integers(1, 99)),
+        "rope_theta": draw(st.floats(2, 1e6)),
+        "rope_factor": draw(st.floats(1, 64)),
+        "beta_fast": fast,
+        "beta_slow": slow,
+        "mscale": draw(st.floats(0, 2)),
+        "mscale_all_dim": draw(st.floats(0, 2)),
+        "norm_eps": draw(st.floats(1e-12, 1e-3)),
+        "init_std": draw(st.floats(1e-4, 1)),
+    }
+    return ModelConfig(**values)
