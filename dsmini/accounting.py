@@ -30,11 +30,11 @@ class Parameters:
     buffers: int
     """Routing biases, which are state but no parameters and in none of the other counts."""
     by_module: Mapping[str, int]
-    """Parameters of each kind of module in the order of the model; they sum to total. Those of the multi-token
-    prediction blocks begin with "mtp "; the embedding and the head that they share are counted once, in the main model."""
+    """Parameters of each kind of module in the order of the model; they sum to total. In multi-token prediction
+    blocks the names begin with "mtp "; the embedding and the head that these share are counted once, without it."""
     active_by_module: Mapping[str, int]
-    """As `active`, with the multiplications of the multi-token prediction blocks, their use of the head among them.
-    V3's MTP in the model card: 2.44B active, with embedding and head and without "mtp projection"."""
+    """As `active`, for each kind of module, the multi-token prediction blocks and their use of the head included.
+    V3's are printed as 2.4B: 2.44B with embedding and head and without "mtp projection"."""
 
     @property
     def main(self) -> int:
@@ -63,7 +63,7 @@ class _Part(NamedTuple):
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Count the parameters of Transformer(config), exactly. V3: 671,026,404,352 and 14,848 biases without its MTP block.
+    """Count the parameters of Transformer(config), exactly. V3 without MTP: 671,026,404,352, and 14,848 routing biases.
 
     Source: the shapes of the released checkpoints; DeepSeek-V3 report, section 4.2 (671B, 37B activated).
     """
@@ -119,8 +119,8 @@ def flops_per_token(
 def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
     """Bytes of cache that a token occupies in all layers together, multi-token prediction's apart. V3 in BF16: 70,272.
 
-    MLA keeps a latent and one rotary key, kv_lora_rank + qk_rope_head_dim numbers a layer; the twins keep each key-value
-    head's key and value.
+    MLA keeps a latent and one rotary key, kv_lora_rank + qk_rope_head_dim numbers a layer; the twins keep a key and a
+    value of each key-value head.
 
     Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its KB are 1000 bytes).
     """

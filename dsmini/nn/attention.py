@@ -13,7 +13,7 @@ from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
 from dsmini.nn.rope import Rope, Table, apply_rope
 
-# Up to this many tokens a CPU is faster with the whole matrix of logits than with its flash attention (docs/log.md).
+# Up to this many tokens a compiled model is faster with the whole matrix of logits than with flash attention.
 EXPLICIT_UP_TO = 512
 
 
@@ -26,14 +26,19 @@ def causal_attention(
 ) -> Float[Tensor, "b h s v"]:
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
-    explicit holds the [s, s] logits; sdpa pads v with zeros to the width of q and k, without which torch's
-    flash attention refuses unequal widths. auto: explicit for short sequences on a CPU.
+    explicit holds the [s, s] logits. sdpa is torch's flash attention; v is padded with zeros to the width of q and k,
+    which it wants equal, and a CPU runs it in FP32, where its backward is faster than in BF16. auto: sdpa, but
+    explicit for short sequences in a compiled model on a CPU (docs/log.md).
     """
+    on_cpu = q.device.type == "cpu"
     if method == "auto":
-        method = "explicit" if q.device.type == "cpu" and q.shape[2] <= EXPLICIT_UP_TO else "sdpa"
+        compiled = on_cpu and torch.compiler.is_compiling()
+        method = "explicit" if compiled and q.shape[2] <= EXPLICIT_UP_TO else "sdpa"
     if method == "sdpa":
         wide = F.pad(v, (0, max(q.shape[-1] - v.shape[-1], 0)))
-        return F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)[..., : v.shape[-1]]
+        q, k, wide = (at_least_fp32(t) for t in (q, k, wide)) if on_cpu else (q, k, wide)
+        y = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)
+        return y[..., : v.shape[-1]].to(v.dtype)
     s = q.shape[2]
     future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     logits = at_least_fp32(q @ k.transpose(-1, -2)) * scale

@@ -1,0 +1,73 @@
+"""Seeds from the tests' own names, and small models whose every part matters."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from dsmini import ModelConfig, Transformer
+
+settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("dsmini")
+
+M = TypeVar("M", bound=nn.Module)
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "dim": 24,
+    "inter_dim": 40,
+    "moe_inter_dim": 12,
+    "n_layers": 2,
+    "n_dense_layers": 1,
+    "n_heads": 3,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "n_activated_experts": 3,
+    "n_expert_groups": 4,
+    "n_limited_groups": 2,
+    "n_mtp_layers": 2,
+    "max_seq_len": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+def randomise(module: M) -> M:
+    """Matrices that keep the size of what they multiply, norms around 1, routing biases nonzero and mostly negative."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith("bias"):
+                tensor.uniform_(-0.4, 0.1)
+            elif tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5)
+            else:
+                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+    return module
+
+
+@pytest.fixture(name="randomise")
+def _randomise() -> Callable[[M], M]:
+    return randomise
+
+
+@pytest.fixture
+def small_config() -> Callable[..., ModelConfig]:
+    """A config of odd small sizes, with whatever a test changes in it."""
+    return lambda **changes: ModelConfig(**(SMALL | changes))
+
+
+@pytest.fixture
+def small_model(small_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
+    """A random model of small_config."""
+    return lambda **changes: randomise(Transformer(small_config(**changes)))

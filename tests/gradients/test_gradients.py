@@ -1,0 +1,139 @@
+"""Every layer's gradient against finite differences, in FP64, with respect to its inputs and all its parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+
+from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
+from dsmini.nn import Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
+from dsmini.nn.losses import IGNORE
+
+TINY: dict[str, Any] = {
+    "vocab_size": 13,
+    "dim": 5,
+    "inter_dim": 7,
+    "moe_inter_dim": 3,
+    "n_layers": 2,
+    "n_dense_layers": 1,
+    "n_heads": 3,
+    "q_lora_rank": 5,
+    "kv_lora_rank": 3,
+    "qk_nope_head_dim": 2,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 3,
+    "n_routed_experts": 6,
+    "n_activated_experts": 2,
+    "n_expert_groups": 3,
+    "n_limited_groups": 2,
+    "n_mtp_layers": 1,
+    "max_seq_len": 64,
+}
+YARN: dict[str, Any] = {"original_seq_len": 8, "rope_factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def check(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    output: Callable[[Any], Any] = lambda y: y,
+    only: Sequence[str] | None = None,
+    fast: bool = False,
+) -> None:
+    """gradcheck of output(module(*inputs)) with respect to the inputs and the parameters (`only`, if given)."""
+    module.double()
+    parameters = {n: p for n, p in module.named_parameters() if only is None or n in only}
+    assert only is None or len(parameters) == len(only)
+
+    def run(*values: Any) -> Any:
+        given, rest = values[: len(parameters)], values[len(parameters) :]
+        return output(functional_call(module, dict(zip(parameters, given, strict=True)), rest))
+
+    assert gradcheck(run, (*parameters.values(), *inputs), fast_mode=fast)
+
+
+def test_rms_norm(randomise: Any) -> None:
+    check(randomise(RMSNorm(7)), [rand(3, 7)])
+
+
+@pytest.mark.parametrize("original_seq_len", [None, 8])
+def test_apply_rope(original_seq_len: int | None) -> None:
+    rope = Rope(dim=6, original_seq_len=original_seq_len, factor=8.0, mscale=0.7)
+    table = rope.table(torch.tensor([0, 3, 11]))
+    assert gradcheck(lambda x: apply_rope(x, table), (rand(2, 3, 1, 6),))
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
+@pytest.mark.parametrize("rope", [{}, YARN], ids=["plain", "yarn"])
+def test_mla(randomise: Any, q_lora_rank: int | None, rope: dict[str, Any]) -> None:
+    check(randomise(MLA(**TINY | rope | {"q_lora_rank": q_lora_rank})), [rand(2, 5, 5)], fast=True)
+
+
+@pytest.mark.parametrize(("kind", "n_kv_heads"), [("mha", None), ("gqa", 2), ("mqa", None)])
+def test_twins_of_mla(randomise: Any, kind: str, n_kv_heads: int | None) -> None:
+    twin = Attention(**TINY | {"attention": kind, "n_heads": 4, "n_kv_heads": n_kv_heads})
+    check(randomise(twin), [rand(2, 5, 5)], fast=True)
+
+
+def test_feed_forward(randomise: Any) -> None:
+    check(randomise(FeedForward(**TINY)), [rand(3, 5)])
+
+
+def test_experts_with_an_empty_one(randomise: Any) -> None:
+    indices = torch.tensor([[0, 2], [2, 5], [5, 0], [3, 2], [0, 5]])
+    counts = torch.bincount(indices.flatten(), minlength=6)
+    assert counts[1] == 0
+
+    experts = randomise(Experts(**TINY))
+    check(experts, [rand(5, 5), indices, rand(5, 2), counts])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm_topk_prob": False}, {"score_func": "softmax", "topk_method": "group_limited_greedy"}],
+    ids=["v3", "weights as they are", "v2"],
+)
+def test_moe_through_the_gate(randomise: Any, options: dict[str, Any]) -> None:
+    moe = randomise(MoE(**TINY | options))
+    check(moe, [rand(1, 5, 5)], lambda out: (out[0], out[1].weights, out[1].scores), fast=True)
+
+
+def test_mtp(randomise: Any) -> None:
+    check(randomise(MTP(**TINY)), [rand(1, 5, 5), rand(1, 5, 5)], lambda out: out[0], fast=True)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, None])
+def test_linear_cross_entropy(chunk_rows: int | None) -> None:
+    targets = torch.tensor([4, IGNORE, 0, 8, 8, IGNORE, 3])
+    assert gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_rows), (rand(7, 5), rand(9, 5)))
+
+
+@pytest.mark.parametrize("counts", ["published", "routed"])
+def test_sequence_balance_loss(counts: Any) -> None:
+    logits, indices = rand(6, 5), torch.rand(6, 5).argsort()[:, :2]
+    assert gradcheck(lambda x: sequence_balance_loss(x.sigmoid(), indices, 2, counts), (logits,))
+
+
+def test_total_loss_of_a_whole_model(randomise: Any) -> None:
+    class Total(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = randomise(Transformer(ModelConfig(**TINY | YARN)))
+
+        def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return self.model.losses(tokens, targets, balance_alpha=0.5, recompute=True).total
+
+    tokens, targets = torch.randint(0, 13, (2, 2, 5)).unbind()
+    targets[0, 1] = IGNORE
+    names = (
+        *("embed.weight", "head.weight", "norm.weight", "layers.0.attn.wkv_b.weight", "layers.1.ffn.gate.weight"),
+        *("layers.1.ffn.experts.w2", "layers.1.ffn_norm.weight", "mtp.0.eh_proj.weight", "mtp.0.block.ffn.gate.weight"),
+    )
+    check(Total(), [tokens, targets], only=[f"model.{name}" for name in names], fast=True)

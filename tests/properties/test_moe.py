@@ -1,0 +1,235 @@
+"""Dispatch and combine: every visit has its slot, and the experts equal a loop over tokens and experts."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmini import Experts, FeedForward, MoE
+from dsmini.nn import grouped_linear, linear
+from dsmini.nn.linear import grouped_linear_by_expert
+from dsmini.nn.moe import sort_by_expert
+from tests.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+
+needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+
+
+class Visits(NamedTuple):
+    x: Tensor
+    indices: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+class Result(NamedTuple):
+    y: Tensor
+    grads: dict[str, Tensor]
+
+
+def stack(e: int, m: int, f: int) -> Experts:
+    return Experts(
+        n_routed_experts=e, dim=m, moe_inter_dim=f, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1
+    )
+
+
+def visits(n: int, k: int, e: int, m: int, empty: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Visits:
+    """Random tokens that each visit k distinct experts of those not left empty."""
+    open_to_all = torch.tensor([i for i in range(e) if i not in empty])
+    indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
+    counts = torch.bincount(indices.flatten(), minlength=e)
+    return Visits(torch.randn(n, m, dtype=dtype), indices, torch.rand(n, k) + 0.5, counts)
+
+
+def run(experts: Experts, v: Visits, forward: Callable[..., Tensor] | None = None) -> Result:
+    """The output, and the gradient of a fixed random projection of it."""
+    x, weights = v.x.detach().requires_grad_(), v.weights.detach().requires_grad_()
+    named = {"x": x, "weights": weights, **dict(experts.named_parameters())}
+    y = (forward or experts)(x, v.indices, weights, v.counts)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+    grads = torch.autograd.grad((y * direction).sum(), list(named.values()))
+    return Result(y.detach(), dict(zip(named, grads, strict=True)))
+
+
+def run_loop(experts: Experts, v: Visits, product_dtype: torch.dtype) -> Result:
+    """Tokens one by one, experts one by one, in FP64 on operands rounded to the products' dtype."""
+    e, f, m = experts.w1.shape
+    rounded = stack(e, m, f)
+    rounded.load_state_dict({name: p.to(product_dtype) for name, p in experts.state_dict().items()})
+    rounded.double()
+
+    def forward(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        rows = []
+        for token, chosen in enumerate(indices.tolist()):
+            row = torch.zeros_like(x[token])
+            for j, i in enumerate(chosen):
+                hidden = F.silu(rounded.w1[i] @ x[token]) * (rounded.w3[i] @ x[token])
+                row = row + weights[token, j] * (rounded.w2[i] @ hidden)
+            rows.append(row)
+        return torch.stack(rows)
+
+    return run(rounded, Visits(v.x.double(), v.indices, v.weights.double(), v.counts), forward)
+
+
+def expect_equal(got: Result, want: Result, tolerance: float) -> None:
+    assert relative_error(got.y, want.y) <= tolerance
+    for name, grad in want.grads.items():
+        assert relative_error(got.grads[name], grad) <= tolerance, name
+
+
+@given(st.data(), st.integers(1, 9), st.integers(1, 4), st.integers(1, 7), st.sampled_from([1, 64]))
+def test_every_visit_has_a_slot_of_its_own_among_its_experts(data: Any, n: int, k: int, e: int, align: int) -> None:
+    row = st.lists(st.integers(0, e - 1), min_size=k, max_size=k)
+    indices = torch.tensor(data.draw(st.lists(row, min_size=n, max_size=n)))
+    counts = torch.bincount(indices.flatten(), minlength=e)
+    token, slot, ends = sort_by_expert(indices, counts, align)
+
+    assert slot.flatten().unique().numel() == n * k
+    assert torch.equal(token[slot], torch.arange(n)[:, None].expand(n, k))
+    assert (token[torch.isin(torch.arange(len(token)), slot, invert=True)] == 0).all()
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends[:-1]))
+    assert (slot >= starts[indices]).all() and (slot < ends[indices]).all()
+    assert (starts % align == 0).all()
+    assert (ends - starts >= counts).all() and ends[-1] == len(token)
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        assert token[start : start + count].diff().ge(0).all()
+    if align == 1:
+        assert len(token) == n * k and torch.equal(ends - starts, counts)
+    else:
+        elsewhere = sort_by_expert(torch.zeros_like(indices), torch.tensor([n * k] + [0] * (e - 1)), align)
+        assert len(elsewhere.token) == len(token)
+
+
+SIZES = {"grouped product": (24, 12), "one by one": (23, 11)}
+
+
+@pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (63, 2)])
+def test_experts_equal_a_loop_in_fp32(randomise: Any, m: int, f: int, n: int, k: int) -> None:
+    experts = randomise(stack(6, m, f))
+    v = visits(n, k, e=6, m=m, empty=(0, 3, 5))
+    expect_equal(run(experts, v), run_loop(experts, v, torch.float32), rounding(FP32_UNIT, terms=m, chained=6))
+
+
+@pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("n", [9, 101])
+def test_experts_equal_a_loop_in_bf16(randomise: Any, m: int, f: int, n: int) -> None:
+    """101 tokens are enough for rows to be aligned at 64, 9 are not. Products accumulate in FP32; some six results on the
+    way are rounded: two inner products, silu, their product, the outer product, the weighted sum."""
+    experts = randomise(stack(4, m, f))
+    v = visits(n, 3, e=4, m=m, empty=(2,), dtype=torch.bfloat16)
+    assert v.indices.numel() >= 64 * 4 or n == 9
+    expect_equal(run(experts, v), run_loop(experts, v, torch.bfloat16), rounding(BF16_UNIT, chained=6))
+
+
+@pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("n", "dtype"), [(5, torch.float32), (5, torch.bfloat16), (130, torch.bfloat16)])
+def test_empty_experts_have_a_gradient_of_exactly_zero(m: int, f: int, n: int, dtype: torch.dtype) -> None:
+    experts = stack(6, m, f)
+    empty = (0, 2, 5)
+    x, indices, weights, counts = visits(n, 3, e=6, m=m, empty=empty, dtype=dtype)
+    experts(x, indices, weights, counts).float().square().sum().backward()
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+        for i in range(6):
+            assert bool(parameter.grad[i].eq(0).all()) == (i in empty), f"{name}[{i}]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_is_dropped_when_all_choose_one_expert(randomise: Any, dtype: torch.dtype) -> None:
+    experts = randomise(stack(4, 24, 12))
+    one = FeedForward(dim=24, inter_dim=12)
+    one.load_state_dict({f"{name}.weight": p[2] for name, p in experts.state_dict().items()})
+    n = 300
+    x, indices = torch.randn(n, 24, dtype=dtype), torch.full((n, 1), 2)
+    y = experts(x, indices, torch.ones(n, 1), torch.tensor([0, 0, n, 0]))
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    assert relative_error(y, one(x)) <= rounding(unit, terms=24 if dtype == torch.float32 else 1, chained=5)
+    assert (y.norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_input_gives_the_same_bits(randomise: Any, dtype: torch.dtype) -> None:
+    moe = randomise(MoE(dim=24, moe_inter_dim=12))
+
+    def once() -> list[Tensor]:
+        x = torch.randn(2, 130, 24, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        y, routing = moe(x)
+        return [y, routing.indices, *torch.autograd.grad(y.float().square().sum(), [x, *moe.parameters()])]
+
+    first = once()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+class Accumulations(TorchDispatchMode):
+    """Notes the operations that add into a floating-point tensor in no fixed order on an accelerator."""
+
+    ATOMIC = ("index_add", "scatter_add", "scatter_reduce", "index_put", "index_reduce", "embedding_dense_backward")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).split(".")[1].strip("_") in self.ATOMIC and args[0].is_floating_point():
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_added_in_an_order_left_to_chance(randomise: Any) -> None:
+    experts = randomise(stack(4, 24, 12))
+    v = visits(9, 3, e=4, m=24)
+    with Accumulations() as seen:
+        run(experts, v)
+        assert not seen.found
+        torch.zeros(3).index_add(0, torch.tensor([1, 1]), torch.ones(2))
+    assert seen.found == ["aten.index_add.default"]
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_product_equals_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(linear.F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    x = torch.randn(130, 24, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5, 16, 24, requires_grad=True)
+    ends = torch.tensor([0, 1, 64, 64, 130])
+    direction = torch.randn(130, 16, dtype=dtype)
+
+    def both(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = product(x, weight.to(dtype), ends)
+        return (y, *torch.autograd.grad((y * direction).sum(), [x, weight]))
+
+    results = zip(both(grouped_linear), both(grouped_linear_by_expert), strict=True)
+    assert calls
+    tolerance = rounding(FP32_UNIT, terms=130) if dtype == torch.float32 else rounding(BF16_UNIT)
+    assert all(relative_error(a, b) <= tolerance for a, b in results)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Under deterministic algorithms torch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(9).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("n", [5, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uninitialised_memory_reaches_no_output_and_no_gradient(randomise: Any, n: int, dtype: torch.dtype) -> None:
+    experts = stack(4, 24, 12)
+    result = run(randomise(experts), visits(n, 3, e=4, m=24, empty=(3,), dtype=dtype))
+    assert result.y.isfinite().all()
+    assert all(grad.isfinite().all() for grad in result.grads.values())

@@ -1,0 +1,83 @@
+"""The twins of MLA, with all, some or one of the heads' keys and values, against attention written out here."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import Attention
+from tests.tolerances import ROPE_TABLE, relative_error
+
+SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
+KINDS = {"mha": (None, 6), "gqa": (2, 2), "mqa": (None, 1)}
+
+
+def by_hand(w: dict[str, Tensor], x: Tensor, n_kv_heads: int) -> Tensor:
+    """Heads 0, 1, ... share the first key head, the next ones the second: group after group."""
+    h, d, v_dim = SIZES["n_heads"], SIZES["qk_nope_head_dim"], SIZES["v_head_dim"]
+    s = x.shape[1]
+    pair = torch.arange(0, d, 2, dtype=torch.float64)
+    angles = torch.outer(torch.arange(s, dtype=torch.float64), 10000 ** (-pair / d))
+    turns = torch.polar(torch.ones_like(angles), angles)
+
+    def heads(name: str, width: int, rotated: bool) -> list[Tensor]:
+        out = (x @ w[f"{name}.weight"].T).split(width, -1)
+        if not rotated:
+            return list(out)
+        pairs = [torch.view_as_complex(head.unflatten(-1, (-1, 2)).contiguous()) for head in out]
+        return [torch.view_as_real(z * turns).flatten(-2) for z in pairs]
+
+    q, k, v = heads("wq", d, True), heads("wk", d, True), heads("wv", v_dim, False)
+    assert len(q) == h and len(k) == len(v) == n_kv_heads
+    visible = torch.tensor([[t <= i for t in range(s)] for i in range(s)])
+    out = []
+    for i in range(h):
+        mine = i * n_kv_heads // h
+        logits = torch.einsum("bsd,btd->bst", q[i], k[mine]) / d**0.5
+        weights = torch.where(visible, logits.exp(), 0.0)
+        out.append(torch.einsum("bst,btv->bsv", weights / weights.sum(-1, keepdim=True), v[mine]))
+    return torch.cat(out, -1) @ w["wo.weight"].T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [1, 37])
+def test_twin_equals_attention_by_hand(randomise: Any, kind: str, s: int) -> None:
+    argument, n_kv_heads = KINDS[kind]
+    layer = randomise(Attention(**SIZES, attention=kind, n_kv_heads=argument)).double()
+    x = torch.randn(2, s, 23, dtype=torch.float64, requires_grad=True)
+    got, want = layer(x), by_hand(dict(layer.named_parameters()), x, n_kv_heads)
+    assert relative_error(got, want) <= 8 * ROPE_TABLE
+
+    direction = torch.randn_like(got)
+    wrt = [x, *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad((got * direction).sum(), wrt), torch.autograd.grad((want * direction).sum(), wrt), strict=True
+    )
+    assert all(relative_error(a, b) <= 8 * ROPE_TABLE or (s == 1 and b.norm() < 1e-9) for a, b in pairs)
+
+
+def test_gqa_with_all_heads_equals_mha(randomise: Any) -> None:
+    mha = randomise(Attention(**SIZES, attention="mha"))
+    gqa = Attention(**SIZES, attention="gqa", n_kv_heads=6)
+    gqa.load_state_dict(mha.state_dict())
+    x = torch.randn(2, 37, 23)
+    assert torch.equal(gqa(x), mha(x))
+
+
+def test_mqa_equals_gqa_with_one_head(randomise: Any) -> None:
+    mqa = randomise(Attention(**SIZES, attention="mqa"))
+    gqa = Attention(**SIZES, attention="gqa", n_kv_heads=1)
+    gqa.load_state_dict(mqa.state_dict())
+    x = torch.randn(2, 37, 23)
+    assert torch.equal(gqa(x), mqa(x))
+
+
+def test_keys_and_values_shrink_with_the_heads_that_hold_them() -> None:
+    rows = {kind: Attention(**SIZES, attention=kind, n_kv_heads=KINDS[kind][0]).wk.weight.shape[0] for kind in KINDS}
+    assert rows == {"mha": 48, "gqa": 16, "mqa": 8}
+
+
+def test_mla_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="attention='mla' is another module; use MLA"):
+        Attention(attention="mla")

@@ -1,0 +1,592 @@
+"""Configs from files of every kind, back into one, and what is said about those that are wrong."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from tests.strategies import model_configs
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def released(name: str, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(ModelConfig.from_file(CONFIGS / f"{name}.toml"), **changes)
+
+
+def written(folder: Path, content: Any, name: str = "x.json") -> Path:
+    """A file of this content: JSON, unless it is text already."""
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def refusal(read: Any, *arguments: Any, **more: Any) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the caller looks at the sentence)
+        read(*arguments, **more)
+    return str(error.value)
+
+
+# TOML
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_configs_build(path: Path) -> None:
+    config = ModelConfig.from_file(path)
+    assert RunConfig.from_file(path).model == config
+    with torch.device("meta"):
+        assert Transformer(config).config == config
+
+
+def runs() -> st.SearchStrategy[RunConfig]:
+    """Any valid run, paths with spaces and umlauts among them."""
+    share = st.floats(0, 1)
+    above_0 = st.floats(1e-9, 1e9)
+    paths = st.none() | st.sampled_from(["book.txt", "a b/ü.txt", ".", 'quo"te\\', "[x]"]).map(Path)
+    parts = st.integers(1, 4)
+
+    @st.composite
+    def train(draw: st.DrawFn) -> TrainConfig:
+        grad_accum = draw(parts)
+        return TrainConfig(
+            steps=draw(st.integers(1, 10**9)),
+            batch_size=grad_accum * draw(parts),
+            grad_accum=grad_accum,
+            seq_len=draw(st.none() | st.just(3)),
+            lr=draw(above_0),
+            lr_final=draw(share),
+            warmup=draw(share),
+            beta1=draw(share),
+            beta2=draw(share),
+            weight_decay=draw(st.just(0.0) | above_0),
+            grad_clip=draw(above_0),
+            bias_speed=draw(st.just(0.0) | above_0),
+            balance_counts=draw(st.sampled_from(["published", "routed"])),
+            recompute=draw(st.booleans()),
+            seed=draw(st.integers(0, 2**63 - 1)),
+            device=draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
+            dtype=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
+            threads=draw(st.none() | parts),
+        )
+
+    data = st.builds(DataConfig, path=paths, val_fraction=st.floats(1e-6, 0.99))
+    return st.builds(RunConfig, model=model_configs(), data=data, train=train(), out=paths)
+
+
+@given(run=runs())
+def test_runs_go_through_toml(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = written(tmp_path_factory.mktemp("run"), run.to_toml(), "x.toml")
+    assert RunConfig.from_file(path) == run
+    assert ModelConfig.from_file(path) == run.model
+
+
+def test_every_field_is_written() -> None:
+    text = RunConfig(out=Path("runs/x")).to_toml()
+    for part in (ModelConfig, DataConfig, TrainConfig):
+        for f in dataclasses.fields(part):
+            assert re.search(rf"^{f.name} = ", text, re.MULTILINE), f.name
+    assert 'out = "runs/x"' in text
+
+
+def test_an_empty_file_is_the_toy(tmp_path: Path) -> None:
+    path = written(tmp_path, "", "x.toml")
+    assert ModelConfig.from_file(path) == ModelConfig()
+    assert RunConfig.from_file(path) == RunConfig()
+
+
+@pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[model]\nn_layer = 3", "unknown key 'model.n_layer' in x.toml; did you mean 'model.n_layers'?"),
+        ("[model]\nqqq = 3", "unknown key 'model.qqq' in x.toml; known are vocab_size, dim, "),
+        ("model = 3", "'model' in x.toml is 3, want a table [model]"),
+        ("[model]\nn_layers = '3'", "x.toml: n_layers='3' is not a whole number"),
+        ("[model]\nn_layers = 3.0", "x.toml: n_layers=3.0 is not a whole number"),
+        ("[model]\nn_layers = true", "x.toml: n_layers=True is not a whole number"),
+        ("[model]\nn_layers = 'none'", "x.toml: n_layers=None is not a whole number"),
+        ("[model]\nq_lora_rank = 1.5", "x.toml: q_lora_rank=1.5 is not a whole number or none"),
+        ("[model]\nrope_theta = 'x'", "x.toml: rope_theta='x' is not a finite number"),
+        ("[model]\nrope_theta = inf", "x.toml: rope_theta=inf is not a finite number"),
+        ("[model]\nrope_theta = nan", "x.toml: rope_theta=nan is not a finite number"),
+        ("[model]\nnorm_topk_prob = 1", "x.toml: norm_topk_prob=1 is not true or false"),
+        (
+            "[model]\nattention = 'gqaa'",
+            "x.toml: attention='gqaa' is not one of 'mla', 'mha', 'gqa', 'mqa'; did you mean 'gqa'?",
+        ),
+        ("[model]\nn_routed_experts = 10", "x.toml: n_routed_experts=10 is not divisible by n_expert_groups=4; use 8"),
+        ("[model", "cannot read the config file {path}: Expected ']'"),
+    ],
+)
+def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: str) -> None:
+    path = written(tmp_path, text, "x.toml")
+    assert refusal(kind.from_file, path).startswith(sentence.format(path=path))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[modell]\nn_layers = 3", "unknown key 'modell' in x.toml; did you mean 'model'?"),
+        ("n_layers = 3", "unknown key 'n_layers' in x.toml; known are model, data, train, out"),
+        ("[train]\nstep = 4", "unknown key 'train.step' in x.toml; did you mean 'train.steps'?"),
+        ("[data]\npaths = 'a'", "unknown key 'data.paths' in x.toml; did you mean 'data.path'?"),
+        ("[data]\npath = 3", "x.toml: path=3 is not a path or none"),
+        ("[data]\nval_fraction = 1.0", "x.toml: data.val_fraction=1.0 is not between 0 and 1; use for example 0.1"),
+        ("[train]\nlr = 'x'", "x.toml: lr='x' is not a finite number"),
+        ("[train]\nsteps = 0", "x.toml: train.steps=0 is not positive; use more than 0"),
+        ("[train]\nseed = -1", "x.toml: train.seed=-1 is negative; use 0 or more"),
+        ("[train]\nbeta1 = 2", "x.toml: train.beta1=2.0 is not between 0 and 1; use a share of one"),
+        ("[train]\nthreads = 0", "x.toml: train.threads=0 is not positive; use 1 or more, or leave it out"),
+        (
+            "[train]\nbatch_size = 3\ngrad_accum = 2",
+            "x.toml: train.batch_size=3 is not divisible by train.grad_accum=2; use 2 or 4",
+        ),
+        (
+            "[train]\nseq_len = 999",
+            "train.seq_len=999 is longer than model.max_seq_len=256; shorten the one or raise the other",
+        ),
+        (
+            "[train]\nseq_len = 1",
+            "a sequence of 1 tokens is too short for model.n_mtp_layers=1; use at least 2",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_run(tmp_path: Path, text: str, sentence: str) -> None:
+    assert refusal(RunConfig.from_file, written(tmp_path, text, "x.toml")) == sentence
+
+
+@pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
+def test_files_that_cannot_be_read(tmp_path: Path, kind: Any) -> None:
+    missing = tmp_path / "nope.toml"
+    assert refusal(kind.from_file, missing) == f"there is no config file {missing}; check the name"
+    assert refusal(kind.from_file, tmp_path).startswith(f"cannot read the config file {tmp_path}: ")
+    binary = tmp_path / "y.toml"
+    binary.write_bytes(b"\xff\xfe")
+    assert refusal(kind.from_file, binary).startswith(f"cannot read the config file {binary}: 'utf-8' codec")
+
+
+# Sizes that do not fit
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_layers": 0}, "n_layers=0 is not positive; use 1 or more"),
+        ({"kv_lora_rank": -4}, "kv_lora_rank=-4 is not positive; use 1 or more"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1 is negative; use 0 or more"),
+        ({"mscale": -0.5}, "mscale=-0.5 is negative; use 0 or more"),
+        (
+            {"n_dense_layers": 6},
+            "n_dense_layers=6 is more than the 5 blocks there are (n_layers + n_mtp_layers); use 5 or fewer",
+        ),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 is odd; RoPE turns pairs, use 8"),
+        ({"attention": "mha", "qk_nope_head_dim": 33}, "qk_nope_head_dim=33 is odd; RoPE turns pairs, use 34"),
+        ({"attention": "gqa"}, "attention='gqa' needs n_kv_heads; set it to a divisor of n_heads"),
+        ({"attention": "gqa", "n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3; use 3 or 6"),
+        (
+            {"n_kv_heads": 2},
+            "n_kv_heads=2 has no meaning with attention='mla'; leave it out, or use attention='gqa'",
+        ),
+        (
+            {"original_seq_len": 64, "rope_factor": 0.5},
+            "rope_factor=0.5 shrinks the context; use 1 or more",
+        ),
+        ({"original_seq_len": 64, "beta_fast": 0.5}, "beta_fast=0.5 is below beta_slow=1.0; swap them"),
+        ({"n_routed_experts": 10}, "n_routed_experts=10 is not divisible by n_expert_groups=4; use 8 or 12"),
+        (
+            {"n_routed_experts": 2, "n_activated_experts": 1},
+            "n_routed_experts=2 is not divisible by n_expert_groups=4; use 4",
+        ),
+        ({"n_limited_groups": 5}, "n_limited_groups=5 is more than n_expert_groups=4; use 4 or fewer"),
+        (
+            {"n_activated_experts": 17, "n_limited_groups": 4},
+            "n_activated_experts=17 is more than n_routed_experts=16; use 16 or fewer",
+        ),
+        (
+            {"n_activated_experts": 9},
+            "n_activated_experts=9 is more than the 8 experts in n_limited_groups=2 groups of 4; "
+            "use 8 or fewer, or allow more groups",
+        ),
+        (
+            {"topk_method": "greedy"},
+            "topk_method='greedy' ignores groups, got n_expert_groups=4; use 1, or another method",
+        ),
+        (
+            {"n_expert_groups": 16, "n_limited_groups": 4},
+            "noaux_tc scores a group by its best two, got groups of 1; use fewer groups",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(changes: dict[str, Any], sentence: str) -> None:
+    assert refusal(ModelConfig, **changes) == sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_dense_layers": 5},
+        {"n_activated_experts": 8},
+        {"n_limited_groups": 4, "n_activated_experts": 16},
+        {"attention": "mha", "qk_rope_head_dim": 7},
+        {"qk_nope_head_dim": 33, "v_head_dim": 31},
+        {"rope_factor": 0.5},
+        {"original_seq_len": 256, "beta_fast": 0.5},
+        {"n_expert_groups": 1, "n_limited_groups": 1, "topk_method": "greedy"},
+        {"n_expert_groups": 16, "n_limited_groups": 4, "topk_method": "group_limited_greedy"},
+        {"mscale": 0, "mscale_all_dim": 0},
+    ],
+)
+def test_sizes_that_just_fit(changes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        Transformer(ModelConfig(**changes))
+
+
+# DeepSeek's inference JSON
+
+V3_INFERENCE = {
+    "vocab_size": 129280,
+    "dim": 7168,
+    "inter_dim": 18432,
+    "moe_inter_dim": 2048,
+    "n_layers": 61,
+    "n_dense_layers": 3,
+    "n_heads": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "n_activated_experts": 8,
+    "n_expert_groups": 8,
+    "n_limited_groups": 4,
+    "route_scale": 2.5,
+    "score_func": "sigmoid",
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "dtype": "fp8",
+}
+
+
+def test_inference_json_takes_model_args_defaults(tmp_path: Path) -> None:
+    """What DeepSeek's files leave out is what its ModelArgs say, not the toy's."""
+    config = ModelConfig.from_file(written(tmp_path, {}))
+    assert config.extended
+    assert config == released("deepseek-v2-lite", max_seq_len=16384, mscale=1.0, mscale_all_dim=1.0)
+    assert dataclasses.asdict(config) == {
+        "vocab_size": 102400,
+        "dim": 2048,
+        "inter_dim": 10944,
+        "moe_inter_dim": 1408,
+        "n_layers": 27,
+        "n_dense_layers": 1,
+        "n_heads": 16,
+        "attention": "mla",
+        "n_kv_heads": None,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "n_activated_experts": 6,
+        "n_expert_groups": 1,
+        "n_limited_groups": 1,
+        "score_func": "softmax",
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "route_scale": 1.0,
+        "n_mtp_layers": 0,
+        "mtp_input": "post_norm",
+        "max_seq_len": 16384,
+        "original_seq_len": 4096,
+        "rope_theta": 10000.0,
+        "rope_factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "norm_eps": 1e-6,
+        "init_std": 0.02,
+        "precision": "native",
+    }
+
+
+@pytest.mark.parametrize(
+    ("raw", "topk_method", "norm_topk_prob"),
+    [
+        ({"n_expert_groups": 8, "n_limited_groups": 3}, "group_limited_greedy", False),
+        ({"score_func": "sigmoid"}, "noaux_tc", True),
+        ({"score_func": "sigmoid", "n_expert_groups": 8, "n_limited_groups": 3}, "noaux_tc", True),
+    ],
+)
+def test_inference_json_scoring_decides_the_method(
+    tmp_path: Path, raw: dict[str, Any], topk_method: str, norm_topk_prob: bool
+) -> None:
+    config = ModelConfig.from_file(written(tmp_path, raw))
+    assert (config.topk_method, config.norm_topk_prob) == (topk_method, norm_topk_prob)
+
+
+def test_inference_json_of_v3(tmp_path: Path) -> None:
+    config = ModelConfig.from_file(written(tmp_path, V3_INFERENCE))
+    assert config == released("deepseek-v3", n_mtp_layers=0, max_seq_len=16384)
+    assert config.extended
+
+
+def test_inference_json_keys(tmp_path: Path) -> None:
+    same = {"dtype": "bf16", "scale_fmt": "ue8m0", "max_batch_size": 8, "q_lora_rank": 0}
+    assert ModelConfig.from_file(written(tmp_path, same)) == ModelConfig.from_file(written(tmp_path, {}))
+    assert ModelConfig.from_file(written(tmp_path, {"q_lora_rank": 24})).q_lora_rank == 24
+    assert not ModelConfig.from_file(written(tmp_path, {"max_seq_len": 4096})).extended
+    sharper = ModelConfig.from_file(written(tmp_path, {"mscale": 0.707}))
+    assert (sharper.mscale, sharper.mscale_all_dim) == (0.707, 0.707)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"dim": 64, "index_topk": 2048}, "{path} has keys that dsmini does not know and so cannot honour: index_topk"),
+        ({"dim": "x"}, "x.json: dim='x' is not a whole number"),
+        ({"n_heads": 0}, "x.json: n_heads=0 is not positive; use 1 or more"),
+        ([1, 2], "{path} holds a list, want a table of keys"),
+        ("{", "cannot read the config file {path}: Expecting property name"),
+        ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
+        (
+            {"model_type": "deepseek_v3", "kv_lora_rank": 512},
+            "{path} lacks hidden_size, num_hidden_layers, vocab_size; is it a model's config.json?",
+        ),
+    ],
+)
+def test_what_is_wrong_in_json(tmp_path: Path, content: Any, sentence: str) -> None:
+    path = written(tmp_path, content)
+    assert refusal(ModelConfig.from_file, path).startswith(sentence.format(path=path))
+
+
+# Hugging Face's config.json
+
+
+def yarn(factor: float, mscale: float, beta_fast: float = 32) -> dict[str, Any]:
+    ramp = {"factor": factor, "beta_fast": beta_fast, "beta_slow": 1}
+    temperatures = {"mscale": mscale, "mscale_all_dim": mscale}
+    return {"type": "yarn", "original_max_position_embeddings": 4096, **ramp, **temperatures}
+
+
+HF_ALL = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_layer_freq": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+}
+HF_V3 = {
+    **HF_ALL,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "rope_scaling": yarn(40, 1.0),
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+}
+HF_V2 = {
+    **HF_ALL,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 128,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "rope_scaling": yarn(40, 0.707),
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "vocab_size": 102400,
+}
+HF_V2_LITE = {
+    **HF_V2,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+HF_KIMI_K2 = {
+    **HF_V3,
+    "model_type": "kimi_k2",
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": yarn(32, 1.0, beta_fast=1),
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+HF_MOONLIGHT = {
+    **HF_V3,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+HF = {
+    "deepseek-v3": HF_V3,
+    "deepseek-v2": HF_V2,
+    "deepseek-v2-lite": HF_V2_LITE,
+    "kimi-k2": HF_KIMI_K2,
+    "moonlight": HF_MOONLIGHT,
+}
+
+
+def in_the_new_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """As transformers 5 writes it: one dict for all that is rotary, dtype for torch_dtype, widths spelt out."""
+    new = {key: value for key, value in raw.items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    rope = dict(raw["rope_scaling"] or {"type": "default"})
+    rope = {"rope_type": rope.pop("type"), "rope_theta": raw["rope_theta"], **rope}
+    extra = {"rope_interleave": True, "head_dim": 64, "qk_head_dim": 192, "dtype": raw["torch_dtype"]}
+    return {**new, "rope_parameters": rope, **extra}
+
+
+@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("respell", [dict, in_the_new_spelling], ids=["rope_scaling", "rope_parameters"])
+def test_released_config_json(tmp_path: Path, name: str, respell: Any) -> None:
+    assert ModelConfig.from_file(written(tmp_path, respell(HF[name]), "config.json")) == released(name)
+
+
+def test_config_json_without_a_method_goes_by_the_model_type(tmp_path: Path) -> None:
+    """transformers writes neither scoring_func nor topk_method for V3."""
+    for name in ("deepseek-v3", "kimi-k2", "moonlight", "deepseek-v2-lite"):
+        raw = {key: value for key, value in HF[name].items() if key not in ("scoring_func", "topk_method")}
+        assert ModelConfig.from_file(written(tmp_path, raw)) == released(name)
+
+
+def test_config_json_without_temperatures(tmp_path: Path) -> None:
+    """YaRN then has its default, 0.1 ln(factor) + 1 on cos and sin, and none on the logit as a whole."""
+    rope = {key: value for key, value in yarn(40, 1.0).items() if not key.startswith("mscale")}
+    config = ModelConfig.from_file(written(tmp_path, HF_V3 | {"rope_scaling": rope}))
+    assert config == released("deepseek-v3", mscale=1.0, mscale_all_dim=0.0)
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_config_json_mtp_layers(tmp_path: Path, key: str) -> None:
+    raw = {k: v for k, v in HF_V3.items() if k != "num_nextn_predict_layers"}
+    assert ModelConfig.from_file(written(tmp_path, raw)).n_mtp_layers == 0
+    assert ModelConfig.from_file(written(tmp_path, raw | {key: 2})).n_mtp_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("rope_interleave", False, "has rope_interleave=False, which dsmini cannot honour; want True"),
+        ("attention_bias", True, "has attention_bias=True, which dsmini cannot honour; want False"),
+        ("mlp_bias", True, "has mlp_bias=True, which dsmini cannot honour; want False"),
+        ("tie_word_embeddings", True, "has tie_word_embeddings=True, which dsmini cannot honour; want False"),
+        ("hidden_act", "gelu", "has hidden_act='gelu', which dsmini cannot honour; want 'silu'"),
+        ("moe_layer_freq", 2, "has moe_layer_freq=2, which dsmini cannot honour; want 1"),
+        ("attention_dropout", 0.1, "has attention_dropout=0.1, which dsmini cannot honour; want 0"),
+        (
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0},
+            "has rope type ['linear'], which dsmini cannot honour; want 'yarn' or none",
+        ),
+        (
+            "rope_scaling",
+            yarn(40, 1.0) | {"attention_factor": 1.0},
+            "has keys that dsmini does not know and so cannot honour: attention_factor",
+        ),
+        (
+            "rope_scaling",
+            {"type": "default", "factor": 2.0},
+            "has keys that dsmini does not know and so cannot honour: factor",
+        ),
+        (
+            "rope_scaling",
+            {k: v for k, v in yarn(40, 1.0).items() if k != "mscale"},
+            "has mscale_all_dim=1.0 and no mscale; dsmini wants both or none",
+        ),
+        ("sliding_window", 4096, "has keys that dsmini does not know and so cannot honour: sliding_window"),
+    ],
+)
+def test_config_json_that_cannot_be_honoured(tmp_path: Path, key: str, value: Any, sentence: str) -> None:
+    path = written(tmp_path, HF_V3 | {key: value})
+    assert refusal(ModelConfig.from_file, path) == f"{path} {sentence}"

@@ -1,0 +1,38 @@
+"""How far apart two right computations of the same thing may be.
+
+Errors are measured over a whole tensor, |got - want| / |want|. Each rounding to a type moves a number by at most its unit
+roundoff u, half a step: u = 2^-p for a significand of p bits. A sum of k terms rounds k times; the errors point in
+random directions and grow with sqrt(k) (Higham and Mary 2019), and so do those of chained operations. SAFETY covers
+what this leaves out: sums that cancel, a softmax that magnifies, a norm that divides.
+"""
+
+import math
+
+from torch import Tensor
+
+BF16_UNIT = 2.0**-8
+FP32_UNIT = 2.0**-24
+FP64_UNIT = 2.0**-53
+SAFETY = 4.0
+
+# Tables of cos and sin are FP32 also in an FP64 model. A frequency theta^(-x) carries about (2 + x ln theta) u, at most
+# 12 u; the first pair's is exactly 1 and the others' angles are smaller, so at position 40 an angle is off by
+# less than 40 * 12 u / theta^(2/8) = 2.9e-6.
+ROPE_TABLE = 3e-6
+
+# An FP64 quantity counts as unmoved below this share of itself and as moved above MOVED: far from either side, sums of
+# FP64 numbers differ by some 1e-14 and a changed token by 1e-3.
+UNMOVED = 1e-11
+MOVED = 1e-7
+
+
+def rounding(unit: float, terms: int = 1, chained: int = 1) -> float:
+    """Relative error of `chained` operations after one another, each a sum of `terms` products."""
+    return SAFETY * unit * math.sqrt(terms * chained)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in FP64; |got| where want is zero."""
+    got, want = got.detach().double(), want.detach().double()
+    size = want.norm().item()
+    return (got - want).norm().item() / (size or 1.0)
