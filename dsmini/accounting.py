@@ -23,7 +23,7 @@ class Parameters:
     total: int
     """All parameters, those of the multi-token prediction blocks included."""
     mtp: int
-    """Those of the multi-token prediction blocks: V3 11.610B, printed as 11.5B (11.507B) without "mtp projection"."""
+    """Those of the multi-token prediction blocks. V3: 11.610B, printed as 11.5B (11.507B without "mtp projection")."""
     active: int
     """What a token is multiplied with in the main model: n_activated_experts of the routed experts, and the head, but
     not the embedding, of which it reads one row, nor norms. V3: 36.62B, printed as 37B; 37.55B with the embedding."""
@@ -33,8 +33,8 @@ class Parameters:
     """Parameters of each kind of module in the order of the model; they sum to total. In multi-token prediction
     blocks the names begin with "mtp "; the embedding and the head that these share are counted once, without it."""
     active_by_module: Mapping[str, int]
-    """As `active`, for each kind of module, the multi-token prediction blocks and their use of the head included.
-    V3's are printed as 2.4B: 2.44B with embedding and head and without "mtp projection"."""
+    """As `active`, for each kind of module, the multi-token prediction blocks and their use of the head included:
+    V3's block is printed with 2.4B (2.44B with embedding and head and without "mtp projection")."""
 
     @property
     def main(self) -> int:
@@ -109,8 +109,7 @@ def flops_per_token(
     passes = 3 if training else 1
 
     def flops(part: _Part) -> int:
-        over_context = part.per_pair * seq_len
-        return passes * (2 * part.per_token + (over_context if causal else 2 * over_context))
+        return passes * (2 * part.per_token + (1 if causal else 2) * seq_len * part.per_pair)
 
     by_module = _sums((part for part in _parts(config) if mtp or not part.module.startswith(_MTP)), flops)
     return Flops(total=sum(by_module.values()), by_module=by_module)

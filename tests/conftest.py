@@ -13,6 +13,8 @@ from dsmini import ModelConfig, Transformer
 
 settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("dsmini")
+# tensors this small gain nothing from a second thread, and on a busy machine the threads wait for each other
+torch.set_num_threads(1)
 
 M = TypeVar("M", bound=nn.Module)
 

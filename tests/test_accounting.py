@@ -156,7 +156,7 @@ def test_cache_as_printed() -> None:
     """The same paper, table 1, in bytes a token: DeepSeek-V3, Qwen-2.5 72B, LLaMA-3.1 405B."""
 
     def gqa(n_layers: int, n_heads: int) -> ModelConfig:
-        heads = {"qk_nope_head_dim": 128, "v_head_dim": 128, "n_heads": n_heads, "n_kv_heads": 8}
+        heads: dict[str, Any] = {"qk_nope_head_dim": 128, "v_head_dim": 128, "n_heads": n_heads, "n_kv_heads": 8}
         return ModelConfig(attention="gqa", n_layers=n_layers, **heads)
 
     assert kv_bytes_per_token(V3) == 70_272
@@ -184,7 +184,7 @@ def test_cache_against_the_mha_twin() -> None:
 
 @pytest.mark.parametrize(("kind", "heads"), [("mha", 6), ("gqa", 3), ("mqa", 1)])
 def test_cache_of_the_twins(kind: Any, heads: int) -> None:
-    sizes = {"n_heads": 6, "qk_nope_head_dim": 10, "v_head_dim": 7, "n_layers": 5, "n_mtp_layers": 1}
+    sizes: dict[str, Any] = {"n_heads": 6, "qk_nope_head_dim": 10, "v_head_dim": 7, "n_layers": 5, "n_mtp_layers": 1}
     config = ModelConfig(attention=kind, n_kv_heads=3 if kind == "gqa" else None, **sizes)
     assert kv_bytes_per_token(config, 1) == 5 * heads * (10 + 7)
     assert mha_twin(config) == ModelConfig(attention="mha", **sizes)
@@ -216,9 +216,10 @@ def measured(config: ModelConfig, training: bool = False, losses: bool = False) 
 
 
 def dense(**changes: Any) -> ModelConfig:
-    sizes = {"vocab_size": 51, "dim": 46, "inter_dim": 78, "moe_inter_dim": 30, "v_head_dim": 22}
+    sizes: dict[str, Any] = {"vocab_size": 51, "dim": 46, "inter_dim": 78, "moe_inter_dim": 30, "v_head_dim": 22}
     experts = {"n_routed_experts": 5, "n_activated_experts": 2, "n_expert_groups": 1, "n_limited_groups": 1}
-    return ModelConfig(**(sizes | experts | {"n_layers": 2, "n_dense_layers": 2, "n_mtp_layers": 0} | changes))
+    layers = {"n_layers": 2, "n_dense_layers": 2, "n_mtp_layers": 0}
+    return ModelConfig(**{**sizes, **experts, **layers, **changes})
 
 
 @pytest.mark.parametrize("case", ATTENTIONS)
