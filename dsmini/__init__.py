@@ -2,6 +2,7 @@
 
 from dsmini import accounting, nn
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.generation import generate
 from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "TrainConfig",
     "Transformer",
     "accounting",
+    "generate",
     "nn",
-]  # fmt: skip
+]

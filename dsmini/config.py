@@ -279,6 +279,10 @@ class TrainConfig:
         for name in ("seq_len", "threads"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value} is not positive; use 1 or more, or leave it out")
+        require(
+            self.sample_prompt != "" or self.sample_tokens == 0,
+            "train.sample_prompt is empty; give it a character or more",
+        )
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -37,7 +37,7 @@ class GenerateCommand:
     """Seed of the draws."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16."""
     json: bool = False
     """Print one JSON object instead of streaming the text."""

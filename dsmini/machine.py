@@ -20,24 +20,30 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"train.device={name!r} is no device; use auto, cpu, cuda or mps") from None
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from None
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}.get(device.type, 0)
     if (device.index or 0) >= there:
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if has_mps else [])]
-        raise ValueError(f"train.device={name!r} is not on this machine; it has {', '.join(have)}")
+        raise ValueError(f"device {name!r} is not on this machine; it has {', '.join(have)}")
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of that name; for "auto" BF16 if this device multiplies it at least 1.2 times as fast as FP32
-    (tried, a tenth of a second)."""
+    """The compute dtype of that name; for "auto" BF16 if this device multiplies it at least 1.2 times as fast as FP32.
+
+    Tried, not guessed: the two take turns for a tenth of a second or so, and the best of each counts, so that a busy
+    machine does not change the choice.
+    """
     if name != "auto":
         return DTYPES[name]
+    best = {torch.float32: 0.0, torch.bfloat16: 0.0}
     try:
-        fp32, bf16 = (matmul_rate(device, dtype, size=768, repeats=4) for dtype in (torch.float32, torch.bfloat16))
+        for _ in range(6):
+            for dtype in best:
+                best[dtype] = max(best[dtype], matmul_rate(device, dtype, size=512, repeats=2))
     except RuntimeError:  # a device without BF16
         return torch.float32
-    return torch.bfloat16 if bf16 > 1.2 * fp32 else torch.float32
+    return torch.bfloat16 if best[torch.bfloat16] > 1.2 * best[torch.float32] else torch.float32
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:

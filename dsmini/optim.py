@@ -1,26 +1,22 @@
 """The optimizer and its schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsmini.config import TrainConfig
-from dsmini.nn import Experts, Linear
-from dsmini.nn.transformer import Embedding
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: the matrices, which decay, and the norms and gates, which do not.
 
     The routing bias is a buffer: it is in neither.
     """
-    decayed: list[nn.Parameter] = []
-    for module in model.modules():
-        if isinstance(module, Linear | Embedding | Experts):
-            decayed += module.parameters(recurse=False)
-    ids = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.dim() > 1 and not name.endswith("gate.weight")]
+    rest = [p for name, p in named if p.dim() <= 1 or name.endswith("gate.weight")]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 

@@ -114,7 +114,9 @@ def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequenc
     axes.plot(x, _smooth(raw), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
     validated = [(row["step"], row["val_loss"]) for row in steps if row["val_loss"] is not None]
     if validated:
-        axes.plot(*zip(*validated, strict=True), "o-", color="#c8501e", label=f"validation, last {validated[-1][1]:.3f}")
+        axes.plot(
+            *zip(*validated, strict=True), "o-", color="#c8501e", label=f"validation, last {validated[-1][1]:.3f}"
+        )
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title="Loss")
     right = axes.secondary_yaxis("right", functions=(lambda v: v / math.log(2), lambda v: v * math.log(2)))
     right.set_ylabel("bits a token")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +62,9 @@ def main(args: Sequence[str]) -> int:
     summary = training.summarise()
     summary["sample"] = _sample(console, model, config)
     print_summary(console, summary)
-    console.print(f"\nGo on with: python -m dsmini.generate {config.out} --prompt 'def '", highlight=False, markup=False)
+    console.print(
+        f"\nGo on with: python -m dsmini.generate {config.out} --prompt 'def '", highlight=False, markup=False
+    )
     if command.json:
         print(json.dumps(summary))
     return 0

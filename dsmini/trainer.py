@@ -110,6 +110,8 @@ class Trainer:
         self.model.eval()
         for tokens, targets in zip(x.split(rows), y.split(rows), strict=True):
             hidden = self.model.hidden(tokens.to(self.device)).flatten(0, 1)
-            total += linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
+            total += (
+                linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
+            )
         self.model.train()
         return total.item() / y.numel()

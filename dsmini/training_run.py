@@ -60,8 +60,8 @@ class TrainingRun:
                     return False
                 if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                     raise ArithmeticError(
-                        f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {step.step}; "
-                        "lower train.lr or look at the data"
+                        f"no finite gradient in the {MAX_SKIPPED_IN_A_ROW} steps up to step {step.step}; "
+                        "lower train.lr, or look at the data"
                     )
         return True
 

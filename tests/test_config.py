@@ -70,7 +70,7 @@ def runs() -> st.SearchStrategy[RunConfig]:
             bias_speed=draw(st.just(0.0) | above_0),
             balance_counts=draw(st.sampled_from(["published", "routed"])),
             recompute=draw(st.booleans()),
-            sample_prompt=draw(st.text(max_size=9)),
+            sample_prompt=draw(st.text(min_size=1, max_size=9)),
             seed=draw(st.integers(0, 2**63 - 1)),
             device=draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
             dtype=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
@@ -144,6 +144,7 @@ def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: s
         ("[train]\nsteps = 0", "x.toml: train.steps=0 is not positive; use more than 0"),
         ("[train]\nseed = -1", "x.toml: train.seed=-1 is negative; use 0 or more"),
         ("[train]\nbeta1 = 2", "x.toml: train.beta1=2.0 is not between 0 and 1; use a share of one"),
+        ("[train]\nsample_prompt = ''", "x.toml: train.sample_prompt is empty; give it a character or more"),
         ("[train]\nthreads = 0", "x.toml: train.threads=0 is not positive; use 1 or more, or leave it out"),
         (
             "[train]\nbatch_size = 3\ngrad_accum = 2",
@@ -241,6 +242,7 @@ def test_sizes_that_do_not_fit(changes: dict[str, Any], sentence: str) -> None:
         {"original_seq_len": 256, "beta_fast": 0.5},
         {"n_expert_groups": 1, "n_limited_groups": 1, "topk_method": "greedy"},
         {"n_expert_groups": 16, "n_limited_groups": 4, "topk_method": "group_limited_greedy"},
+        {"n_routed_experts": 1, "n_activated_experts": 1, "n_expert_groups": 1, "n_limited_groups": 1},
         {"mscale": 0, "mscale_all_dim": 0},
     ],
 )

@@ -113,10 +113,8 @@ def test_mla_follows_the_report(randomise: Any, case: str, s: int) -> None:
 
     direction = torch.randn_like(got)
     wrt = [x, *layer.parameters()]
-    pairs = zip(
-        torch.autograd.grad((got * direction).sum(), wrt), torch.autograd.grad((want * direction).sum(), wrt), strict=True
-    )
-    assert all(relative_error(a, b) <= tolerance or (s == 1 and b.norm() < 1e-9) for a, b in pairs)
+    grads = [torch.autograd.grad((y * direction).sum(), wrt) for y in (got, want)]
+    assert all(relative_error(a, b) <= tolerance or (s == 1 and b.norm() < 1e-9) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("s", [1, 63, 130])

@@ -1,8 +1,8 @@
 """How far apart two right computations of the same thing may be.
 
-Errors are measured over a whole tensor, |got - want| / |want|. Each rounding to a type moves a number by at most its unit
-roundoff u, half a step: u = 2^-p for a significand of p bits. A sum of k terms rounds k times; the errors point in
-random directions and grow with sqrt(k) (Higham and Mary 2019), and so do those of chained operations. SAFETY covers
+Errors are measured over a whole tensor, |got - want| / |want|. Rounding to a type moves a number by at most the type's
+unit roundoff u, half a step: u = 2^-p for a significand of p bits. A sum of k terms rounds k times; the errors point
+in random directions and grow with sqrt(k) (Higham and Mary 2019), and so do those of chained operations. SAFETY covers
 what this leaves out: sums that cancel, a softmax that magnifies, a norm that divides.
 """
 

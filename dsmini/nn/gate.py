@@ -65,7 +65,7 @@ def route(
 
 
 def stable_topk(x: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
-    """Indices of the k largest in each row, largest first; among equals the lowest first, which topk does not promise."""
+    """Indices of the k largest in each row, largest first; among equals the lowest first; topk promises neither."""
     return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 

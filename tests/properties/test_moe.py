@@ -119,8 +119,8 @@ def test_experts_equal_a_loop_in_fp32(randomise: Any, m: int, f: int, n: int, k:
 @pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("n", [9, 101])
 def test_experts_equal_a_loop_in_bf16(randomise: Any, m: int, f: int, n: int) -> None:
-    """101 tokens are enough for rows to be aligned at 64, 9 are not. Products accumulate in FP32; some six results on the
-    way are rounded: two inner products, silu, their product, the outer product, the weighted sum."""
+    """101 tokens are enough for rows to be aligned at 64, 9 are not. Products accumulate in FP32; some six results are
+    rounded on the way: two inner products, silu, their product, the outer product, the weighted sum."""
     experts = randomise(stack(4, m, f))
     v = visits(n, 3, e=4, m=m, empty=(2,), dtype=torch.bfloat16)
     assert v.indices.numel() >= 64 * 4 or n == 9

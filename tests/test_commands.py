@@ -1,0 +1,222 @@
+"""The commands as a user runs them: what they print, what they keep, and how a mistake ends."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsmini import RunConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--model.dim 32 --model.inter-dim 48 --model.moe-inter-dim 16 --model.n-layers 2 --model.n-routed-experts 8 "
+    "--model.max-seq-len 32 --train.batch-size 4 --train.eval-every 2 --train.eval-tokens 64 --train.sample-tokens 8 "
+    "--train.threads 1"
+)
+
+
+def start(command: str, folder: Path) -> "subprocess.Popen[str]":
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    args = [sys.executable, "-m", *shlex.split(command)]
+    return subprocess.Popen(args, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    process = start(command, folder)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, and a finished run of a tiny model on it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_a_run_prints_its_figures_and_a_sample(place: Path) -> None:
+    summary = json.loads((place / "stdout").read_text().splitlines()[-1])
+    shown = (place / "stderr").read_text()
+    assert summary["steps"] == 5 and summary["tokens"] == 5 * 4 * 32
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / 0.6931471805599453)
+    assert 0 < summary["active_parameters"] < summary["parameters"]
+    assert summary["cache_bytes_per_token"] < summary["mha_cache_bytes_per_token"]
+    for word in ("sha256", "validation", "tokens/s", "GFLOP/s", "bytes a token", "MaxVio", summary["corpus_sha256"]):
+        assert word in shown, word
+    assert len(summary["sample"].encode("utf-8", "replace")) > 8
+
+
+def test_a_run_folder_holds_what_the_run_was(place: Path) -> None:
+    run_folder = place / "runs/x"
+    config = RunConfig.from_file(run_folder / "config.toml")
+    assert config.train.device == "cpu" and config.train.dtype in ("float32", "bfloat16") and config.train.threads == 1
+    assert config.model.dim == 32 and config.train.steps == 5
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert {"step", "loss", "val_loss", "lr", "tokens_per_s", "max_vio", "skipped"} <= rows[0].keys()
+    assert [row["val_loss"] is not None for row in rows] == [False, True, False, True, True]
+    corpus = json.loads((run_folder / "corpus.json").read_text())
+    assert corpus["train_tokens"] == 4050 and corpus["val_tokens"] == 450 and len(corpus["sha256"]) == 64
+    assert (run_folder / "checkpoints/step-000005/model.safetensors").stat().st_size > 1000
+    for picture in ("loss.png", "expert_load.png"):
+        assert (run_folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_goes_on_from_a_prompt(place: Path) -> None:
+    command = "dsmini.generate runs/x --prompt 'The qu' --max-new-tokens 12 --json --seed 3"
+    first, second = run(command, place), run(command, place)
+    assert first.returncode == 0, first.stderr
+    answer = json.loads(first.stdout)
+    assert answer["text"].startswith("The qu") and answer["new_tokens"] == 12
+    assert answer["text"] == json.loads(second.stdout)["text"]
+    streamed = run(
+        "dsmini.generate runs/x/checkpoints/step-000005 --prompt 'The qu' --max-new-tokens 12 --seed 3", place
+    )
+    assert streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_runs_of_the_same_command_are_equal(place: Path, dtype: str) -> None:
+    outs = []
+    for name in (f"{dtype}-a", f"{dtype}-b"):
+        options = f"--data.path book.txt --out runs/{name} --train.steps 3 --train.dtype {dtype} {TINY}"
+        done = run(f"dsmini.train {options}", place)
+        assert done.returncode == 0, done.stderr
+        outs.append((place / f"runs/{name}/checkpoints/step-000003/model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+
+
+def test_ctrl_c_stops_after_the_step_and_saves(place: Path) -> None:
+    process = start(f"dsmini.train --data.path book.txt --out runs/long --train.steps 100000 {TINY}", place)
+    metrics = place / "runs/long/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    steps = len(metrics.read_text().splitlines())
+    assert f"stopped after step {steps}" in out
+    assert (place / f"runs/long/checkpoints/step-{steps:06d}/model.safetensors").exists()
+    assert (place / "runs/long/loss.png").exists()
+    assert run("dsmini.generate runs/long --max-new-tokens 2", place).returncode == 0
+
+
+def test_a_config_file_comes_first_and_flags_change_it(place: Path) -> None:
+    (place / "my.toml").write_text("[model]\ndim = 48\nq_lora_rank = 'none'\n[train]\nsteps = 7\n")
+    done = run(f"dsmini.train my.toml --data.path book.txt {TINY} --train.steps 1", place)
+    assert done.returncode == 0, done.stderr
+    config = RunConfig.from_file(place / "runs/my-001/config.toml")
+    assert config.model.dim == 32 and config.train.steps == 1 and config.model.q_lora_rank is None
+
+
+BAD_TRAIN = {
+    "--model.n-layer 3": "n-layers",
+    "--model.n-layers many": "n-layers",
+    "--model.n-routed-experts 10": "use 8 or 12",
+    "--model.n-activated-experts 20": "n_routed_experts=16",
+    "--model.qk-rope-head-dim 15": "use 16",
+    "--model.score-func sigmod": "sigmoid",
+    "--train.seq-len 512": "max_seq_len=256",
+    "--train.grad-accum 3": "use 15 or 18",
+    "--train.device tpu": "use auto, cpu, cuda or mps",
+    "--train.device cuda:7": "not on this machine",
+    "--train.sample-prompt ''": "sample_prompt is empty",
+    "--data.path nothing.txt": "does not exist",
+    "--data.path empty.txt": "is empty",
+    "--data.path short.txt": "too short",
+    "--out runs/x": "holds another run",
+    "--out full": "holds other files",
+    "nothing.toml": "no config file nothing.toml",
+    "typo.toml": "did you mean 'model.n_layers'?",
+    "section.toml": "did you mean 'train'?",
+}
+BAD_GENERATE = {
+    "runs/nothing": "there is no folder runs/nothing",
+    "full": "has no checkpoint",
+    "runs/x --prompt ''": "prompt 0 is empty",
+    "runs/x --temperature -1": "temperature=-1.0 is negative",
+    "runs/x --top-k 0": "top_k=0",
+    "runs/x --max-new-tokens -1": "negative",
+    "runs/x --dtype float16": "float32",
+    "": "Missing",
+}
+BAD = [("dsmini.train", *pair) for pair in BAD_TRAIN.items()]
+BAD += [("dsmini.generate", *pair) for pair in BAD_GENERATE.items()]
+# runs each command as python -m does, all in one process: importing torch takes longer than refusing a mistake
+RUN_ALL = """
+import contextlib, io, json, runpy, shlex, sys, traceback
+answers = []
+for module, arguments in json.load(sys.stdin):
+    sys.argv, said, status = [module, *shlex.split(arguments)], io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+    answers.append((status, said.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(place: Path) -> dict[tuple[str, str], tuple[int, str]]:
+    """Status and words of every bad command; fails if any of them touched a file."""
+    (place / "empty.txt").write_text("")
+    (place / "short.txt").write_text("short")
+    (place / "typo.toml").write_text("[model]\nn_layer = 3\n")
+    (place / "section.toml").write_text("[trian]\nsteps = 3\n")
+    (place / "full").mkdir()
+    (place / "full/mine.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    commands = [(module, arguments) for module, arguments, _ in BAD]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], cwd=place, env=env, input=json.dumps(commands), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    return dict(zip(commands, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize(("module", "arguments", "message"), BAD)
+def test_a_mistake_is_a_sentence_and_status_2(
+    refusals: dict[tuple[str, str], tuple[int, str]], module: str, arguments: str, message: str
+) -> None:
+    status, said = refusals[module, arguments]
+    said = " ".join(said.replace("│", " ").split())
+    assert status == 2, said
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_damaged_checkpoint_is_named(place: Path) -> None:
+    whole = (place / "runs/x/checkpoints/step-000005/model.safetensors").read_bytes()
+    broken = place / "runs/broken/checkpoints/step-000005"
+    broken.mkdir(parents=True)
+    (place / "runs/broken/config.toml").write_text((place / "runs/x/config.toml").read_text())
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    done = run("dsmini.generate runs/broken", place)
+    assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_help_explains(tmp_path: Path, command: str) -> None:
+    done = run(f"dsmini.{command} --help", tmp_path)
+    assert done.returncode == 0
+    assert f"python -m dsmini.{command}" in done.stdout and "default" in done.stdout

@@ -1,0 +1,124 @@
+"""Who may import whom, and what no module may hold: read from the source, nothing is imported but dsmini."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dsmini
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.convert", "dsmini.plan"}
+# module or package: what of dsmini it may import, packages meaning all inside them
+MAY_IMPORT = {
+    "dsmini.names": set(),
+    "dsmini.fields": set(),
+    "dsmini.tokenizer": set(),
+    "dsmini.config": {"dsmini.names", "dsmini.fields"},
+    "dsmini.accounting": {"dsmini.config"},
+    "dsmini.optim": {"dsmini.config"},
+    "dsmini.data": {"dsmini.tokenizer", "dsmini.config", "dsmini.fields"},
+    "dsmini.nn": {"dsmini.config", "dsmini.nn"},
+}
+
+
+def sources(folder: str) -> dict[str, Path]:
+    """Every module under a folder of the checkout, by dotted name."""
+    names = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted((ROOT / folder).rglob("*.py"))}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+
+
+DSMINI = sources("dsmini")
+# names that dsmini/__init__.py takes from inside a module: `from dsmini import generate` is the function
+FACE = {
+    alias.asname or alias.name
+    for node in ast.walk(ast.parse(DSMINI["dsmini"].read_text()))
+    if isinstance(node, ast.ImportFrom) and node.module != "dsmini"
+    for alias in node.names
+}
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """The modules that a source imports; from a package each name that is a module of its own."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                inside = whole in DSMINI and not (base == "dsmini" and alias.name in FACE)
+                yield whole if inside else base
+
+
+def is_in(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+@pytest.mark.parametrize("name", DSMINI)
+def test_module_imports_only_what_it_may(name: str) -> None:
+    inside = {module for module in imports(name, DSMINI[name]) if is_in(module, {"dsmini"})}
+    for place, allowed in MAY_IMPORT.items():
+        if is_in(name, {place}):
+            assert not {module for module in inside if not is_in(module, allowed)}
+    assert not inside & (COMMANDS - {name})
+
+
+@pytest.mark.parametrize("folder", ["dsmini", "tests", "benchmarks", "kernels"])
+def test_command_generate_is_imported_by_nobody(folder: str) -> None:
+    """Importing it would rebind dsmini.generate, which is a function."""
+    assert not [name for name, path in sources(folder).items() if "dsmini.generate" in imports(name, path)]
+
+
+@pytest.mark.parametrize("folder", ["dsmini", "tests", "kernels"])
+def test_transformers_is_imported_only_as_an_oracle(folder: str) -> None:
+    users = {n for n, path in sources(folder).items() if any(is_in(m, {"transformers"}) for m in imports(n, path))}
+    assert {name for name in users if not is_in(name, {"tests.oracle"})} == set()
+    assert bool(users) == (folder == "tests")
+
+
+def test_kernels_are_a_plain_folder_that_knows_no_dsmini() -> None:
+    assert (ROOT / "kernels").is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for name, path in sources("kernels").items():
+        assert not [module for module in imports(name, path) if is_in(module, {"dsmini"})]
+
+
+def globals_of(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            yield from ((ast.unparse(target), node.value) for target in node.targets)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            yield ast.unparse(node.target), node.value
+
+
+LITERALS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+MAKERS = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque"}
+MUTATORS = {"append", "add", "update", "extend", "pop", "popitem", "clear", "remove", "setdefault", "insert", "discard"}
+
+
+def is_mutable(value: ast.expr) -> bool:
+    made = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in MAKERS
+    return made or isinstance(value, LITERALS)
+
+
+@pytest.mark.parametrize("name", DSMINI)
+def test_module_has_no_global_that_changes(name: str) -> None:
+    tree = ast.parse(DSMINI[name].read_text())
+    held = {target for target, value in globals_of(tree) if is_mutable(value)} - {"__all__"}
+    assert held == {target for target in held if target == target.upper()}, "only UPPER_CASE constants"
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), ast.unparse(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+            assert ast.unparse(node.func.value) not in held, ast.unparse(node)
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            assert ast.unparse(node.value) not in held, ast.unparse(node)
+
+
+def test_every_public_name_exists() -> None:
+    for module in (dsmini, dsmini.nn):
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+        assert len(set(module.__all__)) == len(module.__all__)

@@ -1,0 +1,128 @@
+"""The training loop: what a step does, and what validation and bad gradients leave alone."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.data import Corpus
+from dsmini.trainer import Trainer
+from tests.tolerances import FP32_UNIT, relative_error, rounding
+
+TRAIN = TrainConfig(steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
+NewTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
+    """A trainer of a small model on a text with a pattern in it, always from the same seed."""
+
+    def build(model_changes: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+        train = dataclasses.replace(TRAIN, **changes)
+        config = RunConfig(model=small_config(**(model_changes or {})), train=train)
+        text = np.frombuffer(bytes(7 * i % 61 for i in range(3000)), np.uint8)
+        corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
+        torch.manual_seed(0)
+        return Trainer(Transformer(config.model), corpus, config, torch.device("cpu"))
+
+    return build
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that a step may change: parameters, biases, moments."""
+    moments = {
+        f"{i} {key}": value
+        for i, inner in enumerate(trainer.optimizer.state.values())
+        for key, value in inner.items()
+        if isinstance(value, Tensor)
+    }
+    return {name: t.detach().clone() for name, t in {**trainer.model.state_dict(), **moments}.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    before = trainer.validate()
+    losses = [trainer.step().loss for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.5
+    assert trainer.validate() < before - 0.5
+
+
+def test_two_runs_are_bitwise_equal(new_trainer: NewTrainer) -> None:
+    a, b = new_trainer(), new_trainer()
+    for _ in range(3):
+        assert a.step().loss == b.step().loss
+    assert same(state(a), state(b))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(
+    new_trainer: NewTrainer, grad_accum: int, recompute: bool
+) -> None:
+    whole, parts = new_trainer(), new_trainer(grad_accum=grad_accum, recompute=recompute)
+    want, got = whole.step(), parts.step()
+    assert want.counts is not None
+    assert got.counts is not None
+    assert torch.equal(got.counts, want.counts)
+    tokens = [4 * 16, 4 * 15, 4 * 14]  # one layer, then MTP of depth 1 and 2
+    assert got.counts.sum(1).tolist() == [3 * n for n in tokens]
+    for gate, counts in zip(parts.model.gates(), got.counts, strict=True):
+        assert gate.bias is not None
+        load = counts.double()
+        assert gate.bias.tolist() == pytest.approx((0.01 * (load.mean() - load).sign()).tolist())
+        assert gate.bias.abs().max() > 0
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrainer) -> None:
+    whole, parts = new_trainer(), new_trainer(grad_accum=4)
+    whole._accumulate()
+    parts._accumulate()
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
+
+
+def test_validation_changes_nothing(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    trainer.step()
+    before = state(trainer)
+    assert trainer.validate() == trainer.validate()
+    assert same(state(trainer), before)
+    assert trainer.model.training
+
+
+def test_validation_is_the_mean_over_every_held_out_token(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    x, y = trainer.corpus.windows(16)
+    with torch.no_grad():
+        logits = trainer.model(x)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert trainer.validate() == pytest.approx(want, rel=1e-6)
+    assert trainer.validate(tokens_at_a_time=16) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    trainer.step()
+    before = state(trainer)
+    hook = trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
+    assert trainer.step().skipped
+    assert same(state(trainer), before)
+    hook.remove()
+    assert not trainer.step().skipped
+    assert not same(state(trainer), before)
+
+
+def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:
+    step = new_trainer({"n_dense_layers": 4}).step()
+    assert step.counts is None and step.max_vio is None and step.balance_loss == 0
