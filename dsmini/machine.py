@@ -50,11 +50,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repe
     """The best rate of a square matrix product, in FLOP/s: this machine's matrix peak, measured."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(a)
     best = float("inf")
     for _ in range(repeats + 1):  # the first is for warming up, and never the best
         synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b, out=product)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -1,16 +1,19 @@
 """What people see of a run: the progress bar, the plots, the summary."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from dsmini.trainer import Step
+
+LN2 = math.log(2)
 
 
 class TrainingProgress:
@@ -59,7 +62,7 @@ class TrainingProgress:
 
 def bits(nats: float) -> float:
     """Nats as bits."""
-    return nats / math.log(2)
+    return nats / LN2
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -97,12 +100,12 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequence[float]]) -> None:
+def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
     """Write loss.png and, for a model with experts, expert_load.png into the run folder.
 
     Args:
         steps: the lines of metrics.jsonl.
-        loads: [MoE layers][experts]: share of the mean load, over the last steps.
+        loads: for each MoE layer, by name, its experts' loads as shares of the mean, over the last steps.
     """
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
 
@@ -118,7 +121,7 @@ def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequenc
             *zip(*validated, strict=True), "o-", color="#c8501e", label=f"validation, last {validated[-1][1]:.3f}"
         )
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title="Loss")
-    right = axes.secondary_yaxis("right", functions=(lambda v: v / math.log(2), lambda v: v * math.log(2)))
+    right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
     right.set_ylabel("bits a token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -127,15 +130,14 @@ def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequenc
         _plot_loads(run, steps, loads)
 
 
-def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Sequence[Sequence[float]]) -> None:
+def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
     heat, line = figure.subplots(2, 1, height_ratios=(1 + 0.35 * len(loads), 2.4))
-    image = heat.imshow(loads, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    heat.set(
-        xlabel="expert", ylabel="MoE layer", yticks=range(len(loads)), title="Load of each expert, 1 = an equal share"
-    )
+    image = heat.imshow(list(loads.values()), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
+    heat.set_yticks(range(len(loads)), list(loads))
     figure.colorbar(image, ax=heat)
     line.plot([row["step"] for row in steps], _smooth([row["max_vio"] for row in steps]), color="#1f4e8c")
     line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")

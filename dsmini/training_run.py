@@ -107,7 +107,10 @@ class TrainingRun:
 
     def plot(self) -> None:
         """Draw what was recorded so far."""
-        plot_run(self.folder, self.rows, self._loads())
+        c = self.config.model
+        names = [f"block {i}" for i in range(c.n_layers) if c.is_moe(i)]
+        names += [f"MTP {k + 1}" for k in range(c.n_mtp_layers) if c.is_moe(c.n_layers + k)]
+        plot_run(self.folder, self.rows, dict(zip(names, self._loads(), strict=True)))
 
     def _loads(self) -> list[list[float]]:
         """Each layer's experts' shares of the mean load over the last tenth of the steps."""
