@@ -14,6 +14,9 @@ import tomli_w
 from dsmini import names
 from dsmini.fields import build, check_types, parse_file, plain, read_toml, refuse_unknown, require, require_multiple
 
+SECTIONS = ["model", "data", "train", "out"]
+"""What a TOML file may hold at its top."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -109,7 +112,8 @@ class ModelConfig:
             if f.name in optional:
                 require(value >= 0, f"{f.name}={value} is negative; use 0 or more")
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                require(value > 0, f"{f.name}={value} is not positive; use 1 or more")
+                least = "1 or more" if isinstance(value, int) else "more than 0"
+                require(value > 0, f"{f.name}={value} is not positive; use {least}")
         self._check_layers()
         self._check_attention()
         self._check_experts()
@@ -192,6 +196,7 @@ class ModelConfig:
             raw = parse_file(path, json.loads)
             return build(cls, names.config_from_json(raw, str(path)), path.name, "")
         sections = read_toml(path)
+        refuse_unknown(sections, SECTIONS, path.name, "")
         return build(cls, sections.get("model", {}), path.name, "model.")
 
 
@@ -205,7 +210,7 @@ class DataConfig:
     """Share of the corpus held out for validation: whole files of a folder, the end of a single file."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, "data.")
         require(
             0 < self.val_fraction < 1,
             f"data.val_fraction={self.val_fraction} is not between 0 and 1; use for example 0.1",
@@ -266,7 +271,7 @@ class TrainConfig:
     """CPU threads; left out: what torch chooses."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, "train.")
         for name in ("steps", "batch_size", "grad_accum", "lr", "grad_clip", "eval_every", "eval_tokens"):
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} is not positive; use more than 0")
@@ -322,10 +327,14 @@ class RunConfig:
         path = Path(path)
         sections = read_toml(path)
         parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-        built = {key: build(part, sections.pop(key, {}), path.name, f"{key}.") for key, part in parts.items()}
-        out = sections.pop("out", None)
-        refuse_unknown(sections, [*parts, "out"], path.name, "")
-        return cls(**built, out=None if out is None else Path(out))
+        built = {key: build(part, sections.get(key, {}), path.name, f"{key}.") for key, part in parts.items()}
+        refuse_unknown(sections, SECTIONS, path.name, "")
+        out = sections.get("out")
+        require(out is None or isinstance(out, str), f"{path.name}: out={out!r} is not a path; use a text")
+        try:
+            return cls(**built, out=None if out is None else Path(out))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
 
     def to_toml(self) -> str:
         """The whole config, defaults included, as the text of a TOML file that from_file reads back."""

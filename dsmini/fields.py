@@ -56,16 +56,22 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str) -> C:
         raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {values!r}, want a table [{prefix.rstrip('.')}]")
     known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     refuse_unknown(values, known, source, prefix)
-    values = {key: None if value == "none" else value for key, value in values.items()}
-    if isinstance(values.get("path"), str):
-        values["path"] = Path(values["path"])
+    hints = typing.get_type_hints(cls)
     try:
-        return cls(**values)
+        return cls(**{key: _from_toml(value, hints[key]) for key, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def check_types(config: Any) -> None:
+def _from_toml(value: Any, hint: Any) -> Any:
+    """TOML has neither null nor paths: "none" is None where None may be, and a text a path where a path belongs."""
+    choices = typing.get_args(hint)
+    if value == "none" and type(None) in choices:
+        return None
+    return Path(value) if isinstance(value, str) and Path in choices else value
+
+
+def check_types(config: Any, prefix: str = "") -> None:
     """Refuse a value of the wrong kind; an int where a float belongs becomes one."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -77,7 +83,7 @@ def check_types(config: Any) -> None:
             object.__setattr__(config, f.name, float(value))
             continue
         want = " or ".join(_describe(choice) for choice in choices)
-        raise ValueError(f"{f.name}={value!r} is not {want}{_nearest(value, choices)}")
+        raise ValueError(f"{prefix}{f.name}={value!r} is not {want}{_nearest(value, choices)}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -92,7 +98,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(arg) for arg in typing.get_args(hint))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    return words.get(hint, "none")
+    return words.get(hint, '"none"')
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:

@@ -259,20 +259,35 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{source} has {key}={raw[key]!r}, which dsmini cannot honour; want {allowed[0]!r}")
-    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers", "kv_lora_rank"} - set(raw))
-    if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}; is it a model's config.json?")
+    quantized = raw.get("quantization_config") or {"quant_method": "fp8"}
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
+        raise ValueError(f"{source} has quantization_config={quantized!r}, which dsmini cannot read; want fp8 or none")
     v2 = kind == "deepseek_v2"
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
-    out["topk_method"] = "greedy" if v2 else "noaux_tc"
+    out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
-    return out | _yarn(raw, source)
+    out |= _yarn(raw, source)
+    # What a file leaves out is no reason to take another model's value.
+    missing = sorted(theirs for theirs, ours in _CONFIG.items() if ours not in out)
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
+    heads = out["n_heads"]
+    if raw.get("num_key_value_heads", heads) not in (heads, None):
+        raise ValueError(
+            f"{source} has num_key_value_heads={raw['num_key_value_heads']}, but MLA has as many as heads; want {heads}"
+        )
+    return out
 
 
 def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    spellings = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    if not all(isinstance(rope, dict) for rope in spellings):
+        raise ValueError(f"{source} has rope_scaling={spellings[0]!r}; want a table of keys, or none")
+    if len(spellings) == 2 and spellings[0] != spellings[1]:
+        raise ValueError(f"{source} has both rope_scaling and rope_parameters, and they differ; keep one")
+    rope = dict(spellings[0]) if spellings else {}
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     kind = {rope.pop("type", None), rope.pop("rope_type", None)} - {None} or {"default"}
     if kind == {"default"}:
@@ -281,13 +296,17 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if kind != {"yarn"}:
         raise ValueError(f"{source} has rope type {sorted(kind)}, which dsmini cannot honour; want 'yarn' or none")
     _refuse(set(rope) - set(_YARN), source)
+    for key in ("factor", "original_max_position_embeddings"):
+        if key not in rope:
+            raise ValueError(f"{source} asks for YaRN and lacks {key}; want it beside the type")
     if rope.get("mscale_all_dim") and not rope.get("mscale"):
         raise ValueError(
             f"{source} has mscale_all_dim={rope['mscale_all_dim']} and no mscale; dsmini wants both or none"
         )
     if not rope.get("mscale_all_dim"):
         rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    return {"rope_theta": theta} | {_YARN[key]: value for key, value in rope.items()}
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
+    return {"rope_theta": theta} | defaults | {_YARN[key]: value for key, value in rope.items()}
 
 
 def _refuse(keys: Iterable[str], source: str) -> None:

@@ -112,8 +112,8 @@ def test_an_empty_file_is_the_toy(tmp_path: Path) -> None:
         ("[model]\nn_layers = '3'", "x.toml: n_layers='3' is not a whole number"),
         ("[model]\nn_layers = 3.0", "x.toml: n_layers=3.0 is not a whole number"),
         ("[model]\nn_layers = true", "x.toml: n_layers=True is not a whole number"),
-        ("[model]\nn_layers = 'none'", "x.toml: n_layers=None is not a whole number"),
-        ("[model]\nq_lora_rank = 1.5", "x.toml: q_lora_rank=1.5 is not a whole number or none"),
+        ("[model]\nn_layers = 'none'", "x.toml: n_layers='none' is not a whole number"),
+        ("[model]\nq_lora_rank = 1.5", 'x.toml: q_lora_rank=1.5 is not a whole number or "none"'),
         ("[model]\nrope_theta = 'x'", "x.toml: rope_theta='x' is not a finite number"),
         ("[model]\nrope_theta = inf", "x.toml: rope_theta=inf is not a finite number"),
         ("[model]\nrope_theta = nan", "x.toml: rope_theta=nan is not a finite number"),
@@ -138,9 +138,9 @@ def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: s
         ("n_layers = 3", "unknown key 'n_layers' in x.toml; known are model, data, train, out"),
         ("[train]\nstep = 4", "unknown key 'train.step' in x.toml; did you mean 'train.steps'?"),
         ("[data]\npaths = 'a'", "unknown key 'data.paths' in x.toml; did you mean 'data.path'?"),
-        ("[data]\npath = 3", "x.toml: path=3 is not a path or none"),
+        ("[data]\npath = 3", 'x.toml: data.path=3 is not a path or "none"'),
         ("[data]\nval_fraction = 1.0", "x.toml: data.val_fraction=1.0 is not between 0 and 1; use for example 0.1"),
-        ("[train]\nlr = 'x'", "x.toml: lr='x' is not a finite number"),
+        ("[train]\nlr = 'x'", "x.toml: train.lr='x' is not a finite number"),
         ("[train]\nsteps = 0", "x.toml: train.steps=0 is not positive; use more than 0"),
         ("[train]\nseed = -1", "x.toml: train.seed=-1 is negative; use 0 or more"),
         ("[train]\nbeta1 = 2", "x.toml: train.beta1=2.0 is not between 0 and 1; use a share of one"),
@@ -152,11 +152,11 @@ def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: s
         ),
         (
             "[train]\nseq_len = 999",
-            "train.seq_len=999 is longer than model.max_seq_len=256; shorten the one or raise the other",
+            "x.toml: train.seq_len=999 is longer than model.max_seq_len=256; shorten the one or raise the other",
         ),
         (
             "[train]\nseq_len = 1",
-            "a sequence of 1 tokens is too short for model.n_mtp_layers=1; use at least 2",
+            "x.toml: a sequence of 1 tokens is too short for model.n_mtp_layers=1; use at least 2",
         ),
     ],
 )
@@ -360,7 +360,7 @@ def test_inference_json_keys(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
         (
             {"model_type": "deepseek_v3", "kv_lora_rank": 512},
-            "{path} lacks hidden_size, num_hidden_layers, vocab_size; is it a model's config.json?",
+            "{path} lacks first_k_dense_replace, hidden_size, intermediate_size, max_position_embeddings, ",
         ),
     ],
 )
@@ -584,9 +584,50 @@ def test_config_json_mtp_layers(tmp_path: Path, key: str) -> None:
             {k: v for k, v in yarn(40, 1.0).items() if k != "mscale"},
             "has mscale_all_dim=1.0 and no mscale; dsmini wants both or none",
         ),
+        ("num_key_value_heads", 8, "has num_key_value_heads=8, but MLA has as many as heads; want 128"),
+        (
+            "quantization_config",
+            {"quant_method": "awq"},
+            "has quantization_config={'quant_method': 'awq'}, which dsmini cannot read; want fp8 or none",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "linear"},
+            "has both rope_scaling and rope_parameters, and they differ; keep one",
+        ),
+        ("rope_scaling", "yarn", "has rope_scaling='yarn'; want a table of keys, or none"),
+        (
+            "rope_scaling",
+            {k: v for k, v in yarn(40, 1.0).items() if not k.startswith("original")},
+            "asks for YaRN and lacks original_max_position_embeddings; want it beside the type",
+        ),
         ("sliding_window", 4096, "has keys that dsmini does not know and so cannot honour: sliding_window"),
     ],
 )
 def test_config_json_that_cannot_be_honoured(tmp_path: Path, key: str, value: Any, sentence: str) -> None:
     path = written(tmp_path, HF_V3 | {key: value})
     assert refusal(ModelConfig.from_file, path) == f"{path} {sentence}"
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "n_routed_experts", "v_head_dim", "routed_scaling_factor"])
+def test_config_json_that_lacks_a_size_never_takes_the_toys(tmp_path: Path, key: str) -> None:
+    path = written(tmp_path, {k: v for k, v in HF_V3.items() if k != key})
+    assert refusal(ModelConfig.from_file, path) == f"{path} lacks {key}; want every size of the model"
+
+
+@pytest.mark.parametrize("text", ["n_layers = 3", "[modell]\ndim = 64"])
+def test_a_model_outside_its_section_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    assert "unknown key" in refusal(ModelConfig.from_file, path)
+
+
+def test_none_is_none_only_where_none_may_be(tmp_path: Path) -> None:
+    config = RunConfig(data=DataConfig(path=None), train=TrainConfig(sample_prompt="none"))
+    path = tmp_path / "x.toml"
+    path.write_text(config.to_toml())
+    assert RunConfig.from_file(path) == config
+
+
+def test_the_toy_file_is_the_defaults() -> None:
+    assert RunConfig.from_file(CONFIGS / "toy.toml") == RunConfig()

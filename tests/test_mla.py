@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsmini import MLA
 from dsmini.nn import Rope, apply_rope, causal_attention
-from tests.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
+from tests.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {
     "dim": 23,
@@ -131,6 +131,16 @@ def test_explicit_and_sdpa_attention_agree(s: int, v_dim: int) -> None:
     sizes = [t.norm().item() for t in explicit]
     for a, b, size in zip(sdpa, explicit, sizes, strict=True):
         assert (a - b).norm() <= rounding(FP32_UNIT, terms=s, chained=4) * max(size, sizes[0])
+
+
+@pytest.mark.parametrize("method", ["explicit", "sdpa"])
+def test_bf16_attention_is_off_by_its_roundings(method: Any) -> None:
+    """Logits, weights and output are rounded to BF16; the softmax between them is not."""
+    q, k, v = (torch.randn(2, 3, 63, 12).bfloat16() for _ in range(3))
+    got = causal_attention(q, k, v, 0.4, method)
+    want = causal_attention(q.double(), k.double(), v.double(), 0.4, "explicit")
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, want) <= rounding(BF16_UNIT, chained=3)
 
 
 def twin_of(layer: MLA, **changes: Any) -> MLA:

@@ -12,6 +12,8 @@ from torch.func import functional_call
 from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
 from dsmini.nn import Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
 from dsmini.nn.losses import IGNORE
+from dsmini.nn.norm import rms_norm
+from tests.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {
     "vocab_size": 13,
@@ -61,6 +63,20 @@ def check(
 
 def test_rms_norm(randomise: Any) -> None:
     check(randomise(RMSNorm(7)), [rand(3, 7)])
+
+
+@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-6), (1.0, 0.5), (1e-3, 1e-6), (1e4, 1e-6), (0.0, 1e-6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_on_a_cpu_equals_torchs(randomise: Any, dtype: torch.dtype, size: float, eps: float) -> None:
+    norm = randomise(RMSNorm(63, eps))
+    x = (size * torch.randn(2, 5, 63)).to(dtype).requires_grad_()
+    direction = torch.randn(2, 5, 63).to(dtype)
+    unit = BF16_UNIT if dtype == torch.bfloat16 else FP32_UNIT
+    got, want = norm(x), rms_norm(x, norm.weight, eps)
+    grads = [torch.autograd.grad((y * direction).sum(), [x, norm.weight]) for y in (got, want)]
+    for a, b in [(got, want), *zip(*grads, strict=True)]:
+        assert a.dtype == b.dtype
+        assert relative_error(a, b) <= rounding(unit, terms=63 if unit == FP32_UNIT else 1)
 
 
 @pytest.mark.parametrize("original_seq_len", [None, 8])
