@@ -1,36 +1,14 @@
 """The commands as a user runs them: what they print, what they keep, and how a mistake ends."""
 
 import json
-import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dsmini import RunConfig
-
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "--model.dim 32 --model.inter-dim 48 --model.moe-inter-dim 16 --model.n-layers 2 --model.n-routed-experts 8 "
-    "--model.max-seq-len 32 --train.batch-size 4 --train.eval-every 2 --train.eval-tokens 64 --train.sample-tokens 8 "
-    "--train.threads 1"
-)
-
-
-def start(command: str, folder: Path) -> "subprocess.Popen[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    args = [sys.executable, "-m", *shlex.split(command)]
-    return subprocess.Popen(args, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    process = start(command, folder)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+from tests.commands import TINY, run, run_all, start
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +134,6 @@ BAD_GENERATE = {
 }
 BAD = [("dsmini.train", *pair) for pair in BAD_TRAIN.items()]
 BAD += [("dsmini.generate", *pair) for pair in BAD_GENERATE.items()]
-# runs each command as python -m does, all in one process: importing torch takes longer than refusing a mistake
-RUN_ALL = """
-import contextlib, io, json, runpy, shlex, sys, traceback
-answers = []
-for module, arguments in json.load(sys.stdin):
-    sys.argv, said, status = [module, *shlex.split(arguments)], io.StringIO(), 0
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            traceback.print_exc()
-    answers.append((status, said.getvalue()))
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +147,9 @@ def refusals(place: Path) -> dict[tuple[str, str], tuple[int, str]]:
     (place / "full/mine.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     commands = [(module, arguments) for module, arguments, _ in BAD]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], cwd=place, env=env, input=json.dumps(commands), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    answers = run_all(commands, place)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
-    return dict(zip(commands, json.loads(done.stdout), strict=True))
+    return dict(zip(commands, answers, strict=True))
 
 
 @pytest.mark.parametrize(("module", "arguments", "message"), BAD)

@@ -1,0 +1,67 @@
+"""What README.md and docs/equations.md say works and exists."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, TINY, run_all
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every python -m dsmini... line of the bash blocks, without its comment, made small enough for a test."""
+    lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+    found = [re.sub(r"\s+#.*", "", line).split("python -m ", 1)[1] for line in lines if "python -m dsmini" in line]
+    return [tuple(command.partition(" ")[::2]) for command in found]
+
+
+def smaller(module: str, arguments: str) -> str:
+    if "--help" in arguments:
+        return arguments
+    if module == "dsmini.generate":
+        return f"{arguments} --max-new-tokens 4"
+    text = "" if "--data.path" in arguments else " --data.path book.txt"
+    return f"{arguments.replace('FILE_OR_FOLDER', 'book.txt')}{text} --train.steps 2 {TINY}"
+
+
+def test_every_command_runs(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 100)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    said = commands()
+    assert ("dsmini.train", "") in said and len(said) > 4
+    answers = run_all([(module, smaller(module, arguments)) for module, arguments in said], tmp_path)
+    for command, (status, words) in zip(said, answers, strict=True):
+        assert status == 0, (command, words)
+
+
+def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+        for expected in re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE):
+            assert expected in capsys.readouterr().out
+
+
+def test_the_tree_names_what_is_there() -> None:
+    tree = next(
+        block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if not kind
+    )
+    named = set(re.findall(r"[\w/]+\.py", tree))
+    there = {path.name for path in (ROOT / "dsmini").rglob("*.py") if path.name != "__init__.py"}
+    assert {Path(name).name for name in named} == there
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/equations.md"])
+def test_links_and_test_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert ((ROOT / document).parent / link).exists(), link
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for name in set(re.findall(r"\btest_\w+\b(?!\.py)", text)):
+        assert f"def {name}(" in tests or (ROOT / "tests" / f"{name}.py").exists() or f"{name}.py" in text, name
