@@ -1,6 +1,5 @@
 """python -m dsmini.generate: continue a text with a trained model."""
 
-import codecs
 import json
 import sys
 import time
@@ -53,7 +52,7 @@ def main(args: Sequence[str]) -> int:
     tokenizer = ByteTokenizer()
     tokens = tokenizer.encode(command.prompt).tolist()
     generator = torch.Generator().manual_seed(command.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
+    decoder = tokenizer.stream()
 
     def show(new: list[int]) -> None:
         if not command.json:

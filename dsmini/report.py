@@ -1,7 +1,8 @@
 """What people see of a run: the progress bar, the plots, the summary."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class TrainingProgress:
         self.console, self.steps, self.seq_len = console, steps, seq_len
         self.every = max(1, steps // 20)
         self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
@@ -31,7 +32,7 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("train", total=steps, figures="")
+        self.task = self.bar.add_task(f"step 0/{steps}", total=steps, figures="")
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.start()
@@ -44,16 +45,25 @@ class TrainingProgress:
         """One training step."""
         vio = "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
         figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}"
-        self.bar.update(self.task, completed=step.step, figures=figures)
+        where = f"step {step.step}/{self.steps}"
+        self.bar.update(self.task, completed=step.step, figures=figures, description=where)
         if not self.console.is_terminal and (step.step == 1 or step.step % self.every == 0):
             left = (self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9)
-            self.say(f"step {step.step}/{self.steps}  {figures}  {left:.0f} s left")
+            self.say(f"{where}  {figures}  {left:.0f} s left")
         if step.skipped:
             self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")
 
     def validated(self, step: int, nats: float, tokens: int) -> None:
         """A validation on the way."""
         self.say(f"step {step}: validation {nats:.3f} nats ({tokens:,} held-out tokens, context {self.seq_len})")
+
+    @contextmanager
+    def validating(self) -> Iterator[Callable[[float], None]]:
+        """A bar for the validation on the whole held-out split; what it gives is to be told the share that is done."""
+        self.say("validating on the whole held-out split")
+        task = self.bar.add_task("validation", total=1.0, figures="")
+        yield lambda done: self.bar.update(task, completed=done)
+        self.bar.remove_task(task)
 
     def say(self, line: str) -> None:
         """A line above the bar."""

@@ -1,5 +1,7 @@
 """Text as bytes: the token id is the byte. No training, no files, every text in every language."""
 
+import codecs
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,3 +19,7 @@ class ByteTokenizer:
     def decode(self, tokens: bytes | list[int]) -> str:
         """The text of the bytes; a byte sequence that is no UTF-8 becomes U+FFFD."""
         return bytes(tokens).decode("utf-8", errors="replace")
+
+    def stream(self) -> codecs.IncrementalDecoder:
+        """A decoder for tokens that come one by one: it holds back a character's bytes until the last of them."""
+        return codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -106,13 +106,17 @@ def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
     if not config.train.sample_tokens:
         return ""
     tokenizer = ByteTokenizer()
-    tokens = tokenizer.encode(config.train.sample_prompt).tolist()
+    decoder, text = tokenizer.stream(), config.train.sample_prompt
     generator = torch.Generator().manual_seed(config.train.seed)
+    prompt = tokenizer.encode(text).tolist()
     console.rule("a sample at temperature 0.8")
-    for (token,) in stream(model.eval(), [tokens], config.train.sample_tokens, temperature=0.8, generator=generator):
-        tokens += [] if token is None else [token]
-    text = tokenizer.decode(tokens)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.out(text, end="", highlight=False)
+    for (token,) in stream(model.eval(), [prompt], config.train.sample_tokens, temperature=0.8, generator=generator):
+        assert token is not None  # without an end token no row ends
+        piece = decoder.decode(bytes([token]))
+        console.out(piece, end="", highlight=False)
+        text += piece
+    console.print()
     console.rule()
     return text
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,17 +102,25 @@ class Trainer:
         return sums, counts
 
     @torch.no_grad()
-    def validate(self, at_most: int | None = None, tokens_at_a_time: int = 8192) -> float:
+    def validate(
+        self,
+        at_most: int | None = None,
+        tokens_at_a_time: int = 8192,
+        on_part: Callable[[float], None] = lambda done: None,
+    ) -> float:
         """Cross-entropy in nats a token over the held-out split, in windows of the training length; over about at_most
-        of its tokens if given. Changes nothing in the model."""
+        of its tokens if given. Changes nothing in the model. on_part is told the share that is done."""
         x, y = self.corpus.windows(self.config.seq_len, at_most)
         rows = max(1, tokens_at_a_time // self.config.seq_len)
         total = torch.zeros((), dtype=torch.float64)
         self.model.eval()
+        done = 0
         for tokens, targets in zip(x.split(rows), y.split(rows), strict=True):
             hidden = self.model.hidden(tokens.to(self.device)).flatten(0, 1)
             total += (
                 linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
             )
+            done += len(tokens)
+            on_part(done / len(x))
         self.model.train()
         return total.item() / y.numel()

@@ -79,8 +79,8 @@ class TrainingRun:
         """On the way a part of the held-out split, at the end all of it."""
         train = self.config.train
         if step == train.steps:
-            progress.say("validating on the whole held-out split")
-            return self.trainer.validate()
+            with progress.validating() as on_part:
+                return self.trainer.validate(on_part=on_part)
         if step % train.eval_every:
             return None
         nats = self.trainer.validate(train.eval_tokens)
