@@ -221,9 +221,9 @@ class DataConfig:
 class TrainConfig:
     """The recipe. Published values are in DeepSeek-V3's report, section 4.2."""
 
-    steps: int = 600
+    steps: int = 1600
     """Number of optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 4
     """Sequences in an optimizer step."""
     grad_accum: int = 1
     """Parts a step's batch is computed in; the result is that of one part, in less memory."""
@@ -253,11 +253,11 @@ class TrainConfig:
     """Weight of the multi-token prediction loss (V3: 0.3, later 0.1)."""
     recompute: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between validations."""
     eval_tokens: int = 65536
     """Held-out tokens of a validation on the way; the one at the end reads the whole held-out split."""
-    sample_tokens: int = 400
+    sample_tokens: int = 300
     """Length of the sample printed at the end, in tokens; 0 for none."""
     sample_prompt: str = "\n"
     """What that sample goes on from."""

@@ -195,6 +195,7 @@ def test_counts_of_a_step_in_parts_are_those_of_the_step(small_model: Model, rec
 
 
 def test_max_violation_by_hand() -> None:
-    counts = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 2, 2]])
+    """Only the busiest expert counts, not the idlest."""
+    counts = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 3, 2, 0]])
     assert max_violation(counts).tolist() == [0.0, 3.0, 0.5]
     assert max_violation(counts[1]).item() == 3.0

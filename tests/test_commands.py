@@ -109,7 +109,7 @@ BAD_TRAIN = {
     "--model.qk-rope-head-dim 15": "use 16",
     "--model.score-func sigmod": "sigmoid",
     "--train.seq-len 512": "max_seq_len=256",
-    "--train.grad-accum 3": "use 15 or 18",
+    "--train.grad-accum 3": "use 3 or 6",
     "--train.device tpu": "use auto, cpu, cuda or mps",
     "--train.device cuda:7": "not on this machine",
     "--train.sample-prompt ''": "sample_prompt is empty",

@@ -49,6 +49,17 @@ def test_run_and_forward_give_the_same_logits(small_model: Model) -> None:
     assert out.mtp_logits == [] and len(out.routing) == 1
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_block_adds_attention_and_then_feed_forward_of_what_is_normed(small_model: Model, layer: int) -> None:
+    block = small_model().layers[layer]
+    x = torch.randn(B, S, 24)
+    y, routing = block(x)
+    between = x + block.attn(block.attn_norm(x))
+    fed = block.ffn(block.ffn_norm(between))
+    assert torch.equal(y, between + (fed if routing is None else fed[0]))
+    assert (routing is None) == (layer == 0)
+
+
 def test_total_is_main_and_the_weighted_others(small_model: Model) -> None:
     model = small_model()
     tokens, targets = batch()

@@ -26,18 +26,19 @@ def causal_attention(
 ) -> Float[Tensor, "b h s v"]:
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
-    explicit holds the [s, s] logits. sdpa is torch's flash attention; v is padded with zeros to the width of q and k,
-    which it wants equal, and a CPU runs it in FP32, where its backward is faster than in BF16. auto: sdpa, but
-    explicit for short sequences in a compiled model on a CPU (docs/log.md).
+    explicit holds the [s, s] logits, made in q's dtype. sdpa is torch's flash attention; it wants q, k and v equally
+    wide, so the narrower are padded with zeros, and a CPU runs it in FP32, where its backward is faster than in BF16.
+    auto: sdpa, but explicit for short sequences in a compiled model on a CPU (docs/log.md).
     """
     on_cpu = q.device.type == "cpu"
     if method == "auto":
         compiled = on_cpu and torch.compiler.is_compiling()
         method = "explicit" if compiled and q.shape[2] <= EXPLICIT_UP_TO else "sdpa"
     if method == "sdpa":
-        wide = F.pad(v, (0, max(q.shape[-1] - v.shape[-1], 0)))
-        q, k, wide = (at_least_fp32(t) for t in (q, k, wide)) if on_cpu else (q, k, wide)
-        y = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)
+        width = max(q.shape[-1], v.shape[-1])
+        padded = [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
+        q_, k_, v_ = [at_least_fp32(t) for t in padded] if on_cpu else padded
+        y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale)
         return y[..., : v.shape[-1]].to(v.dtype)
     s = q.shape[2]
     future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)

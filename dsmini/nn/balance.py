@@ -7,6 +7,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsmini.nn.topk import stable_topk
+
 
 def bias_after(bias: Float[Tensor, " e"], counts: Int[Tensor, " e"], speed: float) -> Float[Tensor, " e"]:
     """The selection bias after a step: raised by `speed` for experts below the mean load, lowered above it."""
@@ -33,7 +35,7 @@ def sequence_balance_loss(
     Source: DeepSeek-V3 report, section 2.1.2, equations 17 to 20.
     """
     e, k = scores.shape[1], indices.shape[1]
-    chosen = indices if counts == "routed" else scores.detach().topk(k, -1).indices
+    chosen = indices if counts == "routed" else stable_topk(scores.detach(), k)
     per_sequence = rearrange(chosen, "(b t) k -> b (t k)", b=batch_size)
     tokens = torch.zeros(batch_size, e, device=scores.device, dtype=scores.dtype)
     tokens = tokens.scatter_add(1, per_sequence, torch.ones_like(per_sequence, dtype=scores.dtype))
@@ -48,4 +50,5 @@ def max_violation(counts: Int[Tensor, "*layers e"]) -> Float[Tensor, "*layers"]:
     Source: Wang et al. 2024, auxiliary-loss-free load balancing (arXiv 2408.15664), section 4.1.
     """
     load = counts.float()
-    return load.amax(-1) / load.mean(-1).clamp(min=1e-20) - 1
+    mean = load.mean(-1)
+    return (load.amax(-1) - mean) / mean.clamp(min=1e-20)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.balance import bias_after
 from dsmini.nn.fp32 import FP32Module, at_least_fp32
+from dsmini.nn.topk import stable_topk
 
 
 class Routing(NamedTuple):
@@ -62,11 +63,6 @@ def route(
         0, indices.flatten(), ones
     )
     return Routing(indices, weights * route_scale, scores, counts)
-
-
-def stable_topk(x: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
-    """Indices of the k largest in each row, largest first; among equals the lowest first; topk promises neither."""
-    return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 class Gate(FP32Module):

@@ -53,7 +53,8 @@ def grouped_linear_by_expert(
 
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
-    """grouped_mm wants 16-byte strides and BF16, on a CPU also FP32; it has no FP64."""
+    """grouped_mm wants 16-byte strides and BF16; in eager mode a CPU also takes FP32, nothing takes FP64."""
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
-    return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")
+    fp32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and fp32_too)
+    return aligned and fits and x.device.type in ("cpu", "cuda") and hasattr(F, "grouped_mm")

@@ -38,9 +38,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden weight^T)[target]; gradients are made chunk by chunk in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradients: bool
+    ) -> Tensor:
         w = weight.to(hidden.dtype)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -49,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, target = hidden[rows], targets[rows]
             log_p = F.log_softmax(at_least_fp32(F.linear(h, w)), -1)
             kept = (target != IGNORE)[:, None]
-            index = target.clamp(min=0)[:, None]
+            index = target.masked_fill(target == IGNORE, 0)[:, None]
             loss -= (log_p.gather(1, index) * kept).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -64,9 +66,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, None, None
+        return hidden, weight, None, None, None
 
 
 def linear_cross_entropy(
@@ -80,4 +82,5 @@ def linear_cross_entropy(
     At most chunk_rows rows of logits exist at a time (left out: about 16 MiB of them). First derivatives only.
     """
     rows = chunk_rows or max(1, 2**22 // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, targets, rows)  # pyright: ignore[reportReturnType]
+    # inside the function gradients are always off, so it is told whether they were on
+    return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]

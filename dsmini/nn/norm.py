@@ -14,6 +14,8 @@ from dsmini.nn.fp32 import FP32Module, at_least_fp32
 class RMSNorm(FP32Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in FP32, returned in x's dtype.
 
+    In eager mode on a CPU it has a backward of its own: first derivatives only, and none of torch.func's transforms.
+
     Source: Zhang and Sennrich 2019; DeepSeek-V3 adds one after each compressed latent (report, section 4.2).
     """
 

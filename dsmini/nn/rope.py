@@ -58,7 +58,7 @@ class Rope:
             return base
         low = max(math.floor(self._pair_turning(self.beta_fast)), 0)
         high = min(math.ceil(self._pair_turning(self.beta_slow)), self.dim - 1)
-        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
         stretched = ramp.clamp(0, 1)
         return base / self.factor * stretched + base * (1 - stretched)
 

@@ -79,6 +79,16 @@ def test_rms_norm_on_a_cpu_equals_torchs(randomise: Any, dtype: torch.dtype, siz
         assert relative_error(a, b) <= rounding(unit, terms=63 if unit == FP32_UNIT else 1)
 
 
+def test_norms_and_rotations_of_bf16_round_only_their_result(randomise: Any) -> None:
+    """Computed in FP32 they are the exact result rounded, but for the few that lie halfway between two BF16 numbers."""
+    norm, x = randomise(RMSNorm(64)), torch.randn(1, 130, 1, 64).bfloat16()
+    cos, sin = Rope(dim=64).table(torch.arange(130))
+    exact = [rms_norm(x.double(), norm.weight.double(), norm.eps), apply_rope(x.double(), (cos.double(), sin.double()))]
+    for got, want in zip([norm(x), apply_rope(x, (cos, sin))], exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got != want.bfloat16()).double().mean() < 2**-9
+
+
 @pytest.mark.parametrize("original_seq_len", [None, 8])
 def test_apply_rope(original_seq_len: int | None) -> None:
     rope = Rope(dim=6, original_seq_len=original_seq_len, factor=8.0, mscale=0.7)

@@ -15,7 +15,7 @@ from dsmini import Experts, FeedForward, MoE
 from dsmini.nn import grouped_linear, linear
 from dsmini.nn.linear import grouped_linear_by_expert
 from dsmini.nn.moe import sort_by_expert
-from tests.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 
@@ -165,6 +165,21 @@ def test_same_input_gives_the_same_bits(randomise: Any, dtype: torch.dtype) -> N
     first = once()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("n_shared_experts", [0, 1, 2])
+def test_moe_is_its_routed_and_its_shared_experts(randomise: Any, n_shared_experts: int) -> None:
+    moe = randomise(MoE(dim=24, moe_inter_dim=12, n_shared_experts=n_shared_experts)).double()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    y, routing = moe(x)
+    flat = x.flatten(0, 1)
+    want = moe.experts(flat, routing.indices, routing.weights, routing.counts)
+    if n_shared_experts:
+        w1, w2, w3 = (dict(moe.shared_experts.named_parameters())[f"w{i}.weight"] for i in (1, 2, 3))
+        assert w1.shape == (12 * n_shared_experts, 24)
+        want = want + (F.silu(flat @ w1.T) * (flat @ w3.T)) @ w2.T
+    assert relative_error(y.flatten(0, 1), want) <= rounding(FP64_UNIT, terms=24, chained=4)
+    assert (moe.shared_experts is None) == (n_shared_experts == 0)
 
 
 class Accumulations(TorchDispatchMode):
