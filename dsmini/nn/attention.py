@@ -13,8 +13,9 @@ from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
 from dsmini.nn.rope import Rope, Table, apply_rope
 
-# Up to this many tokens a compiled model is faster with the whole matrix of logits than with flash attention.
-EXPLICIT_UP_TO = 512
+# Up to so many tokens a CPU is faster with the whole matrix of logits than with flash attention (docs/log.md).
+EXPLICIT_UP_TO = 128
+EXPLICIT_UP_TO_COMPILED = 512
 
 
 def causal_attention(
@@ -27,19 +28,16 @@ def causal_attention(
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
     explicit holds the [s, s] logits, made in q's dtype. sdpa is torch's flash attention; it wants q, k and v equally
-    wide, so the narrower are padded with zeros, and a CPU runs it in FP32, where its backward is faster than in BF16.
-    auto: sdpa, but explicit for short sequences in a compiled model on a CPU (docs/log.md).
+    wide, so the narrower are padded with zeros. auto: sdpa, but explicit for short sequences on a CPU.
     """
-    on_cpu = q.device.type == "cpu"
     if method == "auto":
-        compiled = on_cpu and torch.compiler.is_compiling()
-        method = "explicit" if compiled and q.shape[2] <= EXPLICIT_UP_TO else "sdpa"
+        short = EXPLICIT_UP_TO_COMPILED if torch.compiler.is_compiling() else EXPLICIT_UP_TO
+        method = "explicit" if q.device.type == "cpu" and q.shape[2] <= short else "sdpa"
     if method == "sdpa":
         width = max(q.shape[-1], v.shape[-1])
-        padded = [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
-        q_, k_, v_ = [at_least_fp32(t) for t in padded] if on_cpu else padded
-        y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale)
-        return y[..., : v.shape[-1]].to(v.dtype)
+        wide_q, wide_k, wide_v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, scale=scale)
+        return y[..., : v.shape[-1]]
     s = q.shape[2]
     future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     logits = at_least_fp32(q @ k.transpose(-1, -2)) * scale
