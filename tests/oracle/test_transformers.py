@@ -36,8 +36,11 @@ def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transform
     return built
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    """Relative error over the whole tensor; printed, so that pytest -rP shows it."""
+    error = ((got - want).norm() / want.norm()).item()
+    print(f"{error:.1e} {what}")
+    assert error < tolerance, what
 
 
 def tokens_for(model: Any) -> Tensor:
@@ -52,7 +55,7 @@ def test_logits_and_gradients(case: str) -> None:
     tokens = tokens_for(theirs)
     want = theirs(tokens).logits
     got = model(tokens)
-    assert relative_error(got, want) < LOGITS
+    assert_close(got, want, LOGITS, "logits")
 
     target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
     (want * target).sum().backward()
@@ -61,7 +64,7 @@ def test_logits_and_gradients(case: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         if grads[name].norm() > 0:
-            assert relative_error(parameter.grad, grads[name]) < GRADIENTS, name
+            assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
         else:
             assert parameter.grad.norm() == 0, name
 
@@ -72,7 +75,7 @@ def test_v2_softmax_routing(method: str) -> None:
     theirs = hf.v2(4, topk_method=method, norm_topk_prob=False, routed_scaling_factor=16.0, **groups)
     model = ours(theirs, hf.tensors(theirs, 3), 0)
     tokens = tokens_for(theirs)
-    assert relative_error(model(tokens), theirs(tokens).logits) < LOGITS
+    assert_close(model(tokens), theirs(tokens).logits, LOGITS, "logits")
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -90,7 +93,7 @@ def test_mtp_logits(case: str, depth: int) -> None:
         for k in range(1, depth + 1):
             s = tokens.shape[1] - k
             hidden = blocks.forward_layer(k - 1, hidden[:, :s], torch.arange(s)[None], None, input_ids=tokens[:, k:])
-            assert relative_error(got.mtp_logits[k - 1], theirs.lm_head(hidden)) < LOGITS
+            assert_close(got.mtp_logits[k - 1], theirs.lm_head(hidden), LOGITS, f"MTP logits of depth {k}")
 
 
 def test_names_go_there_and_back() -> None:
