@@ -49,6 +49,7 @@ def main(args: Sequence[str]) -> int:
     corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size)
     dtype = pick_dtype(config.train.dtype, device)
     config = _resolved(config, device, dtype, "toy" if file is None else file.stem)
+    assert config.out is not None
     _introduce(console, config, corpus)
 
     torch.manual_seed(config.train.seed)
@@ -61,6 +62,7 @@ def main(args: Sequence[str]) -> int:
         return 130
     summary = training.summarise()
     summary["sample"] = _sample(console, model, config)
+    write_text(config.out / "sample.txt", summary["sample"])
     print_summary(console, summary)
     console.print(
         f"\nGo on with: python -m dsmini.generate {config.out} --prompt 'def '", highlight=False, markup=False
@@ -96,7 +98,7 @@ def _introduce(console: Console, config: RunConfig, corpus: Corpus) -> None:
         f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
         f"        sha256 {corpus.sha256}",
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
-        f"run     {config.out}, {config.train.dtype} on {config.train.device}, {config.train.threads} threads",
+        f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

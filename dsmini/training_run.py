@@ -51,14 +51,14 @@ class TrainingRun:
                 step = self.trainer.step()
                 self._keep(step)
                 progress.show(step, self._recent_rate())
-                last = step.step == steps
-                if last or asked or self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                last, lost = step.step == steps, self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+                stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
+                if last or stop or lost:
                     save_model(self.folder, step.step, self.trainer.model)
-                val_loss = self._validate(step.step, progress) if not asked else None
-                self._record(step, val_loss, metrics)
-                if asked and not last:
+                self._record(step, None if stop else self._validate(step.step, progress), metrics)
+                if stop:
                     return False
-                if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                if lost:
                     raise ArithmeticError(
                         f"no finite gradient in the {MAX_SKIPPED_IN_A_ROW} steps up to step {step.step}; "
                         "lower train.lr, or look at the data"

@@ -5,7 +5,7 @@ runs/NAME/
     corpus.json           what was trained on: size, hash, how the held-out part was chosen
     metrics.jsonl         a line a step
     checkpoints/step-000030/model.safetensors
-    summary.json, loss.png, expert_load.png     at the end
+    summary.json, sample.txt, loss.png, expert_load.png     at the end
 """
 
 import json
@@ -28,8 +28,7 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
     Raises: ValueError if the folder holds anything already; nothing is overwritten.
     """
     if out is None:
-        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
-        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
+        return _next_folder(base, name)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             held = "another run" if (out / "config.toml").exists() else "other files"
@@ -38,6 +37,20 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
     except OSError as error:
         raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
     return out
+
+
+def _next_folder(base: Path, name: str) -> Path:
+    """The first number after all that are taken; where two runs start at once, each gets its own."""
+    while True:
+        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from None
+        return out
 
 
 def write_text(path: Path, text: str) -> None:
