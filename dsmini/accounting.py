@@ -130,6 +130,11 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
     return numbers * config.n_layers * bytes_per_number
 
 
+def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and there is no such twin to build."""
+    return config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.n_layers * bytes_per_number
+
+
 def mha_twin(config: ModelConfig) -> ModelConfig:
     """The same model with multi-head attention of as many heads, keys qk_nope_head_dim and values v_head_dim wide.
 

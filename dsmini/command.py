@@ -1,5 +1,7 @@
 """What all commands share: how a command line is read, and how a user's mistake ends."""
 
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +33,9 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command's main and exit with its status. What the user got wrong: one sentence, status 2."""
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         status = main(sys.argv[1:])
     except ValueError as error:
@@ -43,7 +48,13 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         sys.stderr.close()
         status = 1
     except OSError as error:
-        print(f"error: {error}; what was saved before is untouched", file=sys.stderr)
+        print(f"error: {error}; free some space or choose another folder; what was saved is untouched", file=sys.stderr)
+        status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
+            raise
+        first = (str(error).splitlines() or ["no memory is left"])[0]
+        print(f"error: too large for this machine: {first}; use a smaller model or batch", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -140,6 +140,7 @@ class ModelConfig:
                 f"n_kv_heads={self.n_kv_heads} has no meaning with attention='{self.attention}'; "
                 "leave it out, or use attention='gqa'",
             )
+        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
         if self.extended:
             require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
             require(
@@ -278,9 +279,16 @@ class TrainConfig:
         for name in ("weight_decay", "bias_speed", "balance_alpha", "mtp_weight", "sample_tokens", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative; use 0 or more")
-        for name in ("lr_final", "warmup", "beta1", "beta2"):
+        for name in ("lr_final", "warmup"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name}={value} is not between 0 and 1; use a share of one")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name}={value} is not from 0 to below 1; use for example 0.9")
+        require(self.seed < 2**63, f"train.seed={self.seed} is too large; use less than 2^63")
+        require(
+            self.threads is None or self.threads <= 1024, f"train.threads={self.threads} is too many; use 1024 or fewer"
+        )
         for name in ("seq_len", "threads"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value} is not positive; use 1 or more, or leave it out")
@@ -325,6 +333,7 @@ class RunConfig:
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """
         path = Path(path)
+        require(path.suffix == ".toml" or not path.exists(), f"{path} is not TOML; name a file that ends in .toml")
         sections = read_toml(path)
         parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
         built = {key: build(part, sections.get(key, {}), path.name, f"{key}.") for key, part in parts.items()}
@@ -346,5 +355,9 @@ def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> Model
 
     Raises: ValueError for an unknown argument, with the nearest right one.
     """
+    require(
+        config is None or isinstance(config, ModelConfig),
+        f"a layer is made from a ModelConfig or keyword arguments, got a {type(config).__name__}; use ModelConfig(...)",
+    )
     refuse_unknown(arguments, [f.name for f in dataclasses.fields(ModelConfig)], "the arguments", "")
     return dataclasses.replace(config or ModelConfig(), **arguments)

@@ -25,7 +25,7 @@ _NOT_STDLIB = {
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids of the training and the held-out text, and where they are from. Every document ends with a NUL."""
+    """Token ids of the training and the held-out text, and where they are from. Documents are separated by a NUL."""
 
     train: NDArray[np.uint8]
     val: NDArray[np.uint8]
@@ -59,8 +59,8 @@ class Corpus:
         return both[:, :-1], both[:, 1:]
 
     def windows(self, seq_len: int, at_most: int | None = None) -> tuple[Tensor, Tensor]:
-        """The held-out split in windows [n, seq_len] and their targets, every token scored once; or, for a quick look,
-        about at_most tokens of it in windows spread evenly."""
+        """The held-out split in windows [n, seq_len] and their targets: each token scored once, but for a tail that
+        fills no window. Or, for a quick look, about at_most tokens of it in windows spread evenly."""
         n = (len(self.val) - 1) // seq_len
         tokens = torch.from_numpy(self.val[: n * seq_len + 1].astype(np.int64))
         x, y = tokens[:-1].view(n, seq_len), tokens[1:].view(n, seq_len)
@@ -74,10 +74,10 @@ def load_corpus(config: DataConfig, seq_len: int, vocab_size: int) -> Corpus:
     """Read the corpus of a run.
 
     Raises: ValueError for a path that is missing, unreadable, empty, not text, or too short for one
-        sequence in each part, and for a vocabulary smaller than the tokenizer's.
+        sequence in each part, and for a vocabulary that is not the tokenizer's.
     """
-    if vocab_size < ByteTokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size={vocab_size} is too small for bytes; use {ByteTokenizer.vocab_size}")
+    if vocab_size != ByteTokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size={vocab_size} is not that of bytes; use {ByteTokenizer.vocab_size}")
     if config.path is None:
         source, documents, skipped = _standard_library()
     else:
@@ -117,8 +117,14 @@ def _standard_library() -> tuple[str, Documents, int]:
 
 
 def _read(path: Path) -> tuple[str, Documents, int]:
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise ValueError(f"data.path={path} cannot be a path: {error.strerror}; name a text file or a folder") from None
+    if not exists:
         raise ValueError(f"data.path={path} does not exist; name a text file or a folder of text files")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"data.path={path} is neither a file nor a folder; name a text file or a folder of text files")
     if path.is_file():
         text = _read_file(path)
         if not text:

@@ -45,8 +45,8 @@ class GenerateCommand:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns its exit status."""
     command = parse(GenerateCommand, "generate", args)
-    if command.max_new_tokens < 0:
-        raise ValueError(f"--max-new-tokens {command.max_new_tokens} is negative; use 0 or more")
+    if not -(2**63) <= command.seed < 2**63:
+        raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     device = pick_device(command.device)
     model, _ = load_run(command.run, pick_dtype(command.dtype, device))
     tokenizer = ByteTokenizer()

@@ -1,5 +1,6 @@
 """Continuing a text, token by token."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def stream(
     generator: torch.Generator | None = None,
 ) -> Iterator[list[int | None]]:
     """generate as it happens: each step's new token of every row, None for a row that has ended."""
-    _check(model, prompts, temperature, top_k)
+    _check(model, prompts, max_new_tokens, temperature, top_k)
     rows = [list(prompt) for prompt in prompts]
     ended = [False] * len(rows)
     context = model.config.max_seq_len
@@ -119,10 +120,15 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     if top_k is not None and top_k < logits.shape[-1]:
         floor = logits.topk(top_k, -1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    # less the largest first: divided by a tiny temperature the logits would be infinite
+    return torch.multinomial(
+        ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1), 1, generator=generator
+    ).squeeze(1)
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], temperature: float, top_k: int | None) -> None:
+def _check(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None
+) -> None:
     vocab_size = model.config.vocab_size
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
@@ -132,7 +138,9 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], temperature: fl
         for token in prompt:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"prompt {i} has token id {token}, outside the vocabulary; want 0 to {vocab_size - 1}")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; use 0 for the likeliest token, or more")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is negative; use 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature} is not 0 or more; use 0 for the likeliest token")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} is less than 1; use 1 or more, or leave it out")

@@ -89,7 +89,7 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     """A summary's figures in words."""
     lines = []
     if s["val_loss"] is not None:
-        where = f"{s['val_tokens']:,} tokens, all that was held out, at context {s['seq_len']}"
+        where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
         lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
     vs = f"{s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less"
     lines += [
@@ -122,7 +122,7 @@ def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, Seq
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     x = [row["step"] for row in steps]
-    raw = [row["loss"] for row in steps]
+    raw = [math.nan if row["loss"] is None else row["loss"] for row in steps]
     axes.plot(x, raw, color="#9db4d0", linewidth=0.8, label="training, each step")
     axes.plot(x, _smooth(raw), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
     validated = [(row["step"], row["val_loss"]) for row in steps if row["val_loss"] is not None]
@@ -157,11 +157,12 @@ def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, 
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a twentieth of the values, unbiased at the start."""
+    """Exponential moving average over about a twentieth of the values, unbiased at the start; NaN is passed over."""
     decay = 1 - 1 / max(1.0, len(values) / 20)
     out, mean, weight = [], 0.0, 0.0
     for value in values:
-        mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        out.append(mean / weight)
+        if not math.isnan(value):
+            mean = decay * mean + (1 - decay) * value
+            weight = decay * weight + (1 - decay)
+        out.append(mean / weight if weight else math.nan)
     return out

@@ -13,8 +13,8 @@ class ByteTokenizer:
     end_of_document = 0
 
     def encode(self, text: str) -> NDArray[np.uint8]:
-        """The text's UTF-8 bytes."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        """The text's UTF-8 bytes; those that Python could not decode in an argument come back as they were."""
+        return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
 
     def decode(self, tokens: bytes | list[int]) -> str:
         """The text of the bytes; a byte sequence that is no UTF-8 becomes U+FFFD."""

@@ -38,12 +38,22 @@ class TrainingRun:
         self.recent: list[Step] = []
         self.seconds = 0.0
         self.skipped_in_a_row = 0
+        self.saved = False
 
     def train(self) -> bool:
         """All steps, or those until Ctrl-C; the model is saved either way. Whether it came to the end.
 
-        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
+        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient; OSError, or rich's SystemExit
+            for a closed pipe, where something could not be written, after saving the model if that can be done.
         """
+        try:
+            return self._train()
+        except (OSError, SystemExit):
+            if self.trainer.steps_done and not self.saved:
+                save_model(self.folder, self.trainer.steps_done, self.trainer.model)
+            raise
+
+    def _train(self) -> bool:
         steps = self.config.train.steps
         progress = TrainingProgress(self.console, steps, self.config.seq_len)
         with (self.folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics, progress, asked_to_stop() as asked:
@@ -55,6 +65,7 @@ class TrainingRun:
                 stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
                 if last or stop or lost:
                     save_model(self.folder, step.step, self.trainer.model)
+                    self.saved = True
                 self._record(step, None if stop else self._validate(step.step, progress), metrics)
                 if stop:
                     return False
@@ -84,7 +95,7 @@ class TrainingRun:
         if step % train.eval_every:
             return None
         nats = self.trainer.validate(train.eval_tokens)
-        progress.validated(step, nats, min(train.eval_tokens, len(self.trainer.corpus.val)))
+        progress.validated(step, nats, self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens)[0].numel())
         return nats
 
     def _record(self, step: Step, val_loss: float | None, metrics: Any) -> None:
@@ -125,13 +136,13 @@ class TrainingRun:
         config, model = self.config, self.trainer.model.config
         device, dtype = self.trainer.device, DTYPES[config.train.dtype]
         parameters = accounting.parameters(model)
-        tokens = sum(1 for _ in self.rows) * config.train.batch_size * config.seq_len
+        tokens = len(self.rows) * config.train.batch_size * config.seq_len
         rate = tokens / self.seconds
         flops = accounting.flops_per_token(model, config.seq_len, causal=True, training=True).total * rate
         peak = matmul_rate(device, dtype)
         val_loss = self.rows[-1]["val_loss"]
         cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
-        mha_cache = accounting.kv_bytes_per_token(accounting.mha_twin(model), dtype.itemsize)
+        mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)
         vio = [step.max_vio for step in self.recent if step.max_vio is not None]
         summary = {
             "run": str(self.folder),
@@ -167,7 +178,7 @@ class TrainingRun:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once."""
+    """A list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 
     def ask(number: int, _: FrameType | None) -> None:
@@ -175,7 +186,8 @@ def asked_to_stop() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield asked
     finally:

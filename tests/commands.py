@@ -32,7 +32,8 @@ print(json.dumps(answers))
 
 
 def start(command: str, folder: Path) -> "subprocess.Popen[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("EXTRA_PATH")]))
+    env = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
     args = [sys.executable, "-m", *shlex.split(command)]
     return subprocess.Popen(args, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -171,6 +171,13 @@ def test_mla_caches_as_much_as_gqa_of_two_and_a_quarter_groups() -> None:
     assert kv_bytes_per_token(V2, 1) == 2.25 * (2 * 128) * 60
 
 
+@given(model_configs())
+def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
+    if config.qk_nope_head_dim % 2 == 0:
+        twin = accounting.kv_bytes_per_token(accounting.mha_twin(config), 2)
+        assert accounting.mha_kv_bytes_per_token(config, 2) == twin
+
+
 def test_cache_against_the_mha_twin() -> None:
     """98.24 % needs heads of 128; against the 192-wide keys that MLA expands to it would be 98.59 %."""
     twin = mha_twin(V3)

@@ -64,6 +64,48 @@ def test_generate_goes_on_from_a_prompt(place: Path) -> None:
     assert streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
 
 
+def test_generate_heeds_temperature_top_k_and_seed(place: Path) -> None:
+    options = {
+        "greedy": "--temperature 0 --seed 1",
+        "greedy again": "--temperature 0 --seed 2",
+        "one choice": "--temperature 9 --top-k 1 --seed 3",
+        "wild": "--temperature 9 --seed 1",
+        "wild again": "--temperature 9 --seed 2",
+    }
+    commands = [("dsmini.generate", f"runs/x --max-new-tokens 20 --prompt T --json {o}") for o in options.values()]
+    answers = dict(zip(options, [json.loads(said)["text"] for _, said in run_all(commands, place)], strict=True))
+    assert answers["greedy"] == answers["greedy again"] == answers["one choice"]
+    assert len({answers["greedy"], answers["wild"], answers["wild again"]}) == 3
+
+
+def test_a_loss_that_is_not_finite_does_not_end_in_a_traceback(place: Path) -> None:
+    command = f"--data.path book.txt --out runs/nan --train.steps 4 --train.lr 1e38 --train.dtype float32 {TINY}"
+    ((status, said),) = run_all([("dsmini.train", command)], place)
+    assert status == 0, said
+    assert "skipped" in said and (place / "runs/nan/loss.png").exists()
+
+
+def test_a_full_disk_is_a_sentence(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    (place / "full_disk").mkdir()
+    (place / "full_disk/sitecustomize.py").write_text(fill)
+    monkeypatch.setenv("EXTRA_PATH", str(place / "full_disk"))
+    done = run(f"dsmini.train --data.path book.txt --out runs/disk --train.steps 2 {TINY}", place)
+    assert done.returncode == 1
+    assert "cannot save" in done.stderr and "Traceback" not in done.stderr
+    assert not list((place / "runs/disk").rglob("*.partial"))
+
+
+def test_a_reader_that_goes_away_does_not_lose_the_model(place: Path) -> None:
+    process = start(f"dsmini.train --data.path book.txt --out runs/head --train.steps 5000 {TINY}", place)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step "):
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert list((place / "runs/head").glob("checkpoints/step-*/model.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_of_the_same_command_are_equal(place: Path, dtype: str) -> None:
     outs = []
@@ -108,6 +150,12 @@ BAD_TRAIN = {
     "--model.n-activated-experts 20": "n_routed_experts=16",
     "--model.qk-rope-head-dim 15": "use 16",
     "--model.score-func sigmod": "sigmoid",
+    "--model.vocab-size 400": "use 256",
+    "--model.rope-theta 1": "use more than 1",
+    "--train.beta1 1.0": "below 1",
+    "--train.seed 99999999999999999999": "is too large",
+    "--train.threads 100000": "use 1024 or fewer",
+    "x.json": "name a file that ends in .toml",
     "--train.seq-len 512": "max_seq_len=256",
     "--train.grad-accum 3": "use 3 or 6",
     "--train.device tpu": "use auto, cpu, cuda or mps",
@@ -126,7 +174,9 @@ BAD_GENERATE = {
     "runs/nothing": "there is no folder runs/nothing",
     "full": "has no checkpoint",
     "runs/x --prompt ''": "prompt 0 is empty",
-    "runs/x --temperature -1": "temperature=-1.0 is negative",
+    "runs/x --temperature -1": "temperature=-1.0 is not 0 or more",
+    "runs/x --temperature nan": "temperature=nan is not 0 or more",
+    "runs/x --seed 99999999999999999999": "is too large",
     "runs/x --top-k 0": "top_k=0",
     "runs/x --max-new-tokens -1": "negative",
     "runs/x --dtype float16": "float32",
@@ -143,6 +193,7 @@ def refusals(place: Path) -> dict[tuple[str, str], tuple[int, str]]:
     (place / "short.txt").write_text("short")
     (place / "typo.toml").write_text("[model]\nn_layer = 3\n")
     (place / "section.toml").write_text("[trian]\nsteps = 3\n")
+    (place / "x.json").write_text("{}")
     (place / "full").mkdir()
     (place / "full/mine.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}

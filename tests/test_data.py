@@ -1,5 +1,6 @@
 """The corpus: the same bytes every time, split by whole files, and batches that depend on seed and step alone."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,19 @@ def test_few_large_files_are_split_at_their_end(tmp_path: Path) -> None:
     assert corpus.val.tobytes() == b"b" * 100
 
 
+def test_the_hash_is_of_all_tokens(tmp_path: Path) -> None:
+    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, {"t": b"text " * 50}) / "t"), 8, 256)
+    assert corpus.sha256 == hashlib.sha256(b"text " * 50).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "cannot be a path")]
+)
+def test_what_is_no_file_is_refused(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_corpus(DataConfig(path=Path(path)), 8, 256)
+
+
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
     corpus = corpus_of(b"", train=bytes(range(256)) * 20)
     tokens, targets = corpus.batch(7, 5, 32, seed=3)
@@ -123,6 +137,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_corpus(DataConfig(path=path), 16, 256)
 
 
-def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size=100 is too small for bytes; use 256"):
-        load_corpus(DataConfig(), 16, 100)
+@pytest.mark.parametrize("vocab_size", [100, 400])
+def test_a_vocabulary_that_is_not_of_bytes_is_refused(vocab_size: int) -> None:
+    with pytest.raises(ValueError, match=f"vocab_size={vocab_size} is not that of bytes; use 256"):
+        load_corpus(DataConfig(), 16, vocab_size)

@@ -73,6 +73,11 @@ def test_sampling_follows_the_softmax_at_its_temperature() -> None:
     assert (share - want).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard deviations of a share
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 90.0, 3.0]])
+    assert sample(logits, 1e-45, None, torch.Generator().manual_seed(0)).tolist() == [1]
+
+
 def test_top_k_draws_only_from_the_k_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.9]]).expand(500, 4)
     drawn = sample(logits, 5.0, 2, torch.Generator().manual_seed(0))
@@ -86,10 +91,12 @@ def test_top_k_draws_only_from_the_k_likeliest() -> None:
         ([torch.tensor([], dtype=torch.int64)], {}, "prompt 0 is empty"),
         ([torch.tensor([1]), torch.tensor([61])], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
         ([torch.tensor([-1])], {}, "token id -1"),
-        ([torch.tensor([1])], {"temperature": -0.5}, "temperature=-0.5 is negative"),
+        ([torch.tensor([1])], {"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
+        ([torch.tensor([1])], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
+        ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
         ([torch.tensor([1])], {"top_k": 0}, "top_k=0 is less than 1"),
     ],
 )
 def test_bad_requests_are_refused(small_model: Model, prompts: list[Tensor], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dsmini.generate(small_model(), prompts, 4, **options)
+        dsmini.generate(small_model(), prompts, **{"max_new_tokens": 4, **options})

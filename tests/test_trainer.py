@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data import Corpus
+from dsmini.optim import learning_rate
 from dsmini.trainer import Trainer
 from tests.tolerances import FP32_UNIT, relative_error, rounding
 
@@ -90,6 +91,40 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
         assert p.grad is not None
         assert q.grad is not None
         assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
+
+
+def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer()
+    used = []
+    real = trainer.optimizer.step
+    monkeypatch.setattr(
+        trainer.optimizer, "step", lambda: (used.append([g["lr"] for g in trainer.optimizer.param_groups]), real())
+    )
+    said = [trainer.step().lr for _ in range(3)]
+    want = [learning_rate(i, trainer.config.train) for i in range(3)]
+    assert said == want and used == [[lr, lr] for lr in want] and len(set(want)) == 3
+
+
+def test_the_gradient_is_clipped_before_the_update(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(grad_clip=0.01)
+    norms = []
+
+    def look() -> None:
+        norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm())
+
+    monkeypatch.setattr(trainer.optimizer, "step", look)
+    assert trainer.step().grad_norm > 0.1
+    assert norms[0].item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"mtp_weight": 0.7, "balance_alpha": 0.2, "balance_counts": "routed", "recompute": True}
+    trainer = new_trainer(**options)
+    seen: list[dict[str, Any]] = []
+    real = trainer.model.losses
+    monkeypatch.setattr(trainer.model, "losses", lambda x, y, **kwargs: (seen.append(kwargs), real(x, y, **kwargs))[1])
+    trainer.step()
+    assert seen == [options]
 
 
 def test_validation_changes_nothing(new_trainer: NewTrainer) -> None:

@@ -72,7 +72,11 @@ def save_model(run: Path, step: int, model: Transformer) -> Path:
     path = folder / "model.safetensors"
     temporary = folder / "model.safetensors.partial"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, temporary, metadata={"step": str(step)})
+    try:
+        save_file(tensors, temporary, metadata={"step": str(step)})
+    except SafetensorError as error:  # what a full disk is called there
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot save {path}: {error}") from None
     os.replace(temporary, path)
     return path
 
@@ -98,7 +102,7 @@ def load_run(path: Path, compute_dtype: torch.dtype | None = None) -> tuple[Tran
 def _last_checkpoint(run: Path) -> Path:
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
-    found = sorted(p.parent for p in run.glob("checkpoints/step-*/model.safetensors"))
+    found = [p.parent for p in run.glob("checkpoints/step-*/model.safetensors")]
     if not found:
         raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
-    return found[-1]
+    return max(found, key=lambda folder: int(folder.name.removeprefix("step-")))

@@ -33,6 +33,8 @@ def causal_attention(
     if method == "auto":
         short = EXPLICIT_UP_TO_COMPILED if torch.compiler.is_compiling() else EXPLICIT_UP_TO
         method = "explicit" if q.device.type == "cpu" and q.shape[2] <= short else "sdpa"
+    if method not in ("explicit", "sdpa"):
+        raise ValueError(f"method={method!r} is unknown; use auto, explicit or sdpa")
     if method == "sdpa":
         width = max(q.shape[-1], v.shape[-1])
         wide_q, wide_k, wide_v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))

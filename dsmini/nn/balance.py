@@ -34,6 +34,8 @@ def sequence_balance_loss(
 
     Source: DeepSeek-V3 report, section 2.1.2, equations 17 to 20.
     """
+    if counts not in ("published", "routed"):
+        raise ValueError(f"counts={counts!r} is unknown; use published or routed")
     e, k = scores.shape[1], indices.shape[1]
     chosen = indices if counts == "routed" else stable_topk(scores.detach(), k)
     per_sequence = rearrange(chosen, "(b t) k -> b (t k)", b=batch_size)

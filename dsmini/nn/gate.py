@@ -46,6 +46,12 @@ def route(
 
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
     """
+    reachable = logits.shape[1] // n_expert_groups * n_limited_groups
+    if score_func not in ("sigmoid", "softmax") or n_activated_experts > reachable:
+        raise ValueError(
+            f"score_func={score_func!r}, n_activated_experts={n_activated_experts} of {reachable} reachable experts; "
+            "want sigmoid or softmax, and no more active than reachable experts"
+        )
     scores = logits.sigmoid() if score_func == "sigmoid" else logits.softmax(-1)
     choice = scores.detach() if bias is None else scores.detach() + bias
     if n_expert_groups > 1:
@@ -111,6 +117,10 @@ class Gate(FP32Module):
 
         Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
         """
+        if counts.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"counts has shape {tuple(counts.shape)}; want one count an expert, [{self.weight.shape[0]}]"
+            )
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias_after(self.bias, counts, speed))

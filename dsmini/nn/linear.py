@@ -38,10 +38,18 @@ def grouped_linear(
     Args:
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
     """
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return _outside_the_graph(x, weight, ends)  # pyright: ignore[reportCallIssue]
     weight = weight.to(x.dtype)
     if _grouped_mm_serves(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
     return grouped_linear_by_expert(x, weight, ends)
+
+
+@torch.compiler.disable
+def _outside_the_graph(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch cannot trace grouped_mm in FP32, nor products whose sizes are data: eager between two compiled graphs."""
+    return grouped_linear(x, weight, ends)
 
 
 def grouped_linear_by_expert(
@@ -53,8 +61,7 @@ def grouped_linear_by_expert(
 
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor) -> bool:
-    """grouped_mm wants 16-byte strides and BF16; in eager mode a CPU also takes FP32, nothing takes FP64."""
+    """grouped_mm wants 16-byte strides and BF16, on a CPU also FP32; it has no FP64."""
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    fp32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and fp32_too)
-    return aligned and fits and x.device.type in ("cpu", "cuda") and hasattr(F, "grouped_mm")
+    kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
+    return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")

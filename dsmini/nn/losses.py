@@ -81,6 +81,8 @@ def linear_cross_entropy(
 
     At most chunk_rows rows of logits exist at a time (left out: about 16 MiB of them). First derivatives only.
     """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
     rows = chunk_rows or max(1, 2**22 // weight.shape[0])
     # inside the function gradients are always off, so it is told whether they were on
     return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]

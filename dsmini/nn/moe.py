@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig | None = None, /, inter_dim: int | None = None, **arguments: Any) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        hidden = inter_dim or c.inter_dim
+        hidden = c.inter_dim if inter_dim is None else inter_dim
         self.w1 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
         self.w2 = Linear(hidden, c.dim, init_std=c.init_std, precision=c.precision)
         self.w3 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)

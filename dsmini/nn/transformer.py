@@ -125,6 +125,7 @@ class Transformer(nn.Module):
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
         """
+        self._check_ids("target", targets.masked_fill(targets == IGNORE, 0))
         counted = (targets != IGNORE).sum().clamp(min=1)
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
@@ -187,18 +188,22 @@ class Transformer(nn.Module):
 
     def _check(self, tokens: Tensor) -> None:
         c = self.config
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; want int64 [batch, sequence]")
         if tokens.shape[1] > c.max_seq_len:
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than max_seq_len={c.max_seq_len}; "
                 "shorten it, or build the model with a longer context"
             )
+        self._check_ids("token", tokens)
+
+    def _check_ids(self, what: str, ids: Tensor) -> None:
         # On an accelerator the check would wait for the device in every step; the commands check their data once.
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in tokens.aminmax())
-            if low < 0 or high >= c.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary; want 0 to {c.vocab_size - 1}"
-                )
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            low, high = (int(i) for i in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong, last = low if low < 0 else high, self.config.vocab_size - 1
+                raise ValueError(f"{what} id {wrong} is outside the vocabulary; want 0 to {last}")
 
 
 def _run_block(block: nn.Module, recompute: bool, *args: Any) -> tuple[Tensor, Routing | None]:
