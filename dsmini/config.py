@@ -333,7 +333,7 @@ class RunConfig:
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """
         path = Path(path)
-        require(path.suffix == ".toml" or not path.exists(), f"{path} is not TOML; name a file that ends in .toml")
+        require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
         sections = read_toml(path)
         parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
         built = {key: build(part, sections.get(key, {}), path.name, f"{key}.") for key, part in parts.items()}

@@ -43,7 +43,7 @@ class TrainingRun:
     def train(self) -> bool:
         """All steps, or those until Ctrl-C; the model is saved either way. Whether it came to the end.
 
-        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient; OSError, or rich's SystemExit
+        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient; OSError, or rich's exit
             for a closed pipe, where something could not be written, after saving the model if that can be done.
         """
         try:

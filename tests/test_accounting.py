@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsmini import ModelConfig, Transformer
-from dsmini.accounting import flops_per_token, kv_bytes_per_token, mha_twin, parameters
+from dsmini.accounting import flops_per_token, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin, parameters
 from dsmini.nn import attention, causal_attention, mla
 from tests.strategies import model_configs
 
@@ -174,8 +174,8 @@ def test_mla_caches_as_much_as_gqa_of_two_and_a_quarter_groups() -> None:
 @given(model_configs())
 def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
     if config.qk_nope_head_dim % 2 == 0:
-        twin = accounting.kv_bytes_per_token(accounting.mha_twin(config), 2)
-        assert accounting.mha_kv_bytes_per_token(config, 2) == twin
+        twin = kv_bytes_per_token(mha_twin(config), 2)
+        assert mha_kv_bytes_per_token(config, 2) == twin
 
 
 def test_cache_against_the_mha_twin() -> None:
