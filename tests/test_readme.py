@@ -57,6 +57,10 @@ def test_the_tree_names_what_is_there() -> None:
     assert {Path(name).name for name in named} == there
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search("[A-Z]+_PLACE|TODO|TBD", README)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/equations.md"])
 def test_links_and_test_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
