@@ -187,6 +187,7 @@ def asked_to_stop() -> Iterator[list[int]]:
         asked.append(number)
 
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+    hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants to go on
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield asked
