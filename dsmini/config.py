@@ -206,12 +206,24 @@ class DataConfig:
     """What is read, and how much of it is held out."""
 
     path: Path | None = None
-    """A text file, or a folder of them; left out: the source code of Python's own standard library."""
+    """A text file, or a folder of them, plain or .gz; left out: the source code of Python's own standard library."""
     val_fraction: float = 0.1
     """Share of the corpus held out for validation: whole files of a folder, the end of a single file."""
+    tokenizer: Path | None = None
+    """A tokenizer.json of the tokenizers library; left out: a token is a byte."""
+    fim_rate: float = 0.0
+    """Share of the training documents rearranged for fill-in-the-middle, prefix-suffix-middle (V3: 0.1)."""
+    document_mask: bool = False
+    """Let no token attend to another document packed into its sequence; V3 lets it."""
+    workers: int = 1
+    """Threads that prepare batches ahead of the training; 0 prepares each when it is needed. No effect on the order."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
+        require(
+            0 <= self.fim_rate <= 1, f"data.fim_rate={self.fim_rate} is not between 0 and 1; use a share such as 0.1"
+        )
+        require(0 <= self.workers <= 64, f"data.workers={self.workers} is not from 0 to 64; use for example 1")
         require(
             0 < self.val_fraction < 1,
             f"data.val_fraction={self.val_fraction} is not between 0 and 1; use for example 0.1",
@@ -226,38 +238,83 @@ class TrainConfig:
     """Number of optimizer steps."""
     batch_size: int = 4
     """Sequences in an optimizer step."""
+    batch_start: int | None = None
+    """Sequences in the first steps, for a batch that grows; left out: batch_size from the start."""
+    batch_ramp: float = 0.0
+    """Share of the steps in which the batch grows from batch_start to batch_size."""
     grad_accum: int = 1
     """Parts a step's batch is computed in; the result is that of one part, in less memory."""
     seq_len: int | None = None
     """Tokens in a training sequence; left out: the model's max_seq_len."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of attention and feed-forwards, expert by expert, and adamw for all else."""
     lr: float = 3e-3
-    """Peak learning rate."""
-    lr_final: float = 0.1
-    """Final learning rate, as a share of the peak (cosine decay)."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.04
+    """Peak learning rate of Muon, for an update whose singular values are all about 1."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises linearly from 0."""
+    """Share of the steps in which the learning rates rise linearly from 0."""
+    constant: float = 0.0
+    """Share of the steps that follow at the peak; then comes the decay."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """Shape of the way down to lr_final."""
+    lr_final: float = 0.1
+    """Learning rate after the decay, as a share of the peak."""
+    final: float = 0.0
+    """Share of the steps spent at lr_final, behind the decay."""
+    lr_last: float = 0.1
+    """Learning rate of the last steps, as a share of the peak (V3: 1/30)."""
+    last: float = 0.0
+    """Share of the steps spent at lr_last, at the very end."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How AdamW's moments are kept (V3: bfloat16)."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the momentum (Nesterov)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the parameters with this decay, such as 0.99; left out: none."""
+    max_skipped: int = 10
+    """Give up after so many steps in a row whose loss or gradient was not finite."""
+
     bias_speed: float = 1e-3
     """Step of the routing bias after each optimizer step (V3: 0.001)."""
+    bias_until: float = 1.0
+    """Share of the steps after which the routing bias stays as it is (V3: the last 500B of 14.8T tokens)."""
     balance_alpha: float = 1e-4
     """Weight of the sequence-wise balance loss (V3: 0.0001)."""
     balance_counts: Literal["published", "routed"] = "published"
     """Which selections the balance loss counts: the report's top-k of plain scores, or the real routing."""
     mtp_weight: float = 0.3
-    """Weight of the multi-token prediction loss (V3: 0.3, later 0.1)."""
+    """Weight of the multi-token prediction loss (V3: 0.3)."""
+    mtp_until: float = 1.0
+    """Share of the steps after which that weight becomes mtp_weight_after."""
+    mtp_weight_after: float = 0.1
+    """Weight of the multi-token prediction loss from then on (V3: 0.1)."""
+
     recompute: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """Compile the training step with torch.compile: half a minute or more at the start, faster steps."""
     eval_every: int = 200
     """Steps between validations."""
     eval_tokens: int = 65536
     """Held-out tokens of a validation on the way; the one at the end reads the whole held-out split."""
+    eval_context: int | None = None
+    """At the end score the whole held-out split at this shorter context too."""
+    save_every: int = 400
+    """Steps between checkpoints; the last step is saved in any case."""
+    keep: int = 2
+    """How many checkpoints to keep, the newest; older ones are removed."""
+    tensorboard: bool = False
+    """Also write the figures for TensorBoard, into the run's folder."""
     sample_tokens: int = 300
     """Length of the sample printed at the end, in tokens; 0 for none."""
     sample_prompt: str = "\n"
@@ -273,23 +330,36 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train.")
-        for name in ("steps", "batch_size", "grad_accum", "lr", "grad_clip", "eval_every", "eval_tokens"):
+        for name in (
+            *("steps", "batch_size", "grad_accum", "lr", "muon_lr", "grad_clip", "max_skipped"),
+            *("eval_every", "eval_tokens", "save_every", "keep"),
+        ):
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} is not positive; use more than 0")
-        for name in ("weight_decay", "bias_speed", "balance_alpha", "mtp_weight", "sample_tokens", "seed"):
+        for name in (
+            *("weight_decay", "bias_speed", "balance_alpha", "mtp_weight", "mtp_weight_after"),
+            *("sample_tokens", "seed"),
+        ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative; use 0 or more")
-        for name in ("lr_final", "warmup"):
+        shares = ("warmup", "constant", "final", "last", "lr_final", "lr_last", "batch_ramp", "bias_until", "mtp_until")
+        for name in shares:
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name}={value} is not between 0 and 1; use a share of one")
-        for name in ("beta1", "beta2"):
+        taken = self.warmup + self.constant + self.final + self.last
+        require(
+            taken <= 1 + 1e-9,
+            f"train.warmup, constant, final and last are {taken:g} of the steps together; want 1 or less, "
+            "what is left is the decay",
+        )
+        for name in ("beta1", "beta2", "muon_momentum", *(["ema_decay"] if self.ema_decay is not None else [])):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} is not from 0 to below 1; use for example 0.9")
         require(self.seed < 2**63, f"train.seed={self.seed} is too large; use less than 2^63")
         require(
             self.threads is None or self.threads <= 1024, f"train.threads={self.threads} is too many; use 1024 or fewer"
         )
-        for name in ("seq_len", "threads"):
+        for name in ("seq_len", "threads", "batch_start", "eval_context"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value} is not positive; use 1 or more, or leave it out")
         require(
@@ -297,6 +367,12 @@ class TrainConfig:
             "train.sample_prompt is empty; give it a character or more",
         )
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
+        if self.batch_start is not None:
+            require_multiple("train.batch_start", self.batch_start, "train.grad_accum", self.grad_accum)
+            require(
+                self.batch_start <= self.batch_size,
+                f"train.batch_start={self.batch_start} is more than train.batch_size={self.batch_size}; use less",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +395,11 @@ class RunConfig:
             self.seq_len > self.model.n_mtp_layers,
             f"a sequence of {self.seq_len} tokens is too short for model.n_mtp_layers={self.model.n_mtp_layers}; "
             f"use at least {self.model.n_mtp_layers + 1}",
+        )
+        context = self.train.eval_context
+        require(
+            context is None or context <= self.model.max_seq_len,
+            f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; shorten it",
         )
 
     @property

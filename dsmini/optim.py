@@ -1,36 +1,168 @@
-"""The optimizer and its schedule."""
+"""The optimizers: AdamW, with moments in FP32 or BF16, and Muon for the matrices inside the blocks; and the average of
+the parameters over the steps.
 
-import math
+Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) makes of a matrix's momentum the nearest matrix whose
+singular values are all 1, so that no direction of the update is lost beside a few large ones.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
 
+# Jordan's quintic: its steps do not converge to 1, they spread every singular value over about 0.7 to 1.2, quickly.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: the matrices, which decay, and the norms and gates, which do not.
 
-    The routing bias is a buffer: it is in neither.
+def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype = torch.float32) -> list[Optimizer]:
+    """The optimizers that together move every parameter once. The routing bias is a buffer: it is in none.
+
+    Each group has a "peak_lr", its learning rate at the top of the schedule, and "decays": whether weight decay is on.
+    Matrices decay; norms and gates do not.
+
+    Args:
+        matmul_dtype: of Muon's matrix products.
     """
     named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() > 1 and not name.endswith("gate.weight")]
-    rest = [p for name, p in named if p.dim() <= 1 or name.endswith("gate.weight")]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    muon = [(name, p) for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)]
+    rest = [(name, p) for name, p in named if not any(p is q for _, q in muon)]
+    decayed = [p for name, p in rest if p.dim() > 1 and not name.endswith("gate.weight")]
+    plain = [p for name, p in rest if p.dim() <= 1 or name.endswith("gate.weight")]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{**group, "peak_lr": config.lr} for group in groups if group["params"]]
+    betas = (config.beta1, config.beta2)
+    adamw: Optimizer
+    if config.moments == "bfloat16":
+        adamw = AdamWBF16(groups, lr=config.lr, betas=betas)
+    else:
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if not muon:
+        return [adamw]
+    matrices = {"params": [p for _, p in muon], "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
+    return [Muon([matrices], lr=config.muon_lr, momentum=config.muon_momentum, matmul_dtype=matmul_dtype), adamw]
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over a model's parameters, fused into one operation."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon moves a parameter: a matrix, or a stack of experts' matrices, that maps one hidden state to another.
+    Embedding, head and gates are not such."""
+    return parameter.dim() > 1 and name not in ("embed.weight", "head.weight") and not name.endswith("gate.weight")
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of step 0, 1, ...: linear from near 0 to the peak over the warm-up, then a cosine down to its final share."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
-    final = config.lr * config.lr_final
-    return final + (config.lr - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+class AdamWBF16(Optimizer):
+    """AdamW whose two moments are stored in BF16, computed in FP32. Half the optimizer's memory, as DeepSeek-V3 has it
+    (report, section 3.3.3).
+
+    A second moment with beta2 above 0.998 would stand still: its change is then below BF16's half step.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                t = state["step"].item()
+                grad = p.grad.float()
+                m = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(v)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = v.div_(1 - beta2**t).sqrt_().add_(group["eps"])
+                p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**t))
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: each matrix [o, i] moves by -lr sqrt(max(1, o/i)) times the matrix nearest to its
+    (Nesterov) momentum with singular values of about 1. A stack [e, o, i] is e matrices.
+
+    Matrices of one shape go through the iteration together.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.95, matmul_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.matmul_dtype = matmul_dtype
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                by_shape[p.shape[-2], p.shape[-1]].append((p, update.reshape(-1, *p.shape[-2:])))
+            for (o, i), moves in by_shape.items():
+                stacked = torch.cat([update for _, update in moves])
+                orthogonal = orthogonalize(stacked.to(self.matmul_dtype))
+                sizes = [len(update) for _, update in moves]
+                for (p, _), update in zip(moves, orthogonal.split(sizes), strict=True):
+                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * max(1, o / i) ** 0.5)
+
+
+def orthogonalize(g: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Of each matrix U S V^T in g [b, o, i], about U V^T, by Newton-Schulz iteration in g's dtype."""
+    a, b, c = NEWTON_SCHULZ
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+class ParameterAverage:
+    """An exponential moving average of a model's parameters, on the CPU in FP32 (V3 keeps one to see the model as it
+    will be after the decay; report, section 3.2.3).
+
+    It starts as the parameters are, and its decay grows from 0 as min(decay, (1 + t) / (10 + t)), so that
+    the start is soon forgotten.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
+
+    @torch.no_grad()
+    def update(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take one more step's parameters in."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, p in named:
+            self.tensors[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
+
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Go on from what was saved."""
+        for name, mean in self.tensors.items():
+            mean.copy_(tensors[name])
+        self.updates = updates

@@ -12,7 +12,8 @@ from dsmini.config import RunConfig
 from dsmini.data import Corpus
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
-from dsmini.optim import adamw, learning_rate
+from dsmini.optim import ParameterAverage, optimizers
+from dsmini.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Step:
     counts: Tensor | None
     """[MoE layers, experts]: tokens each expert received; None for a dense model."""
     skipped: bool
-    """The gradient was not finite: nothing was changed."""
+    """The gradient was or a loss was not finite: nothing was changed."""
 
     @property
     def max_vio(self) -> float | None:
@@ -45,25 +46,36 @@ class Trainer:
 
     def __init__(self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device) -> None:
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
-        self.optimizer = adamw(model, config.train)
+        self.optimizers = optimizers(model, config.train, model.compute_dtype or torch.float32)
+        decay = config.train.ema_decay
+        self.average = None if decay is None else ParameterAverage(model.named_parameters(), decay)
         self.steps_done = 0
+        self.sequences = 0
 
     def step(self) -> Step:
         """One optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
         start = time.perf_counter()
         train = self.config.train
-        lr = learning_rate(self.steps_done, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        sums, counts = self._accumulate()
+        share = learning_rate_share(self.steps_done, train)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+        rows = batch_size(self.steps_done, train)
+        sums, counts = self._accumulate(rows)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
-        finite = math.isfinite(norm.item())
+        finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
         if finite:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            speed = bias_speed(self.steps_done, train)
             for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
-                gate.update_bias(load, train.bias_speed)
-        self.optimizer.zero_grad(set_to_none=True)
+                gate.update_bias(load, speed)
+            if self.average is not None:
+                self.average.update(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
+        self.sequences += rows
         main, mtp, balance = sums.tolist()
         synchronize(self.device)
         return Step(
@@ -72,24 +84,24 @@ class Trainer:
             mtp_loss=mtp,
             balance_loss=balance,
             grad_norm=norm.item(),
-            lr=lr,
-            tokens=train.batch_size * self.config.seq_len,
+            lr=train.lr * share,
+            tokens=rows * self.config.seq_len,
             seconds=time.perf_counter() - start,
             counts=None if counts is None else counts.cpu(),
             skipped=not finite,
         )
 
-    def _accumulate(self) -> tuple[Tensor, Tensor | None]:
+    def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Gradients of the mean loss over the step's batch; the mean losses [main, mtp, balance], the summed loads."""
         train = self.config.train
-        tokens, targets = self.corpus.batch(self.steps_done, train.batch_size, self.config.seq_len, train.seed)
+        tokens, targets = self.corpus.batch(self.steps_done, rows, self.config.seq_len, train.seed)
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
         for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
             losses = self.model.losses(
                 x.to(self.device),
                 y.to(self.device),
-                mtp_weight=train.mtp_weight,
+                mtp_weight=mtp_weight(self.steps_done, train),
                 balance_alpha=train.balance_alpha,
                 balance_counts=train.balance_counts,
                 recompute=train.recompute,

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "dsmini.config": {"dsmini.names", "dsmini.fields"},
     "dsmini.accounting": {"dsmini.config"},
     "dsmini.optim": {"dsmini.config"},
+    "dsmini.schedule": {"dsmini.config"},
     "dsmini.data": {"dsmini.tokenizer", "dsmini.config", "dsmini.fields"},
     "dsmini.nn": {"dsmini.config", "dsmini.nn"},
 }

@@ -1,36 +1,37 @@
-"""Which parameters decay, and the learning rate over a run."""
+"""Which parameters an optimizer moves, and how."""
 
 from collections.abc import Callable
 
 import pytest
+from torch import Tensor
 
 from dsmini import TrainConfig, Transformer
-from dsmini.optim import adamw, learning_rate, parameter_groups
+from dsmini.optim import optimizers
 
 
-def test_matrices_decay_and_norms_gates_and_biases_do_not(small_model: Callable[..., Transformer]) -> None:
-    model = small_model()
-    decayed, rest = ([id(p) for p in group["params"]] for group in parameter_groups(model, 0.1))
+def by_name(model: Transformer, params: list[Tensor]) -> set[str]:
     names = {id(p): name for name, p in model.named_parameters()}
-    assert sorted(decayed + rest) == sorted(names)
-    assert {names[i].rsplit(".", 2)[-2] for i in rest} == {
-        *("attn_norm", "ffn_norm", "q_norm", "kv_norm", "norm", "enorm", "hnorm", "gate"),
-    }
-    assert "layers.1.ffn.experts.w2" in {names[i] for i in decayed}
-    assert not {id(b) for b in model.buffers()} & set(decayed + rest)
-    assert [group["weight_decay"] for group in adamw(model, TrainConfig()).param_groups] == [0.1, 0.0]
+    return {names[id(p)] for p in params}  # a buffer, such as the routing bias, would have no name here
 
 
-def test_the_learning_rate_rises_to_the_peak_and_falls_to_its_final_share() -> None:
-    train = TrainConfig(steps=101, warmup=0.1, lr=2.0, lr_final=0.1)
-    by_hand = {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 55: 1.1, 100: 0.2}
-    for step, want in by_hand.items():
-        assert learning_rate(step, train) == pytest.approx(want), step
-    rates = [learning_rate(step, train) for step in range(10, 101)]
-    assert rates == sorted(rates, reverse=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_decay_and_norms_gates_and_biases_do_not(
+    small_model: Callable[..., Transformer], optimizer: str
+) -> None:
+    model = small_model()
+    groups = [g for o in optimizers(model, TrainConfig(optimizer=optimizer)) for g in o.param_groups]  # pyright: ignore[reportArgumentType]
+    members = [by_name(model, g["params"]) for g in groups]
+    assert sorted(name for group in members for name in group) == sorted(name for name, _ in model.named_parameters())
+    for group, names in zip(groups, members, strict=True):
+        for name in names:
+            assert (group["weight_decay"] > 0) == ("norm" not in name and "gate" not in name), name
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs_have_a_learning_rate(steps: int) -> None:
-    rates = [learning_rate(step, TrainConfig(steps=steps, lr=1.0)) for step in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
+def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    muon, adamw = optimizers(model, TrainConfig(optimizer="muon"))
+    by_muon = by_name(model, [p for g in muon.param_groups for p in g["params"]])
+    by_adamw = by_name(model, [p for g in adamw.param_groups for p in g["params"]])
+    assert not by_muon & by_adamw
+    assert all("norm" in n or "gate" in n or n in ("embed.weight", "head.weight") for n in by_adamw)
+    assert {"layers.1.ffn.experts.w1", "layers.0.attn.wkv_b.weight", "mtp.0.eh_proj.weight"} <= by_muon

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data import Corpus
-from dsmini.optim import learning_rate
+from dsmini.schedule import learning_rate_share
 from dsmini.trainer import Trainer
 from tests.tolerances import FP32_UNIT, relative_error, rounding
 
@@ -38,7 +38,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor that a step may change: parameters, biases, moments."""
     moments = {
         f"{i} {key}": value
-        for i, inner in enumerate(trainer.optimizer.state.values())
+        for i, inner in enumerate(inner for o in trainer.optimizers for inner in o.state.values())
         for key, value in inner.items()
         if isinstance(value, Tensor)
     }
@@ -85,8 +85,8 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrainer) -> None:
     whole, parts = new_trainer(), new_trainer(grad_accum=4)
-    whole._accumulate()
-    parts._accumulate()
+    whole._accumulate(4)
+    parts._accumulate(4)
     for (name, p), (_, q) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
@@ -94,14 +94,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
 
 
 def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = new_trainer()
+    trainer = new_trainer(warmup=0.15)
     used = []
-    real = trainer.optimizer.step
-    monkeypatch.setattr(
-        trainer.optimizer, "step", lambda: (used.append([g["lr"] for g in trainer.optimizer.param_groups]), real())
-    )
+    (optimizer,) = trainer.optimizers
+    real = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: (used.append([g["lr"] for g in optimizer.param_groups]), real()))
     said = [trainer.step().lr for _ in range(3)]
-    want = [learning_rate(i, trainer.config.train) for i in range(3)]
+    want = [TRAIN.lr * learning_rate_share(i, trainer.config.train) for i in range(3)]
     assert said == want and used == [[lr, lr] for lr in want] and len(set(want)) == 3
 
 
@@ -112,7 +111,7 @@ def test_the_gradient_is_clipped_before_the_update(new_trainer: NewTrainer, monk
     def look() -> None:
         norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm())
 
-    monkeypatch.setattr(trainer.optimizer, "step", look)
+    monkeypatch.setattr(trainer.optimizers[0], "step", look)
     assert trainer.step().grad_norm > 0.1
     assert norms[0].item() == pytest.approx(0.01, rel=1e-3)
 
