@@ -148,6 +148,7 @@ def mha_twin(config: ModelConfig) -> ModelConfig:
 
 def _parts(c: ModelConfig) -> Iterator[_Part]:
     yield _Part("embedding", c.vocab_size * c.dim)
+    yield _Part("norms", c.dim if c.embed_norm else 0)
     for layer in range(c.n_layers):
         yield from _block(c, layer)
     yield _Part("norms", c.dim)
@@ -183,6 +184,7 @@ def _attention(c: ModelConfig) -> Iterator[_Part]:
     else:
         d_qk = c.qk_nope_head_dim
         queries, keys_values = m * h * d_qk, m * c.kv_heads * (d_qk + d_v)
+    yield _Part("norms", 2 * d_qk if c.qk_norm else 0)
     yield _matrices("attention", queries + keys_values + h * d_v * m)
     yield _Part("attention over the context", per_pair=h * (d_qk + d_v))
 

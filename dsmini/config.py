@@ -101,6 +101,12 @@ class ModelConfig:
     """Epsilon of RMSNorm; the two latent norms use 1e-6 whatever this says, as DeepSeek's code does."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; DeepSeek-V3 trained with 0.006."""
+    zero_init: bool = False
+    """Start the head and every matrix that writes into the residual stream at zero. Not DeepSeek's."""
+    embed_norm: bool = False
+    """Norm the embedding before the first block. Not DeepSeek's."""
+    qk_norm: bool = False
+    """Norm each head's query and key, whole. Not DeepSeek's, who norm the latents; excludes the absorbed form."""
     precision: Literal["native"] = "native"
     """native: matrix products in the compute dtype. (Simulated FP8 comes in version 0.2.)"""
 
@@ -171,6 +177,11 @@ class ModelConfig:
     def extended(self) -> bool:
         """Whether YaRN applies: the context was stretched beyond the one trained at."""
         return self.original_seq_len is not None and self.max_seq_len > self.original_seq_len
+
+    @property
+    def output_init_std(self) -> float:
+        """Standard deviation of the initial weights of the head and of what writes into the residual stream."""
+        return 0.0 if self.zero_init else self.init_std
 
     @property
     def qk_head_dim(self) -> int:

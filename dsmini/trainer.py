@@ -49,6 +49,7 @@ class Trainer:
         self.optimizers = optimizers(model, config.train, model.compute_dtype or torch.float32)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(model.named_parameters(), decay)
+        self.losses = torch.compile(model.losses) if config.train.compile else model.losses
         self.steps_done = 0
         self.sequences = 0
 
@@ -98,9 +99,11 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
         for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
-            losses = self.model.losses(
+            documents = self.corpus.documents(x).to(self.device) if self.config.data.document_mask else None
+            losses = self.losses(
                 x.to(self.device),
                 y.to(self.device),
+                documents=documents,
                 mtp_weight=mtp_weight(self.steps_done, train),
                 balance_alpha=train.balance_alpha,
                 balance_counts=train.balance_counts,

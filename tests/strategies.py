@@ -59,5 +59,8 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         "mscale_all_dim": draw(st.floats(0, 2)),
         "norm_eps": draw(st.floats(1e-12, 1e-3)),
         "init_std": draw(st.floats(1e-4, 1)),
+        "zero_init": draw(st.booleans()),
+        "embed_norm": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
     }
     return ModelConfig(**values)

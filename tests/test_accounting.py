@@ -33,7 +33,7 @@ MODULES = {
     r"embed\.weight": "embedding",
     r"head\.weight": "head",
     r"eh_proj\.weight": "projection",
-    r"([eh]|attn_|ffn_|attn\.q_|attn\.kv_)?norm\.weight": "norms",
+    r"([eh]|embed_|attn_|ffn_|attn\.q_|attn\.kv_|attn\.[qk]_head_)?norm\.weight": "norms",
     r"attn\.w\w+\.weight": "attention",
     r"ffn\.w[123]\.weight": "dense feed-forward",
     r"ffn\.gate\.weight": "gates",

@@ -5,12 +5,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
+from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
 
 # Up to so many tokens a CPU is faster with the whole matrix of logits than with flash attention (docs/log.md).
@@ -24,9 +25,11 @@ def causal_attention(
     v: Float[Tensor, "b h s v"],
     scale: float,
     method: Literal["auto", "explicit", "sdpa"] = "auto",
+    documents: Int[Tensor, "b s"] | None = None,
 ) -> Float[Tensor, "b h s v"]:
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
+    With `documents`, the number of the document that each position belongs to, only over those of its own document.
     explicit holds the [s, s] logits, made in q's dtype. sdpa is torch's flash attention; it wants q, k and v equally
     wide, so the narrower are padded with zeros. auto: sdpa, but explicit for short sequences on a CPU.
     """
@@ -38,12 +41,18 @@ def causal_attention(
     if method == "sdpa":
         width = max(q.shape[-1], v.shape[-1])
         wide_q, wide_k, wide_v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, scale=scale)
+        seen = None if documents is None else ~_hidden(documents, q.shape[2], q.device)
+        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, seen, is_causal=seen is None, scale=scale)
         return y[..., : v.shape[-1]]
-    s = q.shape[2]
-    future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     logits = at_least_fp32(q @ k.transpose(-1, -2)) * scale
-    return logits.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
+    hidden = _hidden(documents, q.shape[2], q.device)
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _hidden(documents: Tensor | None, s: int, device: torch.device) -> Tensor:
+    """What a query may not see, [s, s] or [b, 1, s, s]: the future, and other documents."""
+    future = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
+    return future if documents is None else future | (documents[:, None, :, None] != documents[:, None, None, :])
 
 
 class Attention(nn.Module):
@@ -62,21 +71,28 @@ class Attention(nn.Module):
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
 
-        def linear(i: int, o: int) -> Linear:
-            return Linear(i, o, init_std=c.init_std, precision=c.precision)
+        def linear(i: int, o: int, init_std: float = c.init_std) -> Linear:
+            return Linear(i, o, init_std=init_std, precision=c.precision)
 
         self.wq = linear(c.dim, c.n_heads * c.qk_nope_head_dim)
         self.wk = linear(c.dim, c.kv_heads * c.qk_nope_head_dim)
         self.wv = linear(c.dim, c.kv_heads * c.v_head_dim)
-        self.wo = linear(c.n_heads * c.v_head_dim, c.dim)
+        self.q_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
+        self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
 
-    def forward(self, x: Float[Tensor, "b s m"], table: Table | None = None) -> Float[Tensor, "b s m"]:
-        """Attend causally; `table` is rope.table(positions), made for positions 0, 1, ... if left out."""
+    def forward(
+        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
+    ) -> Float[Tensor, "b s m"]:
+        """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
+        positions 0, 1, ... if left out."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
         k = apply_rope(rearrange(self.wk(x), "b s (h d) -> b s h d", h=self.n_kv_heads), table)
+        if self.q_head_norm is not None and self.k_head_norm is not None:
+            q, k = self.q_head_norm(q), self.k_head_norm(k)
         v = rearrange(self.wv(x), "b s (h d) -> b h s d", h=self.n_kv_heads)
         group = self.n_heads // self.n_kv_heads
         k = k.transpose(1, 2).repeat_interleave(group, 1)
-        y = causal_attention(q.transpose(1, 2), k, v.repeat_interleave(group, 1), self.scale)
+        y = causal_attention(q.transpose(1, 2), k, v.repeat_interleave(group, 1), self.scale, documents=documents)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
@@ -26,10 +26,10 @@ class Block(nn.Module):
         self.ffn = MoE(c) if c.is_moe(layer) else FeedForward(c)
 
     def forward(
-        self, x: Float[Tensor, "b s m"], table: Table | None = None
+        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
         """The block's output and, from a MoE layer, its routing."""
-        x = x + self.attn(self.attn_norm(x), table)
+        x = x + self.attn(self.attn_norm(x), table, documents)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(normed)

@@ -96,11 +96,12 @@ class Gate(FP32Module):
             "norm_topk_prob": c.norm_topk_prob,
             "route_scale": c.route_scale,
         }
-        self.reset_parameters(c.init_std)
+        self.init_std = c.init_std
+        self.reset_parameters()
 
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution; the bias starts at zero."""
-        nn.init.normal_(self.weight, std=std, generator=generator)
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -16,12 +16,12 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.precision = precision
-        self.reset_parameters(init_std)
+        self.precision, self.init_std = precision, init_std
+        self.reset_parameters()
 
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution."""
-        nn.init.normal_(self.weight, std=std, generator=generator)
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return F.linear(x, self.weight.to(x.dtype))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
@@ -39,8 +39,8 @@ class MLA(nn.Module):
         self.n_heads = c.n_heads
         self.kv_lora_rank, self.qk_nope_head_dim = c.kv_lora_rank, c.qk_nope_head_dim
 
-        def linear(i: int, o: int) -> Linear:
-            return Linear(i, o, init_std=c.init_std, precision=c.precision)
+        def linear(i: int, o: int, init_std: float = c.init_std) -> Linear:
+            return Linear(i, o, init_std=init_std, precision=c.precision)
 
         self.wq = self.wq_a = self.q_norm = self.wq_b = None
         if c.q_lora_rank is None:
@@ -49,20 +49,27 @@ class MLA(nn.Module):
             self.wq_a = linear(c.dim, c.q_lora_rank)
             self.q_norm = RMSNorm(c.q_lora_rank)  # eps 1e-6 whatever norm_eps says: DeepSeek's code does so
             self.wq_b = linear(c.q_lora_rank, c.n_heads * c.qk_head_dim)
+        self.q_head_norm = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_head_norm = RMSNorm(c.qk_head_dim, c.norm_eps) if c.qk_norm else None
         self.wkv_a = linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_norm = RMSNorm(c.kv_lora_rank)
         self.wkv_b = linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = linear(c.n_heads * c.v_head_dim, c.dim)
+        self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
 
-    def forward(self, x: Float[Tensor, "b s m"], table: Table | None = None) -> Float[Tensor, "b s m"]:
-        """Attend causally; `table` is rope.table(positions), made for positions 0, 1, ... if left out."""
+    def forward(
+        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
+    ) -> Float[Tensor, "b s m"]:
+        """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
+        positions 0, 1, ... if left out."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         q = self.queries(x, table)
         c_kv, k_rope = self.latents(x, table)
         kv = rearrange(self.wkv_b(c_kv), "b t (h d) -> b t h d", h=self.n_heads)
         k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1)
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        if self.q_head_norm is not None and self.k_head_norm is not None:
+            q, k = self.q_head_norm(q), self.k_head_norm(k)
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, documents=documents)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
 
     def queries(self, x: Float[Tensor, "b s m"], table: Table) -> Float[Tensor, "b s h d"]:

@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         c = layer_config(config, arguments)
         hidden = c.inter_dim if inter_dim is None else inter_dim
         self.w1 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
-        self.w2 = Linear(hidden, c.dim, init_std=c.init_std, precision=c.precision)
+        self.w2 = Linear(hidden, c.dim, init_std=c.output_init_std, precision=c.precision)
         self.w3 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
 
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
@@ -107,11 +107,12 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, f, m))
         self.w2 = nn.Parameter(torch.empty(e, m, f))
         self.w3 = nn.Parameter(torch.empty(e, f, m))
-        self.reset_parameters(c.init_std)
+        self.init_std, self.output_init_std = c.init_std, c.output_init_std
+        self.reset_parameters()
 
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights from a normal distribution."""
-        for weight in (self.w1, self.w2, self.w3):
+        for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
             nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(

@@ -8,7 +8,7 @@ given its own target's embedding, a block would learn to copy.
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
@@ -40,9 +40,13 @@ class MTP(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(
-        self, hidden: Float[Tensor, "b s m"], embedding: Float[Tensor, "b s m"], table: Table | None = None
+        self,
+        hidden: Float[Tensor, "b s m"],
+        embedding: Float[Tensor, "b s m"],
+        table: Table | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
         """From what the depth before knows at each position and the embedding of the token that it was to predict,
         the block's output before `norm`, and its routing."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        return self.block(x, table)
+        return self.block(x, table, documents)

@@ -26,11 +26,12 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int, *, init_std: float = 0.02) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.reset_parameters(init_std)
+        self.init_std = init_std
+        self.reset_parameters()
 
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution."""
-        nn.init.normal_(self.weight, std=std, generator=generator)
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
         return F.embedding(tokens, self.weight)
@@ -73,16 +74,17 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.rope = Rope.from_config(c)
         self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
+        self.embed_norm = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
         self.layers = nn.ModuleList(Block(c, layer=i) for i in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.head = Linear(c.dim, c.vocab_size, init_std=c.init_std)
+        self.head = Linear(c.dim, c.vocab_size, init_std=c.output_init_std)
         self.mtp = nn.ModuleList(MTP(c, depth=k) for k in range(c.n_mtp_layers))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all matrices anew, in the order of named_modules, and set norms to 1 and biases to 0."""
         for module in self.modules():
             if isinstance(module, Embedding | Linear | Experts | Gate):
-                module.reset_parameters(self.config.init_std, generator)
+                module.reset_parameters(generator)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
@@ -112,6 +114,7 @@ class Transformer(nn.Module):
         mtp_weight: float = 0.3,
         balance_alpha: float = 1e-4,
         balance_counts: Literal["published", "routed"] = "published",
+        documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
         chunk_rows: int | None = None,
     ) -> Losses:
@@ -119,6 +122,8 @@ class Transformer(nn.Module):
 
         Args:
             targets: the token after each position; IGNORE (-100) where there is none.
+            documents: the number of the document each position belongs to: no position then attends to another
+                document. Left out: all that came before in the sequence is seen, as published.
             recompute: keep only each block's input and compute the rest again in backward.
             chunk_rows: rows of logits that exist at a time.
 
@@ -132,9 +137,9 @@ class Transformer(nn.Module):
             flat = hidden.flatten(0, 1)
             return linear_cross_entropy(flat, self.head.weight, target.flatten(), chunk_rows) / counted
 
-        trunk = self._trunk(tokens, recompute)
+        trunk = self._trunk(tokens, documents, recompute)
         main = cross_entropy(trunk.normed, targets)
-        normed, mtp_routing = self._predict_further(tokens, trunk, recompute)
+        normed, mtp_routing = self._predict_further(tokens, trunk, documents, recompute)
         mtp = balance = torch.zeros_like(main)
         if normed:
             depths = [cross_entropy(h, targets[:, k:]) for k, h in enumerate(normed, 1)]
@@ -149,18 +154,18 @@ class Transformer(nn.Module):
         """The gates in the order of Output.routing."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
-    def _trunk(self, tokens: Tensor, recompute: bool = False) -> _Trunk:
+    def _trunk(self, tokens: Tensor, documents: Tensor | None = None, recompute: bool = False) -> _Trunk:
         self._check(tokens)
         x = self._embed(tokens)
         table = self._table(tokens.shape[1], tokens.device)
         routing: list[Routing] = []
         for block in self.layers:
-            x, decided = _run_block(block, recompute, x, table)
+            x, decided = _run_block(block, recompute, x, table, documents)
             routing += [] if decided is None else [decided]
         return _Trunk(x, self.norm(x), routing)
 
     def _predict_further(
-        self, tokens: Tensor, trunk: _Trunk, recompute: bool = False
+        self, tokens: Tensor, trunk: _Trunk, documents: Tensor | None = None, recompute: bool = False
     ) -> tuple[list[Tensor], list[Routing]]:
         """Each depth's normed hidden states, [b, s - k, m], and its routing."""
         all_normed: list[Tensor] = []
@@ -173,7 +178,8 @@ class Transformer(nn.Module):
             embedding = self._embed(tokens[:, k:])
             hidden = hidden[:, : embedding.shape[1]]
             table = self._table(embedding.shape[1], tokens.device)
-            x, decided = _run_block(block, recompute, hidden, embedding, table)
+            within = None if documents is None else documents[:, : embedding.shape[1]]
+            x, decided = _run_block(block, recompute, hidden, embedding, table, within)
             normed = block.norm(x)
             hidden = x if before_norm else normed
             all_normed.append(normed)
@@ -181,7 +187,8 @@ class Transformer(nn.Module):
         return all_normed, routing
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _table(self, s: int, device: torch.device) -> Table:
         return self.rope.table(torch.arange(s, device=device))

@@ -1,0 +1,1 @@
+"""One question a file; run from a checkout, as python -m benchmarks.NAME."""
