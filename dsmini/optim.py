@@ -93,7 +93,9 @@ class Muon(Optimizer):
     """Momentum, orthogonalised: each matrix [o, i] moves by -lr sqrt(max(1, o/i)) times the matrix nearest to its
     (Nesterov) momentum with singular values of about 1. A stack [e, o, i] is e matrices.
 
-    Matrices of one shape go through the iteration together.
+    A matrix whose gradient is zero, that of an expert which no token visited, does not move but for its decay: any
+    remainder of its momentum, however small, would become a whole step. Matrices of one shape go through the
+    iteration together.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -117,6 +119,7 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
+                update *= p.grad.flatten(-2).any(-1)[..., None, None]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 by_shape[p.shape[-2], p.shape[-1]].append((p, update.reshape(-1, *p.shape[-2:])))
             for (o, i), moves in by_shape.items():

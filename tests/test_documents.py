@@ -59,9 +59,10 @@ def test_nothing_passes_from_one_document_to_another(small_model: Model) -> None
         got = model.losses(x[:, :-1], targets, documents=within)
         return got.main.item(), got.mtp.item()
 
-    assert losses(tokens, documents) == losses(changed, documents)
-    before, after = losses(tokens, None), losses(changed, None)
-    assert before[0] != after[0] and before[1] != after[1]
+    # other rows beside it in an expert's product may round a document's own differently
+    assert losses(tokens, documents) == pytest.approx(losses(changed, documents), rel=1e-6)
+    for before, after in zip(losses(tokens, None), losses(changed, None), strict=True):
+        assert before != pytest.approx(after, rel=1e-4)
 
 
 def test_recomputation_keeps_the_mask(small_model: Model) -> None:

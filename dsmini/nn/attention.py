@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
 
-# Up to so many tokens a CPU is faster with the whole matrix of logits than with flash attention (docs/log.md).
+# Up to so many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
 EXPLICIT_UP_TO = 128
+EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
+BLOCK = 128
 
 
 def causal_attention(
@@ -30,11 +31,13 @@ def causal_attention(
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
     With `documents`, the number of the document that each position belongs to, only over those of its own document.
-    explicit holds the [s, s] logits, made in q's dtype. sdpa is torch's flash attention; it wants q, k and v equally
-    wide, so the narrower are padded with zeros. auto: sdpa, but explicit for short sequences on a CPU.
+    explicit makes the logits in q's dtype, for 128 queries at a time against the keys that they may see. sdpa is torch's
+    flash attention; it wants q, k and v equally wide, so the narrower are padded with zeros. auto: sdpa, but explicit
+    for short sequences on a CPU.
     """
     if method == "auto":
-        short = EXPLICIT_UP_TO_COMPILED if torch.compiler.is_compiling() else EXPLICIT_UP_TO
+        short = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
+        short = max(short, EXPLICIT_UP_TO_COMPILED) if torch.compiler.is_compiling() else short
         method = "explicit" if q.device.type == "cpu" and q.shape[2] <= short else "sdpa"
     if method not in ("explicit", "sdpa"):
         raise ValueError(f"method={method!r} is unknown; use auto, explicit or sdpa")
@@ -44,9 +47,21 @@ def causal_attention(
         seen = None if documents is None else ~_hidden(documents, q.shape[2], q.device)
         y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, seen, is_causal=seen is None, scale=scale)
         return y[..., : v.shape[-1]]
-    logits = at_least_fp32(q @ k.transpose(-1, -2)) * scale
-    hidden = _hidden(documents, q.shape[2], q.device)
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return _explicit(q, k, v, scale, _hidden(documents, q.shape[2], q.device))
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
+    """Scale and mask ride on the product of q and k; softmax reads and writes q's dtype and computes in FP32."""
+    b, h, s, _ = q.shape
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -torch.inf)
+    mask = mask if mask.dim() == 2 else mask.expand(b, h, s, s).flatten(0, 1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    blocks = []
+    for start in range(0, s, BLOCK):
+        end = min(s, start + BLOCK)
+        logits = torch.baddbmm(mask[..., start:end, :end], q[:, start:end], k[:, :end].mT, alpha=scale)
+        blocks.append(logits.softmax(-1) @ v[:, :end])
+    return torch.cat(blocks, 1).unflatten(0, (b, h))
 
 
 def _hidden(documents: Tensor | None, s: int, device: torch.device) -> Tensor:
