@@ -264,6 +264,8 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.04
     """Peak learning rate of Muon, for an update whose singular values are all about 1."""
+    gate_lr: float | None = None
+    """Peak learning rate of the gates (AdamW); left out: lr. Gates that learn fast fix their choice too early."""
     warmup: float = 0.05
     """Share of the steps in which the learning rates rise linearly from 0."""
     constant: float = 0.0
@@ -370,9 +372,11 @@ class TrainConfig:
         require(
             self.threads is None or self.threads <= 1024, f"train.threads={self.threads} is too many; use 1024 or fewer"
         )
-        for name in ("seq_len", "threads", "batch_start", "eval_context"):
+        for name in ("seq_len", "threads", "batch_start", "eval_context", "gate_lr"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"train.{name}={value} is not positive; use 1 or more, or leave it out")
+            require(
+                value is None or value > 0, f"train.{name}={value} is not positive; use more than 0, or leave it out"
+            )
         require(
             self.sample_prompt != "" or self.sample_tokens == 0,
             "train.sample_prompt is empty; give it a character or more",

@@ -23,8 +23,7 @@ NEWTON_SCHULZ_STEPS = 5
 def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """The optimizers that together move every parameter once. The routing bias is a buffer: it is in none.
 
-    Each group has a "peak_lr", its learning rate at the top of the schedule, and "decays": whether weight decay is on.
-    Matrices decay; norms and gates do not.
+    Each group has a "peak_lr", its learning rate at the top of the schedule. Matrices decay; norms and gates do not.
 
     Args:
         matmul_dtype: of Muon's matrix products.
@@ -32,10 +31,15 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
     named = list(model.named_parameters())
     muon = [(name, p) for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)]
     rest = [(name, p) for name, p in named if not any(p is q for _, q in muon)]
-    decayed = [p for name, p in rest if p.dim() > 1 and not name.endswith("gate.weight")]
-    plain = [p for name, p in rest if p.dim() <= 1 or name.endswith("gate.weight")]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [{**group, "peak_lr": config.lr} for group in groups if group["params"]]
+    gates = [p for name, p in rest if name.endswith("gate.weight")]
+    norms = [p for _, p in rest if p.dim() <= 1]
+    matrices = [p for name, p in rest if p.dim() > 1 and not name.endswith("gate.weight")]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
+        {"params": norms, "weight_decay": 0.0, "peak_lr": config.lr},
+        {"params": gates, "weight_decay": 0.0, "peak_lr": config.gate_lr or config.lr},
+    ]
+    groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     adamw: Optimizer
     if config.moments == "bfloat16":
@@ -44,8 +48,8 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
         adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if not muon:
         return [adamw]
-    matrices = {"params": [p for _, p in muon], "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
-    return [Muon([matrices], lr=config.muon_lr, momentum=config.muon_momentum, matmul_dtype=matmul_dtype), adamw]
+    inner = {"params": [p for _, p in muon], "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
+    return [Muon([inner], lr=config.muon_lr, momentum=config.muon_momentum, matmul_dtype=matmul_dtype), adamw]
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:

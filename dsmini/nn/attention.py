@@ -31,9 +31,9 @@ def causal_attention(
     """softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
 
     With `documents`, the number of the document that each position belongs to, only over those of its own document.
-    explicit makes the logits in q's dtype, for 128 queries at a time against the keys that they may see. sdpa is torch's
-    flash attention; it wants q, k and v equally wide, so the narrower are padded with zeros. auto: sdpa, but explicit
-    for short sequences on a CPU.
+    explicit makes the logits in q's dtype, for 128 queries at a time against the keys that they may see. sdpa is
+    torch's flash attention; it wants q, k and v equally wide, so the narrower are padded with zeros. auto: sdpa, but
+    explicit for short sequences on a CPU.
     """
     if method == "auto":
         short = EXPLICIT_UP_TO_BF16 if q.dtype == torch.bfloat16 else EXPLICIT_UP_TO
