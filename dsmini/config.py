@@ -367,6 +367,11 @@ class TrainConfig:
             "train.sample_prompt is empty; give it a character or more",
         )
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
+        require(
+            (self.batch_start is None) == (self.batch_ramp == 0),
+            f"train.batch_start={self.batch_start} and train.batch_ramp={self.batch_ramp} go together; "
+            "a batch that grows needs where it starts and over which share of the steps",
+        )
         if self.batch_start is not None:
             require_multiple("train.batch_start", self.batch_start, "train.grad_accum", self.grad_accum)
             require(
