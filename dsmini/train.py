@@ -18,6 +18,7 @@ from dsmini.generation import stream
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.report import print_summary
+from dsmini.tensorboard import require_tensorboard
 from dsmini.tokenizer import ByteTokenizer
 from dsmini.trainer import Trainer
 from dsmini.training_run import TrainingRun
@@ -70,6 +71,8 @@ def main(args: Sequence[str]) -> int:
     config = RunConfig(**{name: value for name, value in _fields(command).items() if name != "json"})
     console = Console(stderr=command.json)
 
+    if config.train.tensorboard:
+        require_tensorboard()
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
