@@ -374,14 +374,20 @@ class TrainConfig:
         )
         for name in ("seq_len", "threads", "batch_start", "eval_context", "gate_lr"):
             value = getattr(self, name)
+            least = "more than 0" if name == "gate_lr" else "1 or more"
             require(
-                value is None or value > 0, f"train.{name}={value} is not positive; use more than 0, or leave it out"
+                value is None or value > 0, f"train.{name}={value} is not positive; use {least}, or leave it out"
             )
         require(
             self.sample_prompt != "" or self.sample_tokens == 0,
             "train.sample_prompt is empty; give it a character or more",
         )
         require_multiple("train.batch_size", self.batch_size, "train.grad_accum", self.grad_accum)
+        require(
+            (self.batch_start is None) == (self.batch_ramp == 0),
+            f"train.batch_start={self.batch_start} and train.batch_ramp={self.batch_ramp} go together; "
+            "a batch that grows needs where it starts and over which share of the steps",
+        )
         if self.batch_start is not None:
             require_multiple("train.batch_start", self.batch_start, "train.grad_accum", self.grad_accum)
             require(

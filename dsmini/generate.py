@@ -1,5 +1,6 @@
 """python -m dsmini.generate: continue a text with a trained model."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 import tyro
 
 from dsmini.checkpoint.training import load_run
-from dsmini.command import parse, run
+from dsmini.command import Help, parse, run
 from dsmini.generation import Stats, stream
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.tokenizer import ByteTokenizer
@@ -42,9 +43,20 @@ class GenerateCommand:
     """Print one JSON object instead of streaming the text."""
 
 
+HELP = Help(
+    usage="RUN [FLAGS]",
+    examples=(
+        "runs/toy-001 --prompt 'def '",
+        "runs/toy-001 --temperature 0 --max-new-tokens 80",
+        "runs/toy-001/checkpoints/step-001600 --json",
+    ),
+    main=tuple(field.name for field in dataclasses.fields(GenerateCommand)),
+)
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command; returns its exit status."""
-    command = parse(GenerateCommand, "generate", args)
+    command = parse(GenerateCommand, "generate", args, help=HELP)
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     device = pick_device(command.device)

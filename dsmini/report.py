@@ -1,10 +1,11 @@
 """What people see of a run: the progress bar, the plots, the summary."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +15,11 @@ from rich.text import Text
 
 from dsmini.trainer import Step
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LN2 = math.log(2)
+PALE, BLUE, ORANGE = "#9db4d0", "#1f4e8c", "#c8501e"
 
 
 class TrainingProgress:
@@ -44,7 +49,8 @@ class TrainingProgress:
     def show(self, step: Step, tokens_per_s: float) -> None:
         """One training step."""
         vio = "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
-        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}"
+        wait = f"  data wait {step.data_wait:.0%}" if step.data_wait > 0.05 else ""
+        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}{wait}"
         where = f"step {step.step}/{self.steps}"
         self.bar.update(self.task, completed=step.step, figures=figures, description=where)
         if not self.console.is_terminal and (step.step == 1 or step.step % self.every == 0):
@@ -110,37 +116,53 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def plot_run(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
-    """Write loss.png and, for a model with experts, expert_load.png into the run folder.
+def plot_run(run: Path, steps: Sequence[Mapping[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
+    """Write loss.png and, for a model with experts, expert_load.png into the run folder, each whole or not at all.
 
     Args:
         steps: the lines of metrics.jsonl.
         loads: for each MoE layer, by name, its experts' loads as shares of the mean, over the last steps.
     """
+    _plot_loss(run / "loss.png", steps)
+    if loads:
+        _plot_loads(run / "expert_load.png", steps, loads)
+
+
+def _plot_loss(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    x = [row["step"] for row in steps]
-    raw = [math.nan if row["loss"] is None else row["loss"] for row in steps]
-    axes.plot(x, raw, color="#9db4d0", linewidth=0.8, label="training, each step")
-    axes.plot(x, _smooth(raw), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, below = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
+    x, raw = [row["step"] for row in steps], _column(steps, "loss")
+    mtp = _smooth(_column(steps, "mtp_loss"))
+    axes.plot(x, raw, color=PALE, linewidth=0.8, label="training, each step")
+    if any(value > 0 for value in mtp):
+        axes.plot(x, mtp, color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
+    axes.plot(x, _smooth(raw), color=BLUE, linewidth=1.8, label="training, smoothed")
     validated = [(row["step"], row["val_loss"]) for row in steps if row["val_loss"] is not None]
     if validated:
-        axes.plot(
-            *zip(*validated, strict=True), "o-", color="#c8501e", label=f"validation, last {validated[-1][1]:.3f}"
-        )
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title="Loss")
+        label = f"validation, last {validated[-1][1]:.3f}"
+        axes.plot(*zip(*validated, strict=True), "o-", color=ORANGE, markersize=4, label=label)
+    axes.set(ylabel="cross-entropy, nats a token", title="Loss")
     right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
     right.set_ylabel("bits a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run / "loss.png", dpi=120)
-    if loads:
-        _plot_loads(run, steps, loads)
+
+    norms = _column(steps, "grad_norm")
+    below.plot(x, norms, color=PALE, linewidth=0.8)
+    if any(norm > 0 for norm in norms):
+        below.set_yscale("log")
+    below.set(xlabel="step", ylabel="gradient norm")
+    below.grid(alpha=0.3)
+    rate = below.twinx()
+    rate.plot(x, _column(steps, "lr"), color=ORANGE, linewidth=1.4)
+    rate.set_ylabel("learning rate", color=ORANGE)
+    rate.set_ylim(bottom=0)
+    _save(figure, path)
 
 
-def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
+def _plot_loads(path: Path, steps: Sequence[Mapping[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
@@ -149,11 +171,27 @@ def _plot_loads(run: Path, steps: Sequence[dict[str, Any]], loads: Mapping[str, 
     heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
     heat.set_yticks(range(len(loads)), list(loads))
     figure.colorbar(image, ax=heat)
-    line.plot([row["step"] for row in steps], _smooth([row["max_vio"] for row in steps]), color="#1f4e8c")
+    line.plot([row["step"] for row in steps], _smooth(_column(steps, "max_vio")), color=BLUE)
     line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
     line.set_ylim(bottom=0)
     line.grid(alpha=0.3)
-    figure.savefig(run / "expert_load.png", dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """A whole picture or the one before: who looks at it while the run goes on never sees half of one."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def _column(steps: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """A figure of every step; NaN where it was not finite."""
+    return [math.nan if row[key] is None else row[key] for row in steps]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -14,31 +14,33 @@ from dsmini.config import TrainConfig
 def learning_rate_share(step: int, config: TrainConfig) -> float:
     """The share of its peak that every learning rate has at this step.
 
-    The warm-up ends, and the constant phase begins, with the first step at the full peak; the decay's last step is
-    the first that has lr_final.
+    The warm-up ends, and the constant phase begins, with the first step at the full peak. The decay starts at the
+    peak and ends at lr_final, both included; of one step only the start is left. A phase too short for a step has none.
     """
-    warmup = round(config.warmup * config.steps)
-    decay_from = round((config.warmup + config.constant) * config.steps)
-    last_from = config.steps - round(config.last * config.steps)
-    final_from = last_from - round(config.final * config.steps)
+    up_to_decay = config.warmup + config.constant
+    shares = (config.warmup, up_to_decay, 1 - config.final - config.last, 1 - config.last)
+    warmup, decay_from, final_from, last_from = (round(share * config.steps) for share in shares)
     if step < warmup:
         return (step + 1) / warmup
     if step < decay_from:
         return 1.0
     if step >= last_from:
         return config.lr_last
-    progress = min(1.0, (step - decay_from) / max(1, final_from - 1 - decay_from))
-    down = 0.5 * (1 - math.cos(math.pi * progress)) if config.decay == "cosine" else progress
-    return 1 - (1 - config.lr_final) * down
+    if step >= final_from:
+        return config.lr_final
+    progress = (step - decay_from) / max(1, final_from - 1 - decay_from)
+    above = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
+    return config.lr_final + (1 - config.lr_final) * above
 
 
 def batch_size(step: int, config: TrainConfig) -> int:
-    """Sequences in this step: linear from batch_start to batch_size over the ramp, in multiples of grad_accum."""
+    """Sequences in this step: linear from batch_start to batch_size over the ramp, rounded down to multiples of
+    grad_accum; the first step behind the ramp has batch_size."""
     ramp = round(config.batch_ramp * config.steps)
     if config.batch_start is None or step >= ramp:
         return config.batch_size
-    exact = config.batch_start + (config.batch_size - config.batch_start) * step / ramp
-    return int(exact // config.grad_accum) * config.grad_accum
+    parts = (config.batch_size - config.batch_start) // config.grad_accum
+    return config.batch_start + parts * step // ramp * config.grad_accum
 
 
 def bias_speed(step: int, config: TrainConfig) -> float:

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from dsmini import accounting
 from dsmini.checkpoint.training import new_run_folder, write_json, write_text
-from dsmini.command import parse, run, take_file
+from dsmini.command import Help, parse, run, take_file
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, load_corpus
 from dsmini.generation import stream
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.report import print_summary
+from dsmini.tensorboard import require_tensorboard
 from dsmini.tokenizer import ByteTokenizer
 from dsmini.trainer import Trainer
 from dsmini.training_run import TrainingRun
@@ -25,24 +26,53 @@ from dsmini.training_run import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(RunConfig):
-    """Train a DeepSeek-style transformer on a text, watch it, and read a sample of what it learned.
+    """Train a DeepSeek-style transformer on a text, and see what it learned to write.
 
     Without arguments: a small model, the source code of Python's standard library, about five minutes on two cores.
-    A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set.
+    A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set,
+    here or in that file: [train] steps = 200.
     """
 
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
 
+HELP = Help(
+    usage="[FILE.toml] [FLAGS]",
+    examples=(
+        "                 # a small model, five minutes",
+        "--data.path book.txt --train.steps 400",
+        "configs/toy-mha.toml --model.dim 256",
+        "--train.optimizer muon --train.seq-len 128",
+        "--out runs/mine --train.tensorboard",
+    ),
+    main=(
+        "data.path",
+        "out",
+        "model.dim",
+        "model.n_layers",
+        "model.attention",
+        "train.steps",
+        "train.batch_size",
+        "train.optimizer",
+        "train.lr",
+        "train.compile",
+        "train.tensorboard",
+        "train.device",
+    ),
+)
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command; returns its exit status."""
     file, rest = take_file(args)
     default = None if file is None else TrainCommand(**_fields(RunConfig.from_file(file)))
-    command = parse(TrainCommand, "train", rest, default)
+    command = parse(TrainCommand, "train", rest, default, HELP)
     config = RunConfig(**{name: value for name, value in _fields(command).items() if name != "json"})
     console = Console(stderr=command.json)
 
+    if config.train.tensorboard:
+        require_tensorboard()
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -30,6 +30,8 @@ class Step:
     lr: float
     tokens: int
     seconds: float
+    data_wait: float
+    """Share of the seconds spent waiting for the batch."""
     counts: Tensor | None
     """[MoE layers, experts]: tokens each expert received; None for a dense model."""
     skipped: bool
@@ -62,7 +64,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
         rows = batch_size(self.steps_done, train)
-        sums, counts = self._accumulate(rows)
+        sums, counts, waited = self._accumulate(rows)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
         finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
         if finite:
@@ -79,6 +81,7 @@ class Trainer:
         self.sequences += rows
         main, mtp, balance = sums.tolist()
         synchronize(self.device)
+        seconds = time.perf_counter() - start
         return Step(
             step=self.steps_done,
             loss=main,
@@ -87,15 +90,19 @@ class Trainer:
             grad_norm=norm.item(),
             lr=train.lr * share,
             tokens=rows * self.config.seq_len,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            data_wait=waited / seconds,
             counts=None if counts is None else counts.cpu(),
             skipped=not finite,
         )
 
-    def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the mean loss over the step's batch; the mean losses [main, mtp, balance], the summed loads."""
+    def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
+        """Gradients of the mean loss over the step's batch; the mean losses [main, mtp, balance], the summed loads, and
+        the seconds until the batch was there."""
         train = self.config.train
+        start = time.perf_counter()
         tokens, targets = self.corpus.batch(self.steps_done, rows, self.config.seq_len, train.seed)
+        waited = time.perf_counter() - start
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
         for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
@@ -114,7 +121,7 @@ class Trainer:
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load
-        return sums, counts
+        return sums, counts, waited
 
     @torch.no_grad()
     def validate(

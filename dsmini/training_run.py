@@ -18,9 +18,14 @@ from dsmini.checkpoint.training import save_model, write_json
 from dsmini.config import RunConfig
 from dsmini.machine import DTYPES, matmul_rate, peak_memory
 from dsmini.report import TrainingProgress, bits, plot_run
+from dsmini.tensorboard import TensorBoard
 from dsmini.trainer import Step, Trainer
 
 MAX_SKIPPED_IN_A_ROW = 10
+PLOT_EVERY = 30.0
+"""Seconds of training between two drawings on the way, at the least."""
+PLOT_SHARE = 0.01
+"""Of the training time that drawing may take."""
 
 
 class TrainingRun:
@@ -37,6 +42,9 @@ class TrainingRun:
         self.rows: list[dict[str, Any]] = []
         self.recent: list[Step] = []
         self.seconds = 0.0
+        self.plot_seconds = 0.0
+        self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
+        self.board: TensorBoard | None = None
         self.skipped_in_a_row = 0
         self.saved = False
 
@@ -46,12 +54,17 @@ class TrainingRun:
         Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient; OSError, or rich's exit
             for a closed pipe, where something could not be written, after saving the model if that can be done.
         """
+        if self.config.train.tensorboard:
+            self.board = TensorBoard(self.folder / "tensorboard", self._moe_layers(), self.trainer.steps_done)
         try:
             return self._train()
         except (OSError, SystemExit):
             if self.trainer.steps_done and not self.saved:
                 save_model(self.folder, self.trainer.steps_done, self.trainer.model)
             raise
+        finally:
+            if self.board is not None:
+                self.board.close()
 
     def _train(self) -> bool:
         steps = self.config.train.steps
@@ -69,6 +82,8 @@ class TrainingRun:
                 self._record(step, None if stop else self._validate(step.step, progress), metrics)
                 if stop:
                     return False
+                if not last and self.rows[-1]["val_loss"] is not None and self.seconds >= self.next_plot:
+                    self.plot()
                 if lost:
                     raise ArithmeticError(
                         f"no finite gradient in the {MAX_SKIPPED_IN_A_ROW} steps up to step {step.step}; "
@@ -110,18 +125,30 @@ class TrainingRun:
             "mtp_loss": step.mtp_loss,
             "balance_loss": step.balance_loss,
             "grad_norm": step.grad_norm,
+            "data_wait": step.data_wait,
+            "memory": peak_memory(self.trainer.device),
         }
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows.append(row)
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
+        if self.board is not None:
+            self.board.add(row)
 
     def plot(self) -> None:
-        """Draw what was recorded so far."""
+        """Draw what was recorded so far; says by next_plot when drawing again is worth its time."""
+        start = time.perf_counter()
+        loads = self._loads()
+        plot_run(self.folder, self.rows, dict(zip(self._moe_layers(), loads, strict=True)) if loads else {})
+        taken = time.perf_counter() - start
+        self.plot_seconds += taken
+        self.next_plot = max(self.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
+
+    def _moe_layers(self) -> list[str]:
+        """The layers with experts, as people call them."""
         c = self.config.model
         names = [f"block {i}" for i in range(c.n_layers) if c.is_moe(i)]
-        names += [f"MTP {k + 1}" for k in range(c.n_mtp_layers) if c.is_moe(c.n_layers + k)]
-        plot_run(self.folder, self.rows, dict(zip(names, self._loads(), strict=True)))
+        return names + [f"MTP {k + 1}" for k in range(c.n_mtp_layers) if c.is_moe(c.n_layers + k)]
 
     def _loads(self) -> list[list[float]]:
         """Each layer's experts' shares of the mean load over the last tenth of the steps."""

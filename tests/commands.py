@@ -44,9 +44,9 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def run_all(commands: list[tuple[str, str]], folder: Path) -> list[tuple[int, str]]:
+def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
     """Status and words of each command (module, arguments), one after the other in one process."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
     args = [sys.executable, "-c", RUN_ALL]
     done = subprocess.run(args, cwd=folder, env=env, input=json.dumps(commands), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

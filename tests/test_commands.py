@@ -1,13 +1,16 @@
 """The commands as a user runs them: what they print, what they keep, and how a mistake ends."""
 
+import dataclasses
 import json
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from dsmini import RunConfig
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.command import _clipped, field_docstrings
 from tests.commands import TINY, run, run_all, start
 
 
@@ -224,8 +227,59 @@ def test_a_damaged_checkpoint_is_named(place: Path) -> None:
     assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
+    """What each command says to each way of asking, in a terminal of 80 columns."""
+    asked = [(f"dsmini.{c}", flag) for c in ("train", "generate") for flag in ("--help", "-h", "--help-all")]
+    asked.append(("dsmini.train", "mine.toml -h --train.lr 1"))
+    folder = tmp_path_factory.mktemp("help")
+    (folder / "mine.toml").write_text("[train]\nsteps = 77\ncompile = true\n")
+    answers = run_all(asked, folder, columns=80)
+    assert [status for status, _ in answers] == [0] * len(asked)
+    assert [path.name for path in folder.iterdir()] == ["mine.toml"]
+    return {command: said for command, (_, said) in zip(asked, answers, strict=True)}
+
+
 @pytest.mark.parametrize("command", ["train", "generate"])
-def test_help_explains(tmp_path: Path, command: str) -> None:
-    done = run(f"dsmini.{command} --help", tmp_path)
-    assert done.returncode == 0
-    assert f"python -m dsmini.{command}" in done.stdout and "default" in done.stdout
+def test_help_fits_a_screen(help_of: dict[tuple[str, str], str], command: str) -> None:
+    said = help_of[f"dsmini.{command}", "--help"]
+    assert said == help_of[f"dsmini.{command}", "-h"]
+    assert len(said.splitlines()) <= 24 and max(map(len, said.splitlines())) <= 80
+    assert f"usage: python -m dsmini.{command} " in said and f"python -m dsmini.{command} --help-all" in said
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_every_flag_that_help_shows_exists(help_of: dict[tuple[str, str], str], command: str) -> None:
+    named = set(re.findall(r"--[a-z][\w.-]*", help_of[f"dsmini.{command}", "--help"])) - {"--help-all"}
+    assert len(named) >= 8
+    for flag in named:
+        assert re.search(f"{flag}[ ,]", help_of[f"dsmini.{command}", "--help-all"]), flag
+
+
+def test_help_shows_defaults_and_those_of_a_config_file(help_of: dict[tuple[str, str], str]) -> None:
+    assert f"--train.steps {RunConfig().train.steps} " in help_of["dsmini.train", "--help"]
+    with_file = help_of["dsmini.train", "mine.toml -h --train.lr 1"]
+    assert "--train.steps 77 " in with_file and "--train.compile (on) " in with_file
+
+
+@pytest.mark.parametrize("part", [ModelConfig, DataConfig, TrainConfig])
+def test_help_all_explains_every_field(help_of: dict[tuple[str, str], str], part: type) -> None:
+    said = " ".join(help_of["dsmini.train", "--help-all"].replace("│", " ").split())
+    docstrings = field_docstrings(part)
+    assert list(docstrings) == [field.name for field in dataclasses.fields(part)]
+    for name, docstring in docstrings.items():
+        flag = f"--{part.__name__.removesuffix('Config').lower()}.{name.replace('_', '-')}"
+        assert re.search(rf"{flag}[ ,].{{0,100}}?{re.escape(docstring)}", said), flag
+
+
+def test_a_mistake_names_the_help_that_has_every_flag(refusals: dict[tuple[str, str], tuple[int, str]]) -> None:
+    _, said = refusals["dsmini.train", "--model.n-layer 3"]
+    assert said.rstrip().endswith("Every flag: python -m dsmini.train --help-all")
+
+
+def test_a_docstring_that_does_not_fit_is_cut_between_clauses_or_words() -> None:
+    docstring = "A text file, or a folder of them, plain or .gz; left out: the source code of Python's own library."
+    assert _clipped(docstring, 60) == "A text file, or a folder of them, plain or .gz"
+    assert _clipped(docstring, 34) == "A text file, or a folder of them"
+    assert _clipped("Short. Much more.", 20) == "Short"
+    assert _clipped("Word " * 40, 18) == "Word Word Word..."

@@ -1,19 +1,26 @@
 """A whole run: stopping at any moment, and giving up."""
 
 import dataclasses
+import io
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.training import load_run, new_run_folder
 from dsmini.data import Corpus
+from dsmini.machine import peak_memory
+from dsmini.report import TrainingProgress, plot_run
 from dsmini.trainer import Trainer
 from dsmini.training_run import TrainingRun
 
@@ -81,3 +88,91 @@ def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> N
     training.train()
     assert training.rows[-1]["val_loss"] == pytest.approx(training.trainer.validate(), rel=1e-6)
     assert training.rows[-1]["val_loss"] != pytest.approx(training.trainer.validate(16), rel=1e-6)
+
+
+def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_was_used(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Corpus.batch
+
+    def slow(self: Corpus, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return real(self, *args, **kwargs)
+
+    training.trainer.step()  # the first is slow by itself
+    free = training.trainer.step()
+    monkeypatch.setattr(Corpus, "batch", slow)
+    step = training.trainer.step()
+    assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
+    training._record(step, None, io.StringIO())
+    assert training.rows[-1]["data_wait"] == step.data_wait
+    assert training.rows[-1]["memory"] == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.04, ""), (0.4, "data wait 40%")])
+def test_the_bar_shows_a_wait_for_data_that_counts(training: TrainingRun, share: float, words: str) -> None:
+    said = io.StringIO()
+    step = dataclasses.replace(training.trainer.step(), data_wait=share)
+    TrainingProgress(Console(file=said), 20, 16).show(step, 1.0)
+    assert ("data wait" in said.getvalue()) == bool(words) and words in said.getvalue()
+
+
+def test_pictures_are_drawn_anew_as_the_run_goes_on_but_seldom(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of 25 seconds, a validation after every third."""
+    drawn: list[int] = []
+    real = training.trainer.step
+    monkeypatch.setattr(training.trainer, "step", lambda: dataclasses.replace(real(), seconds=25.0))
+
+    def plot_run(folder: Path, rows: list[dict[str, Any]], loads: object) -> None:
+        drawn.append(len(rows))
+
+    monkeypatch.setattr("dsmini.training_run.plot_run", plot_run)
+    assert training.train()
+    assert drawn == [6, 9, 12, 15, 18]  # step 3 comes after 75 s, before the first 100
+
+
+def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    spent: list[tuple[float, float]] = []
+
+    def plot_run(*_: object) -> None:
+        now[0] += 1.5
+        spent.append((training.seconds, now[0]))
+
+    monkeypatch.setattr("dsmini.training_run.plot_run", plot_run)
+    monkeypatch.setattr("dsmini.training_run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for _ in range(400):
+        training.seconds += 10
+        if training.seconds >= training.next_plot:
+            training.plot()
+    assert len(spent) > 20
+    assert all(drawing <= 0.01 * seconds for seconds, drawing in spent[1:])
+
+
+def test_a_picture_is_there_whole_or_not_at_all(
+    training: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert training.train()
+    training.plot()
+    before = (tmp_path / "loss.png").read_bytes()
+
+    def half(self: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="no space"):
+        training.plot()
+    assert (tmp_path / "loss.png").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_a_finite_figure_is_drawn_without_complaint(tmp_path: Path) -> None:
+    row = {"step": 1, "lr": 1e38} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
+    plot_run(tmp_path, [row], {"block 1": [1.0, 1.0]})
+    assert (tmp_path / "loss.png").exists()

@@ -1,0 +1,56 @@
+"""A run's figures for TensorBoard, beside metrics.jsonl and under the same names. The library is optional."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCALARS = (
+    *("loss", "val_loss", "mtp_loss", "balance_loss", "lr", "grad_norm"),
+    *("tokens_per_s", "data_wait", "memory", "skipped", "max_vio"),
+)
+
+
+def require_tensorboard() -> None:
+    """Raises: ValueError where the library is not installed."""
+    if find_spec("tensorboard") is None:
+        raise ValueError(
+            "train.tensorboard needs the library tensorboard, which is not installed; "
+            "run pip install 'dsmini[tensorboard]', or leave train.tensorboard off: metrics.jsonl has the same figures"
+        )
+
+
+class TensorBoard:
+    """Writes rows of metrics.jsonl as event files, for `tensorboard --logdir runs`.
+
+    Args:
+        folder: is made.
+        layers: names of the MoE layers, in the order of a row's `layer_max_vio` and `loads`.
+        steps_done: steps of the run before this process. What an earlier one wrote of later steps is not shown.
+    """
+
+    def __init__(self, folder: Path, layers: Sequence[str], steps_done: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # two seconds to import
+
+        self.layers = layers
+        purge_step = steps_done + 1 if steps_done else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write a step. Figures that it has not are left out; histograms of the loads go with a validation."""
+        step = row["step"]
+        for name in SCALARS:
+            if row.get(name) is not None:
+                self.writer.add_scalar(name, float(row[name]), step)
+        for layer, vio in zip(self.layers, row.get("layer_max_vio") or (), strict=False):
+            self.writer.add_scalar(f"max_vio/{layer}", vio, step)
+        if row.get("val_loss") is not None:
+            for layer, loads in zip(self.layers, row.get("loads") or (), strict=False):
+                counts = np.asarray(loads, dtype=np.float64)
+                self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), step)
+
+    def close(self) -> None:
+        """Write what is not yet written."""
+        self.writer.close()
