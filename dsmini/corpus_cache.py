@@ -174,7 +174,7 @@ class Cache:
             tokens[name] = 0
             with (folder / f"{name}.bin").open("wb") as file:
                 for ids in self._encode(self._items(pieces, rate, reader, rearranged)):
-                    data = ids.astype(dtype).data
+                    data = ids.astype(dtype, copy=False).data
                     file.write(data)
                     digest.update(data)
                     tokens[name] += len(ids)
