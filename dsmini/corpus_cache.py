@@ -224,13 +224,17 @@ class Cache:
         return np.concatenate([next(texts) if isinstance(item, bytes) else np.array([item]) for item in items])
 
 
-def lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same text in pieces of about CHUNK bytes, at most twice that, that end where a line or a word does."""
+def lines(chunks: Iterator[bytes], size: int = CHUNK) -> Iterator[bytes]:
+    """The same text in pieces that end where a line or a word does.
+
+    Args:
+        chunks: of at most `size` bytes; so are most pieces, and none is as long as two.
+    """
     rest = b""
     for chunk in chunks:
         text = rest + chunk
-        at = len(text) if len(text) < CHUNK else _last_border(text)
-        if len(text) >= CHUNK:
+        at = len(text) if len(text) < size else _last_border(text)
+        if len(text) >= size:
             yield text[:at]
             text = text[at:]
         rest = text

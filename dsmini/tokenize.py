@@ -23,6 +23,8 @@ SMALLEST = 256 + len(SPECIAL_TOKENS)
 LARGEST = 1_000_000
 MEASURED = 8 << 20
 """Bytes of held-out text that are tokenised to see how short the encoding makes it."""
+PIECE = 1 << 16
+"""Bytes of text that the library is given at a time."""
 
 # DeepSeek-V3's: numbers in threes, Chinese and Japanese apart, a sign with its word, signs with line breaks after them
 SPLITS = (
@@ -123,10 +125,11 @@ def train_bpe(pieces: Sequence[Piece], vocab_size: int, progress: Progress = sil
 
 
 def _texts(pieces: Sequence[Piece], progress: Progress) -> Iterator[bytes]:
-    """Their text in pieces of at most 2 MiB."""
+    """Their text in pieces: the library holds 256 of them."""
     reader = Reader(pieces, "counting pairs in", progress)
     for piece in pieces:
-        yield from lines(reader.chunks(piece))
+        chunks = (chunk[i : i + PIECE] for chunk in reader.chunks(piece) for i in range(0, len(chunk), PIECE))
+        yield from lines(chunks, PIECE)
 
 
 def _some(texts: Iterator[bytes]) -> list[bytes]:

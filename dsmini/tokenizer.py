@@ -158,8 +158,7 @@ class _BPEStream:
     def _take(self, final: bool) -> str:
         before = len(self._tokenizer.decode(self._context))
         text = self._tokenizer.decode([*self._context, *self._pending])[before:]
-        # of a character of four bytes at most three can be there already, each of which may show as U+FFFD
-        held = 0 if final else min(3, len(text) - len(text.rstrip("\ufffd")))
+        held = 0 if final else len(text) - len(text.rstrip("\ufffd"))  # what an unfinished character looks like
         out = text[self._shown : len(text) - held]
         self._shown = max(self._shown, len(text) - held)
         if text and held == 0:

@@ -255,15 +255,14 @@ def test_progress_ends_where_it_should(place: Path) -> None:
     assert told == []
 
 
-@given(
-    st.lists(st.sampled_from([b"word ", b"line\n", b"\n", b" ", "é".encode(), "日".encode(), b"x" * 50]), max_size=60)
-)
+WORDS = [b"word ", b"line\n", b"\n", b" ", "é".encode(), "日".encode(), b"x" * 50]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=60))
 def test_pieces_are_the_text_cut_between_words_or_characters(parts: list[bytes]) -> None:
     text = b"".join(parts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_cache, "CHUNK", 16)
-        pieces = list(lines(text[i : i + 16] for i in range(0, len(text), 16)))
-    assert b"".join(pieces) == text and all(0 < len(piece) <= 48 for piece in pieces)
+    pieces = list(lines((text[i : i + 16] for i in range(0, len(text), 16)), 16))
+    assert b"".join(pieces) == text and all(0 < len(piece) < 32 for piece in pieces)
     for piece in pieces:
         piece.decode()
     for before, after in pairwise(pieces):
@@ -361,7 +360,6 @@ def test_the_meta_file_is_small_and_says_what_it_is(place: Path) -> None:
 @pytest.fixture
 def _few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK", 100)
-    monkeypatch.setattr(corpus_cache, "CHUNK", 100)
     monkeypatch.setattr(corpus_cache, "_AT_ONCE", 300)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from dsmini.config import DataConfig
 from dsmini.corpus_cache import lines
@@ -42,7 +42,7 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> BPETokenizer:
     vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": 2 + i for i in range(256)}, "▁": 258, "a": 259, "▁a": 260}
     library = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
     library.add_special_tokens(["<unk>", "</s>"])
-    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     spaces = decoders.Replace("▁", " ")
     library.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     path = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
@@ -61,7 +61,7 @@ def named(name: str, request: pytest.FixtureRequest) -> Any:
 def test_every_text_comes_back_whole_and_token_by_token(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = named(name, request)
 
-    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+    @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=30))
     def check(text: str) -> None:
         tokens = tokenizer.encode(text).tolist()
         assert all(0 <= token < tokenizer.vocab_size for token in tokens)
@@ -75,16 +75,12 @@ def test_every_text_comes_back_whole_and_token_by_token(name: str, request: pyte
     check()
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", TOKENIZERS[:2])  # byte fallback looks back: one bad byte undoes the good before it
 def test_a_stream_of_any_tokens_is_their_text(name: str, request: pytest.FixtureRequest) -> None:
     """A model that has learned little writes bytes that are no UTF-8."""
     tokenizer = named(name, request)
-    # the byte-fallback decoder turns a broken run into one U+FFFD a byte once it is over, even those shown before
-    ids = st.integers(0, 255) if name == "bytes" else st.integers(0, tokenizer.vocab_size - 1)
-    if name == "byte_fallback":
-        pytest.skip("its decoder looks back without limit")
 
-    @given(st.lists(ids, max_size=30))
+    @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     def check(tokens: list[int]) -> None:
         stream = tokenizer.stream()
         said = "".join(stream.decode([token]) for token in tokens) + stream.decode([], final=True)
@@ -96,9 +92,9 @@ def test_a_stream_of_any_tokens_is_their_text(name: str, request: pytest.Fixture
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_character_is_held_back_until_it_is_whole(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = named(name, request)
-    stream, tokens = tokenizer.stream(), tokenizer.encode("a🜁").tolist()
-    assert len(tokens) >= 5
-    assert [stream.decode([token]) for token in tokens[-4:]] == ["", "", "", "🜁"]
+    stream, (first, *tokens) = tokenizer.stream(), tokenizer.encode("a🜁").tolist()
+    assert stream.decode([first]) == "a" and len(tokens) >= 3
+    assert [stream.decode([token]) for token in tokens] == [*[""] * (len(tokens) - 1), "🜁"]
 
 
 @pytest.mark.parametrize("special", [*END_TOKENS[:1], *FIM_TOKENS, SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]])
@@ -169,18 +165,19 @@ def test_documents_of_tokens_are_rearranged_whole(trained: Path, tmp_path: Path,
 
 
 def test_pieces_of_a_large_text_have_its_tokens(bpe: BPETokenizer) -> None:
-    text = (Path(__file__).read_text() * (3 * CHUNK // len(Path(__file__).read_text()))).encode()
+    text = Path(__file__).read_bytes()
+    text *= 2 * CHUNK // len(text)
     pieces = list(lines(text[i : i + CHUNK] for i in range(0, len(text), CHUNK)))
-    assert len(pieces) > 2
+    assert len(pieces) > 1
     assert np.array_equal(np.concatenate(bpe.encode_all(pieces)), bpe.encode(text))
 
 
-def test_the_vocabulary_must_hold_all_tokens(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"vocab_size=339 is less than the 340 tokens of .*; use --model.vocab-size 340"
-    ):
-        corpus_with(trained, tmp_path, 339)
-    assert len(corpus_with(trained, tmp_path, 340).train) > 100
+def test_the_vocabulary_must_hold_all_tokens(trained: Path, tmp_path: Path, bpe: BPETokenizer) -> None:
+    size = bpe.vocab_size
+    said = rf"vocab_size={size - 1} is less than the {size} tokens of .*; use --model.vocab-size {size}"
+    with pytest.raises(ValueError, match=said):
+        corpus_with(trained, tmp_path, size - 1)
+    assert len(corpus_with(trained, tmp_path, size).train) > 100
 
 
 def test_the_end_token_is_the_first_known_one(tmp_path: Path) -> None:
@@ -213,18 +210,19 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | N
 
 def test_a_missing_library_is_a_sentence(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install 'tokenizers>=0.20'"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenizers>=0\.20'"):
         load_tokenizer(trained / "tokenizer.json")
-    with pytest.raises(ValueError, match="pip install 'tokenizers>=0.20'"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenizers>=0\.20'"):
         train_bpe([], 300)
     assert load_tokenizer(None).vocab_size == 256
 
 
 def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) -> None:
     command = f"dsmini.tokenize {trained / 'book.txt'} --vocab-size 300 --json"
-    done, again = run(command, tmp_path), run(f"{command} --out second.json", tmp_path)
-    assert done.returncode == again.returncode == 0, done.stderr + again.stderr
-    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "second.json").read_bytes()
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    pieces = split(measure(find(trained / "book.txt")), 0.1, whole_characters=True).train
+    assert (tmp_path / "tokenizer.json").read_text() == train_bpe(pieces, 300)  # the same from another process
     figures = json.loads(done.stdout)
     assert figures["vocab_size"] == 300 and figures["documents"] == 1 and figures["bytes"] == len(TEXT.encode())
     assert figures["bytes_per_token"] == figures["held_out_bytes"] / figures["held_out_tokens"] > 1
@@ -241,16 +239,14 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
     assert (tmp_path / "runs/x/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").unlink()  # the run keeps its own
     generate = "--prompt 'def naïve' --max-new-tokens 9"
-    whole, streamed, lost = (
-        run(f"dsmini.generate runs/x {generate} --json", tmp_path),
-        run(f"dsmini.generate runs/x/checkpoints/step-000002 {generate}", tmp_path),
-        (tmp_path / "runs/x/tokenizer.json").unlink(),
-    )
-    assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
-    text = json.loads(whole.stdout)["text"]
-    assert text.startswith("def naïve") and streamed.stdout == text + "\n" and lost is None
-    missing = run("dsmini.generate runs/x", tmp_path)
-    assert missing.returncode == 2 and "runs/x has no tokenizer.json, which it was trained with" in missing.stderr
+    commands = [f"runs/x {generate} --json", f"runs/x/checkpoints/step-000002 {generate}"]
+    (good, whole), (fine, streamed) = run_all([("dsmini.generate", arguments) for arguments in commands], tmp_path)
+    assert good == fine == 0, whole + streamed
+    text = json.loads(whole)["text"]
+    assert text.startswith("def naïve") and streamed.startswith(text + "\n")
+    (tmp_path / "runs/x/tokenizer.json").unlink()
+    ((status, said),) = run_all([("dsmini.generate", "runs/x")], tmp_path)
+    assert status == 2 and "runs/x has no tokenizer.json, which it was trained with" in said
 
 
 BAD = {
