@@ -375,9 +375,7 @@ class TrainConfig:
         for name in ("seq_len", "threads", "batch_start", "eval_context", "gate_lr"):
             value = getattr(self, name)
             least = "more than 0" if name == "gate_lr" else "1 or more"
-            require(
-                value is None or value > 0, f"train.{name}={value} is not positive; use {least}, or leave it out"
-            )
+            require(value is None or value > 0, f"train.{name}={value} is not positive; use {least}, or leave it out")
         require(
             self.sample_prompt != "" or self.sample_tokens == 0,
             "train.sample_prompt is empty; give it a character or more",

@@ -1,34 +1,33 @@
-"""The corpus: text files read as tokens, split by whole files, and cut into batches.
+"""The corpus: token ids that are mapped, not loaded, cut into batches in an order that is a function of the seed.
 
 The default corpus is real text that every machine has: the source code of Python's own standard library.
 """
 
-import hashlib
-import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsmini.config import DataConfig
-from dsmini.tokenizer import ByteTokenizer
-
-# Tests, generated tables and packages that not every Python carries: out, so that the corpus is alike everywhere.
-_NOT_STDLIB = {
-    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"),
-    *("encodings", "pydoc_data", "distutils", "__pycache__"),
-}
+from dsmini.corpus_cache import Cache, forget
+from dsmini.documents import Progress, find, silent
+from dsmini.order import window_starts
+from dsmini.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids of the training and the held-out text, and where they are from. Documents are separated by a NUL."""
+    """Token ids of the training and the held-out text, and where they are from."""
 
-    train: NDArray[np.uint8]
-    val: NDArray[np.uint8]
+    train: NDArray[Any]
+    val: NDArray[Any]
     source: str
     """What was read, in words."""
     files: int
@@ -38,6 +37,14 @@ class Corpus:
     """How the held-out part was chosen, in words."""
     sha256: str
     """Of the training tokens followed by the held-out ones."""
+    end_of_document: int = ByteTokenizer.end_of_document
+    """The token behind every document."""
+    val_bytes: int | None = None
+    """Bytes of the held-out text, a document's end counted as one; None: a token is a byte."""
+    rearranged: int = 0
+    """Training documents rearranged for fill-in-the-middle."""
+    cache: str = ""
+    """Where the tokens are kept, in words."""
 
     def describe(self) -> dict[str, str | int]:
         """What a run folder keeps of the corpus."""
@@ -48,122 +55,161 @@ class Corpus:
             "split": self.split,
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
+            "val_bytes": len(self.val) if self.val_bytes is None else self.val_bytes,
+            "rearranged": self.rearranged,
             "sha256": self.sha256,
         }
 
-    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets [batch_size, seq_len] of a step: random windows that depend on seed and step alone."""
-        starts = np.random.default_rng((seed, step)).integers(len(self.train) - seq_len, size=batch_size)
-        windows = np.stack([self.train[start : start + seq_len + 1] for start in starts])
-        both = torch.from_numpy(windows).long()
-        return both[:, :-1], both[:, 1:]
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out text."""
+        return 1.0 if self.val_bytes is None else self.val_bytes / len(self.val)
 
-    def windows(self, seq_len: int, at_most: int | None = None) -> tuple[Tensor, Tensor]:
-        """The held-out split in windows [n, seq_len] and their targets: each token scored once, but for a tail that
-        fills no window. Or, for a quick look, about at_most tokens of it in windows spread evenly."""
+    def batch(
+        self, first: int, n: int, seq_len: int, seed: int
+    ) -> tuple[Int[Tensor, "{n} {seq_len}"], Int[Tensor, "{n} {seq_len}"]]:
+        """Tokens and targets of the sequences first .. first + n - 1 of the endless stream that order.py defines.
+
+        The training text is a circle: a sequence that reaches its end goes on at its beginning.
+        """
+        starts = window_starts(first, n, len(self.train), seq_len, seed)
+        both = np.empty((n, seq_len + 1), dtype=np.int64)
+        for row, start in zip(both, starts.tolist(), strict=True):
+            at_end = self.train[start : start + seq_len + 1]
+            row[: len(at_end)] = at_end
+            row[len(at_end) :] = self.train[: seq_len + 1 - len(at_end)]
+        forget(self.train)
+        tokens = torch.from_numpy(both)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def documents(self, tokens: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+        """The number, from 0 in each row, of the document that a token belongs to; its end belongs to it."""
+        ends = (tokens == self.end_of_document).long()
+        return ends.cumsum(1) - ends
+
+    def windows(self, seq_len: int, at_most: int | None = None) -> "Windows":
+        """The held-out split in windows of seq_len: each token scored once, but for a tail that fills no window.
+        Or, for a quick look, about at_most tokens of it in windows spread evenly."""
         n = (len(self.val) - 1) // seq_len
-        tokens = torch.from_numpy(self.val[: n * seq_len + 1].astype(np.int64))
-        x, y = tokens[:-1].view(n, seq_len), tokens[1:].view(n, seq_len)
+        numbers = np.arange(n)
         if at_most is not None and at_most < n * seq_len:
-            rows = torch.linspace(0, n - 1, max(1, at_most // seq_len)).round().long()
-            x, y = x[rows], y[rows]
-        return x, y
+            numbers = np.linspace(0, n - 1, max(1, at_most // seq_len)).round().astype(np.int64)
+        return Windows(text=self.val, starts=numbers * seq_len, seq_len=seq_len)
 
 
-def load_corpus(config: DataConfig, seq_len: int, vocab_size: int) -> Corpus:
-    """Read the corpus of a run.
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Held-out windows, read when they are asked for."""
 
-    Raises: ValueError for a path that is missing, unreadable, empty, not text, or too short for one
-        sequence in each part, and for a vocabulary that is not the tokenizer's.
+    text: NDArray[Any]
+    starts: NDArray[np.int64]
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored by all windows."""
+        return len(self.starts) * self.seq_len
+
+    def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and targets [at most `rows`, seq_len], block by block."""
+        for i in range(0, len(self), rows):
+            part = self.starts[i : i + rows]
+            both = np.stack([self.text[start : start + self.seq_len + 1] for start in part]).astype(np.int64)
+            forget(self.text)
+            tokens = torch.from_numpy(both)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+
+class Loader:
+    """Prepares batches ahead of the training, in threads. What comes out depends on the requests alone.
+
+    Args:
+        workers: threads; 0 prepares each batch when it is asked for.
     """
-    if vocab_size != ByteTokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size={vocab_size} is not that of bytes; use {ByteTokenizer.vocab_size}")
-    if config.path is None:
-        source, documents, skipped = _standard_library()
-    else:
-        source, documents, skipped = _read(config.path)
-    train, val, split = _split(documents, config.val_fraction)
-    for part, tokens in (("training", train), ("held-out", val)):
-        if len(tokens) < seq_len + 1:
-            raise ValueError(
-                f"the {part} part of {source} has {len(tokens)} tokens, too short for one sequence of {seq_len} and "
-                f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
-            )
-    digest = hashlib.sha256(train)
-    digest.update(val)
+
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int, workers: int) -> None:
+        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batch") if workers else None
+        self._started: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
+
+    def take(self, requests: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The batch of the first request, (first sequence, sequences); the others are started and kept until a later
+        call asks for them, or no longer does. An error in a thread is raised by the call that takes its batch."""
+        if self._pool is None:
+            return self._batch(requests[0])
+        self._started = {
+            request: self._started.get(request) or self._pool.submit(self._batch, request) for request in requests
+        }
+        return self._started.pop(requests[0]).result()
+
+    def _batch(self, request: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self.corpus.batch(*request, self.seq_len, self.seed)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def load_corpus(
+    config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: Progress = silent
+) -> Corpus:
+    """The corpus of a run, tokenised now or by an earlier run.
+
+    Args:
+        cache: folder of tokenised corpora; made where it is missing.
+        seed: of what fill-in-the-middle rearranges.
+        progress: told how far reading and tokenising are, if that is needed.
+
+    Raises: ValueError for a path that is missing, unreadable, empty, not text, or too short for one sequence in each
+        part, and for a vocabulary or a fill-in-the-middle that the tokenizer does not have; OSError for a full disk.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    _check_vocabulary(config, tokenizer, vocab_size)
+    source = find(config.path, leave_out=cache)
+    where = source.words
+
+    def check(train: int, val: int) -> None:
+        for part, tokens in (("training", train), ("held-out", val)):
+            if tokens < seq_len + 1:
+                raise ValueError(
+                    f"the {part} part of {where} has {tokens} tokens, too short for one sequence of {seq_len} and "
+                    f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
+                )
+
+    entry = Cache(cache, source, tokenizer, config, seed).open(check, progress)
+    check(len(entry.train), len(entry.val))
     return Corpus(
-        train=np.frombuffer(train, dtype=np.uint8),
-        val=np.frombuffer(val, dtype=np.uint8),
-        source=source,
-        files=len(documents),
-        skipped=skipped,
-        split=split,
-        sha256=digest.hexdigest(),
+        train=entry.train,
+        val=entry.val,
+        source=source.describe(entry.meta.files),
+        files=entry.meta.files,
+        skipped=entry.meta.skipped,
+        split=entry.meta.split,
+        sha256=entry.meta.sha256,
+        end_of_document=tokenizer.end_of_document,
+        val_bytes=entry.meta.val_bytes,
+        rearranged=entry.meta.rearranged,
+        cache=entry.words,
     )
 
 
-Documents = dict[str, bytes]
-"""Text by its name, in order."""
-
-
-def _standard_library() -> tuple[str, Documents, int]:
-    root = Path(sysconfig.get_path("stdlib"))
-    names = [p.relative_to(root) for p in root.rglob("*.py") if p.is_file()]
-    wanted = sorted(name.as_posix() for name in names if not _NOT_STDLIB & set(name.parts))
-    if not wanted:
-        raise ValueError(f"this Python has no library source in {root}; name a text with --data.path FILE_OR_FOLDER")
-    version = sysconfig.get_python_version()
-    return f"Python {version}'s standard library", {name: (root / name).read_bytes() for name in wanted}, 0
-
-
-def _read(path: Path) -> tuple[str, Documents, int]:
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise ValueError(f"data.path={path} cannot be a path: {error.strerror}; name a text file or a folder") from None
-    if not exists:
-        raise ValueError(f"data.path={path} does not exist; name a text file or a folder of text files")
-    if not path.is_file() and not path.is_dir():
-        raise ValueError(f"data.path={path} is neither a file nor a folder; name a text file or a folder of text files")
-    if path.is_file():
-        text = _read_file(path)
-        if not text:
-            raise ValueError(f"data.path={path} is empty; name a file with text in it")
-        if b"\0" in text:
-            raise ValueError(f"data.path={path} holds NUL bytes, so it is not text; name a text file")
-        return str(path), {path.name: text}, 0
-    found = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    visible = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
-    texts = {name: _read_file(path / name) for name in visible}
-    documents = {name: text for name, text in texts.items() if text and b"\0" not in text}
-    if not documents:
+def _check_vocabulary(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if config.tokenizer is None and vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"data.path={path} has no text: {len(visible)} files, all empty or not text; name a folder with text files"
+            f"model.vocab_size={vocab_size} is not that of bytes; use {tokenizer.vocab_size}, or name the tokenizer "
+            "with --data.tokenizer"
         )
-    return f"{path} ({len(documents)} files)", documents, len(texts) - len(documents)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-
-
-def _split(documents: Documents, val_fraction: float) -> tuple[bytes, bytes, str]:
-    """Hold out whole documents, picked by the hash of their names, up to the fraction; if they are
-    too few or too uneven for that, hold out the end of the whole text."""
-    budget = int(val_fraction * sum(len(text) + 1 for text in documents.values()))
-    held_out: set[str] = set()
-    size = 0
-    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()):
-        if size + len(documents[name]) + 1 <= budget:
-            held_out.add(name)
-            size += len(documents[name]) + 1
-    if size >= 0.8 * budget and held_out:
-        train = b"".join(text + b"\0" for name, text in documents.items() if name not in held_out)
-        val = b"".join(documents[name] + b"\0" for name in documents if name in held_out)
-        return train, val, f"{len(held_out)} whole files"
-    text = b"\0".join(documents.values())
-    cut = len(text) - int(val_fraction * len(text))
-    return text[:cut], text[cut:], f"the last {val_fraction:.0%} of the text"
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of {config.tokenizer}; "
+            f"use --model.vocab-size {tokenizer.vocab_size}"
+        )
+    if config.fim_rate and tokenizer.fim is None:
+        raise ValueError(
+            f"data.fim_rate={config.fim_rate} needs the tokens {' '.join(FIM_TOKENS)}, which {config.tokenizer} does "
+            "not have; use a tokenizer.json with them, as python -m dsmini.tokenize makes, or leave data.fim_rate out"
+        )

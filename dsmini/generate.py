@@ -12,11 +12,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.training import load_run, load_run_tokenizer
 from dsmini.command import Help, parse, run
 from dsmini.generation import Stats, stream
 from dsmini.machine import pick_device, pick_dtype
-from dsmini.tokenizer import ByteTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +59,15 @@ def main(args: Sequence[str]) -> int:
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     device = pick_device(command.device)
-    model, _ = load_run(command.run, pick_dtype(command.dtype, device))
-    tokenizer = ByteTokenizer()
+    model, config = load_run(command.run, pick_dtype(command.dtype, device))
+    tokenizer = load_run_tokenizer(command.run, config)
     tokens = tokenizer.encode(command.prompt).tolist()
     generator = torch.Generator().manual_seed(command.seed)
     decoder = tokenizer.stream()
 
-    def show(new: list[int]) -> None:
+    def show(new: list[int], final: bool = False) -> None:
         if not command.json:
-            print(decoder.decode(bytes(new)), end="", flush=True)
+            print(decoder.decode(new, final), end="", flush=True)
 
     start = time.perf_counter()
     show(tokens)
@@ -83,6 +82,7 @@ def main(args: Sequence[str]) -> int:
         assert token is not None  # without an end token no row ends
         tokens.append(token)
         show([token])
+    show([], final=True)
     stats = Stats(new_tokens=command.max_new_tokens, seconds=time.perf_counter() - start)
     if command.json:
         figures = {"new_tokens": stats.new_tokens, "seconds": stats.seconds, "tokens_per_s": stats.tokens_per_s}

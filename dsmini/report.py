@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -74,6 +75,36 @@ class TrainingProgress:
     def say(self, line: str) -> None:
         """A line above the bar."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class ReadingProgress:
+    """How far a corpus is read and tokenised, once that has taken a second: a bar in a terminal, else a line now
+    and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.started, self.said = console, time.monotonic(), time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "ReadingProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """What is being done, and how many bytes on disk of how many are through."""
+        now = time.monotonic()
+        if now - self.started < 1:
+            return
+        self.bar.start()
+        if what not in self.tasks:
+            self.tasks[what] = self.bar.add_task(what)
+        self.bar.update(self.tasks[what], completed=done, total=total)
+        if not self.console.is_terminal and now - self.said > 10:
+            self.said = now
+            self.console.print(f"{what} the corpus: {done / max(1, total):.0%} of {total:,} bytes", highlight=False)
 
 
 def bits(nats: float) -> float:

@@ -1,25 +1,198 @@
-"""Text as bytes: the token id is the byte. No training, no files, every text in every language."""
+"""Text as token ids: bytes, which need no file, or the byte-pair encoding of a tokenizer.json.
+
+Text that is tokenised is data, never markup: a document that spells out a special token, such as DeepSeek's
+end of sentence, gets the tokens of those characters and cannot end a document or open a hole.
+"""
 
 import codecs
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import tokenizers
+
+# what ends a document, by the names that published tokenizers give it; the first that is there
+END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+
+
+class Fim(NamedTuple):
+    """The ids that mark a document rearranged for fill-in-the-middle."""
+
+    begin: int
+    hole: int
+    end: int
+
+
+class TextStream(Protocol):
+    """A decoder for tokens that come one by one."""
+
+    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        """The text that is complete with these tokens. A character's first tokens are held back until its last one;
+        `final` gives up what is held back, as U+FFFD."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What data and generation ask of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_document(self) -> int: ...
+
+    @property
+    def fim(self) -> Fim | None:
+        """None: the vocabulary has no such tokens."""
+        ...
+
+    def encode(self, text: str | bytes) -> NDArray[Any]:
+        """The ids of a text, or of its UTF-8 bytes; no special token, whatever the text says."""
+        ...
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
+        """encode of each, by all cores where that helps."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def stream(self) -> TextStream: ...
+
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids 0 to 255. The NUL byte, which no text contains, ends a document."""
+    """UTF-8 bytes as token ids 0 to 255. The NUL byte, which no text contains, ends a document; 0xFD, 0xFE and 0xFF,
+    which UTF-8 never uses, mark fill-in-the-middle."""
 
     vocab_size = 256
     end_of_document = 0
+    fim = Fim(0xFD, 0xFE, 0xFF)
 
-    def encode(self, text: str) -> NDArray[np.uint8]:
+    def encode(self, text: str | bytes) -> NDArray[np.uint8]:
         """The text's UTF-8 bytes; those that Python could not decode in an argument come back as they were."""
-        return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
+        if isinstance(text, str):
+            text = text.encode("utf-8", errors="surrogateescape")
+        return np.frombuffer(text, dtype=np.uint8)
 
-    def decode(self, tokens: bytes | list[int]) -> str:
+    def encode_all(self, texts: Sequence[bytes]) -> list[NDArray[np.uint8]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
         """The text of the bytes; a byte sequence that is no UTF-8 becomes U+FFFD."""
         return bytes(tokens).decode("utf-8", errors="replace")
 
-    def stream(self) -> codecs.IncrementalDecoder:
-        """A decoder for tokens that come one by one: it holds back a character's bytes until the last of them."""
-        return codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def stream(self) -> TextStream:
+        return _ByteStream()
+
+
+class _ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        return self._decoder.decode(bytes(tokens), final)
+
+
+class BPETokenizer:
+    """The tokenizer.json of the tokenizers library, as DeepSeek and others publish it.
+
+    What is no UTF-8 becomes U+FFFD before it is encoded. Decoding shows special tokens by name.
+
+    Raises: ValueError for a missing or unreadable file, one without a token that ends a document, and where the
+        tokenizers library is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tokenizer = _read(path)
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        ends = [ids[name] for name in END_TOKENS if name in ids]
+        if not ends:
+            raise ValueError(
+                f"{path} has no token that ends a document; want one of {', '.join(END_TOKENS)}: "
+                "use another tokenizer.json, or make one with python -m dsmini.tokenize"
+            )
+        self.vocab_size = max(ids.values()) + 1  # ids may have gaps
+        self.end_of_document: int = ends[0]
+        self.fim = Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+
+    def encode(self, text: str | bytes) -> NDArray[np.uint32]:
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[NDArray[np.uint32]]:
+        # a str from a command line may hold bytes that are no UTF-8, as lone surrogates
+        raw = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
+        clean = [text.decode("utf-8", errors="replace") for text in raw]
+        encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        return _BPEStream(self)
+
+
+class _BPEStream:
+    """Decodes the newest tokens together with those before them, for some decoders treat a text's first token
+    differently, and gives out what can no longer change."""
+
+    def __init__(self, tokenizer: BPETokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._shown = 0
+
+    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        out = ""
+        for token in tokens:
+            self._pending.append(token)
+            out += self._take(final=False)
+        return out + self._take(final=True) if final else out
+
+    def _take(self, final: bool) -> str:
+        before = len(self._tokenizer.decode(self._context))
+        text = self._tokenizer.decode([*self._context, *self._pending])[before:]
+        held = 0 if final else len(text) - len(text.rstrip("\ufffd"))  # what an unfinished character looks like
+        out = text[self._shown : len(text) - held]
+        self._shown = max(self._shown, len(text) - held)
+        if text and held == 0:
+            self._context, self._pending, self._shown = self._pending, [], 0
+        return out
+
+
+def load_tokenizer(path: Path | None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; None: bytes."""
+    return ByteTokenizer() if path is None else BPETokenizer(path)
+
+
+def _read(path: Path) -> "tokenizers.Tokenizer":
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError:
+        raise ValueError(
+            f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
+        ) from None
+    if not path.is_file():
+        raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for token in content.get("added_tokens", []):
+            # DeepSeek's file calls its fill-in-the-middle tokens ordinary, and then a text could spell them
+            token["special"] |= token["content"] in (*END_TOKENS, *FIM_TOKENS)
+        library = Library.from_str(json.dumps(content))
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}; check its permissions") from None
+    except Exception as error:  # the library raises no narrower kind
+        raise ValueError(
+            f"{path} is not a tokenizer.json of the tokenizers library: {error}; name one such as DeepSeek publishes"
+        ) from None
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    return library

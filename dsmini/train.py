@@ -2,24 +2,26 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from dsmini import accounting
-from dsmini.checkpoint.training import new_run_folder, write_json, write_text
+from dsmini.checkpoint.training import new_run_folder, refuse_taken, write_json, write_text
 from dsmini.command import Help, parse, run, take_file
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, load_corpus
 from dsmini.generation import stream
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.report import print_summary
+from dsmini.report import ReadingProgress, print_summary
 from dsmini.tensorboard import require_tensorboard
-from dsmini.tokenizer import ByteTokenizer
+from dsmini.tokenizer import load_tokenizer
 from dsmini.trainer import Trainer
 from dsmini.training_run import TrainingRun
 
@@ -76,7 +78,12 @@ def main(args: Sequence[str]) -> int:
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size)
+    refuse_taken(config.out)
+    cache = (config.out or Path("runs/new")).parent / "corpus"
+    with ReadingProgress(console) as progress:
+        corpus = load_corpus(
+            config.data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.show
+        )
     dtype = pick_dtype(config.train.dtype, device)
     config = _resolved(config, device, dtype, "toy" if file is None else file.stem)
     assert config.out is not None
@@ -108,11 +115,11 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 def _resolved(config: RunConfig, device: torch.device, dtype: torch.dtype, name: str) -> RunConfig:
     """The config with what was chosen for it: a new folder, and the device, dtype and threads in use."""
-    path = config.data.path and config.data.path.resolve()
+    path, tokenizer = (given and given.resolve() for given in (config.data.path, config.data.tokenizer))
     train = dataclasses.replace(
         config.train, device=str(device), dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads()
     )
-    data = dataclasses.replace(config.data, path=path)
+    data = dataclasses.replace(config.data, path=path, tokenizer=tokenizer)
     return dataclasses.replace(config, train=train, data=data, out=new_run_folder(config.out, name))
 
 
@@ -121,23 +128,36 @@ def _introduce(console: Console, config: RunConfig, corpus: Corpus) -> None:
     assert config.out is not None
     write_text(config.out / "config.toml", config.to_toml())
     write_json(config.out / "corpus.json", corpus.describe())
+    if config.data.tokenizer is not None:
+        shutil.copyfile(config.data.tokenizer, config.out / "tokenizer.json")
     parameters = accounting.parameters(config.model)
     left_out = f", {corpus.skipped} left out: empty or not text" if corpus.skipped else ""
     for line in (
         f"corpus  {corpus.source}, {corpus.files} files{left_out}",
         f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
+        f"        {_tokens_of(config, corpus)}",
         f"        sha256 {corpus.sha256}",
+        f"        {corpus.cache}",
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _tokens_of(config: RunConfig, corpus: Corpus) -> str:
+    """What a token is, in words."""
+    kind = "a token is a byte"
+    if config.data.tokenizer is not None:
+        kind = f"tokens of {config.data.tokenizer}, {corpus.bytes_per_token:.2f} bytes each"
+    fim = f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
+    return kind + (fim if config.data.fim_rate else "")
+
+
 def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
     """Let the trained model write, on the screen as it comes."""
     if not config.train.sample_tokens:
         return ""
-    tokenizer = ByteTokenizer()
+    tokenizer = load_tokenizer(config.data.tokenizer)
     decoder, text = tokenizer.stream(), config.train.sample_prompt
     generator = torch.Generator().manual_seed(config.train.seed)
     prompt = tokenizer.encode(text).tolist()
@@ -145,9 +165,10 @@ def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
     console.out(text, end="", highlight=False)
     for (token,) in stream(model.eval(), [prompt], config.train.sample_tokens, temperature=0.8, generator=generator):
         assert token is not None  # without an end token no row ends
-        piece = decoder.decode(bytes([token]))
+        piece = decoder.decode([token])
         console.out(piece, end="", highlight=False)
         text += piece
+    text += decoder.decode([], final=True)
     console.print()
     console.rule()
     return text

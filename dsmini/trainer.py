@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini.config import RunConfig
-from dsmini.data import Corpus
+from dsmini.data import Corpus, Loader
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
 from dsmini.optim import ParameterAverage, optimizers
@@ -52,6 +52,7 @@ class Trainer:
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(model.named_parameters(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
+        self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
 
@@ -101,7 +102,7 @@ class Trainer:
         the seconds until the batch was there."""
         train = self.config.train
         start = time.perf_counter()
-        tokens, targets = self.corpus.batch(self.steps_done, rows, self.config.seq_len, train.seed)
+        tokens, targets = self.loader.take(self._requests(rows))
         waited = time.perf_counter() - start
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
@@ -123,6 +124,14 @@ class Trainer:
                 counts = load if counts is None else counts + load
         return sums, counts, waited
 
+    def _requests(self, rows: int) -> list[tuple[int, int]]:
+        """This step's sequences, and those of the steps that the workers may prepare meanwhile."""
+        requests = [(self.sequences, rows)]
+        for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
+            first, before = requests[-1]
+            requests.append((first + before, batch_size(step, self.config.train)))
+        return requests
+
     @torch.no_grad()
     def validate(
         self,
@@ -132,17 +141,17 @@ class Trainer:
     ) -> float:
         """Cross-entropy in nats a token over the held-out split, in windows of the training length; over about at_most
         of its tokens if given. Changes nothing in the model. on_part is told the share that is done."""
-        x, y = self.corpus.windows(self.config.seq_len, at_most)
+        windows = self.corpus.windows(self.config.seq_len, at_most)
         rows = max(1, tokens_at_a_time // self.config.seq_len)
         total = torch.zeros((), dtype=torch.float64)
         self.model.eval()
         done = 0
-        for tokens, targets in zip(x.split(rows), y.split(rows), strict=True):
+        for tokens, targets in windows.blocks(rows):
             hidden = self.model.hidden(tokens.to(self.device)).flatten(0, 1)
             total += (
                 linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
             )
             done += len(tokens)
-            on_part(done / len(x))
+            on_part(done / len(windows))
         self.model.train()
-        return total.item() / y.numel()
+        return total.item() / windows.tokens

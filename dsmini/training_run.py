@@ -110,7 +110,7 @@ class TrainingRun:
         if step % train.eval_every:
             return None
         nats = self.trainer.validate(train.eval_tokens)
-        progress.validated(step, nats, self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens)[0].numel())
+        progress.validated(step, nats, self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens).tokens)
         return nats
 
     def _record(self, step: Step, val_loss: float | None, metrics: Any) -> None:
@@ -176,7 +176,7 @@ class TrainingRun:
             "steps": self.trainer.steps_done,
             "loss": self.rows[-1]["loss"],
             "val_loss": val_loss,
-            "val_bits_per_byte": None if val_loss is None else bits(val_loss),
+            "val_bits_per_byte": None if val_loss is None else bits(val_loss) / self.trainer.corpus.bytes_per_token,
             "val_tokens": (len(self.trainer.corpus.val) - 1) // config.seq_len * config.seq_len,
             "seq_len": config.seq_len,
             "tokens": tokens,

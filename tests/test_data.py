@@ -1,6 +1,7 @@
-"""The corpus: the same bytes every time, split by whole files, and batches that depend on seed and step alone."""
+"""The corpus: the same tokens every time, each trained on once an epoch, in an order that workers do not change."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
-from dsmini.data import Corpus, load_corpus
+from dsmini.data import Corpus, Loader, load_corpus
+from dsmini.documents import Document
+from dsmini.order import permute
 
 
 def folder_of(root: Path, files: dict[str, bytes]) -> Path:
@@ -21,13 +24,17 @@ def folder_of(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def corpus_of(val: bytes, train: bytes = b"a" * 100) -> Corpus:
+def corpus_of(val: bytes = b"", train: bytes = b"a" * 100) -> Corpus:
     parts = {"train": np.frombuffer(train, np.uint8), "val": np.frombuffer(val, np.uint8)}
     return Corpus(**parts, source="test", files=1, skipped=0, split="test", sha256="")
 
 
-def test_the_standard_library_is_the_same_twice_and_a_tenth_is_held_out() -> None:
-    first, second = (load_corpus(DataConfig(), 256, 256) for _ in range(2))
+def load(path: Path | None, cache: Path, seq_len: int = 8) -> Corpus:
+    return load_corpus(DataConfig(path=path), seq_len, 256, cache)
+
+
+def test_the_standard_library_is_the_same_twice_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+    first, second = (load(None, tmp_path / name) for name in "ab")
     assert first.sha256 == second.sha256
     assert np.array_equal(first.train, second.train)
     assert 0.09 < len(first.val) / (len(first.val) + len(first.train)) <= 0.1
@@ -37,7 +44,7 @@ def test_the_standard_library_is_the_same_twice_and_a_tenth_is_held_out() -> Non
 
 def test_a_folder_is_read_in_order_and_split_by_whole_files(tmp_path: Path) -> None:
     files = {f"{i % 3}/{i:02d}.txt": bytes([65 + i % 26]) * (90 + i) for i in range(40)}
-    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, files)), 16, 256)
+    corpus = load(folder_of(tmp_path / "text", files), tmp_path, 16)
     train, val = (part.tobytes().split(b"\0")[:-1] for part in (corpus.train, corpus.val))
     order = [content for _, content in sorted(files.items())]
     assert sorted(train + val) == sorted(order)
@@ -47,66 +54,173 @@ def test_a_folder_is_read_in_order_and_split_by_whole_files(tmp_path: Path) -> N
 
 
 def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
-    files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50}
-    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, files)), 8, 256)
+    files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50, ".e": b"e"}
+    corpus = load(folder_of(tmp_path / "text", files), tmp_path)
     assert (corpus.files, corpus.skipped) == (1, 2)
     assert set(corpus.train.tobytes() + corpus.val.tobytes()) == set(b"text ")
 
 
+def test_a_cache_inside_the_corpus_is_no_part_of_it(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"a.txt": b"text " * 50})
+    first, second = (load(tmp_path, tmp_path / "corpus") for _ in range(2))
+    assert second.files == 1 and second.sha256 == first.sha256 and "read from" in second.cache
+
+
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
     text = bytes(range(1, 201))
-    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, {"t": text}) / "t"), 8, 256)
+    corpus = load(folder_of(tmp_path, {"t": text}) / "t", tmp_path)
     assert corpus.train.tobytes() == text[:180]
     assert corpus.val.tobytes() == text[180:]
 
 
 def test_few_large_files_are_split_at_their_end(tmp_path: Path) -> None:
-    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, {"a": b"a" * 500, "b": b"b" * 500})), 8, 256)
+    corpus = load(folder_of(tmp_path / "text", {"a": b"a" * 500, "b": b"b" * 500}), tmp_path)
     assert corpus.split == "the last 10% of the text"
-    assert corpus.val.tobytes() == b"b" * 100
+    assert corpus.train.tobytes() == b"a" * 500 + b"\0" + b"b" * 399
+    assert corpus.val.tobytes() == b"b" * 101
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
+def test_wherever_the_text_is_cut_the_parts_are_the_whole(sizes: list[int], percent: int) -> None:
+    """One file held out would do for some of these, so the documents are too uneven for that."""
+    from dsmini.documents import _cut
+
+    documents = [
+        Document(name=str(i), path=Path(str(i)), stored=size, modified=0, size=size) for i, size in enumerate(sizes)
+    ]
+    text = "|".join(chr(97 + i) * size for i, size in enumerate(sizes))
+    parts = _cut(documents, percent / 100, whole_characters=False)
+    train, val = (
+        "".join(chr(97 + int(p.document.name)) * (p.stop - p.start) + "|" * p.ends for p in part)
+        for part in (parts.train, parts.val)
+    )
+    cut = int((1 - percent / 100) * len(text))
+    assert (train, val) == (text[:cut], text[cut:])
 
 
 def test_the_hash_is_of_all_tokens(tmp_path: Path) -> None:
-    corpus = load_corpus(DataConfig(path=folder_of(tmp_path, {"t": b"text " * 50}) / "t"), 8, 256)
+    corpus = load(folder_of(tmp_path, {"t": b"text " * 50}) / "t", tmp_path)
     assert corpus.sha256 == hashlib.sha256(b"text " * 50).hexdigest()
 
 
 @pytest.mark.parametrize(
     ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "cannot be a path")]
 )
-def test_what_is_no_file_is_refused(path: str, message: str) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_corpus(DataConfig(path=Path(path)), 8, 256)
+        load(Path(path), tmp_path)
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    corpus = corpus_of(b"", train=bytes(range(256)) * 20)
-    tokens, targets = corpus.batch(7, 5, 32, seed=3)
-    again, _ = corpus.batch(7, 5, 32, seed=3)
-    assert torch.equal(tokens, again)
-    assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    assert torch.equal((tokens[:, -1] + 1) % 256, targets[:, -1])
-    for step, seed in ((8, 3), (7, 4)):
-        assert not torch.equal(tokens, corpus.batch(step, 5, 32, seed=seed)[0])
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1))
+def test_a_permutation_sends_no_two_indices_to_one(n: int, seed: int) -> None:
+    keys = np.random.SeedSequence(seed).generate_state(6, np.uint64).astype(np.uint64)
+    assert sorted(permute(np.arange(n), n, keys).tolist()) == list(range(n))
 
 
-def test_batches_reach_both_ends_of_the_text() -> None:
-    corpus = corpus_of(b"", train=bytes(range(12)))
-    starts = {int(corpus.batch(step, 1, 8, seed=0)[0][0, 0]) for step in range(200)}
-    assert starts == {0, 1, 2, 3}
+def test_every_order_of_four_is_as_likely() -> None:
+    states = (np.random.SeedSequence(seed).generate_state(6, np.uint64).astype(np.uint64) for seed in range(2400))
+    seen = Counter(tuple(permute(np.arange(4), 4, keys).tolist()) for keys in states)
+    assert len(seen) == 24
+    # each is binomial with mean 100 and deviation below 10: five of them are passed once in a million tests
+    assert all(abs(count - 100) < 50 for count in seen.values())
 
 
-@given(st.integers(2, 400), st.integers(1, 40))
-def test_every_held_out_token_is_scored_once(size: int, seq_len: int) -> None:
+def inputs_of(corpus: Corpus, first: int, n: int, seq_len: int, seed: int) -> list[list[int]]:
+    return corpus.batch(first, n, seq_len, seed)[0].tolist()
+
+
+@given(st.data(), st.integers(1, 40), st.integers(0, 2**63 - 1), st.integers(0, 5))
+def test_an_epoch_trains_on_every_token_once(data: st.DataObject, seq_len: int, seed: int, epoch: int) -> None:
+    size = data.draw(st.integers(seq_len + 1, 250))
+    corpus, per_epoch = corpus_of(train=bytes(range(size))), size // seq_len
+    rows = inputs_of(corpus, epoch * per_epoch, per_epoch, seq_len, seed)
+    seen = Counter(token for row in rows for token in row)
+    assert set(seen.values()) == {1}
+    assert size - len(seen) == size % seq_len
+
+
+@given(st.integers(9, 250), st.integers(0, 100), st.integers(1, 60), st.integers(0, 9))
+def test_targets_are_the_next_tokens_of_a_text_read_as_a_circle(size: int, first: int, n: int, seed: int) -> None:
+    tokens, targets = corpus_of(train=bytes(range(size))).batch(first, n, 8, seed)
+    assert tokens.shape == targets.shape == (n, 8) and tokens.dtype == targets.dtype == torch.int64
+    assert torch.equal((tokens + 1) % size, targets)
+
+
+@given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 200), st.integers(0, 9))
+def test_any_position_of_the_stream_is_where_the_stream_gets_to(steps: list[int], skipped: int, seed: int) -> None:
+    corpus = corpus_of(train=bytes(range(200)))
+    whole = inputs_of(corpus, 0, skipped + sum(steps) + 1, 7, seed)
+    at = skipped
+    for n in steps:
+        assert inputs_of(corpus, at, n, 7, seed) == whole[at : at + n]
+        at += n
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_where_windows_begin() -> None:
+    corpus = corpus_of(train=bytes(range(250)))
+    epochs = [inputs_of(corpus, epoch * 31, 31, 8, seed) for epoch, seed in ((0, 0), (1, 0), (0, 1))]
+    assert len({tuple(row[0] for row in rows) for rows in epochs}) == 3
+    assert len({rows[0][0] % 8 for rows in epochs}) > 1
+    assert sorted(row[0] for row in epochs[0]) != [row[0] for row in epochs[0]]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_the_batches_are_the_same_for_any_number_of_workers(workers: int) -> None:
+    corpus = corpus_of(train=bytes(range(250)))
+    loader = Loader(corpus, 8, seed=3, workers=workers)
+    requests = [(sum(range(i)), i) for i in range(1, 30)]
+    for i, (first, n) in enumerate(requests):
+        got, want = loader.take(requests[i : i + 4]), corpus.batch(first, n, 8, 3)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    loader.close()
+
+
+def test_workers_prepare_what_comes_next_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = Corpus.batch
+    monkeypatch.setattr(
+        Corpus, "batch", lambda self, first, *rest: (asked.append(first), real(self, first, *rest))[1], raising=True
+    )
+    loader = Loader(corpus_of(), 8, seed=0, workers=1)
+    loader.take([(0, 2), (2, 2), (4, 2)])
+    loader.take([(2, 2), (4, 2)])
+    loader.close()
+    assert asked == [0, 2, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_reaches_the_training(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    def fail(self: Corpus, first: int, *rest: int) -> None:
+        raise OSError(f"sequence {first}")
+
+    monkeypatch.setattr(Corpus, "batch", fail)
+    loader = Loader(corpus_of(), 8, seed=0, workers=workers)
+    with pytest.raises(OSError, match="sequence 4"):
+        loader.take([(4, 2), (6, 2)])
+    loader.close()
+
+
+def test_a_document_reaches_to_its_end() -> None:
+    tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 0]])
+    assert corpus_of().documents(tokens).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+
+
+@given(st.integers(2, 400), st.integers(1, 40), st.integers(1, 9))
+def test_every_held_out_token_is_scored_once(size: int, seq_len: int, rows: int) -> None:
     if size <= seq_len:
         return
     val = bytes(i % 251 for i in range(size))
-    x, y = corpus_of(val).windows(seq_len)
+    windows = corpus_of(val).windows(seq_len)
+    blocks = list(windows.blocks(rows))
     n = (size - 1) // seq_len * seq_len
-    assert bytes(x.flatten().tolist()) == val[:n]
-    assert bytes(y.flatten().tolist()) == val[1 : n + 1]
-    part, _ = corpus_of(val).windows(seq_len, at_most=3 * seq_len)
-    assert len(part) == min(3, len(x)) and part[0].equal(x[0]) and part[-1].equal(x[-1] if len(part) > 1 else x[0])
+    assert b"".join(bytes(x.flatten().tolist()) for x, _ in blocks) == val[:n]
+    assert b"".join(bytes(y.flatten().tolist()) for _, y in blocks) == val[1 : n + 1]
+    assert windows.tokens == n == len(windows) * seq_len
+    assert all(len(x) == rows for x, _ in blocks[:-1])
+    few = corpus_of(val).windows(seq_len, at_most=3 * seq_len)
+    ((part, _),), ((whole, _),) = few.blocks(99), windows.blocks(999)
+    assert len(few) == len(part) == min(3, len(windows)) and part[0].equal(whole[0])
+    assert part[-1].equal(whole[-1] if len(part) > 1 else whole[0])
 
 
 @pytest.mark.parametrize(
@@ -117,27 +231,30 @@ def test_every_held_out_token_is_scored_once(size: int, seq_len: int) -> None:
         ({"a": b"short"}, "a", "too short for one sequence of 16 and its targets; want at least 17"),
         ({"a": b"x" * 40}, "a", "the held-out part of .* has 4 tokens"),
         ({"a": b"bin\0ary" * 50}, "a", "holds NUL bytes, so it is not text"),
+        ({"a": b"x" * (3 << 20) + b"\0"}, "a", "holds NUL bytes, so it is not text"),
         ({"d/a": b"", "d/b": b"\0"}, "d", "has no text: 2 files"),
+        ({"a.gz": b"no gzip"}, "a.gz", "a.gz is a damaged .gz file"),
     ],
 )
 def test_bad_corpora_are_refused_with_the_reason(
     tmp_path: Path, files: dict[str, bytes], name: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_corpus(DataConfig(path=folder_of(tmp_path, files) / name), 16, 256)
+        load(folder_of(tmp_path, files) / name, tmp_path / "cache", 16)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     path = folder_of(tmp_path, {"a": b"text"}) / "a"
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=f"cannot read {path}: Permission denied"):
-        load_corpus(DataConfig(path=path), 16, 256)
+        load(path, tmp_path, 16)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 400])
-def test_a_vocabulary_that_is_not_of_bytes_is_refused(vocab_size: int) -> None:
+def test_a_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: int) -> None:
     with pytest.raises(ValueError, match=f"vocab_size={vocab_size} is not that of bytes; use 256"):
-        load_corpus(DataConfig(), 16, vocab_size)
+        load_corpus(DataConfig(), 16, vocab_size, tmp_path)

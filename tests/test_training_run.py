@@ -93,15 +93,15 @@ def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> N
 def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_was_used(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Corpus.batch
+    real = training.trainer.loader.take
 
-    def slow(self: Corpus, *args: Any, **kwargs: Any) -> Any:
+    def slow(requests: Any) -> Any:
         time.sleep(0.5)
-        return real(self, *args, **kwargs)
+        return real(requests)
 
     training.trainer.step()  # the first is slow by itself
     free = training.trainer.step()
-    monkeypatch.setattr(Corpus, "batch", slow)
+    monkeypatch.setattr(training.trainer.loader, "take", slow)
     step = training.trainer.step()
     assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
     training._record(step, None, io.StringIO())

@@ -3,6 +3,7 @@
 runs/NAME/
     config.toml           the whole config, with the device, dtype and threads that were really used
     corpus.json           what was trained on: size, hash, how the held-out part was chosen
+    tokenizer.json        a copy of the tokenizer, if it was not bytes
     metrics.jsonl         a line a step
     checkpoints/step-000030/model.safetensors
     summary.json, sample.txt, loss.png, expert_load.png     at the end
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dsmini.config import RunConfig
 from dsmini.nn import Transformer
+from dsmini.tokenizer import Tokenizer, load_tokenizer
 
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
@@ -29,14 +31,23 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
     """
     if out is None:
         return _next_folder(base, name)
+    refuse_taken(out)
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            held = "another run" if (out / "config.toml").exists() else "other files"
-            raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
     return out
+
+
+def refuse_taken(out: Path | None) -> None:
+    """Raises: ValueError if the folder of a new run holds anything already."""
+    try:
+        taken = out is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
+    if out is not None and taken:
+        held = "another run" if (out / "config.toml").exists() else "other files"
+        raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
 
 
 def _next_folder(base: Path, name: str) -> Path:
@@ -97,6 +108,19 @@ def load_run(path: Path, compute_dtype: torch.dtype | None = None) -> tuple[Tran
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"cannot read {checkpoint / 'model.safetensors'}: {error}") from None
     return model.eval(), config
+
+
+def load_run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
+    """What the run, named as for load_run, was trained with: the tokenizer.json in its folder, or bytes.
+
+    Raises: ValueError if that file is gone.
+    """
+    if config.data.tokenizer is None:
+        return load_tokenizer(None)
+    run = path if (path / "config.toml").is_file() else path.parent.parent
+    if not (run / "tokenizer.json").is_file():
+        raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
+    return load_tokenizer(run / "tokenizer.json")
 
 
 def _last_checkpoint(run: Path) -> Path:
