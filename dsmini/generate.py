@@ -38,6 +38,8 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16."""
+    average: bool = False
+    """Use the parameters' average over the steps; the run must have kept one, with --train.ema-decay."""
     json: bool = False
     """Print one JSON object instead of streaming the text."""
 
@@ -48,7 +50,8 @@ def main(args: Sequence[str]) -> int:
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     device = pick_device(command.device)
-    model, _ = load_run(command.run, pick_dtype(command.dtype, device))
+    dtype = pick_dtype(command.dtype, device)
+    model, _ = load_run(command.run, dtype, average=command.average, say=lambda line: print(line, file=sys.stderr))
     tokenizer = ByteTokenizer()
     tokens = tokenizer.encode(command.prompt).tolist()
     generator = torch.Generator().manual_seed(command.seed)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.training import load_run, new_run_folder
+from dsmini.checkpoint.run_folder import new_run_folder
+from dsmini.checkpoint.training import load_run
 from dsmini.data import Corpus
 from dsmini.trainer import Trainer
 from dsmini.training_run import TrainingRun
