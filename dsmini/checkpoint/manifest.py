@@ -36,7 +36,7 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> N
             write(partial / name)
             sync(partial / name)
         manifest = {"format": FORMAT, "files": {name: _fingerprint(partial / name) for name in files}}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (partial / MANIFEST).write_text(_written(manifest), encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
         if folder.exists():
@@ -105,7 +105,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """write_text of a readable JSON object."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, _written(value))
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _put_aside(folder: Path) -> Path:
@@ -116,11 +120,14 @@ def _put_aside(folder: Path) -> Path:
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        raw = json.loads(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {MANIFEST}: {error}") from None
+    if text != _written(raw):
+        raise ValueError(f"{MANIFEST} is damaged: it is not as it was written")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         form = raw.get("format") if isinstance(raw, dict) else None
         raise ValueError(f"{MANIFEST} has format {form!r}, this dsmini reads {FORMAT}")
