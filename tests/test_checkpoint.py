@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dsmini.checkpoint import training as checkpoints
 from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder, write_text
 from dsmini.checkpoint.run_folder import sole_trainer
-from dsmini.checkpoint.training import last_checkpoint, load_run
+from dsmini.checkpoint.training import last_checkpoint, load_run, read_checkpoint
 from dsmini.machine import random_state
 from dsmini.training_run import NotSavedError, TrainingRun
 from tests.runs import new_run, resumed, unequal, whole
@@ -141,6 +141,16 @@ def test_a_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str)
     assert resumed(run, said=said, **OPTIONS).trainer.steps_done == 2
     with pytest.raises(ValueError, match=sentence):
         raise ValueError(*said)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(run: Path) -> None:
+    training = new_run(run, **OPTIONS)
+    before = whole(training)
+    tensors = read_checkpoint(run / "checkpoints/step-000004", training.parts).tensors
+    del tensors["average"]["norm.weight"]  # the last part to be loaded
+    with pytest.raises(ValueError, match=r"average.safetensors lacks tensor norm.weight"):
+        training.trainer.load(tensors, steps_done=4, sequences=16, average_updates=4)
+    assert unequal(whole(training), before) == set()
 
 
 def test_a_checkpoint_of_another_format_or_step_is_refused(run: Path) -> None:
