@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -50,7 +51,7 @@ def dsmini_step(dtype: torch.dtype, compiled: bool) -> Step:
     torch.manual_seed(0)
     train = TrainConfig(batch_size=BATCH, steps=1000, compile=compiled, dtype=str(dtype).removeprefix("torch."))  # pyright: ignore[reportArgumentType]
     config = RunConfig(model=SHAPE, train=train)
-    corpus = load_corpus(config.data, config.seq_len, SHAPE.vocab_size)
+    corpus = load_corpus(config.data, config.seq_len, SHAPE.vocab_size, Path("runs/corpus"))
     model = Transformer(SHAPE, compute_dtype=dtype)
     return Trainer(model, corpus, config, torch.device("cpu")).step
 

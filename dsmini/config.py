@@ -427,8 +427,11 @@ class RunConfig:
         return self.train.seq_len or self.model.max_seq_len
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "RunConfig":
+    def from_file(cls, path: str | Path, base: "RunConfig | None" = None) -> "RunConfig":
         """Read a TOML file with the sections model, data and train.
+
+        Args:
+            base: has the keys that the file leaves out; without it, the defaults.
 
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """
@@ -436,12 +439,16 @@ class RunConfig:
         require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
         sections = read_toml(path)
         parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-        built = {key: build(part, sections.get(key, {}), path.name, f"{key}.") for key, part in parts.items()}
+        base = base or cls()
+        built = {
+            key: build(part, sections.get(key, {}), path.name, f"{key}.", getattr(base, key))
+            for key, part in parts.items()
+        }
         refuse_unknown(sections, SECTIONS, path.name, "")
         out = sections.get("out")
         require(out is None or isinstance(out, str), f"{path.name}: out={out!r} is not a path; use a text")
         try:
-            return cls(**built, out=None if out is None else Path(out))
+            return cls(**built, out=base.out if out is None else Path(out))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 

@@ -50,15 +50,20 @@ def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix:
             raise ValueError(f"unknown key '{prefix}{key}' in {source}; {fix}")
 
 
-def build(cls: type[C], values: dict[str, Any], source: str, prefix: str) -> C:
-    """Make a config from parsed values: names checked, "none" read as None, wrong types refused."""
+def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: C | None = None) -> C:
+    """Make a config from parsed values: names checked, "none" read as None, wrong types refused.
+
+    Args:
+        base: has the values that are left out; without it, the defaults.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {values!r}, want a table [{prefix.rstrip('.')}]")
     known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     refuse_unknown(values, known, source, prefix)
     hints = typing.get_type_hints(cls)
     try:
-        return cls(**{key: _from_toml(value, hints[key]) for key, value in values.items()})
+        given = {key: _from_toml(value, hints[key]) for key, value in values.items()}
+        return cls(**given) if base is None else dataclasses.replace(base, **given)  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dsmini.checkpoint.training import load_run, load_run_tokenizer
+from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.training import load_run
 from dsmini.command import Help, parse, run
 from dsmini.generation import Stats, stream
 from dsmini.machine import pick_device, pick_dtype
@@ -38,6 +39,8 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16."""
+    average: bool = False
+    """Use the parameters' average over the steps; the run must have kept one, with --train.ema-decay."""
     json: bool = False
     """Print one JSON object instead of streaming the text."""
 
@@ -59,8 +62,9 @@ def main(args: Sequence[str]) -> int:
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     device = pick_device(command.device)
-    model, config = load_run(command.run, pick_dtype(command.dtype, device))
-    tokenizer = load_run_tokenizer(command.run, config)
+    dtype = pick_dtype(command.dtype, device)
+    model, config = load_run(command.run, dtype, average=command.average, say=lambda line: print(line, file=sys.stderr))
+    tokenizer = run_tokenizer(command.run, config)
     tokens = tokenizer.encode(command.prompt).tolist()
     generator = torch.Generator().manual_seed(command.seed)
     decoder = tokenizer.stream()

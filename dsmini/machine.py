@@ -61,6 +61,25 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repe
     return 2 * size**3 / best
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators, of the CPU and of the device in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Go on from what random_state gave; a generator of another kind of device is left alone."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":

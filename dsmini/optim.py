@@ -59,6 +59,73 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and name not in ("embed.weight", "head.weight") and not name.endswith("gate.weight")
 
 
+def remembered(optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What the optimizers remember of each parameter, as PARAMETER/KEY; nothing of one that has not been moved yet."""
+    names = {p: name for name, p in named}
+    return {
+        f"{names[p]}/{key}": value
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def check_remembered(
+    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Refuse what `remembered` cannot have given for these optimizers; ValueError names the tensor."""
+    names = {p: name for name, p in named}
+    unknown = set(tensors)
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            kinds = {f"{names[p]}/{key}": kind for key, kind in _remembers(optimizer, p).items()}
+            there = kinds.keys() & tensors.keys()
+            unknown -= there
+            if there and there != kinds.keys():
+                raise ValueError(f"optimizer.safetensors lacks tensor {min(kinds.keys() - there)}")
+            for name in sorted(there):
+                got, want = (tensors[name].dtype, tensors[name].shape), kinds[name]
+                if got != want:
+                    raise ValueError(f"optimizer.safetensors: {name} is {_kind(*got)}, want {_kind(*want)}")
+    if unknown:
+        raise ValueError(f"optimizer.safetensors has an unknown tensor {min(unknown)}")
+
+
+def remember(
+    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Go on from what `remembered` gave. Optimizer.load_state_dict would make FP32 of moments in BF16."""
+    names = {p: name for name, p in named}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            saved = {key: f"{names[p]}/{key}" for key in _remembers(optimizer, p)}
+            state = {key: tensors[name] for key, name in saved.items() if name in tensors}
+            # a count of steps stays on the CPU, but for the fused AdamW
+            fused = optimizer.defaults.get("fused", False)
+            if state:
+                optimizer.state[p] = {
+                    key: value.to(p.device if value.dim() or fused else "cpu", copy=True)
+                    for key, value in state.items()
+                }
+
+
+def _remembers(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Dtype and shape of all that an optimizer remembers of a parameter it has moved."""
+    if isinstance(optimizer, Muon):
+        return {"momentum": (p.dtype, p.shape)}
+    moments = torch.bfloat16 if isinstance(optimizer, AdamWBF16) else p.dtype
+    return {
+        "step": (torch.float32, torch.Size()),
+        "exp_avg": (moments, p.shape),
+        "exp_avg_sq": (moments, p.shape),
+    }
+
+
+def _kind(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{dtype} {list(shape)}"
+
+
 class AdamWBF16(Optimizer):
     """AdamW whose two moments are stored in BF16, computed in FP32. Half the optimizer's memory, as DeepSeek-V3 has it
     (report, section 3.3.3).

@@ -65,9 +65,9 @@ class TrainingProgress:
         self.say(f"step {step}: validation {nats:.3f} nats ({tokens:,} held-out tokens, context {self.seq_len})")
 
     @contextmanager
-    def validating(self) -> Iterator[Callable[[float], None]]:
+    def validating(self, how: str = "") -> Iterator[Callable[[float], None]]:
         """A bar for the validation on the whole held-out split; what it gives is to be told the share that is done."""
-        self.say("validating on the whole held-out split")
+        self.say(f"validating on the whole held-out split{how}")
         task = self.bar.add_task("validation", total=1.0, figures="")
         yield lambda done: self.bar.update(task, completed=done)
         self.bar.remove_task(task)
@@ -128,6 +128,10 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     if s["val_loss"] is not None:
         where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
         lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
+    if s["val_loss_at_eval_context"] is not None:
+        lines.append(("at context", f"{s['val_loss_at_eval_context']:.4f} nats in windows of {s['eval_context']}"))
+    if s["val_loss_ema"] is not None:
+        lines.append(("average", f"{s['val_loss_ema']:.4f} nats with the parameters' average over the steps"))
     vs = f"{s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less"
     lines += [
         ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),

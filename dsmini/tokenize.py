@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dsmini.checkpoint.training import write_text
+from dsmini.checkpoint.manifest import write_text
 from dsmini.command import parse, run
 from dsmini.config import DataConfig
 from dsmini.corpus_cache import lines

@@ -2,28 +2,28 @@
 
 import dataclasses
 import json
-import shutil
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from dsmini import accounting
-from dsmini.checkpoint.training import new_run_folder, refuse_taken, write_json, write_text
-from dsmini.command import Help, parse, run, take_file
+from dsmini.checkpoint.manifest import write_text
+from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, sole_trainer
+from dsmini.command import Help, run
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, load_corpus
 from dsmini.generation import stream
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.report import ReadingProgress, print_summary
+from dsmini.start import begin, read_start
+from dsmini.summary import summarise
 from dsmini.tensorboard import require_tensorboard
 from dsmini.tokenizer import load_tokenizer
-from dsmini.trainer import Trainer
-from dsmini.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class TrainCommand(RunConfig):
     here or in that file: [train] steps = 200.
     """
 
+    resume: Path | None = None
+    """Go on with this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
+    init: Path | None = None
+    """Start a new run from the weights of this run or checkpoint, with its model and data, and the usual recipe."""
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
@@ -61,78 +65,70 @@ HELP = Help(
         "train.compile",
         "train.tensorboard",
         "train.device",
+        "resume",
+        "init",
     ),
 )
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns its exit status."""
-    file, rest = take_file(args)
-    default = None if file is None else TrainCommand(**_fields(RunConfig.from_file(file)))
-    command = parse(TrainCommand, "train", rest, default, HELP)
-    config = RunConfig(**{name: value for name, value in _fields(command).items() if name != "json"})
+    command, start = read_start(TrainCommand, args, HELP)
     console = Console(stderr=command.json)
-
-    if config.train.tensorboard:
+    if start.config.train.tensorboard:
         require_tensorboard()
-    device = pick_device(config.train.device)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    refuse_taken(config.out)
-    cache = (config.out or Path("runs/new")).parent / "corpus"
-    with ReadingProgress(console) as progress:
-        corpus = load_corpus(
-            config.data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.show
-        )
-    dtype = pick_dtype(config.train.dtype, device)
-    config = _resolved(config, device, dtype, "toy" if file is None else file.stem)
-    assert config.out is not None
-    _introduce(console, config, corpus)
-
-    torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, compute_dtype=dtype).to(device)
-    training = TrainingRun(config, Trainer(model, corpus, config, device), console)
-    finished = training.train()
-    training.plot()
-    if not finished:
-        console.print(f"stopped after step {training.trainer.steps_done}; saved in {config.out}", highlight=False)
-        return 130
-    summary = training.summarise()
-    summary["sample"] = _sample(console, model, config)
-    write_text(config.out / "sample.txt", summary["sample"])
+    device = pick_device(start.config.train.device)
+    if start.config.train.threads:
+        torch.set_num_threads(start.config.train.threads)
+    if not start.resume:
+        refuse_taken(start.config.out)
+    corpus = _corpus(start.config, console)
+    config = _resolved(start.config, device, pick_dtype(start.config.train.dtype, device))
+    out = start.resume or new_run_folder(config.out, start.name)
+    config = dataclasses.replace(config, out=out)
+    with sole_trainer(out):
+        training = begin(start, config, corpus, device, console, _introduction(config, corpus))
+        if not training.train():
+            training.plot()
+            _say(console, f"stopped after step {training.trainer.steps_done}; saved in {out}")
+            _say(console, f"Go on with: python -m dsmini.train --resume {shlex.quote(str(out))}")
+            return 130
+        training.plot()
+        summary = summarise(training)
+        sample = _sample(console, training.trainer.model, config)
+        write_text(out / "sample.txt", sample)
+        training.finish(summary)
     print_summary(console, summary)
-    console.print(
-        f"\nGo on with: python -m dsmini.generate {config.out} --prompt 'def '", highlight=False, markup=False
-    )
+    _say(console, f"\nGo on with: python -m dsmini.generate {shlex.quote(str(out))} --prompt 'def '")
     if command.json:
-        print(json.dumps(summary))
+        print(json.dumps({**summary, "sample": sample}))
     return 0
 
 
-def _fields(config: RunConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+def _corpus(config: RunConfig, console: Console) -> Corpus:
+    """The run's corpus, tokenised into a folder beside the run unless it is there."""
+    cache = (config.out or Path("runs/new")).parent / "corpus"
+    with ReadingProgress(console) as progress:
+        return load_corpus(
+            config.data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.show
+        )
 
 
-def _resolved(config: RunConfig, device: torch.device, dtype: torch.dtype, name: str) -> RunConfig:
-    """The config with what was chosen for it: a new folder, and the device, dtype and threads in use."""
+def _resolved(config: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
+    """The config with what was chosen for it: the device, dtype and threads in use."""
     path, tokenizer = (given and given.resolve() for given in (config.data.path, config.data.tokenizer))
     train = dataclasses.replace(
         config.train, device=str(device), dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads()
     )
     data = dataclasses.replace(config.data, path=path, tokenizer=tokenizer)
-    return dataclasses.replace(config, train=train, data=data, out=new_run_folder(config.out, name))
+    return dataclasses.replace(config, train=train, data=data)
 
 
-def _introduce(console: Console, config: RunConfig, corpus: Corpus) -> None:
-    """Say what is going to happen, and keep it in the run's folder."""
-    assert config.out is not None
-    write_text(config.out / "config.toml", config.to_toml())
-    write_json(config.out / "corpus.json", corpus.describe())
-    if config.data.tokenizer is not None:
-        shutil.copyfile(config.data.tokenizer, config.out / "tokenizer.json")
+def _introduction(config: RunConfig, corpus: Corpus) -> list[str]:
+    """What is going to happen, in lines."""
     parameters = accounting.parameters(config.model)
     left_out = f", {corpus.skipped} left out: empty or not text" if corpus.skipped else ""
-    for line in (
+    return [
         f"corpus  {corpus.source}, {corpus.files} files{left_out}",
         f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
         f"        {_tokens_of(config, corpus)}",
@@ -140,8 +136,11 @@ def _introduce(console: Console, config: RunConfig, corpus: Corpus) -> None:
         f"        {corpus.cache}",
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    ]
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tokens_of(config: RunConfig, corpus: Corpus) -> str:

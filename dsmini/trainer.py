@@ -2,17 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dsmini.checkpoint.training import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, Loader
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
-from dsmini.optim import ParameterAverage, optimizers
+from dsmini.optim import ParameterAverage, check_remembered, optimizers, remember, remembered
 from dsmini.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 
 
@@ -55,6 +57,31 @@ class Trainer:
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
+        """Taken from the corpus so far; where the data goes on."""
+
+    def tensors(self) -> Tensors:
+        """All tensors that a step reads, by part: the live ones, not copies."""
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": remembered(self.optimizers, self.model.named_parameters()),
+        }
+        return parts if self.average is None else {**parts, "average": self.average.tensors}
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuse tensors that `load` could not take; ValueError names the first. Changes nothing."""
+        check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
+        check_remembered(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        if self.average is not None:
+            check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
+
+    def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
+        """Go on from what `tensors` gave, after so many steps. Everything is checked before anything changes."""
+        self.check(tensors)
+        self.model.load_state_dict(tensors["model"])
+        remember(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        if self.average is not None:
+            self.average.load(tensors["average"], average_updates)
+        self.steps_done, self.sequences = steps_done, sequences
 
     def step(self) -> Step:
         """One optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
@@ -136,13 +163,19 @@ class Trainer:
     def validate(
         self,
         at_most: int | None = None,
+        seq_len: int | None = None,
         tokens_at_a_time: int = 8192,
         on_part: Callable[[float], None] = lambda done: None,
     ) -> float:
-        """Cross-entropy in nats a token over the held-out split, in windows of the training length; over about at_most
-        of its tokens if given. Changes nothing in the model. on_part is told the share that is done."""
-        windows = self.corpus.windows(self.config.seq_len, at_most)
-        rows = max(1, tokens_at_a_time // self.config.seq_len)
+        """Cross-entropy in nats a token over the held-out split, or over about at_most of its tokens. Changes nothing.
+
+        Args:
+            seq_len: of the windows; left out: that of training.
+            on_part: told the share that is done.
+        """
+        seq_len = seq_len or self.config.seq_len
+        windows = self.corpus.windows(seq_len, at_most)
+        rows = max(1, tokens_at_a_time // seq_len)
         total = torch.zeros((), dtype=torch.float64)
         self.model.eval()
         done = 0
@@ -155,3 +188,21 @@ class Trainer:
             on_part(done / len(windows))
         self.model.train()
         return total.item() / windows.tokens
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the average in place of its parameters, which are put back bitwise."""
+        assert self.average is not None, "there is no average: ema_decay is None"
+        named = dict(self.model.named_parameters())
+        live = {name: p.detach().clone() for name, p in named.items()}
+        _copy(named, self.average.tensors)
+        try:
+            yield
+        finally:
+            _copy(named, live)
+
+
+@torch.no_grad()
+def _copy(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, p in named.items():
+        p.copy_(values[name])

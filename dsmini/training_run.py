@@ -8,24 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 
-from dsmini import accounting
-from dsmini.checkpoint.training import save_model, write_json
+from dsmini.checkpoint.manifest import sync, write_json, write_text
+from dsmini.checkpoint.run_folder import read_metrics
+from dsmini.checkpoint.training import Checkpoint, RunState, check_tensors, save_checkpoint
 from dsmini.config import RunConfig
-from dsmini.machine import DTYPES, matmul_rate, peak_memory
-from dsmini.report import TrainingProgress, bits, plot_run
+from dsmini.machine import peak_memory, random_state, set_random_state
+from dsmini.nn import max_violation
+from dsmini.report import TrainingProgress, plot_run
 from dsmini.tensorboard import TensorBoard
 from dsmini.trainer import Step, Trainer
 
-MAX_SKIPPED_IN_A_ROW = 10
 PLOT_EVERY = 30.0
 """Seconds of training between two drawings on the way, at the least."""
 PLOT_SHARE = 0.01
 """Of the training time that drawing may take."""
+
+
+class NotSavedError(OSError):
+    """A checkpoint could not be written; the earlier ones are still there."""
 
 
 class TrainingRun:
@@ -40,84 +45,119 @@ class TrainingRun:
         self.config, self.trainer, self.console = config, trainer, console
         self.folder: Path = config.out
         self.rows: list[dict[str, Any]] = []
-        self.recent: list[Step] = []
         self.seconds = 0.0
         self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
         self.board: TensorBoard | None = None
+        self.skipped = 0
         self.skipped_in_a_row = 0
-        self.saved = False
+        self.best: tuple[float, int] | None = None
+        """The lowest validation loss, and its step."""
+        self.saved_at: int | None = None
+        """The step of the last checkpoint."""
+
+    @property
+    def parts(self) -> list[str]:
+        """The stems of the tensor files of this run's checkpoints."""
+        return ["model", "optimizer", "rng", *([] if self.trainer.average is None else ["average"])]
+
+    def fits(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that this run could not go on from; ValueError says why. Changes nothing."""
+        self.trainer.check(checkpoint.tensors)
+        got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
+        there = (want.keys() & got.keys()) | {"cpu"}  # of another kind of device than before there is none
+        of_both = [{name: state for name, state in states.items() if name in there} for states in (got, want)]
+        check_tensors(of_both[0], of_both[1], "rng.safetensors")
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this run, which `fits`."""
+        state = checkpoint.state
+        self.trainer.load(
+            checkpoint.tensors,
+            steps_done=state.step,
+            sequences=state.sequences,
+            average_updates=state.average_updates,
+        )
+        set_random_state(checkpoint.tensors["rng"], self.trainer.device)
+        self.seconds, self.skipped, self.skipped_in_a_row = state.seconds, state.skipped, state.skipped_in_a_row
+        if state.best_val_loss is not None and state.best_val_step is not None:
+            self.best = (state.best_val_loss, state.best_val_step)
+        self.saved_at = state.step
+        recorded = {row["step"]: row for row in read_metrics(self.folder) if row["step"] <= state.step}
+        row = dict(state.row)
+        if state.step < self.config.train.steps:  # at the end the whole held-out split is due, whatever was before
+            row["val_loss"] = recorded.get(state.step, row)["val_loss"]
+        recorded[state.step] = row
+        self.rows = [recorded[step] for step in sorted(recorded)]
+        if lost := state.step - len(self.rows):
+            self._say(f"metrics.jsonl lacks {lost} of {state.step} steps; the plots leave them out")
 
     def train(self) -> bool:
-        """All steps, or those until Ctrl-C; the model is saved either way. Whether it came to the end.
+        """All steps that are left, or those until Ctrl-C; the run's state is saved either way. Whether it came to
+        the end.
 
-        Raises: ArithmeticError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient; OSError, or rich's exit
-            for a closed pipe, where something could not be written, after saving the model if that can be done.
+        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient; OSError, or rich's
+            exit for a closed pipe, where something could not be written, after saving the state if that can be done.
         """
         if self.config.train.tensorboard:
             self.board = TensorBoard(self.folder / "tensorboard", self._moe_layers(), self.trainer.steps_done)
         try:
             return self._train()
+        except NotSavedError:
+            raise
         except (OSError, SystemExit):
-            if self.trainer.steps_done and not self.saved:
-                save_model(self.folder, self.trainer.steps_done, self.trainer.model)
+            if self.rows and self.rows[-1]["step"] == self.trainer.steps_done:
+                self._save()
             raise
         finally:
             if self.board is not None:
                 self.board.close()
 
     def _train(self) -> bool:
-        steps = self.config.train.steps
-        progress = TrainingProgress(self.console, steps, self.config.seq_len)
-        with (self.folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics, progress, asked_to_stop() as asked:
-            while self.trainer.steps_done < steps:
+        train = self.config.train
+        progress = TrainingProgress(self.console, train.steps, self.config.seq_len)
+        with self._metrics() as metrics, progress, asked_to_stop() as asked:
+            if self.rows:  # resumed: the last step may not have been validated yet
+                if self.rows[-1]["val_loss"] is None:
+                    self._validate(self.rows[-1], progress)
+                self._record(metrics)
+            while self.trainer.steps_done < train.steps:
                 step = self.trainer.step()
                 self._keep(step)
                 progress.show(step, self._recent_rate())
-                last, lost = step.step == steps, self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+                last, lost = step.step == train.steps, self.skipped_in_a_row >= train.max_skipped
                 stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
                 if last or stop or lost:
-                    save_model(self.folder, step.step, self.trainer.model)
-                    self.saved = True
-                self._record(step, None if stop else self._validate(step.step, progress), metrics)
+                    self._save()
+                elif step.step % train.save_every == 0:
+                    self._save_if_possible(progress)
+                if not stop:
+                    self._validate(self.rows[-1], progress)
+                self._record(metrics)
                 if stop:
                     return False
                 if not last and self.rows[-1]["val_loss"] is not None and self.seconds >= self.next_plot:
                     self.plot()
                 if lost:
                     raise ArithmeticError(
-                        f"no finite gradient in the {MAX_SKIPPED_IN_A_ROW} steps up to step {step.step}; "
+                        f"no finite gradient in the {self.skipped_in_a_row} steps up to step {step.step}; "
                         "lower train.lr, or look at the data"
                     )
         return True
 
+    def _metrics(self) -> TextIO:
+        """metrics.jsonl, open for the next row, with the rows that were made before in it and no others."""
+        path = self.folder / "metrics.jsonl"
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows[:-1]))
+        return path.open("a", encoding="utf-8")
+
     def _keep(self, step: Step) -> None:
-        self.seconds += step.seconds
-        self.recent = [*self.recent, step][-max(10, self.config.train.steps // 10) :]
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
-
-    def _recent_rate(self) -> float:
-        """Tokens a second over the last steps."""
-        steps = self.recent[-10:]
-        return sum(s.tokens for s in steps) / sum(s.seconds for s in steps)
-
-    def _validate(self, step: int, progress: TrainingProgress) -> float | None:
-        """On the way a part of the held-out split, at the end all of it."""
-        train = self.config.train
-        if step == train.steps:
-            with progress.validating() as on_part:
-                return self.trainer.validate(on_part=on_part)
-        if step % train.eval_every:
-            return None
-        nats = self.trainer.validate(train.eval_tokens)
-        progress.validated(step, nats, self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens).tokens)
-        return nats
-
-    def _record(self, step: Step, val_loss: float | None, metrics: Any) -> None:
-        row = {
+        """Take a step into the run's record."""
+        counts = step.counts
+        row: dict[str, Any] = {
             "step": step.step,
             "loss": step.loss,
-            "val_loss": val_loss,
+            "val_loss": None,
             "lr": step.lr,
             "tokens_per_s": step.tokens / step.seconds,
             "max_vio": step.max_vio,
@@ -127,13 +167,97 @@ class TrainingRun:
             "grad_norm": step.grad_norm,
             "data_wait": step.data_wait,
             "memory": peak_memory(self.trainer.device),
+            "tokens": step.tokens,
+            "seconds": step.seconds,
+            "layer_max_vio": None if counts is None else max_violation(counts).tolist(),
+            "loads": None if counts is None else counts.tolist(),
         }
-        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.rows.append(row)
+        if self.trainer.average is not None:
+            row["val_loss_ema"] = None
+        if self.config.train.eval_context is not None:
+            row["val_loss_at_eval_context"] = None
+        self.rows.append({key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
+        self.seconds += step.seconds
+        self.skipped += step.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+
+    def _save(self) -> None:
+        """Save the state after the last step, unless it is; NotSavedError says what is there instead."""
+        step = self.trainer.steps_done
+        if self.saved_at == step:
+            return
+        tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
+        best_val_loss, best_val_step = self.best or (None, None)
+        state = RunState(
+            step=step,
+            sequences=self.trainer.sequences,
+            average_updates=0 if self.trainer.average is None else self.trainer.average.updates,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+            best_val_loss=best_val_loss,
+            best_val_step=best_val_step,
+            seconds=self.seconds,
+            corpus_sha256=self.trainer.corpus.sha256,
+            row=self.rows[-1],
+        )
+        try:
+            sync(self.folder / "metrics.jsonl")  # the rows before the state's own must not be lost behind it
+            save_checkpoint(self.config, tensors, state)
+        except OSError as error:
+            there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
+            reason = error.strerror or error
+            raise NotSavedError(f"cannot save {self.folder}'s checkpoint of step {step}: {reason}; {there}") from None
+        self.saved_at = step
+
+    def _save_if_possible(self, progress: TrainingProgress) -> None:
+        """A checkpoint on the way: without it nothing is lost yet, so training goes on."""
+        try:
+            self._save()
+        except NotSavedError as error:
+            progress.say(f"{error}; training goes on")
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The rows of the last tenth of the steps, or the last ten."""
+        return self.rows[-max(10, self.config.train.steps // 10) :]
+
+    def _recent_rate(self) -> float:
+        """Tokens a second over the last steps."""
+        rows = self.rows[-10:]
+        return sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
+
+    def _validate(self, row: dict[str, Any], progress: TrainingProgress) -> None:
+        """Put into the last step's row what is due there: on the way a part of the held-out split, at the end all of
+        it, at eval_context and with the average too."""
+        train, step = self.config.train, row["step"]
+        if step == train.steps:
+            with progress.validating() as on_part:
+                row["val_loss"] = self.trainer.validate(on_part=on_part)
+            if train.eval_context is not None:
+                with progress.validating(f" at context {train.eval_context}") as on_part:
+                    row["val_loss_at_eval_context"] = self.trainer.validate(seq_len=train.eval_context, on_part=on_part)
+            if self.trainer.average is not None:
+                with self.trainer.averaged(), progress.validating(", with the average of the parameters") as on_part:
+                    row["val_loss_ema"] = self.trainer.validate(on_part=on_part)
+        elif step % train.eval_every == 0:
+            row["val_loss"] = self.trainer.validate(train.eval_tokens)
+            windows = self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens)
+            progress.validated(step, row["val_loss"], windows.tokens)
+
+    def _record(self, metrics: TextIO) -> None:
+        """Write the last step's row, which is complete now."""
+        row = self.rows[-1]
+        row.update({key: None for key, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
+        if row["val_loss"] is not None and (self.best is None or row["val_loss"] < self.best[0]):
+            self.best = (row["val_loss"], row["step"])
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
         if self.board is not None:
             self.board.add(row)
+        if len(self.rows) > (window := len(self.recent())):
+            self.rows[-1 - window]["loads"] = None  # it is on disk, and a long run has many
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def plot(self) -> None:
         """Draw what was recorded so far; says by next_plot when drawing again is worth its time."""
@@ -152,55 +276,15 @@ class TrainingRun:
 
     def _loads(self) -> list[list[float]]:
         """Each layer's experts' shares of the mean load over the last tenth of the steps."""
-        counts = [step.counts for step in self.recent if step.counts is not None]
-        if not counts:
+        loads = [row["loads"] for row in self.recent() if row["loads"]]
+        if not loads:
             return []
-        total = torch.stack(counts).sum(0).double()
+        total = torch.tensor(loads).sum(0).double()
         return (total / total.mean(1, keepdim=True)).tolist()
 
-    def summarise(self) -> dict[str, Any]:
-        """The run's figures, also written to summary.json. Measures this machine's matrix peak (a second)."""
-        config, model = self.config, self.trainer.model.config
-        device, dtype = self.trainer.device, DTYPES[config.train.dtype]
-        parameters = accounting.parameters(model)
-        tokens = len(self.rows) * config.train.batch_size * config.seq_len
-        rate = tokens / self.seconds
-        flops = accounting.flops_per_token(model, config.seq_len, causal=True, training=True).total * rate
-        peak = matmul_rate(device, dtype)
-        val_loss = self.rows[-1]["val_loss"]
-        cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
-        mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)
-        vio = [step.max_vio for step in self.recent if step.max_vio is not None]
-        summary = {
-            "run": str(self.folder),
-            "steps": self.trainer.steps_done,
-            "loss": self.rows[-1]["loss"],
-            "val_loss": val_loss,
-            "val_bits_per_byte": None if val_loss is None else bits(val_loss) / self.trainer.corpus.bytes_per_token,
-            "val_tokens": (len(self.trainer.corpus.val) - 1) // config.seq_len * config.seq_len,
-            "seq_len": config.seq_len,
-            "tokens": tokens,
-            "train_seconds": self.seconds,
-            "tokens_per_s": rate,
-            "parameters": parameters.total,
-            "active_parameters": parameters.active,
-            "flops_per_s": flops,
-            "matrix_peak": peak,
-            "peak_share": flops / peak,
-            "dtype": config.train.dtype,
-            "device": config.train.device,
-            "threads": torch.get_num_threads(),
-            "peak_memory": peak_memory(device),
-            "cache_bytes_per_token": cache,
-            "mha_cache_bytes_per_token": mha_cache,
-            "cache_saved": 1 - cache / mha_cache,
-            "max_vio": sum(vio) / len(vio) if vio else None,
-            "skipped": sum(row["skipped"] for row in self.rows),
-            "corpus_sha256": self.trainer.corpus.sha256,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the last of the run's files: with it the run is complete."""
         write_json(self.folder / "summary.json", summary)
-        return summary
 
 
 @contextmanager

@@ -222,6 +222,8 @@ def test_a_damaged_checkpoint_is_named(place: Path) -> None:
     broken = place / "runs/broken/checkpoints/step-000005"
     broken.mkdir(parents=True)
     (place / "runs/broken/config.toml").write_text((place / "runs/x/config.toml").read_text())
+    for name in ("config.toml", "state.json", "manifest.json"):
+        (broken / name).write_text((place / "runs/x/checkpoints/step-000005" / name).read_text())
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     done = run("dsmini.generate runs/broken", place)
     assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr

@@ -26,6 +26,8 @@ def smaller(module: str, arguments: str) -> str:
         return f"{arguments} --max-new-tokens 4"
     if module == "dsmini.tokenize":
         return arguments.replace("FILE_OR_FOLDER", "book.txt")
+    if "--resume" in arguments:  # the only setting that differs from the run it goes on with
+        return re.sub(r"--train.steps \d+", "--train.steps 4", arguments)
     text = "" if "--data.path" in arguments else " --data.path book.txt"
     return f"{arguments.replace('FILE_OR_FOLDER', 'book.txt')}{text} --train.steps 2 {TINY}"
 

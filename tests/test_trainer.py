@@ -1,6 +1,7 @@
 """The training loop: what a step does, and what validation and bad gradients leave alone."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,9 @@ def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor that a step may change: parameters, biases, moments."""
-    moments = {
-        f"{i} {key}": value
-        for i, inner in enumerate(inner for o in trainer.optimizers for inner in o.state.values())
-        for key, value in inner.items()
-        if isinstance(value, Tensor)
-    }
-    return {name: t.detach().clone() for name, t in {**trainer.model.state_dict(), **moments}.items()}
+    """Every tensor that a step may change: parameters, biases, moments, the average, its count."""
+    tensors = {f"{part}/{name}": t.detach().clone() for part, ts in trainer.tensors().items() for name, t in ts.items()}
+    return tensors if trainer.average is None else {**tensors, "updates": torch.tensor(trainer.average.updates)}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -145,16 +141,84 @@ def test_validation_is_the_mean_over_every_held_out_token(new_trainer: NewTraine
     assert trainer.validate(tokens_at_a_time=16) == pytest.approx(want, rel=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(new_trainer: NewTrainer) -> None:
-    trainer = new_trainer()
+def spoil_loss(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
+    """One loss of the last micro-batch is not finite."""
+
+    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+        real, calls = trainer.model.losses, itertools.count(1)
+
+        def losses(*args: Any, **kwargs: Any) -> Any:
+            out = real(*args, **kwargs)
+            last = next(calls) == trainer.config.train.grad_accum
+            return out._replace(**{name: getattr(out, name) * value}) if last else out
+
+        patch.setattr(trainer.model, "losses", losses)
+
+    return spoil
+
+
+def spoil_gradient(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
+    """One entry of one parameter's gradient is not finite."""
+
+    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+        real = trainer._accumulate
+
+        def accumulate(rows: int) -> Any:
+            out = real(rows)
+            grad = trainer.model.get_parameter(name).grad
+            assert grad is not None
+            grad.view(-1)[-1] = value
+            return out
+
+        patch.setattr(trainer, "_accumulate", accumulate)
+
+    return spoil
+
+
+def spoil_hidden(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+    """One activation of one token is infinite."""
+    real = trainer.model.layers[1].forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x, routing = real(*args, **kwargs)
+        return x + torch.nn.functional.pad(torch.tensor([[[torch.inf]]]), (0, 23, 0, 15, 0, len(x) - 1)), routing
+
+    patch.setattr(trainer.model.layers[1], "forward", forward)
+
+
+PLACES = {
+    "total": spoil_loss("total", torch.nan),
+    "main": spoil_loss("main", torch.inf),
+    "mtp": spoil_loss("mtp", torch.nan),
+    "balance": spoil_loss("balance", -torch.inf),
+    "embedding": spoil_gradient("embed.weight", torch.nan),
+    "norm": spoil_gradient("norm.weight", torch.inf),
+    "gate": spoil_gradient("layers.1.ffn.gate.weight", -torch.inf),
+    "experts": spoil_gradient("layers.1.ffn.experts.w2", torch.nan),
+    "activation": spoil_hidden,
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"grad_accum": 2},
+    "muon": {"optimizer": "muon", "moments": "bfloat16", "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, place: str, optimizer: str
+) -> None:
+    trainer = new_trainer(**OPTIMIZERS[optimizer])
     trainer.step()
     before = state(trainer)
-    hook = trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
-    assert trainer.step().skipped
+    with monkeypatch.context() as patch:
+        PLACES[place](trainer, patch)
+        assert trainer.step().skipped
     assert same(state(trainer), before)
-    hook.remove()
+    assert (trainer.steps_done, trainer.sequences) == (2, 8)
     assert not trainer.step().skipped
-    assert not same(state(trainer), before)
+    changed = state(trainer)
+    assert {name for name in before if torch.equal(before[name], changed[name])} == set()
 
 
 def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:

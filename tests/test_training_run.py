@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.training import load_run, new_run_folder
+from dsmini.checkpoint.run_folder import new_run_folder
+from dsmini.checkpoint.training import load_run
 from dsmini.data import Corpus
 from dsmini.machine import peak_memory
 from dsmini.report import TrainingProgress, plot_run

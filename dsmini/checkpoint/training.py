@@ -1,132 +1,230 @@
-"""A training run on disk: its folder, what is written to it, and the model that can be read back.
+"""A training run's checkpoints: all that it needs to go on, and the model that can be read back.
 
-runs/NAME/
-    config.toml           the whole config, with the device, dtype and threads that were really used
-    corpus.json           what was trained on: size, hash, how the held-out part was chosen
-    tokenizer.json        a copy of the tokenizer, if it was not bytes
-    metrics.jsonl         a line a step
-    checkpoints/step-000030/model.safetensors
-    summary.json, sample.txt, loss.png, expert_load.png     at the end
+runs/NAME/checkpoints/step-000030/
+    model.safetensors       parameters and routing biases
+    optimizer.safetensors   what the optimizers remember, as PARAMETER/KEY
+    average.safetensors     the parameters' average over the steps, if there is one
+    rng.safetensors         the states of the random number generators
+    config.toml             the run's config at that step
+    state.json              RunState: how far the run has come
+    manifest.json           size and checksum of the files above
 """
 
+import dataclasses
 import json
-import os
 import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from dsmini.checkpoint.manifest import remove_folders, verify, write_folder
+from dsmini.checkpoint.run_folder import run_config
 from dsmini.config import RunConfig
+from dsmini.fields import build, check_types
 from dsmini.nn import Transformer
-from dsmini.tokenizer import Tokenizer, load_tokenizer
+
+Tensors = dict[str, dict[str, Tensor]]
+"""Tensors by the stem of the file they are in, and by name."""
 
 
-def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
-    """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run has come, besides its tensors; what state.json holds."""
 
-    Raises: ValueError if the folder holds anything already; nothing is overwritten.
+    step: int
+    """Optimizer steps done."""
+    sequences: int
+    """Training sequences taken from the corpus: where the data goes on."""
+    average_updates: int
+    """Steps taken into the parameters' average."""
+    skipped: int
+    """Steps skipped because the loss or the gradient was not finite."""
+    skipped_in_a_row: int
+    """Those of them that no other step has followed."""
+    best_val_loss: float | None
+    """The lowest validation loss so far, in nats."""
+    best_val_step: int | None
+    """Its step."""
+    seconds: float
+    """Time spent in training steps."""
+    corpus_sha256: str
+    """Of the corpus that was trained on."""
+    row: dict
+    """The last step's line of metrics.jsonl; a validation that is due at this step is not yet in it."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What was read from a checkpoint's folder, after it was verified."""
+
+    folder: Path
+    config: RunConfig
+    tensors: Tensors
+    state: RunState
+
+
+def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
+    """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
+
+    Later ones go too: the run did not go on from them because they are damaged.
+
+    Raises: OSError; every earlier checkpoint is still there.
     """
-    if out is None:
-        return _next_folder(base, name)
-    refuse_taken(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
-    return out
+    assert config.out is not None
+    folder = config.out / "checkpoints" / f"step-{state.step:06d}"
+    files: dict[str, Callable[[Path], None]] = {
+        f"{part}.safetensors": partial(_save_tensors, named, state.step) for part, named in tensors.items()
+    }
+    texts = {"config.toml": config.to_toml(), "state.json": json.dumps(dataclasses.asdict(state), indent=2) + "\n"}
+    files |= {name: partial(_save_text, text) for name, text in texts.items()}
+    write_folder(folder, files)
+    there = _checkpoints(config.out)
+    kept = [one for one in there if _step(one) <= state.step][: config.train.keep]
+    remove_folders(one for one in there if one not in kept)
+    return folder
 
 
-def refuse_taken(out: Path | None) -> None:
-    """Raises: ValueError if the folder of a new run holds anything already."""
-    try:
-        taken = out is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
-    if out is not None and taken:
-        held = "another run" if (out / "config.toml").exists() else "other files"
-        raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+def _save_tensors(named: Mapping[str, Tensor], step: int, path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    save_file(tensors, path, metadata={"step": str(step)})
 
 
-def _next_folder(base: Path, name: str) -> Path:
-    """The first number after all that are taken; where two runs start at once, each gets its own."""
-    while True:
-        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
-        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
+def _save_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def last_checkpoint(
+    run: Path, parts: Sequence[str], fits: Callable[[Checkpoint], None], say: Callable[[str], None]
+) -> Checkpoint:
+    """The newest checkpoint that is whole and fits; those that are not are named with the reason.
+
+    Args:
+        parts: the stems of the tensor files to read.
+        fits: raises ValueError for tensors that are not wanted.
+        say: told about each checkpoint that is passed over.
+
+    Raises: ValueError if there is none, with all the reasons.
+    """
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    found = _checkpoints(run)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
+    reasons = []
+    for folder in found:
         try:
-            out.mkdir(parents=True)
-        except FileExistsError:
+            checkpoint = read_checkpoint(folder, parts)
+            fits(checkpoint)
+        except ValueError as error:
+            reasons.append(f"cannot read {folder}: {error}")
             continue
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from None
-        return out
+        for reason in reasons:
+            say(f"{reason}; using {folder.name}, the one before")
+        return checkpoint
+    raise ValueError(f"{'; '.join(reasons)}; {run} has no other checkpoint, so start a new run")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: a temporary file, renamed once it is complete."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
+    """Verify and read a checkpoint's folder.
 
+    Args:
+        parts: the stems of the tensor files to read; the others are not looked at.
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """write_text of a readable JSON object."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def save_model(run: Path, step: int, model: Transformer) -> Path:
-    """Save the model's state dict after `step` steps; the file appears only when it is complete."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "model.safetensors"
-    temporary = folder / "model.safetensors.partial"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"])
+    config = RunConfig.from_file(folder / "config.toml")
+    tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     try:
-        save_file(tensors, temporary, metadata={"step": str(step)})
-    except SafetensorError as error:  # what a full disk is called there
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot save {path}: {error}") from None
-    os.replace(temporary, path)
-    return path
+        raw = json.loads((folder / "state.json").read_bytes())
+        state = build(RunState, raw, "state.json", "")
+    except (OSError, ValueError, TypeError) as error:  # the last: a field is missing
+        raise ValueError(f"state.json is not understood: {error}") from None
+    if state.step != _step(folder):
+        raise ValueError(f"state.json is of step {state.step}, the folder's name says {_step(folder)}")
+    return Checkpoint(folder=folder, config=config, tensors=tensors, state=state)
 
 
-def load_run(path: Path, compute_dtype: torch.dtype | None = None) -> tuple[Transformer, RunConfig]:
-    """The model of a run folder's last checkpoint, or of one checkpoint folder, and the run's config.
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is not understood: {error}") from None
+
+
+def load_run(
+    path: Path,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    average: bool = False,
+    say: Callable[[str], None] = warnings.warn,
+) -> tuple[Transformer, RunConfig]:
+    """The model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
+
+    Args:
+        average: the parameters' average over the steps, instead of the last ones.
+        say: told about each checkpoint that is damaged, and passed over.
 
     Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
     """
-    checkpoint = path if (path / "model.safetensors").is_file() else _last_checkpoint(path)
-    run = checkpoint.parent.parent
-    if not (run / "config.toml").is_file():
-        raise ValueError(f"{run} has no config.toml, so it is no training run; name a folder that dsmini.train wrote")
-    config = RunConfig.from_file(run / "config.toml")
-    model = Transformer(config.model, compute_dtype=compute_dtype)
+    checkpoint = model_checkpoint(path, average=average, say=say)
+    model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
+    model.load_state_dict(model_tensors(checkpoint))
+    return model.eval(), checkpoint.config
+
+
+def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
+    """The checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
+    single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
+    parts = ["model", "average"] if average else ["model"]
+    if average and run_config(path).train.ema_decay is None:
+        raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
+
+    def fits(checkpoint: Checkpoint) -> None:
+        with torch.device("meta"):
+            want = Transformer(checkpoint.config.model).state_dict()
+        check_tensors(model_tensors(checkpoint), want, "model.safetensors")
+
+    if not single:
+        return last_checkpoint(path, parts, fits, say)
     try:
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"cannot read {checkpoint / 'model.safetensors'}: {error}") from None
-    return model.eval(), config
+        checkpoint = read_checkpoint(path, parts)
+        fits(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; name another checkpoint") from None
+    return checkpoint
 
 
-def load_run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
-    """What the run, named as for load_run, was trained with: the tokenizer.json in its folder, or bytes.
-
-    Raises: ValueError if that file is gone.
-    """
-    if config.data.tokenizer is None:
-        return load_tokenizer(None)
-    run = path if (path / "config.toml").is_file() else path.parent.parent
-    if not (run / "tokenizer.json").is_file():
-        raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
-    return load_tokenizer(run / "tokenizer.json")
+def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A model's state dict: the last one, or with the average in place of the parameters where that was read."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("average", {})
 
 
-def _last_checkpoint(run: Path) -> Path:
-    if not run.is_dir():
-        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
-    found = [p.parent for p in run.glob("checkpoints/step-*/model.safetensors")]
-    if not found:
-        raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
-    return max(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not those of `want`; ValueError names the first."""
+    for name in sorted(got.keys() | want.keys()):
+        if name not in got or name not in want:
+            raise ValueError(f"{source} {'lacks' if name in want else 'has an unknown'} tensor {name}")
+        g, w = got[name], want[name]
+        if g.shape != w.shape or g.dtype != w.dtype:
+            raise ValueError(f"{source}: {name} is {g.dtype} {list(g.shape)}, want {w.dtype} {list(w.shape)}")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoints' folders, newest first."""
+    found = [p for p in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=_step, reverse=True)

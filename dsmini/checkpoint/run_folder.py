@@ -1,0 +1,130 @@
+"""A training run's folder.
+
+runs/NAME/
+    config.toml           the whole config, with the device, dtype and threads that were really used
+    config-until-step-000030.toml     the one before, where the run went on with another
+    corpus.json           what was trained on: size, hash, how the held-out part was chosen
+    tokenizer.json        a copy of the tokenizer, if it was not bytes
+    init.json             whose weights it started from, if it did
+    metrics.jsonl         a line a step
+    checkpoints/          see training.py
+    summary.json, sample.txt, loss.png, expert_load.png     at the end
+"""
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsmini.checkpoint.manifest import write_text
+from dsmini.config import RunConfig
+from dsmini.tokenizer import Tokenizer, load_tokenizer
+
+
+def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
+    """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
+
+    Raises: ValueError if the folder holds anything already; nothing is overwritten.
+    """
+    if out is None:
+        return _next_folder(base, name)
+    refuse_taken(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
+    return out
+
+
+def refuse_taken(out: Path | None) -> None:
+    """Raises: ValueError if the folder of a new run holds anything already."""
+    try:
+        taken = out is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
+    if out is not None and taken:
+        held = "another run" if (out / "config.toml").exists() else "other files"
+        raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+
+
+def _next_folder(base: Path, name: str) -> Path:
+    """The first number after all that are taken; where two runs start at once, each gets its own."""
+    while True:
+        taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+        out = base / f"{name}-{max(taken, default=0) + 1:03d}"
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from None
+        return out
+
+
+@contextmanager
+def sole_trainer(run: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes; the system lets go of it when this one ends, however it ends.
+
+    Raises: ValueError if another process holds it.
+    """
+    with (run / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None
+        yield
+
+
+def run_config(run: Path) -> RunConfig:
+    """The config that a run keeps; ValueError for a folder that is no run."""
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    if not (run / "config.toml").is_file():
+        raise ValueError(f"{run} has no config.toml, so it is no training run; name a folder that dsmini.train wrote")
+    return RunConfig.from_file(run / "config.toml")
+
+
+def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
+    """What a run, named by its folder or by one of its checkpoints, was trained with: its tokenizer.json, or bytes.
+
+    Raises: ValueError if that file is gone.
+    """
+    if config.data.tokenizer is None:
+        return load_tokenizer(None)
+    run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    if not (run / "tokenizer.json").is_file():
+        raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
+    return load_tokenizer(run / "tokenizer.json")
+
+
+def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None:
+    """Keep another config from this step on; the one until then stays beside it."""
+    until = run / f"config-until-step-{step:06d}.toml"
+    if new != old and not until.exists():
+        write_text(until, old.to_toml())
+    write_text(run / "config.toml", new.to_toml())
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a line that is torn is left out."""
+    rows = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"step", "val_loss"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What the finished run wrote; empty while it is not finished."""
+    try:
+        return json.loads((run / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -1,0 +1,130 @@
+"""What a resumed run may change, what other weights allow, and where each setting comes from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
+from dsmini.fields import plain
+
+OLD = RunConfig(out=Path("runs/x"))
+# another valid value for every key of the model
+MODEL: dict[str, Any] = {
+    **dict(vocab_size=257, dim=96, inter_dim=96, moe_inter_dim=64, n_layers=5, n_dense_layers=2, n_heads=2),
+    **dict(attention="mqa", q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
+    **dict(n_routed_experts=32, n_shared_experts=2, n_activated_experts=2, n_expert_groups=2, n_limited_groups=3),
+    **dict(score_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, route_scale=1.0),
+    **dict(
+        n_mtp_layers=0, mtp_input="pre_norm", max_seq_len=512, original_seq_len=128, rope_theta=5e4, rope_factor=4.0
+    ),
+    **dict(beta_fast=16.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=0.5, norm_eps=1e-5, init_std=0.01),
+}
+# and for every key of the training and the data; True: it may change
+TRAIN: dict[str, tuple[Any, bool]] = {
+    **dict(steps=(99, True), batch_size=(8, True), batch_start=(2, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
+    **dict(seq_len=(99, False), optimizer=("muon", False), lr=(1.0, True), muon_lr=(1.0, True), warmup=(0.2, True)),
+    **dict(constant=(0.2, True), decay=("linear", True), lr_final=(0.2, True), final=(0.2, True), lr_last=(0.2, True)),
+    **dict(last=(0.2, True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False)),
+    **dict(muon_momentum=(0.5, True), weight_decay=(0.2, True), grad_clip=(2.0, True), ema_decay=(0.5, False)),
+    **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
+    **dict(
+        balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)
+    ),
+    **dict(recompute=(True, True), compile=(True, True), eval_every=(3, True), eval_tokens=(3, True)),
+    **dict(eval_context=(9, True), save_every=(3, True), keep=(3, True), tensorboard=(True, True)),
+    **dict(sample_tokens=(3, True), sample_prompt=("x", True), seed=(1, False), device=("cpu", True)),
+    **dict(dtype=("float32", True), threads=(3, True)),
+}
+DATA: dict[str, tuple[Any, bool]] = {
+    **dict(path=(Path("x"), False), val_fraction=(0.2, False), tokenizer=(Path("x"), False), fim_rate=(0.5, False)),
+    **dict(document_mask=(True, False), workers=(2, True)),
+}
+
+
+def changed(part: str, **changes: Any) -> RunConfig:
+    return dataclasses.replace(OLD, **{part: dataclasses.replace(getattr(OLD, part), **changes)})
+
+
+def test_every_key_is_judged_here() -> None:
+    """A new key must be thought about: may a run go on with another value of it?"""
+    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (ModelConfig, TrainConfig, DataConfig)}
+    assert fields[ModelConfig] == MODEL.keys() | {"n_kv_heads", "precision"}
+    assert fields[TrainConfig] == TRAIN.keys()
+    assert fields[DataConfig] == DATA.keys()
+    keys = {f"train.{key}" for key in TRAIN} | {f"data.{key}" for key in DATA} | {"out"}
+    assert {*SAME_RUN, *ROUNDING, *BESIDE} <= keys
+
+
+@pytest.mark.parametrize("key", [*(f"train.{key}" for key in TRAIN), *(f"data.{key}" for key in DATA)])
+def test_what_a_resumed_run_may_change(key: str) -> None:
+    part, name = key.split(".")
+    value, allowed = (TRAIN if part == "train" else DATA)[name]
+    new = changed(part, **{name: value})
+    assert differences(OLD, new).keys() == {key}
+    if allowed:
+        first, *rest = check_resume(OLD, new)
+        assert first.startswith(f"{key}: ") and " -> " in first
+        assert [line for line in rest if "bit-identical" in line] == [line for line in rest if key in ROUNDING]
+        assert bool(rest) == (key not in BESIDE)
+    else:
+        with pytest.raises(ValueError, match=rf"{key} \(.* -> .*\).*--init runs/x"):
+            check_resume(OLD, new)
+
+
+@pytest.mark.parametrize("key", MODEL)
+def test_no_key_of_the_model_may_change_in_a_resumed_run(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{key} \("):
+        check_resume(OLD, changed("model", **{key: MODEL[key]}))
+
+
+def test_every_refused_key_is_named() -> None:
+    new = dataclasses.replace(changed("train", seed=3, lr=1.0, optimizer="muon"), out=Path("runs/y"))
+    with pytest.raises(ValueError, match=r"another out .*, train.optimizer .*, train.seed \(0 -> 3\): its") as error:
+        check_resume(OLD, new)
+    assert "train.lr" not in str(error.value)
+
+
+def test_an_average_may_change_its_decay_but_not_begin_or_end() -> None:
+    with_average = changed("train", ema_decay=0.9)
+    assert check_resume(with_average, changed("train", ema_decay=0.99))
+    with pytest.raises(ValueError, match=r"ema_decay \(0.9 -> none\)"):
+        check_resume(with_average, OLD)
+
+
+def test_an_unchanged_config_says_nothing() -> None:
+    assert check_resume(OLD, OLD) == []
+
+
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("key", MODEL)
+def test_weights_fit_what_keeps_their_shapes_and_nothing_else(key: str) -> None:
+    old = ModelConfig()
+    new = dataclasses.replace(old, **{key: MODEL[key]})
+    if shapes(new) == shapes(old):
+        check_init(old, new, "runs/x")
+    else:
+        with pytest.raises(ValueError, match=rf"weights of runs/x do not fit model\.{key}={plain(MODEL[key])} \(there"):
+            check_init(old, new, "runs/x")
+
+
+def test_weights_of_another_number_of_key_heads_do_not_fit() -> None:
+    old = ModelConfig(attention="gqa", n_kv_heads=2)
+    with pytest.raises(ValueError, match=r"model.n_kv_heads=1 \(there 2\)"):
+        check_init(old, dataclasses.replace(old, n_kv_heads=1), "runs/x")
+
+
+def test_a_file_changes_a_base(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[model]\nmax_seq_len = 1024\n[train]\nlr = 0.5\n")
+    base = RunConfig(model=ModelConfig(dim=64), train=TrainConfig(steps=3), out=Path("y"))
+    config = RunConfig.from_file(tmp_path / "x.toml", base)
+    assert config == RunConfig(
+        model=ModelConfig(dim=64, max_seq_len=1024), train=TrainConfig(steps=3, lr=0.5), out=Path("y")
+    )
