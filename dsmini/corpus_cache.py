@@ -90,14 +90,13 @@ class Cache:
 
         Raises: ValueError for text that cannot be used; OSError where the tokens cannot be written.
         """
-        damage = _damage(self.entry)
+        missing, damage = not self.entry.exists(), _damage(self.entry)
         if damage is None:
             words = f"read from {self.entry}, where it was tokenised before"
         else:
             self._build(check, progress)
-            words = f"tokenised once into {self.entry}, read from there next time"
-            if self.entry.name in damage:
-                words = f"tokenised again into {self.entry}, for {damage}"
+            again = f"tokenised again into {self.entry}, for {damage}"
+            words = f"tokenised once into {self.entry}, read from there next time" if missing else again
         meta = _read_meta(self.entry)
         parts = {part: np.memmap(self.entry / f"{part}.bin", dtype=meta.dtype, mode="r") for part in ("train", "val")}
         return Entry(meta=meta, words=words, **parts)

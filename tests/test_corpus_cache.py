@@ -115,6 +115,13 @@ def test_a_damaged_entry_is_built_again_and_said(place: Path, harm: Any) -> None
     assert "read from" in load(place).cache and entries(place) == [entry]
 
 
+def test_the_size_of_a_large_entry_is_checked_without_reading_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_cache, "_HASHED_ON_LOAD", 0)
+    load(place)
+    shorten(entries(place)[0])
+    assert "train.bin had 100 bytes, want" in load(place).cache
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     def fail(*_: object) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data import Corpus, Loader, load_corpus
-from dsmini.documents import Document
+from dsmini.documents import Document, _cut
 from dsmini.order import permute
 
 
@@ -82,9 +82,6 @@ def test_few_large_files_are_split_at_their_end(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
 def test_wherever_the_text_is_cut_the_parts_are_the_whole(sizes: list[int], percent: int) -> None:
-    """One file held out would do for some of these, so the documents are too uneven for that."""
-    from dsmini.documents import _cut
-
     documents = [
         Document(name=str(i), path=Path(str(i)), stored=size, modified=0, size=size) for i, size in enumerate(sizes)
     ]
