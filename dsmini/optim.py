@@ -168,10 +168,10 @@ class Muon(Optimizer):
     (Nesterov) momentum with singular values of about 1. A stack [e, o, i] is e matrices.
 
     momentum <- mu momentum + (1 - mu) gradient; what is orthogonalised is mu momentum + (1 - mu) gradient (Nesterov).
-    Weight decay is decoupled, by lr times it. Matrices of one shape go through the iteration together.
+    Weight decay is decoupled, by lr times it. Matrices of one size, upright or lying, are iterated on together.
 
     Only directions count, not sizes: of an expert that no token visited, any remainder of its momentum would become a
-    whole step. So a matrix whose gradient is zero does not move but for its decay (docs/log.md).
+    whole step. So in a stack a matrix whose gradient is zero does not move but for its decay (docs/log.md).
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -186,24 +186,32 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:
         """Move the parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])
-                update *= p.grad.flatten(-2).any(-1)[..., None, None]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                by_shape[p.shape[-2], p.shape[-1]].append((p, update.reshape(-1, *p.shape[-2:])))
-            for (o, i), moves in by_shape.items():
-                stacked = torch.cat([update for _, update in moves])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+            by_size: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p, update in zip(params, nesterov, strict=True):
+                if p.dim() > 2:
+                    update *= p.grad.flatten(-2).any(-1)[..., None, None]
+                matrices = update.reshape(-1, *p.shape[-2:])
+                wide = matrices if p.shape[-2] <= p.shape[-1] else matrices.mT
+                by_size[wide.shape[-2], wide.shape[-1]].append((p, wide))
+            for moves in by_size.values():
+                stacked = torch.cat([wide for _, wide in moves])
                 orthogonal = orthogonalize(stacked.to(self.matmul_dtype))
-                sizes = [len(update) for _, update in moves]
-                for (p, _), update in zip(moves, orthogonal.split(sizes), strict=True):
-                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * max(1, o / i) ** 0.5)
+                for (p, _), update in zip(moves, orthogonal.split([len(wide) for _, wide in moves]), strict=True):
+                    o, i = p.shape[-2:]
+                    step = (update if o <= i else update.mT).reshape(p.shape)
+                    p.add_(step.to(p.dtype), alpha=-group["lr"] * max(1, o / i) ** 0.5)
 
 
 def orthogonalize(g: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:

@@ -57,9 +57,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         unit = at_least_fp32(x) * inverse
         grad = at_least_fp32(grad)
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
-        grad_unit = grad * weight
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0)
         # a matrix-vector product: torch's mean over the last dimension is ten times slower
-        mean = ((grad_unit * unit) @ unit.new_full((unit.shape[-1],), 1 / unit.shape[-1])).unsqueeze(-1)
-        grad_x = grad_unit.sub_(unit.mul_(mean)).mul_(inverse)
+        mean = (product @ (weight.to(product.dtype) / x.shape[-1])).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
