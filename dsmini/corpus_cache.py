@@ -12,6 +12,7 @@ in pieces of about 1 MiB, cut where a line begins with a letter or sign, or else
 splitting of text stops there, such as GPT-2's and DeepSeek's, give the tokens of the uncut text.)
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -148,19 +149,16 @@ class Cache:
             ) from None
 
     def _keep(self, partial: Path) -> None:
-        """Make the finished partial the entry, unless another process was first."""
-        while True:
-            try:
-                partial.rename(self.entry)
-                return
-            except OSError:
-                if not self.entry.exists():
-                    raise
+        """Make the finished partial the entry, in the place of a damaged one, unless another process was first."""
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # else each of two builders might move the other's entry aside
             if _damage(self.entry) is None:
                 return
-            aside = Path(tempfile.mkdtemp(prefix=f"{self.entry.name}.partial-", dir=self.folder))
-            self.entry.rename(aside / "damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            if self.entry.exists():
+                aside = Path(tempfile.mkdtemp(prefix=f"{self.entry.name}.partial-", dir=self.folder))
+                self.entry.rename(aside / "damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+            partial.rename(self.entry)
 
     def _write(self, folder: Path, files: int, parts: Split, progress: Progress) -> Meta:
         vocab_size = self.tokenizer.vocab_size

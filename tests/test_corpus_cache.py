@@ -42,7 +42,7 @@ def load(place: Path, seed: int = 0, **config: Any) -> Corpus:
 
 
 def entries(place: Path) -> list[Path]:
-    return sorted((place / "corpus").iterdir())
+    return sorted(path for path in (place / "corpus").iterdir() if path.name != ".lock")
 
 
 def test_a_corpus_is_tokenised_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
