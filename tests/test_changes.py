@@ -11,7 +11,7 @@ from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 from dsmini.fields import plain
 
-OLD = RunConfig(out=Path("runs/x"))
+OLD = RunConfig(train=TrainConfig(batch_start=2, batch_ramp=0.5), out=Path("runs/x"))
 # another valid value for every key of the model
 MODEL: dict[str, Any] = {
     **dict(vocab_size=257, dim=96, inter_dim=96, moe_inter_dim=64, n_layers=5, n_dense_layers=2, n_heads=2),
@@ -22,13 +22,14 @@ MODEL: dict[str, Any] = {
         n_mtp_layers=0, mtp_input="pre_norm", max_seq_len=512, original_seq_len=128, rope_theta=5e4, rope_factor=4.0
     ),
     **dict(beta_fast=16.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=0.5, norm_eps=1e-5, init_std=0.01),
+    **dict(zero_init=True, embed_norm=True, qk_norm=True),
 }
 # and for every key of the training and the data; True: it may change
 TRAIN: dict[str, tuple[Any, bool]] = {
-    **dict(steps=(99, True), batch_size=(8, True), batch_start=(2, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
+    **dict(steps=(99, True), batch_size=(8, True), batch_start=(3, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
     **dict(seq_len=(99, False), optimizer=("muon", False), lr=(1.0, True), muon_lr=(1.0, True), warmup=(0.2, True)),
     **dict(constant=(0.2, True), decay=("linear", True), lr_final=(0.2, True), final=(0.2, True), lr_last=(0.2, True)),
-    **dict(last=(0.2, True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False)),
+    **dict(last=(0.2, True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False), gate_lr=(1.0, True)),
     **dict(muon_momentum=(0.5, True), weight_decay=(0.2, True), grad_clip=(2.0, True), ema_decay=(0.5, False)),
     **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
     **dict(

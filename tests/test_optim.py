@@ -323,3 +323,14 @@ def test_an_average_that_was_saved_goes_on() -> None:
     for value in values[3:]:
         second.update([("w", value)])
     assert torch.equal(second.tensors["w"], whole.tensors["w"])
+
+
+def test_gates_may_learn_at_a_rate_of_their_own(small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    for gate_lr, want in ((None, 0.01), (0.001, 0.001)):
+        (adamw,) = optimizers(model, TrainConfig(lr=0.01, gate_lr=gate_lr))
+        rates = {name: group["peak_lr"] for group in adamw.param_groups for name in by_name(model, group["params"])}
+        assert {name for name in rates if name.endswith("gate.weight")} == {
+            name for name, rate in rates.items() if rate == want and "gate" in name
+        }
+        assert {rate for name, rate in rates.items() if "gate" not in name} == {0.01}

@@ -152,7 +152,7 @@ def spoil_loss(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch
             last = next(calls) == trainer.config.train.grad_accum
             return out._replace(**{name: getattr(out, name) * value}) if last else out
 
-        patch.setattr(trainer.model, "losses", losses)
+        patch.setattr(trainer, "losses", losses)
 
     return spoil
 
@@ -224,3 +224,28 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:
     step = new_trainer({"n_dense_layers": 4}).step()
     assert step.counts is None and step.max_vio is None and step.balance_loss == 0
+
+
+def test_documents_are_masked_from_each_other_if_the_config_says_so(new_trainer: NewTrainer) -> None:
+    """The text has a NUL, the end of a document, in every 61 bytes, so most sequences hold two documents."""
+    plain, masked = new_trainer(), new_trainer()
+    data = dataclasses.replace(masked.config.data, document_mask=True)
+    masked.config = dataclasses.replace(masked.config, data=data)
+    seen: list[Any] = []
+    real = masked.losses
+    masked.losses = lambda *args, **kwargs: (seen.append((args[0], kwargs["documents"])), real(*args, **kwargs))[1]
+    assert masked.step().loss != plain.step().loss
+    tokens, documents = seen[0]
+    assert documents.max() > 0
+    for row, numbers in zip(tokens.tolist(), documents.tolist(), strict=True):
+        assert numbers == [row[:i].count(0) for i in range(len(row))]
+
+
+def test_the_step_is_compiled_if_the_config_says_so(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f: (compiled.append(f), f)[1])
+    eager = new_trainer()
+    assert not compiled
+    trainer = new_trainer(compile=True)
+    assert compiled == [trainer.model.losses]
+    assert trainer.step().loss == eager.step().loss

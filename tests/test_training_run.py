@@ -91,6 +91,21 @@ def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> N
     assert training.rows[-1]["val_loss"] != pytest.approx(training.trainer.validate(16), rel=1e-6)
 
 
+def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> None:
+    short = dataclasses.replace(training.config.train, steps=1, eval_context=5)
+    training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
+    training.train()
+    row = training.rows[-1]
+    assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(seq_len=5), rel=1e-6)
+    x, y = next(training.trainer.corpus.windows(5).blocks(1000))
+    assert x.shape == (19, 5) and x.numel() == training.trainer.corpus.windows(5).tokens
+    with torch.no_grad():
+        logits = training.trainer.model(x)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert row["val_loss_at_eval_context"] == pytest.approx(want, rel=1e-6)
+    assert row["val_loss_at_eval_context"] != pytest.approx(row["val_loss"], rel=1e-6)
+
+
 def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_was_used(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +120,7 @@ def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_wa
     monkeypatch.setattr(training.trainer.loader, "take", slow)
     step = training.trainer.step()
     assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
-    training._record(step, None, io.StringIO())
+    training._keep(step)
     assert training.rows[-1]["data_wait"] == step.data_wait
     assert training.rows[-1]["memory"] == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
 
