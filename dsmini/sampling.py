@@ -61,7 +61,7 @@ class Sampling:
 
         Raises: ValueError for logits that are not finite.
         """
-        # fp64: a tiny temperature makes FP32 overflow, and sums over 100,000 tokens drift; MPS has no FP64
+        # fp64: summed in FP32, the mass of 100,000 tokens drifts by several of them; MPS has no FP64
         scores = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
         if self.repetition_penalty != 1:
             assert seen is not None, "the repetition penalty needs to know the tokens so far"

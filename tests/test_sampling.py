@@ -99,6 +99,12 @@ def test_top_p_keeps_the_token_that_crosses_and_not_the_next() -> None:
     assert (Sampling(temperature=1.0, top_p=0.5).probabilities(many) > 0).sum() == 2
 
 
+def test_top_p_counts_exactly_in_a_large_vocabulary() -> None:
+    n = 200_003
+    got = Sampling(temperature=1.0, top_p=0.9).probabilities(torch.zeros(1, n))
+    assert (got > 0).sum() == math.ceil(0.9 * n)
+
+
 def test_top_p_is_of_what_top_k_left() -> None:
     logits = one(0.4, 0.3, 0.2, 0.1).log()
     both = Sampling(temperature=1.0, top_k=2, top_p=0.55).probabilities(logits)  # 0.4 / 0.7 is 0.57
