@@ -61,8 +61,7 @@ class Sampling:
 
         Raises: ValueError for logits that are not finite.
         """
-        # fp64: summed in FP32, the mass of 100,000 tokens drifts by several of them; MPS has no FP64
-        scores = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        scores = logits.float()
         if self.repetition_penalty != 1:
             assert seen is not None, "the repetition penalty needs to know the tokens so far"
             r = self.repetition_penalty
@@ -70,16 +69,16 @@ class Sampling:
         _require_finite(scores)
         if self.temperature == 0:
             likeliest = scores.argmax(-1, keepdim=True)
-            return torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, likeliest, 1.0)
-        # the likeliest at 0, where it stays: a filter never takes it
-        scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(scores.dtype).tiny)
+            return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)
+        # the likeliest at 0, where no filter takes it; 0 / tiny is still 0, while 0 / 1e-50 in FP32 is 0 / 0
+        scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(~_top_k(scores, self.top_k), -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             scores = scores.masked_fill(~_top_p(scores.softmax(-1), self.top_p), -torch.inf)
         if self.min_p is not None:
             scores = scores.masked_fill(scores.exp() < self.min_p, -torch.inf)
-        return scores.softmax(-1).float()
+        return scores.softmax(-1)
 
 
 def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:

@@ -51,12 +51,12 @@ def test_the_distribution_is_the_definition_worked_by_hand(logits: list[float], 
     want = by_hand(sampling, logits, seen)
     # a sum that meets top_p exactly may fall on either side of it in floating point
     if sampling.top_p is None or not touches(sampling, logits, seen):
-        assert got[0].tolist() == pytest.approx(want, rel=1e-6, abs=1e-12)
+        assert got[0].tolist() == pytest.approx(want, rel=1e-5, abs=1e-12)
 
 
 def touches(sampling: Sampling, logits: list[float], seen: list[bool]) -> bool:
     assert sampling.top_p is not None
-    near = [p for d in (-1e-9, 1e-9) if 0 < (p := sampling.top_p + d) <= 1]
+    near = [p for d in (-1e-6, 1e-6) if 0 < (p := sampling.top_p + d) <= 1]
     names = ("temperature", "top_k", "min_p", "repetition_penalty")
     rest = {name: getattr(sampling, name) for name in names}
     return len({tuple(x > 0 for x in by_hand(Sampling(top_p=p, **rest), logits, seen)) for p in near}) > 1
