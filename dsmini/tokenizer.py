@@ -6,7 +6,8 @@ end of sentence, gets the tokens of those characters and cannot end a document o
 
 import codecs
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -103,13 +104,17 @@ class BPETokenizer:
 
     What is no UTF-8 becomes U+FFFD before it is encoded. Decoding shows special tokens by name.
 
+    Args:
+        markup: added tokens that no text may spell, besides those that the file calls special, that end documents or
+            mark fill-in-the-middle, and all of the form <｜...｜>.
+
     Raises: ValueError for a missing or unreadable file, one without a token that ends a document, and where the
         tokenizers library is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, markup: Collection[str] = ()) -> None:
         self.path = path
-        self._tokenizer = _read(path)
+        self._tokenizer = _read(path, markup)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         ends = [ids[name] for name in END_TOKENS if name in ids]
         if not ends:
@@ -120,6 +125,24 @@ class BPETokenizer:
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps
         self.end_of_document: int = ends[0]
         self.fim = Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+
+    @property
+    def added(self) -> dict[str, int]:
+        """The added tokens: those that a text can spell, and those that none can."""
+        return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    @property
+    def markup(self) -> dict[str, int]:
+        """The added tokens that no text can spell."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
+    @property
+    def beginning(self) -> list[int]:
+        """What the file itself puts before every text."""
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        at = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
+        return encoding.ids[:at]
 
     def encode(self, text: str | bytes) -> NDArray[np.uint32]:
         return self.encode_all([text])[0]
@@ -171,7 +194,7 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     return ByteTokenizer() if path is None else BPETokenizer(path)
 
 
-def _read(path: Path) -> "tokenizers.Tokenizer":
+def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
     try:
         from tokenizers import Tokenizer as Library
     except ImportError:
@@ -183,8 +206,9 @@ def _read(path: Path) -> "tokenizers.Tokenizer":
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for token in content.get("added_tokens", []):
-            # DeepSeek's file calls its fill-in-the-middle tokens ordinary, and then a text could spell them
-            token["special"] |= token["content"] in (*END_TOKENS, *FIM_TOKENS)
+            # DeepSeek's file calls <｜User｜> and others of that form ordinary, and then a text could spell them
+            name = token["content"]
+            token["special"] |= name in (*END_TOKENS, *markup) or re.fullmatch("<｜.*｜>", name) is not None
         library = Library.from_str(json.dumps(content))
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}; check its permissions") from None

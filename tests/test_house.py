@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "dsmini.order": set(),
     "dsmini.fim": {"dsmini.tokenizer"},
     "dsmini.sampling": {"dsmini.fields"},
+    "dsmini.text": {"dsmini.tokenizer"},
     "dsmini.corpus_cache": {"dsmini.config", "dsmini.documents", "dsmini.fim", "dsmini.tokenizer"},
     "dsmini.data": {
         *("dsmini.config", "dsmini.corpus_cache", "dsmini.documents", "dsmini.fields", "dsmini.order"),
