@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "dsmini.fim": {"dsmini.tokenizer"},
     "dsmini.sampling": {"dsmini.fields"},
     "dsmini.text": {"dsmini.tokenizer"},
+    "dsmini.chat": {"dsmini.tokenizer"},
+    "dsmini.text_side": {"dsmini.chat", "dsmini.fields", "dsmini.tokenizer"},
     "dsmini.corpus_cache": {"dsmini.config", "dsmini.documents", "dsmini.fim", "dsmini.tokenizer"},
     "dsmini.data": {
         *("dsmini.config", "dsmini.corpus_cache", "dsmini.documents", "dsmini.fields", "dsmini.order"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsmini.text import Continuation
@@ -65,6 +65,7 @@ class Words:
         return piece
 
 
+@example("ab日🙂", ["ab日🙂", "b日"], [4])  # the one that begins first is whole last
 @given(TEXT, STOPS, st.lists(st.integers(0, 9), max_size=20))
 def test_where_a_row_stops_does_not_depend_on_the_tokens_borders(text: str, stops: list[str], sizes: list[int]) -> None:
     row = Continuation(Words(text), stops=stops)

@@ -1,0 +1,94 @@
+"""What stands between a model's tokens and text, as a DeepSeek or Hugging Face folder has it.
+
+tokenizer.json            the vocabulary
+tokenizer_config.json     whether a text begins with a token, and the chat template if chat_template.jinja has it not
+generation_config.json    which tokens end an answer; config.json where it does not say
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmini.chat import Chat, read_template, spelled
+from dsmini.fields import parse_file
+from dsmini.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """A model's vocabulary, and the ids that begin and end its texts."""
+
+    tokenizer: Tokenizer
+    begin: tuple[int, ...] = ()
+    """Stand before every text; a chat template writes its own."""
+    ends: tuple[int, ...] = ()
+    """End an answer."""
+    chat: Chat | None = None
+
+
+def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = False) -> TextSide:
+    """The text side of a folder with a config.json.
+
+    Args:
+        tokenizer: "bytes", or the tokenizer.json to use; None: the folder's.
+        chat: read the chat template too.
+
+    Raises: ValueError for a file that is missing or not understood.
+    """
+    config = _optional(folder / "tokenizer_config.json")
+    if tokenizer == "bytes":
+        if chat:
+            raise ValueError(
+                "--chat needs the folder's tokenizer.json, for its template writes tokens; bytes have none"
+            )
+        return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
+    path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
+    if tokenizer is None and not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
+    template = read_template(folder, config) if chat else None
+    if chat and template is None:
+        raise ValueError(
+            f"{folder} has no chat template, neither chat_template.jinja nor chat_template in tokenizer_config.json; "
+            "leave out --chat, and write the prompt as the model was trained on it"
+        )
+    bpe = BPETokenizer(path)
+    return TextSide(
+        tokenizer=bpe,
+        begin=_begin(bpe, config),
+        ends=_ends(folder, config, bpe.added),
+        chat=None if template is None else Chat(template, path),
+    )
+
+
+def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What stands before a text: as tokenizer_config.json says, or where it does not, tokenizer.json."""
+    wanted = config.get("add_bos_token")
+    if wanted is None:
+        return tuple(tokenizer.beginning)
+    if not wanted:
+        return ()
+    name = spelled(config.get("bos_token"))
+    if name is None or name not in tokenizer.added:
+        raise ValueError(f"tokenizer_config.json wants texts to begin with {name!r}, which {tokenizer.path} lacks")
+    return (tokenizer.added[name],)
+
+
+def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
+    """The tokens that end an answer, by the first file that names any."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _optional(folder / name).get("eos_token_id")
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if any(not isinstance(id, int) or isinstance(id, bool) or id < 0 for id in ids):
+            raise ValueError(f"eos_token_id={ids} in {folder / name} is neither a token's id nor a list of them")
+        return tuple(ids)
+    name = spelled(config.get("eos_token"))
+    return (added[name],) if name is not None and name in added else ()
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
+    return parse_file(path, json.loads) if path.is_file() else {}
