@@ -1,0 +1,120 @@
+"""How the next token is drawn: from logits to the distribution that is really drawn from, and the draw.
+
+The distribution is a value of its own because speculative decoding needs it: a draft token is kept with the chance
+that keeps the output's distribution, and that chance is a quotient of two of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsmini.fields import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Applied in the order penalty, temperature, top-k, top-p, min-p.
+
+    Among equally likely tokens the lowest ids are kept, on every device.
+
+    Raises: ValueError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits. 0 takes the likeliest token, the lowest id among equals."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens."""
+    top_p: float | None = None
+    """Draw from the fewest tokens whose probabilities sum to this or more."""
+    min_p: float | None = None
+    """Draw from the tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the row already holds, its prompt included, are divided by this if they are positive and
+    multiplied if negative (CTRL, Keskar et al. 2019). 1 is off, above 1 holds repetition down."""
+
+    def __post_init__(self) -> None:
+        t, k, p, m, r = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        require(_is_number(t) and t >= 0, f"temperature={t} is not 0 or more; use 0 for the likeliest token")
+        whole = isinstance(k, int) and not isinstance(k, bool)
+        require(k is None or whole, f"top_k={k} is not a whole number; use 1 or more, or leave it out")
+        require(k is None or k >= 1, f"top_k={k} is less than 1; use 1 or more, or leave it out")
+        require(
+            p is None or (_is_number(p) and 0 < p <= 1),
+            f"top_p={p} is not above 0 and at most 1; use 0.95, say, or leave it out",
+        )
+        require(
+            m is None or (_is_number(m) and 0 <= m <= 1),
+            f"min_p={m} is not from 0 to 1; use 0.05, say, or leave it out",
+        )
+        require(_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one")
+
+    def probabilities(self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None) -> Tensor:
+        """The distribution [b, v] in FP32 that the next token of each row is drawn from; at temperature 0 all of it
+        lies on one token.
+
+        Args:
+            seen: which tokens each row already holds; needed only for the repetition penalty.
+
+        Raises: ValueError for logits that are not finite.
+        """
+        scores = logits.float()
+        if self.repetition_penalty != 1:
+            assert seen is not None, "the repetition penalty needs to know the tokens so far"
+            r = self.repetition_penalty
+            scores = torch.where(seen, torch.where(scores > 0, scores / r, scores * r), scores)
+        _require_finite(scores)
+        if self.temperature == 0:
+            likeliest = scores.argmax(-1, keepdim=True)
+            return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)
+        # the likeliest at 0, where no filter takes it; 0 / tiny is still 0, while 0 / 1e-50 in FP32 is 0 / 0
+        scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(~_top_k(scores, self.top_k), -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            scores = scores.masked_fill(~_top_p(scores.softmax(-1), self.top_p), -torch.inf)
+        if self.min_p is not None:
+            scores = scores.masked_fill(scores.exp() < self.min_p, -torch.inf)
+        return scores.softmax(-1)
+
+
+def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
+    """One token for each row, as likely as its weight; the weights of a row need not sum to 1.
+
+    Drawn where the generator lives, so that a seed gives the same tokens whatever device the model is on.
+    """
+    device = probabilities.device if generator is None else generator.device
+    drawn = torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(1)
+    return drawn.to(probabilities.device)
+
+
+def _top_k(scores: Tensor, k: int) -> Tensor:
+    """Which k tokens of each row score highest. torch.topk alone picks any among equals."""
+    floor = scores.topk(k, -1).values[:, -1:]
+    above, level = scores > floor, scores == floor
+    return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+def _top_p(probabilities: Tensor, p: float) -> Tensor:
+    """Which tokens of each row, from the likeliest on, are needed until they sum to p: those with less than p before
+    them."""
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
+    return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < p)
+
+
+def _require_finite(scores: Tensor) -> None:
+    broken = ~scores.isfinite()
+    if broken.any():
+        row, token = (int(i) for i in broken.nonzero()[0])
+        raise ValueError(
+            f"row {row}: the model gives token {token} the logit {scores[row, token].item()}, which is not finite; "
+            "its weights are damaged, or too large for this dtype: try float32"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
