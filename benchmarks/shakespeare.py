@@ -91,17 +91,20 @@ def main() -> None:
         return
     console = Console(stderr=True)
     results: dict[str, list[tuple[float, float, float | None]]] = {"peer": [], "sprint": [], "run": []}
+
+    def record(name: str, seed: int, seconds: float, loss: float, own: float | None) -> None:
+        results[name].append((seconds, loss, own))
+        console.print(f"seed {seed}  {name:6}  {seconds:6.1f} s  {loss:.4f}", highlight=False)
+
     ours = ["dsmini.train", "configs/shakespeare.toml", "--data.path", str(text), "--json", *more]
     with tempfile.TemporaryDirectory() as runs:
         for seed in range(options.seeds):
             seconds, answer = command(["benchmarks.shakespeare", str(text), "--peer-seed", str(seed)])
-            results["peer"].append((seconds, answer["loss"], None))
+            record("peer", seed, seconds, answer["loss"], None)
             for name, steps in (("sprint", ["--train.steps", str(options.sprint_steps)]), ("run", [])):
                 where = ["--out", f"{runs}/{name}-{seed}", "--train.seed", str(seed), "--train.sample-tokens", "0"]
                 seconds, answer = command([*ours, *where, *steps])
-                results[name].append((seconds, answer["val_loss_at_eval_context"], answer["val_loss"]))
-            for name, of_seed in results.items():
-                console.print(f"seed {seed}  {name:6}  {of_seed[-1][0]:6.1f} s  {of_seed[-1][1]:.4f}", highlight=False)
+                record(name, seed, seconds, answer["val_loss_at_eval_context"], answer["val_loss"])
     rows = []
     table = Table("", "seconds", "loss at context 64", "each seed", "at the training context")
     for name, of_seed in results.items():

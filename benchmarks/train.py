@@ -5,8 +5,9 @@
 Both train the same toy (7.6M parameters, 16 sequences of 256 bytes a step, AdamW) on this machine in FP32 and BF16.
 dsmini's step is the one that python -m dsmini.train takes: batch from the corpus, losses, clipping, AdamW, routing
 bias. transformers' step is forward, backward and fused AdamW, under autocast for BF16. The steps of all variants take
-turns, so that a busy neighbour slows all of them; the median and the best are reported. A step's FLOPs, the same
-count for all, over its time and over the rate of a large matrix product give the share of this machine's peak.
+turns, so that a busy neighbour slows all of them; reported are the median and the best, and the median's ratio to
+transformers' in the same dtype. A step's FLOPs, the same count for all, over its time and over the rate of a large
+matrix product give the share of this machine's peak. The first step of a compiled variant includes the compiling.
 """
 
 import argparse
@@ -160,7 +161,8 @@ def main() -> None:
 
 def show(console: Console, rows: list[dict]) -> None:
     by_name = {row["variant"]: row for row in rows}
-    table = Table("variant", "tokens/s, median", "best", "of the matrix peak", "first step", "of transformers")
+    table = Table("variant", "tokens/s", "best", "of the peak", "first step", "ratio")
+    table.columns[0].no_wrap = True
     for row in rows:
         dtype = row["variant"].split()[1]
         base = by_name[f"transformers {dtype}"]["tokens_per_s"]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ import tyro
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
 from dsmini.command import Help, parse, run
-from dsmini.generation import Stats, stream
+from dsmini.generation import Generation
 from dsmini.machine import pick_device, pick_dtype
+from dsmini.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +73,22 @@ def main(args: Sequence[str]) -> int:
         if not command.json:
             print(decoder.decode(new, final), end="", flush=True)
 
-    start = time.perf_counter()
     show(tokens)
-    for (token,) in stream(
+    generation = Generation(
         model.to(device),
         [tokens],
         command.max_new_tokens,
-        temperature=command.temperature,
-        top_k=command.top_k,
+        sampling=Sampling(temperature=command.temperature, top_k=command.top_k),
         generator=generator,
-    ):
-        assert token is not None  # without an end token no row ends
-        tokens.append(token)
-        show([token])
+        slide=True,
+    )
+    for (new,) in generation:
+        show(new)
     show([], final=True)
-    stats = Stats(new_tokens=command.max_new_tokens, seconds=time.perf_counter() - start)
+    stats = generation.stats
     if command.json:
         figures = {"new_tokens": stats.new_tokens, "seconds": stats.seconds, "tokens_per_s": stats.tokens_per_s}
-        print(json.dumps({"text": tokenizer.decode(tokens), **figures}))
+        print(json.dumps({"text": tokenizer.decode(generation.rows[0]), **figures}))
     else:
         print()
         print(f"{stats.new_tokens} tokens, {stats.tokens_per_s:.0f} tokens/s", file=sys.stderr)

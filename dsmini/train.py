@@ -16,10 +16,11 @@ from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, sole_trai
 from dsmini.command import Help, run
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, load_corpus
-from dsmini.generation import stream
+from dsmini.generation import Generation
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.report import ReadingProgress, print_summary
+from dsmini.sampling import Sampling
 from dsmini.start import begin, read_start
 from dsmini.summary import summarise
 from dsmini.tensorboard import require_tensorboard
@@ -162,11 +163,17 @@ def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
     prompt = tokenizer.encode(text).tolist()
     console.rule("a sample at temperature 0.8")
     console.out(text, end="", highlight=False)
-    for (token,) in stream(model.eval(), [prompt], config.train.sample_tokens, temperature=0.8, generator=generator):
-        assert token is not None  # without an end token no row ends
-        piece = decoder.decode([token])
-        console.out(piece, end="", highlight=False)
-        text += piece
+    sampling = Sampling(temperature=0.8)
+    generation = Generation(
+        model.eval(), [prompt], config.train.sample_tokens, sampling=sampling, generator=generator, slide=True
+    )
+    try:
+        for (tokens,) in generation:
+            piece = decoder.decode(tokens)
+            console.out(piece, end="", highlight=False)
+            text += piece
+    except ValueError as error:  # a model whose training failed has no finite logits
+        _say(console, f"no sample: {error}")
     text += decoder.decode([], final=True)
     console.print()
     console.rule()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import dsmini
 from dsmini import Transformer
-from dsmini.generation import sample
+from dsmini.generation import Generation
 
 Model = Callable[..., Transformer]
 
@@ -38,10 +38,19 @@ def test_rows_of_unequal_length_do_not_disturb_each_other(small_model: Model) ->
         assert row[int(length) :].sum() == 0
 
 
-def test_the_context_slides_past_its_end(small_model: Model) -> None:
+def test_a_row_that_fills_the_cache_goes_on_from_the_newer_half(small_model: Model) -> None:
     model = small_model(max_seq_len=8).eval()
-    out = dsmini.generate(model, torch.tensor([[3, 1, 4]]), 20)
-    assert out.tokens[0].tolist() == greedy_by_hand(model, [3, 1, 4], 20)
+    generation = Generation(model, [[3, 1, 4], [5]], 20, slide=True)
+    for _ in generation:
+        pass
+    for prompt, row in zip(([3, 1, 4], [5]), generation.rows, strict=True):
+        want, context = list(prompt), list(prompt)
+        for _ in range(20):
+            if len(context) > 8:
+                context = context[-5:]  # four that are read anew, and the newest
+            want.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+            context.append(want[-1])
+        assert row == want
 
 
 def test_a_row_ends_after_its_end_token(small_model: Model) -> None:
@@ -64,26 +73,6 @@ def test_a_seed_repeats_a_sample_and_another_does_not(small_model: Model) -> Non
     assert not torch.equal(draw(0), draw(1))
 
 
-def test_sampling_follows_the_softmax_at_its_temperature() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0])
-    n = 20000
-    drawn = sample(logits.expand(n, 3), 2.0, None, torch.Generator().manual_seed(0))
-    share = torch.bincount(drawn, minlength=3) / n
-    want = (logits / 2).softmax(0)
-    assert (share - want).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard deviations of a share
-
-
-def test_a_tiny_temperature_is_greedy() -> None:
-    logits = torch.tensor([[1.0, 90.0, 3.0]])
-    assert sample(logits, 1e-45, None, torch.Generator().manual_seed(0)).tolist() == [1]
-
-
-def test_top_k_draws_only_from_the_k_likeliest() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.9]]).expand(500, 4)
-    drawn = sample(logits, 5.0, 2, torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {1, 3}
-
-
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -95,6 +84,8 @@ def test_top_k_draws_only_from_the_k_likeliest() -> None:
         ([torch.tensor([1])], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
         ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
         ([torch.tensor([1])], {"top_k": 0}, "top_k=0 is less than 1"),
+        ([torch.tensor([1] * 33)], {}, "a prompt of 33 tokens is longer than the model's context of 32; shorten it"),
+        ([torch.tensor([1] * 30)], {}, "30 tokens and 4 new ones are more than .* context of 32; use max_new_tokens=3"),
     ],
 )
 def test_bad_requests_are_refused(small_model: Model, prompts: list[Tensor], options: dict, message: str) -> None:

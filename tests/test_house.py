@@ -31,7 +31,10 @@ MAY_IMPORT = {
         *("dsmini.config", "dsmini.corpus_cache", "dsmini.documents", "dsmini.fields", "dsmini.order"),
         "dsmini.tokenizer",
     },
-    "dsmini.nn": {"dsmini.config", "dsmini.nn"},
+    "dsmini.numerics": {"dsmini.numerics"},
+    "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
+    "dsmini.sampling": {"dsmini.fields"},
+    "dsmini.generation": {"dsmini.nn", "dsmini.sampling"},
 }
 
 

@@ -1,8 +1,9 @@
 """The layers, one idea a file. Each works alone, from a ModelConfig or from plain arguments."""
 
-from dsmini.nn.attention import Attention, causal_attention
+from dsmini.nn.attention import Attention, attend, causal_attention
 from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Block
+from dsmini.nn.cache import Cache
 from dsmini.nn.gate import Gate, Routing, route
 from dsmini.nn.linear import Linear, grouped_linear
 from dsmini.nn.losses import Losses, linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "MTP",
     "Attention",
     "Block",
+    "Cache",
     "Embedding",
     "Experts",
     "FeedForward",
@@ -31,6 +33,7 @@ __all__ = [
     "Routing",
     "Transformer",
     "apply_rope",
+    "attend",
     "causal_attention",
     "grouped_linear",
     "linear_cross_entropy",

@@ -5,10 +5,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.cache import Past
+from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
@@ -48,6 +50,34 @@ def causal_attention(
         y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, seen, is_causal=seen is None, scale=scale)
         return y[..., : v.shape[-1]]
     return _explicit(q, k, v, scale, _hidden(documents, q.shape[2], q.device))
+
+
+def attend(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b g t v"],
+    scale: float,
+    hidden: Bool[Tensor, "#b s t"] | None,
+) -> Float[Tensor, "b h s v"]:
+    """softmax(scale q k^T) v for queries that come after most of the keys, as in decoding; `hidden` is what a query may
+    not see. Every key head serves h / g query heads. Logits are made in q's dtype, for 128 queries at a time; softmax
+    in FP32."""
+    (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
+    blocks = []
+    for start in range(0, s, BLOCK):
+        part = q[:, :, start : start + BLOCK]
+        rows = part.reshape(b * g, -1, q.shape[-1])
+        # keys times queries: with few queries a CPU takes a sixth of the time of queries times keys (docs/log.md)
+        few = rows.shape[1] < t
+        keys = k.reshape(b * g, t, -1)
+        logits = (keys @ rows.mT).mT if few else rows @ keys.mT
+        logits = at_least_fp32(logits).mul(scale)
+        if hidden is not None:
+            seen = logits.view(b, h, -1, t)
+            logits = seen.masked_fill(hidden[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
+        y = logits.softmax(-1).to(v.dtype) @ v.reshape(b * g, t, -1)
+        blocks.append(y.view(b, h, -1, v.shape[-1]))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
@@ -97,17 +127,31 @@ class Attention(nn.Module):
         self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
 
     def forward(
-        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
+        self,
+        x: Float[Tensor, "b s m"],
+        table: Table | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "b s m"]:
         """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
-        positions 0, 1, ... if left out."""
+        positions 0, 1, ... if left out. With a `past`, also to what is cached, where the new tokens are put too."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
         k = apply_rope(rearrange(self.wk(x), "b s (h d) -> b s h d", h=self.n_kv_heads), table)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
-        v = rearrange(self.wv(x), "b s (h d) -> b h s d", h=self.n_kv_heads)
-        group = self.n_heads // self.n_kv_heads
-        k = k.transpose(1, 2).repeat_interleave(group, 1)
-        y = causal_attention(q.transpose(1, 2), k, v.repeat_interleave(group, 1), self.scale, documents=documents)
+        q, k = q.transpose(1, 2), k.flatten(2)
+        v = self.wv(x)
+        if past is not None:
+            past.store.write(torch.cat((k, v), -1), past.window)
+        if past is None or past.window.fresh:
+            group = self.n_heads // self.n_kv_heads
+            k, v = (self._heads(rows).repeat_interleave(group, 1) for rows in (k, v))
+            y = causal_attention(q, k, v, self.scale, documents=documents)
+        else:
+            k, v = past.store.read(past.window.end, q.dtype).tensor_split((k.shape[-1],), -1)
+            y = attend(q, self._heads(k), self._heads(v), self.scale, past.window.hidden)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rearrange(rows, "b t (h d) -> b h t d", h=self.n_kv_heads)

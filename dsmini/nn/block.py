@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Attention
+from dsmini.nn.cache import Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
@@ -26,10 +27,14 @@ class Block(nn.Module):
         self.ffn = MoE(c) if c.is_moe(layer) else FeedForward(c)
 
     def forward(
-        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
+        self,
+        x: Float[Tensor, "b s m"],
+        table: Table | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
         """The block's output and, from a MoE layer, its routing."""
-        x = x + self.attn(self.attn_norm(x), table, documents)
+        x = x + self.attn(self.attn_norm(x), table, documents, past)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(normed)

@@ -26,6 +26,10 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return F.linear(x, self.weight.to(x.dtype))
 
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        """The weight in dtype."""
+        return self.weight.to(dtype)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 

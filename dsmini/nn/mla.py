@@ -7,9 +7,16 @@ For a token with hidden state h (report, section 2.1.1):
     q_nope, q_rope = split(W_UQ q_norm(W_DQ h)), q_rope rotated
 A head's logit is q_nope.k_nope + q_rope.k_rope. The cache holds kv_lora_rank + qk_rope_head_dim numbers a token and
 layer, whatever the number of heads.
+
+There are two ways to attend to what is cached. Expanded makes k_nope and v of every cached token anew. Absorbed moves
+W_UK over to the query and W_UV behind the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
+    q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
+so that all heads read the one latent, as in multi-query attention with keys of kv_lora_rank + qk_rope_head_dim. A pair
+of query and key costs more so, but nothing is made anew of the context: `Work` counts both, and the cheaper is taken.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,14 +24,41 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import causal_attention
+from dsmini.nn.attention import attend, causal_attention
+from dsmini.nn.cache import Past
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Floating-point operations of attention with a cache, for one sequence and layer, in both forms. A multiply-add is
+    two; causality is not taken off; what both forms do is left out."""
+
+    queries: int
+    keys: int
+    to_expand: int
+    """Of keys and values from the latents of all keys."""
+    expanded: int
+    """All of the expanded form, to_expand included."""
+    absorbed: int
+
+    @property
+    def cheaper(self) -> Literal["expanded", "absorbed"]:
+        """The form with fewer operations."""
+        return "absorbed" if self.absorbed < self.expanded else "expanded"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cheaper}, for {self.queries:,} queries and {self.keys:,} keys: expanded "
+            f"{self.expanded / 1e6:,.1f} MFLOP, {self.to_expand / 1e6:,.1f} of them to expand the latents, absorbed "
+            f"{self.absorbed / 1e6:,.1f}"
+        )
+
+
 class MLA(nn.Module):
-    """Multi-head Latent Attention in its expanded form. From a config, or from plain arguments: MLA(dim=64, n_heads=2).
+    """Multi-head Latent Attention. From a config, or from plain arguments: MLA(dim=64, n_heads=2).
 
     q_lora_rank None projects the query directly (V2-Lite). Arguments that are left out are the toy's.
 
@@ -37,7 +71,8 @@ class MLA(nn.Module):
         self.rope = Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_head_dim)
         self.n_heads = c.n_heads
-        self.kv_lora_rank, self.qk_nope_head_dim = c.kv_lora_rank, c.qk_nope_head_dim
+        self.kv_lora_rank = c.kv_lora_rank
+        self.qk_nope_head_dim, self.v_head_dim = c.qk_nope_head_dim, c.v_head_dim
 
         def linear(i: int, o: int, init_std: float = c.init_std) -> Linear:
             return Linear(i, o, init_std=init_std, precision=c.precision)
@@ -57,20 +92,79 @@ class MLA(nn.Module):
         self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
 
     def forward(
-        self, x: Float[Tensor, "b s m"], table: Table | None = None, documents: Int[Tensor, "b s"] | None = None
+        self,
+        x: Float[Tensor, "b s m"],
+        table: Table | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "b s m"]:
         """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
-        positions 0, 1, ... if left out."""
+        positions 0, 1, ... if left out. With a `past`, also to what is cached, where the new tokens are put too."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         q = self.queries(x, table)
         c_kv, k_rope = self.latents(x, table)
+        if past is not None:
+            past.store.write(torch.cat((c_kv, k_rope.squeeze(2)), -1), past.window)
+            if self.form_for(x.shape[1], past) == "absorbed":
+                return self.wo(self._absorbed(q, past))
+            if not past.window.fresh:
+                rows = past.store.read(past.window.end, q.dtype)
+                c_kv, k_rope = rows[..., : self.kv_lora_rank], rows[..., None, self.kv_lora_rank :]
+        k, v = self._expand(c_kv, k_rope)
+        q = (q if self.q_head_norm is None else self.q_head_norm(q)).transpose(1, 2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is None or past.window.fresh:
+            y = causal_attention(q, k, v, self.scale, documents=documents)
+        else:
+            y = attend(q, k, v, self.scale, past.window.hidden)
+        return self.wo(rearrange(y, "b h s d -> b s (h d)"))
+
+    def form_for(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
+        """How `forward` attends with this past: as it says, or the cheaper way. Normed heads have no absorbed form."""
+        if past.form != "auto":
+            return past.form
+        return "expanded" if self.q_head_norm is not None else self.work(queries, past.window.end).cheaper
+
+    def work(self, queries: int, keys: int) -> Work:
+        """What attention of so many new tokens to so many kept ones, themselves included, costs in either form."""
+        h, c, nope, v = self.n_heads, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
+        rope = self.rope.dim
+        expand = 2 * keys * c * h * (nope + v)
+        return Work(
+            queries=queries,
+            keys=keys,
+            to_expand=expand,
+            expanded=expand + 2 * queries * keys * h * (nope + rope + v),
+            absorbed=2 * queries * h * c * (nope + v) + 2 * queries * keys * h * (c + rope + c),
+        )
+
+    def _expand(self, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head, [b, t, h, d], from latents and rotary keys [b, t, 1, r]."""
         kv = rearrange(self.wkv_b(c_kv), "b t (h d) -> b t h d", h=self.n_heads)
         k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1)
-        if self.q_head_norm is not None and self.k_head_norm is not None:
-            q, k = self.q_head_norm(q), self.k_head_norm(k)
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, documents=documents)
-        return self.wo(rearrange(y, "b h s d -> b s (h d)"))
+        return k if self.k_head_norm is None else self.k_head_norm(k), v
+
+    def _absorbed(self, q: Tensor, past: Past) -> Tensor:
+        if self.q_head_norm is not None:
+            raise ValueError("form='absorbed' with qk_norm: a normed head is no linear map of the latent; use expanded")
+        b, s = q.shape[:2]
+        weight = self.wkv_b.weight
+        key = (id(weight), weight.data_ptr(), weight._version, q.dtype)  # another after a step, a load or a move
+        w_uk, w_uv = past.store.prepared(key, lambda: self.absorbed_halves(q.dtype))
+        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+        q_latent = rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk
+        query = torch.cat((rearrange(q_latent, "h (b s) c -> b h s c", b=b), q_rope.transpose(1, 2)), -1)
+        rows = past.store.read(past.window.end, q.dtype).unsqueeze(1)
+        y = attend(query, rows, rows[..., : self.kv_lora_rank], self.scale, past.window.hidden)
+        y = rearrange(y, "b h s c -> h (b s) c") @ w_uv
+        return rearrange(y, "h (b s) v -> b s (h v)", s=s)
+
+    def absorbed_halves(self, dtype: torch.dtype) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h c v"]]:
+        """wkv_b taken apart for the absorbed form: W_UK and W_UV of every head, in dtype."""
+        w = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads)
+        w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
+        return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
     def queries(self, x: Float[Tensor, "b s m"], table: Table) -> Float[Tensor, "b s h d"]:
         """Each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated."""

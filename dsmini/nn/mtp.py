@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.block import Block
+from dsmini.nn.cache import Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
@@ -45,8 +46,9 @@ class MTP(nn.Module):
         embedding: Float[Tensor, "b s m"],
         table: Table | None = None,
         documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
         """From what the depth before knows at each position and the embedding of the token that it was to predict,
         the block's output before `norm`, and its routing."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        return self.block(x, table, documents)
+        return self.block(x, table, documents, past)

@@ -1,5 +1,6 @@
 """The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks behind them."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Block
+from dsmini.nn.cache import Cache, CacheDtype, Form, Past, Window
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.linear import Linear
 from dsmini.nn.losses import IGNORE, Losses, linear_cross_entropy
@@ -45,9 +47,21 @@ class Output(NamedTuple):
     hidden: Float[Tensor, "b s m"]
     """After the final norm."""
     mtp_logits: list[Tensor]
-    """[b, s - k, v] for depths k = 1, 2, ...: at position i, of token i + k + 1."""
+    """[b, s - k, v] for depths k = 1, 2, ...: at position i, of token i + k + 1. With a cache [b, s, v]: behind each
+    new token, of the next, as seen k tokens ahead; NaN behind the first k of a sequence."""
     routing: list[Routing]
     """One for each MoE layer, those of the MTP blocks last."""
+
+
+class Advance(NamedTuple):
+    """What Transformer.advance returns: states from which `head` makes logits."""
+
+    normed: Float[Tensor, "b s m"]
+    given: Float[Tensor, "b s m"]
+    """What multi-token prediction is given of them: before or after the final norm, as the config says."""
+    further: list[Tensor]
+    """[b, s, m] for depths 1, 2, ...: behind each new token, of the next."""
+    routing: list[Routing]
 
 
 class _Trunk(NamedTuple):
@@ -88,23 +102,77 @@ class Transformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
+    def forward(
+        self, tokens: Int[Tensor, "b s"], cache: Cache | None = None, lengths: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s v"]:
         """Logits of the next token at every position, in the compute dtype.
+
+        Args:
+            cache: of what came before; the tokens are appended to it. No gradients are made then.
+            lengths: new tokens in each row, which is padded on the right; left out: all columns are tokens.
 
         Raises: ValueError for more than max_seq_len tokens, or (on a CPU) a token id outside the vocabulary.
         """
-        return self.head(self.hidden(tokens))
+        return self.head(self.hidden(tokens, cache, lengths))
 
-    def hidden(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
+    def hidden(
+        self, tokens: Int[Tensor, "b s"], cache: Cache | None = None, lengths: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s m"]:
         """The hidden states after the final norm, from which `head` makes the logits."""
-        return self._trunk(tokens).normed
+        return self._trunk(tokens).normed if cache is None else self.advance(tokens, cache, lengths).normed
 
-    def run(self, tokens: Int[Tensor, "b s"], mtp: bool = False) -> Output:
+    def run(
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: Cache | None = None,
+        mtp: bool = False,
+        lengths: Int[Tensor, " b"] | None = None,
+    ) -> Output:
         """forward, with all that there is to see. With mtp also the logits of the multi-token prediction blocks."""
-        trunk = self._trunk(tokens)
-        normed, routing = self._predict_further(tokens, trunk) if mtp else ([], [])
-        mtp_logits = [self.head(h) for h in normed]
-        return Output(self.head(trunk.normed), trunk.normed, mtp_logits, trunk.routing + routing)
+        if cache is None:
+            trunk = self._trunk(tokens)
+            normed, routing = self._predict_further(tokens, trunk) if mtp else ([], [])
+            mtp_logits = [self.head(h) for h in normed]
+            return Output(self.head(trunk.normed), trunk.normed, mtp_logits, trunk.routing + routing)
+        positions = cache.window(tokens.shape[1], lengths).positions
+        advance = self.advance(tokens, cache, lengths, mtp)
+        mtp_logits = [
+            self.head(h).masked_fill((positions < k)[..., None], torch.nan) for k, h in enumerate(advance.further, 1)
+        ]
+        return Output(self.head(advance.normed), advance.normed, mtp_logits, advance.routing)
+
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        max_seq_len: int | None = None,
+        dtype: CacheDtype | None = None,
+        mtp: bool = False,
+        form: Form = "auto",
+    ) -> Cache:
+        """An empty cache, all of it allocated.
+
+        Args:
+            max_seq_len: tokens of each sequence it has room for; left out: the model's.
+            dtype: of what is kept, or "fp8" for V3.2's layout; left out: the compute dtype.
+            mtp: also keep what the multi-token prediction blocks need, for `run(..., mtp=True)` and `draft`.
+            form: how MLA attends to it; auto counts the work of both ways at each call.
+        """
+        if mtp and not len(self.mtp):
+            raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
+        return Cache(
+            self.config,
+            batch_size,
+            max_seq_len or self.config.max_seq_len,
+            dtype or self._dtype,
+            self.embed.weight.device,
+            lanes=len(self.mtp) if mtp else 0,
+            form=form,
+            hidden_dtype=self._dtype,
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.embed.weight.dtype
 
     def losses(
         self,
@@ -164,6 +232,103 @@ class Transformer(nn.Module):
             routing += [] if decided is None else [decided]
         return _Trunk(x, self.norm(x), routing)
 
+    @torch.no_grad()
+    def advance(
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: Cache,
+        lengths: Int[Tensor, " b"] | None = None,
+        mtp: bool = False,
+    ) -> "Advance":
+        """Append tokens to a cache, and give the states that logits are made from. With mtp the multi-token prediction
+        blocks take them in too."""
+        self._check(tokens)
+        _check_cache(self.config, tokens, cache, mtp)
+        window = cache.window(tokens.shape[1], lengths)
+        x = self._embed(tokens)
+        table = self.rope.table(window.positions)
+        routing: list[Routing] = []
+        for block, store in zip(self.layers, cache.stores, strict=True):
+            x, decided = block(x, table, None, Past(store=store, window=window, form=cache.form))
+            routing += [] if decided is None else [decided]
+        cache.lengths = window.lengths
+        normed = self.norm(x)
+        given = x if self.config.mtp_input == "pre_norm" else normed
+        further: list[Tensor] = []
+        if mtp:
+            before = torch.cat((cache.lanes[0].before[:, None].to(given.dtype), given[:, :-1]), 1)
+            further = self.take_in(tokens, before, cache, lengths)
+            cache.lanes[0].before = _last_column(given, lengths, cache.lanes[0].before)
+        return Advance(normed, given, further, routing)
+
+    @torch.no_grad()
+    def take_in(
+        self, tokens: Int[Tensor, "b s"], before: Float[Tensor, "b s m"], cache: Cache, lengths: Tensor | None = None
+    ) -> list[Float[Tensor, "b s m"]]:
+        """Let the multi-token prediction blocks see tokens that the cache's layers have seen or are about to see. Each
+        depth's normed states: behind each token, what it makes of the next.
+
+        Args:
+            before: the main model's hidden state at the position before each token.
+        """
+        embedding = self._embed(tokens)
+        window = cache.window(tokens.shape[1], lengths, cache.lane_lengths)
+        all_normed: list[Tensor] = []
+        given: Tensor | None = None  # by the depth before
+        for k, lane in enumerate(cache.lanes, 1):
+            if given is not None:
+                before = torch.cat((lane.before[:, None].to(given.dtype), given[:, :-1]), 1)
+                lane.before = _last_column(given, lengths, lane.before)
+            normed, given = self._lane(k, embedding, before, cache, window)
+            all_normed.append(normed)
+        cache.lane_lengths = window.lengths
+        return all_normed
+
+    def _lane(self, k: int, embedding: Tensor, before: Tensor, cache: Cache, window: Window) -> tuple[Tensor, Tensor]:
+        """One depth's normed states for new tokens, and what it gives to the next depth."""
+        block, shifted = cast(MTP, self.mtp[k - 1]), window.shifted(k)
+        past = Past(store=cache.lanes[k - 1].store, window=shifted, form=cache.form)
+        x, _ = block(before, embedding, self.rope.table(shifted.positions), None, past)
+        normed = block.norm(x)
+        return normed, x if self.config.mtp_input == "pre_norm" else normed
+
+    @torch.no_grad()
+    def draft(
+        self,
+        tokens: Int[Tensor, "b s"],
+        before: Float[Tensor, "b s m"],
+        cache: Cache,
+        pick: Callable[[Float[Tensor, "b v"], int], Int[Tensor, " b"]],
+        lengths: Int[Tensor, " b"] | None = None,
+    ) -> Int[Tensor, "b depths"]:
+        """Guess the tokens behind each sequence, one with each depth of multi-token prediction.
+
+        Args:
+            tokens, before, lengths: as in take_in: what is new and certain.
+            pick: chooses a token of each row from the logits of depth 0, 1, ...
+
+        The guesses are fed to the deeper blocks and leave no trace: in the next call their places are taken by what is
+        certain then.
+        """
+        normed = self.take_in(tokens, before, cache, lengths)
+        states = [_last_column(h, lengths, h[:, 0]) for h in normed]
+        certain = [lane.before for lane in cache.lanes]
+        guesses: list[Tensor] = []
+        for k in range(len(cache.lanes)):
+            guesses.append(pick(self.head(states[k]), k))
+            window = cache.window(1, None, cache.lane_lengths + k)
+            embedding = self._embed(guesses[-1][:, None])
+            given: dict[int, Tensor] = {}
+            for deeper in range(k + 1, len(cache.lanes)):
+                h, gives = self._lane(deeper + 1, embedding, cache.lanes[deeper].before[:, None], cache, window)
+                states[deeper], given[deeper + 1] = h[:, 0], gives[:, 0]
+            for lane, hidden in given.items():
+                if lane < len(cache.lanes):
+                    cache.lanes[lane].before = hidden
+        for lane, hidden in zip(cache.lanes, certain, strict=True):
+            lane.before = hidden
+        return torch.stack(guesses, 1)
+
     def _predict_further(
         self, tokens: Tensor, trunk: _Trunk, documents: Tensor | None = None, recompute: bool = False
     ) -> tuple[list[Tensor], list[Routing]]:
@@ -187,7 +352,7 @@ class Transformer(nn.Module):
         return all_normed, routing
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        x = self.embed(tokens).to(self._dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def _table(self, s: int, device: torch.device) -> Table:
@@ -217,3 +382,26 @@ def _run_block(block: nn.Module, recompute: bool, *args: Any) -> tuple[Tensor, R
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
     return block(*args)
+
+
+def _last_column(hidden: Tensor, lengths: Tensor | None, old: Tensor) -> Tensor:
+    """[b, m]: of each row's last token; the old where it has no new one."""
+    if lengths is None:
+        return hidden[:, -1]
+    at = lengths.to(hidden.device)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), (at - 1).clamp(min=0)]
+    return torch.where((at > 0)[:, None], last, old.to(last.dtype))
+
+
+def _check_cache(config: ModelConfig, tokens: Tensor, cache: Cache, mtp: bool) -> None:
+    if cache.config != config:
+        raise ValueError("the cache was made by a model of another config; use this model's new_cache")
+    if len(tokens) != cache.batch_size:
+        raise ValueError(f"{len(tokens)} rows of tokens for a cache of {cache.batch_size} sequences; want as many")
+    if mtp and not cache.lanes:
+        raise ValueError("mtp=True needs a cache that keeps multi-token prediction; use new_cache(mtp=True)")
+    if mtp and not torch.equal(cache.lane_lengths, cache.lengths):
+        raise ValueError(
+            f"multi-token prediction has taken in {cache.lane_lengths.tolist()} tokens of {cache.lengths.tolist()}; "
+            "use mtp=True in every call from the first on"
+        )
