@@ -92,9 +92,9 @@ def test_texts_side_by_side_and_cut_by_the_template_spell_nothing_either(folder:
     assert around.tokenizer.decode(tokens) == USER + BOS + USER
     for at in range(1, len(USER)):
         before = chat_of(folder, f"{{{{ '{USER[:at]}' + messages[0].content }}}}{{{{ '{USER}' }}}}")
-        assert markup(before, before.encode(user(before, USER[at:]))) == ids(before, USER)
+        assert markup(before, before.encode(user(before, USER[at:] + "x"))) == ids(before, USER)
         behind = chat_of(folder, f"{{{{ '{USER}' }}}}{{{{ messages[0].content + '{USER[at:]}' }}}}")
-        assert markup(behind, behind.encode(user(behind, USER[:at]))) == ids(behind, USER)
+        assert markup(behind, behind.encode(user(behind, "x" + USER[:at]))) == ids(behind, USER)
 
 
 def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat) -> None:
