@@ -115,6 +115,8 @@ def _typed(path: str, value: Any, hint: Any) -> str:
         return path.upper()
     if isinstance(value, bool):
         return f"{flag} (on)" if value else flag
+    if value == ():
+        return f"{flag} {get_args(hint)[0].__name__.upper()} ..."  # of tuple[str, ...]
     if value is None:
         return f"{flag} {get_args(hint)[0].__name__.upper()}"  # of int | None
     text = str(value)

@@ -84,8 +84,8 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the bytes; a byte sequence that is no UTF-8 becomes U+FFFD."""
-        return bytes(tokens).decode("utf-8", errors="replace")
+        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and so does an id that is no byte."""
+        return _bytes(tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
         return _ByteStream()
@@ -96,7 +96,12 @@ class _ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
-        return self._decoder.decode(bytes(tokens), final)
+        return self._decoder.decode(_bytes(tokens), final)
+
+
+def _bytes(tokens: Sequence[int]) -> bytes:
+    """The ids as bytes; those that a model has beyond them as one that UTF-8 never uses."""
+    return bytes(min(token, 0xFF) for token in tokens)
 
 
 class BPETokenizer:

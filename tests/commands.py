@@ -31,16 +31,18 @@ print(json.dumps(answers))
 """
 
 
-def start(command: str, folder: Path) -> "subprocess.Popen[str]":
+def start(command: str, folder: Path, stdin: int | None = None) -> "subprocess.Popen[str]":
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("EXTRA_PATH")]))
     env = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
     args = [sys.executable, "-m", *shlex.split(command)]
-    return subprocess.Popen(args, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        args, cwd=folder, env=env, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
-def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    process = start(command, folder)
-    out, err = process.communicate(timeout=120)
+def run(command: str, folder: Path, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    process = start(command, folder, None if stdin is None else subprocess.PIPE)
+    out, err = process.communicate(stdin, timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

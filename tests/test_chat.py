@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsmini.chat import MARK, Chat, ChatTemplate, Message
 from dsmini.text_side import read_text_side
-from tests.folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
+from tests.text_folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ BAD_TRAIN = {
 }
 BAD_GENERATE = {
     "runs/nothing": "there is no folder runs/nothing",
-    "full": "has no checkpoint",
+    "full": "full has neither the config.toml of a training run nor the config.json",
     "runs/x --prompt ''": "prompt 0 is empty",
     "runs/x --temperature -1": "temperature=-1.0 is not 0 or more",
     "runs/x --temperature nan": "temperature=nan is not 0 or more",

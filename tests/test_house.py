@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "dsmini.sampling": {"dsmini.fields"},
     "dsmini.text": {"dsmini.tokenizer"},
     "dsmini.chat": {"dsmini.tokenizer"},
+    "dsmini.answers": {"dsmini.generation", "dsmini.text"},
     "dsmini.text_side": {"dsmini.chat", "dsmini.fields", "dsmini.tokenizer"},
     "dsmini.corpus_cache": {"dsmini.config", "dsmini.documents", "dsmini.fim", "dsmini.tokenizer"},
     "dsmini.data": {
@@ -33,7 +34,6 @@ MAY_IMPORT = {
     },
     "dsmini.numerics": {"dsmini.numerics"},
     "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
-    "dsmini.sampling": {"dsmini.fields"},
     "dsmini.generation": {"dsmini.nn", "dsmini.sampling"},
 }
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dsmini.text import Continuation
 from dsmini.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
-from tests.folders import save_tokenizer
+from tests.text_folders import save_tokenizer
 
 # few characters, so that stop strings are met; of one, two, three and four bytes
 TEXT = st.text(st.sampled_from("abé日🙂"), max_size=24)

@@ -97,6 +97,13 @@ def test_a_character_is_held_back_until_it_is_whole(name: str, request: pytest.F
     assert [stream.decode([token]) for token in tokens] == [*[""] * (len(tokens) - 1), "🜁"]
 
 
+def test_ids_of_a_model_that_are_no_bytes_are_shown_as_such() -> None:
+    """A model may have more ids than there are bytes, and write any of them."""
+    assert ByteTokenizer().decode([97, 256, 98, 99999]) == "a�b�"
+    stream = ByteTokenizer().stream()
+    assert [stream.decode([id]) for id in (97, 0xC3, 300, 98)] == ["a", "", "��", "b"]
+
+
 @pytest.mark.parametrize("special", [*END_TOKENS[:1], *FIM_TOKENS, SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]])
 def test_a_text_cannot_spell_a_special_token(bpe: BPETokenizer, special: str) -> None:
     tokens = bpe.encode(f"before{special}after")
