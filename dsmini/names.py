@@ -411,6 +411,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": kind,
         **{theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs not in silent},
         **{key: allowed[0] for key, allowed in _FIXED.items() if key not in ("mlp_bias", "rope_interleave")},
+        "attention_dropout": 0.0,  # transformers takes no 0
         "num_key_value_heads": fields["n_heads"],
         "rope_scaling": _yarn_to_json(fields),
         "use_cache": True,
