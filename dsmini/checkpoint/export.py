@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ TENSORS = (".safetensors", ".bin", ".pt", ".pth")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
+class Saved(NamedTuple):
+    """What save_pretrained wrote."""
+
+    nbytes: int
+    """Of tensors."""
+    seconds: float
+    files: list[str]
+    """With tensors."""
+
+
 def save_pretrained(
     model: Transformer,
     path: str | Path,
@@ -45,7 +55,7 @@ def save_pretrained(
     files: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
-) -> None:
+) -> Saved:
     """Write the model as a new Hugging Face folder: safetensors, config.json, and what lay beside them.
 
     A loaded model's tensors are written as they were stored, whatever they are held in, so that a folder that is loaded
@@ -95,6 +105,7 @@ def save_pretrained(
     sync(path.parent)
     if say is not None:
         say(rate("wrote", total, progress.seconds))
+    return Saved(total, progress.seconds, list(shards))
 
 
 def parse_size(size: int | str) -> int:
