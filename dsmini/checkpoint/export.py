@@ -78,9 +78,10 @@ def save_pretrained(
     limit = parse_size(shard_size)
     check_dtype(dtype)
     refuse_filled(path)
+    described = _described(model)
     save = _Save(model, fp8, dtype)
     shards = plan_shards(save.units(), limit)
-    raw = _config_json(model, save, shards) | dict(config or {})
+    raw = _with_dtypes(described, save, shards) | dict(config or {})
     total = sum(entry.nbytes for entries in shards.values() for entry in entries)
     partial_folder = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -211,15 +212,19 @@ class _Save:
         return encode_tiles(self._value(slot), self.scales.pop(slot))
 
 
-def _config_json(model: Transformer, save: _Save, shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
-    written = {entry.name: entry.dtype for entries in shards.values() for entry in entries}
+def _described(model: Transformer) -> dict[str, Any]:
+    """The model's config.json, without what its tensors are stored as: the one it came with, if that is still right."""
     origin = origin_of(model)
-    if origin is not None and _describes(origin.raw, model.config):
-        raw = dict(origin.raw)
-        for key in ("num_nextn_predict_layers", "num_mtp_layers"):
-            raw |= {key: model.config.n_mtp_layers} if key in raw else {}
-    else:
-        raw = {"bos_token_id": None, "eos_token_id": None, **names.config_to_json(dataclasses.asdict(model.config))}
+    if origin is None or not _describes(origin.raw, model.config):
+        return {"bos_token_id": None, "eos_token_id": None, **names.config_to_json(dataclasses.asdict(model.config))}
+    raw = dict(origin.raw)
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        raw |= {key: model.config.n_mtp_layers} if key in raw else {}
+    return raw
+
+
+def _with_dtypes(raw: dict[str, Any], save: _Save, shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
+    written = {entry.name: entry.dtype for entries in shards.values() for entry in entries}
     key = "dtype" if "dtype" in raw else "torch_dtype"
     if save.dtype is not None or key not in raw:
         raw[key] = str(written[names.hf_name("embed.weight", 0)]).removeprefix("torch.")

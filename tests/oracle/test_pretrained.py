@@ -8,9 +8,10 @@ import hf
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsmini
+from dsmini.tokenizer import byte_tokenizer_json
 from tests import folders
 from tests.tolerances import relative_error
 
@@ -217,3 +218,17 @@ def test_transformers_loads_what_we_quantise(tmp_path: Path) -> None:
     tokens = tokens_for(model)
     got = dsmini.load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens)
     assert relative_error(got, their_logits(again, tokens)) < LOGITS
+
+
+def test_tokenizer_of_a_byte_level_export(tmp_path: Path) -> None:
+    model = hf.v3(12, num_mtp_layers=0)
+    model.save_pretrained(tmp_path / "a")
+    files = {
+        "tokenizer.json": byte_tokenizer_json(),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+    }
+    dsmini.save_pretrained(dsmini.load_pretrained(tmp_path / "a"), tmp_path / "b", files=files)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    for text in ("def f(x):\n    return 'ü€😀' ", "", "\x00 , .  '  s"):
+        assert tokenizer(text).input_ids == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
