@@ -60,8 +60,7 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 
 def is_matrix(name: str) -> bool:
     """Whether DeepSeek has a tensor of this name in FP8."""
-    whole = name.startswith(("model.embed", "lm_head")) or "head.weight" in name or "embed_tokens" in name
-    return name.endswith("_proj.weight") or "with_mqa.weight" in name if not whole and "eh_proj" not in name else False
+    return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
 
 
 def blocks_of(tensor: Tensor, tile: tuple[int, int] = (128, 128)) -> Any:

@@ -186,6 +186,7 @@ def test_inference_layout(
     if fp8:
         tensors, meant = folders.in_fp8(tensors)
     raw = INFERENCE | {"dtype": "fp8" if fp8 else "bf16"}
+    name = "config.json" if fp8 else "config_16B.json"
     source = inference_layout(tmp_path / "a", tensors, raw, ranks, name)
     loaded = load_pretrained(source, dtype=torch.float32)
     assert loaded.config == model.config
