@@ -435,10 +435,9 @@ def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     return out
 
 
-def quantization_to_json(scale_fmt: str | None = None) -> dict[str, Any]:
-    """What config.json says of weights in FP8, as DeepSeek's does."""
-    out = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-    return out if scale_fmt is None else out | {"scale_fmt": scale_fmt}
+def quantization_to_json() -> dict[str, Any]:
+    """What config.json says of weights in FP8 with FP32 scales, as DeepSeek-V3's does."""
+    return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def _refuse(keys: Iterable[str], source: str) -> None:

@@ -215,6 +215,8 @@ def test_inference_layout_that_is_incomplete(tmp_path: Path, small_model: Build)
     save_file({name: t for name, t in part.items() if not name.startswith("layers.1.ffn.experts.3")}, file)
     file.rename(source / "model2-mp2.safetensors")
     assert refusal(load_pretrained, source) == f"{source} lacks model1-mp2.safetensors; fetch what is missing"
+    (source / "config.json").unlink()
+    assert refusal(load_pretrained, source).endswith("inference code there, such as config_671B.json")
 
 
 def test_a_published_folder_keeps_what_it_is(tmp_path: Path, small_model: Build, convert: Convert) -> None:

@@ -261,6 +261,8 @@ def test_kept_fp8_is_saved_bit_by_bit(
     assert folders.config_of(tmp_path / "b") == raw
     save_pretrained(load_pretrained(folder, fp8="keep"), tmp_path / "c", dtype=torch.bfloat16)
     save_pretrained(load_pretrained(folder), tmp_path / "d")
+    save_pretrained(load_pretrained(folder), tmp_path / "e", fp8=True)
+    assert folders.config_of(tmp_path / "e")["quantization_config"] == folders.QUANTIZED
     for path in (tmp_path / "c", tmp_path / "d"):
         written = folders.read(path)
         assert "quantization_config" not in folders.config_of(path)

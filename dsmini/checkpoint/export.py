@@ -138,6 +138,7 @@ class _Save:
         self.stored: Mapping[str, torch.dtype] = {} if origin is None else origin.dtypes
         self.loaded = origin is not None
         self.gates = {f"{name}." for name, module in model.named_modules() if isinstance(module, Gate)}
+        self.quantizes = fp8 and any(self.state[name].dtype != torch.float8_e4m3fn for name in self.weights)
         self.scales: dict[Slot, Tensor] = {}
         """Of weights that are being quantised: made when the scales are written, needed once more for the codes."""
 
@@ -195,9 +196,8 @@ class _Save:
             ]
         if kept:
             assert self.dtype is not None
-            return [
-                Entry(theirs, self.dtype, slot.shape, partial(module.dequantized, attribute, self.dtype, slot.expert))
-            ]
+            make = partial(module.dequantized, attribute, self.dtype, slot.expert)
+            return [Entry(theirs, self.dtype, slot.shape, make)]
         return [self._plain(slot)]
 
     def _new_scales(self, slot: Slot) -> Tensor:
@@ -230,7 +230,8 @@ def _with_dtypes(raw: dict[str, Any], save: _Save, shards: Mapping[str, Sequence
         raw[key] = str(written[names.hf_name("embed.weight", 0)]).removeprefix("torch.")
     quantization = raw.pop("quantization_config", None)
     if torch.float8_e4m3fn in written.values():
-        raw["quantization_config"] = quantization or names.quantization_to_json()
+        # what a folder says of its own FP8, such as scale_fmt, need not be true of codes that are made here
+        raw["quantization_config"] = (not save.quantizes and quantization) or names.quantization_to_json()
     return raw
 
 

@@ -122,9 +122,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
-    require(
-        dtype is None or dtype in HELD, f"dtype={dtype} is no dtype of weights; use torch.bfloat16 or torch.float32"
-    )
+    check_dtype(dtype)
     place = pick_device(str(device))
     raw, config = _read_config(folder)
     tensors = {name: t for name, t in folder_tensors(folder).items() if not names.is_derived(name)}
@@ -165,8 +163,11 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     if inference and not path.exists() and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
         path = others[0]
     if not path.is_file():
-        run = (folder / "config.toml").is_file()
-        fix = "it is a training run, so use python -m dsmini.convert" if run else "name a folder that holds a model"
+        fix = "name a folder that holds a model"
+        if (folder / "config.toml").is_file():
+            fix = "it is a training run, so use python -m dsmini.convert"
+        elif inference:
+            fix = "copy the one of DeepSeek's inference code there, such as config_671B.json"
         raise ValueError(f"{folder} has no config.json; {fix}")
     raw = parse_file(path, json.loads)
     require(
@@ -232,11 +233,9 @@ def _match(model: Transformer, tensors: Mapping[str, Stored], folder: Path, quan
     inference = is_inference_layout(folder)
 
     def spell(slot: Slot) -> str:
-        return (
-            names.inference_name(slot.name, slot.expert)
-            if inference
-            else names.hf_name(slot.name, n_layers, slot.expert)
-        )
+        if inference:
+            return names.inference_name(slot.name, slot.expert)
+        return names.hf_name(slot.name, n_layers, slot.expert)
 
     missing: list[str] = []
     wrong: list[str] = []
@@ -293,12 +292,10 @@ def _allocate(model: Transformer, plan: _Plan, dtype: torch.dtype | None, keep: 
         module = model.get_submodule(path)
         if keep and torch.float8_e4m3fn in kinds[name]:
             holder, attribute = weights[name]
-            shape = (
-                *tensor.shape[:-2],
-                *scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape,
-            )
+            blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape
             codes = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=device)
-            holder.hold_fp8(attribute, codes, torch.empty(shape, dtype=torch.float32, device=device))
+            scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
+            holder.hold_fp8(attribute, codes, scales)
             continue
         held = torch.empty(tensor.shape, dtype=_held(module, kinds[name], dtype), device=device)
         is_parameter = attribute in dict(module.named_parameters(recurse=False))
