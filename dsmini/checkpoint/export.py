@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dsmini import names
 from dsmini.checkpoint.manifest import sync
-from dsmini.checkpoint.pretrained import Origin, Slot, check_dtype, fp8_weights, origin_of, scale_slot, slots
+from dsmini.checkpoint.pretrained import Origin, check_dtype, origin_of
 from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_file import Entry, write_file
 from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
+from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
 from dsmini.fields import require
 from dsmini.nn import Transformer

@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from dsmini import names
 from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_file import DTYPES, Reader, Stored
 from dsmini.checkpoint.safetensors_folder import folder_tensors, is_inference_layout
+from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
 from dsmini.fields import parse_file, require
 from dsmini.machine import pick_device
 from dsmini.nn import Transformer
-from dsmini.nn.fp8 import FP8Module
 from dsmini.nn.fp32 import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
 
@@ -55,44 +55,6 @@ ORIGIN = "pretrained_origin"
 def origin_of(model: Transformer) -> Origin | None:
     """Where the model was loaded from; None if it was not."""
     return getattr(model, ORIGIN, None)
-
-
-class Slot(NamedTuple):
-    """A part of a model that is one tensor of a folder."""
-
-    name: str
-    """In the state dict."""
-    expert: int | None
-    """Which part of a stacked tensor."""
-    shape: tuple[int, ...]
-
-
-def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
-    """A state dict with its stacked experts come apart."""
-    for name, tensor in state.items():
-        if names.is_stacked(name):
-            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
-        else:
-            yield Slot(name, None, tuple(tensor.shape))
-
-
-def fp8_weights(model: Transformer) -> dict[str, tuple[FP8Module, str]]:
-    """The parameters that DeepSeek has in FP8, by name, each with its module and its name there.
-
-    All of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
-    """
-    out: dict[str, tuple[FP8Module, str]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, FP8Module) and path != "head" and not path.endswith("eh_proj"):
-            out |= {f"{path}.{name}": (module, name) for name in module.scale_names}
-    return out
-
-
-def scale_slot(slot: Slot, module: FP8Module, attribute: str) -> Slot:
-    """The scales that belong to a weight."""
-    stem = slot.name.removesuffix(attribute)
-    shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
-    return Slot(stem + module.scale_names[attribute], slot.expert, shape)
 
 
 def load_pretrained(
