@@ -171,6 +171,40 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     return ByteTokenizer() if path is None else BPETokenizer(path)
 
 
+def byte_tokenizer_json() -> str:
+    """ByteTokenizer's ids as a tokenizer.json of the tokenizers library: byte i is id i, and there is nothing else.
+
+    The library writes bytes as printable characters: those that are printable as themselves, the others from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(0x100 + i) for i, byte in enumerate(others)} | {byte: chr(byte) for byte in printable}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": as_bytes,
+        "post_processor": None,
+        "decoder": as_bytes,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {characters[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def _read(path: Path) -> "tokenizers.Tokenizer":
     try:
         from tokenizers import Tokenizer as Library
