@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import dsmini
+from benchmarks.peers import deepseek_v3
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data import load_corpus
 from dsmini.machine import matmul_rate
@@ -59,36 +60,10 @@ def dsmini_step(dtype: torch.dtype, compiled: bool) -> Step:
 
 def transformers_step(dtype: torch.dtype) -> Step:
     """A training step of transformers' DeepseekV3ForCausalLM."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    c = SHAPE
-    config = DeepseekV3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        intermediate_size=c.inter_dim,
-        moe_intermediate_size=c.moe_inter_dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_heads,
-        n_shared_experts=c.n_shared_experts,
-        n_routed_experts=c.n_routed_experts,
-        num_experts_per_tok=c.n_activated_experts,
-        n_group=c.n_expert_groups,
-        topk_group=c.n_limited_groups,
-        kv_lora_rank=c.kv_lora_rank,
-        q_lora_rank=c.q_lora_rank,
-        qk_nope_head_dim=c.qk_nope_head_dim,
-        qk_rope_head_dim=c.qk_rope_head_dim,
-        v_head_dim=c.v_head_dim,
-        first_k_dense_replace=c.n_dense_layers,
-        routed_scaling_factor=c.route_scale,
-        max_position_embeddings=2048,
-        attn_implementation="sdpa",
-    )
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(config).train()
+    model = deepseek_v3(SHAPE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    tokens = torch.randint(0, c.vocab_size, (BATCH, c.max_seq_len))
+    tokens = torch.randint(0, SHAPE.vocab_size, (BATCH, SHAPE.max_seq_len))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

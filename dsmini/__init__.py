@@ -1,6 +1,8 @@
 """dsmini: the DeepSeek architecture in plain PyTorch, small enough to read in an evening."""
 
-from dsmini import accounting, nn
+from dsmini import accounting, nn, numerics
+from dsmini.checkpoint.export import save_pretrained
+from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.generation import generate
 from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
@@ -23,5 +25,8 @@ __all__ = [
     "Transformer",
     "accounting",
     "generate",
+    "load_pretrained",
     "nn",
+    "numerics",
+    "save_pretrained",
 ]

@@ -14,6 +14,7 @@ import tyro
 
 from dsmini.answers import Page, figures, finish, follow, say_figures
 from dsmini.chat import Chat, Message
+from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
 from dsmini.command import Help, parse, run
@@ -268,8 +269,6 @@ def _load(command: GenerateCommand) -> tuple[Transformer, TextSide, bool]:
 
 
 def _load_folder(command: GenerateCommand, device: torch.device) -> tuple[Transformer, TextSide]:
-    from dsmini.checkpoint.pretrained import load_pretrained  # pyright: ignore[reportMissingImports]
-
     if command.average:
         raise ValueError(f"--average is for a training run, and {command.model} is a model's folder; leave it out")
     side = read_text_side(command.model, tokenizer=command.tokenizer, chat=command.chat)

@@ -5,6 +5,7 @@ are stacked into one tensor, and the multi-token prediction blocks are mtp.0, mt
 last layer as layers N, N+1, ...).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,6 +36,9 @@ _BLOCK = {
 _EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+_STACKED = re.compile(r"(.+)ffn\.experts\.(w[123])(_scale)?")
+# DeepSeek's inference code cuts these over its ranks: rows of the ones, columns of the others
+_SPLIT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 _GATE_BIAS = ("ffn.gate.bias", "mlp.gate.e_score_correction_bias")
 
 
@@ -45,18 +49,68 @@ def to_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if stacked := re.fullmatch(r"(.+)ffn\.experts\.(w[123])", name):
-            prefix = _block_prefix(stacked[1], n_layers)
-            for i, expert in enumerate(tensor.unbind(0)):
-                out[f"{prefix}mlp.experts.{i}.{_EXPERT[stacked[2]]}.weight"] = expert
+        if is_stacked(name):
+            out |= {hf_name(name, n_layers, i): expert for i, expert in enumerate(tensor.unbind(0))}
         else:
-            out[_to_hf_name(name, n_layers)] = tensor
-    depths = {name.split(".")[1] for name in tensors if name.startswith("mtp.")}
-    for depth in depths:
-        prefix = f"model.layers.{n_layers + int(depth)}."
-        out[prefix + "embed_tokens.weight"] = tensors["embed.weight"]
-        out[prefix + "shared_head.head.weight"] = tensors["head.weight"]
+            out[hf_name(name, n_layers)] = tensor
+    depths = {int(name.split(".")[1]) for name in tensors if name.startswith("mtp.")}
+    for copy, original in mtp_copies(n_layers, depths).items():
+        out[copy] = tensors[original]
     return out
+
+
+def mtp_copies(n_layers: int, depths: Iterable[int]) -> dict[str, str]:
+    """The tensors in which the MTP blocks of these depths repeat embedding and head, and our names of those two."""
+    return {
+        f"model.layers.{n_layers + depth}.{theirs}.weight": f"{ours}.weight"
+        for depth in depths
+        for theirs, ours in (("embed_tokens", "embed"), ("shared_head.head", "head"))
+    }
+
+
+def is_derived(theirs: str) -> bool:
+    """Whether a tensor of a folder only repeats what its config.json says, as old folders' rotary frequencies do."""
+    return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", theirs) is not None
+
+
+def is_stacked(name: str) -> bool:
+    """Whether one of our tensors holds all experts of a layer, which folders have one by one."""
+    return _STACKED.fullmatch(name) is not None
+
+
+def hf_name(name: str, n_layers: int, expert: int | None = None) -> str:
+    """A folder's name of our tensor, of stacked ones of one expert's part.
+
+    Raises: ValueError for a tensor of which DeepSeek's architecture has none.
+    """
+    if stacked := _STACKED.fullmatch(name):
+        assert expert is not None, "a stacked tensor has a name for each expert"
+        kind = "weight_scale_inv" if stacked[3] else "weight"
+        return f"{_block_prefix(stacked[1], n_layers)}mlp.experts.{expert}.{_EXPERT[stacked[2]]}.{kind}"
+    return _to_hf_name(name, n_layers)
+
+
+def inference_name(name: str, expert: int | None = None) -> str:
+    """The name that DeepSeek's inference code has for our tensor, of stacked ones of one expert's part."""
+    if stacked := _STACKED.fullmatch(name):
+        return f"{stacked[1]}ffn.experts.{expert}.{stacked[2]}.{'scale' if stacked[3] else 'weight'}"
+    return name
+
+
+def inference_split(theirs: str) -> int | None:
+    """The dimension in which DeepSeek's inference layout cuts a tensor over its ranks.
+
+    None: each rank has the whole of it, or, of routed experts, one rank has.
+    """
+    if ".experts." in theirs:
+        return None
+    return _SPLIT.get(theirs.split(".")[-2])
+
+
+def inference_expert(theirs: str) -> int | None:
+    """The number of the routed expert whose tensor this is in DeepSeek's inference layout, if it is one's."""
+    part = re.search(r"\.ffn\.experts\.(\d+)\.", theirs)
+    return None if part is None else int(part[1])
 
 
 def from_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
@@ -104,6 +158,7 @@ def _our_prefix(layer: int, n_layers: int) -> str:
 
 def _to_hf_name(name: str, n_layers: int) -> str:
     stem, _, kind = name.rpartition(".")
+    kind = "weight_scale_inv" if kind == "scale" else kind
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
     if (part := re.fullmatch(r"mtp\.(\d+)\.(\w+)", stem)) and part[2] in _MTP:
@@ -192,6 +247,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
     "ep_size": (1,),
 }
+# what dsmini can read of quantization_config
+_FP8: dict[str, tuple[Any, ...]] = {
+    "fmt": ("e4m3",),
+    "weight_block_size": ([128, 128], (128, 128)),
+    "scale_fmt": ("ue8m0", "float"),
+    "expert_dtype": ("fp8",),
+}
 # keys that say nothing about what the model computes
 _SILENT = {
     *("architectures", "model_type", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -259,13 +321,12 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{source} has {key}={raw[key]!r}, which dsmini cannot honour; want {allowed[0]!r}")
-    quantized = raw.get("quantization_config") or {"quant_method": "fp8"}
-    if not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
-        raise ValueError(f"{source} has quantization_config={quantized!r}, which dsmini cannot read; want fp8 or none")
+    _check_quantization(raw, source)
     v2 = kind == "deepseek_v2"
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
     out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
+    out["n_shared_experts"] = out.get("n_shared_experts") or 0
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
     out |= _yarn(raw, source)
@@ -279,6 +340,18 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source} has num_key_value_heads={raw['num_key_value_heads']}, but MLA has as many as heads; want {heads}"
         )
     return out
+
+
+def _check_quantization(raw: Mapping[str, Any], source: str) -> None:
+    quantized = raw.get("quantization_config") or {"quant_method": "fp8"}
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
+        raise ValueError(f"{source} has quantization_config={quantized!r}, which dsmini cannot read; want fp8 or none")
+    for key, allowed in _FP8.items():
+        if quantized.get(key) is not None and quantized[key] not in allowed:
+            raise ValueError(
+                f"{source} has quantization_config.{key}={quantized[key]!r}, which dsmini cannot read; "
+                f"want {allowed[0]!r}"
+            )
 
 
 def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -299,6 +372,12 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in ("factor", "original_max_position_embeddings"):
         if key not in rope:
             raise ValueError(f"{source} asks for YaRN and lacks {key}; want it beside the type")
+    longest, original = raw.get("max_position_embeddings", math.inf), rope["original_max_position_embeddings"]
+    if isinstance(longest, int) and isinstance(original, int) and longest <= original:
+        raise ValueError(
+            f"{source} asks for YaRN with max_position_embeddings={longest}, which is no more than "
+            f"original_max_position_embeddings={original}; dsmini has YaRN only where a context is extended"
+        )
     if rope.get("mscale_all_dim") and not rope.get("mscale"):
         raise ValueError(
             f"{source} has mscale_all_dim={rope['mscale_all_dim']} and no mscale; dsmini wants both or none"
@@ -307,6 +386,58 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
     return {"rope_theta": theta} | defaults | {_YARN[key]: value for key, value in rope.items()}
+
+
+def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's config.json of a ModelConfig's fields, in the spelling of the released ones; no dtype, no ids.
+
+    Raises: ValueError for a model that neither deepseek_v3 nor deepseek_v2 describes, naming the field.
+    """
+    v2 = fields["score_func"] == "softmax"
+    kind = "deepseek_v2" if v2 else "deepseek_v3"
+    methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
+    wanted: dict[str, tuple[Any, ...]] = {"attention": ("mla",), "topk_method": methods}
+    wanted |= {"embed_norm": (False,), "qk_norm": (False,)}
+    wanted |= {"norm_topk_prob": (False,)} if v2 else {}
+    wanted |= {"mtp_input": ("post_norm",)} if fields["n_mtp_layers"] else {}
+    for key, allowed in wanted.items():
+        if fields[key] not in allowed:
+            raise ValueError(
+                f"a model with {key}={fields[key]!r} has no {kind} folder; want {' or '.join(map(repr, allowed))}"
+            )
+    silent = ("num_mtp_layers",)
+    out: dict[str, Any] = {
+        "architectures": ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"],
+        "model_type": kind,
+        **{theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs not in silent},
+        **{key: allowed[0] for key, allowed in _FIXED.items() if key not in ("mlp_bias", "rope_interleave")},
+        "attention_dropout": 0.0,  # transformers takes no 0
+        "num_key_value_heads": fields["n_heads"],
+        "rope_scaling": _yarn_to_json(fields),
+        "use_cache": True,
+    }
+    return dict(sorted(out.items()))
+
+
+def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    original = fields["original_seq_len"]
+    if original is None or fields["max_seq_len"] <= original:
+        return None
+    out: dict[str, Any] = {"type": "yarn", **{theirs: fields[ours] for theirs, ours in _YARN.items()}}
+    temperatures = (fields["mscale"], fields["mscale_all_dim"])
+    if temperatures == (1.0, 0.0):  # how a file without the two is read
+        return {key: value for key, value in out.items() if not key.startswith("mscale")}
+    if 0.0 in temperatures:
+        raise ValueError(
+            f"mscale={temperatures[0]} with mscale_all_dim={temperatures[1]} has no spelling in config.json; "
+            "want both above 0, or 1.0 and 0.0"
+        )
+    return out
+
+
+def quantization_to_json() -> dict[str, Any]:
+    """What config.json says of weights in FP8 with FP32 scales, as DeepSeek-V3's does."""
+    return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def _refuse(keys: Iterable[str], source: str) -> None:

@@ -113,23 +113,26 @@ class BPETokenizer:
         markup: added tokens that no text may spell, besides those that the file calls special, that end documents or
             mark fill-in-the-middle, and all of the form <｜...｜>.
 
-    Raises: ValueError for a missing or unreadable file, one without a token that ends a document, and where the
-        tokenizers library is not installed.
+    Raises: ValueError for a missing or unreadable file, and where the tokenizers library is not installed.
     """
 
     def __init__(self, path: Path, *, markup: Collection[str] = ()) -> None:
         self.path = path
         self._tokenizer = _read(path, markup)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        ends = [ids[name] for name in END_TOKENS if name in ids]
-        if not ends:
+        self._ends = [ids[name] for name in END_TOKENS if name in ids]
+        self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        self.fim = Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+
+    @property
+    def end_of_document(self) -> int:
+        """Raises: ValueError if the file has none, as a text to be continued needs none."""
+        if not self._ends:
             raise ValueError(
-                f"{path} has no token that ends a document; want one of {', '.join(END_TOKENS)}: "
+                f"{self.path} has no token that ends a document; want one of {', '.join(END_TOKENS)}: "
                 "use another tokenizer.json, or make one with python -m dsmini.tokenize"
             )
-        self.vocab_size = max(ids.values()) + 1  # ids may have gaps
-        self.end_of_document: int = ends[0]
-        self.fim = Fim(*(ids[name] for name in FIM_TOKENS)) if all(name in ids for name in FIM_TOKENS) else None
+        return self._ends[0]
 
     @property
     def added(self) -> dict[str, int]:
@@ -195,8 +198,47 @@ class _BPEStream:
 
 
 def load_tokenizer(path: Path | None) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; None: bytes."""
-    return ByteTokenizer() if path is None else BPETokenizer(path)
+    """The tokenizer of a tokenizer.json, for documents; None: bytes.
+
+    Raises: ValueError as BPETokenizer, and for a file without a token that ends a document.
+    """
+    tokenizer = ByteTokenizer() if path is None else BPETokenizer(path)
+    _ = tokenizer.end_of_document  # refused now, not when the corpus is half read
+    return tokenizer
+
+
+def byte_tokenizer_json() -> str:
+    """ByteTokenizer's ids as a tokenizer.json of the tokenizers library: byte i is id i, and there is nothing else.
+
+    The library writes bytes as printable characters: those that are printable as themselves, the others from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(0x100 + i) for i, byte in enumerate(others)} | {byte: chr(byte) for byte in printable}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": as_bytes,
+        "post_processor": None,
+        "decoder": as_bytes,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {characters[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, save_pretrained
 from dsmini.answers import Page
 from tests.commands import TINY, run, run_all, start
 from tests.conftest import SMALL, randomise
@@ -186,15 +186,20 @@ def test_what_a_model_writes_cannot_command_a_terminal() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder with a chat template, in a place of its own."""
-    pytest.importorskip("dsmini.checkpoint.pretrained")
-    from dsmini import save_pretrained  # pyright: ignore[reportAttributeAccessIssue]
-
     place = tmp_path_factory.mktemp("folder")
     torch.manual_seed(0)
     model = randomise(Transformer(ModelConfig(**(SMALL | {"vocab_size": 400, "max_seq_len": 128}))))
     save_pretrained(model, place / "m", config={"eos_token_id": 335})
     save_text_side(place / "m")
     return place
+
+
+def test_a_converted_run_writes_as_the_run_does(place: Path) -> None:
+    done = run("dsmini.convert runs/x converted", place)
+    assert done.returncode == 0, done.stderr
+    asked = "--temperature 0 --dtype float32 --prompt 'The ' é"
+    (own,), (converted,) = ask(place, asked), ask(place, f"{asked} --eos ignore", model="converted")
+    assert own["answers"] == converted["answers"] and own["prompt_tokens"] == converted["prompt_tokens"]
 
 
 def test_a_folder_begins_texts_as_it_says_and_ends_them_with_its_end_token(folder: Path) -> None:

@@ -134,6 +134,6 @@ def test_module_has_no_global_that_changes(name: str) -> None:
 
 
 def test_every_public_name_exists() -> None:
-    for module in (dsmini, dsmini.nn):
+    for module in (dsmini, dsmini.nn, dsmini.numerics):
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
         assert len(set(module.__all__)) == len(module.__all__)

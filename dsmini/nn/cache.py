@@ -122,14 +122,14 @@ class FP8LatentStore(Store):
         return torch.cat([part.view(torch.uint8) for part in parts], -1)
 
     def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        codes, scales, k_rope = self.data[:, :end].split((self.c, 4 * self.tiles, 2 * self.r), -1)
-        latent = dequantize_tiles(
-            codes.contiguous().view(torch.float8_e4m3fn),
-            scales.contiguous().view(torch.float32),
-            (1, _LATENT_TILE),
-            dtype,
+        # copies: a view as wider numbers needs an aligned start
+        codes, scales, k_rope = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in self.data[:, :end].split((self.c, 4 * self.tiles, 2 * self.r), -1)
         )
-        return torch.cat((latent, k_rope.contiguous().view(torch.bfloat16).to(dtype)), -1)
+        codes, scales = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
+        latent = dequantize_tiles(codes, scales, (1, _LATENT_TILE), dtype)
+        return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1)
 
 
 class Lane:

@@ -1,5 +1,6 @@
 """Matrix products: one matrix, and one matrix for each expert."""
 
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -7,15 +8,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsmini.nn.fp8 import FP8Module, untrainable
 
-class Linear(nn.Module):
-    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in."""
+
+class Linear(FP8Module):
+    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in.
+
+    A weight held in FP8 is dequantised to x's dtype when it is used.
+    """
+
+    scale_names = MappingProxyType({"weight": "scale"})
+    scale: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, *, init_std: float = 0.02, precision: Literal["native"] = "native"
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_buffer("scale", None)
         self.precision, self.init_std = precision, init_std
         self.reset_parameters()
 
@@ -24,7 +34,11 @@ class Linear(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x if self.scale is None else untrainable(x), self.dense(x.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        """The whole weight in that dtype."""
+        return self.dequantized("weight", dtype)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """The weight in dtype."""

@@ -5,6 +5,7 @@ The results are gathered back by token and summed over k in order: no row is dro
 the same input gives the same bits.
 """
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.nn.fp8 import FP8Module, untrainable
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.linear import Linear, grouped_linear
 
@@ -97,8 +99,13 @@ class _Combine(torch.autograd.Function):
         return grad_rows.mul_(weight_of_slot[:, None]), grad_weights, None, None
 
 
-class Experts(nn.Module):
-    """All routed experts of a layer, stacked: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped."""
+class Experts(FP8Module):
+    """All routed experts of a layer, stacked: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped.
+
+    Of experts held in FP8 only those that a token chose are dequantised, one after the other.
+    """
+
+    scale_names = MappingProxyType({"w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
 
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
         super().__init__()
@@ -107,6 +114,8 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, f, m))
         self.w2 = nn.Parameter(torch.empty(e, m, f))
         self.w3 = nn.Parameter(torch.empty(e, f, m))
+        for scale in self.scale_names.values():
+            self.register_buffer(scale, None)
         self.init_std, self.output_init_std = c.init_std, c.output_init_std
         self.reset_parameters()
 
@@ -123,12 +132,29 @@ class Experts(nn.Module):
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         """Sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
+        if self.holds_fp8:
+            return self._one_by_one(untrainable(x), indices, weights, counts)
         token, slot, ends = sort_by_expert(indices, counts, _row_alignment(x, indices, counts))
         rows: Tensor = _Dispatch.apply(x, token, slot)  # pyright: ignore[reportAssignmentType]
         w13 = torch.cat((self.w1.to(x.dtype), self.w3.to(x.dtype)), 1)  # one product reads the rows once
         gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
         hidden = F.silu(gate) * up
         return _Combine.apply(grouped_linear(hidden, self.w2, ends), weights, token, slot)  # pyright: ignore[reportReturnType]
+
+    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w2 and w3 of expert i in that dtype."""
+        return self.dequantized("w1", dtype, i), self.dequantized("w2", dtype, i), self.dequantized("w3", dtype, i)
+
+    def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        token, slot, _ = sort_by_expert(indices, counts)
+        rows, sizes = x.index_select(0, token), counts.tolist()
+        parts = rows.split(sizes)
+        out = torch.cat([self._one(i, part) for i, part in enumerate(parts) if sizes[i]] or [rows])
+        return _Combine.apply(out, weights, token, slot)  # pyright: ignore[reportReturnType]
+
+    def _one(self, i: int, rows: Tensor) -> Tensor:
+        w1, w2, w3 = self.expert(i, rows.dtype)
+        return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
 
 
 def _row_alignment(x: Tensor, indices: Tensor, counts: Tensor) -> int:

@@ -18,8 +18,8 @@ WEIGHT_TILE = (128, 128)
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_AMAX = 2.0**-100
 """Below it a tile counts as zero: it needs a scale that can be divided by."""
-STRIP = 1 << 22
-"""Elements that are dequantised at a time, so that no FP32 copy of a whole matrix is made."""
+STRIP = 1 << 18
+"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made."""
 
 
 def quantize_tiles(
@@ -55,7 +55,7 @@ def encode_tiles(
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     for strip, spread in _strips(x, scales, tile):
         # Before torch 2.12 the cast does not saturate.
-        codes[..., strip, :] = (x[..., strip, :].float() / spread).clamp(-LARGEST, LARGEST).to(codes.dtype)
+        codes[..., strip, :] = (x[..., strip, :] / spread).clamp_(-LARGEST, LARGEST).to(codes.dtype)
     return codes
 
 
@@ -71,7 +71,7 @@ def dequantize_tiles(
     """
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for strip, spread in _strips(codes, scales, tile):
-        out[..., strip, :] = codes[..., strip, :].float() * spread
+        out[..., strip, :] = codes[..., strip, :].float().mul_(spread)
     return out
 
 

@@ -1,0 +1,207 @@
+"""Safetensors files: what is in one, checked before any of it is read; reading and writing without copies.
+
+A file is eight bytes of length, so much JSON that gives dtype, shape and place of every tensor, and the tensors one
+after the other.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones too."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where some or all of a tensor lies: from byte `start` to `end` of a file."""
+
+    file: Path
+    start: int
+    end: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a folder; in pieces if ranks have parts of it, to be joined along `dim`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    dim: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.end - piece.start for piece in self.pieces)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, after checking that the file holds all of them and nothing else.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            if first.startswith(b"version"):
+                raise ValueError(f"{path} is a Git LFS pointer and not the file itself; fetch it with: git lfs pull")
+            if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(
+                    f"{path} has {size:,} bytes and a header of {length:,}: it is cut short or no safetensors file; "
+                    "fetch it again"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the header of {path} is not JSON: {error}; fetch the file again") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; fetch it again") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {path} is a {type(header).__name__}, want a table; fetch the file again")
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_places(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"a safetensors header names {max(names, key=names.count)} twice; fetch the file again")
+    return out
+
+
+def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
+    try:
+        dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise TypeError("sizes are whole numbers")
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"{path} describes {name} by {entry!r}; want dtype, shape and data_offsets: fetch it again"
+        ) from None
+    if dtype not in DTYPES:
+        raise ValueError(f"{path} has {name} in the dtype {dtype!r}; dsmini reads {', '.join(DTYPES)}")
+    want = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - start != want:
+        raise ValueError(
+            f"{path} gives {name}, {dtype} {list(shape)}, {end - start:,} bytes, want {want:,}; fetch it again"
+        )
+    return Stored(dtype, shape, (Piece(path, data + start, data + end, shape),))
+
+
+def _check_places(path: Path, tensors: Mapping[str, Stored], data: int, size: int) -> None:
+    end = data
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].pieces[0].start, item[1].pieces[0].end)):
+        piece = stored.pieces[0]
+        if piece.start != end:
+            raise ValueError(f"{path} has {name} at byte {piece.start:,}, want {end:,}: tensors overlap or have gaps")
+        end = piece.end
+    if end > size:
+        raise ValueError(f"{path} is cut short: it has {size:,} bytes of {end:,}; fetch it again")
+    if end < size:
+        raise ValueError(f"{path} has {size - end:,} bytes behind its last tensor; fetch it again")
+
+
+class Reader:
+    """Reads tensors from mapped files: of one in a single piece it gives a view of the file, not a copy."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def read(self, stored: Stored) -> Tensor:
+        """The tensor, on the CPU. It may be a view of the file: copy it, do not keep it."""
+        views = [self._view(piece, DTYPES[stored.dtype]) for piece in stored.pieces]
+        if len(views) == 1:
+            return views[0]
+        # as bytes, for torch cannot join numbers of every dtype
+        joined = torch.cat([view.unsqueeze(-1).view(torch.uint8) for view in views], stored.dim)
+        return joined.view(DTYPES[stored.dtype]).squeeze(-1)
+
+    def release(self, stored: Stored) -> None:
+        """Let go of the memory that the tensor's pages take; what was read is in the file still."""
+        page = mmap.PAGESIZE
+        for piece in stored.pieces:
+            start = piece.start // page * page
+            if piece.file in self._maps and piece.end > start and hasattr(mmap, "MADV_DONTNEED"):
+                self._maps[piece.file].madvise(mmap.MADV_DONTNEED, start, piece.end - start)
+
+    def _view(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        if piece.end == piece.start:
+            return torch.empty(piece.shape, dtype=dtype)
+        if piece.file not in self._maps:
+            with piece.file.open("rb") as file:  # private, so that torch may have it writable; nobody writes
+                self._maps[piece.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        raw = torch.frombuffer(
+            self._maps[piece.file], dtype=torch.uint8, count=piece.end - piece.start, offset=piece.start
+        )
+        raw = raw if piece.start % dtype.itemsize == 0 else raw.clone()
+        return raw.view(dtype).view(piece.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written; `make` gives it when its turn comes, on any device."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None] = lambda n: None) -> None:
+    """Write a safetensors file, holding one tensor at a time.
+
+    Args:
+        wrote: told the bytes of each tensor that is written.
+    """
+    # Wide types first, as the safetensors library has it, so that every tensor starts at a multiple of its width.
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in ordered:
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in ordered:
+            tensor = entry.make().detach()
+            assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            wrote(entry.nbytes)

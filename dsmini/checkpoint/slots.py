@@ -1,0 +1,49 @@
+"""A model seen as the tensors of a folder: experts one by one, and which matrices may be FP8."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dsmini import names
+from dsmini.nn import Transformer
+from dsmini.nn.fp8 import FP8Module
+from dsmini.numerics import WEIGHT_TILE
+
+
+class Slot(NamedTuple):
+    """A part of a model that is one tensor of a folder."""
+
+    name: str
+    """In the state dict."""
+    expert: int | None
+    """Which part of a stacked tensor."""
+    shape: tuple[int, ...]
+
+
+def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
+    """A state dict with its stacked experts come apart."""
+    for name, tensor in state.items():
+        if names.is_stacked(name):
+            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
+        else:
+            yield Slot(name, None, tuple(tensor.shape))
+
+
+def fp8_weights(model: Transformer) -> dict[str, tuple[FP8Module, str]]:
+    """The parameters that DeepSeek has in FP8, by name, each with its module and its name there.
+
+    All of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
+    """
+    out: dict[str, tuple[FP8Module, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FP8Module) and path != "head" and not path.endswith("eh_proj"):
+            out |= {f"{path}.{name}": (module, name) for name in module.scale_names}
+    return out
+
+
+def scale_slot(slot: Slot, module: FP8Module, attribute: str) -> Slot:
+    """The scales that belong to a weight."""
+    stem = slot.name.removesuffix(attribute)
+    shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
+    return Slot(stem + module.scale_names[attribute], slot.expert, shape)

@@ -1,0 +1,140 @@
+"""python -m dsmini.convert: write a trained or a published model as a folder that transformers loads."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from dsmini import accounting
+from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
+from dsmini.checkpoint.pretrained import load_pretrained, origin_of
+from dsmini.checkpoint.progress import rate
+from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.training import load_run
+from dsmini.command import Help, parse, run
+from dsmini.config import RunConfig
+from dsmini.nn import Transformer
+from dsmini.tokenizer import BPETokenizer, byte_tokenizer_json
+
+DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BEGIN_TOKEN = "<｜begin▁of▁sentence｜>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand:
+    """Write a trained or a published model as a new Hugging Face folder: safetensors, config.json, tokenizer.
+
+    SRC is a run that dsmini.train wrote, or one of its checkpoints; a DeepSeek or Hugging Face folder; or a folder that
+    DeepSeek's inference code reads (model0-mp8.safetensors, ...), the files of all ranks beside its config JSON.
+    """
+
+    src: Annotated[Path, tyro.conf.Positional]
+    """The model to read."""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """The folder to write, which must be new or empty."""
+    fp8: bool = False
+    """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """What is not FP8 is written as this, gates always as float32; stored: as it is in SRC, FP8 included."""
+    shard_size: str = "5GB"
+    """Largest size of a file, such as 5GB or 500MB."""
+    average: bool = False
+    """Of a run, take the parameters' average over the steps; it must have kept one, with --train.ema-decay."""
+    json: bool = False
+    """Print the figures as a line of JSON, and all else to the standard error."""
+
+
+HELP = Help(
+    usage="SRC DST [FLAGS]",
+    examples=(
+        "runs/toy-001 exported",
+        "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
+        "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
+    ),
+    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "json"),
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    command = parse(ConvertCommand, "convert", args, help=HELP)
+    console = Console(stderr=command.json)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    refuse_filled(command.dst)
+    parse_size(command.shard_size)
+    files: dict[str, str] = {}
+    ids: dict[str, Any] = {}
+    start = time.monotonic()
+    if (command.src / "config.toml").is_file():
+        model, config = load_run(command.src, average=command.average, say=say)
+        nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
+        files, ids = _tokenizer_files(command.src, config)
+    else:
+        if command.average:
+            raise ValueError(f"--average is of a training run, and {command.src} is none; leave it out")
+        model = load_pretrained(command.src, fp8="keep")
+        origin = origin_of(model)
+        assert origin is not None
+        nbytes, seconds = origin.nbytes, origin.seconds
+    say(rate("read", nbytes, seconds))
+    saved = save_pretrained(
+        model,
+        command.dst,
+        command.fp8,
+        dtype=DTYPES[command.dtype],
+        shard_size=command.shard_size,
+        files=files,
+        config=ids,
+        say=say,
+    )
+    say(f"{command.dst}: {len(saved.files)} files with {_count(model):,} parameters, for dsmini and transformers")
+    if command.json:
+        figures = {
+            "src": str(command.src),
+            "dst": str(command.dst),
+            "parameters": _count(model),
+            "bytes_read": nbytes,
+            "read_seconds": seconds,
+            "bytes_written": saved.nbytes,
+            "write_seconds": saved.seconds,
+            "files": saved.files,
+        }
+        print(json.dumps(figures))
+    return 0
+
+
+def _count(model: Transformer) -> int:
+    return accounting.parameters(model.config).total
+
+
+def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
+    """A run's tokenizer as transformers reads it, and the special ids of config.json."""
+    tokenizer = run_tokenizer(src, config)
+    about: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.model.max_seq_len,
+    }
+    ids: dict[str, Any] = {"eos_token_id": tokenizer.end_of_document}
+    content = byte_tokenizer_json()
+    if isinstance(tokenizer, BPETokenizer):
+        content = tokenizer.path.read_text(encoding="utf-8")
+        about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
+        named = {token["content"]: token["id"] for token in json.loads(content).get("added_tokens", [])}
+        if BEGIN_TOKEN in named:
+            about["bos_token"] = BEGIN_TOKEN
+            ids["bos_token_id"] = named[BEGIN_TOKEN]
+    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}, ids
+
+
+if __name__ == "__main__":
+    run(main)

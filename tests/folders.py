@@ -1,0 +1,92 @@
+"""Model folders for tests, read and written by the safetensors library and not by our own code."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shards: int = 1) -> Path:
+    """A folder of these tensors, in so many files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: named[name] for name in list(named)[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder."""
+    out: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                assert name not in out
+                out[name] = file.get_tensor(name)
+    return out
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> set[str]:
+    """Names of tensors that are not the same in name, dtype, shape and every bit."""
+    same = {name for name in a.keys() & b.keys() if _bits(a[name]) == _bits(b[name])}
+    return (a.keys() | b.keys()) - same
+
+
+def _bits(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def is_matrix(name: str) -> bool:
+    """Whether DeepSeek has a tensor of this name in FP8."""
+    return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
+
+
+def blocks_of(tensor: Tensor, tile: tuple[int, int] = (128, 128)) -> Any:
+    """The blocks of a matrix, one by one: row and column of the block, and its elements."""
+    for i in range(0, tensor.shape[0], tile[0]):
+        for j in range(0, tensor.shape[1], tile[1]):
+            yield i // tile[0], j // tile[1], (slice(i, i + tile[0]), slice(j, j + tile[1]))
+
+
+def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors with the matrices in codes and scales, block by block, and what the codes mean, in FP32.
+
+    The magnitudes of the blocks differ widely, so that a scale in the wrong place is seen.
+    """
+    out, meant = {}, {}
+    for name, tensor in tensors.items():
+        if not is_matrix(name):
+            out[name] = meant[name] = tensor
+            continue
+        codes, exact = torch.empty(tensor.shape, dtype=FP8), torch.empty(tensor.shape)
+        scales = torch.full([-(-n // 128) for n in tensor.shape], torch.nan)
+        for i, j, block in blocks_of(tensor):
+            values = tensor[block].float() * float(torch.randn(()).mul(0.5).exp())
+            scales[i, j] = values.abs().max() / 448
+            codes[block] = (values / scales[i, j]).to(FP8)
+            exact[block] = codes[block].float() * scales[i, j]
+        out |= {name: codes, name.replace(".weight", ".weight_scale_inv"): scales}
+        meant[name] = exact
+    return out, meant

@@ -1,0 +1,234 @@
+"""Folders that transformers saved are read as transformers reads them, and what we save transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dsmini
+from dsmini.tokenizer import byte_tokenizer_json
+from tests import folders
+from tests.tolerances import relative_error
+
+LOGITS = 1e-5
+MOONLIGHT = {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+KIMI = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6}
+V3_CASES: dict[str, dict[str, Any]] = {
+    "v3": {"rope_parameters": hf.yarn(mscale=1.0, mscale_all_dim=1.0), "rms_norm_eps": 1e-6},
+    "moonlight": MOONLIGHT | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+    "kimi_k2": KIMI
+    | {"rope_parameters": hf.yarn(beta_fast=1, rope_theta=5e4, factor=32.0, mscale=1, mscale_all_dim=1)},
+}
+V2 = {"n_shared_experts": 2, "rms_norm_eps": 1e-6, "norm_topk_prob": False}
+V2_YARN = hf.yarn(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
+V2_CASES: dict[str, dict[str, Any]] = {
+    "v2-lite": {
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    },
+    "v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+}
+CASES = [*V3_CASES, *V2_CASES]
+
+
+def theirs(case: str) -> Any:
+    if case in V2_CASES:
+        return hf.v2(7, **V2, rope_parameters=V2_YARN, **V2_CASES[case])
+    return hf.v3(7, num_mtp_layers=0, **V3_CASES[case])
+
+
+def saved(case: str, folder: Path, **options: Any) -> tuple[Any, Path]:
+    """A model of transformers, and its folder."""
+    model = theirs(case)
+    model.save_pretrained(folder, **options)
+    if case == "kimi_k2":  # transformers has no such type; the released folder has V3's tensors and its own code
+        (folder / "config.json").write_text(json.dumps(folders.config_of(folder) | {"model_type": "kimi_k2"}))
+    return model, folder
+
+
+def tokens_for(model: Any) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (2, 61))
+
+
+@torch.no_grad()
+def their_logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(tokens).logits
+
+
+def in_the_old_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """As the released files have it."""
+    rope = dict(raw["rope_parameters"])
+    old = {k: v for k, v in raw.items() if k not in ("rope_parameters", "dtype", "head_dim", "qk_head_dim")}
+    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw["dtype"], "rope_scaling": None}
+    kind = rope.pop("rope_type")
+    return old if kind == "default" else old | {"rope_scaling": {"type": kind, **rope}}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, spelling: str) -> None:
+    model, folder = saved(case, tmp_path / "a")
+    if spelling == "rope_scaling":
+        (folder / "config.json").write_text(json.dumps(in_the_old_spelling(folders.config_of(folder))))
+    tokens = tokens_for(model)
+    error = relative_error(dsmini.load_pretrained(folder)(tokens), their_logits(model, tokens))
+    print(f"{error:.1e} {case}")
+    assert error < LOGITS
+
+
+@pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2"])
+def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
+    """From a model of our own, so that the config is of our own making too."""
+    model, folder = saved(case, tmp_path / "a", max_shard_size="100KB")
+    ours = dsmini.load_pretrained(folder)
+    fresh = dsmini.Transformer(ours.config)
+    fresh.load_state_dict(ours.state_dict())
+    dsmini.save_pretrained(fresh, tmp_path / "b", shard_size="100KB")
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 3
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    tokens = tokens_for(model)
+    error = relative_error(their_logits(again, tokens), fresh(tokens))
+    print(f"{error:.1e} {case}")
+    assert error < LOGITS
+    assert dsmini.ModelConfig.from_file(tmp_path / "b" / "config.json") == ours.config
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_and_save_changes_nothing(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    model, folder = saved(case, tmp_path / "a", max_shard_size="150KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="150KB")
+    (folder / "tokenizer.json").write_text("{}")
+    dsmini.save_pretrained(dsmini.load_pretrained(folder), tmp_path / "b", shard_size="150KB")
+    assert not folders.different(folders.read(folder), folders.read(tmp_path / "b"))
+    assert folders.config_of(folder) == folders.config_of(tmp_path / "b")
+    assert {p.name for p in (tmp_path / "b").iterdir()} >= {"tokenizer.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("copies", [True, False])
+def test_mtp(tmp_path: Path, depth: int, copies: bool) -> None:
+    model = hf.v3(8, **V3_CASES["v3"])
+    blocks = hf.mtp(model, depth)
+    tensors = hf.tensors(model, 3) | hf.mtp_tensors(blocks, 3)
+    if copies:
+        for k in range(depth):
+            tensors[f"model.layers.{3 + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+            tensors[f"model.layers.{3 + k}.shared_head.head.weight"] = tensors["lm_head.weight"]
+    raw = json.loads(model.config.to_json_string()) | {"num_nextn_predict_layers": depth}
+    folder = folders.write(tmp_path / "a", tensors, raw, shards=3)
+    ours = dsmini.load_pretrained(folder)
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        got = ours.run(tokens, mtp=True)
+        hidden = model.model(tokens).last_hidden_state
+        for k in range(1, depth + 1):
+            s = tokens.shape[1] - k
+            hidden = blocks.forward_layer(k - 1, hidden[:, :s], torch.arange(s)[None], None, input_ids=tokens[:, k:])
+            assert relative_error(got.mtp_logits[k - 1], model.lm_head(hidden)) < LOGITS
+    dsmini.save_pretrained(ours, tmp_path / "b")
+    assert not folders.different(tensors, folders.read(tmp_path / "b"))
+
+
+def test_saved_by_transformers_without_its_mtp_layers(tmp_path: Path) -> None:
+    model = hf.v3(9, num_mtp_layers=1)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="holds nothing of the 1 multi-token prediction layers"):
+        ours = dsmini.load_pretrained(tmp_path / "a")
+    assert (ours.config.n_mtp_layers, len(ours.mtp)) == (0, 0)
+    tokens = tokens_for(model)
+    assert relative_error(ours(tokens), their_logits(model, tokens)) < LOGITS
+    dsmini.save_pretrained(ours, tmp_path / "b")
+    assert folders.config_of(tmp_path / "b")["num_nextn_predict_layers"] == 0
+
+
+# Sizes whose blocks are all equal: transformers refuses ragged ones, or takes them for smaller equal ones.
+WHOLE_BLOCKS = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 96,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "num_mtp_layers": 0,
+}
+
+
+@pytest.fixture
+def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers read FP8 without accelerate, which it asks for and does not need here."""
+    monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
+
+
+@pytest.mark.usefixtures("their_fp8")
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_fp8_is_dequantised_as_transformers_does(tmp_path: Path, scale_fmt: str | None) -> None:
+    model = hf.v3(10, **WHOLE_BLOCKS)
+    tensors, meant = folders.in_fp8(hf.tensors(model, 3))
+    if scale_fmt:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].log2().ceil().exp2()
+    quantized = folders.QUANTIZED | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+    raw = json.loads(model.config.to_json_string()) | {"quantization_config": quantized, "dtype": "float32"}
+    folder = folders.write(tmp_path / "a", tensors, raw)
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if not scale_fmt:
+        weight = again.state_dict()["model.layers.0.mlp.up_proj.weight"]
+        assert torch.equal(weight, meant["model.layers.0.mlp.up_proj.weight"])
+    tokens = tokens_for(model)
+    want = their_logits(again, tokens)
+    assert relative_error(dsmini.load_pretrained(folder, dtype=torch.float32)(tokens), want) < LOGITS
+    kept = dsmini.load_pretrained(folder, fp8="keep")
+    assert relative_error(kept(tokens), want) < LOGITS
+    dsmini.save_pretrained(kept, tmp_path / "b")
+    assert not folders.different(tensors, folders.read(tmp_path / "b"))
+    assert folders.config_of(tmp_path / "b") == raw
+
+
+@pytest.mark.usefixtures("their_fp8")
+def test_transformers_loads_what_we_quantise(tmp_path: Path) -> None:
+    model = hf.v3(11, **WHOLE_BLOCKS)
+    model.save_pretrained(tmp_path / "a")
+    ours = dsmini.load_pretrained(tmp_path / "a")
+    dsmini.save_pretrained(ours, tmp_path / "b", fp8=True)
+    written = folders.read(tmp_path / "b")
+    codes = {name for name, tensor in written.items() if tensor.dtype == folders.FP8}
+    assert codes == {name for name in folders.read(tmp_path / "a") if folders.is_matrix(name)}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32, attn_implementation="eager")
+    tokens = tokens_for(model)
+    got = dsmini.load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens)
+    assert relative_error(got, their_logits(again, tokens)) < LOGITS
+
+
+def test_tokenizer_of_a_byte_level_export(tmp_path: Path) -> None:
+    model = hf.v3(12, num_mtp_layers=0)
+    model.save_pretrained(tmp_path / "a")
+    files = {
+        "tokenizer.json": byte_tokenizer_json(),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+    }
+    dsmini.save_pretrained(dsmini.load_pretrained(tmp_path / "a"), tmp_path / "b", files=files)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    for text in ("def f(x):\n    return 'ü€😀' ", "", "\x00 , .  '  s"):
+        assert tokenizer(text).input_ids == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
