@@ -1,6 +1,7 @@
 """python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model."""
 
 import json
+import re
 import sys
 import textwrap
 import warnings
@@ -299,7 +300,7 @@ def _prompts(command: GenerateCommand) -> Iterator[tuple[str, str]]:
 
 def _text(content: bytes) -> str:
     """A file's text; what is no UTF-8 stays as Python keeps it in arguments."""
-    return content.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", errors="surrogateescape")
+    return re.sub(rb"\r?\n\Z", b"", content).decode("utf-8", errors="surrogateescape")
 
 
 def _line() -> str:
