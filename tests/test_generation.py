@@ -115,7 +115,7 @@ def make_guesses_good(model: Transformer) -> None:
             mtp.norm.weight.copy_(model.norm.weight)
 
 
-def test_a_multi_token_block_that_were_shown_its_own_target_would_be_noticed(small_model: Model) -> None:
+def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
     """The guesses of one step, made by hand from uncached runs."""
     model = small_model(n_mtp_layers=2).eval()
     row = [4, 9, 2, 6]

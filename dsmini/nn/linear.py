@@ -34,7 +34,9 @@ class Linear(FP8Module):
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return F.linear(x if self.scale is None else untrainable(x), self.dense(x.dtype))
+        if self.scale is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(untrainable(x), self.dense(x.dtype))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """The whole weight in that dtype."""

@@ -132,12 +132,15 @@ class Experts(FP8Module):
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         """Sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
-        if self.holds_fp8:
+        if self.holds_fp8 or (not torch.is_grad_enabled() and _few(x, counts)):
             return self._one_by_one(untrainable(x), indices, weights, counts)
         token, slot, ends = sort_by_expert(indices, counts, _row_alignment(x, indices, counts))
         rows: Tensor = _Dispatch.apply(x, token, slot)  # pyright: ignore[reportAssignmentType]
-        w13 = torch.cat((self.w1.to(x.dtype), self.w3.to(x.dtype)), 1)  # one product reads the rows once
-        gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
+        if torch.is_grad_enabled():
+            w13 = torch.cat((self.w1.to(x.dtype), self.w3.to(x.dtype)), 1)  # one product reads the rows once
+            gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
+        else:  # joining them costs more than it saves where the step has no backward
+            gate, up = grouped_linear(rows, self.w1, ends), grouped_linear(rows, self.w3, ends)
         hidden = F.silu(gate) * up
         return _Combine.apply(grouped_linear(hidden, self.w2, ends), weights, token, slot)  # pyright: ignore[reportReturnType]
 
@@ -155,6 +158,11 @@ class Experts(FP8Module):
     def _one(self, i: int, rows: Tensor) -> Tensor:
         w1, w2, w3 = self.expert(i, rows.dtype)
         return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+
+
+def _few(x: Tensor, counts: Tensor) -> bool:
+    """Whether a CPU that decodes would spend more on preparing all experts than on asking the chosen ones in turn."""
+    return x.device.type == "cpu" and x.shape[0] <= counts.shape[0]
 
 
 def _row_alignment(x: Tensor, indices: Tensor, counts: Tensor) -> int:

@@ -25,7 +25,7 @@ class RMSNorm(FP32Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
         return rms_norm(x, self.weight, self.eps)
 
