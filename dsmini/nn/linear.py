@@ -42,10 +42,6 @@ class Linear(FP8Module):
         """The whole weight in that dtype."""
         return self.dequantized("weight", dtype)
 
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        """The weight in dtype."""
-        return self.weight.to(dtype)
-
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
