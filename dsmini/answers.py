@@ -52,13 +52,21 @@ class Page:
         self._out.flush()
 
 
-def follow(generation: Generation, rows: Sequence[Continuation], max_new_tokens: int, page: Page | None) -> bool:
+def follow(
+    generation: Generation, rows: Sequence[Continuation], prompts: Sequence[str], max_new_tokens: int, page: Page | None
+) -> bool:
     """Run a generation to its end, or until Ctrl-C; what was written by then is in the rows, and on the page.
+
+    Args:
+        prompts: what the page shows before each row.
 
     Returns: whether it was Ctrl-C.
     """
     interrupted = False
     try:
+        if page is not None:
+            for i, text in enumerate(prompts):
+                page.add(i, text)
         for new in generation:
             for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
                 piece = row.add(tokens)

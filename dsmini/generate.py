@@ -155,15 +155,9 @@ class Speaker:
         else:
             tokens = [[*self._side.begin, *self._side.tokenizer.encode(text).tolist()] for text in texts]
         generation = self._generation(tokens)
+        rows, shown = zip(*(self._continuation(row) for row in tokens), strict=True)
         page = None if command.json else Page([heading for heading, _ in prompts])
-        rows, shown = [], []
-        for i, row in enumerate(tokens):
-            continuation, text = self._continuation(row)
-            rows.append(continuation)
-            shown.append("" if chat is not None else text)
-            if page is not None:
-                page.add(i, shown[i])
-        interrupted = follow(generation, rows, command.max_new_tokens, page)
+        interrupted = follow(generation, rows, shown, command.max_new_tokens, page)
         stats = generation.stats
         if command.json:
             answers = [
@@ -191,8 +185,9 @@ class Speaker:
             messages.append(_turn("user", chat.plain(line)))
             tokens = chat.encode(messages)
             generation = self._generation([tokens])
-            row, _ = self._continuation(tokens)
-            interrupted = follow(generation, [row], command.max_new_tokens, None if command.json else Page([""]))
+            row, shown = self._continuation(tokens)
+            page = None if command.json else Page([""])
+            interrupted = follow(generation, [row], [shown], command.max_new_tokens, page)
             if command.json:
                 said = {"prompt": _clean(line), "answer": row.text, "finish": finish(row, command.max_new_tokens)}
                 print(json.dumps(said | figures(generation.stats, command.speculative)), flush=True)
@@ -231,13 +226,13 @@ class Speaker:
         )
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
-        """What a prompt's new tokens are read into, and the prompt as text; a character that it ends inside of is
-        the continuation's."""
-        stream = self._side.tokenizer.stream()
-        begin = len(self._side.begin) if self._side.chat is None else 0
+        """What a prompt's new tokens are read into, and what is shown before them: the prompt, but for a chat. A
+        character that the prompt ends inside of is the continuation's."""
+        stream, begin = self._side.tokenizer.stream(), len(self._side.begin)
         stream.decode(tokens[:begin])
         text = stream.decode(tokens[begin:])
-        return Continuation(stream, ends=self._ends, stops=self._command.stop), text
+        shown = text if self._side.chat is None else ""
+        return Continuation(stream, ends=self._ends, stops=self._command.stop), shown
 
     def _system(self, chat: Chat) -> list[Message]:
         return [] if self._command.system is None else [_turn("system", chat.plain(self._command.system))]
