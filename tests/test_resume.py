@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dsmini.checkpoint import training as checkpoints
-from dsmini.checkpoint.training import Checkpoint
+from dsmini.checkpoint.run_folder import read_metrics
+from dsmini.checkpoint.training import Checkpoint, last_checkpoint
 from dsmini.summary import summarise
 from dsmini.training_run import TrainingRun
 from tests.runs import Killed, new_run, resumed, unequal, whole
@@ -192,6 +193,37 @@ def test_metrics_with_a_torn_last_line(unstopped: Callable[[str], dict[str, Any]
     again = resumed(tmp_path)
     assert again.train()
     assert unequal(whole(again), unstopped("adamw")) == set()
+
+
+def test_a_row_that_lacks_something_or_has_it_of_the_wrong_kind_is_left_out(
+    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    lacking = {key: {k: v for k, v in row.items() if k != key} for key in row}
+    wrong = {key: {**row, key: {"x": 1}} for key in row}
+    optional = {"val_loss_ema"}
+    for bad in (lacking, wrong):
+        for key, other in bad.items():
+            (tmp_path / "metrics.jsonl").write_text("\n".join([lines[1], json.dumps(other), lines[2]]))
+            assert [r["step"] for r in read_metrics(tmp_path)] == [2, *([1] if key in optional else []), 3], key
+
+
+def test_a_run_goes_on_without_the_rows_that_are_not_whole(
+    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(never_and_stopped[1], tmp_path, dirs_exist_ok=True)
+    (first, *others) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    bad = [json.dumps({"step": "2", "val_loss": 1.0}), json.dumps({"step": 3, "val_loss": None}), "[]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([first, *bad, *others[1:]]) + "\n")
+    training = new_run(tmp_path, **RICH)
+    said: list[str] = []
+    training._say = said.append
+    training.resume(last_checkpoint(tmp_path, training.parts, training.fits, said.append))
+    assert said == ["metrics.jsonl lacks 1 of 4 steps; the plots leave them out"]
+    assert training.train()
+    training.plot()
+    assert [row["step"] for row in training.rows] == [1, 3, 4, 5, 6, 7, 8]
 
 
 def part(name: str, **named: Any) -> Callable[[Checkpoint], Checkpoint]:
