@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsmini.changes import check_init, check_resume
 from dsmini.checkpoint.manifest import write_json, write_text
-from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config
+from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config, tokenizer_file
 from dsmini.checkpoint.training import Checkpoint, last_checkpoint, model_checkpoint, model_tensors
 from dsmini.command import Help, parse, take_file
 from dsmini.config import RunConfig
@@ -67,6 +67,7 @@ def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start
     if resume:
         config = _as_before(config, old)
         check_resume(old, config)
+        _check_tokenizer(resume, old, config)
     elif init:
         check_init(old.model, config.model, str(init))
     name = name if file is None else file.stem
@@ -129,12 +130,27 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus)
     if state.corpus_sha256 != corpus.sha256:
         raise ValueError(
             f"{out} was trained on a corpus with sha256 {state.corpus_sha256}, {corpus.source} now has "
-            f"{corpus.sha256}; restore that text, or start a new run from its weights with --init {out}"
+            f"{corpus.sha256}; restore that text, or name where it is now with --data.path, or start a new run from "
+            f"its weights with --init {out}"
         )
     if state.step > steps:
         raise ValueError(f"{out} has done {state.step} steps, train.steps={steps} is fewer; use more")
     if read_summary(out).get("steps") == state.step == steps:
         raise ValueError(f"{out} is finished: {steps} of {steps} steps; to go on raise --train.steps")
+
+
+def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
+    """Refuse another tokenizer than the run's own, which is the one that is used."""
+    own, given = tokenizer_file(run, config), config.data.tokenizer
+    if own is None or given is None or given == old.data.tokenizer:
+        return
+    if not given.is_file():
+        raise ValueError(f"there is no file {given}; leave --data.tokenizer out: {own} is used")
+    if given.read_bytes() != own.read_bytes():
+        raise ValueError(
+            f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, "
+            "or start a new run"
+        )
 
 
 def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:

@@ -100,12 +100,17 @@ def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
 
     Raises: ValueError if that file is gone.
     """
-    if config.data.tokenizer is None:
-        return load_tokenizer(None)
     run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    return load_tokenizer(tokenizer_file(run, config))
+
+
+def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
+    """A run's own copy of its tokenizer; None for bytes. ValueError if that file is gone."""
+    if config.data.tokenizer is None:
+        return None
     if not (run / "tokenizer.json").is_file():
         raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
-    return load_tokenizer(run / "tokenizer.json")
+    return run / "tokenizer.json"
 
 
 def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None:
