@@ -76,6 +76,18 @@ def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
     return lambda: training.trainer.steps_done == step and next(count) == number
 
 
+def asked_after(training: TrainingRun, steps: int) -> None:
+    """Ask it to stop, as by Ctrl-C, in the step that follows so many."""
+    real = training.trainer.step
+
+    def step() -> Any:
+        if training.trainer.steps_done == steps:
+            os.kill(os.getpid(), 15)
+        return real()
+
+    training.trainer.step = step
+
+
 def stopped(training: TrainingRun) -> None:
     with pytest.raises(Killed):
         training.train()
@@ -169,14 +181,8 @@ def test_those_are_all_the_moments_of_a_save(tmp_path: Path, monkeypatch: pytest
 def test_a_run_stopped_again_and_again(unstopped: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Each time asked to stop, as by Ctrl-C, after one step."""
     training = new_run(tmp_path, **RICH)
-    for _ in range(8):
-        real = training.trainer.step
-
-        def step(real: Any = real) -> Any:
-            os.kill(os.getpid(), 15)
-            return real()
-
-        training.trainer.step = step
+    for done in range(8):
+        asked_after(training, done)
         assert not training.train()
         training = resumed(tmp_path, **RICH)
     assert training.trainer.steps_done == 8
@@ -297,20 +303,33 @@ def test_whatever_is_not_restored_is_noticed(
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_steps_skipped_in_a_row_are_counted_across_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
-) -> None:
+def test_steps_skipped_in_a_row_are_counted_across_a_stop(tmp_path: Path, lost: bool) -> None:
     options: dict[str, Any] = {"nan_at": (3, 4), "max_skipped": 2}
     training = new_run(tmp_path, **options)
-    with monkeypatch.context() as patch:
-        kill(patch, training.trainer, "_accumulate", calls(training, 4, 0), False)
-        stopped(training)
+    asked_after(training, 3)
+    assert not training.train()
     again = resumed(tmp_path, state(skipped_in_a_row=0) if lost else lambda c: c, **options)
     if lost:
         assert again.train()
     else:
         with pytest.raises(ArithmeticError, match="in the 2 steps up to step 5"):
             again.train()
+
+
+def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None:
+    """Steps 5 to 8 are skipped: checkpoints of the same weights must not take the place of an earlier one."""
+    options: dict[str, Any] = {"steps": 12, "keep": 1, "max_skipped": 4}
+    training = new_run(tmp_path, **options, save_every=3, nan_at=tuple(range(4, 12)))
+    with pytest.raises(ArithmeticError) as error:
+        training.train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000003", "step-000008"]
+    lower = "--train.lr 0.005"
+    assert f"--resume {tmp_path} {lower}, or from further back with --init {folders[0]} {lower}" in str(error.value)
+    again = resumed(tmp_path, **options, save_every=2, nan_at=(8, 9, 10))  # as many as it had before
+    assert again.train()
+    assert again.skipped == 7
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
 
 
 def test_totals_and_plots_cover_the_whole_run(never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

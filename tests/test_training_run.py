@@ -62,7 +62,7 @@ def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
 
 def test_steps_without_a_finite_gradient_end_the_run_with_the_model_saved(training: TrainingRun) -> None:
     training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
-    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; lower"):
+    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
         training.train()
     assert (training.folder / "checkpoints/step-000010/model.safetensors").exists()
 
