@@ -125,7 +125,7 @@ class TrainingRun:
     def _train(self) -> bool:
         train = self.config.train
         progress = TrainingProgress(self.console, train.steps, self.config.seq_len)
-        with self._metrics() as metrics, progress, asked_to_stop() as asked:
+        with asked_to_stop() as asked, self._metrics() as metrics, progress:
             if self.rows:  # resumed: the last step may not have been validated yet
                 if self.rows[-1]["val_loss"] is None:
                     self._validate(self.rows[-1], progress)
@@ -308,11 +308,14 @@ class TrainingRun:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once."""
+    """A list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once.
+
+    The others come in numbers (a scheduler's warning and its end, a shell that passes them on), so none interrupts.
+    """
     asked: list[int] = []
 
     def ask(number: int, _: FrameType | None) -> None:
-        if asked:
+        if number == signal.SIGINT and signal.SIGINT in asked:
             raise KeyboardInterrupt
         asked.append(number)
 
