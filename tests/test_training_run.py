@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -226,6 +227,20 @@ def test_a_picture_is_there_whole_or_not_at_all(
         training.plot()
     assert (tmp_path / "loss.png").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("largest", "top"), [(1.5, 2.0), (4.0, 4.0)])
+def test_the_heat_map_reaches_to_the_largest_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float, top: float
+) -> None:
+    drawn: list[Any] = []
+    real = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *args, **kwargs: drawn.append(real(*args, **kwargs)) or drawn[-1])
+    row = {"step": 1, "lr": 1e-3} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
+    plot_run(tmp_path, [row], {"block 1": [largest, 1.0, 0.0], "block 2": [1.0, 1.0, 1.0]})
+    (image,) = drawn
+    assert image.norm([0.0, 1.0, top]).tolist() == [0.0, 0.5, 1.0]
+    assert image.cmap(0.5)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
 
 
 @pytest.mark.filterwarnings("error")
