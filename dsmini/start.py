@@ -54,6 +54,12 @@ def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start
         raise ValueError("--resume goes on with a run, --init starts a new one from its weights; use one of them")
     if resume and _option(rest, "--out"):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
+    if resume and resume.resolve().parent.name == "checkpoints":
+        run = resume.resolve().parent.parent
+        raise ValueError(
+            f"{resume} is a checkpoint, a run goes on from its last one: use --resume {run}, or start a new run from "
+            f"this one's weights with --init {resume}"
+        )
     weights, old, name = None, RunConfig(), "toy"
     if resume:
         old = dataclasses.replace(run_config(resume), out=resume)
@@ -172,10 +178,14 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _option(args: Sequence[str], name: str) -> Path | None:
-    """The value of an option, looked up before the others can be read: their defaults hang on it."""
+    """The folder of an option, looked up before the others can be read: their defaults hang on it."""
     for i, word in enumerate(args):
         if word.startswith(f"{name}="):
             return Path(word.removeprefix(f"{name}="))
-        if word == name and i + 1 < len(args):
-            return Path(args[i + 1])
+        if word == name:
+            following = args[i + 1 : i + 2]
+            if not following or following[0].startswith("-"):
+                got = following[0] if following else "nothing"
+                raise ValueError(f"{name} needs a folder, got {got}; use {name} runs/toy-001")
+            return Path(following[0])
     return None

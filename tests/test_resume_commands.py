@@ -127,6 +127,16 @@ def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
     assert started == {"checkpoint": str((place / "runs/x/checkpoints/step-000012").resolve()), "step": 12}
 
 
+@pytest.mark.parametrize("module", ["torch", "tyro"])
+def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """In the imports of the package, and in those of the command."""
+    (place / module).mkdir()
+    (place / module / f"{module}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    monkeypatch.setenv("EXTRA_PATH", str(place / module))
+    done = run("dsmini.train", place)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 REFUSED = {
     "--resume runs/x": "runs/x is finished: 12 of 12 steps; to go on raise --train.steps",
     "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
@@ -137,6 +147,9 @@ REFUSED = {
     "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
     "--resume runs/nothing": "there is no folder runs/nothing",
     "--resume runs": "is no training run",
+    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
+    "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
+    "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
     "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
     "--init runs/nothing": "there is no folder runs/nothing",
     "--init runs": "has no checkpoint",
