@@ -8,14 +8,16 @@ from dsmini.fields import plain
 
 # --resume: with another of these the run would not be the same run; so too for every key of the model
 SAME_RUN = (
-    *("data.path", "data.val_fraction", "data.tokenizer", "data.fim_rate", "data.document_mask"),
+    *("data.val_fraction", "data.fim_rate", "data.document_mask"),
     *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "out"),
 )
 # these change how numbers are rounded or summed
 ROUNDING = ("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile")
-# and these neither the numbers nor the schedule: what is kept, shown and measured on the way
+# and these neither the numbers nor the schedule: what is kept, shown and measured on the way, and where the text and
+# the tokenizer are (start.py sees to it that they are the same)
 BESIDE = (
-    *("data.workers", "train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
+    *("data.path", "data.tokenizer", "data.workers"),
+    *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
     *("train.save_every", "train.keep", "train.tensorboard", "train.sample_tokens", "train.sample_prompt"),
 )
 # --init: these decide which tensors a model has, and their shapes
@@ -39,8 +41,8 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
     """
     changed = differences(old, new)
     refused = [key for key in changed if key in SAME_RUN or key.startswith("model.")]
-    if "train.ema_decay" in changed and None in changed["train.ema_decay"]:
-        refused.append("train.ema_decay")
+    # with and without these are different runs
+    refused += [key for key in ("train.ema_decay", "data.tokenizer") if None in changed.get(key, ())]
     if refused:
         raise ValueError(
             f"a run cannot be resumed with another {_listed(refused, changed)}: its weights, data order or optimizer "

@@ -368,6 +368,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "muon_momentum", *(["ema_decay"] if self.ema_decay is not None else [])):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} is not from 0 to below 1; use for example 0.9")
+        require(self.steps <= 10**12, f"train.steps={self.steps} is too many; use 10^12 or fewer")
         require(self.seed < 2**63, f"train.seed={self.seed} is too large; use less than 2^63")
         require(
             self.threads is None or self.threads <= 1024, f"train.threads={self.threads} is too many; use 1024 or fewer"

@@ -120,6 +120,13 @@ class Cache:
         parts = split(texts, self.config.val_fraction, whole_characters=self.config.tokenizer is not None)
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
             check(*(sum(p.stop - p.start + p.ends for p in part) for part in (parts.train, parts.val)))
+        rate, sizes = self.config.fim_rate, [piece.stop - piece.start for piece in parts.train]
+        if rate and min(sizes, default=0) > fim.LARGEST:
+            raise ValueError(
+                f"data.fim_rate={rate} would rearrange nothing: the {len(sizes)} training documents of "
+                f"{self.source.words} are all larger than {fim.LARGEST:,} bytes; cut them into more files, or leave "
+                "data.fim_rate out"
+            )
         partial = self._new_partial()
         try:
             meta = self._write(partial, len(texts), parts, progress)

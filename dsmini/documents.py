@@ -127,7 +127,8 @@ class Split:
 
 
 def find(path: Path | None, leave_out: Path | None = None) -> Source:
-    """The files of a corpus: all visible ones below a folder, but for those below leave_out.
+    """The files of a corpus: all visible ones below a folder, but for those below leave_out and those of training runs
+    and tokenised corpora, which would change with every run.
 
     Raises: ValueError for a path that is neither a file nor a folder.
     """
@@ -151,8 +152,17 @@ def find(path: Path | None, leave_out: Path | None = None) -> Source:
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
     for folder, inner, names in os.walk(root):
         here = Path(folder)
+        if here != root and _made_by_training({*inner, *names}):
+            inner.clear()
+            continue
         inner[:] = [name for name in inner if not name.startswith(".") and (here / name).resolve() != leave_out]
         yield from (here / name for name in names if not name.startswith(".") and (here / name).is_file())
+
+
+def _made_by_training(names: set[str]) -> bool:
+    """Whether a folder with these in it is a training run or a tokenised corpus."""
+    run = "config.toml" in names and not names.isdisjoint(("corpus.json", "metrics.jsonl", "checkpoints"))
+    return run or {"meta.json", "train.bin", "val.bin"} <= names
 
 
 def _standard_library() -> Source:

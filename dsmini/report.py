@@ -198,11 +198,14 @@ def _plot_loss(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plot_loads(path: Path, steps: Sequence[Mapping[str, Any]], loads: Mapping[str, Sequence[float]]) -> None:
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
     heat, line = figure.subplots(2, 1, height_ratios=(1 + 0.35 * len(loads), 2.4))
-    image = heat.imshow(list(loads.values()), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    largest = max(max(shares) for shares in loads.values())
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, largest))  # white is an equal share, whatever the largest is
+    image = heat.imshow(list(loads.values()), cmap="RdBu_r", norm=norm, aspect="auto")
     heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
     heat.set_yticks(range(len(loads)), list(loads))
     figure.colorbar(image, ax=heat)

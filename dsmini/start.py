@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsmini.changes import check_init, check_resume
 from dsmini.checkpoint.manifest import write_json, write_text
-from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config
+from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config, tokenizer_file
 from dsmini.checkpoint.training import Checkpoint, last_checkpoint, model_checkpoint, model_tensors
 from dsmini.command import Help, parse, take_file
 from dsmini.config import RunConfig
@@ -54,6 +54,12 @@ def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start
         raise ValueError("--resume goes on with a run, --init starts a new one from its weights; use one of them")
     if resume and _option(rest, "--out"):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
+    if resume and resume.resolve().parent.name == "checkpoints":
+        run = resume.resolve().parent.parent
+        raise ValueError(
+            f"{resume} is a checkpoint, a run goes on from its last one: use --resume {run}, or start a new run from "
+            f"this one's weights with --init {resume}"
+        )
     weights, old, name = None, RunConfig(), "toy"
     if resume:
         old = dataclasses.replace(run_config(resume), out=resume)
@@ -67,6 +73,7 @@ def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start
     if resume:
         config = _as_before(config, old)
         check_resume(old, config)
+        _check_tokenizer(resume, old, config)
     elif init:
         check_init(old.model, config.model, str(init))
     name = name if file is None else file.stem
@@ -129,12 +136,27 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus)
     if state.corpus_sha256 != corpus.sha256:
         raise ValueError(
             f"{out} was trained on a corpus with sha256 {state.corpus_sha256}, {corpus.source} now has "
-            f"{corpus.sha256}; restore that text, or start a new run from its weights with --init {out}"
+            f"{corpus.sha256}; restore that text, or name where it is now with --data.path, or start a new run from "
+            f"its weights with --init {out}"
         )
     if state.step > steps:
         raise ValueError(f"{out} has done {state.step} steps, train.steps={steps} is fewer; use more")
     if read_summary(out).get("steps") == state.step == steps:
         raise ValueError(f"{out} is finished: {steps} of {steps} steps; to go on raise --train.steps")
+
+
+def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
+    """Refuse another tokenizer than the run's own, which is the one that is used."""
+    own, given = tokenizer_file(run, config), config.data.tokenizer
+    if own is None or given is None or given == old.data.tokenizer:
+        return
+    if not given.is_file():
+        raise ValueError(f"there is no file {given}; leave --data.tokenizer out: {own} is used")
+    if given.read_bytes() != own.read_bytes():
+        raise ValueError(
+            f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, "
+            "or start a new run"
+        )
 
 
 def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:
@@ -156,10 +178,14 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _option(args: Sequence[str], name: str) -> Path | None:
-    """The value of an option, looked up before the others can be read: their defaults hang on it."""
+    """The folder of an option, looked up before the others can be read: their defaults hang on it."""
     for i, word in enumerate(args):
         if word.startswith(f"{name}="):
             return Path(word.removeprefix(f"{name}="))
-        if word == name and i + 1 < len(args):
-            return Path(args[i + 1])
+        if word == name:
+            following = args[i + 1 : i + 2]
+            if not following or following[0].startswith("-"):
+                got = following[0] if following else "nothing"
+                raise ValueError(f"{name} needs a folder, got {got}; use {name} runs/toy-001")
+            return Path(following[0])
     return None

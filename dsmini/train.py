@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dsmini import accounting
 from dsmini.checkpoint.manifest import write_text
-from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, sole_trainer
+from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, run_tokenizer, sole_trainer, tokenizer_file
 from dsmini.command import Help, run
 from dsmini.config import RunConfig
 from dsmini.data import Corpus, load_corpus
@@ -24,7 +24,6 @@ from dsmini.sampling import Sampling
 from dsmini.start import begin, read_start
 from dsmini.summary import summarise
 from dsmini.tensorboard import require_tensorboard
-from dsmini.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def main(args: Sequence[str]) -> int:
         torch.set_num_threads(start.config.train.threads)
     if not start.resume:
         refuse_taken(start.config.out)
-    corpus = _corpus(start.config, console)
+    corpus = _corpus(start.config, start.resume, console)
     config = _resolved(start.config, device, pick_dtype(start.config.train.dtype, device))
     out = start.resume or new_run_folder(config.out, start.name)
     config = dataclasses.replace(config, out=out)
@@ -96,7 +95,7 @@ def main(args: Sequence[str]) -> int:
             return 130
         training.plot()
         summary = summarise(training)
-        sample = _sample(console, training.trainer.model, config)
+        sample = _sample(console, training.trainer.model, config, out)
         write_text(out / "sample.txt", sample)
         training.finish(summary)
     print_summary(console, summary)
@@ -106,12 +105,13 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _corpus(config: RunConfig, console: Console) -> Corpus:
-    """The run's corpus, tokenised into a folder beside the run unless it is there."""
+def _corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
+    """The run's corpus, tokenised into a folder beside the run unless it is there. A resumed run has its tokenizer."""
+    data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
     cache = (config.out or Path("runs/new")).parent / "corpus"
     with ReadingProgress(console) as progress:
         return load_corpus(
-            config.data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.show
+            data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.show
         )
 
 
@@ -153,11 +153,11 @@ def _tokens_of(config: RunConfig, corpus: Corpus) -> str:
     return kind + (fim if config.data.fim_rate else "")
 
 
-def _sample(console: Console, model: Transformer, config: RunConfig) -> str:
+def _sample(console: Console, model: Transformer, config: RunConfig, run: Path) -> str:
     """Let the trained model write, on the screen as it comes."""
     if not config.train.sample_tokens:
         return ""
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = run_tokenizer(run, config)
     decoder, text = tokenizer.stream(), config.train.sample_prompt
     generator = torch.Generator().manual_seed(config.train.seed)
     prompt = tokenizer.encode(text).tolist()

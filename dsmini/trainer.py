@@ -134,11 +134,10 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
         for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
-            documents = self.corpus.documents(x).to(self.device) if self.config.data.document_mask else None
             losses = self.losses(
                 x.to(self.device),
                 y.to(self.device),
-                documents=documents,
+                documents=self._documents(x),
                 mtp_weight=mtp_weight(self.steps_done, train),
                 balance_alpha=train.balance_alpha,
                 balance_counts=train.balance_counts,
@@ -150,6 +149,10 @@ class Trainer:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load
         return sums, counts, waited
+
+    def _documents(self, tokens: Tensor) -> Tensor | None:
+        """The documents that are masked from each other; None where all is seen."""
+        return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
         """This step's sequences, and those of the steps that the workers may prepare meanwhile."""
@@ -180,7 +183,7 @@ class Trainer:
         self.model.eval()
         done = 0
         for tokens, targets in windows.blocks(rows):
-            hidden = self.model.hidden(tokens.to(self.device)).flatten(0, 1)
+            hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
             total += (
                 linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
             )

@@ -15,7 +15,14 @@ from rich.console import Console
 
 from dsmini.checkpoint.manifest import sync, write_json, write_text
 from dsmini.checkpoint.run_folder import read_metrics
-from dsmini.checkpoint.training import Checkpoint, RunState, check_tensors, save_checkpoint
+from dsmini.checkpoint.training import (
+    Checkpoint,
+    RunState,
+    check_tensors,
+    checkpoint_folders,
+    checkpoint_step,
+    save_checkpoint,
+)
 from dsmini.config import RunConfig
 from dsmini.machine import peak_memory, random_state, set_random_state
 from dsmini.nn import max_violation
@@ -79,7 +86,9 @@ class TrainingRun:
             average_updates=state.average_updates,
         )
         set_random_state(checkpoint.tensors["rng"], self.trainer.device)
-        self.seconds, self.skipped, self.skipped_in_a_row = state.seconds, state.skipped, state.skipped_in_a_row
+        self.seconds, self.skipped = state.seconds, state.skipped
+        gave_up = state.skipped_in_a_row >= self.config.train.max_skipped  # who goes on all the same gets as many again
+        self.skipped_in_a_row = 0 if gave_up else state.skipped_in_a_row
         if state.best_val_loss is not None and state.best_val_step is not None:
             self.best = (state.best_val_loss, state.best_val_step)
         self.saved_at = state.step
@@ -116,7 +125,7 @@ class TrainingRun:
     def _train(self) -> bool:
         train = self.config.train
         progress = TrainingProgress(self.console, train.steps, self.config.seq_len)
-        with self._metrics() as metrics, progress, asked_to_stop() as asked:
+        with asked_to_stop() as asked, self._metrics() as metrics, progress:
             if self.rows:  # resumed: the last step may not have been validated yet
                 if self.rows[-1]["val_loss"] is None:
                     self._validate(self.rows[-1], progress)
@@ -129,7 +138,7 @@ class TrainingRun:
                 stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
                 if last or stop or lost:
                     self._save()
-                elif step.step % train.save_every == 0:
+                elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                     self._save_if_possible(progress)
                 if not stop:
                     self._validate(self.rows[-1], progress)
@@ -139,11 +148,21 @@ class TrainingRun:
                 if not last and self.rows[-1]["val_loss"] is not None and self.seconds >= self.next_plot:
                     self.plot()
                 if lost:
-                    raise ArithmeticError(
-                        f"no finite gradient in the {self.skipped_in_a_row} steps up to step {step.step}; "
-                        "lower train.lr, or look at the data"
-                    )
+                    raise ArithmeticError(self._why_lost())
         return True
+
+    def _why_lost(self) -> str:
+        """What happened, and from where a smaller learning rate may get further."""
+        train, step, skipped = self.config.train, self.trainer.steps_done, self.skipped_in_a_row
+        lower = f"--train.lr {train.lr / 2:g}"
+        if train.optimizer == "muon":
+            lower += f" --train.muon-lr {train.muon_lr / 2:g}"
+        before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
+        further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
+        return (
+            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or go on more slowly with "
+            f"--resume {self.folder} {lower}{further_back}"
+        )
 
     def _metrics(self) -> TextIO:
         """metrics.jsonl, open for the next row, with the rows that were made before in it and no others."""
@@ -289,11 +308,14 @@ class TrainingRun:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once."""
+    """A list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once.
+
+    The others come in numbers (a scheduler's warning and its end, a shell that passes them on), so none interrupts.
+    """
     asked: list[int] = []
 
     def ask(number: int, _: FrameType | None) -> None:
-        if asked:
+        if number == signal.SIGINT and signal.SIGINT in asked:
             raise KeyboardInterrupt
         asked.append(number)
 

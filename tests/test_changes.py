@@ -41,7 +41,7 @@ TRAIN: dict[str, tuple[Any, bool]] = {
     **dict(dtype=("float32", True), threads=(3, True)),
 }
 DATA: dict[str, tuple[Any, bool]] = {
-    **dict(path=(Path("x"), False), val_fraction=(0.2, False), tokenizer=(Path("x"), False), fim_rate=(0.5, False)),
+    **dict(path=(Path("x"), True), val_fraction=(0.2, False), tokenizer=(Path("x"), False), fim_rate=(0.5, False)),
     **dict(document_mask=(True, False), workers=(2, True)),
 }
 
@@ -94,6 +94,13 @@ def test_an_average_may_change_its_decay_but_not_begin_or_end() -> None:
     assert check_resume(with_average, changed("train", ema_decay=0.99))
     with pytest.raises(ValueError, match=r"ema_decay \(0.9 -> none\)"):
         check_resume(with_average, OLD)
+
+
+def test_a_tokenizer_may_be_elsewhere_but_not_begin_or_end() -> None:
+    with_tokenizer = changed("data", tokenizer=Path("x"))
+    assert check_resume(with_tokenizer, changed("data", tokenizer=Path("y"))) == ["data.tokenizer: x -> y"]
+    with pytest.raises(ValueError, match=r"data.tokenizer \(x -> none\)"):
+        check_resume(with_tokenizer, OLD)
 
 
 def test_an_unchanged_config_says_nothing() -> None:

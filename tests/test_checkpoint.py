@@ -296,6 +296,18 @@ def whole_of_unstopped(folder: Path) -> dict[str, Any]:
     return whole(training)
 
 
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could leave the name without the content. A file is known by its inode, which renaming keeps."""
+    done: list[int | str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append(f"now {new.name}"), rename(old, new)))
+    folder = tmp_path / "checkpoints/step-000002"
+    write_folder(folder, {name: partial(shutil.copy, __file__) for name in ("a", "b")})  # pyright: ignore[reportArgumentType]
+    *before, folders, above = ((folder / path).stat().st_ino for path in ("a", "b", MANIFEST, ".", "..", "../.."))
+    assert done == [*before, "now step-000002", folders, above]
+
+
 def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "x", "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -122,6 +122,7 @@ def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: s
         ("[data]\nval_fraction = 1.0", "x.toml: data.val_fraction=1.0 is not between 0 and 1; use for example 0.1"),
         ("[train]\nlr = 'x'", "x.toml: train.lr='x' is not a finite number"),
         ("[train]\nsteps = 0", "x.toml: train.steps=0 is not positive; use more than 0"),
+        ("[train]\nsteps = 1000000000001", "x.toml: train.steps=1000000000001 is too many; use 10^12 or fewer"),
         ("[train]\nseed = -1", "x.toml: train.seed=-1 is negative; use 0 or more"),
         ("[train]\nbeta1 = 2", "x.toml: train.beta1=2.0 is not from 0 to below 1; use for example 0.9"),
         ("[train]\nsample_prompt = ''", "x.toml: train.sample_prompt is empty; give it a character or more"),

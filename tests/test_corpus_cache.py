@@ -356,6 +356,17 @@ def test_documents_that_hold_a_mark_or_are_large_stay_as_they_are(place: Path, m
     assert corpus.rearranged == 0 and corpus.sha256 == load(place).sha256
 
 
+def test_documents_that_are_all_too_large_to_be_rearranged_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = min(map(len, documents_of(load(place).train)))
+    monkeypatch.setattr("dsmini.fim.LARGEST", smallest - 1)
+    with pytest.raises(ValueError, match=r"data.fim_rate=0.5 would rearrange nothing: .* larger than \d+ bytes; cut"):
+        load(place, fim_rate=0.5)
+    monkeypatch.setattr("dsmini.fim.LARGEST", smallest)
+    assert load(place, fim_rate=1.0).rearranged >= 1
+
+
 def test_the_meta_file_is_small_and_says_what_it_is(place: Path) -> None:
     corpus = load(place)
     (entry,) = entries(place)

@@ -66,6 +66,18 @@ def test_a_cache_inside_the_corpus_is_no_part_of_it(tmp_path: Path) -> None:
     assert second.files == 1 and second.sha256 == first.sha256 and "read from" in second.cache
 
 
+def test_runs_and_their_caches_inside_the_corpus_are_no_part_of_it(tmp_path: Path) -> None:
+    """Else the corpus of a run in the current folder would change while it trains, and resuming be refused."""
+    kept = dict.fromkeys(("a.txt", "b/config.toml", "c/meta.json", "d/metrics.jsonl"), b"text " * 50)
+    before = load(folder_of(tmp_path, kept), tmp_path / "corpus")
+    assert before.files == 4
+    made = ("x/config.toml", "x/metrics.jsonl", "x/deep/er.txt", "y/config.toml", "y/checkpoints/step/x.json")
+    made += ("z/config.toml", "z/corpus.json", "corpus/0123/meta.json", "corpus/0123/train.bin", "corpus/0123/val.bin")
+    folder_of(tmp_path / "runs", dict.fromkeys(made, b"made " * 50))
+    assert load(tmp_path, tmp_path / "corpus").sha256 == before.sha256
+    assert load(tmp_path / "runs/x", tmp_path / "corpus").files == 3  # it is asked for by name
+
+
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
     text = bytes(range(1, 201))
     corpus = load(folder_of(tmp_path, {"t": text}) / "t", tmp_path)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dsmini.checkpoint import training as checkpoints
-from dsmini.checkpoint.training import Checkpoint
+from dsmini.checkpoint.run_folder import read_metrics
+from dsmini.checkpoint.training import Checkpoint, last_checkpoint
 from dsmini.summary import summarise
 from dsmini.training_run import TrainingRun
 from tests.runs import Killed, new_run, resumed, unequal, whole
@@ -73,6 +74,18 @@ def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
     """True at the so-many-eth call (from 0) while so many steps are done."""
     count: Iterator[int] = iter(range(10**9))
     return lambda: training.trainer.steps_done == step and next(count) == number
+
+
+def asked_after(training: TrainingRun, steps: int) -> None:
+    """Ask it to stop, as by Ctrl-C, in the step that follows so many."""
+    real = training.trainer.step
+
+    def step() -> Any:
+        if training.trainer.steps_done == steps:
+            os.kill(os.getpid(), 15)
+        return real()
+
+    training.trainer.step = step
 
 
 def stopped(training: TrainingRun) -> None:
@@ -168,14 +181,8 @@ def test_those_are_all_the_moments_of_a_save(tmp_path: Path, monkeypatch: pytest
 def test_a_run_stopped_again_and_again(unstopped: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Each time asked to stop, as by Ctrl-C, after one step."""
     training = new_run(tmp_path, **RICH)
-    for _ in range(8):
-        real = training.trainer.step
-
-        def step(real: Any = real) -> Any:
-            os.kill(os.getpid(), 15)
-            return real()
-
-        training.trainer.step = step
+    for done in range(8):
+        asked_after(training, done)
         assert not training.train()
         training = resumed(tmp_path, **RICH)
     assert training.trainer.steps_done == 8
@@ -192,6 +199,37 @@ def test_metrics_with_a_torn_last_line(unstopped: Callable[[str], dict[str, Any]
     again = resumed(tmp_path)
     assert again.train()
     assert unequal(whole(again), unstopped("adamw")) == set()
+
+
+def test_a_row_that_lacks_something_or_has_it_of_the_wrong_kind_is_left_out(
+    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    lines = (never_and_stopped[1] / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    lacking = {key: {k: v for k, v in row.items() if k != key} for key in row}
+    wrong = {key: {**row, key: {"x": 1}} for key in row}
+    optional = {"val_loss_ema"}
+    for bad in (lacking, wrong):
+        for key, other in bad.items():
+            (tmp_path / "metrics.jsonl").write_text("\n".join([lines[1], json.dumps(other), lines[2]]))
+            assert [r["step"] for r in read_metrics(tmp_path)] == [2, *([1] if key in optional else []), 3], key
+
+
+def test_a_run_goes_on_without_the_rows_that_are_not_whole(
+    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(never_and_stopped[1], tmp_path, dirs_exist_ok=True)
+    (first, *others) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    bad = [json.dumps({"step": "2", "val_loss": 1.0}), json.dumps({"step": 3, "val_loss": None}), "[]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([first, *bad, *others[1:]]) + "\n")
+    training = new_run(tmp_path, **RICH)
+    said: list[str] = []
+    training._say = said.append
+    training.resume(last_checkpoint(tmp_path, training.parts, training.fits, said.append))
+    assert said == ["metrics.jsonl lacks 1 of 4 steps; the plots leave them out"]
+    assert training.train()
+    training.plot()
+    assert [row["step"] for row in training.rows] == [1, 3, 4, 5, 6, 7, 8]
 
 
 def part(name: str, **named: Any) -> Callable[[Checkpoint], Checkpoint]:
@@ -265,20 +303,33 @@ def test_whatever_is_not_restored_is_noticed(
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_steps_skipped_in_a_row_are_counted_across_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
-) -> None:
+def test_steps_skipped_in_a_row_are_counted_across_a_stop(tmp_path: Path, lost: bool) -> None:
     options: dict[str, Any] = {"nan_at": (3, 4), "max_skipped": 2}
     training = new_run(tmp_path, **options)
-    with monkeypatch.context() as patch:
-        kill(patch, training.trainer, "_accumulate", calls(training, 4, 0), False)
-        stopped(training)
+    asked_after(training, 3)
+    assert not training.train()
     again = resumed(tmp_path, state(skipped_in_a_row=0) if lost else lambda c: c, **options)
     if lost:
         assert again.train()
     else:
         with pytest.raises(ArithmeticError, match="in the 2 steps up to step 5"):
             again.train()
+
+
+def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None:
+    """Steps 5 to 8 are skipped: checkpoints of the same weights must not take the place of an earlier one."""
+    options: dict[str, Any] = {"steps": 12, "keep": 1, "max_skipped": 4}
+    training = new_run(tmp_path, **options, save_every=3, nan_at=tuple(range(4, 12)))
+    with pytest.raises(ArithmeticError) as error:
+        training.train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000003", "step-000008"]
+    lower = "--train.lr 0.005"
+    assert f"--resume {tmp_path} {lower}, or from further back with --init {folders[0]} {lower}" in str(error.value)
+    again = resumed(tmp_path, **options, save_every=2, nan_at=(8, 9, 10))  # as many as it had before
+    assert again.train()
+    assert again.skipped == 7
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
 
 
 def test_totals_and_plots_cover_the_whole_run(never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

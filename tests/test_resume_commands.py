@@ -127,17 +127,29 @@ def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
     assert started == {"checkpoint": str((place / "runs/x/checkpoints/step-000012").resolve()), "step": 12}
 
 
+@pytest.mark.parametrize("module", ["torch", "tyro"])
+def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """In the imports of the package, and in those of the command."""
+    (place / module).mkdir()
+    (place / module / f"{module}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    monkeypatch.setenv("EXTRA_PATH", str(place / module))
+    done = run("dsmini.train", place)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 REFUSED = {
     "--resume runs/x": "runs/x is finished: 12 of 12 steps; to go on raise --train.steps",
     "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
     "--resume runs/x --init runs/x": "use one of them",
     "--resume runs/x --out runs/y": "stays in its folder",
     "--resume=runs/x --train.steps 20 --model.dim 64 --train.seed 3": "model.dim (32 -> 64), train.seed (0 -> 3)",
-    "--resume runs/x --train.steps 20 --data.path other.txt": "data.path (",
     "--resume runs/x --train.steps 20 --train.ema-decay None": "train.ema_decay (0.9 -> none)",
     "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
     "--resume runs/nothing": "there is no folder runs/nothing",
     "--resume runs": "is no training run",
+    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
+    "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
+    "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
     "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
     "--init runs/nothing": "there is no folder runs/nothing",
     "--init runs": "has no checkpoint",
@@ -145,7 +157,6 @@ REFUSED = {
 
 
 def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> None:
-    (place / "other.txt").write_text("Another text. " * 100)
     (place / "out.toml").write_text('out = "runs/y"\n')
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     answers = run_all([("dsmini.train", arguments) for arguments in REFUSED], place)
@@ -157,9 +168,39 @@ def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> Non
 def test_a_changed_text_is_refused(place: Path) -> None:
     text = (place / "book.txt").read_text()
     (place / "book.txt").write_text(text.replace("dog", "cat"))
-    ((status, said),) = run_all([("dsmini.train", "--resume runs/x --train.steps 20")], place)
+    (place / "other.txt").write_text("Another text. " * 100)
+    resume = "--resume runs/x --train.steps 20"
+    answers = run_all([("dsmini.train", resume), ("dsmini.train", f"{resume} --data.path other.txt")], place)
     (place / "book.txt").write_text(text)
-    assert status == 2 and "restore that text, or start a new run from its weights with --init runs/x" in said
+    for (status, said), name in zip(answers, ("book.txt", "other.txt"), strict=True):
+        assert status == 2 and f"{name} now has" in said
+        assert "restore that text, or name where it is now with --data.path" in said and "--init runs/x" in said
+
+
+def test_a_run_goes_on_where_its_text_moved_and_its_tokenizer_is_gone(place: Path) -> None:
+    (place / "moved").mkdir()
+    shutil.copy(place / "book.txt", place / "moved.txt")
+    options = f"{TINY} --train.dtype float32 --train.save-every 3 --model.vocab-size 300"
+    train = f"--data.path moved.txt --data.tokenizer bpe.json {options} --train.steps 3 --out runs/moved"
+    resume = "--resume runs/moved --data.path moved/text.txt"
+    made = run_all([("dsmini.tokenize", "book.txt --vocab-size 300 --out bpe.json"), ("dsmini.train", train)], place)
+    assert [status for status, _ in made] == [0, 0], made
+    (place / "moved.txt").rename(place / "moved/text.txt")
+    (place / "bpe.json").rename(place / "same.json")
+    (place / "another.json").write_text((place / "same.json").read_text() + " ")
+    again = [
+        ("dsmini.train", f"{resume} --train.steps 6"),
+        ("dsmini.train", "--resume runs/moved --train.steps 7 --data.tokenizer same.json"),
+        ("dsmini.train", "--resume runs/moved --train.steps 8 --data.tokenizer another.json"),
+        ("dsmini.train", "--resume runs/moved --train.steps 8 --data.tokenizer nowhere.json"),
+    ]
+    (first, said), (second, _), (other, refused), (nowhere, missing) = run_all(again, place)
+    assert (first, second) == (0, 0), said
+    assert f"data.path: {place.resolve() / 'moved.txt'} -> {place.resolve() / 'moved/text.txt'}" in said
+    assert "bit-identical" not in said
+    data = RunConfig.from_file(place / "runs/moved/config.toml").data
+    assert data.path == place.resolve() / "moved/text.txt" and data.tokenizer == place.resolve() / "same.json"
+    assert other == nowhere == 2 and "another.json is another tokenizer" in refused and "there is no file" in missing
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place: Path) -> None:

@@ -241,6 +241,23 @@ def test_documents_are_masked_from_each_other_if_the_config_says_so(new_trainer:
         assert numbers == [row[:i].count(0) for i in range(len(row))]
 
 
+def test_validation_masks_documents_from_each_other_as_training_does(new_trainer: NewTrainer) -> None:
+    """Each document scored alone gives the same: RoPE knows differences of positions only."""
+    trainer = new_trainer()
+    seen = trainer.validate()
+    data = dataclasses.replace(trainer.config.data, document_mask=True)
+    trainer.config = dataclasses.replace(trainer.config, data=data)
+    total = 0.0
+    for x, y in trainer.corpus.windows(16).blocks(1):
+        ends = [i + 1 for i, token in enumerate(x[0].tolist()) if token == 0]
+        with torch.no_grad():
+            logits = torch.cat([trainer.model.eval()(part) for part in x.tensor_split(ends, 1) if part.numel()], 1)
+        total += torch.nn.functional.cross_entropy(logits[0], y[0], reduction="sum").item()
+    want = total / trainer.corpus.windows(16).tokens
+    assert trainer.validate() == pytest.approx(want, rel=1e-5)
+    assert seen != pytest.approx(want, rel=1e-4)
+
+
 def test_the_step_is_compiled_if_the_config_says_so(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda f: (compiled.append(f), f)[1])

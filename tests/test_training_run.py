@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -60,9 +61,50 @@ def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
     assert all(torch.equal(saved[name], live[name]) for name in live)
 
 
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize("moment", ["step", "_keep"])
+@pytest.mark.parametrize("numbers", [(TERM, TERM), (TERM, HUP), (HUP, HUP), (TERM, INT), (INT, TERM, HUP), (TERM,) * 5])
+def test_signals_in_a_row_lose_no_work(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, numbers: tuple[int, ...]
+) -> None:
+    owner = training.trainer if moment == "step" else training
+    real = getattr(owner, moment)
+
+    def interrupted(*args: object) -> object:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    assert not training.train()
+    assert training.trainer.steps_done == training.saved_at == 1
+
+
+def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.trainer, "step", lambda: [os.kill(os.getpid(), INT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    assert training.trainer.steps_done == 0
+
+
+def test_a_signal_before_the_first_step_is_honoured_right_after_it(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training._metrics
+    monkeypatch.setattr(training, "_metrics", lambda: (os.kill(os.getpid(), TERM), real())[1])
+    before = signal.signal(TERM, lambda *_: pytest.fail("nobody was listening"))
+    try:
+        assert not training.train()
+    finally:
+        signal.signal(TERM, before)
+    assert training.trainer.steps_done == training.saved_at == 1
+
+
 def test_steps_without_a_finite_gradient_end_the_run_with_the_model_saved(training: TrainingRun) -> None:
     training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
-    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; lower"):
+    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
         training.train()
     assert (training.folder / "checkpoints/step-000010/model.safetensors").exists()
 
@@ -185,6 +227,20 @@ def test_a_picture_is_there_whole_or_not_at_all(
         training.plot()
     assert (tmp_path / "loss.png").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("largest", "top"), [(1.5, 2.0), (4.0, 4.0)])
+def test_the_heat_map_reaches_to_the_largest_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float, top: float
+) -> None:
+    drawn: list[Any] = []
+    real = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *args, **kwargs: drawn.append(real(*args, **kwargs)) or drawn[-1])
+    row = {"step": 1, "lr": 1e-3} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
+    plot_run(tmp_path, [row], {"block 1": [largest, 1.0, 0.0], "block 2": [1.0, 1.0, 1.0]})
+    (image,) = drawn
+    assert image.norm([0.0, 1.0, top]).tolist() == [0.0, 0.5, 1.0]
+    assert image.cmap(0.5)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
 
 
 @pytest.mark.filterwarnings("error")

@@ -23,6 +23,14 @@ from dsmini.checkpoint.manifest import write_text
 from dsmini.config import RunConfig
 from dsmini.tokenizer import Tokenizer, load_tokenizer
 
+# What every row of metrics.jsonl has; null: not finite, not measured, or of experts that the model lacks.
+FIGURES = ("loss", "val_loss", "lr", "tokens_per_s", "max_vio", "mtp_loss", "balance_loss", "grad_norm", "data_wait")
+ROW = {
+    **{"step": int, "tokens": int, "seconds": float, "skipped": bool, "memory": int},
+    **dict.fromkeys(FIGURES, float | None),
+    **dict.fromkeys(("layer_max_vio", "loads"), list | None),
+}
+
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
     """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
@@ -92,12 +100,17 @@ def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
 
     Raises: ValueError if that file is gone.
     """
-    if config.data.tokenizer is None:
-        return load_tokenizer(None)
     run = path if (path / "checkpoints").is_dir() else path.parent.parent
+    return load_tokenizer(tokenizer_file(run, config))
+
+
+def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
+    """A run's own copy of its tokenizer; None for bytes. ValueError if that file is gone."""
+    if config.data.tokenizer is None:
+        return None
     if not (run / "tokenizer.json").is_file():
         raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
-    return load_tokenizer(run / "tokenizer.json")
+    return run / "tokenizer.json"
 
 
 def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None:
@@ -109,7 +122,7 @@ def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a line that is torn is left out."""
+    """The rows of metrics.jsonl; a line that is torn, or is no whole row of a step, is left out."""
     rows = []
     path = run / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
@@ -117,7 +130,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"step", "val_loss"} <= row.keys():
+        if isinstance(row, dict) and all(isinstance(row.get(key, ""), kind) for key, kind in ROW.items()):
             rows.append(row)
     return rows
 

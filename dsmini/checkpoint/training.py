@@ -76,7 +76,8 @@ class Checkpoint:
 def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
     """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
 
-    Later ones go too: the run did not go on from them because they are damaged.
+    Later ones go too: the run did not go on from them because they are damaged. While steps are skipped all earlier
+    ones stay: this one has learned nothing new, and the run may have to go back further.
 
     Raises: OSError; every earlier checkpoint is still there.
     """
@@ -88,8 +89,9 @@ def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Pat
     texts = {"config.toml": config.to_toml(), "state.json": json.dumps(dataclasses.asdict(state), indent=2) + "\n"}
     files |= {name: partial(_save_text, text) for name, text in texts.items()}
     write_folder(folder, files)
-    there = _checkpoints(config.out)
-    kept = [one for one in there if _step(one) <= state.step][: config.train.keep]
+    there = checkpoint_folders(config.out)
+    keep = None if state.skipped_in_a_row else config.train.keep
+    kept = [one for one in there if checkpoint_step(one) <= state.step][:keep]
     remove_folders(one for one in there if one not in kept)
     return folder
 
@@ -117,7 +119,7 @@ def last_checkpoint(
     """
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
-    found = _checkpoints(run)
+    found = checkpoint_folders(run)
     if not found:
         raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
     reasons = []
@@ -150,8 +152,8 @@ def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
         state = build(RunState, raw, "state.json", "")
     except (OSError, ValueError, TypeError) as error:  # the last: a field is missing
         raise ValueError(f"state.json is not understood: {error}") from None
-    if state.step != _step(folder):
-        raise ValueError(f"state.json is of step {state.step}, the folder's name says {_step(folder)}")
+    if state.step != checkpoint_step(folder):
+        raise ValueError(f"state.json is of step {state.step}, the folder's name says {checkpoint_step(folder)}")
     return Checkpoint(folder=folder, config=config, tensors=tensors, state=state)
 
 
@@ -220,11 +222,12 @@ def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source:
             raise ValueError(f"{source}: {name} is {g.dtype} {list(g.shape)}, want {w.dtype} {list(w.shape)}")
 
 
-def _step(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
+    """The number of steps that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints' folders, newest first."""
     found = [p for p in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=checkpoint_step, reverse=True)

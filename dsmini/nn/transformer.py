@@ -116,10 +116,22 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, cache, lengths))
 
     def hidden(
-        self, tokens: Int[Tensor, "b s"], cache: Cache | None = None, lengths: Int[Tensor, " b"] | None = None
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: Cache | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s m"]:
-        """The hidden states after the final norm, from which `head` makes the logits."""
-        return self._trunk(tokens).normed if cache is None else self.advance(tokens, cache, lengths).normed
+        """The hidden states after the final norm, from which `head` makes the logits.
+
+        Args:
+            documents: as in losses; not with a cache, whose rows are one document each.
+        """
+        if cache is None:
+            return self._trunk(tokens, documents).normed
+        if documents is not None:
+            raise ValueError("documents do not go with a cache, which holds one document a row; leave out one of them")
+        return self.advance(tokens, cache, lengths).normed
 
     def run(
         self,
