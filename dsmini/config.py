@@ -258,13 +258,13 @@ class TrainConfig:
     seq_len: int | None = None
     """Tokens in a training sequence; left out: the model's max_seq_len."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for the matrices of attention and feed-forwards, expert by expert, and adamw for all else."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon for the matrices of attention and feed-forwards, expert by expert, and adamw for all else; or adamw (V3)."""
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
-    muon_lr: float = 0.04
+    muon_lr: float = 0.01
     """Peak learning rate of Muon, for an update whose singular values are all about 1."""
-    gate_lr: float | None = None
+    gate_lr: float | None = 1e-3
     """Peak learning rate of the gates (AdamW); left out: lr. Gates that learn fast fix their choice too early."""
     warmup: float = 0.05
     """Share of the steps in which the learning rates rise linearly from 0."""
@@ -288,8 +288,8 @@ class TrainConfig:
     """How AdamW's moments are kept (V3: bfloat16)."""
     muon_momentum: float = 0.95
     """Muon's decay of the momentum (Nesterov)."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only (V3: 0.1)."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     ema_decay: float | None = None

@@ -27,7 +27,10 @@ TRAIN = TrainConfig(
     eval_every=3,
     eval_tokens=64,
     save_every=2,
+    optimizer="adamw",
     lr=1e-2,
+    gate_lr=None,
+    weight_decay=0.1,
     dtype="float32",
     device="cpu",
 )

@@ -31,7 +31,11 @@ def test_each_parameter_is_in_one_optimizer_and_norms_and_gates_do_not_decay(
     small_model: Callable[..., Transformer], optimizer: Any, moments: Any
 ) -> None:
     model = small_model()
-    groups = [g for o in optimizers(model, TrainConfig(optimizer=optimizer, moments=moments)) for g in o.param_groups]
+    groups = [
+        g
+        for o in optimizers(model, TrainConfig(optimizer=optimizer, moments=moments, weight_decay=0.1))
+        for g in o.param_groups
+    ]
     members = [by_name(model, g["params"]) for g in groups]
     assert sorted(name for group in members for name in group) == sorted(name for name, _ in model.named_parameters())
     for group, names in zip(groups, members, strict=True):
@@ -41,7 +45,7 @@ def test_each_parameter_is_in_one_optimizer_and_norms_and_gates_do_not_decay(
 
 def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[..., Transformer]) -> None:
     model = small_model()
-    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", muon_lr=0.5, lr=0.25))
+    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", muon_lr=0.5, lr=0.25, gate_lr=None))
     by_muon = set(by_name(model, [p for g in muon.param_groups for p in g["params"]]))
     by_adamw = set(by_name(model, [p for g in adamw.param_groups for p in g["params"]]))
     assert not by_muon & by_adamw
@@ -272,7 +276,7 @@ def test_the_first_step_of_bf16_moments_is_torchs_as_only_stored_moments_are_rou
 def test_fp32_moments_are_fp32(small_model: Callable[..., Transformer]) -> None:
     for moments, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = small_model()
-        (adamw,) = optimizers(model, TrainConfig(moments=moments))  # pyright: ignore[reportArgumentType]
+        (adamw,) = optimizers(model, TrainConfig(optimizer="adamw", moments=moments))  # pyright: ignore[reportArgumentType]
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         adamw.step()
@@ -328,7 +332,7 @@ def test_an_average_that_was_saved_goes_on() -> None:
 def test_gates_may_learn_at_a_rate_of_their_own(small_model: Callable[..., Transformer]) -> None:
     model = small_model()
     for gate_lr, want in ((None, 0.01), (0.001, 0.001)):
-        (adamw,) = optimizers(model, TrainConfig(lr=0.01, gate_lr=gate_lr))
+        (adamw,) = optimizers(model, TrainConfig(optimizer="adamw", lr=0.01, gate_lr=gate_lr))
         rates = {name: group["peak_lr"] for group in adamw.param_groups for name in by_name(model, group["params"])}
         assert {name for name in rates if name.endswith("gate.weight")} == {
             name for name, rate in rates.items() if rate == want and "gate" in name

@@ -16,7 +16,7 @@ from dsmini.schedule import learning_rate_share
 from dsmini.trainer import Trainer
 from tests.tolerances import FP32_UNIT, relative_error, rounding
 
-TRAIN = TrainConfig(steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
+TRAIN = TrainConfig(optimizer="adamw", gate_lr=None, steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
 NewTrainer = Callable[..., Trainer]
 
 
