@@ -71,7 +71,7 @@ class Generated(NamedTuple):
 
 def generate(
     model: Transformer,
-    prompts: Tensor | Sequence[Tensor],
+    prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
@@ -87,7 +87,7 @@ def generate(
     """Continue each prompt by up to max_new_tokens tokens.
 
     Args:
-        prompts: [b, s], or a list of rows of any lengths.
+        prompts: [b, s], or a list of rows of any lengths, tensors or lists.
         temperature, top_k, top_p, min_p, repetition_penalty: see Sampling.
         eos_token_id: a row ends after this token, or one of these; None never ends early.
         speculative: let multi-token prediction guess ahead: the same tokens, in fewer steps.
@@ -101,7 +101,7 @@ def generate(
     )
     generation = Generation(
         model,
-        [row.tolist() for row in prompts],
+        _rows(prompts),
         max_new_tokens,
         sampling=sampling,
         eos_token_id=eos_token_id,
@@ -146,14 +146,16 @@ class Generation:
         _check(model, prompts, max_new_tokens, speculative)
         longest = max(map(len, prompts))
         room = max_seq_len or min(model.config.max_seq_len, longest + max_new_tokens)
-        if not slide:
-            _check_room(model, longest, max_new_tokens, room)
+        _check_room(model, longest, 1 if slide else max_new_tokens, room)
+        if slide and room < 2:
+            raise ValueError(f"a cache of {room} token cannot forget its older half; use 2 or more")
         self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
         self.rows = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
         ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         self._ends = set(ends)
         self._left = [max_new_tokens] * len(prompts)
+        self._begin = [0] * len(prompts)  # of what the cache holds of a row
         self._depths = len(model.mtp) if speculative else 0
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
         self._active = list(range(len(prompts)))
@@ -315,16 +317,20 @@ class Generation:
             self._drafting = (tokens[live], before[live], lengths[live])
 
     def _make_room(self) -> None:
-        """Where a sequence has reached the end of the cache, read the newer half of it anew."""
+        """Where a sequence has reached the end of the cache, read the newer half of it anew. What multi-token
+        prediction keeps can only begin anew as a whole: with it the others are read again too, as they are."""
         room = self.cache.max_seq_len
         full = self._live() & (self.cache.lengths >= room)
         if not bool(full.any()):
             return
-        if self._drafting is not None:  # else the blocks would lag behind in the other rows
-            tokens, before, lengths = self._drafting
-            self.model.take_in(tokens, before, self.cache, (lengths * self._live()).long())
-        self.cache.truncate(torch.where(full, 0, self.cache.lengths))
-        contexts = [self.rows[row][-(room // 2) - 1 : -1] if full[i] else [] for i, row in enumerate(self._active)]
+        anew = torch.ones_like(full) if self._depths else full
+        self.cache.truncate(torch.where(anew, 0, self.cache.lengths))
+        contexts: list[list[int]] = []
+        for i, row in enumerate(self._active):
+            if full[i]:
+                self._begin[row] = len(self.rows[row]) - 1 - room // 2
+            read = bool(anew[i]) and self._left[row] > 0
+            contexts.append(self.rows[row][self._begin[row] : -1] if read else [])
         self._read(contexts)
 
 
@@ -350,6 +356,17 @@ def _padded(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
+def _rows(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of token ids."""
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or not all(isinstance(token, int) for token in row):
+            raise ValueError(
+                f"prompt {i} is no row of whole numbers; want prompts [b, s], or a list of rows of token ids"
+            )
+    return [list(row) for row in rows]  # pyright: ignore[reportArgumentType]
+
+
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, speculative: bool) -> None:
     vocab_size = model.config.vocab_size
     if not prompts:
@@ -360,6 +377,8 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
         for token in prompt:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"prompt {i} has token id {token}, outside the vocabulary; want 0 to {vocab_size - 1}")
+    if not isinstance(max_new_tokens, int):
+        raise ValueError(f"max_new_tokens={max_new_tokens} is no whole number; use for example 64")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative; use 0 or more")
     if speculative and not len(model.mtp):
@@ -370,6 +389,8 @@ def _check_room(model: Transformer, longest: int, max_new_tokens: int, room: int
     context = model.config.max_seq_len
     if longest > context:
         raise ValueError(f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it")
+    if longest > room:
+        raise ValueError(f"a prompt of {longest} tokens is longer than the cache's {room}; make that larger")
     # the last new token is never fed back
     if longest + max_new_tokens - 1 > room:
         what = f"the model's context of {context}" if room >= context else f"the cache's {room}"

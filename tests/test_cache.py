@@ -151,6 +151,35 @@ def test_truncating_forgets_and_selecting_keeps_the_rows_in_order(small_model: M
         assert relative_error(got[i], model(whole)[0, -3:]) < FP32_MODEL
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shorter_cache_answers_the_same_in_every_form_and_any_chunks(
+    small_model: Model, dtype: Any, form: Any
+) -> None:
+    """All read what was rounded, a prompt's own tokens too."""
+    model, tokens = small_model(n_mtp_layers=0), tokens_of(2, 20)
+    want = model(tokens, model.new_cache(2, 20, dtype, form="expanded"))
+    cache = model.new_cache(2, 20, dtype, form=form)
+    got = torch.cat([model(part, cache) for part in tokens.split((7, 6, 1, 6), 1)], 1)
+    assert relative_error(got, want) < FP32_MODEL
+
+
+def test_a_model_made_in_inference_mode_decodes(small_config: Callable[..., ModelConfig]) -> None:
+    with torch.inference_mode():
+        model = Transformer(small_config())
+        cache = model.new_cache(1, form="absorbed")
+        for _ in range(2):
+            model(tokens_of(1, 2), cache)
+
+
+def test_with_a_cache_no_gradients_are_made(small_model: Model) -> None:
+    model = small_model()
+    cache = model.new_cache(1, mtp=True)
+    out = model.run(tokens_of(1, 4), cache, mtp=True)
+    assert not any(t.requires_grad for t in (out.logits, out.hidden, *out.mtp_logits))
+    assert not model(tokens_of(1, 2), model.new_cache(1)).requires_grad
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_CACHE), ("fp8", E4M3_CACHE)])
 def test_a_shorter_cache_is_off_by_its_rounding(small_model: Model, dtype: Any, tolerance: float) -> None:
     """One layer, whose output is linear in what it reads but for the softmax."""
@@ -230,7 +259,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(small_model: Model) ->
         (r"lengths=\[1\] for 2 sequences", lambda: cache.window(2, torch.tensor([1]))),
         (r"truncate to \[11, 11\], but the lengths are \[10, 10\]", lambda: cache.truncate(11)),
         (r"truncate to \[-1, 3\]", lambda: cache.truncate(torch.tensor([-1, 3]))),
+        (r"truncate to \[1\]; want one length for all 2", lambda: cache.truncate(torch.tensor([1]))),
         (r"select \[2\] of 2 sequences", lambda: cache.select([2])),
+        (r"select \[True, False\] of 2 sequences", lambda: cache.select([True, False])),
         (r"mtp=True needs a cache that keeps multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
         (r"made by a model of another config", lambda: small_model(n_heads=2)(tokens[:, :1], cache)),
     ):

@@ -54,6 +54,20 @@ def test_a_row_that_fills_the_cache_goes_on_from_the_newer_half(small_model: Mod
         assert row == want
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_guesses_go_on_past_the_end_of_the_cache(small_model: Model, depth: int) -> None:
+    """Rows fill the cache at different steps; as without guesses."""
+    model = small_model(n_mtp_layers=depth, max_seq_len=16).eval()
+    for good in (False, True):
+        if good:
+            make_guesses_good(model)
+        plain, guessed = (Generation(model, PROMPTS, 40, speculative=s, slide=True) for s in (False, True))
+        for generation in (plain, guessed):
+            for _ in generation:
+                pass
+        assert guessed.rows == plain.rows
+
+
 def test_a_row_ends_after_its_end_token(small_model: Model) -> None:
     model = small_model().eval()
     row = greedy_by_hand(model, [1, 2], 10)[2:]
@@ -117,7 +131,7 @@ def make_guesses_good(model: Transformer) -> None:
 
 def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
     """The guesses of one step, made by hand from uncached runs."""
-    model = small_model(n_mtp_layers=2).eval()
+    model = small_model(n_mtp_layers=3).eval()
     row = [4, 9, 2, 6]
     generation = Generation(model, [row], 8, speculative=True)
     next(generation)
@@ -134,7 +148,7 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
         known = list(generation.rows[0])
         next(generation)
         want = []
-        for k in (1, 2):
+        for k in (1, 2, 3):
             tokens = torch.tensor([known + want])
             want.append(int(model.run(tokens, mtp=True).mtp_logits[k - 1][0, -1].argmax()))
         assert seen.pop() == want
@@ -211,6 +225,9 @@ def test_a_cache_of_few_bits_still_generates(small_model: Model, dtype: Any) -> 
         ([torch.tensor([1])], {"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
         ([torch.tensor([1])], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
         ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
+        (torch.tensor([1, 2]), {}, "prompt 0 is no row of whole numbers"),
+        ([[1.5]], {}, "prompt 0 is no row of whole numbers"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is no whole number"),
         ([torch.tensor([1])], {"top_k": 0}, "top_k=0 is less than 1"),
         ([torch.tensor([1])], {"speculative": True}, "no multi-token prediction blocks"),
         ([torch.tensor([1] * 33)], {}, "a prompt of 33 tokens is longer than the model's context of 32; shorten it"),

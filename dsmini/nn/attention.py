@@ -144,12 +144,13 @@ class Attention(nn.Module):
         v = self.wv(x)
         if past is not None:
             past.store.write(torch.cat((k, v), -1), past.window)
+        if past is not None and (not past.window.fresh or past.store.rounds(q.dtype)):
+            k, v = past.store.read(past.window.end, q.dtype).tensor_split((k.shape[-1],), -1)
         if past is None or past.window.fresh:
             group = self.n_heads // self.n_kv_heads
             k, v = (self._heads(rows).repeat_interleave(group, 1) for rows in (k, v))
             y = causal_attention(q, k, v, self.scale, documents=documents)
         else:
-            k, v = past.store.read(past.window.end, q.dtype).tensor_split((k.shape[-1],), -1)
             y = attend(q, self._heads(k), self._heads(v), self.scale, past.window.hidden)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
 

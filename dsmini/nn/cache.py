@@ -92,6 +92,10 @@ class Store:
         """The first `end` rows of every sequence as numbers of dtype."""
         return self.data[:, :end].to(dtype)
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether rows of dtype are read as other numbers than they were written as."""
+        return self.data.dtype != dtype
+
     def _encode(self, rows: Tensor) -> Tensor:
         return rows.to(self.data.dtype)
 
@@ -210,7 +214,7 @@ class Cache:
         if new is None:
             lengths = before + s
         else:
-            new = new.cpu().to(torch.int64)
+            new = torch.as_tensor(new).cpu().to(torch.int64)
             if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
                 raise ValueError(
                     f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
@@ -242,7 +246,12 @@ class Cache:
         Raises: ValueError for a length that is negative or more than there is, and where multi-token prediction would
             have to forget: it can only begin anew, from 0.
         """
-        wanted = torch.as_tensor(lengths, dtype=torch.int64).cpu().expand(self.batch_size)
+        wanted = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        if wanted.dim() and wanted.shape != self.lengths.shape:
+            raise ValueError(
+                f"truncate to {wanted.tolist()}; want one length for all {self.batch_size} sequences or each"
+            )
+        wanted = wanted.expand(self.batch_size)
         if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
             raise ValueError(f"truncate to {wanted.tolist()}, but the lengths are {self.lengths.tolist()}")
         if self.lanes:
@@ -257,9 +266,16 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         """Keep these sequences, in this order; one may be taken more than once."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= self.batch_size:
-            raise ValueError(f"select {index.tolist()} of {self.batch_size} sequences; want numbers of sequences")
+        given = torch.as_tensor(rows)
+        index = given.to(torch.int64)
+        if (
+            given.dtype == torch.bool
+            or index.dim() != 1
+            or not len(index)
+            or int(index.min()) < 0
+            or int(index.max()) >= self.batch_size
+        ):
+            raise ValueError(f"select {given.tolist()} of {self.batch_size} sequences; want numbers of sequences")
         self.lengths, self.lane_lengths = self.lengths[index], self.lane_lengths[index]
         for store in [*self.stores, *(lane.store for lane in self.lanes)]:
             store.data = store.data[index.to(store.data.device)]

@@ -107,7 +107,7 @@ class MLA(nn.Module):
             past.store.write(torch.cat((c_kv, k_rope.squeeze(2)), -1), past.window)
             if self.form_for(x.shape[1], past) == "absorbed":
                 return self.wo(self._absorbed(q, past))
-            if not past.window.fresh:
+            if not past.window.fresh or past.store.rounds(q.dtype):
                 rows = past.store.read(past.window.end, q.dtype)
                 c_kv, k_rope = rows[..., : self.kv_lora_rank], rows[..., None, self.kv_lora_rank :]
         k, v = self._expand(c_kv, k_rope)
@@ -150,7 +150,8 @@ class MLA(nn.Module):
             raise ValueError("form='absorbed' with qk_norm: a normed head is no linear map of the latent; use expanded")
         b, s = q.shape[:2]
         weight = self.wkv_b.weight
-        key = (id(weight), weight.data_ptr(), weight._version, q.dtype)  # another after a step, a load or a move
+        version = None if weight.is_inference() else weight._version
+        key = (id(weight), weight.data_ptr(), version, q.dtype)  # another after a step, a load or a move
         w_uk, w_uv = past.store.prepared(key, lambda: self.absorbed_halves(q.dtype))
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
         q_latent = rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk

@@ -113,7 +113,8 @@ class Transformer(nn.Module):
 
         Raises: ValueError for more than max_seq_len tokens, or (on a CPU) a token id outside the vocabulary.
         """
-        return self.head(self.hidden(tokens, cache, lengths))
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
+            return self.head(self.hidden(tokens, cache, lengths))
 
     def hidden(
         self,
@@ -148,10 +149,10 @@ class Transformer(nn.Module):
             return Output(self.head(trunk.normed), trunk.normed, mtp_logits, trunk.routing + routing)
         positions = cache.window(tokens.shape[1], lengths).positions
         advance = self.advance(tokens, cache, lengths, mtp)
-        mtp_logits = [
-            self.head(h).masked_fill((positions < k)[..., None], torch.nan) for k, h in enumerate(advance.further, 1)
-        ]
-        return Output(self.head(advance.normed), advance.normed, mtp_logits, advance.routing)
+        with torch.no_grad():
+            further = [self.head(h) for h in advance.further]
+            mtp_logits = [h.masked_fill((positions < k)[..., None], torch.nan) for k, h in enumerate(further, 1)]
+            return Output(self.head(advance.normed), advance.normed, mtp_logits, advance.routing)
 
     def new_cache(
         self,
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
         return Cache(
             self.config,
             batch_size,
-            max_seq_len or self.config.max_seq_len,
+            self.config.max_seq_len if max_seq_len is None else max_seq_len,
             dtype or self._dtype,
             self.embed.weight.device,
             lanes=len(self.mtp) if mtp else 0,
@@ -372,7 +373,7 @@ class Transformer(nn.Module):
 
     def _check(self, tokens: Tensor) -> None:
         c = self.config
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; want int64 [batch, sequence]")
         if tokens.shape[1] > c.max_seq_len:
             raise ValueError(
