@@ -3,9 +3,10 @@
     python -m benchmarks.decode [--contexts 128 2048 8192] [--prompt 512] [--rounds 3]
 
 Both hold the same shape with random weights in BF16 (455M parameters, 103M active for a token) and no kernels of their
-own. At each context single tokens are decoded from a filled cache, dsmini's latent one and transformers' DynamicCache
-of keys and values; the two take turns, six tokens each, so that a busy neighbour slows both. Reported are medians over
-the tokens of all rounds but each turn's first, and their ratios; the cache's bytes a token are read off the storage.
+own. At each context single tokens are decoded from a filled cache; the two take turns, six tokens each, so that a busy
+neighbour slows both. Reported are medians over the tokens of all rounds but each turn's first, and their ratios; the
+cache's bytes a token are read off the storage. (transformers 5.24 keeps MLA's latent too, and expands all of it at
+every step.)
 """
 
 import argparse

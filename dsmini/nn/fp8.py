@@ -31,7 +31,8 @@ class FP8Module(nn.Module):
 
     def dequantized(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """The parameter `name` in that dtype, of a stacked one the matrix `index`; dequantised if it is held in FP8."""
-        weight, scales = getattr(self, name), getattr(self, self.scale_names[name])
+        weight, scales = self._parameters[name], self._buffers[self.scale_names[name]]  # faster than getattr
+        assert weight is not None
         if index is not None:
             weight, scales = weight[index], None if scales is None else scales[index]
         return weight.to(dtype) if scales is None else dequantize_tiles(weight, scales, WEIGHT_TILE, dtype)
