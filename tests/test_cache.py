@@ -151,6 +151,19 @@ def test_truncating_forgets_and_selecting_keeps_the_rows_in_order(small_model: M
         assert relative_error(got[i], model(whole)[0, -3:]) < FP32_MODEL
 
 
+def test_selected_rows_take_their_multi_token_prediction_along(small_model: Model) -> None:
+    model, tokens = small_model(), tokens_of(3, 12)
+    cache = model.new_cache(3, 16, mtp=True)
+    model.run(tokens, cache, mtp=True, lengths=torch.tensor([12, 5, 9]))
+    cache.select([2, 0])
+    more = tokens_of(2, 3)
+    got = model.run(more, cache, mtp=True)
+    for i, (row, kept) in enumerate(((2, 9), (0, 12))):
+        want = model.run(torch.cat((tokens[row, :kept], more[i]))[None], mtp=True)
+        for k in range(2):
+            assert relative_error(got.mtp_logits[k][i], want.mtp_logits[k][0, -3:]) < FP32_MODEL
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_shorter_cache_answers_the_same_in_every_form_and_any_chunks(
@@ -201,10 +214,16 @@ def test_absorbed_halves_are_prepared_once_and_anew_when_the_weight_changed(
     for token in tokens.split(1, 1):
         model(token, cache)
     assert made == [block.attn for block in model.layers]
+    model.compute_dtype = torch.float64
+    model(tokens[:, :1], cache)
+    assert made[2:] == made[:2]
+    model.compute_dtype, made[:] = None, made[:2]
     with torch.no_grad():
         model.layers[0].attn.wkv_b.weight *= 2
     model(tokens[:, :1], cache)
-    assert made[2:] == [model.layers[0].attn]
+    assert made[2:] == [block.attn for block in model.layers]  # the first anew, the second in its first dtype
+    model(tokens[:, :1], cache)
+    assert len(made) == 4
 
 
 # which form
