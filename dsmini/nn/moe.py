@@ -132,7 +132,7 @@ class Experts(FP8Module):
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         """Sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
-        if self.holds_fp8 or (not torch.is_grad_enabled() and _few(x, counts)):
+        if self.holds_fp8 or (not torch.is_grad_enabled() and _few(x, indices, counts)):
             return self._one_by_one(untrainable(x), indices, weights, counts)
         token, slot, ends = sort_by_expert(indices, counts, _row_alignment(x, indices, counts))
         rows: Tensor = _Dispatch.apply(x, token, slot)  # pyright: ignore[reportAssignmentType]
@@ -162,9 +162,10 @@ class Experts(FP8Module):
         return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
 
 
-def _few(x: Tensor, counts: Tensor) -> bool:
-    """Whether a CPU that decodes would spend more on preparing all experts than on asking the chosen ones in turn."""
-    return x.device.type == "cpu" and x.shape[0] <= counts.shape[0]
+def _few(x: Tensor, indices: Tensor, counts: Tensor) -> bool:
+    """Whether a CPU would spend more on the experts that nobody chose, in a grouped product, than on asking the chosen
+    ones in turn (docs/log.md)."""
+    return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
 
 
 def _row_alignment(x: Tensor, indices: Tensor, counts: Tensor) -> int:
