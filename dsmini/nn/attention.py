@@ -145,7 +145,8 @@ class Attention(nn.Module):
         if past is not None:
             past.store.write(torch.cat((k, v), -1), past.window)
         if past is not None and (not past.window.fresh or past.store.rounds(q.dtype)):
-            k, v = past.store.read(past.window.end, q.dtype).tensor_split((k.shape[-1],), -1)
+            keys = x.shape[1] if past.window.fresh else past.window.end
+            k, v = past.store.read(keys, q.dtype).tensor_split((k.shape[-1],), -1)
         if past is None or past.window.fresh:
             group = self.n_heads // self.n_kv_heads
             k, v = (self._heads(rows).repeat_interleave(group, 1) for rows in (k, v))

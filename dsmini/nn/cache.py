@@ -25,6 +25,8 @@ from dsmini.numerics.quantization import dequantize_tiles, quantize_tiles
 CacheDtype = torch.dtype | Literal["fp8"]
 Form = Literal["auto", "expanded", "absorbed"]
 _LATENT_TILE = 128
+ALIGN = 64
+"""A CPU prepares a product in BF16 anew for each number of rows, so that number changes seldom (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Window:
     fresh: bool
     """Whether all sequences begin with the new tokens: nothing older is there to see."""
     end: int
-    """Length of the longest sequence with its new tokens."""
+    """So many rows are read: those of the longest sequence with its new tokens, and up to ALIGN - 1 more."""
     real: Bool[Tensor, "b s"] | None
     """Which new tokens are no padding; None: all."""
     lengths: Int[Tensor, " b"]
@@ -47,7 +49,7 @@ class Window:
     @cached_property
     def hidden(self) -> Bool[Tensor, "#b s t"] | None:
         """The keys that a new token may not see, those after it; None if there are none."""
-        if self.start is not None and self.positions.shape[1] == 1:
+        if self.start is not None and self.start + 1 == self.end:
             return None
         keys = torch.arange(self.end, device=self.positions.device)
         return keys > self.positions[..., None]
@@ -63,7 +65,7 @@ class Window:
             positions=positions.clamp(min=0),
             start=start,
             fresh=False,
-            end=max(self.end - depth, 1),
+            end=self.end,
             real=None if start is not None else real.expand(len(self.lengths), -1),
             lengths=(self.lengths - depth).clamp(min=0),
         )
@@ -235,7 +237,7 @@ class Cache:
             positions=positions.to(device),
             start=int(before[0]) if alike else None,
             fresh=not bool(before.any()),
-            end=most,
+            end=min(self.max_seq_len, -(-most // ALIGN) * ALIGN),
             real=real,
             lengths=lengths,
         )

@@ -108,7 +108,7 @@ class MLA(nn.Module):
             if self.form_for(x.shape[1], past) == "absorbed":
                 return self.wo(self._absorbed(q, past))
             if not past.window.fresh or past.store.rounds(q.dtype):
-                rows = past.store.read(past.window.end, q.dtype)
+                rows = past.store.read(x.shape[1] if past.window.fresh else past.window.end, q.dtype)
                 c_kv, k_rope = rows[..., : self.kv_lora_rank], rows[..., None, self.kv_lora_rank :]
         k, v = self._expand(c_kv, k_rope)
         q = (q if self.q_head_norm is None else self.q_head_norm(q)).transpose(1, 2)
