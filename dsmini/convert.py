@@ -96,7 +96,8 @@ def main(args: Sequence[str]) -> int:
         config=ids,
         say=say,
     )
-    say(f"{command.dst}: {len(saved.files)} files with {_count(model):,} parameters, for dsmini and transformers")
+    written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
+    say(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
     if command.json:
         figures = {
             "src": str(command.src),

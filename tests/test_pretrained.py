@@ -456,6 +456,15 @@ def test_shards_that_are_missing(sharded: Path) -> None:
     assert "no model.safetensors.index.json that says what is in them" in refusal(load_pretrained, sharded)
 
 
+def test_more_layers_than_there_are_tensors_for(sharded: Path) -> None:
+    """Refused before they are made, which for a million takes minutes."""
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 10**6, "num_nextn_predict_layers": 0})
+    )
+    assert "for the 1000000 layers of its config.json" in refusal(load_pretrained, sharded)
+
+
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors"])
 def test_an_index_that_leaves_the_folder(sharded: Path, file: str) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"lm_head.weight": file}))

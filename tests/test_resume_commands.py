@@ -110,7 +110,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytes
 def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
     longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4"
     done = run(
-        f"dsmini.train --init runs/x {longer} --train.steps 3 --train.lr 1e-9 --train.bias-speed 0 {SHORT}", place
+        f"dsmini.train --init runs/x {longer} --train.steps 3 --train.optimizer adamw --train.lr 1e-9 "
+        f"--train.gate-lr 1e-9 --train.bias-speed 0 {SHORT}",
+        place,
     )
     assert done.returncode == 0, done.stderr
     model, config = load_run(place / "runs/x-001")

@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +64,17 @@ def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """Under nohup they are ignored, by a run too."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
 @pytest.mark.parametrize("moment", ["step", "_keep"])
 @pytest.mark.parametrize("numbers", [(TERM, TERM), (TERM, HUP), (HUP, HUP), (TERM, INT), (INT, TERM, HUP), (TERM,) * 5])
+@pytest.mark.usefixtures("hangups_count")
 def test_signals_in_a_row_lose_no_work(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, numbers: tuple[int, ...]
 ) -> None:

@@ -89,6 +89,11 @@ def load_pretrained(
     raw, config = _read_config(folder)
     tensors = {name: t for name, t in folder_tensors(folder).items() if not names.is_derived(name)}
     config = _without_absent_mtp(config, tensors, folder)
+    layers = config.n_layers + config.n_mtp_layers
+    require(  # said before so many layers are made to be compared
+        layers <= len(tensors),
+        f"{folder} holds {len(tensors)} tensors for the {layers} layers of its config.json; use the model's own",
+    )
     with torch.device("meta"):
         model = Transformer(config)
     plan = _match(model, tensors, folder, quantized="model_type" not in raw or bool(raw.get("quantization_config")))
