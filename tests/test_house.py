@@ -32,7 +32,8 @@ MAY_IMPORT = {
         *("dsmini.config", "dsmini.corpus_cache", "dsmini.documents", "dsmini.fields", "dsmini.order"),
         "dsmini.tokenizer",
     },
-    "dsmini.numerics": {"dsmini.numerics"},
+    "dsmini.ops": set(),
+    "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
     "dsmini.generation": {"dsmini.nn", "dsmini.sampling"},
 }

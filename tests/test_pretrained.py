@@ -277,7 +277,7 @@ def test_saving_in_fp8(tmp_path: Path, fp8_model: Build) -> None:
     codes = {name for name, tensor in written.items() if tensor.dtype == folders.FP8}
     assert codes == {name for name in plain if folders.is_matrix(name)}
     for name in codes:
-        want = quantize_tiles(plain[name])
+        want = quantize_tiles(plain[name], (128, 128), "fp32", "e4m3", 2.0**-100)
         assert torch.equal(written[name].float(), want[0].float())
         assert torch.equal(written[name.replace(".weight", ".weight_scale_inv")], want[1])
     rest = {name: t for name, t in written.items() if name not in codes and not name.endswith("_scale_inv")}
@@ -514,7 +514,7 @@ def test_arguments_that_are_refused(tmp_path: Path, folder: Path, small_model: B
     with torch.no_grad():
         model.layers[1].get_parameter("attn.wo.weight")[0, 0] = torch.nan
     said = refusal(save_pretrained, model, tmp_path / "b", fp8=True)
-    assert "layers.1.attn.wo.weight: a tensor to be quantised holds infinities or NaN" in said
+    assert "layers.1.attn.wo.weight holds infinities or NaN" in said
     assert not list(tmp_path.glob("*b*"))
 
 

@@ -25,7 +25,7 @@ from dsmini.config import ModelConfig
 from dsmini.fields import require
 from dsmini.nn import Transformer
 from dsmini.nn.gate import Gate
-from dsmini.numerics import encode_tiles, tile_scales
+from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, encode_tiles, tile_scales
 
 # what a model's folder holds beside its tensors and config.json; code is copied and never run
 BESIDE = re.compile(
@@ -202,15 +202,15 @@ class _Save:
         return [self._plain(slot)]
 
     def _new_scales(self, slot: Slot) -> Tensor:
-        try:
-            self.scales[slot] = tile_scales(self._value(slot))
-        except ValueError as error:
-            raise ValueError(f"{slot.name}: {error}") from None
-        return self.scales[slot]
+        scales = tile_scales(self._value(slot), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+        if not scales.isfinite().all():
+            raise ValueError(f"{slot.name} holds infinities or NaN; E4M3 has no codes for them: save without fp8=True")
+        self.scales[slot] = scales
+        return scales
 
     def _codes(self, slot: Slot) -> Tensor:
         # scales are the wider type, so that they come first in a file
-        return encode_tiles(self._value(slot), self.scales.pop(slot))
+        return encode_tiles(self._value(slot), self.scales.pop(slot), WEIGHT_TILE)
 
 
 def _described(model: Transformer) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def _fill(model: Transformer, plan: _Plan, read: Callable[[int], None]) -> None:
             value = reader.read(stored)
             if slot in plan.scales and target.dtype != value.dtype:
                 scales = reader.read(plan.stored[plan.scales[slot]]).float()
-                value = dequantize_tiles(value, scales, WEIGHT_TILE, target.dtype)
+                value = dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", target.dtype)
             target.copy_(value)
             reader.release(stored)
         read(stored.nbytes)

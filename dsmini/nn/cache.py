@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.numerics.quantization import dequantize_tiles, quantize_tiles
+from dsmini.numerics import SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
 Form = Literal["auto", "expanded", "absorbed"]
@@ -123,7 +123,7 @@ class FP8LatentStore(Store):
 
     def _encode(self, rows: Tensor) -> Tensor:
         latent, k_rope = rows.split((self.c, self.r), -1)
-        codes, scales = quantize_tiles(latent.float().contiguous(), (1, _LATENT_TILE))
+        codes, scales = quantize_tiles(latent.float(), (1, _LATENT_TILE), "fp32", "e4m3", SMALLEST_AMAX)
         parts = (codes, scales.contiguous(), k_rope.to(torch.bfloat16).contiguous())
         return torch.cat([part.view(torch.uint8) for part in parts], -1)
 
@@ -134,7 +134,7 @@ class FP8LatentStore(Store):
             for part in self.data[:, :end].split((self.c, 4 * self.tiles, 2 * self.r), -1)
         )
         codes, scales = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
-        latent = dequantize_tiles(codes, scales, (1, _LATENT_TILE), dtype)
+        latent = dequantize_tiles(codes, scales, (1, _LATENT_TILE), "e4m3", dtype)
         return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1)
 
 

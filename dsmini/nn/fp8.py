@@ -35,7 +35,7 @@ class FP8Module(nn.Module):
         assert weight is not None
         if index is not None:
             weight, scales = weight[index], None if scales is None else scales[index]
-        return weight.to(dtype) if scales is None else dequantize_tiles(weight, scales, WEIGHT_TILE, dtype)
+        return weight.to(dtype) if scales is None else dequantize_tiles(weight, scales, WEIGHT_TILE, "e4m3", dtype)
 
     def train(self, mode: bool = True) -> "FP8Module":
         if mode and self.holds_fp8:

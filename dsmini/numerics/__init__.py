@@ -1,5 +1,34 @@
-"""What a number is: tiles of E4M3 codes, each tile with its own scale."""
+"""What a number is: short formats, tiles with a scale each, and products of them."""
 
-from dsmini.numerics.quantization import WEIGHT_TILE, dequantize_tiles, encode_tiles, quantize_tiles, tile_scales
+from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format
+from dsmini.numerics.quantization import (
+    ACTIVATION_TILE,
+    AMAX_MIN,
+    SMALLEST_AMAX,
+    TOKEN_TILE,
+    WEIGHT_TILE,
+    QuantizedTensor,
+    quantize,
+)
+from dsmini.numerics.tiles import dequantize_tiles, encode_tiles, quantize_tiles, round_tiles, tile_scales
 
-__all__ = ["WEIGHT_TILE", "dequantize_tiles", "encode_tiles", "quantize_tiles", "tile_scales"]
+__all__ = [
+    "ACTIVATION_TILE",
+    "AMAX_MIN",
+    "E4M3",
+    "E5M2",
+    "E5M6",
+    "FORMATS",
+    "SMALLEST_AMAX",
+    "TOKEN_TILE",
+    "UE8M0",
+    "WEIGHT_TILE",
+    "Format",
+    "QuantizedTensor",
+    "dequantize_tiles",
+    "encode_tiles",
+    "quantize",
+    "quantize_tiles",
+    "round_tiles",
+    "tile_scales",
+]

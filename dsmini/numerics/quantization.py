@@ -1,92 +1,211 @@
-"""Numbers in E4M3, eight bits each, with an FP32 scale for every tile: value = code * scale.
+"""`quantize`: a tensor as codes in a short format and scales, one a tile."""
 
-E4M3 reaches 448 with three bits of fraction. A tile is scaled so that its largest magnitude is 448; numbers down to
-2^-15 of that keep their three bits or lose them one by one. A dimension that is no multiple of the tile's ends in a
-ragged tile: the 576 rows of a released kv_a_proj_with_mqa have four blocks of 128 rows and one of 64.
-"""
-
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dsmini.numerics.formats import FORMATS
+from dsmini.numerics.tiles import FormatName, Scale, Tile, dequantize_tiles, quantize_tiles
+
+ACTIVATION_TILE = (1, 128)
+"""Along the contraction, for activations and for the gradients of outputs."""
+TOKEN_TILE = (128, 1)
+"""Along the tokens, which the weight's gradient contracts over."""
 WEIGHT_TILE = (128, 128)
 """How the released checkpoints cut their weights."""
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+AMAX_MIN = 1e-4
+"""The least amax of DeepSeek's kernels, right for activations and weights."""
 SMALLEST_AMAX = 2.0**-100
-"""Below it a tile counts as zero: it needs a scale that can be divided by."""
-STRIP = 1 << 18
-"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made."""
+"""For gradients, which are that small when nothing scales the loss: only a tile of zeros is below."""
+
+SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantize_tiles(
-    x: Float[Tensor, "*batch r c"], tile: tuple[int, int] = WEIGHT_TILE
-) -> tuple[Float[Tensor, "*batch r c"], Float[Tensor, "*batch rt ct"]]:
-    """Codes (float8_e4m3fn, shaped as x) and scales (FP32, one a tile) of the last two dimensions, ragged tiles too.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class QuantizedTensor:
+    """What `quantize` gives. Of codes and scales no gradient is taken; where the quantised tensor has one, so has what
+    is made from this one (dequantize, fp8_matmul): quantisation counts as the identity."""
 
-    scale = amax / 448 of its tile, code = x / scale rounded to nearest even; a tile of zeros has zero codes.
+    codes: Tensor
+    """In the format's dtype and the shape of what was quantised; e5m6 as uint8, [..., 12 ceil(c / 8)]."""
+    scales: Float[Tensor, "*tiles"]
+    """FP32, [..., rt, ct]."""
+    shape: torch.Size
+    tile: Tile
+    scale: Scale
+    format: FormatName
+    dtype: torch.dtype
+    """Of what was quantised."""
+    source: Tensor | None = None
+    """Stands for what was quantised in the graph of autograd, without its values; None where no gradient is wanted."""
 
-    Raises: ValueError for x that is not finite.
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
-    Source: DeepSeek-V3 report, section 3.3.2 (128x128 for weights, 1x128 for activations).
-    """
-    scales = tile_scales(x, tile)
-    return encode_tiles(x, scales, tile), scales
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+        """code * scale in FP32, rounded once to dtype. BF16 holds every such value where scales are powers of two."""
+        codes, scales = _matrices(self.codes, self.scales)
+        values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
+        return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
 
-def tile_scales(x: Float[Tensor, "*batch r c"], tile: tuple[int, int] = WEIGHT_TILE) -> Float[Tensor, "*batch rt ct"]:
-    """The scales of quantize_tiles: amax / 448 of each tile, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
-    r, c = x.shape[-2:]
-    rows, columns = -(-r // tile[0]), -(-c // tile[1])
-    padded = F.pad(x.abs(), (0, columns * tile[1] - c, 0, rows * tile[0] - r))
-    amax = padded.unflatten(-1, (columns, tile[1])).amax(-1).unflatten(-2, (rows, tile[0])).amax(-2).float()
-    if not torch.isfinite(amax).all():
-        raise ValueError("a tensor to be quantised holds infinities or NaN; E4M3 has no codes for them")
-    return amax.clamp(min=SMALLEST_AMAX) / LARGEST
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        """The same on another device, without a gradient."""
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
 
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that `load` reads."""
+        about = {k: str(getattr(self, k)) for k in ("scale", "format")}
+        about |= {"shape": json.dumps(list(self.shape)), "tile": json.dumps(self.tile)}
+        about["dtype"] = str(self.dtype).removeprefix("torch.")
+        save_file({"codes": self.codes.contiguous(), "scales": self.scales.contiguous()}, str(path), about)
 
-def encode_tiles(
-    x: Float[Tensor, "*batch r c"], scales: Float[Tensor, "*batch rt ct"], tile: tuple[int, int] = WEIGHT_TILE
-) -> Float[Tensor, "*batch r c"]:
-    """The codes of x under given scales: x / scale, limited to 448, to nearest even."""
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    for strip, spread in _strips(x, scales, tile):
-        # Before torch 2.12 the cast does not saturate.
-        codes[..., strip, :] = (x[..., strip, :] / spread).clamp_(-LARGEST, LARGEST).to(codes.dtype)
-    return codes
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "QuantizedTensor":
+        """Read what `save` wrote.
 
-
-def dequantize_tiles(
-    codes: Float[Tensor, "*batch r c"],
-    scales: Float[Tensor, "*batch rt ct"],
-    tile: tuple[int, int] = WEIGHT_TILE,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "*batch r c"]:
-    """code * scale in FP32, rounded once to dtype. Works on any device, in plain torch, a strip of rows at a time.
-
-    Raises: ValueError for scales that are not one a tile.
-    """
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for strip, spread in _strips(codes, scales, tile):
-        out[..., strip, :] = codes[..., strip, :].float().mul_(spread)
-    return out
-
-
-def _strips(x: Tensor, scales: Tensor, tile: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of x, a whole number of tiles at a time, with the scale of each of their elements in FP32."""
-    r, c = x.shape[-2:]
-    want = (*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
-    if scales.shape != want:
-        raise ValueError(
-            f"scales of shape {list(scales.shape)} do not fit {list(x.shape)} in tiles of {tile[0]}x{tile[1]}; "
-            f"want {list(want)}"
+        Raises: ValueError for a safetensors file of something else.
+        """
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            about: dict[str, Any] = file.metadata() or {}
+            if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
+                raise ValueError(f"{path} holds {sorted(file.keys())}; want the codes and scales of QuantizedTensor.save")
+            codes, scales = file.get_tensor("codes"), file.get_tensor("scales")
+        return cls(
+            codes=codes,
+            scales=scales,
+            shape=torch.Size(json.loads(about["shape"])),
+            tile=cast(Tile, tuple(json.loads(about["tile"]))),
+            scale=about["scale"],
+            format=about["format"],
+            dtype=getattr(torch, about["dtype"]),
         )
-    tiles = max(1, STRIP * max(1, r) // max(1, x.numel()) // tile[0])
-    for first in range(0, want[-2], tiles):
-        some = scales[..., first : first + tiles, :].float()
-        strip = slice(first * tile[0], min(r, (first + tiles) * tile[0]))
-        spread = some.repeat_interleave(tile[1], -1)[..., :c].repeat_interleave(tile[0], -2)
-        yield strip, spread[..., : strip.stop - strip.start, :]
+
+    def __repr__(self) -> str:
+        low, high = (self.scales.min().item(), self.scales.max().item()) if self.scales.numel() else (0.0, 0.0)
+        share = self.nbytes / max(1, 2 * self.shape.numel())
+        return (
+            f"QuantizedTensor({self.format} {list(self.shape)} in tiles of {self.tile[0]}x{self.tile[1]}, {self.scale} "
+            f"scales {list(self.scales.shape)} from {low:.3g} to {high:.3g}, {self.nbytes:,} bytes, {share:.2f} of "
+            f"bfloat16, from {str(self.dtype).removeprefix('torch.')}, on {self.device})"
+        )
+
+
+def quantize(
+    x: Float[Tensor, "*any"],
+    tile: Tile | Literal["row", "tensor"] = ACTIVATION_TILE,
+    scale: Scale = "ue8m0",
+    format: FormatName = "e4m3",
+    amax_min: float = AMAX_MIN,
+) -> QuantizedTensor:
+    """x, of FP32, BF16 or FP16 and at least one dimension, as codes and scales. `tiles.py` defines both.
+
+    Args:
+        tile: rows and columns that share a scale, of the last two dimensions; or "row", or "tensor" for one scale.
+        scale: "fp32", or "ue8m0", a power of two.
+        format: "e4m3", "e5m2" or "e5m6".
+        amax_min: what a tile's largest magnitude counts as at least. AMAX_MIN suits activations and weights; gradients
+            want SMALLEST_AMAX, or whole tiles of them share one scale that is far too large.
+
+    A tile with an infinity or NaN becomes NaN as a whole. Raises: ValueError for other dtypes (FP64, integers), tiles,
+    formats and scales.
+
+    Source: DeepSeek-V3 report, section 3.3.2.
+    """
+    check_source(x, "x")
+    check_options(scale, format, amax_min)
+    cut = _cut(x, tile)
+    source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
+    matrix = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)
+    matrix = matrix.flatten(0, -2) if tile == "tensor" else matrix
+    codes, scales = quantize_tiles(matrix, cut, scale, format, amax_min)
+    return QuantizedTensor(
+        codes=codes.view(*x.shape[:-1], codes.shape[-1]),
+        scales=scales.view([1] * x.dim()) if tile == "tensor" else scales.view(*scales.shape[-x.dim() :]),
+        shape=x.shape,
+        tile=cut,
+        scale=scale,
+        format=format,
+        dtype=x.dtype,
+        source=source,
+    )
+
+
+def check_source(x: Tensor, what: str) -> None:
+    """Refuse what has no 8-bit codes: FP64, integers, numbers without a dimension."""
+    if x.dtype not in SOURCES:
+        raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
+    if not x.dim():
+        raise ValueError(f"{what} has no dimensions; want at least one, which tiles cut")
+
+
+def check_options(scale: str, format: str, amax_min: float) -> None:
+    """Refuse unknown scales and formats, and an amax_min that FP32 scales cannot follow."""
+    for name, value, known in (("scale", scale, ("ue8m0", "fp32")), ("format", format, tuple(FORMATS))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+    if not SMALLEST_AMAX <= amax_min < math.inf:
+        raise ValueError(f"amax_min={amax_min} is not from 2^-100 on; use {AMAX_MIN} or, for gradients, 2**-100")
+
+
+def _cut(x: Tensor, tile: Any) -> Tile:
+    """The tile in rows and columns."""
+    c = x.shape[-1]
+    if tile == "row":
+        return 1, max(1, c)
+    if tile == "tensor":
+        return max(1, x.numel() // max(1, c)), max(1, c)
+    pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
+    if not pair or not all(isinstance(n, int) and n > 0 for n in tile):
+        raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
+    if x.dim() == 1 and tile[0] > 1:
+        raise ValueError(f"tile={tuple(tile)} has {tile[0]} rows, and a tensor of one dimension has one; use (1, 128)")
+    return tile[0], tile[1]
+
+
+def _matrices(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales with at least two dimensions, and with two where one scale stands for leading ones too."""
+    if codes.dim() == 1:
+        return codes.unsqueeze(0), scales.unsqueeze(0)
+    one = scales.numel() == 1
+    return (codes.flatten(0, -2), scales.flatten(0, -2)) if one else (codes, scales)
+
+
+class _Source(torch.autograd.Function):
+    """A tensor of x's shape and dtype in the graph, of one element in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Standing(torch.autograd.Function):
+    """The values, with the source's place in the graph: quantisation's gradient is passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = source.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None

@@ -1,0 +1,186 @@
+"""Number formats shorter than BF16: a sign, a few bits of exponent, a few of fraction.
+
+    e4m3   S.EEEE.FFF      reaches 448, steps of 1/8 to 1/16 of a value; nearly everything in DeepSeek-V3's FP8
+    e5m2   S.EEEEE.FF      reaches 57344 with half the precision; others use it for gradients
+    e5m6   S.EEEEE.FFFFFF  12 bits, reaches 65024; DeepSeek-V3 keeps the input of the Linear after attention in it
+    ue8m0  EEEEEEEE        powers of two, for scales: multiplying by one rounds nothing
+
+With exponent field e, fraction f and m fraction bits a value is (1 + f / 2^m) 2^(e - bias), and for e = 0, where the
+format runs out of exponents, (f / 2^m) 2^(1 - bias).
+
+Source: Micikevicius et al. 2022 (E4M3, E5M2); OCP microscaling formats 1.0 (UE8M0); DeepSeek-V3 report, section 3.3
+(E5M6).
+"""
+
+import functools
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A signed format of at most 16 bits."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    """Bits of fraction; the leading one is not stored."""
+    bias: int
+    max: float
+    """Largest finite value."""
+    nan: int
+    """The code, without sign, that stands for what is not a number."""
+    dtype: torch.dtype
+    """Of codes; uint8 where torch has no such type, eight codes packed in twelve bytes."""
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share three bytes."""
+        return self.bits == 12
+
+    @property
+    def min_normal(self) -> float:
+        """Smallest value with all bits of fraction."""
+        return 2.0 ** (1 - self.bias)
+
+    @property
+    def min_subnormal(self) -> float:
+        """Smallest value above zero, and the step between values up to 2 min_normal."""
+        return 2.0 ** (1 - self.bias - self.mantissa_bits)
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff: the largest relative error of a number between min_normal and max."""
+        return 2.0 ** -(self.mantissa_bits + 1)
+
+    def values(self, device: torch.device | str = "cpu") -> Float[Tensor, " codes"]:
+        """All finite values from 0 to max, in FP32; a value's place is its code without sign."""
+        return torch.tensor(_values(self.mantissa_bits, self.bias, self.max), device=device)
+
+    def step(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Distance between the neighbouring values at x, FP32."""
+        return (self._exponent(x.float().abs().clamp(max=self.max)) - self.mantissa_bits << 23).view(torch.float32)
+
+    def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The nearest value in FP32, ties to an even last bit; beyond max, infinities too, max; NaN stays NaN."""
+        x = x.float().clamp(-self.max, self.max)
+        if not self.packed:
+            return x.to(self.dtype).float()
+        magic = self._magic(x.abs())
+        return torch.copysign((x.abs() + magic) - magic, x)
+
+    def encode(self, x: Float[Tensor, "*batch c"]) -> Tensor:
+        """The codes of `round(x)`: in the format's dtype and x's shape, or packed, [*batch, 12 ceil(c / 8)] bytes.
+
+        Packed, code 2i has the first eight bits of three bytes and the low four of the second, code 2i + 1 the rest;
+        what fills up the last eight are zeros.
+        """
+        x = x.float().clamp(-self.max, self.max)  # before torch 2.12 the cast does not saturate
+        x = torch.where(x.isnan(), torch.nan, x)  # one code for NaN, whatever its sign
+        if not self.packed:
+            return x.to(self.dtype)
+        magnitude = x.abs()
+        magic, first = self._magic(magnitude), (128 - self.bias)
+        code = (self._exponent(magnitude) - first << self.mantissa_bits) + (
+            (magnitude + magic).view(torch.int32) - magic.view(torch.int32)
+        )
+        code = torch.where(x.isnan(), self.nan, code + (torch.signbit(x).int() << (self.bits - 1)))
+        return _pack(F.pad(code, (0, -code.shape[-1] % 8)))
+
+    def decode(self, codes: Tensor, columns: int | None = None) -> Float[Tensor, "*batch c"]:
+        """Codes as FP32 values. `columns` is c, where codes are packed and c is no multiple of 8."""
+        if not self.packed:
+            return codes.view(self.dtype).float()
+        code = _unpack(codes)[..., :columns]
+        table = F.pad(self.values(codes.device), (0, 2 ** (self.bits - 1)), value=torch.nan)
+        values = table[code & (2 ** (self.bits - 1) - 1)]
+        return torch.where(code >> (self.bits - 1) == 1, -values, values)
+
+    def _exponent(self, magnitude: Tensor) -> Tensor:
+        """The exponent field that FP32 gives a magnitude, no lower than that of min_normal."""
+        return (magnitude.view(torch.int32) >> 23).clamp(min=128 - self.bias)
+
+    def _magic(self, magnitude: Tensor) -> Tensor:
+        """So large that FP32, adding it, has no bits left below the format's last: the addition rounds."""
+        return (self._exponent(magnitude) + 23 - self.mantissa_bits << 23).view(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowersOfTwo:
+    """UE8M0: an FP32 exponent without sign or fraction. It has no zero."""
+
+    name: str = "ue8m0"
+    bits: int = 8
+    bias: int = 127
+    max: float = 2.0**127
+    min: float = 2.0**-127
+    nan: int = 255
+
+    def round_up(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The next power of two from 2^-126 on that is not below x, for FP32 x >= 0; zero, infinity and NaN stay.
+
+        By bits: a logarithm is off beside the powers of two. Up, so that what is divided by a scale still fits.
+        """
+        if x.dtype != torch.float32:
+            raise ValueError(f"scales of {x.dtype}; want torch.float32")
+        up = ((x.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        return torch.where(x.isnan(), x, up)
+
+    def encode(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """The codes of `round_up(x)` as uint8: exponent + 127; NaN for what is above 2^127 or is NaN.
+
+        Raises: ValueError for numbers that are not above zero.
+        """
+        if (x <= 0).any():
+            raise ValueError(f"ue8m0 has no code for {x.min().item()}; want numbers above zero")
+        smallest = x <= self.min  # FP32 keeps 2^-127 as a subnormal, which has no exponent field of its own
+        code = (self.round_up(x).view(torch.int32) >> 23).masked_fill(x.isnan(), self.nan)
+        return code.masked_fill(smallest, 0).to(torch.uint8)
+
+    def decode(self, codes: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """uint8 codes as FP32 powers of two."""
+        code = codes.view(torch.uint8).int()
+        value = (code << 23).view(torch.float32).masked_fill(code == 0, self.min)
+        return value.masked_fill(code == self.nan, torch.nan)
+
+
+E4M3 = Format(
+    name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn
+)
+"""No infinities: only the topmost code is no number."""
+E5M2 = Format(
+    name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2
+)
+E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
+UE8M0 = PowersOfTwo()
+FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})
+
+
+@functools.cache
+def _values(mantissa_bits: int, bias: int, largest: float) -> tuple[float, ...]:
+    values: list[float] = []
+    while not values or values[-1] < largest:
+        exponent, fraction = divmod(len(values), 2**mantissa_bits)
+        leading = 2**mantissa_bits if exponent else 0
+        values.append((leading + fraction) * 2.0 ** (max(exponent, 1) - bias - mantissa_bits))
+    return tuple(values)
+
+
+def _pack(codes: Int[Tensor, "*batch c"]) -> Int[Tensor, "*batch bytes"]:
+    """12-bit codes, an even number of them, two in three bytes."""
+    even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
+
+
+def _unpack(packed: Int[Tensor, "*batch bytes"]) -> Int[Tensor, "*batch c"]:
+    low, middle, high = packed.unflatten(-1, (-1, 3)).int().unbind(-1)
+    return torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), -1).flatten(-2)

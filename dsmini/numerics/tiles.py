@@ -1,0 +1,162 @@
+"""Numbers in a short format with a scale for every tile: value = code * scale.
+
+A tile is scaled so that its largest magnitude is the format's largest. Smaller ones keep all bits of fraction down to
+max / min_normal below it (2^-15 in E4M3), then lose them one by one. Tiles cut the last two dimensions; one that is no
+multiple of the tile's ends in a ragged tile: the 576 rows of a released kv_a_proj_with_mqa have four blocks of 128
+rows and one of 64.
+
+This is the one definition of scale and code, and every fast version gives the same bits:
+
+    amax  = max |x| over the tile
+    scale = max(amax, amax_min) / max              an FP32 division; for ue8m0 then up to a power of two
+    code  = x / scale in FP32, limited to +-max, to the nearest code, ties to even
+    value = code * scale in FP32, rounded once to the dtype that is asked for
+
+DeepSeek's kernels write the same in four ways that differ in a last bit. A tile that holds an infinity or NaN is NaN as
+a whole, its scale and all its codes, so that what is not a number is seen where it goes.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.numerics.formats import FORMATS, UE8M0
+
+Scale = Literal["ue8m0", "fp32"]
+FormatName = Literal["e4m3", "e5m2", "e5m6"]
+Tile = tuple[int, int]
+
+STRIP = 1 << 18
+"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made."""
+
+
+@ops.door("quantize")
+def quantize_tiles(
+    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
+) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
+    """Codes of x, which is FP32, BF16 or FP16, and the FP32 scales; ragged tiles too. Codes are shaped as x, packed
+    ones [*batch, r, 12 ceil(c / 8)] bytes.
+
+    Source: DeepSeek-V3 report, section 3.3.2 (128x128 for weights, 1x128 for activations).
+    """
+    scales = tile_scales(x, tile, scale, format, amax_min)
+    return encode_tiles(x, scales, tile, format), scales
+
+
+@ops.door("dequantize")
+def dequantize_tiles(
+    codes: Tensor,
+    scales: Float[Tensor, "*batch rt ct"],
+    tile: Tile,
+    format: FormatName = "e4m3",
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+) -> Float[Tensor, "*batch r c"]:
+    """code * scale, on any device, a strip of rows at a time. `columns` is c, and needed for packed codes only.
+
+    Raises: ValueError for scales that are not one a tile.
+    """
+    c = codes.shape[-1] if columns is None else columns
+    out = torch.empty(*codes.shape[:-1], c, dtype=dtype, device=codes.device)
+    for strip, spread in _strips(out, scales, tile):
+        out[..., strip, :] = FORMATS[format].decode(codes[..., strip, :], c).mul_(spread)
+    return out
+
+
+@ops.door("quantize_dequantize")
+def round_tiles(
+    x: Float[Tensor, "*batch r c"],
+    tile: Tile,
+    scale: Scale,
+    format: FormatName,
+    amax_min: float,
+    dtype: torch.dtype,
+    ends: Int[Tensor, " e"] | None = None,
+) -> Float[Tensor, "*batch r c"]:
+    """The values that quantize_tiles and dequantize_tiles give, without codes in between.
+
+    Args:
+        ends: the row after each group's last, for a matrix x [r, c]; the last is r, and groups may be empty. Tiles then
+            begin anew with each group, so that no tile holds tokens of two experts.
+    """
+    if ends is not None:
+        return _round_groups(x, tile, scale, format, amax_min, dtype, ends)
+    scales = tile_scales(x, tile, scale, format, amax_min)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for strip, spread in _strips(x, scales, tile):
+        out[..., strip, :] = FORMATS[format].round(x[..., strip, :] / spread).mul_(spread)
+    return out
+
+
+def tile_scales(
+    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
+) -> Float[Tensor, "*batch rt ct"]:
+    """The scales of quantize_tiles, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
+    r, c = x.shape[-2:]
+    height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
+    padded = F.pad(x.abs(), (0, -c % width, 0, -r % height))
+    rows, columns = padded.shape[-2] // height, padded.shape[-1] // width
+    amax = padded.unflatten(-1, (columns, width)).amax(-1).unflatten(-2, (rows, height)).amax(-2).float()
+    return _scales(amax, scale, format, amax_min)
+
+
+def encode_tiles(
+    x: Float[Tensor, "*batch r c"], scales: Float[Tensor, "*batch rt ct"], tile: Tile, format: FormatName = "e4m3"
+) -> Tensor:
+    """The codes of x under given scales."""
+    f = FORMATS[format]
+    columns = -(-x.shape[-1] // 8) * 12 if f.packed else x.shape[-1]
+    codes = torch.empty(*x.shape[:-1], columns, dtype=f.dtype, device=x.device)
+    for strip, spread in _strips(x, scales, tile):
+        codes[..., strip, :] = f.encode(x[..., strip, :] / spread)
+    return codes
+
+
+def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
+    # A divisor on the device: torch divides by a number on the CPU as it divides, on a GPU by way of 1 / 448.
+    scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
+    scales = UE8M0.round_up(scales) if scale == "ue8m0" else scales
+    return torch.where(amax.isfinite(), scales, torch.nan)
+
+
+def _round_groups(
+    x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
+) -> Tensor:
+    """Sizes of the groups stay on the device, so that nothing waits for them."""
+    rows, e = x.shape[0], ends.shape[0]
+    ends = ends.long()
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+    tiles = (sizes + tile[0] - 1) // tile[0]
+    row = torch.arange(rows, device=x.device)
+    group = torch.searchsorted(ends, row, right=True)
+    tile_of_row = (tiles.cumsum(0) - tiles)[group] + (row - (ends - sizes)[group]) // tile[0]
+    width = min(tile[1], x.shape[1])
+    wide = F.pad(x.abs(), (0, -x.shape[1] % width)).unflatten(-1, (-1, width)).amax(-1).float()
+    at_most = -(-rows // tile[0]) + e
+    place = tile_of_row * tile[0] + (row - (ends - sizes)[group]) % tile[0]
+    apart = wide.new_zeros(at_most * tile[0], wide.shape[1]).index_copy(0, place, wide)
+    amax = apart.unflatten(0, (at_most, tile[0])).amax(1)
+    spread = _scales(amax, scale, format, amax_min)[tile_of_row].repeat_interleave(width, -1)[:, : x.shape[1]]
+    return FORMATS[format].round(x / spread).mul_(spread).to(dtype)
+
+
+def _strips(x: Tensor, scales: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of x, a whole number of tiles at a time, with the scale of each of their elements in FP32."""
+    r, c = x.shape[-2:]
+    want = (*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
+    if scales.shape != want:
+        raise ValueError(
+            f"scales of shape {list(scales.shape)} do not fit {list(x.shape)} in tiles of {tile[0]}x{tile[1]}; "
+            f"want {list(want)}"
+        )
+    tiles = max(1, STRIP * max(1, r) // max(1, x.numel()) // tile[0])
+    for first in range(0, want[-2], tiles):
+        some = scales[..., first : first + tiles, :].float()
+        strip = slice(first * tile[0], min(r, (first + tiles) * tile[0]))
+        spread = some.repeat_interleave(tile[1], -1)[..., :c].repeat_interleave(tile[0], -2)
+        yield strip, spread[..., : strip.stop - strip.start, :]
