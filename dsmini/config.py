@@ -107,8 +107,8 @@ class ModelConfig:
     """Norm the embedding before the first block. Not DeepSeek's."""
     qk_norm: bool = False
     """Norm each head's query and key, whole. Not DeepSeek's, who norm the latents; excludes the absorbed form."""
-    precision: Literal["native"] = "native"
-    """native: matrix products in the compute dtype. (Simulated FP8 comes in version 0.2.)"""
+    precision: Literal["native", "fp8"] = "native"
+    """native: matrix products in the compute dtype; fp8: those of attention and feed-forwards in simulated FP8."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -5,7 +5,7 @@ from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache
 from dsmini.nn.gate import Gate, Routing, route
-from dsmini.nn.linear import Linear, grouped_linear
+from dsmini.nn.linear import Linear
 from dsmini.nn.losses import Losses, linear_cross_entropy
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import Experts, FeedForward, MoE
@@ -13,6 +13,7 @@ from dsmini.nn.mtp import MTP
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, apply_rope
 from dsmini.nn.transformer import Embedding, Output, Transformer
+from dsmini.numerics import grouped_linear
 
 __all__ = [
     "MLA",

@@ -14,6 +14,7 @@ from dsmini.nn.fp32 import at_least_fp32
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
+from dsmini.numerics import quantize
 
 # Up to so many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
 EXPLICIT_UP_TO = 128
@@ -100,6 +101,12 @@ def _hidden(documents: Tensor | None, s: int, device: torch.device) -> Tensor:
     return future if documents is None else future | (documents[:, None, :, None] != documents[:, None, None, :])
 
 
+def output_linear(c: ModelConfig, width: int) -> Linear:
+    """The Linear after attention. Attention's own backward reads its input too, which is why FP8 training keeps it in
+    E5M6, with more bits (report, section 3.3.3)."""
+    return Linear(width, c.dim, init_std=c.output_init_std, precision=c.precision, saved_format="e5m6")
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary keys and queries: MLA's twin.
 
@@ -116,15 +123,17 @@ class Attention(nn.Module):
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
 
-        def linear(i: int, o: int, init_std: float = c.init_std) -> Linear:
-            return Linear(i, o, init_std=init_std, precision=c.precision)
+        self.precision = c.precision
+
+        def linear(i: int, o: int) -> Linear:
+            return Linear(i, o, init_std=c.init_std, precision=c.precision)
 
         self.wq = linear(c.dim, c.n_heads * c.qk_nope_head_dim)
         self.wk = linear(c.dim, c.kv_heads * c.qk_nope_head_dim)
         self.wv = linear(c.dim, c.kv_heads * c.v_head_dim)
         self.q_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
         self.k_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
-        self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
+        self.wo = output_linear(c, c.n_heads * c.v_head_dim)
 
     def forward(
         self,
@@ -136,12 +145,13 @@ class Attention(nn.Module):
         """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
         positions 0, 1, ... if left out. With a `past`, also to what is cached, where the new tokens are put too."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
-        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
-        k = apply_rope(rearrange(self.wk(x), "b s (h d) -> b s h d", h=self.n_kv_heads), table)
+        read = quantize(x) if self.precision == "fp8" else x  # once, for all three
+        q = apply_rope(rearrange(self.wq(read), "b s (h d) -> b s h d", h=self.n_heads), table)
+        k = apply_rope(rearrange(self.wk(read), "b s (h d) -> b s h d", h=self.n_kv_heads), table)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
         q, k = q.transpose(1, 2), k.flatten(2)
-        v = self.wv(x)
+        v = self.wv(read)
         if past is not None:
             past.store.write(torch.cat((k, v), -1), past.window)
         if past is not None and (not past.window.fresh or past.store.rounds(q.dtype)):

@@ -1,12 +1,15 @@
 """Modules whose matrices may be held in FP8: E4M3 codes with an FP32 scale for each 128x128 block."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, dequantize_tiles, quantize
+
+Precision = Literal["native", "fp8"]
+"""Of matrix products: in the compute dtype, or in simulated FP8."""
 
 
 class FP8Module(nn.Module):
@@ -19,6 +22,7 @@ class FP8Module(nn.Module):
 
     scale_names: ClassVar[Mapping[str, str]]
     """For each parameter that may be FP8 the buffer of its scales, which is None until then."""
+    precision: Precision = "native"
 
     def hold_fp8(self, name: str, codes: Tensor, scales: Tensor) -> None:
         """Let the parameter `name` be these E4M3 codes, with FP32 scales of its last two dimensions' blocks."""
@@ -30,12 +34,34 @@ class FP8Module(nn.Module):
         return any(getattr(self, name) is not None for name in self.scale_names.values())
 
     def dequantized(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """The parameter `name` in that dtype, of a stacked one the matrix `index`; dequantised if it is held in FP8."""
+        """The parameter `name` in that dtype, of a stacked one the matrix `index`: dequantised if it is held in FP8,
+        rounded to FP8 with precision "fp8"."""
+        weight, scales = self._stored(name, index)
+        if scales is not None:
+            return dequantize_tiles(weight, scales, WEIGHT_TILE, "e4m3", dtype)
+        return quantize(weight, WEIGHT_TILE).dequantize(dtype) if self.precision == "fp8" else weight.to(dtype)
+
+    def operand(self, name: str, index: int | None = None) -> Tensor | QuantizedTensor:
+        """The parameter `name`, of a stacked one the matrix `index`, for an FP8 product: itself, or its codes."""
+        weight, scales = self._stored(name, index)
+        if scales is None:
+            return weight
+        return QuantizedTensor(
+            codes=weight,
+            scales=scales.float(),
+            shape=weight.shape,
+            tile=WEIGHT_TILE,
+            scale="fp32",
+            format="e4m3",
+            dtype=torch.float32,
+        )
+
+    def _stored(self, name: str, index: int | None) -> tuple[Tensor, Tensor | None]:
         weight, scales = self._parameters[name], self._buffers[self.scale_names[name]]  # faster than getattr
         assert weight is not None
-        if index is not None:
-            weight, scales = weight[index], None if scales is None else scales[index]
-        return weight.to(dtype) if scales is None else dequantize_tiles(weight, scales, WEIGHT_TILE, "e4m3", dtype)
+        if index is None:
+            return weight, scales
+        return weight[index], None if scales is None else scales[index]
 
     def train(self, mode: bool = True) -> "FP8Module":
         if mode and self.holds_fp8:

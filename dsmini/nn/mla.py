@@ -24,11 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.attention import attend, causal_attention
+from dsmini.nn.attention import attend, causal_attention, output_linear
 from dsmini.nn.cache import Past
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope, Table, apply_rope
+from dsmini.numerics import QuantizedTensor, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,10 @@ class MLA(nn.Module):
         self.kv_lora_rank = c.kv_lora_rank
         self.qk_nope_head_dim, self.v_head_dim = c.qk_nope_head_dim, c.v_head_dim
 
-        def linear(i: int, o: int, init_std: float = c.init_std) -> Linear:
-            return Linear(i, o, init_std=init_std, precision=c.precision)
+        def linear(i: int, o: int) -> Linear:
+            return Linear(i, o, init_std=c.init_std, precision=c.precision)
 
+        self.precision = c.precision
         self.wq = self.wq_a = self.q_norm = self.wq_b = None
         if c.q_lora_rank is None:
             self.wq = linear(c.dim, c.n_heads * c.qk_head_dim)
@@ -89,7 +91,7 @@ class MLA(nn.Module):
         self.wkv_a = linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_norm = RMSNorm(c.kv_lora_rank)
         self.wkv_b = linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = linear(c.n_heads * c.v_head_dim, c.dim, c.output_init_std)
+        self.wo = output_linear(c, c.n_heads * c.v_head_dim)
 
     def forward(
         self,
@@ -101,8 +103,9 @@ class MLA(nn.Module):
         """Attend causally, with `documents` within each document; `table` is rope.table(positions), made for
         positions 0, 1, ... if left out. With a `past`, also to what is cached, where the new tokens are put too."""
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
-        q = self.queries(x, table)
-        c_kv, k_rope = self.latents(x, table)
+        read = quantize(x) if self.precision == "fp8" else x  # once, for both
+        q = self.queries(read, table)
+        c_kv, k_rope = self.latents(read, table)
         if past is not None:
             past.store.write(torch.cat((c_kv, k_rope.squeeze(2)), -1), past.window)
             if self.form_for(x.shape[1], past) == "absorbed":
@@ -167,7 +170,7 @@ class MLA(nn.Module):
         w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
         return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
-    def queries(self, x: Float[Tensor, "b s m"], table: Table) -> Float[Tensor, "b s h d"]:
+    def queries(self, x: Float[Tensor, "b s m"] | QuantizedTensor, table: Table) -> Float[Tensor, "b s h d"]:
         """Each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated."""
         if self.wq is not None:
             q = self.wq(x)
@@ -179,7 +182,7 @@ class MLA(nn.Module):
         return torch.cat((q_nope, apply_rope(q_rope, table)), -1)
 
     def latents(
-        self, x: Float[Tensor, "b t m"], table: Table
+        self, x: Float[Tensor, "b t m"] | QuantizedTensor, table: Table
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t 1 r"]]:
         """What a cache holds of a token: the normed latent c_kv, and the rotary key that all heads share."""
         c_kv, k_rope = self.wkv_a(x).tensor_split((self.kv_lora_rank,), -1)

@@ -5,8 +5,9 @@ The results are gathered back by token and summed over k in order: no row is dro
 the same input gives the same bits.
 """
 
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.fp8 import FP8Module, untrainable
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.linear import Linear, grouped_linear
+from dsmini.nn.linear import Linear
+from dsmini.numerics import QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, grouped_linear, quantize
 
 
 class FeedForward(nn.Module):
@@ -31,7 +33,10 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, c.dim, init_std=c.output_init_std, precision=c.precision)
         self.w3 = Linear(c.dim, hidden, init_std=c.init_std, precision=c.precision)
 
-    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+    def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
+        if self.w2.precision == "fp8":
+            x = quantize(x) if isinstance(x, Tensor) else x
+            return fp8_swiglu_matmul(self.w1(x), self.w3(x), self.w2.operand("weight"))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -99,6 +104,35 @@ class _Combine(torch.autograd.Function):
         return grad_rows.mul_(weight_of_slot[:, None]), grad_weights, None, None
 
 
+class _FP8Dispatch(torch.autograd.Function):
+    """_Dispatch for rows that exist as codes: what stands for them in the graph, of one element in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(slot)
+        return source.new_zeros(()).expand(rows, source.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return F.embedding_bag(slot, grad, mode="sum"), None, None
+
+
+def dispatch_quantized(x: QuantizedTensor, token: Int[Tensor, " rows"], slot: Int[Tensor, "n k"]) -> QuantizedTensor:
+    """The rows of _Dispatch as codes and scales, half the bytes. Padding is zero: as copies of a token it would take
+    part in the tiles of an expert's own tokens.
+
+    Source: DeepSeek-V3 report, section 3.3.3 (tokens are sent to their experts in FP8).
+    """
+    (n, _), rows = slot.shape, token.shape[0]
+    visited = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
+    with_zeros = replace(x, codes=F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)), scales=F.pad(x.scales, (0, 0, 0, 1)))
+    chosen = with_zeros.select_rows(torch.where(visited, token, n))
+    source = None if x.source is None else cast(Tensor, _FP8Dispatch.apply(x.source, slot, rows))
+    return replace(chosen, codes=chosen.codes.view(x.codes.dtype), source=source)
+
+
 class Experts(FP8Module):
     """All routed experts of a layer, stacked: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped.
 
@@ -116,7 +150,7 @@ class Experts(FP8Module):
         self.w3 = nn.Parameter(torch.empty(e, f, m))
         for scale in self.scale_names.values():
             self.register_buffer(scale, None)
-        self.init_std, self.output_init_std = c.init_std, c.output_init_std
+        self.init_std, self.output_init_std, self.precision = c.init_std, c.output_init_std, c.precision
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -126,15 +160,20 @@ class Experts(FP8Module):
 
     def forward(
         self,
-        x: Float[Tensor, "n m"],
+        x: Float[Tensor, "n m"] | QuantizedTensor,
         indices: Int[Tensor, "n k"],
         weights: Float[Tensor, "n k"],
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
         """Sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
+        if self.precision == "fp8" and isinstance(x, Tensor):
+            x = quantize(x)
         if self.holds_fp8 or (not torch.is_grad_enabled() and _few(x, indices, counts)):
-            return self._one_by_one(untrainable(x), indices, weights, counts)
+            return self._one_by_one(x, indices, weights, counts)
         token, slot, ends = sort_by_expert(indices, counts, _row_alignment(x, indices, counts))
+        if isinstance(x, QuantizedTensor):
+            y = self._fp8_swiglu(dispatch_quantized(x, token, slot), ends)
+            return _Combine.apply(y, weights, token, slot)  # pyright: ignore[reportReturnType]
         rows: Tensor = _Dispatch.apply(x, token, slot)  # pyright: ignore[reportAssignmentType]
         if torch.is_grad_enabled():
             w13 = torch.cat((self.w1.to(x.dtype), self.w3.to(x.dtype)), 1)  # one product reads the rows once
@@ -148,27 +187,41 @@ class Experts(FP8Module):
         """w1, w2 and w3 of expert i in that dtype."""
         return self.dequantized("w1", dtype, i), self.dequantized("w2", dtype, i), self.dequantized("w3", dtype, i)
 
-    def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor | QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        x = untrainable(x) if isinstance(x, Tensor) else x
         if x.shape[0] == 1:  # decoding: nothing to sort
             return weights.to(x.dtype) @ torch.cat([self._one(i, x) for i in indices[0].tolist()])
         token, slot, _ = sort_by_expert(indices, counts)
-        rows, sizes = x.index_select(0, token), counts.tolist()
-        parts = rows.split(sizes)
-        out = torch.cat([self._one(i, part) for i, part in enumerate(parts) if sizes[i]] or [rows])
-        return _Combine.apply(out, weights, token, slot)  # pyright: ignore[reportReturnType]
+        sizes = counts.tolist()
+        out: list[Tensor] = []
+        for i, tokens in enumerate(token.split(sizes)):
+            if sizes[i]:
+                out.append(self._one(i, _rows_of(x, tokens)))
+        y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        return _Combine.apply(y, weights, token, slot)  # pyright: ignore[reportReturnType]
 
-    def _one(self, i: int, rows: Tensor) -> Tensor:
+    def _one(self, i: int, rows: Tensor | QuantizedTensor) -> Tensor:
+        if isinstance(rows, QuantizedTensor):
+            return self._fp8_swiglu(rows, None, i)
         w1, w2, w3 = self.expert(i, rows.dtype)
         return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
 
+    def _fp8_swiglu(self, rows: QuantizedTensor, ends: Tensor | None, i: int | None = None) -> Tensor:
+        gate, up = (fp8_matmul(rows, self.operand(name, i), ends=ends) for name in ("w1", "w3"))
+        return fp8_swiglu_matmul(gate, up, self.operand("w2", i), ends=ends)
 
-def _few(x: Tensor, indices: Tensor, counts: Tensor) -> bool:
+
+def _rows_of(x: Tensor | QuantizedTensor, rows: Tensor) -> Tensor | QuantizedTensor:
+    return x.index_select(0, rows) if isinstance(x, Tensor) else x.select_rows(rows)
+
+
+def _few(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:
     """Whether a CPU would spend more on the experts that nobody chose, in a grouped product, than on asking the chosen
     ones in turn (docs/log.md)."""
     return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
 
 
-def _row_alignment(x: Tensor, indices: Tensor, counts: Tensor) -> int:
+def _row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> int:
     """oneDNN prepares a product anew for each row count in BF16: rows in multiples of 64 reuse it (docs/log.md)."""
     enough = indices.numel() >= 64 * counts.shape[0]
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
@@ -191,6 +244,8 @@ class MoE(nn.Module):
     def forward(self, x: Float[Tensor, "*batch m"]) -> tuple[Float[Tensor, "*batch m"], Routing]:
         flat = x.flatten(0, -2)
         routing = self.gate(flat)
+        if self.experts.precision == "fp8":
+            flat = quantize(flat)  # once, for the routed and the shared
         y = self.experts(flat, routing.indices, routing.weights, routing.counts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)

@@ -1,6 +1,9 @@
 """What a number is: short formats, tiles with a scale each, and products of them."""
 
+from dsmini.numerics.accumulation import Accumulator
 from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format
+from dsmini.numerics.gemm import fp8_matmul, fp8_swiglu_matmul
+from dsmini.numerics.products import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import (
     ACTIVATION_TILE,
     AMAX_MIN,
@@ -23,10 +26,15 @@ __all__ = [
     "TOKEN_TILE",
     "UE8M0",
     "WEIGHT_TILE",
+    "Accumulator",
     "Format",
     "QuantizedTensor",
     "dequantize_tiles",
     "encode_tiles",
+    "fp8_matmul",
+    "fp8_swiglu_matmul",
+    "grouped_linear",
+    "grouped_outer",
     "quantize",
     "quantize_tiles",
     "round_tiles",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,6 +54,11 @@ class QuantizedTensor:
         return self.codes.device
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
@@ -63,6 +68,20 @@ class QuantizedTensor:
         codes, scales = _matrices(self.codes, self.scales)
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
         return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
+
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> "QuantizedTensor":
+        """Those rows of a matrix whose tiles are one row high, without a gradient."""
+        if len(self.shape) != 2 or self.tile[0] != 1:
+            raise ValueError(
+                f"rows of {list(self.shape)} in tiles {self.tile[0]} rows high; want a matrix in tiles of one"
+            )
+        codes = self.codes.view(torch.uint8).index_select(0, rows).view(self.codes.dtype)
+        scales = self.scales.index_select(0, rows)
+        return replace(self, codes=codes, scales=scales, shape=torch.Size((len(rows), self.shape[1])), source=None)
+
+    def detach(self) -> "QuantizedTensor":
+        """The same without a gradient."""
+        return replace(self, source=None)
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same on another device, without a gradient."""
@@ -84,7 +103,9 @@ class QuantizedTensor:
         with safe_open(str(path), "pt", device=str(device)) as file:
             about: dict[str, Any] = file.metadata() or {}
             if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
-                raise ValueError(f"{path} holds {sorted(file.keys())}; want the codes and scales of QuantizedTensor.save")
+                raise ValueError(
+                    f"{path} holds {sorted(file.keys())}; want the codes and scales of QuantizedTensor.save"
+                )
             codes, scales = file.get_tensor("codes"), file.get_tensor("scales")
         return cls(
             codes=codes,
@@ -171,11 +192,12 @@ def _cut(x: Tensor, tile: Any) -> Tile:
     if tile == "tensor":
         return max(1, x.numel() // max(1, c)), max(1, c)
     pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
-    if not pair or not all(isinstance(n, int) and n > 0 for n in tile):
+    if not pair or not all(type(n) is int and n > 0 for n in tile):
         raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
-    if x.dim() == 1 and tile[0] > 1:
-        raise ValueError(f"tile={tuple(tile)} has {tile[0]} rows, and a tensor of one dimension has one; use (1, 128)")
-    return tile[0], tile[1]
+    rows, columns = cast(Tile, tuple(tile))
+    if x.dim() == 1 and rows > 1:
+        raise ValueError(f"tile={tile!r} has {rows} rows, and a tensor of one dimension has one; use (1, 128)")
+    return rows, columns
 
 
 def _matrices(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import Experts, FeedForward, MoE
-from dsmini.nn import grouped_linear, linear
-from dsmini.nn.linear import grouped_linear_by_expert
+from dsmini.nn import grouped_linear
+from dsmini.numerics import products
+from dsmini.numerics.products import grouped_linear_by_expert
 from dsmini.nn.moe import sort_by_expert
 from tests.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
@@ -212,7 +213,7 @@ def test_nothing_is_added_in_an_order_left_to_chance(randomise: Any) -> None:
 def test_grouped_product_equals_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     grouped_mm = F.grouped_mm
-    monkeypatch.setattr(linear.F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    monkeypatch.setattr(products.F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
     x = torch.randn(130, 24, dtype=dtype, requires_grad=True)
     weight = torch.randn(5, 16, 24, requires_grad=True)
     ends = torch.tensor([0, 1, 64, 64, 130])

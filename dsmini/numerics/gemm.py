@@ -1,0 +1,269 @@
+"""The FP8 matrix product of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
+
+For y = x W^T with x [n, k] and W [o, k], all that is multiplied is E4M3 with a scale for every tile (report, figure 6):
+
+    fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
+    dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
+    wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles: dy from its own values, x from the codes
+                                   that forward saved, which lose nothing where scales are powers of two
+
+What backward needs is kept as FP8 codes and scales: x once, however many products read it, and W.
+
+Simulated: with power-of-two scales a dequantised E4M3 value is a BF16 value, so that a BF16 product of the dequantised
+operands, which sums in FP32, is the FP8 product, up to the order of its sums and the rounding of its result. FP32
+results, and FP32 scales, run an FP32 product. The weight's gradient is rounded to the result's dtype before it is added
+to an FP32 parameter's.
+
+An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
+"""
+
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.numerics.accumulation import Accumulator
+from dsmini.numerics.products import grouped_linear, grouped_outer
+from dsmini.numerics.quantization import (
+    ACTIVATION_TILE,
+    AMAX_MIN,
+    SMALLEST_AMAX,
+    TOKEN_TILE,
+    WEIGHT_TILE,
+    QuantizedTensor,
+    check_options,
+    check_source,
+    quantize,
+)
+from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles, round_tiles
+
+
+class _Way(NamedTuple):
+    """How one product and its gradients are computed."""
+
+    scale: Scale
+    weight_scale: Scale
+    grad_format: FormatName
+    saved_format: FormatName
+    out_dtype: torch.dtype
+    accumulator: Accumulator | None
+    backend: str | None
+
+    @property
+    def operands(self) -> torch.dtype:
+        """BF16, where that holds the operands exactly and the result is BF16."""
+        exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
+        return torch.bfloat16 if exact and self.out_dtype == torch.bfloat16 else torch.float32
+
+
+def fp8_matmul(
+    x: Float[Tensor, "*batch k"] | QuantizedTensor,
+    w: Float[Tensor, "*e o k"] | QuantizedTensor,
+    *,
+    scale: Scale = "ue8m0",
+    grad_format: Literal["e4m3", "e5m2"] = "e4m3",
+    out_dtype: torch.dtype | None = None,
+    ends: Int[Tensor, " e"] | None = None,
+    saved_format: Literal["e4m3", "e5m6"] = "e4m3",
+    accumulator: Accumulator | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """x W^T in simulated FP8, with its gradients.
+
+    Args:
+        x: FP32, BF16 or FP16, or quantised already, by `quantize(x)`, for several products to share.
+        w: of the same kinds; a quantised weight has no gradient.
+        out_dtype: BF16 or FP32 (or FP16); left out: x's.
+        ends: for the experts of a layer: x is [rows, k], w [e, o, k], and expert j takes the rows up to ends[j] that
+            the one before did not. The last is the number of rows; an expert may have none.
+        saved_format: what x is kept in for backward: e5m6 for the Linear after attention (report, section 3.3.3).
+        accumulator: emulate an accumulator of few bits, in all three products. Slow, and not with `ends`.
+
+    Raises: ValueError for FP64 and integers, devices or widths that differ, and x in other tiles than 1x128.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+    check_options(scale, grad_format, AMAX_MIN)
+    _check_operands(x, w, ends)
+    if isinstance(x, Tensor):
+        q = quantize(x, ACTIVATION_TILE, scale)
+        saved = q if saved_format == "e4m3" else quantize(x.detach(), ACTIVATION_TILE, "ue8m0", saved_format)
+    else:
+        q = saved = x
+        saved_format = cast(Any, x.format)
+        if x.format != "e4m3":
+            q = quantize(x.dequantize(), ACTIVATION_TILE, scale)
+    weight = w if isinstance(w, QuantizedTensor) else quantize(w.detach(), WEIGHT_TILE, scale)
+    way = _Way(q.scale, weight.scale, grad_format, saved_format, _result(x, out_dtype), accumulator, ops.chosen())
+    trained = None if isinstance(w, QuantizedTensor) else w
+    y = _Matmul.apply(q.source, trained, q.codes, q.scales, saved.codes, saved.scales, *weight.parts, ends, way)
+    return cast(Tensor, y)
+
+
+def fp8_swiglu_matmul(
+    gate: Float[Tensor, "*batch k"],
+    up: Float[Tensor, "*batch k"],
+    w: Float[Tensor, "*e o k"] | QuantizedTensor,
+    *,
+    scale: Scale = "ue8m0",
+    grad_format: Literal["e4m3", "e5m2"] = "e4m3",
+    ends: Int[Tensor, " e"] | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """fp8_matmul(silu(gate) * up, w), which keeps gate and up as FP8 and computes the rest again in backward.
+
+    Forward uses gate and up as they are, backward as they were kept, also for the derivative of silu.
+
+    Source: DeepSeek-V3 report, section 3.3.3.
+    """
+    check_options(scale, grad_format, AMAX_MIN)
+    for x, name in ((gate, "gate"), (up, "up")):
+        check_source(x, name)
+    _check_operands(up, w, ends)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up {up.dtype} {list(up.shape)}; want them alike")
+    weight = w if isinstance(w, QuantizedTensor) else quantize(w.detach(), WEIGHT_TILE, scale)
+    way = _Way(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
+    trained = None if isinstance(w, QuantizedTensor) else w
+    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, way))
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor | None,
+        w: Tensor | None,
+        codes: Tensor,
+        scales: Tensor,
+        saved_codes: Tensor,
+        saved_scales: Tensor,
+        w_codes: Tensor,
+        w_scales: Tensor,
+        ends: Tensor | None,
+        way: _Way,
+    ) -> Tensor:
+        ctx.save_for_backward(saved_codes, saved_scales, w_codes, w_scales, ends)
+        ctx.way, ctx.k = way, codes.shape[-1]
+        ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
+        x = _activations(codes, scales, "e4m3", way.operands, ctx.k)
+        y = _times_transposed(x, _weights(w_codes, w_scales, way.operands), ends, way)
+        return y.view(*codes.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved_codes, saved_scales, w_codes, w_scales, ends = ctx.saved_tensors
+        way: _Way = ctx.way
+        dx = dw = None
+        with ops.use(way.backend):
+            dy = grad.reshape(-1, grad.shape[-1])
+            if ctx.needs_input_grad[0]:
+                dx = _input_gradient(dy, _weights(w_codes, w_scales, way.operands), ends, way)
+                dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                x = _activations(saved_codes, saved_scales, way.saved_format, way.operands, ctx.k)
+                dw = _weight_gradient(dy, x, ends, way).to(ctx.dtypes[1])
+        return dx, dw, *[None] * 8
+
+
+class _SwiGLUMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        w: Tensor | None,
+        w_codes: Tensor,
+        w_scales: Tensor,
+        ends: Tensor | None,
+        way: _Way,
+    ) -> Tensor:
+        if any(ctx.needs_input_grad):
+            kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, way.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
+            ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
+        ctx.way, ctx.dtypes = way, (gate.dtype, None if w is None else w.dtype)
+        hidden = _rows(F.silu(gate).mul_(up))
+        x = round_tiles(hidden, ACTIVATION_TILE, way.scale, "e4m3", AMAX_MIN, way.operands)
+        y = _times_transposed(x, _weights(w_codes, w_scales, way.operands), ends, way)
+        return y.view(*gate.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *kept, w_codes, w_scales, ends = ctx.saved_tensors
+        way: _Way = ctx.way
+        dgate = dup = dw = None
+        with ops.use(way.backend):
+            dy = _rows(grad)
+            k = w_codes.shape[-1]
+            gate, up = (_activations(kept[i], kept[i + 1], "e4m3", way.out_dtype, k) for i in (0, 2))
+            activated = F.silu(gate)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+                dh = _input_gradient(dy, _weights(w_codes, w_scales, way.operands), ends, way)
+                dgate = torch.ops.aten.silu_backward(dh * up, gate).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
+                dup = (dh * activated).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[2]:
+                dw = _weight_gradient(dy, activated.mul_(up), ends, way).to(ctx.dtypes[1])
+        return dgate, dup, dw, *[None] * 4
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _activations(codes: Tensor, scales: Tensor, format: FormatName, dtype: torch.dtype, k: int) -> Tensor:
+    return dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, format, dtype, k)
+
+
+def _weights(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", dtype)
+
+
+def _input_gradient(dy: Tensor, w: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+    """dgrad, [n, o] and the dequantised weight to [n, k]."""
+    g = round_tiles(dy, ACTIVATION_TILE, way.scale, way.grad_format, SMALLEST_AMAX, way.operands)
+    return _times_transposed(g, w.mT, ends, way)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+    """wgrad, of dy [n, o] and the activations [n, k] as they were kept: [o, k], or [e, o, k] with ends."""
+    g = round_tiles(dy, TOKEN_TILE, way.scale, way.grad_format, SMALLEST_AMAX, way.operands, ends)
+    x = round_tiles(x, TOKEN_TILE, way.scale, "e4m3", AMAX_MIN, way.operands, ends)
+    if ends is not None:
+        return grouped_outer(g, x, ends)
+    return _times_transposed(g.T, x.T, None, way)
+
+
+def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+    """a b^T of dequantised operands in the result's dtype."""
+    if ends is not None:
+        return grouped_linear(a, b, ends).to(way.out_dtype)
+    y = F.linear(a, b) if way.accumulator is None else way.accumulator.matmul(a, b)
+    return y.to(way.out_dtype)
+
+
+def _result(x: Tensor | QuantizedTensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    out = x.dtype if out_dtype is None else out_dtype
+    if out not in (torch.bfloat16, torch.float32, torch.float16):
+        raise ValueError(f"out_dtype={out}; use torch.bfloat16 or torch.float32")
+    return out
+
+
+def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, ends: Tensor | None) -> None:
+    for value, name in ((x, "x"), (w, "w")):
+        if isinstance(value, Tensor):
+            check_source(value, name)
+    if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
+        raise ValueError(f"x is quantised in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128, along what is summed over")
+    if isinstance(w, QuantizedTensor) and (w.tile != WEIGHT_TILE or w.format != "e4m3"):
+        raise ValueError(f"w is quantised in {w.format} tiles of {w.tile[0]}x{w.tile[1]}; want e4m3 blocks of 128x128")
+    grouped = ends is not None
+    if len(w.shape) != 2 + grouped or (grouped and (len(x.shape) != 2 or ends.shape != w.shape[:1])):
+        raise ValueError(
+            f"x is {list(x.shape)}, w {list(w.shape)}, ends {None if ends is None else list(ends.shape)}; "
+            "want x [..., k] and w [o, k], or, with ends [e], x [rows, k] and w [e, o, k]"
+        )
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"x is {x.shape[-1]} wide and w {w.shape[-1]}; both are summed over and must be equal")
+    if x.device != w.device:
+        raise ValueError(f"x is on {x.device} and w on {w.device}; move one of them")

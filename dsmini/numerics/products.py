@@ -1,0 +1,63 @@
+"""Matrix products by groups of rows, as the experts of a layer need them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def grouped_linear(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """x_j W_j^T for each group of rows, in one grouped product where torch has one for this case, else one by one.
+
+    Args:
+        ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
+    """
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return _outside_the_graph(x, weight, ends)  # pyright: ignore[reportCallIssue]
+    weight = weight.to(x.dtype)
+    if _grouped_mm_serves(x, weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    return grouped_linear_by_expert(x, weight, ends)
+
+
+@torch.compiler.disable
+def _outside_the_graph(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch cannot trace grouped_mm in FP32, nor products whose sizes are data: eager between two compiled graphs."""
+    return grouped_linear(x, weight, ends)
+
+
+def grouped_linear_by_expert(
+    x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "rows o"]:
+    """grouped_linear as a loop over the experts: any dtype, any stride. Waits for the device to tell the sizes."""
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
+
+
+def grouped_outer(
+    g: Float[Tensor, "rows o"], x: Float[Tensor, "rows i"], ends: Int[Tensor, " e"]
+) -> Float[Tensor, "e o i"]:
+    """g_j^T x_j for each group of rows: the gradient of grouped_linear's weight. Zeros for an empty group."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return _outer_outside_the_graph(g, x, ends)  # pyright: ignore[reportCallIssue]
+    sizes = (g.shape[1], x.shape[1])
+    if _grouped_mm_serves(x, sizes):
+        return F.grouped_mm(g.T, x, offs=ends.int())
+    groups = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.stack([a.T @ b for a, b in zip(g.split(groups), x.split(groups), strict=True)])
+
+
+@torch.compiler.disable
+def _outer_outside_the_graph(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return grouped_outer(g, x, ends)
+
+
+def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:
+    """grouped_mm wants 16-byte strides and BF16, on a CPU also FP32; it has no FP64."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
+    kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
+    return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")
