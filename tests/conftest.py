@@ -1,7 +1,7 @@
 """Seeds from the tests' own names, and small models whose every part matters."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -73,3 +73,15 @@ def small_config() -> Callable[..., ModelConfig]:
 def small_model(small_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
     """A random model of small_config."""
     return lambda **changes: randomise(Transformer(small_config(**changes)))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Under deterministic algorithms torch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(9).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -38,6 +38,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (got - want).norm().item() / (size or 1.0)
 
 
+def calc_diff(got: Tensor, want: Tensor) -> float:
+    """DeepGEMM's measure, 1 - 2 sum(xy) / sum(x^2 + y^2), in FP64: about half the square of the relative error."""
+    got, want = got.detach().double(), want.detach().double()
+    return (1 - 2 * (got * want).sum() / (got.square() + want.square()).sum()).item()
+
+
 # Two right ways through a whole small model in FP32: sums of at most 48 terms, some 20 of them chained in each of its
 # two blocks and up to two of multi-token prediction.
 FP32_MODEL = rounding(FP32_UNIT, terms=48, chained=80)

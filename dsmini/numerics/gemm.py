@@ -86,7 +86,10 @@ def fp8_matmul(
     Source: DeepSeek-V3 report, section 3.3.
     """
     check_options(scale, grad_format, AMAX_MIN)
+    check_options(scale, saved_format, AMAX_MIN)
     _check_operands(x, w, ends)
+    if ends is not None and accumulator is not None:
+        raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
     if isinstance(x, Tensor):
         q = quantize(x, ACTIVATION_TILE, scale)
         saved = q if saved_format == "e4m3" else quantize(x.detach(), ACTIVATION_TILE, "ue8m0", saved_format)

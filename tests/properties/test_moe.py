@@ -1,6 +1,6 @@
 """Dispatch and combine: every visit has its slot, and the experts equal a loop over tokens and experts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import Experts, FeedForward, MoE
 from dsmini.nn import grouped_linear
+from dsmini.nn.moe import sort_by_expert
 from dsmini.numerics import products
 from dsmini.numerics.products import grouped_linear_by_expert
-from dsmini.nn.moe import sort_by_expert
 from tests.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -227,18 +227,6 @@ def test_grouped_product_equals_one_by_one(dtype: torch.dtype, monkeypatch: pyte
     assert calls
     tolerance = rounding(FP32_UNIT, terms=130) if dtype == torch.float32 else rounding(BF16_UNIT)
     assert all(relative_error(a, b) <= tolerance for a, b in results)
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Under deterministic algorithms torch fills new memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.empty(9).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
