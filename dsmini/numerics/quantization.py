@@ -129,6 +129,7 @@ def quantize(
     """
     check_source(x, "x")
     check_options(scale, format, amax_min)
+    tile = "row" if tile == "tensor" and not x.numel() else tile  # no elements, no scale
     cut = _cut(x, tile)
     source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
     matrix = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)
