@@ -161,7 +161,9 @@ def check_options(scale: str, format: str, amax_min: float) -> None:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     if not SMALLEST_AMAX <= amax_min < math.inf:
-        raise ValueError(f"amax_min={amax_min} is not from 2^-100 on; use {AMAX_MIN} or, for gradients, 2**-100")
+        raise ValueError(
+            f"amax_min={amax_min}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
+        )
 
 
 def _cut(x: Tensor, tile: Any) -> Tile:
@@ -172,7 +174,7 @@ def _cut(x: Tensor, tile: Any) -> Tile:
     if tile == "tensor":
         return max(1, x.numel() // max(1, c)), max(1, c)
     pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
-    if not pair or not all(isinstance(n, int) and n > 0 for n in tile):
+    if not pair or not all(type(n) is int and n > 0 for n in tile):
         raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
     if x.dim() == 1 and tile[0] > 1:
         raise ValueError(f"tile={tuple(tile)} has {tile[0]} rows, and a tensor of one dimension has one; use (1, 128)")
