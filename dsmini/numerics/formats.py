@@ -153,13 +153,9 @@ class PowersOfTwo:
         return value.masked_fill(code == self.nan, torch.nan)
 
 
-E4M3 = Format(
-    name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn
-)
+E4M3 = Format(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn)
 """No infinities: only the topmost code is no number."""
-E5M2 = Format(
-    name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2
-)
+E5M2 = Format(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2)
 E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
 UE8M0 = PowersOfTwo()
 FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})

@@ -84,7 +84,10 @@ class QuantizedTensor:
         with safe_open(str(path), "pt", device=str(device)) as file:
             about: dict[str, Any] = file.metadata() or {}
             if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
-                raise ValueError(f"{path} holds {sorted(file.keys())}; want the codes and scales of QuantizedTensor.save")
+                raise ValueError(
+                    f"{path} holds {sorted(file.keys())} and metadata of {sorted(about)}; want codes, scales and tile: "
+                    "a file of QuantizedTensor.save"
+                )
             codes, scales = file.get_tensor("codes"), file.get_tensor("scales")
         return cls(
             codes=codes,
