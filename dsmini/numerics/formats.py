@@ -141,7 +141,7 @@ class PowersOfTwo:
         Raises: ValueError for numbers that are not above zero.
         """
         if (x <= 0).any():
-            raise ValueError(f"ue8m0 has no code for {x.min().item()}; want numbers above zero")
+            raise ValueError(f"ue8m0 has no code for {x[x <= 0].min().item()}; want numbers above zero")
         smallest = x <= self.min  # FP32 keeps 2^-127 as a subnormal, which has no exponent field of its own
         code = (self.round_up(x).view(torch.int32) >> 23).masked_fill(x.isnan(), self.nan)
         return code.masked_fill(smallest, 0).to(torch.uint8)

@@ -104,7 +104,8 @@ class QuantizedTensor:
             about: dict[str, Any] = file.metadata() or {}
             if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
                 raise ValueError(
-                    f"{path} holds {sorted(file.keys())}; want the codes and scales of QuantizedTensor.save"
+                    f"{path} holds {sorted(file.keys())} and metadata of {sorted(about)}; want codes, scales and tile: "
+                    "a file of QuantizedTensor.save"
                 )
             codes, scales = file.get_tensor("codes"), file.get_tensor("scales")
         return cls(
@@ -150,6 +151,7 @@ def quantize(
     """
     check_source(x, "x")
     check_options(scale, format, amax_min)
+    tile = "row" if tile == "tensor" and not x.numel() else tile  # no elements, no scale
     cut = _cut(x, tile)
     source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
     matrix = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)
@@ -181,7 +183,9 @@ def check_options(scale: str, format: str, amax_min: float) -> None:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     if not SMALLEST_AMAX <= amax_min < math.inf:
-        raise ValueError(f"amax_min={amax_min} is not from 2^-100 on; use {AMAX_MIN} or, for gradients, 2**-100")
+        raise ValueError(
+            f"amax_min={amax_min}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
+        )
 
 
 def _cut(x: Tensor, tile: Any) -> Tile:

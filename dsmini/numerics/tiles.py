@@ -135,7 +135,7 @@ def _round_groups(
     row = torch.arange(rows, device=x.device)
     group = torch.searchsorted(ends, row, right=True)
     tile_of_row = (tiles.cumsum(0) - tiles)[group] + (row - (ends - sizes)[group]) // tile[0]
-    width = min(tile[1], x.shape[1])
+    width = min(tile[1], max(1, x.shape[1]))
     wide = F.pad(x.abs(), (0, -x.shape[1] % width)).unflatten(-1, (-1, width)).amax(-1).float()
     at_most = -(-rows // tile[0]) + e
     place = tile_of_row * tile[0] + (row - (ends - sizes)[group]) % tile[0]
