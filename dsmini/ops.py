@@ -41,6 +41,9 @@ def use(backend: str | None) -> Iterator[None]:
 
     Raises: ValueError for an unknown backend; and the operations inside, where the backend cannot serve them.
     """
+    if torch.compiler.is_compiling():  # the reference is what is compiled
+        yield
+        return
     _check(backend, "backend")
     token = _chosen.set(backend or "auto")
     try:
@@ -50,7 +53,10 @@ def use(backend: str | None) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """The backend that is forced here, by `use` or else by DSMINI_BACKEND; None if each call chooses."""
+    """The backend that is forced here, by `use` or else by DSMINI_BACKEND; None if each call chooses. While torch compiles,
+    the reference."""
+    if torch.compiler.is_compiling():
+        return "reference"
     backend = _chosen.get() or os.environ.get(VARIABLE) or "auto"
     _check(backend, VARIABLE)
     return None if backend == "auto" else backend

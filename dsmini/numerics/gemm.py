@@ -101,7 +101,8 @@ def fp8_matmul(
     weight = w if isinstance(w, QuantizedTensor) else quantize(w.detach(), WEIGHT_TILE, scale)
     way = _Way(q.scale, weight.scale, grad_format, saved_format, _result(x, out_dtype), accumulator, ops.chosen())
     trained = None if isinstance(w, QuantizedTensor) else w
-    y = _Matmul.apply(q.source, trained, q.codes, q.scales, saved.codes, saved.scales, *weight.parts, ends, way)
+    kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
+    y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, way)
     return cast(Tensor, y)
 
 
@@ -140,14 +141,15 @@ class _Matmul(torch.autograd.Function):
         w: Tensor | None,
         codes: Tensor,
         scales: Tensor,
-        saved_codes: Tensor,
-        saved_scales: Tensor,
+        saved_codes: Tensor | None,
+        saved_scales: Tensor | None,
         w_codes: Tensor,
         w_scales: Tensor,
         ends: Tensor | None,
         way: _Way,
     ) -> Tensor:
-        ctx.save_for_backward(saved_codes, saved_scales, w_codes, w_scales, ends)
+        saved = (codes, scales) if saved_codes is None else (saved_codes, saved_scales)
+        ctx.save_for_backward(*saved, w_codes, w_scales, ends)
         ctx.way, ctx.k = way, codes.shape[-1]
         ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
         x = _activations(codes, scales, "e4m3", way.operands, ctx.k)

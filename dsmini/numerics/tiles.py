@@ -16,7 +16,8 @@ DeepSeek's kernels write the same in four ways that differ in a last bit. A tile
 a whole, its scale and all its codes, so that what is not a number is seen where it goes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -62,10 +63,8 @@ def dequantize_tiles(
     Raises: ValueError for scales that are not one a tile.
     """
     c = codes.shape[-1] if columns is None else columns
-    out = torch.empty(*codes.shape[:-1], c, dtype=dtype, device=codes.device)
-    for strip, spread in _strips(out, scales, tile):
-        out[..., strip, :] = FORMATS[format].decode(codes[..., strip, :], c).mul_(spread)
-    return out
+    shape = torch.Size((*codes.shape[:-1], c))
+    return _in_strips(shape, scales, tile, lambda strip, s: FORMATS[format].decode(codes[..., strip, :], c) * s, dtype)
 
 
 @ops.door("quantize_dequantize")
@@ -87,10 +86,7 @@ def round_tiles(
     if ends is not None:
         return _round_groups(x, tile, scale, format, amax_min, dtype, ends)
     scales = tile_scales(x, tile, scale, format, amax_min)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for strip, spread in _strips(x, scales, tile):
-        out[..., strip, :] = FORMATS[format].round(x[..., strip, :] / spread).mul_(spread)
-    return out
+    return _in_strips(x.shape, scales, tile, lambda strip, s: FORMATS[format].round(x[..., strip, :] / s) * s, dtype)
 
 
 def tile_scales(
@@ -110,11 +106,7 @@ def encode_tiles(
 ) -> Tensor:
     """The codes of x under given scales."""
     f = FORMATS[format]
-    columns = -(-x.shape[-1] // 8) * 12 if f.packed else x.shape[-1]
-    codes = torch.empty(*x.shape[:-1], columns, dtype=f.dtype, device=x.device)
-    for strip, spread in _strips(x, scales, tile):
-        codes[..., strip, :] = f.encode(x[..., strip, :] / spread)
-    return codes
+    return _in_strips(x.shape, scales, tile, lambda strip, s: f.encode(x[..., strip, :] / s), f.dtype)
 
 
 def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
@@ -145,18 +137,33 @@ def _round_groups(
     return FORMATS[format].round(x / spread).mul_(spread).to(dtype)
 
 
-def _strips(x: Tensor, scales: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of x, a whole number of tiles at a time, with the scale of each of their elements in FP32."""
-    r, c = x.shape[-2:]
-    want = (*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
+def _in_strips(
+    shape: torch.Size, scales: Tensor, tile: Tile, make: Callable[[slice, Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """What `make` gives for some rows and the FP32 scale of each of their elements, in dtype, for all rows of a tensor
+    of that shape: a whole number of tiles at a time, under torch.compile, which fuses it, all at once."""
+    r, c = shape[-2:]
+    want = (*shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
     if scales.shape != want:
         raise ValueError(
-            f"scales of shape {list(scales.shape)} do not fit {list(x.shape)} in tiles of {tile[0]}x{tile[1]}; "
+            f"scales of shape {list(scales.shape)} do not fit {list(shape)} in tiles of {tile[0]}x{tile[1]}; "
             f"want {list(want)}"
         )
-    tiles = max(1, STRIP * max(1, r) // max(1, x.numel()) // tile[0])
-    for first in range(0, want[-2], tiles):
-        some = scales[..., first : first + tiles, :].float()
-        strip = slice(first * tile[0], min(r, (first + tiles) * tile[0]))
-        spread = some.repeat_interleave(tile[1], -1)[..., :c].repeat_interleave(tile[0], -2)
-        yield strip, spread[..., : strip.stop - strip.start, :]
+    height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
+
+    def rows(first: int, tiles: int) -> Tensor:
+        strip = slice(first * height, min(r, (first + tiles) * height))
+        some = scales[..., first : first + tiles, :].float().repeat_interleave(width, -1)[..., :c]
+        return make(strip, some.repeat_interleave(height, -2)[..., : strip.stop - strip.start, :]).to(dtype)
+
+    tiles = max(1, STRIP * max(1, r) // max(1, shape.numel()) // height)
+    if tiles >= want[-2] or torch.compiler.is_compiling():
+        return rows(0, max(1, want[-2]))
+    parts = (rows(first, tiles) for first in range(0, want[-2], tiles))
+    first = next(parts)
+    out = torch.empty(*shape[:-1], first.shape[-1], dtype=dtype, device=scales.device)
+    at = 0
+    for part in chain((first,), parts):
+        out[..., at : at + part.shape[-2], :] = part
+        at += part.shape[-2]
+    return out
