@@ -1,0 +1,40 @@
+"""Kernels in C++ for tensors in main memory, compiled on first use."""
+
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.quantize import dequantize, quantize, quantize_dequantize
+
+OPERATIONS = ("quantize", "dequantize", "quantize_dequantize")
+__all__ = [
+    "OPERATIONS",
+    "Unserved",
+    "dequantize",
+    "describe",
+    "expected",
+    "quantize",
+    "quantize_dequantize",
+    "why_not",
+]
+
+
+def why_not() -> str | None:
+    """Compile and load; in one sentence why that failed, or None.
+
+    Raises: ValueError if DSMINI_CPU_ISA asks for what is unknown or not here.
+    """
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def expected() -> bool:
+    """Whether it is worth a warning that there are no kernels."""
+    return True
+
+
+def describe() -> str:
+    loaded = library()
+    threads = "on torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
+    return f"{loaded.isa_name}, {threads}, {loaded.path}"

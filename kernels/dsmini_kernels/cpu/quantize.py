@@ -1,0 +1,175 @@
+"""The tile primitives, with the signatures of their references in dsmini/numerics/tiles.py.
+
+Here a call is checked and described; tiles.cpp says how it is computed.
+"""
+
+from collections.abc import Container
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import library
+
+CALL = Struct("=23qdq")
+"""struct Call of tiles.h."""
+QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {"e4m3": 0, "e5m2": 1, "e5m6": 2}
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
+PACKED = 2
+SCALES = {"fp32": 0, "ue8m0": 1}
+ERRORS = {
+    1: "the call is malformed",
+    2: "a size is negative, or a tile has none",
+    3: "a stride is negative",
+    4: "`ends` must not fall, and must end with the number of rows",
+    5: "the tensors reach beyond their memory",
+    6: "this CPU lacks the instructions",
+    7: "there is no memory left",
+}
+THREADED = 1 << 16
+"""Elements from which on two threads are faster than one."""
+LARGEST = 2.0**127
+
+
+def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
+    x, f = _plain(x, TYPES), _pick(FORMATS, format, "format")
+    *batch, r, c = x.shape
+    codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f])
+    scales = torch.empty((*batch, *_tiles(r, c, tile)))
+    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, _pick(SCALES, scale, "scale"), amax_min)
+    return codes, scales
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tile: tuple[int, int],
+    format: str = "e4m3",
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+) -> Tensor:
+    f, out_type = _pick(FORMATS, format, "format"), _pick(TYPES, dtype, "output")
+    codes = _plain(codes, (CODES[f], torch.uint8))
+    *batch, r, last = codes.shape
+    c = last if columns is None else columns
+    if c < 0 or last != (-(-c // 8) * 12 if f == PACKED else c):
+        raise Unserved(f"{last} bytes of codes for {c} columns")
+    scales = _plain(scales, TYPES).float().contiguous()
+    if scales.shape != (*batch, *_tiles(r, c, tile)):
+        raise Unserved(f"scales of shape {list(scales.shape)} for {list(codes.shape)}")
+    out = torch.empty((*batch, r, c), dtype=dtype)
+    _call(DEQUANTIZE, codes, 0, c, out, out_type, scales, tile, f, 0, 0.0)
+    return out
+
+
+def quantize_dequantize(
+    x: Tensor,
+    tile: tuple[int, int],
+    scale: str,
+    format: str,
+    amax_min: float,
+    dtype: torch.dtype,
+    ends: Tensor | None = None,
+) -> Tensor:
+    x, f, out_type = _plain(x, TYPES), _pick(FORMATS, format, "format"), _pick(TYPES, dtype, "output")
+    _tiles(1, 1, tile)
+    if ends is not None:
+        if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
+            raise Unserved("`ends` are one dimension of integers beside a matrix")
+        ends = ends.long().contiguous()
+    out = torch.empty(x.shape, dtype=dtype)
+    scale_kind = _pick(SCALES, scale, "scale")
+    _call(QUANTIZE_DEQUANTIZE, x, TYPES[x.dtype], x.shape[-1], out, out_type, None, tile, f, scale_kind, amax_min, ends)
+    return out
+
+
+def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
+    """x, or a copy of it, as rows of neighbouring elements in main memory."""
+    if not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes or x.dim() < 2:
+        raise Unserved(f"a tensor of {x.dtype} on {x.device} with {x.dim()} dimensions")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise Unserved("kernels have no gradients, and this tensor wants one")
+    if x.is_contiguous():
+        return x
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x.dim() <= 3 and x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
+def _pick(table: dict[Any, int], key: Any, what: str) -> int:
+    try:
+        return table[key]
+    except KeyError:
+        raise Unserved(f"{what} {key!r}") from None
+
+
+def _tiles(r: int, c: int, tile: tuple[int, int]) -> tuple[int, int]:
+    if tile[0] < 1 or tile[1] < 1:
+        raise Unserved(f"tiles of {tile[0]}x{tile[1]}")
+    return -(-r // tile[0]), -(-c // tile[1])
+
+
+def _call(
+    operation: int,
+    x: Tensor,
+    in_type: int,
+    columns: int,
+    out: Tensor,
+    out_type: int,
+    scales: Tensor | None,
+    tile: tuple[int, int],
+    format: int,
+    scale: int,
+    amax_min: float,
+    ends: Tensor | None = None,
+) -> None:
+    if not -LARGEST < amax_min < LARGEST:
+        raise Unserved(f"amax_min={amax_min}")
+    lib = library()
+    *batch, rows, last = x.shape
+    strides = x.stride()
+    if x.dim() == 2:
+        batches, batch_stride = 1, 0
+    elif x.dim() == 3:
+        batches, batch_stride = batch[0], strides[0]
+    else:  # contiguous, by _plain
+        batches, batch_stride = x.numel() // max(1, rows * last), rows * last
+    item = x.itemsize
+    error = lib.tiles(
+        CALL.pack(
+            operation,
+            lib.isa,
+            torch.get_num_threads() if out.numel() >= THREADED else 1,
+            in_type,
+            out_type,
+            format,
+            scale,
+            batches,
+            rows,
+            columns,
+            tile[0],
+            tile[1],
+            x.data_ptr(),
+            x.untyped_storage().nbytes() - x.storage_offset() * item,
+            batch_stride,
+            strides[-2],
+            out.data_ptr(),
+            out.numel() * out.itemsize,
+            0 if scales is None else scales.data_ptr(),
+            0 if scales is None else scales.numel() * 4,
+            0 if ends is None else ends.data_ptr(),
+            0 if ends is None else ends.numel() * 8,
+            0 if ends is None else ends.numel(),
+            amax_min,
+            lib.parallel,
+        ),
+        CALL.size,
+    )
+    if error:
+        raise (Unserved if error == 4 else RuntimeError)(ERRORS[error])

@@ -1,0 +1,66 @@
+// What library.cpp and the kernels of each instruction set share: a call as it comes from Python, and its plan.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+enum Operation : int64_t { QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE, OPERATIONS };
+enum Type : int64_t { FP32, BF16, FP16, TYPES };
+enum Isa : int64_t { BEST, PORTABLE, AVX2, AVX512, ISAS };
+enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_SUCH_ISA, NO_MEMORY };
+
+// x [batch, rows, columns] with strides in elements; out and scales are contiguous. For dequantize x holds codes and
+// its strides are bytes. `*_bytes` is the memory behind each pointer. quantize.py packs this, field by field.
+struct Call {
+  int64_t operation, isa, threads, in, out_type, format, powers_of_two;
+  int64_t batch, rows, columns, tile_rows, tile_columns;
+  const char* x;
+  int64_t x_bytes, batch_stride, row_stride;
+  char* out;
+  int64_t out_bytes;
+  char* scales;
+  int64_t scales_bytes;
+  const int64_t* ends;
+  int64_t ends_bytes, groups;
+  double amax_min;
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null for one thread
+};
+
+struct Format {
+  int bits, fraction_bits, bias;
+  float max, least;     // numbers above zero
+  int nan;              // the code of what is not a number
+  int first_special;    // codes from here on are no numbers,
+  int infinity;         // save this one; -1 if the format has no infinities
+};
+
+constexpr Format FORMATS[] = {
+    {8, 3, 7, 448.0f, 0x1p-9f, 0x7F, 0x7F, -1},
+    {8, 2, 15, 57344.0f, 0x1p-16f, 0x7F, 0x7C, 0x7C},
+    {12, 6, 15, 65024.0f, 0x1p-20f, 0x7FF, 0x7C0, -1},
+};
+
+// The matrix is cut into bands (the rows of a row of tiles) and those into chunks (columns of some tiles): so few that
+// the second pass over a chunk, which rounds, finds in the cache what the first pass, for the scales, has read.
+struct Plan {
+  Call call;
+  Format format;
+  int64_t in_bytes, out_bytes;  // an element's; for packed codes 0
+  int64_t tile_columns_all;     // tiles side by side
+  int64_t bands, chunks, chunk_columns;
+  const int64_t* first_band;    // of each group, where there are ends
+  bool stream;                  // write past the cache
+  bool tiny;                    // scales may be 0, and 0 / 0 is no number
+  bool exact;                   // all values are BF16 numbers
+  int64_t spans;                // parts that threads fetch one after the other
+  std::atomic<int64_t> next;
+  std::atomic<bool> failed;     // out of memory
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+using Work = void (*)(Plan&);  // fetch spans until none is left
+void work_portable(Plan&);
+void work_avx2(Plan&);
+void work_avx512(Plan&);
