@@ -53,8 +53,8 @@ def use(backend: str | None) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """The backend that is forced here, by `use` or else by DSMINI_BACKEND; None if each call chooses. While torch compiles,
-    the reference."""
+    """The backend that is forced here, by `use` or else by DSMINI_BACKEND; None if each call chooses. While torch
+    compiles it is the reference."""
     if torch.compiler.is_compiling():
         return "reference"
     backend = _chosen.get() or os.environ.get(VARIABLE) or "auto"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kept import kept_for_backward
 from dsmini import Transformer
-from dsmini.nn import Experts, FeedForward, Linear, MoE
+from dsmini.nn import Experts, Linear, MoE
 from dsmini.nn.fp8 import FP8Module
 from dsmini.nn.moe import dispatch_quantized, sort_by_expert
 from dsmini.numerics import WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
@@ -169,47 +170,13 @@ def test_a_native_linear_refuses_codes() -> None:
 # --- memory
 
 
-def kept_by(model: Transformer, tokens: Tensor) -> tuple[int, int]:
-    """Bytes kept for backward by the Linears, feed-forwards and experts of the blocks, and by all: every storage once,
-    parameters, copies and codes of them apart."""
-    parameters = [p for p in model.parameters() if p.dim() > 1]
-    pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
-    # w1 and w3 of the experts are joined where nothing is rounded
-    shapes |= {torch.Size((e, 2 * f, m)) for e, f, m in (p.shape for p in parameters if p.dim() == 3)}
-    depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
-
-    def pack(t: Tensor) -> Tensor:
-        pointer = t.untyped_storage().data_ptr()
-        if pointer not in pointers and t.shape not in shapes:
-            held[pointer] = t
-            inside[pointer] = inside.get(pointer, False) or depth[0] > 0
-        return t
-
-    def enter(*_: Any) -> None:
-        depth[0] += 1
-
-    def leave(*_: Any) -> None:
-        depth[0] -= 1
-
-    for name, module in model.named_modules():
-        if isinstance(module, Linear | FeedForward | Experts) and not name.endswith(("head", "eh_proj")):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.losses(tokens[:, :-1], tokens[:, 1:])
-    sizes = {pointer: t.untyped_storage().nbytes() for pointer, t in held.items()}
-    return sum(size for pointer, size in sizes.items() if inside[pointer]), sum(sizes.values())
-
-
 def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:
     config = released("fp8")
     tokens = torch.randint(0, 256, (4, 257))
     kept = {}
     for precision in ("native", "fp8"):
         model = Transformer(dataclasses.replace(config, precision=precision), compute_dtype=torch.bfloat16)
-        kept[precision] = kept_by(model, tokens)
+        kept[precision] = kept_for_backward(model, tokens)
     share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
     assert 0.25 < share < 0.6, kept
     assert whole < 0.75, kept
-    print(kept, share, whole)
