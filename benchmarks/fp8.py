@@ -7,7 +7,7 @@ python -m dsmini.train takes: batch, losses, backward, clipping, optimizer. The 
 neighbour slows all of them; reported are the median and the best, and the median of each round's ratio to BF16. What is
 kept for backward is read off the storages, each once.
 
-Simulated: values are rounded to FP8 and multiplied as BF16. It costs time where hardware that multiplies FP8 gains some.
+Simulated: values are rounded to FP8 and multiplied as BF16. It costs time where FP8 hardware gains some.
 """
 
 import argparse
