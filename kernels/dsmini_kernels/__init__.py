@@ -1,1 +1,5 @@
-"""Fast versions of dsmini's operations. Imports torch, never dsmini. Empty so far: plain torch runs everything."""
+"""Fast versions of dsmini's operations, a package a backend. Imports torch and triton, never dsmini."""
+
+
+class Unserved(Exception):  # noqa: N818 - no error: the reference serves instead
+    """A call that a backend leaves to the reference, with the reason."""
