@@ -159,17 +159,17 @@ def _launch_quantize(
         return
     if height == 1 and c % width == 0:
         r, c = 1, x.numel()  # such tiles lie one after the other: a program takes some of several rows
-    rows_of_tiles = x.numel() // (r * c) * triton.cdiv(r, height) + (0 if ends is None else ends.shape[0])
-    at_once = min(max(1, BLOCK // (tall * wide)), triton.next_power_of_2(triton.cdiv(c, width)))
+    batch, rt, ct, groups = x.numel() // (r * c), -(-r // height), -(-c // width), 0 if ends is None else ends.shape[0]
+    at_once = min(max(1, BLOCK // (tall * wide)), triton.next_power_of_2(ct))
     floor = torch.tensor(max(0.0, amax_min), dtype=torch.float32).view(torch.int32).item()
     _launch(
         _quantize,
-        rows_of_tiles * triton.cdiv(triton.cdiv(c, width), at_once),
+        (batch * rt + groups) * triton.cdiv(ct, at_once),  # each group may end in a tile that is not full
         x.contiguous(),
         out if scales is not None else _stored(out),
         scales,
         None if ends is None else ends.contiguous(),
-        *(r, c, 0 if ends is None else ends.shape[0], floor),
+        *(r, c, rt, ct, groups, floor),
         UE8M0=scale == "ue8m0",
         MANTISSA=f.mantissa,
         BIAS=f.bias,
@@ -181,7 +181,7 @@ def _launch_quantize(
         TALL=tall,
         WIDE=wide,
         TILES=at_once,
-        GROUPS=0 if ends is None else triton.next_power_of_2(ends.shape[0]),
+        GROUPS=triton.next_power_of_2(groups),
         num_warps=min(16, max(1, tall * wide * at_once // 1024)),
     )
 
@@ -224,6 +224,8 @@ def _quantize(
     ends,
     r,
     c,
+    rt,
+    ct,
     groups,
     floor,
     UE8M0: tl.constexpr,
@@ -244,12 +246,11 @@ def _quantize(
     x is [batch * r, c] and contiguous, floor the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups
     up to powers of two.
     """
-    programs_a_row = tl.cdiv(tl.cdiv(c, WIDTH), TILES)
+    programs_a_row = (ct + TILES - 1) // TILES
     tile_row = tl.program_id(0) // programs_a_row
     if GROUPS == 0:
-        tile_rows = tl.cdiv(r, HEIGHT)
-        within = tile_row % tile_rows * HEIGHT
-        before = (tile_row // tile_rows).to(tl.int64) * r
+        within = tile_row % rt * HEIGHT
+        before = (tile_row // rt).to(tl.int64) * r
         first = before + within
         end = before + tl.minimum(within + HEIGHT, r)
     else:
@@ -282,8 +283,7 @@ def _quantize(
         code = ((exponent - (128 - BIAS)) << MANTISSA) + steps
         code = tl.where(y == y, tl.where(sign < 0, code + (NAN + 1), code), NAN)
         tl.store(out + at, code.to(out.dtype.element_ty), mask=there)
-        tiles = tl.cdiv(c, WIDTH)
-        tl.store(scales + tile_row.to(tl.int64) * tiles + tile, scale, mask=tile < tiles)
+        tl.store(scales + tile_row.to(tl.int64) * ct + tile, scale, mask=tile < ct)
     else:
         rounded = ((total - magic).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         _store(out + at, tl.where(y == y, rounded, y) * scale[None, :, None], there, BF16)
@@ -328,7 +328,7 @@ def _dequantize(
     COLUMNS: tl.constexpr,
 ):
     """A block [ROWS, COLUMNS] of values [rows, c] from codes [rows, width] of bytes. rows is batch * r."""
-    blocks_a_row = tl.cdiv(c, COLUMNS)
+    blocks_a_row = (c + COLUMNS - 1) // COLUMNS
     row = tl.program_id(0) // blocks_a_row * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks_a_row * COLUMNS + tl.arange(0, COLUMNS)
     there = (row < rows)[:, None] & (column < c)[None, :]
