@@ -35,7 +35,10 @@ runs_kernels = pytest.mark.skipif(
 wants_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 outside_the_interpreter = pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
 # numpy's, of the interpreter: what is beyond a dtype's reach is infinite, in the reference too
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+    for what in ("overflow encountered", "divide by zero", "invalid value encountered in divide")
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -190,9 +193,9 @@ def test_special_values(format: FormatName) -> None:
         if not FORMATS[format].packed:
             assert (codes.view(torch.uint8) == FORMATS[format].nan).all()
     for scale in SCALES:
-        for amax_min in (AMAX_MIN, SMALLEST_AMAX):
+        for amax_min in (AMAX_MIN, SMALLEST_AMAX, 0.0):  # under 0 there are scales of 0, and quotients beyond max
             for dtype in DTYPES:
-                all_the_same(x.to(dtype), (1, 4), scale, format, amax_min)
+                all_the_same(x.to(dtype), (1, 4), scale, format, amax_min, (dtype,))
         all_the_same(x, (4, 4), scale, format)
 
 
@@ -277,6 +280,16 @@ def test_forced_without_a_gpu() -> None:
 def test_main_memory_is_not_served_natively() -> None:
     with ops.use("triton"), pytest.raises(ValueError, match="the tensor is on cpu"):
         quantize_tiles(torch.ones(2, 2), (1, 2), "ue8m0", "e4m3", AMAX_MIN)
+
+
+@wants_triton
+def test_interpreter_asked_for_too_late() -> None:
+    late = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from dsmini_kernels import triton as backend"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent / "kernels")
+    command = [sys.executable, "-c", f"{late}; print(backend.why_not())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "TRITON_INTERPRET=1 was set after Triton's first import; set it before Python starts\n"
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

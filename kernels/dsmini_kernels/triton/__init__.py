@@ -24,7 +24,11 @@ def why_not() -> str | None:
     """Why nothing here can run; None if it can."""
     if not _FOUND:
         return "Triton is not installed; pip install triton"
-    if not _interpreting() and not torch.cuda.is_available():
+    from dsmini_kernels.triton import tiles
+
+    if tiles.halfway():
+        return "TRITON_INTERPRET=1 was set after Triton's first import; set it before Python starts"
+    if not tiles.interpreting() and not torch.cuda.is_available():
         return "Triton needs a GPU that torch can use, or TRITON_INTERPRET=1 in the environment from the start"
     return None
 
@@ -36,11 +40,7 @@ def expected() -> bool:
 
 def describe() -> str:
     """The version, and what runs it."""
-    where = "interpreted" if _interpreting() else f"on {torch.cuda.get_device_name()}"
+    from dsmini_kernels.triton import tiles
+
+    where = "interpreted" if tiles.interpreting() else f"on {torch.cuda.get_device_name()}"
     return f"Triton {importlib.metadata.version('triton')}, {where}"
-
-
-def _interpreting() -> bool:
-    from dsmini_kernels.triton.tiles import interpreting
-
-    return interpreting()

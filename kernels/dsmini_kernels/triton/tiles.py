@@ -136,6 +136,11 @@ def interpreting() -> bool:
     return not isinstance(_quantize, triton.JITFunction)
 
 
+def halfway() -> bool:
+    """Whether the interpreter would run these kernels, and the compiler what they take from Triton's own library."""
+    return interpreting() and isinstance(tl.max, triton.JITFunction)
+
+
 def _launch_quantize(
     x: Tensor,
     out: Tensor,
