@@ -1,5 +1,5 @@
-"""Fast versions of dsmini's operations, a backend a subpackage: `cpu` (C++). Imports torch, never dsmini."""
+"""Fast versions of dsmini's operations, a package a backend: `cpu` (C++), `triton`. Imports torch, never dsmini."""
 
 
-class Unserved(Exception):  # noqa: N818  it is an answer, not an error
-    """The backend does not serve this call; the reason is the message. Plain PyTorch does."""
+class Unserved(Exception):  # noqa: N818 - no error: the reference serves instead
+    """A call that a backend leaves to the reference, with the reason."""

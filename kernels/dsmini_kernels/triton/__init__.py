@@ -1,0 +1,46 @@
+"""Operations on tiles as Triton kernels, for tensors on a GPU. Inside this package `import triton` means Triton itself.
+
+With TRITON_INTERPRET=1 set before Triton's first import its interpreter runs the same kernels, slowly and on tensors in
+main memory too: that is how they are tested where there is no GPU.
+"""
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from dsmini_kernels import Unserved as Unserved
+
+OPERATIONS = ("quantize", "dequantize", "quantize_dequantize")
+_FOUND = importlib.util.find_spec("triton") is not None
+
+if _FOUND:
+    from dsmini_kernels.triton.tiles import dequantize as dequantize
+    from dsmini_kernels.triton.tiles import quantize as quantize
+    from dsmini_kernels.triton.tiles import quantize_dequantize as quantize_dequantize
+
+
+def why_not() -> str | None:
+    """Why nothing here can run; None if it can."""
+    if not _FOUND:
+        return "Triton is not installed; pip install triton"
+    from dsmini_kernels.triton import tiles
+
+    if tiles.halfway():
+        return "TRITON_INTERPRET=1 was set after Triton's first import; set it before Python starts"
+    if not tiles.interpreting() and not torch.cuda.is_available():
+        return "Triton needs a GPU that torch can use, or TRITON_INTERPRET=1 in the environment from the start"
+    return None
+
+
+def expected() -> bool:
+    """Whether somebody who cannot have these kernels should hear of it."""
+    return torch.cuda.is_available()
+
+
+def describe() -> str:
+    """The version, and what runs it."""
+    from dsmini_kernels.triton import tiles
+
+    where = "interpreted" if tiles.interpreting() else f"on {torch.cuda.get_device_name()}"
+    return f"Triton {importlib.metadata.version('triton')}, {where}"

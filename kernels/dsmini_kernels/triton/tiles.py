@@ -1,0 +1,384 @@
+"""Tiles of short codes with a scale each: quantise, dequantise, and both at once.
+
+dsmini.numerics.tiles defines them, and these give the same bits.
+
+No short format's cast is used: not all GPUs have them, and the interpreter's are wrong. A format with m bits of
+fraction is rounded in FP32 by an addition. Let E be the exponent field of |y|, at least that of the format's smallest
+normal value, and magic the power of two with field E + 23 - m. FP32 has no bits below the format's last in
+|y| + magic, so
+
+    total = |y| + magic            is rounded, ties to even
+    total - magic                  is the rounded value, exactly
+    bits(total) - bits(magic)      counts its steps within E, which with E makes the code
+
+This holds only while nobody reassociates the two, nor fuses the addition with what makes y. Triton does not
+reassociate; and y comes from a division, so that there is no multiplication to fuse. It is tl.div_rn, since `/` is not
+IEEE's on a GPU. Largest magnitudes are found as integers, which orders NaN above infinity and infinity above the rest.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsmini_kernels import Unserved
+
+BLOCK = 4096
+"""Elements that a program holds at a time, where its tile is not larger."""
+LARGEST_TILE = 32768
+"""Elements, sides rounded up to powers of two: what fits the registers of 16 warps."""
+
+
+class Format(NamedTuple):
+    """Codes are without their sign, whose bit follows nan's, the code of ones."""
+
+    mantissa: int
+    bias: int
+    max: float
+    above: int
+    """The first code without a value."""
+    infinity: int
+    """The code that stands for infinity, or -1."""
+    nan: int
+    packed: bool
+    """Whether two codes share three bytes."""
+
+
+FORMATS = {
+    "e4m3": Format(mantissa=3, bias=7, max=448.0, above=0x7F, infinity=-1, nan=0x7F, packed=False),
+    "e5m2": Format(mantissa=2, bias=15, max=57344.0, above=0x7C, infinity=0x7C, nan=0x7F, packed=False),
+    "e5m6": Format(mantissa=6, bias=15, max=65024.0, above=0x7C0, infinity=-1, nan=0x7FF, packed=True),
+}
+CODES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e5m6": torch.uint8}
+VALUES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
+    """Codes and FP32 scales, [*batch, ceil(r / tile[0]), ceil(c / tile[1])]."""
+    f = FORMATS[format]
+    r, c = x.shape[-2:]
+    scales = torch.empty(*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]), dtype=torch.float32, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.int16 if f.packed else torch.uint8, device=x.device)
+    _launch_quantize(x, codes, scales, tile, scale, f, amax_min)
+    return (_pack(codes) if f.packed else codes.view(CODES[format])), scales
+
+
+def quantize_dequantize(
+    x: Tensor,
+    tile: tuple[int, int],
+    scale: str,
+    format: str,
+    amax_min: float,
+    dtype: torch.dtype,
+    ends: Tensor | None = None,
+) -> Tensor:
+    """The values of the codes, without the codes. `ends`: the row after each group's last."""
+    _check_values(dtype)
+    if ends is not None and x.dim() != 2:
+        raise Unserved(f"groups of rows are a matrix's, and x has {x.dim()} dimensions")
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch_quantize(x, out, None, tile, scale, FORMATS[format], amax_min, None if tile[0] == 1 else ends)
+    return out
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tile: tuple[int, int],
+    format: str = "e4m3",
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+) -> Tensor:
+    """code * scale in FP32, rounded to dtype."""
+    _check_values(dtype)
+    _check_device(codes)
+    f = FORMATS[format]
+    *batch, r, width = codes.shape
+    c = width if columns is None else columns
+    if width != (-(-c // 8) * 12 if f.packed else c) or codes.element_size() != 1:
+        raise Unserved(f"codes of {codes.dtype} in {width} columns are not {c} columns of {format}")
+    rt, ct = -(-r // tile[0]), -(-c // tile[1])
+    if scales.shape != (*batch, rt, ct):
+        raise Unserved(f"scales of shape {list(scales.shape)} do not fit; want {[*batch, rt, ct]}")
+    out = torch.empty(*batch, r, c, dtype=dtype, device=codes.device)
+    if not out.numel():
+        return out
+    block_columns = min(BLOCK, triton.next_power_of_2(c))
+    block_rows = BLOCK // block_columns
+    rows = out.numel() // c
+    _launch(
+        _dequantize,
+        triton.cdiv(rows, block_rows) * triton.cdiv(c, block_columns),
+        codes.contiguous().view(torch.uint8),
+        scales.float().contiguous(),
+        _stored(out),
+        *(rows, r, c, width, rt, ct),
+        MANTISSA=f.mantissa,
+        BIAS=f.bias,
+        STEP=2.0 ** (1 - f.bias - f.mantissa),
+        ABOVE=f.above,
+        INFINITY=f.infinity,
+        NAN=f.nan,
+        PACKED=f.packed,
+        HEIGHT=min(tile[0], triton.next_power_of_2(r)),
+        WIDTH=min(tile[1], triton.next_power_of_2(c)),
+        BF16=dtype == torch.bfloat16,
+        ROWS=block_rows,
+        COLUMNS=block_columns,
+    )
+    return out
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs these kernels."""
+    return not isinstance(_quantize, triton.JITFunction)
+
+
+def halfway() -> bool:
+    """Whether the interpreter would run these kernels, and the compiler what they take from Triton's own library."""
+    return interpreting() and isinstance(tl.max, triton.JITFunction)
+
+
+def _launch_quantize(
+    x: Tensor,
+    out: Tensor,
+    scales: Tensor | None,
+    tile: tuple[int, int],
+    scale: str,
+    f: Format,
+    amax_min: float,
+    ends: Tensor | None = None,
+) -> None:
+    """Fill out with codes, and scales with scales; or, where these are None, out with values."""
+    if x.dtype not in VALUES:
+        raise Unserved(f"x is {x.dtype}; it takes float32, bfloat16 and float16")
+    _check_device(x)
+    r, c = x.shape[-2:]
+    height, width = min(tile[0], triton.next_power_of_2(r)), min(tile[1], triton.next_power_of_2(c))
+    tall, wide = triton.next_power_of_2(height), triton.next_power_of_2(width)
+    if tall * wide > LARGEST_TILE:
+        raise Unserved(f"a tile of {height}x{width} does not fit the registers of a program")
+    if not x.numel():
+        return
+    if height == 1 and c % width == 0:
+        r, c = 1, x.numel()  # such tiles lie one after the other: a program takes some of several rows
+    batch, rt, ct, groups = x.numel() // (r * c), -(-r // height), -(-c // width), 0 if ends is None else ends.shape[0]
+    at_once = min(max(1, BLOCK // (tall * wide)), triton.next_power_of_2(ct))
+    floor = torch.tensor(max(0.0, amax_min), dtype=torch.float32).view(torch.int32).item()
+    _launch(
+        _quantize,
+        (batch * rt + groups) * triton.cdiv(ct, at_once),  # each group may end in a tile that is not full
+        x.contiguous(),
+        out if scales is not None else _stored(out),
+        scales,
+        None if ends is None else ends.contiguous(),
+        *(r, c, rt, ct, groups, floor),
+        UE8M0=scale == "ue8m0",
+        MANTISSA=f.mantissa,
+        BIAS=f.bias,
+        MAX=f.max,
+        NAN=f.nan,
+        BF16=out.dtype == torch.bfloat16,
+        HEIGHT=height,
+        WIDTH=width,
+        TALL=tall,
+        WIDE=wide,
+        TILES=at_once,
+        GROUPS=triton.next_power_of_2(groups),
+        num_warps=min(16, max(1, tall * wide * at_once // 1024)),
+    )
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """12-bit codes [..., c], two in three bytes, filled up with zeros to 12 ceil(c / 8) bytes."""
+    c, width = codes.shape[-1], -(-codes.shape[-1] // 8) * 12
+    out = torch.empty(*codes.shape[:-1], width, dtype=torch.uint8, device=codes.device)
+    if out.numel():
+        _launch(_pack_codes, triton.cdiv(out.numel(), BLOCK), codes, out, out.numel(), c, width, BLOCK=BLOCK)
+    return out
+
+
+def _launch(kernel: Any, programs: int, first: Tensor, *args: Any, **constants: Any) -> None:
+    """On the first tensor's GPU, and without fusing products with sums, which the kernels have nowhere anyway."""
+    with torch.cuda.device_of(first):
+        kernel[(programs,)](first, *args, enable_fp_fusion=False, **constants)
+
+
+def _stored(out: Tensor) -> Tensor:
+    """BF16 is stored as the bits that `_store` makes."""
+    return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+
+
+def _check_values(dtype: torch.dtype) -> None:
+    if dtype not in VALUES:
+        raise Unserved(f"values of {dtype} are wanted; it makes float32, bfloat16 and float16")
+
+
+def _check_device(x: Tensor) -> None:
+    if not x.is_cuda and not interpreting():
+        raise Unserved(f"the tensor is on {x.device}, and without its interpreter Triton serves GPUs alone")
+
+
+@triton.jit
+def _quantize(
+    x,
+    out,
+    scales,
+    ends,
+    r,
+    c,
+    rt,
+    ct,
+    groups,
+    floor,
+    UE8M0: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    MAX: tl.constexpr,
+    NAN: tl.constexpr,
+    BF16: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """TILES neighbours in one row of tiles, as a block [TALL, TILES, WIDE].
+
+    x is [batch * r, c] and contiguous, floor the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups
+    up to powers of two.
+    """
+    programs_a_row = (ct + TILES - 1) // TILES
+    tile_row = tl.program_id(0) // programs_a_row
+    if GROUPS == 0:
+        within = tile_row % rt * HEIGHT
+        before = (tile_row // rt).to(tl.int64) * r
+        first = before + within
+        end = before + tl.minimum(within + HEIGHT, r)
+    else:
+        first, end = _rows_of_group(ends, groups, tile_row, HEIGHT, GROUPS)
+    rows = first + tl.arange(0, TALL)
+    tile = (tl.program_id(0) % programs_a_row).to(tl.int64) * TILES + tl.arange(0, TILES)
+    inside = tl.arange(0, WIDE)
+    columns = tile[:, None] * WIDTH + inside[None, :]
+    there = (rows < end)[:, None, None] & ((columns < c) & (inside < WIDTH)[None, :])[None, :, :]
+    at = rows[:, None, None] * c + columns[None, :, :]
+
+    values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    amax = tl.max(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=0)
+    floored = tl.maximum(amax, floor).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(floored, MAX).to(tl.int32, bitcast=True)
+    if UE8M0:
+        scale = (scale + 0x7FFFFF) & 0x7F800000
+    finite = amax < 0x7F800000  # pyright: ignore[reportOperatorIssue] - tl.max is typed as a pair
+    scale = tl.where(finite, scale, 0x7FC00000).to(tl.float32, bitcast=True)
+
+    y = tl.div_rn(values, scale[None, :, None])
+    sign = y.to(tl.int32, bitcast=True) & -0x80000000
+    magnitude = tl.abs(y)
+    magnitude = tl.where(magnitude < MAX, magnitude, MAX)
+    exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) >> 23, 128 - BIAS)
+    magic = ((exponent + (23 - MANTISSA)) << 23).to(tl.float32, bitcast=True)
+    total = magnitude + magic
+    if scales is not None:
+        steps = total.to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
+        code = ((exponent - (128 - BIAS)) << MANTISSA) + steps
+        code = tl.where(y == y, tl.where(sign < 0, code + (NAN + 1), code), NAN)
+        tl.store(out + at, code.to(out.dtype.element_ty), mask=there)
+        tl.store(scales + tile_row.to(tl.int64) * ct + tile, scale, mask=tile < ct)
+    else:
+        rounded = ((total - magic).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        _store(out + at, tl.where(y == y, rounded, y) * scale[None, :, None], there, BF16)
+
+
+@triton.jit
+def _rows_of_group(ends, groups, tile_row, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
+    """First row of a row of tiles and the row after its last, where tiles begin anew with each group. Behind the last
+    group's tiles both are 0."""
+    group = tl.arange(0, GROUPS)
+    end = tl.load(ends + group, mask=group < groups, other=0).to(tl.int64)
+    start = tl.load(ends + group - 1, mask=(group > 0) & (group < groups), other=0).to(tl.int64)
+    tiles = (end - start + HEIGHT - 1) // HEIGHT
+    passed = tile_row - (tl.cumsum(tiles, axis=0) - tiles)
+    mine = (passed >= 0) & (passed < tiles)
+    first = tl.sum(tl.where(mine, start + passed * HEIGHT, 0), axis=0)
+    return first, tl.minimum(first + HEIGHT, tl.sum(tl.where(mine, end, 0), axis=0))
+
+
+@triton.jit
+def _dequantize(
+    codes,
+    scales,
+    out,
+    rows,
+    r,
+    c,
+    width,
+    rt,
+    ct,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    STEP: tl.constexpr,
+    ABOVE: tl.constexpr,
+    INFINITY: tl.constexpr,
+    NAN: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block [ROWS, COLUMNS] of values [rows, c] from codes [rows, width] of bytes. rows is batch * r."""
+    blocks_a_row = (c + COLUMNS - 1) // COLUMNS
+    row = tl.program_id(0) // blocks_a_row * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks_a_row * COLUMNS + tl.arange(0, COLUMNS)
+    there = (row < rows)[:, None] & (column < c)[None, :]
+    tile_row = (row // r * rt + row % r // HEIGHT).to(tl.int64)
+    scale = tl.load(scales + tile_row[:, None] * ct + (column // WIDTH)[None, :], mask=there, other=0.0)
+
+    line = codes + row.to(tl.int64)[:, None] * width
+    if PACKED:
+        # code 2i has byte 3i and the low half of the next, code 2i + 1 the high half and the byte after it
+        byte = (column // 2 * 3 + column % 2)[None, :]
+        low = tl.load(line + byte, mask=there, other=0).to(tl.int32)
+        high = tl.load(line + byte + 1, mask=there, other=0).to(tl.int32)
+        code = tl.where((column % 2 == 0)[None, :], low | ((high & 0xF) << 8), (low >> 4) | (high << 4))
+    else:
+        code = tl.load(line + column[None, :], mask=there, other=0).to(tl.int32)
+
+    magnitude = code & NAN
+    bits = (magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)
+    subnormal = (magnitude.to(tl.float32) * STEP).to(tl.int32, bitcast=True)
+    bits = tl.where((magnitude >> MANTISSA) == 0, subnormal, bits)
+    bits = tl.where(magnitude < ABOVE, bits, tl.where(magnitude == INFINITY, 0x7F800000, 0x7FC00000))
+    bits = tl.where(code > NAN, bits | -0x80000000, bits)
+    at = row.to(tl.int64)[:, None] * c + column[None, :]
+    _store(out + at, bits.to(tl.float32, bitcast=True) * scale, there, BF16)
+
+
+@triton.jit
+def _pack_codes(codes, out, n, c, width, BLOCK: tl.constexpr):
+    """BLOCK of the n bytes of out [rows, width], from int16 codes [rows, c]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, byte = at // width, at % width
+    first = byte // 3 * 2
+    even = tl.load(codes + row * c + first, mask=(at < n) & (first < c), other=0).to(tl.int32)
+    odd = tl.load(codes + row * c + first + 1, mask=(at < n) & (first + 1 < c), other=0).to(tl.int32)
+    middle = ((even >> 8) & 0xF) | ((odd & 0xF) << 4)
+    packed = tl.where(byte % 3 == 0, even, tl.where(byte % 3 == 1, middle, odd >> 4))
+    tl.store(out + at, packed.to(tl.uint8), mask=at < n)
+
+
+@triton.jit
+def _store(pointers, value, there, BF16: tl.constexpr):
+    """FP32 values, rounded once. BF16 by bits: the interpreter's cast cuts them off."""
+    if BF16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        tl.store(pointers, (bits >> 16).to(tl.int16), mask=there)
+    else:
+        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=there)
