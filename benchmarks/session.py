@@ -1,0 +1,150 @@
+"""One call of python -m benchmarks: measure what is left, keep it, show it."""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import changes, report, units
+from benchmarks.progress import Bar, say, show_changes, show_question
+from benchmarks.question import Case, Figure, Question
+from benchmarks.results import Done, Finished, Results, Run, Writer, as_json, read
+from benchmarks.roofs import Roofs
+
+Loader = Callable[[], Question]
+Asked = tuple[Question, list[Case]]
+FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
+
+
+def load(known: Mapping[str, Loader], name: str) -> tuple[Question | None, str | None]:
+    """A question, and why it cannot run here if it cannot."""
+    try:
+        question = known[name]()
+    except ModuleNotFoundError as error:
+        return None, f"it needs {error.name}, which is not installed"
+    return question, question.needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a call is about, and where it puts and shows it."""
+
+    console: Console
+    out: Path
+    known: Mapping[str, Loader]
+    names: Sequence[str]
+    """The questions of this call; the page shows all that have figures."""
+
+    @property
+    def path(self) -> Path:
+        return self.out / "results.jsonl"
+
+    def measure(self, writer: Writer, run: Run, roofs: Roofs, asked: Sequence[Asked]) -> int:
+        """Measure what is not done yet; returns the exit status, 130 if it was interrupted."""
+        before = read(self.path)
+        writer.start(run, roofs)
+        done = read(self.path).by_fingerprint[run.fingerprint].done
+        todo = [(q, [case for case in cases if (q.name, case.key) not in done]) for q, cases in asked]
+        self._say_skipped(sum(len(cases) for _, cases in asked), sum(len(cases) for _, cases in todo))
+        estimates = [before.seconds(q.name, case.key) or case.seconds for q, cases in todo for case in cases]
+        say(self.console, f"{len(estimates)} cases, about {units.duration(sum(estimates))}")
+        failed = 0
+        with Bar(self.console, estimates) as bar:
+            for question, cases in todo:
+                for case in cases:
+                    try:
+                        failed += not self._run_case(writer, run, question.name, case, bar)
+                    except KeyboardInterrupt:
+                        self._draw(read(self.path))
+                        return 130
+                results = read(self.path)
+                self._show(question, results.by_fingerprint[run.fingerprint])
+                self._draw(results)
+        if failed:
+            words = "1 case failed; its traceback is" if failed == 1 else f"{failed} cases failed; the tracebacks are"
+            say(self.console, f"{words} in {self.path}", style="bold red")
+        return 1 if self._unequal(read(self.path).by_fingerprint[run.fingerprint]) or failed else 0
+
+    def _say_skipped(self, every: int, todo: int) -> None:
+        if todo < every:
+            where = f"{every - todo} of {every} cases are done already, in {self.path}"
+            say(self.console, f"{where}; --fresh measures them again")
+
+    def _run_case(self, writer: Writer, run: Run, question: str, case: Case, bar: Bar) -> bool:
+        """Measure a case and keep it; whether it went well."""
+        bar.begin(question, case.key)
+        start = time.monotonic()
+        try:
+            figures = list(case.run())
+            alien = [figure.question for figure in figures if figure.question != question]
+            assert not alien, f"a case of {question} gave a figure of {alien[0]}"
+        except Exception as error:  # of the measured code; what writing raises is not caught here
+            writer.error(run, question, case.key, traceback.format_exc())
+            say(self.console, f"{question} {case.key} failed: {type(error).__name__}: {error}", style="bold red")
+            bar.end(time.monotonic() - start)
+            return False
+        taken = time.monotonic() - start
+        writer.done(run, question, case.key, Done(figures=figures, seconds=taken))
+        bar.end(taken)
+        return True
+
+    def show(self, results: Results) -> None:
+        """The tables and the page, from what is kept."""
+        for question in self._shown(results, self.names):
+            finished = results.of_question(question.name)
+            assert finished is not None, "only questions that have something are shown"
+            self._show(question, finished)
+        self._draw(results)
+
+    def _show(self, question: Question, finished: Finished) -> None:
+        figures = finished.figures(question.name)
+        show_question(self.console, question.title, report.finding(question, figures), figures)
+
+    def _draw(self, results: Results, found: Sequence[changes.Change] | None = None, old: str = "") -> None:
+        report.write_report(self.out / "report.html", results, self._shown(results, self.known), found, old)
+
+    def _shown(self, results: Results, names: Sequence[str] | Mapping[str, Loader]) -> list[Question]:
+        """Questions that have something to show. One whose package is gone cannot say what its figures mean."""
+        having = [name for name in self.known if name in names and results.of_question(name)]
+        return [question for name in having if (question := load(self.known, name)[0])]
+
+    def compare(self, results: Results, old: Results, path: Path) -> None:
+        """Show what changed in the questions of this call, and draw the page with it."""
+        found = changes.compare(self._figures(old), self._figures(results))
+        show_changes(self.console, found, str(path))
+        if old.latest and results.latest and (one := _setting(old.latest.run)) != (two := _setting(results.latest.run)):
+            say(self.console, f"mind that the settings differ: {one} before, {two} now", style="yellow")
+        self._draw(results, found, str(path))
+
+    def _figures(self, results: Results) -> list[Figure]:
+        """All of this call's questions."""
+        having = [(name, results.of_question(name)) for name in self.names]
+        return [figure for name, finished in having if finished for figure in finished.figures(name)]
+
+    def _unequal(self, finished: Finished) -> int:
+        """How many counts are not what they must be; says which."""
+        wrong = [f for name in self.names for f in finished.figures(name) if report.tone(f) == "unequal"]
+        for f in wrong:
+            said = f"{units.human(f.measured, f.unit, True)}, predicted were {units.human(f.predicted, f.unit, True)}"
+            say(self.console, f"{f.question} {report.case_words(f)}: {units.words(f.metric)} is {said}", style="bold red")
+        return len(wrong)
+
+    def last_line(self, results: Results) -> dict[str, Any]:
+        """All of it, for programs."""
+        latest = results.latest
+        assert latest is not None, "the caller has begun a run, or found one"
+        failed = [
+            {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
+            for (name, key), error in latest.errors.items()
+            if name in self.names
+        ]
+        facts = {fact: getattr(latest.run, fact) for fact in FACTS}
+        return facts | {"figures": [as_json(figure) for figure in self._figures(results)], "failed": failed}
+
+
+def _setting(run: Run) -> str:
+    return f"{run.dtype} on {run.device}, {run.threads} threads, {'quick' if run.quick else 'full'}"
