@@ -5,6 +5,7 @@ and that colour's place in the SVG is then taken by the variable.
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ SERIES = tuple(f"#0f0f1{n}" for n in range(8))
 VARIABLES = {colour: f"var(--{name})" for name, colour in ROLES.items()} | {
     colour: f"var(--s{n})" for n, colour in enumerate(SERIES)
 }
-WIDTH, HEIGHT = 5.6, 3.5
+WIDTH, HEIGHT = 5.0, 3.2
 """In inches of 72 units: small enough that text of 10 units can be read where the page is as wide as a phone."""
 NAMED = 24
 """So many points of a plot at most have their names beside them."""
@@ -108,20 +109,21 @@ def _svg(plot: Plot, series: Sequence[Series], colours: Sequence[str], name: str
 
     lying = bool(plot.labels) and _is_long(plot.labels or ())
     height = max(HEIGHT, 0.7 + 0.3 * len(plot.labels or ()) * _bars(series)) if lying else HEIGHT
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "text.parse_math": False,  # a dollar in a label is a dollar
-        "font.size": 10,
+        "font.size": 10.5,
         "axes.unicode_minus": True,
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.subplots()
-        _draw_all(axes, plot, series, colours, lying)
+        _draw_all(axes, series, colours, lying)
         _scale(axes, plot, series, lying)
         _dress(axes, plot, lying)
+        _name_points(axes, series)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     label = f"{plot.title}: {plot.y} by {plot.x}. " + "; ".join(s.label for s in series if s.label)
@@ -130,25 +132,21 @@ def _svg(plot: Plot, series: Sequence[Series], colours: Sequence[str], name: str
 
 def _is_long(labels: Sequence[str]) -> bool:
     """Whether labels would collide under upright bars."""
-    return sum(max(len(label), 4) for label in labels) > 52 or len(labels) > 10
+    return len(labels) * (max(map(len, labels)) + 1) > 50
 
 
 def _bars(series: Sequence[Series]) -> int:
     return max(1, sum(s.kind == "bars" for s in series))
 
 
-def _draw_all(axes: "Axes", plot: Plot, series: Sequence[Series], colours: Sequence[str], lying: bool) -> None:
-    bars, nth, named = _bars(series), 0, list[tuple[float, float, str, str]]()
+def _draw_all(axes: "Axes", series: Sequence[Series], colours: Sequence[str], lying: bool) -> None:
+    bars, nth = _bars(series), 0
     for s, colour in zip(series, colours, strict=True):
         if s.kind == "bars":
             _draw_bars(axes, s, colour, lying, place=nth, of=bars)
             nth += 1
         else:
             _draw_points(axes, s, colour, lying)
-            named += [(x, y, text, colour) for x, y, text in zip(s.x, s.y, s.names or (), strict=False)]
-    if 0 < len(named) <= NAMED:
-        axes.figure.canvas.draw()  # the limits are final once it is drawn
-        _name_points(axes, plot, named)
 
 
 def _draw_bars(axes: "Axes", s: Series, colour: str, lying: bool, *, place: int, of: int) -> None:
@@ -178,7 +176,7 @@ def _draw_points(axes: "Axes", s: Series, colour: str, lying: bool) -> None:
 
 
 def _whiskers(colour: str) -> dict[str, Any]:
-    return {"fmt": "none", "ecolor": colour, "elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1, "zorder": 6}
+    return {"fmt": "none", "color": colour, "elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1, "zorder": 6}
 
 
 def _errors(s: Series) -> list[list[float]] | None:
@@ -230,7 +228,7 @@ def _log_ticks(values: Sequence[float]) -> Any:
 def _apart(xs: Sequence[float], log: bool) -> bool:
     """Whether ticks at these places have room for their numbers."""
     at = [math.log(x) for x in xs] if log else list(xs)
-    return min(b - a for a, b in zip(at, at[1:], strict=False)) > 0.09 * (at[-1] - at[0])
+    return min(b - a for a, b in itertools.pairwise(at)) > 0.09 * (at[-1] - at[0])
 
 
 def _dress(axes: "Axes", plot: Plot, lying: bool) -> None:
@@ -250,17 +248,21 @@ def _dress(axes: "Axes", plot: Plot, lying: bool) -> None:
     if lying:
         axes.set_title(places, loc="left", color=muted, fontsize=10, pad=9)
     else:
-        axes.set_title(values, loc="left", x=0, color=muted, fontsize=10, pad=9)
+        axes.set_title(values, loc="left", color=muted, fontsize=10, pad=9)
 
 
-def _name_points(axes: "Axes", plot: Plot, named: Sequence[tuple[float, float, str, str]]) -> None:
+def _name_points(axes: "Axes", series: Sequence[Series]) -> None:
     """Names beside their points, each on the first side where it covers neither a point nor another name."""
-    at = [axes.transData.transform((x, y)) for x, y, _, _ in named]
+    named = [name for s in series if s.names and s.kind != "bars" for name in zip(s.x, s.y, s.names, strict=True)]
+    if not 0 < len(named) <= NAMED:
+        return
+    axes.figure.canvas.draw()  # places are final once it is drawn
+    at = [axes.transData.transform((x, y)) for x, y, _ in named]
     unit = axes.figure.dpi / 72
     taken = [(x / unit - 3, y / unit - 3, x / unit + 3, y / unit + 3) for x, y in at]
-    left, bottom, right, top = (v / unit for v in axes.bbox.extents)
-    for (x, y), (data_x, data_y, text, _) in zip(at, named, strict=True):
-        px, py, wide = x / unit, y / unit, 5.6 * len(text)
+    left, _, right, top = (v / unit for v in axes.bbox.extents)
+    for (x, y), (data_x, data_y, text) in zip(at, named, strict=True):
+        px, py, wide = x / unit, y / unit, 5.4 * len(text)
         sides = {
             ("left", "center"): (6, 0, px + 6, py - 6),
             ("right", "center"): (-6, 0, px - 6 - wide, py - 6),

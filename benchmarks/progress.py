@@ -80,7 +80,10 @@ class Bar:
         where = f"{question} {key}"
         self.bar.update(self.task, description=f"{self.nth}/{len(self.estimates)}  {where[:48]}", refresh=True)
         if not self.console.is_terminal:
-            say(self.console, f"{self.nth}/{len(self.estimates)}  {where}  about {units.duration(self.clock.left())} left")
+            say(
+                self.console,
+                f"{self.nth}/{len(self.estimates)}  {where}  about {units.duration(self.clock.left())} left",
+            )
 
     def end(self, taken: float) -> None:
         self.clock.end(taken)
@@ -119,7 +122,9 @@ def show_question(console: Console, title: str, finding: str, figures: Sequence[
 def show_changes(console: Console, changes: Sequence[Change], old: str) -> None:
     """What changed, and in one line what did not."""
     console.print()
-    table = Table(title=Text(f"Changes since {old}", style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=Text(f"Changes since {old}", style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
     for name in ("question", "case", "metric"):
         table.add_column(name, header_style="dim", overflow="fold")
     for name in ("before", "now", "factor", ""):

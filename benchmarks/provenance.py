@@ -12,7 +12,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ("dsmini", "kernels", "benchmarks")
-SHOWN = {"__main__.py", "runner.py", "session.py", "progress.py", "results.py", "changes.py", "report.py", "plots.py", "units.py"}
+SHOWN = {
+    "__main__.py",
+    "runner.py",
+    "session.py",
+    "progress.py",
+    "results.py",
+    "changes.py",
+    "report.py",
+    "plots.py",
+    "units.py",
+}
 """Files of benchmarks/ that show figures and change none."""
 
 

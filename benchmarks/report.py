@@ -4,7 +4,7 @@ It is read offline, printed, or sent to somebody: no request leaves it, no scrip
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,13 @@ NEAR, FAR = 1.1, 1.5
 """A prediction within a tenth is near, beyond half as much again it is far off."""
 WIDEST = 4.0
 """The bar of a ratio ends at 4 and at a quarter."""
+
+SHOWN: tuple[tuple[str, Callable[[Figure], bool]], ...] = (
+    ("predicted", lambda f: f.predicted is not None),
+    ("measured", lambda f: f.measured is not None or f.note != ""),
+    ("spread", lambda f: units.spread(f) != ""),
+    ("ratio", lambda f: units.ratio(f) != ""),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +66,9 @@ class Table:
     numeric: Sequence[bool]
     common: Sequence[tuple[str, str]]
     """What all of them share."""
+    shown: Sequence[str]
+    """Of predicted, measured, spread and ratio those that any figure has."""
     groups: Sequence[Group]
-
-    @property
-    def figures(self) -> int:
-        return sum(len(group.rows) for group in self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +196,7 @@ def _table(keys: Sequence[str], figures: Sequence[Figure], notes: Sequence[str])
         columns=[units.words(column) for column in columns],
         numeric=[all(_is_number(f.case[column]) for f in figures) for column in columns],
         common=[(units.words(key), units.shown(value)) for key, value in common.items()],
+        shown=[name for name, value in SHOWN if any(value(f) for f in figures)],
         groups=[
             Group(metric=units.words(metric), rows=[row(figure, columns, notes) for figure in group])
             for metric, group in by_metric.items()
@@ -295,7 +301,7 @@ def summary(figures: Sequence[Figure], questions: int) -> list[tuple[str, str]]:
         equal = sum(f.measured == f.predicted for f in exact)
         counted.append((f"{equal} of {len(exact)}", "counts exactly as predicted"))
     if timed:
-        counted.append((f"{near} of {len(timed)}", f"rates within a factor {FAR} of the prediction"))
+        counted.append((f"{near} of {len(timed)}", f"measurements within a factor {FAR} of the prediction"))
     return counted
 
 

@@ -80,7 +80,13 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"questions to measure: {', '.join(known)} (default: all)")
     add("--quick", action="store_true", help="small sizes: all in about two minutes on two cores")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="where figures and report go (default: results)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where figures and report go (default: results)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto, the faster of the two here)")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: as many as torch takes)")
@@ -116,7 +122,8 @@ def _answer(
 ) -> tuple[int, dict[str, Any] | None]:
     """Exit status, and the last line."""
     path = options.out / "results.jsonl"
-    old = None if options.compare is None else read(options.compare)
+    compared: Path | None = options.compare
+    old = read(compared) if compared else None  # before anything is measured: it may be damaged
     if options.report_only:
         results = read(path)
         if results.latest is None:
@@ -134,8 +141,8 @@ def _answer(
                 say(console, f"stopped; what is done is kept in {path}. Go on with: {_again(args)}")
                 return status, None
         results = read(path)
-    if old is not None:
-        session.compare(results, old, options.compare)
+    if old is not None and compared is not None:
+        session.compare(results, old, compared)
     say(console, f"\nreport  {options.out / 'report.html'}")
     return status, session.last_line(results)
 

@@ -130,7 +130,11 @@ class Session:
         wrong = [f for name in self.names for f in finished.figures(name) if report.tone(f) == "unequal"]
         for f in wrong:
             said = f"{units.human(f.measured, f.unit, True)}, predicted were {units.human(f.predicted, f.unit, True)}"
-            say(self.console, f"{f.question} {report.case_words(f)}: {units.words(f.metric)} is {said}", style="bold red")
+            say(
+                self.console,
+                f"{f.question} {report.case_words(f)}: {units.words(f.metric)} is {said}",
+                style="bold red",
+            )
         return len(wrong)
 
     def last_line(self, results: Results) -> dict[str, Any]:

@@ -78,12 +78,12 @@ def shown(value: Value) -> str:
     """A value of a case."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else f"{value:,}"
+    return value if isinstance(value, str) else f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _seconds(value: float) -> str:
     for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if abs(value) >= size:
+        if abs(value) >= size or value == 0:
             return f"{digits(value / size)} {name}"
     return f"{digits(value * 1e9)} ns"
 

@@ -59,7 +59,9 @@ class Chromium:
         """A command of the protocol, and its result."""
         self._sent += 1
         message: dict[str, Any] = {"id": self._sent, "method": method, "params": parameters}
-        os.write(self._out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        os.write(
+            self._out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0"
+        )
         while (answer := self._receive()).get("id") != self._sent:
             self.events.append(answer)
         assert "error" not in answer, (method, answer["error"])
@@ -68,7 +70,9 @@ class Chromium:
     def open(self, page: Path, width: int = 1280, height: int = 900, **media: str) -> None:
         """Show a page in a window so wide; media such as prefers_color_scheme="dark"."""
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page.resolve().as_uri())

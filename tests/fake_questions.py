@@ -1,6 +1,6 @@
 """Questions and a machine that measure nothing, for the tests of what runs and shows benchmarks.
 
-    python -c "import tests.fake_questions as f; f.main()" NAME ... --out DIR
+python -c "import tests.fake_questions as f; f.main()" NAME ... --out DIR
 """
 
 import math
@@ -74,7 +74,9 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
         name="fake_decode",
         title="How fast does a model decode, and does it stay fast at long contexts?",
         cases=cases,
-        finding=lambda figures: f"At context 8,192 it decodes {len(pick(figures, 'tokens_per_s'))} times as fast as before.",
+        finding=lambda figures: (
+            f"At context 8,192 it decodes {len(pick(figures, 'tokens_per_s'))} times as fast as before."
+        ),
         plots=plots,
         about="Both sides hold the same shape with random weights and take turns, six tokens each, so that a busy "
         "neighbour slows both. Nothing is simulated.",
@@ -87,7 +89,13 @@ def cache(measured: int | None = None) -> Question:
     Args:
         measured: bytes of MLA's cache instead of the right ones.
     """
-    kinds = {"MLA": 70_272, "MQA": 31_232, "GQA of 8": 249_856, "MHA, 128 wide": 3_997_696, "MHA, with <tags> & $5": 9_000_000}
+    kinds = {
+        "MLA": 70_272,
+        "MQA": 31_232,
+        "GQA of 8": 249_856,
+        "MHA, 128 wide": 3_997_696,
+        "MHA, with <tags> & $5": 9_000_000,
+    }
 
     def run(kind: str) -> Iterator[Figure]:
         size = kinds[kind]
@@ -125,8 +133,9 @@ def cache(measured: int | None = None) -> Question:
 
 def roofline() -> Question:
     """A cloud of named points under a roof, and a plot without anything in it."""
-    points = {"rmsnorm": (0.3, 8e9), "softmax": (0.7, 21e9), "gate": (1.1, 30e9), "rope": (0.5, 9e9), "w1, w3": (180.0, 6e11),
-              "wo": (90.0, 5.1e11), "wkv_b": (40.0, 4.6e11), "absorbed scores": (14.0, 2.2e11), "experts": (33.0, 3e11)}  # fmt: skip
+    points = {"rmsnorm": (0.3, 8e9), "softmax": (0.7, 21e9), "gate": (1.1, 30e9), "rope": (0.5, 9e9)}
+    points |= {"w1, w3": (180.0, 6e11), "wo": (90.0, 5.1e11), "wkv_b": (40.0, 4.6e11), "experts": (33.0, 3e11)}
+    points |= {"absorbed scores": (14.0, 2.2e11)}
 
     def run() -> Iterator[Figure]:
         for name, (intensity, rate) in points.items():

@@ -1,0 +1,389 @@
+"""What python -m benchmarks does, with questions that measure nothing: it goes on, it fails, it compares, it tells."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import progress, runner, units
+from benchmarks.changes import compare
+from benchmarks.question import Figure, Question
+from benchmarks.results import Writer, read
+from tests import fake_questions as fake
+from tests.commands import ROOT
+
+Capture = pytest.CaptureFixture[str]
+Known = Mapping[str, Callable[[], Question]]
+
+
+def go(out: Path, *args: str, known: Known | None = None) -> int:
+    return runner.main([*args, "--out", str(out)], known or fake.known(), fake.roofs)
+
+
+def figure(measured: float, **given: Any) -> Figure:
+    usual: dict[str, Any] = {"question": "q", "case": {"n": 1}, "metric": "time", "unit": "s", "better": "lower"}
+    return Figure(**{**usual, **given}, measured=measured)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+class Watch:
+    """What was measured, in order; may raise at a case, once."""
+
+    def __init__(self, at: str = "", error: BaseException | None = None) -> None:
+        self.seen, self.at, self.error = list[str](), at, error
+
+    def __call__(self, key: str) -> None:
+        self.seen.append(key)
+        if key == self.at and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    @property
+    def known(self) -> Known:
+        return {"fake_decode": lambda: fake.decode(self), "fake_cache": fake.cache}
+
+
+def test_last_line_is_json_and_all_there_is(tmp_path: Path, capsys: Capture) -> None:
+    assert go(tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    answer = json.loads(out)
+    assert len(answer["figures"]) == 5 + 8 + 10 and answer["failed"] == []
+    assert {"commit", "versions", "device", "dtype", "threads", "quick", "machine", "date"} <= set(answer)
+    assert answer["dtype"] == "bfloat16", "the faster one by the roofs"
+    first = answer["figures"][0]
+    assert first["case"] == {"attention": "MLA"} and first["measured"] == first["predicted"] == 70_272
+    assert "MLA keeps 70,272 bytes" in err and "transformers, of the same shape, context 8,192" in err
+    assert (tmp_path / "report.html").is_file()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_case_prints_is_not_on_stdout(tmp_path: Path, capsys: Capture) -> None:
+    assert go(tmp_path, known={"fake_decode": lambda: fake.decode(print)}) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "\ndsmini 128\n" in err
+
+
+def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -> None:
+    watch = Watch("dsmini 2048", KeyboardInterrupt())
+    assert go(tmp_path, known=watch.known) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and "Go on with: python -m benchmarks" in err
+    assert watch.seen == ["dsmini 128", "dsmini 512", "dsmini 2048"]
+    assert "6 of 8 cases are still to be measured" in (tmp_path / "report.html").read_text()
+    watch.seen.clear()
+    assert go(tmp_path, known=watch.known) == 0
+    out, err = capsys.readouterr()
+    assert "2 of 13 cases are done already" in err
+    assert watch.seen[0] == "dsmini 2048" and len(watch.seen) == 6
+    answer = json.loads(out)
+    assert len(answer["figures"]) == 13
+    contexts = [f["case"]["context"] for f in answer["figures"] if f["case"].get("side") == "dsmini"]
+    assert contexts == [128, 512, 2048, 8192], "in the order of the cases, not of the runs"
+    watch.seen.clear()
+    assert go(tmp_path, known=watch.known) == 0
+    assert watch.seen == []
+
+
+def test_killed_run_leaves_what_is_done(tmp_path: Path) -> None:
+    """Not by an exception: the process dies in the middle of the third case."""
+    script = (
+        "import tests.fake_questions as f, sys, time; from benchmarks import runner;"
+        "wait = lambda key: time.sleep(60) if key == 'dsmini 2048' else None;"
+        "runner.main(sys.argv[1:], {'fake_decode': lambda: f.decode(wait)}, f.roofs)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    process = subprocess.Popen([sys.executable, "-c", script, "--out", str(tmp_path)], env=env, cwd=ROOT)
+    path = tmp_path / "results.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text().count('"done"') == 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    watch = Watch()
+    assert go(tmp_path, "fake_decode", "--threads", str(lines(tmp_path)[0]["threads"]), known=watch.known) == 0
+    assert len(watch.seen) == 6
+
+
+@pytest.mark.parametrize("change", [["--quick"], ["--dtype", "float32"], ["--threads", "2"], ["--fresh"]])
+def test_other_setting_measures_anew(tmp_path: Path, change: list[str], capsys: Capture) -> None:
+    watch, threads = Watch(), [] if "--threads" in change else ["--threads", "1"]
+    go(tmp_path, "fake_decode", "--threads", "1", known=watch.known)
+    watch.seen.clear()
+    go(tmp_path, "fake_decode", *threads, *change, known=watch.known)
+    assert len(watch.seen) == (4 if "--quick" in change else 8)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert len(figures) == len(watch.seen), "those of the other setting are not among them"
+
+
+def test_changed_sources_measure_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    watch = Watch()
+    go(tmp_path, "fake_decode", known=watch.known)
+    monkeypatch.setattr("benchmarks.provenance.code", lambda: "other")
+    go(tmp_path, "fake_cache", known=watch.known)
+    assert len(watch.seen) == 8
+    page = (tmp_path / "report.html").read_text()
+    assert "Measured by an earlier run than the rest" in page, "a question that was not measured again is still shown"
+    go(tmp_path, known=watch.known)
+    assert len(watch.seen) == 16
+    assert "Measured by an earlier run than the rest" not in (tmp_path / "report.html").read_text()
+
+
+def test_interrupted_fresh_run_does_not_fall_back_on_old_figures(tmp_path: Path) -> None:
+    watch = Watch()
+    go(tmp_path, "fake_decode", known=watch.known)
+    watch.at, watch.error = "dsmini 512", KeyboardInterrupt()
+    assert go(tmp_path, "fake_decode", "--fresh", known=watch.known) == 130
+    watch.seen.clear()
+    assert go(tmp_path, "fake_decode", known=watch.known) == 0
+    assert len(watch.seen) == 7
+
+
+def test_failing_case_is_told_and_the_others_go_on(tmp_path: Path, capsys: Capture) -> None:
+    watch = Watch("dsmini 512", RuntimeError("no such kernel"))
+    assert go(tmp_path, known=watch.known) == 1
+    out, err = capsys.readouterr()
+    assert "fake_decode dsmini 512 failed: RuntimeError: no such kernel" in err
+    assert len(watch.seen) == 8
+    answer = json.loads(out)
+    error = {"question": "fake_decode", "case": "dsmini 512", "error": "RuntimeError: no such kernel"}
+    assert len(answer["figures"]) == 12 and answer["failed"] == [error]
+    (kept,) = [line for line in lines(tmp_path) if line["kind"] == "error"]
+    assert "Traceback" in kept["error"]
+    watch.seen.clear()
+    assert go(tmp_path, known=watch.known) == 0, "a case that failed is measured again"
+    assert watch.seen == ["dsmini 512"]
+    assert json.loads(capsys.readouterr().out)["failed"] == []
+
+
+def test_a_count_that_is_not_as_predicted_is_an_error(tmp_path: Path, capsys: Capture) -> None:
+    assert go(tmp_path, known={"fake_cache": lambda: fake.cache(measured=70_273)}) == 1
+    err = capsys.readouterr().err
+    assert "bytes per token is 70,273 bytes, predicted were 70,272 bytes" in err
+    assert "≠" in (tmp_path / "report.html").read_text()
+
+
+def test_a_question_that_cannot_say_or_draw_takes_no_other_down(tmp_path: Path, capsys: Capture) -> None:
+    def broken() -> Question:
+        def fail(figures: list[Figure]) -> Any:
+            raise KeyError("8192")
+
+        return replace(fake.decode(), finding=fail, plots=fail)
+
+    assert go(tmp_path, known={"fake_decode": broken, "fake_cache": fake.cache}) == 0
+    assert "No finding yet: KeyError: '8192'" in capsys.readouterr().err
+    assert "MLA keeps" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fake_dekode"], "unknown question 'fake_dekode'; there are fake_cache, fake_decode, fake_roofline"),
+        (["--threads", "0"], "--threads 0"),
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["--compare", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--report-only"], "has no figures yet"),
+        (["--report-only", "--fresh"], "leave one of them out"),
+    ],
+)
+def test_mistakes_are_refused_in_a_sentence(tmp_path: Path, args: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        go(tmp_path / "out", *args)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("report.html"))
+
+
+def test_question_that_cannot_run_is_left_out_unless_named(tmp_path: Path, capsys: Capture) -> None:
+    def missing() -> Question:
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+    needy = replace(fake.decode(), needs="it needs a GPU")
+    known: Known = {"fake_decode": lambda: needy, "other": missing, "fake_cache": fake.cache}
+    assert runner.main(["--list"], known, fake.roofs) == 0
+    listed = capsys.readouterr().out
+    assert "cannot run here: it needs a GPU" in listed and "it needs nowhere, which is not installed" in listed
+    assert go(tmp_path, known=known) == 0
+    assert "fake_decode is left out: it needs a GPU" in capsys.readouterr().err
+    for name in ("fake_decode", "other"):
+        with pytest.raises(ValueError, match=f"{name} cannot run here: it needs"):
+            go(tmp_path, name, known=known)
+
+
+def test_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    watch = Watch()
+    with pytest.raises(ValueError, match=r"cannot be written: .*choose another folder by --out"):
+        go(tmp_path / "file" / "out", known=watch.known)
+    assert watch.seen == []
+
+
+def test_full_disk_stops_and_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(tmp_path, "fake_cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.results.os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            go(tmp_path, "fake_decode")
+    assert len(read(tmp_path / "results.jsonl").by_fingerprint) == 1
+    assert go(tmp_path, "fake_decode") == 0
+
+
+def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
+    with (
+        Writer(tmp_path / "results.jsonl"),
+        pytest.raises(ValueError, match="is being written by another run; wait for it"),
+    ):
+        go(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_half_a_line_at_the_end_is_passed_over(tmp_path: Path, cut: int) -> None:
+    watch, path = Watch(), tmp_path / "results.jsonl"
+    go(tmp_path, "fake_decode", known=watch.known)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])  # of 1: the line is whole, its end is missing
+    assert go(tmp_path, "--report-only", known=watch.known) == 0
+    watch.seen.clear()
+    assert go(tmp_path, "fake_decode", known=watch.known) == 0
+    assert watch.seen == ([] if cut == 1 else ["transformers, of the same shape 8192"])
+    assert all(lines(tmp_path)), "every line is whole again"
+
+
+def test_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    go(tmp_path, "fake_cache")
+    path = tmp_path / "results.jsonl"
+    text = path.read_text().splitlines(keepends=True)
+    for damage, said in (("{half\n", "line 3 of .* is not JSON: '{half'"), ('{"kind": "figure"}\n', "is no line of")):
+        path.write_text("".join([*text[:2], damage, *text[2:]]))
+        with pytest.raises(ValueError, match=said):
+            go(tmp_path)
+
+
+def test_report_only_measures_nothing(tmp_path: Path, capsys: Capture) -> None:
+    watch = Watch()
+    go(tmp_path, known=watch.known)
+    before, first = (tmp_path / "results.jsonl").read_bytes(), capsys.readouterr().out
+    page = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").unlink()
+    watch.seen.clear()
+    assert go(tmp_path, "--report-only", known=watch.known) == 0
+    assert watch.seen == [] and (tmp_path / "results.jsonl").read_bytes() == before
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "report.html").read_bytes() == page, "the page is a function of the figures"
+
+
+@pytest.mark.parametrize(("speed", "verdict"), [(0.5, "worse"), (1.01, None), (2.0, "better")])
+def test_compare_shows_what_changed(tmp_path: Path, capsys: Capture, speed: float, verdict: str | None) -> None:
+    go(tmp_path / "old", known={"fake_decode": fake.decode})
+    capsys.readouterr()
+    old = str(tmp_path / "old" / "results.jsonl")
+    go(tmp_path / "new", "--compare", old, known={"fake_decode": lambda: fake.decode(speed=speed)})
+    err = capsys.readouterr().err
+    assert err.count(f" {verdict}") == (8 if verdict else 0)
+    assert f"{0 if verdict else 8} of 8 figures are unchanged" in err
+    assert 'id="changes"' in (tmp_path / "new" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (figure(1.0), figure(1.04), "unchanged"),
+        (figure(1.0), figure(1.06), "worse"),
+        (figure(1.06), figure(1.0), "better"),
+        (figure(1.0, better="higher", unit="tokens/s"), figure(1.2, better="higher", unit="tokens/s"), "better"),
+        (figure(1.0, low=0.9, high=1.3), figure(1.4, low=1.2, high=1.5), "unchanged"),
+        (figure(1.0, low=0.9, high=1.1), figure(1.4, low=1.2, high=1.5), "worse"),
+        (figure(1.0, low=1.0, high=1.01), figure(1.03, low=1.02, high=1.04), "unchanged"),
+        (figure(1000, unit="bytes", exact=True), figure(1001, unit="bytes", exact=True), "worse"),
+        (figure(1000, unit="bytes", exact=True), figure(1000, unit="bytes", exact=True), "unchanged"),
+        (figure(1.0, unit="nats"), figure(1.02, unit="nats"), "worse"),
+        (figure(1.0, unit="nats", better=None), figure(1.02, unit="nats", better=None), "changed"),
+        (figure(0.0, unit="nats"), figure(0.5, unit="nats"), "worse"),
+    ],
+)
+def test_noise_is_no_change(old: Figure, new: Figure, verdict: str) -> None:
+    (change,) = compare([old], [new])
+    assert change.verdict == verdict
+
+
+def test_changes_come_by_size_and_tell_new_from_gone() -> None:
+    names = [{"n": n} for n in range(6)]
+    old = [figure(v, case=case) for v, case in zip((1.0, 1.0, 1.0, 1.0, 1.0), names[:5], strict=True)]
+    new = [figure(v, case=case) for v, case in zip((1.01, 1.5, 0.4, 1.2, 1.0), [*names[:4], names[5]], strict=True)]
+    found = [(change.name.case["n"], change.verdict) for change in compare(old, new)]
+    assert found == [(2, "better"), (1, "worse"), (3, "worse"), (4, "gone"), (5, "new"), (0, "unchanged")]
+
+
+def test_time_left_learns_from_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    clock = progress.Clock([10.0] * 10)
+    assert clock.left() == 100
+    clock.begin(10.0)
+    now[0] = 4.0
+    assert clock.left() == 96
+    clock.end(20.0)  # twice the estimate
+    assert 140 < clock.left() < 180
+    for _ in range(9):
+        clock.begin(10.0)
+        clock.end(20.0)
+    assert clock.left() == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (1310720, "bytes", "1.25 MiB"),
+        (640, "bytes/token", "640 bytes/token"),
+        (38.2e9, "bytes/s", "38.2 GB/s"),
+        (1.03e14, "FLOP/s", "103 TFLOP/s"),
+        (0.00471, "s", "4.71 ms"),
+        (3e-7, "s", "300 ns"),
+        (6363.4, "tokens/s", "6,363 tokens/s"),
+        (0.4567, "", "0.457"),
+        (2.4e-6, "", "2.40e-06"),
+        (0.0, "s", "0 s"),
+        (None, "s", units.NOTHING),
+    ],
+)
+def test_units_are_peoples(value: float | None, unit: str, said: str) -> None:
+    assert units.human(value, unit) == said
+
+
+def test_exact_counts_are_shown_whole() -> None:
+    assert units.human(671_026_404_352, "", exact=True) == "671,026,404,352"
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path, capsys: Capture) -> None:
+    def nan() -> Question:
+        question = fake.cache()
+        case = replace(question.cases(None)[0], run=lambda: [figure(float("nan"), question="fake_cache")])  # type: ignore
+        return replace(question, cases=lambda setting: [case], plots=lambda figures: [])
+
+    assert go(tmp_path, known={"fake_cache": nan}) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["figures"][0]["measured"] is None
+
+
+def test_questions_of_this_folder_keep_the_contract() -> None:
+    """Those that are there: named after their module, and complete."""
+    for name in runner.questions_here():
+        question = importlib.import_module(f"benchmarks.{name}").QUESTION
+        assert question.name == name
+        assert question.title and question.about
+
+
+@pytest.mark.skipif(
+    len(runner.questions_here()) < len(runner.NAMES), reason="not every question of runner.NAMES is written yet"
+)
+def test_all_questions_are_there() -> None:
+    assert tuple(runner.questions_here()) == runner.NAMES
