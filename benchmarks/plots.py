@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -260,6 +260,7 @@ def _name_points(axes: "Axes", series: Sequence[Series]) -> None:
     at = [axes.transData.transform((x, y)) for x, y, _ in named]
     unit = axes.figure.dpi / 72
     taken = [(x / unit - 3, y / unit - 3, x / unit + 3, y / unit + 3) for x, y in at]
+    taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _along_lines(axes, series)]
     left, _, right, top = (v / unit for v in axes.bbox.extents)
     for (x, y), (data_x, data_y, text) in zip(at, named, strict=True):
         px, py, wide = x / unit, y / unit, 5.4 * len(text)
@@ -281,6 +282,18 @@ def _name_points(axes: "Axes", series: Sequence[Series]) -> None:
         taken.append(box)
         axes.annotate(text, (data_x, data_y), (dx, dy), textcoords="offset points", ha=side[0], va=side[1],
                       color=ROLES["ink"], fontsize=9)  # fmt: skip
+
+
+def _along_lines(axes: "Axes", series: Sequence[Series]) -> Iterator[tuple[float, float]]:
+    """Places that the lines pass through, close to each other, in units of the page."""
+    unit = axes.figure.dpi / 72
+    for s in series:
+        at = (
+            [axes.transData.transform(point) / unit for point in zip(s.x, s.y, strict=True)] if s.kind == "line" else []
+        )
+        for (x, y), (next_x, next_y) in itertools.pairwise(at):
+            steps = max(1, round(math.hypot(next_x - x, next_y - y) / 3))
+            yield from ((x + (next_x - x) * i / steps, y + (next_y - y) * i / steps) for i in range(steps + 1))
 
 
 def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

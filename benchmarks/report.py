@@ -4,6 +4,7 @@ It is read offline, printed, or sent to somebody: no request leaves it, no scrip
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ def render(
         sections=sections,
         summary=summary(figures, len(sections)),
         changes=None if changes is None else [change_row(change) for change in changes],
+        changed=changed(changes or ()),
         old=old,
     )
 
@@ -258,7 +260,7 @@ def warnings(name: str, finished: Finished, latest: Run) -> list[str]:
             f"{run.dtype} on {run.device}, {_threads(run)}{', quick' if run.quick else ''}."
         )
     if left := finished.left(name):
-        said.append(f"{left} of {len(finished.plan[name])} cases are still to be measured.")
+        said.append(f"{left} of {len(finished.plan[name])} cases {'is' if left == 1 else 'are'} still to be measured.")
     return said
 
 
@@ -303,6 +305,13 @@ def summary(figures: Sequence[Figure], questions: int) -> list[tuple[str, str]]:
     if timed:
         counted.append((f"{near} of {len(timed)}", f"measurements within a factor {FAR} of the prediction"))
     return counted
+
+
+def changed(changes: Sequence[Change]) -> str:
+    """How many figures fared how: 3 better, 1 worse, 40 unchanged."""
+    counts = Counter(change.verdict for change in changes)
+    always = [f"{counts.pop(verdict, 0)} {verdict}" for verdict in ("better", "worse", "unchanged")]
+    return ", ".join([*always, *(f"{count} {verdict}" for verdict, count in sorted(counts.items()))])
 
 
 def change_row(change: Change) -> Mapping[str, str]:

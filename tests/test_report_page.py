@@ -77,7 +77,7 @@ def test_text_is_escaped_and_said(page: Path) -> None:
         "70,272 bytes",
         "38.0 GB/s",
         "python -m benchmarks fake_decode --device cpu --dtype bfloat16 --threads",
-        "1 of 8 cases are still to be measured.",
+        "1 of 8 cases is still to be measured.",
         "Nothing to draw yet.",
         "Both sides hold the same shape",
     ):
