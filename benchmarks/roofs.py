@@ -1,15 +1,52 @@
-"""This machine's roofs, measured once and kept: how fast it multiplies, and how fast it moves bytes."""
+"""This machine's roofs, measured once and kept: how fast it multiplies, how fast it moves bytes, what a call costs.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A class of operations has a curve: what one operation takes, by its size, from so small that only the call is left to so
+large that no cache holds it. Between measured sizes it is interpolated, on logarithmic scales.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmini.machine import matmul_rate, synchronize
+
+VERSION = 1
+"""Of what is measured: kept roofs of another are measured anew."""
+LARGE = 1 << 28
+"""Bytes that no cache holds."""
+ROUNDS = 5
+BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
+ROWS = (1, 4, 16, 64, 256, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A rate that depends on a size, interpolated between measured sizes on a logarithmic scale."""
+    """What a class of operations costs, by size."""
 
     sizes: Sequence[float]
-    rates: Sequence[float]
+    costs: Sequence[float]
+
+    def at(self, size: float) -> float:
+        """The cost at a size: beyond the last in proportion to it, below the first the first's."""
+        if size <= self.sizes[0]:
+            return self.costs[0]
+        if size >= self.sizes[-1]:
+            return self.costs[-1] * size / self.sizes[-1]
+        i = next(i for i, s in enumerate(self.sizes) if s > size)
+        (a, b), (low, high) = self.sizes[i - 1 : i + 1], self.costs[i - 1 : i + 1]
+        share = math.log(size / a) / math.log(b / a)
+        return low * (high / low) ** share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,4 +64,278 @@ class Roofs:
     call: float
     """Seconds of an operation that does nothing."""
     curves: Mapping[str, Curve]
-    """Bytes/s or FLOP/s of a class of operations, by size: see prediction.py."""
+    """Seconds by bytes of "pointwise float32" and the like, and FLOP/s by rows of "product bfloat16" and the like."""
+
+
+def load_or_measure(
+    device: torch.device, keep: Path | None = None, on_part: Callable[[float, str], None] = lambda done, what: None
+) -> Roofs:
+    """The roofs of this machine with the threads that torch has now: kept ones, or measured now (half a minute).
+
+    Args:
+        keep: the file they are kept in, that of another machine too; left out: one in the user's cache.
+    """
+    keep = keep or cache_folder() / "roofs.json"
+    key = json.dumps([VERSION, card(device)], sort_keys=True)
+    try:
+        kept: dict[str, Any] = json.loads(keep.read_text())
+    except (OSError, ValueError):
+        kept = {}
+    if key not in kept:
+        kept[key] = asdict(measure(device, on_part))
+        try:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            scratch = keep.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(kept))
+            scratch.replace(keep)
+        except OSError:
+            pass  # measured again next time
+    return from_json(kept[key])
+
+
+def from_json(raw: Mapping[str, Any]) -> Roofs:
+    return Roofs(**{**raw, "curves": {name: Curve(**curve) for name, curve in raw["curves"].items()}})
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmini"
+
+
+def card(device: torch.device) -> dict[str, str]:
+    """What this machine is."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    about = {
+        "processor": name,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "memory": f"{memory_bytes() / 2**30:.0f} GiB" if memory_bytes() else "unknown",
+        "last-level cache": last_level_cache(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+    return about
+
+
+def memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def last_level_cache() -> str:
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return sizes[-1].read_text().strip() if sizes else "unknown"
+
+
+def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda done, what: None) -> Roofs:
+    """All rates, each the median of a few rounds."""
+    dtypes = [torch.float32, torch.bfloat16]
+    jobs: list[tuple[str, Callable[[], Any]]] = [
+        (f"peak {_name(dtype)}", lambda dtype=dtype: matmul_rate(device, dtype)) for dtype in dtypes
+    ]
+    jobs += [
+        ("bandwidth", lambda: _bandwidth(device)),
+        ("copy", lambda: _copy(device)),
+        ("call", lambda: _call(device)),
+    ]
+    for dtype in dtypes:
+        for kind, make in POINTS.items():
+            jobs.append((f"{kind} {_name(dtype)}", lambda make=make, dtype=dtype: _by_bytes(device, dtype, make)))
+        for kind, rate in PRODUCTS.items():
+            jobs.append((f"{kind} {_name(dtype)}", lambda rate=rate, dtype=dtype: _by_rows(device, dtype, rate)))
+    done: dict[str, Any] = {}
+    for i, (name, job) in enumerate(jobs):
+        on_part(i / len(jobs), name)
+        done[name] = job()
+    return Roofs(
+        card=card(device),
+        peak={_name(dtype): done[f"peak {_name(dtype)}"] for dtype in dtypes},
+        bandwidth=done["bandwidth"],
+        copy=done["copy"],
+        call=done["call"],
+        curves={name: curve for name, curve in done.items() if isinstance(curve, Curve)},
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS, least: float = 2e-4) -> float:
+    """Median seconds of one run, of runs in a row that take at least so long together."""
+    run()
+    times: list[float] = []
+    repeats = 1
+    while len(times) < rounds:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+        if elapsed < least and repeats < 1 << 14:
+            repeats = max(repeats * 2, int(repeats * least / max(elapsed, 1e-7)))
+            continue
+        times.append(elapsed / repeats)
+    return statistics.median(times)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """The best of what reads alone: a sum, and products of a matrix and a vector, in both dtypes."""
+    x = torch.ones(LARGE // 4, device=device)
+    rates = [LARGE / seconds_of(lambda: x.sum(), device, 3)]
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = x.view(dtype)[: LARGE // 4].view(-1, 4096)
+        vector = torch.ones(1, 4096, dtype=dtype, device=device)
+        rates.append(matrix.nbytes / seconds_of(lambda m=matrix, v=vector: F.linear(v, m), device, 3))
+    return max(rates)
+
+
+def _copy(device: torch.device) -> float:
+    x = torch.ones(LARGE // 8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / seconds_of(lambda: y.copy_(x), device, 3)
+
+
+def _call(device: torch.device) -> float:
+    x = torch.ones(1, device=device)
+    return seconds_of(lambda: x.view(1), device)
+
+
+# --- classes of operations that move bytes: what to run, and the bytes it moves
+
+Job = tuple[Callable[[], object], int]
+
+
+def _pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a, b = (torch.rand(n, dtype=dtype, device=device) for _ in range(2))
+    return lambda: a * b, 3 * a.nbytes
+
+
+def _slow_pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.rand(n, dtype=dtype, device=device)
+    return lambda: F.silu(a), 2 * a.nbytes
+
+
+def _softmax(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.rand(max(1, n // 256), min(n, 256), dtype=dtype, device=device)
+    return lambda: a.softmax(-1), 2 * a.nbytes
+
+
+def _reduction(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.rand(max(1, n // 256), min(n, 256), dtype=dtype, device=device)
+    return lambda: a.sum(-1), a.nbytes
+
+
+def _move(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a, b = (torch.rand(max(1, n // 64), min(n, 32), dtype=dtype, device=device) for _ in range(2))
+    return lambda: torch.cat((a, b), -1), 4 * a.nbytes
+
+
+def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.rand(n, dtype=dtype, device=device)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    return lambda: a.to(other), 6 * n
+
+
+def _gather(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    rows = max(1, n // 256)
+    a = torch.rand(rows, min(n, 256), dtype=dtype, device=device)
+    index = torch.randint(0, rows, (rows,), device=device)
+    return lambda: a.index_select(0, index), 2 * a.nbytes + index.nbytes
+
+
+def _order(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    a = torch.rand(max(1, n // 64), min(n, 64), device=device)
+    return lambda: a.topk(min(4, a.shape[1]), -1), a.nbytes
+
+
+POINTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
+    "pointwise": _pointwise,
+    "slow pointwise": _slow_pointwise,
+    "softmax": _softmax,
+    "reduction": _reduction,
+    "move": _move,
+    "cast": _cast,
+    "gather": _gather,
+    "order": _order,
+}
+
+
+def _by_bytes(device: torch.device, dtype: torch.dtype, make: Callable[[int, torch.dtype, torch.device], Job]) -> Curve:
+    sizes, costs = [], []
+    for size in BYTES:
+        run, moved = make(max(1, size // dtype.itemsize), dtype, device)
+        sizes.append(moved)
+        costs.append(seconds_of(run, device, 3 if size > 1 << 24 else ROUNDS))
+    return Curve(sizes=sizes, costs=costs)
+
+
+# --- classes of operations that multiply: what to run for so many rows, and its FLOPs
+
+
+def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    x, w = torch.rand(rows, 1024, device=device).to(dtype), torch.rand(1024, 1024, device=device).to(dtype)
+    return lambda: F.linear(x, w), 2 * rows * 1024 * 1024
+
+
+def _cold_product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    """With matrices that come from memory, as in decoding: one after the other out of many."""
+    x = torch.rand(rows, 1024, device=device).to(dtype)
+    many = torch.rand(64 * 4 // dtype.itemsize, 1024, 1024, device=device).to(dtype)
+    at: Iterator[Tensor] = (many[i % len(many)] for i in range(1 << 40))
+    return lambda: F.linear(x, next(at)), 2 * rows * 1024 * 1024
+
+
+def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    q, k = (torch.rand(64, rows, 64, device=device).to(dtype) for _ in range(2))
+    return lambda: q @ k.mT, 2 * 64 * rows * rows * 64
+
+
+def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    x, w = torch.rand(16 * rows, 512, device=device).to(dtype), torch.rand(16, 512, 512, device=device).to(dtype)
+    ends = torch.arange(1, 17, device=device, dtype=torch.int32) * rows
+    if not hasattr(F, "grouped_mm"):
+        return lambda: [F.linear(part, m) for part, m in zip(x.split(rows), w, strict=True)], 2 * 16 * rows * 512 * 512
+    return lambda: F.grouped_mm(x, w.mT, offs=ends), 2 * 16 * rows * 512 * 512
+
+
+def _attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    q, k, v = (torch.rand(4, 8, rows, 64, device=device).to(dtype) for _ in range(3))
+    pairs = rows * (rows + 1) // 2
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 2 * 32 * pairs * 128
+
+
+PRODUCTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
+    "product": _product,
+    "cold product": _cold_product,
+    "batched product": _batched,
+    "grouped product": _grouped,
+    "attention": _attention,
+}
+
+
+def _by_rows(device: torch.device, dtype: torch.dtype, make: Callable[[int, torch.dtype, torch.device], Job]) -> Curve:
+    rates = []
+    for rows in ROWS:
+        run, flops = make(rows, dtype, device)
+        rates.append(flops / seconds_of(run, device))
+    return Curve(sizes=ROWS, costs=rates)
+
+
+def _rate(curve: Curve, rows: float) -> float:
+    """FLOP/s at so many rows; those of the most rows beyond."""
+    return curve.at(min(max(rows, curve.sizes[0]), curve.sizes[-1]))
+
+
+def product_rate(roofs: Roofs, kind: str, dtype: str, rows: float) -> float:
+    """FLOP/s of a product whose rows share a matrix, of its kind and dtype."""
+    return _rate(roofs.curves[f"{kind} {dtype}"], rows)
