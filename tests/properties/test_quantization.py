@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
 from dsmini.numerics import (
@@ -23,6 +24,7 @@ from dsmini.numerics import (
     round_tiles,
     tile_scales,
 )
+from dsmini.numerics.tiles import STRIP
 from tests.configs import refusal
 from tests.folders import blocks_of
 from tests.quantizer import NAMES, meant, quantized, quantized_groups, raw, same, stored
@@ -182,6 +184,34 @@ def test_a_matrix_of_many_strips() -> None:
     assert agrees(x, (1, 128), "ue8m0", "e5m6", AMAX_MIN)
 
 
+class Largest(TorchDispatchMode):
+    """How many elements the largest FP32 tensor has that is computed inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("shape", [(2048, 512), (4, 512, 512), (64, 32, 512)])
+@pytest.mark.parametrize("tile", [(1, 128), (128, 128)])
+def test_no_copy_of_a_whole_matrix_in_fp32(shape: tuple[int, ...], tile: Any) -> None:
+    x = torch.randn(shape).bfloat16()
+    strip = max(STRIP, tile[0] * x.numel() // shape[-2])  # one row of tiles at least
+    codes, scales = quantize_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN)
+    for call in (
+        lambda: quantize_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN),
+        lambda: dequantize_tiles(codes, scales, tile, "e4m3", torch.bfloat16),
+        lambda: round_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16),
+    ):
+        with Largest() as largest:
+            call()
+        assert min(strip, x.numel()) // 2 <= largest.numel <= strip
+
+
 # Groups of rows, each with tiles of its own
 
 
@@ -262,6 +292,15 @@ def test_the_largest_magnitude_becomes_the_largest_code(scale: Any, format: Any)
     assert (largest == f.max).all() if scale == "fp32" else (largest >= f.max / 2).all() and (largest <= f.max).all()
     if scale == "ue8m0":
         assert same(UE8M0.decode(UE8M0.encode(scales)), scales)
+
+
+@EVERY_SCALE
+@EVERY_FORMAT
+def test_scales_beside_powers_of_two(scale: Any, format: Any) -> None:
+    """Where a logarithm is wrong: largest magnitudes a few bits from the format's largest times a power of two."""
+    powers = torch.arange(-60, 61, dtype=torch.float32).exp2() * FORMATS[format].max
+    bits = powers.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
+    assert agrees(bits.view(torch.float32), (1, 1), scale, format, SMALLEST_AMAX)
 
 
 @pytest.mark.parametrize("amax_min", [AMAX_MIN, 0.3, 7.0])
