@@ -82,6 +82,16 @@ def test_what_is_left_out() -> None:
     assert alike(quantize(x), quantize(x, (1, 128), "ue8m0", "e4m3", 1e-4))
 
 
+@pytest.mark.parametrize("amax_min", [SMALLEST_AMAX, AMAX_MIN, 7.0])
+@pytest.mark.parametrize("tile", [(1, 128), (3, 130)])
+def test_amax_min_is_passed_on(tile: Any, amax_min: float) -> None:
+    x = torch.randn(3, 130) * torch.tensor([1e-9, 1e-3, 1.0])[:, None]
+    _, scales, values = quantized(x.numpy(), tile, "fp32", "e5m2", amax_min)
+    q = quantize(x, tile, "fp32", "e5m2", amax_min)
+    assert same(q.scales, scales)
+    assert same(q.dequantize(), values)
+
+
 def test_three_dimensions_are_matrices() -> None:
     x = torch.randn(2, 130, 64) * torch.tensor([1.0, 1e3])[:, None, None]
     q = quantize(x, (128, 128), "fp32")
