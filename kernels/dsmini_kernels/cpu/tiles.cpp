@@ -45,6 +45,24 @@ template <class V>
 void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// A store, or one past the cache, for which p must be a multiple of the vector's size.
+template <class V>
+inline void emit(void* p, V v, bool past) {
+#ifdef X86
+  if constexpr (sizeof v >= 16) {
+    if (past) {
+#if BYTES == 64
+      if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if BYTES >= 32
+      if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+      if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+    }
+  }
+#endif
+  store(p, v);
+}
 inline I splat(int32_t x) { return I{} + x; }
 inline F splat(float x) { return (F)splat(load<int32_t>(&x)); }
 template <class V>
@@ -58,8 +76,8 @@ V larger(V a, V b) {
 using Vector = __m512i;
 inline I widen(H x) { return (I)_mm512_cvtepu16_epi32((__m256i)x); }
 inline I widen(B x) { return (I)_mm512_cvtepu8_epi32((__m128i)x); }
-inline void narrow(void* p, I x, uint16_t) { store(p, _mm512_cvtepi32_epi16((__m512i)x)); }
-inline void narrow(void* p, I x, uint8_t) { store(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+inline H narrow(I x, uint16_t) { return (H)_mm512_cvtepi32_epi16((__m512i)x); }
+inline B narrow(I x, uint8_t) { return (B)_mm512_cvtepi32_epi8((__m512i)x); }
 inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif BYTES == 32
 using Vector = __m256i;
@@ -68,17 +86,17 @@ inline I widen(B x) { return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int6
 inline __m128i half_width(I x) {
   return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 }
-inline void narrow(void* p, I x, uint16_t) { store(p, half_width(x & 0xFFFF)); }
-inline void narrow(void* p, I x, uint8_t) {
-  const __m128i words = half_width(x & 0xFF);
-  store(p, _mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+inline H narrow(I x, uint16_t) { return (H)half_width(x & 0xFFFF); }
+inline B narrow(I x, uint8_t) {
+  const __m128i words = half_width(x & 0xFF), bytes = _mm_packus_epi16(words, words);
+  return load<B>(&bytes);
 }
 inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 inline I widen(H x) { return __builtin_convertvector(x, I); }
 inline I widen(B x) { return __builtin_convertvector(x, I); }
-inline void narrow(void* p, I x, uint16_t) { store(p, __builtin_convertvector(x, H)); }
-inline void narrow(void* p, I x, uint8_t) { store(p, __builtin_convertvector(x, B)); }
+inline H narrow(I x, uint16_t) { return __builtin_convertvector(x, H); }
+inline B narrow(I x, uint8_t) { return __builtin_convertvector(x, B); }
 inline F smaller(F a, F b) { return a < b ? a : b; }
 #endif
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -108,12 +126,12 @@ struct Grid {
 struct Fp32 {
   using Bits = uint32_t;
   static F get(const void* p) { return load<F>(p); }
-  static void put(void* p, F x, bool) { store(p, x); }
+  static F put(F x, bool) { return x; }
 };
 struct Bf16 {
   using Bits = uint16_t;
   static F get(const void* p) { return (F)(widen(load<H>(p)) << 16); }
-  static void put(void* p, F x, bool exact) { narrow(p, (I)(rounded(x, exact) >> 16), Bits()); }
+  static H put(F x, bool exact) { return narrow((I)(rounded(x, exact) >> 16), Bits()); }
   // To nearest even, in the high halves. NaN must be as QUIET_NAN, not to wrap round to zero.
   static U rounded(F x, bool exact) { return exact ? (U)x : (U)x + (0x7FFF + (((U)x >> 16) & 1)); }
 };
@@ -121,20 +139,20 @@ struct Fp16 {
   using Bits = uint16_t;
 #if BYTES == 64
   static F get(const void* p) { return (F)_mm512_cvtph_ps(load<__m256i>(p)); }
-  static void put(void* p, F x, bool) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
+  static H put(F x, bool) { return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #elif BYTES == 32
   static F get(const void* p) { return (F)_mm256_cvtph_ps(load<__m128i>(p)); }
-  static void put(void* p, F x, bool) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+  static H put(F x, bool) { return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
   static F get(const void* p) {
     const I half = widen(load<H>(p)), magnitude = half & 0x7FFF;
     const I bits = (I)((F)(magnitude << 13) * splat(0x1p112f));
     return (F)((magnitude >= 0x7C00 ? bits | EXPONENT : bits) | ((half & 0x8000) << 16));
   }
-  static void put(void* p, F x, bool) {  // 65536 has the code of infinity
+  static H put(F x, bool) {  // 65536 has the code of infinity
     const Grid grid({16, 10, 15, 65536.0f, 0x1p-24f, 0x7E00, 0x7C00, 0x7C00});
     const I code = x != x ? grid.nan : grid.code(grid.limit(x));
-    narrow(p, code | (((I)x >> 16) & 0x8000), Bits());
+    return narrow(code | (((I)x >> 16) & 0x8000), Bits());
   }
 #endif
 };
@@ -280,7 +298,8 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
     }
     if (i < end) {
       if (SPREAD) scale = load<F>(scales + i), factor = load<F>(factors + i);
-      char from[UNIT * IN] = {}, to[UNIT * OUT];
+      char from[UNIT * IN] = {};
+      alignas(64) char to[UNIT * OUT];
       memcpy(from, x + i * IN, (end - i) * IN);
       body(from, to, scale, factor);
       memcpy(out + i * OUT, to, (end - i) * OUT);
@@ -289,11 +308,11 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
 }
 
 using Row = void (*)(const Plan&, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                     const float* factors);
+                     const float* factors, bool past);
 
 template <class In, class Out, bool EXACT, bool SPREAD>
 void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-               const float* factors) {
+               const float* factors, bool past) {
   const Grid grid(plan.format);
   const bool tiny = plan.tiny, exact = plan.exact;
   const auto round = [&](F number, F scale, F factor) {
@@ -308,11 +327,11 @@ void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t wi
     along<IN, OUT, 2 * LANES, false>(x, out, n, width, scales, factors, [&](auto from, auto to, F scale, F factor) {
       const I both = load<I>(from);
       const F even = round((F)(both << 16), scale, factor), odd = round((F)(both & HIGH_HALF), scale, factor);
-      store(to, (Bf16::rounded(even, exact) >> 16) | (Bf16::rounded(odd, exact) & uint32_t(HIGH_HALF)));
+      emit(to, (Bf16::rounded(even, exact) >> 16) | (Bf16::rounded(odd, exact) & uint32_t(HIGH_HALF)), past);
     });
   } else {
     along<IN, OUT, LANES, SPREAD>(x, out, n, width, scales, factors, [&](auto from, auto to, F scale, F factor) {
-      Out::put(to, round(In::get(from), scale, factor), exact);
+      emit(to, Out::put(round(In::get(from), scale, factor), exact), past);
     });
   }
 }
@@ -320,19 +339,19 @@ void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t wi
 // CODE holds one code: uint8_t, or uint16_t before packing.
 template <class In, class CODE, bool EXACT, bool SPREAD>
 void encode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                const float* factors) {
+                const float* factors, bool past) {
   const Grid grid(plan.format);
   along<sizeof(typename In::Bits), sizeof(CODE), LANES, SPREAD>(
       x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor) {
         const F number = In::get(from), y = EXACT ? number * factor : number / scale;
         const I code = grid.code(grid.limit(y)) | (I)(((U)y & uint32_t(SIGN)) >> grid.sign);
-        narrow(to, y != y ? grid.nan : code, CODE());
+        emit(to, narrow(y != y ? grid.nan : code, CODE()), past);
       });
 }
 
 template <class CODE, class Out, bool SPREAD>
 void decode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                const float* factors) {
+                const float* factors, bool past) {
   typedef CODE C __attribute__((vector_size(LANES * sizeof(CODE))));
   const Format& f = plan.format;
   const Grid grid(f);
@@ -346,7 +365,7 @@ void decode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t w
         F value = subnormal ? (F)(bits + (1 << 23)) - (F)splat(smallest) : (F)bits;
         const F special = magnitude == f.infinity ? (F)splat(EXPONENT) : (F)splat(QUIET_NAN);
         value = magnitude >= f.first_special ? special : value;
-        Out::put(to, (F)((I)value | ((code << grid.sign) & SIGN)) * scale, false);
+        emit(to, Out::put((F)((I)value | ((code << grid.sign) & SIGN)) * scale, false), past);
       });
 }
 
@@ -510,19 +529,21 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
   // While a chunk is written, the one beside it comes into the cache; a processor by itself reads ahead along rows only.
   const int64_t width = n * plan.in_bytes;
   const int64_t ahead = !decode ? least(plan.chunk_columns, c.columns - column - n) * plan.in_bytes : 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || out_row % 64 == 0);
+  const bool past = plan.stream && aligned && (decode || !packed);  // otherwise by way of scratch.row
   for (int64_t r = 0; r < rows; ++r, x += c.row_stride * plan.in_bytes, out += out_row) {
     for (int64_t line = 0; line < ahead; line += 64) __builtin_prefetch(x + width + line, 0, 2);
-    char* to = plan.stream ? scratch.row : out;
+    char* to = plan.stream && !past ? scratch.row : out;
     if (packed && decode) {
       unpack(x, n, scratch.codes);
-      run(plan, reinterpret_cast<const char*>(scratch.codes), to, n, c.tile_columns, scales, factors);
+      run(plan, reinterpret_cast<const char*>(scratch.codes), to, n, c.tile_columns, scales, factors, past);
     } else if (packed) {
-      run(plan, x, reinterpret_cast<char*>(scratch.codes), n, c.tile_columns, scales, factors);
+      run(plan, x, reinterpret_cast<char*>(scratch.codes), n, c.tile_columns, scales, factors, false);
       pack(scratch.codes, n, to);
     } else {
-      run(plan, x, to, n, c.tile_columns, scales, factors);
+      run(plan, x, to, n, c.tile_columns, scales, factors, past);
     }
-    if (plan.stream) stream(out, scratch.row, bytes);
+    if (to != out) stream(out, scratch.row, bytes);
   }
 }
 
