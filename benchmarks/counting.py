@@ -55,8 +55,8 @@ class Operation:
 
     name: str
     kind: str
-    """product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather, scatter,
-    order, optimizer, other."""
+    """product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
+    scatter, order, optimizer."""
     flops: int
     """Multiply-adds are two; 0 for all but products and attention."""
     read: int
