@@ -16,6 +16,7 @@ computed, causal attention as half of the square plus the diagonal. While counti
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Operation:
     """Multiply-adds are two; 0 for all but products and attention."""
     read: int
     written: int
+    cold: int
+    """Of these bytes, those that are not in the last-level cache, if it kept what was used last."""
     dtype: torch.dtype
     rows: int
     """Of a product: those that share a matrix, of each group on average; else 0."""
@@ -73,6 +76,10 @@ class Operation:
         return self.read + self.written
 
     @property
+    def cold_share(self) -> float:
+        return min(1.0, self.cold / max(1, self.bytes))
+
+    @property
     def intensity(self) -> float:
         """FLOPs a byte."""
         return self.flops / max(1, self.bytes)
@@ -81,8 +88,9 @@ class Operation:
 class Count(TorchDispatchMode):
     """Counts inside `with Count() as count:`; forward, backward and the optimizer's step alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__()
+        self.cache = _Cache(cache_bytes)
         self.operations: list[Operation] = []
         self.views = 0
         """Calls that move nothing."""
@@ -98,7 +106,7 @@ class Count(TorchDispatchMode):
         if _is_free(func, name):
             self.views += 1
         else:
-            self.operations.append(_operation(func, name, args, kwargs, out, seconds))
+            self.operations.append(_operation(func, name, args, kwargs, out, seconds, self.cache))
         return out
 
     @property
@@ -126,8 +134,26 @@ def _is_free(func: Any, name: str) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+class _Cache:
+    """A cache that keeps what was used last, whole tensors at a time."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.used = room, 0
+        self.held: OrderedDict[int, int] = OrderedDict()
+
+    def touch(self, t: Tensor, size: int) -> int:
+        """The bytes of t that come from memory."""
+        pointer = t.data_ptr()
+        before = self.held.pop(pointer, 0)
+        self.used += size - before
+        self.held[pointer] = size
+        while self.used > self.room and len(self.held) > 1:
+            self.used -= self.held.popitem(last=False)[1]
+        return max(0, size - before) if size <= self.room else size
+
+
 def _operation(
-    func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float
+    func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float, cache: _Cache
 ) -> Operation:
     inputs, changed = [], []
     for argument, value in _arguments(func, args, kwargs):
@@ -151,6 +177,9 @@ def _operation(
         read -= _unused_matrices(inputs)
     written += sum(map(_size, changed))
     read += 0 if only_written else sum(map(_size, changed))
+    touched = {t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values()
+    # a table's rows that are not named stay where they are
+    cold = min(read + written, sum(cache.touch(t, min(_size(t), read + written)) for t in touched))
     flops, rows, kind = _flops(base, inputs, outputs, args, kwargs)
     dtype = next((t.dtype for t in [*outputs, *changed, *inputs] if t.is_floating_point()), torch.int64)
     return Operation(
@@ -159,6 +188,7 @@ def _operation(
         flops=flops,
         read=read,
         written=written,
+        cold=cold,
         dtype=dtype,
         rows=rows,
         shape=tuple(tuple(t.shape) for t in [*inputs, *changed][:3]),
@@ -187,7 +217,8 @@ def _flops(
         return 2 * rows * k * columns, min(rows, columns), "product"
     if base in ("bmm", "baddbmm"):
         a, b = inputs[-2:]
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], a.shape[1], "batched product"
+        rows = min(a.shape[1], b.shape[2])
+        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], rows, "batched product"
     if base == "_grouped_mm":
         a, b = inputs[:2]
         if b.dim() == 3:  # rows in groups, a matrix each
@@ -243,9 +274,9 @@ def _size(t: Tensor) -> int:
     return held * t.element_size()
 
 
-def count(run: Callable[[], object]) -> Count:
+def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:
     """What run does, counted."""
-    with Count() as counted:
+    with Count(cache_bytes) as counted:
         run()
     return counted
 

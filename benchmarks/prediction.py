@@ -1,15 +1,17 @@
 """How long should it take? From counted operations and this machine's roofs.
 
-    seconds = sum over operations of max(bytes / rate of that class, FLOPs / rate of that class)
+    seconds = sum over operations of bytes / rate of that class, or FLOPs / rate of that class
               + calls * what a call costs
 
-The rate of a class is measured apart, on tensors of its own, once: it knows nothing of the model.
+The rate of a class depends on the size, on whether its bytes lie in a cache or in memory, and for products on how many
+rows share a matrix. It is measured apart, on tensors of its own, once: it knows nothing of the model. Which bytes lie
+in the cache is a model too: of a cache that keeps what was used last.
 """
 
 from collections.abc import Iterable
 
 from benchmarks.counting import Count, Operation
-from benchmarks.roofs import Roofs, product_rate
+from benchmarks.roofs import Roofs, flops_rate, point_seconds
 
 CLASSES = {"scatter": "gather", "other": "pointwise"}
 
@@ -24,13 +26,9 @@ def operation_seconds(op: Operation, roofs: Roofs) -> float:
     dtype = str(op.dtype).removeprefix("torch.")
     dtype = dtype if dtype in roofs.peak else "float32"
     if op.flops:
-        warm = op.flops / product_rate(roofs, op.kind, dtype, op.rows)
-        if op.kind == "product":
-            # a matrix of a large model comes from memory
-            warm = max(warm, op.bytes / roofs.bandwidth)
-        return roofs.curves[f"pointwise {dtype}"].costs[0] + warm
-    name = _class(op)
-    return roofs.curves[f"{name} {dtype}"].at(op.bytes)
+        call = roofs.curves[f"warm pointwise {dtype}"].costs[0]
+        return call + op.flops / flops_rate(roofs, op.kind, dtype, op.rows, op.cold_share)
+    return point_seconds(roofs, _class(op), dtype, op.bytes, op.cold_share)
 
 
 def _class(op: Operation) -> str:

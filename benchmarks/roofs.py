@@ -4,13 +4,14 @@ A class of operations has a curve: what one operation takes, by its size, from s
 large that no cache holds it. Between measured sizes it is interpolated, on logarithmic scales.
 """
 
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dsmini.machine import matmul_rate, synchronize
 
-VERSION = 1
+VERSION = 2
 """Of what is measured: kept roofs of another are measured anew."""
 LARGE = 1 << 28
 """Bytes that no cache holds."""
@@ -64,7 +65,8 @@ class Roofs:
     call: float
     """Seconds of an operation that does nothing."""
     curves: Mapping[str, Curve]
-    """Seconds by bytes of "pointwise float32" and the like, and FLOP/s by rows of "product bfloat16" and the like."""
+    """Seconds by bytes of "warm pointwise float32" and the like, FLOP/s by rows of "cold product bfloat16";
+    cold: what is read comes from memory, and what is written goes where nothing was lately."""
 
 
 def load_or_measure(
@@ -147,10 +149,10 @@ def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda
         ("call", lambda: _call(device)),
     ]
     for dtype in dtypes:
-        for kind, make in POINTS.items():
-            jobs.append((f"{kind} {_name(dtype)}", lambda make=make, dtype=dtype: _by_bytes(device, dtype, make)))
-        for kind, rate in PRODUCTS.items():
-            jobs.append((f"{kind} {_name(dtype)}", lambda rate=rate, dtype=dtype: _by_rows(device, dtype, rate)))
+        for kind, make in (POINTS | PRODUCTS).items():
+            for cold in (False, True):
+                name = f"{'cold' if cold else 'warm'} {kind} {_name(dtype)}"
+                jobs.append((name, lambda k=kind, m=make, d=dtype, c=cold: _curve(k, m, d, device, c)))
     done: dict[str, Any] = {}
     for i, (name, job) in enumerate(jobs):
         on_part(i / len(jobs), name)
@@ -210,52 +212,56 @@ def _call(device: torch.device) -> float:
     return seconds_of(lambda: x.view(1), device)
 
 
-# --- classes of operations that move bytes: what to run, and the bytes it moves
+# --- classes of operations: what to run, on what, and the bytes or FLOPs of it
 
-Job = tuple[Callable[[], object], int]
+Job = tuple[Callable[..., object], tuple[Tensor, ...], int]
+"""An operation, its inputs, the first of which changes when they shall be cold, and its size."""
+
+
+def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.rand(max(1, n // width), min(n, width), device=device).to(dtype)
 
 
 def _pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a, b = (torch.rand(n, dtype=dtype, device=device) for _ in range(2))
-    return lambda: a * b, 3 * a.nbytes
+    a, b = (_rows(n, 512, dtype, device) for _ in range(2))
+    return torch.mul, (a, b), 3 * a.nbytes
 
 
 def _slow_pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.rand(n, dtype=dtype, device=device)
-    return lambda: F.silu(a), 2 * a.nbytes
+    a = _rows(n, 512, dtype, device)
+    return F.silu, (a,), 2 * a.nbytes
 
 
 def _softmax(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.rand(max(1, n // 256), min(n, 256), dtype=dtype, device=device)
-    return lambda: a.softmax(-1), 2 * a.nbytes
+    a = _rows(n, 256, dtype, device)
+    return lambda a: a.softmax(-1), (a,), 2 * a.nbytes
 
 
 def _reduction(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.rand(max(1, n // 256), min(n, 256), dtype=dtype, device=device)
-    return lambda: a.sum(-1), a.nbytes
+    a = _rows(n, 512, dtype, device)
+    return lambda a: a.mean(-1), (a,), a.nbytes
 
 
 def _move(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a, b = (torch.rand(max(1, n // 64), min(n, 32), dtype=dtype, device=device) for _ in range(2))
-    return lambda: torch.cat((a, b), -1), 4 * a.nbytes
+    a, b = (_rows(n, 32, dtype, device) for _ in range(2))
+    return lambda a, b: torch.cat((a, b), -1), (a, b), 4 * a.nbytes
 
 
 def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.rand(n, dtype=dtype, device=device)
+    a = _rows(n, 512, dtype, device)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    return lambda: a.to(other), 6 * n
+    return lambda a: a.to(other), (a,), a.numel() * 6
 
 
 def _gather(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    rows = max(1, n // 256)
-    a = torch.rand(rows, min(n, 256), dtype=dtype, device=device)
-    index = torch.randint(0, rows, (rows,), device=device)
-    return lambda: a.index_select(0, index), 2 * a.nbytes + index.nbytes
+    a = _rows(n, 256, dtype, device)
+    index = torch.randint(0, len(a), (len(a),), device=device)
+    return lambda a: a.index_select(0, index), (a,), 2 * a.nbytes + index.nbytes
 
 
 def _order(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = torch.rand(max(1, n // 64), min(n, 64), device=device)
-    return lambda: a.topk(min(4, a.shape[1]), -1), a.nbytes
+    a = torch.randint(0, 64, (max(1, min(n, 1 << 20)),), device=device)
+    return lambda a: a.argsort(stable=True), (a,), 3 * a.nbytes
 
 
 POINTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
@@ -270,72 +276,83 @@ POINTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
 }
 
 
-def _by_bytes(device: torch.device, dtype: torch.dtype, make: Callable[[int, torch.dtype, torch.device], Job]) -> Curve:
-    sizes, costs = [], []
-    for size in BYTES:
-        run, moved = make(max(1, size // dtype.itemsize), dtype, device)
-        sizes.append(moved)
-        costs.append(seconds_of(run, device, 3 if size > 1 << 24 else ROUNDS))
-    return Curve(sizes=sizes, costs=costs)
-
-
-# --- classes of operations that multiply: what to run for so many rows, and its FLOPs
-
-
 def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    x, w = torch.rand(rows, 1024, device=device).to(dtype), torch.rand(1024, 1024, device=device).to(dtype)
-    return lambda: F.linear(x, w), 2 * rows * 1024 * 1024
-
-
-def _cold_product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    """With matrices that come from memory, as in decoding: one after the other out of many."""
-    x = torch.rand(rows, 1024, device=device).to(dtype)
-    many = torch.rand(64 * 4 // dtype.itemsize, 1024, 1024, device=device).to(dtype)
-    at: Iterator[Tensor] = (many[i % len(many)] for i in range(1 << 40))
-    return lambda: F.linear(x, next(at)), 2 * rows * 1024 * 1024
+    w, x = (torch.rand(n, 1024, device=device).to(dtype) for n in (1024, rows))
+    return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * 1024
 
 
 def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    q, k = (torch.rand(64, rows, 64, device=device).to(dtype) for _ in range(2))
-    return lambda: q @ k.mT, 2 * 64 * rows * rows * 64
+    k, q = (torch.rand(64, rows, 64, device=device).to(dtype) for _ in range(2))
+    return lambda k, q: q @ k.mT, (k, q), 2 * 64 * rows * rows * 64
 
 
 def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    x, w = torch.rand(16 * rows, 512, device=device).to(dtype), torch.rand(16, 512, 512, device=device).to(dtype)
+    w, x = torch.rand(16, 512, 512, device=device).to(dtype), torch.rand(16 * rows, 512, device=device).to(dtype)
     ends = torch.arange(1, 17, device=device, dtype=torch.int32) * rows
-    if not hasattr(F, "grouped_mm"):
-        return lambda: [F.linear(part, m) for part, m in zip(x.split(rows), w, strict=True)], 2 * 16 * rows * 512 * 512
-    return lambda: F.grouped_mm(x, w.mT, offs=ends), 2 * 16 * rows * 512 * 512
+    if hasattr(F, "grouped_mm"):
+        return lambda w, x: F.grouped_mm(x, w.mT, offs=ends), (w, x), 2 * 16 * rows * 512 * 512
+    return lambda w, x: [F.linear(a, b) for a, b in zip(x.split(rows), w, strict=True)], (w, x), 2 * x.numel() * 512
 
 
 def _attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     q, k, v = (torch.rand(4, 8, rows, 64, device=device).to(dtype) for _ in range(3))
-    pairs = rows * (rows + 1) // 2
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 2 * 32 * pairs * 128
+    flops = 2 * 32 * (rows * (rows + 1) // 2) * 128
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), flops
 
 
 PRODUCTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
     "product": _product,
-    "cold product": _cold_product,
     "batched product": _batched,
     "grouped product": _grouped,
     "attention": _attention,
 }
+BUFFERS = 4
+"""Times the last-level cache that cold inputs and outputs fill together."""
 
 
-def _by_rows(device: torch.device, dtype: torch.dtype, make: Callable[[int, torch.dtype, torch.device], Job]) -> Curve:
+def _curve(
+    kind: str,
+    make: Callable[[int, torch.dtype, torch.device], Job],
+    dtype: torch.dtype,
+    device: torch.device,
+    cold: bool,
+) -> Curve:
+    sizes, costs = [], []
+    for size in ROWS if kind in PRODUCTS else BYTES:
+        run, inputs, amount = make(size if kind in PRODUCTS else max(1, size // dtype.itemsize), dtype, device)
+        if cold:
+            run, inputs = _rotating(run, inputs), ()
+        seconds = seconds_of(lambda run=run, inputs=inputs: run(*inputs), device, 3 if amount > 1 << 24 else ROUNDS)
+        sizes.append(size if kind in PRODUCTS else amount)
+        costs.append(amount / seconds if kind in PRODUCTS else seconds)
+    return Curve(sizes=sizes, costs=costs)
+
+
+def _rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """The same on other inputs each time, and with the last outputs kept, so that neither is where it was."""
+    held = sum(t.nbytes for t in inputs)
+    n = max(2, min(512, BUFFERS * (32 << 20) // max(1, held)))
+    many = [tuple(t.clone() for t in inputs) for _ in range(n)]
+    kept: list[object] = [None] * min(n, 64)
+    calls = itertools.count()
+
+    def turn() -> None:
+        i = next(calls)
+        kept[i % len(kept)] = run(*many[i % n])
+
+    return turn
+
+
+def flops_rate(roofs: Roofs, kind: str, dtype: str, rows: float, cold: float) -> float:
+    """FLOP/s of a product whose rows share a matrix, where a share `cold` of its bytes comes from memory."""
     rates = []
-    for rows in ROWS:
-        run, flops = make(rows, dtype, device)
-        rates.append(flops / seconds_of(run, device))
-    return Curve(sizes=ROWS, costs=rates)
+    for name in ("warm", "cold"):
+        curve = roofs.curves[f"{name} {kind} {dtype}"]
+        rates.append(curve.at(min(max(rows, curve.sizes[0]), curve.sizes[-1])))
+    return 1 / ((1 - cold) / rates[0] + cold / rates[1])
 
 
-def _rate(curve: Curve, rows: float) -> float:
-    """FLOP/s at so many rows; those of the most rows beyond."""
-    return curve.at(min(max(rows, curve.sizes[0]), curve.sizes[-1]))
-
-
-def product_rate(roofs: Roofs, kind: str, dtype: str, rows: float) -> float:
-    """FLOP/s of a product whose rows share a matrix, of its kind and dtype."""
-    return _rate(roofs.curves[f"{kind} {dtype}"], rows)
+def point_seconds(roofs: Roofs, kind: str, dtype: str, size: float, cold: float) -> float:
+    """Seconds of an operation that moves so many bytes, a share `cold` of them from memory."""
+    warm, far = (roofs.curves[f"{name} {kind} {dtype}"].at(size) for name in ("warm", "cold"))
+    return (1 - cold) * warm + cold * far

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import dsmini
-from benchmarks.peers import deepseek_v3
+from benchmarks.transformers_model import deepseek_v3
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data import load_corpus
 from dsmini.machine import matmul_rate

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.peers import deepseek_v3
+from benchmarks.transformers_model import deepseek_v3
 from dsmini import ModelConfig, Transformer
 
 SHAPE = ModelConfig(
