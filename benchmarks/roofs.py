@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsmini.machine import matmul_rate, synchronize
 
-VERSION = 2
+VERSION = 3
 """Of what is measured: kept roofs of another are measured anew."""
 LARGE = 1 << 28
 """Bytes that no cache holds."""
@@ -64,6 +64,8 @@ class Roofs:
     """Bytes/s, read and written together, of a large copy."""
     call: float
     """Seconds of an operation that does nothing."""
+    cache_bytes: int
+    """Of the last-level cache."""
     curves: Mapping[str, Curve]
     """Seconds by bytes of "warm pointwise float32" and the like, FLOP/s by rows of "cold product bfloat16";
     cold: what is read comes from memory, and what is written goes where nothing was lately."""
@@ -116,7 +118,7 @@ def card(device: torch.device) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "memory": f"{memory_bytes() / 2**30:.0f} GiB" if memory_bytes() else "unknown",
-        "last-level cache": last_level_cache(),
+        "last-level cache": f"{last_level_cache(device) / 2**20:.0f} MiB",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -132,9 +134,13 @@ def memory_bytes() -> int:
         return 0
 
 
-def last_level_cache() -> str:
-    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    return sizes[-1].read_text().strip() if sizes else "unknown"
+def last_level_cache(device: torch.device) -> int:
+    """Bytes; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    kib = [int(size[:-1]) for size in sizes if size.endswith("K")]
+    return max(kib) * 1024 if kib else 32 << 20
 
 
 def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda done, what: None) -> Roofs:
@@ -163,6 +169,7 @@ def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda
         bandwidth=done["bandwidth"],
         copy=done["copy"],
         call=done["call"],
+        cache_bytes=last_level_cache(device),
         curves={name: curve for name, curve in done.items() if isinstance(curve, Curve)},
     )
 

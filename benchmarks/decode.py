@@ -1,0 +1,92 @@
+"""How fast is a token made, what moves for it, and what binds it?"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.counting import count
+from benchmarks.measuring import built, filled, forget_peak, lines, random_tokens, step_figures, times
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.shapes import BIG, QUICK
+from dsmini import ModelConfig, accounting
+
+NAME = "decode"
+
+
+def cases(setting: Setting) -> list[Case]:
+    config = QUICK if setting.quick else BIG
+    points = [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)]
+    points = [(1, 128), (1, 1024), (4, 128)] if setting.quick else points
+    seconds = 1.5 if setting.quick else 6.0
+    return [
+        Case(
+            key=f"batch={batch} context={context}",
+            seconds=2 * seconds,
+            run=lambda b=batch, c=context: measure(config, setting, b, c, seconds),
+        )
+        for batch, context in points
+    ]
+
+
+@torch.no_grad()
+def measure(config: ModelConfig, setting: Setting, batch: int, context: int, seconds: float) -> Iterator[Figure]:
+    model = built(config, setting)
+    steps = 2000
+    cache = filled(model, batch, context, steps)
+    forget_peak()
+
+    def step() -> None:
+        cache.truncate(context)
+        model(random_tokens(config, batch, 1, setting.device), cache)
+
+    step()
+    counted = count(step, setting.roofs.cache_bytes)
+    taken = times(step, setting.device, seconds)
+    touched = visited(model, config, batch, cache, setting)
+    predicted = accounting.decode_bytes_per_token(
+        config, context=context + 1, batch=batch, dtype=setting.dtype, experts=touched
+    )
+    flops = accounting.flops_per_token(config, context + 1, causal=True)
+    case = {"batch": batch, "context": context}
+    yield from step_figures(
+        NAME,
+        case,
+        counted,
+        taken,
+        batch,
+        setting,
+        bytes_predicted=predicted.total,
+        flops_predicted=flops.total,
+    )
+
+
+def finding(figures: list[Figure]) -> str:
+    speed = pick(figures, "tokens_per_s", batch=1)
+    if not speed:
+        return "not measured yet"
+    first = min(speed, key=lambda f: f.case["context"])
+    last = max(speed, key=lambda f: f.case["context"])
+    moved = next((f for f in pick(figures, "bytes_per_token") if f.case == first.case), None)
+    bandwidth = next((f for f in pick(figures, "bandwidth") if f.case == first.case), None)
+    text = f"{first.measured:,.1f} tokens/s at context {first.case['context']:,}"
+    if last is not first:
+        text += f", {last.measured:,.1f} at {last.case['context']:,}"
+    if moved and moved.measured and bandwidth and bandwidth.measured and bandwidth.predicted:
+        share = bandwidth.measured / bandwidth.predicted
+        text += f": {moved.measured / 1e6:,.0f} MB move for each, at {share:.0%} of what this memory can do"
+    return text + "."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How fast is a token made, and what moves for it?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each "
+    "input and output once; the prediction is the config's: weights that a token meets, the cache, little else.",
+)

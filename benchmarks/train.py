@@ -1,0 +1,72 @@
+"""How fast does a model train, and what would this machine allow?"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.counting import count
+from benchmarks.measuring import forget_peak, lines, random_tokens, speed_sentence, step_figures, times
+from benchmarks.question import Case, Figure, Plot, Question, Setting
+from benchmarks.shapes import TRAINED
+from dsmini import ModelConfig, TrainConfig, Transformer, accounting
+from dsmini.optim import optimizers
+
+NAME = "train"
+
+
+def cases(setting: Setting) -> list[Case]:
+    points = [(4, 256)] if setting.quick else [(4, 256), (16, 256), (4, 1024)]
+    seconds = 3.0 if setting.quick else 10.0
+    config = dataclasses.replace(TRAINED, max_seq_len=1024)
+    return [
+        Case(
+            key=f"batch={batch} tokens={tokens}",
+            seconds=3 * seconds,
+            run=lambda b=batch, t=tokens: measure(config, setting, b, t, seconds),
+        )
+        for batch, tokens in points
+    ]
+
+
+def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = Transformer(config, compute_dtype=setting.dtype)
+    moving = optimizers(model, TrainConfig(optimizer="adamw"))
+    text = random_tokens(config, batch, tokens + 1, setting.device)
+    forget_peak()
+
+    def step() -> None:
+        model.losses(text[:, :-1], text[:, 1:]).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        for optimizer in moving:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    step()
+    step()
+    counted = count(step, setting.roofs.cache_bytes)
+    taken = times(step, setting.device, seconds)
+    flops = accounting.flops_per_token(config, tokens, causal=True, training=True)
+    yield from step_figures(
+        NAME, {"batch": batch, "tokens": tokens}, counted, taken, batch * tokens, setting, flops_ideal=flops.total
+    )
+
+
+def finding(figures: list[Figure]) -> str:
+    return speed_sentence(figures, "tokens", "sequences of")
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens trained a second", unit="tokens/s")
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How fast does a model train, and what would this machine allow?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.",
+)
