@@ -114,7 +114,9 @@ struct Grid {
         drop(23 - f.fraction_bits),
         sign(32 - f.bits),
         nan(splat(f.nan)) {}
-  I magic(F magnitude) const { return larger((I)magnitude & EXPONENT, lowest) + up; }
+  I magic(F magnitude) const {  // of NaN something negative
+    return (I)((U)larger((I)magnitude & EXPONENT, lowest) + (U)up);
+  }
   F limit(F y) const { return smaller((F)((I)y & MAGNITUDE), max); }  // of NaN: max
   I code(F magnitude) const {
     const I m = magic(magnitude);
@@ -310,16 +312,21 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
 using Row = void (*)(const Plan&, const char* x, char* out, int64_t n, int64_t width, const float* scales,
                      const float* factors, bool past);
 
-template <class In, class Out, bool EXACT, bool SPREAD>
+// How y comes from x. EXACT: scales are powers of two and normal, so that no y is beyond the format's largest number,
+// and all values are BF16 numbers. Nothing is left to limit or to round, and what is not a number stays so by itself.
+enum Scaling { DIVIDE, MULTIPLY, EXACT };
+
+template <class In, class Out, Scaling SCALING, bool SPREAD>
 void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
                const float* factors, bool past) {
   const Grid grid(plan.format);
-  const bool tiny = plan.tiny, exact = plan.exact;
+  const bool tiny = plan.tiny;
+  constexpr bool exact = SCALING == EXACT;
   const auto round = [&](F number, F scale, F factor) {
-    const F y = EXACT ? number * factor : number / scale;
-    const F magnitude = grid.limit(y), magic = (F)grid.magic(magnitude);
+    const F y = SCALING == DIVIDE ? number / scale : number * factor;
+    const F magnitude = exact ? (F)((I)y & MAGNITUDE) : grid.limit(y), magic = (F)grid.magic(magnitude);
     F value = ((magnitude + magic) - magic) * scale;  // of NaN in a tile of NaN: max * NaN
-    if (tiny) value = y != y ? (F)splat(QUIET_NAN) : value;
+    if (!exact && tiny) value = y != y ? (F)splat(QUIET_NAN) : value;
     return (F)((I)value | ((I)y & SIGN));
   };
   constexpr int IN = sizeof(typename In::Bits), OUT = sizeof(typename Out::Bits);
@@ -337,13 +344,13 @@ void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t wi
 }
 
 // CODE holds one code: uint8_t, or uint16_t before packing.
-template <class In, class CODE, bool EXACT, bool SPREAD>
+template <class In, class CODE, Scaling SCALING, bool SPREAD>
 void encode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
                 const float* factors, bool past) {
   const Grid grid(plan.format);
   along<sizeof(typename In::Bits), sizeof(CODE), LANES, SPREAD>(
       x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor) {
-        const F number = In::get(from), y = EXACT ? number * factor : number / scale;
+        const F number = In::get(from), y = SCALING == DIVIDE ? number / scale : number * factor;
         const I code = grid.code(grid.limit(y)) | (I)(((U)y & uint32_t(SIGN)) >> grid.sign);
         emit(to, narrow(y != y ? grid.nan : code, CODE()), past);
       });
@@ -395,25 +402,29 @@ void unpack(const char* packed, int64_t n, uint16_t* codes) {
 
 // --- The work: bands of chunks, for which threads take turns.
 
+template <class In, class Out, Scaling SCALING>
+Row pick_round(bool spread) {
+  return spread ? round_row<In, Out, SCALING, true> : round_row<In, Out, SCALING, false>;
+}
 template <class In, class Out>
-Row pick_round(bool exact, bool spread) {
-  if (exact) return spread ? round_row<In, Out, true, true> : round_row<In, Out, true, false>;
-  return spread ? round_row<In, Out, false, true> : round_row<In, Out, false, false>;
+Row pick_round(const Plan& plan, bool spread) {
+  if (plan.exact) return pick_round<In, Out, EXACT>(spread);
+  return plan.call.powers_of_two ? pick_round<In, Out, MULTIPLY>(spread) : pick_round<In, Out, DIVIDE>(spread);
 }
 template <class In, class CODE>
-Row pick_encode(bool exact, bool spread) {
-  if (exact) return spread ? encode_row<In, CODE, true, true> : encode_row<In, CODE, true, false>;
-  return spread ? encode_row<In, CODE, false, true> : encode_row<In, CODE, false, false>;
+Row pick_encode(const Plan& plan, bool spread) {
+  if (plan.call.powers_of_two)
+    return spread ? encode_row<In, CODE, MULTIPLY, true> : encode_row<In, CODE, MULTIPLY, false>;
+  return spread ? encode_row<In, CODE, DIVIDE, true> : encode_row<In, CODE, DIVIDE, false>;
 }
 template <class In>
 Row pick_from(const Plan& plan, bool spread) {
-  const bool exact = plan.call.powers_of_two;
   if (plan.call.operation == QUANTIZE)
-    return plan.format.bits == 8 ? pick_encode<In, uint8_t>(exact, spread) : pick_encode<In, uint16_t>(exact, spread);
+    return plan.format.bits == 8 ? pick_encode<In, uint8_t>(plan, spread) : pick_encode<In, uint16_t>(plan, spread);
   switch (plan.call.out_type) {
-    case FP32: return pick_round<In, Fp32>(exact, spread);
-    case BF16: return pick_round<In, Bf16>(exact, spread);
-    default: return pick_round<In, Fp16>(exact, spread);
+    case FP32: return pick_round<In, Fp32>(plan, spread);
+    case BF16: return pick_round<In, Bf16>(plan, spread);
+    default: return pick_round<In, Fp16>(plan, spread);
   }
 }
 template <class Out>
@@ -526,13 +537,13 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
   const int64_t out_column = c.operation == QUANTIZE ? code_column : column * plan.out_bytes;
   const int64_t bytes = packed && !decode ? divide_up(n, 8) * 12 : n * plan.out_bytes;
   char* out = c.out + (batch * c.rows + row) * out_row + out_column;
-  // While a chunk is written, the one beside it comes into the cache; a processor by itself reads ahead along rows only.
+  // While a chunk is written, the one beside it comes into the cache. By themselves processors read on along rows only.
   const int64_t width = n * plan.in_bytes;
   const int64_t ahead = !decode ? least(plan.chunk_columns, c.columns - column - n) * plan.in_bytes : 0;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || out_row % 64 == 0);
   const bool past = plan.stream && aligned && (decode || !packed);  // otherwise by way of scratch.row
   for (int64_t r = 0; r < rows; ++r, x += c.row_stride * plan.in_bytes, out += out_row) {
-    for (int64_t line = 0; line < ahead; line += 64) __builtin_prefetch(x + width + line, 0, 2);
+    for (int64_t line = 0; line < ahead; line += 64) __builtin_prefetch(x + width + line);
     char* to = plan.stream && !past ? scratch.row : out;
     if (packed && decode) {
       unpack(x, n, scratch.codes);

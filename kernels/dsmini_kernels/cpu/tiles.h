@@ -52,7 +52,7 @@ struct Plan {
   const int64_t* first_band;    // of each group, where there are ends
   bool stream;                  // write past the cache
   bool tiny;                    // scales may be 0, and 0 / 0 is no number
-  bool exact;                   // all values are BF16 numbers
+  bool exact;                   // scales are powers of two and normal, and all values BF16 numbers
   int64_t spans;                // parts that threads fetch one after the other
   std::atomic<int64_t> next;
   std::atomic<bool> failed;     // out of memory
