@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.measuring import built, filled, interleaved, lines, random_tokens, spread
+from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from benchmarks.roofs import memory_bytes
 from benchmarks.shapes import BIG
@@ -83,6 +83,7 @@ def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
             model(token, cache)  # pyright: ignore[reportCallIssue]
 
         runs[kind] = step
+    predicted = {kind: predicted_seconds(run, setting) for kind, run in runs.items()}
     taken = interleaved(runs, setting.device, 15 if setting.quick else 40)
     for kind, seconds in taken.items():
         layers = models[kind].config.n_layers
@@ -91,6 +92,7 @@ def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
             case={"attention": kind, "context": context},
             metric="seconds_per_layer",
             unit="s",
+            predicted=predicted[kind] / layers,
             better="lower",
             **spread([s / layers for s in seconds]),
         )

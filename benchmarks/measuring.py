@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import prediction
-from benchmarks.counting import Count
+from benchmarks.counting import Count, count
 from benchmarks.question import Figure, Plot, Series, Setting, Value, pick
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import peak_memory, synchronize
@@ -95,6 +95,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         return {"measured": values[0], "low": values[0], "high": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"measured": middle, "low": low, "high": high}
+
+
+def predicted_seconds(step: Callable[[], object], setting: Setting) -> float:
+    """What a step should take, by the operations that it is counted to be."""
+    step()
+    return prediction.seconds(count(step, setting.roofs.cache_bytes), setting.roofs)
 
 
 def step_figures(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.measuring import built, filled, interleaved, lines, random_tokens, spread
+from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from benchmarks.shapes import BIG
 from dsmini import ModelConfig, Transformer
@@ -48,6 +48,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
             model.advance(random_tokens(model.config, batch, 1, setting.device), cache)  # pyright: ignore[reportArgumentType]
 
         runs[name] = step
+    predicted = {name: predicted_seconds(run, setting) for name, run in runs.items()}
     taken = interleaved(runs, setting.device, 9 if setting.quick else 25)
     for name, seconds in taken.items():
         yield Figure(
@@ -55,6 +56,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
             case={"batch": batch, "model": name},
             metric="tokens_per_s",
             unit="tokens/s",
+            predicted=batch / predicted[name],
             better="higher",
             **spread([batch / s for s in seconds]),
         )
