@@ -159,7 +159,9 @@ struct Fp16 {
 #endif
 };
 
-// Two BF16 numbers lie in an int32, and both are FP32 numbers there but for a shift or a mask.
+// Two BF16 numbers lie in an int32, and both are FP32 numbers there but for a shift or a mask. Scales of columns then
+// lie in the same order: of each PAIR numbers first the even ones', then the odd ones'.
+constexpr int PAIR = 2 * LANES;
 template <class In, class Out>
 constexpr bool PAIRS = false;
 template <>
@@ -285,7 +287,7 @@ void to_scales(const Plan& plan, const typename In::Bits* high, int64_t tiles, f
 
 // --- Second pass: a row, with a scale for each tile, or SPREAD, for each column.
 
-// Calls body(from, to, scale, factor) for UNIT numbers of IN bytes each, which become OUT bytes each.
+// Calls body(from, to, scale, factor, place in the row) for UNIT numbers of IN bytes each, which become OUT bytes each.
 template <int IN, int OUT, int UNIT, bool SPREAD, class Body>
 inline void along(const char* x, char* out, int64_t n, int64_t width, const float* scales, const float* factors,
                   Body body) {
@@ -296,14 +298,14 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
     int64_t i = at;
     for (; i + UNIT <= end; i += UNIT) {
       if (SPREAD) scale = load<F>(scales + i), factor = load<F>(factors + i);
-      body(x + i * IN, out + i * OUT, scale, factor);
+      body(x + i * IN, out + i * OUT, scale, factor, i);
     }
     if (i < end) {
       if (SPREAD) scale = load<F>(scales + i), factor = load<F>(factors + i);
       char from[UNIT * IN] = {};
       alignas(64) char to[UNIT * OUT];
       memcpy(from, x + i * IN, (end - i) * IN);
-      body(from, to, scale, factor);
+      body(from, to, scale, factor, i);
       memcpy(out + i * OUT, to, (end - i) * OUT);
     }
   }
@@ -330,16 +332,20 @@ void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t wi
     return (F)((I)value | ((I)y & SIGN));
   };
   constexpr int IN = sizeof(typename In::Bits), OUT = sizeof(typename Out::Bits);
-  if constexpr (PAIRS<In, Out> && !SPREAD) {
-    along<IN, OUT, 2 * LANES, false>(x, out, n, width, scales, factors, [&](auto from, auto to, F scale, F factor) {
+  if constexpr (PAIRS<In, Out>) {
+    const auto body = [&](const void* from, void* to, F scale, F factor, int64_t i) {
       const I both = load<I>(from);
-      const F even = round((F)(both << 16), scale, factor), odd = round((F)(both & HIGH_HALF), scale, factor);
+      const F even = round((F)(both << 16), scale, factor);
+      if (SPREAD) scale = load<F>(scales + i + LANES), factor = load<F>(factors + i + LANES);
+      const F odd = round((F)(both & HIGH_HALF), scale, factor);
       emit(to, (Bf16::rounded(even, exact) >> 16) | (Bf16::rounded(odd, exact) & uint32_t(HIGH_HALF)), past);
-    });
+    };
+    along<IN, OUT, PAIR, SPREAD>(x, out, n, width, scales, factors, body);
   } else {
-    along<IN, OUT, LANES, SPREAD>(x, out, n, width, scales, factors, [&](auto from, auto to, F scale, F factor) {
+    const auto body = [&](const void* from, void* to, F scale, F factor, int64_t) {
       emit(to, Out::put(round(In::get(from), scale, factor), exact), past);
-    });
+    };
+    along<IN, OUT, LANES, SPREAD>(x, out, n, width, scales, factors, body);
   }
 }
 
@@ -349,7 +355,7 @@ void encode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t w
                 const float* factors, bool past) {
   const Grid grid(plan.format);
   along<sizeof(typename In::Bits), sizeof(CODE), LANES, SPREAD>(
-      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor) {
+      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor, int64_t) {
         const F number = In::get(from), y = SCALING == DIVIDE ? number / scale : number * factor;
         const I code = grid.code(grid.limit(y)) | (I)(((U)y & uint32_t(SIGN)) >> grid.sign);
         emit(to, narrow(y != y ? grid.nan : code, CODE()), past);
@@ -364,7 +370,7 @@ void decode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t w
   const Grid grid(f);
   const int32_t smallest = (128 - f.bias) << 23;
   along<sizeof(CODE), sizeof(typename Out::Bits), LANES, SPREAD>(
-      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F) {
+      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F, int64_t) {
         const I code = widen(load<C>(from)), magnitude = code & ((1 << (f.bits - 1)) - 1);
         // A subnormal number f / 2^m * 2^(1 - bias) is (1 + f / 2^m) 2^(1 - bias) less its leading one.
         const I subnormal = magnitude < (1 << f.fraction_bits);
@@ -527,10 +533,13 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
     if (c.operation == QUANTIZE) memcpy(stored, scratch.scales, tiles * 4);
   }
   const float *scales = scratch.scales, *factors = scratch.factors;
-  if (spread && c.tile_columns > 1) {
+  const bool pairs = c.operation == QUANTIZE_DEQUANTIZE && c.in == BF16 && c.out_type == BF16;
+  if (spread && (c.tile_columns > 1 || pairs)) {
     for (int64_t i = 0, t = 0; i < n; ++t)
-      for (const int64_t end = least(n, i + c.tile_columns); i < end; ++i)
-        scratch.wide_scales[i] = scales[t], scratch.wide_factors[i] = factors[t];
+      for (const int64_t end = least(n, i + c.tile_columns); i < end; ++i) {
+        const int64_t place = pairs ? i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2 : i;
+        scratch.wide_scales[place] = scales[t], scratch.wide_factors[place] = factors[t];
+      }
     scales = scratch.wide_scales, factors = scratch.wide_factors;
   }
   const int64_t out_row = c.operation == QUANTIZE ? code_row : c.columns * plan.out_bytes;
@@ -562,7 +571,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
 
 void WORK(Plan& plan) {
   const Call& c = plan.call;
-  const bool spread = c.tile_columns < c.columns && c.tile_columns % (2 * LANES) != 0;
+  const bool spread = c.tile_columns < c.columns && c.tile_columns % PAIR != 0;
   const Row run = pick(plan, spread);
   Scratch scratch(plan.chunk_columns);
   if (scratch.memory == nullptr) {
