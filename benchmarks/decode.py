@@ -1,156 +1,92 @@
-"""How fast does a model decode and read a prompt, next to transformers' DeepSeek-V3 of the same shape?
+"""How fast is a token made, what moves for it, and what binds it?"""
 
-    python -m benchmarks.decode [--contexts 128 2048 8192] [--prompt 512] [--rounds 3]
-
-Both hold the same shape with random weights in BF16 (455M parameters, 103M active for a token) and no kernels of their
-own. At each context single tokens are decoded from a filled cache; the two take turns, six tokens each, so that a busy
-neighbour slows both. Reported are medians over the tokens of all rounds but each turn's first, and their ratios; the
-cache's bytes a token are read off the storage. (transformers 5.24 keeps MLA's latent too, and expands all of it at
-every step.)
-"""
-
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
-from benchmarks.peers import deepseek_v3
-from dsmini import ModelConfig, Transformer
+from benchmarks.counting import count
+from benchmarks.measuring import built, filled, forget_peak, lines, random_tokens, step_figures, times
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.shapes import BIG, QUICK
+from dsmini import ModelConfig, accounting
 
-SHAPE = ModelConfig(
-    vocab_size=32000,
-    dim=1024,
-    inter_dim=2816,
-    moe_inter_dim=256,
-    n_layers=8,
-    n_dense_layers=1,
-    n_heads=16,
-    q_lora_rank=384,
-    kv_lora_rank=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=64,
-    n_activated_experts=6,
-    n_expert_groups=8,
-    n_limited_groups=4,
-    n_mtp_layers=0,
-    max_seq_len=32768,
-)
-TURN = 6
-"""Tokens that one side decodes before it is the other's turn."""
-CHUNK = 512
+NAME = "decode"
 
 
-class Ours:
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = Transformer(SHAPE).to(torch.bfloat16).eval()
-
-    def start(self, room: int) -> None:
-        self.cache = self.model.new_cache(1, room)
-
-    def feed(self, tokens: Tensor) -> None:
-        self.model(tokens, self.cache)
-
-    def bytes_per_token(self) -> float:
-        return self.cache.nbytes_per_token
-
-
-class Theirs:
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = deepseek_v3(SHAPE).to(torch.bfloat16).eval()
-
-    def start(self, room: int) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.model.config)
-
-    def feed(self, tokens: Tensor) -> None:
-        self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
-
-    def bytes_per_token(self) -> float:
-        held = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for t in held) / held[0].shape[-2]
-
-
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def random_tokens(n: int) -> Tensor:
-    return torch.randint(0, SHAPE.vocab_size, (1, n))
-
-
-def fill(side: Any, context: int, room: int) -> None:
-    side.start(context + room)
-    for at in range(0, context, CHUNK):
-        side.feed(random_tokens(min(CHUNK, context - at)))
-
-
-def prefill(side: Any, prompt: int) -> float:
-    side.start(prompt)
-    return seconds(lambda: side.feed(random_tokens(prompt)))
-
-
-@torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8192], help="tokens in the cache")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt that is read at once")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    sides = {"dsmini": Ours(), "transformers": Theirs()}
-    rows: list[dict[str, Any]] = []
-    for context in options.contexts:
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for side in sides.values():
-            fill(side, context, options.rounds * TURN)
-        for _ in track(range(options.rounds), f"decoding at {context}", console=console):
-            for name, side in sides.items():
-                times[name] += [seconds(lambda side=side: side.feed(random_tokens(1))) for _ in range(TURN)][1:]
-        rates = {name: 1 / statistics.median(of) for name, of in times.items()}
-        held = {name: side.bytes_per_token() for name, side in sides.items()}
-        rows.append({"what": f"decode at {context}", **rates, "cache_bytes_per_token": held})
-    times = {name: [] for name in sides}
-    for _ in track(range(options.rounds + 1), f"reading {options.prompt} tokens", console=console):
-        for name, side in sides.items():
-            times[name].append(prefill(side, options.prompt))
-    rows.append(
-        {
-            "what": f"prefill of {options.prompt}",
-            **{n: options.prompt / statistics.median(t[1:]) for n, t in times.items()},
-        }
-    )
-    show(console, rows)
-    print(
-        json.dumps(
-            {"benchmark": "decode", "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
+def cases(setting: Setting) -> list[Case]:
+    config = QUICK if setting.quick else BIG
+    points = [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)]
+    points = [(1, 128), (1, 1024), (4, 128)] if setting.quick else points
+    seconds = 1.5 if setting.quick else 6.0
+    return [
+        Case(
+            key=f"batch={batch} context={context}",
+            seconds=2 * seconds,
+            run=lambda b=batch, c=context: measure(config, setting, b, c, seconds),
         )
+        for batch, context in points
+    ]
+
+
+@torch.no_grad()
+def measure(config: ModelConfig, setting: Setting, batch: int, context: int, seconds: float) -> Iterator[Figure]:
+    model = built(config, setting)
+    steps = 2000
+    cache = filled(model, batch, context, steps)
+    forget_peak()
+
+    def step() -> None:
+        cache.truncate(context)
+        model(random_tokens(config, batch, 1, setting.device), cache)
+
+    step()
+    counted = count(step, setting.roofs.cache_bytes)
+    taken = times(step, setting.device, seconds)
+    touched = visited(model, config, batch, cache, setting)
+    predicted = accounting.decode_bytes_per_token(
+        config, context=context + 1, batch=batch, dtype=setting.dtype, experts=touched
+    )
+    flops = accounting.flops_per_token(config, context + 1, causal=True)
+    case = {"batch": batch, "context": context}
+    yield from step_figures(
+        NAME,
+        case,
+        counted,
+        taken,
+        batch,
+        setting,
+        bytes_predicted=predicted.total,
+        flops_predicted=flops.total,
     )
 
 
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table("tokens/s", "dsmini", "transformers", "ratio", "cache bytes a token")
-    for row in rows:
-        held = row.get("cache_bytes_per_token", {})
-        each = " / ".join(f"{held[name]:,.0f}" for name in ("dsmini", "transformers")) if held else ""
-        ratio = row["dsmini"] / row["transformers"]
-        table.add_row(row["what"], f"{row['dsmini']:,.1f}", f"{row['transformers']:,.1f}", f"{ratio:.2f} x", each)
-    console.print(table)
+def finding(figures: list[Figure]) -> str:
+    speed = pick(figures, "tokens_per_s", batch=1)
+    if not speed:
+        return "not measured yet"
+    first = min(speed, key=lambda f: f.case["context"])
+    last = max(speed, key=lambda f: f.case["context"])
+    moved = next((f for f in pick(figures, "bytes_per_token") if f.case == first.case), None)
+    bandwidth = next((f for f in pick(figures, "bandwidth") if f.case == first.case), None)
+    text = f"{first.measured:,.1f} tokens/s at context {first.case['context']:,}"
+    if last is not first:
+        text += f", {last.measured:,.1f} at {last.case['context']:,}"
+    if moved and moved.measured and bandwidth and bandwidth.measured and bandwidth.predicted:
+        share = bandwidth.measured / bandwidth.predicted
+        text += f": {moved.measured / 1e6:,.0f} MB move for each, at {share:.0%} of what this memory can do"
+    return text + "."
 
 
-if __name__ == "__main__":
-    main()
+def plots(figures: list[Figure]) -> list[Plot]:
+    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How fast is a token made, and what moves for it?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each "
+    "input and output once; the prediction is the config's: weights that a token meets, the cache, little else.",
+)

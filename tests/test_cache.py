@@ -80,6 +80,7 @@ def test_the_twins_keep_keys_and_values_of_each_head(
         {"original_seq_len": 16, "mscale": 0.7, "mscale_all_dim": 1.2},
         {"attention": "mha"},
         {"attention": "gqa", "n_kv_heads": 1},
+        {"attention": "gqa", "n_heads": 4, "n_kv_heads": 2},
         {"attention": "mqa"},
         {"qk_norm": True},
         {"mtp_input": "pre_norm"},

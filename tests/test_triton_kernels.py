@@ -16,12 +16,12 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
-from dsmini_kernels import triton as backend
 from torch import Tensor
 
 from dsmini import ops
 from dsmini.numerics.formats import FORMATS
 from dsmini.numerics.tiles import FormatName, Scale, Tile, dequantize_tiles, quantize_tiles, round_tiles
+from dsmini_kernels import triton as backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None

@@ -74,7 +74,7 @@ def attend(
         logits = (keys @ rows.mT).mT if few else rows @ keys.mT
         logits = at_least_fp32(logits).mul(scale)
         if hidden is not None:
-            seen = logits.view(b, h, -1, t)
+            seen = logits.reshape(b, h, -1, t)
             logits = seen.masked_fill(hidden[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
         y = logits.softmax(-1).to(v.dtype) @ v.reshape(b * g, t, -1)
         blocks.append(y.view(b, h, -1, v.shape[-1]))

@@ -59,7 +59,7 @@ class Format:
 
     @property
     def unit(self) -> float:
-        """Unit roundoff: the largest relative error of a number between min_normal and max."""
+        """Unit roundoff: no number between min_normal and max is off by more than this share of itself."""
         return 2.0 ** -(self.mantissa_bits + 1)
 
     def values(self, device: torch.device | str = "cpu") -> Float[Tensor, " codes"]:
@@ -136,9 +136,9 @@ class PowersOfTwo:
         return torch.where(x.isnan(), x, up)
 
     def encode(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-        """The codes of `round_up(x)` as uint8: exponent + 127; NaN for what is above 2^127 or is NaN.
+        """The codes of the next powers of two as uint8, exponent + 127, from 2^-127 on; NaN for what is above 2^127.
 
-        Raises: ValueError for numbers that are not above zero.
+        Raises: ValueError for numbers that are not above zero, and for other dtypes than FP32.
         """
         if (x <= 0).any():
             raise ValueError(f"ue8m0 has no code for {x[x <= 0].min().item()}; want numbers above zero")

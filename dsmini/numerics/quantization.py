@@ -64,7 +64,8 @@ class QuantizedTensor:
         return self.codes.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-        """code * scale in FP32, rounded once to dtype. BF16 holds every such value where scales are powers of two."""
+        """code * scale in FP32, rounded once to dtype. BF16 holds every such value from 2^-126 on where scales are
+        powers of two."""
         codes, scales = _matrices(self.codes, self.scales)
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
         return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))

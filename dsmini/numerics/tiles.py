@@ -1,9 +1,9 @@
 """Numbers in a short format with a scale for every tile: value = code * scale.
 
-A tile is scaled so that its largest magnitude is the format's largest. Smaller ones keep all bits of fraction down to
-max / min_normal below it (2^-15 in E4M3), then lose them one by one. Tiles cut the last two dimensions; one that is no
-multiple of the tile's ends in a ragged tile: the 576 rows of a released kv_a_proj_with_mqa have four blocks of 128
-rows and one of 64.
+A tile is scaled so that its largest magnitude is the format's largest. Smaller ones keep all bits of fraction as far as
+the format's normal numbers go, in E4M3 to 1/28672 of the largest, then lose them one by one. Tiles cut the last two
+dimensions; one that is no multiple of the tile's ends in a ragged tile: the 576 rows of a released kv_a_proj_with_mqa
+have four blocks of 128 rows and one of 64.
 
 This is the one definition of scale and code, and every fast version gives the same bits:
 
@@ -13,7 +13,8 @@ This is the one definition of scale and code, and every fast version gives the s
     value = code * scale in FP32, rounded once to the dtype that is asked for
 
 DeepSeek's kernels write the same in four ways that differ in a last bit. A tile that holds an infinity or NaN is NaN as
-a whole, its scale and all its codes, so that what is not a number is seen where it goes.
+a whole, its scale and all its codes, so that what is not a number is seen where it goes. Within a rounding of FP32's
+largest number, from 3.3e38 on, a finite tile may have an infinite value.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ FormatName = Literal["e4m3", "e5m2", "e5m6"]
 Tile = tuple[int, int]
 
 STRIP = 1 << 18
-"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made."""
+"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made (but
+by round_tiles with groups of rows)."""
 
 
 @ops.door("quantize")
@@ -60,11 +62,16 @@ def dequantize_tiles(
 ) -> Float[Tensor, "*batch r c"]:
     """code * scale, on any device, a strip of rows at a time. `columns` is c, and needed for packed codes only.
 
-    Raises: ValueError for scales that are not one a tile.
+    Raises: ValueError for scales that are not one a tile, and packed codes of another number of columns.
     """
+    f = FORMATS[format]
     c = codes.shape[-1] if columns is None else columns
+    if f.packed and codes.shape[-1] != -(-c // 8) * 12:
+        raise ValueError(
+            f"{codes.shape[-1]} bytes of packed codes for {c} columns; want {-(-c // 8) * 12}, and columns"
+        )
     shape = torch.Size((*codes.shape[:-1], c))
-    return _in_strips(shape, scales, tile, lambda strip, s: FORMATS[format].decode(codes[..., strip, :], c) * s, dtype)
+    return _in_strips(shape, scales, tile, lambda strip, s: f.decode(codes[..., strip, :], c) * s, dtype)
 
 
 @ops.door("quantize_dequantize")

@@ -2,7 +2,7 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
-from dsmini_kernels.cpu.quantize import dequantize, quantize, quantize_dequantize
+from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
 
 OPERATIONS = ("quantize", "dequantize", "quantize_dequantize")
 __all__ = [

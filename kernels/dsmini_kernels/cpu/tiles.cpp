@@ -18,7 +18,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #define X86 1
@@ -34,6 +33,7 @@ typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
 typedef uint8_t B __attribute__((vector_size(BYTES / 4)));
 
 constexpr int32_t SIGN = INT32_MIN, MAGNITUDE = INT32_MAX, EXPONENT = 0x7F800000, QUIET_NAN = 0x7FC00000;
+constexpr int32_t HIGH_HALF = ~0xFFFF;
 
 template <class V>
 V load(const void* p) {
@@ -45,6 +45,24 @@ template <class V>
 void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// A store, or one past the cache, for which p must be a multiple of the vector's size.
+template <class V>
+inline void emit(void* p, V v, bool past) {
+#ifdef X86
+  if constexpr (sizeof v >= 16) {
+    if (past) {
+#if BYTES == 64
+      if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if BYTES >= 32
+      if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+      if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+    }
+  }
+#endif
+  store(p, v);
+}
 inline I splat(int32_t x) { return I{} + x; }
 inline F splat(float x) { return (F)splat(load<int32_t>(&x)); }
 template <class V>
@@ -55,28 +73,30 @@ V larger(V a, V b) {
 // What compilers make poorly of plain vectors: short integers to and from int32, and the smaller of two floats, which
 // is b if there is a NaN.
 #if BYTES == 64
+using Vector = __m512i;
 inline I widen(H x) { return (I)_mm512_cvtepu16_epi32((__m256i)x); }
 inline I widen(B x) { return (I)_mm512_cvtepu8_epi32((__m128i)x); }
-inline void narrow(void* p, I x, uint16_t) { store(p, _mm512_cvtepi32_epi16((__m512i)x)); }
-inline void narrow(void* p, I x, uint8_t) { store(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+inline H narrow(I x, uint16_t) { return (H)_mm512_cvtepi32_epi16((__m512i)x); }
+inline B narrow(I x, uint8_t) { return (B)_mm512_cvtepi32_epi8((__m512i)x); }
 inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif BYTES == 32
+using Vector = __m256i;
 inline I widen(H x) { return (I)_mm256_cvtepu16_epi32((__m128i)x); }
 inline I widen(B x) { return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int64_t>(&x))); }
 inline __m128i half_width(I x) {
   return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 }
-inline void narrow(void* p, I x, uint16_t) { store(p, half_width(x & 0xFFFF)); }
-inline void narrow(void* p, I x, uint8_t) {
-  const __m128i words = half_width(x & 0xFF);
-  store(p, _mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+inline H narrow(I x, uint16_t) { return (H)half_width(x & 0xFFFF); }
+inline B narrow(I x, uint8_t) {
+  const __m128i words = half_width(x & 0xFF), bytes = _mm_packus_epi16(words, words);
+  return load<B>(&bytes);
 }
 inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 inline I widen(H x) { return __builtin_convertvector(x, I); }
 inline I widen(B x) { return __builtin_convertvector(x, I); }
-inline void narrow(void* p, I x, uint16_t) { store(p, __builtin_convertvector(x, H)); }
-inline void narrow(void* p, I x, uint8_t) { store(p, __builtin_convertvector(x, B)); }
+inline H narrow(I x, uint16_t) { return __builtin_convertvector(x, H); }
+inline B narrow(I x, uint8_t) { return __builtin_convertvector(x, B); }
 inline F smaller(F a, F b) { return a < b ? a : b; }
 #endif
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -94,7 +114,9 @@ struct Grid {
         drop(23 - f.fraction_bits),
         sign(32 - f.bits),
         nan(splat(f.nan)) {}
-  I magic(F magnitude) const { return larger((I)magnitude & EXPONENT, lowest) + up; }
+  I magic(F magnitude) const {  // of NaN something negative
+    return (I)((U)larger((I)magnitude & EXPONENT, lowest) + (U)up);
+  }
   F limit(F y) const { return smaller((F)((I)y & MAGNITUDE), max); }  // of NaN: max
   I code(F magnitude) const {
     const I m = magic(magnitude);
@@ -106,38 +128,44 @@ struct Grid {
 struct Fp32 {
   using Bits = uint32_t;
   static F get(const void* p) { return load<F>(p); }
-  static void put(void* p, F x, bool) { store(p, x); }
+  static F put(F x, bool) { return x; }
 };
 struct Bf16 {
   using Bits = uint16_t;
   static F get(const void* p) { return (F)(widen(load<H>(p)) << 16); }
-  static void put(void* p, F x, bool exact) {  // to nearest even; NaN must be as QUIET_NAN, not to wrap round to zero
-    U bits = (U)x;
-    if (!exact) bits += 0x7FFF + ((bits >> 16) & 1);
-    narrow(p, (I)(bits >> 16), Bits());
-  }
+  static H put(F x, bool exact) { return narrow((I)(rounded(x, exact) >> 16), Bits()); }
+  // To nearest even, in the high halves. NaN must be as QUIET_NAN, not to wrap round to zero.
+  static U rounded(F x, bool exact) { return exact ? (U)x : (U)x + (0x7FFF + (((U)x >> 16) & 1)); }
 };
 struct Fp16 {
   using Bits = uint16_t;
 #if BYTES == 64
   static F get(const void* p) { return (F)_mm512_cvtph_ps(load<__m256i>(p)); }
-  static void put(void* p, F x, bool) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
+  static H put(F x, bool) { return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #elif BYTES == 32
   static F get(const void* p) { return (F)_mm256_cvtph_ps(load<__m128i>(p)); }
-  static void put(void* p, F x, bool) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+  static H put(F x, bool) { return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
   static F get(const void* p) {
     const I half = widen(load<H>(p)), magnitude = half & 0x7FFF;
     const I bits = (I)((F)(magnitude << 13) * splat(0x1p112f));
     return (F)((magnitude >= 0x7C00 ? bits | EXPONENT : bits) | ((half & 0x8000) << 16));
   }
-  static void put(void* p, F x, bool) {  // 65536 has the code of infinity
+  static H put(F x, bool) {  // 65536 has the code of infinity
     const Grid grid({16, 10, 15, 65536.0f, 0x1p-24f, 0x7E00, 0x7C00, 0x7C00});
     const I code = x != x ? grid.nan : grid.code(grid.limit(x));
-    narrow(p, code | (((I)x >> 16) & 0x8000), Bits());
+    return narrow(code | (((I)x >> 16) & 0x8000), Bits());
   }
 #endif
 };
+
+// Two BF16 numbers lie in an int32, and both are FP32 numbers there but for a shift or a mask. Scales of columns then
+// lie in the same order: of each PAIR numbers first the even ones', then the odd ones'.
+constexpr int PAIR = 2 * LANES;
+template <class In, class Out>
+constexpr bool PAIRS = false;
+template <>
+constexpr bool PAIRS<Bf16, Bf16> = true;
 
 // --- First pass: magnitudes as integers, where NaN is above infinity and infinity above all numbers.
 
@@ -169,24 +197,42 @@ inline void each_magnitude(const Bits* x, int64_t n, Body body) {
   }
 }
 
-// The largest number in a vector: halves are compared until one number is left.
-template <class Bits, int N>
-inline Bits largest(const Bits* p) {
-  using T = std::make_signed_t<Bits>;
-  if constexpr (N * sizeof(Bits) > 16) {
-    typedef T V __attribute__((vector_size(N * sizeof(Bits) / 2)));
-    Bits half[N / 2];
-    store(half, larger(load<V>(p), load<V>(p + N / 2)));
-    return largest<Bits, N / 2>(half);
-  } else {
-    typedef T V __attribute__((vector_size(16)));
-    typedef uint64_t Q __attribute__((vector_size(16)));
-    V v = load<V>(p);
-    v = larger(v, (V)((Q)v >> 32));
-    if constexpr (sizeof(Bits) == 2) v = larger(v, (V)((Q)v >> 16));
-    return v[0] > v[N / 2] ? v[0] : v[N / 2];
-  }
+// The largest number in a vector: halves are compared until 16 bytes are left.
+#if BYTES == 64
+inline __m256i halves(__m512i v, uint16_t) {
+  return _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
 }
+inline __m256i halves(__m512i v, uint32_t) {
+  return _mm256_max_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+}
+#elif BYTES == 32
+template <class Bits>
+inline __m256i halves(__m256i v, Bits) {
+  return v;
+}
+#endif
+#if BYTES >= 32
+inline uint16_t largest(Magnitudes<2>::V all) {
+  const __m256i v = halves((Vector)all, uint16_t());
+  const __m128i w = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  return ~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(w, _mm_set1_epi16(-1))));
+}
+inline uint32_t largest(Magnitudes<4>::V all) {
+  const __m256i v = halves((Vector)all, uint32_t());
+  __m128i w = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  w = _mm_max_epi32(w, _mm_unpackhi_epi64(w, w));
+  return _mm_cvtsi128_si32(_mm_max_epi32(w, _mm_srli_epi64(w, 32)));
+}
+#else
+template <class V>
+inline auto largest(V v) {
+  typedef uint64_t Q __attribute__((vector_size(16)));
+  constexpr int MIDDLE = sizeof(V) / sizeof(v[0]) / 2;
+  v = larger(v, (V)((Q)v >> 32));
+  if constexpr (sizeof(v[0]) == 2) v = larger(v, (V)((Q)v >> 16));
+  return v[0] > v[MIDDLE] ? v[0] : v[MIDDLE];
+}
+#endif
 
 // Of each column over the rows. `high` has room for whole vectors.
 template <class Bits>
@@ -222,10 +268,7 @@ void across_tiles(const Bits* x, int64_t n, int64_t width, Bits* high) {
     return;
   }
   for (int64_t at = 0, t = 0; at < n; at += width, ++t) {
-    const auto top = highest(x + at, least(width, n - at));
-    Bits lanes[BYTES / sizeof(Bits)];
-    store(lanes, top);
-    high[t] = largest<Bits, BYTES / sizeof(Bits)>(lanes);
+    high[t] = largest(highest(x + at, least(width, n - at)));
   }
 }
 
@@ -244,7 +287,8 @@ void to_scales(const Plan& plan, const typename In::Bits* high, int64_t tiles, f
 
 // --- Second pass: a row, with a scale for each tile, or SPREAD, for each column.
 
-template <int IN, int OUT, bool SPREAD, class Body>
+// Calls body(from, to, scale, factor, place in the row) for UNIT numbers of IN bytes each, which become OUT bytes each.
+template <int IN, int OUT, int UNIT, bool SPREAD, class Body>
 inline void along(const char* x, char* out, int64_t n, int64_t width, const float* scales, const float* factors,
                   Body body) {
   if (SPREAD) width = n;
@@ -252,59 +296,81 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
     F scale = splat(scales[t]), factor = splat(factors[t]);
     const int64_t end = least(at + width, n);
     int64_t i = at;
-    for (; i + LANES <= end; i += LANES) {
+    for (; i + UNIT <= end; i += UNIT) {
       if (SPREAD) scale = load<F>(scales + i), factor = load<F>(factors + i);
-      body(x + i * IN, out + i * OUT, scale, factor);
+      body(x + i * IN, out + i * OUT, scale, factor, i);
     }
     if (i < end) {
       if (SPREAD) scale = load<F>(scales + i), factor = load<F>(factors + i);
-      char from[LANES * IN] = {}, to[LANES * OUT];
+      char from[UNIT * IN] = {};
+      alignas(64) char to[UNIT * OUT];
       memcpy(from, x + i * IN, (end - i) * IN);
-      body(from, to, scale, factor);
+      body(from, to, scale, factor, i);
       memcpy(out + i * OUT, to, (end - i) * OUT);
     }
   }
 }
 
 using Row = void (*)(const Plan&, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                     const float* factors);
+                     const float* factors, bool past);
 
-template <class In, class Out, bool EXACT, bool SPREAD>
+// How y comes from x. EXACT: scales are powers of two and normal, so that no y is beyond the format's largest number,
+// and all values are BF16 numbers. Nothing is left to limit or to round, and what is not a number stays so by itself.
+enum Scaling { DIVIDE, MULTIPLY, EXACT };
+
+template <class In, class Out, Scaling SCALING, bool SPREAD>
 void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-               const float* factors) {
+               const float* factors, bool past) {
   const Grid grid(plan.format);
-  along<sizeof(typename In::Bits), sizeof(typename Out::Bits), SPREAD>(
-      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor) {
-        const F number = In::get(from), y = EXACT ? number * factor : number / scale;
-        const F magnitude = grid.limit(y), magic = (F)grid.magic(magnitude);
-        F value = ((magnitude + magic) - magic) * scale;  // of NaN in a tile of NaN: max * NaN
-        if (plan.tiny) value = y != y ? (F)splat(QUIET_NAN) : value;
-        Out::put(to, (F)((I)value | ((I)y & SIGN)), plan.exact);
-      });
+  const bool tiny = plan.tiny;
+  constexpr bool exact = SCALING == EXACT;
+  const auto round = [&](F number, F scale, F factor) {
+    const F y = SCALING == DIVIDE ? number / scale : number * factor;
+    const F magnitude = exact ? (F)((I)y & MAGNITUDE) : grid.limit(y), magic = (F)grid.magic(magnitude);
+    F value = ((magnitude + magic) - magic) * scale;  // of NaN in a tile of NaN: max * NaN
+    if (!exact && tiny) value = y != y ? (F)splat(QUIET_NAN) : value;
+    return (F)((I)value | ((I)y & SIGN));
+  };
+  constexpr int IN = sizeof(typename In::Bits), OUT = sizeof(typename Out::Bits);
+  if constexpr (PAIRS<In, Out>) {
+    const auto body = [&](const void* from, void* to, F scale, F factor, int64_t i) {
+      const I both = load<I>(from);
+      const F even = round((F)(both << 16), scale, factor);
+      if (SPREAD) scale = load<F>(scales + i + LANES), factor = load<F>(factors + i + LANES);
+      const F odd = round((F)(both & HIGH_HALF), scale, factor);
+      emit(to, (Bf16::rounded(even, exact) >> 16) | (Bf16::rounded(odd, exact) & uint32_t(HIGH_HALF)), past);
+    };
+    along<IN, OUT, PAIR, SPREAD>(x, out, n, width, scales, factors, body);
+  } else {
+    const auto body = [&](const void* from, void* to, F scale, F factor, int64_t) {
+      emit(to, Out::put(round(In::get(from), scale, factor), exact), past);
+    };
+    along<IN, OUT, LANES, SPREAD>(x, out, n, width, scales, factors, body);
+  }
 }
 
 // CODE holds one code: uint8_t, or uint16_t before packing.
-template <class In, class CODE, bool EXACT, bool SPREAD>
+template <class In, class CODE, Scaling SCALING, bool SPREAD>
 void encode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                const float* factors) {
+                const float* factors, bool past) {
   const Grid grid(plan.format);
-  along<sizeof(typename In::Bits), sizeof(CODE), SPREAD>(
-      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor) {
-        const F number = In::get(from), y = EXACT ? number * factor : number / scale;
+  along<sizeof(typename In::Bits), sizeof(CODE), LANES, SPREAD>(
+      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F factor, int64_t) {
+        const F number = In::get(from), y = SCALING == DIVIDE ? number / scale : number * factor;
         const I code = grid.code(grid.limit(y)) | (I)(((U)y & uint32_t(SIGN)) >> grid.sign);
-        narrow(to, y != y ? grid.nan : code, CODE());
+        emit(to, narrow(y != y ? grid.nan : code, CODE()), past);
       });
 }
 
 template <class CODE, class Out, bool SPREAD>
 void decode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t width, const float* scales,
-                const float* factors) {
+                const float* factors, bool past) {
   typedef CODE C __attribute__((vector_size(LANES * sizeof(CODE))));
   const Format& f = plan.format;
   const Grid grid(f);
   const int32_t smallest = (128 - f.bias) << 23;
-  along<sizeof(CODE), sizeof(typename Out::Bits), SPREAD>(
-      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F) {
+  along<sizeof(CODE), sizeof(typename Out::Bits), LANES, SPREAD>(
+      x, out, n, width, scales, factors, [&](const void* from, void* to, F scale, F, int64_t) {
         const I code = widen(load<C>(from)), magnitude = code & ((1 << (f.bits - 1)) - 1);
         // A subnormal number f / 2^m * 2^(1 - bias) is (1 + f / 2^m) 2^(1 - bias) less its leading one.
         const I subnormal = magnitude < (1 << f.fraction_bits);
@@ -312,55 +378,59 @@ void decode_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t w
         F value = subnormal ? (F)(bits + (1 << 23)) - (F)splat(smallest) : (F)bits;
         const F special = magnitude == f.infinity ? (F)splat(EXPONENT) : (F)splat(QUIET_NAN);
         value = magnitude >= f.first_special ? special : value;
-        Out::put(to, (F)((I)value | ((code << grid.sign) & SIGN)) * scale, false);
+        emit(to, Out::put((F)((I)value | ((code << grid.sign) & SIGN)) * scale, false), past);
       });
 }
 
-// Packed codes: four in six bytes, the first in the lowest bits.
-void pack(const uint16_t* codes, int64_t n, char* out) {
-  const int64_t quads = divide_up(n, 8) * 2;
-  for (int64_t q = 0; q < quads; ++q) {
-    uint64_t four = 0;
-    if (4 * q + 4 <= n)
-      four = load<uint64_t>(codes + 4 * q);
-    else if (4 * q < n)
-      memcpy(&four, codes + 4 * q, (n - 4 * q) * 2);
-    four = (four & 0x00000FFF00000FFF) | ((four >> 4) & 0x00FFF00000FFF000);
-    four = (four & 0xFFFFFF) | ((four >> 8) & 0xFFFFFF000000);
-    memcpy(out + 6 * q, &four, q + 1 < quads ? 8 : 6);  // the next overwrites the last two bytes
-  }
+// Packed codes: four in six bytes, the first in the lowest bits. Eight bytes are moved for six, but for the last six.
+inline uint64_t pack_four(uint64_t four) {
+  four = (four & 0x00000FFF00000FFF) | ((four >> 4) & 0x00FFF00000FFF000);
+  return (four & 0xFFFFFF) | ((four >> 8) & 0xFFFFFF000000);
+}
+inline uint64_t unpack_four(uint64_t six) {
+  six = (six & 0xFFFFFF) | ((six & 0xFFFFFF000000) << 8);
+  return (six & 0x00000FFF00000FFF) | ((six & 0x00FFF00000FFF000) << 4);
+}
+void pack(uint16_t* codes, int64_t n, char* out) {  // `codes` has room for whole vectors
+  const int64_t last = divide_up(n, 8) * 2 - 1;
+  memset(codes + n, 0, (last * 4 + 4 - n) * 2);
+  for (int64_t q = 0; q < last; ++q) store(out + 6 * q, pack_four(load<uint64_t>(codes + 4 * q)));
+  const uint64_t six = pack_four(load<uint64_t>(codes + 4 * last));
+  memcpy(out + 6 * last, &six, 6);
 }
 void unpack(const char* packed, int64_t n, uint16_t* codes) {
-  const int64_t quads = divide_up(n, 4);
-  for (int64_t q = 0; q < quads; ++q) {
-    uint64_t four = 0;
-    memcpy(&four, packed + 6 * q, q + 1 < quads ? 8 : 6);
-    four = (four & 0xFFFFFF) | ((four & 0xFFFFFF000000) << 8);
-    store(codes + 4 * q, (four & 0x00000FFF00000FFF) | ((four & 0x00FFF00000FFF000) << 4));
-  }
+  const int64_t last = divide_up(n, 8) * 2 - 1;
+  for (int64_t q = 0; q < last; ++q) store(codes + 4 * q, unpack_four(load<uint64_t>(packed + 6 * q)));
+  uint64_t six = 0;
+  memcpy(&six, packed + 6 * last, 6);
+  store(codes + 4 * last, unpack_four(six));
 }
 
 // --- The work: bands of chunks, for which threads take turns.
 
+template <class In, class Out, Scaling SCALING>
+Row pick_round(bool spread) {
+  return spread ? round_row<In, Out, SCALING, true> : round_row<In, Out, SCALING, false>;
+}
 template <class In, class Out>
-Row pick_round(bool exact, bool spread) {
-  if (exact) return spread ? round_row<In, Out, true, true> : round_row<In, Out, true, false>;
-  return spread ? round_row<In, Out, false, true> : round_row<In, Out, false, false>;
+Row pick_round(const Plan& plan, bool spread) {
+  if (plan.exact) return pick_round<In, Out, EXACT>(spread);
+  return plan.call.powers_of_two ? pick_round<In, Out, MULTIPLY>(spread) : pick_round<In, Out, DIVIDE>(spread);
 }
 template <class In, class CODE>
-Row pick_encode(bool exact, bool spread) {
-  if (exact) return spread ? encode_row<In, CODE, true, true> : encode_row<In, CODE, true, false>;
-  return spread ? encode_row<In, CODE, false, true> : encode_row<In, CODE, false, false>;
+Row pick_encode(const Plan& plan, bool spread) {
+  if (plan.call.powers_of_two)
+    return spread ? encode_row<In, CODE, MULTIPLY, true> : encode_row<In, CODE, MULTIPLY, false>;
+  return spread ? encode_row<In, CODE, DIVIDE, true> : encode_row<In, CODE, DIVIDE, false>;
 }
 template <class In>
 Row pick_from(const Plan& plan, bool spread) {
-  const bool exact = plan.call.powers_of_two;
   if (plan.call.operation == QUANTIZE)
-    return plan.format.bits == 8 ? pick_encode<In, uint8_t>(exact, spread) : pick_encode<In, uint16_t>(exact, spread);
+    return plan.format.bits == 8 ? pick_encode<In, uint8_t>(plan, spread) : pick_encode<In, uint16_t>(plan, spread);
   switch (plan.call.out_type) {
-    case FP32: return pick_round<In, Fp32>(exact, spread);
-    case BF16: return pick_round<In, Bf16>(exact, spread);
-    default: return pick_round<In, Fp16>(exact, spread);
+    case FP32: return pick_round<In, Fp32>(plan, spread);
+    case BF16: return pick_round<In, Bf16>(plan, spread);
+    default: return pick_round<In, Fp16>(plan, spread);
   }
 }
 template <class Out>
@@ -463,32 +533,37 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
     if (c.operation == QUANTIZE) memcpy(stored, scratch.scales, tiles * 4);
   }
   const float *scales = scratch.scales, *factors = scratch.factors;
-  if (spread && c.tile_columns > 1) {
+  const bool pairs = c.operation == QUANTIZE_DEQUANTIZE && c.in == BF16 && c.out_type == BF16;
+  if (spread && (c.tile_columns > 1 || pairs)) {
     for (int64_t i = 0, t = 0; i < n; ++t)
-      for (const int64_t end = least(n, i + c.tile_columns); i < end; ++i)
-        scratch.wide_scales[i] = scales[t], scratch.wide_factors[i] = factors[t];
+      for (const int64_t end = least(n, i + c.tile_columns); i < end; ++i) {
+        const int64_t place = pairs ? i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2 : i;
+        scratch.wide_scales[place] = scales[t], scratch.wide_factors[place] = factors[t];
+      }
     scales = scratch.wide_scales, factors = scratch.wide_factors;
   }
   const int64_t out_row = c.operation == QUANTIZE ? code_row : c.columns * plan.out_bytes;
   const int64_t out_column = c.operation == QUANTIZE ? code_column : column * plan.out_bytes;
   const int64_t bytes = packed && !decode ? divide_up(n, 8) * 12 : n * plan.out_bytes;
   char* out = c.out + (batch * c.rows + row) * out_row + out_column;
-  // While a tall chunk is written, the one beside it comes into the cache; a processor reads ahead along rows only.
+  // While a chunk is written, the one beside it comes into the cache. By themselves processors read on along rows only.
   const int64_t width = n * plan.in_bytes;
-  const int64_t ahead = rows > 1 && !decode ? least(plan.chunk_columns, c.columns - column - n) * plan.in_bytes : 0;
+  const int64_t ahead = !decode ? least(plan.chunk_columns, c.columns - column - n) * plan.in_bytes : 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || out_row % 64 == 0);
+  const bool past = plan.stream && aligned && (decode || !packed);  // otherwise by way of scratch.row
   for (int64_t r = 0; r < rows; ++r, x += c.row_stride * plan.in_bytes, out += out_row) {
-    for (int64_t line = 0; line < ahead; line += 64) __builtin_prefetch(x + width + line, 0, 2);
-    char* to = plan.stream ? scratch.row : out;
+    for (int64_t line = 0; line < ahead; line += 64) __builtin_prefetch(x + width + line);
+    char* to = plan.stream && !past ? scratch.row : out;
     if (packed && decode) {
       unpack(x, n, scratch.codes);
-      run(plan, reinterpret_cast<const char*>(scratch.codes), to, n, c.tile_columns, scales, factors);
+      run(plan, reinterpret_cast<const char*>(scratch.codes), to, n, c.tile_columns, scales, factors, past);
     } else if (packed) {
-      run(plan, x, reinterpret_cast<char*>(scratch.codes), n, c.tile_columns, scales, factors);
+      run(plan, x, reinterpret_cast<char*>(scratch.codes), n, c.tile_columns, scales, factors, false);
       pack(scratch.codes, n, to);
     } else {
-      run(plan, x, to, n, c.tile_columns, scales, factors);
+      run(plan, x, to, n, c.tile_columns, scales, factors, past);
     }
-    if (plan.stream) stream(out, scratch.row, bytes);
+    if (to != out) stream(out, scratch.row, bytes);
   }
 }
 
@@ -496,7 +571,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
 
 void WORK(Plan& plan) {
   const Call& c = plan.call;
-  const bool spread = c.tile_columns < c.columns && c.tile_columns % LANES != 0;
+  const bool spread = c.tile_columns < c.columns && c.tile_columns % PAIR != 0;
   const Row run = pick(plan, spread);
   Scratch scratch(plan.chunk_columns);
   if (scratch.memory == nullptr) {

@@ -11,7 +11,7 @@ enum Isa : int64_t { BEST, PORTABLE, AVX2, AVX512, ISAS };
 enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_SUCH_ISA, NO_MEMORY };
 
 // x [batch, rows, columns] with strides in elements; out and scales are contiguous. For dequantize x holds codes and
-// its strides are bytes. `*_bytes` is the memory behind each pointer. quantize.py packs this, field by field.
+// its strides are bytes. `*_bytes` is the memory behind each pointer. tiles.py packs this, field by field.
 struct Call {
   int64_t operation, isa, threads, in, out_type, format, powers_of_two;
   int64_t batch, rows, columns, tile_rows, tile_columns;
@@ -52,7 +52,7 @@ struct Plan {
   const int64_t* first_band;    // of each group, where there are ends
   bool stream;                  // write past the cache
   bool tiny;                    // scales may be 0, and 0 / 0 is no number
-  bool exact;                   // all values are BF16 numbers
+  bool exact;                   // scales are powers of two and normal, and all values BF16 numbers
   int64_t spans;                // parts that threads fetch one after the other
   std::atomic<int64_t> next;
   std::atomic<bool> failed;     // out of memory

@@ -30,7 +30,7 @@ ERRORS = {
     6: "this CPU lacks the instructions",
     7: "there is no memory left",
 }
-THREADED = 1 << 16
+THREADED = 1 << 17
 """Elements from which on two threads are faster than one."""
 LARGEST = 2.0**127
 

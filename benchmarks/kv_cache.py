@@ -1,0 +1,139 @@
+"""How much smaller is MLA's cache, and what does that buy?"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
+from benchmarks.roofs import memory_bytes
+from benchmarks.shapes import BIG
+from dsmini import ModelConfig, accounting
+
+NAME = "kv-cache"
+KINDS = {
+    "mla": {},
+    "mha": {"attention": "mha"},
+    "gqa": {"attention": "gqa", "n_kv_heads": 4},
+    "mqa": {"attention": "mqa"},
+}
+
+
+def configs(setting: Setting) -> dict[str, ModelConfig]:
+    """The same model with each kind of attention: few layers, dense, so that attention is what is seen."""
+    layers = 1 if setting.quick else 2
+    base = dataclasses.replace(BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
+    return {kind: dataclasses.replace(base, **changes) for kind, changes in KINDS.items()}
+
+
+def cases(setting: Setting) -> list[Case]:
+    contexts = [512, 4096] if setting.quick else [512, 2048, 8192, 32000]
+    sizes = [Case(key="bytes", seconds=1.0, run=lambda: measure_bytes(setting))]
+    return sizes + [
+        Case(key=f"context={n}", seconds=1.0 if setting.quick else 8.0, run=lambda n=n: measure_speed(setting, n))
+        for n in contexts
+    ]
+
+
+def measure_bytes(setting: Setting) -> Iterator[Figure]:
+    """Bytes a token from storage, exactly as predicted; and how many tokens fit in this machine's memory."""
+    for kind, config in configs(setting).items():
+        full = dataclasses.replace(BIG, **KINDS[kind])
+        for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
+            with torch.device(setting.device):
+                model = built(config, setting)
+            cache = model.new_cache(2, 64, dtype=dtype)
+            per_layer = cache.nbytes_per_token / config.n_layers
+            predicted = _bytes_per_token(full, dtype)
+            case = {"attention": kind, "cache": "fp8" if dtype == "fp8" else "bfloat16"}
+            yield Figure(
+                question=NAME,
+                case=case,
+                metric="bytes_per_token",
+                unit="bytes",
+                measured=per_layer * full.n_layers,
+                predicted=predicted,
+                better="lower",
+                exact=True,
+            )
+            room = memory_bytes() - 2 * accounting.parameters(full).total
+            note = "tokens in this machine's memory beside the weights in BF16"
+            fits = float(max(0, room) // predicted)
+            yield Figure(question=NAME, case=case, metric="context_that_fits", unit="tokens", predicted=fits, note=note)
+
+
+def _bytes_per_token(config: ModelConfig, dtype: torch.dtype | str) -> int:
+    if dtype != "fp8":
+        return accounting.kv_bytes_per_token(config, 2)
+    tiles = -(-config.kv_lora_rank // 128)
+    return config.n_layers * (config.kv_lora_rank + 4 * tiles + 2 * config.qk_rope_head_dim)
+
+
+@torch.no_grad()
+def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
+    """All kinds take turns."""
+    runs, models = {}, {kind: built(config, setting) for kind, config in configs(setting).items()}
+    for kind, model in models.items():
+        cache = filled(model, 1, context, 8)
+        token = random_tokens(model.config, 1, 1, setting.device)
+
+        def step(model: object = model, cache: object = cache, token: object = token) -> None:
+            cache.truncate(context)  # pyright: ignore[reportAttributeAccessIssue]
+            model(token, cache)  # pyright: ignore[reportCallIssue]
+
+        runs[kind] = step
+    predicted = {kind: predicted_seconds(run, setting) for kind, run in runs.items()}
+    taken = interleaved(runs, setting.device, 15 if setting.quick else 40)
+    for kind, seconds in taken.items():
+        layers = models[kind].config.n_layers
+        yield Figure(
+            question=NAME,
+            case={"attention": kind, "context": context},
+            metric="seconds_per_layer",
+            unit="s",
+            predicted=predicted[kind] / layers,
+            better="lower",
+            **spread([s / layers for s in seconds]),
+        )
+
+
+def finding(figures: list[Figure]) -> str:
+    sizes = {(f.case["attention"], f.case["cache"]): f.measured for f in pick(figures, "bytes_per_token")}
+    mla, mha = sizes.get(("mla", "bfloat16")), sizes.get(("mha", "bfloat16"))
+    if not mla or not mha:
+        return "not measured yet"
+    text = (
+        f"MLA keeps {mla:,.0f} bytes a token where MHA with the same heads keeps {mha:,.0f}, {1 - mla / mha:.1%} less"
+    )
+    if sizes.get(("mla", "fp8")):
+        text += f", and {sizes['mla', 'fp8']:,.0f} in FP8"
+    speed = pick(figures, "seconds_per_layer")
+    longest = max((f.case["context"] for f in speed), default=None)
+    at = {f.case["attention"]: f.measured for f in speed if f.case["context"] == longest}
+    if at.get("mla") and at.get("mha"):
+        text += f"; at context {longest:,} its layer decodes {(at['mha'] or 0) / (at['mla'] or 1):.1f} times as fast"
+    return text + "."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    sizes = [f for f in pick(figures, "bytes_per_token") if f.measured]
+    out = []
+    if sizes:
+        labels = [f"{f.case['attention']} {f.case['cache']}" for f in sizes]
+        bars = Series(label="bytes", x=list(range(len(sizes))), y=[f.measured or 0.0 for f in sizes], kind="bars")
+        out.append(Plot(title="Cache of a token", x="", y="bytes", series=[bars], labels=labels))
+    return out + lines(
+        figures, "seconds_per_layer", x="context", by="attention", title="Decoding a token, one layer", unit="s"
+    )
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How much smaller is MLA's cache, and what does that buy?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small "
+    "feed-forward, decoding from a cache of random rows; the kinds take turns. GQA has four key-value heads.",
+)

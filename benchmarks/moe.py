@@ -1,0 +1,132 @@
+"""What does a sparse expert cost at a given batch size?"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.shapes import BIG
+from dsmini import ModelConfig, Transformer
+from dsmini.nn import max_violation
+
+NAME = "moe"
+
+
+def configs(setting: Setting) -> dict[str, ModelConfig]:
+    """Experts, and a dense feed-forward of as many active parameters, and one of as many in all."""
+    layers = 1 if setting.quick else 3
+    moe = dataclasses.replace(BIG, n_layers=layers, n_dense_layers=0, vocab_size=256)
+    dense = dataclasses.replace(moe, n_dense_layers=layers)
+    visited, all_of_them = (n + moe.n_shared_experts for n in (moe.n_activated_experts, moe.n_routed_experts))
+    return {
+        "experts": moe,
+        "dense, equal active": dataclasses.replace(dense, inter_dim=visited * moe.moe_inter_dim),
+        "dense, equal total": dataclasses.replace(dense, inter_dim=all_of_them * moe.moe_inter_dim),
+    }
+
+
+def cases(setting: Setting) -> list[Case]:
+    batches = [1, 8, 64] if setting.quick else [1, 2, 4, 8, 16, 32, 64, 128]
+    return [
+        Case(key=f"batch={n}", seconds=1.5 if setting.quick else 6.0, run=lambda n=n: measure(setting, n))
+        for n in batches
+    ]
+
+
+@torch.no_grad()
+def measure(setting: Setting, batch: int) -> Iterator[Figure]:
+    models = {name: built(config, setting) for name, config in configs(setting).items()}
+    runs = {}
+    for name, model in models.items():
+        cache = filled(model, batch, 64, 8)
+
+        def step(model: Transformer = model, cache: object = cache) -> None:
+            cache.truncate(64)  # pyright: ignore[reportAttributeAccessIssue]
+            model.advance(random_tokens(model.config, batch, 1, setting.device), cache)  # pyright: ignore[reportArgumentType]
+
+        runs[name] = step
+    predicted = {name: predicted_seconds(run, setting) for name, run in runs.items()}
+    taken = interleaved(runs, setting.device, 9 if setting.quick else 25)
+    for name, seconds in taken.items():
+        yield Figure(
+            question=NAME,
+            case={"batch": batch, "model": name},
+            metric="tokens_per_s",
+            unit="tokens/s",
+            predicted=batch / predicted[name],
+            better="higher",
+            **spread([batch / s for s in seconds]),
+        )
+    yield from routing(setting, models["experts"], batch)
+
+
+def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure]:
+    """Which experts the tokens of a step visit, and the bytes of their weights."""
+    c = model.config
+    distinct, uneven = [], []
+    for _ in range(20):
+        cache = filled(model, batch, 64, 8)
+        advance = model.advance(random_tokens(c, batch, 1, setting.device), cache)
+        for decided in advance.routing:
+            distinct.append(float((decided.counts > 0).sum()))
+            uneven.append(max_violation(decided.counts))
+    expected = c.n_routed_experts * (1 - (1 - c.n_activated_experts / c.n_routed_experts) ** batch)
+    case = {"batch": batch, "model": "experts"}
+    note = "predicted for tokens that choose alike and independently; the gate here is random"
+    found = spread(distinct)
+    found["measured"] = statistics.fmean(distinct)
+    yield Figure(
+        question=NAME, case=case, metric="distinct_experts", unit="experts", predicted=expected, note=note, **found
+    )
+    expert = 3 * c.dim * c.moe_inter_dim * setting.dtype.itemsize
+    yield Figure(
+        question=NAME,
+        case=case,
+        metric="expert_bytes_per_token",
+        unit="bytes",
+        measured=statistics.fmean(distinct) * expert / batch,
+        predicted=expected * expert / batch,
+        better="lower",
+    )
+    yield Figure(
+        question=NAME, case=case, metric="max_violation", unit="", measured=statistics.fmean(map(float, uneven))
+    )
+
+
+def finding(figures: list[Figure]) -> str:
+    speed = {(f.case["model"], f.case["batch"]): f.measured or 0.0 for f in pick(figures, "tokens_per_s")}
+    batches = sorted({batch for _, batch in speed})
+    if not batches or ("dense, equal active", batches[0]) not in speed:
+        return "not measured yet"
+    parts = []
+    for batch in dict.fromkeys((batches[0], batches[-1])):
+        sparse = speed["experts", batch]
+        active, total = (speed[f"dense, equal {kind}", batch] for kind in ("active", "total"))
+        beside = f"{sparse / active:.2f} times its active twin's speed and {sparse / total:.1f} times its total twin's"
+        parts.append(f"{beside} at batch {batch}")
+    touched = [f for f in pick(figures, "distinct_experts") if f.case["batch"] == batches[-1]]
+    text = "Experts run at " + ", ".join(parts)
+    if touched and touched[0].measured:
+        text += f", where {touched[0].measured:.0f} experts are touched"
+    return text + "."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    speed = lines(figures, "tokens_per_s", x="batch", by="model", title="Tokens made a second", unit="tokens/s")
+    return speed + lines(
+        figures, "distinct_experts", x="batch", by="model", title="Distinct experts that a step touches", unit="experts"
+    )
+
+
+QUESTION = Question(
+    name=NAME,
+    title="What does a sparse expert cost at my batch size?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active"
+    " and as many parameters in all; one token of each sequence is decoded at a time, the three models take turns.",
+)

@@ -1,0 +1,65 @@
+"""How fast is a prompt read?"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.counting import count
+from benchmarks.measuring import built, forget_peak, lines, random_tokens, speed_sentence, step_figures, times
+from benchmarks.question import Case, Figure, Plot, Question, Setting
+from benchmarks.shapes import BIG, QUICK
+from dsmini import ModelConfig, accounting
+
+NAME = "prefill"
+
+
+def cases(setting: Setting) -> list[Case]:
+    config = QUICK if setting.quick else BIG
+    points = [(1, 128), (1, 512)] if setting.quick else [(1, 128), (1, 512), (1, 2048), (4, 512)]
+    seconds = 1.5 if setting.quick else 6.0
+    return [
+        Case(
+            key=f"batch={batch} tokens={tokens}",
+            seconds=2.5 * seconds,
+            run=lambda b=batch, t=tokens: measure(config, setting, b, t, seconds),
+        )
+        for batch, tokens in points
+    ]
+
+
+@torch.no_grad()
+def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
+    model = built(config, setting)
+    prompt = random_tokens(config, batch, tokens, setting.device)
+    cache = model.new_cache(batch, tokens)
+    forget_peak()
+
+    def step() -> None:
+        cache.truncate(0)
+        model.advance(prompt, cache)
+
+    step()
+    counted = count(step, setting.roofs.cache_bytes)
+    taken = times(step, setting.device, seconds)
+    flops = accounting.flops_per_token(config, tokens, causal=True)
+    yield from step_figures(
+        NAME, {"batch": batch, "tokens": tokens}, counted, taken, batch * tokens, setting, flops_ideal=flops.total
+    )
+
+
+def finding(figures: list[Figure]) -> str:
+    return speed_sentence(figures, "tokens", "a prompt of")
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens of a prompt a second", unit="tokens/s")
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How fast is a prompt read?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about="The whole prompt goes through the model at once and into the latent cache; the head is left out.",
+)
