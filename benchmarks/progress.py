@@ -1,7 +1,8 @@
 """What people see while it is measured: how far it is, how long it will take, and a table for each question."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -62,7 +63,7 @@ class Bar:
     def __init__(self, console: Console, estimates: Sequence[float]) -> None:
         self.console, self.clock = console, Clock(estimates)
         self.estimates, self.nth = estimates, 0
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), _Left(self.clock))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), _Left(self.clock))
         self.bar = Progress(*columns, console=console, refresh_per_second=1, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=self.clock.total)
 
@@ -78,7 +79,7 @@ class Bar:
         self.clock.begin(self.estimates[self.nth])
         self.nth += 1
         where = f"{question} {key}"
-        self.bar.update(self.task, description=f"{self.nth}/{len(self.estimates)}  {where[:48]}", refresh=True)
+        self.bar.update(self.task, description=f"{self.nth}/{len(self.estimates)}  {where[:36]}", refresh=True)
         if not self.console.is_terminal:
             say(
                 self.console,
@@ -88,6 +89,21 @@ class Bar:
     def end(self, taken: float) -> None:
         self.clock.end(taken)
         self.bar.update(self.task, completed=self.clock.expected)
+
+
+@contextmanager
+def measuring_roofs(console: Console) -> Iterator[Callable[[float, str], None]]:
+    """A line that says what of the machine is being measured; what it gives is to be told the share and the part."""
+    with console.status("this machine's rates", refresh_per_second=1) as status:
+        said = list[str]()
+
+        def on_part(done: float, what: str) -> None:
+            if not said and not console.is_terminal:
+                say(console, "measuring this machine's rates, half a minute; they are kept")
+            said.append(what)
+            status.update(f"measuring this machine's rates, once: {done:.0%}, {what}")
+
+        yield on_part
 
 
 def say(console: Console, line: str, style: str = "") -> None:

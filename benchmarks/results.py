@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.question import Figure
-from benchmarks.roofs import Curve, Roofs
+from benchmarks.roofs import Roofs, from_json
 
 Key = tuple[str, str]
 """A question's name, a case's key."""
@@ -156,9 +156,7 @@ def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], l
     fingerprint = line.pop("fingerprint")
     mine = results.by_fingerprint[fingerprint]
     if kind == "roofs":
-        curves = {name: Curve(**curve) for name, curve in line.pop("curves").items()}
-        known = {f.name for f in dataclasses.fields(Roofs)}
-        mine.roofs = Roofs(**{name: value for name, value in line.items() if name in known}, curves=curves)
+        mine.roofs = from_json(line)
         return
     question, key = line["question"], line.pop("key")
     if kind == "figure":

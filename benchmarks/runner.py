@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import provenance
 from benchmarks import roofs as machine
-from benchmarks.progress import say
+from benchmarks.progress import measuring_roofs, say
 from benchmarks.question import Question, Setting
 from benchmarks.results import Run, Writer, read
 from benchmarks.roofs import Roofs
@@ -30,7 +30,8 @@ from dsmini.machine import DTYPES, pick_device, pick_dtype
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
 """The modules of this folder that ask a question, in the order of the report."""
 
-Measure = Callable[[torch.device, int, Path], Roofs]
+OnPart = Callable[[float, str], None]
+Measure = Callable[[torch.device, OnPart], Roofs]
 
 
 def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure | None = None) -> int:
@@ -38,7 +39,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
     Args:
         known: how to get each question, by name; left out: the modules of this folder.
-        measure: how to get the machine's roofs (device, threads, folder to keep them in); left out: roofs.py.
+        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is; left out: roofs.py.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -53,7 +54,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
 
 def questions_here() -> dict[str, Loader]:
-    """The questions of this folder, none of them imported yet."""
+    """The questions of this folder by name, which is the module's with hyphens; none of them is imported yet."""
 
     def loader(module: str) -> Loader:
         return lambda: importlib.import_module(module).QUESTION
@@ -62,12 +63,12 @@ def questions_here() -> dict[str, Loader]:
     for name in NAMES:
         spec = importlib.util.find_spec(f"benchmarks.{name}")
         if spec and spec.origin and re.search(r"^QUESTION\b", Path(spec.origin).read_text("utf-8"), re.MULTILINE):
-            found[name] = loader(f"benchmarks.{name}")
+            found[name.replace("_", "-")] = loader(f"benchmarks.{name}")
     return found
 
 
-def measure_roofs(device: torch.device, threads: int, out: Path) -> Roofs:
-    return machine.load_or_measure(device, threads, out)  # pyright: ignore[reportAttributeAccessIssue]
+def measure_roofs(device: torch.device, on_part: OnPart) -> Roofs:
+    return machine.load_or_measure(device, on_part=on_part)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:
@@ -95,6 +96,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     add("--report-only", action="store_true", help="measure nothing: draw the report from the figures that are kept")
     add("--fresh", action="store_true", help="measure again what was measured before")
     options = parser.parse_intermixed_args(args)
+    options.names = [hyphened if (hyphened := name.replace("_", "-")) in known else name for name in options.names]
     unknown = [name for name in options.names if name not in known]
     if unknown:
         raise ValueError(f"unknown question {unknown[0]!r}; there are {', '.join(known)}")
@@ -177,8 +179,8 @@ def _plan(
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    say(console, "this machine's rates: read, or measured once", style="dim")
-    roofs = measure(device, torch.get_num_threads(), options.out)
+    with measuring_roofs(console) as on_part:
+        roofs = measure(device, on_part)
     dtype = _pick_dtype(options.dtype, device, roofs)
     setting = Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs)
     asked = [(question, question.cases(setting)) for question in questions]

@@ -22,7 +22,7 @@ def human(value: float | None, unit: str, exact: bool = False) -> str:
     if unit.startswith("bytes"):
         size, name = next(((size, name) for size, name in _BINARY if abs(value) >= size), (1.0, "bytes"))
         return f"{digits(value / size)} {name}{unit.removeprefix('bytes')}"
-    return f"{digits(value)} {unit}".rstrip()
+    return f"{digits(value)} {'×' if unit == 'x' else unit}".rstrip()  # noqa: RUF001
 
 
 def digits(value: float) -> str:

@@ -204,6 +204,10 @@ def test_mistakes_are_refused_in_a_sentence(tmp_path: Path, args: list[str], sai
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("report.html"))
 
 
+def test_names_may_be_written_with_underscores(tmp_path: Path) -> None:
+    assert go(tmp_path, "kv_cache", known={"kv-cache": fake.cache}) == 0
+
+
 def test_question_that_cannot_run_is_left_out_unless_named(tmp_path: Path, capsys: Capture) -> None:
     def missing() -> Question:
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
@@ -377,7 +381,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, capsys: Capture) -> None:
 def test_questions_of_this_folder_keep_the_contract() -> None:
     """Those that are there: named after their module, and complete."""
     for name in runner.questions_here():
-        question = importlib.import_module(f"benchmarks.{name}").QUESTION
+        question = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").QUESTION
         assert question.name == name
         assert question.title and question.about
 
@@ -386,4 +390,4 @@ def test_questions_of_this_folder_keep_the_contract() -> None:
     len(runner.questions_here()) < len(runner.NAMES), reason="not every question of runner.NAMES is written yet"
 )
 def test_all_questions_are_there() -> None:
-    assert tuple(runner.questions_here()) == runner.NAMES
+    assert [name.replace("-", "_") for name in runner.questions_here()] == list(runner.NAMES)
