@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROLES = {"ink": "#0f0f01", "muted": "#0f0f02", "rule": "#0f0f03", "card": "#0f0f04"}
-SERIES = tuple(f"#0f0f1{n}" for n in range(8))
+SERIES = tuple(f"#0f0f1{n}" for n in range(10))
 VARIABLES = {colour: f"var(--{name})" for name, colour in ROLES.items()} | {
     colour: f"var(--s{n})" for n, colour in enumerate(SERIES)
 }
@@ -38,6 +38,8 @@ class Entry:
     colour: str
     kind: str
     dashed: bool
+    again: bool
+    """The colour is another's too: these points are squares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ def draw(plot: Plot, name: str) -> Drawing:
     series = [kept for s in plot.series if (kept := _drawable(s, plot)).y]
     colours = _colours(series)
     legend = [
-        Entry(label=s.label, colour=VARIABLES[colour], kind=s.kind, dashed=s.dashed)
-        for s, colour in zip(series, colours, strict=True)
+        Entry(label=s.label, colour=VARIABLES[colour], kind=s.kind, dashed=s.dashed, again=again)
+        for s, (colour, again) in zip(series, colours, strict=True)
     ]
     if len(legend) == 1 and not legend[0].dashed and legend[0].label in ("", plot.title):
         legend = []
@@ -96,14 +98,16 @@ def _drawable(series: Series, plot: Plot) -> Series:
     )
 
 
-def _colours(series: Sequence[Series]) -> list[str]:
-    """One for each; a prediction has that of what it predicts, which its label tells apart by such words alone."""
+def _colours(series: Sequence[Series]) -> list[tuple[str, bool]]:
+    """One for each, and whether another had it before; a prediction has that of what it predicts, which its label
+    tells apart by such words alone."""
     bases = [" ".join(re.sub(r"predict(ed|ion)s?|measured|[(),:]", " ", s.label.lower()).split()) for s in series]
     distinct = list(dict.fromkeys(bases))
-    return [SERIES[distinct.index(base) % len(SERIES)] for base in bases]
+    places = [distinct.index(base) for base in bases]
+    return [(SERIES[place % len(SERIES)], place >= len(SERIES)) for place in places]
 
 
-def _svg(plot: Plot, series: Sequence[Series], colours: Sequence[str], name: str) -> str:
+def _svg(plot: Plot, series: Sequence[Series], colours: Sequence[tuple[str, bool]], name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
 
@@ -139,14 +143,14 @@ def _bars(series: Sequence[Series]) -> int:
     return max(1, sum(s.kind == "bars" for s in series))
 
 
-def _draw_all(axes: "Axes", series: Sequence[Series], colours: Sequence[str], lying: bool) -> None:
+def _draw_all(axes: "Axes", series: Sequence[Series], colours: Sequence[tuple[str, bool]], lying: bool) -> None:
     bars, nth = _bars(series), 0
-    for s, colour in zip(series, colours, strict=True):
+    for s, (colour, again) in zip(series, colours, strict=True):
         if s.kind == "bars":
             _draw_bars(axes, s, colour, lying, place=nth, of=bars)
             nth += 1
         else:
-            _draw_points(axes, s, colour, lying)
+            _draw_points(axes, s, colour, lying, again)
 
 
 def _draw_bars(axes: "Axes", s: Series, colour: str, lying: bool, *, place: int, of: int) -> None:
@@ -162,12 +166,13 @@ def _draw_bars(axes: "Axes", s: Series, colour: str, lying: bool, *, place: int,
         axes.errorbar(x, y, **{"xerr" if lying else "yerr": errors}, **_whiskers(ROLES["ink"]))
 
 
-def _draw_points(axes: "Axes", s: Series, colour: str, lying: bool) -> None:
+def _draw_points(axes: "Axes", s: Series, colour: str, lying: bool, again: bool) -> None:
     x, y = (s.y, s.x) if lying else (s.x, s.y)
-    marker, line = "o", "none"
+    shape = "s" if again else "o"
+    marker, line = shape, "none"
     if s.kind == "line":
         line = (0, (4, 2.5)) if s.dashed else "-"
-        marker = "" if s.dashed and len(s.x) > 1 else "o"
+        marker = "" if s.dashed and len(s.x) > 1 else shape
     face = ROLES["card"] if s.dashed else colour
     axes.plot(x, y, linestyle=line, marker=marker, markersize=4.6, color=colour, markerfacecolor=face, linewidth=1.7,
               markeredgecolor=colour, zorder=4 if s.dashed else 5)  # fmt: skip
@@ -213,8 +218,10 @@ def _scale(axes: "Axes", plot: Plot, series: Sequence[Series], lying: bool) -> N
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(_log_ticks(xs))
-    if 1 < len(xs) <= 7 and _apart(xs, plot.log_x):
+    if len(xs) <= 7 and _apart(xs, plot.log_x):
         axes.set_xticks(xs)
+    if len(xs) == 1 and xs[0] > 0:
+        axes.set_xlim(xs[0] / 2, xs[0] * 2)
     place_axis.set_major_formatter(format)
 
 
@@ -228,7 +235,7 @@ def _log_ticks(values: Sequence[float]) -> Any:
 def _apart(xs: Sequence[float], log: bool) -> bool:
     """Whether ticks at these places have room for their numbers."""
     at = [math.log(x) for x in xs] if log else list(xs)
-    return min(b - a for a, b in itertools.pairwise(at)) > 0.09 * (at[-1] - at[0])
+    return min((b - a for a, b in itertools.pairwise(at)), default=1.0) > 0.09 * (at[-1] - at[0])
 
 
 def _dress(axes: "Axes", plot: Plot, lying: bool) -> None:
@@ -276,8 +283,8 @@ def _name_points(axes: "Axes", series: Sequence[Series]) -> None:
         }
         boxes = {side: (dx, dy, (x0, y0, x0 + wide, y0 + 12)) for side, (dx, dy, x0, y0) in sides.items()}
         inside = {s: v for s, v in boxes.items() if left <= v[2][0] and v[2][2] <= right and v[2][3] <= top + 6}
-        free = [s for s, v in inside.items() if not any(_meet(v[2], box) for box in taken)]
-        side = next(iter(free or inside or boxes))
+        # the first of those that cover least
+        side = min(inside or boxes, key=lambda s: sum(_meet(boxes[s][2], box) for box in taken))
         dx, dy, box = boxes[side]
         taken.append(box)
         axes.annotate(text, (data_x, data_y), (dx, dy), textcoords="offset points", ha=side[0], va=side[1],

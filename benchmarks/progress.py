@@ -18,6 +18,10 @@ STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "une
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow"}
 
 
+LONGEST = 30
+"""Figures of a question that a terminal shows; the report has all."""
+
+
 class Clock:
     """Seconds left, from the cases' estimates, corrected by what those before them really took."""
 
@@ -111,7 +115,7 @@ def say(console: Console, line: str, style: str = "") -> None:
 
 
 def show_question(console: Console, title: str, finding: str, figures: Sequence[Figure]) -> None:
-    """The figures of a question and the sentence they come to."""
+    """The figures of a question, as many as one likes to read, and the sentence they come to."""
     console.print()
     common = shared(figures)
     words = ", ".join(f"{units.words(key)} {units.shown(value)}" for key, value in common.items())
@@ -121,7 +125,7 @@ def show_question(console: Console, title: str, finding: str, figures: Sequence[
         table.add_column(name, header_style="dim", overflow="fold")
     for name in ("predicted", "measured", "ratio", "spread"):
         table.add_column(name, header_style="dim", justify="right", no_wrap=True)
-    for figure in figures:
+    for figure in figures[:LONGEST]:
         table.add_row(
             Text(case_words(figure, without=common)),
             Text(units.words(figure.metric)),
@@ -132,6 +136,8 @@ def show_question(console: Console, title: str, finding: str, figures: Sequence[
         )
     if figures:
         console.print(table)
+    if len(figures) > LONGEST:
+        say(console, f"... and {len(figures) - LONGEST} more, in the report", style="dim")
     say(console, finding, style="bold cyan")
 
 

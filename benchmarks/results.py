@@ -12,6 +12,7 @@ All but the first carry the fingerprint of what they depend on: device, dtype, t
 and code. A case that is done under a fingerprint is not measured again under it.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -73,6 +74,7 @@ class Finished:
     """The latest."""
     plan: dict[str, list[str]] = field(default_factory=dict)
     roofs: Roofs | None = None
+    """None if an older version measured other rates."""
     done: dict[Key, Done] = field(default_factory=dict)
     errors: dict[Key, str] = field(default_factory=dict)
     """Tracebacks, of cases that have not been done since."""
@@ -156,7 +158,8 @@ def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], l
     fingerprint = line.pop("fingerprint")
     mine = results.by_fingerprint[fingerprint]
     if kind == "roofs":
-        mine.roofs = from_json(line)
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of a version that kept other rates
+            mine.roofs = from_json(line)
         return
     question, key = line["question"], line.pop("key")
     if kind == "figure":

@@ -66,7 +66,9 @@ def ratio(figure: Figure) -> str:
     """Measured over predicted: 0.87, or = of an exact count that is as predicted."""
     if figure.exact and figure.measured is not None and figure.predicted is not None:
         return "=" if figure.measured == figure.predicted else "≠"
-    return "" if figure.ratio is None else f"{figure.ratio:.2f}" if figure.ratio < 100 else f"{figure.ratio:,.0f}"
+    if figure.ratio is None:
+        return ""
+    return f"{figure.ratio:.2f}" if 0.1 <= figure.ratio < 100 else digits(figure.ratio)
 
 
 def words(name: str) -> str:
@@ -78,7 +80,9 @@ def shown(value: Value) -> str:
     """A value of a case."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() else digits(value)
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _seconds(value: float) -> str:

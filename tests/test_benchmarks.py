@@ -273,6 +273,15 @@ def test_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
             go(tmp_path)
 
 
+def test_rates_of_an_older_version_are_left_out(tmp_path: Path) -> None:
+    go(tmp_path, "fake_cache")
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text().replace('"costs"', '"rates"'))
+    assert go(tmp_path, "--report-only") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "70,272 bytes" in page and "copying memory" not in page
+
+
 def test_report_only_measures_nothing(tmp_path: Path, capsys: Capture) -> None:
     watch = Watch()
     go(tmp_path, known=watch.known)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runner
+from benchmarks.plots import draw
+from benchmarks.question import Plot, Series
 from tests import fake_questions as fake
 from tests.chromium import BROWSER, Chromium
 
@@ -84,6 +86,15 @@ def test_text_is_escaped_and_said(page: Path) -> None:
         assert said in text, said
     assert len(re.findall(r'class="pill">better', text)) == 7  # of eight cases one failed
     assert len(re.findall(r'class="pill">gone', text)) == 1
+
+
+def test_prediction_has_the_colour_of_what_it_predicts_and_more_series_than_colours_squares() -> None:
+    labels = ["mla", "mha", "mla, predicted", "predicted (mha)", *(f"kind {n}" for n in range(9))]
+    series = [Series(label=label, x=[1, 2], y=[3, 4]) for label in labels]
+    legend = draw(Plot(title="t", x="x", y="y", series=series), "many").legend
+    colour = {entry.label: entry.colour for entry in legend}
+    assert colour["mla"] == colour["mla, predicted"] == colour["kind 8"] != colour["mha"] == colour["predicted (mha)"]
+    assert [entry.label for entry in legend if entry.again] == ["kind 8"]
 
 
 @in_browser
