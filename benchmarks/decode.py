@@ -1,5 +1,6 @@
 """How fast is a token made, what moves for it, and what binds it?"""
 
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +9,8 @@ from benchmarks.counting import count
 from benchmarks.measuring import built, filled, forget_peak, lines, random_tokens, step_figures, times
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from benchmarks.shapes import BIG, QUICK
-from dsmini import ModelConfig, accounting
+from dsmini import ModelConfig, Transformer, accounting
+from dsmini.nn import Cache
 
 NAME = "decode"
 
@@ -42,7 +44,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
     step()
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
-    touched = visited(model, config, batch, cache, setting)
+    touched = visited(model, batch, cache, setting)
     predicted = accounting.decode_bytes_per_token(
         config, context=context + 1, batch=batch, dtype=setting.dtype, experts=touched
     )
@@ -58,6 +60,18 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
         bytes_predicted=predicted.total,
         flops_predicted=flops.total,
     )
+
+
+@torch.no_grad()
+def visited(model: Transformer, batch: int, cache: Cache, setting: Setting) -> float:
+    """Distinct experts that a step's tokens visit in a layer, on average over layers and steps."""
+    before = cache.lengths
+    seen: list[float] = []
+    for _ in range(5):
+        cache.truncate(before - 1)
+        routing = model.advance(random_tokens(model.config, batch, 1, setting.device), cache).routing
+        seen += [float((decided.counts > 0).sum()) for decided in routing]
+    return statistics.fmean(seen) if seen else 0.0
 
 
 def finding(figures: list[Figure]) -> str:

@@ -126,7 +126,7 @@ def plots(figures: list[Figure]) -> list[Plot]:
         ridge = arithmetic / memory
         at = [float(f.case["intensity"]) for f in points]
         low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
-        series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic])]
+        series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
         for kind in sorted({str(f.case["kind"]) for f in points}):
             some = [f for f in points if f.case["kind"] == kind]
             series.append(
