@@ -15,7 +15,8 @@ def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
     pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
     # w1 and w3 of the experts are joined where nothing is rounded
-    shapes |= {torch.Size((e, 2 * f, m)) for e, f, m in (p.shape for p in parameters if p.dim() == 3)}
+    stacks = [p.shape for p in parameters if p.dim() == 3]
+    shapes |= {torch.Size(s) for e, f, m in stacks for s in ((e, 2 * f, m), (e, m, 2 * f), (e, m, f))}
     depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:

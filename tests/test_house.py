@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "dsmini.fields": set(),
     "dsmini.tokenizer": set(),
     "dsmini.config": {"dsmini.names", "dsmini.fields"},
-    "dsmini.accounting": {"dsmini.config"},
+    "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.optim": {"dsmini.config"},
     "dsmini.schedule": {"dsmini.config"},
     "dsmini.documents": set(),
