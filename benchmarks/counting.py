@@ -15,6 +15,7 @@ computed, causal attention as half of the square plus the diagonal. While counti
 """
 
 import math
+import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,8 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.cache = _Cache(cache_bytes)
         self.operations: list[Operation] = []
+        self.overhead = 0.0
+        """Seconds that being watched adds to an operation."""
         self.views = 0
         """Calls that move nothing."""
 
@@ -101,13 +104,25 @@ class Count(TorchDispatchMode):
         kwargs = kwargs or {}
         start = time.perf_counter()
         out = func(*args, **kwargs)
-        seconds = time.perf_counter() - start
+        seconds = max(1e-7, time.perf_counter() - start - self.overhead)
         name = func._schema.name.split("::")[1]
         if _is_free(func, name):
             self.views += 1
         else:
             self.operations.append(_operation(func, name, args, kwargs, out, seconds, self.cache))
         return out
+
+    def __enter__(self) -> "Count":
+        x = torch.ones(1)
+        plain = statistics.median(_timed(lambda: x * x) for _ in range(99))
+        super().__enter__()
+        for _ in range(99):
+            x * x
+        watched = statistics.median(op.seconds for op in self.operations)
+        self.operations.clear()
+        self.cache.clear()
+        self.overhead = max(0.0, watched - plain)
+        return self
 
     @property
     def read(self) -> int:
@@ -140,6 +155,10 @@ class _Cache:
     def __init__(self, room: int) -> None:
         self.room, self.used = room, 0
         self.held: OrderedDict[int, int] = OrderedDict()
+
+    def clear(self) -> None:
+        self.used = 0
+        self.held.clear()
 
     def touch(self, t: Tensor, size: int) -> int:
         """The bytes of t that come from memory."""
@@ -272,6 +291,12 @@ def _size(t: Tensor) -> int:
         return 0
     held = math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0)
     return held * t.element_size()
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:

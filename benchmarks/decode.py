@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from benchmarks.counting import count
-from benchmarks.measuring import built, filled, forget_peak, lines, random_tokens, step_figures, times
+from benchmarks.measuring import built, filled, forget_peak, lines, name_of, random_tokens, step_figures, times
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from benchmarks.shapes import BIG, QUICK
 from dsmini import ModelConfig, Transformer, accounting
@@ -33,22 +34,23 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(config: ModelConfig, setting: Setting, batch: int, context: int, seconds: float) -> Iterator[Figure]:
     model = built(config, setting)
-    steps = 2000
-    cache = filled(model, batch, context, steps)
+    cache = filled(model, batch, context, 8)
+    same = random_tokens(config, batch, 1, setting.device)
     forget_peak()
 
-    def step() -> None:
+    def step(tokens: Tensor | None = None) -> None:
         cache.truncate(context)
-        model(random_tokens(config, batch, 1, setting.device), cache)
+        model(random_tokens(config, batch, 1, setting.device) if tokens is None else tokens, cache)
 
     step()
-    counted = count(step, setting.roofs.cache_bytes)
+    counted = count(lambda: step(same), setting.roofs.cache_bytes)
+    touched = visited(model, same, cache, context)
     taken = times(step, setting.device, seconds)
-    touched = visited(model, batch, cache, setting)
-    predicted = accounting.decode_bytes_per_token(
-        config, context=context + 1, batch=batch, dtype=setting.dtype, experts=touched
+    dtype = name_of(setting.dtype)
+    moved = accounting.decode_bytes_per_token(
+        config, context=context + 1, batch=batch, dtype=dtype, experts=touched, as_run=True
     )
-    flops = accounting.flops_per_token(config, context + 1, causal=True)
+    flops = accounting.decode_flops_per_token(config, context=context + 1, as_run=True)
     case = {"batch": batch, "context": context}
     yield from step_figures(
         NAME,
@@ -57,20 +59,16 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
         taken,
         batch,
         setting,
-        bytes_predicted=predicted.total,
+        bytes_predicted=moved.total,
         flops_predicted=flops.total,
     )
 
 
 @torch.no_grad()
-def visited(model: Transformer, batch: int, cache: Cache, setting: Setting) -> float:
-    """Distinct experts that a step's tokens visit in a layer, on average over layers and steps."""
-    before = cache.lengths
-    seen: list[float] = []
-    for _ in range(5):
-        cache.truncate(before - 1)
-        routing = model.advance(random_tokens(model.config, batch, 1, setting.device), cache).routing
-        seen += [float((decided.counts > 0).sum()) for decided in routing]
+def visited(model: Transformer, tokens: Tensor, cache: Cache, context: int) -> float:
+    """Distinct experts that a step's tokens visit in a layer, on average over the layers."""
+    cache.truncate(context)
+    seen = [float((decided.counts > 0).sum()) for decided in model.advance(tokens, cache).routing]
     return statistics.fmean(seen) if seen else 0.0
 
 

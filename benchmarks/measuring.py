@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from benchmarks.question import Figure, Plot, Series, Setting, Value, pick
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import peak_memory, synchronize
 from dsmini.nn.cache import Cache, CacheDtype
+
+LEAST = "predicted: the least, each matrix and each activation between them once; measured: every operation's"
 
 
 def built(config: ModelConfig, setting: Setting) -> Transformer:
@@ -54,6 +56,10 @@ def peak(device: torch.device) -> int:
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return peak_memory(device)
+
+
+def name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.device) -> Tensor:
@@ -114,6 +120,7 @@ def step_figures(
     bytes_predicted: float | None = None,
     flops_predicted: float | None = None,
     flops_ideal: float | None = None,
+    bytes_note: str = "",
 ) -> Iterator[Figure]:
     """What every kind of step tells: its speed, what it moved and computed, and how near the roofs that is.
 
@@ -125,7 +132,7 @@ def step_figures(
     Raises: ValueError for a bandwidth above what this machine can do, which is an error of counting, not a result.
     """
     roofs, median = setting.roofs, statistics.median(taken)
-    arithmetic = roofs.peak[str(setting.dtype).removeprefix("torch.")]
+    arithmetic = roofs.peak[name_of(setting.dtype)]
     memory = max(roofs.bandwidth, roofs.copy)
     from_memory = sum(op.cold for op in counted.operations) / median
     if from_memory > memory:
@@ -139,7 +146,8 @@ def step_figures(
     predicted = prediction.seconds(counted, roofs)
     speed = spread([tokens / t for t in taken])
     yield figure("tokens_per_s", "tokens/s", predicted=tokens / predicted, better="higher", **speed)
-    yield figure("bytes_per_token", "bytes", measured=counted.bytes / tokens, predicted=bytes_predicted, better="lower")
+    moved = counted.bytes / tokens
+    yield figure("bytes_per_token", "bytes", measured=moved, predicted=bytes_predicted, better="lower", note=bytes_note)
     yield figure("flops_per_token", "FLOP", measured=counted.flops / tokens, predicted=flops_predicted)
     if flops_ideal is not None:
         share = flops_ideal * tokens / median / arithmetic

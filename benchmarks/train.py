@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.counting import count
-from benchmarks.measuring import forget_peak, lines, random_tokens, speed_sentence, step_figures, times
+from benchmarks.measuring import LEAST, forget_peak, lines, name_of, random_tokens, speed_sentence, step_figures, times
 from benchmarks.question import Case, Figure, Plot, Question, Setting
 from benchmarks.shapes import TRAINED
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
@@ -48,9 +48,20 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
     step()
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
-    flops = accounting.flops_per_token(config, tokens, causal=True, training=True)
+    dtype = name_of(setting.dtype)
+    run = accounting.step_flops(config, batch_size=batch, seq_len=tokens, dtype=dtype)
+    moved = accounting.training_bytes_per_token(config, seq_len=tokens, batch_size=batch, dtype=dtype)
     yield from step_figures(
-        NAME, {"batch": batch, "tokens": tokens}, counted, taken, batch * tokens, setting, flops_ideal=flops.total
+        NAME,
+        {"batch": batch, "tokens": tokens},
+        counted,
+        taken,
+        batch * tokens,
+        setting,
+        bytes_predicted=moved.total,
+        bytes_note=LEAST,
+        flops_predicted=run.total / (batch * tokens),
+        flops_ideal=accounting.flops_per_token(config, tokens, causal=True, training=True).total,
     )
 
 
