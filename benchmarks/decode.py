@@ -34,7 +34,7 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(config: ModelConfig, setting: Setting, batch: int, context: int, seconds: float) -> Iterator[Figure]:
     model = built(config, setting)
-    cache = filled(model, batch, context, 8)
+    cache = filled(model, batch, context, 64)  # rows are read in multiples of 64
     same = random_tokens(config, batch, 1, setting.device)
     forget_peak()
 
