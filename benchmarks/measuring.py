@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -95,8 +95,16 @@ def once(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles, as a Figure has them."""
+class Spread(TypedDict):
+    """What a Figure has of values that were measured several times."""
+
+    measured: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
     if len(values) < 2:
         return {"measured": values[0], "low": values[0], "high": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

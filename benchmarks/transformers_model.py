@@ -31,6 +31,6 @@ def deepseek_v3(c: ModelConfig) -> Any:
             first_k_dense_replace=c.n_dense_layers,
             routed_scaling_factor=c.route_scale,
             max_position_embeddings=max(2048, c.max_seq_len),
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         )
     )
