@@ -1,0 +1,197 @@
+"""Bytes and FLOPs as they are counted: each rule by hand, whole steps against torch's counter and the config's."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import prediction
+from benchmarks.counting import Count, Operation, count
+from benchmarks.roofs import POINTS, PRODUCTS, Curve, Roofs, flops_rate, point_seconds
+from benchmarks.shapes import QUICK
+from dsmini import ModelConfig, Transformer, accounting
+from tests.conftest import randomise
+
+F4, I8 = 4, 8
+
+
+def only(run: Callable[[], object]) -> Operation:
+    counted = count(run).operations
+    assert len(counted) == 1, [op.name for op in counted]
+    return counted[0]
+
+
+X, Y = torch.rand(6, 10), torch.rand(6, 10)
+TABLE, ROWS = torch.rand(50, 10), torch.tensor([3, 3, 7])
+BYTES: dict[str, tuple[Callable[[], object], int, int]] = {
+    "out of place": (lambda: X + Y, 2 * 60 * F4, 60 * F4),
+    "in place": (lambda: X.add_(Y), 2 * 60 * F4, 60 * F4),
+    "overwritten": (lambda: X.copy_(Y), 60 * F4, 60 * F4),
+    "filled": (lambda: X.zero_(), 0, 60 * F4),
+    "expanded": (lambda: X + Y[:1].expand(6, 10), 70 * F4, 60 * F4),
+    "a row": (lambda: X + Y[0], 70 * F4, 60 * F4),
+    "cast": (lambda: X.bfloat16(), 60 * F4, 60 * 2),
+    "gathered": (lambda: TABLE.index_select(0, ROWS), 30 * F4 + 3 * I8, 30 * F4),
+    "embedded": (lambda: F.embedding(ROWS, TABLE), 30 * F4 + 3 * I8, 30 * F4),
+    "indexed": (lambda: TABLE[ROWS], 30 * F4 + 3 * I8, 30 * F4),
+    "product": (lambda: X @ Y.T, 2 * 60 * F4, 36 * F4),
+    "joined": (lambda: torch.cat((X, Y)), 2 * 60 * F4, 120 * F4),
+}
+
+
+@pytest.mark.parametrize("what", BYTES)
+def test_bytes_by_hand(what: str) -> None:
+    run, read, written = BYTES[what]
+    op = only(run)
+    assert (op.read, op.written) == (read, written)
+
+
+def test_views_and_room_are_free_but_are_calls() -> None:
+    counted = count(lambda: torch.empty(4, 4).view(16).unsqueeze(0).expand(3, 16).transpose(0, 1).detach())
+    assert not counted.operations
+    assert counted.views >= 5
+
+
+def test_experts_without_rows_are_not_read() -> None:
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    x, w = torch.rand(12, 16), torch.rand(4, 16, 8)
+    ends = torch.tensor([5, 5, 12, 12], dtype=torch.int32)
+    op = only(lambda: F.grouped_mm(x, w, offs=ends))
+    assert op.read == 12 * 16 * F4 + 2 * 16 * 8 * F4 + 4 * 4
+    assert op.written == 12 * 8 * F4
+    assert op.flops == 2 * 12 * 16 * 8
+    assert op.kind == "grouped product"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_is_counted_with_causality(causal: bool) -> None:
+    q, k, v = (torch.rand(2, 3, 200, 16, requires_grad=True) for _ in range(3))
+    with Count() as forward:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with Count() as backward:
+        y.sum().backward()
+    pairs = 200 * 201 // 2 if causal else 200 * 200
+    assert forward.flops == 2 * 6 * pairs * 32
+    assert backward.flops == 5 * 6 * pairs * 32
+
+
+def test_products_as_torch_counts_them() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 8))
+    x = torch.rand(5, 7, 16)
+
+    def step() -> None:
+        y = layers(x)
+        (y @ y.mT).sum().backward()
+
+    with FlopCounterMode(display=False) as theirs:
+        step()
+    assert count(step).flops == theirs.get_total_flops() > 0
+
+
+def test_a_cache_keeps_what_was_used_last() -> None:
+    a, b, c = (torch.rand(1000) for _ in range(3))
+    for room, cold in ((1 << 20, 0), (6000, 8000)):
+        with Count(room) as counted:
+            a * 2, b * 2, c * 2, a + b
+        last = counted.operations[-1]
+        assert last.cold - last.written in (cold, cold - last.written)
+        assert counted.operations[0].cold >= 4000
+
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    dim=64,
+    inter_dim=128,
+    moe_inter_dim=32,
+    n_layers=3,
+    n_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    n_routed_experts=16,
+    n_mtp_layers=0,
+    max_seq_len=512,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seq_len", [100, 256])
+def test_flops_of_a_training_step_are_the_configs(seq_len: int, dtype: torch.dtype) -> None:
+    model = randomise(Transformer(CONFIG, compute_dtype=dtype))
+    tokens, targets = torch.randint(0, 96, (2, 4, seq_len)).unbind()
+    counted = count(lambda: model.losses(tokens, targets).total.backward())
+    name: Any = str(dtype).removeprefix("torch.")
+    want = accounting.step_flops(CONFIG, batch_size=4, seq_len=seq_len, dtype=name).total
+    assert abs(counted.flops / want - 1) < 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@torch.no_grad()
+def test_bytes_and_flops_of_a_decoding_step_are_the_configs(batch: int) -> None:
+    config = dataclasses.replace(QUICK, n_layers=2, vocab_size=256, max_seq_len=512)
+    model = randomise(Transformer(config)).bfloat16()
+    cache = model.new_cache(batch, 512)
+    model(torch.randint(0, 256, (batch, 150)), cache)
+    token = torch.randint(0, config.vocab_size, (batch, 1))
+
+    def step() -> None:
+        cache.truncate(150)
+        model(token, cache)
+
+    step()
+    counted = count(step)
+    cache.truncate(150)
+    experts = [(r.counts > 0).sum().item() for r in model.advance(token, cache).routing]
+    moved = accounting.decode_bytes_per_token(
+        config, context=151, batch=batch, experts=sum(experts) / len(experts), as_run=True
+    )
+    assert abs(counted.bytes / batch / moved.total - 1) < 0.05
+    flops = accounting.decode_flops_per_token(config, context=151, as_run=True)
+    assert abs(counted.flops / batch / flops.total - 1) < 0.01
+
+
+def roofs() -> Roofs:
+    point, product = Curve(sizes=(100.0, 1e8), costs=(1e-6, 1e-2)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
+    far = {"warm": 1.0, "cold": 4.0}
+    curves = {
+        f"{where} {kind} {dtype}": Curve(
+            sizes=c.sizes, costs=[cost / by if kind in PRODUCTS else cost * by for cost in c.costs]
+        )
+        for where, by in far.items()
+        for kind, c in {**dict.fromkeys(POINTS, point), **dict.fromkeys(PRODUCTS, product)}.items()
+        for dtype in ("float32", "bfloat16")
+    }
+    peak = {"float32": 1e11, "bfloat16": 3e11}
+    return Roofs(card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=1 << 20, curves=curves)
+
+
+def test_curves_are_followed_between_and_beyond_their_sizes() -> None:
+    curve = Curve(sizes=(100.0, 10000.0), costs=(1.0, 100.0))
+    assert curve.at(10) == 1.0
+    assert curve.at(1000) == pytest.approx(10.0)
+    assert curve.at(20000) == 200.0
+    machine = roofs()
+    assert point_seconds(machine, "move", "float32", 1e8, 0.0) == pytest.approx(1e-2)
+    assert point_seconds(machine, "move", "float32", 1e8, 1.0) == pytest.approx(4e-2)
+    assert flops_rate(machine, "product", "float32", 1e3, 0.0) == pytest.approx(1e11)
+    assert flops_rate(machine, "product", "float32", 1e6, 1.0) == pytest.approx(1e11 / 4)
+
+
+def test_a_step_takes_what_its_operations_take() -> None:
+    a, b = torch.rand(64, 64), torch.rand(64, 64)
+    counted = count(lambda: F.silu(a @ b).view(8, 512).sum(-1))
+    machine = roofs()
+    parts = [prediction.operation_seconds(op, machine) for op in counted.operations]
+    assert [op.kind for op in counted.operations] == ["product", "slow pointwise", "reduction"]
+    assert all(seconds > 0 for seconds in parts)
+    assert prediction.seconds(counted, machine) == pytest.approx(sum(parts) + counted.views * machine.call)
+    kinds = prediction.by_kind(counted.operations, machine)
+    assert sum(kind["predicted"] for kind in kinds.values()) == pytest.approx(sum(parts))
+    assert kinds["product"]["flops"] == 2 * 64**3
