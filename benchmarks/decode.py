@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks import shapes
 from benchmarks.counting import count
 from benchmarks.measuring import built, filled, forget_peak, lines, name_of, random_tokens, step_figures, times
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.shapes import BIG, QUICK
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.nn import Cache
 
@@ -17,7 +17,7 @@ NAME = "decode"
 
 
 def cases(setting: Setting) -> list[Case]:
-    config = QUICK if setting.quick else BIG
+    config = shapes.QUICK if setting.quick else shapes.BIG
     points = [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)]
     points = [(1, 128), (1, 1024), (4, 128)] if setting.quick else points
     seconds = 1.5 if setting.quick else 6.0
@@ -75,7 +75,7 @@ def visited(model: Transformer, tokens: Tensor, cache: Cache, context: int) -> f
 def finding(figures: list[Figure]) -> str:
     speed = pick(figures, "tokens_per_s", batch=1)
     if not speed:
-        return "not measured yet"
+        return "Nothing was measured yet."
     first = min(speed, key=lambda f: f.case["context"])
     last = max(speed, key=lambda f: f.case["context"])
     moved = next((f for f in pick(figures, "bytes_per_token") if f.case == first.case), None)

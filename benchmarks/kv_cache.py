@@ -5,26 +5,27 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from benchmarks.roofs import memory_bytes
-from benchmarks.shapes import BIG
 from dsmini import ModelConfig, accounting
 
 NAME = "kv-cache"
-KINDS = {
-    "mla": {},
-    "mha": {"attention": "mha"},
-    "gqa": {"attention": "gqa", "n_kv_heads": 4},
-    "mqa": {"attention": "mqa"},
-}
+KINDS = ("mla", "mha", "gqa", "mqa")
+
+
+def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
+    """The same model with each kind of attention; GQA with a quarter of the heads."""
+    heads = {"gqa": max(1, config.n_heads // 4)}
+    return {kind: dataclasses.replace(config, attention=kind, n_kv_heads=heads.get(kind)) for kind in KINDS}  # pyright: ignore[reportArgumentType]
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
     """The same model with each kind of attention: few layers, dense, so that attention is what is seen."""
     layers = 1 if setting.quick else 2
-    base = dataclasses.replace(BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
-    return {kind: dataclasses.replace(base, **changes) for kind, changes in KINDS.items()}
+    base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
+    return kinds(base)
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -39,7 +40,7 @@ def cases(setting: Setting) -> list[Case]:
 def measure_bytes(setting: Setting) -> Iterator[Figure]:
     """Bytes a token from storage, exactly as predicted; and how many tokens fit in this machine's memory."""
     for kind, config in configs(setting).items():
-        full = dataclasses.replace(BIG, **KINDS[kind])
+        full = kinds(shapes.BIG)[kind]
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
             with torch.device(setting.device):
                 model = built(config, setting)
@@ -102,7 +103,7 @@ def finding(figures: list[Figure]) -> str:
     sizes = {(f.case["attention"], f.case["cache"]): f.measured for f in pick(figures, "bytes_per_token")}
     mla, mha = sizes.get(("mla", "bfloat16")), sizes.get(("mha", "bfloat16"))
     if not mla or not mha:
-        return "not measured yet"
+        return "Nothing was measured yet."
     text = (
         f"MLA keeps {mla:,.0f} bytes a token where MHA with the same heads keeps {mha:,.0f}, {1 - mla / mha:.1%} less"
     )
@@ -135,5 +136,5 @@ QUESTION = Question(
     finding=finding,
     plots=plots,
     about="Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small "
-    "feed-forward, decoding from a cache of random rows; the kinds take turns. GQA has four key-value heads.",
+    "feed-forward, decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.",
 )

@@ -182,7 +182,7 @@ def speed_sentence(figures: list[Figure], axis: str, what: str) -> str:
     """The fastest case in words, and how well it was predicted."""
     speed = [f for f in pick(figures, "tokens_per_s") if f.measured]
     if not speed:
-        return "not measured yet"
+        return "Nothing was measured yet."
     best = max(speed, key=lambda f: f.measured or 0)
     text = f"{best.measured:,.0f} tokens/s at {what} {best.case[axis]:,} in batches of {best.case['batch']}"
     rate = next((f for f in pick(figures, "flop_rate") if f.case == best.case), None)

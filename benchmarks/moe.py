@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.shapes import BIG
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import max_violation
 
@@ -18,7 +18,7 @@ NAME = "moe"
 def configs(setting: Setting) -> dict[str, ModelConfig]:
     """Experts, and a dense feed-forward of as many active parameters, and one of as many in all."""
     layers = 1 if setting.quick else 3
-    moe = dataclasses.replace(BIG, n_layers=layers, n_dense_layers=0, vocab_size=256)
+    moe = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=0, vocab_size=256)
     dense = dataclasses.replace(moe, n_dense_layers=layers)
     visited, all_of_them = (n + moe.n_shared_experts for n in (moe.n_activated_experts, moe.n_routed_experts))
     return {
@@ -98,13 +98,13 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
 
 def finding(figures: list[Figure]) -> str:
     speed = {(f.case["model"], f.case["batch"]): f.measured or 0.0 for f in pick(figures, "tokens_per_s")}
-    batches = sorted({batch for _, batch in speed})
-    if not batches or ("dense, equal active", batches[0]) not in speed:
-        return "not measured yet"
+    names = ("experts", "dense, equal active", "dense, equal total")
+    batches = sorted({b for _, b in speed if all((name, b) in speed for name in names)})
+    if not batches:
+        return "Nothing was measured yet."
     parts = []
     for batch in dict.fromkeys((batches[0], batches[-1])):
-        sparse = speed["experts", batch]
-        active, total = (speed[f"dense, equal {kind}", batch] for kind in ("active", "total"))
+        sparse, active, total = (speed[name, batch] for name in names)
         beside = f"{sparse / active:.2f} times its active twin's speed and {sparse / total:.1f} times its total twin's"
         parts.append(f"{beside} at batch {batch}")
     touched = [f for f in pick(figures, "distinct_experts") if f.case["batch"] == batches[-1]]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.counting import count
 from benchmarks.measuring import (
     LEAST,
@@ -17,14 +18,13 @@ from benchmarks.measuring import (
     times,
 )
 from benchmarks.question import Case, Figure, Plot, Question, Setting
-from benchmarks.shapes import BIG, QUICK
 from dsmini import ModelConfig, accounting
 
 NAME = "prefill"
 
 
 def cases(setting: Setting) -> list[Case]:
-    config = QUICK if setting.quick else BIG
+    config = shapes.QUICK if setting.quick else shapes.BIG
     points = [(1, 128), (1, 512)] if setting.quick else [(1, 128), (1, 512), (1, 2048), (4, 512)]
     seconds = 1.5 if setting.quick else 6.0
     return [

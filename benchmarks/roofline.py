@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.counting import Operation, count
 from benchmarks.measuring import built, filled, random_tokens
 from benchmarks.prediction import operation_seconds
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
-from benchmarks.shapes import BIG, QUICK, TRAINED
 from dsmini import Transformer
 
 NAME = "roofline"
@@ -25,7 +25,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _decode(setting: Setting) -> Callable[[], object]:
-    config = QUICK if setting.quick else BIG
+    config = shapes.QUICK if setting.quick else shapes.BIG
     model = built(config, setting)
     cache = filled(model, 1, 1024, 64)
 
@@ -37,7 +37,7 @@ def _decode(setting: Setting) -> Callable[[], object]:
 
 
 def _prefill(setting: Setting) -> Callable[[], object]:
-    config = QUICK if setting.quick else BIG
+    config = shapes.QUICK if setting.quick else shapes.BIG
     model = built(config, setting)
     prompt = random_tokens(config, 1, 512, setting.device)
     cache = model.new_cache(1, 512)
@@ -51,10 +51,10 @@ def _prefill(setting: Setting) -> Callable[[], object]:
 
 def _train(setting: Setting) -> Callable[[], object]:
     torch.manual_seed(0)
-    config = dataclasses.replace(TRAINED, n_layers=3) if setting.quick else TRAINED
+    config = dataclasses.replace(shapes.TRAINED, n_layers=3) if setting.quick else shapes.TRAINED
     with torch.device(setting.device):
         model = Transformer(config, compute_dtype=setting.dtype)
-    text = random_tokens(config, 8, 257, setting.device)
+    text = random_tokens(config, 8, config.max_seq_len + 1, setting.device)
 
     def step() -> None:
         model.losses(text[:, :-1], text[:, 1:]).total.backward()
@@ -99,7 +99,7 @@ def finding(figures: list[Figure]) -> str:
     parts = []
     ridge = _ridge(figures)
     if ridge is None:
-        return "not measured yet"
+        return "Nothing was measured yet."
     for step in ("decode", "prefill", "train"):
         shares = [f for f in figures if f.metric == "share_of_time" and f.case["step"] == step]
         if shares:

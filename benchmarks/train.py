@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.counting import count
 from benchmarks.measuring import LEAST, forget_peak, lines, name_of, random_tokens, speed_sentence, step_figures, times
 from benchmarks.question import Case, Figure, Plot, Question, Setting
-from benchmarks.shapes import TRAINED
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.optim import optimizers
 
@@ -18,7 +18,7 @@ NAME = "train"
 def cases(setting: Setting) -> list[Case]:
     points = [(4, 256)] if setting.quick else [(4, 256), (16, 256), (4, 1024)]
     seconds = 3.0 if setting.quick else 10.0
-    config = dataclasses.replace(TRAINED, max_seq_len=1024)
+    config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
     return [
         Case(
             key=f"batch={batch} tokens={tokens}",
