@@ -318,9 +318,12 @@ class _CachedAttention:
         """In the compute dtype, then FP32: scaled, masked where rows beyond the context are read, and softmax's."""
         if not self.as_run:
             return
-        masked = rows_read(self.config, self.context) > self.context
+        c = self.config
+        masked = rows_read(c, self.context) > self.context
+        # of several groups of several heads the mask has to be told apart first: one more copy
+        grouped = masked and c.attention != "mla" and 1 < c.kv_heads < c.n_heads
         through_fp32 = 2 * (4 + self._size) if self._size < 4 else 0
-        each = 2 * self._size + through_fp32 + 8 * (2 + masked)
+        each = 2 * self._size + through_fp32 + 8 * (2 + masked + grouped)
         yield ATTENTION_LOGITS, self.rows * self.config.n_heads * each
 
     @property

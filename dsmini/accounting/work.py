@@ -73,7 +73,7 @@ def step_flops(
         training: forward and backward with multi-token prediction; else the forward of a model that is only asked for
             logits, as when a prompt is read.
         dtype: of the products.
-        recompute: blocks run forward once more in backward.
+        recompute: blocks run forward once more in backward, up to what their last product reads.
         last_logits: the head only for the last token of each sequence, as generation does (training=False only).
 
     Raises: ValueError for sizes below 1, and last_logits in training.
@@ -92,6 +92,8 @@ def step_flops(
         if part.module.endswith("routed experts"):
             rows = expert_rows(config, n, dtype)
             return 2 * passes * rows * part.per_token // part.visits
+        if recompute and config.precision == "native" and part.name == "w2":
+            passes -= 1  # recomputation stops behind the last number that is kept, which a block's last product reads
         rows = batch_size if part.name == "head" and last_logits else n
         return 2 * passes * rows * part.per_token
 
