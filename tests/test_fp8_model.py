@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from benchmarks.kept import kept_for_backward
 from dsmini import Transformer
-from dsmini.nn import Experts, Linear, MoE
+from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
 from dsmini.nn.fp8 import FP8Module
 from dsmini.nn.moe import dispatch_quantized, sort_by_expert
-from dsmini.numerics import WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
+from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
 from tests.configs import refusal, released
 from tests.conftest import randomise
 from tests.tolerances import BF16_UNIT, E4M3_UNIT, FP32_UNIT, relative_error, rounding
@@ -179,11 +179,123 @@ def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
             linear(x).sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_weight_is_the_one_that_is_multiplied(dtype: torch.dtype) -> None:
+    linear = randomise(Linear(200, 130, precision="fp8"))
+    want = round_tiles(linear.weight.detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
+    assert torch.equal(linear.dense(dtype), want)
+    experts = randomise(
+        Experts(**SIZES, n_routed_experts=2, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1)
+    )
+    want = round_tiles(experts.w1[1].detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
+    assert torch.equal(experts.expert(1, dtype)[0], want)
+
+
+def test_codes_held_with_fp32_scales_are_not_rounded_to_bf16() -> None:
+    linear = randomise(Linear(200, 130, precision="fp8")).eval()
+    q = quantize(linear.weight.detach(), WEIGHT_TILE, "fp32")
+    linear.hold_fp8("weight", q.codes, q.scales)
+    x = torch.randn(50, 200).bfloat16()
+    assert torch.equal(linear(x), fp8_matmul(x, q, out_dtype=torch.float32).bfloat16())
+
+
+@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
+def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None:
+    linear = randomise(Linear(200, 130, precision="fp8", saved_format=saved_format))
+    x, dy = torch.randn(150, 200), torch.randn(150, 130)
+    grads = {
+        format: torch.autograd.grad(fp8_matmul(x, linear.weight, saved_format=format), linear.weight, dy)[0]
+        for format in ("e4m3", "e5m6")
+    }
+    (got,) = torch.autograd.grad(linear(x), linear.weight, dy)
+    assert torch.equal(got, grads[saved_format])
+    assert not torch.equal(grads["e4m3"], grads["e5m6"])
+
+
 def test_a_native_linear_refuses_codes() -> None:
     assert "use precision='fp8'" in refusal(Linear(128, 8), quantize(torch.randn(2, 128)))
 
 
 # --- memory
+
+
+class Codes:
+    """What a forward pass makes and keeps of codes: bytes of every storage, and the shapes that were quantised."""
+
+    def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
+        self.made: list[tuple[int, ...]] = []
+        kept: dict[int, Tensor] = {}
+        reference = quantization.quantize_tiles
+
+        def make(x: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.made.append(tuple(x.shape))
+            return reference(x, *arguments, **options)
+
+        def keep(t: Tensor) -> Tensor:
+            if t.dtype in (torch.float8_e4m3fn, torch.uint8):
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantization, "quantize_tiles", make)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                module(*inputs)
+        self.kept = sorted(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def weights(module: nn.Module) -> list[int]:
+    """Bytes of the codes of every rounded matrix."""
+    rounded = (m for m in module.modules() if isinstance(m, Linear | Experts))
+    return [p.numel() for m in rounded for p in m.parameters(recurse=False)]
+
+
+def an_input() -> Tensor:
+    return torch.randn(2, 35, SIZES["dim"], dtype=torch.bfloat16, requires_grad=True)
+
+
+N, DIM = 70, SIZES["dim"]  # tokens of an_input
+
+
+@pytest.mark.parametrize(
+    ("q_lora_rank", "after"), [(SIZES["q_lora_rank"], [SIZES["q_lora_rank"]]), (None, [])], ids=["low_rank", "full"]
+)
+def test_mla_keeps_its_input_once(q_lora_rank: int | None, after: list[int]) -> None:
+    mla = randomise(MLA(**(SIZES | {"q_lora_rank": q_lora_rank})))
+    codes = Codes(mla, an_input())
+    # x for both projections, what the norms make of them, and the input of wo at 12 bits a number
+    widths = [DIM, *after, SIZES["kv_lora_rank"]]
+    wo = N * SIZES["n_heads"] * SIZES["v_head_dim"] * 12 // 8
+    assert codes.kept == sorted([*[N * w for w in widths], wo, *weights(mla)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+@pytest.mark.parametrize("attention", ["mha", "gqa"])
+def test_attention_keeps_its_input_once(attention: Any) -> None:
+    kv = {"n_kv_heads": 2} if attention == "gqa" else {}
+    twin = randomise(Attention(**SIZES, attention=attention, **kv))
+    codes = Codes(twin, an_input())
+    wo = N * SIZES["n_heads"] * SIZES["v_head_dim"] * 12 // 8
+    assert codes.kept == sorted([N * DIM, wo, *weights(twin)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+def test_a_feed_forward_keeps_its_input_once() -> None:
+    dense = randomise(FeedForward(**SIZES))
+    codes = Codes(dense, an_input())
+    # x, and gate and up, from which the rest is computed again
+    assert codes.kept == sorted([N * DIM, *[N * SIZES["inter_dim"]] * 2, *weights(dense)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_moe_quantises_its_input_once_for_all_experts(k: int) -> None:
+    moe = randomise(MoE(**SIZES, n_routed_experts=4, n_activated_experts=k, n_expert_groups=1, n_limited_groups=1))
+    codes = Codes(moe, an_input().float())  # in FP32 no rows are padding
+    assert moe.shared_experts is not None
+    hidden, shared = SIZES["moe_inter_dim"], moe.shared_experts.w1.weight.shape[0]
+    routed = [N * k * DIM, *[N * k * hidden] * 2]
+    assert codes.kept == sorted([*routed, N * DIM, *[N * shared] * 2, *weights(moe)])
+    assert codes.made.count((N, DIM)) == 1
 
 
 def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:

@@ -183,6 +183,54 @@ def test_a_quantised_input_is_kept_once_and_its_gradients_add_up() -> None:
     assert bytes_kept == {64 * 256, 64 * 2 * 4, 128 * 256, 2 * 4, 200 * 256, 2 * 2 * 4}
 
 
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_quantised_in_any_format_is_multiplied_as_e4m3_and_kept_as_it_is(
+    dtype: torch.dtype, format: Any
+) -> None:
+    x = varied(150, 200, dtype=dtype).requires_grad_()
+    w = varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, dtype=dtype, seed=2)
+    q = quantize(x, format=format)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fp8_matmul(q, w)
+    values = q.detach().dequantize()
+    assert y.dtype == dtype
+    assert torch.equal(y, fp8_matmul(values, w, out_dtype=dtype))
+    assert saved[0].data_ptr() == q.codes.data_ptr()
+    dx, dw = torch.autograd.grad(y, [x, w], dy)
+    assert torch.equal(dx, torch.autograd.grad(fp8_matmul(x, w), x, dy)[0])
+    want = rounded(dy, (128, 1), amax_min=SMALLEST_AMAX).T @ rounded(values, (128, 1))
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    assert relative_error(dw, want) < rounding(unit) + rounding(FP32_UNIT, terms=150)
+
+
+def test_the_gradients_of_an_input_quantised_with_fp32_scales_have_fp32_scales() -> None:
+    x, w = varied(150, 200).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, seed=2)
+    dx, dw = torch.autograd.grad(fp8_matmul(quantize(x, scale="fp32"), w), [x, w], dy)
+    kept = rounded(x, (1, 128), "fp32").float()
+    along, down = (rounded(dy, tile, "fp32", amax_min=SMALLEST_AMAX) for tile in ((1, 128), (128, 1)))
+    tolerance = rounding(FP32_UNIT, terms=150)
+    assert relative_error(dx, along @ rounded(w, (128, 128))) < tolerance
+    assert relative_error(dw, down.T @ rounded(kept, (128, 1), "fp32")) < tolerance
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-9])
+@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
+def test_with_fp32_scales_e5m6_is_kept_with_powers_of_two_and_small_inputs_share_a_scale(
+    saved_format: Literal["e4m3", "e5m6"], magnitude: float
+) -> None:
+    """Also where every activation is below the least amax: that floor is the same along a token and along a feature."""
+    x, w = torch.randn(150, 200).mul(magnitude).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, seed=2)
+    (dw,) = torch.autograd.grad(fp8_matmul(x, w, scale="fp32", saved_format=saved_format), w, dy)
+    kept = rounded(x, (1, 128), "ue8m0" if saved_format == "e5m6" else "fp32", saved_format).float()
+    want = rounded(dy, (128, 1), "fp32", amax_min=SMALLEST_AMAX).T @ rounded(kept, (128, 1), "fp32")
+    assert relative_error(dw, want) < rounding(FP32_UNIT, terms=150)
+
+
 def count(t: Tensor, kept: dict[int, int]) -> Tensor:
     kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return t
@@ -194,6 +242,21 @@ def test_a_quantised_weight_has_no_gradient_and_multiplies_as_it_is() -> None:
         y = fp8_matmul(x, quantize(w, (128, 128), scale))
         assert relative_error(y, rounded(x, (1, 128)) @ rounded(w, (128, 128), scale).T) < rounding(BF16_UNIT)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_weights_with_fp32_scales_are_not_rounded_to_bf16() -> None:
+    """A BF16 result is the FP32 one, rounded once; and so is the input's gradient."""
+    x, w = (
+        varied(64, 256, dtype=torch.bfloat16).requires_grad_(),
+        quantize(varied(200, 256, seed=1), (128, 128), "fp32"),
+    )
+    gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s) for s in (3, 4))
+    y, exact = fp8_matmul(x, w), fp8_matmul(x, w, out_dtype=torch.float32)
+    assert torch.equal(y, exact.bfloat16())
+    dy = varied(64, 200, dtype=torch.bfloat16, seed=2)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(exact, x, dy.float())[0])
+    hidden = F.silu(gate) * up
+    assert torch.equal(fp8_swiglu_matmul(gate, up, w), fp8_matmul(hidden, w, out_dtype=torch.float32).bfloat16())
 
 
 # --- experts
@@ -223,14 +286,17 @@ def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, se
     assert all((dw[j] == 0).all() for j, size in enumerate(sizes) if not size)
 
 
-def test_no_tile_of_the_weight_gradient_holds_tokens_of_two_experts() -> None:
+@pytest.mark.parametrize(("of_x", "of_dy"), [(1e-4, 1.0), (1.0, 1e-6)])
+def test_no_tile_of_the_weight_gradient_holds_tokens_of_two_experts(of_x: float, of_dy: float) -> None:
     sizes = [100, 28, 128]
-    x = torch.randn(256, 128)
-    x[100:128] *= 1e-4  # beside the large tokens of the first expert these would be flushed
+    x, dy = torch.randn(256, 128), torch.randn(256, 64)
+    x[100:128] *= of_x  # beside the large tokens of the first expert these would be flushed
+    dy[100:128] *= of_dy
     w = varied(3, 64, 128, seed=1).requires_grad_()
-    fp8_matmul(x, w, ends=torch.tensor(sizes).cumsum(0)).sum().backward()
+    fp8_matmul(x, w, ends=torch.tensor(sizes).cumsum(0)).backward(dy)
     assert w.grad is not None
-    assert calc_diff(w.grad[1], torch.ones(28, 64).double().T @ x[100:128].double()) < QUANTISED
+    for grad, tokens, g in zip(w.grad, x.split(sizes), dy.split(sizes), strict=True):
+        assert calc_diff(grad, g.double().T @ tokens.double()) < 2 * QUANTISED  # both are rounded
 
 
 # --- SwiGLU
@@ -319,13 +385,53 @@ def test_products_are_aligned_to_the_largest_of_32() -> None:
     assert Accumulator(bits=15, promote_every=None).matmul(a, ones).item() == 1.0 + 2.0**-13
 
 
+def summed(values: dict[int, float], bits: int = 14, promote_every: int | None = None, width: int = 160) -> float:
+    """What an accumulator makes of a row with these values at these places, and else zeros."""
+    a = torch.zeros(1, width)
+    for place, value in values.items():
+        a[0, place] = value
+    return Accumulator(bits=bits, promote_every=promote_every).matmul(a, torch.ones(1, width)).item()
+
+
+def test_the_partial_sum_is_promoted_after_exactly_so_many_products() -> None:
+    """Of 14 bits, 1 has none left for 3 x 2^-15, which counts only in another partial sum."""
+    small, smaller = 3 * 2.0**-15, 2.0**-15
+    # the last of the first 64 is lost beside 1, and the first of the next 64 is not
+    assert summed({0: 1.0, 63: smaller, 64: small}, promote_every=64) == 1 + small
+    assert summed({64: 1.0, 127: smaller, 128: small}, promote_every=64) == 1 + small
+    assert summed({0: 1.0, 95: smaller, 96: small}, promote_every=96) == 1 + small
+    assert summed({0: 1.0, 127: smaller, 128: small}, promote_every=128) == 1 + small
+    assert summed({0: 1.0, 31: smaller, 32: small}, promote_every=32) == 1 + small
+    # what is left at the end is added too, also of a width that is no multiple of 32
+    assert summed({0: 1.0, 69: small}, promote_every=64, width=70) == 1 + small
+    assert summed({0: 1.0, 64: small}, promote_every=None) == 1
+
+
+def test_products_and_partial_sum_are_aligned_to_the_largest_of_both() -> None:
+    last, lost = 2.0**-13, 2.0**-14  # the last of 14 bits beside 1, and one below it
+    # two together would be kept, each alone is lost: the products beside a large partial sum,
+    assert summed({0: 1.0, 32: lost, 33: lost}) == 1
+    assert summed({0: 1.0, 32: last, 33: lost}) == 1 + last
+    # the partial sum beside a large product,
+    assert summed({0: lost, 32: 1.0, 33: last}) == 1 + last
+    assert summed({0: last + lost, 32: 1.0}) == 1 + last
+    assert summed({0: last + lost, 32: 1.0, 64: lost}) == 1 + last
+    assert summed({0: lost, 32: 1.0, 33: -1.0}) == 0
+    # and both lose the last bit of a sum that grows by one; towards zero, whatever the sign
+    assert summed({0: 1.0, 32: 1.0, 33: last}, width=64) == 2
+    assert summed({0: 1.0, 1: 1.0, 2: 2 * last}) == 2 + 2 * last
+    assert summed({0: -1.0, 32: -lost, 33: -lost}) == -1
+    assert summed({0: -1.0, 32: -1.0, 33: -last}) == -2
+
+
 # --- doors, and what is refused
 
 
-def test_backward_runs_on_the_backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("product", ["matmul", "swiglu"])
+def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = varied(4, 128).requires_grad_(), varied(4, 128).requires_grad_()
     with ops.use("reference"):
-        y = fp8_matmul(x, w)
+        y = fp8_matmul(x, w) if product == "matmul" else fp8_swiglu_matmul(x, x, w)
     seen: list[str | None] = []
     reference = ops.chosen
 
