@@ -71,7 +71,7 @@ def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if torch.compiler.is_compiling():
                 return reference(*args, **kwargs)
             forced = chosen()
-            tensor = cast(Tensor, args[0])
+            tensor = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
             if forced == "reference" or _is_watched(tensor):
                 return reference(*args, **kwargs)
             backend = forced or FOR_DEVICE.get(tensor.device.type)
@@ -94,7 +94,11 @@ def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def explain() -> str:
     """What would run for tensors on each device, and why; printed and returned."""
-    lines = [f"{VARIABLE}: {os.environ.get(VARIABLE, 'not set')}; forced here: {chosen() or 'nothing'}"]
+    try:
+        forced = f"forced here: {chosen() or 'nothing'}"
+    except ValueError as error:
+        forced = f"{error}"
+    lines = [f"{VARIABLE}: {os.environ.get(VARIABLE, 'not set')}; {forced}"]
     lines.append("reference: plain PyTorch, serves everything")
     for device, backend in FOR_DEVICE.items():
         kernels = _load(backend)

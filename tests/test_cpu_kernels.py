@@ -640,3 +640,20 @@ def test_no_second_openmp_comes_in() -> None:
     mapped = {line.split("/")[-1] for line in output(in_process(code)).splitlines() if ".so" in line}
     assert LIBRARY.path.name in mapped
     assert sum(any(name in path for name in ("gomp", "iomp", "libomp")) for path in mapped) == 1, mapped
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_defaults_of_dtype_and_device_do_not_reach_the_kernels(default: torch.dtype) -> None:
+    x = torch.randn(40, 512)
+    want = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            got = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
+            values = round_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4, torch.float32)
+            back = dequantize_tiles(*got, (1, 128))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got[1].dtype == torch.float32 and torch.equal(got[1], want[1])
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+    assert torch.equal(values, back)

@@ -163,6 +163,22 @@ def test_an_fp8_linear_multiplies_codes_it_holds() -> None:
     assert torch.equal(linear.dense(torch.float32), q.dequantize())
 
 
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
+    moe = randomise(MoE(**SIZES, n_routed_experts=8, n_activated_experts=3, n_expert_groups=1, n_limited_groups=1))
+    for name in ("w1", "w2", "w3"):
+        q = quantize(getattr(moe.experts, name), WEIGHT_TILE)
+        moe.experts.hold_fp8(name, q.codes, q.scales)
+    with pytest.raises(ValueError, match="codes that no gradient can move"):
+        moe(torch.randn(n, 256, requires_grad=True))[0].sum().backward()
+    linear = Linear(128, 8, precision="fp8")
+    q = quantize(linear.weight, WEIGHT_TILE)
+    linear.hold_fp8("weight", q.codes, q.scales)
+    for x in (torch.randn(n, 128, requires_grad=True), quantize(torch.randn(n, 128, requires_grad=True))):
+        with pytest.raises(ValueError, match="codes that no gradient can move"):
+            linear(x).sum().backward()
+
+
 def test_a_native_linear_refuses_codes() -> None:
     assert "use precision='fp8'" in refusal(Linear(128, 8), quantize(torch.randn(2, 128)))
 

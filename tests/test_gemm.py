@@ -338,6 +338,30 @@ def test_backward_runs_on_the_backend_of_forward(monkeypatch: pytest.MonkeyPatch
     assert seen and set(seen) == {"reference"}
 
 
+def test_there_are_first_derivatives_only() -> None:
+    x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128, requires_grad=True)
+    for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.square().sum().backward()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 128), (4, 0, 128), (4, 8, 0)])
+def test_sizes_of_zero(m: int, n: int, k: int) -> None:
+    x, w = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
+    y = fp8_matmul(x, w)
+    assert y.shape == (m, n) and (y == 0).all()
+    dx, dw = torch.autograd.grad(y.sum(), [x, w])
+    assert dx.shape == (m, k) and dw.shape == (n, k)
+
+
+def test_a_single_row_without_a_batch() -> None:
+    x, w = torch.randn(300, requires_grad=True), torch.randn(8, 300, requires_grad=True)
+    y = fp8_matmul(x, w)
+    assert y.shape == (8,) and torch.equal(y, fp8_matmul(x[None], w)[0])
+    assert torch.autograd.grad(y.sum(), x)[0].shape == (300,)
+
+
 def test_what_cannot_be_multiplied() -> None:
     x, w = torch.randn(4, 128), torch.randn(8, 128)
     assert "x is torch.float64; want float32, bfloat16 or float16" in refusal(fp8_matmul, x.double(), w)
@@ -347,12 +371,20 @@ def test_what_cannot_be_multiplied() -> None:
     assert "with ends [e]" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([2, 4]))
     assert "x is on meta and w on cpu" in refusal(fp8_matmul, x.to("meta"), w)
     assert "scale='e8m0' is unknown" in refusal(fp8_matmul, x, w, scale="e8m0")
-    assert "format='e3m4' is unknown" in refusal(fp8_matmul, x, w, grad_format="e3m4")
-    assert "format='e5m7' is unknown" in refusal(fp8_matmul, x, w, saved_format="e5m7")
+    assert "grad_format='e3m4' is unknown" in refusal(fp8_matmul, x, w, grad_format="e3m4")
+    assert "saved_format='e5m7' is unknown" in refusal(fp8_matmul, x, w, saved_format="e5m7")
     assert "out_dtype=torch.float64" in refusal(fp8_matmul, x, w, out_dtype=torch.float64)
     assert "want 1x128" in refusal(fp8_matmul, quantize(x, (128, 128)), w)
     assert "want e4m3 blocks of 128x128" in refusal(fp8_matmul, x, quantize(w))
     assert "not with ends" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([4]), accumulator=Accumulator())
     assert "want them alike" in refusal(fp8_swiglu_matmul, x, x[:2], w)
+    assert "want them alike" in refusal(fp8_swiglu_matmul, x.to("meta"), x, w)
+    for ends in ([2, 3], [3, 2, 4], [-1, 4, 4], [0, 2, 5], [1.0, 4.0]):
+        given = torch.tensor(ends)
+        assert "do not cut 4 rows" in refusal(fp8_matmul, x, w.expand(len(ends), -1, -1), ends=given)
+    assert "ends on meta" in refusal(fp8_matmul, x, w[None], ends=torch.tensor([4], device="meta"))
+    assert "accumulator=14" in refusal(fp8_matmul, x, w, accumulator=14)
+    assert "bits=14.5" in refusal(Accumulator, bits=14.5)
+    assert "x is a list" in refusal(fp8_matmul, [1.0], w)
     assert "bits=1" in refusal(Accumulator, bits=1)
     assert "promote_every=100" in refusal(Accumulator, promote_every=100)

@@ -1,7 +1,8 @@
 """Modules whose matrices may be held in FP8: E4M3 codes with an FP32 scale for each 128x128 block."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,13 @@ class _Untrainable(torch.autograd.Function):
         raise ValueError(REFUSAL)
 
 
-def untrainable(x: Tensor) -> Tensor:
+Operand = TypeVar("Operand", bound=Tensor | QuantizedTensor)
+
+
+def untrainable(x: Operand) -> Operand:
     """x, whose gradient is refused with the reason."""
-    return _Untrainable.apply(x) if x.requires_grad and torch.is_grad_enabled() else x  # pyright: ignore[reportReturnType]
+    if isinstance(x, QuantizedTensor):
+        refused: Any = x if x.source is None else replace(x, source=untrainable(x.source))
+    else:
+        refused = _Untrainable.apply(x) if x.requires_grad and torch.is_grad_enabled() else x
+    return refused

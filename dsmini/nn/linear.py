@@ -33,6 +33,8 @@ class Linear(FP8Module):
         saved_format: Literal["e4m3", "e5m6"] = "e4m3",
     ) -> None:
         super().__init__()
+        if precision not in ("native", "fp8"):
+            raise ValueError(f"precision={precision!r} is unknown; use 'native' or 'fp8'")
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("scale", None)
         self.precision, self.init_std = precision, init_std
@@ -45,6 +47,7 @@ class Linear(FP8Module):
 
     def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
         if self.precision == "fp8":
+            x = untrainable(x) if self.holds_fp8 else x
             return fp8_matmul(x, self.operand("weight"), saved_format=self.saved_format)
         if isinstance(x, QuantizedTensor):
             raise ValueError("a quantised input for a Linear of precision='native'; use precision='fp8'")

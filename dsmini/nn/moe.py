@@ -188,7 +188,7 @@ class Experts(FP8Module):
         return self.dequantized("w1", dtype, i), self.dequantized("w2", dtype, i), self.dequantized("w3", dtype, i)
 
     def _one_by_one(self, x: Tensor | QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        x = untrainable(x) if isinstance(x, Tensor) else x
+        x = untrainable(x) if self.holds_fp8 else x
         if x.shape[0] == 1:  # decoding: nothing to sort
             return weights.to(x.dtype) @ torch.cat([self._one(i, x) for i in indices[0].tolist()])
         token, slot, _ = sort_by_expert(indices, counts)
@@ -212,7 +212,9 @@ class Experts(FP8Module):
 
 
 def _rows_of(x: Tensor | QuantizedTensor, rows: Tensor) -> Tensor | QuantizedTensor:
-    return x.index_select(0, rows) if isinstance(x, Tensor) else x.select_rows(rows)
+    if isinstance(x, Tensor):
+        return x.index_select(0, rows)
+    return replace(x.select_rows(rows), source=None if x.source is None else x.source.index_select(0, rows))
 
 
 def _few(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:

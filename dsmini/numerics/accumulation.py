@@ -31,7 +31,7 @@ class Accumulator:
     """Products after which the partial sum is moved into FP32 (N_C), a multiple of 32; None: only at the end."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 24:
+        if type(self.bits) is not int or not 2 <= self.bits <= 24:
             raise ValueError(f"bits={self.bits} is no width of an accumulator; use 2 to 24")
         if self.promote_every is not None and (self.promote_every < GROUP or self.promote_every % GROUP):
             raise ValueError(

@@ -1,18 +1,18 @@
 """The FP8 matrix product of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
 
-For y = x W^T with x [n, k] and W [o, k], all that is multiplied is E4M3 with a scale for every tile (report, figure 6):
+For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6):
 
     fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
     dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
     wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles: dy from its own values, x from the codes
-                                   that forward saved, which lose nothing where scales are powers of two
+                                   that forward saved; with power-of-two scales what stays normal loses nothing
 
 What backward needs is kept as FP8 codes and scales: x once, however many products read it, and W.
 
 Simulated: with power-of-two scales a dequantised E4M3 value is a BF16 value, so that a BF16 product of the dequantised
-operands, which sums in FP32, is the FP8 product, up to the order of its sums and the rounding of its result. FP32
-results, and FP32 scales, run an FP32 product. The weight's gradient is rounded to the result's dtype before it is added
-to an FP32 parameter's.
+operands, which sums in FP32, is the FP8 product, up to the order of its sums and the rounding of its result. Results
+other than BF16, and FP32 scales, run an FP32 product. The weight's gradient is rounded to the result's dtype before it
+is added to an FP32 parameter's.
 
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
@@ -41,7 +42,7 @@ from dsmini.numerics.quantization import (
 from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles, round_tiles
 
 
-class _Way(NamedTuple):
+class _Recipe(NamedTuple):
     """How one product and its gradients are computed."""
 
     scale: Scale
@@ -73,36 +74,31 @@ def fp8_matmul(
     """x W^T in simulated FP8, with its gradients.
 
     Args:
-        x: FP32, BF16 or FP16, or quantised already, by `quantize(x)`, for several products to share.
+        x: FP32, BF16 or FP16, or quantised already, by `quantize(x)`, for several products to share: then it is kept as
+            it is, and its scales are what gradients are rounded with. In E5M2 or E5M6 it is multiplied in E4M3.
         w: of the same kinds; a quantised weight has no gradient.
-        out_dtype: BF16 or FP32 (or FP16); left out: x's.
+        out_dtype: BF16, FP32 or FP16; left out: x's.
         ends: for the experts of a layer: x is [rows, k], w [e, o, k], and expert j takes the rows up to ends[j] that
             the one before did not. The last is the number of rows; an expert may have none.
         saved_format: what x is kept in for backward: e5m6 for the Linear after attention (report, section 3.3.3).
         accumulator: emulate an accumulator of few bits, in all three products. Slow, and not with `ends`.
 
-    Raises: ValueError for FP64 and integers, devices or widths that differ, and x in other tiles than 1x128.
+    First derivatives only. Raises: ValueError for FP64 and integers, devices or widths that differ, x in other tiles
+        than 1x128, and on a CPU for ends that do not cut the rows into groups.
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    check_options(scale, grad_format, AMAX_MIN)
-    check_options(scale, saved_format, AMAX_MIN)
+    check_options(scale, AMAX_MIN, grad_format=grad_format, saved_format=saved_format)
     _check_operands(x, w, ends)
+    if not isinstance(accumulator, Accumulator | None):
+        raise ValueError(f"accumulator={accumulator!r}; want dsmini.Accumulator(bits=14, promote_every=128) or None")
     if ends is not None and accumulator is not None:
         raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
-    if isinstance(x, Tensor):
-        q = quantize(x, ACTIVATION_TILE, scale)
-        saved = q if saved_format == "e4m3" else quantize(x.detach(), ACTIVATION_TILE, "ue8m0", saved_format)
-    else:
-        q = saved = x
-        saved_format = cast(Any, x.format)
-        if x.format != "e4m3":
-            q = quantize(x.dequantize(), ACTIVATION_TILE, scale)
-    weight = w if isinstance(w, QuantizedTensor) else quantize(w.detach(), WEIGHT_TILE, scale)
-    way = _Way(q.scale, weight.scale, grad_format, saved_format, _result(x, out_dtype), accumulator, ops.chosen())
-    trained = None if isinstance(w, QuantizedTensor) else w
+    q, saved = _operand(x, scale, saved_format)
+    trained, weight = _weight_operand(w, scale)
+    recipe = _Recipe(q.scale, weight.scale, grad_format, saved.format, _result(x, out_dtype), accumulator, ops.chosen())
     kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
-    y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, way)
+    y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
     return cast(Tensor, y)
 
 
@@ -121,16 +117,31 @@ def fp8_swiglu_matmul(
 
     Source: DeepSeek-V3 report, section 3.3.3.
     """
-    check_options(scale, grad_format, AMAX_MIN)
+    check_options(scale, AMAX_MIN, grad_format=grad_format)
     for x, name in ((gate, "gate"), (up, "up")):
         check_source(x, name)
     _check_operands(up, w, ends)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up {up.dtype} {list(up.shape)}; want them alike")
-    weight = w if isinstance(w, QuantizedTensor) else quantize(w.detach(), WEIGHT_TILE, scale)
-    way = _Way(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
-    trained = None if isinstance(w, QuantizedTensor) else w
-    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, way))
+    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+        got = ", ".join(f"{n} is {t.dtype} {list(t.shape)} on {t.device}" for t, n in ((gate, "gate"), (up, "up")))
+        raise ValueError(f"{got}; want them alike")
+    trained, weight = _weight_operand(w, scale)
+    recipe = _Recipe(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
+    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe))
+
+
+def _operand(
+    x: Tensor | QuantizedTensor, scale: Scale, saved_format: FormatName
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """x as it is multiplied, and as it is kept for backward."""
+    if isinstance(x, Tensor):
+        q = quantize(x, ACTIVATION_TILE, scale)
+        return q, q if saved_format == "e4m3" else quantize(x.detach(), ACTIVATION_TILE, "ue8m0", saved_format)
+    return (x if x.format == "e4m3" else quantize(x.dequantize(), ACTIVATION_TILE, scale)), x
+
+
+def _weight_operand(w: Tensor | QuantizedTensor, scale: Scale) -> tuple[Tensor | None, QuantizedTensor]:
+    """What a gradient goes to, and w as it is multiplied."""
+    return (None, w) if isinstance(w, QuantizedTensor) else (w, quantize(w.detach(), WEIGHT_TILE, scale))
 
 
 class _Matmul(torch.autograd.Function):
@@ -146,29 +157,30 @@ class _Matmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scales: Tensor,
         ends: Tensor | None,
-        way: _Way,
+        recipe: _Recipe,
     ) -> Tensor:
         saved = (codes, scales) if saved_codes is None else (saved_codes, saved_scales)
         ctx.save_for_backward(*saved, w_codes, w_scales, ends)
-        ctx.way, ctx.k = way, codes.shape[-1]
+        ctx.recipe, ctx.k = recipe, codes.shape[-1]
         ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
-        x = _activations(codes, scales, "e4m3", way.operands, ctx.k)
-        y = _times_transposed(x, _weights(w_codes, w_scales, way.operands), ends, way)
+        x = _activations(codes, scales, "e4m3", recipe.operands, ctx.k)
+        y = _times_transposed(x, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
         return y.view(*codes.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved_codes, saved_scales, w_codes, w_scales, ends = ctx.saved_tensors
-        way: _Way = ctx.way
+        recipe: _Recipe = ctx.recipe
         dx = dw = None
-        with ops.use(way.backend):
-            dy = grad.reshape(-1, grad.shape[-1])
+        with ops.use(recipe.backend):
+            dy = _rows(grad)
             if ctx.needs_input_grad[0]:
-                dx = _input_gradient(dy, _weights(w_codes, w_scales, way.operands), ends, way)
+                dx = _input_gradient(dy, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
                 dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                x = _activations(saved_codes, saved_scales, way.saved_format, way.operands, ctx.k)
-                dw = _weight_gradient(dy, x, ends, way).to(ctx.dtypes[1])
+                x = _activations(saved_codes, saved_scales, recipe.saved_format, recipe.operands, ctx.k)
+                dw = _weight_gradient(dy, x, ends, recipe).to(ctx.dtypes[1])
         return dx, dw, *[None] * 8
 
 
@@ -182,38 +194,39 @@ class _SwiGLUMatmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scales: Tensor,
         ends: Tensor | None,
-        way: _Way,
+        recipe: _Recipe,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
-            kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, way.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
+            kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
             ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
-        ctx.way, ctx.dtypes = way, (gate.dtype, None if w is None else w.dtype)
+        ctx.recipe, ctx.dtypes = recipe, (gate.dtype, None if w is None else w.dtype)
         hidden = _rows(F.silu(gate).mul_(up))
-        x = round_tiles(hidden, ACTIVATION_TILE, way.scale, "e4m3", AMAX_MIN, way.operands)
-        y = _times_transposed(x, _weights(w_codes, w_scales, way.operands), ends, way)
+        x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
+        y = _times_transposed(x, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
         return y.view(*gate.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *kept, w_codes, w_scales, ends = ctx.saved_tensors
-        way: _Way = ctx.way
+        recipe: _Recipe = ctx.recipe
         dgate = dup = dw = None
-        with ops.use(way.backend):
+        with ops.use(recipe.backend):
             dy = _rows(grad)
             k = w_codes.shape[-1]
-            gate, up = (_activations(kept[i], kept[i + 1], "e4m3", way.out_dtype, k) for i in (0, 2))
+            gate, up = (_activations(kept[i], kept[i + 1], "e4m3", recipe.out_dtype, k) for i in (0, 2))
             activated = F.silu(gate)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                dh = _input_gradient(dy, _weights(w_codes, w_scales, way.operands), ends, way)
+                dh = _input_gradient(dy, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
                 dgate = torch.ops.aten.silu_backward(dh * up, gate).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
                 dup = (dh * activated).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
             if ctx.needs_input_grad[2]:
-                dw = _weight_gradient(dy, activated.mul_(up), ends, way).to(ctx.dtypes[1])
+                dw = _weight_gradient(dy, activated.mul_(up), ends, recipe).to(ctx.dtypes[1])
         return dgate, dup, dw, *[None] * 4
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _activations(codes: Tensor, scales: Tensor, format: FormatName, dtype: torch.dtype, k: int) -> Tensor:
@@ -224,39 +237,39 @@ def _weights(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", dtype)
 
 
-def _input_gradient(dy: Tensor, w: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+def _input_gradient(dy: Tensor, w: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
     """dgrad, [n, o] and the dequantised weight to [n, k]."""
-    g = round_tiles(dy, ACTIVATION_TILE, way.scale, way.grad_format, SMALLEST_AMAX, way.operands)
-    return _times_transposed(g, w.mT, ends, way)
+    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
+    return _times_transposed(g, w.mT, ends, recipe)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
     """wgrad, of dy [n, o] and the activations [n, k] as they were kept: [o, k], or [e, o, k] with ends."""
-    g = round_tiles(dy, TOKEN_TILE, way.scale, way.grad_format, SMALLEST_AMAX, way.operands, ends)
-    x = round_tiles(x, TOKEN_TILE, way.scale, "e4m3", AMAX_MIN, way.operands, ends)
+    g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
+    x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
     if ends is not None:
         return grouped_outer(g, x, ends)
-    return _times_transposed(g.T, x.T, None, way)
+    return _times_transposed(g.T, x.T, None, recipe)
 
 
-def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, way: _Way) -> Tensor:
+def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
     """a b^T of dequantised operands in the result's dtype."""
     if ends is not None:
-        return grouped_linear(a, b, ends).to(way.out_dtype)
-    y = F.linear(a, b) if way.accumulator is None else way.accumulator.matmul(a, b)
-    return y.to(way.out_dtype)
+        return grouped_linear(a, b, ends).to(recipe.out_dtype)
+    y = F.linear(a, b) if recipe.accumulator is None else recipe.accumulator.matmul(a, b)
+    return y.to(recipe.out_dtype)
 
 
 def _result(x: Tensor | QuantizedTensor, out_dtype: torch.dtype | None) -> torch.dtype:
     out = x.dtype if out_dtype is None else out_dtype
     if out not in (torch.bfloat16, torch.float32, torch.float16):
-        raise ValueError(f"out_dtype={out}; use torch.bfloat16 or torch.float32")
+        raise ValueError(f"out_dtype={out}; use torch.bfloat16, torch.float32 or torch.float16")
     return out
 
 
 def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, ends: Tensor | None) -> None:
     for value, name in ((x, "x"), (w, "w")):
-        if isinstance(value, Tensor):
+        if not isinstance(value, QuantizedTensor):
             check_source(value, name)
     if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
         raise ValueError(f"x is quantised in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128, along what is summed over")
@@ -270,5 +283,12 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
         )
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x is {x.shape[-1]} wide and w {w.shape[-1]}; both are summed over and must be equal")
-    if x.device != w.device:
-        raise ValueError(f"x is on {x.device} and w on {w.device}; move one of them")
+    for other, name in ((w, "w"), (ends, "ends")):
+        if other is not None and x.device != other.device:
+            raise ValueError(f"x is on {x.device} and {name} on {other.device}; move one of them")
+    if ends is not None and ends.device.type == "cpu" and not torch.compiler.is_compiling():
+        cuts = [0, *ends.tolist()]
+        if ends.is_floating_point() or cuts != sorted(cuts) or cuts[-1] != x.shape[0]:
+            raise ValueError(
+                f"ends={cuts[1:]} do not cut {x.shape[0]} rows; want rising integers, the last {x.shape[0]}"
+            )

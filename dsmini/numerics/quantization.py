@@ -1,7 +1,6 @@
 """`quantize`: a tensor as codes in a short format and scales, one a tile."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +84,12 @@ class QuantizedTensor:
         return replace(self, source=None)
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same on another device, without a gradient."""
+        """The same on another device, without a gradient. Codes have one dtype.
+
+        Raises: ValueError for a dtype; use dequantize(dtype).
+        """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"to({device}): codes cannot be cast; use dequantize({device}), or a device")
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
 
     def save(self, path: str | Path) -> None:
@@ -120,7 +124,8 @@ class QuantizedTensor:
         )
 
     def __repr__(self) -> str:
-        low, high = (self.scales.min().item(), self.scales.max().item()) if self.scales.numel() else (0.0, 0.0)
+        seen = self.scales.numel() and self.scales.device.type != "meta"
+        low, high = (self.scales.min().item(), self.scales.max().item()) if seen else (0.0, 0.0)
         share = self.nbytes / max(1, 2 * self.shape.numel())
         return (
             f"QuantizedTensor({self.format} {list(self.shape)} in tiles of {self.tile[0]}x{self.tile[1]}, {self.scale} "
@@ -146,12 +151,12 @@ def quantize(
             want SMALLEST_AMAX, or whole tiles of them share one scale that is far too large.
 
     A tile with an infinity or NaN becomes NaN as a whole. Raises: ValueError for other dtypes (FP64, integers), tiles,
-    formats and scales.
+    formats and scales, and an amax_min that is not from 2^-100 to FP32's largest number.
 
     Source: DeepSeek-V3 report, section 3.3.2.
     """
     check_source(x, "x")
-    check_options(scale, format, amax_min)
+    check_options(scale, amax_min, format=format)
     tile = "row" if tile == "tensor" and not x.numel() else tile  # no elements, no scale
     cut = _cut(x, tile)
     source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
@@ -170,22 +175,26 @@ def quantize(
     )
 
 
-def check_source(x: Tensor, what: str) -> None:
+def check_source(x: Any, what: str) -> None:
     """Refuse what has no 8-bit codes: FP64, integers, numbers without a dimension."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{what} is a {type(x).__name__}; want a tensor of float32, bfloat16 or float16")
     if x.dtype not in SOURCES:
         raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
     if not x.dim():
         raise ValueError(f"{what} has no dimensions; want at least one, which tiles cut")
 
 
-def check_options(scale: str, format: str, amax_min: float) -> None:
+def check_options(scale: str, amax_min: float, **formats: str) -> None:
     """Refuse unknown scales and formats, and an amax_min that FP32 scales cannot follow."""
-    for name, value, known in (("scale", scale, ("ue8m0", "fp32")), ("format", format, tuple(FORMATS))):
+    named = [("scale", scale, ("ue8m0", "fp32")), *((name, value, tuple(FORMATS)) for name, value in formats.items())]
+    for name, value, known in named:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
-    if not SMALLEST_AMAX <= amax_min < math.inf:
+    number = isinstance(amax_min, int | float)
+    if not number or not SMALLEST_AMAX <= amax_min <= torch.finfo(torch.float32).max:
         raise ValueError(
-            f"amax_min={amax_min}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
+            f"amax_min={amax_min!r}; want a finite number, 2^-100 or more: use {AMAX_MIN} or, for gradients, 2**-100"
         )
 
 
@@ -197,7 +206,7 @@ def _cut(x: Tensor, tile: Any) -> Tile:
     if tile == "tensor":
         return max(1, x.numel() // max(1, c)), max(1, c)
     pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
-    if not pair or not all(type(n) is int and n > 0 for n in tile):
+    if not pair or not all(type(n) is int and 0 < n < 2**31 for n in tile):
         raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
     rows, columns = cast(Tile, tuple(tile))
     if x.dim() == 1 and rows > 1:

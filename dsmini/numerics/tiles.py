@@ -117,6 +117,8 @@ def encode_tiles(
 
 
 def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
+    if scale not in ("ue8m0", "fp32"):
+        raise ValueError(f"scale={scale!r} is unknown; use one of ue8m0, fp32")
     # A divisor on the device: torch divides by a number on the CPU as it divides, on a GPU by way of 1 / 448.
     scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
     scales = UE8M0.round_up(scales) if scale == "ue8m0" else scales
@@ -126,7 +128,7 @@ def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> 
 def _round_groups(
     x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
 ) -> Tensor:
-    """Sizes of the groups stay on the device, so that nothing waits for them."""
+    """Rows are laid apart, so that every group begins a tile of its own; sizes stay on the device, nothing waits."""
     rows, e = x.shape[0], ends.shape[0]
     ends = ends.long()
     sizes = torch.diff(ends, prepend=ends.new_zeros(1))

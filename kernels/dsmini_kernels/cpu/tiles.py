@@ -38,8 +38,8 @@ LARGEST = 2.0**127
 def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
     x, f = _plain(x, TYPES), _pick(FORMATS, format, "format")
     *batch, r, c = x.shape
-    codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f])
-    scales = torch.empty((*batch, *_tiles(r, c, tile)))
+    codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f], device="cpu")
+    scales = torch.empty((*batch, *_tiles(r, c, tile)), dtype=torch.float32, device="cpu")
     _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, _pick(SCALES, scale, "scale"), amax_min)
     return codes, scales
 
@@ -61,7 +61,7 @@ def dequantize(
     scales = _plain(scales, TYPES).float().contiguous()
     if scales.shape != (*batch, *_tiles(r, c, tile)):
         raise Unserved(f"scales of shape {list(scales.shape)} for {list(codes.shape)}")
-    out = torch.empty((*batch, r, c), dtype=dtype)
+    out = torch.empty((*batch, r, c), dtype=dtype, device="cpu")
     _call(DEQUANTIZE, codes, 0, c, out, out_type, scales, tile, f, 0, 0.0)
     return out
 
@@ -81,7 +81,7 @@ def quantize_dequantize(
         if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
             raise Unserved("`ends` are one dimension of integers beside a matrix")
         ends = ends.long().contiguous()
-    out = torch.empty(x.shape, dtype=dtype)
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
     scale_kind = _pick(SCALES, scale, "scale")
     _call(QUANTIZE_DEQUANTIZE, x, TYPES[x.dtype], x.shape[-1], out, out_type, None, tile, f, scale_kind, amax_min, ends)
     return out
@@ -162,7 +162,7 @@ def _call(
             out.data_ptr(),
             out.numel() * out.itemsize,
             0 if scales is None else scales.data_ptr(),
-            0 if scales is None else scales.numel() * 4,
+            0 if scales is None else scales.numel() * scales.itemsize,
             0 if ends is None else ends.data_ptr(),
             0 if ends is None else ends.numel() * 8,
             0 if ends is None else ends.numel(),
