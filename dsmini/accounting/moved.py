@@ -73,7 +73,8 @@ def decode_bytes_per_token(
         as_run: what dsmini's plain code moves, for the least that must be. It reads rows up to a multiple of 64, the
             latent once as keys and once as values; writes and reads again FP8 weights that it dequantises, rows of
             a cache in another dtype, and keys and values that it lays out anew for products in batches; and writes
-            and reads attention's logits. In a cache that has room for max_seq_len tokens.
+            and reads attention's logits. In a cache that has room for max_seq_len tokens. At 85M parameters in BF16
+            this was 97 to 99 % of what all operations move; the rest is operations on few rows, such as norms.
 
     Raises: ValueError for a context outside 1 to max_seq_len, a batch below 1, more or fewer experts than can be, and
         as_run of precision="fp8", whose rounding of weights in every step is not counted.
