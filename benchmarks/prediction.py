@@ -1,7 +1,7 @@
 """How long should it take? From counted operations and this machine's roofs.
 
     seconds = sum over operations of bytes / rate of that class, or FLOPs / rate of that class
-              + calls * what a call costs
+              + calls, views among them, * what a call costs in a model of no size
 
 The rate of a class depends on the size, on whether its bytes lie in a cache or in memory, and for products on how many
 rows share a matrix. It is measured apart, on tensors of its own, once: it knows nothing of the model. Which bytes lie
@@ -11,24 +11,37 @@ in the cache is a model too: of a cache that keeps what was used last.
 from collections.abc import Iterable
 
 from benchmarks.counting import Count, Operation
-from benchmarks.roofs import Roofs, flops_rate, point_seconds
+from benchmarks.roofs import Roofs, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "other": "pointwise"}
 
 
 def seconds(count: Count, roofs: Roofs) -> float:
     """The predicted time of what was counted."""
-    return sum(operation_seconds(op, roofs) for op in count.operations) + count.views * roofs.call
+    work = sum(operation_seconds(op, roofs) - smallest_seconds(op, roofs) for op in count.operations)
+    return work + (len(count.operations) + count.views) * roofs.call
+
+
+def smallest_seconds(op: Operation, roofs: Roofs) -> float:
+    """What the least work takes that is timed as operations of its dtype are: the call, without Python around it."""
+    return roofs.curves[f"warm pointwise {_dtype(op, roofs)}"].costs[0]
 
 
 def operation_seconds(op: Operation, roofs: Roofs) -> float:
     """The predicted time of one operation, its call included."""
-    dtype = str(op.dtype).removeprefix("torch.")
-    dtype = dtype if dtype in roofs.peak else "float32"
+    dtype = _dtype(op, roofs)
     if op.flops:
-        call = roofs.curves[f"warm pointwise {dtype}"].costs[0]
-        return call + op.flops / flops_rate(roofs, op.kind, dtype, op.rows, op.cold_share)
+        if op.kind == "product":
+            rate = product_rate(roofs, dtype, op.rows, op.flops / (2 * op.rows), op.cold_share)
+        else:
+            rate = flops_rate(roofs, op.kind, dtype, op.rows, op.cold_share)
+        return smallest_seconds(op, roofs) + op.flops / rate
     return point_seconds(roofs, _class(op), dtype, op.bytes, op.cold_share)
+
+
+def _dtype(op: Operation, roofs: Roofs) -> str:
+    name = str(op.dtype).removeprefix("torch.")
+    return name if name in roofs.peak else "float32"
 
 
 def _class(op: Operation) -> str:

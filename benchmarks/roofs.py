@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.counting import count
+from dsmini import ModelConfig, Transformer
 from dsmini.machine import matmul_rate, synchronize
 
-VERSION = 3
+VERSION = 6
 """Of what is measured: kept roofs of another are measured anew."""
 LARGE = 1 << 28
 """Bytes that no cache holds."""
@@ -63,7 +65,7 @@ class Roofs:
     copy: float
     """Bytes/s, read and written together, of a large copy."""
     call: float
-    """Seconds of an operation that does nothing."""
+    """Seconds of a call in a model, whatever it does: torch's part and that of the Python around it."""
     cache_bytes: int
     """Of the last-level cache."""
     curves: Mapping[str, Curve]
@@ -214,9 +216,33 @@ def _copy(device: torch.device) -> float:
     return 2 * x.nbytes / seconds_of(lambda: y.copy_(x), device, 3)
 
 
+@torch.no_grad()
 def _call(device: torch.device) -> float:
-    x = torch.ones(1, device=device)
-    return seconds_of(lambda: x.view(1), device)
+    """Of a decoding step of a model so small that nothing else counts: torch's part and the Python around it."""
+    config = ModelConfig(
+        dim=16,
+        inter_dim=16,
+        moe_inter_dim=16,
+        n_layers=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_mtp_layers=0,
+    )
+    with torch.device(device):
+        model = Transformer(config).eval()
+        token = torch.zeros(1, 1, dtype=torch.int64)
+    cache = model.new_cache(1, 128)
+
+    def step() -> None:
+        cache.truncate(0)
+        model(token, cache)
+
+    step()
+    counted = count(step)
+    return seconds_of(step, device) / (len(counted.operations) + counted.views)
 
 
 # --- classes of operations: what to run, on what, and the bytes or FLOPs of it
@@ -288,9 +314,14 @@ def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * 1024
 
 
+def _small_product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    w, x = (torch.rand(n, 1024, device=device).to(dtype) for n in (256, rows))
+    return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * 256
+
+
 def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    k, q = (torch.rand(64, rows, 64, device=device).to(dtype) for _ in range(2))
-    return lambda k, q: q @ k.mT, (k, q), 2 * 64 * rows * rows * 64
+    k, q = (torch.rand(16, n, 64, device=device).to(dtype) for n in (512, rows))
+    return lambda k, q: k @ q.mT, (k, q), 2 * 16 * 512 * rows * 64
 
 
 def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -309,6 +340,7 @@ def _attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
 
 PRODUCTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
     "product": _product,
+    "small product": _small_product,
     "batched product": _batched,
     "grouped product": _grouped,
     "attention": _attention,
@@ -348,6 +380,16 @@ def _rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callabl
         kept[i % len(kept)] = run(*many[i % n])
 
     return turn
+
+
+SMALL, LARGE_MATRIX = 256 * 1024, 1024 * 1024
+
+
+def product_rate(roofs: Roofs, dtype: str, rows: float, size: float, cold: float) -> float:
+    """flops_rate of a product with a matrix of so many numbers, between the two sizes that were measured."""
+    share = math.log(min(max(size, SMALL), LARGE_MATRIX) / SMALL) / math.log(LARGE_MATRIX / SMALL)
+    small, large = (flops_rate(roofs, kind, dtype, rows, cold) for kind in ("small product", "product"))
+    return small * (large / small) ** share
 
 
 def flops_rate(roofs: Roofs, kind: str, dtype: str, rows: float, cold: float) -> float:
