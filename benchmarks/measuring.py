@@ -155,16 +155,24 @@ def step_figures(
     speed = spread([tokens / t for t in taken])
     yield figure("tokens_per_s", "tokens/s", predicted=tokens / predicted, better="higher", **speed)
     moved = counted.bytes / tokens
-    yield figure("bytes_per_token", "bytes", measured=moved, predicted=bytes_predicted, better="lower", note=bytes_note)
+    yield figure(
+        "bytes_per_token",
+        "bytes",
+        measured=moved,
+        predicted=bytes_predicted,
+        better="lower",
+        note=bytes_note,
+        bound=bytes_note == LEAST,
+    )
     yield figure("flops_per_token", "FLOP", measured=counted.flops / tokens, predicted=flops_predicted)
     if flops_ideal is not None:
         share = flops_ideal * tokens / median / arithmetic
         note = "of the peak, by the FLOPs that the formula needs: causal, without padding"
         yield figure("useful_share", "", measured=share, better="higher", note=note)
     note = "measured: bytes that no cache holds; predicted: the roof"
-    yield figure("bandwidth", "bytes/s", measured=from_memory, predicted=memory, note=note)
+    yield figure("bandwidth", "bytes/s", measured=from_memory, predicted=memory, note=note, bound=True)
     rate = counted.flops / median
-    yield figure("flop_rate", "FLOP/s", measured=rate, predicted=arithmetic, note="predicted: the roof")
+    yield figure("flop_rate", "FLOP/s", measured=rate, predicted=arithmetic, note="predicted: the roof", bound=True)
     yield figure("peak_memory", "bytes", measured=float(peak(setting.device)), better="lower")
     for kind, parts in sorted(prediction.by_kind(counted.operations, roofs).items()):
         yield Figure(

@@ -38,6 +38,8 @@ class Figure:
     better: Literal["higher", "lower"] | None = None
     exact: bool = False
     """Predicted and measured must be equal: a count, not a time."""
+    bound: bool = False
+    """Predicted is a limit, such as a roof, and not what is expected."""
     note: str = ""
     """What a reader must know, such as what is simulated."""
 

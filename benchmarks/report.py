@@ -276,7 +276,7 @@ def machine(roofs: Roofs | None) -> dict[str, list[tuple[str, str]]]:
     rates += [
         ("reading memory", units.human(roofs.bandwidth, "bytes/s")),
         ("copying memory", units.human(roofs.copy, "bytes/s")),
-        ("an empty operation", units.human(roofs.call, "s")),
+        ("a call in a model", units.human(roofs.call, "s")),
     ]
     return {"card": [(units.words(key), str(value)) for key, value in roofs.card.items()], "roofs": rates}
 
@@ -296,7 +296,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def summary(figures: Sequence[Figure], questions: int) -> list[tuple[str, str]]:
     """The page in four numbers: value and what it counts."""
     exact = [f for f in figures if f.exact and f.measured is not None and f.predicted is not None]
-    timed = [f for f in figures if not f.exact and f.ratio is not None and f.ratio > 0]
+    timed = [f for f in figures if not (f.exact or f.bound) and f.ratio is not None and f.ratio > 0]
     near = sum(tone(f) in ("near", "off") for f in timed)
     counted = [(str(questions), "question" if questions == 1 else "questions"), (f"{len(figures):,}", "figures")]
     if exact:
