@@ -6,7 +6,7 @@ element of each output once.
     views                  nothing: the same memory under another shape
     in place               the changed tensor is read and written once; only written where it is overwritten
     expanded tensors       the elements that exist
-    gathering, scattering  the rows that are named, not the table
+    gathering, scattering  the rows that are named, as often as they are, not the table
     grouped products       the matrices whose group is not empty
     torch.empty            nothing, until something is written there
 
@@ -27,12 +27,30 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmini.machine import synchronize
+
 aten = torch.ops.aten
 
-OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "scatter_fill", "bernoulli_"}
+OVERWRITES = {
+    "copy_",
+    "fill_",
+    "zero_",
+    "normal_",
+    "uniform_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+    "_foreach_copy_",
+}
+FREE = {"detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "is_same_size", "promote_types"}
+FREE |= {"_record_function_enter_new", "_record_function_exit"}
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "mv", "addmv", "dot"}
-ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
+ATTENTION = {
+    f"_scaled_dot_product_{kind}{backward}"
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    for backward in ("", "_backward")
+}
 GATHERS = {"index_select", "embedding", "gather", "index", "take", "_embedding_bag", "_embedding_bag_forward_only"}
 SCATTERS = {
     "scatter",
@@ -97,13 +115,22 @@ class Count(TorchDispatchMode):
         """Seconds that being watched adds to an operation."""
         self.views = 0
         """Calls that move nothing."""
+        self._nested = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is_composite(func):  # in inference mode torch leaves linear and the like whole
+            self._nested = True
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        device = next((t.device for t in _tensors([*args, *kwargs.values()])), torch.device("cpu"))
         start = time.perf_counter()
         out = func(*args, **kwargs)
+        synchronize(device)
         seconds = max(1e-7, time.perf_counter() - start - self.overhead)
         name = func._schema.name.split("::")[1]
         if _is_free(func, name):
@@ -113,6 +140,10 @@ class Count(TorchDispatchMode):
         return out
 
     def __enter__(self) -> "Count":
+        if self._nested:
+            self._nested = False
+            super().__enter__()
+            return self
         x = torch.ones(1)
         plain = statistics.median(_timed(lambda: x * x) for _ in range(99))
         super().__enter__()
@@ -141,12 +172,19 @@ class Count(TorchDispatchMode):
         return sum(op.flops for op in self.operations)
 
 
-def _is_free(func: Any, name: str) -> bool:
-    """Views, and what only makes room."""
-    if name in ALLOCATES or name in ("detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "is_same_size"):
-        return True
+def _is_composite(func: Any) -> bool:
+    key = "CompositeImplicitAutograd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) and not _is_view(func)
+
+
+def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _is_free(func: Any, name: str) -> bool:
+    """Views, and what only makes room."""
+    return name in ALLOCATES or name in FREE or _is_view(func)
 
 
 class _Cache:
@@ -177,6 +215,8 @@ def _operation(
     inputs, changed = [], []
     for argument, value in _arguments(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
+        # fused optimizers write gradients only where they unscale them
+        writes = writes and not (argument.name == "grads" and kwargs.get("grad_scale") is None)
         (changed if writes else inputs).extend(_tensors(value))
     outputs = [t for t in _tensors(out) if not any(t is c for c in changed)]
     read, written = sum(map(_size, inputs)), sum(map(_size, outputs))
@@ -190,7 +230,14 @@ def _operation(
         written = _size(outputs[0])
     elif base in SCATTERS and changed:
         moved = sum(_size(t) for t in inputs)
-        read, written = moved, max((_size(t) for t in inputs if t.dtype == changed[0].dtype), default=0)
+        written = max((_size(t) for t in inputs if t.dtype == changed[0].dtype), default=0)
+        if "fill" in base:  # what is selected; of a mask, all that is true
+            chosen = inputs[0]
+            whole = changed[0].numel() // max(1, changed[0].shape[0]) if base == "index_fill" else 1
+            count_of = chosen.numel() * whole if base == "index_fill" else int(chosen.expand_as(changed[0]).sum())
+            written = count_of * changed[0].element_size()
+        adds = "add" in base or kwargs.get("accumulate") or any(a is True for a in args)
+        read = moved + (written if adds else 0)
         changed = []
     elif base == "_grouped_mm":
         read -= _unused_matrices(inputs)

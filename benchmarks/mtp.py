@@ -103,7 +103,7 @@ def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, setting:
     generation = Generation(model, [prompt.tolist()], 8, speculative=speculative)
     for _ in range(2):  # reads the prompt; prepares what later steps reuse
         next(generation)
-    return prediction.seconds(count(lambda: next(generation)), setting.roofs)
+    return prediction.seconds(count(lambda: next(generation), setting.roofs.cache_bytes), setting.roofs)
 
 
 @torch.inference_mode()

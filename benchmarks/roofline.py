@@ -96,16 +96,18 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
 
 
 def finding(figures: list[Figure]) -> str:
-    parts = []
     ridge = _ridge(figures)
     if ridge is None:
         return "Nothing was measured yet."
+    parts = []
     for step in ("decode", "prefill", "train"):
         shares = [f for f in figures if f.metric == "share_of_time" and f.case["step"] == step]
-        if shares:
-            below = sum(f.measured or 0 for f in shares if f.case["intensity"] < ridge)
-            parts.append(f"{below / sum(f.measured or 0 for f in shares):.0%} of a {step} step")
-    return f"Memory binds what does fewer than {ridge:.0f} FLOPs a byte: by time {', '.join(parts)}."
+        total = sum(f.measured or 0 for f in shares)
+        if total:
+            left = sum(f.measured or 0 for f in shares if float(f.case["intensity"]) < ridge)
+            parts.append(f"{left / total:.0%} of a {step} step")
+    text = f"Below {ridge:.0f} FLOPs a byte this machine can only be as fast as its memory or caches"
+    return text + (f": by time {', '.join(parts)} lie there." if parts else ".")
 
 
 def _ridge(figures: list[Figure]) -> float | None:
@@ -157,6 +159,7 @@ QUESTION = Question(
     cases=cases,
     finding=finding,
     plots=plots,
-    about="Each operation is timed by itself while it is counted, five passes; the call is part of its time. "
-    "Operations below 0.2 % of the time are left out; what multiplies nothing counts one FLOP for an element written.",
+    about="Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train "
+    "step is forward and backward. Operations below 0.2 % of the time are left out; what multiplies nothing counts one "
+    "FLOP for an element written.",
 )

@@ -24,7 +24,7 @@ from benchmarks.counting import count
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import matmul_rate, synchronize
 
-VERSION = 6
+VERSION = 7
 """Of what is measured: kept roofs of another are measured anew."""
 LARGE = 1 << 28
 """Bytes that no cache holds."""
@@ -283,7 +283,8 @@ def _move(n: int, dtype: torch.dtype, device: torch.device) -> Job:
 def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     a = _rows(n, 512, dtype, device)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    return lambda a: a.to(other), (a,), a.numel() * 6
+    a = a.to(other)  # an operation's dtype is that of its result
+    return lambda a: a.to(dtype), (a,), a.numel() * 6
 
 
 def _gather(n: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -370,7 +371,7 @@ def _curve(
 def _rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """The same on other inputs each time, and with the last outputs kept, so that neither is where it was."""
     held = sum(t.nbytes for t in inputs)
-    n = max(2, min(512, BUFFERS * (32 << 20) // max(1, held)))
+    n = max(2, min(512, BUFFERS * last_level_cache(inputs[0].device) // max(1, held)))
     many = [tuple(t.clone() for t in inputs) for _ in range(n)]
     kept: list[object] = [None] * min(n, 64)
     calls = itertools.count()

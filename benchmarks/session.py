@@ -151,4 +151,6 @@ class Session:
 
 
 def _setting(run: Run) -> str:
-    return f"{run.dtype} on {run.device}, {run.threads} threads, {'quick' if run.quick else 'full'}"
+    sizes = "quick" if run.quick else "full"
+    machine = f"{run.machine.get('processor')}, torch {run.versions.get('torch')}"
+    return f"{run.dtype} on {run.device}, {run.threads} threads, {sizes}, {machine}"

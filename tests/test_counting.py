@@ -50,6 +50,42 @@ def test_bytes_by_hand(what: str) -> None:
     assert (op.read, op.written) == (read, written)
 
 
+MASK = torch.rand(6, 10) < 0.3
+SCATTERED: dict[str, tuple[Callable[[], object], int, int]] = {
+    "masked": (lambda: X.masked_fill_(MASK, 0.0), 60, int(MASK.sum()) * F4),
+    "rows filled": (lambda: TABLE.clone().index_fill_(0, ROWS, 1.0), 3 * I8, 30 * F4),
+    "rows added": (lambda: TABLE.clone().index_add_(0, ROWS, X[:3]), 3 * I8 + 2 * 30 * F4, 30 * F4),
+}
+
+
+@pytest.mark.parametrize("what", SCATTERED)
+def test_scattering_moves_what_is_named(what: str) -> None:
+    run, read, written = SCATTERED[what]
+    op = count(run).operations[-1]
+    assert (op.read, op.written) == (read, written)
+
+
+def test_in_inference_mode_the_same_is_counted() -> None:
+    model = randomise(Transformer(CONFIG)).eval()
+    tokens = torch.randint(0, 96, (2, 70))
+    with torch.no_grad():
+        plain = count(lambda: model(tokens))
+    with torch.inference_mode():
+        whole = count(lambda: model(tokens))
+    assert whole.flops == plain.flops > 0
+    assert 0.9 < whole.bytes / plain.bytes <= 1  # torch takes other operations for a norm there
+
+
+def test_a_fused_optimizer_reads_gradients_and_leaves_them() -> None:
+    p = torch.nn.Parameter(torch.rand(1000))
+    adamw = torch.optim.AdamW([p], fused=True)
+    p.grad = torch.rand(1000)
+    adamw.step()
+    (op,) = [op for op in count(adamw.step).operations if op.name == "_fused_adamw_"]
+    assert abs(op.written - 3 * 4000) <= 8
+    assert abs(op.read - 4 * 4000) <= 8
+
+
 def test_views_and_room_are_free_but_are_calls() -> None:
     counted = count(lambda: torch.empty(4, 4).view(16).unsqueeze(0).expand(3, 16).transpose(0, 1).detach())
     assert not counted.operations
