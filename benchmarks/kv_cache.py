@@ -10,6 +10,7 @@ from benchmarks.measuring import built, filled, interleaved, lines, predicted_se
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from benchmarks.roofs import memory_bytes
 from dsmini import ModelConfig, accounting
+from dsmini.nn import Cache
 
 NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
@@ -39,27 +40,23 @@ def cases(setting: Setting) -> list[Case]:
 
 def measure_bytes(setting: Setting) -> Iterator[Figure]:
     """Bytes a token from storage, exactly as predicted; and how many tokens fit in this machine's memory."""
-    for kind, config in configs(setting).items():
-        full = kinds(shapes.BIG)[kind]
+    for kind, config in kinds(shapes.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
-            with torch.device(setting.device):
-                model = built(config, setting)
-            cache = model.new_cache(2, 64, dtype=dtype)
-            per_layer = cache.nbytes_per_token / config.n_layers
-            predicted = _bytes_per_token(full, dtype)
+            cache = Cache(config, 2, 64, dtype, setting.device)
+            predicted = _bytes_per_token(config, dtype)
             case = {"attention": kind, "cache": "fp8" if dtype == "fp8" else "bfloat16"}
             yield Figure(
                 question=NAME,
                 case=case,
                 metric="bytes_per_token",
                 unit="bytes",
-                measured=per_layer * full.n_layers,
+                measured=cache.nbytes_per_token,
                 predicted=predicted,
                 better="lower",
                 exact=True,
             )
-            room = memory_bytes() - 2 * accounting.parameters(full).total
-            note = "tokens in this machine's memory beside the weights in BF16"
+            room = memory_bytes(setting.device) - 2 * accounting.parameters(config).total
+            note = "in the device's memory beside the weights in BF16, were max_seq_len as large"
             fits = float(max(0, room) // predicted)
             yield Figure(question=NAME, case=case, metric="context_that_fits", unit="tokens", predicted=fits, note=note)
 

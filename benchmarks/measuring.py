@@ -173,7 +173,8 @@ def step_figures(
     yield figure("bandwidth", "bytes/s", measured=from_memory, predicted=memory, note=note, bound=True)
     rate = counted.flops / median
     yield figure("flop_rate", "FLOP/s", measured=rate, predicted=arithmetic, note="predicted: the roof", bound=True)
-    yield figure("peak_memory", "bytes", measured=float(peak(setting.device)), better="lower")
+    whole = "of the whole process, torch and what else it has loaded included" if setting.device.type == "cpu" else ""
+    yield figure("peak_memory", "bytes", measured=float(peak(setting.device)), better="lower", note=whole)
     for kind, parts in sorted(prediction.by_kind(counted.operations, roofs).items()):
         yield Figure(
             question=name,
@@ -182,7 +183,7 @@ def step_figures(
             unit="s",
             measured=parts["measured"],
             predicted=parts["predicted"],
-            note="one pass, each operation timed by itself",
+            note="one pass, each operation timed by itself from Python: of many small ones mostly their calls",
         )
 
 

@@ -119,7 +119,7 @@ def card(device: torch.device) -> dict[str, str]:
         "processor": name,
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "memory": f"{memory_bytes() / 2**30:.0f} GiB" if memory_bytes() else "unknown",
+        "memory": f"{memory_bytes(device) / 2**30:.0f} GiB" if memory_bytes(device) else "unknown",
         "last-level cache": f"{last_level_cache(device) / 2**20:.0f} MiB",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
@@ -129,7 +129,10 @@ def card(device: torch.device) -> dict[str, str]:
     return about
 
 
-def memory_bytes() -> int:
+def memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of the machine; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -126,6 +126,8 @@ def _answer(
     path = options.out / "results.jsonl"
     compared: Path | None = options.compare
     old = read(compared) if compared else None  # before anything is measured: it may be damaged
+    if old is not None and not any(finished.done for finished in old.by_fingerprint.values()):
+        raise ValueError(f"--compare: {compared} has no figures; name the results.jsonl of a run that measured some")
     if options.report_only:
         results = read(path)
         if results.latest is None:
@@ -135,16 +137,19 @@ def _answer(
         status = 0
     else:
         questions = _chosen(options.names, known, console)
+        device = pick_device(options.device)
         with Writer(path) as writer:
-            run, roofs, asked = _plan(args, options, questions, measure, console)
+            run, roofs, asked = _plan(args, options, questions, device, measure, console)
             session = Session(console=console, out=options.out, known=known, names=[q.name for q in questions])
             status = session.measure(writer, run, roofs, asked)
             if status == 130:
                 say(console, f"stopped; what is done is kept in {path}. Go on with: {_again(args)}")
-                return status, None
+                return status, session.last_line(read(path))
         results = read(path)
     if old is not None and compared is not None:
         session.compare(results, old, compared)
+    if session.undrawn:
+        return 1, session.last_line(results)
     say(console, f"\nreport  {options.out / 'report.html'}")
     return status, session.last_line(results)
 
@@ -173,10 +178,14 @@ def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console)
 
 
 def _plan(
-    args: Sequence[str], options: argparse.Namespace, questions: Sequence[Question], measure: Measure, console: Console
+    args: Sequence[str],
+    options: argparse.Namespace,
+    questions: Sequence[Question],
+    device: torch.device,
+    measure: Measure,
+    console: Console,
 ) -> tuple[Run, Roofs, list[Asked]]:
     """What the run is, and what is asked with which cases."""
-    device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     with measuring_roofs(console) as on_part:

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Session:
     known: Mapping[str, Loader]
     names: Sequence[str]
     """The questions of this call; the page shows all that have figures."""
+    undrawn: list[str] = field(default_factory=list)
+    """Why the page could not be written the last time it was tried; empty if it was."""
 
     @property
     def path(self) -> Path:
@@ -105,7 +107,16 @@ class Session:
         show_question(self.console, question.title, report.finding(question, figures), figures)
 
     def _draw(self, results: Results, found: Sequence[changes.Change] | None = None, old: str = "") -> None:
-        report.write_report(self.out / "report.html", results, self._shown(results, self.known), found, old)
+        """Write the page. A disk that is full stops no measurement: the figures are what counts."""
+        path, before = self.out / "report.html", bool(self.undrawn)
+        self.undrawn.clear()
+        try:
+            report.write_report(path, results, self._shown(results, self.known), found, old)
+        except OSError as error:
+            self.undrawn.append(error.strerror or str(error))
+            if not before:
+                words = f"{path} could not be written: {self.undrawn[0]}; the figures are kept. Then: --report-only"
+                say(self.console, words, style="bold red")
 
     def _shown(self, results: Results, names: Sequence[str] | Mapping[str, Loader]) -> list[Question]:
         """Questions that have something to show. One whose package is gone cannot say what its figures mean."""
@@ -138,7 +149,11 @@ class Session:
         return len(wrong)
 
     def last_line(self, results: Results) -> dict[str, Any]:
-        """All of it, for programs."""
+        """All of it, for programs: the latest run's setting, its figures, and where they are not its own:
+
+        failed: cases that raised; left: how many are still to be measured, by question; earlier: the setting of
+        questions whose figures are an earlier run's.
+        """
         latest = results.latest
         assert latest is not None, "the caller has begun a run, or found one"
         failed = [
@@ -146,8 +161,16 @@ class Session:
             for (name, key), error in latest.errors.items()
             if name in self.names
         ]
-        facts = {fact: getattr(latest.run, fact) for fact in FACTS}
-        return facts | {"figures": [as_json(figure) for figure in self._figures(results)], "failed": failed}
+        having = {name: finished for name in self.names if (finished := results.of_question(name))}
+        earlier = {name: _facts(f.run) for name, f in having.items() if f.run.fingerprint != latest.run.fingerprint}
+        planned = having | dict.fromkeys(latest.plan, latest)
+        left = {name: left for name in self.names if name in planned and (left := planned[name].left(name))}
+        figures = [as_json(figure) for figure in self._figures(results)]
+        return _facts(latest.run) | {"figures": figures, "failed": failed, "left": left, "earlier": earlier}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    return {fact: getattr(run, fact) for fact in FACTS}
 
 
 def _setting(run: Run) -> str:

@@ -80,7 +80,9 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
     watch = Watch("dsmini 2048", KeyboardInterrupt())
     assert go(tmp_path, known=watch.known) == 130
     out, err = capsys.readouterr()
-    assert out == "" and "Go on with: python -m benchmarks" in err
+    assert "Go on with: python -m benchmarks" in err
+    answer = json.loads(out)
+    assert len(answer["figures"]) == 2 and answer["left"] == {"fake_decode": 6, "fake_cache": 5}
     assert watch.seen == ["dsmini 128", "dsmini 512", "dsmini 2048"]
     assert "6 of 8 cases are still to be measured" in (tmp_path / "report.html").read_text()
     watch.seen.clear()
@@ -201,7 +203,7 @@ def test_a_question_that_cannot_say_or_draw_takes_no_other_down(tmp_path: Path, 
 def test_mistakes_are_refused_in_a_sentence(tmp_path: Path, args: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         go(tmp_path / "out", *args)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("report.html"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_may_be_written_with_underscores(tmp_path: Path) -> None:
@@ -240,6 +242,16 @@ def test_full_disk_stops_and_keeps_what_was_written(tmp_path: Path, monkeypatch:
             go(tmp_path, "fake_decode")
     assert len(read(tmp_path / "results.jsonl").by_fingerprint) == 1
     assert go(tmp_path, "fake_decode") == 0
+
+
+def test_report_that_cannot_be_written_takes_no_figure_with_it(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "report.html").mkdir()
+    assert go(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["figures"]) == 5 + 8 + 10
+    assert err.count("report.html could not be written: Is a directory; the figures are kept") == 1
+    (tmp_path / "report.html").rmdir()
+    assert go(tmp_path, "--report-only") == 0
 
 
 def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
@@ -293,6 +305,23 @@ def test_report_only_measures_nothing(tmp_path: Path, capsys: Capture) -> None:
     assert watch.seen == [] and (tmp_path / "results.jsonl").read_bytes() == before
     assert capsys.readouterr().out == first
     assert (tmp_path / "report.html").read_bytes() == page, "the page is a function of the figures"
+
+
+def test_last_line_tells_whose_figures_are_not_the_latest_runs(tmp_path: Path, capsys: Capture) -> None:
+    go(tmp_path, "fake_cache", "--dtype", "float32")
+    go(tmp_path, "fake_decode", "--dtype", "bfloat16")
+    capsys.readouterr()
+    go(tmp_path, "--report-only")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["dtype"] == "bfloat16"
+    assert {name: facts["dtype"] for name, facts in answer["earlier"].items()} == {"fake_cache": "float32"}
+
+
+def test_nothing_to_compare_with_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"old\.jsonl has no figures"):
+        go(tmp_path / "new", "--compare", str(tmp_path / "old.jsonl"))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("speed", "verdict"), [(0.5, "worse"), (1.01, None), (2.0, "better")])
