@@ -1,1 +1,1 @@
-"""One question a file; run from a checkout, as python -m benchmarks.NAME."""
+"""Measurements; run from a checkout: python -m benchmarks, or alone python -m benchmarks.quantize and the like."""

@@ -12,18 +12,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ("dsmini", "kernels", "benchmarks")
-SHOWN = {
-    "__main__.py",
-    "runner.py",
-    "session.py",
-    "progress.py",
-    "results.py",
-    "changes.py",
-    "report.py",
-    "plots.py",
-    "units.py",
-}
-"""Files of benchmarks/ that show figures and change none."""
+SHOWN = ("__main__.py", "runner.py", "session.py", "results.py", "changes.py", "report/")
+"""What of benchmarks/ shows figures and changes none."""
 
 
 def commit() -> str | None:
@@ -37,7 +27,7 @@ def code() -> str:
     found = hashlib.sha256()
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*")):
-            shows = folder == "benchmarks" and path.name in SHOWN
+            shows = folder == "benchmarks" and str(path.relative_to(ROOT / folder)).startswith(SHOWN)
             if path.suffix in (".py", ".cpp", ".h") and not shows:
                 found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:12]

@@ -1,6 +1,6 @@
 """What a benchmark is: a question, cases that are measured one after the other, and figures that answer.
 
-A question is a module of this folder with
+A question is a module of questions/ with
 
     QUESTION = Question(name="decode", title="How fast ...?", cases=..., finding=..., plots=...)
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.roofs import Roofs
+from benchmarks.instruments.roofs import Roofs
 
 Value = str | int | float | bool
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.instruments.roofs import Roofs, from_json
 from benchmarks.question import Figure
-from benchmarks.roofs import Roofs, from_json
 
 Key = tuple[str, str]
 """A question's name, a case's key."""

@@ -6,9 +6,7 @@ Everything people read goes to the standard error; the last and only line of the
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -19,16 +17,16 @@ import torch
 from rich.console import Console
 
 from benchmarks import provenance
-from benchmarks import roofs as machine
-from benchmarks.progress import measuring_roofs, say
+from benchmarks.instruments import roofs as machine
+from benchmarks.instruments.roofs import Roofs
 from benchmarks.question import Question, Setting
+from benchmarks.report.terminal import measuring_roofs, say
 from benchmarks.results import Run, Writer, read
-from benchmarks.roofs import Roofs
 from benchmarks.session import Asked, Loader, Session, load
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
-"""The modules of this folder that ask a question, in the order of the report."""
+"""The modules of questions/, in the order of the report."""
 
 OnPart = Callable[[float, str], None]
 Measure = Callable[[torch.device, OnPart], Roofs]
@@ -38,8 +36,9 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
     """Run the command; returns its exit status.
 
     Args:
-        known: how to get each question, by name; left out: the modules of this folder.
-        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is; left out: roofs.py.
+        known: how to get each question, by name; left out: those of questions/.
+        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is; left out: those of
+            instruments/roofs.py.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -54,17 +53,12 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
 
 def questions_here() -> dict[str, Loader]:
-    """The questions of this folder by name, which is the module's with hyphens; none of them is imported yet."""
+    """Those of questions/ by name, which is the module's with hyphens; none of them is imported yet."""
 
     def loader(module: str) -> Loader:
         return lambda: importlib.import_module(module).QUESTION
 
-    found = {}
-    for name in NAMES:
-        spec = importlib.util.find_spec(f"benchmarks.{name}")
-        if spec and spec.origin and re.search(r"^QUESTION\b", Path(spec.origin).read_text("utf-8"), re.MULTILINE):
-            found[name.replace("_", "-")] = loader(f"benchmarks.{name}")
-    return found
+    return {name.replace("_", "-"): loader(f"benchmarks.questions.{name}") for name in NAMES}
 
 
 def measure_roofs(device: torch.device, on_part: OnPart) -> Roofs:

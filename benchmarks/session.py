@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import changes, report, units
-from benchmarks.progress import Bar, say, show_changes, show_question
+from benchmarks import changes
+from benchmarks.instruments.roofs import Roofs
 from benchmarks.question import Case, Figure, Question
+from benchmarks.report import page, units
+from benchmarks.report.terminal import Bar, say, show_changes, show_question
 from benchmarks.results import Done, Finished, Results, Run, Writer, as_json, read
-from benchmarks.roofs import Roofs
 
 Loader = Callable[[], Question]
 Asked = tuple[Question, list[Case]]
@@ -104,14 +105,14 @@ class Session:
 
     def _show(self, question: Question, finished: Finished) -> None:
         figures = finished.figures(question.name)
-        show_question(self.console, question.title, report.finding(question, figures), figures)
+        show_question(self.console, question.title, page.finding(question, figures), figures)
 
     def _draw(self, results: Results, found: Sequence[changes.Change] | None = None, old: str = "") -> None:
         """Write the page. A disk that is full stops no measurement: the figures are what counts."""
         path, before = self.out / "report.html", bool(self.undrawn)
         self.undrawn.clear()
         try:
-            report.write_report(path, results, self._shown(results, self.known), found, old)
+            page.write_report(path, results, self._shown(results, self.known), found, old)
         except OSError as error:
             self.undrawn.append(error.strerror or str(error))
             if not before:
@@ -138,12 +139,12 @@ class Session:
 
     def _unequal(self, finished: Finished) -> int:
         """How many counts are not what they must be; says which."""
-        wrong = [f for name in self.names for f in finished.figures(name) if report.tone(f) == "unequal"]
+        wrong = [f for name in self.names for f in finished.figures(name) if page.tone(f) == "unequal"]
         for f in wrong:
             said = f"{units.human(f.measured, f.unit, True)}, predicted were {units.human(f.predicted, f.unit, True)}"
             say(
                 self.console,
-                f"{f.question} {report.case_words(f)}: {units.words(f.metric)} is {said}",
+                f"{f.question} {page.case_words(f)}: {units.words(f.metric)} is {said}",
                 style="bold red",
             )
         return len(wrong)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from benchmarks.instruments.roofs import Curve, Roofs
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
-from benchmarks.roofs import Curve, Roofs
 
 ROOFS = Roofs(
     card={"processor": "an 8-core <test> & more", "cores": "2", "memory": "16 GiB", "device": "cpu"},

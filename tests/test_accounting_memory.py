@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from benchmarks.kept import kept_for_backward
+from benchmarks.instruments.kept import kept_for_backward
 from dsmini import ModelConfig, TrainConfig, Transformer, quantize
 from dsmini.accounting import (
     Bytes,

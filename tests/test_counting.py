@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import prediction
-from benchmarks.counting import Count, Operation, count
-from benchmarks.roofs import POINTS, PRODUCTS, Curve, Roofs, flops_rate, point_seconds
+from benchmarks.instruments import prediction
+from benchmarks.instruments.counting import Count, Operation, count
+from benchmarks.instruments.roofs import POINTS, PRODUCTS, Curve, Roofs, flops_rate, point_seconds
 from benchmarks.shapes import QUICK
 from dsmini import ModelConfig, Transformer, accounting
 from tests.conftest import randomise

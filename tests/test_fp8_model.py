@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kept import kept_for_backward
+from benchmarks.instruments.kept import kept_for_backward
 from dsmini import Transformer
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
 from dsmini.nn.fp8 import FP8Module

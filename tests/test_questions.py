@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, fp8, fp8_error, kv_cache, measuring, moe, mtp, peers, prefill, roofline, shapes, train
-from benchmarks.llamacpp_model import write_gguf
+from benchmarks import shapes
+from benchmarks.instruments import measuring
+from benchmarks.instruments.roofs import POINTS, PRODUCTS, Curve, Roofs
+from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
-from benchmarks.roofs import POINTS, PRODUCTS, Curve, Roofs
+from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise

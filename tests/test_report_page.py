@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runner
-from benchmarks.plots import draw
 from benchmarks.question import Plot, Series
+from benchmarks.report.plots import draw
 from tests import fake_questions as fake
 from tests.chromium import BROWSER, Chromium
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from benchmarks import prediction
-from benchmarks.counting import Count, count
+from benchmarks.instruments import prediction
+from benchmarks.instruments.counting import Count, count
 from benchmarks.question import Figure, Plot, Series, Setting, Value, pick
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import peak_memory, synchronize

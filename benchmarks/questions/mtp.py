@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import prediction
-from benchmarks.counting import count
-from benchmarks.measuring import spread
+from benchmarks.instruments import prediction
+from benchmarks.instruments.counting import count
+from benchmarks.instruments.measuring import spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data import Corpus, load_corpus

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.counting import count
+from benchmarks.instruments.counting import count
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import matmul_rate, synchronize
 

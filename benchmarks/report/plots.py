@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.question import Plot, Series
-from benchmarks.units import short
+from benchmarks.report.units import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

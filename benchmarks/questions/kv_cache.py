@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from benchmarks.instruments.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from benchmarks.instruments.roofs import memory_bytes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
-from benchmarks.roofs import memory_bytes
 from dsmini import ModelConfig, accounting
 from dsmini.nn import Cache
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measuring import spread
+from benchmarks.instruments.measuring import spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import RunConfig, Transformer
 from dsmini.checkpoint.slots import fp8_weights
@@ -183,7 +183,7 @@ def _shape(quick: bool) -> ModelConfig:
 
 
 def _fp8_config() -> RunConfig:
-    return RunConfig.from_file(Path(__file__).parents[1] / "configs" / "fp8.toml")
+    return RunConfig.from_file(Path(__file__).parents[2] / "configs" / "fp8.toml")
 
 
 def trained(config: ModelConfig, steps: int, setting: Setting, batch_size: int = 4) -> Trainer:

@@ -10,8 +10,8 @@ in the cache is a model too: of a cache that keeps what was used last.
 
 from collections.abc import Iterable
 
-from benchmarks.counting import Count, Operation
-from benchmarks.roofs import Roofs, flops_rate, point_seconds, product_rate
+from benchmarks.instruments.counting import Count, Operation
+from benchmarks.instruments.roofs import Roofs, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "other": "pointwise"}
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.counting import count
-from benchmarks.measuring import (
+from benchmarks.instruments.counting import count
+from benchmarks.instruments.measuring import (
     LEAST,
     built,
     forget_peak,

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.counting import count
-from benchmarks.measuring import built, filled, forget_peak, lines, name_of, random_tokens, step_figures, times
+from benchmarks.instruments.counting import count
+from benchmarks.instruments.measuring import (
+    built,
+    filled,
+    forget_peak,
+    lines,
+    name_of,
+    random_tokens,
+    step_figures,
+    times,
+)
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.nn import Cache

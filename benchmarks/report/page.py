@@ -12,12 +12,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from benchmarks import units
 from benchmarks.changes import Change
-from benchmarks.plots import Drawing, draw
+from benchmarks.instruments.roofs import Roofs
 from benchmarks.question import Figure, Question, Value
+from benchmarks.report import units
+from benchmarks.report.plots import Drawing, draw
 from benchmarks.results import Finished, Results, Run
-from benchmarks.roofs import Roofs
 from dsmini.checkpoint.manifest import write_text
 
 NEAR, FAR = 1.1, 1.5
@@ -119,7 +119,7 @@ def render(
     )  # fmt: skip
     environment.filters["svg"] = Markup  # of our own drawing, its labels escaped
     figures = [figure for q in questions if (f := results.of_question(q.name)) for figure in f.figures(q.name)]
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         run=latest.run,
         machine=machine(latest.roofs),
         facts=facts(latest.run),

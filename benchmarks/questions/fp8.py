@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import shapes
-from benchmarks.fp8_error import operand_error
-from benchmarks.kept import kept_for_backward
-from benchmarks.measuring import built, interleaved, random_tokens, spread
+from benchmarks.instruments.kept import kept_for_backward
+from benchmarks.instruments.measuring import built, interleaved, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
+from benchmarks.questions.fp8_error import operand_error
 from dsmini import ModelConfig, RunConfig, Transformer, accounting, ops
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.data import load_corpus
@@ -168,7 +168,7 @@ def _trainer(name: str, setting: Setting) -> Trainer:
 
 def trained_config(quick: bool) -> RunConfig:
     """configs/fp8.toml; quick: two of its layers, and a quarter of its batch."""
-    config = RunConfig.from_file(Path(__file__).parents[1] / "configs" / "fp8.toml")
+    config = RunConfig.from_file(Path(__file__).parents[2] / "configs" / "fp8.toml")
     if not quick:
         return config
     model = dataclasses.replace(config.model, n_layers=2, n_mtp_layers=0)

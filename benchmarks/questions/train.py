@@ -6,8 +6,17 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.counting import count
-from benchmarks.measuring import LEAST, forget_peak, lines, name_of, random_tokens, speed_sentence, step_figures, times
+from benchmarks.instruments.counting import count
+from benchmarks.instruments.measuring import (
+    LEAST,
+    forget_peak,
+    lines,
+    name_of,
+    random_tokens,
+    speed_sentence,
+    step_figures,
+    times,
+)
 from benchmarks.question import Case, Figure, Plot, Question, Setting
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.optim import optimizers

@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import units
 from benchmarks.changes import Change
 from benchmarks.question import Figure
-from benchmarks.report import case_words, shared, tone
+from benchmarks.report import units
+from benchmarks.report.page import case_words, shared, tone
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow"}

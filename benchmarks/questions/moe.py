@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from benchmarks.instruments.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import max_violation

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.counting import Operation, count
-from benchmarks.measuring import built, filled, random_tokens
-from benchmarks.prediction import operation_seconds
+from benchmarks.instruments.counting import Operation, count
+from benchmarks.instruments.measuring import built, filled, random_tokens
+from benchmarks.instruments.prediction import operation_seconds
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
 from dsmini import Transformer
 

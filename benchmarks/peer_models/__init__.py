@@ -1,0 +1,1 @@
+"""Models of the same shape from other projects."""

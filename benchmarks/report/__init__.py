@@ -1,0 +1,1 @@
+"""How figures are shown: in the terminal, and on a page with plots."""
