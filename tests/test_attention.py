@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dsmini import Attention
-from tests.tolerances import ROPE_TABLE, relative_error
+from dsmini.nn import attention
+from tests.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
 KINDS = {"mha": (None, 6), "gqa": (2, 2), "mqa": (None, 1)}
@@ -76,6 +77,30 @@ def test_mqa_equals_gqa_with_one_head(randomise: Any) -> None:
 def test_keys_and_values_shrink_with_the_heads_that_hold_them() -> None:
     rows = {kind: Attention(**SIZES, attention=kind, n_kv_heads=KINDS[kind][0]).wk.weight.shape[0] for kind in KINDS}
     assert rows == {"mha": 48, "gqa": 16, "mqa": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (3, 1), (1, 6), (2, 3)])
+def test_decoding_in_parts_equals_attention_by_hand(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
+) -> None:
+    """From a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
+    monkeypatch.setattr(attention, "COPIED", 1)  # so 64 keys at a time
+    t, d, width = 200, 8, 5
+    q = torch.randn(batch, 6, 2, d).to(dtype)
+    rows = torch.randn(batch, t + 7, groups * (d + width)).to(dtype)[:, :t]
+    k, v = (part.unflatten(-1, (groups, -1)).transpose(1, 2) for part in rows.tensor_split((groups * d,), -1))
+    hidden = torch.zeros(batch, 2, t, dtype=torch.bool)
+    hidden[:, 0, -1] = hidden[0, :, 70:90] = True
+    got = attention.attend(q, k, v, d**-0.5, hidden)
+
+    whole_k, whole_v = (x.double().repeat_interleave(6 // groups, 1) for x in (k, v))
+    logits = (torch.einsum("bhsd,bhtd->bhst", q.double(), whole_k) * d**-0.5).masked_fill(hidden[:, None], -torch.inf)
+    want = torch.einsum("bhst,bhtv->bhsv", logits.softmax(-1), whole_v)
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    # sums of 8 and of 200 terms in FP32; what is rounded to dtype are logits, weights and the parts' sums
+    assert relative_error(got, want) <= rounding(FP32_UNIT, terms=200, chained=2) + rounding(unit, chained=3)
+    assert [part.shape[2] for part in attention._parts(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
 
 
 def test_mla_is_refused_by_name() -> None:

@@ -1,5 +1,6 @@
 """Scaled dot-product attention, and the twins MHA, GQA and MQA that MLA is compared with."""
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ EXPLICIT_UP_TO = 128
 EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
 BLOCK = 128
+COPIED = 8 << 20
+"""Bytes of keys or values of several heads or rows that go into one product on a CPU."""
 
 
 def causal_attention(
@@ -70,15 +73,40 @@ def attend(
         rows = part.reshape(b * g, -1, q.shape[-1])
         # keys times queries: with few queries a CPU takes a sixth of the time of queries times keys (docs/log.md)
         few = rows.shape[1] < t
-        keys = k.reshape(b * g, t, -1)
-        logits = (keys @ rows.mT).mT if few else rows @ keys.mT
+        logits = _times(k, rows.mT).mT if few else rows @ k.reshape(b * g, t, -1).mT
         logits = at_least_fp32(logits).mul(scale)
         if hidden is not None:
             seen = logits.reshape(b, h, -1, t)
             logits = seen.masked_fill(hidden[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
-        y = logits.softmax(-1).to(v.dtype) @ v.reshape(b * g, t, -1)
+        y = _weighted(logits.softmax(-1).to(v.dtype), v)
         blocks.append(y.view(b, h, -1, v.shape[-1]))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+def _times(keys: Tensor, queries: Tensor) -> Tensor:
+    """[b, g, t, d] times [b * g, d, n]."""
+    parts = [part.flatten(0, 1) @ queries for part in _parts(keys)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """[b * g, n, t] times [b, g, t, v]; what is done in parts is summed in FP32."""
+    parts = _parts(values)
+    if len(parts) == 1:
+        return weights @ values.flatten(0, 1)
+    shares = weights.split(parts[0].shape[2], 2)
+    sums = (at_least_fp32(w @ part.flatten(0, 1)) for w, part in zip(shares, parts, strict=True))
+    return functools.reduce(torch.add, sums).to(values.dtype)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """[b, g, t, c] in parts along t. Matrices that lie inside each other, as heads do in a cache's rows, torch copies
+    for a product on a CPU; a copy of 32 MB or more gets new memory from the system each time, and takes 6 times as
+    long as several small ones (docs/log.md)."""
+    b, g, t, c = x.shape
+    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous():
+        return (x,)
+    return x.split(max(64, min(t, COPIED // (b * g * c * x.element_size()))), 2)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
