@@ -5,7 +5,7 @@ Its lines, in the order in which they come:
     {"kind": "start", ...}     a run: date, commit, versions, command, setting, and the cases it is going to measure
     {"kind": "roofs", ...}     the machine's card and rates
     {"kind": "figure", ...}    one number; counts once its case is done
-    {"kind": "done", ...}      a case, with the seconds it took
+    {"kind": "done", ...}      a case, with the seconds it took and how steady the machine was
     {"kind": "error", ...}     a case that raised, with the traceback
 
 All but the first carry the fingerprint of what they depend on: device, dtype, threads, quick or not, machine, versions
@@ -64,6 +64,8 @@ class Run:
 class Done:
     figures: list[Figure]
     seconds: float
+    steadiness: float = 1.0
+    """What the machine gave of its kept rates, before or after, whichever was less."""
 
 
 @dataclass
@@ -85,6 +87,10 @@ class Finished:
         order = self.plan.get(question, [])
         keys.sort(key=lambda key: order.index(key) if key in order else len(order))
         return [figure for key in keys for figure in self.done[question, key].figures]
+
+    def steadiness(self, question: str) -> dict[str, float]:
+        """By case."""
+        return {key: done.steadiness for (name, key), done in self.done.items() if name == question}
 
     def left(self, question: str) -> int:
         """Cases that are still to be measured."""
@@ -167,7 +173,9 @@ def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], l
         figures.append(Figure(**{f.name: line[f.name] for f in dataclasses.fields(Figure) if f.name in line}))
     elif kind == "done":
         figures = pending.pop((fingerprint, question, key), [])
-        mine.done[question, key] = Done(figures=figures, seconds=line["seconds"])
+        mine.done[question, key] = Done(
+            figures=figures, seconds=line["seconds"], steadiness=line.get("steadiness", 1.0)
+        )
         mine.errors.pop((question, key), None)
     elif kind == "error":
         mine.errors[question, key] = line["error"]
@@ -204,7 +212,10 @@ class Writer:
         """The figures of a case, and that it is done, in one go."""
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}
         lines = [{"kind": "figure"} | place | as_json(figure) for figure in done.figures]
-        self._add(*lines, {"kind": "done"} | place | {"seconds": round(done.seconds, 3)})
+        self._add(
+            *lines,
+            {"kind": "done"} | place | {"seconds": round(done.seconds, 3), "steadiness": round(done.steadiness, 3)},
+        )
 
     def error(self, run: Run, question: str, key: str, error: str) -> None:
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}

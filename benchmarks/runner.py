@@ -29,7 +29,7 @@ NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "m
 """The modules of questions/, in the order of the report."""
 
 OnPart = Callable[[float, str], None]
-Measure = Callable[[torch.device, OnPart], Roofs]
+Measure = Callable[[torch.device, OnPart, bool], Roofs]
 
 
 def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure | None = None) -> int:
@@ -37,8 +37,8 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
     Args:
         known: how to get each question, by name; left out: those of questions/.
-        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is; left out: those of
-            instruments/roofs.py.
+        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is, or measured in any
+            case; left out: instruments/roofs.py.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -61,8 +61,8 @@ def questions_here() -> dict[str, Loader]:
     return {name.replace("_", "-"): loader(f"benchmarks.questions.{name}") for name in NAMES}
 
 
-def measure_roofs(device: torch.device, on_part: OnPart) -> Roofs:
-    return machine.load_or_measure(device, on_part=on_part)
+def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
+    return machine.load_or_measure(device, on_part=on_part, fresh=fresh)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:
@@ -88,7 +88,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     add("--compare", type=Path, metavar="OLD.jsonl", help="show what changed since another results.jsonl")
     add("--list", action="store_true", help="list the questions and end")
     add("--report-only", action="store_true", help="measure nothing: draw the report from the figures that are kept")
-    add("--fresh", action="store_true", help="measure again what was measured before")
+    add("--fresh", action="store_true", help="measure again what was measured before, this machine's rates too")
     options = parser.parse_intermixed_args(args)
     options.names = [hyphened if (hyphened := name.replace("_", "-")) in known else name for name in options.names]
     unknown = [name for name in options.names if name not in known]
@@ -183,7 +183,7 @@ def _plan(
     if options.threads:
         torch.set_num_threads(options.threads)
     with measuring_roofs(console) as on_part:
-        roofs = measure(device, on_part)
+        roofs = measure(device, on_part, options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
     setting = Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs)
     asked = [(question, question.cases(setting)) for question in questions]

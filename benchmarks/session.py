@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from benchmarks import changes
-from benchmarks.instruments.roofs import Roofs
+from benchmarks.instruments.roofs import Roofs, steadiness
 from benchmarks.question import Case, Figure, Question
 from benchmarks.report import page, units
 from benchmarks.report.terminal import Bar, say, show_changes, show_question
@@ -60,7 +61,7 @@ class Session:
             for question, cases in todo:
                 for case in cases:
                     try:
-                        failed += not self._run_case(writer, run, question.name, case, bar)
+                        failed += not self._run_case(writer, run, roofs, question.name, case, bar)
                     except KeyboardInterrupt:
                         self._draw(read(self.path))
                         return 130
@@ -77,10 +78,11 @@ class Session:
             where = f"{every - todo} of {every} cases are done already, in {self.path}"
             say(self.console, f"{where}; --fresh measures them again")
 
-    def _run_case(self, writer: Writer, run: Run, question: str, case: Case, bar: Bar) -> bool:
+    def _run_case(self, writer: Writer, run: Run, roofs: Roofs, question: str, case: Case, bar: Bar) -> bool:
         """Measure a case and keep it; whether it went well."""
         bar.begin(question, case.key)
-        start = time.monotonic()
+        start, device = time.monotonic(), torch.device(run.device)
+        before = steadiness(roofs, device)
         try:
             figures = list(case.run())
             alien = [figure.question for figure in figures if figure.question != question]
@@ -90,8 +92,9 @@ class Session:
             say(self.console, f"{question} {case.key} failed: {type(error).__name__}: {error}", style="bold red")
             bar.end(time.monotonic() - start)
             return False
+        steady = min(before, steadiness(roofs, device))
         taken = time.monotonic() - start
-        writer.done(run, question, case.key, Done(figures=figures, seconds=taken))
+        writer.done(run, question, case.key, Done(figures=figures, seconds=taken, steadiness=steady))
         bar.end(taken)
         return True
 
@@ -106,6 +109,8 @@ class Session:
     def _show(self, question: Question, finished: Finished) -> None:
         figures = finished.figures(question.name)
         show_question(self.console, question.title, page.finding(question, figures), figures)
+        if words := page.unsteady(finished.steadiness(question.name)):
+            say(self.console, words, style="yellow")
 
     def _draw(self, results: Results, found: Sequence[changes.Change] | None = None, old: str = "") -> None:
         """Write the page. A disk that is full stops no measurement: the figures are what counts."""
@@ -153,7 +158,8 @@ class Session:
         """All of it, for programs: the latest run's setting, its figures, and where they are not its own:
 
         failed: cases that raised; left: how many are still to be measured, by question; earlier: the setting of
-        questions whose figures are an earlier run's.
+        questions whose figures are an earlier run's; steadiness: the least share of its kept rates that the machine
+        gave, by question.
         """
         latest = results.latest
         assert latest is not None, "the caller has begun a run, or found one"
@@ -167,7 +173,9 @@ class Session:
         planned = having | dict.fromkeys(latest.plan, latest)
         left = {name: left for name in self.names if name in planned and (left := planned[name].left(name))}
         figures = [as_json(figure) for figure in self._figures(results)]
-        return _facts(latest.run) | {"figures": figures, "failed": failed, "left": left, "earlier": earlier}
+        steady = {name: min(f.steadiness(name).values(), default=None) for name, f in having.items()}
+        notes = {"failed": failed, "left": left, "earlier": earlier, "steadiness": steady}
+        return _facts(latest.run) | {"figures": figures} | notes
 
 
 def _facts(run: Run) -> dict[str, Any]:

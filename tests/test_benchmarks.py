@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import runner
 from benchmarks.changes import compare
+from benchmarks.instruments.roofs import steadiness
 from benchmarks.question import Figure, Question
 from benchmarks.report import terminal, units
 from benchmarks.results import Writer, read
@@ -315,6 +317,40 @@ def test_last_line_tells_whose_figures_are_not_the_latest_runs(tmp_path: Path, c
     answer = json.loads(capsys.readouterr().out)
     assert answer["dtype"] == "bfloat16"
     assert {name: facts["dtype"] for name, facts in answer["earlier"].items()} == {"fake_cache": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([0.95, 1.1] * 5, None),
+        ([1.0, 1.0, 1.0, 0.62] + [1.0] * 6, "in MQA it gave as little as 62% of the rates"),
+        ([0.7] * 10, "in 5 of 5 cases it gave as little as 70%"),
+        ([1.5] * 10, "faster than when its rates were measured, up to 1.50 times"),
+    ],
+)
+def test_a_busy_machine_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, shares: list[float], said: str | None
+) -> None:
+    """Asked before and after each case."""
+    left = iter(shares)
+    monkeypatch.setattr("benchmarks.session.steadiness", lambda roofs, device: next(left))
+    go(tmp_path, known={"fake_cache": fake.cache})
+    assert next(left, None) is None
+    out, err = capsys.readouterr()
+    page = (tmp_path / "report.html").read_text()
+    if said:
+        assert said in err and said in page
+    else:
+        assert "the rates that predictions rest on" not in err + page
+    lowest = min(min(shares[i : i + 2]) for i in range(0, 10, 2))
+    assert json.loads(out)["steadiness"] == {"fake_cache": lowest}
+
+
+def test_steadiness_is_the_least_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = replace(fake.ROOFS, probes={"products": 1.0, "memory": 2.0})
+    monkeypatch.setattr("benchmarks.instruments.roofs.probes", lambda device: {"products": 1.25, "memory": 2.1})
+    assert steadiness(kept, torch.device("cpu")) == 0.8
+    assert steadiness(fake.ROOFS, torch.device("cpu")) == 1.0, "nothing was kept"
 
 
 def test_nothing_to_compare_with_is_refused(tmp_path: Path) -> None:

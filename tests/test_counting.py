@@ -205,7 +205,9 @@ def roofs() -> Roofs:
         for dtype in ("float32", "bfloat16")
     }
     peak = {"float32": 1e11, "bfloat16": 3e11}
-    return Roofs(card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=1 << 20, curves=curves)
+    return Roofs(
+        card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=1 << 20, probes={}, curves=curves
+    )
 
 
 def test_curves_are_followed_between_and_beyond_their_sizes() -> None:

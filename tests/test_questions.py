@@ -90,7 +90,9 @@ def setting() -> Setting:
         for dtype in ("float32", "bfloat16")
     }
     peak = {"float32": 1e11, "bfloat16": 3e11}
-    roofs = Roofs(card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, curves=curves)
+    roofs = Roofs(
+        card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, probes={}, curves=curves
+    )
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs)
 
 

@@ -24,7 +24,7 @@ from benchmarks.instruments.counting import count
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import matmul_rate, synchronize
 
-VERSION = 7
+VERSION = 8
 """Of what is measured: kept roofs of another are measured anew."""
 LARGE = 1 << 28
 """Bytes that no cache holds."""
@@ -68,18 +68,24 @@ class Roofs:
     """Seconds of a call in a model, whatever it does: torch's part and that of the Python around it."""
     cache_bytes: int
     """Of the last-level cache."""
+    probes: Mapping[str, float]
+    """Seconds of a product and of reading memory, so short that they can be taken again and again; see steadiness."""
     curves: Mapping[str, Curve]
     """Seconds by bytes of "warm pointwise float32" and the like, FLOP/s by rows of "cold product bfloat16";
     cold: what is read comes from memory, and what is written goes where nothing was lately."""
 
 
 def load_or_measure(
-    device: torch.device, keep: Path | None = None, on_part: Callable[[float, str], None] = lambda done, what: None
+    device: torch.device,
+    keep: Path | None = None,
+    on_part: Callable[[float, str], None] = lambda done, what: None,
+    fresh: bool = False,
 ) -> Roofs:
     """The roofs of this machine with the threads that torch has now: kept ones, or measured now (half a minute).
 
     Args:
         keep: the file they are kept in, that of another machine too; left out: one in the user's cache.
+        fresh: measured now, whatever is kept.
     """
     keep = keep or cache_folder() / "roofs.json"
     key = json.dumps([VERSION, card(device)], sort_keys=True)
@@ -87,7 +93,7 @@ def load_or_measure(
         kept: dict[str, Any] = json.loads(keep.read_text())
     except (OSError, ValueError):
         kept = {}
-    if key not in kept:
+    if fresh or key not in kept:
         kept[key] = asdict(measure(device, on_part))
         try:
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +164,7 @@ def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda
         ("bandwidth", lambda: _bandwidth(device)),
         ("copy", lambda: _copy(device)),
         ("call", lambda: _call(device)),
+        ("probes", lambda: probes(device)),
     ]
     for dtype in dtypes:
         for kind, make in (POINTS | PRODUCTS).items():
@@ -174,6 +181,7 @@ def measure(device: torch.device, on_part: Callable[[float, str], None] = lambda
         bandwidth=done["bandwidth"],
         copy=done["copy"],
         call=done["call"],
+        probes=done["probes"],
         cache_bytes=last_level_cache(device),
         curves={name: curve for name, curve in done.items() if isinstance(curve, Curve)},
     )
@@ -211,6 +219,19 @@ def _bandwidth(device: torch.device) -> float:
         vector = torch.ones(1, 4096, dtype=dtype, device=device)
         rates.append(matrix.nbytes / seconds_of(lambda m=matrix, v=vector: F.linear(v, m), device, 3))
     return max(rates)
+
+
+def probes(device: torch.device) -> dict[str, float]:
+    """Seconds of a product of matrices and of reading memory, now; a sixth of a second on two cores."""
+    a = torch.ones(1024, 1024, device=device)
+    x = torch.ones(LARGE // 8, device=device)
+    runs: dict[str, Callable[[], object]] = {"products": lambda: a @ a, "memory": lambda: x.sum()}
+    return {name: seconds_of(run, device, ROUNDS, 6e-3) for name, run in runs.items()}
+
+
+def steadiness(roofs: Roofs, device: torch.device) -> float:
+    """The machine's rates now over the kept ones, the lowest of them; 1 if none was kept."""
+    return min((roofs.probes[name] / now for name, now in probes(device).items()), default=1.0) if roofs.probes else 1.0
 
 
 def _copy(device: torch.device) -> float:

@@ -22,6 +22,8 @@ from dsmini.checkpoint.manifest import write_text
 
 NEAR, FAR = 1.1, 1.5
 """A prediction within a tenth is near, beyond half as much again it is far off."""
+STEADY = 0.8
+"""What of its kept rates a quiet machine gives at least."""
 WIDEST = 4.0
 """The bar of a ratio ends at 4 and at a quarter."""
 
@@ -259,9 +261,29 @@ def warnings(name: str, finished: Finished, latest: Run) -> list[str]:
             f"Measured by an earlier run than the rest: {run.date[:10]}, commit {(run.commit or 'unknown')[:12]}, "
             f"{run.dtype} on {run.device}, {_threads(run)}{', quick' if run.quick else ''}."
         )
+    if words := unsteady(finished.steadiness(name)):
+        said.append(words)
     if left := finished.left(name):
         said.append(f"{left} of {len(finished.plan[name])} cases {'is' if left == 1 else 'are'} still to be measured.")
     return said
+
+
+def unsteady(steadiness: Mapping[str, float]) -> str:
+    """What a reader must know of the machine while the cases were measured; nothing if it was quiet."""
+    slow = {key: share for key, share in steadiness.items() if share < STEADY}
+    fast = max(steadiness.values(), default=1.0)
+    if slow:
+        which = ", ".join(slow) if len(slow) <= 3 else f"{len(slow)} of {len(steadiness)} cases"
+        return (
+            f"The machine was busy or throttled: in {which} it gave as little as {min(slow.values()):.0%} of the rates "
+            "that predictions rest on. --fresh measures again."
+        )
+    if fast > 1 / STEADY:
+        return (
+            f"The machine was faster than when its rates were measured, up to {fast:.2f} times: predictions are too "
+            "low. --fresh measures its rates again too."
+        )
+    return ""
 
 
 def _threads(run: Run) -> str:
