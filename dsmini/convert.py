@@ -20,7 +20,7 @@ from dsmini.checkpoint.training import load_run
 from dsmini.command import Help, parse, run
 from dsmini.config import RunConfig
 from dsmini.nn import Transformer
-from dsmini.tokenizer import BPETokenizer, byte_tokenizer_json
+from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BEGIN_TOKEN = "<｜begin▁of▁sentence｜>"

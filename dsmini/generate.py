@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from dsmini.answers import Page, figures, finish, follow, say_figures
-from dsmini.chat import Chat, Message
 from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
@@ -23,8 +21,10 @@ from dsmini.generation import Generation
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.sampling import Sampling
-from dsmini.text import Continuation
-from dsmini.text_side import TextSide, read_text_side
+from dsmini.text.answers import Page, figures, finish, follow, say_figures
+from dsmini.text.chat import Chat, Message
+from dsmini.text.continuation import Continuation
+from dsmini.text.text_side import TextSide, read_text_side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from rich.console import Console
 from dsmini.checkpoint.manifest import write_text
 from dsmini.command import parse, run
 from dsmini.config import DataConfig
-from dsmini.corpus_cache import lines
-from dsmini.documents import Piece, Progress, Reader, find, measure, silent, split
-from dsmini.report import ReadingProgress
-from dsmini.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer
+from dsmini.data.cache import lines
+from dsmini.data.documents import Piece, Progress, Reader, find, measure, silent, split
+from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer
+from dsmini.training.report import ReadingProgress
 
 # DeepSeek's, in the order of their ids: begin and end of sentence, padding, fill-in-the-middle
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", END_TOKENS[0], "<｜▁pad▁｜>", *FIM_TOKENS)

@@ -15,15 +15,15 @@ from dsmini.checkpoint.manifest import write_text
 from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, run_tokenizer, sole_trainer, tokenizer_file
 from dsmini.command import Help, run
 from dsmini.config import RunConfig
-from dsmini.data import Corpus, load_corpus
+from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.generation import Generation
 from dsmini.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.report import ReadingProgress, print_summary
 from dsmini.sampling import Sampling
-from dsmini.start import begin, read_start
-from dsmini.summary import summarise
-from dsmini.tensorboard import require_tensorboard
+from dsmini.training.report import ReadingProgress, print_summary
+from dsmini.training.start import begin, read_start
+from dsmini.training.summary import summarise
+from dsmini.training.tensorboard import require_tensorboard
 
 
 @dataclass(frozen=True, kw_only=True)

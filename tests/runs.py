@@ -14,10 +14,10 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import read_metrics
 from dsmini.checkpoint.training import Checkpoint, last_checkpoint
-from dsmini.data import Corpus
+from dsmini.data.corpus import Corpus
 from dsmini.machine import random_state
-from dsmini.trainer import Trainer
-from dsmini.training_run import TrainingRun
+from dsmini.training.run import TrainingRun
+from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
 
 TRAIN = TrainConfig(

@@ -23,7 +23,7 @@ from dsmini.accounting import (
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.nn import attention, cache
 from dsmini.numerics import WEIGHT_TILE
-from dsmini.optim import optimizers, remembered
+from dsmini.training.optim import optimizers, remembered
 from tests.configs import released
 from tests.strategies import model_configs
 

@@ -347,8 +347,8 @@ def test_a_busy_machine_is_told(
 
 
 def test_steadiness_is_the_least_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = replace(fake.ROOFS, probes={"products": 1.0, "memory": 2.0})
-    monkeypatch.setattr("benchmarks.instruments.roofs.probes", lambda device: {"products": 1.25, "memory": 2.1})
+    kept = replace(fake.ROOFS, probes={"products": 1.0, "weights": 2.0})
+    monkeypatch.setattr("benchmarks.instruments.roofs.probes", lambda device: {"products": 1.25, "weights": 2.1})
     assert steadiness(kept, torch.device("cpu")) == 0.8
     assert steadiness(fake.ROOFS, torch.device("cpu")) == 1.0, "nothing was kept"
 

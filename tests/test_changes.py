@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 from dsmini.fields import plain
+from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 
 OLD = RunConfig(train=TrainConfig(batch_start=2, batch_ramp=0.5), out=Path("runs/x"))
 # another valid value for every key of the model

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.chat import MARK, Chat, ChatTemplate, Message
-from dsmini.text_side import read_text_side
+from dsmini.text.chat import MARK, Chat, ChatTemplate, Message
+from dsmini.text.text_side import read_text_side
 from tests.text_folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
 
 

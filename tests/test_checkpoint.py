@@ -18,7 +18,7 @@ from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder, write_tex
 from dsmini.checkpoint.run_folder import sole_trainer
 from dsmini.checkpoint.training import last_checkpoint, load_run, read_checkpoint
 from dsmini.machine import random_state
-from dsmini.training_run import NotSavedError, TrainingRun
+from dsmini.training.run import NotSavedError, TrainingRun
 from tests.runs import new_run, resumed, unequal, whole
 
 OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}

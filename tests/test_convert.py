@@ -13,7 +13,7 @@ from torch import Tensor
 from dsmini import Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.training import load_run
 from dsmini.convert import main
-from dsmini.tokenizer import byte_tokenizer_json
+from dsmini.text.tokenizer import byte_tokenizer_json
 from tests import commands, folders
 from tests.configs import refusal
 from tests.test_pretrained import config_json, tensors_of

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini import corpus_cache, documents
 from dsmini.config import DataConfig
-from dsmini.corpus_cache import lines
-from dsmini.data import Corpus, load_corpus
-from dsmini.documents import CHUNK
-from dsmini.fim import arrange
-from dsmini.tokenizer import ByteTokenizer
+from dsmini.data import cache as corpus_cache
+from dsmini.data import documents
+from dsmini.data.cache import lines
+from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.documents import CHUNK
+from dsmini.data.fim import arrange
+from dsmini.text.tokenizer import ByteTokenizer
 
 BEGIN, HOLE, END = ByteTokenizer.fim
 Files = dict[str, bytes]
@@ -351,7 +352,7 @@ def test_documents_that_hold_a_mark_or_are_large_stay_as_they_are(place: Path, m
     for path in (place / "texts").iterdir():
         path.write_bytes(b"latin \xfe one " * 5)
     (place / "texts/large.txt").write_bytes(b"large " * 200)
-    monkeypatch.setattr("dsmini.fim.LARGEST", 1000)
+    monkeypatch.setattr("dsmini.data.fim.LARGEST", 1000)
     corpus = load(place, fim_rate=1.0)
     assert corpus.rearranged == 0 and corpus.sha256 == load(place).sha256
 
@@ -360,10 +361,10 @@ def test_documents_that_are_all_too_large_to_be_rearranged_are_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smallest = min(map(len, documents_of(load(place).train)))
-    monkeypatch.setattr("dsmini.fim.LARGEST", smallest - 1)
+    monkeypatch.setattr("dsmini.data.fim.LARGEST", smallest - 1)
     with pytest.raises(ValueError, match=r"data.fim_rate=0.5 would rearrange nothing: .* larger than \d+ bytes; cut"):
         load(place, fim_rate=0.5)
-    monkeypatch.setattr("dsmini.fim.LARGEST", smallest)
+    monkeypatch.setattr("dsmini.data.fim.LARGEST", smallest)
     assert load(place, fim_rate=1.0).rearranged >= 1
 
 

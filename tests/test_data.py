@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
-from dsmini.data import Corpus, Loader, load_corpus
-from dsmini.documents import Document, _cut
-from dsmini.order import permute
+from dsmini.data.corpus import Corpus, Loader, load_corpus
+from dsmini.data.documents import Document, _cut
+from dsmini.data.order import permute
 
 
 def folder_of(root: Path, files: dict[str, bytes]) -> Path:

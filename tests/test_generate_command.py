@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
-from dsmini.answers import Page
-from dsmini.text_side import read_text_side
+from dsmini.text.answers import Page
+from dsmini.text.text_side import read_text_side
 from tests.commands import TINY, run, run_all, start
 from tests.conftest import SMALL, randomise
 from tests.text_folders import ASSISTANT, EOS, USER, save_text_side

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
-from dsmini.optim import AdamWBF16, Muon, ParameterAverage, optimizers, orthogonalize
+from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers, orthogonalize
 from tests.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 # Who moves what

@@ -14,8 +14,8 @@ import torch
 from dsmini.checkpoint import training as checkpoints
 from dsmini.checkpoint.run_folder import read_metrics
 from dsmini.checkpoint.training import Checkpoint, last_checkpoint
-from dsmini.summary import summarise
-from dsmini.training_run import TrainingRun
+from dsmini.training.run import TrainingRun
+from dsmini.training.summary import summarise
 from tests.runs import Killed, new_run, resumed, unequal, whole
 
 RICH: dict[str, Any] = {

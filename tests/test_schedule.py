@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
+from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from tests.configs import CONFIGS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.tensorboard import SCALARS, TensorBoard
+from dsmini.training.tensorboard import SCALARS, TensorBoard
 from tests.commands import TINY, run
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")

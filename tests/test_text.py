@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dsmini.text import Continuation
-from dsmini.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from dsmini.text.continuation import Continuation
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from tests.text_folders import save_tokenizer
 
 # few characters, so that stop strings are met; of one, two, three and four bytes

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from dsmini.config import DataConfig
-from dsmini.corpus_cache import lines
-from dsmini.data import Corpus, load_corpus
-from dsmini.documents import CHUNK, find, measure, split
+from dsmini.data.cache import lines
+from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.documents import CHUNK, find, measure, split
+from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer, ByteTokenizer, load_tokenizer
 from dsmini.tokenize import SPECIAL_TOKENS, train_bpe
-from dsmini.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer, ByteTokenizer, load_tokenizer
 from tests.commands import TINY, run, run_all
 
 TEXT = "def hello(naïve):\n    return '日本語 🙂 12345', naïve.encode()\n\n\n# the end, the end; the end\n" * 30

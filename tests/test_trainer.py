@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.data import Corpus
-from dsmini.schedule import learning_rate_share
-from dsmini.trainer import Trainer
+from dsmini.data.corpus import Corpus
+from dsmini.training.schedule import learning_rate_share
+from dsmini.training.trainer import Trainer
 from tests.tolerances import FP32_UNIT, relative_error, rounding
 
 TRAIN = TrainConfig(optimizer="adamw", gate_lr=None, steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)

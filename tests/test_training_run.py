@@ -20,11 +20,11 @@ from rich.console import Console
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.training import load_run
-from dsmini.data import Corpus
+from dsmini.data.corpus import Corpus
 from dsmini.machine import peak_memory
-from dsmini.report import TrainingProgress, plot_run
-from dsmini.trainer import Trainer
-from dsmini.training_run import TrainingRun
+from dsmini.training.report import TrainingProgress, plot_run
+from dsmini.training.run import TrainingRun
+from dsmini.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_pictures_are_drawn_anew_as_the_run_goes_on_but_seldom(
     def plot_run(folder: Path, rows: list[dict[str, Any]], loads: object) -> None:
         drawn.append(len(rows))
 
-    monkeypatch.setattr("dsmini.training_run.plot_run", plot_run)
+    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
     assert training.train()
     assert drawn == [6, 9, 12, 15, 18]  # step 3 comes after 75 s, before the first 100
 
@@ -210,8 +210,8 @@ def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
         now[0] += 1.5
         spent.append((training.seconds, now[0]))
 
-    monkeypatch.setattr("dsmini.training_run.plot_run", plot_run)
-    monkeypatch.setattr("dsmini.training_run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
+    monkeypatch.setattr("dsmini.training.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
     for _ in range(400):
         training.seconds += 10
         if training.seconds >= training.next_plot:

@@ -16,10 +16,10 @@ from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, V
 from benchmarks.questions.fp8_error import operand_error
 from dsmini import ModelConfig, RunConfig, Transformer, accounting, ops
 from dsmini.checkpoint.slots import fp8_weights
-from dsmini.data import load_corpus
+from dsmini.data.corpus import load_corpus
 from dsmini.nn.cache import Cache
 from dsmini.numerics import E4M3, WEIGHT_TILE, dequantize_tiles, quantize
-from dsmini.trainer import Trainer
+from dsmini.training.trainer import Trainer
 
 NAME = "fp8"
 CORPUS = Path("runs/corpus")

@@ -17,7 +17,7 @@ from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, p
 from dsmini import RunConfig, Transformer
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.config import ModelConfig, TrainConfig
-from dsmini.data import load_corpus
+from dsmini.data.corpus import load_corpus
 from dsmini.nn import Experts, Linear
 from dsmini.numerics import (
     ACTIVATION_TILE,
@@ -32,7 +32,7 @@ from dsmini.numerics import (
     tile_scales,
 )
 from dsmini.numerics.tiles import FormatName, Scale, Tile
-from dsmini.trainer import Trainer
+from dsmini.training.trainer import Trainer
 
 NAME = "fp8-error"
 CORPUS = Path("runs/corpus")

@@ -13,9 +13,9 @@ from benchmarks.instruments.counting import count
 from benchmarks.instruments.measuring import spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.data import Corpus, load_corpus
+from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.generation import Generation, Stats, generate
-from dsmini.trainer import Trainer
+from dsmini.training.trainer import Trainer
 
 NAME = "mtp"
 CORPUS = Path("runs/corpus")

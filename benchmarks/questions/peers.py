@@ -18,8 +18,8 @@ from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.peer_models.transformers_model import deepseek_v3
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
-from dsmini.data import load_corpus
-from dsmini.trainer import Trainer
+from dsmini.data.corpus import load_corpus
+from dsmini.training.trainer import Trainer
 
 NAME = "peers"
 CORPUS = Path("runs/corpus")

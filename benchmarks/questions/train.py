@@ -19,7 +19,7 @@ from benchmarks.instruments.measuring import (
 )
 from benchmarks.question import Case, Figure, Plot, Question, Setting
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
-from dsmini.optim import optimizers
+from dsmini.training.optim import optimizers
 
 NAME = "train"
 

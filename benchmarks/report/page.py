@@ -22,7 +22,7 @@ from dsmini.checkpoint.manifest import write_text
 
 NEAR, FAR = 1.1, 1.5
 """A prediction within a tenth is near, beyond half as much again it is far off."""
-STEADY = 0.8
+STEADY = 0.75
 """What of its kept rates a quiet machine gives at least."""
 WIDEST = 4.0
 """The bar of a ratio ends at 4 and at a quarter."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from dsmini.checkpoint.manifest import write_text
 from dsmini.config import RunConfig
-from dsmini.tokenizer import Tokenizer, load_tokenizer
+from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
 # What every row of metrics.jsonl has; null: not finite, not measured, or of experts that the model lacks.
 FIGURES = ("loss", "val_loss", "lr", "tokens_per_s", "max_vio", "mtp_loss", "balance_loss", "grad_norm", "data_wait")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dsmini.chat import Message
-from dsmini.text_side import read_text_side
+from dsmini.text.chat import Message
+from dsmini.text.text_side import read_text_side
 from tests.text_folders import TEMPLATE, USER, save_text_side, save_tokenizer
 
 CHATML = """\

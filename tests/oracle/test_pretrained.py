@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsmini
-from dsmini.tokenizer import byte_tokenizer_json
+from dsmini.text.tokenizer import byte_tokenizer_json
 from tests import folders
 from tests.tolerances import relative_error
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsmini.config import DataConfig
-from dsmini.corpus_cache import Cache, forget
-from dsmini.documents import Progress, find, silent
-from dsmini.order import window_starts
-from dsmini.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
+from dsmini.data.cache import Cache, forget
+from dsmini.data.documents import Progress, find, silent
+from dsmini.data.order import window_starts
+from dsmini.text.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini import fim
 from dsmini.config import DataConfig
-from dsmini.documents import CHUNK, Piece, Progress, Reader, Source, Split, measure, split
-from dsmini.tokenizer import Tokenizer
+from dsmini.data import fim
+from dsmini.data.documents import CHUNK, Piece, Progress, Reader, Source, Split, measure, split
+from dsmini.text.tokenizer import Tokenizer
 
 FORMAT = 1
 """Changes whenever the same corpus would be written otherwise."""

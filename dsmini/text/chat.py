@@ -18,7 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dsmini.tokenizer import BPETokenizer
+from dsmini.text.tokenizer import BPETokenizer
 
 # no text holds it: half a character of UTF-16, and none that Python makes of a byte it cannot decode
 MARK = "\ud800"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from dsmini.generation import Generation, Stats
-from dsmini.text import Continuation
+from dsmini.text.continuation import Continuation
 
 # what moves a terminal's cursor or changes its colours is shown as a picture; of C1 there is none
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}

@@ -7,7 +7,7 @@ known; what is given out never has to be taken back.
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from dsmini.tokenizer import TextStream
+from dsmini.text.tokenizer import TextStream
 
 
 class Continuation:

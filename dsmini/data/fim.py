@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from dsmini.tokenizer import Tokenizer
+from dsmini.text.tokenizer import Tokenizer
 
 LARGEST = 1 << 20
 """Bytes of a document; larger ones are left as they are, for the end of one is far beyond any context."""

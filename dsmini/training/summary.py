@@ -7,8 +7,8 @@ import torch
 
 from dsmini import accounting
 from dsmini.machine import DTYPES, matmul_rate, peak_memory
-from dsmini.report import bits
-from dsmini.training_run import TrainingRun
+from dsmini.training.report import bits
+from dsmini.training.run import TrainingRun
 
 
 def summarise(run: TrainingRun) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from dsmini.checkpoint.training import (
 from dsmini.config import RunConfig
 from dsmini.machine import peak_memory, random_state, set_random_state
 from dsmini.nn import max_violation
-from dsmini.report import TrainingProgress, plot_run
-from dsmini.tensorboard import TensorBoard
-from dsmini.trainer import Step, Trainer
+from dsmini.training.report import TrainingProgress, plot_run
+from dsmini.training.tensorboard import TensorBoard
+from dsmini.training.trainer import Step, Trainer
 
 PLOT_EVERY = 30.0
 """Seconds of training between two drawings on the way, at the least."""

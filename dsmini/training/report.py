@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from dsmini.trainer import Step
+from dsmini.training.trainer import Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.chat import Chat, read_template, spelled
 from dsmini.fields import parse_file
-from dsmini.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from dsmini.text.chat import Chat, read_template, spelled
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
