@@ -178,7 +178,7 @@ def step_figures(
     for kind, parts in sorted(prediction.by_kind(counted.operations, roofs).items()):
         yield Figure(
             question=name,
-            case={**case, "kind": kind},
+            case={**case, "kind": kind, "calls": int(parts["calls"])},
             metric="seconds_by_kind",
             unit="s",
             measured=parts["measured"],

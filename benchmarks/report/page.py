@@ -22,6 +22,8 @@ from dsmini.checkpoint.manifest import write_text
 
 NEAR, FAR = 1.1, 1.5
 """A prediction within a tenth is near, beyond half as much again it is far off."""
+WITHIN = 0.3
+"""How near a prediction of time should be."""
 STEADY = 0.75
 """What of its kept rates a quiet machine gives at least."""
 WIDEST = 4.0
@@ -318,14 +320,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def summary(figures: Sequence[Figure], questions: int) -> list[tuple[str, str]]:
     """The page in four numbers: value and what it counts."""
     exact = [f for f in figures if f.exact and f.measured is not None and f.predicted is not None]
-    timed = [f for f in figures if not (f.exact or f.bound) and f.ratio is not None and f.ratio > 0]
-    near = sum(tone(f) in ("near", "off") for f in timed)
+    repeated = [f.ratio for f in figures if f.low is not None and not (f.exact or f.bound) and f.ratio]
+    within = sum(1 - WITHIN <= ratio <= 1 + WITHIN for ratio in repeated)
     counted = [(str(questions), "question" if questions == 1 else "questions"), (f"{len(figures):,}", "figures")]
     if exact:
         equal = sum(f.measured == f.predicted for f in exact)
         counted.append((f"{equal} of {len(exact)}", "counts exactly as predicted"))
-    if timed:
-        counted.append((f"{near} of {len(timed)}", f"measurements within a factor {FAR} of the prediction"))
+    if repeated:
+        counted.append((f"{within} of {len(repeated)}", f"repeated measurements within {WITHIN:.0%} of the prediction"))
     return counted
 
 
