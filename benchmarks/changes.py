@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.question import Figure
+from benchmarks.question import FOUND, Figure
 
 Verdict = Literal["better", "worse", "changed", "unchanged", "new", "gone"]
 FLOOR = 0.05
-"""A time, a rate or a ratio of them that differs by less is unchanged: runs of one commit differ by as much."""
+"""A time, a rate, a ratio or memory that differs by less is unchanged: runs of one commit differ by as much."""
+ONCE_FLOOR = 0.5
+"""For a time or a rate that was measured once, such as an operation's."""
 FINE_FLOOR = 0.001
 """For what does not depend on the clock, such as an error or a loss."""
 
@@ -47,7 +49,7 @@ def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:
 
 
 def _identity(figure: Figure) -> tuple[str, str, frozenset[tuple[str, object]]]:
-    return figure.question, figure.metric, frozenset(figure.case.items())
+    return figure.question, figure.metric, frozenset((k, v) for k, v in figure.case.items() if k not in FOUND)
 
 
 def _value(figure: Figure | None) -> float | None:
@@ -78,9 +80,12 @@ def _is_noise(old: Figure, new: Figure) -> bool:
     (low, high), (new_low, new_high) = _range(old, then), _range(new, now)
     if low <= new_high and new_low <= high and (low < high or new_low < new_high):
         return True
-    timed = new.unit in ("", "x", "s") or new.unit.endswith("/s")
+    clock = new.unit == "s" or new.unit.endswith("/s")
+    floor = (
+        ONCE_FLOOR if clock and new.low is None else FLOOR if clock or new.unit in ("", "x", "bytes") else FINE_FLOOR
+    )
     # of the smaller of the two: twice and half are as far
-    return abs(now - then) <= (FLOOR if timed else FINE_FLOOR) * min(abs(then), abs(now))
+    return abs(now - then) <= floor * min(abs(then), abs(now))
 
 
 def _range(figure: Figure, value: float) -> tuple[float, float]:

@@ -1,17 +1,21 @@
 """Where figures come from: the commit, the sources, the versions, the command."""
 
+import contextlib
 import hashlib
 import platform
 import shlex
 import subprocess
 import tomllib
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from dsmini import ops
+
 ROOT = Path(__file__).parent.parent
-MEASURED = ("dsmini", "kernels", "benchmarks")
+MEASURED = ("dsmini", "kernels", "benchmarks", "configs")
 SHOWN = ("__main__.py", "runner.py", "session.py", "results.py", "changes.py", "report/")
 """What of benchmarks/ shows figures and changes none."""
 
@@ -28,14 +32,18 @@ def code() -> str:
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*")):
             shows = folder == "benchmarks" and str(path.relative_to(ROOT / folder)).startswith(SHOWN)
-            if path.suffix in (".py", ".cpp", ".h") and not shows:
+            if path.suffix in (".py", ".cpp", ".h", ".toml") and not shows:
                 found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    return {"dsmini": project["version"], "torch": torch.__version__, "python": platform.python_version()}
+    found = {"dsmini": project["version"], "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("transformers", "llama_cpp_python", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found | {"kernels": ops.serving("cpu")}
 
 
 def command(args: Sequence[str]) -> str:

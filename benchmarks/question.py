@@ -9,14 +9,16 @@ beside measured. Findings and plots are made from figures, so that a report can 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from benchmarks.instruments.roofs import Roofs
 
 Value = str | int | float | bool
+FOUND = {"intensity", "calls"}
+"""Keys of a case that are measured too: they do not name a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class Figure:
 
     question: str
     case: Mapping[str, Value]
-    """What was varied, such as {"context": 2048, "attention": "mla"}; with question and metric it names the figure."""
+    """What was varied, such as {"context": 2048, "attention": "mla"}; with question and metric it names the figure,
+    but for keys of FOUND."""
     metric: str
     """Such as tokens_per_s, bytes_per_token."""
     unit: str
@@ -61,7 +64,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     kind: Literal["line", "points", "bars"] = "line"
-    """Bars have labels under them, Plot.labels, in place of x."""
+    """With Plot.labels x is the place of a label, 0 the first; left empty: one after the other."""
     dashed: bool = False
     """Predictions are dashed."""
     names: Sequence[str] | None = None
@@ -116,7 +119,6 @@ class Question:
     """Why it cannot run here, such as a package that is not installed; None if it can."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:

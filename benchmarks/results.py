@@ -113,10 +113,10 @@ class Results:
         having = [f for f in self.by_fingerprint.values() if any(name == q for q, _ in [*f.done, *f.errors])]
         return having[-1] if having else None
 
-    def seconds(self, question: str, key: str) -> float | None:
-        """How long a case took the last time, under whatever fingerprint."""
-        took = [f.done[question, key].seconds for f in self.by_fingerprint.values() if (question, key) in f.done]
-        return took[-1] if took else None
+    def seconds(self, question: str, key: str, quick: bool) -> float | None:
+        """How long a case took the last time that it was as quick, under whatever fingerprint."""
+        having = [f for f in self.by_fingerprint.values() if (question, key) in f.done and f.run.quick == quick]
+        return having[-1].done[question, key].seconds if having else None
 
 
 def read(path: Path) -> Results:
@@ -152,6 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], line: dict[str, Any]) -> None:
     kind = line.pop("kind")
     if kind == "start":
+        pending.clear()  # of a case that was being written when its run was killed
         run = Run(**{f.name: line[f.name] for f in dataclasses.fields(Run) if f.name in line})
         mine = results.by_fingerprint.pop(run.fingerprint, None) or Finished(run=run)
         results.by_fingerprint[run.fingerprint] = mine
@@ -170,7 +171,11 @@ def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], l
     question, key = line["question"], line.pop("key")
     if kind == "figure":
         figures = pending.setdefault((fingerprint, question, key), [])
-        figures.append(Figure(**{f.name: line[f.name] for f in dataclasses.fields(Figure) if f.name in line}))
+        figure = Figure(**{f.name: line[f.name] for f in dataclasses.fields(Figure) if f.name in line})
+        numbers = (figure.measured, figure.predicted, figure.low, figure.high)
+        if not isinstance(figure.case, dict) or any(isinstance(n, str | list | dict) for n in numbers):
+            raise TypeError("a figure's case is an object and its values are numbers")
+        figures.append(figure)
     elif kind == "done":
         figures = pending.pop((fingerprint, question, key), [])
         mine.done[question, key] = Done(

@@ -28,6 +28,7 @@ from dsmini.machine import DTYPES, pick_device, pick_dtype
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
 """The modules of questions/, in the order of the report."""
 
+MOST_THREADS = 1024
 OnPart = Callable[[float, str], None]
 Measure = Callable[[torch.device, OnPart, bool], Roofs]
 
@@ -94,12 +95,21 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     unknown = [name for name in options.names if name not in known]
     if unknown:
         raise ValueError(f"unknown question {unknown[0]!r}; there are {', '.join(known)}")
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads {options.threads} is no number of threads; use 1 or more")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(f"--threads {options.threads} is no number of threads; use 1 to {MOST_THREADS}")
     if options.compare and not options.compare.is_file():
         raise ValueError(f"--compare: there is no file {options.compare}; name the results.jsonl of another run")
-    if options.report_only and options.fresh:
-        raise ValueError("--report-only measures nothing and --fresh measures anew; leave one of them out")
+    if options.report_only:
+        asked = {
+            "--fresh": options.fresh,
+            "--quick": options.quick,
+            "--threads": options.threads,
+            "--device": options.device != "auto",
+            "--dtype": options.dtype != "auto",
+        }
+        for flag, given in asked.items():
+            if given:
+                raise ValueError(f"--report-only measures nothing and {flag} is about measuring; leave one of them out")
     return options
 
 
@@ -124,18 +134,23 @@ def _answer(
         raise ValueError(f"--compare: {compared} has no figures; name the results.jsonl of a run that measured some")
     if options.report_only:
         results = read(path)
-        if results.latest is None:
+        if results.latest is None or not any(finished.done for finished in results.by_fingerprint.values()):
             raise ValueError(f"{path} has no figures yet; leave out --report-only to measure some")
         session = Session(console=console, out=options.out, known=known, names=options.names or list(known))
         session.show(results)
-        status = 0
+        having = [finished for name in session.names if (finished := results.of_question(name))]
+        status = 1 if any([session.unequal(finished) for finished in having]) else 0
     else:
         questions = _chosen(options.names, known, console)
         device = pick_device(options.device)
         with Writer(path) as writer:
+            read(path)  # a damaged file is refused before anything is measured
             run, roofs, asked = _plan(args, options, questions, device, measure, console)
             session = Session(console=console, out=options.out, known=known, names=[q.name for q in questions])
-            status = session.measure(writer, run, roofs, asked)
+            try:
+                status = session.measure(writer, run, roofs, asked)
+            except KeyboardInterrupt:  # between two cases
+                status = 130
             if status == 130:
                 say(console, f"stopped; what is done is kept in {path}. Go on with: {_again(args)}")
                 return status, session.last_line(read(path))

@@ -19,6 +19,7 @@ from benchmarks.results import Done, Finished, Results, Run, Writer, as_json, re
 
 Loader = Callable[[], Question]
 Asked = tuple[Question, list[Case]]
+CHANGE = ("question", "case", "metric", "unit", "old", "new", "verdict")
 FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
 
 
@@ -42,6 +43,8 @@ class Session:
     """The questions of this call; the page shows all that have figures."""
     undrawn: list[str] = field(default_factory=list)
     """Why the page could not be written the last time it was tried; empty if it was."""
+    changed: list[changes.Change] = field(default_factory=list)
+    """What compare found."""
 
     @property
     def path(self) -> Path:
@@ -54,7 +57,7 @@ class Session:
         done = read(self.path).by_fingerprint[run.fingerprint].done
         todo = [(q, [case for case in cases if (q.name, case.key) not in done]) for q, cases in asked]
         self._say_skipped(sum(len(cases) for _, cases in asked), sum(len(cases) for _, cases in todo))
-        estimates = [before.seconds(q.name, case.key) or case.seconds for q, cases in todo for case in cases]
+        estimates = [before.seconds(q.name, case.key, run.quick) or case.seconds for q, cases in todo for case in cases]
         say(self.console, f"{len(estimates)} cases, about {units.duration(sum(estimates))}")
         failed = 0
         with Bar(self.console, estimates) as bar:
@@ -71,7 +74,7 @@ class Session:
         if failed:
             words = "1 case failed; its traceback is" if failed == 1 else f"{failed} cases failed; the tracebacks are"
             say(self.console, f"{words} in {self.path}", style="bold red")
-        return 1 if self._unequal(read(self.path).by_fingerprint[run.fingerprint]) or failed else 0
+        return 1 if self.unequal(read(self.path).by_fingerprint[run.fingerprint]) or failed else 0
 
     def _say_skipped(self, every: int, todo: int) -> None:
         if todo < every:
@@ -109,15 +112,21 @@ class Session:
     def _show(self, question: Question, finished: Finished) -> None:
         figures = finished.figures(question.name)
         show_question(self.console, question.title, page.finding(question, figures), figures)
-        if words := page.unsteady(finished.steadiness(question.name)):
+        if words := page.unsteady(finished, question.name):
             say(self.console, words, style="yellow")
 
-    def _draw(self, results: Results, found: Sequence[changes.Change] | None = None, old: str = "") -> None:
+    def _draw(
+        self,
+        results: Results,
+        found: Sequence[changes.Change] | None = None,
+        old: str = "",
+        mind: Sequence[str] = (),
+    ) -> None:
         """Write the page. A disk that is full stops no measurement: the figures are what counts."""
         path, before = self.out / "report.html", bool(self.undrawn)
         self.undrawn.clear()
         try:
-            page.write_report(path, results, self._shown(results, self.known), found, old)
+            page.write_report(path, results, self._shown(results, self.known), found, old, mind)
         except OSError as error:
             self.undrawn.append(error.strerror or str(error))
             if not before:
@@ -131,18 +140,30 @@ class Session:
 
     def compare(self, results: Results, old: Results, path: Path) -> None:
         """Show what changed in the questions of this call, and draw the page with it."""
-        found = changes.compare(self._figures(old), self._figures(results))
-        show_changes(self.console, found, str(path))
-        if old.latest and results.latest and (one := _setting(old.latest.run)) != (two := _setting(results.latest.run)):
-            say(self.console, f"mind that the settings differ: {one} before, {two} now", style="yellow")
-        self._draw(results, found, str(path))
+        self.changed[:] = changes.compare(self._figures(old), self._figures(results))
+        show_changes(self.console, self.changed, str(path))
+        mind = self._mind(old, results)
+        for words in mind:
+            say(self.console, words, style="yellow")
+        self._draw(results, self.changed, str(path), mind)
+
+    def _mind(self, old: Results, new: Results) -> list[str]:
+        """What else than the code may have changed the figures."""
+        said = []
+        if old.latest and new.latest and (one := _setting(old.latest.run)) != (two := _setting(new.latest.run)):
+            said.append(f"Mind that the settings differ: {one} before, {two} now.")
+        for when, results in (("then", old), ("now", new)):
+            having = [(name, finished) for name in self.names if (finished := results.of_question(name))]
+            if busy := [name for name, finished in having if page.unsteady(finished, name)]:
+                said.append(f"Mind that the machine was not steady {when} in {', '.join(busy)}.")
+        return said
 
     def _figures(self, results: Results) -> list[Figure]:
         """All of this call's questions."""
         having = [(name, results.of_question(name)) for name in self.names]
         return [figure for name, finished in having if finished for figure in finished.figures(name)]
 
-    def _unequal(self, finished: Finished) -> int:
+    def unequal(self, finished: Finished) -> int:
         """How many counts are not what they must be; says which."""
         wrong = [f for name in self.names for f in finished.figures(name) if page.tone(f) == "unequal"]
         for f in wrong:
@@ -159,7 +180,7 @@ class Session:
 
         failed: cases that raised; left: how many are still to be measured, by question; earlier: the setting of
         questions whose figures are an earlier run's; steadiness: the least share of its kept rates that the machine
-        gave, by question.
+        gave, by question; changes: what compare found.
         """
         latest = results.latest
         assert latest is not None, "the caller has begun a run, or found one"
@@ -175,6 +196,8 @@ class Session:
         figures = [as_json(figure) for figure in self._figures(results)]
         steady = {name: min(f.steadiness(name).values(), default=None) for name, f in having.items()}
         notes = {"failed": failed, "left": left, "earlier": earlier, "steadiness": steady}
+        changed = [as_json(c.name) | {"old": c.old, "new": c.new, "verdict": c.verdict} for c in self.changed]
+        notes |= {"changes": [{k: c[k] for k in CHANGE} for c in changed if c["verdict"] != "unchanged"]}
         return _facts(latest.run) | {"figures": figures} | notes
 
 
@@ -185,4 +208,4 @@ def _facts(run: Run) -> dict[str, Any]:
 def _setting(run: Run) -> str:
     sizes = "quick" if run.quick else "full"
     machine = f"{run.machine.get('processor')}, torch {run.versions.get('torch')}"
-    return f"{run.dtype} on {run.device}, {run.threads} threads, {sizes}, {machine}"
+    return f"{run.dtype} on {run.device}, {page.threads(run)}, {sizes}, {machine}"

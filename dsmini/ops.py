@@ -92,6 +92,14 @@ def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def serving(device: str) -> str:
+    """The backend that serves tensors on such a device here and now, or "reference"."""
+    forced = chosen()
+    backend = forced or FOR_DEVICE.get(device)
+    served = backend not in (None, "reference") and isinstance(_load(str(backend)), ModuleType)
+    return str(backend) if served else "reference"
+
+
 def explain() -> str:
     """What would run for tensors on each device, and why; printed and returned."""
     try:
@@ -101,7 +109,10 @@ def explain() -> str:
     lines = [f"{VARIABLE}: {os.environ.get(VARIABLE, 'not set')}; {forced}"]
     lines.append("reference: plain PyTorch, serves everything")
     for device, backend in FOR_DEVICE.items():
-        kernels = _load(backend)
+        try:
+            kernels = _load(backend)
+        except ValueError as error:  # a variable that asks for what is not here
+            kernels = f"{error}"
         what = f"{backend}, for tensors on {device}: "
         if isinstance(kernels, ModuleType):
             lines.append(f"{what}{', '.join(kernels.OPERATIONS)}; {kernels.describe()}")

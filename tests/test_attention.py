@@ -103,6 +103,15 @@ def test_decoding_in_parts_equals_attention_by_hand(
     assert [part.shape[2] for part in attention._parts(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
 
 
+def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 parts of one: in BF16 the sum stops at 256, where one more is half a step."""
+    monkeypatch.setattr(attention, "COPIED", 1)
+    t = 64 * 512
+    weights = torch.full((2, 1, t), 2.0**-6, dtype=torch.bfloat16)  # 64 of them are one
+    values = torch.ones(1, t, 2, 3, dtype=torch.bfloat16).transpose(1, 2)
+    assert (attention._weighted(weights, values) == 512).all()
+
+
 def test_mla_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="attention='mla' is another module; use MLA"):
         Attention(attention="mla")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -202,6 +203,23 @@ def test_views(isa: str, dtype: torch.dtype) -> None:
         scales = torch.rand(math.ceil(view.shape[0] / 8), math.ceil(view.shape[1] / 16)).mT.contiguous().mT
         want = REFERENCE["dequantize"](view, scales, (8, 16), "e4m3", dtype)
         assert_same(cpu.dequantize(view, scales, (8, 16), "e4m3", dtype), want)
+
+
+def test_what_is_negative_by_a_bit_has_its_sign(isa: str) -> None:
+    """torch turns signs around without touching the memory: imaginary parts of conjugates, for example."""
+    x = torch.complex(wild(5, 130, special=0.0), wild(5, 130, special=0.0)).conj().imag
+    apart = torch._neg_view(wild(5, 130, special=0.0))
+    assert x.is_neg() and apart.is_neg() and apart.is_contiguous()
+    for view in (x, apart):
+        check_all(view, (1, 128), "ue8m0", "e4m3")
+        codes = cpu.quantize(view, (1, 128), "ue8m0", "e4m3", 1e-4)[0]
+        assert (codes.float().sign() == view.sign()).all()
+
+
+def test_packed_codes_of_tiles_that_end_within_eight(isa: str) -> None:
+    """A tile's columns are worked off in chunks, and eight packed codes share twelve bytes."""
+    for tile in ((128, 50), (3, 9), (1, 100)):
+        check_all(wild(128, 600, special=0.001), tile, "ue8m0", "e5m6")
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
@@ -603,6 +621,26 @@ def test_no_compiler(
     assert_same(got[0][0], REFERENCE["quantize"](x, (1, 128), "ue8m0", "e4m3", 1e-4)[0])
     with ops.use("cpu"), pytest.raises(ValueError, match="cannot run quantize"):
         _quantize(x)
+
+
+@pytest.mark.parametrize("cxx", ["true", 'g++ "x'])
+def test_a_compiler_that_makes_nothing_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None, cxx: str
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert re.match(r"the compiled library cannot be loaded: |CXX=.* is no command: ", cpu.why_not() or "")
+    with pytest.warns(UserWarning, match="plain PyTorch runs instead"):
+        _quantize(torch.randn(3, 130))
+
+
+def test_a_library_that_does_not_load_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None
+) -> None:
+    path = tmp_path / "x.so"
+    path.write_bytes(b"junk")
+    monkeypatch.setattr(build, "find_or_build", lambda: path)
+    assert (cpu.why_not() or "").startswith("the compiled library cannot be loaded: ")
 
 
 def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:

@@ -332,6 +332,30 @@ def test_swiglu_is_computed_again_from_what_was_kept(dtype: torch.dtype, ends: t
         assert relative_error(a, b) < tolerance
 
 
+def test_swiglu_has_the_floors_of_activations() -> None:
+    """Of what it multiplies and of what it keeps: a tile below 1e-4 has the scale of 1e-4, and loses its last bits."""
+    gate, up = (torch.randn(64, 128).mul(3e-5).requires_grad_() for _ in range(2))
+    w, dy = varied(64, 128, seed=2).requires_grad_(), torch.randn(64, 64)
+    y = fp8_swiglu_matmul(gate, up, w)
+    hidden = rounded(F.silu(gate) * up, (1, 128))
+    assert relative_error(hidden, F.silu(gate) * up) > 0.1, "so small products are hardly codes of that scale"
+    near = rounding(FP32_UNIT, terms=128, chained=4)
+    assert relative_error(y, hidden @ rounded(w, (128, 128)).T) < near
+    gate = torch.randn(64, 128).mul(1e-9).requires_grad_()
+    large = torch.full_like(up, 2.0).requires_grad_()
+    (dgate,) = torch.autograd.grad(fp8_swiglu_matmul(gate, large, w), gate, dy)
+    kept = rounded(gate, (1, 128)).float().requires_grad_()
+    assert relative_error(kept, gate) > 0.1
+    dh = rounded(dy, (1, 128), amax_min=SMALLEST_AMAX) @ rounded(w, (128, 128))
+    (want,) = torch.autograd.grad(F.silu(kept) * rounded(large, (1, 128)).float(), kept, dh.float())
+    assert relative_error(dgate, want) < near
+    (dup,) = torch.autograd.grad(fp8_swiglu_matmul(large, gate, w), gate, dy)
+    (dw,) = torch.autograd.grad(fp8_swiglu_matmul(gate, large, w), w, dy)
+    assert relative_error(dup, F.silu(rounded(large, (1, 128))).float() * dh) < near
+    again = rounded(F.silu(kept).detach() * rounded(large, (1, 128)).float(), (128, 1))
+    assert relative_error(dw, rounded(dy, (128, 1), amax_min=SMALLEST_AMAX).T @ again) < near
+
+
 def test_swiglu_keeps_eight_bits_of_its_inputs() -> None:
     gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s).requires_grad_() for s in (0, 1))
     w = varied(128, 256, seed=2).requires_grad_()

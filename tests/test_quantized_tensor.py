@@ -213,13 +213,40 @@ def test_files_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     q = quantize(torch.randn(3, 130))
     save_file({"weight": torch.ones(3)}, path)
-    assert refusal(QuantizedTensor.load, path) == (
-        f"{path} holds ['weight'] and metadata of []; want codes, scales and tile: a file of QuantizedTensor.save"
-    )
+    said = "it holds ['weight'] and metadata of []; want codes, scales and tile"
+    assert refusal(QuantizedTensor.load, path) == f"{path} is no file of QuantizedTensor.save: {said}"
     save_file({"codes": q.codes, "scales": q.scales}, path, {"format": "pt"})
     assert "metadata of ['format']" in refusal(QuantizedTensor.load, path)
     save_file({"codes": q.codes, "scales": q.scales, "more": q.scales.clone()}, path, {"tile": "[1, 128]"})
     assert "['codes', 'more', 'scales']" in refusal(QuantizedTensor.load, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": None}, "'shape'"),
+        ({"format": None}, "'format'"),
+        ({"format": "e9m9"}, "format='e9m9' is unknown"),
+        ({"format": "e5m2"}, "codes are [3, 130] torch.float8_e4m3fn; want [3, 130] torch.float8_e5m2"),
+        ({"shape": "[3, 131]"}, "want [3, 131]"),
+        ({"tile": "[1, 64]"}, "scales are [3, 2] torch.float32; want [3, 3] torch.float32"),
+        ({"tile": "x"}, "Expecting value"),
+        ({"tile": "[0, 1]"}, "is no tile"),
+        ({"scale": "big"}, "scale='big' is unknown"),
+        ({"dtype": "save"}, "'save'"),
+    ],
+)
+def test_a_file_that_does_not_agree_with_itself_is_refused(
+    tmp_path: Path, changes: dict[str, str | None], said: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    q = quantize(torch.randn(3, 130))
+    about = {"shape": "[3, 130]", "tile": "[1, 128]", "scale": "ue8m0", "format": "e4m3", "dtype": "float32"} | changes
+    save_file({"codes": q.codes, "scales": q.scales}, path, {k: v for k, v in about.items() if v is not None})
+    words = refusal(QuantizedTensor.load, path)
+    assert words.startswith(f"{path} is no file of QuantizedTensor.save: ") and said in words
+    path.write_bytes(b"not at all")
+    assert "is no file of QuantizedTensor.save" in refusal(QuantizedTensor.load, path)
 
 
 def test_it_says_what_it_is() -> None:

@@ -16,7 +16,7 @@ from benchmarks.instruments.roofs import POINTS, PRODUCTS, Curve, Roofs
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
 from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
 from tests.tolerances import FP32_UNIT, relative_error, rounding
@@ -42,7 +42,7 @@ STEP = {
 METRICS = {
     "kv-cache": {"bytes_per_token", "context_that_fits", "seconds_per_layer"},
     "moe": {"tokens_per_s", "distinct_experts", "expert_bytes_per_token", "max_violation"},
-    "decode": STEP,
+    "decode": {*STEP, "bytes_per_token_as_routed"},
     "prefill": {*STEP, "useful_share"},
     "train": {*STEP, "useful_share"},
     "roofline": {"flop_rate", "share_of_time", "roof"},
@@ -100,7 +100,7 @@ def setting() -> Setting:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Figure]]]:
     """The figures of every question, each made by all its cases."""
     corpus = tmp_path_factory.mktemp("corpus")
-    config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=2))
+    config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
     small = dataclasses.replace(
         mtp.QUICK, model=TINY, steps=3, batch_size=2, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
     )
@@ -178,8 +178,9 @@ def test_bytes_of_weights_are_those_of_the_storages(changes: dict[str, Any]) -> 
     config = dataclasses.replace(TINY, **changes)
     model = Transformer(config).to(torch.bfloat16).eval()
     held, error = fp8.with_fp8_weights(model)
-    assert fp8.held_bytes(model) == fp8.weight_bytes(config, False)
-    assert fp8.held_bytes(held) == fp8.weight_bytes(config, True) < 0.8 * fp8.weight_bytes(config, False)
+    native, eight = (accounting.weight_bytes(config, dtype).total for dtype in ("bfloat16", "fp8"))
+    assert fp8.held_bytes(model) == native
+    assert fp8.held_bytes(held) == eight < 0.8 * native
     assert abs(error / fp8_error.operand_error(E4M3) - 1) < 0.05
 
 

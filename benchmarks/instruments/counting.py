@@ -19,7 +19,6 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -351,10 +350,3 @@ def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:
     with Count(cache_bytes) as counted:
         run()
     return counted
-
-
-@contextmanager
-def nothing_counted() -> Iterator[None]:
-    """Leave out what runs inside."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield

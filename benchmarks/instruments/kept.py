@@ -10,8 +10,14 @@ from dsmini import Experts, FeedForward, Linear, Transformer
 
 def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
     """Bytes kept of activations by the Linears, feed-forwards and experts of the blocks, and by everything: every
-    storage once; parameters, their copies and codes apart."""
+    storage once; parameters, their copies and codes apart.
+
+    Raises: ValueError where the number of tokens is a width of the model: copies of weights are told by their shapes.
+    """
     parameters = [p for p in model.parameters() if p.dim() > 1]
+    rows = tokens[:, 1:].numel()
+    if any(rows in p.shape for p in parameters):
+        raise ValueError(f"{rows} tokens are as many as a matrix of this model has rows or columns; take another batch")
     pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
     # w1 and w3 of the experts are joined where nothing is rounded

@@ -117,6 +117,20 @@ def predicted_seconds(step: Callable[[], object], setting: Setting) -> float:
     return prediction.seconds(count(step, setting.roofs.cache_bytes), setting.roofs)
 
 
+def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
+    """The roof, in bytes/s.
+
+    Raises: ValueError for bytes/s from memory above it, which are an error of counting, not a result.
+    """
+    roof = max(setting.roofs.bandwidth, setting.roofs.copy)
+    if from_memory > roof:
+        raise ValueError(
+            f"{what}: {from_memory / 1e9:.1f} GB/s from memory is above the roof of {roof / 1e9:.1f}: bytes are "
+            "counted wrong, or the kept roof is too low, which --fresh measures anew"
+        )
+    return roof
+
+
 def step_figures(
     name: str,
     case: Mapping[str, Value],
@@ -125,6 +139,7 @@ def step_figures(
     tokens: int,
     setting: Setting,
     *,
+    bytes_measured: float | None = None,
     bytes_predicted: float | None = None,
     flops_predicted: float | None = None,
     flops_ideal: float | None = None,
@@ -134,6 +149,7 @@ def step_figures(
 
     Args:
         counted: one step; taken: the seconds of several; tokens: of a step.
+        bytes_measured: a token's, if not those of the counted step.
         bytes_predicted, flops_predicted: a token's, from the config.
         flops_ideal: what the formula for a model's FLOPs needs for a token: causal, without padding.
 
@@ -141,12 +157,8 @@ def step_figures(
     """
     roofs, median = setting.roofs, statistics.median(taken)
     arithmetic = roofs.peak[name_of(setting.dtype)]
-    memory = max(roofs.bandwidth, roofs.copy)
     from_memory = sum(op.cold for op in counted.operations) / median
-    if from_memory > memory:
-        raise ValueError(
-            f"{name} {dict(case)}: {from_memory / 1e9:.1f} GB/s from memory is above the roof of {memory / 1e9:.1f}"
-        )
+    memory = check_bandwidth(f"{name} {dict(case)}", from_memory, setting)
 
     def figure(metric: str, unit: str, **values: Any) -> Figure:
         return Figure(question=name, case=case, metric=metric, unit=unit, **values)
@@ -154,7 +166,7 @@ def step_figures(
     predicted = prediction.seconds(counted, roofs)
     speed = spread([tokens / t for t in taken])
     yield figure("tokens_per_s", "tokens/s", predicted=tokens / predicted, better="higher", **speed)
-    moved = counted.bytes / tokens
+    moved = counted.bytes / tokens if bytes_measured is None else bytes_measured
     yield figure(
         "bytes_per_token",
         "bytes",
@@ -166,13 +178,14 @@ def step_figures(
     )
     yield figure("flops_per_token", "FLOP", measured=counted.flops / tokens, predicted=flops_predicted)
     if flops_ideal is not None:
-        share = flops_ideal * tokens / median / arithmetic
+        useful = spread([flops_ideal * tokens / t / arithmetic for t in taken])
         note = "of the peak, by the FLOPs that the formula needs: causal, without padding"
-        yield figure("useful_share", "", measured=share, better="higher", note=note)
+        yield figure("useful_share", "", better="higher", note=note, **useful)
     note = "measured: bytes that no cache holds; predicted: the roof"
-    yield figure("bandwidth", "bytes/s", measured=from_memory, predicted=memory, note=note, bound=True)
-    rate = counted.flops / median
-    yield figure("flop_rate", "FLOP/s", measured=rate, predicted=arithmetic, note="predicted: the roof", bound=True)
+    cold = spread([from_memory * median / t for t in taken])
+    yield figure("bandwidth", "bytes/s", predicted=memory, note=note, bound=True, **cold)
+    rate = spread([counted.flops / t for t in taken])
+    yield figure("flop_rate", "FLOP/s", predicted=arithmetic, note="predicted: the roof", bound=True, **rate)
     whole = "of the whole process, torch and what else it has loaded included" if setting.device.type == "cpu" else ""
     yield figure("peak_memory", "bytes", measured=float(peak(setting.device)), better="lower", note=whole)
     for kind, parts in sorted(prediction.by_kind(counted.operations, roofs).items()):

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,19 +91,20 @@ def load_or_measure(
     keep = keep or cache_folder() / "roofs.json"
     key = json.dumps([VERSION, card(device)], sort_keys=True)
     try:
-        kept: dict[str, Any] = json.loads(keep.read_text())
+        kept = json.loads(keep.read_text())
     except (OSError, ValueError):
         kept = {}
-    if fresh or key not in kept:
-        kept[key] = asdict(measure(device, on_part))
-        try:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            scratch = keep.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(kept))
-            scratch.replace(keep)
-        except OSError:
-            pass  # measured again next time
-    return from_json(kept[key])
+    if not fresh:
+        with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is kept, or it is damaged
+            return from_json(kept[key])
+    roofs = measure(device, on_part)
+    kept = {**kept, key: asdict(roofs)} if isinstance(kept, dict) else {key: asdict(roofs)}
+    scratch = keep.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # measured again next time
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(kept))
+        scratch.replace(keep)
+    return roofs
 
 
 def from_json(raw: Mapping[str, Any]) -> Roofs:

@@ -1,7 +1,7 @@
 """How fast is a token made, what moves for it, and what binds it?"""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from dsmini import ModelConfig, Transformer, accounting
 from dsmini.nn import Cache
 
 NAME = "decode"
+STEPS = 8
+"""Whose bytes and experts are averaged."""
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -53,12 +55,15 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
 
     step()
     counted = count(lambda: step(same), setting.roofs.cache_bytes)
-    touched = visited(model, same, cache, context)
+    moved, touched = routed(model, cache, batch, context, step)
     taken = times(step, setting.device, seconds)
     dtype = name_of(setting.dtype)
-    moved = accounting.decode_bytes_per_token(
-        config, context=context + 1, batch=batch, dtype=dtype, experts=touched, as_run=True
-    )
+
+    def predicted(experts: float | None) -> float:
+        return accounting.decode_bytes_per_token(
+            config, context=context + 1, batch=batch, dtype=dtype, experts=experts, as_run=True
+        ).total
+
     flops = accounting.decode_flops_per_token(config, context=context + 1, as_run=True)
     case = {"batch": batch, "context": context}
     yield from step_figures(
@@ -68,9 +73,33 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
         taken,
         batch,
         setting,
-        bytes_predicted=moved.total,
+        bytes_measured=moved / batch,
+        bytes_predicted=predicted(None),
+        bytes_note="predicted: with as many experts as tokens visit that choose alike and independently",
         flops_predicted=flops.total,
     )
+    yield Figure(
+        question=NAME,
+        case=case,
+        metric="bytes_per_token_as_routed",
+        unit="bytes",
+        measured=moved / batch,
+        predicted=predicted(touched),
+        better="lower",
+        note="predicted: with as many experts as these tokens visited",
+    )
+
+
+def routed(
+    model: Transformer, cache: Cache, batch: int, context: int, step: Callable[[Tensor], None]
+) -> tuple[float, float]:
+    """Bytes that a step moves and distinct experts that it visits in a layer, on average over some steps' tokens."""
+    moved, touched = [], []
+    for _ in range(STEPS):
+        tokens = random_tokens(model.config, batch, 1, cache.stores[0].data.device)
+        moved.append(count(lambda tokens=tokens: step(tokens)).bytes)
+        touched.append(visited(model, tokens, cache, context))
+    return statistics.fmean(moved), statistics.fmean(touched)
 
 
 @torch.no_grad()
@@ -94,7 +123,8 @@ def finding(figures: list[Figure]) -> str:
         text += f", {last.measured:,.1f} at {last.case['context']:,}"
     if moved and moved.measured and bandwidth and bandwidth.measured and bandwidth.predicted:
         share = bandwidth.measured / bandwidth.predicted
-        text += f": {moved.measured / 1e6:,.0f} MB move for each, at {share:.0%} of what this memory can do"
+        text += f"; at context {first.case['context']:,} {moved.measured / 1e6:,.0f} MB move for each, "
+        text += f"at {share:.0%} of what this memory can do"
     return text + "."
 
 

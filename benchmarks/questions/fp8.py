@@ -40,40 +40,6 @@ SIMULATED = "simulated: values are rounded to FP8 and multiplied as BF16"
 # --- weights
 
 
-def weight_bytes(c: ModelConfig, fp8: bool) -> int:
-    """Bytes of a model in BF16 or with the matrices of its blocks in FP8, from its config: two bytes a weight, or one
-    and four for each 128x128 block; norms, gates and routing biases in FP32."""
-    count = accounting.parameters(c)
-    in_fp32 = sum(n for module, n in count.by_module.items() if module.split()[-1] in ("norms", "gates"))
-    quantised = sum(n * rows * columns for n, rows, columns in matrices(c))
-    blocks = sum(n * -(-rows // WEIGHT_TILE[0]) * -(-columns // WEIGHT_TILE[1]) for n, rows, columns in matrices(c))
-    total = 2 * (count.total - in_fp32) + 4 * (in_fp32 + count.buffers)
-    return total - quantised + 4 * blocks if fp8 else total
-
-
-def matrices(c: ModelConfig) -> Iterator[tuple[int, int, int]]:
-    """How many, rows and columns of all matrices that DeepSeek has in FP8, those of MLA and of the feed-forwards."""
-    assert c.attention == "mla"
-    n = c.n_layers + c.n_mtp_layers
-    queries = c.n_heads * c.qk_head_dim
-    if c.q_lora_rank is None:
-        yield n, queries, c.dim
-    else:
-        yield n, c.q_lora_rank, c.dim
-        yield n, queries, c.q_lora_rank
-    yield n, c.kv_lora_rank + c.qk_rope_head_dim, c.dim
-    yield n, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank
-    yield n, c.dim, c.n_heads * c.v_head_dim
-    shared = c.n_shared_experts * c.moe_inter_dim
-    for layers, each, hidden in (
-        (c.n_dense_layers, 1, c.inter_dim),
-        (n - c.n_dense_layers, c.n_routed_experts, c.moe_inter_dim),
-        (n - c.n_dense_layers, min(1, shared), shared),
-    ):
-        yield 2 * layers * each, hidden, c.dim
-        yield layers * each, c.dim, hidden
-
-
 def held_bytes(model: nn.Module) -> int:
     """Of parameters and buffers, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -107,7 +73,7 @@ def _weights(setting: Setting) -> Iterator[Figure]:
     models = {"bfloat16": native, "fp8": held}
     for format, model in models.items():
         case = {"what": "weights", "format": format}
-        predicted = weight_bytes(config, format == "fp8")
+        predicted = accounting.weight_bytes(config, "fp8" if format == "fp8" else "bfloat16").total
         yield _bytes("bytes", case, held_bytes(model), predicted, "codes, scales, and what stays unquantised")
     case = {"what": "weights", "format": "fp8"}
     yield _figure("error", case, "", measured=error, predicted=operand_error(E4M3), better="lower")
@@ -126,10 +92,12 @@ def _activations(setting: Setting) -> Iterator[Figure]:
     tokens = torch.randint(0, config.model.vocab_size, (config.train.batch_size, config.seq_len + 1))
     tokens = tokens.to(setting.device)
     kept = {name: kept_for_backward(trainers[name].model, tokens) for name in ("native", "fp8")}
-    for at, metric in enumerate(("kept_by_linears", "kept")):
-        for name, each in kept.items():
-            case = {"what": "activations", "format": "bfloat16" if name == "native" else "fp8"}
-            yield _figure(metric, case, "bytes", measured=float(each[at]), better="lower")
+    for name, (by_linears, whole) in kept.items():
+        case = {"what": "activations", "format": "bfloat16" if name == "native" else "fp8"}
+        yield _figure("kept_by_linears", case, "bytes", measured=float(by_linears), better="lower")
+        model, sizes = trainers[name].config.model, {"batch_size": tokens.shape[0], "seq_len": tokens.shape[1] - 1}
+        predicted = accounting.activation_bytes(model, **sizes, dtype="bfloat16").total
+        yield _figure("kept", case, "bytes", measured=float(whole), predicted=predicted, better="lower")
     share = kept["fp8"][0] / kept["native"][0]
     case = {"what": "activations", "format": "fp8"}
     note = "predicted: a code and its share of a scale"
@@ -167,20 +135,15 @@ def _trainer(name: str, setting: Setting) -> Trainer:
 
 
 def trained_config(quick: bool) -> RunConfig:
-    """configs/fp8.toml; quick: two of its layers, and a quarter of its batch."""
+    """configs/fp8.toml; quick: two of its layers, and 320 tokens, which is none of its widths."""
     config = RunConfig.from_file(Path(__file__).parents[2] / "configs" / "fp8.toml")
     if not quick:
         return config
-    model = dataclasses.replace(config.model, n_layers=2, n_mtp_layers=0)
+    model = dataclasses.replace(config.model, n_layers=2, n_mtp_layers=0, max_seq_len=160)
     return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, batch_size=2))
 
 
 # --- cache
-
-
-def fp8_cache_bytes_per_token(c: ModelConfig) -> int:
-    """A code for each number of the latent, an FP32 scale for 128 of them, and the rotary key in BF16. V3: 40,016."""
-    return c.n_layers * (c.kv_lora_rank + 4 * -(-c.kv_lora_rank // 128) + 2 * c.qk_rope_head_dim)
 
 
 @torch.inference_mode()
@@ -192,7 +155,7 @@ def _cache(setting: Setting) -> Iterator[Figure]:
     prompt = random_tokens(config, 1, context, setting.device)
     formats: Mapping[str, torch.dtype | Literal["fp8"]] = {"bfloat16": torch.bfloat16, "fp8": "fp8"}
     caches = {name: _read(model, prompt, _room(setting), format) for name, format in formats.items()}
-    predicted = {"bfloat16": accounting.kv_bytes_per_token(config), "fp8": fp8_cache_bytes_per_token(config)}
+    predicted = {name: accounting.kv_bytes_per_token(config, dtype=name) for name in ("bfloat16", "fp8")}
     for name, cache in caches.items():
         case = {"what": "cache", "format": name}
         yield _bytes("bytes_per_token", case, cache.nbytes_per_token, predicted[name], "read off the storage")
@@ -295,33 +258,33 @@ def finding(figures: list[Figure]) -> str:
         parts += [f"logits off by {error:.1%}"] if error is not None else []
         return " with ".join([parts[0], " and ".join(parts[1:])]) if len(parts) > 1 else next(iter(parts), None)
 
+    decoded, trained = "decoding step", "training step"
     said = [
-        sentence(
-            "weights", share("bytes", "weights"), value("decode_ratio", "weights"), value("logit_error", "weights"),
-            "decoding step",
-        ),
-        sentence(
-            "activations", share("kept_by_linears", "activations"), value("step_ratio", "activations"), None,
-            "training step",
-        ),
-        sentence(
-            "cache", share("bytes_per_token", "cache"), value("decode_ratio", "cache"), value("logit_error", "cache"),
-            "decoding step",
-        ),
-    ]  # fmt: skip
+        sentence(what, share(metric, what), value(ratio, what), value("logit_error", what), step)
+        for what, metric, ratio, step in (
+            ("weights", "bytes", "decode_ratio", decoded),
+            ("activations", "kept", "step_ratio", trained),
+            ("cache", "bytes_per_token", "decode_ratio", decoded),
+        )
+    ]
     told = [part for part in said if part]
     return f"Eight bits, simulated, keep {'; '.join(told)}." if told else "Nothing was measured yet."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    sizes = (("weights", "bytes"), ("activations", "kept_by_linears"), ("cache", "bytes_per_token"))
+    sizes = (
+        ("weights", "bytes", "weights"),
+        ("activations", "kept", "activations"),
+        ("activations", "kept_by_linears", "those of Linears"),
+        ("cache", "bytes_per_token", "cache"),
+    )
     times = (("weights", "decode_ratio"), ("activations", "step_ratio"), ("cache", "decode_ratio"))
     drawn: list[Plot] = []
     shares: dict[str, float] = {}
-    for what, metric in sizes:
+    for what, metric, label in sizes:
         held = {f.case["format"]: f.measured for f in pick(figures, metric, what=what) if f.measured}
         if held.keys() >= {"fp8", "bfloat16"}:
-            shares[what] = held["fp8"] / held["bfloat16"]
+            shares[label] = held["fp8"] / held["bfloat16"]
     if shares:
         drawn.append(_bars("Bytes in FP8", "share of BF16's bytes", shares, {}, 0.5, "half"))
     found = [f for what, metric in times for f in pick(figures, metric, what=what) if f.measured is not None]

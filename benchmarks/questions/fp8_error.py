@@ -334,10 +334,10 @@ def finding(figures: list[Figure]) -> str:
     gains = [f for f in pick(figures, "gain_of_tiles") if f.measured is not None]
     if gains:
         best = max(gains, key=lambda f: f.measured or 0.0)
-        text += (
-            f"; with one scale a tensor the errors would be {_middle(gains):.2f} times as large, "
-            f"at most {best.measured:.2f} times, in {best.case['product']} of {best.case['linear']}"
-        )
+        most = best.measured or 0.0
+        text += f"; with one scale a tensor the errors would be {_middle(gains):.2f} times as large"
+        if most > 1.01:
+            text += f", at most {most:.2f} times, in {best.case['product']} of {best.case['linear']}"
     return text + "."
 
 

@@ -43,8 +43,9 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
     for kind, config in kinds(shapes.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
             cache = Cache(config, 2, 64, dtype, setting.device)
-            predicted = _bytes_per_token(config, dtype)
-            case = {"attention": kind, "cache": "fp8" if dtype == "fp8" else "bfloat16"}
+            name = "fp8" if dtype == "fp8" else "bfloat16"
+            predicted = accounting.kv_bytes_per_token(config, dtype=name)
+            case = {"attention": kind, "cache": name}
             yield Figure(
                 question=NAME,
                 case=case,
@@ -59,13 +60,6 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
             note = "in the device's memory beside the weights in BF16, were max_seq_len as large"
             fits = float(max(0, room) // predicted)
             yield Figure(question=NAME, case=case, metric="context_that_fits", unit="tokens", predicted=fits, note=note)
-
-
-def _bytes_per_token(config: ModelConfig, dtype: torch.dtype | str) -> int:
-    if dtype != "fp8":
-        return accounting.kv_bytes_per_token(config, 2)
-    tiles = -(-config.kv_lora_rank // 128)
-    return config.n_layers * (config.kv_lora_rank + 4 * tiles + 2 * config.qk_rope_head_dim)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.instruments.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, accounting
 from dsmini.nn import max_violation
 
 NAME = "moe"
@@ -73,7 +73,7 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
         for decided in advance.routing:
             distinct.append(float((decided.counts > 0).sum()))
             uneven.append(max_violation(decided.counts))
-    expected = c.n_routed_experts * (1 - (1 - c.n_activated_experts / c.n_routed_experts) ** batch)
+    expected = accounting.expected_experts(c, batch)
     case = {"batch": batch, "model": "experts"}
     note = "predicted for tokens that choose alike and independently; the gate here is random"
     found = spread(distinct)

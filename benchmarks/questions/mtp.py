@@ -238,9 +238,9 @@ def finding(figures: list[Figure]) -> str:
             told.append(f"depth {f.case['depth']} {how} {gain} with {steps[0].measured:.2f} tokens a step")
     if not told:
         return "Nothing was measured yet."
-    # beyond what prompts differ by
-    verdict = "pays" if any((f.low or 0.0) > 1 for f in pick(figures, "speedup")) else "does not pay"
-    return f"On a toy this small guessing ahead {verdict}: {'; '.join(told)}."
+    faster = sum((f.low or 0.0) > 1 for f in pick(figures, "speedup"))  # beyond what prompts differ by
+    pays = f"pays in {faster} of {len(told)} cases" if faster else "does not pay"
+    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:

@@ -53,6 +53,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
     taken = times(step, setting.device, seconds)
     dtype = name_of(setting.dtype)
     run = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, dtype=dtype, last_logits=True)
+    unread = 2 * config.dim * config.vocab_size * (1 - 1 / tokens)  # logits of the last token alone are made
     yield from step_figures(
         NAME,
         {"batch": batch, "tokens": tokens},
@@ -63,7 +64,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
         bytes_predicted=accounting.prefill_bytes_per_token(config, seq_len=tokens, batch=batch, dtype=dtype).total,
         bytes_note=LEAST,
         flops_predicted=run.total / (batch * tokens),
-        flops_ideal=accounting.flops_per_token(config, tokens, causal=True).total,
+        flops_ideal=accounting.flops_per_token(config, tokens, causal=True).total - unread,
     )
 
 

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.instruments.counting import Operation, count
-from benchmarks.instruments.measuring import built, filled, random_tokens
+from benchmarks.instruments.measuring import built, check_bandwidth, filled, random_tokens
 from benchmarks.instruments.prediction import operation_seconds
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
-from dsmini import Transformer
+from benchmarks.questions.train import training_step
 
 NAME = "roofline"
 PASSES = 5
@@ -44,23 +44,14 @@ def _prefill(setting: Setting) -> Callable[[], object]:
 
     def step() -> None:
         cache.truncate(0)
-        model.advance(prompt, cache)
+        model.head(model.advance(prompt, cache).normed[:, -1:])
 
     return step
 
 
 def _train(setting: Setting) -> Callable[[], object]:
-    torch.manual_seed(0)
     config = dataclasses.replace(shapes.TRAINED, n_layers=3) if setting.quick else shapes.TRAINED
-    with torch.device(setting.device):
-        model = Transformer(config, compute_dtype=setting.dtype)
-    text = random_tokens(config, 8, config.max_seq_len + 1, setting.device)
-
-    def step() -> None:
-        model.losses(text[:, :-1], text[:, 1:]).total.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
+    return training_step(config, setting, 8, config.max_seq_len)
 
 
 def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator[Figure]:
@@ -74,6 +65,7 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
             shape = " x ".join("[" + ", ".join(map(str, s)) + "]" for s in op.shape[:2])
             groups.setdefault((op.kind, op.name, shape), []).append(op)
     total = sum(op.seconds for operations in passes for op in operations)
+    check_bandwidth(f"{NAME} {name}", sum(op.cold for operations in passes for op in operations) / total, setting)
     for (kind, operation, shape), ops in sorted(groups.items(), key=lambda item: -sum(op.seconds for op in item[1])):
         seconds = sum(op.seconds for op in ops)
         # an operation that multiplies nothing is counted as one FLOP for every element that it writes
@@ -147,7 +139,7 @@ def plots(figures: list[Figure]) -> list[Plot]:
                 series=series,
                 log_x=True,
                 log_y=True,
-                caption="Each point is an operation of one shape. Above the sloping roof, its bytes come from a cache.",
+                caption="A point is an operation of one shape. Above the sloping roof, its bytes come from a cache.",
             )
         )
     return out
@@ -160,6 +152,6 @@ QUESTION = Question(
     finding=finding,
     plots=plots,
     about="Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train "
-    "step is forward and backward. Operations below 0.2 % of the time are left out; what multiplies nothing counts one "
-    "FLOP for an element written.",
+    "step is forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies "
+    "nothing counts one FLOP for an element written.",
 )

@@ -1,7 +1,7 @@
 """How fast does a model train, and what would this machine allow?"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -38,13 +38,13 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
-def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
+def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int) -> Callable[[], None]:
+    """A step of training a model with random weights on random tokens."""
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = Transformer(config, compute_dtype=setting.dtype)
     moving = optimizers(model, TrainConfig(optimizer="adamw"))
     text = random_tokens(config, batch, tokens + 1, setting.device)
-    forget_peak()
 
     def step() -> None:
         model.losses(text[:, :-1], text[:, 1:]).total.backward()
@@ -53,6 +53,12 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    return step
+
+
+def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
+    step = training_step(config, setting, batch, tokens)
+    forget_peak()
     step()
     step()
     counted = count(step, setting.roofs.cache_bytes)

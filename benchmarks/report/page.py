@@ -94,19 +94,29 @@ class Section:
 
 
 def write_report(
-    path: Path, results: Results, questions: Sequence[Question], changes: Sequence[Change] | None = None, old: str = ""
+    path: Path,
+    results: Results,
+    questions: Sequence[Question],
+    changes: Sequence[Change] | None = None,
+    old: str = "",
+    mind: Sequence[str] = (),
 ) -> None:
     """Draw the page and put it in place whole.
 
     Args:
         questions: those to show, in order; those of which nothing was measured are left out.
         changes: since another file of results, `old`; None if there is nothing to compare with.
+        mind: what else may have changed the figures.
     """
-    write_text(path, render(results, questions, changes, old))
+    write_text(path, render(results, questions, changes, old, mind))
 
 
 def render(
-    results: Results, questions: Sequence[Question], changes: Sequence[Change] | None = None, old: str = ""
+    results: Results,
+    questions: Sequence[Question],
+    changes: Sequence[Change] | None = None,
+    old: str = "",
+    mind: Sequence[str] = (),
 ) -> str:
     """The page's text; see write_report."""
     latest = results.latest
@@ -132,6 +142,7 @@ def render(
         changes=None if changes is None else [change_row(change) for change in changes],
         changed=changed(changes or ()),
         old=old,
+        mind=mind,
     )
 
 
@@ -210,6 +221,11 @@ def _table(keys: Sequence[str], figures: Sequence[Figure], notes: Sequence[str])
     )
 
 
+def is_time(figure: Figure) -> bool:
+    """A time, a rate, or a ratio of them."""
+    return figure.unit in ("s", "x") or figure.unit.endswith("/s")
+
+
 def shared(figures: Sequence[Figure]) -> dict[str, Value]:
     """What the cases of several figures have in common."""
     if len(figures) < 2:
@@ -250,9 +266,11 @@ def tone(figure: Figure) -> str:
 
 
 def command(name: str, run: Run) -> str:
-    """What measures a question again as it was measured."""
+    """What measures a question again as it was measured, whatever is kept."""
     quick = " --quick" if run.quick else ""
-    return f"python -m benchmarks {name}{quick} --device {run.device} --dtype {run.dtype} --threads {run.threads}"
+    return (
+        f"python -m benchmarks {name}{quick} --device {run.device} --dtype {run.dtype} --threads {run.threads} --fresh"
+    )
 
 
 def warnings(name: str, finished: Finished, latest: Run) -> list[str]:
@@ -261,17 +279,21 @@ def warnings(name: str, finished: Finished, latest: Run) -> list[str]:
     if run.fingerprint != latest.fingerprint:
         said.append(
             f"Measured by an earlier run than the rest: {run.date[:10]}, commit {(run.commit or 'unknown')[:12]}, "
-            f"{run.dtype} on {run.device}, {_threads(run)}{', quick' if run.quick else ''}."
+            f"{run.dtype} on {run.device}, {threads(run)}{', quick' if run.quick else ''}."
         )
-    if words := unsteady(finished.steadiness(name)):
+    if words := unsteady(finished, name):
         said.append(words)
     if left := finished.left(name):
         said.append(f"{left} of {len(finished.plan[name])} cases {'is' if left == 1 else 'are'} still to be measured.")
     return said
 
 
-def unsteady(steadiness: Mapping[str, float]) -> str:
-    """What a reader must know of the machine while the cases were measured; nothing if it was quiet."""
+def unsteady(finished: Finished, name: str) -> str:
+    """What a reader must know of the machine while a question was measured; nothing if it was quiet, or does not
+    matter, since no time was taken."""
+    if not any(is_time(figure) for figure in finished.figures(name)):
+        return ""
+    steadiness = finished.steadiness(name)
     slow = {key: share for key, share in steadiness.items() if share < STEADY}
     fast = max(steadiness.values(), default=1.0)
     if slow:
@@ -288,7 +310,7 @@ def unsteady(steadiness: Mapping[str, float]) -> str:
     return ""
 
 
-def _threads(run: Run) -> str:
+def threads(run: Run) -> str:
     return f"{run.threads} thread{'' if run.threads == 1 else 's'}"
 
 
@@ -310,7 +332,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("date", run.date[:16].replace("T", " ")),
         ("commit", run.commit[:12] + ("-dirty" if run.commit.endswith("-dirty") else "") if run.commit else "unknown"),
-        ("device", f"{run.device}, {_threads(run)}"),
+        ("device", f"{run.device}, {threads(run)}"),
         ("dtype", run.dtype),
         ("sizes", "quick" if run.quick else "full"),
         *((name, version) for name, version in run.versions.items()),
@@ -320,14 +342,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def summary(figures: Sequence[Figure], questions: int) -> list[tuple[str, str]]:
     """The page in four numbers: value and what it counts."""
     exact = [f for f in figures if f.exact and f.measured is not None and f.predicted is not None]
-    repeated = [f.ratio for f in figures if f.low is not None and not (f.exact or f.bound) and f.ratio]
+    repeated = [f.ratio for f in figures if is_time(f) and f.low is not None and not f.bound and f.ratio]
     within = sum(1 - WITHIN <= ratio <= 1 + WITHIN for ratio in repeated)
     counted = [(str(questions), "question" if questions == 1 else "questions"), (f"{len(figures):,}", "figures")]
     if exact:
         equal = sum(f.measured == f.predicted for f in exact)
         counted.append((f"{equal} of {len(exact)}", "counts exactly as predicted"))
     if repeated:
-        counted.append((f"{within} of {len(repeated)}", f"repeated measurements within {WITHIN:.0%} of the prediction"))
+        counted.append((f"{within} of {len(repeated)}", f"repeated timings within {WITHIN:.0%} of the prediction"))
     return counted
 
 

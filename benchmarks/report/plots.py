@@ -73,7 +73,7 @@ def draw(plot: Plot, name: str) -> Drawing:
 
 def _drawable(series: Series, plot: Plot) -> Series:
     """Without what has no place in the plot: what is not finite, and what is not positive on a logarithmic axis."""
-    x = range(len(series.y)) if plot.labels else series.x
+    x = series.x if len(series.x) else range(len(series.y))
 
     def fits(x: float | None, y: float | None) -> bool:
         return all(
@@ -130,7 +130,8 @@ def _svg(plot: Plot, series: Sequence[Series], colours: Sequence[tuple[str, bool
         _name_points(axes, series)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    label = f"{plot.title}: {plot.y} by {plot.x}. " + "; ".join(s.label for s in series if s.label)
+    axis = f" by {plot.x}" if plot.x else ""
+    label = f"{plot.title}: {plot.y}{axis}. " + "; ".join(s.label for s in series if s.label)
     return _inline(out.getvalue(), name, label)
 
 

@@ -40,7 +40,7 @@ def short(value: float) -> str:
     size = abs(value)
     if size >= 1e4:
         factor, prefix = next((factor, prefix) for factor, prefix in _DECIMAL if size >= factor)
-        return f"{value / factor:.3g}{prefix}"
+        return f"{float(f'{value / factor:.3g}'):g}{prefix}"
     if size >= 1e3:
         return f"{value:,.0f}"
     return f"{value:.3g}" if size >= 1e-3 or size == 0 else f"{value:.0e}".replace("e-0", "e-")

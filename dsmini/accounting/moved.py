@@ -42,7 +42,11 @@ def expected_experts(config: ModelConfig, tokens: float) -> float:
     Derivation: with uniform routing, all experts alike and tokens independent, a token misses a given expert with
     probability 1 - k/e, whatever groups it is limited to; all tokens miss it with the power; the expectation is the sum
     over experts. Real tokens of one text are alike and choose fewer.
+
+    Raises: ValueError for fewer than 0 tokens.
     """
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens}; 0 or more")
     e, k = config.n_routed_experts, config.n_activated_experts
     return e * (1 - (1 - k / e) ** tokens)
 

@@ -35,6 +35,8 @@ class Linear(FP8Module):
         super().__init__()
         if precision not in ("native", "fp8"):
             raise ValueError(f"precision={precision!r} is unknown; use 'native' or 'fp8'")
+        if saved_format not in ("e4m3", "e5m6"):
+            raise ValueError(f"saved_format={saved_format!r} is unknown; use 'e4m3' or 'e5m6'")
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("scale", None)
         self.precision, self.init_std = precision, init_std

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +28,7 @@ SMALLEST_AMAX = 2.0**-100
 """For gradients, which are that small when nothing scales the loss: only a tile of zeros is below."""
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SOURCES}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -105,23 +106,21 @@ class QuantizedTensor:
 
         Raises: ValueError for a safetensors file of something else.
         """
-        with safe_open(str(path), "pt", device=str(device)) as file:
-            about: dict[str, Any] = file.metadata() or {}
-            if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
-                raise ValueError(
-                    f"{path} holds {sorted(file.keys())} and metadata of {sorted(about)}; want codes, scales and tile: "
-                    "a file of QuantizedTensor.save"
-                )
-            codes, scales = file.get_tensor("codes"), file.get_tensor("scales")
-        return cls(
-            codes=codes,
-            scales=scales,
-            shape=torch.Size(json.loads(about["shape"])),
-            tile=cast(Tile, tuple(json.loads(about["tile"]))),
-            scale=about["scale"],
-            format=about["format"],
-            dtype=getattr(torch, about["dtype"]),
-        )
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                about: dict[str, Any] = file.metadata() or {}
+                if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
+                    raise ValueError(
+                        f"it holds {sorted(file.keys())} and metadata of {sorted(about)}; want codes, scales and tile"
+                    )
+                held = {name: file.get_tensor(name) for name in ("codes", "scales")}
+            shape, tile = torch.Size(json.loads(about["shape"])), cast(Tile, tuple(json.loads(about["tile"])))
+            dtype, format, scale = NAMES[about["dtype"]], about["format"], about["scale"]
+            check_options(scale, AMAX_MIN, format=format)
+            _check_parts(held["codes"], held["scales"], shape, tile, format)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no file of QuantizedTensor.save: {error}") from None
+        return cls(**held, shape=shape, tile=tile, scale=scale, format=format, dtype=dtype)
 
     def __repr__(self) -> str:
         seen = self.scales.numel() and self.scales.device.type != "meta"
@@ -198,6 +197,27 @@ def check_options(scale: str, amax_min: float, **formats: str) -> None:
         )
 
 
+def _check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, format: FormatName) -> None:
+    """Refuse codes and scales that are not those of a tensor of that shape in such tiles."""
+    f = FORMATS[format]
+    height, width = _pair(tile)
+    *batch, c = shape
+    of_tiles = [*batch[:-1], *(-(-n // height) for n in batch[-1:]), -(-c // width)]
+    coded = [*batch, -(-c // 8) * 12 if f.packed else c]
+    one = [1] * len(shape)
+    if list(codes.shape) != coded or codes.dtype != f.dtype:
+        raise ValueError(f"codes are {list(codes.shape)} {codes.dtype}; want {coded} {f.dtype}")
+    if list(scales.shape) not in (of_tiles, one) or scales.dtype != torch.float32:
+        raise ValueError(f"scales are {list(scales.shape)} {scales.dtype}; want {of_tiles} torch.float32")
+
+
+def _pair(tile: Any) -> Tile:
+    pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
+    if not pair or not all(type(n) is int and 0 < n < 2**31 for n in tile):
+        raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
+    return cast(Tile, tuple(tile))
+
+
 def _cut(x: Tensor, tile: Any) -> Tile:
     """The tile in rows and columns."""
     c = x.shape[-1]
@@ -205,10 +225,7 @@ def _cut(x: Tensor, tile: Any) -> Tile:
         return 1, max(1, c)
     if tile == "tensor":
         return max(1, x.numel() // max(1, c)), max(1, c)
-    pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
-    if not pair or not all(type(n) is int and 0 < n < 2**31 for n in tile):
-        raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
-    rows, columns = cast(Tile, tuple(tile))
+    rows, columns = _pair(tile)
     if x.dim() == 1 and rows > 1:
         raise ValueError(f"tile={tile!r} has {rows} rows, and a tensor of one dimension has one; use (1, 128)")
     return rows, columns

@@ -142,8 +142,17 @@ def _round_groups(
     place = tile_of_row * tile[0] + (row - (ends - sizes)[group]) % tile[0]
     apart = wide.new_zeros(at_most * tile[0], wide.shape[1]).index_copy(0, place, wide)
     amax = apart.unflatten(0, (at_most, tile[0])).amax(1)
-    spread = _scales(amax, scale, format, amax_min)[tile_of_row].repeat_interleave(width, -1)[:, : x.shape[1]]
+    spread = _spread(_scales(amax, scale, format, amax_min)[tile_of_row], width, x.shape[1], -1)
     return FORMATS[format].round(x / spread).mul_(spread).to(dtype)
+
+
+def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:
+    """Each number so many times along dim, of which `size` are wanted."""
+    if torch.compiler.is_compiling():
+        # inductor reads past the end of x where it sees a quotient in the index (a CPU, torch 2.13); this is one too
+        place, ends = torch.arange(size, device=x.device), torch.arange(times, size + times, times, device=x.device)
+        return x.index_select(dim, torch.bucketize(place, ends, right=True))
+    return x.repeat_interleave(times, dim).narrow(dim, 0, size)
 
 
 def _in_strips(
@@ -162,8 +171,8 @@ def _in_strips(
 
     def rows(first: int, tiles: int) -> Tensor:
         strip = slice(first * height, min(r, (first + tiles) * height))
-        some = scales[..., first : first + tiles, :].float().repeat_interleave(width, -1)[..., :c]
-        return make(strip, some.repeat_interleave(height, -2)[..., : strip.stop - strip.start, :]).to(dtype)
+        some = _spread(scales[..., first : first + tiles, :].float(), width, c, -1)
+        return make(strip, _spread(some, height, strip.stop - strip.start, -2)).to(dtype)
 
     tiles = max(1, STRIP * max(1, r) // max(1, shape.numel()) // height)
     if tiles >= want[-2] or torch.compiler.is_compiling():

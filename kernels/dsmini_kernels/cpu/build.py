@@ -58,10 +58,13 @@ def library() -> Library:
 
     Raises: BuildError, and ValueError if DSMINI_CPU_ISA asks for what is unknown or not here.
     """
-    path = find_or_build()
-    loaded = ctypes.CDLL(str(path))
-    loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
-    loaded.dsmini_tiles.argtypes, loaded.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+    try:
+        path = find_or_build()
+        loaded = ctypes.CDLL(str(path))
+        loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
+        loaded.dsmini_tiles.argtypes, loaded.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+    except (OSError, AttributeError) as error:  # a compiler that made no library, a folder from which none may be run
+        raise BuildError(f"the compiled library cannot be loaded: {error}") from None
     wanted = os.environ.get(ISA_VARIABLE) or "best"
     if wanted not in ISA_NUMBERS:
         raise ValueError(f"{ISA_VARIABLE}={wanted!r} is unknown; use avx512, avx2 or portable")
@@ -93,7 +96,11 @@ def find_compiler() -> tuple[str, ...]:
 
     Raises: BuildError.
     """
-    if named := shlex.split(os.environ.get("CXX", "")):
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']!r} is no command: {error}") from None
+    if named:
         if shutil.which(named[0]) is None:
             raise BuildError(f"CXX={named[0]} is no program; set it to a C++17 compiler")
         return tuple(named)

@@ -93,10 +93,9 @@ def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
         raise Unserved(f"a tensor of {x.dtype} on {x.device} with {x.dim()} dimensions")
     if x.requires_grad and torch.is_grad_enabled():
         raise Unserved("kernels have no gradients, and this tensor wants one")
+    x = x.resolve_neg()  # else the memory holds the opposite of what x says
     if x.is_contiguous():
         return x
-    if x.is_neg():
-        x = x.resolve_neg()
     if x.dim() <= 3 and x.stride(-1) == 1:
         return x
     return x.contiguous()

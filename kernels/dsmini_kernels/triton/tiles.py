@@ -112,7 +112,7 @@ def dequantize(
         _dequantize,
         triton.cdiv(rows, block_rows) * triton.cdiv(c, block_columns),
         codes.contiguous().view(torch.uint8),
-        scales.float().contiguous(),
+        scales.resolve_neg().float().contiguous(),
         _stored(out),
         *(rows, r, c, width, rt, ct),
         MANTISSA=f.mantissa,
@@ -170,7 +170,7 @@ def _launch_quantize(
     _launch(
         _quantize,
         (batch * rt + groups) * triton.cdiv(ct, at_once),  # each group may end in a tile that is not full
-        x.contiguous(),
+        x.resolve_neg().contiguous(),
         out if scales is not None else _stored(out),
         scales,
         None if ends is None else ends.contiguous(),
