@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runner
+from benchmarks import provenance, runner
 from benchmarks.changes import compare
 from benchmarks.instruments.roofs import steadiness
 from benchmarks.question import Figure, Question
@@ -136,6 +136,56 @@ def test_other_setting_measures_anew(tmp_path: Path, change: list[str], capsys: 
     assert len(figures) == len(watch.seen), "those of the other setting are not among them"
 
 
+def test_a_killed_case_leaves_no_figures(tmp_path: Path, capsys: Capture) -> None:
+    """Of one that was being written when the disk was full or the process was killed."""
+    go(tmp_path, "fake_roofline")
+    path = tmp_path / "results.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    figures = [i for i, line in enumerate(whole) if json.loads(line)["kind"] == "figure"]
+    path.write_text("".join(whole[: figures[6]]))
+    capsys.readouterr()
+    assert go(tmp_path, "fake_roofline") == 0
+    assert len(json.loads(capsys.readouterr().out)["figures"]) == len(figures) == 10
+
+
+def test_what_figures_depend_on_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("dsmini/a.py", "benchmarks/instruments/a.py", "benchmarks/questions/a.py", "configs/a.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / "benchmarks" / "report").mkdir()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    seen = {provenance.code()}
+    for path in sorted(tmp_path.rglob("a.*")):
+        path.write_text("2")
+        seen.add(provenance.code())
+    assert len(seen) == 5
+    (tmp_path / "benchmarks" / "report" / "page.py").write_text("3")
+    (tmp_path / "benchmarks" / "runner.py").write_text("3")
+    assert provenance.code() in seen, "what shows figures changes none"
+
+
+def test_versions_and_kernels_are_part_of_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(tmp_path, "fake_cache")
+    assert set(lines(tmp_path)[0]["versions"]) >= {"dsmini", "torch", "python", "kernels"}
+    monkeypatch.setenv("DSMINI_BACKEND", "reference")
+    assert provenance.versions()["kernels"] == "reference"
+    monkeypatch.setattr("benchmarks.provenance.versions", lambda: {"torch": "another"})
+    go(tmp_path, "fake_cache")
+    assert len(read(tmp_path / "results.jsonl").by_fingerprint) == 2
+
+
+def test_estimates_are_of_the_last_run_that_was_as_quick(tmp_path: Path) -> None:
+    for seconds, quick in ((7.0, []), (1.0, ["--quick"]), (9.0, [])):
+        go(tmp_path, "fake_decode", "--fresh", *quick)
+        text = (tmp_path / "results.jsonl").read_text().splitlines()
+        last = json.loads(text[-1]) | {"seconds": seconds}
+        (tmp_path / "results.jsonl").write_text("\n".join([*text[:-1], json.dumps(last)]) + "\n")
+    results = read(tmp_path / "results.jsonl")
+    key = "transformers, of the same shape 8192"
+    assert results.seconds("fake_decode", key, quick=False) == 9.0
+    assert results.seconds("fake_decode", key, quick=True) is None
+
+
 def test_changed_sources_measure_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     watch = Watch()
     go(tmp_path, "fake_decode", known=watch.known)
@@ -203,6 +253,8 @@ def test_a_question_that_cannot_say_or_draw_takes_no_other_down(tmp_path: Path, 
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--compare", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--report-only"], "has no figures yet"),
+        (["--report-only", "--quick"], "--quick is about measuring"),
+        (["--threads", "100000"], "use 1 to 1024"),
         (["--report-only", "--fresh"], "leave one of them out"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.instruments import prediction
 from benchmarks.instruments.counting import Count, Operation, count
-from benchmarks.instruments.roofs import POINTS, PRODUCTS, Curve, Roofs, flops_rate, point_seconds
+from benchmarks.instruments.measuring import check_bandwidth, step_figures
+from benchmarks.instruments.roofs import (
+    POINTS,
+    PRODUCTS,
+    Curve,
+    Roofs,
+    flops_rate,
+    load_or_measure,
+    point_seconds,
+    product_rate,
+)
+from benchmarks.question import Setting
 from benchmarks.shapes import QUICK
 from dsmini import ModelConfig, Transformer, accounting
 from tests.conftest import randomise
@@ -54,6 +66,15 @@ MASK = torch.rand(6, 10) < 0.3
 SCATTERED: dict[str, tuple[Callable[[], object], int, int]] = {
     "masked": (lambda: X.masked_fill_(MASK, 0.0), 60, int(MASK.sum()) * F4),
     "rows filled": (lambda: TABLE.clone().index_fill_(0, ROWS, 1.0), 3 * I8, 30 * F4),
+    "a row set": (lambda: TABLE.clone().index_put_((ROWS[1:],), torch.tensor(1.0)), 2 * I8 + F4, 20 * F4),
+    "masked rows set": (lambda: TABLE.clone().index_put_((torch.arange(50) < 3,), X[:3]), 50 + 30 * F4, 30 * F4),
+    "added where named": (
+        lambda: TABLE.clone().index_put_((ROWS,), X[:3], accumulate=True),
+        3 * I8 + 2 * 30 * F4,
+        30 * F4,
+    ),
+    "scattered": (lambda: X.scatter_(1, ROWS[None], Y[:1, :3]), 3 * I8 + 3 * F4, 3 * F4),
+    "a number scattered": (lambda: X.scatter_(1, ROWS[None], 1.0), 3 * I8, 3 * F4),
     "rows added": (lambda: TABLE.clone().index_add_(0, ROWS, X[:3]), 3 * I8 + 2 * 30 * F4, 30 * F4),
 }
 
@@ -130,13 +151,39 @@ def test_products_as_torch_counts_them() -> None:
 
 
 def test_a_cache_keeps_what_was_used_last() -> None:
-    a, b, c = (torch.rand(1000) for _ in range(3))
-    for room, cold in ((1 << 20, 0), (6000, 8000)):
+    """Sums read alone, and write four bytes: what is cold is what was read."""
+    a, b, c, large = (torch.rand(n) for n in (1000, 1000, 1000, 3000))
+    for room, order, warm in (
+        (1 << 20, (a, b, c, a, b, c), (False, False, False, True, True, True)),
+        (8100, (a, b, b, a, c, a, b), (False, False, True, True, False, True, False)),
+        (8100, (large, a, a, large, large), (False, False, True, False, False)),
+    ):
         with Count(room) as counted:
-            a * 2, b * 2, c * 2, a + b
-        last = counted.operations[-1]
-        assert last.cold - last.written in (cold, cold - last.written)
-        assert counted.operations[0].cold >= 4000
+            results = [x.sum() for x in order]
+        assert [op.cold < 4000 for op in counted.operations] == list(warm)
+        del results
+
+
+@pytest.mark.parametrize("shapes", [((1, 64), (64, 512)), ((512, 64), (64, 1))])
+def test_a_row_is_a_row_on_either_side(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    a, b = map(torch.rand, shapes)
+    op = only(lambda: a @ b)
+    assert op.rows == 1 and op.flops == 2 * 64 * 512
+
+
+def test_a_bandwidth_above_the_roof_is_an_error() -> None:
+    machine = dataclasses.replace(roofs(), bandwidth=10e9, copy=8e9)
+    setting = Setting(quick=True, device=torch.device("cpu"), dtype=torch.float32, roofs=machine)
+    assert check_bandwidth("x", 9.9e9, setting) == 10e9
+    with pytest.raises(ValueError, match=r"x: 10.1 GB/s from memory is above the roof of 10.0: .* --fresh"):
+        check_bandwidth("x", 10.1e9, setting)
+    counted = count(lambda: torch.rand(1 << 16) * 2, 1 << 10)
+    moved = sum(op.cold for op in counted.operations)
+    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_ideal=50.0)}
+    assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
+    assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
+    with pytest.raises(ValueError, match="above the roof"):
+        list(step_figures("q", {}, counted, [moved / 11e9] * 3, 2, setting))
 
 
 CONFIG = ModelConfig(
@@ -220,6 +267,48 @@ def test_curves_are_followed_between_and_beyond_their_sizes() -> None:
     assert point_seconds(machine, "move", "float32", 1e8, 1.0) == pytest.approx(4e-2)
     assert flops_rate(machine, "product", "float32", 1e3, 0.0) == pytest.approx(1e11)
     assert flops_rate(machine, "product", "float32", 1e6, 1.0) == pytest.approx(1e11 / 4)
+
+
+def test_products_go_by_the_size_of_their_matrix_and_softmax_by_its_own_curve() -> None:
+    machine = roofs()
+    slow = {name: Curve(sizes=c.sizes, costs=[x / 10 for x in c.costs]) for name, c in machine.curves.items()}
+    small = {name: slow[name] for name in slow if "small product" in name}
+    machine = dataclasses.replace(machine, curves={**machine.curves, **small})
+    large_rate, small_rate = (product_rate(machine, "float32", 16, size, 0.0) for size in (1 << 20, 1 << 18))
+    assert large_rate == pytest.approx(10 * small_rate)
+    assert small_rate < product_rate(machine, "float32", 16, 1 << 19, 0.0) < large_rate
+    x, w = torch.rand(16, 1024), torch.rand(1024, 1024)
+    op = only(lambda: x @ w[:, :512])
+    rate = product_rate(machine, "float32", 16, 1 << 19, op.cold_share)
+    assert prediction.operation_seconds(op, machine) == pytest.approx(2 * 16 * 2**19 / rate + 1e-6)
+    far = {name: Curve(sizes=c.sizes, costs=[100 * x for x in c.costs]) for name, c in machine.curves.items()}
+    apart = dataclasses.replace(machine, curves={**machine.curves, **{n: far[n] for n in far if "softmax" in n}})
+    op = only(lambda: w.softmax(-1))
+    assert prediction.operation_seconds(op, apart) == pytest.approx(100 * prediction.operation_seconds(op, machine))
+
+
+def test_kept_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = list[str]()
+    here = {"processor": "a"}
+
+    def measure(device: torch.device, on_part: object) -> Roofs:
+        measured.append(here["processor"])
+        return dataclasses.replace(roofs(), card=dict(here))
+
+    monkeypatch.setattr("benchmarks.instruments.roofs.measure", measure)
+    monkeypatch.setattr("benchmarks.instruments.roofs.card", lambda device: dict(here))
+    keep, cpu = tmp_path / "cache" / "roofs.json", torch.device("cpu")
+    assert load_or_measure(cpu, keep).card == load_or_measure(cpu, keep).card == here and measured == ["a"]
+    here["processor"] = "b"
+    assert load_or_measure(cpu, keep).card == here and measured == ["a", "b"]
+    load_or_measure(cpu, keep, fresh=True)
+    here["processor"] = "a"
+    load_or_measure(cpu, keep)
+    assert measured == ["a", "b", "b"], "the other machine's are still there"
+    for damaged in ("5", '{"x"', keep.read_text().replace('"probes"', '"prob"')):
+        keep.write_text(damaged)
+        assert load_or_measure(cpu, keep).card == here
+    assert len(measured) == 6
 
 
 def test_a_step_takes_what_its_operations_take() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import runner
 from benchmarks.question import Plot, Series
+from benchmarks.report import plots
 from benchmarks.report.plots import draw
 from tests import fake_questions as fake
 from tests.chromium import BROWSER, Chromium
@@ -86,6 +87,15 @@ def test_text_is_escaped_and_said(page: Path) -> None:
         assert said in text, said
     assert len(re.findall(r'class="pill">better', text)) == 7  # of eight cases one failed
     assert len(re.findall(r'class="pill">gone', text)) == 1
+
+
+def test_points_stand_over_their_labels() -> None:
+    labels = ["training", "decoding", "reading"]
+    some = Series(label="another", x=[1, 2], y=[2.0, 3.0], kind="points")
+    line = Series(label="equal", x=[0, 2], y=[1.0, 1.0], dashed=True)
+    bars = Series(label="bars", x=(), y=[1.0, 2.0, 3.0], kind="bars")
+    plot = Plot(title="t", x="", y="y", series=[some, line, bars], labels=labels)
+    assert [list(plots._drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
 
 
 def test_prediction_has_the_colour_of_what_it_predicts_and_more_series_than_colours_squares() -> None:

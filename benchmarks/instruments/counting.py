@@ -230,6 +230,10 @@ def _operation(
     elif base in SCATTERS and changed:
         moved = sum(_size(t) for t in inputs)
         written = max((_size(t) for t in inputs if t.dtype == changed[0].dtype), default=0)
+        if base.startswith("scatter"):
+            written = inputs[0].numel() * changed[0].element_size()
+        elif base == "index_put":
+            written = _named(changed[0], args[1]) * changed[0].element_size()
         if "fill" in base:  # what is selected; of a mask, all that is true
             chosen = inputs[0]
             whole = changed[0].numel() // max(1, changed[0].shape[0]) if base == "index_fill" else 1
@@ -300,6 +304,21 @@ def _flops(
         # backward makes the logits again, and the gradients of values, weights, queries and keys: 5 products for 2
         return (forward * 5 // 2 if backward else forward), s, "attention"
     return 0, 0, ""
+
+
+def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
+    """Elements of t[indices]."""
+    places, whole, at = [], 1, 0
+    for index in indices:
+        if index is None:
+            whole, at = whole * t.shape[at], at + 1
+        elif index.dtype in (torch.bool, torch.uint8):
+            places.append((int(index.sum()),))
+            at += index.dim()
+        else:
+            places.append(tuple(index.shape))
+            at += 1
+    return math.prod(torch.broadcast_shapes(*places)) * whole * math.prod(t.shape[at:])
 
 
 def _unused_matrices(inputs: Sequence[Tensor]) -> int:
