@@ -85,7 +85,8 @@ def test_decoding_in_parts_equals_attention_by_hand(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
 ) -> None:
     """From a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
-    monkeypatch.setattr(attention, "COPIED", 1)  # so 64 keys at a time
+    for name in ("PAGED", "COPIED"):
+        monkeypatch.setattr(attention, name, 1)  # so 64 keys at a time
     t, d, width = 200, 8, 5
     q = torch.randn(batch, 6, 2, d).to(dtype)
     rows = torch.randn(batch, t + 7, groups * (d + width)).to(dtype)[:, :t]
@@ -103,9 +104,19 @@ def test_decoding_in_parts_equals_attention_by_hand(
     assert [part.shape[2] for part in attention._parts(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
 
 
+def test_only_what_is_large_goes_in_parts_of_a_quarter() -> None:
+    rows = torch.empty(1, 65536, 2, 256, dtype=torch.bfloat16, device="cpu")  # 64 MiB, no page of it is touched
+    whole = rows.transpose(1, 2)
+    assert [part.shape[2] for part in attention._parts(whole)] == [8192] * 8
+    assert len(attention._parts(whole[:, :, :32767])) == 1
+    assert len(attention._parts(whole[:, :, :32768])) == 4
+    assert len(attention._parts(whole[:, :1])) == 1 and len(attention._parts(whole.contiguous())) == 1
+
+
 def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 parts of one: in BF16 the sum stops at 256, where one more is half a step."""
-    monkeypatch.setattr(attention, "COPIED", 1)
+    for name in ("PAGED", "COPIED"):
+        monkeypatch.setattr(attention, name, 1)
     t = 64 * 512
     weights = torch.full((2, 1, t), 2.0**-6, dtype=torch.bfloat16)  # 64 of them are one
     values = torch.ones(1, t, 2, 3, dtype=torch.bfloat16).transpose(1, 2)

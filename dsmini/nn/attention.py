@@ -22,8 +22,8 @@ EXPLICIT_UP_TO = 128
 EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
 BLOCK = 128
-COPIED = 8 << 20
-"""Bytes of keys or values of several heads or rows that go into one product on a CPU."""
+PAGED, COPIED = 32 << 20, 8 << 20
+"""A CPU takes keys or values of several heads or rows in parts from so many bytes on, and so many bytes a part."""
 
 
 def causal_attention(
@@ -104,7 +104,7 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     for a product on a CPU; a copy of 32 MB or more gets new memory from the system each time, and takes 6 times as
     long as several small ones (docs/log.md)."""
     b, g, t, c = x.shape
-    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous():
+    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous() or x.numel() * x.element_size() < PAGED:
         return (x,)
     return x.split(max(64, min(t, COPIED // (b * g * c * x.element_size()))), 2)
 
