@@ -105,7 +105,8 @@ def finding(figures: list[Figure]) -> str:
     parts = []
     for batch in dict.fromkeys((batches[0], batches[-1])):
         sparse, active, total = (speed[name, batch] for name in names)
-        beside = f"{sparse / active:.2f} times the speed of the twin as active and {sparse / total:.1f} times that of the twin as large"
+        beside = f"{sparse / active:.2f} times the speed of the twin as active"
+        beside += f" and {sparse / total:.1f} times that of the twin as large"
         parts.append(f"{beside} at batch {batch}")
     touched = [f for f in pick(figures, "distinct_experts") if f.case["batch"] == batches[-1]]
     text = "Experts run at " + ", ".join(parts)
