@@ -147,10 +147,7 @@ def _answer(
             read(path)  # a damaged file is refused before anything is measured
             run, roofs, asked = _plan(args, options, questions, device, measure, console)
             session = Session(console=console, out=options.out, known=known, names=[q.name for q in questions])
-            try:
-                status = session.measure(writer, run, roofs, asked)
-            except KeyboardInterrupt:  # between two cases
-                status = 130
+            status = session.measure(writer, run, roofs, asked)
             if status == 130:
                 say(console, f"stopped; what is done is kept in {path}. Go on with: {_again(args)}")
                 return status, session.last_line(read(path))

@@ -60,17 +60,17 @@ class Session:
         estimates = [before.seconds(q.name, case.key, run.quick) or case.seconds for q, cases in todo for case in cases]
         say(self.console, f"{len(estimates)} cases, about {units.duration(sum(estimates))}")
         failed = 0
-        with Bar(self.console, estimates) as bar:
-            for question, cases in todo:
-                for case in cases:
-                    try:
+        try:
+            with Bar(self.console, estimates) as bar:
+                for question, cases in todo:
+                    for case in cases:
                         failed += not self._run_case(writer, run, roofs, question.name, case, bar)
-                    except KeyboardInterrupt:
-                        self._draw(read(self.path))
-                        return 130
-                results = read(self.path)
-                self._show(question, results.by_fingerprint[run.fingerprint])
-                self._draw(results)
+                    results = read(self.path)
+                    self._show(question, results.by_fingerprint[run.fingerprint])
+                    self._draw(results)
+        except KeyboardInterrupt:
+            self._draw(read(self.path))
+            return 130
         if failed:
             words = "1 case failed; its traceback is" if failed == 1 else f"{failed} cases failed; the tracebacks are"
             say(self.console, f"{words} in {self.path}", style="bold red")

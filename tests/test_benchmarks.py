@@ -18,7 +18,7 @@ from benchmarks import provenance, runner
 from benchmarks.changes import compare
 from benchmarks.instruments.roofs import steadiness
 from benchmarks.question import Figure, Question
-from benchmarks.report import terminal, units
+from benchmarks.report import page, terminal, units
 from benchmarks.results import Writer, read
 from tests import fake_questions as fake
 from tests.commands import ROOT
@@ -103,6 +103,24 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
     watch.seen.clear()
     assert go(tmp_path, known=watch.known) == 0
     assert watch.seen == []
+
+
+def test_a_run_interrupted_while_its_page_is_drawn_tells_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real, drawn = page.write_report, list[Path]()
+
+    def write_report(path: Path, *args: Any) -> None:
+        drawn.append(path)
+        if len(drawn) == 1:
+            raise KeyboardInterrupt
+        real(path, *args)
+
+    monkeypatch.setattr(page, "write_report", write_report)
+    assert go(tmp_path) == 130
+    out, err = capsys.readouterr()
+    assert "Go on with: python -m benchmarks" in err
+    assert len(json.loads(out)["figures"]) == 5 and (tmp_path / "report.html").is_file()
 
 
 def test_killed_run_leaves_what_is_done(tmp_path: Path) -> None:

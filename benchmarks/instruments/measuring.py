@@ -155,10 +155,10 @@ def step_figures(
 
     Raises: ValueError for a bandwidth above what this machine can do, which is an error of counting, not a result.
     """
-    roofs, median = setting.roofs, statistics.median(taken)
+    roofs = setting.roofs
     arithmetic = roofs.peak[name_of(setting.dtype)]
-    from_memory = sum(op.cold for op in counted.operations) / median
-    memory = check_bandwidth(f"{name} {dict(case)}", from_memory, setting)
+    from_memory = sum(op.cold for op in counted.operations)
+    memory = check_bandwidth(f"{name} {dict(case)}", from_memory / statistics.median(taken), setting)
 
     def figure(metric: str, unit: str, **values: Any) -> Figure:
         return Figure(question=name, case=case, metric=metric, unit=unit, **values)
@@ -182,8 +182,8 @@ def step_figures(
         note = "of the peak, by the FLOPs that the formula needs: causal, without padding"
         yield figure("useful_share", "", better="higher", note=note, **useful)
     note = "measured: bytes that no cache holds; predicted: the roof"
-    cold = spread([from_memory * median / t for t in taken])
-    yield figure("bandwidth", "bytes/s", predicted=memory, note=note, bound=True, **cold)
+    bandwidth = spread([from_memory / t for t in taken])
+    yield figure("bandwidth", "bytes/s", predicted=memory, note=note, bound=True, **bandwidth)
     rate = spread([counted.flops / t for t in taken])
     yield figure("flop_rate", "FLOP/s", predicted=arithmetic, note="predicted: the roof", bound=True, **rate)
     whole = "of the whole process, torch and what else it has loaded included" if setting.device.type == "cpu" else ""
