@@ -28,8 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini.machine import synchronize
 
-aten = torch.ops.aten
-
 OVERWRITES = {
     "copy_",
     "fill_",
@@ -44,7 +42,6 @@ OVERWRITES = {
 FREE = {"detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "is_same_size", "promote_types"}
 FREE |= {"_record_function_enter_new", "_record_function_exit"}
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "mv", "addmv", "dot"}
 ATTENTION = {
     f"_scaled_dot_product_{kind}{backward}"
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -96,11 +93,6 @@ class Operation:
     @property
     def cold_share(self) -> float:
         return min(1.0, self.cold / max(1, self.bytes))
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs a byte."""
-        return self.flops / max(1, self.bytes)
 
 
 class Count(TorchDispatchMode):
