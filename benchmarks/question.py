@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.instruments.roofs import Roofs
+from dsmini.measure.rates import Roofs
 
 Value = str | int | float | bool
 FOUND = {"intensity", "calls"}

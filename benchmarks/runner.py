@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import provenance
-from benchmarks.instruments import roofs as machine
-from benchmarks.instruments.roofs import Roofs
 from benchmarks.question import Question, Setting
-from benchmarks.report.terminal import measuring_roofs, say
-from benchmarks.results import Run, Writer, read
 from benchmarks.session import Asked, Loader, Session, load
-from dsmini.machine import DTYPES, pick_device, pick_dtype
+from dsmini.measure import rates as machine
+from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
+from dsmini.measure.rates import Roofs
+from dsmini.report import provenance
+from dsmini.report.results import Run, Writer, read
+from dsmini.report.terminal import measuring_roofs, say
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
 """The modules of questions/, in the order of the report."""
@@ -217,7 +217,7 @@ def _plan(
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
-    """As dsmini.machine.pick_dtype, but from the kept rates where they are known: a rerun must choose the same."""
+    """Pick as dsmini.measure.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
     peak = roofs.peak
     if name == "auto" and {"float32", "bfloat16"} <= set(peak):
         return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32

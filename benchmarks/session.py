@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import changes
-from benchmarks.instruments.roofs import Roofs, steadiness
 from benchmarks.question import Case, Figure, Question
-from benchmarks.report import page, units
-from benchmarks.report.terminal import Bar, say, show_changes, show_question
-from benchmarks.results import Done, Finished, Results, Run, Writer, as_json, read
+from dsmini.measure.rates import Roofs, steadiness
+from dsmini.report import comparison as changes
+from dsmini.report import page, units
+from dsmini.report.results import Done, Finished, Results, Run, Writer, as_json, read
+from dsmini.report.terminal import Bar, say, show_changes, show_question
 
 Loader = Callable[[], Question]
 Asked = tuple[Question, list[Case]]

@@ -17,8 +17,8 @@ from dsmini.checkpoint.pretrained import load_pretrained, origin_of
 from dsmini.checkpoint.progress import rate
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
-from dsmini.command import Help, parse, run
 from dsmini.config import RunConfig
+from dsmini.console import Help, parse, run
 from dsmini.nn import Transformer
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 

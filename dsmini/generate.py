@@ -16,11 +16,11 @@ import tyro
 from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
-from dsmini.command import Help, parse, run
-from dsmini.generation import Generation
-from dsmini.machine import DTYPES, pick_device, pick_dtype
+from dsmini.console import Help, parse, run
+from dsmini.inference.generation import Generation
+from dsmini.inference.sampling import Sampling
+from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.sampling import Sampling
 from dsmini.text.answers import Page, figures, finish, follow, say_figures
 from dsmini.text.chat import Chat, Message
 from dsmini.text.continuation import Continuation

@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 
 from dsmini.checkpoint.manifest import write_text
-from dsmini.command import parse, run
 from dsmini.config import DataConfig
+from dsmini.console import parse, run
 from dsmini.data.cache import lines
 from dsmini.data.documents import Piece, Progress, Reader, find, measure, silent, split
 from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer

@@ -13,13 +13,13 @@ from rich.console import Console
 from dsmini import accounting
 from dsmini.checkpoint.manifest import write_text
 from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, run_tokenizer, sole_trainer, tokenizer_file
-from dsmini.command import Help, run
 from dsmini.config import RunConfig
+from dsmini.console import Help, run
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.generation import Generation
-from dsmini.machine import pick_device, pick_dtype
+from dsmini.inference.generation import Generation
+from dsmini.inference.sampling import Sampling
+from dsmini.measure.machine import pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.sampling import Sampling
 from dsmini.training.report import ReadingProgress, print_summary
 from dsmini.training.start import begin, read_start
 from dsmini.training.summary import summarise

@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "dsmini.fields": set(),
     "dsmini.config": {"dsmini.names", "dsmini.fields"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
-    "dsmini.sampling": {"dsmini.fields"},
-    "dsmini.text": {"dsmini.fields", "dsmini.generation", "dsmini.text"},
+    "dsmini.inference.sampling": {"dsmini.fields"},
+    "dsmini.text": {"dsmini.fields", "dsmini.inference.generation", "dsmini.text"},
     "dsmini.text.tokenizer": set(),
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
     "dsmini.text.chat": {"dsmini.text.tokenizer"},
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "dsmini.ops": set(),
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
-    "dsmini.generation": {"dsmini.nn", "dsmini.sampling"},
+    "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},
 }
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.instruments.counting import count
-from benchmarks.instruments.measuring import (
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from dsmini import ModelConfig, Transformer, accounting
+from dsmini.measure.counting import count
+from dsmini.measure.timing import (
     built,
     filled,
     forget_peak,
@@ -18,8 +20,6 @@ from benchmarks.instruments.measuring import (
     step_figures,
     times,
 )
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from dsmini import ModelConfig, Transformer, accounting
 from dsmini.nn import Cache
 
 NAME = "decode"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import shapes
-from benchmarks.instruments.kept import kept_for_backward
-from benchmarks.instruments.measuring import built, interleaved, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from benchmarks.questions.fp8_error import operand_error
 from dsmini import ModelConfig, RunConfig, Transformer, accounting, ops
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.data.corpus import load_corpus
+from dsmini.measure.kept import kept_for_backward
+from dsmini.measure.timing import built, interleaved, random_tokens, spread
 from dsmini.nn.cache import Cache
 from dsmini.numerics import E4M3, WEIGHT_TILE, dequantize_tiles, quantize
 from dsmini.training.trainer import Trainer

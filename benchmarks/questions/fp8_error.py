@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.instruments.measuring import spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import RunConfig, Transformer
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.data.corpus import load_corpus
+from dsmini.measure.timing import spread
 from dsmini.nn import Experts, Linear
 from dsmini.numerics import (
     ACTIVATION_TILE,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.instruments.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
-from benchmarks.instruments.roofs import memory_bytes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import ModelConfig, accounting
+from dsmini.measure.rates import memory_bytes
+from dsmini.measure.timing import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from dsmini.nn import Cache
 
 NAME = "kv-cache"

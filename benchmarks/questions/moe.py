@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.instruments.measuring import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from dsmini import ModelConfig, Transformer, accounting
+from dsmini.measure.timing import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from dsmini.nn import max_violation
 
 NAME = "moe"

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.instruments import prediction
-from benchmarks.instruments.counting import count
-from benchmarks.instruments.measuring import spread
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.generation import Generation, Stats, generate
+from dsmini.inference.generation import Generation, Stats, generate
+from dsmini.measure import prediction
+from dsmini.measure.counting import count
+from dsmini.measure.timing import spread
 from dsmini.training.trainer import Trainer
 
 NAME = "mtp"

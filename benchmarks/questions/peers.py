@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.instruments.measuring import built, interleaved, once, random_tokens, spread
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.peer_models.transformers_model import deepseek_v3
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
+from dsmini.measure.timing import built, interleaved, once, random_tokens, spread
 from dsmini.training.trainer import Trainer
 
 NAME = "peers"

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.instruments.counting import count
-from benchmarks.instruments.measuring import (
+from benchmarks.question import Case, Figure, Plot, Question, Setting
+from dsmini import ModelConfig, accounting
+from dsmini.measure.counting import count
+from dsmini.measure.timing import (
     LEAST,
     built,
     forget_peak,
@@ -17,8 +19,6 @@ from benchmarks.instruments.measuring import (
     step_figures,
     times,
 )
-from benchmarks.question import Case, Figure, Plot, Question, Setting
-from dsmini import ModelConfig, accounting
 
 NAME = "prefill"
 

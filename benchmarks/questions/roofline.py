@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.instruments.counting import Operation, count
-from benchmarks.instruments.measuring import built, check_bandwidth, filled, random_tokens
-from benchmarks.instruments.prediction import operation_seconds
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
 from benchmarks.questions.train import training_step
+from dsmini.measure.counting import Operation, count
+from dsmini.measure.prediction import operation_seconds
+from dsmini.measure.timing import built, check_bandwidth, filled, random_tokens
 
 NAME = "roofline"
 PASSES = 5

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.instruments.counting import count
-from benchmarks.instruments.measuring import (
+from benchmarks.question import Case, Figure, Plot, Question, Setting
+from dsmini import ModelConfig, TrainConfig, Transformer, accounting
+from dsmini.measure.counting import count
+from dsmini.measure.timing import (
     LEAST,
     forget_peak,
     lines,
@@ -17,8 +19,6 @@ from benchmarks.instruments.measuring import (
     step_figures,
     times,
 )
-from benchmarks.question import Case, Figure, Plot, Question, Setting
-from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.training.optim import optimizers
 
 NAME = "train"

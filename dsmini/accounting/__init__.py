@@ -10,19 +10,19 @@ All of them are sums over one list, `parts.parts`, which says of every tensor wh
 with it.
 """
 
-from dsmini.accounting.counts import Flops, Parameters, flops_per_token, parameters
-from dsmini.accounting.held import gradient_bytes, optimizer_bytes, weight_bytes
-from dsmini.accounting.kept import activation_bytes, training_bytes
-from dsmini.accounting.kv import cache_bytes, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin
-from dsmini.accounting.moved import (
+from dsmini.accounting.activations import activation_bytes, training_bytes
+from dsmini.accounting.flops import decode_flops_per_token, step_flops
+from dsmini.accounting.kv_cache import cache_bytes, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin
+from dsmini.accounting.memory import gradient_bytes, optimizer_bytes, weight_bytes
+from dsmini.accounting.parameters import Flops, Parameters, flops_per_token, parameters
+from dsmini.accounting.table import Bytes
+from dsmini.accounting.traffic import (
     Traffic,
     decode_bytes_per_token,
     expected_experts,
     prefill_bytes_per_token,
     training_bytes_per_token,
 )
-from dsmini.accounting.table import Bytes
-from dsmini.accounting.work import decode_flops_per_token, step_flops
 
 __all__ = [
     "Bytes",

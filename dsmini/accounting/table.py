@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from dsmini.accounting.parts import collect
+from dsmini.accounting.tensors import collect
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

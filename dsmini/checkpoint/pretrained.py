@@ -23,7 +23,7 @@ from dsmini.checkpoint.safetensors_folder import folder_tensors, is_inference_la
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
 from dsmini.fields import parse_file, require
-from dsmini.machine import pick_device
+from dsmini.measure.machine import pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.fp32 import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from dsmini.generation import Generation, Stats
+from dsmini.inference.generation import Generation, Stats
 from dsmini.text.continuation import Continuation
 
 # what moves a terminal's cursor or changes its colours is shown as a picture; of C1 there is none

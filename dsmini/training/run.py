@@ -24,7 +24,7 @@ from dsmini.checkpoint.training import (
     save_checkpoint,
 )
 from dsmini.config import RunConfig
-from dsmini.machine import peak_memory, random_state, set_random_state
+from dsmini.measure.machine import peak_memory, random_state, set_random_state
 from dsmini.nn import max_violation
 from dsmini.training.report import TrainingProgress, plot_run
 from dsmini.training.tensorboard import TensorBoard

@@ -15,10 +15,10 @@ from rich.console import Console
 from dsmini.checkpoint.manifest import write_json, write_text
 from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config, tokenizer_file
 from dsmini.checkpoint.training import Checkpoint, last_checkpoint, model_checkpoint, model_tensors
-from dsmini.command import Help, parse, take_file
 from dsmini.config import RunConfig
+from dsmini.console import Help, parse, take_file
 from dsmini.data.corpus import Corpus
-from dsmini.machine import DTYPES
+from dsmini.measure.machine import DTYPES
 from dsmini.nn import Transformer
 from dsmini.training.changes import check_init, check_resume
 from dsmini.training.run import TrainingRun

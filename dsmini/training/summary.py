@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dsmini import accounting
-from dsmini.machine import DTYPES, matmul_rate, peak_memory
+from dsmini.measure.machine import DTYPES, matmul_rate, peak_memory
 from dsmini.training.report import bits
 from dsmini.training.run import TrainingRun
 

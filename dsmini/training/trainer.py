@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini.checkpoint.training import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
-from dsmini.machine import synchronize
+from dsmini.measure.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
 from dsmini.training.optim import ParameterAverage, check_remembered, optimizers, remember, remembered
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight

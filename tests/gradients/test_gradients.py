@@ -13,7 +13,7 @@ from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, 
 from dsmini.nn import Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
 from dsmini.nn.losses import IGNORE
 from dsmini.nn.norm import rms_norm
-from tests.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {
     "vocab_size": 13,

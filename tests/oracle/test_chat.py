@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsmini.text.chat import Message
 from dsmini.text.text_side import read_text_side
-from tests.text_folders import TEMPLATE, USER, save_text_side, save_tokenizer
+from tests.helpers.text_folders import TEMPLATE, USER, save_text_side, save_tokenizer
 
 CHATML = """\
 {%- for message in messages %}

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsmini
 from dsmini.text.tokenizer import byte_tokenizer_json
-from tests import folders
-from tests.tolerances import relative_error
+from tests.helpers import folders
+from tests.helpers.tolerances import relative_error
 
 LOGITS = 1e-5
 MOONLIGHT = {"q_lora_rank": None, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}

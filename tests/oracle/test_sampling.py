@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dsmini.sampling import Sampling
+from dsmini.inference.sampling import Sampling
 
 # in the order in which transformers applies them
 THEIRS: dict[str, Any] = {

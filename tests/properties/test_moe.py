@@ -16,7 +16,7 @@ from dsmini.nn import grouped_linear
 from dsmini.nn.moe import sort_by_expert
 from dsmini.numerics import products
 from dsmini.numerics.products import grouped_linear_by_expert
-from tests.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 

@@ -25,10 +25,10 @@ from dsmini.numerics import (
     tile_scales,
 )
 from dsmini.numerics.tiles import STRIP
-from tests.configs import refusal
-from tests.folders import blocks_of
-from tests.quantizer import NAMES, meant, quantized, quantized_groups, raw, same, stored
-from tests.tolerances import relative_error
+from tests.helpers.configs import refusal
+from tests.helpers.folders import blocks_of
+from tests.helpers.quantizer import NAMES, meant, quantized, quantized_groups, raw, same, stored
+from tests.helpers.tolerances import relative_error
 
 FORMAT, SCALE = st.sampled_from(NAMES), st.sampled_from(["ue8m0", "fp32"])
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsmini import Gate
 from dsmini.nn import Routing, route
-from tests.tolerances import FP32_UNIT, FP64_UNIT, relative_error, rounding
+from tests.helpers.tolerances import FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 
 class Case(NamedTuple):

@@ -1,0 +1,1 @@
+"""Operations with more than one implementation: the equation first, then the eager version, then the declaration."""

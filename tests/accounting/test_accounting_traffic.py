@@ -1,0 +1,462 @@
+"""Bytes that are moved and operations that are run, counted from the config, against what a step really touches."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsmini import ModelConfig, Transformer
+from dsmini.accounting import (
+    activation_bytes,
+    decode_bytes_per_token,
+    decode_flops_per_token,
+    expected_experts,
+    flops_per_token,
+    kv_bytes_per_token,
+    parameters,
+    prefill_bytes_per_token,
+    step_flops,
+    training_bytes_per_token,
+    weight_bytes,
+)
+from dsmini.nn import route
+from tests.accounting.test_accounting_memory import hold_fp8
+from tests.conftest import randomise
+from tests.helpers.configs import released
+from tests.helpers.strategies import model_configs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
+V3 = released("deepseek-v3")
+
+# No width is a number of rows that are read: 64, 128 or 192.
+SIZES: dict[str, Any] = {
+    "vocab_size": 51,
+    "dim": 40,
+    "inter_dim": 72,
+    "moe_inter_dim": 24,
+    "n_layers": 3,
+    "n_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 16,
+    "n_activated_experts": 2,
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+}
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "absorbed": {},
+    "expanded": {},
+    "query not compressed": {"q_lora_rank": None},
+    "normed heads": {"qk_norm": True},
+    "mha": {"attention": "mha"},
+    "gqa": {"attention": "gqa", "n_kv_heads": 2},
+    "mqa": {"attention": "mqa"},
+}
+
+
+def sized(**changes: Any) -> ModelConfig:
+    return ModelConfig(**(SIZES | changes))
+
+
+def nbytes(t: Tensor) -> int:
+    """Of the numbers that there are: a dimension of stride 0 repeats them."""
+    repeated = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride == 0 and n > 1]
+    return t.nbytes // max(1, torch.Size(repeated).numel())
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of operands and results, of operations on rows of the cache and of all other products."""
+
+    def __init__(self, rows: int, batch: int) -> None:
+        super().__init__()
+        self.rows, self.context, self.products, self.codes = {rows, batch * rows}, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.codes += sum(nbytes(t) for t in operands if t.dtype == torch.float8_e4m3fn and not func.is_view)
+        there = {t.untyped_storage().data_ptr() for t in operands}
+        if all(t.untyped_storage().data_ptr() in there for t in results):  # a view
+            return out
+        numbers = [t for t in [*operands, *results] if t.is_floating_point()]
+        if any(self.rows & set(t.shape) for t in numbers):
+            self.context += sum(map(nbytes, numbers))
+        elif func.overloadpacket in PRODUCTS:
+            self.products += sum(map(nbytes, numbers))
+        return out
+
+
+def measured(
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    dtype: str = "float32",
+    cache_dtype: str | None = None,
+    form: Any = "auto",
+    fp8: bool = False,
+) -> tuple[Moved, float]:
+    """One decoding step, the third call with a cache, so that absorbed halves are there; and how many distinct experts
+    a layer read."""
+    model = randomise(Transformer(config)).to(DTYPES[dtype]).eval()
+    model = hold_fp8(model) if fp8 else model
+    tokens = torch.randint(0, config.vocab_size, (batch, context))
+    cache = model.new_cache(batch, dtype=DTYPES[cache_dtype or dtype], form=form)
+    model(tokens[:, :-2], cache=cache)
+    model(tokens[:, -2:-1], cache=cache)
+    with Moved(-(-context // 64) * 64, batch) as moved, torch.no_grad():
+        routing = model.run(tokens[:, -1:], cache=cache).routing
+    visited = [int((r.counts > 0).sum()) for r in routing]
+    return moved, sum(visited) / max(1, len(visited))
+
+
+def combined(config: ModelConfig, batch: int, size: int) -> int:
+    """Of one sequence the experts' results are weighed and added by a product, which is counted nowhere."""
+    k, m = config.n_activated_experts, config.dim
+    return (config.n_layers - config.n_dense_layers) * (k + k * m + m) * size if batch == 1 else 0
+
+
+def form_of(case: str) -> Any:
+    return (
+        "expanded" if case in ("expanded", "normed heads") else "auto" if case in ("mha", "gqa", "mqa") else "absorbed"
+    )
+
+
+def split(config: ModelConfig, by_part: Any, case: str, batch: int, size: int) -> tuple[float, float]:
+    """Of a count, what is moved with rows of the cache and what by the other products, in bytes a step."""
+    context = {"cache read", "cache copies", "expanded keys and values", "attention operands", "attention logits"}
+    apart = {"embedding", "norms", "cache write"} | context
+    rows = batch * sum(amount for name, amount in by_part.items() if name in context)
+    rest = batch * sum(amount for name, amount in by_part.items() if name not in apart)
+    rest -= 4 * parameters(config).buffers / (config.n_layers + config.n_mtp_layers - 1) * (config.n_layers - 1)
+    if form_of(case) == "expanded":  # wkv_b is multiplied with the rows
+        wkv_b = config.n_layers * config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        rows, rest = rows + wkv_b * size, rest - wkv_b * size
+    return rows, rest
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("context", [100, 128])
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")])
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_bytes_that_products_move_in_decoding(case: str, batch: int, dtype: Any, context: int) -> None:
+    """Of everything but embedding, norms and the writing of the cache; with copies, masks and softmax of attention."""
+    config, size = sized(**ATTENTIONS[case]), DTYPES[dtype].itemsize
+    moved, experts = measured(config, context, batch, dtype, form=form_of(case))
+    counted = decode_bytes_per_token(
+        config, context=context, batch=batch, dtype=dtype, form=form_of(case), experts=experts, as_run=True
+    )
+    rows, rest = split(config, counted.by_part, case, batch, size)
+    assert rest == pytest.approx(moved.products - combined(config, batch, size), rel=1e-12)
+    if case != "normed heads":  # its own passes over the expanded keys are left out
+        assert rows == pytest.approx(moved.context, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("case", ["absorbed", "expanded", "mha", "gqa", "mqa"])
+def test_bytes_that_are_copied_in_decoding(case: str, batch: int, dtype: Any, cache_dtype: Any) -> None:
+    """From a cache in another dtype than what is computed with."""
+    config, size = sized(**ATTENTIONS[case]), DTYPES[dtype].itemsize
+    moved, experts = measured(config, 100, batch, dtype, cache_dtype, form_of(case))
+    how: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "form": form_of(case), "experts": experts}
+    counted = decode_bytes_per_token(config, context=100, batch=batch, as_run=True, **how)
+    rows, _ = split(config, counted.by_part, case, batch, size)
+    assert rows == pytest.approx(moved.context, rel=1e-12)
+    least = decode_bytes_per_token(config, context=100, batch=batch, **how)
+    assert least.by_part["cache read"] == 100 * kv_bytes_per_token(config, dtype=cache_dtype)
+    assert "cache copies" not in least.by_part
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fp8_weights_are_dequantised_where_they_are_used(batch: int) -> None:
+    """Codes and scales are read, BF16 is written, and read by the products; the absorbed halves are BF16 already."""
+    config = sized()
+    moved, experts = measured(config, 100, batch, "bfloat16", form="absorbed", fp8=True)
+    how: dict[str, Any] = {"context": 100, "batch": batch, "form": "absorbed", "experts": experts}
+    run = decode_bytes_per_token(config, **how, dtype="fp8", as_run=True)
+    least = decode_bytes_per_token(config, **how, dtype="fp8")
+    plain = decode_bytes_per_token(config, **how, dtype="bfloat16", as_run=True)
+    _, products = split(config, plain.by_part, "absorbed", batch, 2)
+    assert products == pytest.approx(moved.products - combined(config, batch, 2), rel=1e-12)
+    assert batch * (run.weights - least.weights) == pytest.approx(4 * moved.codes, rel=1e-12)
+    halves = config.n_layers * config.kv_lora_rank * config.n_heads * 24
+    stays = batch * sum(plain.by_part[name] for name in ("embedding", "norms", "gates", "head")) + 2 * halves
+    scales = batch * least.weights - moved.codes - stays
+    # a block each: attention's four other matrices, the dense feed-forward, the shared and the visited experts
+    assert scales == pytest.approx(4 * (3 * 4 + 3 + 2 * 3 + 2 * 3 * experts), abs=1e-6)
+
+
+def test_decoding_v3_by_hand() -> None:
+    """BF16, one sequence at 4096: active parameters, a cache of 70,272 bytes a token, and what is small."""
+    counted = decode_bytes_per_token(V3, context=4096)
+    gates, norms = 58 * 256 * 7168, 61 * (2 * 7168 + 1536 + 512) + 7168
+    assert counted.weights == pytest.approx(
+        2 * (parameters(V3).active + 7168) + 2 * gates + 4 * (norms + 14_848), rel=1e-12
+    )
+    assert counted.by_part["cache read"] == 4096 * 70_272
+    assert counted.by_part["cache write"] == 70_272
+    assert counted.by_part["logits"] == 2 * 129280
+    small = counted.total - counted.weights - 4097 * 70_272
+    assert 0 < small < 0.0015 * counted.total
+    run = decode_bytes_per_token(V3, context=4096, as_run=True)
+    assert run.by_part["cache read"] == 4096 * 61 * 2 * (576 + 512)  # once as keys, once as values
+    assert decode_bytes_per_token(V3, context=4097, as_run=True).by_part["cache read"] == 4160 * 61 * 2 * (576 + 512)
+
+
+def test_rows_are_read_in_multiples_of_64_up_to_the_room() -> None:
+    config = dataclasses.replace(V3, max_seq_len=100, original_seq_len=None)
+    for context, rows in ((1, 64), (64, 64), (65, 100), (100, 100)):
+        run = decode_bytes_per_token(config, context=context, as_run=True, form="absorbed")
+        assert run.by_part["cache read"] == rows * 61 * 2 * (576 + 512)
+        assert decode_bytes_per_token(config, context=context).by_part["cache read"] == context * 70_272
+
+
+def test_a_batch_shares_the_weights_and_nothing_else() -> None:
+    one, many = (decode_bytes_per_token(V3, context=1000, batch=n) for n in (1, 10**6))
+    assert many.by_part["cache read"] == one.by_part["cache read"] == 1000 * 70_272
+    assert many.by_part["head"] == pytest.approx(one.by_part["head"] / 10**6)
+    experts = many.by_part["routed experts"] * 10**6
+    assert experts == pytest.approx(2 * parameters(V3).by_module["routed experts"], rel=1e-9)
+    assert one.by_part["routed experts"] == pytest.approx(2 * parameters(V3).active_by_module["routed experts"])
+
+
+def test_cache_in_fp8_moves_656_bytes_a_token() -> None:
+    counted = decode_bytes_per_token(V3, context=1000, cache_dtype="fp8", dtype="fp8")
+    assert counted.by_part["cache read"] == 656 * 61 * 1000
+    run = decode_bytes_per_token(V3, context=1024, cache_dtype="fp8", as_run=True)
+    # taken apart 656, codes and scales read 528 and 512 numbers written, joined: 576 read and written; 576 and 512 read
+    assert run.by_part["cache copies"] == 1024 * 61 * (656 + 528 + 2 * (512 + 576 + 576 + 576 + 512))
+
+
+@given(config=model_configs(), data=st.data())
+def test_what_must_be_moved_is_less_than_what_is(config: ModelConfig, data: st.DataObject) -> None:
+    how: dict[str, Any] = {
+        "context": data.draw(st.integers(1, config.max_seq_len)),
+        "batch": data.draw(st.integers(1, 5)),
+        "dtype": data.draw(st.sampled_from(["float32", "bfloat16", "fp8"])),
+        "cache_dtype": data.draw(st.sampled_from(["float32", "bfloat16"])),
+        "form": data.draw(st.sampled_from(["auto", "expanded"])),
+    }
+    least, run = (decode_bytes_per_token(config, **how, as_run=as_run) for as_run in (False, True))
+    assert all(run.by_part[name] >= amount for name, amount in least.by_part.items())
+    assert sum(run.by_part.values()) == run.total
+    weights = weight_bytes(config, how["dtype"], mtp=False)
+    assert least.weights * how["batch"] <= weights.total + how["batch"] * 4 * config.dim + halves_of(config)
+    assert least.by_part["cache write"] == kv_bytes_per_token(config, dtype=how["cache_dtype"])
+
+
+def halves_of(config: ModelConfig) -> int:
+    width = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return 2 * config.n_layers * config.kv_lora_rank * width
+
+
+# --- distinct experts
+
+
+@pytest.mark.parametrize(("groups", "limited"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 30])
+def test_distinct_experts_of_random_gates(tokens: int, groups: int, limited: int) -> None:
+    """The mean over 2000 layers; groups change which experts come together, not how many in the mean."""
+    config = sized(n_activated_experts=3, n_expert_groups=groups, n_limited_groups=limited)
+    options: dict[str, Any] = {"n_activated_experts": 3, "n_expert_groups": groups, "n_limited_groups": limited}
+    logits = torch.randn(2000 * tokens, 16)
+    indices = route(logits, torch.zeros(16), **options).indices.reshape(2000, -1)
+    visited = torch.zeros(2000, 16).scatter(1, indices, 1).sum(1)
+    error = float(visited.std()) / 2000**0.5
+    assert expected_experts(config, tokens) == pytest.approx(float(visited.mean()), abs=4 * error + 1e-6)
+
+
+@pytest.mark.parametrize("experts", [1.9, 6.1])
+def test_no_more_distinct_experts_than_visits(experts: float) -> None:
+    with pytest.raises(ValueError, match="use 2 to 6, or leave it out"):
+        decode_bytes_per_token(sized(), context=5, batch=3, experts=experts)
+
+
+# --- operations
+
+
+@pytest.mark.parametrize("context", [65, 100, 128])
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_flops_of_decoding_against_torch(case: str, context: int) -> None:
+    config = sized(**ATTENTIONS[case])
+    model = Transformer(config).double()
+    tokens = torch.randint(0, 51, (1, context))
+    cache = model.new_cache(1, form=form_of(case))
+    model(tokens[:, :-2], cache=cache)
+    model(tokens[:, -2:-1], cache=cache)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens[:, -1:], cache=cache)
+    combine = 2 * (config.n_layers - 1) * config.n_activated_experts * config.dim
+    counted = decode_flops_per_token(config, context=context, form=form_of(case), as_run=True)
+    assert counted.total == counter.get_total_flops() - combine
+    assert counted == decode_flops_per_token(config, context=128, form=form_of(case))
+
+
+@given(config=model_configs(), context=st.integers(1, 99))
+def test_the_cheaper_form_is_the_one_the_layer_takes(config: ModelConfig, context: int) -> None:
+    context = min(context, config.max_seq_len)
+    counted = decode_flops_per_token(config, context=context)
+    if config.attention != "mla" or config.qk_norm:
+        assert counted == decode_flops_per_token(config, context=context, form="expanded")
+        return
+    rows = min(config.max_seq_len, -(-context // 64) * 64)
+    form = Transformer(config).layers[0].attn.work(1, rows).cheaper  # pyright: ignore
+    assert counted == decode_flops_per_token(config, context=context, form=form)
+
+
+def test_absorbing_v3_is_cheaper_from_the_second_token_on() -> None:
+    absorbed, expanded = (decode_flops_per_token(V3, context=4096, form=form) for form in ("absorbed", "expanded"))
+    assert decode_flops_per_token(V3, context=4096) == absorbed
+    assert absorbed.total == 2 * parameters(V3).active + 61 * 2 * 4096 * 128 * (2 * 512 + 64)
+    assert expanded.total > 10 * absorbed.total
+    assert expanded.by_module["expanding the cache"] == 61 * 2 * 4096 * 512 * 128 * 256
+
+
+def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Of torch's grouped product, which torch's counter takes for nothing: rows by widths."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+@pytest.mark.parametrize("case", ["absorbed", "query not compressed", "mha", "gqa", "no shared experts"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "native"), ("bfloat16", "fp8"), ("float32", "native")])
+def test_flops_of_a_step_against_torch(case: str, training: bool, dtype: Any, precision: Any) -> None:
+    """Two blocks of queries, padded experts in BF16, two depths."""
+    sizes = {"n_routed_experts": 4, "n_mtp_layers": 2, "precision": precision}
+    config = sized(**(ATTENTIONS.get(case, {"n_shared_experts": 0}) | sizes))
+    b, s = 2, 140 if dtype == "bfloat16" else 120
+    for recompute in {False, training}:
+        model = Transformer(config, compute_dtype=DTYPES[dtype])
+        tokens = torch.randint(0, 51, (b, s))
+        counter = FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops})
+        with counter, torch.set_grad_enabled(training):
+            if training:
+                model.losses(tokens, tokens, recompute=recompute).total.backward()
+            else:
+                model(tokens)
+        counted = step_flops(config, batch_size=b, seq_len=s, training=training, dtype=dtype, recompute=recompute)
+        assert counted.total == counter.get_total_flops()
+
+
+def test_a_step_is_as_printed_but_for_what_is_run() -> None:
+    """Without padding, in one block of queries, a step is seq_len times a token with the whole square."""
+    config = sized(n_mtp_layers=0)
+    for training in (True, False):
+        counted = step_flops(config, batch_size=3, seq_len=100, training=training, dtype="float32")
+        token = flops_per_token(config, 100, causal=False, training=training)
+        assert counted.by_module == {name: 300 * flops for name, flops in token.by_module.items()}
+    last = step_flops(config, batch_size=3, seq_len=100, training=False, dtype="float32", last_logits=True)
+    assert last.by_module["head"] * 100 == counted.by_module["head"]
+    assert {**last.by_module, "head": 0} == {**counted.by_module, "head": 0}
+
+
+# --- prefill and training
+
+
+@pytest.mark.parametrize("case", ["absorbed", "query not compressed", "mha", "gqa"])
+def test_bytes_that_a_forward_moves(case: str) -> None:
+    """Every Linear, gate and expert reads its input and weight and writes its result: seen by hooks."""
+    config, b, s = sized(**ATTENTIONS[case]), 2, 40
+    model = randomise(Transformer(config))
+    moved = Counter[str]()
+
+    def hook(module: Any, args: Any, result: Any) -> None:
+        moved["products"] += (
+            module.weight.nbytes + args[0].nbytes + (b * s * 16 * 4 if len(result) == 4 else result.nbytes)
+        )
+
+    linears = [m for name, m in model.named_modules() if hasattr(m, "weight") and not name.startswith("mtp")]
+    for module in linears:
+        if module.weight.dim() == 2 and module is not model.embed:
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        routing = model.run(torch.randint(0, 51, (b, s))).routing
+    visits = sum(int(r.counts.sum()) for r in routing)
+    distinct = sum(int((r.counts > 0).sum()) for r in routing)
+    moved["products"] += 4 * (3 * visits * (config.dim + config.moe_inter_dim) + distinct * 3 * config.dim * 24)
+    counted = prefill_bytes_per_token(
+        config, seq_len=s, batch=b, dtype="float32", experts=distinct / len(routing), last_logits=False
+    )
+    left_out = {"embedding", "norms", "attention operands", "cache write"}
+    ours = b * s * sum(amount for name, amount in counted.by_part.items() if name not in left_out)
+    biases = 4 * 16 * len(routing)
+    assert ours - biases == pytest.approx(moved["products"], rel=1e-12)
+    assert counted.by_part["cache write"] == kv_bytes_per_token(config, 4)
+
+
+def test_a_long_prompt_reads_each_weight_once() -> None:
+    tokens = 4096 * 64
+    counted = prefill_bytes_per_token(V3, seq_len=4096, batch=64, dtype="fp8")
+    weights = weight_bytes(V3, "fp8", mtp=False)
+    ends = weights.by_part["embedding"]
+    assert counted.weights * tokens == pytest.approx(weights.total - ends + tokens * 2 * 7168, rel=1e-9)
+    last = prefill_bytes_per_token(V3, seq_len=4096, last_logits=False)
+    assert last.by_part["logits"] == 2 * 129280
+
+
+def test_training_moves_three_forwards_of_activations() -> None:
+    config = sized(n_mtp_layers=0)
+    how: dict[str, Any] = {"seq_len": 50, "dtype": "bfloat16"}
+    training = training_bytes_per_token(config, batch_size=4, **how)
+    forward = prefill_bytes_per_token(config, batch=4, last_logits=False, **how)
+    products = forward.by_part["activations"] + forward.by_part["logits"]
+    assert training.by_part["activations"] == pytest.approx(3 * products)
+    # a layer's q, k, v and sums, of 4 heads 16 and 14 wide; backward reads the sums' gradient too
+    assert forward.by_part["attention operands"] == 2 * 3 * 4 * 2 * (16 + 14)
+    assert training.by_part["attention operands"] == 2 * 3 * 4 * (3 * 2 * (16 + 14) + 14)
+    once = {"embedding", "norms"}
+    for name in ("attention", "dense feed-forward", "routed experts", "shared experts", "gates", "head", *once):
+        assert training.by_part[name] == pytest.approx((1 if name in once else 2) * forward.by_part[name])
+    n = parameters(config).total
+    assert training.by_part["weight gradients"] * 200 == 4 * n
+    assert training.by_part["optimizer"] * 200 == pytest.approx(28 * n, rel=1e-2)  # 12 and two moments twice
+    half = training_bytes_per_token(config, batch_size=4, moments="bfloat16", **how)
+    assert half.by_part["optimizer"] * 200 == pytest.approx(20 * n, rel=1e-2)
+
+
+def test_fp8_halves_what_training_reads() -> None:
+    config = dataclasses.replace(V3, n_mtp_layers=0)
+    fp8, bf16 = (
+        training_bytes_per_token(dataclasses.replace(config, precision=p), seq_len=4096, batch_size=8)
+        for p in ("fp8", "native")
+    )
+    assert fp8.by_part["routed experts"] == pytest.approx(bf16.by_part["routed experts"] / 2, rel=1e-3)
+    assert fp8.by_part["head"] == bf16.by_part["head"]
+    written, read = 1 / 3, 2 / 3 * (1 + 4 / 128) / 2
+    assert fp8.by_part["activations"] / bf16.by_part["activations"] == pytest.approx(written + read, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: decode_bytes_per_token(V3, context=0), "context=0 is not from 1 to max_seq_len=163840"),
+        (lambda: decode_bytes_per_token(V3, context=5, batch=0), "batch=0 is not positive"),
+        (lambda: decode_bytes_per_token(released("fp8"), context=5, as_run=True), "use precision='native'"),
+        (lambda: decode_bytes_per_token(sized(attention="mha"), context=5, form="absorbed"), "use expanded"),
+        (lambda: decode_bytes_per_token(sized(attention="mha"), context=5, cache_dtype="fp8"), "use bfloat16"),
+        (lambda: decode_bytes_per_token(V3, context=5, dtype="int4"), "use float32, bfloat16 or fp8"),  # pyright: ignore
+        (lambda: decode_flops_per_token(V3, context=5, form="both"), "use auto, expanded or absorbed"),  # pyright: ignore
+        (lambda: step_flops(V3, batch_size=1, seq_len=9, last_logits=True), "use training=False"),
+        (lambda: training_bytes_per_token(V3, seq_len=1), "too short for n_mtp_layers=1"),
+        (lambda: activation_bytes(V3, batch_size=1, seq_len=0), "seq_len=0 is not positive"),
+    ],
+)
+def test_refusals_of_traffic(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()

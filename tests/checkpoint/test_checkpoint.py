@@ -1,0 +1,340 @@
+"""Checkpoints on disk: what is damaged is named and passed over, what is saved is whole, what is old goes."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsmini.checkpoint import training as checkpoints
+from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder, write_text
+from dsmini.checkpoint.run_folder import sole_trainer
+from dsmini.checkpoint.training import last_checkpoint, load_run, read_checkpoint
+from dsmini.measure.machine import random_state
+from dsmini.training.run import NotSavedError, TrainingRun
+from tests.helpers.runs import new_run, resumed, unequal, whole
+
+OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}
+FILES = ["model.safetensors", "optimizer.safetensors", "average.safetensors", "rng.safetensors"]
+FILES += ["config.toml", "state.json", MANIFEST]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints after steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert new_run(folder, **OPTIONS).train()
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def flip(path: Path, where: float, mask: int = 0xFF) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= mask
+    path.write_bytes(data)
+
+
+def cut(path: Path, where: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(where * (path.stat().st_size - 1))])
+
+
+def remove(path: Path, where: float) -> None:
+    path.unlink()
+
+
+def swap(path: Path, where: float) -> None:
+    """The same file of the checkpoint before."""
+    shutil.copy(path.parents[1] / "step-000002" / path.name, path)
+
+
+PLACES = (0.0, 0.01, 0.3, 0.5, 0.99, 1.0)
+DAMAGES: dict[str, tuple[Callable[..., None], tuple[float, ...]]] = {
+    "a flipped byte": (flip, PLACES),
+    "a flipped bit": (partial(flip, mask=1), PLACES),
+    "cut off": (cut, PLACES),
+    "missing": (remove, (0.0,)),
+    "of another checkpoint": (swap, (0.0,)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    trained: Path, run: Path, name: str, damage: str
+) -> None:
+    if (name, damage) == ("config.toml", "of another checkpoint"):
+        pytest.skip("the two are equal")
+    training = new_run(run, **OPTIONS)
+    live = {**whole(training), **random_state(torch.device("cpu"))}
+    do, places = DAMAGES[damage]
+    file = run / "checkpoints/step-000004" / name
+    for where in places:
+        shutil.copy(trained / "checkpoints/step-000004" / name, file)
+        do(file, where)
+        said: list[str] = []
+        found = last_checkpoint(run, training.parts, training.fits, said.append)
+        assert found.folder.name == "step-000002"
+        (sentence,) = said
+        assert str(file.parent) in sentence and "using step-000002" in sentence
+        assert name in sentence or MANIFEST in sentence
+    assert unequal({**whole(training), **random_state(torch.device("cpu"))}, live) == set()
+
+
+def test_where_none_is_whole_each_is_named(run: Path) -> None:
+    flip(run / "checkpoints/step-000004/optimizer.safetensors", 0.5)
+    cut(run / "checkpoints/step-000002/state.json", 0.5)
+    with pytest.raises(
+        ValueError, match=r"step-000004: optimizer.* has sha256 .*step-000002: state.json has \d+ bytes"
+    ):
+        resumed(run, **OPTIONS)
+
+
+def rewrite(folder: Path, part: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Another content with a manifest that is right."""
+    tensors = load_file(folder / f"{part}.safetensors")
+    change(tensors)
+    kept = folder.with_name("kept")
+    folder.rename(kept)
+    files = {name: partial(shutil.copy, kept / name) for name in FILES if name != MANIFEST}
+    files[f"{part}.safetensors"] = partial(save_file, tensors)
+    write_folder(folder, files)  # pyright: ignore[reportArgumentType]
+
+
+MISFITS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "lacking": ("model", lambda t: t.pop("norm.weight"), "lacks tensor norm.weight"),
+    "unknown": ("model", lambda t: t.update(new=torch.zeros(1)), "has an unknown tensor new"),
+    "shape": (
+        "model",
+        lambda t: t.update({"norm.weight": torch.zeros(7)}),
+        r"float32 \[7\], want torch.float32 \[24\]",
+    ),
+    "dtype": ("model", lambda t: t.update({"norm.weight": t["norm.weight"].double()}), "float64"),
+    "bias": ("model", lambda t: t.pop("layers.1.ffn.gate.bias"), "lacks tensor layers.1.ffn.gate.bias"),
+    "half remembered": ("optimizer", lambda t: t.pop("norm.weight/exp_avg"), "lacks tensor norm.weight/exp_avg"),
+    "moment": ("optimizer", lambda t: t.update({"norm.weight/exp_avg": torch.zeros(7)}), r"\[7\], want"),
+    "rounded": ("optimizer", lambda t: t.update({"norm.weight/step": torch.tensor(1).bfloat16()}), "bfloat16"),
+    "stranger": ("optimizer", lambda t: t.update({"x/exp_avg": torch.zeros(7)}), "unknown tensor x/exp_avg"),
+    "average": ("average", lambda t: t.pop("norm.weight"), "lacks tensor norm.weight"),
+    "random": ("rng", lambda t: t.update(cpu=t["cpu"][:9].clone()), "rng.safetensors: cpu is"),
+    "no random": ("rng", lambda t: (t.update(other=t["cpu"]), t.pop("cpu")), "rng.safetensors lacks tensor cpu"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str) -> None:
+    part, change, sentence = MISFITS[misfit]
+    rewrite(run / "checkpoints/step-000004", part, change)
+    said: list[str] = []
+    assert resumed(run, said=said, **OPTIONS).trainer.steps_done == 2
+    with pytest.raises(ValueError, match=sentence):
+        raise ValueError(*said)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(run: Path) -> None:
+    training = new_run(run, **OPTIONS)
+    before = whole(training)
+    tensors = read_checkpoint(run / "checkpoints/step-000004", training.parts).tensors
+    del tensors["average"]["norm.weight"]  # the last part to be loaded
+    with pytest.raises(ValueError, match=r"average.safetensors lacks tensor norm.weight"):
+        training.trainer.load(tensors, steps_done=4, sequences=16, average_updates=4)
+    assert unequal(whole(training), before) == set()
+
+
+def test_a_checkpoint_of_another_format_or_step_is_refused(run: Path) -> None:
+    manifest = run / "checkpoints/step-000004" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    (run / "checkpoints/step-000002").rename(run / "checkpoints/step-000007")
+    with pytest.raises(
+        ValueError, match=r"is of step 2, the folder's name says 7; .* has format 2, this dsmini reads 1"
+    ):
+        resumed(run, **OPTIONS)
+
+
+def test_a_model_needs_no_more_than_its_own_files(run: Path) -> None:
+    for name in ("optimizer", "rng", "average"):
+        cut(run / f"checkpoints/step-000004/{name}.safetensors", 0.5)
+    said: list[str] = []
+    model, config = load_run(run, say=said.append)
+    assert said == [] and config.train.steps == 4
+    saved = load_file(run / "checkpoints/step-000004/model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    load_run(run, average=True, say=said.append)
+    assert len(said) == 1 and "average.safetensors" in said[0]
+    with pytest.raises(ValueError, match=r"cannot read .*step-000004: average.safetensors has"):
+        load_run(run / "checkpoints/step-000004", average=True)
+    with pytest.warns(UserWarning, match="using step-000002"):
+        load_run(run, average=True)
+
+
+def test_the_average_is_what_is_loaded(run: Path) -> None:
+    model, _ = load_run(run, average=True)
+    average = load_file(run / "checkpoints/step-000004/average.safetensors")
+    last = load_file(run / "checkpoints/step-000004/model.safetensors")
+    assert all(torch.equal(p, average[name]) for name, p in model.named_parameters())
+    assert not all(torch.equal(p, last[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(b, last[name]) for name, b in model.named_buffers())
+
+
+def test_the_average_is_validated_and_the_parameters_come_back(run: Path) -> None:
+    training = resumed(run, **OPTIONS)
+    before = whole(training)
+    with training.trainer.averaged():
+        averaged = training.trainer.validate()
+    assert unequal(whole(training), before) == set()
+    assert averaged == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_loss_ema"]
+    assert averaged != training.trainer.validate()
+
+
+def names(run: Path) -> list[str]:
+    return sorted(os.listdir(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    assert new_run(tmp_path, keep=keep, steps=7, eval_every=100).train()
+    assert names(tmp_path) == [f"step-{step:06d}" for step in (2, 4, 6, 7)][-keep:]
+
+
+def test_a_damaged_later_one_does_not_count_as_kept(run: Path) -> None:
+    """With keep=1 the whole checkpoint must not be removed in favour of the damaged one."""
+    flip(run / "checkpoints/step-000004/model.safetensors", 0.5)
+    training = resumed(run, **(OPTIONS | {"keep": 1, "save_every": 1, "steps": 3}))
+    assert names(run) == ["step-000002", "step-000004"]
+    assert training.train()
+    assert names(run) == ["step-000003"]
+    assert resumed(run, **OPTIONS).trainer.steps_done == 3
+
+
+def test_a_damaged_one_is_replaced(run: Path) -> None:
+    cut(run / "checkpoints/step-000004/model.safetensors", 0.5)
+    assert resumed(run, **OPTIONS).train()
+    assert names(run) == ["step-000002", "step-000004"]
+    verify(run / "checkpoints/step-000004", FILES[:-1])
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    for name in (".step-000002.partial-17", ".step-000001.old-17"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_text("half")
+    assert new_run(tmp_path, **OPTIONS).train()
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
+    """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
+    real = checkpoints.save_file
+
+    def saved(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        real(tensors, path, **options)
+        if path.name == name and training.trainer.steps_done in steps:
+            cut(path, 0.5)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", saved)
+
+
+@pytest.mark.parametrize("name", FILES[:4])
+def test_a_full_disk_on_the_way_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    training = new_run(tmp_path, **(OPTIONS | {"steps": 8}))
+    full_disk(monkeypatch, training, name, (4, 6))
+    training.console.quiet = False
+    assert training.train()
+    assert names(tmp_path) == ["step-000002", "step-000008"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint of step 6: No space left on device; step 2 is still there; training goes on" in said
+
+
+def test_a_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = new_run(tmp_path, **OPTIONS)
+    with monkeypatch.context() as patch:
+        full_disk(patch, training, "optimizer.safetensors", (4,))
+        with pytest.raises(NotSavedError, match="of step 4: No space left on device; step 2 is still there"):
+            training.train()
+    assert names(tmp_path) == ["step-000002"]
+    assert resumed(tmp_path, **OPTIONS).train()
+
+
+def test_what_could_not_be_written_elsewhere_still_saves_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = whole_of_unstopped(tmp_path.with_name("never"))
+    training = new_run(tmp_path, **OPTIONS)
+    real = training._record
+
+    def full(metrics: Any) -> None:
+        if training.trainer.steps_done == 3:
+            raise OSError(28, "No space left on device")
+        real(metrics)
+
+    monkeypatch.setattr(training, "_record", full)
+    with pytest.raises(OSError, match="No space"):
+        training.train()
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    again = resumed(tmp_path, **OPTIONS)
+    assert again.train()
+    assert unequal(whole(again), never) == set()
+
+
+def whole_of_unstopped(folder: Path) -> dict[str, Any]:
+    training = new_run(folder, **OPTIONS)
+    assert training.train()
+    return whole(training)
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could leave the name without the content. A file is known by its inode, which renaming keeps."""
+    done: list[int | str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append(f"now {new.name}"), rename(old, new)))
+    folder = tmp_path / "checkpoints/step-000002"
+    write_folder(folder, {name: partial(shutil.copy, __file__) for name in ("a", "b")})  # pyright: ignore[reportArgumentType]
+    *before, folders, above = ((folder / path).stat().st_ino for path in ("a", "b", MANIFEST, ".", "..", "../.."))
+    assert done == [*before, "now step-000002", folders, above]
+
+
+def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_run_has_one_trainer(tmp_path: Path) -> None:
+    with (
+        sole_trainer(tmp_path),
+        pytest.raises(ValueError, match="another process is training in"),
+        sole_trainer(tmp_path),
+    ):
+        pass
+    with sole_trainer(tmp_path):
+        pass
+
+
+def test_nothing_is_unpickled(run: Path) -> None:
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin")]
+    assert {path.suffix for path in (run / "checkpoints/step-000004").iterdir()} == {".safetensors", ".json", ".toml"}
+
+
+def test_the_config_of_a_checkpoint_is_its_own(run: Path) -> None:
+    """The run's own config.toml may have been changed since."""
+    config = load_run(run)[1]
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, route_scale=9.0))
+    (run / "config.toml").write_text(changed.to_toml())
+    assert load_run(run)[1] == load_run(run / "checkpoints/step-000004")[1] == config

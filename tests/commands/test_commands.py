@@ -1,0 +1,287 @@
+"""The commands as a user runs them: what they print, what they keep, and how a mistake ends."""
+
+import dataclasses
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.console import _clipped, field_docstrings
+from tests.helpers.commands import TINY, run, run_all, start
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, and a finished run of a tiny model on it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_a_run_prints_its_figures_and_a_sample(place: Path) -> None:
+    summary = json.loads((place / "stdout").read_text().splitlines()[-1])
+    shown = (place / "stderr").read_text()
+    assert summary["steps"] == 5 and summary["tokens"] == 5 * 4 * 32
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / 0.6931471805599453)
+    assert 0 < summary["active_parameters"] < summary["parameters"]
+    assert summary["cache_bytes_per_token"] < summary["mha_cache_bytes_per_token"]
+    for word in ("sha256", "validation", "tokens/s", "GFLOP/s", "bytes a token", "MaxVio", summary["corpus_sha256"]):
+        assert word in shown, word
+    assert len(summary["sample"].encode("utf-8", "replace")) > 8
+
+
+def test_a_run_folder_holds_what_the_run_was(place: Path) -> None:
+    run_folder = place / "runs/x"
+    config = RunConfig.from_file(run_folder / "config.toml")
+    assert config.train.device == "cpu" and config.train.dtype in ("float32", "bfloat16") and config.train.threads == 1
+    assert config.model.dim == 32 and config.train.steps == 5
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert {"step", "loss", "val_loss", "lr", "tokens_per_s", "max_vio", "skipped"} <= rows[0].keys()
+    assert [row["val_loss"] is not None for row in rows] == [False, True, False, True, True]
+    corpus = json.loads((run_folder / "corpus.json").read_text())
+    assert corpus["train_tokens"] == 4050 and corpus["val_tokens"] == 450 and len(corpus["sha256"]) == 64
+    assert (run_folder / "checkpoints/step-000005/model.safetensors").stat().st_size > 1000
+    for picture in ("loss.png", "expert_load.png"):
+        assert (run_folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_goes_on_from_a_prompt(place: Path) -> None:
+    command = "dsmini.generate runs/x --prompt 'The qu' --max-new-tokens 12 --json --seed 3"
+    first, second = run(command, place), run(command, place)
+    assert first.returncode == 0, first.stderr
+    answer = json.loads(first.stdout)
+    assert answer["text"].startswith("The qu") and answer["new_tokens"] == 12
+    assert answer["text"] == json.loads(second.stdout)["text"]
+    streamed = run(
+        "dsmini.generate runs/x/checkpoints/step-000005 --prompt 'The qu' --max-new-tokens 12 --seed 3", place
+    )
+    assert streamed.stdout.rstrip("\n") == answer["text"].rstrip("\n")
+
+
+def test_generate_heeds_temperature_top_k_and_seed(place: Path) -> None:
+    options = {
+        "greedy": "--temperature 0 --seed 1",
+        "greedy again": "--temperature 0 --seed 2",
+        "one choice": "--temperature 9 --top-k 1 --seed 3",
+        "wild": "--temperature 9 --seed 1",
+        "wild again": "--temperature 9 --seed 2",
+    }
+    commands = [("dsmini.generate", f"runs/x --max-new-tokens 20 --prompt T --json {o}") for o in options.values()]
+    answers = dict(zip(options, [json.loads(said)["text"] for _, said in run_all(commands, place)], strict=True))
+    assert answers["greedy"] == answers["greedy again"] == answers["one choice"]
+    assert len({answers["greedy"], answers["wild"], answers["wild again"]}) == 3
+
+
+def test_a_loss_that_is_not_finite_does_not_end_in_a_traceback(place: Path) -> None:
+    command = f"--data.path book.txt --out runs/nan --train.steps 4 --train.lr 1e38 --train.dtype float32 {TINY}"
+    ((status, said),) = run_all([("dsmini.train", command)], place)
+    assert status == 0, said
+    assert "skipped" in said and (place / "runs/nan/loss.png").exists()
+
+
+def test_a_full_disk_is_a_sentence(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    (place / "full_disk").mkdir()
+    (place / "full_disk/sitecustomize.py").write_text(fill)
+    monkeypatch.setenv("EXTRA_PATH", str(place / "full_disk"))
+    done = run(f"dsmini.train --data.path book.txt --out runs/disk --train.steps 2 {TINY}", place)
+    assert done.returncode == 1
+    assert "cannot save" in done.stderr and "Traceback" not in done.stderr
+    assert not list((place / "runs/disk").rglob("*.partial"))
+
+
+def test_a_reader_that_goes_away_does_not_lose_the_model(place: Path) -> None:
+    process = start(f"dsmini.train --data.path book.txt --out runs/head --train.steps 5000 {TINY}", place)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step "):
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert list((place / "runs/head").glob("checkpoints/step-*/model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_runs_of_the_same_command_are_equal(place: Path, dtype: str) -> None:
+    outs = []
+    for name in (f"{dtype}-a", f"{dtype}-b"):
+        options = f"--data.path book.txt --out runs/{name} --train.steps 3 --train.dtype {dtype} {TINY}"
+        done = run(f"dsmini.train {options}", place)
+        assert done.returncode == 0, done.stderr
+        outs.append((place / f"runs/{name}/checkpoints/step-000003/model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+
+
+def test_ctrl_c_stops_after_the_step_and_saves(place: Path) -> None:
+    process = start(f"dsmini.train --data.path book.txt --out runs/long --train.steps 100000 {TINY}", place)
+    metrics = place / "runs/long/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    steps = len(metrics.read_text().splitlines())
+    assert f"stopped after step {steps}" in out
+    assert (place / f"runs/long/checkpoints/step-{steps:06d}/model.safetensors").exists()
+    assert (place / "runs/long/loss.png").exists()
+    assert run("dsmini.generate runs/long --max-new-tokens 2", place).returncode == 0
+
+
+def test_a_config_file_comes_first_and_flags_change_it(place: Path) -> None:
+    (place / "my.toml").write_text("[model]\ndim = 48\nq_lora_rank = 'none'\n[train]\nsteps = 7\n")
+    done = run(f"dsmini.train my.toml --data.path book.txt {TINY} --train.steps 1", place)
+    assert done.returncode == 0, done.stderr
+    config = RunConfig.from_file(place / "runs/my-001/config.toml")
+    assert config.model.dim == 32 and config.train.steps == 1 and config.model.q_lora_rank is None
+
+
+BAD_TRAIN = {
+    "--model.n-layer 3": "n-layers",
+    "--model.n-layers many": "n-layers",
+    "--model.n-routed-experts 10": "use 8 or 12",
+    "--model.n-activated-experts 20": "n_routed_experts=16",
+    "--model.qk-rope-head-dim 15": "use 16",
+    "--model.score-func sigmod": "sigmoid",
+    "--model.vocab-size 400": "use 256",
+    "--model.rope-theta 1": "use more than 1",
+    "--train.beta1 1.0": "below 1",
+    "--train.seed 99999999999999999999": "is too large",
+    "--train.threads 100000": "use 1024 or fewer",
+    "x.json": "name a file that ends in .toml",
+    "--train.seq-len 512": "max_seq_len=256",
+    "--train.grad-accum 3": "use 3 or 6",
+    "--train.device tpu": "use auto, cpu, cuda or mps",
+    "--train.device cuda:7": "not on this machine",
+    "--train.sample-prompt ''": "sample_prompt is empty",
+    "--data.path nothing.txt": "does not exist",
+    "--data.path empty.txt": "is empty",
+    "--data.path short.txt": "too short",
+    "--out runs/x": "holds another run",
+    "--out full": "holds other files",
+    "nothing.toml": "no config file nothing.toml",
+    "typo.toml": "did you mean 'model.n_layers'?",
+    "section.toml": "did you mean 'train'?",
+}
+BAD_GENERATE = {
+    "runs/nothing": "there is no folder runs/nothing",
+    "full": "full has neither the config.toml of a training run nor the config.json",
+    "runs/x --prompt ''": "prompt 0 is empty",
+    "runs/x --temperature -1": "temperature=-1.0 is not 0 or more",
+    "runs/x --temperature nan": "temperature=nan is not 0 or more",
+    "runs/x --seed 99999999999999999999": "is too large",
+    "runs/x --top-k 0": "top_k=0",
+    "runs/x --max-new-tokens -1": "negative",
+    "runs/x --dtype float16": "float32",
+    "": "Missing",
+}
+BAD = [("dsmini.train", *pair) for pair in BAD_TRAIN.items()]
+BAD += [("dsmini.generate", *pair) for pair in BAD_GENERATE.items()]
+
+
+@pytest.fixture(scope="module")
+def refusals(place: Path) -> dict[tuple[str, str], tuple[int, str]]:
+    """Status and words of every bad command; fails if any of them touched a file."""
+    (place / "empty.txt").write_text("")
+    (place / "short.txt").write_text("short")
+    (place / "typo.toml").write_text("[model]\nn_layer = 3\n")
+    (place / "section.toml").write_text("[trian]\nsteps = 3\n")
+    (place / "x.json").write_text("{}")
+    (place / "full").mkdir()
+    (place / "full/mine.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    commands = [(module, arguments) for module, arguments, _ in BAD]
+    answers = run_all(commands, place)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    return dict(zip(commands, answers, strict=True))
+
+
+@pytest.mark.parametrize(("module", "arguments", "message"), BAD)
+def test_a_mistake_is_a_sentence_and_status_2(
+    refusals: dict[tuple[str, str], tuple[int, str]], module: str, arguments: str, message: str
+) -> None:
+    status, said = refusals[module, arguments]
+    said = " ".join(said.replace("│", " ").split())
+    assert status == 2, said
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_damaged_checkpoint_is_named(place: Path) -> None:
+    whole = (place / "runs/x/checkpoints/step-000005/model.safetensors").read_bytes()
+    broken = place / "runs/broken/checkpoints/step-000005"
+    broken.mkdir(parents=True)
+    (place / "runs/broken/config.toml").write_text((place / "runs/x/config.toml").read_text())
+    for name in ("config.toml", "state.json", "manifest.json"):
+        (broken / name).write_text((place / "runs/x/checkpoints/step-000005" / name).read_text())
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    done = run("dsmini.generate runs/broken", place)
+    assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
+    """What each command says to each way of asking, in a terminal of 80 columns."""
+    asked = [(f"dsmini.{c}", flag) for c in ("train", "generate") for flag in ("--help", "-h", "--help-all")]
+    asked.append(("dsmini.train", "mine.toml -h --train.lr 1"))
+    folder = tmp_path_factory.mktemp("help")
+    (folder / "mine.toml").write_text("[train]\nsteps = 77\ncompile = true\n")
+    answers = run_all(asked, folder, columns=80)
+    assert [status for status, _ in answers] == [0] * len(asked)
+    assert [path.name for path in folder.iterdir()] == ["mine.toml"]
+    return {command: said for command, (_, said) in zip(asked, answers, strict=True)}
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_help_fits_a_screen(help_of: dict[tuple[str, str], str], command: str) -> None:
+    said = help_of[f"dsmini.{command}", "--help"]
+    assert said == help_of[f"dsmini.{command}", "-h"]
+    assert len(said.splitlines()) <= 24 and max(map(len, said.splitlines())) <= 80
+    assert f"usage: python -m dsmini.{command} " in said and f"python -m dsmini.{command} --help-all" in said
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_every_flag_that_help_shows_exists(help_of: dict[tuple[str, str], str], command: str) -> None:
+    named = set(re.findall(r"--[a-z][\w.-]*", help_of[f"dsmini.{command}", "--help"])) - {"--help-all"}
+    assert len(named) >= 8
+    for flag in named:
+        assert re.search(f"{flag}[ ,]", help_of[f"dsmini.{command}", "--help-all"]), flag
+
+
+def test_help_shows_defaults_and_those_of_a_config_file(help_of: dict[tuple[str, str], str]) -> None:
+    assert f"--train.steps {RunConfig().train.steps} " in help_of["dsmini.train", "--help"]
+    with_file = help_of["dsmini.train", "mine.toml -h --train.lr 1"]
+    assert "--train.steps 77 " in with_file and "--train.compile (on) " in with_file
+
+
+@pytest.mark.parametrize("part", [ModelConfig, DataConfig, TrainConfig])
+def test_help_all_explains_every_field(help_of: dict[tuple[str, str], str], part: type) -> None:
+    said = " ".join(help_of["dsmini.train", "--help-all"].replace("│", " ").split())
+    docstrings = field_docstrings(part)
+    assert list(docstrings) == [field.name for field in dataclasses.fields(part)]
+    for name, docstring in docstrings.items():
+        flag = f"--{part.__name__.removesuffix('Config').lower()}.{name.replace('_', '-')}"
+        assert re.search(rf"{flag}[ ,].{{0,100}}?{re.escape(docstring)}", said), flag
+
+
+def test_a_mistake_names_the_help_that_has_every_flag(refusals: dict[tuple[str, str], tuple[int, str]]) -> None:
+    _, said = refusals["dsmini.train", "--model.n-layer 3"]
+    assert said.rstrip().endswith("Every flag: python -m dsmini.train --help-all")
+
+
+def test_a_docstring_that_does_not_fit_is_cut_between_clauses_or_words() -> None:
+    docstring = "A text file, or a folder of them, plain or .gz; left out: the source code of Python's own library."
+    assert _clipped(docstring, 60) == "A text file, or a folder of them, plain or .gz"
+    assert _clipped(docstring, 34) == "A text file, or a folder of them"
+    assert _clipped("Short. Much more.", 20) == "Short"
+    assert _clipped("Word " * 40, 18) == "Word Word Word..."

@@ -1,0 +1,111 @@
+"""Which backend serves a call: what is forced, by whom, and what is said about it."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ops
+from tests.helpers.configs import refusal
+
+
+class Unserved(Exception):  # noqa: N818, as backends spell it
+    """As a backend raises it."""
+
+
+def backend(name: str) -> ModuleType:
+    """Kernels that answer with their name, but serve no whole numbers."""
+    kernels: Any = ModuleType(name)
+
+    def speak(x: Tensor) -> str:
+        if not x.is_floating_point():
+            raise Unserved("whole numbers")
+        return name
+
+    kernels.speak, kernels.Unserved = speak, Unserved
+    kernels.OPERATIONS, kernels.describe = ("speak", "sing"), lambda: f"made of {name}"
+    return kernels
+
+
+@ops.door("speak")
+def speak(x: Tensor) -> str:
+    return "reference"
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU backend that is there, a Triton one that is not, and nothing in the environment."""
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_load", lambda name: backend(name) if name == "cpu" else "no GPU here")
+
+
+X = torch.zeros(2)
+
+
+def test_the_device_chooses_unless_something_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (ops.chosen(), speak(X)) == (None, "cpu")
+    assert speak(X.long()) == "reference"  # which the backend does not serve
+    for value, backend, spoken in (("reference", "reference", "reference"), ("auto", None, "cpu"), ("", None, "cpu")):
+        monkeypatch.setenv(ops.VARIABLE, value)
+        assert (ops.chosen(), speak(X)) == (backend, spoken)
+
+
+def test_use_goes_before_the_environment_also_where_it_leaves_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.VARIABLE, "reference")
+    for choice in (None, "auto"):
+        with ops.use(choice):
+            assert (ops.chosen(), speak(X)) == (None, "cpu")
+        assert (ops.chosen(), speak(X)) == ("reference", "reference")
+    monkeypatch.setenv(ops.VARIABLE, "cpu")
+    with ops.use("reference"):
+        assert speak(X) == "reference"
+    assert ops.chosen() == "cpu"
+
+
+def test_use_in_use_is_undone_one_by_one() -> None:
+    with ops.use("reference"):
+        with ops.use("cpu"):
+            with ops.use(None):
+                assert ops.chosen() is None
+            assert (ops.chosen(), speak(X)) == ("cpu", "cpu")
+        assert (ops.chosen(), speak(X)) == ("reference", "reference")
+        with pytest.raises(ZeroDivisionError), ops.use("cpu"):
+            raise ZeroDivisionError
+        assert ops.chosen() == "reference"
+    assert ops.chosen() is None
+
+
+def test_a_forced_backend_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.use("cpu"):
+        assert refusal(speak, X.long()) == (
+            "backend 'cpu' is forced and cannot run speak: whole numbers; use another, or 'auto'"
+        )
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+    assert "'triton' is forced and cannot run speak: no GPU here" in refusal(speak, X)
+
+
+def test_unknown_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; use one of reference, cpu, triton, or auto"):
+        ops.use("cuda").__enter__()
+    monkeypatch.setenv(ops.VARIABLE, "gpu")
+    assert refusal(ops.chosen) == f"{ops.VARIABLE}='gpu' is unknown; use one of reference, cpu, triton, or auto"
+    assert "'gpu' is unknown" in refusal(speak, X)
+
+
+def test_what_explain_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = [
+        "reference: plain PyTorch, serves everything",
+        "cpu, for tensors on cpu: speak, sing; made of cpu",
+        "triton, for tensors on cuda: nothing, the reference serves instead: no GPU here",
+    ]
+    text = ops.explain()
+    assert text.splitlines() == ["DSMINI_BACKEND: not set; forced here: nothing", *rest]
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setenv(ops.VARIABLE, "cpu")
+    assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: cpu", *rest]
+    with ops.use("reference"):
+        assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: reference", *rest]
+    with ops.use(None):
+        assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: nothing", *rest]

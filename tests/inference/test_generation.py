@@ -1,0 +1,239 @@
+"""Continuing a text: greedy and sampled, rows of unequal length, ends, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsmini
+from dsmini import Transformer
+from dsmini.inference.generation import Generation
+
+Model = Callable[..., Transformer]
+
+
+def greedy_by_hand(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    row = list(prompt)
+    for _ in range(n):
+        window = torch.tensor([row[-model.config.max_seq_len :]])
+        row.append(int(model(window)[0, -1].argmax()))
+    return row
+
+
+def test_greedy_takes_the_likeliest_token_each_time(small_model: Model) -> None:
+    model = small_model().eval()
+    out = dsmini.generate(model, torch.tensor([[1, 2, 3]]), 12)
+    assert out.tokens[0].tolist() == greedy_by_hand(model, [1, 2, 3], 12)
+    assert out.stats.new_tokens == 12
+
+
+def test_rows_of_unequal_length_do_not_disturb_each_other(small_model: Model) -> None:
+    model = small_model().eval()
+    prompts = [torch.tensor([5]), torch.tensor([7, 8, 9, 10, 11]), torch.tensor([1, 2])]
+    out = dsmini.generate(model, prompts, 6)
+    assert out.lengths.tolist() == [7, 11, 8]
+    for row, length, prompt in zip(out.tokens, out.lengths, prompts, strict=True):
+        assert row[: int(length)].tolist() == greedy_by_hand(model, prompt.tolist(), 6)
+        assert row[int(length) :].sum() == 0
+
+
+def test_a_row_that_fills_the_cache_goes_on_from_the_newer_half(small_model: Model) -> None:
+    model = small_model(max_seq_len=8).eval()
+    generation = Generation(model, [[3, 1, 4], [5]], 20, slide=True)
+    for _ in generation:
+        pass
+    for prompt, row in zip(([3, 1, 4], [5]), generation.rows, strict=True):
+        want, context = list(prompt), list(prompt)
+        for _ in range(20):
+            if len(context) > 8:
+                context = context[-5:]  # four that are read anew, and the newest
+            want.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+            context.append(want[-1])
+        assert row == want
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_guesses_go_on_past_the_end_of_the_cache(small_model: Model, depth: int) -> None:
+    """Rows fill the cache at different steps; as without guesses."""
+    model = small_model(n_mtp_layers=depth, max_seq_len=16).eval()
+    for good in (False, True):
+        if good:
+            make_guesses_good(model)
+        plain, guessed = (Generation(model, PROMPTS, 40, speculative=s, slide=True) for s in (False, True))
+        for generation in (plain, guessed):
+            for _ in generation:
+                pass
+        assert guessed.rows == plain.rows
+
+
+def test_a_row_ends_after_its_end_token(small_model: Model) -> None:
+    model = small_model().eval()
+    row = greedy_by_hand(model, [1, 2], 10)[2:]
+    end = row[4]
+    out = dsmini.generate(model, torch.tensor([[1, 2]]), 10, eos_token_id=end)
+    stop = row.index(end) + 1
+    assert out.tokens[0].tolist() == [1, 2, *row[:stop]]
+
+
+def test_a_seed_repeats_a_sample_and_another_does_not(small_model: Model) -> None:
+    model = small_model().eval()
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return dsmini.generate(model, torch.tensor([[1]]), 30, temperature=1.0, generator=generator).tokens
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2]]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
+def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int, mtp_input: str) -> None:
+    """Random models agree with few guesses, so the head's and the first guess's model are also made to agree."""
+    model = small_model(n_mtp_layers=depth, mtp_input=mtp_input, max_seq_len=64).eval()
+    ends = set()
+    for sharing in (False, True):
+        if sharing:
+            make_guesses_good(model)
+        plain, guessed = (Generation(model, PROMPTS, 40, speculative=s, eos_token_id=[3, 17]) for s in (False, True))
+        for generation in (plain, guessed):
+            for _ in generation:
+                pass
+        assert guessed.rows == plain.rows
+        assert guessed.stats.new_tokens == plain.stats.new_tokens and plain.stats.drafted == 0
+        ends |= {len(row) for row in plain.rows}
+        if sharing:
+            assert guessed.stats.acceptance_rate > 0.3
+            assert guessed.stats.tokens_per_step > 1.2 * plain.stats.tokens_per_step == pytest.approx(1.2)
+    assert len(ends) > 1, "rows should end at different steps"
+
+
+def make_guesses_good(model: Transformer) -> None:
+    """Blocks that add little to the token's own embedding, before both heads: what follows hangs on the last token
+    alone, and a multi-token prediction block that passes its embedding on sees the same."""
+    with torch.no_grad():
+        for block in [*model.layers, *(mtp.block for mtp in model.mtp)]:
+            block.attn.wo.weight *= 0.02
+            for name, p in block.ffn.named_parameters():
+                if name.endswith(("w2.weight", "w2")):
+                    p *= 0.02
+        m = model.config.dim
+        for mtp in model.mtp:
+            mtp.enorm.weight.fill_(1)
+            mtp.eh_proj.weight.copy_(torch.cat((torch.eye(m), torch.zeros(m, m)), 1))
+            mtp.norm.weight.copy_(model.norm.weight)
+
+
+def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
+    """The guesses of one step, made by hand from uncached runs."""
+    model = small_model(n_mtp_layers=3).eval()
+    row = [4, 9, 2, 6]
+    generation = Generation(model, [row], 8, speculative=True)
+    next(generation)
+    seen: list[list[int]] = []
+    real = generation._guess
+
+    def guess(last: Tensor, live: Tensor) -> tuple[Tensor, list[Tensor]]:
+        guesses, q = real(last, live)
+        seen.append(guesses[0].tolist())
+        return guesses, q
+
+    generation._guess = guess  # type: ignore[method-assign]
+    for _ in range(3):
+        known = list(generation.rows[0])
+        next(generation)
+        want = []
+        for k in (1, 2, 3):
+            tokens = torch.tensor([known + want])
+            want.append(int(model.run(tokens, mtp=True).mtp_logits[k - 1][0, -1].argmax()))
+        assert seen.pop() == want
+
+
+def test_sampled_rows_are_distributed_as_without_guesses(small_model: Model) -> None:
+    """Three tokens behind a prompt: their joint frequencies against the exact probabilities, by chi-square."""
+    model = small_model(vocab_size=5, n_mtp_layers=1).eval()
+    with torch.no_grad():
+        p1 = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
+        p2 = torch.stack([model(torch.tensor([[1, 2, a]]))[0, -1].softmax(-1) for a in range(5)])
+        p3 = torch.stack(
+            [model(torch.tensor([[1, 2, a, b]]))[0, -1].softmax(-1) for a in range(5) for b in range(5)]
+        ).view(5, 5, 5)
+    want = (p1[:, None, None] * p2[:, :, None] * p3).flatten()
+    n = 6000
+    out = dsmini.generate(
+        model,
+        torch.tensor([[1, 2]]).expand(n, 2),
+        3,
+        temperature=1.0,
+        speculative=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert 0.1 < out.stats.acceptance_rate < 0.95
+    drawn = out.tokens[:, 2] * 25 + out.tokens[:, 3] * 5 + out.tokens[:, 4]
+    got = torch.bincount(drawn, minlength=125)
+    chi2 = ((got - n * want) ** 2 / (n * want)).sum().item()
+    assert chi2 < 124 + 5 * (2 * 124) ** 0.5  # mean and five standard deviations of chi-square with 124 degrees
+
+
+def test_a_penalty_counts_the_guesses_before_a_token_too(small_model: Model) -> None:
+    model = small_model(n_mtp_layers=2, max_seq_len=64).eval()
+    make_guesses_good(model)
+    plain, guessed = (
+        dsmini.generate(model, torch.tensor([[1, 2]]), 40, repetition_penalty=1.5, speculative=s) for s in (False, True)
+    )
+    assert torch.equal(plain.tokens, guessed.tokens)
+    assert not torch.equal(plain.tokens, dsmini.generate(model, torch.tensor([[1, 2]]), 40).tokens)
+
+
+def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model().eval()
+    prompts = [torch.randint(0, 61, (n,)) for n in (20, 3, 11)]
+    want = dsmini.generate(model, prompts, 8, speculative=True)
+    monkeypatch.setattr("dsmini.inference.generation.PREFILL", 4)
+    assert torch.equal(dsmini.generate(model, prompts, 8, speculative=True).tokens, want.tokens)
+
+
+def test_a_row_ends_where_the_caller_says(small_model: Model) -> None:
+    generation = Generation(small_model().eval(), PROMPTS, 20)
+    steps = [next(generation) for _ in range(3)]
+    generation.end(1)
+    steps += list(generation)
+    assert [len(row) - len(prompt) for row, prompt in zip(generation.rows, PROMPTS, strict=True)] == [20, 3, 20]
+    assert all(step[1] == [] for step in steps[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
+def test_a_cache_of_few_bits_still_generates(small_model: Model, dtype: Any) -> None:
+    model = small_model().eval()
+    out = dsmini.generate(model, torch.tensor([[1, 2, 3]]), 12, cache_dtype=dtype, speculative=True)
+    assert out.lengths.tolist() == [15]
+    assert out.stats.cache_bytes_per_token == {torch.bfloat16: 14 * 2 * 2, "fp8": (10 + 4 + 8) * 2}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there is no prompt"),
+        ([torch.tensor([], dtype=torch.int64)], {}, "prompt 0 is empty"),
+        ([torch.tensor([1]), torch.tensor([61])], {}, "prompt 1 has token id 61, outside the vocabulary; want 0 to 60"),
+        ([torch.tensor([-1])], {}, "token id -1"),
+        ([torch.tensor([1])], {"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
+        ([torch.tensor([1])], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
+        ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
+        (torch.tensor([1, 2]), {}, "prompt 0 is no row of whole numbers"),
+        ([[1.5]], {}, "prompt 0 is no row of whole numbers"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is no whole number"),
+        ([torch.tensor([1])], {"top_k": 0}, "top_k=0 is less than 1"),
+        ([torch.tensor([1])], {"speculative": True}, "no multi-token prediction blocks"),
+        ([torch.tensor([1] * 33)], {}, "a prompt of 33 tokens is longer than the model's context of 32; shorten it"),
+        ([torch.tensor([1] * 30)], {}, "30 tokens and 4 new ones are more than .* context of 32; use max_new_tokens=3"),
+    ],
+)
+def test_bad_requests_are_refused(small_model: Model, prompts: list[Tensor], options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dsmini.generate(small_model(n_mtp_layers=0), prompts, **{"max_new_tokens": 4, **options})

@@ -1,0 +1,194 @@
+"""Drawing the next token: what each filter keeps, what is drawn, and what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmini.inference.sampling import Sampling, draw
+
+# few levels, so that equal logits are common
+LOGITS = st.lists(st.sampled_from([-8.0, -1.5, 0.0, 0.25, 1.0, 2.0, 7.0]), min_size=1, max_size=9)
+SAMPLING = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1e-40, 0.3, 1.0, 5.0]),
+    top_k=st.none() | st.integers(1, 12),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    min_p=st.none() | st.floats(0.0, 1.0),
+    repetition_penalty=st.sampled_from([0.5, 1.0, 1.3]),
+)
+
+
+def one(*logits: float) -> Tensor:
+    return torch.tensor([logits])
+
+
+def by_hand(sampling: Sampling, logits: list[float], seen: list[bool]) -> list[float]:
+    """The definition, one token at a time, the likeliest first and the lowest id among equals."""
+    r, t = sampling.repetition_penalty, sampling.temperature
+    logits = [(x / r if x > 0 else x * r) if s else x for x, s in zip(logits, seen, strict=True)]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    weights = {i: math.exp((logits[i] - logits[order[0]]) / t) if t else float(i == order[0]) for i in order}
+    kept = order[: sampling.top_k]
+    if sampling.top_p is not None and sampling.top_p < 1:
+        total = math.fsum(weights[i] for i in kept)
+        need = next(n for n in itertools.count(1) if math.fsum(weights[i] for i in kept[:n]) / total >= sampling.top_p)
+        kept = kept[:need]
+    kept = [i for i in kept if weights[i] >= (sampling.min_p or 0)]
+    total = math.fsum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+@given(LOGITS, SAMPLING, st.integers(0, 511))
+def test_the_distribution_is_the_definition_worked_by_hand(logits: list[float], sampling: Sampling, bits: int) -> None:
+    seen = [bool(bits >> i & 1) for i in range(len(logits))]
+    got = sampling.probabilities(torch.tensor([logits]), torch.tensor([seen]))
+    assert got.dtype == torch.float32
+    want = by_hand(sampling, logits, seen)
+    # a sum that meets top_p exactly may fall on either side of it in floating point
+    if sampling.top_p is None or not touches(sampling, logits, seen):
+        assert got[0].tolist() == pytest.approx(want, rel=1e-5, abs=1e-12)
+
+
+def touches(sampling: Sampling, logits: list[float], seen: list[bool]) -> bool:
+    assert sampling.top_p is not None
+    near = [p for d in (-1e-6, 1e-6) if 0 < (p := sampling.top_p + d) <= 1]
+    names = ("temperature", "top_k", "min_p", "repetition_penalty")
+    rest = {name: getattr(sampling, name) for name in names}
+    return len({tuple(x > 0 for x in by_hand(Sampling(top_p=p, **rest), logits, seen)) for p in near}) > 1
+
+
+@given(LOGITS, SAMPLING)
+def test_a_distribution_sums_to_one_and_holds_the_likeliest_token(logits: list[float], sampling: Sampling) -> None:
+    seen = torch.zeros(1, len(logits), dtype=torch.bool)
+    got = sampling.probabilities(torch.tensor([logits]), seen)[0]
+    assert got.sum().item() == pytest.approx(1, abs=1e-6) and got.min() >= 0
+    assert got[logits.index(max(logits))] == got.max() > 0
+
+
+@given(st.lists(LOGITS.filter(lambda row: len(row) >= 4), min_size=2, max_size=4), SAMPLING)
+def test_rows_do_not_disturb_each_other(rows: list[list[float]], sampling: Sampling) -> None:
+    logits = torch.tensor([row[:4] for row in rows])
+    seen = logits > 0.5
+    alone = [sampling.probabilities(logits[i : i + 1], seen[i : i + 1]) for i in range(len(rows))]
+    assert torch.equal(sampling.probabilities(logits, seen), torch.cat(alone))
+
+
+def test_temperature_0_takes_the_lowest_id_among_equals() -> None:
+    assert Sampling().probabilities(one(1, 5, 5, 5)).tolist() == [[0, 1, 0, 0]]
+
+
+def test_ties_at_the_border_of_top_k_and_top_p_keep_the_lowest_ids() -> None:
+    many = torch.zeros(1, 1000)
+    many[0, 700] = 1.0
+    kept = Sampling(temperature=1.0, top_k=4).probabilities(many)[0].nonzero().flatten()
+    assert kept.tolist() == [0, 1, 2, 700]
+    kept = Sampling(temperature=1.0, top_p=3.5 / 1000).probabilities(torch.zeros(1, 1000))[0].nonzero().flatten()
+    assert kept.tolist() == [0, 1, 2, 3]
+
+
+def test_top_p_keeps_the_token_that_crosses_and_not_the_next() -> None:
+    logits = one(0.5, 0.25, 0.125, 0.125).log()
+    for p, n in ((0.4, 1), (0.51, 2), (0.76, 3), (0.9, 4), (1.0, 4)):
+        assert (Sampling(temperature=1.0, top_p=p).probabilities(logits) > 0).sum() == n, p
+    many = one(*[0.25] * 4)  # sums that floating point gets right
+    assert (Sampling(temperature=1.0, top_p=0.5).probabilities(many) > 0).sum() == 2
+
+
+def test_top_p_counts_exactly_in_a_large_vocabulary() -> None:
+    n = 200_003
+    got = Sampling(temperature=1.0, top_p=0.9).probabilities(torch.zeros(1, n))
+    assert (got > 0).sum() == math.ceil(0.9 * n)
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    logits = one(0.4, 0.3, 0.2, 0.1).log()
+    both = Sampling(temperature=1.0, top_k=2, top_p=0.55).probabilities(logits)  # 0.4 / 0.7 is 0.57
+    assert both.tolist() == [[1, 0, 0, 0]]
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    got = Sampling(temperature=1.0, min_p=0.4).probabilities(one(0.5, 0.3, 0.15, 0.05).log())
+    assert got[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+
+
+def test_the_penalty_makes_a_seen_token_less_likely_whatever_its_sign() -> None:
+    seen = torch.tensor([[True, True, False]])
+    got = Sampling(temperature=1.0, repetition_penalty=2.0).probabilities(one(2.0, -1.0, 1.0), seen)
+    assert got[0].tolist() == pytest.approx(torch.tensor([1.0, -2.0, 1.0]).softmax(0).tolist())
+    assert Sampling(repetition_penalty=3.0).probabilities(one(2.0, -1.0, 1.0), seen).argmax() == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    assert Sampling(temperature=temperature).probabilities(one(1.0, 90.0, 3.0)).tolist() == [[0, 1, 0]]
+
+
+def test_a_huge_temperature_is_even() -> None:
+    assert Sampling(temperature=1e308).probabilities(one(1.0, 90.0, 3.0, -50.0)).tolist() == [[0.25] * 4]
+
+
+def test_what_is_drawn_follows_the_distribution() -> None:
+    n = 20000
+    p = Sampling(temperature=2.0, top_k=4).probabilities(one(0.0, 1.0, 2.0, -1.0, -2.0)).expand(n, 5)
+    drawn = draw(p, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=5) / n
+    for got, want in zip(share.tolist(), p[0].tolist(), strict=True):
+        assert abs(got - want) <= 5 * math.sqrt(want * (1 - want) / n)  # five standard deviations
+
+
+def test_rows_are_drawn_independently() -> None:
+    n = 20000
+    pairs = torch.stack(
+        [draw(torch.full((2, 2), 0.5), g) for g in [torch.Generator().manual_seed(1)] for _ in range(n)]
+    )
+    share = torch.bincount(pairs[:, 0] * 2 + pairs[:, 1], minlength=4) / n
+    assert (share - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / n)
+
+
+def test_a_token_without_a_chance_is_never_drawn() -> None:
+    p = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]).repeat(4000, 1)
+    drawn = draw(p, torch.Generator().manual_seed(2))
+    assert drawn[::2].unique().tolist() == [1] and drawn[1::2].unique().tolist() == [1, 2]
+
+
+def test_a_seed_repeats_a_draw() -> None:
+    p = torch.ones(8, 50)
+    first, second, other = (draw(p, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=2)])
+def test_logits_that_are_not_finite_are_refused(bad: float, sampling: Sampling) -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, bad, 3.0]])
+    with pytest.raises(ValueError, match=f"row 1: .* token 1 the logit {bad}, which is not finite; .*float32"):
+        sampling.probabilities(logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
+        ({"temperature": math.nan}, "temperature=nan is not 0 or more"),
+        ({"temperature": math.inf}, "temperature=inf is not 0 or more"),
+        ({"temperature": "hot"}, "temperature=hot is not 0 or more"),
+        ({"top_k": 0}, "top_k=0 is less than 1"),
+        ({"top_k": 2.5}, "top_k=2.5 is not a whole number"),
+        ({"top_k": True}, "top_k=True is not a whole number"),
+        ({"top_p": 0.0}, "top_p=0.0 is not above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5 is not above 0"),
+        ({"top_p": math.nan}, "top_p=nan is not above 0"),
+        ({"min_p": -0.1}, "min_p=-0.1 is not from 0 to 1"),
+        ({"min_p": 2.0}, "min_p=2.0 is not from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is not above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf is not above 0"),
+    ],
+)
+def test_values_outside_their_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)

@@ -1,0 +1,201 @@
+"""Balance: the sequence-wise loss against its formula in loops, the bias update by hand, and counts that add up."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import Gate, Transformer
+from dsmini.nn import Routing, max_violation, sequence_balance_loss
+from tests.helpers.tolerances import FP32_UNIT, FP64_UNIT, relative_error, rounding
+
+B, S, VOCAB = 2, 13, 61
+Model = Callable[..., Transformer]
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randint(0, VOCAB, (2, B, S)).unbind()  # pyright: ignore[reportReturnType]
+
+
+def by_the_report(scores: list[list[float]], chosen: list[list[int]], batch_size: int) -> float:
+    """Equations 17 to 20, sequence by sequence, then the mean."""
+    t, e, k = len(scores) // batch_size, len(scores[0]), len(chosen[0])
+    losses = []
+    for start in range(0, len(scores), t):
+        rows = range(start, start + t)
+        loss = 0.0
+        for i in range(e):
+            f = e / (k * t) * sum(chosen[row].count(i) for row in rows)
+            p = sum(scores[row][i] / sum(scores[row]) for row in rows) / t
+            loss += f * p
+        losses.append(loss)
+    return sum(losses) / batch_size
+
+
+@pytest.mark.parametrize("counts", ["published", "routed"])
+@pytest.mark.parametrize(("batch_size", "e", "k"), [(1, 7, 3), (3, 16, 4)])
+def test_loss_follows_the_report_over_either_selection(counts: Any, batch_size: int, e: int, k: int) -> None:
+    scores = torch.randn(batch_size * 11, e, dtype=torch.float64).sigmoid()
+    indices = torch.rand(batch_size * 11, e).argsort()[:, :k]
+    rows = scores.tolist()
+    best = [sorted(range(e), key=lambda i, row=row: -row[i])[:k] for row in rows]
+    chosen = best if counts == "published" else indices.tolist()
+    got = sequence_balance_loss(scores, indices, batch_size, counts).item()
+    assert got == pytest.approx(by_the_report(rows, chosen, batch_size), rel=rounding(FP64_UNIT, terms=11 * e))
+
+
+def test_loss_counts_the_published_selection_unless_told_otherwise() -> None:
+    scores, worst = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[2]])
+    assert sequence_balance_loss(scores, worst, 1) == sequence_balance_loss(scores, worst, 1, "published")
+    assert sequence_balance_loss(scores, worst, 1).item() == pytest.approx(3 * 0.9 / 1.5)
+    assert sequence_balance_loss(scores, worst, 1, "routed").item() == pytest.approx(3 * 0.1 / 1.5)
+
+
+@pytest.mark.parametrize("counts", ["published", "routed"])
+def test_loss_is_1_under_an_even_load(counts: Any) -> None:
+    e, k = 6, 2
+    chosen = torch.tensor([[i, (i + 1) % e] for i in range(e)])
+    scores = torch.full((e, e), 0.2).scatter(1, chosen, 0.9)
+    loss = sequence_balance_loss(scores.repeat(4, 1), chosen.repeat(4, 1), 2, counts)
+    assert loss.item() == pytest.approx(1.0, rel=rounding(FP32_UNIT, terms=e * k))
+
+
+@pytest.mark.parametrize("counts", ["published", "routed"])
+def test_loss_is_of_each_sequence_and_not_of_the_batch(counts: Any) -> None:
+    """Two sequences that crowd opposite experts are each unbalanced, though the batch is even."""
+    one, other = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])
+    scores = torch.cat((one.expand(5, 2), other.expand(5, 2)))
+    indices = torch.tensor([[0]] * 5 + [[1]] * 5)
+    assert sequence_balance_loss(scores, indices, 2, counts).item() == pytest.approx(1.8)
+    assert sequence_balance_loss(scores, indices, 1, counts).item() == pytest.approx(1.0)
+
+
+def test_sigmoid_scores_are_normalised_token_by_token() -> None:
+    scores, indices = torch.rand(10, 5, dtype=torch.float64), torch.rand(10, 5).argsort()[:, :2]
+    scaled = scores * torch.rand(10, 1, dtype=torch.float64).add(0.5)
+    got, want = (sequence_balance_loss(x, indices, 2, "routed").item() for x in (scaled, scores))
+    assert got == pytest.approx(want, rel=rounding(FP64_UNIT, terms=50))
+
+
+@pytest.mark.parametrize("counts", ["published", "routed"])
+def test_balance_loss_is_in_the_total_and_reaches_every_gate(small_model: Model, counts: Any) -> None:
+    model = small_model().double()
+    tokens, targets = batch()
+
+    def run(alpha: float) -> Any:
+        return model.losses(tokens, targets, balance_alpha=alpha, balance_counts=counts)
+
+    without, with_it = run(0.0), run(3.0)
+    assert with_it.balance > 2.9
+    want = sum(sequence_balance_loss(r.scores, r.indices, B, counts) for r in with_it.routing)
+    assert relative_error(with_it.balance, want) <= rounding(FP64_UNIT, terms=3)
+    assert relative_error(with_it.total - without.total, 3 * want) <= 1e-12
+
+    weights = [gate.weight for gate in model.gates()]
+    grads = [torch.autograd.grad(x, weights) for x in (with_it.total, without.total, run(0.0).balance)]
+    for a, b, alone in zip(*grads, strict=True):
+        assert alone.norm() > 1e-3
+        assert relative_error(a - b, 3 * alone) <= 1e-9
+
+
+def gate_with(bias: list[float]) -> Gate:
+    gate = Gate(dim=8, n_routed_experts=len(bias), n_activated_experts=1, n_expert_groups=1, n_limited_groups=1)
+    assert gate.bias is not None
+    gate.bias.copy_(torch.tensor(bias))
+    return gate
+
+
+def test_bias_rises_for_idle_experts_falls_for_busy_ones_and_stays_at_the_mean() -> None:
+    gate = gate_with([0.0, 0.5, -0.25, 1.0])
+    gate.update_bias(torch.tensor([4, 0, 2, 2]), 0.125)
+    assert gate.bias.tolist() == [-0.125, 0.625, -0.25, 1.0]
+    gate.update_bias(torch.tensor([0, 3, 1, 3]), 0.125)
+    assert gate.bias.tolist() == [0.0, 0.5, -0.125, 0.875]
+    gate.update_bias(torch.tensor([9, 0, 0, 0]), 0.0)
+    assert gate.bias.tolist() == [0.0, 0.5, -0.125, 0.875]
+
+
+def test_bias_sees_one_token_more_among_many() -> None:
+    gate = gate_with([0.0] * 3)
+    many = 2**26
+    gate.update_bias(torch.tensor([many + 1, many, many - 1]), 0.5)
+    assert gate.bias.tolist() == [-0.5, 0.0, 0.5]
+
+
+def test_gate_without_a_bias_takes_no_update() -> None:
+    gate = Gate(topk_method="greedy", n_expert_groups=1, n_limited_groups=1)
+    gate.update_bias(torch.arange(16), 1e-3)
+    assert gate.bias is None
+
+
+def test_bias_moves_the_load_towards_the_mean() -> None:
+    gate = gate_with([0.0] * 8)
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(512, 8) + 1.0
+    before = max_violation(gate(x).counts)
+    for _ in range(300):
+        gate.update_bias(gate(x).counts, 1e-2)
+    assert max_violation(gate(x).counts) < before / 4
+
+
+def test_gates_come_in_the_order_of_routing_mtp_last(small_model: Model) -> None:
+    model = small_model(n_layers=3, n_dense_layers=1)
+    blocks = [model.layers[1], model.layers[2], model.mtp[0].block, model.mtp[1].block]
+    assert [id(gate) for gate in model.gates()] == [id(block.ffn.gate) for block in blocks]
+
+    decided: list[Routing] = []
+    for gate in model.gates():
+        gate.register_forward_hook(lambda module, inputs, output: decided.append(output))
+    tokens, targets = batch()
+    for call in (lambda: model.run(tokens, mtp=True), lambda: model.losses(tokens, targets)):
+        decided.clear()
+        routing = call().routing
+        assert len(routing) == len(decided) == 4
+        assert all(torch.equal(a.scores, b.scores) for a, b in zip(routing, decided, strict=True))
+        assert [r.counts.sum().item() for r in routing] == [3 * B * (S - k) for k in (0, 0, 1, 2)]
+
+
+def test_counts_are_those_of_the_indices(small_model: Model) -> None:
+    for routing in small_model().run(batch()[0], mtp=True).routing:
+        count = Counter(routing.indices.flatten().tolist())
+        assert routing.counts.tolist() == [count[i] for i in range(8)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_forward_or_backward_moves_the_bias(small_model: Model, recompute: bool) -> None:
+    model = small_model()
+    before = [gate.bias.clone() for gate in model.gates() if gate.bias is not None]
+    tokens, targets = batch()
+    model.losses(tokens, targets, recompute=recompute).total.backward()
+    model.run(tokens, mtp=True)
+    with torch.no_grad():
+        model.eval()(tokens)
+        model.losses(tokens, targets)
+    assert len(before) == 3
+    assert all(torch.equal(gate.bias, b) for gate, b in zip(model.gates(), before, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_counts_of_a_step_in_parts_are_those_of_the_step(small_model: Model, recompute: bool) -> None:
+    """Once a token and layer: neither the parts of a step nor a recomputed forward count twice."""
+    model = small_model()
+    tokens, targets = batch()
+    whole = model.losses(tokens, targets).routing
+    summed = [torch.zeros(8, dtype=torch.int64) for _ in whole]
+    for row in range(B):
+        losses = model.losses(tokens[row : row + 1], targets[row : row + 1], recompute=recompute)
+        losses.total.backward()
+        for total, routing in zip(summed, losses.routing, strict=True):
+            total += routing.counts
+    assert all(torch.equal(total, routing.counts) for total, routing in zip(summed, whole, strict=True))
+    assert [total.sum().item() for total in summed] == [3 * B * (S - k) for k in (0, 1, 2)]
+
+
+def test_max_violation_by_hand() -> None:
+    """Only the busiest expert counts, not the idlest."""
+    counts = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 3, 2, 0]])
+    assert max_violation(counts).tolist() == [0.0, 3.0, 0.5]
+    assert max_violation(counts[1]).item() == 3.0

@@ -1,0 +1,167 @@
+"""Layers and losses under torch.compile equal themselves without it.
+
+This file is also the program that the tests run: shape checks at run time, which pytest turns on, cannot be compiled.
+C++ is made for one block and its losses; the other cases stop at the graphs, which is where compilation fails.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmini import MLA, Attention, FeedForward, Gate, Linear, RMSNorm, Transformer, quantize
+from tests.conftest import randomise
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+
+ROOT = Path(__file__).parents[2]
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "dim": 16,
+    "inter_dim": 40,
+    "moe_inter_dim": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "n_activated_experts": 3,
+    "max_seq_len": 64,
+    "original_seq_len": 32,
+}
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def gradients_and_values(run: Callable[[], dict[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
+    """What run returns, and the gradients of its first value."""
+    out = run()
+    grads = torch.autograd.grad(next(iter(out.values())), list(module.parameters()), allow_unused=True)
+    named = {name: grad for (name, _), grad in zip(module.named_parameters(), grads, strict=True) if grad is not None}
+    return out | named
+
+
+def compare(run: Callable[[], dict[str, Tensor]], module: nn.Module, **options: Any) -> dict[str, float]:
+    want = gradients_and_values(run, module)
+    got = gradients_and_values(torch.compile(run, **options), module)
+    assert got.keys() == want.keys() and len(got) > 9
+    return {name: relative_error(got[name], want[name]) for name in want}
+
+
+def layers_alone() -> dict[str, float]:
+    """The layers that need no routed experts, in one graph."""
+    layers = nn.ModuleDict(
+        {
+            "norm": RMSNorm(16),
+            "mla": MLA(**SIZES),
+            "mla_without_q_lora": MLA(**SIZES | {"q_lora_rank": None}),
+            "gqa": Attention(**SIZES | {"attention": "gqa", "n_kv_heads": 1}),
+            "ffn": FeedForward(**SIZES),
+            "gate": Gate(**SIZES),
+        }
+    )
+    randomise(layers)
+    x = torch.randn(2, 33, 16)
+
+    def run() -> dict[str, Tensor]:
+        out = {name: layer(x) for name, layer in layers.items() if name != "gate"}
+        routing = layers["gate"](x.flatten(0, 1))
+        out |= {"indices": routing.indices, "weights": routing.weights, "counts": routing.counts}
+        loss = torch.stack([y.float().square().mean() for y in out.values()]).sum()
+        return {"loss": loss} | out
+
+    return compare(run, layers, fullgraph=True, backend="aot_eager")
+
+
+def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) -> dict[str, float]:
+    """The whole model: embedding, blocks, MoE, MTP, chunked cross-entropy, balance."""
+    model = randomise(Transformer(**SIZES | changes, compute_dtype=compute_dtype))
+    for gate in model.gates():
+        # no scores so close that another rounding would pick another expert
+        gate.bias.copy_(2.0 * torch.randperm(8))  # pyright: ignore[reportOptionalMemberAccess]
+    tokens, targets = torch.randint(0, 61, (2, 2, 33)).unbind()
+
+    def run() -> dict[str, Tensor]:
+        losses = model.losses(tokens, targets, balance_alpha=0.1, chunk_rows=60)
+        named = {"total": losses.total, "main": losses.main, "mtp": losses.mtp, "balance": losses.balance}
+        return named | {f"counts {i}": routing.counts for i, routing in enumerate(losses.routing)}
+
+    return compare(run, model, **options)
+
+
+def ragged_fp8() -> dict[str, float]:
+    """Tiles whose last is ragged, forward and backward; 288 is a latent of 256 and a rotary key of 32."""
+    x = torch.randn(5, 200)
+    out: dict[str, Tensor] = {}
+    for rows, tile in ((5, (1, 128)), (5, (128, 128)), (1, (128, 50)), (5, (128, 1))):
+
+        def run(x: Tensor, tile: tuple[int, int] = tile) -> Tensor:
+            return quantize(x, tile).dequantize()
+
+        torch._dynamo.reset()
+        out[f"tile {tile}"] = torch.compile(run, fullgraph=True)(x[:rows]) - run(x[:rows])
+    torch._dynamo.reset()
+    layer = Linear(256, 288, precision="fp8")
+    x = torch.randn(16, 256, requires_grad=True)
+    dy = torch.randn(16, 288)
+    made = [torch.autograd.grad(f(x), [x, layer.weight], dy) for f in (layer, torch.compile(layer))]
+    out |= {name: b - a for name, a, b in zip(("dx", "dw"), *made, strict=True)}
+    return {f"bits {name}": float((off != 0).sum() + off.isnan().sum()) for name, off in out.items()}
+
+
+ONE_BLOCK = {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}
+PROGRAMS: dict[str, Callable[[], dict[str, float]]] = {
+    "layers": layers_alone,
+    "losses in bf16": functools.partial(losses, {}, torch.bfloat16, fullgraph=True, backend="aot_eager"),
+    "losses in fp32": functools.partial(losses, {}, torch.float32, backend="aot_eager"),
+    "ragged tiles in C++": ragged_fp8,
+    "one block in C++": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True),
+}
+IN_BF16 = ("losses in bf16", "one block in C++")
+
+
+@functools.cache
+def outcomes() -> dict[str, Any]:
+    """Of each case the relative errors of values and gradients, or the traceback; all from one process."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    # scalar C++ compiles twice as fast
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+    cases = [case for case in PROGRAMS if "C++" not in case or HAS_COMPILER]
+    command = [sys.executable, __file__, *cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_compiled_equals_eager(case: str) -> None:
+    if "C++" in case and not HAS_COMPILER:
+        pytest.skip("torch.compile needs a C++ compiler")
+    errors = outcomes()[case]
+    assert isinstance(errors, dict), errors
+    short = rounding(BF16_UNIT, chained=30) if case in IN_BF16 else rounding(FP32_UNIT, terms=40, chained=30)
+    for name, error in errors.items():
+        assert error <= (0.0 if name.startswith(("counts", "indices", "bits")) else short), name
+
+
+def outcome(case: str) -> dict[str, float] | str:
+    try:
+        return PROGRAMS[case]()
+    except Exception:
+        return traceback.format_exc()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(4)
+    print(json.dumps({case: outcome(case) for case in sys.argv[1:]}))

@@ -1,0 +1,310 @@
+"""precision="fp8": what is rounded and what stays out, what is kept for backward, and that all ways through agree."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmini import Transformer
+from dsmini.measure.kept import kept_for_backward
+from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
+from dsmini.nn.fp8 import FP8Module
+from dsmini.nn.moe import dispatch_quantized, sort_by_expert
+from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
+from tests.conftest import randomise
+from tests.helpers.configs import refusal, released
+from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_UNIT, relative_error, rounding
+
+Build = Callable[..., Transformer]
+SIZES: dict[str, Any] = {
+    "dim": 256,
+    "inter_dim": 272,
+    "moe_inter_dim": 136,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_heads": 4,
+    "precision": "fp8",
+}
+
+
+def test_attention_and_feed_forwards_are_rounded_and_nothing_else(small_model: Build) -> None:
+    for attention in ("mla", "mha"):
+        model = small_model(precision="fp8", attention=attention)
+        rounded = {name for name, m in model.named_modules() if isinstance(m, FP8Module) and m.precision == "fp8"}
+        plain = {name for name, m in model.named_modules() if isinstance(m, Linear) and m.precision == "native"}
+        inside = {".attn.", ".ffn."}
+        assert plain == {"head", "mtp.0.eh_proj", "mtp.1.eh_proj"}
+        linears = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - plain
+        assert rounded == linears
+        assert all(any(part in f".{name}." for part in inside) for name in rounded)
+        after_attention = {name for name, m in model.named_modules() if getattr(m, "saved_format", "") == "e5m6"}
+        assert after_attention == {name for name in rounded if name.endswith(".wo")}
+
+
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_a_dense_model_equals_one_with_rounded_weights_and_inputs(small_config: Any, attention: str) -> None:
+    """The native model whose weights are rounded once, and whose Linears get rounded inputs."""
+    config = small_config(**SIZES, attention=attention, n_dense_layers=4)
+    model = randomise(Transformer(config))
+    native = Transformer(dataclasses.replace(config, precision="native"))
+    native.load_state_dict(model.state_dict())
+
+    def round_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (round_tiles(inputs[0].detach(), (1, 128), "ue8m0", "e4m3", 1e-4, torch.float32),)
+
+    for name, module in native.named_modules():
+        if isinstance(module, Linear) and not name.endswith(("head", "eh_proj")):
+            with torch.no_grad():
+                module.weight.copy_(round_tiles(module.weight, WEIGHT_TILE, "ue8m0", "e4m3", 1e-4, torch.float32))
+            module.register_forward_pre_hook(round_input)
+    tokens = torch.randint(0, 61, (2, 16))
+    got, want = model.run(tokens, mtp=True), native.run(tokens, mtp=True)
+    # the same numbers but for the order of sums; where that moves a code to its neighbour, one of many terms moves
+    for a, b in zip([got.logits, *got.mtp_logits], [want.logits, *want.mtp_logits], strict=True):
+        assert relative_error(a, b) < E4M3_UNIT * 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [7, 300])
+def test_experts_equal_one_feed_forward_each(n: int, dtype: torch.dtype) -> None:
+    moe = randomise(MoE(**SIZES, n_routed_experts=8, n_activated_experts=3, n_expert_groups=1, n_limited_groups=1))
+    assert moe.shared_experts is not None
+    x = torch.randn(n, 256, dtype=dtype, requires_grad=True)
+    y, routing = moe(x)
+    dy = torch.randn_like(y)
+    named = dict(moe.named_parameters())
+    got = torch.autograd.grad(y, [x, *named.values()], dy)
+
+    shared = moe.shared_experts
+    total = shared(x)
+    weights = moe.gate(x).weights
+    for j in range(8):
+        token, choice = (routing.indices == j).nonzero(as_tuple=True)
+        rows = x[token]
+        gate, up = fp8_matmul(rows, moe.experts.w1[j]), fp8_matmul(rows, moe.experts.w3[j])
+        out = fp8_swiglu_matmul(gate, up, moe.experts.w2[j])
+        total = total.index_add(0, token, (out * weights[token, choice, None]).to(dtype))
+    want = torch.autograd.grad(total, [x, *named.values()], dy)
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    tolerance = rounding(unit, chained=6) + rounding(FP32_UNIT, terms=300)
+    assert relative_error(y, total) < tolerance
+    for name, a, b in zip(["x", *named], got, want, strict=True):
+        # a gradient of another rounding moves some codes of the next product to their neighbours
+        assert relative_error(a, b) < tolerance + E4M3_UNIT * 0.1, name
+
+
+@pytest.mark.parametrize("align", [1, 64])
+def test_dispatched_rows_are_the_tokens_and_padding_is_zero(align: int) -> None:
+    x = torch.randn(100, 200, requires_grad=True)
+    indices = torch.randint(0, 4, (100, 2))
+    counts = indices.flatten().bincount(minlength=4)
+    token, slot, _ = sort_by_expert(indices, counts, align)
+    q = quantize(x)
+    rows = dispatch_quantized(q, token, slot)
+    values, all_rows = rows.dequantize(), q.detach().dequantize()
+    assert torch.equal(values[slot.flatten()], all_rows.repeat_interleave(2, 0))
+    padding = torch.ones(len(token), dtype=torch.bool).index_fill(0, slot.flatten(), False)
+    assert padding.any() == (align > 1)
+    assert (values[padding] == 0).all()
+    direction = torch.randn_like(values)
+    (grad,) = torch.autograd.grad(values, x, direction)
+    assert torch.allclose(grad, direction[slot].sum(1), atol=1e-6)
+
+
+def test_not_a_number_in_the_first_token_does_not_reach_other_experts_by_padding() -> None:
+    x = torch.randn(200, 128)
+    x[0] = torch.nan
+    indices = torch.tensor([[0], *[[1]] * 199])
+    token, slot, _ = sort_by_expert(indices, indices.flatten().bincount(minlength=2), 64)
+    rows = dispatch_quantized(quantize(x), token, slot).dequantize()
+    assert rows.isnan().any(1).sum() == 1
+
+
+def test_recomputation_and_repetition_change_no_bit() -> None:
+    model = randomise(Transformer(**SIZES, n_layers=2, compute_dtype=torch.bfloat16))
+    tokens, targets = torch.randint(0, 256, (2, 2, 64)).unbind()
+
+    def gradients(**options: Any) -> list[Tensor]:
+        total = model.losses(tokens, targets, **options).total
+        return [total, *torch.autograd.grad(total, list(model.parameters()), allow_unused=True)]
+
+    first = gradients()
+    for again in (gradients(), gradients(recompute=True)):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_cached_equals_uncached(form: Any) -> None:
+    """Tiles lie along a token's own width, so that it is rounded alike in any company. Absorbed, the up-projection's
+    input is not rounded: it is made into no product of its own."""
+    model = randomise(Transformer(**SIZES, n_layers=2, n_dense_layers=2, n_mtp_layers=0)).eval()
+    tokens = torch.randint(0, 256, (2, 24))
+    with torch.no_grad():
+        want = model(tokens)
+        cache = model.new_cache(2, 32, form=form)
+        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 5, 8], 1)]
+    error = relative_error(torch.cat(parts, 1), want)
+    assert error < (E4M3_UNIT * 0.02 if form == "expanded" else rounding(E4M3_UNIT))
+
+
+def test_an_fp8_linear_multiplies_codes_it_holds() -> None:
+    linear = randomise(Linear(200, 130, precision="fp8"))
+    x = torch.randn(5, 200)
+    want = linear(x)
+    q = quantize(linear.weight, WEIGHT_TILE)
+    linear.hold_fp8("weight", q.codes, q.scales)
+    assert torch.equal(linear(x), want)
+    assert torch.equal(linear.dense(torch.float32), q.dequantize())
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
+    moe = randomise(MoE(**SIZES, n_routed_experts=8, n_activated_experts=3, n_expert_groups=1, n_limited_groups=1))
+    for name in ("w1", "w2", "w3"):
+        q = quantize(getattr(moe.experts, name), WEIGHT_TILE)
+        moe.experts.hold_fp8(name, q.codes, q.scales)
+    with pytest.raises(ValueError, match="codes that no gradient can move"):
+        moe(torch.randn(n, 256, requires_grad=True))[0].sum().backward()
+    linear = Linear(128, 8, precision="fp8")
+    q = quantize(linear.weight, WEIGHT_TILE)
+    linear.hold_fp8("weight", q.codes, q.scales)
+    for x in (torch.randn(n, 128, requires_grad=True), quantize(torch.randn(n, 128, requires_grad=True))):
+        with pytest.raises(ValueError, match="codes that no gradient can move"):
+            linear(x).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_weight_is_the_one_that_is_multiplied(dtype: torch.dtype) -> None:
+    linear = randomise(Linear(200, 130, precision="fp8"))
+    want = round_tiles(linear.weight.detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
+    assert torch.equal(linear.dense(dtype), want)
+    experts = randomise(
+        Experts(**SIZES, n_routed_experts=2, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1)
+    )
+    want = round_tiles(experts.w1[1].detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
+    assert torch.equal(experts.expert(1, dtype)[0], want)
+
+
+def test_codes_held_with_fp32_scales_are_not_rounded_to_bf16() -> None:
+    linear = randomise(Linear(200, 130, precision="fp8")).eval()
+    q = quantize(linear.weight.detach(), WEIGHT_TILE, "fp32")
+    linear.hold_fp8("weight", q.codes, q.scales)
+    x = torch.randn(50, 200).bfloat16()
+    assert torch.equal(linear(x), fp8_matmul(x, q, out_dtype=torch.float32).bfloat16())
+
+
+@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
+def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None:
+    linear = randomise(Linear(200, 130, precision="fp8", saved_format=saved_format))
+    x, dy = torch.randn(150, 200), torch.randn(150, 130)
+    grads = {
+        format: torch.autograd.grad(fp8_matmul(x, linear.weight, saved_format=format), linear.weight, dy)[0]
+        for format in ("e4m3", "e5m6")
+    }
+    (got,) = torch.autograd.grad(linear(x), linear.weight, dy)
+    assert torch.equal(got, grads[saved_format])
+    assert not torch.equal(grads["e4m3"], grads["e5m6"])
+
+
+def test_a_native_linear_refuses_codes() -> None:
+    assert "use precision='fp8'" in refusal(Linear(128, 8), quantize(torch.randn(2, 128)))
+
+
+# --- memory
+
+
+class Codes:
+    """What a forward pass makes and keeps of codes: bytes of every storage, and the shapes that were quantised."""
+
+    def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
+        self.made: list[tuple[int, ...]] = []
+        kept: dict[int, Tensor] = {}
+        reference = quantization.quantize_tiles
+
+        def make(x: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.made.append(tuple(x.shape))
+            return reference(x, *arguments, **options)
+
+        def keep(t: Tensor) -> Tensor:
+            if t.dtype in (torch.float8_e4m3fn, torch.uint8):
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantization, "quantize_tiles", make)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                module(*inputs)
+        self.kept = sorted(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def weights(module: nn.Module) -> list[int]:
+    """Bytes of the codes of every rounded matrix."""
+    rounded = (m for m in module.modules() if isinstance(m, Linear | Experts))
+    return [p.numel() for m in rounded for p in m.parameters(recurse=False)]
+
+
+def an_input() -> Tensor:
+    return torch.randn(2, 35, SIZES["dim"], dtype=torch.bfloat16, requires_grad=True)
+
+
+N, DIM = 70, SIZES["dim"]  # tokens of an_input
+
+
+@pytest.mark.parametrize(
+    ("q_lora_rank", "after"), [(SIZES["q_lora_rank"], [SIZES["q_lora_rank"]]), (None, [])], ids=["low_rank", "full"]
+)
+def test_mla_keeps_its_input_once(q_lora_rank: int | None, after: list[int]) -> None:
+    mla = randomise(MLA(**(SIZES | {"q_lora_rank": q_lora_rank})))
+    codes = Codes(mla, an_input())
+    # x for both projections, what the norms make of them, and the input of wo at 12 bits a number
+    widths = [DIM, *after, SIZES["kv_lora_rank"]]
+    wo = N * SIZES["n_heads"] * SIZES["v_head_dim"] * 12 // 8
+    assert codes.kept == sorted([*[N * w for w in widths], wo, *weights(mla)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+@pytest.mark.parametrize("attention", ["mha", "gqa"])
+def test_attention_keeps_its_input_once(attention: Any) -> None:
+    kv = {"n_kv_heads": 2} if attention == "gqa" else {}
+    twin = randomise(Attention(**SIZES, attention=attention, **kv))
+    codes = Codes(twin, an_input())
+    wo = N * SIZES["n_heads"] * SIZES["v_head_dim"] * 12 // 8
+    assert codes.kept == sorted([N * DIM, wo, *weights(twin)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+def test_a_feed_forward_keeps_its_input_once() -> None:
+    dense = randomise(FeedForward(**SIZES))
+    codes = Codes(dense, an_input())
+    # x, and gate and up, from which the rest is computed again
+    assert codes.kept == sorted([N * DIM, *[N * SIZES["inter_dim"]] * 2, *weights(dense)])
+    assert codes.made.count((2, 35, DIM)) == 1
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_moe_quantises_its_input_once_for_all_experts(k: int) -> None:
+    moe = randomise(MoE(**SIZES, n_routed_experts=4, n_activated_experts=k, n_expert_groups=1, n_limited_groups=1))
+    codes = Codes(moe, an_input().float())  # in FP32 no rows are padding
+    assert moe.shared_experts is not None
+    hidden, shared = SIZES["moe_inter_dim"], moe.shared_experts.w1.weight.shape[0]
+    routed = [N * k * DIM, *[N * k * hidden] * 2]
+    assert codes.kept == sorted([*routed, N * DIM, *[N * shared] * 2, *weights(moe)])
+    assert codes.made.count((N, DIM)) == 1
+
+
+def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:
+    config = released("fp8")
+    tokens = torch.randint(0, 256, (5, 257))
+    kept = {}
+    for precision in ("native", "fp8"):
+        model = Transformer(dataclasses.replace(config, precision=precision), compute_dtype=torch.bfloat16)
+        kept[precision] = kept_for_backward(model, tokens)
+    share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
+    assert 0.25 < share < 0.6, kept
+    assert whole < 0.75, kept

@@ -1,0 +1,146 @@
+"""Multi-token prediction: what each depth sees, what it is scored on, and where its hidden state comes from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmini import MTP, Transformer
+from dsmini.nn.losses import IGNORE
+from tests.helpers.tolerances import FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
+
+B, S, VOCAB = 2, 13, 61
+Model = Callable[..., Transformer]
+
+
+def distinct_tokens() -> Tensor:
+    """No token twice in a row, so that a row of the embedding's gradient belongs to one position."""
+    return torch.stack([torch.randperm(VOCAB)[:S] for _ in range(B)])
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 6, S - 1])
+def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t: int) -> None:
+    model = small_model().double()
+    tokens = distinct_tokens()
+    changed = tokens.clone()
+    changed[0, t] = (changed[0, t] + 1) % VOCAB
+    before, after = (model.run(x, mtp=True).mtp_logits for x in (tokens, changed))
+    assert [logits.shape for logits in before] == [(B, S - 1, VOCAB), (B, S - 2, VOCAB)]
+    for k, (a, b) in enumerate(zip(after, before, strict=True), 1):
+        first = max(t - k, 0)
+        assert relative_error(a[:, :first], b[:, :first]) < UNMOVED
+        assert relative_error(a[1], b[1]) < UNMOVED
+        for i in range(first, S - k):
+            assert relative_error(a[0, i], b[0, i]) > MOVED, f"depth {k} at position {i} is blind to token {t}"
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("i", [0, 5, 10])
+def test_depth_k_joins_the_embedding_of_token_i_plus_k_and_never_of_its_target(
+    small_model: Model, k: int, i: int
+) -> None:
+    model = small_model().double()
+    tokens = distinct_tokens()
+    logits = model.run(tokens, mtp=True).mtp_logits[k - 1]
+    (grad,) = torch.autograd.grad(logits[0, i].square().sum(), model.embed.weight)
+    seen = grad[tokens[0]].norm(dim=-1) > 0
+    assert seen.tolist() == [position <= i + k for position in range(S)]
+    if i + k + 1 < S:
+        assert not grad[tokens[0, i + k + 1]].any()
+
+
+def cross_entropy_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
+    total = logits.new_zeros(())
+    for row, target in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True):
+        if target != IGNORE:
+            total = total + row.exp().sum().log() - row[target]
+    return total
+
+
+@pytest.mark.parametrize("ignored", [0, 4])
+def test_mtp_loss_scores_depth_k_on_targets_k_further_over_the_main_losss_count(
+    small_model: Model, ignored: int
+) -> None:
+    """Report, equation 24: the sum over s - k positions is divided by all s."""
+    model = small_model().double()
+    stream = torch.randint(0, VOCAB, (B, S + 1))
+    tokens, targets = stream[:, :-1], stream[:, 1:].clone()
+    targets.view(-1)[:ignored] = IGNORE
+    out = model.run(tokens, mtp=True)
+    depths = [cross_entropy_by_hand(logits, targets[:, k:]) for k, logits in enumerate(out.mtp_logits, 1)]
+    want = sum(depths) / 2 / (B * S - ignored)
+    got = model.losses(tokens, targets).mtp
+    assert relative_error(got, want) <= rounding(FP64_UNIT, terms=B * S * VOCAB, chained=4)
+
+
+def test_depth_k_at_position_i_is_scored_on_the_token_i_plus_k_plus_1(small_model: Model) -> None:
+    model = small_model().double()
+    stream = torch.randint(0, VOCAB, (B, S + 1))
+    tokens, targets = stream[:, :-1], stream[:, 1:]
+    out = model.run(tokens, mtp=True)
+    want = 0.0
+    for k, logits in enumerate(out.mtp_logits, 1):
+        for i in range(S - k):
+            want += F.cross_entropy(logits[:, i], stream[:, i + k + 1], reduction="sum").item()
+    assert model.losses(tokens, targets).mtp.item() == pytest.approx(want / 2 / (B * S), rel=1e-12)
+
+
+def test_mtp_block_takes_the_embedding_first(randomise: Any) -> None:
+    block = randomise(MTP(dim=24))
+    hidden, other, embedding = torch.randn(3, 2, 9, 24).unbind()
+    with torch.no_grad():
+        block.eh_proj.weight[:, 24:] = 0
+    assert torch.equal(block(hidden, embedding)[0], block(other, embedding)[0])
+    assert not torch.equal(block(hidden, embedding)[0], block(hidden, other)[0])
+
+
+def test_mtp_block_norms_both_of_its_inputs(randomise: Any) -> None:
+    block = randomise(MTP(dim=24)).double()
+    hidden, embedding = torch.randn(2, 2, 9, 24, dtype=torch.float64).unbind()
+    assert relative_error(block(8 * hidden, 8 * embedding)[0], block(hidden, embedding)[0]) < 1e-5
+    assert not torch.equal(block(-hidden, embedding)[0], block(hidden, embedding)[0])
+
+
+@pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
+def test_hidden_state_is_fed_before_or_after_the_norm_as_the_config_says(small_model: Model, mtp_input: str) -> None:
+    model = small_model(mtp_input=mtp_input)
+    tokens = distinct_tokens()
+    trunk: list[Tensor] = []
+    model.norm.register_forward_hook(lambda module, inputs, output: trunk.extend((inputs[0], output)))
+    out = model.run(tokens, mtp=True)
+    before, after = trunk
+    assert torch.equal(out.hidden, after)
+
+    hidden = before if mtp_input == "pre_norm" else after
+    for k, (block, logits) in enumerate(zip(model.mtp, out.mtp_logits, strict=True), 1):
+        x, _ = block(hidden[:, : S - k], model.embed(tokens[:, k:]))
+        assert torch.equal(logits, model.head(block.norm(x)))
+        hidden = x if mtp_input == "pre_norm" else block.norm(x)
+
+
+def test_pre_norm_and_post_norm_differ(small_model: Model) -> None:
+    post, pre = small_model(), small_model(mtp_input="pre_norm")
+    pre.load_state_dict(post.state_dict())
+    tokens = distinct_tokens()
+    a, b = post.run(tokens, mtp=True), pre.run(tokens, mtp=True)
+    assert torch.equal(a.logits, b.logits)
+    assert all(relative_error(x, y) > 1e-2 for x, y in zip(a.mtp_logits, b.mtp_logits, strict=True))
+
+
+def test_without_mtp_its_loss_is_zero_and_the_rest_unchanged(small_model: Model) -> None:
+    model, none = small_model(), small_model(n_mtp_layers=0)
+    none.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")})
+    tokens, targets = torch.randint(0, VOCAB, (2, B, S)).unbind()
+    a, b = model.losses(tokens, targets, balance_alpha=0.0), none.losses(tokens, targets, balance_alpha=0.0)
+    assert b.mtp == 0 and torch.equal(a.main, b.main) and torch.equal(b.total, b.main)
+    assert none.run(tokens, mtp=True).mtp_logits == []
+
+
+def test_sequence_too_short_for_the_depth_is_refused(small_model: Model) -> None:
+    model = small_model()
+    assert len(model.run(torch.zeros(1, 3, dtype=torch.int64), mtp=True).mtp_logits) == 2
+    with pytest.raises(ValueError, match="a sequence of 2 tokens is too short for MTP depth 2; want 3"):
+        model.run(torch.zeros(1, 2, dtype=torch.int64), mtp=True)

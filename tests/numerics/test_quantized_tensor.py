@@ -1,0 +1,303 @@
+"""A tensor in a short format: what it holds, where its gradient goes, its file, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsmini.numerics import (
+    ACTIVATION_TILE,
+    AMAX_MIN,
+    FORMATS,
+    SMALLEST_AMAX,
+    TOKEN_TILE,
+    WEIGHT_TILE,
+    QuantizedTensor,
+    quantize,
+)
+from tests.helpers.configs import refusal
+from tests.helpers.quantizer import NAMES, quantized, raw, same
+from tests.helpers.tolerances import relative_error
+
+EVERY_FORMAT = pytest.mark.parametrize("format", NAMES)
+ANY = [  # shape, tile, shape of the scales
+    ((300,), (1, 128), (3,)),
+    ((300,), "row", (1,)),
+    ((300,), "tensor", (1,)),
+    ((7, 130), (1, 128), (7, 2)),
+    ((130, 7), (128, 1), (2, 7)),
+    ((130, 576), (128, 128), (2, 5)),
+    ((7, 130), "row", (7, 1)),
+    ((7, 130), "tensor", (1, 1)),
+    ((2, 3, 130), [2, 64], (2, 2, 3)),
+    ((2, 3, 130), "row", (2, 3, 1)),
+    ((2, 3, 130), "tensor", (1, 1, 1)),
+    ((0, 130), (1, 128), (0, 2)),
+    ((0, 130), "tensor", (0, 1)),
+    ((2, 0), "row", (2, 0)),
+    ((1, 1, 5), (4, 4), (1, 1, 2)),
+]
+EVERY_CUT = pytest.mark.parametrize(("shape", "tile", "tiles"), ANY, ids=lambda case: str(case).replace(" ", ""))
+
+
+def code_bytes(shape: tuple[int, ...], format: str) -> int:
+    rows = int(torch.tensor(shape[:-1]).prod())
+    return rows * (-(-shape[-1] // 8) * 12 if format == "e5m6" else shape[-1])
+
+
+def alike(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Whether two hold the same, bit for bit and field for field."""
+    fields = [(q.shape, q.tile, q.scale, q.format, q.dtype, q.codes.dtype, q.codes.shape) for q in (a, b)]
+    return fields[0] == fields[1] and raw(a.codes).tobytes() == raw(b.codes).tobytes() and same(a.scales, b.scales)
+
+
+@EVERY_CUT
+@EVERY_FORMAT
+def test_what_it_holds(shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any) -> None:
+    x = torch.randn(shape).bfloat16()
+    q = quantize(x, tile, format=format)
+    assert q.shape == x.shape
+    assert isinstance(q.shape, torch.Size)
+    assert (q.dtype, q.device, q.format, q.scale) == (torch.bfloat16, x.device, format, "ue8m0")
+    assert (q.codes.dtype, q.scales.dtype) == (FORMATS[format].dtype, torch.float32)
+    assert q.codes.shape[:-1] == x.shape[:-1]
+    assert q.scales.shape == tiles
+    assert q.nbytes == code_bytes(shape, format) + 4 * q.scales.numel()
+    assert q.nbytes == q.codes.untyped_storage().nbytes() + q.scales.untyped_storage().nbytes()
+    assert isinstance(q.tile, tuple)
+    back = q.dequantize()
+    assert (back.shape, back.dtype) == (x.shape, torch.float32)
+    assert relative_error(back, x) < FORMATS[format].unit
+    assert same(q.dequantize(torch.bfloat16), back)  # powers of two, and far from the smallest: nothing is rounded
+    assert q.dequantize(torch.float16).dtype == torch.float16
+
+
+def test_what_is_left_out() -> None:
+    assert (ACTIVATION_TILE, TOKEN_TILE, WEIGHT_TILE) == ((1, 128), (128, 1), (128, 128))
+    assert (AMAX_MIN, SMALLEST_AMAX) == (1e-4, 2.0**-100)
+    x = torch.randn(3, 300)
+    assert alike(quantize(x), quantize(x, (1, 128), "ue8m0", "e4m3", 1e-4))
+
+
+@pytest.mark.parametrize("amax_min", [SMALLEST_AMAX, AMAX_MIN, 7.0])
+@pytest.mark.parametrize("tile", [(1, 128), (3, 130)])
+def test_amax_min_is_passed_on(tile: Any, amax_min: float) -> None:
+    x = torch.randn(3, 130) * torch.tensor([1e-9, 1e-3, 1.0])[:, None]
+    _, scales, values = quantized(x.numpy(), tile, "fp32", "e5m2", amax_min)
+    q = quantize(x, tile, "fp32", "e5m2", amax_min)
+    assert same(q.scales, scales)
+    assert same(q.dequantize(), values)
+
+
+def test_three_dimensions_are_matrices() -> None:
+    x = torch.randn(2, 130, 64) * torch.tensor([1.0, 1e3])[:, None, None]
+    q = quantize(x, (128, 128), "fp32")
+    for i in range(2):
+        assert same(q.dequantize()[i], quantized(x[i].numpy(), (128, 128), "fp32", "e4m3", AMAX_MIN)[2])
+
+
+def test_columns_apart_in_memory() -> None:
+    x = torch.randn(5, 3, 130).transpose(0, 1)
+    for tile in ((2, 64), "row", "tensor"):
+        assert alike(quantize(x, tile), quantize(x.contiguous(), tile))  # pyright: ignore
+
+
+def test_x_is_left_as_it_was() -> None:
+    x = torch.randn(4, 130) * 1e6
+    before = x.clone()
+    q = quantize(x)
+    q.dequantize().zero_()
+    assert torch.equal(x, before)
+    assert relative_error(q.dequantize(), x) < 2.0**-4
+
+
+# Its gradient
+
+
+@EVERY_CUT
+@EVERY_FORMAT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_passes_straight_through(
+    shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape).mul(100).to(dtype).requires_grad_()
+    q = quantize(x, tile, format=format)
+    grad = torch.randn(shape)
+    (q.dequantize() * grad).sum().backward()
+    assert x.grad is not None and x.grad.dtype == dtype
+    assert torch.equal(x.grad, grad.to(dtype))  # not as codes would have it
+
+
+def test_gradients_of_several_readers_add_up() -> None:
+    x = torch.randn(3, 130, requires_grad=True)
+    q = quantize(x * 2)
+    (q.dequantize().sum() + 3 * q.dequantize(torch.bfloat16).float().sum()).backward()
+    assert x.grad is not None and (x.grad == 8).all()
+    q.codes.float().sum(), q.scales.sum()  # of these none is taken
+    assert not q.codes.requires_grad and not q.scales.requires_grad
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    x = torch.randn(3, 130, requires_grad=True)
+    with torch.no_grad():
+        assert quantize(x).source is None
+        inside = quantize(x)
+    for q in (inside, quantize(x.detach()), quantize(torch.randn(3, 130)), quantize(x).to("cpu")):
+        assert q.source is None
+        assert not q.dequantize().requires_grad
+    q = quantize(x)
+    with torch.no_grad():
+        assert not q.dequantize().requires_grad
+    assert q.dequantize().requires_grad
+
+
+@pytest.mark.parametrize("tile", [(1, 128), "tensor"])
+def test_the_graph_holds_nothing_of_the_size_of_x(tile: Any) -> None:
+    saved: list[Tensor] = []
+    x = torch.randn(64, 256, requires_grad=True) * 1.0
+
+    def remember(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        q = quantize(x, tile)
+        back = q.dequantize()
+    assert not saved
+    assert q.source is not None
+    assert (q.source.shape, q.source.dtype) == (x.shape, x.dtype)
+    assert q.source.untyped_storage().nbytes() == x.element_size()
+    assert q.source.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    del x
+    back.sum().backward()
+
+
+# Another place
+
+
+def test_another_device() -> None:
+    q = quantize(torch.randn(3, 130, requires_grad=True), "row", "fp32", "e5m6")
+    there = q.to("meta")
+    assert there.device.type == there.codes.device.type == there.scales.device.type == "meta"
+    assert q.device.type == "cpu"
+    assert (there.shape, there.tile, there.nbytes, there.format) == (q.shape, q.tile, q.nbytes, q.format)
+    assert alike(q.to("cpu"), q)
+
+
+@EVERY_CUT
+@EVERY_FORMAT
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
+def test_a_file_holds_every_bit(
+    tmp_path: Path, shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any, scale: Any
+) -> None:
+    x = torch.randn(shape).half()
+    if x.numel():
+        x.view(-1)[0] = torch.nan
+    q = quantize(x, tile, scale, format)
+    q.save(tmp_path / "q.safetensors")
+    back = QuantizedTensor.load(tmp_path / "q.safetensors")
+    assert alike(back, q)
+    assert type(back.tile) is type(q.tile) and type(back.shape) is type(q.shape)
+    assert same(back.dequantize(), q.dequantize())
+    assert back.source is None
+    QuantizedTensor.load(str(tmp_path / "q.safetensors"), "cpu").save(str(tmp_path / "again.safetensors"))
+    assert alike(QuantizedTensor.load(tmp_path / "again.safetensors"), q)
+    there = load_file(tmp_path / "q.safetensors")
+    assert there["codes"].dtype == FORMATS[format].dtype
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    q = quantize(torch.randn(3, 130))
+    save_file({"weight": torch.ones(3)}, path)
+    said = "it holds ['weight'] and metadata of []; want codes, scales and tile"
+    assert refusal(QuantizedTensor.load, path) == f"{path} is no file of QuantizedTensor.save: {said}"
+    save_file({"codes": q.codes, "scales": q.scales}, path, {"format": "pt"})
+    assert "metadata of ['format']" in refusal(QuantizedTensor.load, path)
+    save_file({"codes": q.codes, "scales": q.scales, "more": q.scales.clone()}, path, {"tile": "[1, 128]"})
+    assert "['codes', 'more', 'scales']" in refusal(QuantizedTensor.load, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": None}, "'shape'"),
+        ({"format": None}, "'format'"),
+        ({"format": "e9m9"}, "format='e9m9' is unknown"),
+        ({"format": "e5m2"}, "codes are [3, 130] torch.float8_e4m3fn; want [3, 130] torch.float8_e5m2"),
+        ({"shape": "[3, 131]"}, "want [3, 131]"),
+        ({"tile": "[1, 64]"}, "scales are [3, 2] torch.float32; want [3, 3] torch.float32"),
+        ({"tile": "x"}, "Expecting value"),
+        ({"tile": "[0, 1]"}, "is no tile"),
+        ({"scale": "big"}, "scale='big' is unknown"),
+        ({"dtype": "save"}, "'save'"),
+    ],
+)
+def test_a_file_that_does_not_agree_with_itself_is_refused(
+    tmp_path: Path, changes: dict[str, str | None], said: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    q = quantize(torch.randn(3, 130))
+    about = {"shape": "[3, 130]", "tile": "[1, 128]", "scale": "ue8m0", "format": "e4m3", "dtype": "float32"} | changes
+    save_file({"codes": q.codes, "scales": q.scales}, path, {k: v for k, v in about.items() if v is not None})
+    words = refusal(QuantizedTensor.load, path)
+    assert words.startswith(f"{path} is no file of QuantizedTensor.save: ") and said in words
+    path.write_bytes(b"not at all")
+    assert "is no file of QuantizedTensor.save" in refusal(QuantizedTensor.load, path)
+
+
+def test_it_says_what_it_is() -> None:
+    x = torch.cat([torch.full((1, 130), 448.0), torch.full((1, 130), 448 / 4.0)])
+    assert repr(quantize(x.half())) == (
+        "QuantizedTensor(e4m3 [2, 130] in tiles of 1x128, ue8m0 scales [2, 2] from 0.25 to 1, 276 bytes, "
+        "0.53 of bfloat16, from float16, on cpu)"
+    )
+    said = repr(quantize(torch.empty(0, 1200), (128, 128), "fp32", "e5m6"))
+    assert "e5m6 [0, 1200] in tiles of 128x128, fp32 scales [0, 10]" in said
+    assert "scales [2, 5] from 0.00391 to 0.00391, 74,920 bytes, 0.50" in repr(
+        quantize(torch.ones(130, 576), (128, 128))
+    )
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_dtypes_without_codes(dtype: torch.dtype) -> None:
+    said = refusal(quantize, torch.ones(3, 4).to(dtype))
+    assert said == f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
+
+
+def test_a_number_has_no_tiles() -> None:
+    said = refusal(quantize, torch.tensor(1.0), "tensor")
+    assert said == "x has no dimensions; want at least one, which tiles cut"
+
+
+@pytest.mark.parametrize(
+    "tile", [(0, 1), (1, -128), (1,), (1, 2, 3), "rows", "", (1.5, 2), (True, 128), ("1", 2), 128, None, {1, 128}]
+)
+def test_tiles_that_are_none(tile: Any) -> None:
+    said = refusal(quantize, torch.ones(3, 4), tile)
+    assert said == f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
+
+
+def test_one_dimension_has_one_row() -> None:
+    said = refusal(quantize, torch.ones(300), (128, 1))
+    assert said == "tile=(128, 1) has 128 rows, and a tensor of one dimension has one; use (1, 128)"
+
+
+@pytest.mark.parametrize("value", ["e4m3fn", "E4M3", "", "fp8", None])
+def test_unknown_formats_and_scales(value: Any) -> None:
+    x = torch.ones(3, 4)
+    assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
+    assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
+
+
+@pytest.mark.parametrize("amax_min", [0, 0.0, -1.0, 2.0**-101, float("inf"), -float("inf"), float("nan")])
+def test_floors_that_scales_cannot_follow(amax_min: float) -> None:
+    said = refusal(quantize, torch.ones(3, 4), amax_min=amax_min)
+    assert said == f"amax_min={amax_min}; want a finite number, 2^-100 or more: use 0.0001 or, for gradients, 2**-100"
+    quantize(torch.zeros(3, 4), amax_min=SMALLEST_AMAX)

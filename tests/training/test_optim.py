@@ -1,0 +1,340 @@
+"""Which parameters an optimizer moves, and how: each against its definition, written out with plain loops in FP64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmini import TrainConfig, Transformer
+from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers, orthogonalize
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
+
+# Who moves what
+
+
+def by_name(model: Transformer, params: list[Tensor]) -> list[str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in params]  # a buffer, such as the routing bias, would have no name here
+
+
+def is_plain(name: str) -> bool:
+    """Norms and gates: what does not decay."""
+    return "norm" in name or "gate" in name
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_parameter_is_in_one_optimizer_and_norms_and_gates_do_not_decay(
+    small_model: Callable[..., Transformer], optimizer: Any, moments: Any
+) -> None:
+    model = small_model()
+    groups = [
+        g
+        for o in optimizers(model, TrainConfig(optimizer=optimizer, moments=moments, weight_decay=0.1))
+        for g in o.param_groups
+    ]
+    members = [by_name(model, g["params"]) for g in groups]
+    assert sorted(name for group in members for name in group) == sorted(name for name, _ in model.named_parameters())
+    for group, names in zip(groups, members, strict=True):
+        for name in names:
+            assert group["weight_decay"] == (0.0 if is_plain(name) else 0.1), name
+
+
+def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    muon, adamw = optimizers(model, TrainConfig(optimizer="muon", muon_lr=0.5, lr=0.25, gate_lr=None))
+    by_muon = set(by_name(model, [p for g in muon.param_groups for p in g["params"]]))
+    by_adamw = set(by_name(model, [p for g in adamw.param_groups for p in g["params"]]))
+    assert not by_muon & by_adamw
+    assert by_adamw == {n for n in by_adamw | by_muon if is_plain(n) or n in ("embed.weight", "head.weight")}
+    assert {"layers.1.ffn.experts.w1", "layers.0.attn.wkv_b.weight", "mtp.0.eh_proj.weight"} <= by_muon
+    assert {g["peak_lr"] for g in muon.param_groups} == {0.5} and {g["peak_lr"] for g in adamw.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_moves_every_parameter_and_no_buffer_and_with_a_zero_gradient_decays_just_the_matrices(
+    small_model: Callable[..., Transformer], optimizer: Any, moments: Any
+) -> None:
+    for size in (1.0, 0.0):
+        model = small_model()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        config = TrainConfig(optimizer=optimizer, moments=moments, lr=0.1, muon_lr=0.2, weight_decay=0.5)
+        for p in model.parameters():
+            p.grad = size * torch.randn_like(p)
+        steps = optimizers(model, config)
+        for each in steps:
+            each.step()
+        muon = by_name(model, [p for g in steps[0].param_groups for p in g["params"]]) if optimizer == "muon" else []
+        names = dict(model.named_parameters())
+        for name, tensor in model.state_dict().items():
+            if name not in names:
+                assert torch.equal(tensor, before[name]), name
+            elif size:
+                assert (tensor != before[name]).double().mean() > 0.99, name
+            else:
+                kept = 1.0 if is_plain(name) else 1 - 0.5 * (0.2 if name in muon else 0.1)
+                assert relative_error(tensor, before[name].double() * kept) <= rounding(FP32_UNIT, chained=2), name
+
+
+# Muon
+
+
+def orthogonal_by_hand(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz steps on one matrix [o, i] in FP64, of X = G / |G|, a wide one as it is, a tall one turned."""
+    x = matrix.double()
+    if x.shape[0] > x.shape[1]:
+        return orthogonal_by_hand(x.T).T
+    x = x / (math.sqrt((x * x).sum().item()) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def muon_by_hand(start: Tensor, grads: list[Tensor], lr: float, mu: float, decay: float) -> Tensor:
+    """A matrix, or each matrix of a stack, after the steps."""
+    if start.dim() == 3:
+        each = [muon_by_hand(s, [g[e] for g in grads], lr, mu, decay) for e, s in enumerate(start)]
+        return torch.stack(each)
+    w, m = start.double(), torch.zeros_like(start, dtype=torch.float64)
+    for grad in grads:
+        g = grad.double()
+        m = mu * m + (1 - mu) * g
+        nesterov = mu * m + (1 - mu) * g
+        w = w - lr * decay * w
+        if not g.any():  # an unvisited expert: the remains of its momentum are no direction
+            continue
+        w = w - lr * math.sqrt(max(1.0, w.shape[0] / w.shape[1])) * orthogonal_by_hand(nesterov)
+    return w
+
+
+SHAPES = [(8, 8), (5, 17), (17, 5), (1, 7), (7, 1), (1, 1), (63, 130), (3, 9, 5), (4, 5, 9), (1, 6, 6), (16, 4, 4)]
+
+
+def drifting_gradients(shape: tuple[int, ...], steps: int, dtype: torch.dtype) -> list[Tensor]:
+    common = torch.randn(shape, dtype=dtype)
+    return [common + torch.randn(shape, dtype=dtype) for _ in range(steps)]
+
+
+def muon_steps(start: Tensor, grads: list[Tensor], dtype: torch.dtype, others: bool = True) -> Tensor:
+    """The shipped optimizer's result, among other matrices of the same and of other shapes."""
+    p = nn.Parameter(start.clone())
+    crowd = [nn.Parameter(torch.randn_like(start)), nn.Parameter(torch.randn(3, 2, dtype=start.dtype))]
+    params = [crowd[0], p, crowd[1]] if others else [p]
+    optimizer = Muon([{"params": params, "weight_decay": 0.3}], lr=0.07, momentum=0.9, matmul_dtype=dtype)
+    for grad in grads:
+        p.grad = grad.clone()
+        for other in crowd:
+            other.grad = torch.randn_like(other)
+        optimizer.step()
+    return p.detach()
+
+
+def muon_rounding(unit: float, shape: tuple[int, ...]) -> float:
+    """Relative error of four steps of 0.07. Five iterations are 15 products and multiply an error by up to
+    3.4445^5 = 485; an update is about as large as the parameters times 0.07, which are themselves rounded eight times.
+    """
+    products = 485 * rounding(unit, terms=max(shape[-2:]), chained=15)
+    return 4 * 0.07 * products + rounding(unit, chained=8)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_muon_is_its_definition_to_the_last_bits_in_fp64(shape: tuple[int, ...]) -> None:
+    start = torch.randn(shape, dtype=torch.float64)
+    grads = drifting_gradients(shape, 4, torch.float64)
+    want = muon_by_hand(start, grads, lr=0.07, mu=0.9, decay=0.3)
+    got = muon_steps(start, grads, torch.float64)
+    assert relative_error(got, want) <= muon_rounding(FP64_UNIT, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_muon_in_fp32_differs_by_its_rounding(shape: tuple[int, ...]) -> None:
+    start = torch.randn(shape)
+    grads = drifting_gradients(shape, 4, torch.float32)
+    want = muon_by_hand(start, grads, lr=0.07, mu=0.9, decay=0.3)
+    got = muon_steps(start, grads, torch.float32)
+    assert relative_error(got, want) <= muon_rounding(FP32_UNIT, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 17), (17, 5), (63, 130), (130, 63), (3, 9, 5), (4, 5, 9)], ids=str)
+def test_muons_first_step_has_singular_values_near_1_in_every_matrix(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """In BF16 this is all that can be asked: its rounding errors grow as much as small singular values do."""
+    start, grad = torch.zeros(shape), torch.randn(shape)
+    moved = muon_steps(start, [grad], dtype) / (-0.07 * math.sqrt(max(1.0, shape[-2] / shape[-1])))
+    for matrix, before in zip(moved.reshape(-1, *shape[-2:]), grad.reshape(-1, *shape[-2:]), strict=True):
+        values = torch.linalg.svdvals(matrix.double())
+        assert values.min() >= 0.6 and values.max() <= 1.3, values
+        u, _, v = torch.linalg.svd(before.double(), full_matrices=False)
+        nearest = u @ v
+        along = (matrix.double() * nearest).sum() / (matrix.double().norm() * nearest.norm())
+        assert along > 0.97  # all spread over 0.68 to 1.2 evenly gives 0.986; BF16 turns it a little
+
+
+def test_the_iteration_brings_singular_values_of_a_five_hundredth_and_more_between_068_and_121() -> None:
+    u, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    small = torch.logspace(math.log10(0.0021), -1, 39, dtype=torch.float64)
+    largest = (1 - small.square().sum()).sqrt()
+    values = torch.linalg.svdvals(orthogonalize((u * torch.cat([small, largest[None]])) @ v[None]))
+    assert values.min() >= 0.68 and values.max() <= 1.21
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_without_tokens_stays_put_but_for_decay(dtype: torch.dtype) -> None:
+    start = torch.randn(3, 6, 4)
+    grads = drifting_gradients((3, 6, 4), 5, torch.float32)
+    for grad in grads:
+        grad[1] = 0
+    got = muon_steps(start, grads, dtype)
+    assert got.isfinite().all()
+    assert relative_error(got[1], start[1].double() * (1 - 0.07 * 0.3) ** 5) <= rounding(FP32_UNIT, chained=5)
+    assert relative_error(got[0], start[0]) > 0.1
+
+
+def test_an_expert_that_lost_its_tokens_waits_and_keeps_its_momentum() -> None:
+    start = torch.randn(3, 6, 4, dtype=torch.float64)
+    grads = drifting_gradients((3, 6, 4), 6, torch.float64)
+    for grad in grads[2:5]:
+        grad[1] = 0
+    got = [muon_steps(start, grads[:n], torch.float64) for n in (2, 5, 6)]
+    assert relative_error(got[1][1], got[0][1] * (1 - 0.07 * 0.3) ** 3) <= rounding(FP64_UNIT, chained=3)
+    want = muon_by_hand(start, grads, lr=0.07, mu=0.9, decay=0.3)
+    assert relative_error(got[2], want) <= 2 * muon_rounding(FP64_UNIT, (6, 4))
+    assert relative_error(got[2][1], got[1][1]) > 0.01
+
+
+def test_muon_depends_neither_on_the_gradients_size_nor_on_its_companions() -> None:
+    start, grads = torch.randn(3, 6, 4), drifting_gradients((3, 6, 4), 3, torch.float32)
+    alone = muon_steps(start, grads, torch.float32, others=False)
+    scaled = [grad * torch.tensor([1.0, 64.0, 2.0**-6])[:, None, None] for grad in grads]  # each expert by its own
+    # the 1e-7 beside a norm of some 1/20 at least is 2e-6 of it
+    assert relative_error(muon_steps(start, scaled, torch.float32), alone) < 1e-5
+
+
+# AdamW with BF16 moments
+
+
+def adamw_by_hand(start: Tensor, grads: list[Tensor], lr: float, decay: float) -> tuple[Tensor, Tensor]:
+    """AdamW (0.9, 0.95) in FP64 after the steps, and how far BF16 moments may be from it, element by element.
+
+    A stored moment is rounded by at most u of itself; the error fades by beta a step. An update m / (sqrt(v) + eps) is
+    wrong by |dm| / sqrt(v) + |m| dv / (2 v^1.5), and a quarter more for what is of second order.
+    """
+    w, m, v = start.double(), torch.zeros_like(start, dtype=torch.float64), torch.zeros_like(start, dtype=torch.float64)
+    dm, dv, off = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+    for t, grad in enumerate(grads, start=1):
+        g = grad.double()
+        dm, dv = 0.9 * (dm + BF16_UNIT * (m.abs() + dm)), 0.95 * (dv + BF16_UNIT * (v + dv))
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        one, two = 1 - 0.9**t, 1 - 0.95**t
+        w = w * (1 - lr * decay) - lr * (m / one) / ((v / two).sqrt() + 1e-8)
+        error = dm / v.sqrt() + m.abs() * dv / (2 * v**1.5)
+        off = off * (1 - lr * decay) + 1.25 * lr * error * math.sqrt(two) / one
+    return w, off
+
+
+def test_adamw_with_bf16_moments_is_torchs_adamw_within_the_moments_rounding() -> None:
+    start = torch.randn(40, 31)
+    grads = [torch.randn(40, 31) * 10 ** torch.linspace(-4, 3, 31) for _ in range(8)]
+    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    bf16 = AdamWBF16([{"params": [ours], "weight_decay": 0.1}], lr=0.02, betas=(0.9, 0.95))
+    fp32 = torch.optim.AdamW([{"params": [torchs], "weight_decay": 0.1}], lr=0.02, betas=(0.9, 0.95))
+    for grad in grads:
+        for p, optimizer in ((ours, bf16), (torchs, fp32)):
+            p.grad = grad.clone()
+            optimizer.step()
+    by_hand, off = adamw_by_hand(start, grads, lr=0.02, decay=0.1)
+    fp32_noise = 8 * 8 * FP32_UNIT * (start.abs().double() + 1)
+    assert ((torchs.double() - by_hand).abs() <= fp32_noise).all()
+    away = (ours.double() - torchs.double()).abs()
+    assert (away <= off + 2 * fp32_noise).all(), (away / off).max()
+    assert away.mean() > 10 * (torchs.double() - by_hand).abs().mean()  # rounded indeed: there is something to see
+    state = bf16.state[ours]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    moments = {name: fp32.state[torchs][name] for name in ("exp_avg", "exp_avg_sq")}
+    assert relative_error(state["exp_avg_sq"], moments["exp_avg_sq"]) <= BF16_UNIT / (1 - 0.95)
+
+
+def test_the_first_step_of_bf16_moments_is_torchs_as_only_stored_moments_are_rounded() -> None:
+    start, grad = torch.randn(9, 7), torch.randn(9, 7)
+    moved = []
+    for kind in (AdamWBF16, torch.optim.AdamW):
+        p = nn.Parameter(start.clone())
+        p.grad = grad.clone()
+        kind([{"params": [p], "weight_decay": 0.2}], lr=0.1, betas=(0.9, 0.95)).step()
+        moved.append(p.detach())
+    assert relative_error(moved[0], moved[1]) <= rounding(FP32_UNIT, chained=8)
+
+
+def test_fp32_moments_are_fp32(small_model: Callable[..., Transformer]) -> None:
+    for moments, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = small_model()
+        (adamw,) = optimizers(model, TrainConfig(optimizer="adamw", moments=moments))  # pyright: ignore[reportArgumentType]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        adamw.step()
+        kept = [state[name].dtype for state in adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        assert set(kept) == {dtype} and len(kept) == 2 * len(list(model.parameters()))
+
+
+# The average of the parameters
+
+
+def test_the_average_is_the_one_by_hand() -> None:
+    w = nn.Parameter(torch.randn(5, 3))
+    average = ParameterAverage([("w", w)], decay=0.6)
+    want = w.detach().double().clone()
+    by_hand = [
+        1 / 10,
+        2 / 11,
+        3 / 12,
+        4 / 13,
+        5 / 14,
+        6 / 15,
+        7 / 16,
+        8 / 17,
+        9 / 18,
+        10 / 19,
+        11 / 20,
+        12 / 21,
+        13 / 22,
+    ]
+    for decay in [*by_hand, 0.6, 0.6, 0.6]:  # the next would be 14 / 23, which is more
+        with torch.no_grad():
+            w.add_(torch.randn(5, 3))
+        want = decay * want + (1 - decay) * w.detach().double()
+        average.update([("w", w)])
+        assert relative_error(average.tensors["w"], want) <= rounding(FP32_UNIT, chained=3 * average.updates)
+    assert average.tensors["w"].dtype == torch.float32 and not average.tensors["w"].requires_grad
+
+
+def test_an_average_that_was_saved_goes_on() -> None:
+    values = [torch.randn(4) for _ in range(6)]
+    whole, first = (ParameterAverage([("w", values[0])], decay=0.9) for _ in range(2))
+    for value in values[1:]:
+        whole.update([("w", value)])
+    for value in values[1:3]:
+        first.update([("w", value)])
+    second = ParameterAverage([("w", torch.zeros(4))], decay=0.9)
+    second.load({"w": first.tensors["w"].clone()}, first.updates)
+    for value in values[3:]:
+        second.update([("w", value)])
+    assert torch.equal(second.tensors["w"], whole.tensors["w"])
+
+
+def test_gates_may_learn_at_a_rate_of_their_own(small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    for gate_lr, want in ((None, 0.01), (0.001, 0.001)):
+        (adamw,) = optimizers(model, TrainConfig(optimizer="adamw", lr=0.01, gate_lr=gate_lr))
+        rates = {name: group["peak_lr"] for group in adamw.param_groups for name in by_name(model, group["params"])}
+        assert {name for name in rates if name.endswith("gate.weight")} == {
+            name for name, rate in rates.items() if rate == want and "gate" in name
+        }
+        assert {rate for name, rate in rates.items() if "gate" not in name} == {0.01}

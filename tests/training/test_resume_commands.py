@@ -1,0 +1,221 @@
+"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and what is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmini import RunConfig
+from dsmini.checkpoint.training import load_run
+from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.runs import TIMING
+
+TRAIN = f"dsmini.train --data.path book.txt {TINY} --train.dtype float32 --train.save-every 3"
+SHORT = "--train.threads 1 --train.sample-tokens 4"
+CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "average.safetensors", "rng.safetensors")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, and a finished run of a tiny model on it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    done = run(f"{TRAIN} --train.steps 12 --train.ema-decay 0.9 --out runs/x", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
+
+
+def wait_for(process: "subprocess.Popen[str]", path: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path) -> None:
+    """kill -9 at some moment after the first checkpoint; while it lives nobody else may train in its folder."""
+    folder, slow = place / "runs/killed", "--train.eval-tokens 448"
+    process = start(
+        f"{TRAIN} --train.steps 200 --train.save-every 60 --train.ema-decay 0.9 {slow} --out {folder}", place
+    )
+    wait_for(process, folder / "checkpoints/step-000060")
+    process.send_signal(signal.SIGSTOP)  # so that it is there as long as the other needs to start
+    ((status, said),) = run_all([("dsmini.train", f"--resume {folder}")], place)
+    assert status == 2 and "another process is training in" in said
+    process.kill()
+    process.communicate()
+    assert not (folder / "summary.json").exists()
+    done = run(f"dsmini.train --resume {folder}", place)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stdout and "of 200 from" in done.stdout
+    never = place / "runs/never"
+    done = run(f"{TRAIN} --train.steps 200 --train.save-every 60 --train.ema-decay 0.9 {slow} --out {never}", place)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(never)
+    for name in CHECKPOINT:
+        at_the_end = [(one / "checkpoints/step-000200" / name).read_bytes() for one in (folder, never)]
+        assert at_the_end[0] == at_the_end[1], name
+    assert (folder / "sample.txt").read_text() == (never / "sample.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) -> None:
+    folder = place / f"runs/stopped {number}"
+    process = start(f"{TRAIN} --train.steps 100000 --out 'runs/stopped {number}'", place)
+    wait_for(process, folder / "checkpoints/step-000003")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    done = len(rows(folder))
+    (told,) = [line for line in out.splitlines() if "--resume" in line]
+    command = told.removeprefix("Go on with: python -m ")
+    again = run(f"{command} --train.steps {done + 2}", place)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming after step {done} of {done + 2} from" in again.stdout
+    assert f"train.steps: 100000 -> {done + 2}" in again.stdout
+    assert "with another train.steps the schedule changes from here on" in again.stdout
+    assert [row["step"] for row in rows(folder)] == list(range(1, done + 3))
+    assert RunConfig.from_file(folder / "config.toml").train.steps == done + 2
+    assert RunConfig.from_file(folder / f"config-until-step-{done:06d}.toml").train.steps == 100000
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file may be larger than the model's: the optimizer's does not fit."""
+    folder = place / "runs/disk"
+    shutil.copytree(place / "runs/x", folder)
+    size = (folder / "checkpoints/step-000012/model.safetensors").stat().st_size + 10_000
+    fill = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    (place / "full_disk").mkdir()
+    (place / "full_disk/sitecustomize.py").write_text(fill)
+    with monkeypatch.context() as patch:
+        patch.setenv("EXTRA_PATH", str(place / "full_disk"))
+        done = run("dsmini.train --resume runs/disk --train.steps 17", place)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "checkpoint of step 15" in done.stdout and "step 12 is still there; training goes on" in done.stdout
+    assert "checkpoint of step 17" in done.stderr and "step 12 is still there" in done.stderr
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+    assert run("dsmini.train --resume runs/disk", place).returncode == 0
+
+
+def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
+    longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4"
+    done = run(
+        f"dsmini.train --init runs/x {longer} --train.steps 3 --train.optimizer adamw --train.lr 1e-9 "
+        f"--train.gate-lr 1e-9 --train.bias-speed 0 {SHORT}",
+        place,
+    )
+    assert done.returncode == 0, done.stderr
+    model, config = load_run(place / "runs/x-001")
+    before, old = load_run(place / "runs/x")
+    assert config.seq_len == 128 and config.model.extended and config.model.dim == old.model.dim == 32
+    assert config.data == old.data
+    assert config.train.batch_size == 4 and config.train.save_every == 400 and config.train.ema_decay is None
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, before.state_dict()[name], rtol=0, atol=1e-6), name
+    biases = [gate.bias for gate in model.gates() if gate.bias is not None]
+    assert biases and all(bias.abs().max() > 0 for bias in biases)
+    assert [row["step"] for row in rows(place / "runs/x-001")] == [1, 2, 3]
+    started = json.loads((place / "runs/x-001/init.json").read_text())
+    assert started == {"checkpoint": str((place / "runs/x/checkpoints/step-000012").resolve()), "step": 12}
+
+
+@pytest.mark.parametrize("module", ["torch", "tyro"])
+def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """In the imports of the package, and in those of the command."""
+    (place / module).mkdir()
+    (place / module / f"{module}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    monkeypatch.setenv("EXTRA_PATH", str(place / module))
+    done = run("dsmini.train", place)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+REFUSED = {
+    "--resume runs/x": "runs/x is finished: 12 of 12 steps; to go on raise --train.steps",
+    "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
+    "--resume runs/x --init runs/x": "use one of them",
+    "--resume runs/x --out runs/y": "stays in its folder",
+    "--resume=runs/x --train.steps 20 --model.dim 64 --train.seed 3": "model.dim (32 -> 64), train.seed (0 -> 3)",
+    "--resume runs/x --train.steps 20 --train.ema-decay None": "train.ema_decay (0.9 -> none)",
+    "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
+    "--resume runs/nothing": "there is no folder runs/nothing",
+    "--resume runs": "is no training run",
+    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
+    "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
+    "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
+    "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
+    "--init runs/nothing": "there is no folder runs/nothing",
+    "--init runs": "has no checkpoint",
+}
+
+
+def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> None:
+    (place / "out.toml").write_text('out = "runs/y"\n')
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    answers = run_all([("dsmini.train", arguments) for arguments in REFUSED], place)
+    for (arguments, message), (status, said) in zip(REFUSED.items(), answers, strict=True):
+        assert status == 2 and message in " ".join(said.split()), (arguments, said)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_changed_text_is_refused(place: Path) -> None:
+    text = (place / "book.txt").read_text()
+    (place / "book.txt").write_text(text.replace("dog", "cat"))
+    (place / "other.txt").write_text("Another text. " * 100)
+    resume = "--resume runs/x --train.steps 20"
+    answers = run_all([("dsmini.train", resume), ("dsmini.train", f"{resume} --data.path other.txt")], place)
+    (place / "book.txt").write_text(text)
+    for (status, said), name in zip(answers, ("book.txt", "other.txt"), strict=True):
+        assert status == 2 and f"{name} now has" in said
+        assert "restore that text, or name where it is now with --data.path" in said and "--init runs/x" in said
+
+
+def test_a_run_goes_on_where_its_text_moved_and_its_tokenizer_is_gone(place: Path) -> None:
+    (place / "moved").mkdir()
+    shutil.copy(place / "book.txt", place / "moved.txt")
+    options = f"{TINY} --train.dtype float32 --train.save-every 3 --model.vocab-size 300"
+    train = f"--data.path moved.txt --data.tokenizer bpe.json {options} --train.steps 3 --out runs/moved"
+    resume = "--resume runs/moved --data.path moved/text.txt"
+    made = run_all([("dsmini.tokenize", "book.txt --vocab-size 300 --out bpe.json"), ("dsmini.train", train)], place)
+    assert [status for status, _ in made] == [0, 0], made
+    (place / "moved.txt").rename(place / "moved/text.txt")
+    (place / "bpe.json").rename(place / "same.json")
+    (place / "another.json").write_text((place / "same.json").read_text() + " ")
+    again = [
+        ("dsmini.train", f"{resume} --train.steps 6"),
+        ("dsmini.train", "--resume runs/moved --train.steps 7 --data.tokenizer same.json"),
+        ("dsmini.train", "--resume runs/moved --train.steps 8 --data.tokenizer another.json"),
+        ("dsmini.train", "--resume runs/moved --train.steps 8 --data.tokenizer nowhere.json"),
+    ]
+    (first, said), (second, _), (other, refused), (nowhere, missing) = run_all(again, place)
+    assert (first, second) == (0, 0), said
+    assert f"data.path: {place.resolve() / 'moved.txt'} -> {place.resolve() / 'moved/text.txt'}" in said
+    assert "bit-identical" not in said
+    data = RunConfig.from_file(place / "runs/moved/config.toml").data
+    assert data.path == place.resolve() / "moved/text.txt" and data.tokenizer == place.resolve() / "same.json"
+    assert other == nowhere == 2 and "another.json is another tokenizer" in refused and "there is no file" in missing
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place: Path) -> None:
+    shutil.copytree(place / "runs/x", place / "runs/damaged")
+    with (place / "runs/damaged/checkpoints/step-000012/model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    commands = [
+        ("dsmini.generate", "runs/damaged --max-new-tokens 2"),
+        ("dsmini.generate", "runs/damaged --max-new-tokens 2 --average"),
+        ("dsmini.train", "--resume runs/damaged"),
+    ]
+    for status, said in run_all(commands, place):
+        assert status == 0, said
+        assert "step-000012: model.safetensors has sha256" in said and "using step-000009, the one before" in said
+    assert rows(place / "runs/damaged") == rows(place / "runs/x")

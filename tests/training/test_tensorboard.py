@@ -1,0 +1,99 @@
+"""What TensorBoard is given to show, read back with TensorBoard's own reader; and that nothing else needs it."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmini.training.tensorboard import SCALARS, TensorBoard
+from tests.helpers.commands import TINY, run
+
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+
+
+def shown(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(events: Any, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {name: step + 0.5 for name in SCALARS} | {"step": step, "skipped": False, "val_loss": None} | more
+
+
+@needs_tensorboard
+def test_a_run_shows_the_figures_of_its_metrics(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    done = run(f"dsmini.train --data.path book.txt --out x --train.steps 4 --train.tensorboard {TINY}", tmp_path)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
+    events = shown(tmp_path / "x/tensorboard")
+    for name in SCALARS:
+        want = [(r["step"], float(r[name])) for r in rows if r[name] is not None]
+        found = scalars(events, name)
+        assert [step for step, _ in found] == [step for step, _ in want], name
+        assert [value for _, value in found] == pytest.approx([value for _, value in want], rel=2**-23), name
+
+
+@needs_tensorboard
+def test_layers_have_curves_and_histograms_where_the_row_has_them(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, ["block 1", "MTP 1"])
+    board.add(row(1))
+    board.add(row(2, layer_max_vio=[0.5, 2.0], loads=[[4, 2, 6, 4], [0, 0, 0, 12]], val_loss=3.0))
+    board.add(row(3, layer_max_vio=[0.25, 1.0], loads=[[4, 4, 4, 4], [0, 0, 0, 0]]))
+    board.close()
+    events = shown(tmp_path)
+    assert scalars(events, "max_vio/block 1") == [(2, 0.5), (3, 0.25)]
+    assert scalars(events, "max_vio/MTP 1") == [(2, 2.0), (3, 1.0)]
+    (histogram,) = events.Histograms("load/block 1")
+    assert histogram.step == 2
+    value = histogram.histogram_value
+    assert (value.min, value.max, value.num, value.sum) == (0.5, 1.5, 4, 4)
+    assert events.Histograms("load/MTP 1")[0].histogram_value.max == 4
+
+
+@needs_tensorboard
+def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
+    """The first process came to step 5, its last checkpoint is of step 3."""
+    first = TensorBoard(tmp_path, [])
+    for step in range(1, 6):
+        first.add(row(step, loss=1.0))
+    first.close()
+    second = TensorBoard(tmp_path, [], steps_done=3)
+    for step in range(4, 8):
+        second.add(row(step, loss=2.0))
+    second.close()
+    assert scalars(shown(tmp_path), "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+
+
+@pytest.fixture
+def without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a text, where Python finds no tensorboard."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/sitecustomize.py").write_text(
+        "import importlib.util as u, sys\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'tensorboard' else find(name, package)\n"
+        "sys.modules['tensorboard'] = None\n"
+    )
+    monkeypatch.setenv("EXTRA_PATH", str(tmp_path / "hide"))
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    return tmp_path
+
+
+def test_without_the_library_asking_for_it_is_a_sentence_and_nothing_is_written(without_tensorboard: Path) -> None:
+    done = run(f"dsmini.train --data.path book.txt --out x --train.tensorboard {TINY}", without_tensorboard)
+    assert done.returncode == 2 and "pip install 'dsmini[tensorboard]'" in done.stderr, done.stderr
+    assert not (without_tensorboard / "x").exists()
+
+
+def test_without_the_library_all_else_works(without_tensorboard: Path) -> None:
+    done = run(f"dsmini.train --data.path book.txt --out x --train.steps 2 {TINY}", without_tensorboard)
+    assert done.returncode == 0, done.stderr
+    assert not (without_tensorboard / "x/tensorboard").exists()

@@ -1,0 +1,268 @@
+"""The training loop: what a step does, and what validation and bad gradients leave alone."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.data.corpus import Corpus
+from dsmini.training.schedule import learning_rate_share
+from dsmini.training.trainer import Trainer
+from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
+
+TRAIN = TrainConfig(optimizer="adamw", gate_lr=None, steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
+NewTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
+    """A trainer of a small model on a text with a pattern in it, always from the same seed."""
+
+    def build(model_changes: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+        train = dataclasses.replace(TRAIN, **changes)
+        config = RunConfig(model=small_config(**(model_changes or {})), train=train)
+        text = np.frombuffer(bytes(7 * i % 61 for i in range(3000)), np.uint8)
+        corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
+        torch.manual_seed(0)
+        return Trainer(Transformer(config.model), corpus, config, torch.device("cpu"))
+
+    return build
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that a step may change: parameters, biases, moments, the average, its count."""
+    tensors = {f"{part}/{name}": t.detach().clone() for part, ts in trainer.tensors().items() for name, t in ts.items()}
+    return tensors if trainer.average is None else {**tensors, "updates": torch.tensor(trainer.average.updates)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    before = trainer.validate()
+    losses = [trainer.step().loss for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.5
+    assert trainer.validate() < before - 0.5
+
+
+def test_two_runs_are_bitwise_equal(new_trainer: NewTrainer) -> None:
+    a, b = new_trainer(), new_trainer()
+    for _ in range(3):
+        assert a.step().loss == b.step().loss
+    assert same(state(a), state(b))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(
+    new_trainer: NewTrainer, grad_accum: int, recompute: bool
+) -> None:
+    whole, parts = new_trainer(), new_trainer(grad_accum=grad_accum, recompute=recompute)
+    want, got = whole.step(), parts.step()
+    assert want.counts is not None
+    assert got.counts is not None
+    assert torch.equal(got.counts, want.counts)
+    tokens = [4 * 16, 4 * 15, 4 * 14]  # one layer, then MTP of depth 1 and 2
+    assert got.counts.sum(1).tolist() == [3 * n for n in tokens]
+    for gate, counts in zip(parts.model.gates(), got.counts, strict=True):
+        assert gate.bias is not None
+        load = counts.double()
+        assert gate.bias.tolist() == pytest.approx((0.01 * (load.mean() - load).sign()).tolist())
+        assert gate.bias.abs().max() > 0
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrainer) -> None:
+    whole, parts = new_trainer(), new_trainer(grad_accum=4)
+    whole._accumulate(4)
+    parts._accumulate(4)
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
+
+
+def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(warmup=0.15)
+    used = []
+    (optimizer,) = trainer.optimizers
+    real = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: (used.append([g["lr"] for g in optimizer.param_groups]), real()))
+    said = [trainer.step().lr for _ in range(3)]
+    want = [TRAIN.lr * learning_rate_share(i, trainer.config.train) for i in range(3)]
+    assert said == want and used == [[lr, lr, lr] for lr in want] and len(set(want)) == 3
+
+
+def test_the_gradient_is_clipped_before_the_update(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(grad_clip=0.01)
+    norms = []
+
+    def look() -> None:
+        norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm())
+
+    monkeypatch.setattr(trainer.optimizers[0], "step", look)
+    assert trainer.step().grad_norm > 0.1
+    assert norms[0].item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"mtp_weight": 0.7, "balance_alpha": 0.2, "balance_counts": "routed", "recompute": True}
+    trainer = new_trainer(**options)
+    seen: list[dict[str, Any]] = []
+    real = trainer.losses
+    monkeypatch.setattr(trainer, "losses", lambda x, y, **kwargs: (seen.append(kwargs), real(x, y, **kwargs))[1])
+    trainer.step()
+    assert seen == [{**options, "documents": None}]
+
+
+def test_validation_changes_nothing(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    trainer.step()
+    before = state(trainer)
+    assert trainer.validate() == trainer.validate()
+    assert same(state(trainer), before)
+    assert trainer.model.training
+
+
+def test_validation_is_the_mean_over_every_held_out_token(new_trainer: NewTrainer) -> None:
+    trainer = new_trainer()
+    ((x, y),) = trainer.corpus.windows(16).blocks(100)
+    with torch.no_grad():
+        logits = trainer.model(x)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert trainer.validate() == pytest.approx(want, rel=1e-6)
+    assert trainer.validate(tokens_at_a_time=16) == pytest.approx(want, rel=1e-6)
+
+
+def spoil_loss(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
+    """One loss of the last micro-batch is not finite."""
+
+    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+        real, calls = trainer.model.losses, itertools.count(1)
+
+        def losses(*args: Any, **kwargs: Any) -> Any:
+            out = real(*args, **kwargs)
+            last = next(calls) == trainer.config.train.grad_accum
+            return out._replace(**{name: getattr(out, name) * value}) if last else out
+
+        patch.setattr(trainer, "losses", losses)
+
+    return spoil
+
+
+def spoil_gradient(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyPatch], None]:
+    """One entry of one parameter's gradient is not finite."""
+
+    def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+        real = trainer._accumulate
+
+        def accumulate(rows: int) -> Any:
+            out = real(rows)
+            grad = trainer.model.get_parameter(name).grad
+            assert grad is not None
+            grad.view(-1)[-1] = value
+            return out
+
+        patch.setattr(trainer, "_accumulate", accumulate)
+
+    return spoil
+
+
+def spoil_hidden(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
+    """One activation of one token is infinite."""
+    real = trainer.model.layers[1].forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x, routing = real(*args, **kwargs)
+        return x + torch.nn.functional.pad(torch.tensor([[[torch.inf]]]), (0, 23, 0, 15, 0, len(x) - 1)), routing
+
+    patch.setattr(trainer.model.layers[1], "forward", forward)
+
+
+PLACES = {
+    "total": spoil_loss("total", torch.nan),
+    "main": spoil_loss("main", torch.inf),
+    "mtp": spoil_loss("mtp", torch.nan),
+    "balance": spoil_loss("balance", -torch.inf),
+    "embedding": spoil_gradient("embed.weight", torch.nan),
+    "norm": spoil_gradient("norm.weight", torch.inf),
+    "gate": spoil_gradient("layers.1.ffn.gate.weight", -torch.inf),
+    "experts": spoil_gradient("layers.1.ffn.experts.w2", torch.nan),
+    "activation": spoil_hidden,
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"grad_accum": 2},
+    "muon": {"optimizer": "muon", "moments": "bfloat16", "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, place: str, optimizer: str
+) -> None:
+    trainer = new_trainer(**OPTIMIZERS[optimizer])
+    trainer.step()
+    before = state(trainer)
+    with monkeypatch.context() as patch:
+        PLACES[place](trainer, patch)
+        assert trainer.step().skipped
+    assert same(state(trainer), before)
+    assert (trainer.steps_done, trainer.sequences) == (2, 8)
+    assert not trainer.step().skipped
+    changed = state(trainer)
+    assert {name for name in before if torch.equal(before[name], changed[name])} == set()
+
+
+def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:
+    step = new_trainer({"n_dense_layers": 4}).step()
+    assert step.counts is None and step.max_vio is None and step.balance_loss == 0
+
+
+def test_documents_are_masked_from_each_other_if_the_config_says_so(new_trainer: NewTrainer) -> None:
+    """The text has a NUL, the end of a document, in every 61 bytes, so most sequences hold two documents."""
+    plain, masked = new_trainer(), new_trainer()
+    data = dataclasses.replace(masked.config.data, document_mask=True)
+    masked.config = dataclasses.replace(masked.config, data=data)
+    seen: list[Any] = []
+    real = masked.losses
+    masked.losses = lambda *args, **kwargs: (seen.append((args[0], kwargs["documents"])), real(*args, **kwargs))[1]
+    assert masked.step().loss != plain.step().loss
+    tokens, documents = seen[0]
+    assert documents.max() > 0
+    for row, numbers in zip(tokens.tolist(), documents.tolist(), strict=True):
+        assert numbers == [row[:i].count(0) for i in range(len(row))]
+
+
+def test_validation_masks_documents_from_each_other_as_training_does(new_trainer: NewTrainer) -> None:
+    """Each document scored alone gives the same: RoPE knows differences of positions only."""
+    trainer = new_trainer()
+    seen = trainer.validate()
+    data = dataclasses.replace(trainer.config.data, document_mask=True)
+    trainer.config = dataclasses.replace(trainer.config, data=data)
+    total = 0.0
+    for x, y in trainer.corpus.windows(16).blocks(1):
+        ends = [i + 1 for i, token in enumerate(x[0].tolist()) if token == 0]
+        with torch.no_grad():
+            logits = torch.cat([trainer.model.eval()(part) for part in x.tensor_split(ends, 1) if part.numel()], 1)
+        total += torch.nn.functional.cross_entropy(logits[0], y[0], reduction="sum").item()
+    want = total / trainer.corpus.windows(16).tokens
+    assert trainer.validate() == pytest.approx(want, rel=1e-5)
+    assert seen != pytest.approx(want, rel=1e-4)
+
+
+def test_the_step_is_compiled_if_the_config_says_so(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f: (compiled.append(f), f)[1])
+    eager = new_trainer()
+    assert not compiled
+    trainer = new_trainer(compile=True)
+    assert compiled == [trainer.model.losses]
+    assert trainer.step().loss == eager.step().loss

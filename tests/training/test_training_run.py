@@ -1,0 +1,259 @@
+"""A whole run: stopping at any moment, and giving up."""
+
+import dataclasses
+import io
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.checkpoint.run_folder import new_run_folder
+from dsmini.checkpoint.training import load_run
+from dsmini.data.corpus import Corpus
+from dsmini.measure.machine import peak_memory
+from dsmini.training.report import TrainingProgress, plot_run
+from dsmini.training.run import TrainingRun
+from dsmini.training.trainer import Trainer
+
+
+@pytest.fixture
+def training(small_config: Callable[..., ModelConfig], tmp_path: Path) -> TrainingRun:
+    train = TrainConfig(steps=20, batch_size=2, seq_len=16, eval_every=3, dtype="float32", device="cpu")
+    config = RunConfig(model=small_config(), train=train, out=tmp_path)
+    text = np.frombuffer(bytes(7 * i % 61 for i in range(1000)), np.uint8)
+    corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, skipped=0, split="", sha256="")
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    trainer = Trainer(Transformer(config.model), corpus, config, torch.device("cpu"))
+    return TrainingRun(config, trainer, Console(quiet=True))
+
+
+@pytest.mark.parametrize("moment", ["step", "validate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, number: signal.Signals
+) -> None:
+    real = getattr(training.trainer, moment)
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training.trainer, moment, interrupted)
+    before = signal.getsignal(number)
+    assert not training.train()
+    assert signal.getsignal(number) == before
+    done = training.trainer.steps_done
+    assert done == {"step": 1, "validate": 4}[moment]
+    assert len((training.folder / "metrics.jsonl").read_text().splitlines()) == done
+    model, _ = load_run(training.folder)
+    saved, live = model.state_dict(), training.trainer.model.state_dict()
+    assert all(torch.equal(saved[name], live[name]) for name in live)
+
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """Under nohup they are ignored, by a run too."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
+@pytest.mark.parametrize("moment", ["step", "_keep"])
+@pytest.mark.parametrize("numbers", [(TERM, TERM), (TERM, HUP), (HUP, HUP), (TERM, INT), (INT, TERM, HUP), (TERM,) * 5])
+@pytest.mark.usefixtures("hangups_count")
+def test_signals_in_a_row_lose_no_work(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str, numbers: tuple[int, ...]
+) -> None:
+    owner = training.trainer if moment == "step" else training
+    real = getattr(owner, moment)
+
+    def interrupted(*args: object) -> object:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    assert not training.train()
+    assert training.trainer.steps_done == training.saved_at == 1
+
+
+def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.trainer, "step", lambda: [os.kill(os.getpid(), INT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    assert training.trainer.steps_done == 0
+
+
+def test_a_signal_before_the_first_step_is_honoured_right_after_it(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training._metrics
+    monkeypatch.setattr(training, "_metrics", lambda: (os.kill(os.getpid(), TERM), real())[1])
+    before = signal.signal(TERM, lambda *_: pytest.fail("nobody was listening"))
+    try:
+        assert not training.train()
+    finally:
+        signal.signal(TERM, before)
+    assert training.trainer.steps_done == training.saved_at == 1
+
+
+def test_steps_without_a_finite_gradient_end_the_run_with_the_model_saved(training: TrainingRun) -> None:
+    training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
+        training.train()
+    assert (training.folder / "checkpoints/step-000010/model.safetensors").exists()
+
+
+def test_what_is_drawn_are_shares_of_the_mean_load(training: TrainingRun) -> None:
+    assert training.train()
+    loads = torch.tensor(training._loads())
+    assert loads.shape == (3, 8)
+    assert torch.allclose(loads.mean(1), torch.ones(3))
+    training.plot()
+    assert (training.folder / "expert_load.png").exists()
+
+
+def test_default_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
+    first, second = (new_run_folder(None, "toy", tmp_path) for _ in range(2))
+    assert (first.name, second.name) == ("toy-001", "toy-002")
+    (tmp_path / "toy-017").mkdir()
+    assert new_run_folder(None, "toy", tmp_path).name == "toy-018"
+
+
+def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> None:
+    short = dataclasses.replace(training.config.train, steps=1, eval_tokens=16)
+    training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
+    training.train()
+    assert training.rows[-1]["val_loss"] == pytest.approx(training.trainer.validate(), rel=1e-6)
+    assert training.rows[-1]["val_loss"] != pytest.approx(training.trainer.validate(16), rel=1e-6)
+
+
+def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> None:
+    short = dataclasses.replace(training.config.train, steps=1, eval_context=5)
+    training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
+    training.train()
+    row = training.rows[-1]
+    assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(seq_len=5), rel=1e-6)
+    x, y = next(training.trainer.corpus.windows(5).blocks(1000))
+    assert x.shape == (19, 5) and x.numel() == training.trainer.corpus.windows(5).tokens
+    with torch.no_grad():
+        logits = training.trainer.model(x)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert row["val_loss_at_eval_context"] == pytest.approx(want, rel=1e-6)
+    assert row["val_loss_at_eval_context"] != pytest.approx(row["val_loss"], rel=1e-6)
+
+
+def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_was_used(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.trainer.loader.take
+
+    def slow(requests: Any) -> Any:
+        time.sleep(0.5)
+        return real(requests)
+
+    training.trainer.step()  # the first is slow by itself
+    free = training.trainer.step()
+    monkeypatch.setattr(training.trainer.loader, "take", slow)
+    step = training.trainer.step()
+    assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
+    training._keep(step)
+    assert training.rows[-1]["data_wait"] == step.data_wait
+    assert training.rows[-1]["memory"] == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.04, ""), (0.4, "data wait 40%")])
+def test_the_bar_shows_a_wait_for_data_that_counts(training: TrainingRun, share: float, words: str) -> None:
+    said = io.StringIO()
+    step = dataclasses.replace(training.trainer.step(), data_wait=share)
+    TrainingProgress(Console(file=said), 20, 16).show(step, 1.0)
+    assert ("data wait" in said.getvalue()) == bool(words) and words in said.getvalue()
+
+
+def test_pictures_are_drawn_anew_as_the_run_goes_on_but_seldom(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of 25 seconds, a validation after every third."""
+    drawn: list[int] = []
+    real = training.trainer.step
+    monkeypatch.setattr(training.trainer, "step", lambda: dataclasses.replace(real(), seconds=25.0))
+
+    def plot_run(folder: Path, rows: list[dict[str, Any]], loads: object) -> None:
+        drawn.append(len(rows))
+
+    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
+    assert training.train()
+    assert drawn == [6, 9, 12, 15, 18]  # step 3 comes after 75 s, before the first 100
+
+
+def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    spent: list[tuple[float, float]] = []
+
+    def plot_run(*_: object) -> None:
+        now[0] += 1.5
+        spent.append((training.seconds, now[0]))
+
+    monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
+    monkeypatch.setattr("dsmini.training.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for _ in range(400):
+        training.seconds += 10
+        if training.seconds >= training.next_plot:
+            training.plot()
+    assert len(spent) > 20
+    assert all(drawing <= 0.01 * seconds for seconds, drawing in spent[1:])
+
+
+def test_a_picture_is_there_whole_or_not_at_all(
+    training: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert training.train()
+    training.plot()
+    before = (tmp_path / "loss.png").read_bytes()
+
+    def half(self: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="no space"):
+        training.plot()
+    assert (tmp_path / "loss.png").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("largest", "top"), [(1.5, 2.0), (4.0, 4.0)])
+def test_the_heat_map_reaches_to_the_largest_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float, top: float
+) -> None:
+    drawn: list[Any] = []
+    real = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *args, **kwargs: drawn.append(real(*args, **kwargs)) or drawn[-1])
+    row = {"step": 1, "lr": 1e-3} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
+    plot_run(tmp_path, [row], {"block 1": [largest, 1.0, 0.0], "block 2": [1.0, 1.0, 1.0]})
+    (image,) = drawn
+    assert image.norm([0.0, 1.0, top]).tolist() == [0.0, 0.5, 1.0]
+    assert image.cmap(0.5)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_a_finite_figure_is_drawn_without_complaint(tmp_path: Path) -> None:
+    row = {"step": 1, "lr": 1e38} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
+    plot_run(tmp_path, [row], {"block 1": [1.0, 1.0]})
+    assert (tmp_path / "loss.png").exists()
