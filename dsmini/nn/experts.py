@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.experts import experts
+from dsmini.numerics import QuantizedTensor
 
 
 class Experts(nn.Module):
@@ -28,7 +29,7 @@ class Experts(nn.Module):
         for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
             nn.init.normal_(weight, std=std, generator=generator)
 
-    def prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor | QuantizedTensor) -> Any:
         """Return an input that routed and shared experts read in the form that they multiply: here as it is."""
         return x
 

@@ -62,7 +62,8 @@ def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor)
     A plain layer becomes a quantized one in place: nobody who holds the module has to look for another.
     """
     if not isinstance(module, FP8Weights):
-        module.__class__ = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
+        plain: Any = module
+        plain.__class__ = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
         for buffer in scale_names(module).values():
             module.register_buffer(buffer, None)
     setattr(module, name, nn.Parameter(codes, requires_grad=False))

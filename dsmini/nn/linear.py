@@ -1,11 +1,14 @@
 """y = x W^T, in the compute dtype. nn/fp8.py has the same in simulated FP8, and with a weight held in FP8."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.functional.linear import linear
 from dsmini.functional.swiglu import swiglu
+from dsmini.numerics import QuantizedTensor
 
 
 class Linear(nn.Module):
@@ -21,7 +24,7 @@ class Linear(nn.Module):
         """Draw the weight from a normal distribution with the standard deviation init_std."""
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
-    def prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor | QuantizedTensor) -> Any:
         """Return an input that several Linears read in the form that they multiply: here as it is."""
         return x
 

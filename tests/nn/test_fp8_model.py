@@ -13,7 +13,7 @@ from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
 from dsmini.functional.linear import linear
 from dsmini.measure.kept import kept_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
-from dsmini.nn.fp8 import hold_fp8
+from dsmini.nn.fp8 import FP8Experts, FP8Linear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
 from tests.conftest import randomise
 from tests.helpers.configs import refusal, released
