@@ -30,7 +30,7 @@ def _cpu() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Return whether a BF16 product takes at most twice as long as the same one in FP32 here. Measured in milliseconds."""
+    """Return whether a BF16 product takes at most twice as long as the same one in FP32 here, as measured."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for _ in range(5):
         for dtype in best:

@@ -1,4 +1,4 @@
-"""Small models with fixed weights: their logits in every way of computing them, the tokens they write, their numbers."""
+"""Small models with fixed weights: their logits in every way of computing them, and the tokens they write."""
 
 import hashlib
 import tempfile

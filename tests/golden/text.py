@@ -1,9 +1,10 @@
 """A text that is the same everywhere: made from a few words by whole numbers alone."""
 
 WORDS = (
-    "the a of in as is on by sea wind stone river lantern harbour winter question silver quiet under before between "
-    "carries follows answers forgets measures seven old green never often gently twice"
-).split()
+    *("the", "a", "of", "in", "as", "is", "on", "by", "sea", "wind", "stone", "river", "lantern", "harbour", "winter"),
+    *("question", "silver", "quiet", "under", "before", "between", "carries", "follows", "answers", "forgets"),
+    *("measures", "seven", "old", "green", "never", "often", "gently", "twice"),
+)
 ENDS = (", ", ". ", ".\n", "; ", "?\n\n")
 
 
