@@ -4,6 +4,7 @@ A change that is meant to change no behaviour keeps these values. One that is me
 python -m tests.golden.record, and says why.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ needs_known_machine = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("DSMINI_BACKEND", "reference")
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -36,7 +37,7 @@ def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The values of all runs, and of the prompts that one of them continues."""
+    """Train all runs once, and return their values with the texts that one of them writes."""
     bf16 = "bf16" in KNOWN["runs"] if KNOWN else multiplies_bf16()
     return run_all(tmp_path_factory.mktemp("runs"), bf16)
 
