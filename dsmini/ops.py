@@ -68,9 +68,11 @@ _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
 class Operation(Generic[P, R]):
     """An operation with several implementations. Call it like its reference; make it with `operation`."""
 
-    def __init__(self, name: str, reference: Callable[P, R], cost: Callable[..., Cost]) -> None:
+    def __init__(
+        self, name: str, reference: Callable[P, R], cost: Callable[..., Cost], differentiable: bool = True
+    ) -> None:
         functools.update_wrapper(self, reference)
-        self.name, self.reference, self.cost = name, reference, cost
+        self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
         self.plain = reference
         """The version in plain PyTorch that runs by default."""
 
@@ -92,7 +94,8 @@ class Operation(Generic[P, R]):
         kernels = None if backend is None or _is_watched(tensors[0]) else _load(backend)
         if not isinstance(kernels, ModuleType):
             return self._without(forced, kernels, *args, **kwargs)
-        if self.name not in kernels.OPERATIONS or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        wanted = self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if wanted or self.name not in kernels.OPERATIONS:
             return self.plain(*args, **kwargs)
         try:
             return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
@@ -119,13 +122,16 @@ class Operation(Generic[P, R]):
         return result
 
 
-def operation(name: str, *, cost: Callable[..., Cost]) -> Callable[[Callable[P, R]], Operation[P, R]]:
+def operation(
+    name: str, *, cost: Callable[..., Cost], differentiable: bool = True
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Declare an operation on its reference. A kernel of that name takes the same arguments.
 
     Args:
         cost: takes the arguments of a call and returns its lower bound.
+        differentiable: a call whose gradient is wanted runs PyTorch code. False: a kernel refuses such a call itself.
     """
-    return lambda reference: Operation(name, reference, cost)
+    return lambda reference: Operation(name, reference, cost, differentiable)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _scale_bytes(shape: torch.Size, tile: Tile) -> int:
     return 4 * math.prod(shape[:-2]) * -(-shape[-2] // tile[0]) * -(-shape[-1] // tile[1])
 
 
-@ops.operation("quantize", cost=_quantize_cost)
+@ops.operation("quantize", cost=_quantize_cost, differentiable=False)
 def quantize_tiles(
     x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
 ) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
@@ -89,7 +89,7 @@ def quantize_tiles(
     return encode_tiles(x, scales, tile, format), scales
 
 
-@ops.operation("dequantize", cost=_dequantize_cost)
+@ops.operation("dequantize", cost=_dequantize_cost, differentiable=False)
 def dequantize_tiles(
     codes: Tensor,
     scales: Float[Tensor, "*batch rt ct"],
@@ -112,7 +112,7 @@ def dequantize_tiles(
     return _in_strips(shape, scales, tile, lambda strip, s: f.decode(codes[..., strip, :], c) * s, dtype)
 
 
-@ops.operation("quantize_dequantize", cost=_round_cost)
+@ops.operation("quantize_dequantize", cost=_round_cost, differentiable=False)
 def round_tiles(
     x: Float[Tensor, "*batch r c"],
     tile: Tile,
