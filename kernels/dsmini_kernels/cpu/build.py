@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("tiles.h", "tiles.cpp", "library.cpp")
+SOURCES = ("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "tiles.cpp", "library.cpp")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISA_FLAGS = {
