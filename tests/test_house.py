@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
 # module or package: what of dsmini it may import, packages meaning all inside them
 MAY_IMPORT = {
-    "dsmini.names": set(),
+    "dsmini.atomic": set(),
     "dsmini.fields": set(),
-    "dsmini.config": {"dsmini.names", "dsmini.fields"},
+    "dsmini.hf_config": set(),
+    "dsmini.config": {"dsmini.hf_config", "dsmini.fields"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.inference.sampling": {"dsmini.fields"},
     "dsmini.text": {"dsmini.fields", "dsmini.inference.generation", "dsmini.text"},
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
     "dsmini.text.chat": {"dsmini.text.tokenizer"},
     "dsmini.text.text_side": {"dsmini.fields", "dsmini.text"},
-    "dsmini.data": {"dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
+    "dsmini.data": {"dsmini.atomic", "dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
     "dsmini.data.documents": set(),
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini.checkpoint import training as checkpoints
-from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder, write_text
+from dsmini.atomic import write_text
+from dsmini.checkpoint import training_state as checkpoints
+from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder
 from dsmini.checkpoint.run_folder import sole_trainer
-from dsmini.checkpoint.training import last_checkpoint, load_run, read_checkpoint
+from dsmini.checkpoint.trained_model import load_run
+from dsmini.checkpoint.training_state import last_checkpoint, read_checkpoint
 from dsmini.measure.machine import random_state
 from dsmini.training.run import NotSavedError, TrainingRun
 from tests.helpers.runs import new_run, resumed, unequal, whole
@@ -235,15 +237,15 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
     """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
-    real = checkpoints.save_file
+    real = checkpoints.write_safetensors
 
-    def saved(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        real(tensors, path, **options)
+    def saved(path: Path, *rest: Any) -> None:
+        real(path, *rest)
         if path.name == name and training.trainer.steps_done in steps:
             cut(path, 0.5)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", saved)
+    monkeypatch.setattr(checkpoints, "write_safetensors", saved)
 
 
 @pytest.mark.parametrize("name", FILES[:4])

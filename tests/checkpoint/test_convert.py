@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.convert import main
 from dsmini.text.tokenizer import byte_tokenizer_json
 from tests.checkpoint.test_pretrained import config_json, tensors_of

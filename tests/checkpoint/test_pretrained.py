@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 import dsmini
-from dsmini import Experts, Linear, ModelConfig, Transformer, load_pretrained, names, save_pretrained
+from dsmini import Experts, Linear, ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.hf_config import config_to_json
 from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
 from tests.helpers.commands import ROOT
 from tests.helpers.configs import refusal
+from tests.helpers.hf_names import to_hf
 from tests.helpers.tolerances import BF16_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]
@@ -28,14 +30,14 @@ Build = Callable[..., Transformer]
 
 def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
     """A model's tensors as a folder has them: of that dtype, but for the routing biases."""
-    out = names.to_hf(model.state_dict(), model.config.n_layers)
+    out = to_hf(model)
     out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in out.items()}
     left_out = () if copies else (".embed_tokens.weight", ".shared_head.head.weight")
     return {name: t for name, t in out.items() if name == "model.embed_tokens.weight" or not name.endswith(left_out)}
 
 
 def config_json(config: ModelConfig, **more: Any) -> dict[str, Any]:
-    return names.config_to_json(dataclasses.asdict(config)) | {"torch_dtype": "float32"} | more
+    return config_to_json(dataclasses.asdict(config)) | {"torch_dtype": "float32"} | more
 
 
 @pytest.fixture
@@ -179,11 +181,11 @@ def test_half_of_the_mtp_layers_is_no_model(folder: Path) -> None:
 def test_ragged_fp8_means_what_its_blocks_mean(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     folder, meant = fp8_folder
     exact = load_pretrained(folder, dtype=torch.float32)
-    assert not folders.different(meant, names.to_hf(exact.state_dict(), 2))
+    assert not folders.different(meant, to_hf(exact))
     short = load_pretrained(folder)
     assert not folders.different(
         {name: t.bfloat16() if folders.is_matrix(name) else t for name, t in meant.items()},
-        names.to_hf(short.state_dict(), 2),
+        to_hf(short),
     )
 
 

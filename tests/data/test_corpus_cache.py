@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data import cache as corpus_cache
-from dsmini.data import documents
-from dsmini.data.cache import lines
+from dsmini.data import documents, tokenising
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import CHUNK
 from dsmini.data.fim import arrange
+from dsmini.data.tokenising import lines
 from dsmini.text.tokenizer import ByteTokenizer
 
 BEGIN, HOLE, END = ByteTokenizer.fim
@@ -129,7 +129,7 @@ def test_an_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.Mo
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_cache, "_to_disk", fail)
+        patch.setattr(os, "fsync", fail)
         with pytest.raises(type(error) if isinstance(error, OSError) else error) as caught:
             load(place)
     if isinstance(error, OSError):
@@ -379,7 +379,7 @@ def test_the_meta_file_is_small_and_says_what_it_is(place: Path) -> None:
 @pytest.fixture
 def _few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK", 100)
-    monkeypatch.setattr(corpus_cache, "_AT_ONCE", 300)
+    monkeypatch.setattr(tokenising, "_AT_ONCE", 300)
 
 
 @pytest.mark.usefixtures("_few_at_a_time")
