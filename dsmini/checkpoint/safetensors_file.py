@@ -179,7 +179,7 @@ def write_safetensors(
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

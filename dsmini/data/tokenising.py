@@ -75,7 +75,8 @@ def lines(chunks: Iterator[bytes], size: int = CHUNK) -> Iterator[bytes]:
     """Yield the same text in pieces that end where a line or a word does.
 
     Args:
-        chunks: text in parts of at most `size` bytes. Most pieces are as short, and none is as long as two.
+        chunks: text in parts of at most `size` bytes. Most pieces are as short, and none is as long as three: the rest
+            after a line may be cut at a word, and the rest after that have neither.
     """
     rest = b""
     for chunk in chunks:

@@ -1,5 +1,6 @@
 """Model folders for tests, read and written by the safetensors library and not by our own code."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dsmini import ModelConfig, Transformer
+from dsmini.hf_config import config_to_json
+from tests.helpers.hf_names import to_hf
 
 FP8 = torch.float8_e4m3fn
 QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -90,3 +95,15 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         out |= {name: codes, name.replace(".weight", ".weight_scale_inv"): scales}
         meant[name] = exact
     return out, meant
+
+
+def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
+    """A model's tensors as a folder has them: of that dtype, but for the routing biases."""
+    out = to_hf(model)
+    out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in out.items()}
+    left_out = () if copies else (".embed_tokens.weight", ".shared_head.head.weight")
+    return {name: t for name, t in out.items() if name == "model.embed_tokens.weight" or not name.endswith(left_out)}
+
+
+def config_json(config: ModelConfig, **more: Any) -> dict[str, Any]:
+    return config_to_json(dataclasses.asdict(config)) | {"torch_dtype": "float32"} | more
