@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsmini import Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.pretrained import read_pretrained
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 
@@ -81,6 +82,41 @@ def test_small_files_are_copied_along(tmp_path: Path, folder: Path) -> None:
     there = {path.name for path in (tmp_path / "b").iterdir()}
     assert there == {*beside, "config.json", "model.safetensors"}
     assert all((tmp_path / "b" / name).read_text() == name for name in beside)
+
+
+@pytest.fixture
+def bf16_folder(tmp_path: Path, small_model: Build) -> Path:
+    model = small_model()
+    return folders.write(
+        tmp_path / "bf16", folders.tensors_of(model, torch.bfloat16), folders.config_json(model.config)
+    )
+
+
+@pytest.mark.parametrize("fp8", ["dequantize", "keep"])
+def test_stored_bf16_warns_where_bf16_is_slow(
+    bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fp8: Any
+) -> None:
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda device: device.type == "cpu")
+    load_pretrained(bf16_folder, fp8=fp8)
+    (warned,) = recwarn
+    assert str(warned.message) == (
+        f"{bf16_folder} is stored in bfloat16, which this CPU multiplies many times more slowly than float32; load it "
+        "with dtype=torch.float32 (--dtype float32 on the command line), at twice the memory"
+    )
+    assert warned.filename == __file__
+
+
+def test_no_warning_where_bf16_is_fast_chosen_or_absent(
+    bf16_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: False)
+    load_pretrained(bf16_folder)
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
+    for dtype in (torch.float32, torch.bfloat16):
+        load_pretrained(bf16_folder, dtype=dtype)
+    load_pretrained(folder)
+    read_pretrained(bf16_folder)  # to be written again, which multiplies nothing
+    assert not recwarn.list
 
 
 def test_two_models_in_one_process_are_independent(tmp_path: Path, small_model: Build) -> None:

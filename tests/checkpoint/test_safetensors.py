@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dsmini import load_pretrained
+from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from tests.helpers import folders
 from tests.helpers.configs import refusal
 
 
@@ -97,3 +101,49 @@ def test_pickles_are_never_opened(folder: Path) -> None:
     assert "has neither model.safetensors nor model.safetensors.index.json" in refusal(load_pretrained, folder)
     torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
     assert "no safetensors file, only pytorch_model.bin; dsmini opens no pickles" in refusal(load_pretrained, folder)
+
+
+TENSORS = {
+    "b": torch.arange(12.0).view(3, 4).t(),
+    "é\n/a": torch.tensor([1.0, -2.0]).bfloat16(),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 4),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "codes": torch.tensor([1.0, 448.0]).to(torch.float8_e4m3fn),
+    "step": torch.tensor([5]),
+    "mask": torch.tensor([True, False]),
+}
+
+
+def test_written_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
+    """Except where dtypes of one width are mixed, which checkpoints do not: the library has its own order of those."""
+    tensors = {name: t for name, t in TENSORS.items() if name not in ("bytes", "mask")}
+    write_safetensors(tmp_path / "ours", entries_of(tensors), {"step": "3"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", {"step": "3"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_written_file_is_read_by_the_library(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x", entries_of(TENSORS), {"format": "pt"})
+    assert not folders.different(load_file(tmp_path / "x"), TENSORS)
+
+
+def test_reader_gives_back_every_bit_and_the_metadata(tmp_path: Path) -> None:
+    save_file({name: t.contiguous() for name, t in TENSORS.items()}, tmp_path / "x", {"step": "3"})
+    reader = SafetensorsReader(tmp_path / "x")
+    assert not folders.different(reader.read_all(), TENSORS)
+    assert reader.metadata == {"step": "3"}
+
+
+def test_writing_to_what_was_read_leaves_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(9)}, tmp_path / "x")
+    reader = SafetensorsReader(tmp_path / "x")
+    view = reader.read("a")
+    view.zero_()
+    assert torch.equal(SafetensorsReader(tmp_path / "x").read("a"), torch.ones(9))
+    del reader
+    assert torch.equal(view, torch.zeros(9))  # outlives the reader
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert refusal(SafetensorsReader, tmp_path / "x").startswith(f"cannot read {tmp_path / 'x'}: No such file")
