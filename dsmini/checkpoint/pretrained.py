@@ -25,7 +25,7 @@ from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
 from dsmini.fields import parse_file, require
 from dsmini.hf_config import is_hugging_face, is_quantized
-from dsmini.measure.machine import matmul_rate, pick_device
+from dsmini.measure.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp32 import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
@@ -130,13 +130,6 @@ def read_pretrained(
     if say is not None:
         say(rate("read", origin.nbytes, origin.seconds))
     return model.eval()
-
-
-@functools.cache
-def slow_bf16(device: torch.device) -> bool:
-    """Return whether BF16 products take at least five times as long as FP32 ones on a device."""
-    rates = [matmul_rate(device, dtype, size=128, repeats=2) for dtype in (torch.float32, torch.bfloat16)]
-    return rates[0] >= 5 * rates[1]
 
 
 def _warn_of_slow_bf16(model: Transformer, folder: Path) -> None:
