@@ -118,7 +118,7 @@ def _count(model: Transformer) -> int:
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
-    """A run's tokenizer as transformers reads it, and the special ids of config.json."""
+    """Return the files of a run's tokenizer as transformers reads them, and the special ids of config.json."""
     tokenizer = run_tokenizer(src, config)
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

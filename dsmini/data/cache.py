@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, remove_leftovers
 from dsmini.config import DataConfig
 from dsmini.data import fim
-from dsmini.data.documents import Progress, Reader, Source, Split, measure, split
+from dsmini.data.documents import Progress, Reader, Source, measure
+from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.text.tokenizer import Tokenizer
 

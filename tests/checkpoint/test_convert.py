@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def convert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Convert:
-    """Runs the command in a folder, in this process; what it says on its two outputs."""
+    """Run the command in a folder, in this process, and return what it says on its two outputs."""
 
     def run(arguments: str, folder: Path) -> tuple[str, str]:
         monkeypatch.chdir(folder)
@@ -119,7 +119,7 @@ NAMES: dict[str, tuple[str, int | None]] = {
 
 
 def inference_layout(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], ranks: int, name: str) -> Path:
-    """What DeepSeek's code makes of a folder without multi-token prediction."""
+    """Write a folder without multi-token prediction as DeepSeek's convert.py does."""
     folder.mkdir()
     experts = config["n_routed_experts"] // ranks
     files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]

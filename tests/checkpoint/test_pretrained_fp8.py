@@ -131,7 +131,7 @@ def test_save_in_fp8_quantizes_matrices_alone(tmp_path: Path, fp8_model: Build) 
 
 
 def test_dense_weights_and_experts_of_kept_fp8(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
-    """What other forms of attention and of the experts take their weights from."""
+    """Other forms of attention and of the experts take their weights from these."""
     folder, meant = fp8_folder
     kept = load_pretrained(folder, fp8="keep")
     linear, experts = kept.layers[1].get_submodule("attn.wkv_b"), kept.layers[1].get_submodule("ffn.experts")

@@ -17,7 +17,7 @@ Build = Callable[..., Transformer]
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], object], **config: Any) -> str:
-    """What loading says of a folder after a change of its tensors or config."""
+    """Return what loading says of a folder after a change of its tensors or config."""
     tensors = folders.read(folder)
     change(tensors)
     folders.write(folder, tensors, folders.config_of(folder) | config)

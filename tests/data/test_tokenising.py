@@ -21,7 +21,7 @@ WORDS = [b"word ", b"line\n", b"\n", b" ", "é".encode(), "日".encode(), b"x" *
 
 
 def single(text: bytes, separator: bytes) -> set[int]:
-    """Places inside a text of a separator that has no white space on either side."""
+    """Return the places inside a text of a separator that has no white space on either side."""
     inside = (i for i in range(1, len(text) - 1) if text[i : i + 1] == separator)
     return {i for i in inside if not {text[i - 1], text[i + 1]} & set(b" \t\r\n\f\v")}
 
@@ -46,7 +46,7 @@ def documents_of(tokens: np.ndarray) -> list[bytes]:
 
 
 def parse(text: bytes) -> bytes | None:
-    """The document that was rearranged; None if none was."""
+    """Return the document that was rearranged; None if none was."""
     if BEGIN not in text:
         return None
     assert text[0] == BEGIN and text.count(HOLE) == text.count(END) == text.count(BEGIN) == 1
