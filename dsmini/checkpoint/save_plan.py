@@ -11,8 +11,9 @@ from dsmini.checkpoint.safetensors_file import Entry
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.checkpoint.tensor_names import hf_name, mtp_copies
 from dsmini.nn import Transformer
+from dsmini.nn.fp8 import scale_names
 from dsmini.nn.gate import Gate
-from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, encode_tiles, tile_scales
+from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, dequantize_tiles, encode_tiles, tile_scales
 
 
 class SavePlan:
@@ -38,11 +39,11 @@ class SavePlan:
 
     def units(self) -> Iterator[Sequence[Entry]]:
         """Yield the entries of the folder in the order of the model, a weight and its scales together."""
-        scale_names = {f"{p[: -len(a)]}{m.scale_names[a]}" for p, (m, a) in self.weights.items()}
+        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
         for slot in slots(self.state):
             if slot.name in self.weights:
                 yield self._matrix(slot)
-            elif slot.name not in scale_names:
+            elif slot.name not in scales:
                 yield [self._plain(slot)]
         for theirs, ours in mtp_copies(self.n_layers, range(self.model.config.n_mtp_layers)).items():
             if not self.loaded or theirs in self.stored:
@@ -90,9 +91,11 @@ class SavePlan:
             ]
         if kept:
             assert self.dtype is not None
-            make = partial(module.dequantized, attribute, self.dtype, slot.expert)
-            return [Entry(theirs, self.dtype, slot.shape, make)]
+            return [Entry(theirs, self.dtype, slot.shape, partial(self._dequantized, slot, scale, self.dtype))]
         return [self._plain(slot)]
+
+    def _dequantized(self, slot: Slot, scale: Slot, dtype: torch.dtype) -> Tensor:
+        return dequantize_tiles(self._value(slot), self._value(scale).float(), WEIGHT_TILE, "e4m3", dtype)
 
     def _new_scales(self, slot: Slot) -> Tensor:
         scales = tile_scales(self._value(slot), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
