@@ -8,79 +8,15 @@ Its cases come from the setting alone, each with an estimate of its seconds; wha
 beside measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from dsmini.measure.rates import Roofs
+from dsmini.report.figures import Figure, Plot, Series, Value, pick
 
-Value = str | int | float | bool
-FOUND = {"intensity", "calls"}
-"""Keys of a case that are measured too: they do not name a figure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One number of a question: what was measured, what was predicted, or both."""
-
-    question: str
-    case: Mapping[str, Value]
-    """What was varied, such as {"context": 2048, "attention": "mla"}; with question and metric it names the figure,
-    but for keys of FOUND."""
-    metric: str
-    """Such as tokens_per_s, bytes_per_token."""
-    unit: str
-    """Such as tokens/s, bytes, s, FLOP/s, or "" for a share."""
-    measured: float | None = None
-    predicted: float | None = None
-    low: float | None = None
-    high: float | None = None
-    """The quartiles of what was measured several times."""
-    better: Literal["higher", "lower"] | None = None
-    exact: bool = False
-    """Predicted and measured must be equal: a count, not a time."""
-    bound: bool = False
-    """Predicted is a limit, such as a roof, and not what is expected."""
-    note: str = ""
-    """What a reader must know, such as what is simulated."""
-
-    @property
-    def ratio(self) -> float | None:
-        """Measured over predicted."""
-        if self.measured is None or not self.predicted:
-            return None
-        return self.measured / self.predicted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line, or cloud of points, of a plot."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    kind: Literal["line", "points", "bars"] = "line"
-    """With Plot.labels x is the place of a label, 0 the first; left empty: one after the other."""
-    dashed: bool = False
-    """Predictions are dashed."""
-    names: Sequence[str] | None = None
-    """Of points, shown beside them where there are few."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    title: str
-    x: str
-    y: str
-    series: Sequence[Series]
-    log_x: bool = False
-    log_y: bool = False
-    labels: Sequence[str] | None = None
-    caption: str = ""
+__all__ = ["Case", "Figure", "Plot", "Question", "Series", "Setting", "Value", "pick"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +55,3 @@ class Question:
     """Why it cannot run here, such as a package that is not installed; None if it can."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""
-
-
-def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:
-    """The figures of a metric whose cases hold these values."""
-    return [f for f in figures if f.metric == metric and all(f.case.get(k) == v for k, v in case.items())]

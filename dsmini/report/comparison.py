@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.question import FOUND, Figure
+from dsmini.report.figures import FOUND, Figure
 
 Verdict = Literal["better", "worse", "changed", "unchanged", "new", "gone"]
 FLOOR = 0.05

@@ -12,11 +12,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from benchmarks.question import Figure, Question, Value
+from benchmarks.question import Question
 from dsmini.checkpoint.manifest import write_text
 from dsmini.measure.rates import Roofs
 from dsmini.report import units
 from dsmini.report.comparison import Change
+from dsmini.report.figures import Figure, Value
 from dsmini.report.plots import Drawing, draw
 from dsmini.report.results import Finished, Results, Run
 

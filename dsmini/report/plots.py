@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.question import Plot, Series
+from dsmini.report.figures import Plot, Series
 from dsmini.report.units import short
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.question import Figure
 from dsmini.measure.rates import Roofs, from_json
+from dsmini.report.figures import Figure
 
 Key = tuple[str, str]
 """A question's name, a case's key."""

@@ -9,9 +9,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.question import Figure
 from dsmini.report import units
 from dsmini.report.comparison import Change
+from dsmini.report.figures import Figure
 from dsmini.report.page import case_words, shared, tone
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}

@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.question import Figure, Value
+from dsmini.report.figures import Figure, Value
 
 NOTHING = "–"  # noqa: RUF001
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
