@@ -1,11 +1,11 @@
-"""What a benchmark is: a question, cases that are measured one after the other, and figures that answer.
+"""Questions: cases that are measured one after the other, and figures that answer.
 
 A question is a module of questions/ with
 
     QUESTION = Question(name="decode", title="How fast ...?", cases=..., finding=..., plots=...)
 
-Its cases come from the setting alone, each with an estimate of its seconds; what a case yields are figures, predicted
-beside measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
+Its cases come from the setting alone, each with an estimate of its time; a case yields figures, predicted next to
+measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,44 +14,60 @@ from dataclasses import dataclass
 import torch
 
 from dsmini.measure.rates import Roofs
-from dsmini.report.figures import Figure, Plot, Series, Value, pick
+from dsmini.report import Figure, Plot, Series, Value, pick
 
 __all__ = ["Case", "Figure", "Plot", "Question", "Series", "Setting", "Value", "pick"]
+
+REACHED = 0.5
+"""Share of the peak that the products of a model reach, in estimates of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all cases share."""
+    """Everything that all cases share."""
 
     quick: bool
     """Everything in two minutes on two cores."""
     device: torch.device
     dtype: torch.dtype
     roofs: Roofs
-    """This machine's measured rates."""
+    """Measured rates of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A part of a question that is measured in one go: what is done stays done when a run is interrupted."""
+    """A part of a question that is measured in one go: it stays done when a run is interrupted."""
 
     key: str
-    """Names the case within its question and all that its figures depend on, such as "context=2048 dtype=bfloat16"."""
+    """Name of the case within its question, with all that its figures depend on: "context=2048 dtype=bfloat16"."""
     seconds: float
-    """Estimated."""
+    """Estimated seconds on any machine: the time that is given to rounds, and setting up."""
     run: Callable[[], Iterable[Figure]]
+    flops: float = 0.0
+    """FLOPs of the products that must be made besides, however fast the machine: of them depends how much longer a
+    slow one takes."""
+    dtype: torch.dtype | None = None
+    """Dtype of these products, if not the setting's."""
+
+    def estimate(self, setting: Setting) -> float:
+        """Return the expected seconds, by the rates of this machine."""
+        dtype = str(self.dtype or setting.dtype).removeprefix("torch.")
+        peak = setting.roofs.peak.get(dtype)
+        return self.seconds + (self.flops / (REACHED * peak) if peak else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
+    """One question of the benchmarks."""
+
     name: str
     """As in python -m benchmarks NAME."""
     title: str
     cases: Callable[[Setting], list[Case]]
     finding: Callable[[list[Figure]], str]
-    """One sentence, from figures that may be incomplete."""
+    """Makes one sentence of figures, which may be incomplete."""
     plots: Callable[[list[Figure]], list[Plot]]
     needs: str | None = None
-    """Why it cannot run here, such as a package that is not installed; None if it can."""
+    """Reason why it cannot run here, such as a package that is not installed; None if it can."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runner
+from benchmarks import clock, runner, session
 from benchmarks.question import Figure, Question
 from dsmini.measure.rates import steadiness
-from dsmini.report import page, provenance, terminal, units
+from dsmini.report import provenance, units
 from dsmini.report.comparison import compare
 from dsmini.report.results import Writer, read
 from tests.helpers import fake_questions as fake
@@ -108,15 +108,15 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
 def test_a_run_interrupted_while_its_page_is_drawn_tells_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    real, drawn = page.write_report, list[Path]()
+    real, drawn = session.write_text, list[Path]()
 
-    def write_report(path: Path, *args: Any) -> None:
+    def write_text(path: Path, text: str) -> None:
         drawn.append(path)
         if len(drawn) == 1:
             raise KeyboardInterrupt
-        real(path, *args)
+        real(path, text)
 
-    monkeypatch.setattr(page, "write_report", write_report)
+    monkeypatch.setattr(session, "write_text", write_text)
     assert go(tmp_path) == 130
     out, err = capsys.readouterr()
     assert "Go on with: python -m benchmarks" in err
@@ -171,6 +171,7 @@ def test_what_figures_depend_on_is_hashed(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     (tmp_path / "dsmini" / "report").mkdir()
+    (tmp_path / "pyproject.toml").touch()  # as in a checkout
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     seen = {provenance.code()}
     for path in sorted(tmp_path.rglob("a.*")):
@@ -186,10 +187,11 @@ def test_versions_and_kernels_are_part_of_the_fingerprint(tmp_path: Path, monkey
     go(tmp_path, "fake_cache")
     assert set(lines(tmp_path)[0]["versions"]) >= {"dsmini", "torch", "python", "kernels"}
     monkeypatch.setenv("DSMINI_BACKEND", "reference")
-    assert provenance.versions()["kernels"] == "reference"
+    go(tmp_path, "fake_cache")
+    assert lines(tmp_path)[-1 - 5 * 2 - 1]["versions"]["kernels"] == "reference"
     monkeypatch.setattr("dsmini.report.provenance.versions", lambda: {"torch": "another"})
     go(tmp_path, "fake_cache")
-    assert len(read(tmp_path / "results.jsonl").by_fingerprint) == 2
+    assert len(read(tmp_path / "results.jsonl").by_fingerprint) == 3
 
 
 def test_estimates_are_of_the_last_run_that_was_as_quick(tmp_path: Path) -> None:
@@ -488,18 +490,18 @@ def test_changes_come_by_size_and_tell_new_from_gone() -> None:
 
 def test_time_left_learns_from_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    clock = terminal.Clock([10.0] * 10)
-    assert clock.left() == 100
-    clock.begin(10.0)
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    times = clock.Clock([10.0] * 10)
+    assert times.left() == 100
+    times.begin(10.0)
     now[0] = 4.0
-    assert clock.left() == 96
-    clock.end(20.0)  # twice the estimate
-    assert 140 < clock.left() < 180
+    assert times.left() == 96
+    times.end(20.0)  # twice the estimate
+    assert 140 < times.left() < 180
     for _ in range(9):
-        clock.begin(10.0)
-        clock.end(20.0)
-    assert clock.left() == pytest.approx(0)
+        times.begin(10.0)
+        times.end(20.0)
+    assert times.left() == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
