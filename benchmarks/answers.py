@@ -13,12 +13,20 @@ from dsmini.report.units import human, words
 FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
 
 
-def report(results: Results, questions: Iterable[Question], changed: Section | None = None) -> Report:
-    """Return the page of all questions of which something was measured."""
+def report(
+    results: Results, questions: Iterable[Question], drawn: dict[str, Section], changed: Section | None = None
+) -> Report:
+    """Return the page of all questions of which something was measured.
+
+    Args:
+        drawn: sections of earlier pages by name, brought up to date. Those that are the same are not drawn again.
+    """
     latest = results.latest
     assert latest is not None, "a report is drawn once a run has begun"
     found = [(question, results.of_question(question.name)) for question in questions]
     sections = [section(question, finished, latest.run) for question, finished in found if finished]
+    sections = [old if (old := drawn.get(new.name)) == new and old else new for new in sections]
+    drawn |= {section.name: section for section in sections}
     machine = {words(key): str(value) for key, value in latest.run.machine.items()}
     return Report(
         title="dsmini benchmarks",

@@ -46,7 +46,11 @@ def deadline(seconds: float, on_stuck: Callable[[], None]) -> Iterator[None]:
         if not over:
             raise TookTooLong
 
-    last_resort = threading.Timer(seconds + GRACE, on_stuck)
+    def give_up() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive a program that replaces this one, and end it
+        on_stuck()
+
+    last_resort = threading.Timer(seconds + GRACE, give_up)
     last_resort.daemon = True
     old = signal.signal(signal.SIGALRM, ring)
     # again and again: where Python calls __del__, an exception is lost

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -54,6 +54,8 @@ class Session:
     """Result of compare."""
     changed: Section | None = None
     """The same as a part of the page."""
+    drawn: dict[str, Section] = field(default_factory=dict)
+    """Other parts of the page."""
 
     @property
     def path(self) -> Path:
@@ -179,7 +181,7 @@ class Session:
         path, before = self.out / "report.html", self.undrawn
         self.undrawn = ""
         try:
-            write_text(path, answers.report(results, self._shown(results, self.known), self.changed).html())
+            write_text(path, answers.report(results, self._shown(results, self.known), self.drawn, self.changed).html())
         except OSError as error:
             self.undrawn = error.strerror or str(error)
             if not before:

@@ -84,7 +84,8 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
 
     colours, bars = THEMES[theme], [s for s in series if s.kind == "bars"]
-    height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars)))
+    columns = max(1, 70 // (max(len(s.label) for s in series) + 8))
+    height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(series) // columns)
     settings: dict[Any, Any] = {**colours.style, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -99,8 +100,7 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
                 _draw_errors(axes, s, plot, colours.series[place])
         _scale(axes, plot, series)
         if len(series) > 1 or series[0].label not in ("", plot.title):
-            wide = max(len(s.label) for s in series) + 8
-            figure.legend(loc="outside upper left", ncols=max(1, 70 // wide))
+            figure.legend(loc="outside upper left", ncols=columns)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     axis = f" by {plot.x}" if plot.x else ""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -51,7 +52,7 @@ class Section:
         """Notes of the figures, each once."""
         return list(dict.fromkeys(figure.note for figure in self.figures if figure.note))
 
-    @property
+    @cached_property
     def drawings(self) -> list["Drawing"]:
         """Plots as the page shows them."""
         return [_drawing(plot, f"{self.name.replace('_', '-')}-{number}") for number, plot in enumerate(self.plots)]
