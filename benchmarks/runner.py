@@ -37,12 +37,12 @@ Measure = Callable[[torch.device, OnPart, bool], Roofs]
 
 
 def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run the command. Return its exit status.
 
     Args:
-        known: how to get each question, by name; left out: those of questions/.
-        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is, or measured in any
-            case; left out: instruments/roofs.py.
+        known: loads each question, by name. Left out: those of questions/.
+        measure: returns the rates of a device, telling how far it is; fresh ones if its last argument is true.
+            Left out: dsmini.measure.rates.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -57,7 +57,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
 
 def questions_here() -> dict[str, Loader]:
-    """Those of questions/ by name, which is the module's with hyphens; none of them is imported yet."""
+    """Return the loaders of questions/ by name: the module's, with hyphens. None of them is imported yet."""
 
     def loader(module: str) -> Loader:
         return lambda: importlib.import_module(module).QUESTION
@@ -66,13 +66,14 @@ def questions_here() -> dict[str, Loader]:
 
 
 def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
+    """Return the kept rates of this machine, or measure them."""
     return machine.load_or_measure(device, on_part=on_part, fresh=fresh)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure how fast and how small dsmini is on this machine, beside what was predicted, and draw a "
+        description="Measure how fast and how small dsmini is on this machine, next to what was predicted, and draw a "
         "report of it: DIR/report.html. Figures are kept as they come; the same command goes on where it was stopped.",
         epilog="Start with: python -m benchmarks --quick",
     )
@@ -177,7 +178,7 @@ def _command(args: Sequence[str]) -> str:
 
 
 def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console) -> list[Question]:
-    """The questions to measure.
+    """Return the questions to measure.
 
     Raises: ValueError for one that was named and cannot run here.
     """

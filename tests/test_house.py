@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "dsmini.training.optim": {"dsmini.config"},
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
+    "dsmini.report": {"dsmini.report"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
     "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},

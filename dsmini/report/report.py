@@ -47,7 +47,7 @@ class Section:
         """Figures as tables of the page."""
         return groups(self.figures)
 
-    @property
+    @cached_property
     def notes(self) -> list[str]:
         """Notes of the figures, each once."""
         return list(dict.fromkeys(figure.note for figure in self.figures if figure.note))

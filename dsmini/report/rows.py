@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from dsmini.report import units
 from dsmini.report.figures import Figure, Value
@@ -91,54 +90,43 @@ def shared(figures: Sequence[Figure]) -> dict[str, Value]:
     return {k: v for k, v in figures[0].case.items() if all(str(f.case.get(k)) == str(v) for f in figures)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Figures whose cases vary in the same things: a table of the page."""
 
-    figures: Sequence[Figure]
-
-    @cached_property
-    def common(self) -> dict[str, str]:
-        """Words of what all cases share, by key."""
-        return {key: units.shown(value) for key, value in shared(self.figures).items()}
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys in which the cases differ, the columns on the left."""
-        return [key for key in self.figures[0].case if key not in self.common]
-
-    @property
-    def numeric(self) -> list[str]:
-        """Those of the keys that hold numbers alone."""
-        values = {key: [f.case[key] for f in self.figures] for key in self.keys}
-        return [
-            k
-            for k, vs in values.items()
-            if all(isinstance(v, int | float) and v is not True and v is not False for v in vs)
-        ]
-
-    @property
-    def columns(self) -> list[str]:
-        """Those of COLUMNS that any figure fills."""
-        found = {column for r in self.rows for column in COLUMNS if getattr(r, column) not in ("", units.NOTHING)}
-        if any(f.note for f in self.figures):
-            found.add("measured")  # the note's number stands there
-        return [column for column in COLUMNS if column in found]
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """All figures in words."""
-        return [row(figure) for figure in self.figures]
-
-    @property
-    def metrics(self) -> dict[str, list[Row]]:
-        """Rows by metric, in the order in which they came."""
-        return {
-            m: [r for r in self.rows if r.figure.metric == m] for m in dict.fromkeys(f.metric for f in self.figures)
-        }
+    common: Mapping[str, str]
+    """Words of what all cases share, by key."""
+    keys: Sequence[str]
+    """Keys in which the cases differ: the columns on the left."""
+    numeric: Sequence[str]
+    """Those of the keys that hold numbers alone."""
+    columns: Sequence[str]
+    """Those of COLUMNS that any figure fills."""
+    metrics: Mapping[str, Sequence[Row]]
+    """Rows by metric."""
 
 
 def groups(figures: Sequence[Figure]) -> list[Group]:
     """Return figures by the keys of their cases, in the order in which they came."""
-    keys = dict.fromkeys(tuple(figure.case) for figure in figures)
-    return [Group([f for f in figures if tuple(f.case) == key]) for key in keys]
+    by_keys: dict[tuple[str, ...], list[Figure]] = {}
+    for figure in figures:
+        by_keys.setdefault(tuple(figure.case), []).append(figure)
+    return [_group(found) for found in by_keys.values()]
+
+
+def _group(figures: Sequence[Figure]) -> Group:
+    common = shared(figures)
+    keys = [key for key in figures[0].case if key not in common]
+    metrics: dict[str, list[Row]] = {}
+    for figure in figures:
+        metrics.setdefault(figure.metric, []).append(row(figure))
+    filled = {c for rows in metrics.values() for r in rows for c in COLUMNS if getattr(r, c) not in ("", units.NOTHING)}
+    if any(figure.note for figure in figures):
+        filled.add("measured")  # the note's number stands there
+    return Group(
+        common={key: units.shown(value) for key, value in common.items()},
+        keys=keys,
+        numeric=[key for key in keys if all(type(f.case[key]) in (int, float) for f in figures)],
+        columns=[column for column in COLUMNS if column in filled],
+        metrics=metrics,
+    )
