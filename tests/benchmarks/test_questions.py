@@ -10,30 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks import shapes, trained
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
 from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
+from dsmini import RunConfig, TrainConfig, Transformer
 from dsmini.measure import timing as measuring
 from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
-from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
-from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
+from tests.helpers.questions import TINY
+from tests.helpers.tolerances import relative_error
 
-TINY = ModelConfig(
-    dim=128,
-    inter_dim=144,
-    moe_inter_dim=64,
-    n_layers=2,
-    n_heads=2,
-    q_lora_rank=64,
-    kv_lora_rank=64,
-    n_routed_experts=8,
-    n_activated_experts=2,
-    n_mtp_layers=0,
-    max_seq_len=128,
-)
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEP = {
     *("tokens_per_s", "bytes_per_token", "flops_per_token", "bandwidth", "flop_rate", "peak_memory"),
@@ -104,7 +91,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     small = dataclasses.replace(
         mtp.QUICK, model=TINY, steps=3, batch_size=2, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
     )
-    changes: list[tuple[Any, str, Any]] = [(module, "CORPUS", corpus) for module in (fp8, fp8_error, mtp, peers)]
+    changes: list[tuple[Any, str, Any]] = [(trained, "CORPUS", corpus)]
     changes += [(shapes, "BIG", LONG), (shapes, "QUICK", LONG), (shapes, "TRAINED", TINY)]
     changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small)]
     changes += [
@@ -168,120 +155,9 @@ def test_keys_of_cases_differ_between_quick_and_full() -> None:
             assert all(case.seconds > 0 for case in each)
 
 
-# --- what eight bits hold
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"q_lora_rank": None}, {"n_shared_experts": 0}, {"n_mtp_layers": 1, "dim": 200}]
-)
-def test_bytes_of_weights_are_those_of_the_storages(changes: dict[str, Any]) -> None:
-    config = dataclasses.replace(TINY, **changes)
-    model = Transformer(config).to(torch.bfloat16).eval()
-    held, error = fp8.with_fp8_weights(model)
-    native, eight = (accounting.weight_bytes(config, dtype).total for dtype in ("bfloat16", "fp8"))
-    assert fp8.held_bytes(model) == native
-    assert fp8.held_bytes(held) == eight < 0.8 * native
-    assert abs(error / fp8_error.operand_error(E4M3) - 1) < 0.05
-
-
-# --- what products lose
-
-
-@pytest.mark.parametrize("format", [E4M3, E5M2])
-def test_expected_error_is_that_of_rounding(format: Any) -> None:
-    x = torch.randn(1024, 256) * torch.rand(1024, 1).mul(4).exp()  # all fractions, whatever the power of two
-    rounded = round_tiles(x, (1, 128), "ue8m0", format.name, 1e-4, torch.float32)
-    assert abs(relative_error(rounded, x) / fp8_error.operand_error(format) - 1) < 0.03
-
-
-@pytest.mark.parametrize("k", [130, 1000])
-def test_expected_error_of_a_product_does_not_depend_on_its_length(k: int) -> None:
-    x, w = torch.randn(300, k), torch.randn(200, k)
-    expected = fp8_error.product_error(E4M3, E4M3)
-    assert abs(relative_error(fp8_matmul(x, w), x @ w.T) / expected - 1) < 0.05
-
-
-@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
-@pytest.mark.parametrize("way", ["tiles", "e5m2 gradients", "fp32 scales"])
-def test_rounded_products_are_those_that_training_makes(way: str, saved_format: Any) -> None:
-    x, w, dy = torch.randn(63, 130, requires_grad=True), torch.randn(200, 130, requires_grad=True), torch.randn(63, 200)
-    how = fp8_error.WAYS[way]
-    y = fp8_matmul(x, w, scale=how.scale, grad_format=how.grad_format, saved_format=saved_format)  # pyright: ignore
-    dx, dw = torch.autograd.grad(y, (x, w), dy)
-    gemm = fp8_error.Gemm(block="", linear="", x=x.detach(), w=w.detach(), dy=dy, saved_format=saved_format)
-    got = fp8_error.rounded_products(gemm, how)
-    for product, want in zip(fp8_error.PRODUCTS, (y, dx, dw), strict=True):
-        assert relative_error(got[product], want.detach()) < rounding(FP32_UNIT, terms=200), product
-
-
-def test_captured_matrices_make_the_gradients() -> None:
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1)))
-    tokens, targets = torch.randint(0, 256, (2, 2, 32)).unbind()
-    gemms = fp8_error.captured(model, tokens, targets)
-    assert all(p.grad is None for p in model.parameters())
-    model.losses(tokens, targets).total.backward()
-    assert {g.block for g in gemms} == {"block 0", "block 1", "MTP 1"}
-    blocks = {"block 0": model.layers[0], "block 1": model.layers[1], "MTP 1": model.mtp[0].block}
-    for g in gemms:
-        if not g.linear.startswith("experts"):
-            place, name = (blocks[g.block].attn, g.linear) if g.linear.startswith(("wq", "wk", "wo")) else (
-                blocks[g.block].ffn, g.linear.replace("shared", "shared_experts"),
-            )  # fmt: skip
-            want = place.get_submodule(name).weight.grad
-            assert relative_error(fp8_error.exact_products(g)["wgrad"], want) < rounding(FP32_UNIT, terms=64, chained=8)
-    for block in ("block 1", "MTP 1"):
-        for name in ("w1", "w2", "w3"):
-            experts = [g for g in gemms if g.block == block and g.linear == f"experts.{name}"]
-            grad = getattr(blocks[block].ffn.experts, name).grad
-            visited = [j for j in range(8) if grad[j].any()]
-            got = torch.stack([fp8_error.exact_products(g)["wgrad"] for g in experts])
-            assert relative_error(got, grad[visited]) < rounding(FP32_UNIT, terms=64, chained=8)
-
-
-# --- guesses
-
-
-def test_tokens_of_a_step() -> None:
-    assert mtp.tokens_per_step([]) == 1
-    assert mtp.tokens_per_step([0.8]) == 1.8
-    assert mtp.tokens_per_step([0.5, 0.5, 0.5]) == 1.875
-    assert mtp.tokens_per_step([0.0, 1.0]) == 1
-
-
-def test_expected_acceptance_of_guesses_that_are_the_trunks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A depth that knows what the trunk will say of the token is always kept; one that is late is not."""
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=2)))
-    tokens = torch.randint(0, 256, (2, 32))
-    out = model.run(tokens, mtp=True)
-    right = [out.logits[:, 1:], out.logits[:, 1:-1]]  # the second is a token late
-    monkeypatch.setattr(model, "run", lambda *_, **__: out._replace(mtp_logits=right))
-    for temperature in mtp.TEMPERATURES:
-        first, second = mtp.expected_acceptance(model, tokens, temperature)
-        assert first == pytest.approx(1)
-        assert second < 0.9
-
-
-def test_an_unequal_continuation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1))).eval()
-    generate = mtp.generate
-
-    def wrong(*args: Any, speculative: bool, **more: Any) -> Any:
-        done = generate(*args, speculative=speculative, **more)
-        return done._replace(tokens=done.tokens + speculative)
-
-    of = dataclasses.replace(mtp.QUICK, new_tokens=3)
-    mtp._turns(model, [torch.tensor([1, 2])], 0.0, of)
-    monkeypatch.setattr(mtp, "generate", wrong)
-    with pytest.raises(AssertionError, match="changed the greedy continuation"):
-        mtp._turns(model, [torch.tensor([1, 2])], 0.0, of)
-
-
-# --- others
-
-
 def test_ratios_are_taken_round_by_round() -> None:
     taken = {"dsmini": [1.0, 2.0, 4.0], "transformers": [2.0, 4.0, 8.0]}
-    (ratio,) = pick(peers._speeds({"what": "train", "dtype": "float32"}, taken, 1), "speed_ratio")
+    (ratio,) = pick(peers.speeds({"what": "train", "dtype": "float32"}, taken, 1), "speed_ratio")
     assert ratio.measured == ratio.low == ratio.high == 2
 
 
