@@ -10,6 +10,7 @@ beside measured. Findings and plots are made from figures, so that a report can 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -93,6 +94,8 @@ class Setting:
     dtype: torch.dtype
     roofs: Roofs
     """This machine's measured rates."""
+    text: Path | None = None
+    """File that --text names, for the questions that read one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,10 @@ class Question:
     plots: Callable[[list[Figure]], list[Plot]]
     needs: str | None = None
     """Why it cannot run here, such as a package that is not installed; None if it can."""
+    on_request: bool = False
+    """Left out of a run that names no questions, because it takes long."""
+    needs_text: str = ""
+    """The text that --text must name for it, in words; empty if it reads none."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""
 

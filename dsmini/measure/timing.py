@@ -7,16 +7,13 @@ So a comparison here goes like this:
 2. Synchronize. The clock stops when the device is done, not when it has accepted the work.
 3. Take turns. A B A B, not A A B B: whatever slows the machine for a second slows both sides.
 4. Report the median and the quartiles. For a ratio, divide round by round first: what slowed a round cancels.
-5. Stop in time. No round begins after the time allowed, and `deadline` ends what hangs in one.
+5. Stop in time. No round begins after the time allowed.
 """
 
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -87,28 +84,3 @@ def spread(values: Sequence[float]) -> Spread:
         return {"measured": values[0], "low": values[0], "high": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"measured": middle, "low": low, "high": high}
-
-
-@contextmanager
-def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Stop what runs inside the context once these seconds have passed.
-
-    The alarm signal does it, so only in the main thread of a Unix process; elsewhere nothing is stopped. An operation
-    that torch has begun ends first.
-
-    Raises: TimeoutError, which names `what` and the seconds.
-    """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"{what} was stopped after {seconds:.3g} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

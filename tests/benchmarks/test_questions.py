@@ -11,16 +11,35 @@ import pytest
 import torch
 
 from benchmarks import shapes, trained
+from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
-from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
-from dsmini import RunConfig, TrainConfig, Transformer
+from benchmarks.questions import (
+    decode,
+    fp8,
+    fp8_error,
+    kv_cache,
+    moe,
+    moe_or_dense,
+    mtp,
+    peers,
+    prefill,
+    quantize,
+    roofline,
+    shakespeare,
+    train,
+)
+from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
+from dsmini.measure.dtypes import why_unusable
 from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
 from tests.conftest import randomise
+from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY
 from tests.helpers.tolerances import relative_error
 
+SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
+"""Keys of a run's summary that questions read."""
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEP = {
     *("tokens_per_s", "bytes_per_token", "flops_per_token", "bandwidth", "flop_rate", "peak_memory"),
@@ -42,6 +61,9 @@ METRICS = {
     },
     "mtp": {"acceptance", "tokens_per_step", "speedup", "tokens_per_s", "same_continuations"},
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
+    "quantize": {"bandwidth", "share_of_copy", "share_of_copy_best", "over_eager", "call_seconds"},
+    "shakespeare": {"seconds", "loss_as_peer", "loss"},
+    "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
@@ -53,7 +75,7 @@ PREDICTED = {
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
-    "peers": set[str](),
+    **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
 PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
 EXACT = {
@@ -64,6 +86,7 @@ EXACT = {
     "peers": {"cache_bytes_per_token"},
 }
 ALL = (kv_cache, moe, fp8, decode, prefill, train, fp8_error, mtp, roofline, peers)
+ALL += (quantize, shakespeare, moe_or_dense)
 MODULES = {module.QUESTION.name: module for module in ALL}
 
 
@@ -80,7 +103,7 @@ def setting() -> Setting:
     roofs = Roofs(
         card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, probes={}, curves=curves
     )
-    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs)
+    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +123,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         (fp8_error, "QUICK_STEPS", 2),
     ]
     changes += [(peers, "QUICK_CONTEXTS", (16, 24)), (peers, "PROMPT", 16), (peers, "QUICK_BATCH", 1)]
+    changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
+    changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
+    changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
     changes += [
         (each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, prefill, train)
     ]
@@ -107,6 +133,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         for module, name, value in changes:
             patch.setattr(module, name, value)
         yield {name: run(module) for name, module in MODULES.items()}
+
+
+def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """The seconds and the summary of a run that a test cannot wait for; a seed changes the loss."""
+    loss = 1.5 + 0.01 * int(arguments[arguments.index("--train.seed") + 1]) ** 2 * ("384" in arguments)
+    return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
 
 def run(module: ModuleType) -> list[Figure]:
@@ -174,3 +206,69 @@ def test_a_gguf_file_has_the_models_logits(tmp_path: Path) -> None:
         want = model(tokens)[0]
     got = torch.stack([torch.from_numpy(row.copy()) for row in llama.scores[:40]])
     assert relative_error(got, want) < 2e-3  # its cache is FP16
+
+
+# --- runs of whole commands
+
+
+def test_recipe_gives_the_summary_that_questions_read(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day in April. " * 200)
+    tiny = [*TINY_RUN.split(), "--train.eval-context", "16", "--train.steps", "2", "--data.path", str(book)]
+    seconds, summary = trained.run_recipe(dataclasses.replace(setting(), dtype=torch.float32), *tiny)
+    assert seconds > 0
+    assert all(isinstance(summary[key], int | float) for key in SUMMARY)
+
+
+def test_command_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)json.tool ended with status 2: .*--no-such"):
+        trained.run_command("json.tool", "--no-such")
+
+
+def test_nanogpt_learns_a_text() -> None:
+    text = "It was a bright cold day in April. " * 60
+    first, last = (nanogpt.train(text, seed=0, steps=steps) for steps in (1, 40))
+    assert 0 < last < first < math.log(len(set(text))) + 0.5
+
+
+def test_interval_of_five_seeds_is_students() -> None:
+    mean, half = moe_or_dense.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
+
+
+def test_freed_memory_is_kept_only_inside() -> None:
+    with quantize.freed_memory_kept():
+        assert torch.ones(1 << 22).sum() == 1 << 22
+    assert torch.ones(1 << 22).sum() == 1 << 22
+
+
+def test_kernel_whose_bits_differ_is_an_error() -> None:
+    def run() -> torch.Tensor:
+        return torch.tensor([1.0 if ops.chosen() == "cpu" else 2.0])
+
+    with pytest.raises(AssertionError, match="round: the kernel's bits are not those of plain PyTorch"):
+        quantize.check("round", run)
+
+
+# --- machines without BF16 units
+
+
+def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, list[Figure]]) -> None:
+    """Says so in a figure's note; counts that need no product are still there."""
+    fast = setting()
+    slow = dataclasses.replace(fast.roofs, peak={"float32": 170e9, "bfloat16": 0.3e9})
+    here = dataclasses.replace(fast, dtype=torch.float32, roofs=slow)
+    (told,) = peers.train(dataclasses.replace(here, dtype=torch.bfloat16))
+    assert told.measured is None and told.case == {"what": "train", "dtype": "bfloat16"}
+    assert told.note == "left out: bfloat16 products run at 0.3 GFLOP/s here, float32 at 170"
+    figures = [figure for case in fp8.cases(here) for figure in case.run()]
+    left = [f for f in figures if f.measured is None]
+    assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
+    assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
+    assert all(f.measured == f.predicted for f in figures if f.exact)
+    for question, some in ((peers.QUESTION, [told]), (fp8.QUESTION, figures), (fp8.QUESTION, left)):
+        assert question.finding(some).endswith(".")
+        question.plots(some)
+    assert why_unusable(torch.float32, slow.peak) is why_unusable(torch.bfloat16, fast.roofs.peak) is None
+    assert why_unusable(torch.bfloat16, {}) is None
