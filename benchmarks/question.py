@@ -10,6 +10,7 @@ measured. Findings and plots are made from figures, so that a report can be draw
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,8 @@ class Setting:
     dtype: torch.dtype
     roofs: Roofs
     """Measured rates of this machine."""
+    text: Path | None = None
+    """File that --text names, for the questions that read one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,5 +72,9 @@ class Question:
     plots: Callable[[list[Figure]], list[Plot]]
     needs: str | None = None
     """Reason why it cannot run here, such as a package that is not installed; None if it can."""
+    on_request: bool = False
+    """Left out of a run that names no questions, because it takes long."""
+    needs_text: str = ""
+    """The text that --text must name for it, in words; empty if it reads none."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""

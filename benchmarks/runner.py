@@ -28,7 +28,8 @@ from dsmini.report.provenance import Run
 from dsmini.report.results import Results, Writer, read
 from dsmini.report.terminal import Bar, say
 
-NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
+NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
+NAMES += ("shakespeare", "moe_or_dense")
 """The modules of questions/, in the order of the report."""
 
 MOST_THREADS = 1024
@@ -78,12 +79,9 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
         epilog="Start with: python -m benchmarks --quick",
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"questions to measure: {', '.join(known)} (default: all)")
-    add(
-        "--quick",
-        action="store_true",
-        help="small sizes, in about two minutes; cases that take longer here are left out",
-    )
+    every = f"questions to measure: {', '.join(known)} (default: all that take no more than minutes)"
+    add("names", nargs="*", metavar="NAME", help=every)
+    add("--quick", action="store_true", help="small sizes, in about two minutes; what takes longer here is left out")
     add(
         "--out",
         type=Path,
@@ -94,6 +92,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto, the faster of the two here)")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: as many as torch takes)")
+    add("--text", type=Path, metavar="FILE", help="the text that shakespeare trains on: tinyshakespeare.txt")
     add("--compare", type=Path, metavar="OLD.jsonl", help="show what changed since another results.jsonl")
     add("--list", action="store_true", help="list the questions and end")
     add("--report-only", action="store_true", help="measure nothing: draw the report from the figures that are kept")
@@ -105,6 +104,8 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
         raise ValueError(f"unknown question {unknown[0]!r}; there are {', '.join(known)}")
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         raise ValueError(f"--threads {options.threads} is no number of threads; use 1 to {MOST_THREADS}")
+    if options.text and not options.text.is_file():
+        raise ValueError(f"--text: there is no file {options.text}")
     if options.compare and not options.compare.is_file():
         raise ValueError(f"--compare: there is no file {options.compare}; name the results.jsonl of another run")
     if options.report_only:
@@ -114,6 +115,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
             "--threads": options.threads,
             "--device": options.device != "auto",
             "--dtype": options.dtype != "auto",
+            "--text": options.text is not None,
         }
         for flag, given in asked.items():
             if given:
@@ -127,6 +129,7 @@ def _list(known: Mapping[str, Loader]) -> int:
     for name in known:
         question, reason = load(known, name)
         reason = f"  (cannot run here: {reason})" if reason else ""
+        reason = reason or ("  (only by name)" if question and question.on_request else "")
         say(console, f"{name:{wide}}  {question.title if question else ''}{reason}")
     return 0
 
@@ -152,7 +155,7 @@ def _answer(
         having = [finished for name in session.names if (finished := results.of_question(name))]
         status = 1 if any([session.unequal(finished) for finished in having]) else 0
     else:
-        questions = _chosen(options.names, known, console)
+        questions = _chosen(options.names, known, options.text is not None, console)
         session.names = [question.name for question in questions]
         device = pick_device(options.device)
         with Writer(path) as writer:
@@ -177,7 +180,7 @@ def _command(args: Sequence[str]) -> str:
     return provenance.command(["benchmarks", *args])
 
 
-def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console) -> list[Question]:
+def _chosen(names: Sequence[str], known: Mapping[str, Loader], has_text: bool, console: Console) -> list[Question]:
     """Return the questions to measure.
 
     Raises: ValueError for one that was named and cannot run here.
@@ -185,6 +188,11 @@ def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console)
     chosen = []
     for name in known if not names else [name for name in known if name in names]:
         question, reason = load(known, name)
+        if question and question.on_request and not names:
+            say(console, f"{name} is left out: it takes long, and is measured only by name", style="dim")
+            continue
+        if question and question.needs_text and not has_text:
+            reason = reason or f"it reads {question.needs_text}; name the file by --text FILE"
         if reason and names:
             raise ValueError(f"{name} cannot run here: {reason}")
         if reason:
@@ -211,7 +219,8 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
                 bar.update(done, f"measuring this machine's rates, once: {what}")
 
         roofs = measure(device, on_part, options.fresh)
-    return Setting(quick=options.quick, device=device, dtype=_pick_dtype(options.dtype, device, roofs), roofs=roofs)
+    dtype = _pick_dtype(options.dtype, device, roofs)
+    return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, text=options.text)
 
 
 def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> Run:
