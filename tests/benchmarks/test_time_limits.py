@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock
+from benchmarks import clock, runner
 from benchmarks.question import Case, Question, Setting
 from dsmini.report.results import read
 from tests.helpers import fake_questions as fake
@@ -144,3 +144,14 @@ def test_quick_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.Mo
     out, err = capsys.readouterr()
     assert err.count("is left out: the two minutes of --quick are over") == 2
     assert json.loads(out)["left"] == {"fake_decode": 2}, "the same command measures them"
+
+
+@pytest.mark.parametrize(("float32", "bfloat16"), [(224e9, 940e9), (170e9, 0.3e9)])
+def test_quick_leaves_nothing_out_on_a_usual_cpu(float32: float, bfloat16: float) -> None:
+    """With BF16 units and without; questions that force BF16 see to its rate themselves."""
+    roofs = replace(fake.ROOFS, peak={"float32": float32, "bfloat16": bfloat16})
+    dtype = torch.bfloat16 if bfloat16 > float32 else torch.float32
+    setting = replace(SETTING, dtype=dtype, roofs=roofs)
+    questions = [load() for load in runner.questions_here().values()]
+    cases = [case for question in questions if not question.on_request for case in question.cases(setting)]
+    assert sum(case.estimate(setting) for case in cases) < clock.QUICK
