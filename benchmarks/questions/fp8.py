@@ -34,7 +34,7 @@ TARGET = 1.5
 """Longest time of a training step in simulated FP8, in steps in BF16."""
 KEPT = (1 + 4 / 128) / 2
 """Of an activation's bytes in BF16: a code and its share of an FP32 scale."""
-STEPS = {"native": None, "fp8": None, "fp8 in plain PyTorch": "reference"}
+STEPS = {"native": None, "fp8": None, "fp8 in plain PyTorch": "eager"}
 """Training steps to compare, and the backend that each is held to."""
 SIMULATED = "simulated: values are rounded to FP8 and multiplied as BF16"
 

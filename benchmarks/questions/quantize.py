@@ -92,7 +92,7 @@ def _operation(case: dict[str, Any], run: Run, moved: int, x: Tensor, rounds: in
             target.copy_(source)
 
     def eager() -> None:
-        with ops.use("reference"):
+        with ops.use("eager"):
             run()
 
     both: dict[str, Run] = {"copy": copy, "kernel": kernel}
@@ -115,7 +115,7 @@ def _operation(case: dict[str, Any], run: Run, moved: int, x: Tensor, rounds: in
 def check(name: str, run: Run) -> None:
     """Assert that the kernel's bits are those of plain PyTorch."""
     results: list[list[Tensor]] = []
-    for backend in ("cpu", "reference"):
+    for backend in ("cpu", "eager"):
         with ops.use(backend):
             got = run()
             results.append([t.view(torch.uint8) for t in ([got] if isinstance(got, Tensor) else got)])

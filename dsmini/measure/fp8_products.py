@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dsmini import Transformer
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.nn import Experts, Linear
+from dsmini.nn.fp8 import FP8Linear
 from dsmini.numerics import (
     ACTIVATION_TILE,
     AMAX_MIN,
@@ -133,21 +134,35 @@ def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
         output.register_hook(lambda grad: grads.__setitem__(name, grad.detach()))
 
     modules = {names[id(m)]: m for m in model.modules() if id(m) in names}
+    formats = _saved_formats(model)
     hooks = [module.register_forward_hook(look) for module in modules.values()]
     model.losses(tokens, targets).total.backward()
     model.zero_grad(set_to_none=True)
     for hook in hooks:
         hook.remove()
-    return [gemm for name, module in modules.items() for gemm in _gemms(name, module, seen[name], grads[name])]
+    return [
+        gemm
+        for name, module in modules.items()
+        for gemm in _gemms(name, module, formats.get(name, "e4m3"), seen[name], grads[name])
+    ]
+
+
+def _saved_formats(model: Transformer) -> dict[str, FormatName]:
+    """Return the format in which FP8 training would save the input of each Linear, by the Linear's name."""
+    with torch.device("meta"):
+        twin = Transformer(dataclasses.replace(model.config, precision="fp8"))
+    return {name: module.saved_format for name, module in twin.named_modules() if isinstance(module, FP8Linear)}
 
 
 @torch.no_grad()
-def _gemms(name: str, module: nn.Module, inputs: tuple[Any, ...], grad: Tensor) -> Iterator[Gemm]:
+def _gemms(
+    name: str, module: nn.Module, saved_format: FormatName, inputs: tuple[Any, ...], grad: Tensor
+) -> Iterator[Gemm]:
     block, _, linear = name.partition(".attn.") if ".attn." in name else name.partition(".ffn")
     block, linear = _block(block), linear.strip(".").replace("shared_experts", "shared")
     if isinstance(module, Linear):
         x, dy = (t.float().flatten(0, -2) for t in (inputs[0], grad))
-        yield Gemm(block=block, linear=linear, x=x, w=module.weight.detach(), dy=dy, saved_format=module.saved_format)
+        yield Gemm(block=block, linear=linear, x=x, w=module.weight.detach(), dy=dy, saved_format=saved_format)
         return
     assert isinstance(module, Experts)
     rows, indices, weights, _ = inputs

@@ -7,6 +7,7 @@ import torch
 
 from dsmini import Transformer
 from dsmini.checkpoint.slots import fp8_weights
+from dsmini.nn.fp8 import hold_fp8
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize
 
 
@@ -31,5 +32,5 @@ def hold_in_fp8(model: Transformer) -> Held:
         for w, codes, scales in zip(*stacks, strict=True):
             off += (dequantize_tiles(codes, scales, WEIGHT_TILE) - w.float()).square().sum().item()
             size += w.float().square().sum().item()
-        module.hold_fp8(name, q.codes, q.scales)
+        hold_fp8(module, name, q.codes, q.scales)
     return Held(held, (off / size) ** 0.5)
