@@ -20,7 +20,7 @@ from dsmini.accounting import (
 )
 from dsmini.accounting import flops as work
 from dsmini.checkpoint.slots import fp8_weights
-from dsmini.measure.kept import kept_for_backward
+from dsmini.measure.saved import saved_for_backward
 from dsmini.nn import attention, cache, fp8
 from dsmini.numerics import WEIGHT_TILE
 from dsmini.training.optim import optimizers, remembered
@@ -127,7 +127,7 @@ TOY: dict[str, dict[str, Any]] = {
 
 def kept(config: ModelConfig, b: int, s: int, dtype: str) -> int:
     model = Transformer(config, compute_dtype=DTYPES[dtype])
-    return kept_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1)))[1]
+    return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1)))[1]
 
 
 def close(config: ModelConfig, b: int, s: int, dtype: Dtype, rel: float = 1e-3) -> None:

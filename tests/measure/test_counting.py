@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.question import Setting
 from benchmarks.shapes import QUICK
+from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize
 from dsmini.measure import prediction
 from dsmini.measure.counting import Count, Operation, count
@@ -25,7 +26,6 @@ from dsmini.measure.rates import (
     point_seconds,
     product_rate,
 )
-from dsmini.measure.timing import check_bandwidth, step_figures
 from tests.conftest import randomise
 
 F4, I8 = 4, 8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsmini import Transformer
 from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
 from dsmini.functional.linear import linear
-from dsmini.measure.kept import kept_for_backward
+from dsmini.measure.saved import saved_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
@@ -305,7 +305,7 @@ def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:
     kept = {}
     for precision in ("native", "fp8"):
         model = Transformer(dataclasses.replace(config, precision=precision), compute_dtype=torch.bfloat16)
-        kept[precision] = kept_for_backward(model, tokens)
+        kept[precision] = saved_for_backward(model, tokens)
     share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
     assert 0.25 < share < 0.6, kept
     assert whole < 0.75, kept
