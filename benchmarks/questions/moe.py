@@ -45,7 +45,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
 
         def step(model: Transformer = model, cache: object = cache) -> None:
             cache.truncate(64)  # pyright: ignore[reportAttributeAccessIssue]
-            model.advance(random_tokens(model.config, batch, 1, setting.device), cache)  # pyright: ignore[reportArgumentType]
+            model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)  # pyright: ignore[reportArgumentType]
 
         runs[name] = step
     predicted = {name: predicted_seconds(run, setting) for name, run in runs.items()}
@@ -69,8 +69,8 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
     distinct, uneven = [], []
     for _ in range(20):
         cache = filled(model, batch, 64, 8)
-        advance = model.advance(random_tokens(c, batch, 1, setting.device), cache)
-        for decided in advance.routing:
+        out = model.run(random_tokens(c, batch, 1, setting.device), cache)
+        for decided in out.routing:
             distinct.append(float((decided.counts > 0).sum()))
             uneven.append(max_violation(decided.counts))
     expected = accounting.expected_experts(c, batch)

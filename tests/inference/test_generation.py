@@ -136,14 +136,15 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
     generation = Generation(model, [row], 8, speculative=True)
     next(generation)
     seen: list[list[int]] = []
-    real = generation._guess
+    assert generation.drafter is not None
+    real = generation.drafter.guess
 
-    def guess(last: Tensor, live: Tensor) -> tuple[Tensor, list[Tensor]]:
-        guesses, q = real(last, live)
+    def guess(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        guesses, q = real(*inputs)
         seen.append(guesses[0].tolist())
         return guesses, q
 
-    generation._guess = guess  # type: ignore[method-assign]
+    generation.drafter.guess = guess  # type: ignore[method-assign]
     for _ in range(3):
         known = list(generation.rows[0])
         next(generation)
@@ -194,7 +195,7 @@ def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.
     model = small_model().eval()
     prompts = [torch.randint(0, 61, (n,)) for n in (20, 3, 11)]
     want = dsmini.generate(model, prompts, 8, speculative=True)
-    monkeypatch.setattr("dsmini.inference.generation.PREFILL", 4)
+    monkeypatch.setattr("dsmini.inference.prefill.PREFILL", 4)
     assert torch.equal(dsmini.generate(model, prompts, 8, speculative=True).tokens, want.tokens)
 
 

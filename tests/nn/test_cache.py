@@ -55,8 +55,8 @@ def test_a_ragged_rank_has_a_scale_for_its_last_piece(small_model: Model) -> Non
 def test_multi_token_prediction_is_counted_apart(small_model: Model) -> None:
     model = small_model()
     without, with_mtp = (model.new_cache(2, 9, torch.float32, mtp=mtp) for mtp in (False, True))
-    assert without.nbytes == with_mtp.nbytes and without.lane_nbytes == 0
-    assert with_mtp.lane_nbytes == 2 * 2 * 9 * 14 * 4
+    assert without.nbytes == with_mtp.nbytes and without.mtp_nbytes == 0
+    assert with_mtp.mtp_nbytes == 2 * 2 * 9 * 14 * 4
 
 
 @pytest.mark.parametrize(
