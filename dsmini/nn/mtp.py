@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.rope import Table
 from dsmini.nn.block import Block, recomputed
 from dsmini.nn.cache import MTPCache, Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.positions import Window
-from dsmini.nn.rope import Rope, Table
+from dsmini.nn.rope import Rope
 
 
 class MTP(nn.Module):

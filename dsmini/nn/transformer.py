@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
 from dsmini.functional.embedding import check_ids, embedding
 from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Block, recomputed
 from dsmini.nn.cache import Cache, CacheDtype, Form
+from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.linear import Linear
-from dsmini.nn.losses import IGNORE, Losses, linear_cross_entropy
-from dsmini.nn.moe import Experts
+from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
