@@ -17,8 +17,7 @@ from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.console import Help, parse, run
-from dsmini.inference.generation import Generation
-from dsmini.inference.sampling import Sampling
+from dsmini.inference import Generation, Sampling
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.text.answers import Page, figures, finish, follow, say_figures

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},
-    "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},
+    "dsmini.inference": {"dsmini.fields", "dsmini.inference", "dsmini.nn"},
 }
 
 

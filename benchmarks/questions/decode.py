@@ -101,7 +101,7 @@ def routed(
 def visited(model: Transformer, tokens: Tensor, cache: Cache, context: int) -> float:
     """Distinct experts that a step's tokens visit in a layer, on average over the layers."""
     cache.truncate(context)
-    seen = [float((decided.counts > 0).sum()) for decided in model.advance(tokens, cache).routing]
+    seen = [float((decided.counts > 0).sum()) for decided in model.run(tokens, cache).routing]
     return statistics.fmean(seen) if seen else 0.0
 
 

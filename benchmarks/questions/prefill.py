@@ -40,7 +40,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
 
     def step() -> None:
         cache.truncate(0)
-        model.head(model.advance(prompt, cache).normed[:, -1:])
+        model.head(model.hidden(prompt, cache)[:, -1:])
 
     step()
     counted = count(step, setting.roofs.cache_bytes)

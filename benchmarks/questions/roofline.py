@@ -45,7 +45,7 @@ def _prefill(setting: Setting) -> Callable[[], object]:
 
     def step() -> None:
         cache.truncate(0)
-        model.head(model.advance(prompt, cache).normed[:, -1:])
+        model.head(model.hidden(prompt, cache)[:, -1:])
 
     return step
 

@@ -20,8 +20,9 @@ from dsmini.accounting import (
 )
 from dsmini.accounting import flops as work
 from dsmini.checkpoint.slots import fp8_weights
+from dsmini.functional import causal_attention as attention
 from dsmini.measure.saved import saved_for_backward
-from dsmini.nn import attention, cache, fp8
+from dsmini.nn import fp8, positions
 from dsmini.numerics import WEIGHT_TILE
 from dsmini.training.optim import optimizers, remembered
 from tests.helpers.configs import released
@@ -223,7 +224,7 @@ def test_bytes_of_the_cache_are_those_of_its_storage(config: ModelConfig) -> Non
             made = model.new_cache(2, 3, DTYPES.get(name, "fp8"), mtp=mtp)
             counted = cache_bytes(config, max_seq_len=3, batch=2, dtype=name, mtp=mtp)
             assert counted.by_part["cache"] == made.nbytes
-            assert counted.by_part.get("mtp cache", 0) == made.lane_nbytes
+            assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
             assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)
 
 
@@ -267,4 +268,4 @@ def test_bytes_read_as_a_table() -> None:
 
 def test_the_thresholds_are_those_of_the_layers() -> None:
     assert work.EXPLICIT == {"float32": attention.EXPLICIT_UP_TO, "bfloat16": attention.EXPLICIT_UP_TO_BF16}
-    assert (work.QUERIES, work.ROWS) == (attention.BLOCK, cache.ALIGN)
+    assert (work.QUERIES, work.ROWS) == (attention.BLOCK, positions.ALIGN)

@@ -231,7 +231,7 @@ def test_bytes_and_flops_of_a_decoding_step_are_the_configs(batch: int) -> None:
     step()
     counted = count(step)
     cache.truncate(150)
-    experts = [(r.counts > 0).sum().item() for r in model.advance(token, cache).routing]
+    experts = [(r.counts > 0).sum().item() for r in model.run(token, cache).routing]
     moved = accounting.decode_bytes_per_token(
         config, context=151, batch=batch, experts=sum(experts) / len(experts), as_run=True
     )
