@@ -22,7 +22,7 @@ from dsmini.checkpoint.safetensors_file import Entry, write_file
 from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
-from dsmini.fields import require
+from dsmini.config.fields import require
 from dsmini.nn import Transformer
 from dsmini.nn.gate import Gate
 from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, encode_tiles, tile_scales

@@ -22,7 +22,7 @@ from dsmini.checkpoint.safetensors_file import DTYPES, Reader, Stored
 from dsmini.checkpoint.safetensors_folder import folder_tensors, is_inference_layout
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
-from dsmini.fields import parse_file, require
+from dsmini.config.fields import parse_file, require
 from dsmini.measure.machine import pick_device
 from dsmini.nn import Transformer
 from dsmini.nn.fp32 import FP32Module

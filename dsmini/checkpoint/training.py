@@ -27,7 +27,7 @@ from torch import Tensor
 from dsmini.checkpoint.manifest import remove_folders, verify, write_folder
 from dsmini.checkpoint.run_folder import run_config
 from dsmini.config import RunConfig
-from dsmini.fields import build, check_types
+from dsmini.config.fields import build, check_types
 from dsmini.nn import Transformer
 
 Tensors = dict[str, dict[str, Tensor]]
