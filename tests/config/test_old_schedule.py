@@ -121,9 +121,7 @@ def test_command_line_without_old_flags_is_unchanged(args: str) -> None:
 
 
 def test_train_command_takes_old_flags(tmp_path: Path) -> None:
-    assert refusal(main, ["--train.warmup", "2"]).startswith(
-        "the command line: train.warmup=2.0 is not between 0 and 1"
-    )
+    assert refusal(main, ["--train.warmup", "2"]).startswith("the command line: train.warmup=2.0 is not")
     (tmp_path / "taken").touch()
     args = ["--train.warmup", "0.2", "--train.decay=linear", "--out", str(tmp_path)]
     assert refusal(main, args).startswith(f"--out {tmp_path} holds other files")
