@@ -76,7 +76,7 @@ class TrainConfig:
     eval_tokens: int = 65536
     """Number of held-out tokens in a validation on the way; the one at the end reads the whole held-out split."""
     eval_context: int | None = None
-    """Shorter context in tokens at which the final validation is repeated; left out: it is not."""
+    """Shorter context in tokens at which the final validation is repeated; left out: no repetition."""
     save_every: int = 400
     """Number of steps between checkpoints; the last step is always saved."""
     keep: int = 2
