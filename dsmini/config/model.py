@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini import names
 from dsmini.config.fields import build, check_types, parse_file, read_toml, refuse_unknown, require, require_multiple
+from dsmini.config.huggingface import config_from_json
 
 SECTIONS = ["model", "data", "train", "out"]
 """Top-level keys of a TOML file."""
@@ -201,7 +201,7 @@ class ModelConfig:
         path = Path(path)
         if path.suffix == ".json":
             raw = parse_file(path, json.loads)
-            return build(cls, names.config_from_json(raw, str(path)), path.name, "")
+            return build(cls, config_from_json(raw, str(path)), path.name, "")
         sections = read_toml(path)
         refuse_unknown(sections, SECTIONS, path.name, "")
         return build(cls, sections.get("model", {}), path.name, "model.")

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from benchmarks.question import Figure, Question, Value
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.measure.rates import Roofs
 from dsmini.report import units
 from dsmini.report.comparison import Change

@@ -190,7 +190,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
         built = Path(scratch) / "library.so"
         path = folder / _name(key, built)
-        os.replace(built, path)
+        os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
     return path
 
 
