@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -10,15 +11,17 @@ from benchmarks.question import Case, Figure, Plot, Question, Setting
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.measure.counting import count
 from dsmini.measure.timing import (
-    LEAST,
+    distinct_experts,
     forget_peak,
     lines,
     name_of,
     random_tokens,
     speed_sentence,
+    step_cases,
     step_figures,
     times,
-)
+)  # fmt: skip
+from dsmini.nn import Routing
 from dsmini.training.optim import optimizers
 
 NAME = "train"
@@ -26,58 +29,44 @@ NAME = "train"
 
 def cases(setting: Setting) -> list[Case]:
     points = [(4, 256)] if setting.quick else [(4, 256), (16, 256), (4, 1024)]
-    seconds = 3.0 if setting.quick else 10.0
-    config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
-    return [
-        Case(
-            key=f"batch={batch} tokens={tokens}",
-            seconds=3 * seconds,
-            run=lambda b=batch, t=tokens: measure(config, setting, b, t, seconds),
-        )
-        for batch, tokens in points
-    ]
+    return step_cases("tokens", points, 9.0 if setting.quick else 30.0, partial(measure, setting))
 
 
-def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int) -> Callable[[], None]:
-    """A step of training a model with random weights on random tokens."""
+def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int) -> Callable[[], list[Routing]]:
+    """Return a step that trains a model with random weights on random tokens, and returns its routing."""
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = Transformer(config, compute_dtype=setting.dtype)
     moving = optimizers(model, TrainConfig(optimizer="adamw"))
     text = random_tokens(config, batch, tokens + 1, setting.device)
 
-    def step() -> None:
-        model.losses(text[:, :-1], text[:, 1:]).total.backward()
+    def step() -> list[Routing]:
+        losses = model.losses(text[:, :-1], text[:, 1:])
+        losses.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         for optimizer in moving:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return losses.routing
 
     return step
 
 
-def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
+def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
+    config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
     step = training_step(config, setting, batch, tokens)
     forget_peak()
     step()
-    step()
+    experts = distinct_experts(step())
     counted = count(step, setting.roofs.cache_bytes)
-    taken = times(step, setting.device, seconds)
-    dtype = name_of(setting.dtype)
-    run = accounting.step_flops(config, batch_size=batch, seq_len=tokens, dtype=dtype)
-    moved = accounting.training_bytes_per_token(config, seq_len=tokens, batch_size=batch, dtype=dtype)
-    yield from step_figures(
-        NAME,
-        {"batch": batch, "tokens": tokens},
-        counted,
-        taken,
-        batch * tokens,
-        setting,
-        bytes_predicted=moved.total,
-        bytes_note=LEAST,
-        flops_predicted=run.total / (batch * tokens),
-        flops_ideal=accounting.flops_per_token(config, tokens, causal=True, training=True).total,
+    taken = times(step, setting.device, 3.0 if setting.quick else 10.0)
+    least = accounting.training_bytes_per_token(
+        config, seq_len=tokens, batch_size=batch, dtype=name_of(setting.dtype), experts=experts
     )
+    flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens)
+    bounds = {"bytes_bound": least.total, "flops_bound": flops.total / (batch * tokens)}
+    case = {"batch": batch, "tokens": tokens}
+    yield from step_figures(NAME, case, counted, taken, batch * tokens, setting, **bounds)
 
 
 def finding(figures: list[Figure]) -> str:

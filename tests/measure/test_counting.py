@@ -179,7 +179,7 @@ def test_a_bandwidth_above_the_roof_is_an_error() -> None:
         check_bandwidth("x", 10.1e9, setting)
     counted = count(lambda: torch.rand(1 << 16) * 2, 1 << 10)
     moved = sum(op.cold for op in counted.operations)
-    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_ideal=50.0)}
+    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_bound=50.0)}
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
     assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
     with pytest.raises(ValueError, match="above the roof"):
