@@ -10,20 +10,9 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from dsmini import Transformer, accounting
+from dsmini.measure import timing
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    built,
-    distinct_experts,
-    filled,
-    forget_peak,
-    lines,
-    name_of,
-    over_bound,
-    random_tokens,
-    step_cases,
-    step_figures,
-    times,
-)  # fmt: skip
+from dsmini.measure.timing import step_cases, step_figures, times
 from dsmini.nn import Cache
 
 NAME = "decode"
@@ -37,17 +26,16 @@ def cases(setting: Setting) -> list[Case]:
     return step_cases("context", points, 3.0 if setting.quick else 12.0, partial(measure, setting))
 
 
-Step = Callable[[Tensor | None], None]
-
-
-def decoding_step(setting: Setting, batch: int, context: int) -> tuple[Transformer, Cache, Step]:
+def decoding_step(
+    setting: Setting, batch: int, context: int
+) -> tuple[Transformer, Cache, Callable[[Tensor | None], None]]:
     """Return a model, a cache of random rows, and a step that decodes the given tokens, or random ones."""
-    model = built(shapes.QUICK if setting.quick else shapes.BIG, setting)
-    cache = filled(model, batch, context, 64)  # rows are read in multiples of 64
+    model = timing.built(shapes.QUICK if setting.quick else shapes.BIG, setting)
+    cache = timing.filled(model, batch, context, 64)  # rows are read in multiples of 64
 
     def step(tokens: Tensor | None) -> None:
         cache.truncate(context)
-        model(random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens, cache)
+        model(timing.random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens, cache)
 
     return model, cache, step
 
@@ -55,8 +43,8 @@ def decoding_step(setting: Setting, batch: int, context: int) -> tuple[Transform
 @torch.no_grad()
 def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
     model, cache, step = decoding_step(setting, batch, context)
-    drawn = [random_tokens(model.config, batch, 1, setting.device) for _ in range(STEPS)]
-    forget_peak()
+    drawn = [timing.random_tokens(model.config, batch, 1, setting.device) for _ in range(STEPS)]
+    timing.forget_peak()
     step(None)
     counted = count(partial(step, drawn[0]), setting.roofs.cache_bytes)
     taken = times(partial(step, None), setting.device, 1.5 if setting.quick else 6.0)
@@ -64,8 +52,8 @@ def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
     for tokens in drawn:
         moved.append(count(partial(step, tokens)).bytes / batch)
         cache.truncate(context)
-        experts.append(distinct_experts(model.run(tokens, cache=cache).routing) or 0.0)
-    new = {"context": context + 1, "batch": batch, "dtype": name_of(setting.dtype)}
+        experts.append(timing.distinct_experts(model.run(tokens, cache=cache).routing) or 0.0)
+    new = {"context": context + 1, "batch": batch, "dtype": timing.name_of(setting.dtype)}
     least = accounting.decode_bytes_per_token(model.config, **new, experts=statistics.fmean(experts) or None)
     flops = accounting.decode_flops_per_token(model.config, context=context + 1)
     bounds = {"bytes_bound": least.total, "flops_bound": flops.total, "bytes_measured": statistics.fmean(moved)}
@@ -85,11 +73,11 @@ def finding(figures: list[Figure]) -> str:
     bandwidth = next((f for f in pick(figures, "bandwidth") if f.case == first.case), None)
     if bandwidth and bandwidth.ratio:
         text += f"; at context {first.case['context']:,} with {bandwidth.ratio:.0%} of what this memory can do"
-    return text + over_bound(figures, first.case) + "."
+    return text + timing.over_bound(figures, first.case) + "."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
+    return timing.lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
 
 
 QUESTION = Question(

@@ -8,19 +8,9 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting
 from dsmini import ModelConfig, accounting
+from dsmini.measure import timing
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    built,
-    distinct_experts,
-    forget_peak,
-    lines,
-    name_of,
-    random_tokens,
-    speed_sentence,
-    step_cases,
-    step_figures,
-    times,
-)  # fmt: skip
+from dsmini.measure.timing import step_cases, step_figures, times
 from dsmini.nn import Routing
 
 NAME = "prefill"
@@ -33,8 +23,8 @@ def cases(setting: Setting) -> list[Case]:
 
 def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig, Callable[[], list[Routing]]]:
     """Return a config, and a step that reads a prompt, makes the logits of its last token, and returns its routing."""
-    model = built(shapes.QUICK if setting.quick else shapes.BIG, setting)
-    prompt = random_tokens(model.config, batch, tokens, setting.device)
+    model = timing.built(shapes.QUICK if setting.quick else shapes.BIG, setting)
+    prompt = timing.random_tokens(model.config, batch, tokens, setting.device)
     cache = model.new_cache(batch, tokens)
 
     def step() -> list[Routing]:
@@ -49,12 +39,12 @@ def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig
 @torch.no_grad()
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config, step = reading_step(setting, batch, tokens)
-    forget_peak()
-    experts = distinct_experts(step())
+    timing.forget_peak()
+    experts = timing.distinct_experts(step())
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, 1.5 if setting.quick else 6.0)
     least = accounting.prefill_bytes_per_token(
-        config, seq_len=tokens, batch=batch, dtype=name_of(setting.dtype), experts=experts
+        config, seq_len=tokens, batch=batch, dtype=timing.name_of(setting.dtype), experts=experts
     )
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
     bounds = {"bytes_bound": least.total, "flops_bound": flops.total / (batch * tokens)}
@@ -63,11 +53,12 @@ def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
 
 
 def finding(figures: list[Figure]) -> str:
-    return speed_sentence(figures, "tokens", "a prompt of")
+    return timing.speed_sentence(figures, "tokens", "a prompt of")
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens of a prompt a second", unit="tokens/s")
+    title = "Tokens of a prompt a second"
+    return timing.lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
 QUESTION = Question(

@@ -9,18 +9,9 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
+from dsmini.measure import timing
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    distinct_experts,
-    forget_peak,
-    lines,
-    name_of,
-    random_tokens,
-    speed_sentence,
-    step_cases,
-    step_figures,
-    times,
-)  # fmt: skip
+from dsmini.measure.timing import step_cases, step_figures, times
 from dsmini.nn import Routing
 from dsmini.training.optim import optimizers
 
@@ -38,7 +29,7 @@ def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int
     with torch.device(setting.device):
         model = Transformer(config, compute_dtype=setting.dtype)
     moving = optimizers(model, TrainConfig(optimizer="adamw"))
-    text = random_tokens(config, batch, tokens + 1, setting.device)
+    text = timing.random_tokens(config, batch, tokens + 1, setting.device)
 
     def step() -> list[Routing]:
         losses = model.losses(text[:, :-1], text[:, 1:])
@@ -55,13 +46,13 @@ def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
     step = training_step(config, setting, batch, tokens)
-    forget_peak()
+    timing.forget_peak()
     step()
-    experts = distinct_experts(step())
+    experts = timing.distinct_experts(step())
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, 3.0 if setting.quick else 10.0)
     least = accounting.training_bytes_per_token(
-        config, seq_len=tokens, batch_size=batch, dtype=name_of(setting.dtype), experts=experts
+        config, seq_len=tokens, batch_size=batch, dtype=timing.name_of(setting.dtype), experts=experts
     )
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens)
     bounds = {"bytes_bound": least.total, "flops_bound": flops.total / (batch * tokens)}
@@ -70,11 +61,12 @@ def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
 
 
 def finding(figures: list[Figure]) -> str:
-    return speed_sentence(figures, "tokens", "sequences of")
+    return timing.speed_sentence(figures, "tokens", "sequences of")
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens trained a second", unit="tokens/s")
+    title = "Tokens trained a second"
+    return timing.lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
 QUESTION = Question(
