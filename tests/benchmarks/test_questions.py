@@ -43,14 +43,14 @@ SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "ac
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEP = {
     *("tokens_per_s", "bytes_per_token", "flops_per_token", "bandwidth", "flop_rate", "peak_memory"),
-    "seconds_by_kind",
+    *("seconds_by_kind", "useful_share"),
 }
 METRICS = {
     "kv-cache": {"bytes_per_token", "context_that_fits", "seconds_per_layer"},
     "moe": {"tokens_per_s", "distinct_experts", "expert_bytes_per_token", "max_violation"},
-    "decode": {*STEP, "bytes_per_token_as_routed"},
-    "prefill": {*STEP, "useful_share"},
-    "train": {*STEP, "useful_share"},
+    "decode": STEP,
+    "prefill": STEP,
+    "train": STEP,
     "roofline": {"flop_rate", "share_of_time", "roof"},
     "fp8": {
         *("bytes", "error", "decode_seconds", "decode_ratio", "logit_error", "kept_by_linears", "kept", "kept_ratio"),
@@ -68,9 +68,9 @@ METRICS = {
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
     "moe": {"tokens_per_s", "distinct_experts", "expert_bytes_per_token"},
-    "decode": STEP - {"peak_memory"},
-    "prefill": STEP - {"peak_memory"},
-    "train": STEP - {"peak_memory"},
+    "decode": STEP - {"peak_memory", "useful_share"},
+    "prefill": STEP - {"peak_memory", "useful_share"},
+    "train": STEP - {"peak_memory", "useful_share"},
     "roofline": {"flop_rate"},
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
