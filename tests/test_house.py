@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "dsmini.training.optim": {"dsmini.config"},
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
+    "dsmini.report": {"dsmini.report"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},

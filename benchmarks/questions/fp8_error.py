@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from benchmarks.trained import trainer
-from dsmini import ModelConfig, RunConfig, TrainConfig
+from dsmini import ModelConfig, RunConfig, TrainConfig, accounting
 from dsmini.measure.fp8_products import PRODUCTS, Gemm, capture, losses, product_error
 from dsmini.measure.timing import spread
 from dsmini.numerics import E4M3, E5M2
@@ -31,7 +31,7 @@ QUICK = ModelConfig(
     n_mtp_layers=0,
 )
 """Small, and its tiles exist: all that is summed over is a multiple of 128."""
-STEPS, QUICK_STEPS = 24, 20
+STEPS, QUICK_STEPS, BATCH = 24, 20, 4
 ROWS, QUICK_ROWS = 4, 2
 """Sequences of the step whose matrices are looked at."""
 EXPECTED = product_error(E4M3, E4M3)
@@ -40,14 +40,17 @@ EXPECTED = product_error(E4M3, E4M3)
 def cases(setting: Setting) -> list[Case]:
     steps = QUICK_STEPS if setting.quick else STEPS
     seconds = 3.0 if setting.quick else 70.0
-    return [Case(key=f"steps={steps}", seconds=seconds, run=lambda: measure(setting))]
+    config = QUICK if setting.quick else _fp8_config().model
+    flops = accounting.flops_per_token(config, config.max_seq_len, training=True).total
+    flops *= steps * BATCH * config.max_seq_len
+    return [Case(key=f"steps={steps}", seconds=seconds, flops=flops, run=lambda: measure(setting))]
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
     quick = setting.quick
     model_config = QUICK if quick else dataclasses.replace(_fp8_config().model, precision="native")
     steps = QUICK_STEPS if quick else STEPS
-    config = RunConfig(model=model_config, train=TrainConfig(steps=max(2, steps), batch_size=4))
+    config = RunConfig(model=model_config, train=TrainConfig(steps=max(2, steps), batch_size=BATCH))
     trained = trainer(config, setting, steps)
     trained.loader.close()
     trained.model.compute_dtype = torch.float32

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.question import Case, Figure, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.data.corpus import Corpus
 from dsmini.inference.generation import Stats
 from dsmini.measure.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
@@ -70,8 +70,19 @@ QUICK = Size(
 
 def cases(setting: Setting) -> list[Case]:
     of = QUICK if setting.quick else FULL
+    length = of.model.max_seq_len
+
+    def flops(depth: int) -> float:
+        config = dataclasses.replace(of.model, n_mtp_layers=depth)
+        return of.steps * of.batch_size * length * accounting.flops_per_token(config, length, training=True).total
+
     return [
-        Case(key=f"depth={depth} steps={of.steps}", seconds=of.seconds, run=lambda n=depth: measure(n, setting, of))
+        Case(
+            key=f"depth={depth} steps={of.steps}",
+            seconds=of.seconds,
+            flops=flops(depth),
+            run=lambda n=depth: measure(n, setting, of),
+        )
         for depth in of.depths
     ]
 

@@ -48,6 +48,8 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             key=f"train dtype={dtype_name(dtype)}",
             seconds=4 if quick else 15 if dtype == torch.float32 else 60,
+            flops=0 if why_unusable(dtype, setting.roofs.peak) else train_flops(quick),
+            dtype=dtype,
             run=lambda dtype=dtype: train(dataclasses.replace(setting, dtype=dtype)),
         )
         for dtype in (torch.float32, torch.bfloat16)
@@ -56,12 +58,26 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             key=f"decode context={context}",
             seconds=ESTIMATES.get(context, context / 150),
+            flops=read_flops(setting, context),
             run=lambda context=context: decode(context, setting, make),
         )
         for context in _contexts(setting)
     ]
-    last = Case(key=f"prefill tokens={PROMPT}", seconds=3 if quick else 10, run=read)
+    flops = (_rounds(setting) + 1) * read_flops(setting, PROMPT)
+    last = Case(key=f"prefill tokens={PROMPT}", seconds=3 if quick else 10, flops=flops, run=read)
     return [*trained, *decoded, last]
+
+
+def read_flops(setting: Setting, tokens: int) -> float:
+    """Return the FLOPs with which ours and theirs read a prompt of that length."""
+    return 2 * tokens * accounting.flops_per_token(_decoded(setting), tokens).total
+
+
+def train_flops(quick: bool) -> float:
+    """Return the FLOPs with which ours and theirs train."""
+    config, batch, rounds = shapes.TRAINED, QUICK_BATCH if quick else BATCH, QUICK_ROUNDS if quick else ROUNDS
+    tokens = 2 * (rounds + 1) * batch * config.max_seq_len
+    return tokens * accounting.flops_per_token(config, config.max_seq_len, training=True).total
 
 
 def sides(setting: Setting) -> dict[str, Side]:

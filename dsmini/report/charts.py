@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.question import Figure, Plot, Series, Value, pick
+from dsmini.report.figures import Figure, Plot, Series, Value, pick
 
 
 def lines(
