@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import shapes, trained
 from benchmarks.peer_models import nanogpt
@@ -33,6 +34,7 @@ from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
 from dsmini.measure.dtypes import why_unusable
 from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
+from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY
@@ -270,5 +272,8 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     for question, some in ((peers.QUESTION, [told]), (fp8.QUESTION, figures), (fp8.QUESTION, left)):
         assert question.finding(some).endswith(".")
         question.plots(some)
+    console = Console(record=True, width=120)
+    show_question(console, "Others?", "Nothing was measured yet.", [told])
+    assert f"\n{told.note}\n" in console.export_text()
     assert why_unusable(torch.float32, slow.peak) is why_unusable(torch.bfloat16, fast.roofs.peak) is None
     assert why_unusable(torch.bfloat16, {}) is None
