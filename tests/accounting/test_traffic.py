@@ -167,6 +167,18 @@ def test_decoding_v3_by_hand() -> None:
     assert 0 < small < 0.0015 * counted.total
 
 
+def test_attention_of_v3_by_hand() -> None:
+    """Absorbed, 128 heads read 576 numbers as key and sum 512; expanded, keys are 192 wide and values 128."""
+    how: dict[str, Any] = {"context": 4096, "batch": 3}
+    absorbed, expanded = (decode_bytes_per_token(V3, form=form, **how).by_part for form in ("auto", "expanded"))
+    mha = decode_bytes_per_token(dataclasses.replace(V3, attention="mha"), **how).by_part
+    assert absorbed["attention operands"] == pytest.approx(2 * 61 * 128 * (576 + 512))
+    assert expanded["attention operands"] == pytest.approx(2 * 61 * 128 * (192 + 128))
+    assert mha["attention operands"] == pytest.approx(2 * 61 * 128 * (128 + 128))
+    assert expanded["expanded keys and values"] == pytest.approx(2 * 2 * 61 * 4096 * 128 * (128 + 128))
+    assert "expanded keys and values" not in {*absorbed, *mha}
+
+
 def test_every_cached_row_is_read_once() -> None:
     config = dataclasses.replace(V3, max_seq_len=100, original_seq_len=None)
     for context in (1, 64, 65, 100):
