@@ -221,7 +221,7 @@ def _logit_error(case: Mapping[str, Value], logits: list[Tensor]) -> Figure:
     return figure(case=case, metric="logit_error", unit="", measured=error, better="lower", note=note)
 
 
-def _bytes(metric: str, case: Mapping[str, Value], measured: float, predicted: int, note: str) -> Figure:
+def _bytes(metric: str, case: Mapping[str, Value], measured: float, predicted: float, note: str) -> Figure:
     held = {"measured": float(measured), "predicted": predicted, "exact": True}
     return figure(case=case, metric=metric, unit="bytes", better="lower", note=note, **held)
 
