@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import answers, clock
 from benchmarks.question import Case, Question, Setting
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.measure.rates import steadiness
 from dsmini.report import Section, comparison
 from dsmini.report.provenance import Run

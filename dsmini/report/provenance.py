@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 """The checkout; of an installed package, the folder that it is in."""
 MEASURED = ("dsmini", "kernels", "benchmarks", "configs")
 INSTALLED = ("dsmini", "dsmini_kernels")
-SHOWN = ("benchmarks/__main__.py", "benchmarks/runner.py", "benchmarks/session.py", "dsmini/report/")
+SHOWN = (*(f"benchmarks/{name}.py" for name in ("__main__", "runner", "session", "answers", "clock")), "dsmini/report/")
 """Sources that show figures and change none."""
 PACKAGES = ("transformers", "llama_cpp_python", "triton")
 
