@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
-    "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
+    "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
+    "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},
     "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},
 }
 

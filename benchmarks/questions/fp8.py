@@ -18,6 +18,7 @@ from dsmini.data.corpus import load_corpus
 from dsmini.measure.kept import kept_for_backward
 from dsmini.measure.timing import built, interleaved, random_tokens, spread
 from dsmini.nn.cache import Cache
+from dsmini.nn.fp8 import hold_fp8
 from dsmini.numerics import E4M3, WEIGHT_TILE, dequantize_tiles, quantize
 from dsmini.training.trainer import Trainer
 
@@ -57,7 +58,7 @@ def with_fp8_weights(model: Transformer) -> tuple[Transformer, float]:
         for w, codes, scales in zip(_as_matrices(weight), _as_matrices(q.codes), _as_matrices(q.scales), strict=True):
             off += (dequantize_tiles(codes, scales, WEIGHT_TILE) - w.float()).square().sum().item()
             size += w.float().square().sum().item()
-        module.hold_fp8(name, q.codes, q.scales)
+        hold_fp8(module, name, q.codes, q.scales)
     return held, (off / size) ** 0.5
 
 

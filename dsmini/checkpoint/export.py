@@ -24,6 +24,7 @@ from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
 from dsmini.fields import require
 from dsmini.nn import Transformer
+from dsmini.nn.fp8 import scale_names
 from dsmini.nn.gate import Gate
 from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, encode_tiles, tile_scales
 
@@ -145,11 +146,11 @@ class _Save:
 
     def units(self) -> Iterator[Sequence[Entry]]:
         """The entries of the folder in the order of the model, those that belong together together."""
-        scale_names = {f"{p[: -len(a)]}{m.scale_names[a]}" for p, (m, a) in self.weights.items()}
+        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
         for slot in slots(self.state):
             if slot.name in self.weights:
                 yield self._matrix(slot)
-            elif slot.name not in scale_names:
+            elif slot.name not in scales:
                 yield [self._plain(slot)]
         for theirs, ours in names.mtp_copies(self.n_layers, range(self.model.config.n_mtp_layers)).items():
             if not self.loaded or theirs in self.stored:

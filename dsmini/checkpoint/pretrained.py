@@ -25,6 +25,7 @@ from dsmini.config import ModelConfig
 from dsmini.fields import parse_file, require
 from dsmini.measure.machine import pick_device
 from dsmini.nn import Transformer
+from dsmini.nn.fp8 import hold_fp8
 from dsmini.nn.fp32 import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
 
@@ -262,7 +263,7 @@ def _allocate(model: Transformer, plan: _Plan, dtype: torch.dtype | None, keep: 
             blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape
             codes = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=device)
             scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
-            holder.hold_fp8(attribute, codes, scales)
+            hold_fp8(holder, attribute, codes, scales)
             continue
         held = torch.empty(tensor.shape, dtype=_held(module, kinds[name], dtype), device=device)
         is_parameter = attribute in dict(module.named_parameters(recurse=False))

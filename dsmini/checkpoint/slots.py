@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dsmini import names
-from dsmini.nn import Transformer
-from dsmini.nn.fp8 import FP8Module
+from dsmini.nn import Experts, Linear, Transformer
+from dsmini.nn.fp8 import scale_names
 from dsmini.numerics import WEIGHT_TILE
 
 
@@ -30,20 +30,20 @@ def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
             yield Slot(name, None, tuple(tensor.shape))
 
 
-def fp8_weights(model: Transformer) -> dict[str, tuple[FP8Module, str]]:
+def fp8_weights(model: Transformer) -> dict[str, tuple[Linear | Experts, str]]:
     """The parameters that DeepSeek has in FP8, by name, each with its module and its name there.
 
     All of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
     """
-    out: dict[str, tuple[FP8Module, str]] = {}
+    out: dict[str, tuple[Linear | Experts, str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, FP8Module) and path != "head" and not path.endswith("eh_proj"):
-            out |= {f"{path}.{name}": (module, name) for name in module.scale_names}
+        if isinstance(module, Linear | Experts) and path != "head" and not path.endswith("eh_proj"):
+            out |= {f"{path}.{name}": (module, name) for name in scale_names(module)}
     return out
 
 
-def scale_slot(slot: Slot, module: FP8Module, attribute: str) -> Slot:
+def scale_slot(slot: Slot, module: Linear | Experts, attribute: str) -> Slot:
     """The scales that belong to a weight."""
     stem = slot.name.removesuffix(attribute)
     shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
-    return Slot(stem + module.scale_names[attribute], slot.expert, shape)
+    return Slot(stem + scale_names(module)[attribute], slot.expert, shape)

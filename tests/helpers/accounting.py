@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, quantize
 from dsmini.checkpoint.slots import fp8_weights
-from dsmini.nn import attention, causal_attention, mla
+from dsmini.functional.causal_attention import causal_attention_eager
+from dsmini.nn import attention, fp8, mla
 from dsmini.numerics import WEIGHT_TILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,14 +61,14 @@ def hold_fp8(model: Transformer) -> Transformer:
     """Return the model with all that may be FP8 held so."""
     for module, name in fp8_weights(model.eval()).values():
         q = quantize(getattr(module, name).detach().float(), WEIGHT_TILE, scale="fp32")
-        module.hold_fp8(name, q.codes, q.scales)
+        fp8.hold_fp8(module, name, q.codes, q.scales)
     return model
 
 
 @contextmanager
 def explicit_attention() -> Iterator[None]:
     """Let attention make its logits, all queries at once where there are at most 128."""
-    with _attention_by(partial(causal_attention, method="explicit")):
+    with _attention_by(partial(causal_attention_eager, method="explicit")):
         yield
 
 
@@ -76,7 +77,7 @@ def fused_attention() -> Iterator[None]:
     """Let attention be torch's flash attention, of values that lie by themselves and not in wkv_b's result."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
-        return causal_attention(q, k, v.contiguous(), scale, "sdpa", documents)
+        return causal_attention_eager(q, k, v.contiguous(), scale, documents, method="sdpa")
 
     with _attention_by(fused):
         yield
