@@ -59,9 +59,8 @@ def decode_bytes_per_token(
 ) -> Traffic:
     """Return the bytes a token must move when each of `batch` sequences of `context` tokens decodes one more.
 
-    The context includes the new token. Weights are read once a step and shared by the batch; of the routed experts
-    those that some sequence chose. Every sequence reads its own cache: context rows a layer. Multi-token prediction
-    does not run.
+    The context includes the new token. The batch shares the weights, of the routed experts those that some sequence
+    chose. Every sequence reads its own cache: context rows a layer. Multi-token prediction does not run.
     The absorbed form reads wkv_b as the two halves it prepared once, in the compute dtype also where the weights are
     FP8. The expanded form reads wkv_b, writes the keys and values of the whole context and reads them again.
 
@@ -69,8 +68,7 @@ def decode_bytes_per_token(
         dtype: of the weights; the compute dtype is the same, or BF16 for "fp8".
         cache_dtype: left out: the compute dtype.
         form: how MLA attends.
-        experts: distinct routed experts that a layer's step reads, measured; left out: expected_experts(config, batch),
-            with which the bound is that of a mean step.
+        experts: distinct routed experts that a layer's step reads; left out: expected_experts, those of a mean step.
 
     Raises: ValueError for a context outside 1 to max_seq_len, a batch below 1, more or fewer experts than can be, and
         form="absorbed" of what has none.
