@@ -89,6 +89,11 @@ def test_module_imports_only_what_it_may(name: str) -> None:
     assert not inside & (COMMANDS - {name})
 
 
+def test_package_imports_nothing_that_is_not_installed() -> None:
+    users = {n for n, path in DSMINI.items() if any(is_in(m, {"benchmarks", "tests"}) for m in imports(n, path))}
+    assert users == set()
+
+
 @pytest.mark.parametrize("folder", ["dsmini", "tests", "benchmarks", "kernels"])
 def test_command_generate_is_imported_by_nobody(folder: str) -> None:
     """Importing it would rebind dsmini.generate, which is a function."""
