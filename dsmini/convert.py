@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,11 +15,12 @@ from rich.console import Console
 from dsmini import accounting
 from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
 from dsmini.checkpoint.pretrained import load_pretrained, origin_of
-from dsmini.checkpoint.progress import rate
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training import load_run
 from dsmini.config import RunConfig
-from dsmini.console import Help, parse, run
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import rate, say
 from dsmini.nn import Transformer
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
@@ -62,20 +64,16 @@ HELP = Help(
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     command = parse(ConvertCommand, "convert", args, help=HELP)
-    console = Console(stderr=command.json)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
     files: dict[str, str] = {}
     ids: dict[str, Any] = {}
     start = time.monotonic()
     if (command.src / "config.toml").is_file():
-        model, config = load_run(command.src, average=command.average, say=say)
+        model, config = load_run(command.src, average=command.average, say=tell)
         nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
         files, ids = _tokenizer_files(command.src, config)
     else:
@@ -85,7 +83,7 @@ def main(args: Sequence[str]) -> int:
         origin = origin_of(model)
         assert origin is not None
         nbytes, seconds = origin.nbytes, origin.seconds
-    say(rate("read", nbytes, seconds))
+    tell(rate("read", nbytes, seconds))
     saved = save_pretrained(
         model,
         command.dst,
@@ -94,10 +92,10 @@ def main(args: Sequence[str]) -> int:
         shard_size=command.shard_size,
         files=files,
         config=ids,
-        say=say,
+        say=tell,
     )
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
-    say(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
+    tell(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
     if command.json:
         figures = {
             "src": str(command.src),

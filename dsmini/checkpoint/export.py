@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from dsmini import names
 from dsmini.checkpoint.manifest import sync
 from dsmini.checkpoint.pretrained import Origin, check_dtype, origin_of
-from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_file import Entry, write_file
 from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
 from dsmini.fields import require
 from dsmini.nn import Transformer
 from dsmini.nn.gate import Gate
@@ -90,7 +92,7 @@ def save_pretrained(
     except OSError as error:
         raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
     try:
-        with BytesProgress(f"writing {path.name}", total) as progress, torch.no_grad():
+        with Progress(Console(stderr=True), total, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
             for name, entries in shards.items():
                 write_file(partial_folder / name, entries, progress.add)
                 sync(partial_folder / name)

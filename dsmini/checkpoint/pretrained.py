@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from dsmini import names
-from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_file import DTYPES, Reader, Stored
 from dsmini.checkpoint.safetensors_folder import folder_tensors, is_inference_layout
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.config import ModelConfig
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
 from dsmini.fields import parse_file, require
 from dsmini.measure.machine import pick_device
 from dsmini.nn import Transformer
@@ -100,13 +102,13 @@ def load_pretrained(
     if fp8 == "keep":
         plan.refuse_mixed_stacks()
     _allocate(model, plan, dtype, fp8 == "keep", place)
-    with BytesProgress(f"reading {folder.name}", plan.nbytes) as progress:
+    with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, progress.add)
     origin = Origin(
         folder=folder.absolute(),
         raw=raw if "model_type" in raw else {},
         dtypes=plan.dtypes(config.n_layers),
-        nbytes=progress.done,
+        nbytes=int(progress.done),
         seconds=progress.seconds,
     )
     setattr(model, ORIGIN, origin)
