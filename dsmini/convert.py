@@ -43,11 +43,11 @@ class ConvertCommand:
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """What is not FP8 is written as this, gates always as float32; stored: as it is in SRC, FP8 included."""
+    """Type of all that is not FP8, but gates stay float32; stored: as it is in SRC, FP8 included."""
     shard_size: str = "5GB"
     """Largest size of a file, such as 5GB or 500MB."""
     average: bool = False
-    """Of a run, take the parameters' average over the steps; it must have kept one, with --train.ema-decay."""
+    """Take the parameters' average over the steps of a run; it must have kept one, with --train.ema-decay."""
     json: bool = False
     """Print the figures as a line of JSON, and all else to the standard error."""
 
@@ -116,7 +116,7 @@ def _count(model: Transformer) -> int:
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
-    """A run's tokenizer as transformers reads it, and the special ids of config.json."""
+    """Return a run's tokenizer as transformers reads it, and the special ids of config.json."""
     tokenizer = run_tokenizer(src, config)
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -29,7 +29,7 @@ class GenerateCommand:
     prompt_file: tuple[Path, ...] = ()
     """Files that hold a text each. A last newline, here and on standard input, is no part of it."""
     max_new_tokens: int = 400
-    """How many tokens to add to each text, at most."""
+    """Largest number of tokens to add to each text."""
     temperature: float = 0.8
     """0 takes the likeliest token; higher is more adventurous."""
     top_k: int | None = None
@@ -43,8 +43,8 @@ class GenerateCommand:
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are no part of it."""
     eos: Literal["auto", "stop", "ignore"] = "auto"
-    """Whether an answer ends with the model's end token. auto: with that of a folder; not in a training run, whose
-    end token only begins the next document."""
+    """stop: an answer ends with the model's end token. auto: only with that of a folder; in a training run the end
+    token only begins the next document."""
     seed: int = 0
     """Seed of the draws."""
     speculative: bool = False
@@ -53,14 +53,14 @@ class GenerateCommand:
     """Answer by the folder's chat template. Without a prompt: a conversation, a line of standard input a turn, which an
     empty line or Ctrl-D ends."""
     system: str | None = None
-    """What --chat is told before the conversation."""
+    """The system's turn before a conversation of --chat."""
     context: int | None = None
     """Tokens of a text that the cache has room for; more are an error. Left out: the model's context, and where a text
     outgrows it, its older half is forgotten."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
-    """Of the cache; auto: the model's."""
+    """Type of the cache; auto: the model's."""
     fp8: Literal["keep", "dequantize"] = "dequantize"
-    """What becomes of a folder's FP8 weights."""
+    """Keep the FP8 weights of a folder, or dequantize them."""
     tokenizer: str | None = None
     """A tokenizer.json for a folder that has none, or bytes."""
     device: str = "auto"

@@ -39,7 +39,7 @@ class TokenizeCommand:
     vocab_size: int = 4096
     """Number of token ids, special tokens and the 256 bytes included."""
     out: Path = Path("tokenizer.json")
-    """Where to write it; must not exist."""
+    """The file to write; must not exist."""
     val_fraction: float = 0.1
     """Share of the corpus that training holds out, as in --data.val-fraction."""
     json: bool = False

@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """How far a piece of work is, what is known about it, and how long it will take.
+    """A display of how far a piece of work is, what is known about it, and how long it will take.
 
     Args:
         total: amount of work, in any unit.

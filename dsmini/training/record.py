@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
-    """What is recorded of an optimizer step. None stands for a figure that is not finite or was not measured, and in a
+    """The record of an optimizer step. None stands for a figure that is not finite or was not measured, and in a
     dense model for what only experts have."""
 
     step: int

@@ -23,7 +23,8 @@ from dsmini.checkpoint.slots import fp8_weights
 from dsmini.measure.kept import kept_for_backward
 from dsmini.nn import attention, cache
 from dsmini.numerics import WEIGHT_TILE
-from dsmini.training.optim import optimizers, remembered
+from dsmini.training.optim import optimizers
+from dsmini.training.optimizer_state import optimizer_state
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs
 
@@ -100,7 +101,7 @@ def test_bytes_of_the_optimizer_are_those_it_remembers(
     used = optimizers(model, TrainConfig(optimizer=optimizer, moments=moments))
     for one in used:
         one.step()
-    state = remembered(used, model.named_parameters())
+    state = optimizer_state(used, model.named_parameters())
     assert optimizer_bytes(config, optimizer, moments).total == sum(t.nbytes for t in state.values())
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradient_bytes(config).total == sum(g.nbytes for g in grads)

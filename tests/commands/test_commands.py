@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_named(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def help_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
-    """What each command says to each way of asking, in a terminal of 80 columns."""
+    """Return the help of each command for each way of asking, in a terminal of 80 columns."""
     asked = [(f"dsmini.{c}", flag) for c in ("train", "generate") for flag in ("--help", "-h", "--help-all")]
     asked.append(("dsmini.train", "mine.toml -h --train.lr 1"))
     folder = tmp_path_factory.mktemp("help")

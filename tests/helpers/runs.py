@@ -49,7 +49,7 @@ TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 
 
 class Killed(BaseException):
-    """What no handler expects, so that nothing is put right on the way out."""
+    """An exception that no handler expects, so that nothing is put right on the way out."""
 
 
 def new_run(folder: Path, nan_at: tuple[int, ...] = (), **changes: Any) -> TrainingRun:
@@ -109,7 +109,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
 
 
 def unequal(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """What is not the same, bit for bit."""
+    """Return the keys of what is not the same, bit for bit."""
     both = {key for key in a.keys() & b.keys() if _same(a[key], b[key])}
     return (a.keys() | b.keys()) - both
 

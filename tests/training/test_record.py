@@ -1,8 +1,8 @@
 """The record of a step: metrics.jsonl written and read back, also where lines of it are not whole."""
 
-import dataclasses
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from rich.console import Console
 
 from dsmini.checkpoint.training import last_checkpoint
 from dsmini.training.record import StepRecord, read_records
+from dsmini.training.trainer import Step
 from tests.helpers.runs import RICH, new_run
 
 KEYS = (
     *("step", "loss", "val_loss", "lr", "tokens_per_s", "max_vio", "skipped", "mtp_loss", "balance_loss", "grad_norm"),
     *("data_wait", "memory", "tokens", "seconds", "layer_max_vio", "loads"),
 )
-"""Of metrics.jsonl, in the order in which they are written."""
+"""Keys of metrics.jsonl, in the order in which they are written."""
 
 
 def test_metrics_have_their_keys_in_order_and_read_back_equal(
@@ -33,11 +34,8 @@ def test_metrics_have_their_keys_in_order_and_read_back_equal(
 
 
 def test_record_without_finite_figures_holds_none() -> None:
-    training_step = dataclasses.make_dataclass("Step", [])  # any object with the names of a Step
-    step: Any = training_step()
-    for name in ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "data_wait"):
-        setattr(step, name, float("nan") if name != "grad_norm" else float("inf"))
-    step.step, step.tokens, step.seconds, step.counts, step.max_vio, step.skipped = 3, 8, 0.5, None, None, True
+    losses = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "lr", "data_wait"), math.nan)
+    step = Step(**losses, step=3, grad_norm=math.inf, tokens=8, seconds=0.5, counts=None, skipped=True)
     record = StepRecord.of(step, memory=7, scores={"val_loss_ema": None})
     figures = ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "data_wait", "max_vio", "layer_max_vio", "loads")
     assert all(getattr(record, name) is None for name in figures)

@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What a run with these options is when nothing stops it; trained once."""
+    """Return all of a run with these options that nothing stops; trained once."""
     known: dict[str, dict[str, Any]] = {}
 
     def run(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What TensorBoard is given to show, read back with TensorBoard's own reader; and that nothing else needs it."""
+"""TensorBoard files, read back with TensorBoard's own reader; nothing else needs the library."""
 
 import json
 from importlib.util import find_spec
