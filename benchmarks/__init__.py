@@ -1,1 +1,1 @@
-"""Measurements; run from a checkout: python -m benchmarks, or alone python -m benchmarks.quantize and the like."""
+"""Questions about speed, size and error, measured here; run from a checkout: python -m benchmarks."""

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.config import DataConfig
 from dsmini.console.command import run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
-from dsmini.data.documents import find, measure, split
+from dsmini.data.documents import find, measure
+from dsmini.data.split import split
 from dsmini.data.texts import read_first, read_texts
 from dsmini.text.bpe import SMALLEST, SPECIAL_TOKENS, train_bpe
 from dsmini.text.tokenizer import BPETokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder

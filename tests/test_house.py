@@ -12,10 +12,18 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
 # module or package: what of dsmini it may import, packages meaning all inside them
 MAY_IMPORT = {
-    "dsmini.names": set(),
+    "dsmini.atomic": set(),
     "dsmini.fields": set(),
-    "dsmini.config": {"dsmini.names", "dsmini.fields"},
+    "dsmini.hf_config": set(),
+    "dsmini.config": {"dsmini.hf_config", "dsmini.fields"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
+    "dsmini.checkpoint": {
+        *("dsmini.atomic", "dsmini.config", "dsmini.fields", "dsmini.hf_config", "dsmini.checkpoint"),
+        *("dsmini.nn", "dsmini.numerics", "dsmini.measure.machine", "dsmini.text", "dsmini.console"),
+    },
+    "dsmini.checkpoint.tensor_names": set(),
+    "dsmini.checkpoint.safetensors_file": set(),
+    "dsmini.checkpoint.manifest": {"dsmini.atomic"},
     "dsmini.inference.sampling": {"dsmini.fields"},
     "dsmini.console": {"dsmini.console"},
     "dsmini.inference": {"dsmini.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"},
@@ -27,11 +35,12 @@ MAY_IMPORT = {
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
     "dsmini.text.chat": {"dsmini.text.tokenizer"},
     "dsmini.text.text_side": {"dsmini.fields", "dsmini.text"},
-    "dsmini.data": {"dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
+    "dsmini.data": {"dsmini.atomic", "dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
     "dsmini.data.documents": set(),
+    "dsmini.data.split": {"dsmini.data.documents"},
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
-    "dsmini.tokenize": {"dsmini.checkpoint.manifest", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
+    "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.training.optim": {"dsmini.config", "dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.adamw": set(),
@@ -39,8 +48,10 @@ MAY_IMPORT = {
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
+    "dsmini.report": {"dsmini.report"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
-    "dsmini.nn": {"dsmini.config", "dsmini.numerics", "dsmini.nn"},
+    "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
+    "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},
     "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},
 }
 

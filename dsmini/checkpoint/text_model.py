@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.messages import say
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from dsmini.data.cache import lines
 from dsmini.data.documents import Piece, Progress, Reader, silent
+from dsmini.data.tokenising import lines
 
 SIZE = 1 << 16
 """Bytes of a text: the tokenizers library holds 256 of them."""

@@ -1,5 +1,6 @@
 """The machine at hand: which device and dtype to use, how fast it multiplies, how much memory was used."""
 
+import functools
 import resource
 import sys
 import time
@@ -44,6 +45,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     except RuntimeError:  # a device without BF16
         return torch.float32
     return torch.bfloat16 if best[torch.bfloat16] > 1.2 * best[torch.float32] else torch.float32
+
+
+@functools.cache
+def slow_bf16(device: torch.device) -> bool:
+    """Return whether this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process."""
+    fp32, bf16 = (matmul_rate(device, dtype, size=128, repeats=2) for dtype in (torch.float32, torch.bfloat16))
+    return fp32 >= 5 * bf16
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from dsmini.checkpoint.training import RunState
+from dsmini.checkpoint.training_state import RunState
 from dsmini.training.record import StepRecord
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmini.checkpoint.run_folder import run_config, tokenizer_file
-from dsmini.checkpoint.training import Checkpoint, model_checkpoint
+from dsmini.checkpoint.trained_model import model_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.config import RunConfig
 from dsmini.training.changes import check_init, check_resume
 

@@ -1,13 +1,13 @@
 """The plots of a run: losses, gradient norm and learning rate, and the loads of the experts."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsmini.atomic import new_file
 from dsmini.training.record import StepRecord
 
 if TYPE_CHECKING:
@@ -83,13 +83,8 @@ def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Seq
 
 def _save(figure: "Figure", path: Path) -> None:
     """Save a whole picture or leave the one before, so that nobody sees half of one while the run goes on."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(temporary, dpi=120, format="png")
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _column(values: Sequence[float | None]) -> list[float]:

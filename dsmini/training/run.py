@@ -7,8 +7,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import write_json, write_text
-from dsmini.checkpoint.training import Checkpoint, checkpoint_folders, checkpoint_step
+from dsmini.atomic import write_json, write_text
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.measure.machine import peak_memory

@@ -1,7 +1,7 @@
 """The saved states of a run: what goes into its checkpoints, and how it goes on from one."""
 
-from dsmini.checkpoint.manifest import sync
-from dsmini.checkpoint.training import Checkpoint, RunState, check_tensors, save_checkpoint
+from dsmini.atomic import sync
+from dsmini.checkpoint.training_state import Checkpoint, RunState, check_tensors, save_checkpoint
 from dsmini.config import RunConfig
 from dsmini.measure.machine import random_state, set_random_state
 from dsmini.training.history import History

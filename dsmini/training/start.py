@@ -1,7 +1,6 @@
 """The start of a run: its config is resolved, its text read, its folder made and held, its model built or restored."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 
 from dsmini import accounting
-from dsmini.checkpoint.manifest import write_json, write_text
+from dsmini.atomic import write_bytes, write_json, write_text
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -20,7 +19,8 @@ from dsmini.checkpoint.run_folder import (
     sole_trainer,
     tokenizer_file,
 )
-from dsmini.checkpoint.training import Checkpoint, last_checkpoint, model_tensors
+from dsmini.checkpoint.trained_model import model_tensors
+from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
@@ -74,7 +74,7 @@ def _begin(training: TrainingRun, weights: Checkpoint | None) -> list[str]:
     write_text(folder / "config.toml", config.to_toml())
     write_json(folder / "corpus.json", training.trainer.corpus.describe())
     if config.data.tokenizer is not None:
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+        write_bytes(folder / "tokenizer.json", config.data.tokenizer.read_bytes())
     if weights is None:
         return []
     write_json(folder / "init.json", {"checkpoint": str(weights.folder.resolve()), "step": weights.state.step})

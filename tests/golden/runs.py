@@ -73,7 +73,7 @@ def run_commands(commands: list[tuple[str, str]], folder: Path) -> list[str]:
     Plain code instead of kernels, which give the same bits: no compiler is needed, and nothing is compiled in a test.
     Raises: RuntimeError with the words of a command that fails.
     """
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DSMINI_BACKEND": "reference", "OMP_NUM_THREADS": str(THREADS)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DSMINI_BACKEND": "eager", "OMP_NUM_THREADS": str(THREADS)}
     args = [sys.executable, "-c", ALL_IN_ONE]
     done = subprocess.run(args, cwd=folder, env=env, input=json.dumps(commands), capture_output=True, text=True)
     if done.returncode:

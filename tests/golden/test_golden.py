@@ -28,7 +28,7 @@ needs_known_machine = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DSMINI_BACKEND", "reference")
+    monkeypatch.setenv("DSMINI_BACKEND", "eager")
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     yield

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.training import Checkpoint, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import random_state
 from dsmini.training.record import read_records

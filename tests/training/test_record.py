@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsmini.checkpoint.training import last_checkpoint
+from dsmini.checkpoint.training_state import last_checkpoint
 from dsmini.training.record import StepRecord, read_records
 from dsmini.training.trainer import Step
 from tests.helpers.runs import RICH, new_run

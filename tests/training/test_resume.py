@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.checkpoint import training as checkpoints
+from dsmini.checkpoint import training_state as checkpoints
 from dsmini.training.run import TrainingRun
 from tests.helpers.runs import RICH, asked_after, calls, kill, new_run, resumed, stopped, unequal, whole
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_the_one_never_stopped(
 
 
 # The operations of a save on the disk, and how many of each the third save (step 6) makes: that is asserted below.
-SAVING = {(os, "fsync"): 11, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "save_file"): 4}
+SAVING = {(os, "fsync"): 11, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "write_safetensors"): 4}
 MOMENTS = [
     pytest.param(*place, number, after, id=f"{'after' if after else 'before'} {place[1]} {number}")
     for place, times in SAVING.items()

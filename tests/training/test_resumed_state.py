@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.checkpoint.training import Checkpoint
+from dsmini.checkpoint.training_state import Checkpoint
 from dsmini.training.summary import summarise
 from tests.helpers.runs import RICH, asked_after, falling_behind, new_run, resumed, unequal, whole
 

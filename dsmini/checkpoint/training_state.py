@@ -1,8 +1,8 @@
-"""A training run's checkpoints: all that it needs to go on, and the model that can be read back.
+"""A training run's checkpoints: all that it needs to continue.
 
 runs/NAME/checkpoints/step-000030/
     model.safetensors       parameters and routing biases
-    optimizer.safetensors   what the optimizers remember, as PARAMETER/KEY
+    optimizer.safetensors   the optimizers' states, as PARAMETER/KEY
     average.safetensors     the parameters' average over the steps, if there is one
     rng.safetensors         the states of the random number generators
     config.toml             the run's config at that step
@@ -13,51 +13,48 @@ runs/NAME/checkpoints/step-000030/
 import dataclasses
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsmini.checkpoint.manifest import remove_folders, verify, write_folder
-from dsmini.checkpoint.run_folder import run_config
+from dsmini.atomic import as_json, remove_folders
+from dsmini.checkpoint.manifest import verify, write_folder
+from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.config import RunConfig
 from dsmini.fields import build, check_types
-from dsmini.nn import Transformer
 
 Tensors = dict[str, dict[str, Tensor]]
-"""Tensors by the stem of the file they are in, and by name."""
+"""Tensors by the stem of their file, and by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How far a run has come, besides its tensors; what state.json holds."""
+    """The progress of a run apart from its tensors; the content of state.json."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     sequences: int
-    """Training sequences taken from the corpus: where the data goes on."""
+    """Number of training sequences taken from the corpus: the place where the data continues."""
     average_updates: int
-    """Steps taken into the parameters' average."""
+    """Number of steps in the parameters' average."""
     skipped: int
-    """Steps skipped because the loss or the gradient was not finite."""
+    """Number of steps skipped because the loss or the gradient was not finite."""
     skipped_in_a_row: int
-    """Those of them that no other step has followed."""
+    """Number of the last of them, which no other step has followed."""
     best_val_loss: float | None
-    """The lowest validation loss so far, in nats."""
+    """Lowest validation loss so far, in nats."""
     best_val_step: int | None
-    """Its step."""
+    """Step of that loss."""
     seconds: float
-    """Time spent in training steps."""
+    """Seconds spent in training steps."""
     corpus_sha256: str
-    """Of the corpus that was trained on."""
+    """Hash of the corpus that was trained on."""
     row: dict
-    """The last step's line of metrics.jsonl; a validation that is due at this step is not yet in it."""
+    """Last step's line of metrics.jsonl; a validation that is due at this step is not yet in it."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,7 +62,7 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was read from a checkpoint's folder, after it was verified."""
+    """The content of a checkpoint's folder, verified and read."""
 
     folder: Path
     config: RunConfig
@@ -76,7 +73,7 @@ class Checkpoint:
 def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
     """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
 
-    Later ones go too: the run did not go on from them because they are damaged. While steps are skipped all earlier
+    Later ones go too: the run did not continue from them because they are damaged. While steps are skipped all earlier
     ones stay: this one has learned nothing new, and the run may have to go back further.
 
     Raises: OSError; every earlier checkpoint is still there.
@@ -86,7 +83,7 @@ def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Pat
     files: dict[str, Callable[[Path], None]] = {
         f"{part}.safetensors": partial(_save_tensors, named, state.step) for part, named in tensors.items()
     }
-    texts = {"config.toml": config.to_toml(), "state.json": json.dumps(dataclasses.asdict(state), indent=2) + "\n"}
+    texts = {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
     files |= {name: partial(_save_text, text) for name, text in texts.items()}
     write_folder(folder, files)
     there = checkpoint_folders(config.out)
@@ -97,8 +94,7 @@ def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Pat
 
 
 def _save_tensors(named: Mapping[str, Tensor], step: int, path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    save_file(tensors, path, metadata={"step": str(step)})
+    write_safetensors(path, entries_of(named), {"step": str(step)})
 
 
 def _save_text(text: str, path: Path) -> None:
@@ -108,7 +104,7 @@ def _save_text(text: str, path: Path) -> None:
 def last_checkpoint(
     run: Path, parts: Sequence[str], fits: Callable[[Checkpoint], None], say: Callable[[str], None]
 ) -> Checkpoint:
-    """The newest checkpoint that is whole and fits; those that are not are named with the reason.
+    """Return the newest checkpoint that is whole and fits; name those that are not, with the reason.
 
     Args:
         parts: the stems of the tensor files to read.
@@ -159,57 +155,9 @@ def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is not understood: {error}") from None
-
-
-def load_run(
-    path: Path,
-    compute_dtype: torch.dtype | None = None,
-    *,
-    average: bool = False,
-    say: Callable[[str], None] = warnings.warn,
-) -> tuple[Transformer, RunConfig]:
-    """The model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
-
-    Args:
-        average: the parameters' average over the steps, instead of the last ones.
-        say: told about each checkpoint that is damaged, and passed over.
-
-    Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
-    """
-    checkpoint = model_checkpoint(path, average=average, say=say)
-    model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
-    model.load_state_dict(model_tensors(checkpoint))
-    return model.eval(), checkpoint.config
-
-
-def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
-    """The checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
-    single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
-    parts = ["model", "average"] if average else ["model"]
-    if average and run_config(path).train.ema_decay is None:
-        raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
-
-    def fits(checkpoint: Checkpoint) -> None:
-        with torch.device("meta"):
-            want = Transformer(checkpoint.config.model).state_dict()
-        check_tensors(model_tensors(checkpoint), want, "model.safetensors")
-
-    if not single:
-        return last_checkpoint(path, parts, fits, say)
-    try:
-        checkpoint = read_checkpoint(path, parts)
-        fits(checkpoint)
+        return SafetensorsReader(path).read_all()
     except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}; name another checkpoint") from None
-    return checkpoint
-
-
-def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A model's state dict: the last one, or with the average in place of the parameters where that was read."""
-    return checkpoint.tensors["model"] | checkpoint.tensors.get("average", {})
+        raise ValueError(f"{path.name} is not understood: {error}") from None
 
 
 def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source: str) -> None:
@@ -223,11 +171,11 @@ def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The number of steps that a checkpoint's folder is named after."""
+    """Return the number of steps that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints' folders, newest first."""
+    """Return the checkpoints' folders, newest first."""
     found = [p for p in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=checkpoint_step, reverse=True)

@@ -1,6 +1,11 @@
-"""What a model keeps for backward, in bytes, read off the storages."""
+"""Activations that a model saves for backward, in bytes, read off the storages.
 
-from typing import Any
+Autograd tells of every tensor that it saves. Parameters and the copies that are made of them (casts, FP8 codes, joined
+matrices) are no activations: they are recognised by their storage or their shape, and left out.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +13,16 @@ from torch import Tensor
 from dsmini import Experts, FeedForward, Linear, Transformer
 
 
-def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
-    """Bytes kept of activations by the Linears, feed-forwards and experts of the blocks, and by everything: every
-    storage once; parameters, their copies and codes apart.
+class SavedBytes(NamedTuple):
+    """Bytes of activations, each storage once."""
+
+    by_linears: int
+    """Those saved inside the Linears, feed-forwards and experts of the blocks."""
+    total: int
+
+
+def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
+    """Return the bytes of activations that one forward pass over tokens [b, s + 1] saves, its losses included.
 
     Raises: ValueError where the number of tokens is a width of the model: copies of weights are told by their shapes.
     """
@@ -19,10 +31,7 @@ def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
     if any(rows in p.shape for p in parameters):
         raise ValueError(f"{rows} tokens are as many as a matrix of this model has rows or columns; take another batch")
     pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
-    # w1 and w3 of the experts are joined where nothing is rounded
-    stacks = [p.shape for p in parameters if p.dim() == 3]
-    shapes |= {torch.Size(s) for e, f, m in stacks for s in ((e, 2 * f, m), (e, m, 2 * f), (e, m, f))}
+    shapes = _shapes_of_copies(parameters)
     depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
@@ -49,4 +58,12 @@ def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
     for hook in hooks:
         hook.remove()
     sizes = {pointer: t.untyped_storage().nbytes() for pointer, t in held.items()}
-    return sum(size for pointer, size in sizes.items() if inside[pointer]), sum(sizes.values())
+    return SavedBytes(sum(size for pointer, size in sizes.items() if inside[pointer]), sum(sizes.values()))
+
+
+def _shapes_of_copies(parameters: Sequence[Tensor]) -> set[torch.Size]:
+    """Return the shapes that casts, transposes and joined matrices of the parameters have."""
+    shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
+    # w1 and w3 of the experts are joined where nothing is rounded
+    stacks = [p.shape for p in parameters if p.dim() == 3]
+    return shapes | {torch.Size(s) for e, f, m in stacks for s in ((e, 2 * f, m), (e, m, 2 * f), (e, m, f))}

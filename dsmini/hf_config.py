@@ -1,201 +1,8 @@
-"""Hugging Face's spelling and ours, for config keys and for tensors. No other file knows theirs.
-
-Our tensor names are those of DeepSeek's inference code with two differences: the experts of a layer
-are stacked into one tensor, and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the
-last layer as layers N, N+1, ...).
-"""
+"""Hugging Face's config.json and DeepSeek's inference JSON, read and written. No other file spells their keys."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
-
-# ours -> theirs, for a tensor inside a block
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn.wq": "self_attn.q_proj",
-    "attn.wq_a": "self_attn.q_a_proj",
-    "attn.q_norm": "self_attn.q_a_layernorm",
-    "attn.wq_b": "self_attn.q_b_proj",
-    "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
-    "attn.kv_norm": "self_attn.kv_a_layernorm",
-    "attn.wkv_b": "self_attn.kv_b_proj",
-    "attn.wo": "self_attn.o_proj",
-    "ffn.w1": "mlp.gate_proj",
-    "ffn.w2": "mlp.down_proj",
-    "ffn.w3": "mlp.up_proj",
-    "ffn.gate": "mlp.gate",
-    "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
-    "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
-    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
-}
-_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
-_STACKED = re.compile(r"(.+)ffn\.experts\.(w[123])(_scale)?")
-# DeepSeek's inference code cuts these over its ranks: rows of the ones, columns of the others
-_SPLIT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
-_GATE_BIAS = ("ffn.gate.bias", "mlp.gate.e_score_correction_bias")
-
-
-def to_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
-    """Rename a dsmini state dict to a DeepSeek/HF folder's tensors; stacked experts come apart.
-
-    Embedding and head are repeated inside each MTP block, as DeepSeek's folders have them.
-    """
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if is_stacked(name):
-            out |= {hf_name(name, n_layers, i): expert for i, expert in enumerate(tensor.unbind(0))}
-        else:
-            out[hf_name(name, n_layers)] = tensor
-    depths = {int(name.split(".")[1]) for name in tensors if name.startswith("mtp.")}
-    for copy, original in mtp_copies(n_layers, depths).items():
-        out[copy] = tensors[original]
-    return out
-
-
-def mtp_copies(n_layers: int, depths: Iterable[int]) -> dict[str, str]:
-    """The tensors in which the MTP blocks of these depths repeat embedding and head, and our names of those two."""
-    return {
-        f"model.layers.{n_layers + depth}.{theirs}.weight": f"{ours}.weight"
-        for depth in depths
-        for theirs, ours in (("embed_tokens", "embed"), ("shared_head.head", "head"))
-    }
-
-
-def is_derived(theirs: str) -> bool:
-    """Whether a tensor of a folder only repeats what its config.json says, as old folders' rotary frequencies do."""
-    return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", theirs) is not None
-
-
-def is_stacked(name: str) -> bool:
-    """Whether one of our tensors holds all experts of a layer, which folders have one by one."""
-    return _STACKED.fullmatch(name) is not None
-
-
-def hf_name(name: str, n_layers: int, expert: int | None = None) -> str:
-    """A folder's name of our tensor, of stacked ones of one expert's part.
-
-    Raises: ValueError for a tensor of which DeepSeek's architecture has none.
-    """
-    if stacked := _STACKED.fullmatch(name):
-        assert expert is not None, "a stacked tensor has a name for each expert"
-        kind = "weight_scale_inv" if stacked[3] else "weight"
-        return f"{_block_prefix(stacked[1], n_layers)}mlp.experts.{expert}.{_EXPERT[stacked[2]]}.{kind}"
-    return _to_hf_name(name, n_layers)
-
-
-def inference_name(name: str, expert: int | None = None) -> str:
-    """The name that DeepSeek's inference code has for our tensor, of stacked ones of one expert's part."""
-    if stacked := _STACKED.fullmatch(name):
-        return f"{stacked[1]}ffn.experts.{expert}.{stacked[2]}.{'scale' if stacked[3] else 'weight'}"
-    return name
-
-
-def inference_split(theirs: str) -> int | None:
-    """The dimension in which DeepSeek's inference layout cuts a tensor over its ranks.
-
-    None: each rank has the whole of it, or, of routed experts, one rank has.
-    """
-    if ".experts." in theirs:
-        return None
-    return _SPLIT.get(theirs.split(".")[-2])
-
-
-def inference_expert(theirs: str) -> int | None:
-    """The number of the routed expert whose tensor this is in DeepSeek's inference layout, if it is one's."""
-    part = re.search(r"\.ffn\.experts\.(\d+)\.", theirs)
-    return None if part is None else int(part[1])
-
-
-def from_hf(tensors: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
-    """Rename a DeepSeek/HF folder's tensors to a dsmini state dict; experts are stacked in order.
-
-    Raises: ValueError for names that belong to no dsmini module, all of them listed, and for missing experts.
-    """
-    out: dict[str, Tensor] = {}
-    experts: dict[str, dict[int, Tensor]] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        if re.fullmatch(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", name):
-            continue  # an MTP block's copies of the embedding and the head, which are shared
-        if part := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight", name):
-            ours = {theirs: w for w, theirs in _EXPERT.items()}.get(part[3])
-            if ours is not None:
-                stacked = f"{_our_prefix(int(part[1]), n_layers)}ffn.experts.{ours}"
-                experts.setdefault(stacked, {})[int(part[2])] = tensor
-                continue
-        ours = _from_hf_name(name, n_layers)
-        if ours is None:
-            unknown.append(name)
-        else:
-            out[ours] = tensor
-    if unknown:
-        raise ValueError(f"tensors that belong to no module of dsmini: {', '.join(sorted(unknown))}")
-    for name, parts in experts.items():
-        missing = sorted(set(range(max(parts) + 1)) - set(parts))
-        if missing:
-            raise ValueError(f"{name} lacks experts {missing} of {max(parts) + 1}; the folder is incomplete")
-        out[name] = torch.stack([parts[i] for i in range(len(parts))])
-    return out
-
-
-def _block_prefix(ours: str, n_layers: int) -> str:
-    part = re.fullmatch(r"(layers|mtp)\.(\d+)\.(block\.)?", ours)
-    if part is None:
-        raise ValueError(f"{ours!r} is not the prefix of a block; want layers.N. or mtp.K.block.")
-    return f"model.layers.{int(part[2]) + (n_layers if part[1] == 'mtp' else 0)}."
-
-
-def _our_prefix(layer: int, n_layers: int) -> str:
-    return f"layers.{layer}." if layer < n_layers else f"mtp.{layer - n_layers}.block."
-
-
-def _to_hf_name(name: str, n_layers: int) -> str:
-    stem, _, kind = name.rpartition(".")
-    kind = "weight_scale_inv" if kind == "scale" else kind
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    if (part := re.fullmatch(r"mtp\.(\d+)\.(\w+)", stem)) and part[2] in _MTP:
-        return f"model.layers.{n_layers + int(part[1])}.{_MTP[part[2]]}.{kind}"
-    if part := re.fullmatch(r"(layers\.\d+\.|mtp\.\d+\.block\.)(.+)", stem):
-        prefix = _block_prefix(part[1], n_layers)
-        if f"{part[2]}.{kind}" == _GATE_BIAS[0]:
-            return prefix + _GATE_BIAS[1]
-        if part[2] in _BLOCK:
-            return f"{prefix}{_BLOCK[part[2]]}.{kind}"
-    raise ValueError(f"tensor {name!r} has no Hugging Face name; only models with attention='mla' have a folder format")
-
-
-def _from_hf_name(name: str, n_layers: int) -> str | None:
-    stem, _, kind = name.rpartition(".")
-    for ours, theirs in _TOP.items():
-        if stem == theirs:
-            return f"{ours}.{kind}"
-    part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    if part is None:
-        return None
-    layer, inner = int(part[1]), part[2]
-    prefix = _our_prefix(layer, n_layers)
-    if inner == _GATE_BIAS[1]:
-        return prefix + _GATE_BIAS[0]
-    stem, _, kind = inner.rpartition(".")
-    if kind != "weight":
-        return None
-    for ours, theirs in _BLOCK.items():
-        if stem == theirs:
-            return f"{prefix}{ours}.weight"
-    if layer >= n_layers:
-        for ours, theirs in _MTP.items():
-            if stem == theirs:
-                return f"mtp.{layer - n_layers}.{ours}.weight"
-    return None
-
 
 # theirs -> ours, for config.json
 _CONFIG = {
@@ -261,6 +68,8 @@ _SILENT = {
     *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
     *("_name_or_path", "num_local_experts"),
 }
+UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
+"""Special ids of a config.json whose tokenizer is not known."""
 # DeepSeek's ModelArgs: what its inference JSON files leave out
 _MODEL_ARGS = {
     "vocab_size": 102400,
@@ -292,12 +101,22 @@ _MODEL_ARGS = {
 }
 
 
+def is_hugging_face(raw: Mapping[str, Any]) -> bool:
+    """Return whether a JSON file is a Hugging Face config.json, not one of DeepSeek's inference code."""
+    return "model_type" in raw
+
+
+def is_quantized(raw: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says that weights are stored in FP8."""
+    return bool(raw.get("quantization_config"))
+
+
 def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """ModelConfig fields from Hugging Face's config.json (it has a model_type) or DeepSeek's inference JSON.
+    """Return ModelConfig fields from Hugging Face's config.json (it has a model_type) or DeepSeek's inference JSON.
 
     Raises: ValueError for a key that is unknown or that dsmini cannot honour.
     """
-    return _from_hf_config(raw, source) if "model_type" in raw else _from_inference_json(raw, source)
+    return _from_hf_config(raw, source) if is_hugging_face(raw) else _from_inference_json(raw, source)
 
 
 def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -389,7 +208,7 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's config.json of a ModelConfig's fields, in the spelling of the released ones; no dtype, no ids.
+    """Return Hugging Face's config.json of a ModelConfig's fields, spelt as the released ones, without dtype and ids.
 
     Raises: ValueError for a model that neither deepseek_v3 nor deepseek_v2 describes, naming the field.
     """
@@ -435,9 +254,36 @@ def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     return out
 
 
-def quantization_to_json() -> dict[str, Any]:
-    """What config.json says of weights in FP8 with FP32 scales, as DeepSeek-V3's does."""
+def _fp8_to_json() -> dict[str, Any]:
+    """Return what config.json says of weights in FP8 with FP32 scales, as DeepSeek-V3's does."""
     return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def with_mtp_layers(raw: Mapping[str, Any], n_mtp_layers: int) -> dict[str, Any]:
+    """Return a config.json with another number of MTP blocks, where it states one."""
+    stated = {key: n_mtp_layers for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in raw}
+    return {**raw, **stated}
+
+
+def with_dtypes(
+    raw: Mapping[str, Any], dtype: str, replace: bool, fp8: bool, keep_quantization: bool
+) -> dict[str, Any]:
+    """Return a config.json that says how its tensors are stored.
+
+    Args:
+        dtype: name of the dtype of what is not FP8, such as "bfloat16".
+        replace: write it even where another is stated.
+        fp8: some tensors are E4M3 codes.
+        keep_quantization: keep what is said of FP8; it need not be true of codes that are made anew.
+    """
+    out = dict(raw)
+    key = "dtype" if "dtype" in out else "torch_dtype"
+    if replace or key not in out:
+        out[key] = dtype
+    quantization = out.pop("quantization_config", None)
+    if fp8:
+        out["quantization_config"] = (keep_quantization and quantization) or _fp8_to_json()
+    return out
 
 
 def _refuse(keys: Iterable[str], source: str) -> None:
