@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.question import Question, Setting
 from benchmarks.session import Asked, Loader, Session, load
-from dsmini.measure import rates as machine
+from dsmini.measure import calibration
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
@@ -39,7 +39,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
     Args:
         known: how to get each question, by name; left out: those of questions/.
         measure: how to get the machine's roofs: kept ones, or measured, telling how far it is, or measured in any
-            case; left out: instruments/roofs.py.
+            case; left out: dsmini/measure/calibration.py.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -63,7 +63,7 @@ def questions_here() -> dict[str, Loader]:
 
 
 def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
-    return machine.load_or_measure(device, on_part=on_part, fresh=fresh)
+    return calibration.load_or_measure(device, on_part=on_part, fresh=fresh)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.question import Case, Figure, Question
-from dsmini.measure.rates import Roofs, steadiness
+from dsmini.measure.calibration import steadiness
+from dsmini.measure.rates import Roofs
 from dsmini.report import comparison as changes
 from dsmini.report import page, units
 from dsmini.report.results import Done, Finished, Results, Run, Writer, as_json, read

@@ -8,7 +8,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import ModelConfig, accounting
-from dsmini.measure.rates import memory_bytes
+from dsmini.measure.hardware import memory_bytes
 from dsmini.measure.timing import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
 from dsmini.nn import Cache
 

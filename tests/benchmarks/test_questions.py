@@ -16,7 +16,8 @@ from benchmarks.question import Figure, Setting, pick
 from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.measure import timing as measuring
-from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
+from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.rates import Curve, Roofs
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
