@@ -26,6 +26,7 @@ def kept_for_backward(model: Transformer, tokens: Tensor) -> tuple[int, int]:
     depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
+        t = t.detach()  # a graph that is held from within itself is never freed
         pointer = t.untyped_storage().data_ptr()
         if pointer not in pointers and t.shape not in shapes:
             held[pointer] = t

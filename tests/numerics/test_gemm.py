@@ -44,7 +44,7 @@ def varied(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     tiles = [-(-n // 128) for n in shape[-2:]]
     magnitude = torch.randn(*shape[:-2], *tiles, generator=generator).mul(1.5).exp()
     spread = magnitude.repeat_interleave(128, -1)[..., : shape[-1]].repeat_interleave(128, -2)[..., : shape[-2], :]
-    return (x * spread).to(dtype)
+    return x.mul_(spread).to(dtype)
 
 
 # N, K of DeepSeek-V3's own products: wq_a with wkv_a, wkv_a, wq_b, wkv_b, wo, w1 with w3 and w2 of an expert
@@ -58,7 +58,7 @@ def test_the_released_shapes(m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 576, 7168), (4096, 7168, 2048), (4001, 576, 1536), (8001, 512, 576), (0, 576, 512)]
+    ("m", "n", "k"), [(4096, 128, 7168), (4096, 512, 2048), (4001, 576, 1536), (8001, 512, 576), (0, 576, 512)]
 )
 def test_many_tokens(m: int, n: int, k: int) -> None:
     check_product(m, n, k)
@@ -77,7 +77,9 @@ def check_product(m: int, n: int, k: int) -> None:
         if not m:
             continue
         got = y[rows][:, columns]
-        assert calc_diff(got, rounded(x[rows], (1, 128)) @ rounded(w, (128, 128))[columns].T) < SIMULATED
+        # tiles reach over rows of w that are not in the sample
+        rounded_w = round_tiles(w, (128, 128), "ue8m0", "e4m3", AMAX_MIN, torch.float32)[columns].double()
+        assert calc_diff(got, rounded(x[rows], (1, 128)) @ rounded_w.T) < SIMULATED
         if kind == "normal":
             assert calc_diff(got, x[rows].double() @ w[columns].double().T) < QUANTISED
 
@@ -193,7 +195,7 @@ def test_an_input_quantised_in_any_format_is_multiplied_as_e4m3_and_kept_as_it_i
     dy = varied(150, 130, dtype=dtype, seed=2)
     q = quantize(x, format=format)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or saved[-1], lambda t: t):
         y = fp8_matmul(q, w)
     values = q.detach().dequantize()
     assert y.dtype == dtype
@@ -233,7 +235,7 @@ def test_with_fp32_scales_e5m6_is_kept_with_powers_of_two_and_small_inputs_share
 
 def count(t: Tensor, kept: dict[int, int]) -> Tensor:
     kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return t
+    return t.detach()  # a graph that is held from within itself is never freed
 
 
 def test_a_quantised_weight_has_no_gradient_and_multiplies_as_it_is() -> None:
