@@ -1,3 +1,3 @@
-"""Measurements; run from a checkout: python -m benchmarks, or alone python -m benchmarks.quantize and the like."""
+"""Questions about speed, size and error, measured here; run from a checkout: python -m benchmarks."""
 
 from dsmini import _startup as _startup  # before torch: Ctrl-C while it is imported

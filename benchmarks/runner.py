@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks import answers
 from benchmarks.question import Question, Setting
-from benchmarks.session import Asked, Loader, Session, load
+from benchmarks.session import Loader, Session, load
+from dsmini import ops
 from dsmini.measure import calibration
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
-from dsmini.report.results import Run, Writer, read
-from dsmini.report.terminal import measuring_roofs, say
+from dsmini.report.provenance import Run
+from dsmini.report.results import Results, Writer, read
+from dsmini.report.terminal import Bar, say
 
-NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers")
+NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
+NAMES += ("shakespeare", "moe_or_dense")
 """The modules of questions/, in the order of the report."""
 
 MOST_THREADS = 1024
@@ -34,12 +38,12 @@ Measure = Callable[[torch.device, OnPart, bool], Roofs]
 
 
 def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run the command. Return its exit status.
 
     Args:
-        known: how to get each question, by name; left out: those of questions/.
-        measure: how to get the machine's roofs: kept ones, or measured, telling how far it is, or measured in any
-            case; left out: dsmini/measure/calibration.py.
+        known: loads each question, by name. Left out: those of questions/.
+        measure: returns the rates of a device, telling how far it is; fresh ones if its last argument is true.
+            Left out: dsmini.measure.calibration.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -54,7 +58,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
 
 
 def questions_here() -> dict[str, Loader]:
-    """Those of questions/ by name, which is the module's with hyphens; none of them is imported yet."""
+    """Return the loaders of questions/ by name: the module's, with hyphens. None of them is imported yet."""
 
     def loader(module: str) -> Loader:
         return lambda: importlib.import_module(module).QUESTION
@@ -63,19 +67,21 @@ def questions_here() -> dict[str, Loader]:
 
 
 def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
+    """Return the kept rates of this machine, or measure them."""
     return calibration.load_or_measure(device, on_part=on_part, fresh=fresh)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure how fast and how small dsmini is on this machine, beside what was predicted, and draw a "
+        description="Measure how fast and how small dsmini is on this machine, next to what was predicted, and draw a "
         "report of it: DIR/report.html. Figures are kept as they come; the same command goes on where it was stopped.",
         epilog="Start with: python -m benchmarks --quick",
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"questions to measure: {', '.join(known)} (default: all)")
-    add("--quick", action="store_true", help="small sizes: all in about two minutes on two cores")
+    every = f"questions to measure: {', '.join(known)} (default: all that take no more than minutes)"
+    add("names", nargs="*", metavar="NAME", help=every)
+    add("--quick", action="store_true", help="small sizes, in about two minutes; what takes longer here is left out")
     add(
         "--out",
         type=Path,
@@ -86,6 +92,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto, the faster of the two here)")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: as many as torch takes)")
+    add("--text", type=Path, metavar="FILE", help="the text that shakespeare trains on: tinyshakespeare.txt")
     add("--compare", type=Path, metavar="OLD.jsonl", help="show what changed since another results.jsonl")
     add("--list", action="store_true", help="list the questions and end")
     add("--report-only", action="store_true", help="measure nothing: draw the report from the figures that are kept")
@@ -97,6 +104,8 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
         raise ValueError(f"unknown question {unknown[0]!r}; there are {', '.join(known)}")
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         raise ValueError(f"--threads {options.threads} is no number of threads; use 1 to {MOST_THREADS}")
+    if options.text and not options.text.is_file():
+        raise ValueError(f"--text: there is no file {options.text}")
     if options.compare and not options.compare.is_file():
         raise ValueError(f"--compare: there is no file {options.compare}; name the results.jsonl of another run")
     if options.report_only:
@@ -106,6 +115,7 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
             "--threads": options.threads,
             "--device": options.device != "auto",
             "--dtype": options.dtype != "auto",
+            "--text": options.text is not None,
         }
         for flag, given in asked.items():
             if given:
@@ -119,6 +129,7 @@ def _list(known: Mapping[str, Loader]) -> int:
     for name in known:
         question, reason = load(known, name)
         reason = f"  (cannot run here: {reason})" if reason else ""
+        reason = reason or ("  (only by name)" if question and question.on_request else "")
         say(console, f"{name:{wide}}  {question.title if question else ''}{reason}")
     return 0
 
@@ -126,52 +137,62 @@ def _list(known: Mapping[str, Loader]) -> int:
 def _answer(
     args: Sequence[str], options: argparse.Namespace, known: Mapping[str, Loader], measure: Measure, console: Console
 ) -> tuple[int, dict[str, Any] | None]:
-    """Exit status, and the last line."""
-    path = options.out / "results.jsonl"
-    compared: Path | None = options.compare
+    """Return the exit status and the last line."""
+    path, compared = options.out / "results.jsonl", options.compare
     old = read(compared) if compared else None  # before anything is measured: it may be damaged
-    if old is not None and not any(finished.done for finished in old.by_fingerprint.values()):
+    if old and old.is_empty:
         raise ValueError(f"--compare: {compared} has no figures; name the results.jsonl of a run that measured some")
+    session = Session(console=console, out=options.out, known=known, names=options.names or list(known))
+
+    def last_line(results: Results) -> dict[str, Any]:
+        return answers.last_line(results, session.names, session.changes)
+
     if options.report_only:
         results = read(path)
-        if results.latest is None or not any(finished.done for finished in results.by_fingerprint.values()):
+        if results.is_empty:
             raise ValueError(f"{path} has no figures yet; leave out --report-only to measure some")
-        session = Session(console=console, out=options.out, known=known, names=options.names or list(known))
         session.show(results)
         having = [finished for name in session.names if (finished := results.of_question(name))]
         status = 1 if any([session.unequal(finished) for finished in having]) else 0
     else:
-        questions = _chosen(options.names, known, console)
+        questions = _chosen(options.names, known, options.text is not None, console)
+        session.names = [question.name for question in questions]
         device = pick_device(options.device)
         with Writer(path) as writer:
             read(path)  # a damaged file is refused before anything is measured
-            run, roofs, asked = _plan(args, options, questions, device, measure, console)
-            session = Session(console=console, out=options.out, known=known, names=[q.name for q in questions])
-            status = session.measure(writer, run, roofs, asked)
-            if status == 130:
-                say(console, f"stopped; what is done is kept in {path}. Go on with: {_again(args)}")
-                return status, session.last_line(read(path))
+            setting = _setting(options, device, measure, console)
+            asked = [(question, question.cases(setting)) for question in questions]
+            status = session.measure(writer, _run(args, options, setting), setting, asked)
         results = read(path)
-    if old is not None and compared is not None:
+        if status == 130:
+            again = _command([arg for arg in args if arg != "--fresh"])
+            say(console, f"stopped; what is done is kept in {path}. Go on with: {again}")
+            return status, last_line(results)
+    if old is not None:
         session.compare(results, old, compared)
     if session.undrawn:
-        return 1, session.last_line(results)
+        return 1, last_line(results)
     say(console, f"\nreport  {options.out / 'report.html'}")
-    return status, session.last_line(results)
+    return status, last_line(results)
 
 
-def _again(args: Sequence[str]) -> str:
-    return provenance.command([arg for arg in args if arg != "--fresh"])
+def _command(args: Sequence[str]) -> str:
+    return provenance.command(["benchmarks", *args])
 
 
-def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console) -> list[Question]:
-    """The questions to measure.
+def _chosen(names: Sequence[str], known: Mapping[str, Loader], has_text: bool, console: Console) -> list[Question]:
+    """Return the questions to measure.
 
     Raises: ValueError for one that was named and cannot run here.
     """
     chosen = []
     for name in known if not names else [name for name in known if name in names]:
         question, reason = load(known, name)
+        if question and question.on_request and not names:
+            say(console, f"{name} is left out: it takes long, and is measured only by name", style="dim")
+            continue
+        if question and question.needs_text and not has_text:
+            reason = reason or f"it reads {question.needs_text}; name the file by --text FILE"
         if reason and names:
             raise ValueError(f"{name} cannot run here: {reason}")
         if reason:
@@ -183,37 +204,41 @@ def _chosen(names: Sequence[str], known: Mapping[str, Loader], console: Console)
     return chosen
 
 
-def _plan(
-    args: Sequence[str],
-    options: argparse.Namespace,
-    questions: Sequence[Question],
-    device: torch.device,
-    measure: Measure,
-    console: Console,
-) -> tuple[Run, Roofs, list[Asked]]:
-    """What the run is, and what is asked with which cases."""
+def _setting(options: argparse.Namespace, device: torch.device, measure: Measure, console: Console) -> Setting:
+    """Return what all cases share. Measures the machine's rates if none are kept."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    with measuring_roofs(console) as on_part:
+    said = list[str]()
+    with Bar(console, 1.0, "this machine's rates") as bar:
+
+        def on_part(done: float, what: str) -> None:
+            if not said and not console.is_terminal:
+                say(console, "measuring this machine's rates, half a minute; they are kept")
+            said.append(what)
+            if console.is_terminal:
+                bar.update(done, f"measuring this machine's rates, once: {what}")
+
         roofs = measure(device, on_part, options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
-    setting = Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs)
-    asked = [(question, question.cases(setting)) for question in questions]
-    run = Run(
+    return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, text=options.text)
+
+
+def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> Run:
+    """Return where the figures come from. What is measured is still to be planned."""
+    return Run(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=provenance.command(args),
+        command=_command(args),
         commit=provenance.commit(),
         code=provenance.code(),
-        versions=provenance.versions(),
+        versions=provenance.versions() | {"kernels": ops.serving("cpu")},
         quick=options.quick,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=str(setting.device),
+        dtype=str(setting.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        machine=roofs.card,
-        plan={question.name: [case.key for case in cases] for question, cases in asked},
+        machine=setting.roofs.card,
+        plan={},
         fresh=options.fresh,
     )
-    return run, roofs, asked
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:

@@ -1,31 +1,37 @@
 """One call of python -m benchmarks: measure what is left, keep it, show it."""
 
+import dataclasses
+import json
+import os
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
-from benchmarks.question import Case, Figure, Question
+from benchmarks import answers, clock
+from benchmarks.question import Case, Question, Setting
+from dsmini.atomic import write_text
 from dsmini.measure.calibration import steadiness
-from dsmini.measure.rates import Roofs
-from dsmini.report import comparison as changes
-from dsmini.report import page, units
-from dsmini.report.results import Done, Finished, Results, Run, Writer, as_json, read
-from dsmini.report.terminal import Bar, say, show_changes, show_question
+from dsmini.report import Section, comparison
+from dsmini.report.provenance import Run
+from dsmini.report.results import Done, Finished, Results, Writer, read
+from dsmini.report.rows import case_words
+from dsmini.report.terminal import Bar, say, show_question, show_table
+from dsmini.report.units import duration, human, plural, words
 
 Loader = Callable[[], Question]
-Asked = tuple[Question, list[Case]]
-CHANGE = ("question", "case", "metric", "unit", "old", "new", "verdict")
-FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
+Jobs = list[tuple[Question, list[tuple[Case, float]]]]
+"""Cases that are to be measured, each with its estimated seconds, by question."""
+STOPPED = "DSMINI_BENCHMARKS_STOPPED"
+"""Variable of the environment: what a call that was begun again leaves out, and the seconds it had taken before."""
 
 
 def load(known: Mapping[str, Loader], name: str) -> tuple[Question | None, str | None]:
-    """A question, and why it cannot run here if it cannot."""
+    """Return a question, and why it cannot run here if it cannot."""
     try:
         question = known[name]()
     except ModuleNotFoundError as error:
@@ -33,77 +39,131 @@ def load(known: Mapping[str, Loader], name: str) -> tuple[Question | None, str |
     return question, question.needs
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Session:
-    """What a call is about, and where it puts and shows it."""
+    """The questions of a call, where their figures go, and what is shown of them."""
 
     console: Console
     out: Path
     known: Mapping[str, Loader]
     names: Sequence[str]
-    """The questions of this call; the page shows all that have figures."""
-    undrawn: list[str] = field(default_factory=list)
+    """Questions of this call. The page shows all that have figures."""
+    undrawn: str = ""
     """Why the page could not be written the last time it was tried; empty if it was."""
-    changed: list[changes.Change] = field(default_factory=list)
-    """What compare found."""
+    changes: Sequence[comparison.Change] = ()
+    """Result of compare."""
+    changed: Section | None = None
+    """The same as a part of the page."""
+    drawn: dict[str, Section] = field(default_factory=dict)
+    """Other parts of the page."""
 
     @property
     def path(self) -> Path:
+        """File of results."""
         return self.out / "results.jsonl"
 
-    def measure(self, writer: Writer, run: Run, roofs: Roofs, asked: Sequence[Asked]) -> int:
-        """Measure what is not done yet; returns the exit status, 130 if it was interrupted."""
-        before = read(self.path)
-        writer.start(run, roofs)
-        done = read(self.path).by_fingerprint[run.fingerprint].done
-        todo = [(q, [case for case in cases if (q.name, case.key) not in done]) for q, cases in asked]
-        self._say_skipped(sum(len(cases) for _, cases in asked), sum(len(cases) for _, cases in todo))
-        estimates = [before.seconds(q.name, case.key, run.quick) or case.seconds for q, cases in todo for case in cases]
-        say(self.console, f"{len(estimates)} cases, about {units.duration(sum(estimates))}")
-        failed = 0
+    def measure(self, writer: Writer, run: Run, setting: Setting, asked: Sequence[tuple[Question, list[Case]]]) -> int:
+        """Measure what is not done yet. Return the exit status, 130 if it was interrupted."""
+        before = json.loads(os.environ.pop(STOPPED, "{}"))
+        began = time.monotonic() - before.get("seconds", 0.0)
+        run, jobs = self._plan(run, setting, asked, before.get("cases", []))
+        writer.start(run, dataclasses.asdict(setting.roofs))
+        times = clock.Clock([estimate for _, cases in jobs for _, estimate in cases])
+        say(self.console, f"{plural(times.cases, 'case')}, about {duration(times.total)}")
         try:
-            with Bar(self.console, estimates) as bar:
-                for question, cases in todo:
-                    for case in cases:
-                        failed += not self._run_case(writer, run, roofs, question.name, case, bar)
+            with Bar(self.console, times.total, "benchmarks") as bar:
+                for question, cases in jobs:
+                    for case, estimate in cases:
+                        where, spent = f"{question.name} {case.key}", time.monotonic() - began
+                        if setting.quick and spent + estimate * times.factor > clock.QUICK:
+                            times.skip(estimate)
+                            say(self.console, f"{where} is left out: the two minutes of --quick are over")
+                            continue
+                        times.begin(estimate)
+                        bar.update(times.expected, times.words(where))
+                        self._run_case(writer, run, setting, question.name, case, estimate, began)
+                        times.end(time.monotonic() - times.started)
                     results = read(self.path)
                     self._show(question, results.by_fingerprint[run.fingerprint])
                     self._draw(results)
         except KeyboardInterrupt:
             self._draw(read(self.path))
             return 130
+        finished = read(self.path).by_fingerprint[run.fingerprint]
+        failed = sum((name, key) in finished.errors for name, keys in run.plan.items() for key in keys)
         if failed:
-            words = "1 case failed; its traceback is" if failed == 1 else f"{failed} cases failed; the tracebacks are"
-            say(self.console, f"{words} in {self.path}", style="bold red")
-        return 1 if self.unequal(read(self.path).by_fingerprint[run.fingerprint]) or failed else 0
+            what = "1 case failed; its traceback is" if failed == 1 else f"{failed} cases failed; the tracebacks are"
+            say(self.console, f"{what} in {self.path}", style="bold red")
+        return 1 if self.unequal(finished) or failed else 0
 
-    def _say_skipped(self, every: int, todo: int) -> None:
-        if todo < every:
-            where = f"{every - todo} of {every} cases are done already, in {self.path}"
-            say(self.console, f"{where}; --fresh measures them again")
+    def _plan(
+        self, run: Run, setting: Setting, asked: Sequence[tuple[Question, list[Case]]], stopped: list[list[str]]
+    ) -> tuple[Run, Jobs]:
+        """Return the run with its plan, and what is to be measured."""
+        kept = read(self.path)
+        finished = None if run.fresh else kept.by_fingerprint.get(run.fingerprint)
+        done = {(name, key) for name, key in stopped} | set(finished.done if finished else ())
+        jobs: Jobs = []
+        for question, cases in asked:
+            todo = [case for case in cases if (question.name, case.key) not in done]
+            taken = [kept.seconds(question.name, case.key, run.quick) for case in todo]
+            jobs.append((question, [(c, t or c.estimate(setting)) for c, t in zip(todo, taken, strict=True)]))
+        every, left = (sum(len(cases) for _, cases in each) for each in (asked, jobs))
+        if left + len(stopped) < every:
+            said = f"{every - left - len(stopped)} of {every} cases are done already, in {self.path}"
+            say(self.console, f"{said}; --fresh measures them again")
+        out = self._leave_out(jobs) if run.quick else {}
+        plan = {q.name: [case.key for case in cases if case.key not in out.get(q.name, ())] for q, cases in asked}
+        return dataclasses.replace(run, plan=plan, left_out=out), jobs
 
-    def _run_case(self, writer: Writer, run: Run, roofs: Roofs, question: str, case: Case, bar: Bar) -> bool:
-        """Measure a case and keep it; whether it went well."""
-        bar.begin(question, case.key)
-        start, device = time.monotonic(), torch.device(run.device)
-        before = steadiness(roofs, device)
+    def _leave_out(self, jobs: Jobs) -> dict[str, dict[str, str]]:
+        """Take out the longest cases until the others fit into the time of --quick. Return why, by question and key."""
+        out: dict[str, dict[str, str]] = {}
+        while (every := [(e, q, c, cases) for q, cases in jobs for c, e in cases]) and sum(
+            estimate for estimate, *_ in every
+        ) > clock.QUICK:
+            estimate, question, case, cases = max(every, key=lambda job: job[0])
+            cases.remove((case, estimate))
+            why = f"it takes about {duration(estimate)} here, and --quick has two minutes for all"
+            out.setdefault(question.name, {})[case.key] = why
+            say(self.console, f"{question.name} {case.key} is left out: {why}")
+        return out
+
+    def _run_case(
+        self, writer: Writer, run: Run, setting: Setting, question: str, case: Case, estimate: float, began: float
+    ) -> None:
+        """Measure a case and keep it."""
+        start, before = time.monotonic(), steadiness(setting.roofs, setting.device)
+        allowed = clock.allowed(estimate, start - began if setting.quick else None)
+        too_long = f"stopped after {duration(allowed)}; its estimate was {human(estimate, 's')}"
+
+        def fail(why: str, details: str = "") -> None:
+            writer.error(run, question, case.key, details or why)
+            say(self.console, f"{question} {case.key} failed: {why}", style="bold red")
+
+        def restart() -> None:
+            """Begin the command again without this case: nothing else ends a call into torch that does not return."""
+            fail(too_long)
+            self.console.show_cursor()  # that the bar has hidden
+            cases = [list(key) for key in read(self.path).by_fingerprint[run.fingerprint].errors]
+            os.environ[STOPPED] = json.dumps({"seconds": time.monotonic() - began, "cases": cases})
+            os.execv(sys.executable, [arg for arg in sys.orig_argv if arg != "--fresh"])
+
         try:
-            figures = list(case.run())
+            with clock.deadline(allowed, restart):
+                figures = list(case.run())
             alien = [figure.question for figure in figures if figure.question != question]
             assert not alien, f"a case of {question} gave a figure of {alien[0]}"
+        except clock.TookTooLong:
+            return fail(too_long)
         except Exception as error:  # of the measured code; what writing raises is not caught here
-            writer.error(run, question, case.key, traceback.format_exc())
-            say(self.console, f"{question} {case.key} failed: {type(error).__name__}: {error}", style="bold red")
-            bar.end(time.monotonic() - start)
-            return False
-        steady = min(before, steadiness(roofs, device))
-        taken = time.monotonic() - start
-        writer.done(run, question, case.key, Done(figures=figures, seconds=taken, steadiness=steady))
-        bar.end(taken)
-        return True
+            return fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+        steady = min(before, steadiness(setting.roofs, setting.device))
+        done = Done(figures=figures, seconds=time.monotonic() - start, steadiness=steady)
+        return writer.done(run, question, case.key, done)
 
     def show(self, results: Results) -> None:
-        """The tables and the page, from what is kept."""
+        """Show the tables and the page, from what is kept."""
         for question in self._shown(results, self.names):
             finished = results.of_question(question.name)
             assert finished is not None, "only questions that have something are shown"
@@ -112,101 +172,44 @@ class Session:
 
     def _show(self, question: Question, finished: Finished) -> None:
         figures = finished.figures(question.name)
-        show_question(self.console, question.title, page.finding(question, figures), figures)
-        if words := page.unsteady(finished, question.name):
-            say(self.console, words, style="yellow")
+        show_question(self.console, question.title, answers.finding(question, figures), figures)
+        if unsteady := finished.unsteady(question.name):
+            say(self.console, unsteady, style="yellow")
 
-    def _draw(
-        self,
-        results: Results,
-        found: Sequence[changes.Change] | None = None,
-        old: str = "",
-        mind: Sequence[str] = (),
-    ) -> None:
+    def _draw(self, results: Results) -> None:
         """Write the page. A disk that is full stops no measurement: the figures are what counts."""
-        path, before = self.out / "report.html", bool(self.undrawn)
-        self.undrawn.clear()
+        path, before = self.out / "report.html", self.undrawn
+        self.undrawn = ""
         try:
-            page.write_report(path, results, self._shown(results, self.known), found, old, mind)
+            write_text(path, answers.report(results, self._shown(results, self.known), self.drawn, self.changed).html())
         except OSError as error:
-            self.undrawn.append(error.strerror or str(error))
+            self.undrawn = error.strerror or str(error)
             if not before:
-                words = f"{path} could not be written: {self.undrawn[0]}; the figures are kept. Then: --report-only"
+                words = f"{path} could not be written: {self.undrawn}; the figures are kept. Then: --report-only"
                 say(self.console, words, style="bold red")
 
-    def _shown(self, results: Results, names: Sequence[str] | Mapping[str, Loader]) -> list[Question]:
-        """Questions that have something to show. One whose package is gone cannot say what its figures mean."""
-        having = [name for name in self.known if name in names and results.of_question(name)]
+    def _shown(self, results: Results, names: Iterable[str]) -> list[Question]:
+        """Return questions that have something to show. One whose package is gone cannot say what its figures mean."""
+        having = [name for name in self.known if name in set(names) and results.of_question(name)]
         return [question for name in having if (question := load(self.known, name)[0])]
 
     def compare(self, results: Results, old: Results, path: Path) -> None:
         """Show what changed in the questions of this call, and draw the page with it."""
-        self.changed[:] = changes.compare(self._figures(old), self._figures(results))
-        show_changes(self.console, self.changed, str(path))
-        mind = self._mind(old, results)
-        for words in mind:
-            say(self.console, words, style="yellow")
-        self._draw(results, self.changed, str(path), mind)
-
-    def _mind(self, old: Results, new: Results) -> list[str]:
-        """What else than the code may have changed the figures."""
-        said = []
-        if old.latest and new.latest and (one := _setting(old.latest.run)) != (two := _setting(new.latest.run)):
-            said.append(f"Mind that the settings differ: {one} before, {two} now.")
-        for when, results in (("then", old), ("now", new)):
-            having = [(name, finished) for name in self.names if (finished := results.of_question(name))]
-            if busy := [name for name, finished in having if page.unsteady(finished, name)]:
-                said.append(f"Mind that the machine was not steady {when} in {', '.join(busy)}.")
-        return said
-
-    def _figures(self, results: Results) -> list[Figure]:
-        """All of this call's questions."""
-        having = [(name, results.of_question(name)) for name in self.names]
-        return [figure for name, finished in having if finished for figure in finished.figures(name)]
+        self.changes = comparison.compare(*(answers.figures(each, self.names) for each in (old, results)))
+        warnings = answers.warnings_of_changes(self.names, old, results)
+        self.changed = answers.changes_section(self.changes, str(path), warnings)
+        different = [change for change in self.changes if change.verdict != "unchanged"]
+        if different:
+            show_table(self.console, comparison.table(different), f"Changes since {path}")
+        say(self.console, f"{len(self.changes) - len(different)} of {len(self.changes)} figures are unchanged")
+        for warning in warnings:
+            say(self.console, warning, style="yellow")
+        self._draw(results)
 
     def unequal(self, finished: Finished) -> int:
-        """How many counts are not what they must be; says which."""
-        wrong = [f for name in self.names for f in finished.figures(name) if page.tone(f) == "unequal"]
+        """Return how many counts are not what they must be, and say which."""
+        wrong = [figure for name in self.names for figure in finished.figures(name) if figure.equal is False]
         for f in wrong:
-            said = f"{units.human(f.measured, f.unit, True)}, predicted were {units.human(f.predicted, f.unit, True)}"
-            say(
-                self.console,
-                f"{f.question} {page.case_words(f)}: {units.words(f.metric)} is {said}",
-                style="bold red",
-            )
+            said = f"{human(f.measured, f.unit, True)}, predicted were {human(f.predicted, f.unit, True)}"
+            say(self.console, f"{f.question} {case_words(f)}: {words(f.metric)} is {said}", style="bold red")
         return len(wrong)
-
-    def last_line(self, results: Results) -> dict[str, Any]:
-        """All of it, for programs: the latest run's setting, its figures, and where they are not its own:
-
-        failed: cases that raised; left: how many are still to be measured, by question; earlier: the setting of
-        questions whose figures are an earlier run's; steadiness: the least share of its kept rates that the machine
-        gave, by question; changes: what compare found.
-        """
-        latest = results.latest
-        assert latest is not None, "the caller has begun a run, or found one"
-        failed = [
-            {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
-            for (name, key), error in latest.errors.items()
-            if name in self.names
-        ]
-        having = {name: finished for name in self.names if (finished := results.of_question(name))}
-        earlier = {name: _facts(f.run) for name, f in having.items() if f.run.fingerprint != latest.run.fingerprint}
-        planned = having | dict.fromkeys(latest.plan, latest)
-        left = {name: left for name in self.names if name in planned and (left := planned[name].left(name))}
-        figures = [as_json(figure) for figure in self._figures(results)]
-        steady = {name: min(f.steadiness(name).values(), default=None) for name, f in having.items()}
-        notes = {"failed": failed, "left": left, "earlier": earlier, "steadiness": steady}
-        changed = [as_json(c.name) | {"old": c.old, "new": c.new, "verdict": c.verdict} for c in self.changed]
-        notes |= {"changes": [{k: c[k] for k in CHANGE} for c in changed if c["verdict"] != "unchanged"]}
-        return _facts(latest.run) | {"figures": figures} | notes
-
-
-def _facts(run: Run) -> dict[str, Any]:
-    return {fact: getattr(run, fact) for fact in FACTS}
-
-
-def _setting(run: Run) -> str:
-    sizes = "quick" if run.quick else "full"
-    machine = f"{run.machine.get('processor')}, torch {run.versions.get('torch')}"
-    return f"{run.dtype} on {run.device}, {page.threads(run)}, {sizes}, {machine}"

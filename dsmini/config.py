@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import tomli_w
 
-from dsmini import names
 from dsmini.fields import build, check_types, parse_file, plain, read_toml, refuse_unknown, require, require_multiple
+from dsmini.hf_config import config_from_json
 
 SECTIONS = ["model", "data", "train", "out"]
 """What a TOML file may hold at its top."""
@@ -206,7 +206,7 @@ class ModelConfig:
         path = Path(path)
         if path.suffix == ".json":
             raw = parse_file(path, json.loads)
-            return build(cls, names.config_from_json(raw, str(path)), path.name, "")
+            return build(cls, config_from_json(raw, str(path)), path.name, "")
         sections = read_toml(path)
         refuse_unknown(sections, SECTIONS, path.name, "")
         return build(cls, sections.get("model", {}), path.name, "model.")

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from dsmini import accounting
 from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
-from dsmini.checkpoint.pretrained import load_pretrained, origin_of
+from dsmini.checkpoint.pretrained import origin_of, read_pretrained
 from dsmini.checkpoint.progress import rate
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.config import RunConfig
 from dsmini.console import Help, parse, run
 from dsmini.nn import Transformer
@@ -81,7 +81,7 @@ def main(args: Sequence[str]) -> int:
     else:
         if command.average:
             raise ValueError(f"--average is of a training run, and {command.src} is none; leave it out")
-        model = load_pretrained(command.src, fp8="keep")
+        model = read_pretrained(command.src, fp8="keep")
         origin = origin_of(model)
         assert origin is not None
         nbytes, seconds = origin.nbytes, origin.seconds
@@ -118,7 +118,7 @@ def _count(model: Transformer) -> int:
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
-    """A run's tokenizer as transformers reads it, and the special ids of config.json."""
+    """Return the files of a run's tokenizer as transformers reads them, and the special ids of config.json."""
     tokenizer = run_tokenizer(src, config)
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

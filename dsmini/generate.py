@@ -15,7 +15,7 @@ import tyro
 
 from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.console import Help, parse, run
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling

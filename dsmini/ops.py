@@ -1,47 +1,148 @@
-"""The one door to fast kernels.
+"""Dispatch: which implementation of an operation runs, and why.
 
-An operation with a fast version is declared where its idea lives, on its plain reference:
+An operation is declared once, on its reference, which is the equation:
 
-    @ops.door("quantize")
-    def quantize_tiles(x, ...): ...
+    @ops.operation("rms_norm", cost=...)
+    def rms_norm(x, weight, eps):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
-When it is called, the door asks `dsmini_kernels.<backend>` for a function of that name and the same arguments: `cpu`
-(C++, compiled on first use) for tensors in main memory, `triton` for those on a GPU. Where there is no backend, or it
-does not serve the call, the reference runs. Nothing is chosen before a call, and what is chosen changes no bit.
+    @rms_norm.eager
+    def _(x, weight, eps): ...          # the same, fast in plain PyTorch
 
-Kernels are forward primitives on detached tensors. Autograd lives above the door and remembers its backend for the
-backward pass, which may run in another thread: `backend = ops.chosen()`, later `with ops.use(backend)`.
+A call then runs the first of these that can serve it:
+
+    cpu, triton   a kernel of that name in dsmini_kernels.cpu (tensors in main memory) or dsmini_kernels.triton (GPU)
+    eager         the tuned PyTorch version; the reference where there is none
+    reference     only where it is asked for: DSMINI_BACKEND=reference, or `with ops.use("reference")`
+
+Nothing is chosen before a call. Kernels are forward primitives: a call whose gradient is wanted runs PyTorch code, and
+so does one under torch.compile, fake tensors, function transforms or a dispatch mode. Autograd functions that call
+operations remember the backend for their backward pass: `backend = ops.chosen()`, later `with ops.use(backend)`.
+
+`cost` states what a call must move and compute. A counter of bytes (`ops.counting`) is told it for each call that a
+kernel served, since PyTorch cannot see into a kernel.
 """
 
 import functools
 import importlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 VARIABLE = "DSMINI_BACKEND"
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+class Cost(NamedTuple):
+    """Lower bound of a call: every operand is read once, every result is written once."""
+
+    read: int
+    """Bytes."""
+    written: int
+    """Bytes."""
+    flops: int
+    """Floating-point operations of products; a multiply-add is two."""
+
+
+class Counter(Protocol):
+    """What counts the work of kernels: `Count` of dsmini.measure."""
+
+    def kernel_ran(self, name: str, cost: Cost, result: Any, seconds: float) -> None: ...
+
+
 _chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
+_counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
+
+
+class Operation(Generic[P, R]):
+    """An operation with several implementations. Call it like its reference; make it with `operation`."""
+
+    def __init__(
+        self, name: str, reference: Callable[P, R], cost: Callable[..., Cost], differentiable: bool = True
+    ) -> None:
+        functools.update_wrapper(self, reference)
+        self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
+        self.plain = reference
+        """The version in plain PyTorch that runs by default."""
+
+    def eager(self, version: Callable[P, R]) -> Callable[P, R]:
+        """Declare the tuned PyTorch version, as a decorator."""
+        self.plain = version
+        return version
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        forced = chosen()
+        if forced == "reference":
+            return self.reference(*args, **kwargs)
+        if forced == "eager":
+            return self.plain(*args, **kwargs)
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        backend = forced or FOR_DEVICE.get(tensors[0].device.type)
+        kernels = None if backend is None or _is_watched(tensors[0]) else _load(backend)
+        if not isinstance(kernels, ModuleType):
+            return self._without(forced, kernels, *args, **kwargs)
+        wanted = self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if wanted or self.name not in kernels.OPERATIONS:
+            return self.plain(*args, **kwargs)
+        try:
+            return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
+        except kernels.Unserved as reason:
+            return self._without(forced, str(reason), *args, **kwargs)
+
+    def _without(self, forced: str | None, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run PyTorch code where no kernel serves; refuse if one is forced and gave a reason."""
+        if forced is not None and reason is not None:
+            raise ValueError(
+                f"backend {forced!r} is forced and cannot run {self.name}: {reason}; use another, or 'auto'"
+            )
+        return self.plain(*args, **kwargs)
+
+    def _run_kernel(self, kernel: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        counter = _counter.get()
+        if counter is None:
+            return kernel(*args, **kwargs)
+        start = time.perf_counter()
+        with torch._C._DisableTorchDispatch():
+            result = kernel(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        counter.kernel_ran(self.name, self.cost(*args, **kwargs), result, seconds)
+        return result
+
+
+def operation(
+    name: str, *, cost: Callable[..., Cost], differentiable: bool = True
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Declare an operation on its reference. A kernel of that name takes the same arguments.
+
+    Args:
+        cost: takes the arguments of a call and returns its lower bound.
+        differentiable: a call whose gradient is wanted runs PyTorch code. False: a kernel refuses such a call itself.
+    """
+    return lambda reference: Operation(name, reference, cost, differentiable)
 
 
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
     """Force a backend inside the context; None lets each call choose again, by its device.
 
+    An operation that the backend does not have at all runs its eager version.
+
     Raises: ValueError for an unknown backend; and the operations inside, where the backend cannot serve them.
     """
-    if torch.compiler.is_compiling():  # the reference is what is compiled
+    if torch.compiler.is_compiling():  # the eager version is what is compiled
         yield
         return
     _check(backend, "backend")
@@ -53,61 +154,46 @@ def use(backend: str | None) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """The backend that is forced here, by `use` or else by DSMINI_BACKEND; None if each call chooses. While torch
-    compiles it is the reference."""
+    """Return the backend that `use` or DSMINI_BACKEND forces, None if each call chooses.
+
+    While torch compiles it is "eager".
+    """
     if torch.compiler.is_compiling():
-        return "reference"
+        return "eager"
     backend = _chosen.get() or os.environ.get(VARIABLE) or "auto"
+    if backend == "auto":
+        return None
     _check(backend, VARIABLE)
-    return None if backend == "auto" else backend
+    return backend
 
 
-def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let the fast versions called `name` stand in for the decorated reference, whose first argument is a tensor."""
-
-    def decorate(reference: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(reference)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():
-                return reference(*args, **kwargs)
-            forced = chosen()
-            tensor = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-            if forced == "reference" or _is_watched(tensor):
-                return reference(*args, **kwargs)
-            backend = forced or FOR_DEVICE.get(tensor.device.type)
-            kernels = None if backend is None else _load(backend)
-            if not isinstance(kernels, ModuleType):
-                if forced is not None:
-                    raise ValueError(_cannot(forced, name, str(kernels)))
-                return reference(*args, **kwargs)
-            try:
-                return getattr(kernels, name)(*args, **kwargs)
-            except kernels.Unserved as reason:
-                if forced is not None:
-                    raise ValueError(_cannot(forced, name, str(reason))) from None
-                return reference(*args, **kwargs)
-
-        return call
-
-    return decorate
+@contextmanager
+def counting(counter: Counter) -> Iterator[None]:
+    """Report every kernel that runs inside the context to `counter`."""
+    token = _counter.set(counter)
+    try:
+        yield
+    finally:
+        _counter.reset(token)
 
 
 def serving(device: str) -> str:
-    """The backend that serves tensors on such a device here and now, or "reference"."""
+    """Return the backend whose kernels serve tensors on such a device here and now, else "reference" or "eager"."""
     forced = chosen()
+    if forced in ("reference", "eager"):
+        return forced
     backend = forced or FOR_DEVICE.get(device)
-    served = backend not in (None, "reference") and isinstance(_load(str(backend)), ModuleType)
-    return str(backend) if served else "reference"
+    return backend if backend is not None and isinstance(_load(backend), ModuleType) else "eager"
 
 
 def explain() -> str:
-    """What would run for tensors on each device, and why; printed and returned."""
+    """Print and return what would run for tensors on each device, and why."""
     try:
         forced = f"forced here: {chosen() or 'nothing'}"
     except ValueError as error:
         forced = f"{error}"
     lines = [f"{VARIABLE}: {os.environ.get(VARIABLE, 'not set')}; {forced}"]
-    lines.append("reference: plain PyTorch, serves everything")
+    lines.append("reference: the equations; eager: tuned PyTorch, serves everything")
     for device, backend in FOR_DEVICE.items():
         try:
             kernels = _load(backend)
@@ -117,7 +203,7 @@ def explain() -> str:
         if isinstance(kernels, ModuleType):
             lines.append(f"{what}{', '.join(kernels.OPERATIONS)}; {kernels.describe()}")
         else:
-            lines.append(f"{what}nothing, the reference serves instead: {kernels}")
+            lines.append(f"{what}nothing, eager serves instead: {kernels}")
     text = "\n".join(lines)
     print(text)
     return text
@@ -125,7 +211,7 @@ def explain() -> str:
 
 @functools.cache
 def _load(backend: str) -> ModuleType | str:
-    """The backend's kernels, ready to run, or why there are none. Looked for once; a failure is reported once."""
+    """Return the backend's kernels, ready to run, or why there are none. A failure is reported once."""
     try:
         kernels = importlib.import_module(f"dsmini_kernels.{backend}")
     except ImportError as error:
@@ -139,10 +225,13 @@ def _load(backend: str) -> ModuleType | str:
 
 
 def _is_watched(tensor: Tensor) -> bool:
-    """Whether torch looks on: fake tensors, subclasses, dispatch modes and function transforms see no foreign code."""
+    """Return whether torch looks on: fake tensors, subclasses, dispatch modes and transforms see no foreign code.
+
+    A counter is a dispatch mode too, but one that hears of kernels.
+    """
     return (
         type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > (_counter.get() is not None)
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -150,7 +239,3 @@ def _is_watched(tensor: Tensor) -> bool:
 def _check(backend: Any, what: str) -> None:
     if backend not in (*BACKENDS, "auto", None):
         raise ValueError(f"{what}={backend!r} is unknown; use one of {', '.join(BACKENDS)}, or auto")
-
-
-def _cannot(backend: str, name: str, reason: str) -> str:
-    return f"backend {backend!r} is forced and cannot run {name}: {reason}; use another, or 'auto'"

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.config import DataConfig
 from dsmini.console import parse, run
-from dsmini.data.cache import lines
-from dsmini.data.documents import Piece, Progress, Reader, find, measure, silent, split
+from dsmini.data.documents import Piece, Progress, Reader, find, measure, silent
+from dsmini.data.split import split
+from dsmini.data.tokenising import lines
 from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer
 from dsmini.training.report import ReadingProgress
 

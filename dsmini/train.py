@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dsmini import accounting
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.checkpoint.run_folder import new_run_folder, refuse_taken, run_tokenizer, sole_trainer, tokenizer_file
 from dsmini.config import RunConfig
 from dsmini.console import Help, run

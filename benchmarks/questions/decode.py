@@ -8,19 +8,14 @@ from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.steps import step_figures
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    built,
-    filled,
-    forget_peak,
-    lines,
-    name_of,
-    random_tokens,
-    step_figures,
-    times,
-)
+from dsmini.measure.memory import reset_peak
+from dsmini.measure.timing import times
+from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
 from dsmini.nn import Cache
+from dsmini.report.charts import lines
 
 NAME = "decode"
 STEPS = 8
@@ -44,10 +39,10 @@ def cases(setting: Setting) -> list[Case]:
 
 @torch.no_grad()
 def measure(config: ModelConfig, setting: Setting, batch: int, context: int, seconds: float) -> Iterator[Figure]:
-    model = built(config, setting)
-    cache = filled(model, batch, context, 64)  # rows are read in multiples of 64
+    model = random_model(config, setting.device, setting.dtype)
+    cache = random_cache(model, batch, context, 64)  # rows are read in multiples of 64
     same = random_tokens(config, batch, 1, setting.device)
-    forget_peak()
+    reset_peak()
 
     def step(tokens: Tensor | None = None) -> None:
         cache.truncate(context)
@@ -57,7 +52,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, context: int, sec
     counted = count(lambda: step(same), setting.roofs.cache_bytes)
     moved, touched = routed(model, cache, batch, context, step)
     taken = times(step, setting.device, seconds)
-    dtype = name_of(setting.dtype)
+    dtype = dtype_name(setting.dtype)
 
     def predicted(experts: float | None) -> float:
         return accounting.decode_bytes_per_token(

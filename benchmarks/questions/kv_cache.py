@@ -9,8 +9,11 @@ from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import ModelConfig, accounting
 from dsmini.measure.hardware import memory_bytes
-from dsmini.measure.timing import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
+from dsmini.measure.prediction import predicted_seconds
+from dsmini.measure.timing import interleaved, spread
+from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache
+from dsmini.report.charts import lines
 
 NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
@@ -65,9 +68,12 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
 @torch.no_grad()
 def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
     """All kinds take turns."""
-    runs, models = {}, {kind: built(config, setting) for kind, config in configs(setting).items()}
+    runs, models = (
+        {},
+        {kind: random_model(config, setting.device, setting.dtype) for kind, config in configs(setting).items()},
+    )
     for kind, model in models.items():
-        cache = filled(model, 1, context, 8)
+        cache = random_cache(model, 1, context, 8)
         token = random_tokens(model.config, 1, 1, setting.device)
 
         def step(model: object = model, cache: object = cache, token: object = token) -> None:
@@ -75,7 +81,7 @@ def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
             model(token, cache)  # pyright: ignore[reportCallIssue]
 
         runs[kind] = step
-    predicted = {kind: predicted_seconds(run, setting) for kind, run in runs.items()}
+    predicted = {kind: predicted_seconds(run, setting.roofs) for kind, run in runs.items()}
     taken = interleaved(runs, setting.device, 15 if setting.quick else 40)
     for kind, seconds in taken.items():
         layers = models[kind].config.n_layers

@@ -9,14 +9,17 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from dsmini import ModelConfig, Transformer, accounting
-from dsmini.measure.timing import built, filled, interleaved, lines, predicted_seconds, random_tokens, spread
-from dsmini.nn import max_violation
+from dsmini.measure.prediction import predicted_seconds
+from dsmini.measure.timing import interleaved, spread
+from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn import Cache, max_violation
+from dsmini.report.charts import lines
 
 NAME = "moe"
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
-    """Experts, and a dense feed-forward of as many active parameters, and one of as many in all."""
+    """Return a model with experts, a dense twin with as many active parameters, and one with as many in all."""
     layers = 1 if setting.quick else 3
     moe = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=0, vocab_size=256)
     dense = dataclasses.replace(moe, n_dense_layers=layers)
@@ -38,17 +41,17 @@ def cases(setting: Setting) -> list[Case]:
 
 @torch.no_grad()
 def measure(setting: Setting, batch: int) -> Iterator[Figure]:
-    models = {name: built(config, setting) for name, config in configs(setting).items()}
+    models = {name: random_model(config, setting.device, setting.dtype) for name, config in configs(setting).items()}
     runs = {}
     for name, model in models.items():
-        cache = filled(model, batch, 64, 8)
+        cache = random_cache(model, batch, 64, 8)
 
-        def step(model: Transformer = model, cache: object = cache) -> None:
-            cache.truncate(64)  # pyright: ignore[reportAttributeAccessIssue]
-            model.advance(random_tokens(model.config, batch, 1, setting.device), cache)  # pyright: ignore[reportArgumentType]
+        def step(model: Transformer = model, cache: Cache = cache) -> None:
+            cache.truncate(64)
+            model.advance(random_tokens(model.config, batch, 1, setting.device), cache)
 
         runs[name] = step
-    predicted = {name: predicted_seconds(run, setting) for name, run in runs.items()}
+    predicted = {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
     taken = interleaved(runs, setting.device, 9 if setting.quick else 25)
     for name, seconds in taken.items():
         yield Figure(
@@ -64,11 +67,11 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
 
 
 def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure]:
-    """Which experts the tokens of a step visit, and the bytes of their weights."""
+    """Tell which experts the tokens of a step visit, and the bytes of their weights."""
     c = model.config
     distinct, uneven = [], []
     for _ in range(20):
-        cache = filled(model, batch, 64, 8)
+        cache = random_cache(model, batch, 64, 8)
         advance = model.advance(random_tokens(c, batch, 1, setting.device), cache)
         for decided in advance.routing:
             distinct.append(float((decided.counts > 0).sum()))

@@ -1,30 +1,30 @@
 """Speculative decoding with multi-token prediction: how often guesses are right, and what that gains."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, Value, pick
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.inference.generation import Generation, Stats, generate
-from dsmini.measure import prediction
-from dsmini.measure.counting import count
+from benchmarks.question import Case, Figure, Plot, Question, Setting, Value, pick
+from benchmarks.trained import trainer
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
+from dsmini.data.corpus import Corpus
+from dsmini.inference.generation import Stats
+from dsmini.measure.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
 from dsmini.measure.timing import spread
-from dsmini.training.trainer import Trainer
+from dsmini.report.charts import measured_bars
 
 NAME = "mtp"
-CORPUS = Path("runs/corpus")
 TEMPERATURES = (0.0, 0.8)
+
+figure = functools.partial(Figure, question=NAME, better="higher")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is trained and generated."""
+    """Numbers of tokens and steps to train and to generate."""
 
     model: ModelConfig
     steps: int
@@ -34,7 +34,7 @@ class Size:
     new_tokens: int
     depths: tuple[int, ...]
     seconds: float
-    """Of a depth, estimated."""
+    """Estimated time of a depth."""
 
 
 FULL = Size(
@@ -68,164 +68,75 @@ QUICK = Size(
 )
 
 
-def size(quick: bool) -> Size:
-    return QUICK if quick else FULL
+def cases(setting: Setting) -> list[Case]:
+    of = QUICK if setting.quick else FULL
+    length = of.model.max_seq_len
+
+    def flops(depth: int) -> float:
+        config = dataclasses.replace(of.model, n_mtp_layers=depth)
+        return of.steps * of.batch_size * length * accounting.flops_per_token(config, length, training=True).total
+
+    return [
+        Case(
+            key=f"depth={depth} steps={of.steps}",
+            seconds=of.seconds,
+            flops=flops(depth),
+            run=lambda n=depth: measure(n, setting, of),
+        )
+        for depth in of.depths
+    ]
 
 
-def tokens_per_step(kept: list[float]) -> float:
-    """Expected, where the guess of depth k is kept with probability kept[k - 1] if those before it were: one token, and
-    for each depth the product up to it. Depth 1: 1 + acceptance; evenly good guesses: a geometric series."""
-    total = probability = 1.0
-    for each in kept:
-        probability *= each
-        total += probability
-    return total
-
-
-def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
-    """A model of this depth, trained for a short while on the default corpus, to generate in FP32."""
-    torch.manual_seed(0)
-    model_config = dataclasses.replace(of.model, n_mtp_layers=depth)
-    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=of.batch_size))
-    corpus = load_corpus(config.data, config.seq_len, model_config.vocab_size, CORPUS)
-    with torch.device(setting.device):
-        model = Transformer(model_config, compute_dtype=setting.dtype)
-    trainer = Trainer(model, corpus, config, setting.device)
-    for _ in range(of.steps):
-        trainer.step()
-    trainer.loader.close()
-    model.compute_dtype = None  # BF16 logits tie, and ties are broken otherwise in steps of several tokens
-    return model.eval(), corpus
-
-
-def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, setting: Setting) -> float:
-    """Expected of a decoding step, from the operations that it counts."""
-    generation = Generation(model, [prompt.tolist()], 8, speculative=speculative)
-    for _ in range(2):  # reads the prompt; prepares what later steps reuse
-        next(generation)
-    return prediction.seconds(count(lambda: next(generation), setting.roofs.cache_bytes), setting.roofs)
-
-
-@torch.inference_mode()
-def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) -> list[float]:
-    """For each depth, how probably its guess is kept behind text as it is, given that the guesses before it were right:
-    sum of min(p, q) over the vocabulary, or for greedy decoding whether both prefer the same token."""
-    out = model.run(tokens, mtp=True)
-    kept: list[float] = []
-    for k, logits in enumerate(out.mtp_logits, 1):
-        pair = out.logits[:, k:].float(), logits.float()  # both of token i + k + 1
-        if temperature:
-            p, q = ((each / temperature).softmax(-1) for each in pair)
-            kept.append(torch.minimum(p, q).sum(-1).mean().item())
-        else:
-            p, q = (each.argmax(-1) for each in pair)
-            kept.append((p == q).float().mean().item())
-    return kept
-
-
-def _measure(depth: int, setting: Setting) -> Iterator[Figure]:
-    of = size(setting.quick)
+def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
     model, corpus = trained(depth, setting, of)
     windows = corpus.windows(model.config.max_seq_len, of.prompts * model.config.max_seq_len)
     tokens = torch.cat([tokens for tokens, _ in windows.blocks(of.prompts)]).to(setting.device)
     prompts = [row[: of.prompt_tokens] for row in tokens]
-    cost = step_seconds(model, prompts[0], True, setting) / step_seconds(model, prompts[0], False, setting)
+    cost = step_seconds(model, prompts[0], True, setting.roofs) / step_seconds(model, prompts[0], False, setting.roofs)
     for temperature in TEMPERATURES:
-        expected = expected_acceptance(model, tokens, temperature)
-        plain, guessing = _turns(model, prompts, temperature, of)
-        yield from _figures(depth, temperature, expected, cost, plain, guessing)
+        expected = tokens_per_step(expected_acceptance(model, tokens, temperature))
+        plain, guessing = in_turns(model, prompts, temperature, of.new_tokens)
+        yield from _figures({"depth": depth, "temperature": temperature}, expected, cost, plain, guessing)
 
 
-def _turns(model: Transformer, prompts: list[Tensor], temperature: float, of: Size) -> tuple[list[Stats], list[Stats]]:
-    """Each prompt continued without and with guesses, in turns; one more at first, which does not count."""
-    stats: dict[bool, list[Stats]] = {False: [], True: []}
-    for i, prompt in enumerate([prompts[0], *prompts]):
-        rows: list[Tensor] = []
-        for speculative in (False, True):
-            generator = torch.Generator(prompt.device).manual_seed(i)
-            done = generate(
-                model,
-                prompt[None],
-                of.new_tokens,
-                temperature=temperature,
-                speculative=speculative,
-                generator=generator,
-            )
-            rows.append(done.tokens)
-            if i:
-                stats[speculative].append(done.stats)
-        assert temperature or torch.equal(*rows), f"guesses changed the greedy continuation of prompt {i}"
-    return stats[False], stats[True]
+def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
+    """Return a model of this depth, trained for a short while on the default corpus, to generate in FP32."""
+    model_config = dataclasses.replace(of.model, n_mtp_layers=depth)
+    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=of.batch_size))
+    made = trainer(config, setting, of.steps)
+    made.loader.close()
+    made.model.compute_dtype = None  # BF16 logits tie, and ties are broken otherwise in steps of several tokens
+    return made.model.eval(), made.corpus
 
 
 def _figures(
-    depth: int,
-    temperature: float,
-    expected: list[float],
-    cost: float,
-    plain: list[Stats],
-    guessing: list[Stats],
+    case: Mapping[str, Value], expected: float, cost: float, plain: list[Stats], guessing: list[Stats]
 ) -> Iterator[Figure]:
-    case: Mapping[str, Value] = {"depth": depth, "temperature": temperature}
-    tokens = tokens_per_step(expected)
-    drafted_kept = (tokens - 1) / depth  # of all guesses, those behind a refused one included
+    """Tell what guesses gained.
+
+    Args:
+        expected: tokens of a step.
+        cost: of a step with guesses, in steps without.
+    """
+    drafted_kept = (expected - 1) / int(case["depth"])  # of all guesses, those behind a refused one included
     faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, guessing, strict=True)]
-    note = "predicted from held-out text; quartiles over prompts"
-    figures: list[tuple[str, str, float, Callable[[Stats], float]]] = [
+    counted = "predicted: tokens a step over the cost of a step, by counted operations; quartiles over prompts"
+    read: list[tuple[str, str, float, Callable[[Stats], float]]] = [
         ("acceptance", "", drafted_kept, lambda s: s.acceptance_rate),
-        ("tokens_per_step", "tokens", tokens, lambda s: s.tokens_per_step),
+        ("tokens_per_step", "tokens", expected, lambda s: s.tokens_per_step),
     ]
-    for metric, unit, predicted, read in figures:
-        yield Figure(
-            question=NAME,
-            case=case,
-            metric=metric,
-            unit=unit,
-            predicted=predicted,
-            better="higher",
-            note=note,
-            **spread([read(s) for s in guessing]),
-        )
-    yield Figure(
-        question=NAME,
-        case=case,
-        metric="speedup",
-        unit="x",
-        predicted=tokens / cost,
-        better="higher",
-        note="predicted: tokens a step over the cost of a step, by counted operations; quartiles over prompts",
-        **spread(faster),
-    )
+    note = "predicted from held-out text; quartiles over prompts"
+    for metric, unit, predicted, value in read:
+        values = spread([value(s) for s in guessing])
+        yield figure(case=case, metric=metric, unit=unit, predicted=predicted, note=note, **values)
+    yield figure(case=case, metric="speedup", unit="x", predicted=expected / cost, note=counted, **spread(faster))
     for name, stats in (("no guesses", plain), ("guesses", guessing)):
-        yield Figure(
-            question=NAME,
-            case={**case, "with": name},
-            metric="tokens_per_s",
-            unit="tokens/s",
-            better="higher",
-            **spread([s.tokens_per_s for s in stats]),
-        )
-    if temperature == 0:
-        yield Figure(
-            question=NAME,
-            case=case,
-            metric="same_continuations",
-            unit="prompts",
-            measured=len(guessing),  # else _turns would have raised
-            predicted=len(plain),
-            exact=True,
-            note="greedy, with guesses and without",
-        )
-
-
-def cases(setting: Setting) -> list[Case]:
-    of = size(setting.quick)
-    return [
-        Case(
-            key=f"depth={depth} steps={of.steps}", seconds=of.seconds, run=lambda depth=depth: _measure(depth, setting)
-        )
-        for depth in of.depths
-    ]
+        speed = spread([s.tokens_per_s for s in stats])
+        yield figure(case={**case, "with": name}, metric="tokens_per_s", unit="tokens/s", **speed)
+    if not case["temperature"]:
+        same = {"measured": len(guessing), "predicted": len(plain), "exact": True}  # else in_turns would have raised
+        note = "greedy, with guesses and without"
+        yield figure(case=case, metric="same_continuations", unit="prompts", better=None, note=note, **same)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -250,20 +161,9 @@ def plots(figures: list[Figure]) -> list[Plot]:
         ("speedup", "Speed with guesses", "times the speed without"),
     ):
         found = [f for f in pick(figures, metric) if f.measured is not None]
-        if not found:
-            continue
-        x = list(range(len(found)))
-        measured = Series(
-            label="measured",
-            x=x,
-            y=[f.measured or 0.0 for f in found],
-            low=[f.low or 0.0 for f in found],
-            high=[f.high or 0.0 for f in found],
-            kind="bars",
-        )
-        predicted = Series(label="predicted", x=x, y=[f.predicted or 0.0 for f in found], kind="points")
-        labels = [f"depth {f.case['depth']}, temperature {f.case['temperature']}" for f in found]
-        drawn.append(Plot(title=title, x="", y=y, series=[measured, predicted], labels=labels))
+        labelled = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in found}
+        if labelled:
+            drawn.append(measured_bars(title, y, labelled, predicted=True))
     return drawn
 
 

@@ -6,19 +6,13 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting
+from benchmarks.steps import LEAST, speed_sentence, step_figures
 from dsmini import ModelConfig, accounting
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    LEAST,
-    built,
-    forget_peak,
-    lines,
-    name_of,
-    random_tokens,
-    speed_sentence,
-    step_figures,
-    times,
-)
+from dsmini.measure.memory import reset_peak
+from dsmini.measure.timing import times
+from dsmini.measure.workloads import dtype_name, random_model, random_tokens
+from dsmini.report.charts import lines
 
 NAME = "prefill"
 
@@ -39,10 +33,10 @@ def cases(setting: Setting) -> list[Case]:
 
 @torch.no_grad()
 def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
-    model = built(config, setting)
+    model = random_model(config, setting.device, setting.dtype)
     prompt = random_tokens(config, batch, tokens, setting.device)
     cache = model.new_cache(batch, tokens)
-    forget_peak()
+    reset_peak()
 
     def step() -> None:
         cache.truncate(0)
@@ -51,7 +45,7 @@ def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seco
     step()
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
-    dtype = name_of(setting.dtype)
+    dtype = dtype_name(setting.dtype)
     run = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, dtype=dtype, last_logits=True)
     unread = 2 * config.dim * config.vocab_size * (1 - 1 / tokens)  # logits of the last token alone are made
     yield from step_figures(

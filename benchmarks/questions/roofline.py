@@ -8,9 +8,10 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
 from benchmarks.questions.train import training_step
+from benchmarks.steps import check_bandwidth
 from dsmini.measure.counting import Operation, count
 from dsmini.measure.prediction import operation_seconds
-from dsmini.measure.timing import built, check_bandwidth, filled, random_tokens
+from dsmini.measure.workloads import random_cache, random_model, random_tokens
 
 NAME = "roofline"
 PASSES = 5
@@ -26,8 +27,8 @@ def cases(setting: Setting) -> list[Case]:
 
 def _decode(setting: Setting) -> Callable[[], object]:
     config = shapes.QUICK if setting.quick else shapes.BIG
-    model = built(config, setting)
-    cache = filled(model, 1, 1024, 64)
+    model = random_model(config, setting.device, setting.dtype)
+    cache = random_cache(model, 1, 1024, 64)
 
     def step() -> None:
         cache.truncate(1024)
@@ -38,7 +39,7 @@ def _decode(setting: Setting) -> Callable[[], object]:
 
 def _prefill(setting: Setting) -> Callable[[], object]:
     config = shapes.QUICK if setting.quick else shapes.BIG
-    model = built(config, setting)
+    model = random_model(config, setting.device, setting.dtype)
     prompt = random_tokens(config, 1, 512, setting.device)
     cache = model.new_cache(1, 512)
 

@@ -7,18 +7,13 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting
+from benchmarks.steps import LEAST, speed_sentence, step_figures
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.measure.counting import count
-from dsmini.measure.timing import (
-    LEAST,
-    forget_peak,
-    lines,
-    name_of,
-    random_tokens,
-    speed_sentence,
-    step_figures,
-    times,
-)
+from dsmini.measure.memory import reset_peak
+from dsmini.measure.timing import times
+from dsmini.measure.workloads import dtype_name, random_tokens
+from dsmini.report.charts import lines
 from dsmini.training.optim import optimizers
 
 NAME = "train"
@@ -58,12 +53,12 @@ def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int
 
 def measure(config: ModelConfig, setting: Setting, batch: int, tokens: int, seconds: float) -> Iterator[Figure]:
     step = training_step(config, setting, batch, tokens)
-    forget_peak()
+    reset_peak()
     step()
     step()
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
-    dtype = name_of(setting.dtype)
+    dtype = dtype_name(setting.dtype)
     run = accounting.step_flops(config, batch_size=batch, seq_len=tokens, dtype=dtype)
     moved = accounting.training_bytes_per_token(config, seq_len=tokens, batch_size=batch, dtype=dtype)
     yield from step_figures(

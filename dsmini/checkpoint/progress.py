@@ -1,4 +1,4 @@
-"""How many bytes are through: a bar once that takes a second or more, and the rate at the end."""
+"""Progress in bytes: a bar for what takes a second or more, and the rate at the end."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ class BytesProgress:
         self.seconds = time.monotonic() - self.started
 
     def add(self, nbytes: int) -> None:
-        """So many bytes more are through."""
+        """Count bytes that are read or written now."""
         self.done += nbytes
         now = time.monotonic()
         if now - self.started < 1:
@@ -42,6 +42,6 @@ class BytesProgress:
 
 
 def rate(verb: str, nbytes: int, seconds: float) -> str:
-    """What was done with how many bytes, and how fast, in words."""
+    """Return a sentence that says how many bytes were read or written, and how fast."""
     per_second = nbytes / max(seconds, 1e-9) / 1e6
     return f"{verb} {nbytes:,} bytes in {seconds:.1f} s: {per_second:,.0f} MB/s"

@@ -2,12 +2,12 @@
 
 runs/NAME/
     config.toml           the whole config, with the device, dtype and threads that were really used
-    config-until-step-000030.toml     the one before, where the run went on with another
-    corpus.json           what was trained on: size, hash, how the held-out part was chosen
+    config-until-step-000030.toml     the one before, where the run continued with another
+    corpus.json           the corpus: size, hash, how the held-out part was chosen
     tokenizer.json        a copy of the tokenizer, if it was not bytes
-    init.json             whose weights it started from, if it did
-    metrics.jsonl         a line a step
-    checkpoints/          see training.py
+    init.json             the checkpoint whose weights it started from, if it did
+    metrics.jsonl         one line per step
+    checkpoints/          see training_state.py
     summary.json, sample.txt, loss.png, expert_load.png     at the end
 """
 
@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsmini.checkpoint.manifest import write_text
+from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
-# What every row of metrics.jsonl has; null: not finite, not measured, or of experts that the model lacks.
+# the figures of every row of metrics.jsonl; null: not finite, not measured, or of experts that the model lacks.
 FIGURES = ("loss", "val_loss", "lr", "tokens_per_s", "max_vio", "mtp_loss", "balance_loss", "grad_norm", "data_wait")
 ROW = {
     **{"step": int, "tokens": int, "seconds": float, "skipped": bool, "memory": int},
@@ -48,7 +48,7 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
 
 
 def refuse_taken(out: Path | None) -> None:
-    """Raises: ValueError if the folder of a new run holds anything already."""
+    """Raise ValueError if the folder of a new run holds anything already."""
     try:
         taken = out is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
@@ -59,7 +59,7 @@ def refuse_taken(out: Path | None) -> None:
 
 
 def _next_folder(base: Path, name: str) -> Path:
-    """The first number after all that are taken; where two runs start at once, each gets its own."""
+    """Make the folder with the first number after all taken ones; two runs that start at once get different ones."""
     while True:
         taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
         out = base / f"{name}-{max(taken, default=0) + 1:03d}"
@@ -87,7 +87,7 @@ def sole_trainer(run: Path) -> Iterator[None]:
 
 
 def run_config(run: Path) -> RunConfig:
-    """The config that a run keeps; ValueError for a folder that is no run."""
+    """Return the config in a run's folder; raise ValueError for a folder that is not a run."""
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
     if not (run / "config.toml").is_file():
@@ -96,7 +96,10 @@ def run_config(run: Path) -> RunConfig:
 
 
 def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
-    """What a run, named by its folder or by one of its checkpoints, was trained with: its tokenizer.json, or bytes.
+    """Return the tokenizer that a run was trained with: its tokenizer.json, or bytes.
+
+    Args:
+        path: the run's folder, or that of one of its checkpoints.
 
     Raises: ValueError if that file is gone.
     """
@@ -105,7 +108,7 @@ def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
 
 
 def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
-    """A run's own copy of its tokenizer; None for bytes. ValueError if that file is gone."""
+    """Return the path of a run's copy of its tokenizer, None for bytes; raise ValueError if that file is gone."""
     if config.data.tokenizer is None:
         return None
     if not (run / "tokenizer.json").is_file():
@@ -114,7 +117,7 @@ def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
 
 
 def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None:
-    """Keep another config from this step on; the one until then stays beside it."""
+    """Store the config that holds from this step on; the one until then stays next to it."""
     until = run / f"config-until-step-{step:06d}.toml"
     if new != old and not until.exists():
         write_text(until, old.to_toml())
@@ -122,7 +125,7 @@ def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a line that is torn, or is no whole row of a step, is left out."""
+    """Return the rows of metrics.jsonl without lines that are torn or lack a figure of a step."""
     rows = []
     path = run / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
@@ -136,7 +139,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """What the finished run wrote; empty while it is not finished."""
+    """Return what summary.json holds; empty while the run is not finished."""
     try:
         return json.loads((run / "summary.json").read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,12 +1,11 @@
-"""Safetensors files: what is in one, checked before any of it is read; reading and writing without copies.
+"""The format of safetensors files: headers, checked before any tensor is read, and the writing of a file.
 
-A file is eight bytes of length, so much JSON that gives dtype, shape and place of every tensor, and the tensors one
-after the other.
+A file is eight bytes of length, that many bytes of JSON with the dtype, shape and place of every tensor, and the
+tensors one after the other.
 """
 
 import json
 import math
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,12 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses longer ones too."""
+"""Limit in bytes; the safetensors library refuses longer ones too."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where some or all of a tensor lies: from byte `start` to `end` of a file."""
+    """The place of a tensor or of a part of it: from byte `start` to `end` of a file."""
 
     file: Path
     start: int
@@ -56,11 +55,20 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all pieces."""
         return sum(piece.end - piece.start for piece in self.pieces)
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, after checking that the file holds all of them and nothing else.
+@dataclass(frozen=True)
+class Header:
+    """The header of one file, which holds the tensors that it names and nothing else."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file.
 
     Raises: ValueError naming the file and what is wrong with it.
     """
@@ -83,10 +91,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise ValueError(f"cannot read {path}: {error.strerror}; fetch it again") from None
     if not isinstance(header, dict):
         raise ValueError(f"the header of {path} is a {type(header).__name__}, want a table; fetch the file again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_places(path, tensors, 8 + length, size)
-    return tensors
+    return Header(tensors, metadata)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,42 +137,6 @@ def _check_places(path: Path, tensors: Mapping[str, Stored], data: int, size: in
         raise ValueError(f"{path} has {size - end:,} bytes behind its last tensor; fetch it again")
 
 
-class Reader:
-    """Reads tensors from mapped files: of one in a single piece it gives a view of the file, not a copy."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def read(self, stored: Stored) -> Tensor:
-        """The tensor, on the CPU. It may be a view of the file: copy it, do not keep it."""
-        views = [self._view(piece, DTYPES[stored.dtype]) for piece in stored.pieces]
-        if len(views) == 1:
-            return views[0]
-        # as bytes, for torch cannot join numbers of every dtype
-        joined = torch.cat([view.unsqueeze(-1).view(torch.uint8) for view in views], stored.dim)
-        return joined.view(DTYPES[stored.dtype]).squeeze(-1)
-
-    def release(self, stored: Stored) -> None:
-        """Let go of the memory that the tensor's pages take; what was read is in the file still."""
-        page = mmap.PAGESIZE
-        for piece in stored.pieces:
-            start = piece.start // page * page
-            if piece.file in self._maps and piece.end > start and hasattr(mmap, "MADV_DONTNEED"):
-                self._maps[piece.file].madvise(mmap.MADV_DONTNEED, start, piece.end - start)
-
-    def _view(self, piece: Piece, dtype: torch.dtype) -> Tensor:
-        if piece.end == piece.start:
-            return torch.empty(piece.shape, dtype=dtype)
-        if piece.file not in self._maps:
-            with piece.file.open("rb") as file:  # private, so that torch may have it writable; nobody writes
-                self._maps[piece.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        raw = torch.frombuffer(
-            self._maps[piece.file], dtype=torch.uint8, count=piece.end - piece.start, offset=piece.start
-        )
-        raw = raw if piece.start % dtype.itemsize == 0 else raw.clone()
-        return raw.view(dtype).view(piece.shape)
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor to be written; `make` gives it when its turn comes, on any device."""
@@ -176,10 +148,21 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None] = lambda n: None) -> None:
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Return entries that write tensors as they are."""
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+
+
+def write_safetensors(
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+    wrote: Callable[[int], None] = lambda n: None,
+) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     Args:
@@ -187,7 +170,7 @@ def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None
     """
     # Wide types first, as the safetensors library has it, so that every tensor starts at a multiple of its width.
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in ordered:
         start, end = end, end + entry.nbytes
@@ -196,7 +179,7 @@ def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmini.checkpoint.safetensors_file import Entry, Stored, read_header
-from dsmini.names import inference_expert, inference_split
+from dsmini.checkpoint.tensor_names import inference_split, is_routed_expert
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -20,7 +20,7 @@ _RANK = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 
 
 def folder_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder in Hugging Face's layout, or in DeepSeek's inference layout.
+    """Find all tensors of a folder in Hugging Face's layout, or in DeepSeek's inference layout.
 
     Raises: ValueError naming every file that is missing or wrong.
     """
@@ -32,7 +32,7 @@ def folder_tensors(folder: Path) -> dict[str, Stored]:
     if one.exists() and index.exists():
         raise ValueError(f"{folder} has both {ONE_FILE} and {INDEX}; remove the one that is not the model's")
     if one.exists():
-        return read_header(one)
+        return read_header(one).tensors
     if not index.exists():
         raise ValueError(_no_tensors(folder))
     weight_map = _read_index(index)
@@ -41,7 +41,7 @@ def folder_tensors(folder: Path) -> dict[str, Stored]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; fetch what is missing")
     tensors: dict[str, Stored] = {}
     for file in files:
-        for name, stored in read_header(folder / file).items():
+        for name, stored in read_header(folder / file).tensors.items():
             if weight_map.get(name, file) != file:
                 raise ValueError(f"{folder / file} holds {name}, which {INDEX} has in {weight_map[name]}; fetch both")
             tensors[name] = stored
@@ -78,7 +78,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def is_inference_layout(folder: Path) -> bool:
-    """Whether a folder's files are named as those that DeepSeek's inference code reads."""
+    """Return whether a folder's files are named as those that DeepSeek's inference code reads."""
     return any(_RANK.fullmatch(path.name) for path in folder.glob("*.safetensors"))
 
 
@@ -93,12 +93,12 @@ def _inference_tensors(folder: Path) -> dict[str, Stored]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; fetch what is missing")
     if extra := sorted(there - set(ranks)):
         raise ValueError(f"{folder} has {', '.join(extra)}, of no rank of {len(ranks)}; remove what does not belong")
-    headers = [read_header(folder / name) for name in ranks]
+    headers = [read_header(folder / name).tensors for name in ranks]
     lacking = []
     tensors: dict[str, Stored] = {}
     for name in dict.fromkeys(name for header in headers for name in header):
         parts = [(rank, header[name]) for rank, header in zip(ranks, headers, strict=True) if name in header]
-        if inference_expert(name) is None and len(parts) < len(ranks):
+        if not is_routed_expert(name) and len(parts) < len(ranks):
             lacking += [f"{name} in {rank}" for rank, h in zip(ranks, headers, strict=True) if name not in h]
         else:
             tensors[name] = _joined(name, parts)
@@ -123,7 +123,7 @@ def _joined(name: str, parts: Sequence[tuple[str, Stored]]) -> Stored:
 
 
 def plan_shards(units: Iterable[Sequence[Entry]], shard_size: int) -> dict[str, list[Entry]]:
-    """Which file gets which entries: files of at most shard_size bytes, unless one unit alone is larger.
+    """Spread entries over files of at most shard_size bytes, unless one unit alone is larger.
 
     Args:
         units: entries that stay in one file, such as a weight and its scales.
@@ -143,7 +143,7 @@ def plan_shards(units: Iterable[Sequence[Entry]], shard_size: int) -> dict[str, 
 
 
 def index_of(shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json."""
+    """Return the content of model.safetensors.index.json."""
     weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
     total = sum(entry.nbytes for entries in shards.values() for entry in entries)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dsmini import names
-from dsmini.nn import Transformer
-from dsmini.nn.fp8 import FP8Module
+from dsmini.checkpoint.tensor_names import is_stacked
+from dsmini.nn import Experts, Linear, Transformer
+from dsmini.nn.fp8 import scale_names
 from dsmini.numerics import WEIGHT_TILE
 
 
@@ -15,35 +15,35 @@ class Slot(NamedTuple):
     """A part of a model that is one tensor of a folder."""
 
     name: str
-    """In the state dict."""
+    """Name in the state dict."""
     expert: int | None
-    """Which part of a stacked tensor."""
+    """Index in a stacked tensor; None if it is not stacked."""
     shape: tuple[int, ...]
 
 
 def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
-    """A state dict with its stacked experts come apart."""
+    """Yield the slots of a state dict, experts one by one."""
     for name, tensor in state.items():
-        if names.is_stacked(name):
+        if is_stacked(name):
             yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
         else:
             yield Slot(name, None, tuple(tensor.shape))
 
 
-def fp8_weights(model: Transformer) -> dict[str, tuple[FP8Module, str]]:
-    """The parameters that DeepSeek has in FP8, by name, each with its module and its name there.
+def fp8_weights(model: Transformer) -> dict[str, tuple[Linear | Experts, str]]:
+    """Find the parameters that DeepSeek stores in FP8, by name, each with its module and its name there.
 
-    All of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
+    They are all of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
     """
-    out: dict[str, tuple[FP8Module, str]] = {}
+    out: dict[str, tuple[Linear | Experts, str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, FP8Module) and path != "head" and not path.endswith("eh_proj"):
-            out |= {f"{path}.{name}": (module, name) for name in module.scale_names}
+        if isinstance(module, Linear | Experts) and path != "head" and not path.endswith("eh_proj"):
+            out |= {f"{path}.{name}": (module, name) for name in scale_names(module)}
     return out
 
 
-def scale_slot(slot: Slot, module: FP8Module, attribute: str) -> Slot:
-    """The scales that belong to a weight."""
+def scale_slot(slot: Slot, module: Linear | Experts, attribute: str) -> Slot:
+    """Return the slot of the scales that belong to a weight."""
     stem = slot.name.removesuffix(attribute)
     shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
-    return Slot(stem + module.scale_names[attribute], slot.expert, shape)
+    return Slot(stem + scale_names(module)[attribute], slot.expert, shape)

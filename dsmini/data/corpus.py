@@ -29,25 +29,25 @@ class Corpus:
     train: NDArray[Any]
     val: NDArray[Any]
     source: str
-    """What was read, in words."""
+    """Sentence that names what was read."""
     files: int
     skipped: int
-    """Files of a folder that were left out because they are not text."""
+    """Number of files of a folder that were left out because they are not text."""
     split: str
-    """How the held-out part was chosen, in words."""
+    """Sentence that says how the held-out part was chosen."""
     sha256: str
-    """Of the training tokens followed by the held-out ones."""
+    """Hash of the training tokens followed by the held-out ones."""
     end_of_document: int = ByteTokenizer.end_of_document
-    """The token behind every document."""
+    """Token after every document."""
     val_bytes: int | None = None
     """Bytes of the held-out text, a document's end counted as one; None: a token is a byte."""
     rearranged: int = 0
-    """Training documents rearranged for fill-in-the-middle."""
+    """Number of training documents rearranged for fill-in-the-middle."""
     cache: str = ""
-    """Where the tokens are kept, in words."""
+    """Sentence that says where the tokens are stored."""
 
     def describe(self) -> dict[str, str | int]:
-        """What a run folder keeps of the corpus."""
+        """Return the content of a run's corpus.json."""
         return {
             "source": self.source,
             "files": self.files,
@@ -62,15 +62,15 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the held-out text."""
+        """Mean number of bytes of a held-out token."""
         return 1.0 if self.val_bytes is None else self.val_bytes / len(self.val)
 
     def batch(
         self, first: int, n: int, seq_len: int, seed: int
     ) -> tuple[Int[Tensor, "{n} {seq_len}"], Int[Tensor, "{n} {seq_len}"]]:
-        """Tokens and targets of the sequences first .. first + n - 1 of the endless stream that order.py defines.
+        """Return tokens and targets of sequences first .. first + n - 1 of the endless stream that order.py defines.
 
-        The training text is a circle: a sequence that reaches its end goes on at its beginning.
+        The training text is a circle: a sequence that reaches its end continues at its beginning.
         """
         starts = window_starts(first, n, len(self.train), seq_len, seed)
         both = np.empty((n, seq_len + 1), dtype=np.int64)
@@ -83,13 +83,16 @@ class Corpus:
         return tokens[:, :-1], tokens[:, 1:]
 
     def documents(self, tokens: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-        """The number, from 0 in each row, of the document that a token belongs to; its end belongs to it."""
+        """Return the number, from 0 in each row, of the document that a token belongs to; its end belongs to it."""
         ends = (tokens == self.end_of_document).long()
         return ends.cumsum(1) - ends
 
     def windows(self, seq_len: int, at_most: int | None = None) -> "Windows":
-        """The held-out split in windows of seq_len: each token scored once, but for a tail that fills no window.
-        Or, for a quick look, about at_most tokens of it in windows spread evenly."""
+        """Cut the held-out split into windows of seq_len: each token is scored once, except a tail shorter than that.
+
+        Args:
+            at_most: for a quick look, take about this many tokens, in windows spread evenly.
+        """
         n = (len(self.val) - 1) // seq_len
         numbers = np.arange(n)
         if at_most is not None and at_most < n * seq_len:
@@ -110,11 +113,11 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """Tokens scored by all windows."""
+        """Number of tokens that all windows score."""
         return len(self.starts) * self.seq_len
 
     def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and targets [at most `rows`, seq_len], block by block."""
+        """Yield tokens and targets [at most `rows`, seq_len], block by block."""
         for i in range(0, len(self), rows):
             part = self.starts[i : i + rows]
             both = np.stack([self.text[start : start + self.seq_len + 1] for start in part]).astype(np.int64)
@@ -136,8 +139,11 @@ class Loader:
         self._started: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
 
     def take(self, requests: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """The batch of the first request, (first sequence, sequences); the others are started and kept until a later
-        call asks for them, or no longer does. An error in a thread is raised by the call that takes its batch."""
+        """Return the batch of the first request, which is (first sequence, number of sequences).
+
+        The others are started, and stored until a later call asks for them or no longer does. An error in a thread is
+        raised by the call that takes its batch.
+        """
         if self._pool is None:
             return self._batch(requests[0])
         self._started = {
@@ -149,7 +155,7 @@ class Loader:
         return self.corpus.batch(*request, self.seq_len, self.seed)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -157,7 +163,7 @@ class Loader:
 def load_corpus(
     config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: Progress = silent
 ) -> Corpus:
-    """The corpus of a run, tokenised now or by an earlier run.
+    """Return the corpus of a run, tokenised now or by an earlier run.
 
     Args:
         cache: folder of tokenised corpora; made where it is missing.

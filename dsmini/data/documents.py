@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a folder of files, plain or .gz, or Python's own library; and what is held out of it.
+"""The sources of text: a file, a folder of files, plain or .gz, or Python's own library.
 
 Nothing here holds more than a chunk of a file. Reading is done twice, once to measure and to find what is not text,
 once by whoever wants the text: which documents are held out depends on the size of all of them.
@@ -6,7 +6,6 @@ once by whoever wants the text: which documents are held out depends on the size
 
 import dataclasses
 import gzip
-import hashlib
 import os
 import sysconfig
 import zlib
@@ -24,11 +23,11 @@ _NOT_STDLIB = {
 }
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many bytes on disk of how many are through."""
+"""Function that is told what is being done, and how many bytes on disk of how many are done."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The Progress of library use."""
+    """Ignore progress, as library use does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +35,17 @@ class Document:
     """One file as a document."""
 
     name: str
-    """Relative to the corpus, without .gz."""
+    """Path relative to the corpus, without .gz."""
     path: Path
     stored: int
     """Bytes on disk."""
     modified: int
-    """Nanoseconds."""
+    """Time of the last change, in nanoseconds."""
     size: int = 0
     """Bytes of text, once measured."""
 
     def chunks(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
-        """The text from byte `start` on, and with each chunk how many bytes on disk were read so far.
+        """Yield the text from byte `start` on, and with each chunk how many bytes on disk were read so far.
 
         Raises: ValueError for a file that cannot be read, or is a damaged .gz.
         """
@@ -73,13 +72,13 @@ class Source:
     documents: list[Document]
 
     def describe(self, texts: int) -> str:
-        """In words, once it is known how many of the files are text."""
+        """Return a sentence that names the source, once it is known how many of its files are text."""
         return f"{self.words} ({texts} files)" if self.kind == "folder" else self.words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Bytes start to stop of a document; `ends`: with the end of the document behind them."""
+    """Bytes start to stop of a document; `ends`: followed by the end of the document."""
 
     document: Document
     start: int
@@ -87,7 +86,7 @@ class Piece:
     ends: bool
 
     def chunks(self) -> Iterator[tuple[bytes, int]]:
-        """As those of the document.
+        """Yield the text of the piece, as Document.chunks does.
 
         Raises: ValueError if the file no longer has the size that was measured.
         """
@@ -109,26 +108,18 @@ class Reader:
         self._done, self._total = 0, sum(piece.document.stored for piece in pieces)
 
     def chunks(self, piece: Piece) -> Iterator[bytes]:
-        """The text of the next piece."""
+        """Yield the text of the next piece."""
         for chunk, stored in piece.chunks():
             self._progress(self._what, self._done + stored, self._total)
             yield chunk
         self._done += piece.document.stored
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """What is trained on and what is held out."""
-
-    train: list[Piece]
-    val: list[Piece]
-    words: str
-    """How the held-out part was chosen."""
-
-
 def find(path: Path | None, leave_out: Path | None = None) -> Source:
-    """The files of a corpus: all visible ones below a folder, but for those below leave_out and those of training runs
-    and tokenised corpora, which would change with every run.
+    """Find the files of a corpus: one file, or all visible ones below a folder.
+
+    Those below leave_out are not among them, nor those of training runs and tokenised corpora, which would change with
+    every run.
 
     Raises: ValueError for a path that is neither a file nor a folder.
     """
@@ -160,7 +151,7 @@ def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
 
 
 def _made_by_training(names: set[str]) -> bool:
-    """Whether a folder with these in it is a training run or a tokenised corpus."""
+    """Return whether a folder with these entries is a training run or a tokenised corpus."""
     run = "config.toml" in names and not names.isdisjoint(("corpus.json", "metrics.jsonl", "checkpoints"))
     return run or {"meta.json", "train.bin", "val.bin"} <= names
 
@@ -189,7 +180,7 @@ def _document(root: Path, path: Path) -> Document:
 
 
 def measure(source: Source, progress: Progress = silent) -> list[Document]:
-    """The documents that are text, with their sizes.
+    """Return the documents that are text, with their sizes.
 
     Raises: ValueError if there is none.
     """
@@ -216,57 +207,3 @@ def measure(source: Source, progress: Progress = silent) -> list[Document]:
             "name a folder with text files"
         )
     return texts
-
-
-def split(documents: Sequence[Document], val_fraction: float, whole_characters: bool) -> Split:
-    """Hold out whole documents, picked by the hash of their names, up to the fraction; if they are too few or too
-    uneven for that, hold out the end of the whole text.
-
-    Args:
-        whole_characters: move that cut up to three bytes on, to where a UTF-8 character begins.
-    """
-    budget = int(val_fraction * sum(document.size + 1 for document in documents))
-    held_out: set[int] = set()
-    size = 0
-    for i in sorted(range(len(documents)), key=lambda i: _name_hash(documents[i].name)):
-        if size + documents[i].size + 1 <= budget:
-            held_out.add(i)
-            size += documents[i].size + 1
-    if size >= 0.8 * budget and held_out:
-        whole = [Piece(document=document, start=0, stop=document.size, ends=True) for document in documents]
-        return Split(
-            train=[piece for i, piece in enumerate(whole) if i not in held_out],
-            val=[piece for i, piece in enumerate(whole) if i in held_out],
-            words=f"{len(held_out)} whole files",
-        )
-    return _cut(documents, val_fraction, whole_characters)
-
-
-def _name_hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-
-
-def _cut(documents: Sequence[Document], val_fraction: float, whole_characters: bool) -> Split:
-    """The documents with an end between each two, cut once."""
-    cut = int((1 - val_fraction) * (sum(document.size + 1 for document in documents) - 1))
-    train: list[Piece] = []
-    val: list[Piece] = []
-    at = 0
-    for document in documents:
-        size, ends = document.size, document is not documents[-1]
-        here = min(max(cut - at, 0), size + ends)
-        if whole_characters and 0 < here < size:
-            here += _continuation_bytes(document, here)
-        if here:
-            train.append(Piece(document=document, start=0, stop=min(here, size), ends=here > size))
-        if here < size + ends:
-            val.append(Piece(document=document, start=min(here, size), stop=size, ends=ends))
-        at += size + 1
-    return Split(train=train, val=val, words=f"the last {val_fraction:.0%} of the text")
-
-
-def _continuation_bytes(document: Document, at: int) -> int:
-    """How many bytes from here on, at most 3, belong to a character that began before."""
-    rest = Piece(document=document, start=at, stop=min(at + 3, document.size), ends=False)
-    following = b"".join(chunk for chunk, _ in rest.chunks())
-    return next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))

@@ -17,11 +17,11 @@ LARGEST = 1 << 20
 
 
 def arrange(text: bytes, name: str, rate: float, seed: int, tokenizer: Tokenizer) -> list[bytes | int] | None:
-    """The document's parts and the tokens between them; None if it stays as it is.
+    """Return a document's parts and the tokens between them; None if it stays as it is.
 
-    Chosen with probability `rate` and cut at two places, uniform over its character borders. Both depend on seed and
-    name alone, so a document's fate is the same in every corpus. A document that holds a marking token already (bytes
-    that are no UTF-8) stays as it is.
+    It is chosen with probability `rate` and cut at two places, uniform over its character borders. Both depend on seed
+    and name alone, so a document's fate is the same in every corpus. A document that holds a marking token already
+    (bytes that are not UTF-8) stays as it is.
     """
     assert tokenizer.fim is not None, "load_corpus checks this"
     digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()

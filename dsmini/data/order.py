@@ -16,7 +16,7 @@ _ROUNDS = 6
 
 
 def window_starts(first: int, n: int, length: int, seq_len: int, seed: int) -> NDArray[np.int64]:
-    """Where in a text of `length` tokens, read as a circle, sequences first .. first + n - 1 of the stream begin.
+    """Return the places in a text, read as a circle, where sequences first .. first + n - 1 of the stream begin.
 
     Each epoch has its own random offset and order, and covers every token once, but for a remainder of less than
     seq_len tokens.
@@ -33,7 +33,7 @@ def window_starts(first: int, n: int, length: int, seq_len: int, seed: int) -> N
 
 
 def permute(index: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a permutation of range(n) sends these indices; a round for each key."""
+    """Permute range(n), with one round for each key, and return the images of these indices."""
     half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
     out = index.astype(np.uint64)
     todo = np.arange(len(out))
@@ -52,7 +52,7 @@ def _feistel(index: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every bit of the input changes about half of the output's."""
+    """Apply the finaliser of SplitMix64: every bit of the input changes about half of the output's."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

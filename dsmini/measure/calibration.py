@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
+from dsmini.atomic import write_text
 from dsmini.measure.counting import count
 from dsmini.measure.hardware import card, last_level_cache
 from dsmini.measure.kinds import POINTS, PRODUCTS
@@ -57,11 +58,9 @@ def load_or_measure(
             return from_json(kept[key])
     roofs = measure(device, on_part)
     kept = {**kept, key: asdict(roofs)} if isinstance(kept, dict) else {key: asdict(roofs)}
-    scratch = keep.with_suffix(f".{os.getpid()}")
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(kept))
-        scratch.replace(keep)
+        write_text(keep, json.dumps(kept))
     return roofs
 
 

@@ -1,17 +1,26 @@
-"""The layers, one idea a file. Each works alone, from a ModelConfig or from plain arguments."""
+"""The specification: the layers of the papers, one idea per file.
 
-from dsmini.nn.attention import Attention, attend, causal_attention
+Each works alone, from a ModelConfig or from plain arguments. Fast code is in dsmini.functional and the kernels.
+"""
+
+from dsmini.functional.cached_attention import cached_attention
+from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.cross_entropy import linear_cross_entropy
+from dsmini.functional.rope import apply_rope
+from dsmini.nn.attention import Attention
 from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache
+from dsmini.nn.experts import Experts
+from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, route
 from dsmini.nn.linear import Linear
-from dsmini.nn.losses import Losses, linear_cross_entropy
+from dsmini.nn.losses import Losses
 from dsmini.nn.mla import MLA
-from dsmini.nn.moe import Experts, FeedForward, MoE
+from dsmini.nn.moe import FeedForward, MoE
 from dsmini.nn.mtp import MTP
 from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Rope, apply_rope
+from dsmini.nn.rope import Rope
 from dsmini.nn.transformer import Embedding, Output, Transformer
 from dsmini.numerics import grouped_linear
 
@@ -23,18 +32,22 @@ __all__ = [
     "Cache",
     "Embedding",
     "Experts",
+    "FP8Experts",
+    "FP8Linear",
     "FeedForward",
     "Gate",
     "Linear",
     "Losses",
     "MoE",
     "Output",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "RMSNorm",
     "Rope",
     "Routing",
     "Transformer",
     "apply_rope",
-    "attend",
+    "cached_attention",
     "causal_attention",
     "grouped_linear",
     "linear_cross_entropy",

@@ -1,4 +1,4 @@
-"""Keeping experts evenly loaded: the bias update, the sequence-wise loss, and how uneven the load is."""
+"""Balance of the experts' load: the sequence-wise loss, and how uneven the load is. The bias update is the gate's."""
 
 from typing import Literal
 
@@ -7,13 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsmini.nn.topk import stable_topk
-
-
-def bias_after(bias: Float[Tensor, " e"], counts: Int[Tensor, " e"], speed: float) -> Float[Tensor, " e"]:
-    """The selection bias after a step: raised by `speed` for experts below the mean load, lowered above it."""
-    load = counts.to(torch.float64 if bias.device.type != "mps" else torch.float32)
-    return bias + speed * torch.sign(load.mean() - load).to(bias.dtype)
+from dsmini.functional.topk import stable_topk
 
 
 def sequence_balance_loss(
@@ -22,7 +16,7 @@ def sequence_balance_loss(
     batch_size: int,
     counts: Literal["published", "routed"] = "published",
 ) -> Float[Tensor, ""]:
-    """The sequence-wise balance loss of one MoE layer, mean over the sequences, without its weight alpha.
+    """Return the sequence-wise balance loss of one MoE layer, mean over the sequences, without its weight alpha.
 
     For a sequence of T tokens: f_i = N_r / (K_r T) * (tokens that chose expert i), P_i = the mean over the sequence of
     scores normalised over all experts, loss = sum of f_i P_i; 1 when the load is even.
@@ -47,7 +41,7 @@ def sequence_balance_loss(
 
 
 def max_violation(counts: Int[Tensor, "*layers e"]) -> Float[Tensor, "*layers"]:
-    """MaxVio of each layer: (largest load - mean load) / mean load; 0 is perfect balance.
+    """Return MaxVio of each layer: (largest load - mean load) / mean load; 0 is perfect balance.
 
     Source: Wang et al. 2024, auxiliary-loss-free load balancing (arXiv 2408.15664), section 4.1.
     """

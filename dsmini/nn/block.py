@@ -6,13 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.rope import Table
 from dsmini.nn.attention import Attention
 from dsmini.nn.cache import Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
 from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Table
 
 
 class Block(nn.Module):

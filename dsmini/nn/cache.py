@@ -300,6 +300,18 @@ class Past:
     window: Window
     form: Form = "auto"
 
+    def append(self, parts: tuple[Tensor, ...]) -> None:
+        """Write the rows of the new tokens, whose parts [b, s, ...] lie side by side."""
+        self.store.write(torch.cat(parts, -1), self.window)
+
+    def extend(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Append, and return the parts of all rows to attend to: those of a fresh cache as they came."""
+        self.append(parts)
+        if self.window.fresh and not self.store.rounds(dtype):
+            return parts
+        rows = self.store.read(parts[0].shape[1] if self.window.fresh else self.window.end, dtype)
+        return rows.split([part.shape[-1] for part in parts], -1)
+
 
 def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: str) -> None:
     if batch_size < 1 or max_seq_len < 1:

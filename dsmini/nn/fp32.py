@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class FP32Module(nn.Module):
-    """Base of the norms and the gate: `.to(torch.bfloat16)` and `.half()` leave their tensors in FP32.
+    """Base of the norms and the gate. `.to(torch.bfloat16)` and `.half()` leave their tensors in FP32.
 
     A router in BF16 ties scores and picks other experts on other devices; a bias rounded to BF16 no longer
     moves by its update speed. `.double()` and moves between devices work as usual.
@@ -19,8 +19,3 @@ class FP32Module(nn.Module):
             return tensor.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
 
         return super()._apply(keep, recurse)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in FP32, or in FP64 if it is that already."""
-    return x if x.dtype == torch.float64 else x.float()

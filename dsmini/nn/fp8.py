@@ -1,50 +1,90 @@
-"""Modules whose matrices may be held in FP8: E4M3 codes with an FP32 scale for each 128x128 block."""
+"""FP8 in the layers, by class: Linears and Experts that multiply in simulated FP8, or whose weights are FP8 codes.
+
+    Linear, Experts                      products in the compute dtype
+    FP8Linear, FP8Experts                precision "fp8": products in simulated FP8, forward and backward
+    QuantizedLinear, QuantizedExperts    products in the compute dtype of weights that are held as FP8 codes
+
+`make_linear` and `make_experts` pick the class that a config asks for. `hold_fp8` puts codes into any of them. A held
+weight is E4M3 codes with an FP32 scale for each 128x128 block.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, dequantize_tiles, quantize
+from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.experts import expert_of, fp8_experts, quantized_experts
+from dsmini.functional.linear import linear
+from dsmini.nn.experts import Experts
+from dsmini.nn.linear import Linear
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
 
-Precision = Literal["native", "fp8"]
-"""Of matrix products: in the compute dtype, or in simulated FP8."""
+LINEAR_SCALES = MappingProxyType({"weight": "scale"})
+EXPERTS_SCALES = MappingProxyType({"w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
+REFUSAL = "FP8 weights are codes that no gradient can move; load the model with fp8='dequantize' to train it"
 
 
-class FP8Module(nn.Module):
-    """Base of Linear and Experts. A parameter is an ordinary one until hold_fp8 puts codes in its place.
+def make_linear(
+    c: ModelConfig, in_features: int, out_features: int, init_std: float | None = None, **fp8_options: Any
+) -> Linear:
+    """Make the Linear of attention and feed-forwards that config.precision asks for.
+
+    Args:
+        init_std: left out: the config's.
+        fp8_options: of FP8Linear.
+    """
+    std = c.init_std if init_std is None else init_std
+    if c.precision == "fp8":
+        return FP8Linear(in_features, out_features, init_std=std, **fp8_options)
+    return Linear(in_features, out_features, init_std=std)
+
+
+def make_experts(c: ModelConfig) -> Experts:
+    """Make the Experts that config.precision asks for."""
+    return FP8Experts(c) if c.precision == "fp8" else Experts(c)
+
+
+def scale_names(module: nn.Module) -> Mapping[str, str]:
+    """Return, for each parameter of a layer that may be held in FP8, the name of the buffer of its scales."""
+    if isinstance(module, Linear):
+        return LINEAR_SCALES
+    return EXPERTS_SCALES if isinstance(module, Experts) else {}
+
+
+def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor) -> None:
+    """Let the parameter `name` of a layer be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
+
+    A plain layer becomes a quantized one in place: nobody who holds the module has to look for another.
+    """
+    if not isinstance(module, FP8Weights):
+        plain: Any = module
+        plain.__class__ = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
+        for buffer in scale_names(module).values():
+            module.register_buffer(buffer, None)
+    setattr(module, name, nn.Parameter(codes, requires_grad=False))
+    setattr(module, scale_names(module)[name], scales)
+
+
+class FP8Weights(nn.Module):
+    """Base of layers whose parameters may be FP8 codes. A parameter is an ordinary one until hold_fp8 replaces it.
 
     Codes and scales keep their dtypes under `.to(torch.bfloat16)`, which would make numbers of the codes and lose the
-    scales; moves between devices work as usual. Codes are read only: they have no gradient, and a module that
-    holds some refuses to be trained.
+    scales; moves between devices work as usual. Codes are read only: a layer that holds some refuses to be trained.
     """
-
-    scale_names: ClassVar[Mapping[str, str]]
-    """For each parameter that may be FP8 the buffer of its scales, which is None until then."""
-    precision: Precision = "native"
-
-    def hold_fp8(self, name: str, codes: Tensor, scales: Tensor) -> None:
-        """Let the parameter `name` be these E4M3 codes, with FP32 scales of its last two dimensions' blocks."""
-        setattr(self, name, nn.Parameter(codes, requires_grad=False))
-        setattr(self, self.scale_names[name], scales)
 
     @property
     def holds_fp8(self) -> bool:
-        return any(getattr(self, name) is not None for name in self.scale_names.values())
+        return any(getattr(self, name) is not None for name in scale_names(self).values())
 
-    def dequantized(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """The parameter `name` in that dtype, of a stacked one the matrix `index`: dequantised if it is held in FP8,
-        rounded to FP8 with precision "fp8"."""
-        weight, scales = self._stored(name, index)
-        if scales is not None:
-            return dequantize_tiles(weight, scales, WEIGHT_TILE, "e4m3", dtype)
-        return quantize(weight, WEIGHT_TILE).dequantize(dtype) if self.precision == "fp8" else weight.to(dtype)
-
-    def operand(self, name: str, index: int | None = None) -> Tensor | QuantizedTensor:
-        """The parameter `name`, of a stacked one the matrix `index`, for an FP8 product: itself, or its codes."""
-        weight, scales = self._stored(name, index)
+    def operand(self, name: str) -> Tensor | QuantizedTensor:
+        """Return the parameter `name` as products take it: itself, or its codes."""
+        weight, scales = self._parameters[name], self._buffers[scale_names(self)[name]]  # faster than getattr
+        assert weight is not None
         if scales is None:
             return weight
         return QuantizedTensor(
@@ -57,20 +97,13 @@ class FP8Module(nn.Module):
             dtype=torch.float32,
         )
 
-    def _stored(self, name: str, index: int | None) -> tuple[Tensor, Tensor | None]:
-        weight, scales = self._parameters[name], self._buffers[self.scale_names[name]]  # faster than getattr
-        assert weight is not None
-        if index is None:
-            return weight, scales
-        return weight[index], None if scales is None else scales[index]
-
-    def train(self, mode: bool = True) -> "FP8Module":
+    def train(self, mode: bool = True) -> "FP8Weights":
         if mode and self.holds_fp8:
             raise ValueError(REFUSAL)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Module":
-        scales = {id(getattr(self, name)) for name in self.scale_names.values()}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Weights":
+        scales = {id(getattr(self, name)) for name in scale_names(self).values()}
 
         def keep(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -81,7 +114,109 @@ class FP8Module(nn.Module):
         return super()._apply(keep, recurse)
 
 
-REFUSAL = "FP8 weights are codes that no gradient can move; load the model with fp8='dequantize' to train it"
+class QuantizedLinear(FP8Weights, Linear):
+    """A Linear that holds its weight as FP8 codes, and dequantizes it to x's dtype when it is used."""
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return linear(untrainable(x), self.dense(x.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        weight = self.operand("weight")
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
+class FP8Linear(FP8Weights, Linear):
+    """A Linear whose products are simulated FP8, forward and backward. x may be quantized already, by `prepare`.
+
+    Args:
+        saved_format: format in which x is kept for backward.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        init_std: float = 0.02,
+        saved_format: Literal["e4m3", "e5m6"] = "e4m3",
+    ) -> None:
+        if saved_format not in ("e4m3", "e5m6"):
+            raise ValueError(f"saved_format={saved_format!r} is unknown; use 'e4m3' or 'e5m6'")
+        super().__init__(in_features, out_features, init_std=init_std)
+        self.register_buffer("scale", None)
+        self.saved_format: Literal["e4m3", "e5m6"] = saved_format
+
+    def prepare(self, x: Tensor | QuantizedTensor) -> QuantizedTensor:
+        """Quantize an input that several Linears read, once for all."""
+        return quantize(x) if isinstance(x, Tensor) else x
+
+    def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
+        x = untrainable(x) if self.holds_fp8 else x
+        return fp8_matmul(x, self.operand("weight"), saved_format=self.saved_format)
+
+    def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return fp8_swiglu_matmul(gate, up, self.operand("weight"))
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        return _as_multiplied(self.operand("weight"), dtype)
+
+
+class QuantizedExperts(FP8Weights, Experts):
+    """Experts that hold matrices as FP8 codes. Only those that a token chose are dequantized, one after the other."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "n m"],
+        indices: Int[Tensor, "n k"],
+        weights: Float[Tensor, "n k"],
+        counts: Int[Tensor, " e"],
+    ) -> Float[Tensor, "n m"]:
+        w1, w2, w3 = (self.operand(name) for name in EXPERTS_SCALES)
+        return quantized_experts(untrainable(x), indices, weights, counts, w1, w2, w3)
+
+    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        w1, w2, w3 = (expert_of(self.operand(name), i) for name in EXPERTS_SCALES)
+        dense = (w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype) for w in (w1, w2, w3))
+        return cast(tuple[Tensor, Tensor, Tensor], tuple(dense))
+
+
+class FP8Experts(FP8Weights, Experts):
+    """Experts whose products are simulated FP8, forward and backward.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__(layer_config(config, arguments))
+        for buffer in EXPERTS_SCALES.values():
+            self.register_buffer(buffer, None)
+
+    def prepare(self, x: Tensor | QuantizedTensor) -> QuantizedTensor:
+        """Quantize an input that routed and shared experts read, once for all."""
+        return quantize(x) if isinstance(x, Tensor) else x
+
+    def forward(
+        self,
+        x: Float[Tensor, "n m"] | QuantizedTensor,
+        indices: Int[Tensor, "n k"],
+        weights: Float[Tensor, "n k"],
+        counts: Int[Tensor, " e"],
+    ) -> Float[Tensor, "n m"]:
+        x = self.prepare(x)
+        x = untrainable(x) if self.holds_fp8 else x
+        w1, w2, w3 = (self.operand(name) for name in EXPERTS_SCALES)
+        return fp8_experts(x, indices, weights, counts, w1, w2, w3)
+
+    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        w1, w2, w3 = (_as_multiplied(expert_of(self.operand(name), i), dtype) for name in EXPERTS_SCALES)
+        return w1, w2, w3
+
+
+def _as_multiplied(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight's values after rounding to FP8, in that dtype."""
+    return (quantize(weight, WEIGHT_TILE) if isinstance(weight, Tensor) else weight).dequantize(dtype)
 
 
 class _Untrainable(torch.autograd.Function):
@@ -98,9 +233,9 @@ Operand = TypeVar("Operand", bound=Tensor | QuantizedTensor)
 
 
 def untrainable(x: Operand) -> Operand:
-    """x, whose gradient is refused with the reason."""
+    """Return x, whose gradient is refused with the reason."""
     if isinstance(x, QuantizedTensor):
         refused: Any = x if x.source is None else replace(x, source=untrainable(x.source))
     else:
-        refused = _Untrainable.apply(x) if x.requires_grad and torch.is_grad_enabled() else x
+        refused = _Untrainable.apply(x) if x.requires_grad else x
     return refused

@@ -1,30 +1,37 @@
-"""The gate: which experts a token visits, and with which weights."""
+"""The gate: a token's experts, and their weights."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.balance import bias_after
-from dsmini.nn.fp32 import FP32Module, at_least_fp32
-from dsmini.nn.topk import stable_topk
+from dsmini.functional.fp32 import at_least_fp32
+from dsmini.functional.linear import linear
+from dsmini.functional.topk import stable_topk
+from dsmini.nn.fp32 import FP32Module
+
+ScoreFunc = Callable[[Tensor], Tensor]
+SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
+    {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+)
 
 
 class Routing(NamedTuple):
-    """What a gate decided for n tokens. It travels in the output: gates keep no state of a forward."""
+    """Decision of a gate for n tokens. It travels in the output: gates keep no state of a forward."""
 
     indices: Int[Tensor, "n k"]
-    """The chosen experts, best first."""
+    """Chosen experts, best first."""
     weights: Float[Tensor, "n k"]
-    """Their weights, FP32; made of the unbiased scores."""
+    """Weights of the chosen experts, FP32, from the unbiased scores."""
     scores: Float[Tensor, "n e"]
     """All unbiased scores, FP32, for the balance loss."""
     counts: Int[Tensor, " e"]
-    """How many of the n tokens chose each expert."""
+    """Number of the n tokens that chose each expert."""
 
 
 def route(
@@ -34,7 +41,7 @@ def route(
     n_activated_experts: int,
     n_expert_groups: int = 1,
     n_limited_groups: int = 1,
-    score_func: Literal["sigmoid", "softmax"] = "sigmoid",
+    score_func: Literal["sigmoid", "softmax"] | ScoreFunc = "sigmoid",
     norm_topk_prob: bool = True,
     route_scale: float = 1.0,
 ) -> Routing:
@@ -44,35 +51,41 @@ def route(
     experts (V3), without one by its best (V2). Excluded groups are -inf, not 0: biased scores may be negative.
     Among equal scores the lower expert wins, on every device.
 
+    Args:
+        score_func: sigmoid (V3), softmax (V2), or a function from logits to scores, both [n, e].
+
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
     """
     reachable = logits.shape[1] // n_expert_groups * n_limited_groups
-    if score_func not in ("sigmoid", "softmax") or n_activated_experts > reachable:
+    score = SCORE_FUNCS.get(score_func) if isinstance(score_func, str) else score_func
+    if score is None or n_activated_experts > reachable:
         raise ValueError(
             f"score_func={score_func!r}, n_activated_experts={n_activated_experts} of {reachable} reachable experts; "
             "want sigmoid or softmax, and no more active than reachable experts"
         )
-    scores = logits.sigmoid() if score_func == "sigmoid" else logits.softmax(-1)
+    # 1. scores, and what experts are chosen by: [n, e]
+    scores = score(logits)
     choice = scores.detach() if bias is None else scores.detach() + bias
+    # 2. the best groups of a token; all other groups are out: [n, g] and [n, g, e/g]
     if n_expert_groups > 1:
         grouped = rearrange(choice, "n (g i) -> n g i", g=n_expert_groups)
         group_scores = grouped.amax(-1) if bias is None else grouped.topk(2, -1).values.sum(-1)
         kept = stable_topk(group_scores, n_limited_groups)
         excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
         choice = rearrange(grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf), "n g i -> n (g i)")
+    # 3. experts and their weights: [n, k]
     indices = stable_topk(choice, n_activated_experts)
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    # 4. load: [e]
     ones = torch.ones_like(indices).flatten()
-    counts = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device).scatter_add(
-        0, indices.flatten(), ones
-    )
+    counts = torch.zeros_like(scores[0], dtype=torch.int64).scatter_add(0, indices.flatten(), ones)
     return Routing(indices, weights * route_scale, scores, counts)
 
 
 class Gate(FP32Module):
-    """A token's experts and their weights. From a config, or from plain arguments.
+    """The gate of a MoE layer. From a config, or from plain arguments.
 
     The weight and, with topk_method "noaux_tc", the selection bias are FP32 and stay so. The bias is a
     buffer: no optimizer sees it, `update_bias` moves it once an optimizer step.
@@ -108,7 +121,7 @@ class Gate(FP32Module):
     def forward(self, x: Float[Tensor, "n m"]) -> Routing:
         # fp32: bf16 scores tie, and ties pick different experts on different devices
         x = at_least_fp32(x)
-        return route(F.linear(x, self.weight.to(x.dtype)), self.bias, **self.options)
+        return route(linear(x, self.weight), self.bias, **self.options)
 
     def update_bias(self, counts: Int[Tensor, " e"], speed: float) -> None:
         """Move the bias by `speed` towards the experts with less than the mean load; nothing to do without a bias.
@@ -125,3 +138,9 @@ class Gate(FP32Module):
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias_after(self.bias, counts, speed))
+
+
+def bias_after(bias: Float[Tensor, " e"], counts: Int[Tensor, " e"], speed: float) -> Float[Tensor, " e"]:
+    """Return the selection bias after a step: raised by `speed` for experts below the mean load, lowered above it."""
+    below = torch.sign(counts.sum() - counts.numel() * counts)  # whole numbers: mean - load has this sign, exactly
+    return bias + speed * below.to(bias.dtype)

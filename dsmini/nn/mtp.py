@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.rope import Table
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Table
 
 
 class MTP(nn.Module):

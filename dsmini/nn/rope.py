@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-
-Table = tuple[Float[Tensor, "*#b s pairs"], Float[Tensor, "*#b s pairs"]]
+from dsmini.functional.rope import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,3 @@ class Rope:
 
     def _m(self, a: float) -> float:
         return 1.0 if self.original_seq_len is None else 0.1 * a * math.log(self.factor) + 1.0
-
-
-def apply_rope(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s h r"]:
-    """Rotate adjacent pairs of x's last dimension; computed in FP32, returned in x's dtype."""
-    cos, sin = (t.unsqueeze(-2) for t in table)
-    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
+from dsmini.functional.rope import Table
 from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache, CacheDtype, Form, Past, Window
+from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.linear import Linear
-from dsmini.nn.losses import IGNORE, Losses, linear_cross_entropy
-from dsmini.nn.moe import Experts
+from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTP
 from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Rope, Table
+from dsmini.nn.rope import Rope
 
 
 class Embedding(nn.Module):

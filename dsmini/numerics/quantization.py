@@ -1,15 +1,11 @@
 """`quantize`: a tensor as codes in a short format and scales, one a tile."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsmini.numerics.formats import FORMATS
@@ -28,7 +24,6 @@ SMALLEST_AMAX = 2.0**-100
 """For gradients, which are that small when nothing scales the loss: only a tile of zeros is below."""
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SOURCES}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -92,35 +87,6 @@ class QuantizedTensor:
         if isinstance(device, torch.dtype):
             raise ValueError(f"to({device}): codes cannot be cast; use dequantize({device}), or a device")
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `load` reads."""
-        about = {k: str(getattr(self, k)) for k in ("scale", "format")}
-        about |= {"shape": json.dumps(list(self.shape)), "tile": json.dumps(self.tile)}
-        about["dtype"] = str(self.dtype).removeprefix("torch.")
-        save_file({"codes": self.codes.contiguous(), "scales": self.scales.contiguous()}, str(path), about)
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "QuantizedTensor":
-        """Read what `save` wrote.
-
-        Raises: ValueError for a safetensors file of something else.
-        """
-        try:
-            with safe_open(str(path), "pt", device=str(device)) as file:
-                about: dict[str, Any] = file.metadata() or {}
-                if set(file.keys()) != {"codes", "scales"} or "tile" not in about:
-                    raise ValueError(
-                        f"it holds {sorted(file.keys())} and metadata of {sorted(about)}; want codes, scales and tile"
-                    )
-                held = {name: file.get_tensor(name) for name in ("codes", "scales")}
-            shape, tile = torch.Size(json.loads(about["shape"])), cast(Tile, tuple(json.loads(about["tile"])))
-            dtype, format, scale = NAMES[about["dtype"]], about["format"], about["scale"]
-            check_options(scale, AMAX_MIN, format=format)
-            _check_parts(held["codes"], held["scales"], shape, tile, format)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no file of QuantizedTensor.save: {error}") from None
-        return cls(**held, shape=shape, tile=tile, scale=scale, format=format, dtype=dtype)
 
     def __repr__(self) -> str:
         seen = self.scales.numel() and self.scales.device.type != "meta"
@@ -197,7 +163,7 @@ def check_options(scale: str, amax_min: float, **formats: str) -> None:
         )
 
 
-def _check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, format: FormatName) -> None:
+def check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, format: FormatName) -> None:
     """Refuse codes and scales that are not those of a tensor of that shape in such tiles."""
     f = FORMATS[format]
     height, width = _pair(tile)

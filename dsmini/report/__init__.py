@@ -1,1 +1,9 @@
-"""How figures are shown: in the terminal, and on a page with plots."""
+"""Figures, tables, plots, one HTML page, results with provenance, and the comparison of two runs.
+
+One look for benchmarks, plan and diagnose. Start with Report.
+"""
+
+from dsmini.report.figures import Figure, Plot, Series, Table, Value, pick
+from dsmini.report.report import Report, Section
+
+__all__ = ["Figure", "Plot", "Report", "Section", "Series", "Table", "Value", "pick"]

@@ -1,19 +1,26 @@
-"""What changed between two files of results, and what is only noise."""
+"""Compare two runs: what changed, and what is only noise."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.question import FOUND, Figure
+from dsmini.report import units
+from dsmini.report.figures import FOUND, Figure, Table
+from dsmini.report.rows import case_words
 
 Verdict = Literal["better", "worse", "changed", "unchanged", "new", "gone"]
 FLOOR = 0.05
 """A time, a rate, a ratio or memory that differs by less is unchanged: runs of one commit differ by as much."""
 ONCE_FLOOR = 0.5
-"""For a time or a rate that was measured once, such as an operation's."""
+"""The same for a time or a rate that was measured once, such as an operation's."""
 FINE_FLOOR = 0.001
-"""For what does not depend on the clock, such as an error or a loss."""
+"""The same for what does not depend on the clock, such as an error or a loss."""
+RULE = (
+    "A figure is unchanged where the quartiles of the two overlap, or where a time, rate or memory differs by less "
+    "than 5 %, or 50 % where it was measured once. Counts are compared exactly."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,7 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How far the factor is from 1, the same for twice and half."""
+        """Distance of the factor from 1, the same for twice and half."""
         if self.verdict in ("new", "gone"):
             return -1.0
         if self.old == self.new:
@@ -42,10 +49,30 @@ class Change:
 
 
 def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:
-    """Every figure of either, what changed first, by size."""
+    """Return every figure of either run. Changes come first, the largest before the others."""
     then, now = ({_identity(figure): figure for figure in figures} for figures in (old, new))
     changes = [_change(then.get(name), now.get(name)) for name in {**then, **now}]
     return sorted(changes, key=lambda c: (c.verdict == "unchanged", c.verdict in ("new", "gone"), -c.size))
+
+
+def counted(changes: Sequence[Change]) -> str:
+    """Return how many figures fared how: 3 better, 1 worse, 40 unchanged."""
+    counts = Counter(change.verdict for change in changes)
+    always = [f"{counts.pop(verdict, 0)} {verdict}" for verdict in ("better", "worse", "unchanged")]
+    return ", ".join([*always, *(f"{count} {verdict}" for verdict, count in sorted(counts.items()))])
+
+
+def table(changes: Iterable[Change]) -> Table:
+    """Return changes in words."""
+    columns = ("question", "case", "metric", "before", "now", "factor", "verdict")
+    return Table(columns=columns, rows=[_words(change) for change in changes], numeric=columns[3:6])
+
+
+def _words(change: Change) -> list[str]:
+    figure = change.name
+    numbers = [units.human(value, figure.unit, figure.exact) for value in (change.old, change.new)]
+    factor = "" if change.factor is None else f"{change.factor:.2f} ×"  # noqa: RUF001
+    return [figure.question, case_words(figure), units.words(figure.metric), *numbers, factor, change.verdict]
 
 
 def _identity(figure: Figure) -> tuple[str, str, frozenset[tuple[str, object]]]:
@@ -53,13 +80,15 @@ def _identity(figure: Figure) -> tuple[str, str, frozenset[tuple[str, object]]]:
 
 
 def _value(figure: Figure | None) -> float | None:
-    return None if figure is None else figure.predicted if figure.measured is None else figure.measured
+    if figure is None:
+        return None
+    return figure.predicted if figure.measured is None else figure.measured
 
 
 def _change(old: Figure | None, new: Figure | None) -> Change:
     name = new or old
-    assert name is not None
-    verdict = "new" if old is None else "gone" if new is None else _verdict(old, new)
+    assert name is not None, "at least one run has it"
+    verdict = _verdict(old, new) if old and new else "new" if new else "gone"
     return Change(name=name, old=_value(old), new=_value(new), verdict=verdict)
 
 
@@ -73,19 +102,22 @@ def _verdict(old: Figure, new: Figure) -> Verdict:
 
 
 def _is_noise(old: Figure, new: Figure) -> bool:
-    """Whether the quartile ranges touch, or the difference is below the floor."""
+    """Return True if the quartile ranges touch, or the difference is below the floor."""
     then, now = _value(old), _value(new)
     if then is None or now is None:
         return False
     (low, high), (new_low, new_high) = _range(old, then), _range(new, now)
     if low <= new_high and new_low <= high and (low < high or new_low < new_high):
         return True
-    clock = new.unit == "s" or new.unit.endswith("/s")
-    floor = (
-        ONCE_FLOOR if clock and new.low is None else FLOOR if clock or new.unit in ("", "x", "bytes") else FINE_FLOOR
-    )
     # of the smaller of the two: twice and half are as far
-    return abs(now - then) <= floor * min(abs(then), abs(now))
+    return abs(now - then) <= _floor(new) * min(abs(then), abs(now))
+
+
+def _floor(figure: Figure) -> float:
+    clock = figure.unit == "s" or figure.unit.endswith("/s")
+    if clock and figure.low is None:
+        return ONCE_FLOOR
+    return FLOOR if clock or figure.unit in ("", "x", "bytes") else FINE_FLOOR
 
 
 def _range(figure: Figure, value: float) -> tuple[float, float]:

@@ -12,89 +12,96 @@ All but the first carry the fingerprint of what they depend on: device, dtype, t
 and code. A case that is done under a fingerprint is not measured again under it.
 """
 
-import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.question import Figure
-from dsmini.measure.rates import Roofs, from_json
+from dsmini.report.figures import Figure, plain
+from dsmini.report.provenance import Run
 
 Key = tuple[str, str]
 """A question's name, a case's key."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One call of python -m benchmarks."""
-
-    date: str
-    command: str
-    commit: str | None
-    """Of the checkout, "-dirty" behind it where files differ from it; None without git."""
-    code: str
-    """A hash of the sources that are measured and that measure."""
-    versions: Mapping[str, str]
-    quick: bool
-    device: str
-    dtype: str
-    threads: int
-    machine: Mapping[str, str]
-    plan: Mapping[str, Sequence[str]]
-    """The keys of the cases of each question, those that were done before included."""
-    fresh: bool = False
-    """What was done before of these questions does not count."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What a figure depends on. Not the commit: one that changes the documentation alone changes no figure."""
-        parts = [self.code, self.versions, self.quick, self.device, self.dtype, self.threads, self.machine]
-        text = json.dumps([dict(p) if isinstance(p, Mapping) else p for p in parts], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+STEADY = 0.75
+"""Least share of its kept rates that a quiet machine gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
+    """A case that was measured."""
+
     figures: list[Figure]
     seconds: float
     steadiness: float = 1.0
-    """What the machine gave of its kept rates, before or after, whichever was less."""
+    """Share of its kept rates that the machine gave, before or after, whichever was less."""
 
 
 @dataclass
 class Finished:
-    """What one fingerprint has."""
+    """Everything that was measured under one fingerprint."""
 
     run: Run
     """The latest."""
     plan: dict[str, list[str]] = field(default_factory=dict)
-    roofs: Roofs | None = None
-    """None if an older version measured other rates."""
+    rates: Mapping[str, Any] = field(default_factory=dict)
+    """Measured rates of the machine, as they stand in the file."""
     done: dict[Key, Done] = field(default_factory=dict)
     errors: dict[Key, str] = field(default_factory=dict)
-    """Tracebacks, of cases that have not been done since."""
+    """Tracebacks of cases that have not been done since."""
 
     def figures(self, question: str) -> list[Figure]:
-        """In the order of the cases, whenever they were measured."""
+        """Return a question's figures in the order of its cases, whenever they were measured."""
         keys = [key for name, key in self.done if name == question]
         order = self.plan.get(question, [])
         keys.sort(key=lambda key: order.index(key) if key in order else len(order))
         return [figure for key in keys for figure in self.done[question, key].figures]
 
     def steadiness(self, question: str) -> dict[str, float]:
-        """By case."""
+        """Return the steadiness of each case."""
         return {key: done.steadiness for (name, key), done in self.done.items() if name == question}
 
     def left(self, question: str) -> int:
-        """Cases that are still to be measured."""
+        """Return the number of cases that are still to be measured."""
         return sum((question, key) not in self.done for key in self.plan.get(question, []))
+
+    def warnings(self, question: str, latest: Run) -> list[str]:
+        """Return what a reader must know before a question's figures."""
+        said, run = [], self.run
+        if run.fingerprint != latest.fingerprint:
+            said.append(
+                f"Measured by an earlier run than the rest: {run.date[:10]}, commit {run.short_commit}, {run.setting}."
+            )
+        if words := self.unsteady(question):
+            said.append(words)
+        if left := self.left(question):
+            said.append(
+                f"{left} of {len(self.plan[question])} cases {'is' if left == 1 else 'are'} still to be measured."
+            )
+        return said + [f"{key} was left out: {why}." for key, why in run.left_out.get(question, {}).items()]
+
+    def unsteady(self, question: str) -> str:
+        """Return how the machine was busy or faster. Nothing if it was quiet, or if no time was taken."""
+        if not any(figure.is_time for figure in self.figures(question)):
+            return ""
+        steadiness = self.steadiness(question)
+        slow = {key: share for key, share in steadiness.items() if share < STEADY}
+        fast = max(steadiness.values(), default=1.0)
+        if slow:
+            which = ", ".join(slow) if len(slow) <= 3 else f"{len(slow)} of {len(steadiness)} cases"
+            return (
+                f"The machine was busy or throttled: in {which} it gave as little as {min(slow.values()):.0%} of the "
+                "rates that predictions rest on. --fresh measures again."
+            )
+        if fast > 1 / STEADY:
+            return (
+                f"The machine was faster than when its rates were measured, up to {fast:.2f} times: predictions are "
+                "too low. --fresh measures its rates again too."
+            )
+        return ""
 
 
 @dataclass
@@ -106,21 +113,27 @@ class Results:
 
     @property
     def latest(self) -> Finished | None:
+        """Results of the latest run, None in an empty file."""
         return next(reversed(self.by_fingerprint.values()), None)
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no case was ever done."""
+        return not any(finished.done for finished in self.by_fingerprint.values())
+
     def of_question(self, name: str) -> Finished | None:
-        """The latest that has figures or errors of a question."""
+        """Return the latest results that have figures or errors of a question."""
         having = [f for f in self.by_fingerprint.values() if any(name == q for q, _ in [*f.done, *f.errors])]
         return having[-1] if having else None
 
     def seconds(self, question: str, key: str, quick: bool) -> float | None:
-        """How long a case took the last time that it was as quick, under whatever fingerprint."""
+        """Return what a case took the last time that it was as quick, under whatever fingerprint."""
         having = [f for f in self.by_fingerprint.values() if (question, key) in f.done and f.run.quick == quick]
         return having[-1].done[question, key].seconds if having else None
 
 
 def read(path: Path) -> Results:
-    """Read a file of results; one that is not there is empty. A last line that was half written is passed over.
+    """Return a file of results; one that is not there is empty. A last line that was half written is passed over.
 
     Raises: ValueError naming the line that is not one of results.
     """
@@ -153,41 +166,45 @@ def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], l
     kind = line.pop("kind")
     if kind == "start":
         pending.clear()  # of a case that was being written when its run was killed
-        run = Run(**{f.name: line[f.name] for f in dataclasses.fields(Run) if f.name in line})
-        mine = results.by_fingerprint.pop(run.fingerprint, None) or Finished(run=run)
-        results.by_fingerprint[run.fingerprint] = mine
-        mine.run = run
-        mine.plan |= {name: list(keys) for name, keys in run.plan.items()}
-        if run.fresh:
-            mine.done = {key: done for key, done in mine.done.items() if key[0] not in run.plan}
-            mine.errors = {key: error for key, error in mine.errors.items() if key[0] not in run.plan}
+        _start(results, Run(**_known(Run, line)))
         return
     fingerprint = line.pop("fingerprint")
     mine = results.by_fingerprint[fingerprint]
     if kind == "roofs":
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of a version that kept other rates
-            mine.roofs = from_json(line)
+        mine.rates = line
         return
-    question, key = line["question"], line.pop("key")
+    case = line["question"], line.pop("key")
     if kind == "figure":
-        figures = pending.setdefault((fingerprint, question, key), [])
-        figure = Figure(**{f.name: line[f.name] for f in dataclasses.fields(Figure) if f.name in line})
+        figure = Figure(**_known(Figure, line))
         numbers = (figure.measured, figure.predicted, figure.low, figure.high)
         if not isinstance(figure.case, dict) or any(isinstance(n, str | list | dict) for n in numbers):
             raise TypeError("a figure's case is an object and its values are numbers")
-        figures.append(figure)
+        pending.setdefault((fingerprint, *case), []).append(figure)
     elif kind == "done":
-        figures = pending.pop((fingerprint, question, key), [])
-        mine.done[question, key] = Done(
-            figures=figures, seconds=line["seconds"], steadiness=line.get("steadiness", 1.0)
-        )
-        mine.errors.pop((question, key), None)
+        figures = pending.pop((fingerprint, *case), [])
+        mine.done[case] = Done(figures=figures, seconds=line["seconds"], steadiness=line.get("steadiness", 1.0))
+        mine.errors.pop(case, None)
     elif kind == "error":
-        mine.errors[question, key] = line["error"]
+        mine.errors[case] = line["error"]
+
+
+def _start(results: Results, run: Run) -> None:
+    mine = results.by_fingerprint.pop(run.fingerprint, None) or Finished(run=run)
+    results.by_fingerprint[run.fingerprint] = mine  # the latest last
+    mine.run = run
+    mine.plan |= {name: list(keys) for name, keys in run.plan.items()}
+    if run.fresh:
+        mine.done = {case: done for case, done in mine.done.items() if case[0] not in run.plan}
+        mine.errors = {case: error for case, error in mine.errors.items() if case[0] not in run.plan}
+
+
+def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass that a line has. Other versions have more, or fewer."""
+    return {f.name: line[f.name] for f in dataclasses.fields(kind) if f.name in line}
 
 
 class Writer:
-    """Appends lines to a file of results; each call is on the disk when it returns.
+    """A file of results that grows by whole lines. Each call is on the disk when it returns.
 
     Raises: ValueError if the folder cannot be written or another run is writing there.
     """
@@ -197,10 +214,13 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab+")
         except OSError as error:
-            raise ValueError(
-                f"{path.parent} cannot be written: {error.strerror or error}; choose another folder by --out"
-            ) from None
-        self._lock(path)
+            why = error.strerror or error
+            raise ValueError(f"{path.parent} cannot be written: {why}; choose another folder by --out") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise ValueError(f"{path} is being written by another run; wait for it, or choose another --out") from None
         self._end_line()
 
     def __enter__(self) -> "Writer":
@@ -209,37 +229,30 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def start(self, run: Run, roofs: Roofs) -> None:
+    def start(self, run: Run, rates: Mapping[str, Any]) -> None:
+        """Begin a run on a machine of these rates."""
         self._add({"kind": "start"} | dataclasses.asdict(run))
-        self._add({"kind": "roofs", "fingerprint": run.fingerprint} | dataclasses.asdict(roofs))
+        self._add({"kind": "roofs", "fingerprint": run.fingerprint} | dict(rates))
 
     def done(self, run: Run, question: str, key: str, done: Done) -> None:
-        """The figures of a case, and that it is done, in one go."""
+        """Append the figures of a case, and that it is done, in one go."""
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}
-        lines = [{"kind": "figure"} | place | as_json(figure) for figure in done.figures]
-        self._add(
-            *lines,
-            {"kind": "done"} | place | {"seconds": round(done.seconds, 3), "steadiness": round(done.steadiness, 3)},
-        )
+        lines = [{"kind": "figure"} | place | figure.as_json() for figure in done.figures]
+        end = {"seconds": round(done.seconds, 3), "steadiness": round(done.steadiness, 3)}
+        self._add(*lines, {"kind": "done"} | place | end)
 
     def error(self, run: Run, question: str, key: str, error: str) -> None:
+        """Append that a case failed."""
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}
         self._add({"kind": "error"} | place | {"error": error})
 
     def _add(self, *lines: Mapping[str, Any]) -> None:
-        self.file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines).encode())
+        self.file.write("".join(json.dumps(plain(line)) + "\n" for line in lines).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def _lock(self, path: Path) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise ValueError(f"{path} is being written by another run; wait for it, or choose another --out") from None
-
     def _end_line(self) -> None:
-        """What a killed run left of a line is cut off; a whole line gets its end."""
+        """Cut off what a killed run left of a line. Give a whole line its end."""
         self.file.seek(0)
         text = self.file.read()
         last = text[text.rfind(b"\n") + 1 :]
@@ -251,17 +264,3 @@ class Writer:
             self.file.truncate(len(text) - len(last))
         else:
             self.file.write(b"\n")
-
-
-def as_json(figure: Figure) -> dict[str, Any]:
-    """A figure as it stands in the file and in the last line of a run."""
-    return _plain(dataclasses.asdict(figure) | {"case": dict(figure.case), "ratio": figure.ratio})
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinities and no NaN: null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

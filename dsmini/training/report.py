@@ -1,7 +1,6 @@
 """What people see of a run: the progress bar, the plots, the summary."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from dsmini.atomic import new_file
 from dsmini.training.trainer import Step
 
 if TYPE_CHECKING:
@@ -218,13 +218,8 @@ def _plot_loads(path: Path, steps: Sequence[Mapping[str, Any]], loads: Mapping[s
 
 def _save(figure: "Figure", path: Path) -> None:
     """A whole picture or the one before: who looks at it while the run goes on never sees half of one."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(temporary, dpi=120, format="png")
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _column(steps: Sequence[Mapping[str, Any]], key: str) -> list[float]:

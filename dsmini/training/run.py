@@ -13,9 +13,9 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import sync, write_json, write_text
+from dsmini.atomic import sync, write_json, write_text
 from dsmini.checkpoint.run_folder import read_metrics
-from dsmini.checkpoint.training import (
+from dsmini.checkpoint.training_state import (
     Checkpoint,
     RunState,
     check_tensors,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from dsmini.checkpoint.manifest import write_json, write_text
+from dsmini.atomic import write_bytes, write_json, write_text
 from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config, tokenizer_file
-from dsmini.checkpoint.training import Checkpoint, last_checkpoint, model_checkpoint, model_tensors
+from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
+from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.console import Help, parse, take_file
 from dsmini.data.corpus import Corpus
@@ -124,7 +124,7 @@ def _keep(config: RunConfig, corpus: Corpus, weights: Checkpoint | None) -> None
     write_text(config.out / "config.toml", config.to_toml())
     write_json(config.out / "corpus.json", corpus.describe())
     if config.data.tokenizer is not None:
-        shutil.copyfile(config.data.tokenizer, config.out / "tokenizer.json")
+        write_bytes(config.out / "tokenizer.json", config.data.tokenizer.read_bytes())
     if weights is not None:
         write_json(config.out / "init.json", {"checkpoint": str(weights.folder.resolve()), "step": weights.state.step})
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsmini.checkpoint.training import Tensors, check_tensors
+from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
 from dsmini.measure.machine import synchronize

@@ -10,31 +10,37 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks import shapes, trained
+from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
-from benchmarks.questions import decode, fp8, fp8_error, kv_cache, moe, mtp, peers, prefill, roofline, train
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
+from benchmarks.questions import (
+    decode,
+    fp8,
+    fp8_error,
+    kv_cache,
+    moe,
+    moe_or_dense,
+    mtp,
+    peers,
+    prefill,
+    quantize,
+    roofline,
+    shakespeare,
+    train,
+)
+from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
+from dsmini.measure.dtypes import why_unusable
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
-from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
-from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
+from tests.helpers.commands import TINY as TINY_RUN
+from tests.helpers.questions import TINY
+from tests.helpers.tolerances import relative_error
 
-TINY = ModelConfig(
-    dim=128,
-    inter_dim=144,
-    moe_inter_dim=64,
-    n_layers=2,
-    n_heads=2,
-    q_lora_rank=64,
-    kv_lora_rank=64,
-    n_routed_experts=8,
-    n_activated_experts=2,
-    n_mtp_layers=0,
-    max_seq_len=128,
-)
+SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
+"""Keys of a run's summary that questions read."""
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEP = {
     *("tokens_per_s", "bytes_per_token", "flops_per_token", "bandwidth", "flop_rate", "peak_memory"),
@@ -56,6 +62,9 @@ METRICS = {
     },
     "mtp": {"acceptance", "tokens_per_step", "speedup", "tokens_per_s", "same_continuations"},
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
+    "quantize": {"bandwidth", "share_of_copy", "share_of_copy_best", "over_eager", "call_seconds"},
+    "shakespeare": {"seconds", "loss_as_peer", "loss"},
+    "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
@@ -67,7 +76,7 @@ PREDICTED = {
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
-    "peers": set[str](),
+    **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
 PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
 EXACT = {
@@ -78,6 +87,7 @@ EXACT = {
     "peers": {"cache_bytes_per_token"},
 }
 ALL = (kv_cache, moe, fp8, decode, prefill, train, fp8_error, mtp, roofline, peers)
+ALL += (quantize, shakespeare, moe_or_dense)
 MODULES = {module.QUESTION.name: module for module in ALL}
 
 
@@ -94,7 +104,7 @@ def setting() -> Setting:
     roofs = Roofs(
         card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, probes={}, curves=curves
     )
-    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs)
+    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +115,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     small = dataclasses.replace(
         mtp.QUICK, model=TINY, steps=3, batch_size=2, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
     )
-    changes: list[tuple[Any, str, Any]] = [(module, "CORPUS", corpus) for module in (fp8, fp8_error, mtp, peers)]
+    changes: list[tuple[Any, str, Any]] = [(trained, "CORPUS", corpus)]
     changes += [(shapes, "BIG", LONG), (shapes, "QUICK", LONG), (shapes, "TRAINED", TINY)]
     changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small)]
     changes += [
@@ -114,6 +124,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         (fp8_error, "QUICK_STEPS", 2),
     ]
     changes += [(peers, "QUICK_CONTEXTS", (16, 24)), (peers, "PROMPT", 16), (peers, "QUICK_BATCH", 1)]
+    changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
+    changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
+    changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
     changes += [
         (each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, prefill, train)
     ]
@@ -121,6 +134,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         for module, name, value in changes:
             patch.setattr(module, name, value)
         yield {name: run(module) for name, module in MODULES.items()}
+
+
+def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """The seconds and the summary of a run that a test cannot wait for; a seed changes the loss."""
+    loss = 1.5 + 0.01 * int(arguments[arguments.index("--train.seed") + 1]) ** 2 * ("384" in arguments)
+    return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
 
 def run(module: ModuleType) -> list[Figure]:
@@ -169,120 +188,9 @@ def test_keys_of_cases_differ_between_quick_and_full() -> None:
             assert all(case.seconds > 0 for case in each)
 
 
-# --- what eight bits hold
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"q_lora_rank": None}, {"n_shared_experts": 0}, {"n_mtp_layers": 1, "dim": 200}]
-)
-def test_bytes_of_weights_are_those_of_the_storages(changes: dict[str, Any]) -> None:
-    config = dataclasses.replace(TINY, **changes)
-    model = Transformer(config).to(torch.bfloat16).eval()
-    held, error = fp8.with_fp8_weights(model)
-    native, eight = (accounting.weight_bytes(config, dtype).total for dtype in ("bfloat16", "fp8"))
-    assert fp8.held_bytes(model) == native
-    assert fp8.held_bytes(held) == eight < 0.8 * native
-    assert abs(error / fp8_error.operand_error(E4M3) - 1) < 0.05
-
-
-# --- what products lose
-
-
-@pytest.mark.parametrize("format", [E4M3, E5M2])
-def test_expected_error_is_that_of_rounding(format: Any) -> None:
-    x = torch.randn(1024, 256) * torch.rand(1024, 1).mul(4).exp()  # all fractions, whatever the power of two
-    rounded = round_tiles(x, (1, 128), "ue8m0", format.name, 1e-4, torch.float32)
-    assert abs(relative_error(rounded, x) / fp8_error.operand_error(format) - 1) < 0.03
-
-
-@pytest.mark.parametrize("k", [130, 1000])
-def test_expected_error_of_a_product_does_not_depend_on_its_length(k: int) -> None:
-    x, w = torch.randn(300, k), torch.randn(200, k)
-    expected = fp8_error.product_error(E4M3, E4M3)
-    assert abs(relative_error(fp8_matmul(x, w), x @ w.T) / expected - 1) < 0.05
-
-
-@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
-@pytest.mark.parametrize("way", ["tiles", "e5m2 gradients", "fp32 scales"])
-def test_rounded_products_are_those_that_training_makes(way: str, saved_format: Any) -> None:
-    x, w, dy = torch.randn(63, 130, requires_grad=True), torch.randn(200, 130, requires_grad=True), torch.randn(63, 200)
-    how = fp8_error.WAYS[way]
-    y = fp8_matmul(x, w, scale=how.scale, grad_format=how.grad_format, saved_format=saved_format)  # pyright: ignore
-    dx, dw = torch.autograd.grad(y, (x, w), dy)
-    gemm = fp8_error.Gemm(block="", linear="", x=x.detach(), w=w.detach(), dy=dy, saved_format=saved_format)
-    got = fp8_error.rounded_products(gemm, how)
-    for product, want in zip(fp8_error.PRODUCTS, (y, dx, dw), strict=True):
-        assert relative_error(got[product], want.detach()) < rounding(FP32_UNIT, terms=200), product
-
-
-def test_captured_matrices_make_the_gradients() -> None:
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1)))
-    tokens, targets = torch.randint(0, 256, (2, 2, 32)).unbind()
-    gemms = fp8_error.captured(model, tokens, targets)
-    assert all(p.grad is None for p in model.parameters())
-    model.losses(tokens, targets).total.backward()
-    assert {g.block for g in gemms} == {"block 0", "block 1", "MTP 1"}
-    blocks = {"block 0": model.layers[0], "block 1": model.layers[1], "MTP 1": model.mtp[0].block}
-    for g in gemms:
-        if not g.linear.startswith("experts"):
-            place, name = (blocks[g.block].attn, g.linear) if g.linear.startswith(("wq", "wk", "wo")) else (
-                blocks[g.block].ffn, g.linear.replace("shared", "shared_experts"),
-            )  # fmt: skip
-            want = place.get_submodule(name).weight.grad
-            assert relative_error(fp8_error.exact_products(g)["wgrad"], want) < rounding(FP32_UNIT, terms=64, chained=8)
-    for block in ("block 1", "MTP 1"):
-        for name in ("w1", "w2", "w3"):
-            experts = [g for g in gemms if g.block == block and g.linear == f"experts.{name}"]
-            grad = getattr(blocks[block].ffn.experts, name).grad
-            visited = [j for j in range(8) if grad[j].any()]
-            got = torch.stack([fp8_error.exact_products(g)["wgrad"] for g in experts])
-            assert relative_error(got, grad[visited]) < rounding(FP32_UNIT, terms=64, chained=8)
-
-
-# --- guesses
-
-
-def test_tokens_of_a_step() -> None:
-    assert mtp.tokens_per_step([]) == 1
-    assert mtp.tokens_per_step([0.8]) == 1.8
-    assert mtp.tokens_per_step([0.5, 0.5, 0.5]) == 1.875
-    assert mtp.tokens_per_step([0.0, 1.0]) == 1
-
-
-def test_expected_acceptance_of_guesses_that_are_the_trunks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A depth that knows what the trunk will say of the token is always kept; one that is late is not."""
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=2)))
-    tokens = torch.randint(0, 256, (2, 32))
-    out = model.run(tokens, mtp=True)
-    right = [out.logits[:, 1:], out.logits[:, 1:-1]]  # the second is a token late
-    monkeypatch.setattr(model, "run", lambda *_, **__: out._replace(mtp_logits=right))
-    for temperature in mtp.TEMPERATURES:
-        first, second = mtp.expected_acceptance(model, tokens, temperature)
-        assert first == pytest.approx(1)
-        assert second < 0.9
-
-
-def test_an_unequal_continuation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1))).eval()
-    generate = mtp.generate
-
-    def wrong(*args: Any, speculative: bool, **more: Any) -> Any:
-        done = generate(*args, speculative=speculative, **more)
-        return done._replace(tokens=done.tokens + speculative)
-
-    of = dataclasses.replace(mtp.QUICK, new_tokens=3)
-    mtp._turns(model, [torch.tensor([1, 2])], 0.0, of)
-    monkeypatch.setattr(mtp, "generate", wrong)
-    with pytest.raises(AssertionError, match="changed the greedy continuation"):
-        mtp._turns(model, [torch.tensor([1, 2])], 0.0, of)
-
-
-# --- others
-
-
 def test_ratios_are_taken_round_by_round() -> None:
     taken = {"dsmini": [1.0, 2.0, 4.0], "transformers": [2.0, 4.0, 8.0]}
-    (ratio,) = pick(peers._speeds({"what": "train", "dtype": "float32"}, taken, 1), "speed_ratio")
+    (ratio,) = pick(peers.speeds({"what": "train", "dtype": "float32"}, taken, 1), "speed_ratio")
     assert ratio.measured == ratio.low == ratio.high == 2
 
 
@@ -299,3 +207,69 @@ def test_a_gguf_file_has_the_models_logits(tmp_path: Path) -> None:
         want = model(tokens)[0]
     got = torch.stack([torch.from_numpy(row.copy()) for row in llama.scores[:40]])
     assert relative_error(got, want) < 2e-3  # its cache is FP16
+
+
+# --- runs of whole commands
+
+
+def test_recipe_gives_the_summary_that_questions_read(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day in April. " * 200)
+    tiny = [*TINY_RUN.split(), "--train.eval-context", "16", "--train.steps", "2", "--data.path", str(book)]
+    seconds, summary = trained.run_recipe(dataclasses.replace(setting(), dtype=torch.float32), *tiny)
+    assert seconds > 0
+    assert all(isinstance(summary[key], int | float) for key in SUMMARY)
+
+
+def test_command_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)json.tool ended with status 2: .*--no-such"):
+        trained.run_command("json.tool", "--no-such")
+
+
+def test_nanogpt_learns_a_text() -> None:
+    text = "It was a bright cold day in April. " * 60
+    first, last = (nanogpt.train(text, seed=0, steps=steps) for steps in (1, 40))
+    assert 0 < last < first < math.log(len(set(text))) + 0.5
+
+
+def test_interval_of_five_seeds_is_students() -> None:
+    mean, half = moe_or_dense.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
+
+
+def test_freed_memory_is_kept_only_inside() -> None:
+    with quantize.freed_memory_kept():
+        assert torch.ones(1 << 22).sum() == 1 << 22
+    assert torch.ones(1 << 22).sum() == 1 << 22
+
+
+def test_kernel_whose_bits_differ_is_an_error() -> None:
+    def run() -> torch.Tensor:
+        return torch.tensor([1.0 if ops.chosen() == "cpu" else 2.0])
+
+    with pytest.raises(AssertionError, match="round: the kernel's bits are not those of plain PyTorch"):
+        quantize.check("round", run)
+
+
+# --- machines without BF16 units
+
+
+def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, list[Figure]]) -> None:
+    """Says so in a figure's note; counts that need no product are still there."""
+    fast = setting()
+    slow = dataclasses.replace(fast.roofs, peak={"float32": 170e9, "bfloat16": 0.3e9})
+    here = dataclasses.replace(fast, dtype=torch.float32, roofs=slow)
+    (told,) = peers.train(dataclasses.replace(here, dtype=torch.bfloat16))
+    assert told.measured is None and told.case == {"what": "train", "dtype": "bfloat16"}
+    assert told.note == "left out: bfloat16 products run at 0.3 GFLOP/s here, float32 at 170"
+    figures = [figure for case in fp8.cases(here) for figure in case.run()]
+    left = [f for f in figures if f.measured is None]
+    assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
+    assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
+    assert all(f.measured == f.predicted for f in figures if f.exact)
+    for question, some in ((peers.QUESTION, [told]), (fp8.QUESTION, figures), (fp8.QUESTION, left)):
+        assert question.finding(some).endswith(".")
+        question.plots(some)
+    assert why_unusable(torch.float32, slow.peak) is why_unusable(torch.bfloat16, fast.roofs.peak) is None
+    assert why_unusable(torch.bfloat16, {}) is None

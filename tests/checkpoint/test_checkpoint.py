@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsmini.checkpoint import training as checkpoints
-from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder, write_text
+from dsmini.checkpoint import training_state as checkpoints
+from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder
 from dsmini.checkpoint.run_folder import sole_trainer
-from dsmini.checkpoint.training import last_checkpoint, load_run, read_checkpoint
+from dsmini.checkpoint.trained_model import load_run
+from dsmini.checkpoint.training_state import last_checkpoint, read_checkpoint
 from dsmini.measure.machine import random_state
 from dsmini.training.run import NotSavedError, TrainingRun
 from tests.helpers.runs import new_run, resumed, unequal, whole
@@ -72,9 +73,7 @@ DAMAGES: dict[str, tuple[Callable[..., None], tuple[float, ...]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    trained: Path, run: Path, name: str, damage: str
-) -> None:
+def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, name: str, damage: str) -> None:
     if (name, damage) == ("config.toml", "of another checkpoint"):
         pytest.skip("the two are equal")
     training = new_run(run, **OPTIONS)
@@ -93,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert unequal({**whole(training), **random_state(torch.device("cpu"))}, live) == set()
 
 
-def test_where_none_is_whole_each_is_named(run: Path) -> None:
+def test_all_damaged_checkpoints_are_named(run: Path) -> None:
     flip(run / "checkpoints/step-000004/optimizer.safetensors", 0.5)
     cut(run / "checkpoints/step-000002/state.json", 0.5)
     with pytest.raises(
@@ -134,7 +133,7 @@ MISFITS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_a_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str) -> None:
+def test_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str) -> None:
     part, change, sentence = MISFITS[misfit]
     rewrite(run / "checkpoints/step-000004", part, change)
     said: list[str] = []
@@ -143,7 +142,7 @@ def test_a_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str)
         raise ValueError(*said)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(run: Path) -> None:
+def test_misfit_is_refused_before_anything_is_loaded(run: Path) -> None:
     training = new_run(run, **OPTIONS)
     before = whole(training)
     tensors = read_checkpoint(run / "checkpoints/step-000004", training.parts).tensors
@@ -153,7 +152,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(run: Path) -> No
     assert unequal(whole(training), before) == set()
 
 
-def test_a_checkpoint_of_another_format_or_step_is_refused(run: Path) -> None:
+def test_checkpoint_of_another_format_or_step_is_refused(run: Path) -> None:
     manifest = run / "checkpoints/step-000004" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
     (run / "checkpoints/step-000002").rename(run / "checkpoints/step-000007")
@@ -163,7 +162,7 @@ def test_a_checkpoint_of_another_format_or_step_is_refused(run: Path) -> None:
         resumed(run, **OPTIONS)
 
 
-def test_a_model_needs_no_more_than_its_own_files(run: Path) -> None:
+def test_model_loads_without_the_other_files(run: Path) -> None:
     for name in ("optimizer", "rng", "average"):
         cut(run / f"checkpoints/step-000004/{name}.safetensors", 0.5)
     said: list[str] = []
@@ -179,7 +178,7 @@ def test_a_model_needs_no_more_than_its_own_files(run: Path) -> None:
         load_run(run, average=True)
 
 
-def test_the_average_is_what_is_loaded(run: Path) -> None:
+def test_average_is_loaded_in_place_of_parameters(run: Path) -> None:
     model, _ = load_run(run, average=True)
     average = load_file(run / "checkpoints/step-000004/average.safetensors")
     last = load_file(run / "checkpoints/step-000004/model.safetensors")
@@ -188,7 +187,7 @@ def test_the_average_is_what_is_loaded(run: Path) -> None:
     assert all(torch.equal(b, last[name]) for name, b in model.named_buffers())
 
 
-def test_the_average_is_validated_and_the_parameters_come_back(run: Path) -> None:
+def test_validating_the_average_restores_parameters(run: Path) -> None:
     training = resumed(run, **OPTIONS)
     before = whole(training)
     with training.trainer.averaged():
@@ -203,12 +202,12 @@ def names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9])
-def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+def test_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     assert new_run(tmp_path, keep=keep, steps=7, eval_every=100).train()
     assert names(tmp_path) == [f"step-{step:06d}" for step in (2, 4, 6, 7)][-keep:]
 
 
-def test_a_damaged_later_one_does_not_count_as_kept(run: Path) -> None:
+def test_damaged_later_checkpoint_does_not_count_as_kept(run: Path) -> None:
     """With keep=1 the whole checkpoint must not be removed in favour of the damaged one."""
     flip(run / "checkpoints/step-000004/model.safetensors", 0.5)
     training = resumed(run, **(OPTIONS | {"keep": 1, "save_every": 1, "steps": 3}))
@@ -218,7 +217,7 @@ def test_a_damaged_later_one_does_not_count_as_kept(run: Path) -> None:
     assert resumed(run, **OPTIONS).trainer.steps_done == 3
 
 
-def test_a_damaged_one_is_replaced(run: Path) -> None:
+def test_damaged_checkpoint_is_replaced(run: Path) -> None:
     cut(run / "checkpoints/step-000004/model.safetensors", 0.5)
     assert resumed(run, **OPTIONS).train()
     assert names(run) == ["step-000002", "step-000004"]
@@ -235,19 +234,19 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, training: TrainingRun, name: str, steps: tuple[int, ...]) -> None:
     """At these steps this file of a checkpoint does not fit on the disk; a part of it is written."""
-    real = checkpoints.save_file
+    real = checkpoints.write_safetensors
 
-    def saved(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        real(tensors, path, **options)
+    def saved(path: Path, *rest: Any) -> None:
+        real(path, *rest)
         if path.name == name and training.trainer.steps_done in steps:
             cut(path, 0.5)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", saved)
+    monkeypatch.setattr(checkpoints, "write_safetensors", saved)
 
 
 @pytest.mark.parametrize("name", FILES[:4])
-def test_a_full_disk_on_the_way_loses_nothing(
+def test_full_disk_on_the_way_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     training = new_run(tmp_path, **(OPTIONS | {"steps": 8}))
@@ -259,7 +258,7 @@ def test_a_full_disk_on_the_way_loses_nothing(
     assert "checkpoint of step 6: No space left on device; step 2 is still there; training goes on" in said
 
 
-def test_a_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = new_run(tmp_path, **OPTIONS)
     with monkeypatch.context() as patch:
         full_disk(patch, training, "optimizer.safetensors", (4,))
@@ -269,9 +268,7 @@ def test_a_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch
     assert resumed(tmp_path, **OPTIONS).train()
 
 
-def test_what_could_not_be_written_elsewhere_still_saves_the_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = whole_of_unstopped(tmp_path.with_name("never"))
     training = new_run(tmp_path, **OPTIONS)
     real = training._record
@@ -296,27 +293,7 @@ def whole_of_unstopped(folder: Path) -> dict[str, Any]:
     return whole(training)
 
 
-def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut could leave the name without the content. A file is known by its inode, which renaming keeps."""
-    done: list[int | str] = []
-    fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
-    monkeypatch.setattr(os, "rename", lambda old, new: (done.append(f"now {new.name}"), rename(old, new)))
-    folder = tmp_path / "checkpoints/step-000002"
-    write_folder(folder, {name: partial(shutil.copy, __file__) for name in ("a", "b")})  # pyright: ignore[reportArgumentType]
-    *before, folders, above = ((folder / path).stat().st_ino for path in ("a", "b", MANIFEST, ".", "..", "../.."))
-    assert done == [*before, "now step-000002", folders, above]
-
-
-def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path / "x", "old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        write_text(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
-
-
-def test_a_run_has_one_trainer(tmp_path: Path) -> None:
+def test_second_trainer_of_a_run_is_refused(tmp_path: Path) -> None:
     with (
         sole_trainer(tmp_path),
         pytest.raises(ValueError, match="another process is training in"),
@@ -327,12 +304,12 @@ def test_a_run_has_one_trainer(tmp_path: Path) -> None:
         pass
 
 
-def test_nothing_is_unpickled(run: Path) -> None:
+def test_checkpoints_hold_no_pickles(run: Path) -> None:
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin")]
     assert {path.suffix for path in (run / "checkpoints/step-000004").iterdir()} == {".safetensors", ".json", ".toml"}
 
 
-def test_the_config_of_a_checkpoint_is_its_own(run: Path) -> None:
+def test_checkpoint_has_its_own_config(run: Path) -> None:
     """The run's own config.toml may have been changed since."""
     config = load_run(run)[1]
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, route_scale=9.0))

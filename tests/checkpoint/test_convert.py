@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.convert import main
 from dsmini.text.tokenizer import byte_tokenizer_json
-from tests.checkpoint.test_pretrained import config_json, tensors_of
 from tests.helpers import commands, folders
 from tests.helpers.configs import refusal
 
@@ -37,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def convert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Convert:
-    """Runs the command in a folder, in this process; what it says on its two outputs."""
+    """Run the command in a folder, in this process, and return what it says on its two outputs."""
 
     def run(arguments: str, folder: Path) -> tuple[str, str]:
         monkeypatch.chdir(folder)
@@ -49,7 +48,7 @@ def convert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def test_a_trained_run(trained: Path, convert: Convert) -> None:
+def test_trained_run_becomes_a_folder(trained: Path, convert: Convert) -> None:
     out, err = convert("runs/x exported --json", trained)
     figures = json.loads(out)
     assert figures["files"] == ["model.safetensors"]
@@ -65,7 +64,7 @@ def test_a_trained_run(trained: Path, convert: Convert) -> None:
     assert figures["bytes_written"] == sum(t.nbytes for t in folders.read(trained / "exported").values())
 
 
-def test_a_checkpoint_in_fp8_and_bf16(trained: Path, convert: Convert) -> None:
+def test_checkpoint_is_written_in_fp8_and_bf16(trained: Path, convert: Convert) -> None:
     source = trained / "runs" / "x" / "checkpoints" / "step-000002"
     out, _ = convert(f"{source} short --fp8 --dtype bfloat16 --shard-size 20KB", trained)
     written = folders.read(trained / "short")
@@ -80,7 +79,7 @@ def test_a_checkpoint_in_fp8_and_bf16(trained: Path, convert: Convert) -> None:
     assert (got - want(tokens)).norm() < 0.2 * want(tokens).norm()
 
 
-def test_byte_tokenizer() -> None:
+def test_byte_tokenizer_round_trip() -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizers library")
     tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer_json())
     for text in (
@@ -120,7 +119,7 @@ NAMES: dict[str, tuple[str, int | None]] = {
 
 
 def inference_layout(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], ranks: int, name: str) -> Path:
-    """What DeepSeek's code makes of a folder without multi-token prediction."""
+    """Write a folder without multi-token prediction as DeepSeek's convert.py does."""
     folder.mkdir()
     experts = config["n_routed_experts"] // ranks
     files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
@@ -178,11 +177,11 @@ BUILT = INFERENCE | {
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["config.json", "config_16B.json"])
-def test_inference_layout(
+def test_inference_layout_becomes_a_folder(
     tmp_path: Path, small_model: Build, convert: Convert, fp8: bool, ranks: int, name: str
 ) -> None:
     model = small_model(**BUILT)
-    tensors, meant = tensors_of(model, torch.bfloat16), None
+    tensors, meant = folders.tensors_of(model, torch.bfloat16), None
     if fp8:
         tensors, meant = folders.in_fp8(tensors)
     raw = INFERENCE | {"dtype": "fp8" if fp8 else "bf16"}
@@ -191,7 +190,7 @@ def test_inference_layout(
     loaded = load_pretrained(source, dtype=torch.float32)
     assert loaded.config == model.config
     want = meant or tensors
-    for theirs, tensor in tensors_of(loaded).items():
+    for theirs, tensor in folders.tensors_of(loaded).items():
         assert torch.equal(tensor, want[theirs].float()), theirs
     convert("a b --json", tmp_path)
     assert not folders.different(tensors, folders.read(tmp_path / "b"))
@@ -202,8 +201,8 @@ def test_inference_layout(
     assert torch.equal(load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens), loaded(tokens))
 
 
-def test_inference_layout_that_is_incomplete(tmp_path: Path, small_model: Build) -> None:
-    tensors = tensors_of(small_model(**BUILT))
+def test_incomplete_inference_layout_is_refused(tmp_path: Path, small_model: Build) -> None:
+    tensors = folders.tensors_of(small_model(**BUILT))
     source = inference_layout(tmp_path / "a", tensors, INFERENCE, 2, "config.json")
     file = source / "model1-mp2.safetensors"
     part = {name: t for name, t in load_file(file).items() if name not in ("embed.weight", "norm.weight")}
@@ -219,20 +218,20 @@ def test_inference_layout_that_is_incomplete(tmp_path: Path, small_model: Build)
     assert refusal(load_pretrained, source).endswith("inference code there, such as config_671B.json")
 
 
-def test_a_published_folder_keeps_what_it_is(tmp_path: Path, small_model: Build, convert: Convert) -> None:
+def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, convert: Convert) -> None:
     model = small_model()
-    tensors, _ = folders.in_fp8(tensors_of(model, torch.bfloat16))
-    raw = config_json(model.config, quantization_config=folders.QUANTIZED, torch_dtype="bfloat16")
+    tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
+    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED, torch_dtype="bfloat16")
     source = folders.write(tmp_path / "a", tensors, raw, shards=2)
     for arguments, want in (("a b", tensors), ("a c --fp8", tensors)):
         convert(arguments, tmp_path)
         assert not folders.different(want, folders.read(tmp_path / arguments.split()[1]))
     convert("a d --dtype float32", tmp_path)
     exact = load_pretrained(source, dtype=torch.float32)
-    assert not folders.different(tensors_of(exact), folders.read(tmp_path / "d"))
+    assert not folders.different(folders.tensors_of(exact), folders.read(tmp_path / "d"))
 
 
-def test_mistakes(tmp_path: Path, small_model: Build) -> None:
+def test_mistakes_exit_2_with_a_sentence(tmp_path: Path, small_model: Build) -> None:
     save_pretrained(small_model(), tmp_path / "a")
     cases = {
         "a a": "a holds files already; choose a new folder, or remove that one",
@@ -249,7 +248,7 @@ def test_mistakes(tmp_path: Path, small_model: Build) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
-def test_help(tmp_path: Path) -> None:
+def test_help_shows_flags(tmp_path: Path) -> None:
     (status, said), (other, unknown) = commands.run_all(
         [("dsmini.convert", "--help"), ("dsmini.convert", "a b --fp9")], tmp_path
     )

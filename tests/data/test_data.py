@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, Loader, load_corpus
-from dsmini.data.documents import Document, _cut
+from dsmini.data.documents import Document
 from dsmini.data.order import permute
+from dsmini.data.split import cut_once
 
 
 def folder_of(root: Path, files: dict[str, bytes]) -> Path:
@@ -33,7 +34,7 @@ def load(path: Path | None, cache: Path, seq_len: int = 8) -> Corpus:
     return load_corpus(DataConfig(path=path), seq_len, 256, cache)
 
 
-def test_the_standard_library_is_the_same_twice_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+def test_standard_library_is_stable_and_a_tenth_is_held_out(tmp_path: Path) -> None:
     first, second = (load(None, tmp_path / name) for name in "ab")
     assert first.sha256 == second.sha256
     assert np.array_equal(first.train, second.train)
@@ -42,7 +43,7 @@ def test_the_standard_library_is_the_same_twice_and_a_tenth_is_held_out(tmp_path
     assert b"def " in first.train.tobytes() and b"def " in first.val.tobytes()
 
 
-def test_a_folder_is_read_in_order_and_split_by_whole_files(tmp_path: Path) -> None:
+def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
     files = {f"{i % 3}/{i:02d}.txt": bytes([65 + i % 26]) * (90 + i) for i in range(40)}
     corpus = load(folder_of(tmp_path / "text", files), tmp_path, 16)
     train, val = (part.tobytes().split(b"\0")[:-1] for part in (corpus.train, corpus.val))
@@ -60,13 +61,13 @@ def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     assert set(corpus.train.tobytes() + corpus.val.tobytes()) == set(b"text ")
 
 
-def test_a_cache_inside_the_corpus_is_no_part_of_it(tmp_path: Path) -> None:
+def test_cache_inside_the_corpus_is_left_out(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a.txt": b"text " * 50})
     first, second = (load(tmp_path, tmp_path / "corpus") for _ in range(2))
     assert second.files == 1 and second.sha256 == first.sha256 and "read from" in second.cache
 
 
-def test_runs_and_their_caches_inside_the_corpus_are_no_part_of_it(tmp_path: Path) -> None:
+def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
     """Else the corpus of a run in the current folder would change while it trains, and resuming be refused."""
     kept = dict.fromkeys(("a.txt", "b/config.toml", "c/meta.json", "d/metrics.jsonl"), b"text " * 50)
     before = load(folder_of(tmp_path, kept), tmp_path / "corpus")
@@ -78,7 +79,7 @@ def test_runs_and_their_caches_inside_the_corpus_are_no_part_of_it(tmp_path: Pat
     assert load(tmp_path / "runs/x", tmp_path / "corpus").files == 3  # it is asked for by name
 
 
-def test_the_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
+def test_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
     text = bytes(range(1, 201))
     corpus = load(folder_of(tmp_path, {"t": text}) / "t", tmp_path)
     assert corpus.train.tobytes() == text[:180]
@@ -93,12 +94,12 @@ def test_few_large_files_are_split_at_their_end(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
-def test_wherever_the_text_is_cut_the_parts_are_the_whole(sizes: list[int], percent: int) -> None:
+def test_cut_parts_are_the_whole_text(sizes: list[int], percent: int) -> None:
     documents = [
         Document(name=str(i), path=Path(str(i)), stored=size, modified=0, size=size) for i, size in enumerate(sizes)
     ]
     text = "|".join(chr(97 + i) * size for i, size in enumerate(sizes))
-    parts = _cut(documents, percent / 100, whole_characters=False)
+    parts = cut_once(documents, percent / 100, whole_characters=False)
     train, val = (
         "".join(chr(97 + int(p.document.name)) * (p.stop - p.start) + "|" * p.ends for p in part)
         for part in (parts.train, parts.val)
@@ -107,7 +108,7 @@ def test_wherever_the_text_is_cut_the_parts_are_the_whole(sizes: list[int], perc
     assert (train, val) == (text[:cut], text[cut:])
 
 
-def test_the_hash_is_of_all_tokens(tmp_path: Path) -> None:
+def test_hash_covers_all_tokens(tmp_path: Path) -> None:
     corpus = load(folder_of(tmp_path, {"t": b"text " * 50}) / "t", tmp_path)
     assert corpus.sha256 == hashlib.sha256(b"text " * 50).hexdigest()
 
@@ -115,18 +116,18 @@ def test_the_hash_is_of_all_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "cannot be a path")]
 )
-def test_what_is_no_file_is_refused(tmp_path: Path, path: str, message: str) -> None:
+def test_missing_or_special_file_is_refused(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(Path(path), tmp_path)
 
 
 @given(st.integers(1, 300), st.integers(0, 2**63 - 1))
-def test_a_permutation_sends_no_two_indices_to_one(n: int, seed: int) -> None:
+def test_permutation_is_one_to_one(n: int, seed: int) -> None:
     keys = np.random.SeedSequence(seed).generate_state(6, np.uint64).astype(np.uint64)
     assert sorted(permute(np.arange(n), n, keys).tolist()) == list(range(n))
 
 
-def test_every_order_of_four_is_as_likely() -> None:
+def test_every_order_of_four_is_equally_likely() -> None:
     states = (np.random.SeedSequence(seed).generate_state(6, np.uint64).astype(np.uint64) for seed in range(2400))
     seen = Counter(tuple(permute(np.arange(4), 4, keys).tolist()) for keys in states)
     assert len(seen) == 24
@@ -139,7 +140,7 @@ def inputs_of(corpus: Corpus, first: int, n: int, seq_len: int, seed: int) -> li
 
 
 @given(st.data(), st.integers(1, 40), st.integers(0, 2**63 - 1), st.integers(0, 5))
-def test_an_epoch_trains_on_every_token_once(data: st.DataObject, seq_len: int, seed: int, epoch: int) -> None:
+def test_epoch_trains_on_every_token_once(data: st.DataObject, seq_len: int, seed: int, epoch: int) -> None:
     size = data.draw(st.integers(seq_len + 1, 250))
     corpus, per_epoch = corpus_of(train=bytes(range(size))), size // seq_len
     rows = inputs_of(corpus, epoch * per_epoch, per_epoch, seq_len, seed)
@@ -149,14 +150,14 @@ def test_an_epoch_trains_on_every_token_once(data: st.DataObject, seq_len: int, 
 
 
 @given(st.integers(9, 250), st.integers(0, 100), st.integers(1, 60), st.integers(0, 9))
-def test_targets_are_the_next_tokens_of_a_text_read_as_a_circle(size: int, first: int, n: int, seed: int) -> None:
+def test_targets_are_the_next_tokens_of_a_circle(size: int, first: int, n: int, seed: int) -> None:
     tokens, targets = corpus_of(train=bytes(range(size))).batch(first, n, 8, seed)
     assert tokens.shape == targets.shape == (n, 8) and tokens.dtype == targets.dtype == torch.int64
     assert torch.equal((tokens + 1) % size, targets)
 
 
 @given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 200), st.integers(0, 9))
-def test_any_position_of_the_stream_is_where_the_stream_gets_to(steps: list[int], skipped: int, seed: int) -> None:
+def test_stream_can_start_at_any_position(steps: list[int], skipped: int, seed: int) -> None:
     corpus = corpus_of(train=bytes(range(200)))
     whole = inputs_of(corpus, 0, skipped + sum(steps) + 1, 7, seed)
     at = skipped
@@ -165,7 +166,7 @@ def test_any_position_of_the_stream_is_where_the_stream_gets_to(steps: list[int]
         at += n
 
 
-def test_epochs_and_seeds_differ_in_order_and_in_where_windows_begin() -> None:
+def test_epochs_and_seeds_differ_in_order_and_offset() -> None:
     corpus = corpus_of(train=bytes(range(250)))
     epochs = [inputs_of(corpus, epoch * 31, 31, 8, seed) for epoch, seed in ((0, 0), (1, 0), (0, 1))]
     assert len({tuple(row[0] for row in rows) for rows in epochs}) == 3
@@ -174,7 +175,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_where_windows_begin() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
-def test_the_batches_are_the_same_for_any_number_of_workers(workers: int) -> None:
+def test_batches_do_not_depend_on_workers(workers: int) -> None:
     corpus = corpus_of(train=bytes(range(250)))
     loader = Loader(corpus, 8, seed=3, workers=workers)
     requests = [(sum(range(i)), i) for i in range(1, 30)]
@@ -184,7 +185,7 @@ def test_the_batches_are_the_same_for_any_number_of_workers(workers: int) -> Non
     loader.close()
 
 
-def test_workers_prepare_what_comes_next_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_prepare_the_next_batches_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     real = Corpus.batch
     monkeypatch.setattr(
@@ -198,7 +199,7 @@ def test_workers_prepare_what_comes_next_and_only_once(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_reaches_the_training(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_error_in_a_worker_reaches_the_training(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     def fail(self: Corpus, first: int, *rest: int) -> None:
         raise OSError(f"sequence {first}")
 
@@ -209,7 +210,7 @@ def test_an_error_in_a_worker_reaches_the_training(monkeypatch: pytest.MonkeyPat
     loader.close()
 
 
-def test_a_document_reaches_to_its_end() -> None:
+def test_document_includes_its_end_token() -> None:
     tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 0]])
     assert corpus_of().documents(tokens).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
 
@@ -245,7 +246,7 @@ def test_every_held_out_token_is_scored_once(size: int, seq_len: int, rows: int)
         ({"a.gz": b"no gzip"}, "a.gz", "a.gz is a damaged .gz file"),
     ],
 )
-def test_bad_corpora_are_refused_with_the_reason(
+def test_bad_corpus_is_refused_with_the_reason(
     tmp_path: Path, files: dict[str, bytes], name: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -253,7 +254,7 @@ def test_bad_corpora_are_refused_with_the_reason(
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -264,6 +265,6 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("vocab_size", [100, 400])
-def test_a_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: int) -> None:
+def test_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: int) -> None:
     with pytest.raises(ValueError, match=f"vocab_size={vocab_size} is not that of bytes; use 256"):
         load_corpus(DataConfig(), 16, vocab_size, tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.nn.attention import causal_attention
+from dsmini.functional.causal_attention import causal_attention
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 24, "n_heads": 3, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

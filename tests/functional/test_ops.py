@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
 from tests.helpers.configs import refusal
@@ -29,8 +30,19 @@ def backend(name: str) -> ModuleType:
     return kernels
 
 
-@ops.door("speak")
+@ops.operation("speak", cost=lambda x: ops.Cost(x.nbytes, 5, 3))
 def speak(x: Tensor) -> str:
+    return "reference"
+
+
+@speak.eager
+def _(x: Tensor) -> str:
+    return "eager"
+
+
+@ops.operation("whisper", cost=lambda x: ops.Cost(0, 0, 0))
+def whisper(x: Tensor) -> str:
+    """Be an operation without an eager version, which the backend does not have."""
     return "reference"
 
 
@@ -42,12 +54,19 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 X = torch.zeros(2)
+FORCED = (
+    ("reference", "reference", "reference"),
+    ("eager", "eager", "eager"),
+    ("auto", None, "cpu"),
+    ("", None, "cpu"),
+)
 
 
 def test_the_device_chooses_unless_something_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ops.chosen(), speak(X)) == (None, "cpu")
-    assert speak(X.long()) == "reference"  # which the backend does not serve
-    for value, backend, spoken in (("reference", "reference", "reference"), ("auto", None, "cpu"), ("", None, "cpu")):
+    assert speak(X.long()) == "eager"  # which the backend does not serve
+    assert whisper(X) == "reference"
+    for value, backend, spoken in FORCED:
         monkeypatch.setenv(ops.VARIABLE, value)
         assert (ops.chosen(), speak(X)) == (backend, spoken)
 
@@ -87,18 +106,19 @@ def test_a_forced_backend_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_unknown_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend='cuda' is unknown; use one of reference, cpu, triton, or auto"):
+    known = "use one of reference, eager, cpu, triton, or auto"
+    with pytest.raises(ValueError, match=f"backend='cuda' is unknown; {known}"):
         ops.use("cuda").__enter__()
     monkeypatch.setenv(ops.VARIABLE, "gpu")
-    assert refusal(ops.chosen) == f"{ops.VARIABLE}='gpu' is unknown; use one of reference, cpu, triton, or auto"
+    assert refusal(ops.chosen) == f"{ops.VARIABLE}='gpu' is unknown; {known}"
     assert "'gpu' is unknown" in refusal(speak, X)
 
 
 def test_what_explain_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     rest = [
-        "reference: plain PyTorch, serves everything",
+        "reference: the equations; eager: tuned PyTorch, serves everything",
         "cpu, for tensors on cpu: speak, sing; made of cpu",
-        "triton, for tensors on cuda: nothing, the reference serves instead: no GPU here",
+        "triton, for tensors on cuda: nothing, eager serves instead: no GPU here",
     ]
     text = ops.explain()
     assert text.splitlines() == ["DSMINI_BACKEND: not set; forced here: nothing", *rest]
@@ -109,3 +129,49 @@ def test_what_explain_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: reference", *rest]
     with ops.use(None):
         assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: nothing", *rest]
+
+
+def test_wanted_gradient_runs_pytorch_code() -> None:
+    leaf = torch.zeros(2, requires_grad=True)
+    with ops.use("cpu"):
+        assert speak(leaf) == "eager"
+        with torch.no_grad():
+            assert speak(leaf) == "cpu"
+
+
+def test_backend_without_the_operation_runs_eager() -> None:
+    with ops.use("cpu"):
+        assert whisper(X) == "reference"
+
+
+def test_dispatch_mode_runs_pytorch_code() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        assert speak(X) == "eager"
+        with ops.counting(Ledger()):  # a counter that is such a mode hears of kernels instead
+            assert speak(X) == "cpu"
+
+
+class Ledger:
+    """A counter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ops.Cost, Any]] = []
+
+    def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float) -> None:
+        assert seconds > 0
+        self.told.append((name, cost, result))
+
+
+def test_counter_is_told_of_kernels_only() -> None:
+    ledger = Ledger()
+    with ops.counting(ledger):
+        speak(X)
+        speak(X.long())
+        whisper(X)
+    assert ledger.told == [("speak", ops.Cost(8, 5, 3), "cpu")]
+    speak(X)
+    assert len(ledger.told) == 1

@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
+from dsmini.functional.cross_entropy import IGNORE
+from dsmini.functional.rms_norm import rms_norm
 from dsmini.nn import Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
-from dsmini.nn.losses import IGNORE
-from dsmini.nn.norm import rms_norm
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {

@@ -153,7 +153,7 @@ def roofline() -> Question:
         roof = Series(label="the roof", x=x, y=[min(9e11, v * 38e9) for v in x], dashed=True)
         cloud = Series(
             label="operations", x=[float(f.case["intensity"]) for f in mine], y=[f.measured or 0.0 for f in mine],
-            kind="points", names=[str(f.case["operation"]) for f in mine],
+            kind="points",
         )  # fmt: skip
         return [
             Plot(title="The roofline", x="FLOP a byte", y="FLOP/s", log_x=True, log_y=True, series=[roof, cloud]),

@@ -1,5 +1,6 @@
 """Model folders for tests, read and written by the safetensors library and not by our own code."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsmini import ModelConfig, Transformer
+from dsmini.hf_config import config_to_json
+from tests.helpers.hf_names import to_hf
+
 FP8 = torch.float8_e4m3fn
 QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shards: int = 1) -> Path:
-    """A folder of these tensors, in so many files."""
+    """Write a folder of these tensors, in this many files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
@@ -33,7 +38,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder."""
+    """Return all tensors of a folder."""
     out: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -49,7 +54,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> set[str]:
-    """Names of tensors that are not the same in name, dtype, shape and every bit."""
+    """Return the names of tensors that are not the same in name, dtype, shape and every bit."""
     same = {name for name in a.keys() & b.keys() if _bits(a[name]) == _bits(b[name])}
     return (a.keys() | b.keys()) - same
 
@@ -59,19 +64,19 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether DeepSeek has a tensor of this name in FP8."""
+    """Return whether DeepSeek stores a tensor of this name in FP8."""
     return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
 
 
 def blocks_of(tensor: Tensor, tile: tuple[int, int] = (128, 128)) -> Any:
-    """The blocks of a matrix, one by one: row and column of the block, and its elements."""
+    """Yield the blocks of a matrix: row and column of the block, and its elements."""
     for i in range(0, tensor.shape[0], tile[0]):
         for j in range(0, tensor.shape[1], tile[1]):
             yield i // tile[0], j // tile[1], (slice(i, i + tile[0]), slice(j, j + tile[1]))
 
 
 def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors with the matrices in codes and scales, block by block, and what the codes mean, in FP32.
+    """Quantize the matrices block by block; return codes and scales, and what the codes mean in FP32.
 
     The magnitudes of the blocks differ widely, so that a scale in the wrong place is seen.
     """
@@ -90,3 +95,15 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         out |= {name: codes, name.replace(".weight", ".weight_scale_inv"): scales}
         meant[name] = exact
     return out, meant
+
+
+def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
+    """Return a model's tensors as a folder has them: in that dtype, except the routing biases."""
+    out = to_hf(model)
+    out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in out.items()}
+    left_out = () if copies else (".embed_tokens.weight", ".shared_head.head.weight")
+    return {name: t for name, t in out.items() if name == "model.embed_tokens.weight" or not name.endswith(left_out)}
+
+
+def config_json(config: ModelConfig, **more: Any) -> dict[str, Any]:
+    return config_to_json(dataclasses.asdict(config)) | {"torch_dtype": "float32"} | more

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import read_metrics
-from dsmini.checkpoint.training import Checkpoint, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import random_state
 from dsmini.training.run import TrainingRun

@@ -26,7 +26,7 @@ def test_machine_code_divides_as_ieee_and_fuses_nothing(
     from dsmini_kernels.triton import tiles
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    codes: dict[str, list[str]] = {"_quantize": [], "_dequantize": [], "_pack_codes": []}
+    codes: dict[str, list[str]] = {"quantize_program": [], "dequantize_program": [], "pack_program": []}
     for name, found in codes.items():
         # what is no JITFunction counts as interpreted, and takes tensors in main memory
         monkeypatch.setattr(tiles, name, Compiler(getattr(tiles, name), capability, found))
@@ -38,7 +38,7 @@ def test_machine_code_divides_as_ieee_and_fuses_nothing(
     tiles.dequantize(f8, one, (1, 128), "e4m3", torch.float16)
     tiles.dequantize(torch.zeros(256, 384, dtype=torch.uint8), one, (1, 128), "e5m6", torch.bfloat16, 256)
     assert [len(found) for found in codes.values()] == [3, 2, 1]
-    assert all("div.rn.f32" in code for code in codes["_quantize"])
+    assert all("div.rn.f32" in code for code in codes["quantize_program"])
     for code in (code for found in codes.values() for code in found):
         assert not re.search(r"\bfma\.|\.ftz|div\.full|div\.approx|rcp\.", code)
 

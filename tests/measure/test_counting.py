@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.question import Setting
 from benchmarks.shapes import QUICK
-from dsmini import ModelConfig, Transformer, accounting
+from benchmarks.steps import check_bandwidth, step_figures
+from dsmini import ModelConfig, Transformer, accounting, ops, quantize
 from dsmini.measure import prediction
 from dsmini.measure.calibration import load_or_measure
 from dsmini.measure.counting import Count, Operation, count
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
-from dsmini.measure.timing import check_bandwidth, step_figures
 from tests.conftest import randomise
 
 F4, I8 = 4, 8
@@ -317,3 +317,17 @@ def test_a_step_takes_what_its_operations_take() -> None:
     kinds = prediction.by_kind(counted.operations, machine)
     assert sum(kind["predicted"] for kind in kinds.values()) == pytest.approx(sum(parts))
     assert kinds["product"]["flops"] == 2 * 64**3
+
+
+def test_kernels_are_counted_by_their_declared_cost() -> None:
+    """The same call, run by C++ or by plain PyTorch: the kernel moves its operands once, PyTorch its copies too."""
+    x = torch.randn(256, 384)
+    with ops.use("cpu"):
+        kernel = count(lambda: quantize(x))
+    with ops.use("eager"):
+        plain = count(lambda: quantize(x))
+    declared = ops.Cost(x.nbytes, x.numel() + 4 * 256 * 3, 0)
+    (ran,) = [op for op in kernel.operations if op.name == "quantize"]
+    assert (ran.read, ran.written, ran.flops) == declared
+    assert not [op for op in plain.operations if op.name == "quantize"]
+    assert kernel.bytes < plain.bytes / 2

@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini import MLA, Attention, FeedForward, Gate, Linear, RMSNorm, Transformer, quantize
+from dsmini import MLA, Attention, FeedForward, Gate, RMSNorm, Transformer, quantize
+from dsmini.nn import FP8Linear
 from tests.conftest import randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -112,7 +113,7 @@ def ragged_fp8() -> dict[str, float]:
         torch._dynamo.reset()
         out[f"tile {tile}"] = torch.compile(run, fullgraph=True)(x[:rows]) - run(x[:rows])
     torch._dynamo.reset()
-    layer = Linear(256, 288, precision="fp8")
+    layer = FP8Linear(256, 288)
     x = torch.randn(16, 256, requires_grad=True)
     dy = torch.randn(16, 288)
     made = [torch.autograd.grad(f(x), [x, layer.weight], dy) for f in (layer, torch.compile(layer))]

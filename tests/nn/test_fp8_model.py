@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import Transformer
-from dsmini.measure.kept import kept_for_backward
+from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
+from dsmini.functional.linear import linear
+from dsmini.measure.saved import saved_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
-from dsmini.nn.fp8 import FP8Module
-from dsmini.nn.moe import dispatch_quantized, sort_by_expert
+from dsmini.nn.fp8 import FP8Experts, FP8Linear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
 from tests.conftest import randomise
 from tests.helpers.configs import refusal, released
@@ -36,8 +37,8 @@ SIZES: dict[str, Any] = {
 def test_attention_and_feed_forwards_are_rounded_and_nothing_else(small_model: Build) -> None:
     for attention in ("mla", "mha"):
         model = small_model(precision="fp8", attention=attention)
-        rounded = {name for name, m in model.named_modules() if isinstance(m, FP8Module) and m.precision == "fp8"}
-        plain = {name for name, m in model.named_modules() if isinstance(m, Linear) and m.precision == "native"}
+        rounded = {name for name, m in model.named_modules() if isinstance(m, FP8Linear | FP8Experts)}
+        plain = {name for name, m in model.named_modules() if type(m) is Linear}
         inside = {".attn.", ".ffn."}
         assert plain == {"head", "mtp.0.eh_proj", "mtp.1.eh_proj"}
         linears = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - plain
@@ -104,25 +105,25 @@ def test_dispatched_rows_are_the_tokens_and_padding_is_zero(align: int) -> None:
     x = torch.randn(100, 200, requires_grad=True)
     indices = torch.randint(0, 4, (100, 2))
     counts = indices.flatten().bincount(minlength=4)
-    token, slot, _ = sort_by_expert(indices, counts, align)
+    slots = sort_by_expert(indices, counts, align)
     q = quantize(x)
-    rows = dispatch_quantized(q, token, slot)
+    rows = dispatch_quantized(q, slots)
     values, all_rows = rows.dequantize(), q.detach().dequantize()
-    assert torch.equal(values[slot.flatten()], all_rows.repeat_interleave(2, 0))
-    padding = torch.ones(len(token), dtype=torch.bool).index_fill(0, slot.flatten(), False)
+    assert torch.equal(values[slots.slot.flatten()], all_rows.repeat_interleave(2, 0))
+    padding = torch.ones(len(slots.token), dtype=torch.bool).index_fill(0, slots.slot.flatten(), False)
     assert padding.any() == (align > 1)
     assert (values[padding] == 0).all()
     direction = torch.randn_like(values)
     (grad,) = torch.autograd.grad(values, x, direction)
-    assert torch.allclose(grad, direction[slot].sum(1), atol=1e-6)
+    assert torch.allclose(grad, direction[slots.slot].sum(1), atol=1e-6)
 
 
 def test_not_a_number_in_the_first_token_does_not_reach_other_experts_by_padding() -> None:
     x = torch.randn(200, 128)
     x[0] = torch.nan
     indices = torch.tensor([[0], *[[1]] * 199])
-    token, slot, _ = sort_by_expert(indices, indices.flatten().bincount(minlength=2), 64)
-    rows = dispatch_quantized(quantize(x), token, slot).dequantize()
+    slots = sort_by_expert(indices, indices.flatten().bincount(minlength=2), 64)
+    rows = dispatch_quantized(quantize(x), slots).dequantize()
     assert rows.isnan().any(1).sum() == 1
 
 
@@ -154,11 +155,11 @@ def test_cached_equals_uncached(form: Any) -> None:
 
 
 def test_an_fp8_linear_multiplies_codes_it_holds() -> None:
-    linear = randomise(Linear(200, 130, precision="fp8"))
+    linear = randomise(FP8Linear(200, 130))
     x = torch.randn(5, 200)
     want = linear(x)
     q = quantize(linear.weight, WEIGHT_TILE)
-    linear.hold_fp8("weight", q.codes, q.scales)
+    hold_fp8(linear, "weight", q.codes, q.scales)
     assert torch.equal(linear(x), want)
     assert torch.equal(linear.dense(torch.float32), q.dequantize())
 
@@ -168,12 +169,12 @@ def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
     moe = randomise(MoE(**SIZES, n_routed_experts=8, n_activated_experts=3, n_expert_groups=1, n_limited_groups=1))
     for name in ("w1", "w2", "w3"):
         q = quantize(getattr(moe.experts, name), WEIGHT_TILE)
-        moe.experts.hold_fp8(name, q.codes, q.scales)
+        hold_fp8(moe.experts, name, q.codes, q.scales)
     with pytest.raises(ValueError, match="codes that no gradient can move"):
         moe(torch.randn(n, 256, requires_grad=True))[0].sum().backward()
-    linear = Linear(128, 8, precision="fp8")
+    linear = FP8Linear(128, 8)
     q = quantize(linear.weight, WEIGHT_TILE)
-    linear.hold_fp8("weight", q.codes, q.scales)
+    hold_fp8(linear, "weight", q.codes, q.scales)
     for x in (torch.randn(n, 128, requires_grad=True), quantize(torch.randn(n, 128, requires_grad=True))):
         with pytest.raises(ValueError, match="codes that no gradient can move"):
             linear(x).sum().backward()
@@ -181,27 +182,27 @@ def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_weight_is_the_one_that_is_multiplied(dtype: torch.dtype) -> None:
-    linear = randomise(Linear(200, 130, precision="fp8"))
+    linear = randomise(FP8Linear(200, 130))
     want = round_tiles(linear.weight.detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
     assert torch.equal(linear.dense(dtype), want)
     experts = randomise(
-        Experts(**SIZES, n_routed_experts=2, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1)
+        FP8Experts(**SIZES, n_routed_experts=2, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1)
     )
     want = round_tiles(experts.w1[1].detach(), WEIGHT_TILE, "ue8m0", "e4m3", AMAX_MIN, dtype)
     assert torch.equal(experts.expert(1, dtype)[0], want)
 
 
 def test_codes_held_with_fp32_scales_are_not_rounded_to_bf16() -> None:
-    linear = randomise(Linear(200, 130, precision="fp8")).eval()
+    linear = randomise(FP8Linear(200, 130)).eval()
     q = quantize(linear.weight.detach(), WEIGHT_TILE, "fp32")
-    linear.hold_fp8("weight", q.codes, q.scales)
+    hold_fp8(linear, "weight", q.codes, q.scales)
     x = torch.randn(50, 200).bfloat16()
     assert torch.equal(linear(x), fp8_matmul(x, q, out_dtype=torch.float32).bfloat16())
 
 
 @pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
 def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None:
-    linear = randomise(Linear(200, 130, precision="fp8", saved_format=saved_format))
+    linear = randomise(FP8Linear(200, 130, saved_format=saved_format))
     x, dy = torch.randn(150, 200), torch.randn(150, 130)
     grads = {
         format: torch.autograd.grad(fp8_matmul(x, linear.weight, saved_format=format), linear.weight, dy)[0]
@@ -213,7 +214,7 @@ def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None
 
 
 def test_a_native_linear_refuses_codes() -> None:
-    assert "use precision='fp8'" in refusal(Linear(128, 8), quantize(torch.randn(2, 128)))
+    assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(torch.randn(2, 128)), torch.randn(8, 128))
 
 
 # --- memory
@@ -305,7 +306,7 @@ def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:
     kept = {}
     for precision in ("native", "fp8"):
         model = Transformer(dataclasses.replace(config, precision=precision), compute_dtype=torch.bfloat16)
-        kept[precision] = kept_for_backward(model, tokens)
+        kept[precision] = saved_for_backward(model, tokens)
     share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
     assert 0.25 < share < 0.6, kept
     assert whole < 0.75, kept

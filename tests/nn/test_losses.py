@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsmini import Transformer
+from dsmini.functional.cross_entropy import IGNORE
 from dsmini.nn import linear_cross_entropy
-from dsmini.nn.losses import IGNORE
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 N, M, VOCAB = 23, 15, 1000

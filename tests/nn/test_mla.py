@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dsmini import MLA
-from dsmini.nn import Rope, apply_rope, causal_attention
+from dsmini.functional.causal_attention import causal_attention_eager
+from dsmini.nn import Rope, apply_rope
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {
@@ -124,7 +125,7 @@ def test_explicit_and_sdpa_attention_agree(s: int, v_dim: int) -> None:
     direction = torch.randn(2, 3, s, v_dim)
 
     def run(method: Any) -> list[Tensor]:
-        y = causal_attention(q, k, v, 0.4, method)
+        y = causal_attention_eager(q, k, v, 0.4, method=method)
         return [y, *torch.autograd.grad((y * direction).sum(), [q, k, v])]
 
     explicit, sdpa = run("explicit"), run("sdpa")
@@ -137,8 +138,8 @@ def test_explicit_and_sdpa_attention_agree(s: int, v_dim: int) -> None:
 def test_bf16_attention_is_off_by_its_roundings(method: Any) -> None:
     """Logits, weights and output are rounded to BF16; the softmax between them is not."""
     q, k, v = (torch.randn(2, 3, 63, 12).bfloat16() for _ in range(3))
-    got = causal_attention(q, k, v, 0.4, method)
-    want = causal_attention(q.double(), k.double(), v.double(), 0.4, "explicit")
+    got = causal_attention_eager(q, k, v, 0.4, method=method)
+    want = causal_attention_eager(q.double(), k.double(), v.double(), 0.4, method="explicit")
     assert got.dtype == torch.bfloat16
     assert relative_error(got, want) <= rounding(BF16_UNIT, chained=3)
 
@@ -190,7 +191,7 @@ def logits_of(layer: MLA, x: Tensor) -> Callable[[Tensor], Tensor]:
     def at(positions: Tensor) -> Tensor:
         table = layer.rope.table(positions)
         q, (_, k_rope) = layer.queries(x, table), layer.latents(x, table)
-        return torch.einsum("b s h r, b t o r -> b h s t", q[..., layer.qk_nope_head_dim :], k_rope)
+        return torch.einsum("b s h r, b t r -> b h s t", q[..., layer.qk_nope_head_dim :], k_rope)
 
     return at
 

@@ -1,11 +1,9 @@
-"""A tensor in a short format: what it holds, where its gradient goes, its file, and what is refused."""
+"""A tensor in a short format: what it holds, where its gradient goes, and what is refused."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini.numerics import (
@@ -15,43 +13,17 @@ from dsmini.numerics import (
     SMALLEST_AMAX,
     TOKEN_TILE,
     WEIGHT_TILE,
-    QuantizedTensor,
     quantize,
 )
 from tests.helpers.configs import refusal
-from tests.helpers.quantizer import NAMES, quantized, raw, same
+from tests.helpers.quantized import EVERY_CUT, EVERY_FORMAT, alike
+from tests.helpers.quantizer import quantized, same
 from tests.helpers.tolerances import relative_error
-
-EVERY_FORMAT = pytest.mark.parametrize("format", NAMES)
-ANY = [  # shape, tile, shape of the scales
-    ((300,), (1, 128), (3,)),
-    ((300,), "row", (1,)),
-    ((300,), "tensor", (1,)),
-    ((7, 130), (1, 128), (7, 2)),
-    ((130, 7), (128, 1), (2, 7)),
-    ((130, 576), (128, 128), (2, 5)),
-    ((7, 130), "row", (7, 1)),
-    ((7, 130), "tensor", (1, 1)),
-    ((2, 3, 130), [2, 64], (2, 2, 3)),
-    ((2, 3, 130), "row", (2, 3, 1)),
-    ((2, 3, 130), "tensor", (1, 1, 1)),
-    ((0, 130), (1, 128), (0, 2)),
-    ((0, 130), "tensor", (0, 1)),
-    ((2, 0), "row", (2, 0)),
-    ((1, 1, 5), (4, 4), (1, 1, 2)),
-]
-EVERY_CUT = pytest.mark.parametrize(("shape", "tile", "tiles"), ANY, ids=lambda case: str(case).replace(" ", ""))
 
 
 def code_bytes(shape: tuple[int, ...], format: str) -> int:
     rows = int(torch.tensor(shape[:-1]).prod())
     return rows * (-(-shape[-1] // 8) * 12 if format == "e5m6" else shape[-1])
-
-
-def alike(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    """Whether two hold the same, bit for bit and field for field."""
-    fields = [(q.shape, q.tile, q.scale, q.format, q.dtype, q.codes.dtype, q.codes.shape) for q in (a, b)]
-    return fields[0] == fields[1] and raw(a.codes).tobytes() == raw(b.codes).tobytes() and same(a.scales, b.scales)
 
 
 @EVERY_CUT
@@ -185,68 +157,6 @@ def test_another_device() -> None:
     assert q.device.type == "cpu"
     assert (there.shape, there.tile, there.nbytes, there.format) == (q.shape, q.tile, q.nbytes, q.format)
     assert alike(q.to("cpu"), q)
-
-
-@EVERY_CUT
-@EVERY_FORMAT
-@pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
-def test_a_file_holds_every_bit(
-    tmp_path: Path, shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any, scale: Any
-) -> None:
-    x = torch.randn(shape).half()
-    if x.numel():
-        x.view(-1)[0] = torch.nan
-    q = quantize(x, tile, scale, format)
-    q.save(tmp_path / "q.safetensors")
-    back = QuantizedTensor.load(tmp_path / "q.safetensors")
-    assert alike(back, q)
-    assert type(back.tile) is type(q.tile) and type(back.shape) is type(q.shape)
-    assert same(back.dequantize(), q.dequantize())
-    assert back.source is None
-    QuantizedTensor.load(str(tmp_path / "q.safetensors"), "cpu").save(str(tmp_path / "again.safetensors"))
-    assert alike(QuantizedTensor.load(tmp_path / "again.safetensors"), q)
-    there = load_file(tmp_path / "q.safetensors")
-    assert there["codes"].dtype == FORMATS[format].dtype
-
-
-def test_files_of_something_else(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    q = quantize(torch.randn(3, 130))
-    save_file({"weight": torch.ones(3)}, path)
-    said = "it holds ['weight'] and metadata of []; want codes, scales and tile"
-    assert refusal(QuantizedTensor.load, path) == f"{path} is no file of QuantizedTensor.save: {said}"
-    save_file({"codes": q.codes, "scales": q.scales}, path, {"format": "pt"})
-    assert "metadata of ['format']" in refusal(QuantizedTensor.load, path)
-    save_file({"codes": q.codes, "scales": q.scales, "more": q.scales.clone()}, path, {"tile": "[1, 128]"})
-    assert "['codes', 'more', 'scales']" in refusal(QuantizedTensor.load, path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"shape": None}, "'shape'"),
-        ({"format": None}, "'format'"),
-        ({"format": "e9m9"}, "format='e9m9' is unknown"),
-        ({"format": "e5m2"}, "codes are [3, 130] torch.float8_e4m3fn; want [3, 130] torch.float8_e5m2"),
-        ({"shape": "[3, 131]"}, "want [3, 131]"),
-        ({"tile": "[1, 64]"}, "scales are [3, 2] torch.float32; want [3, 3] torch.float32"),
-        ({"tile": "x"}, "Expecting value"),
-        ({"tile": "[0, 1]"}, "is no tile"),
-        ({"scale": "big"}, "scale='big' is unknown"),
-        ({"dtype": "save"}, "'save'"),
-    ],
-)
-def test_a_file_that_does_not_agree_with_itself_is_refused(
-    tmp_path: Path, changes: dict[str, str | None], said: str
-) -> None:
-    path = tmp_path / "x.safetensors"
-    q = quantize(torch.randn(3, 130))
-    about = {"shape": "[3, 130]", "tile": "[1, 128]", "scale": "ue8m0", "format": "e4m3", "dtype": "float32"} | changes
-    save_file({"codes": q.codes, "scales": q.scales}, path, {k: v for k, v in about.items() if v is not None})
-    words = refusal(QuantizedTensor.load, path)
-    assert words.startswith(f"{path} is no file of QuantizedTensor.save: ") and said in words
-    path.write_bytes(b"not at all")
-    assert "is no file of QuantizedTensor.save" in refusal(QuantizedTensor.load, path)
 
 
 def test_it_says_what_it_is() -> None:

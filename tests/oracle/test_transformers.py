@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer, names
+from dsmini import ModelConfig, Transformer
+from dsmini.hf_config import config_from_json
+from tests.helpers.hf_names import from_hf, to_hf
 
 LOGITS = 1e-5
 GRADIENTS = 1e-4
@@ -30,9 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
 def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transformer:
     """A dsmini model from the config.json and the tensors that transformers would save."""
     raw = json.loads(model.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": n_mtp_layers}
-    config = ModelConfig(**names.config_from_json(raw, "config.json"))
+    config = ModelConfig(**config_from_json(raw, "config.json"))
     built = Transformer(config)
-    built.load_state_dict(names.from_hf(tensors, config.n_layers))
+    built.load_state_dict(from_hf(tensors, built))
     return built
 
 
@@ -60,7 +62,7 @@ def test_logits_and_gradients(case: str) -> None:
     target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
     (want * target).sum().backward()
     (got * target).sum().backward()
-    grads = names.from_hf(hf.tensors(theirs, n_layers, "grad"), n_layers)
+    grads = from_hf(hf.tensors(theirs, n_layers, "grad"), model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         if grads[name].norm() > 0:
@@ -99,7 +101,7 @@ def test_mtp_logits(case: str, depth: int) -> None:
 def test_names_go_there_and_back() -> None:
     theirs = hf.v3(6)
     tensors = hf.tensors(theirs, 3) | hf.mtp_tensors(hf.mtp(theirs, 2), 3)
-    back = names.to_hf(names.from_hf(tensors, 3), 3)
+    back = to_hf(ours(theirs, tensors, 2))
     copies = {
         f"model.layers.{3 + k}.{name}" for k in range(2) for name in ("embed_tokens.weight", "shared_head.head.weight")
     }

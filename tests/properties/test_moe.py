@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import Experts, FeedForward, MoE
+from dsmini.functional.dispatch import sort_by_expert
 from dsmini.nn import grouped_linear
-from dsmini.nn.moe import sort_by_expert
 from dsmini.numerics import products
 from dsmini.numerics.products import grouped_linear_by_expert
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runner
-from benchmarks.question import Plot, Series
-from dsmini.report import plots
-from dsmini.report.plots import draw
+from dsmini.report import Plot, Series
+from dsmini.report.plots import THEMES, drawable, styles
 from tests.helpers import fake_questions as fake
 from tests.helpers.chromium import BROWSER, Chromium
 
@@ -63,12 +62,14 @@ def test_ids_are_unique_and_references_lead_somewhere(page: Path) -> None:
         assert (one or other) in ids
 
 
-def test_colours_of_plots_are_the_pages(page: Path) -> None:
-    plots = re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL)
-    for plot in plots:
-        assert "var(--ink)" in plot and "var(--s0)" in plot
-        assert not re.search(r"#0f0f\d\d|DejaVu", plot)
-        assert not set(re.findall(r"(?:fill|stroke): (#\w+)", plot)) - {"#000000"}  # markers' outlines in <defs>
+def test_each_plot_has_the_colours_of_its_theme(page: Path) -> None:
+    plots = re.findall(r'<svg [^>]*class="plot (\w+)".*?</svg>', page.read_text(), re.DOTALL)
+    assert plots == ["light", "dark"] * 4
+    for theme, plot in re.findall(r'<svg [^>]*class="plot (\w+)"(.*?)</svg>', page.read_text(), re.DOTALL):
+        mine = THEMES[theme]
+        assert mine.ink in plot and mine.series[0] in plot
+        allowed = {mine.ink, mine.muted, mine.rule, mine.card, *mine.series, "#000000"}  # markers' outlines in <defs>
+        assert set(re.findall(r"(?:fill|stroke): (#\w+)", plot)) <= allowed
 
 
 def test_text_is_escaped_and_said(page: Path) -> None:
@@ -95,16 +96,20 @@ def test_points_stand_over_their_labels() -> None:
     line = Series(label="equal", x=[0, 2], y=[1.0, 1.0], dashed=True)
     bars = Series(label="bars", x=(), y=[1.0, 2.0, 3.0], kind="bars")
     plot = Plot(title="t", x="", y="y", series=[some, line, bars], labels=labels)
-    assert [list(plots._drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
+    assert [list(drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
 
 
-def test_prediction_has_the_colour_of_what_it_predicts_and_more_series_than_colours_squares() -> None:
+def test_prediction_has_the_colour_of_what_it_predicts() -> None:
+    labels = ["mla", "mha", "mla, predicted", "predicted (mha)"]
+    mla, mha, mla_predicted, mha_predicted = styles([Series(label=label, x=[1, 2], y=[3, 4]) for label in labels])
+    assert mla == mla_predicted != mha == mha_predicted
+
+
+def test_more_series_than_colours_are_squares() -> None:
     labels = ["mla", "mha", "mla, predicted", "predicted (mha)", *(f"kind {n}" for n in range(9))]
-    series = [Series(label=label, x=[1, 2], y=[3, 4]) for label in labels]
-    legend = draw(Plot(title="t", x="x", y="y", series=series), "many").legend
-    colour = {entry.label: entry.colour for entry in legend}
-    assert colour["mla"] == colour["mla, predicted"] == colour["kind 8"] != colour["mha"] == colour["predicted (mha)"]
-    assert [entry.label for entry in legend if entry.again] == ["kind 8"]
+    found = dict(zip(labels, styles([Series(label=label, x=[1, 2], y=[3, 4]) for label in labels]), strict=True))
+    assert found["mla"][0] == found["kind 8"][0]
+    assert [label for label, (_, marker) in found.items() if marker == "s"] == ["kind 8"]
 
 
 @in_browser
@@ -112,10 +117,12 @@ def test_prediction_has_the_colour_of_what_it_predicts_and_more_series_than_colo
 @pytest.mark.parametrize("width", [1280, 360])
 def test_browser_draws_every_plot_and_asks_for_nothing(page: Path, browser: Chromium, width: int, scheme: str) -> None:
     browser.open(page, width, prefers_color_scheme=scheme)
-    sizes = browser.evaluate("""[...document.querySelectorAll("svg.plot")].map(svg => ({
+    sizes = browser.evaluate(f"""[...document.querySelectorAll("svg.plot.{scheme}")].map(svg => ({{
         box: [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height],
         paths: svg.querySelectorAll("path, use").length, texts: svg.querySelectorAll("text").length,
-        label: svg.getAttribute("aria-label")}))""")
+        label: svg.getAttribute("aria-label")}}))""")
+    other = "dark" if scheme == "light" else "light"
+    assert browser.evaluate(f'document.querySelector("svg.plot.{other}").getBoundingClientRect().width') == 0
     assert len(sizes) == 4
     for plot in sizes:
         assert min(plot["box"]) > 100 and plot["paths"] > 8 and plot["texts"] > 5 and plot["label"]
@@ -130,7 +137,7 @@ def test_browser_draws_every_plot_and_asks_for_nothing(page: Path, browser: Chro
 @in_browser
 def test_text_of_plots_stays_inside_them(page: Path, browser: Chromium) -> None:
     browser.open(page)
-    outside = browser.evaluate("""[...document.querySelectorAll("svg.plot")].flatMap(svg => {
+    outside = browser.evaluate("""[...document.querySelectorAll("svg.plot.light")].flatMap(svg => {
         const box = svg.getBoundingClientRect()
         return [...svg.querySelectorAll("text")].filter(text => {
             const t = text.getBoundingClientRect()
@@ -140,11 +147,20 @@ def test_text_of_plots_stays_inside_them(page: Path, browser: Chromium) -> None:
 
 
 @in_browser
+def test_text_of_plots_has_the_font_of_the_page(page: Path, browser: Chromium) -> None:
+    browser.open(page)
+    fonts = "['body', 'svg.plot text'].map(what => getComputedStyle(document.querySelector(what)).fontFamily)"
+    body, plot = browser.evaluate(fonts)
+    assert body == plot
+
+
+@in_browser
 def test_dark_changes_page_and_plots(page: Path, browser: Chromium) -> None:
     look = """(() => {
-        const bar = [...document.querySelectorAll("svg.plot path")].find(path => path.style.fill == "var(--s0)")
+        const plot = [...document.querySelectorAll("svg.plot")].find(svg => svg.getBoundingClientRect().width > 0)
+        const bar = [...plot.querySelectorAll("path")].find(path => path.style.fill.startsWith("rgb"))
         return [getComputedStyle(document.body).backgroundColor, getComputedStyle(bar).fill,
-            getComputedStyle(document.querySelector("svg.plot text")).fill]})()"""
+            getComputedStyle(plot.querySelector("text")).fill]})()"""
     seen = []
     for scheme in ("light", "dark"):
         browser.open(page, prefers_color_scheme=scheme)
@@ -157,6 +173,8 @@ def test_print_is_light_and_shows_whole_tables(page: Path, browser: Chromium) ->
     browser.open(page, prefers_color_scheme="dark")
     browser.call("Emulation.setEmulatedMedia", media="print")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    widths = "[...document.querySelectorAll('svg.plot')].map(svg => svg.getBoundingClientRect().width > 0)"
+    assert browser.evaluate(widths) == [True, False] * 4, "plots are the light ones"
     hidden = "[...document.querySelectorAll('.scroll')].filter(s => s.scrollHeight > s.clientHeight + 2).length"
     assert browser.evaluate(hidden) == 0
     browser.call("Emulation.setEmulatedMedia", media="")

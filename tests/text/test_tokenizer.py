@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from dsmini.config import DataConfig
-from dsmini.data.cache import lines
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import CHUNK, find, measure, split
+from dsmini.data.documents import CHUNK, find, measure
+from dsmini.data.split import split
+from dsmini.data.tokenising import lines
 from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer, ByteTokenizer, load_tokenizer
 from dsmini.tokenize import SPECIAL_TOKENS, train_bpe
 from tests.helpers.commands import TINY, run, run_all

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini.checkpoint import training as checkpoints
+from dsmini.checkpoint import training_state as checkpoints
 from dsmini.checkpoint.run_folder import read_metrics
-from dsmini.checkpoint.training import Checkpoint, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.training.run import TrainingRun
 from dsmini.training.summary import summarise
 from tests.helpers.runs import Killed, new_run, resumed, unequal, whole
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_one_never_stopped(
 
 
 # The operations of a save on the disk, and how many of each the third save (step 6) makes: that is asserted below.
-SAVING = {(os, "fsync"): 11, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "save_file"): 4}
+SAVING = {(os, "fsync"): 11, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "write_safetensors"): 4}
 MOMENTS = [
     pytest.param(*place, number, after, id=f"{'after' if after else 'before'} {place[1]} {number}")
     for place, times in SAVING.items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsmini import RunConfig
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from tests.helpers.commands import TINY, run, run_all, start
 from tests.helpers.runs import TIMING
 

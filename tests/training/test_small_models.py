@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.nn.norm import rms_norm
-from dsmini.nn.rope import apply_rope
+from dsmini.functional.rms_norm import rms_norm
+from dsmini.functional.rope import apply_rope
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 Config = Callable[..., Any]

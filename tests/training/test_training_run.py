@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import new_run_folder
-from dsmini.checkpoint.training import load_run
+from dsmini.checkpoint.trained_model import load_run
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import peak_memory
 from dsmini.training.report import TrainingProgress, plot_run
@@ -235,7 +235,7 @@ def test_a_picture_is_there_whole_or_not_at_all(
     with pytest.raises(OSError, match="no space"):
         training.plot()
     assert (tmp_path / "loss.png").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(("largest", "top"), [(1.5, 2.0), (4.0, 4.0)])

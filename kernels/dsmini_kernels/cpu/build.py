@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("tiles.h", "tiles.cpp", "library.cpp")
+SOURCES = ("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "tiles.cpp", "library.cpp")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISA_FLAGS = {
@@ -190,7 +190,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
         built = Path(scratch) / "library.so"
         path = folder / _name(key, built)
-        os.replace(built, path)
+        os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
     return path
 
 

@@ -1,0 +1,160 @@
+"""What a file of results says: sections of the page, what changed, and the last line of a call."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.question import Figure, Plot, Question
+from dsmini.measure.rates import from_json
+from dsmini.report import Report, Section, comparison
+from dsmini.report.provenance import Run
+from dsmini.report.results import Finished, Results
+from dsmini.report.units import human, words
+
+FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
+
+
+def report(
+    results: Results, questions: Iterable[Question], drawn: dict[str, Section], changed: Section | None = None
+) -> Report:
+    """Return the page of all questions of which something was measured.
+
+    Args:
+        drawn: sections of earlier pages by name, brought up to date. Those that are the same are not drawn again.
+    """
+    latest = results.latest
+    assert latest is not None, "a report is drawn once a run has begun"
+    found = [(question, results.of_question(question.name)) for question in questions]
+    sections = [section(question, finished, latest.run) for question, finished in found if finished]
+    sections = [old if (old := drawn.get(new.name)) == new and old else new for new in sections]
+    drawn |= {section.name: section for section in sections}
+    machine = {words(key): str(value) for key, value in latest.run.machine.items()}
+    return Report(
+        title="dsmini benchmarks",
+        lead="What was measured, next to what was predicted from counts and from this machine's own rates.",
+        sections=[*sections, changed] if changed else sections,
+        facts={
+            "The machine": machine,
+            "Its measured rates": rates(latest.rates),
+            "The run": latest.run.facts(),
+        },
+        command=latest.run.command,
+    )
+
+
+def rates(kept: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rates of a machine in words; nothing if an older version measured other ones."""
+    try:
+        roofs = from_json(kept)
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    said = {f"matrix product, {dtype}": human(rate, "FLOP/s") for dtype, rate in roofs.peak.items()}
+    said |= {"reading memory": human(roofs.bandwidth, "bytes/s"), "copying memory": human(roofs.copy, "bytes/s")}
+    return said | {"a call in a model": human(roofs.call, "s")}
+
+
+def section(question: Question, finished: Finished, latest: Run) -> Section:
+    """Return a question with what there is of it."""
+    run, figures = finished.run, finished.figures(question.name)
+    sizes = [*(["--quick"] if run.quick else []), "--device", run.device, "--dtype", run.dtype]
+    return Section(
+        name=question.name,
+        title=question.title,
+        finding=finding(question, figures),
+        figures=figures,
+        plots=plots(question, figures),
+        about=question.about,
+        command=" ".join(["python -m benchmarks", question.name, *sizes, f"--threads {run.threads} --fresh"]),
+        warnings=finished.warnings(question.name, latest),
+        errors=[(key, error) for (name, key), error in finished.errors.items() if name == question.name],
+    )
+
+
+def finding(question: Question, figures: Sequence[Figure]) -> str:
+    """Return the question's sentence. The figures so far may not be enough for it."""
+    if not figures:
+        return "Nothing has been measured yet."
+    try:
+        return question.finding(list(figures))
+    except Exception as error:  # a defect of one question, or a case of it that is missing, must not take the rest
+        return f"No finding yet: {type(error).__name__}: {error}"
+
+
+def plots(question: Question, figures: Sequence[Figure]) -> list[Plot]:
+    """Return the question's plots, or an empty one that says why there are none."""
+    try:
+        return question.plots(list(figures)) if figures else []
+    except Exception as error:
+        return [Plot(title="Plots", x="", y="", series=(), caption=f"{type(error).__name__}: {error}")]
+
+
+def changes_section(changes: Sequence[comparison.Change], old: str, warnings: Sequence[str]) -> Section:
+    """Return what changed since another file of results."""
+    return Section(
+        name="changes",
+        title="What changed?",
+        finding=f"{comparison.counted(changes)} since {old}.",
+        tables=[comparison.table(changes)] if changes else [],
+        warnings=warnings,
+        about=comparison.RULE,
+    )
+
+
+def warnings_of_changes(names: Iterable[str], old: Results, new: Results) -> list[str]:
+    """Return what else than the code may have changed the figures."""
+    said = []
+    if old.latest and new.latest:
+        before, now = (
+            f"{r.setting}, {r.machine.get('processor')}, torch {r.versions.get('torch')}"
+            for r in (old.latest.run, new.latest.run)
+        )
+        if before != now:
+            said.append(f"Mind that the settings differ: {before} before, {now} now.")
+    for when, results in (("then", old), ("now", new)):
+        having = [(name, finished) for name in names if (finished := results.of_question(name))]
+        if busy := [name for name, finished in having if finished.unsteady(name)]:
+            said.append(f"Mind that the machine was not steady {when} in {', '.join(busy)}.")
+    return said
+
+
+def figures(results: Results, names: Iterable[str]) -> list[Figure]:
+    """Return all figures of these questions."""
+    having = [(name, results.of_question(name)) for name in names]
+    return [figure for name, finished in having if finished for figure in finished.figures(name)]
+
+
+def last_line(results: Results, names: Sequence[str], changes: Iterable[comparison.Change]) -> dict[str, Any]:
+    """Return all of it for programs: the latest run's setting, its figures, and where they are not its own.
+
+    failed: cases that raised or took too long. left: number of cases still to be measured, by question. left_out: why
+    the others were not. earlier: setting of the questions whose figures are an earlier run's. steadiness: least share
+    of its kept rates that the machine gave, by question. changes: what compare found.
+    """
+    latest = results.latest
+    assert latest is not None, "the caller has begun a run, or found one"
+    failed = [
+        {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
+        for (name, key), error in latest.errors.items()
+        if name in names
+    ]
+    having = {name: finished for name in names if (finished := results.of_question(name))}
+    planned = having | dict.fromkeys(latest.plan, latest)
+    changed = [
+        {key: value for key, value in change.name.as_json().items() if key in ("question", "case", "metric", "unit")}
+        | {"old": change.old, "new": change.new, "verdict": change.verdict}
+        for change in changes
+        if change.verdict != "unchanged"
+    ]
+    return facts(latest.run) | {
+        "figures": [figure.as_json() for figure in figures(results, names)],
+        "failed": failed,
+        "left": {name: left for name in names if name in planned and (left := planned[name].left(name))},
+        "left_out": latest.run.left_out,
+        "earlier": {n: facts(f.run) for n, f in having.items() if f.run.fingerprint != latest.run.fingerprint},
+        "steadiness": {name: min(f.steadiness(name).values(), default=None) for name, f in having.items()},
+        "changes": changed,
+    }
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Return the setting of a run for programs."""
+    return {fact: getattr(run, fact) for fact in FACTS}

@@ -1,0 +1,100 @@
+"""Models of one shape behind one face, ours and others', so that a question can let them take turns."""
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.peer_models.llamacpp_model import write_gguf
+from benchmarks.peer_models.transformers_model import deepseek_v3
+from benchmarks.question import Setting
+from dsmini import ModelConfig, Transformer
+from dsmini.measure.workloads import random_model
+
+
+class Side(Protocol):
+    """A model that reads tokens into a cache."""
+
+    def start(self, room: int) -> None:
+        """Forget what was read; make room for this many tokens."""
+        ...
+
+    def feed(self, tokens: Tensor) -> None:
+        """Read tokens [1, s] after the others, and make the logits of the last at the least."""
+        ...
+
+    def bytes_per_token(self) -> float | None:
+        """Return the bytes of the cache, read off the storage, where that can be seen."""
+        ...
+
+
+class Ours:
+    """dsmini's model, with random weights."""
+
+    def __init__(self, config: ModelConfig, setting: Setting) -> None:
+        self.model = random_model(config, setting.device, setting.dtype)
+
+    def start(self, room: int) -> None:
+        self.cache = self.model.new_cache(1, room)
+
+    def feed(self, tokens: Tensor) -> None:
+        self.model(tokens, self.cache)
+
+    def bytes_per_token(self) -> float:
+        return self.cache.nbytes_per_token
+
+
+class Theirs:
+    """transformers' model, with random weights."""
+
+    def __init__(self, config: ModelConfig, setting: Setting) -> None:
+        torch.manual_seed(0)
+        self.model = deepseek_v3(config).to(setting.dtype).to(setting.device).eval()
+
+    def start(self, room: int) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def feed(self, tokens: Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
+            self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+
+    def bytes_per_token(self) -> float:
+        layers: list[Any] = list(self.cache.layers)
+        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in held) / held[0].shape[-2]
+
+
+class LlamaCpp:
+    """llama.cpp's model, with our weights."""
+
+    def __init__(self, model: Transformer, room: int, at_once: int) -> None:
+        from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path, "BF16" if model.embed.weight.dtype == torch.bfloat16 else "F32")
+            self.llama = Llama(
+                str(path),
+                n_ctx=room,
+                n_batch=at_once,
+                n_threads=threads,
+                n_threads_batch=threads,
+                use_mmap=False,
+                verbose=False,
+            )
+
+    def start(self, room: int) -> None:
+        self.llama.reset()
+
+    def feed(self, tokens: Tensor) -> None:
+        self.llama.eval(tokens[0].tolist())
+
+    def bytes_per_token(self) -> None:
+        return None

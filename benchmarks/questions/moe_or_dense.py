@@ -1,0 +1,92 @@
+"""Does a mixture of experts earn its keep, on equal tokens with equal active parameters?"""
+
+import functools
+import math
+import statistics
+from collections.abc import Iterator
+
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.trained import run_recipe
+from dsmini.report.charts import points
+
+NAME = "moe-or-dense"
+SEEDS, QUICK_SEEDS = 5, 2
+STEPS, QUICK_STEPS = 1000, 50
+TWINS = {"moe": ["--model.n-dense-layers", "0"], "dense": ["--model.n-dense-layers", "2", "--model.inter-dim", "384"]}
+"""The twin's feed-forwards are as wide as the three experts together that a token visits."""
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95 % quantiles of Student's t, by degrees of freedom."""
+
+figure = functools.partial(Figure, question=NAME)
+
+
+def cases(setting: Setting) -> list[Case]:
+    seeds, steps = (QUICK_SEEDS, QUICK_STEPS) if setting.quick else (SEEDS, STEPS)
+    return [
+        Case(
+            key=f"seed={seed} steps={steps}",
+            seconds=40 if setting.quick else 130,
+            run=lambda seed=seed: measure(setting, seed, steps),
+        )
+        for seed in range(seeds)
+    ]
+
+
+def measure(setting: Setting, seed: int, steps: int) -> Iterator[Figure]:
+    length = ["--train.steps", str(steps), "--train.eval-every", str(steps)]
+    runs = {name: run_recipe(setting, *twin, "--train.seed", str(seed), *length)[1] for name, twin in TWINS.items()}
+    for name, run in runs.items():
+        case = {"seed": seed, "model": name}
+        note = f"a byte, over the whole held-out split, after {run['tokens']:,} tokens"
+        yield figure(case=case, metric="loss", unit="nats", measured=run["val_loss"], better="lower", note=note)
+        speed, active = run["tokens_per_s"], run["active_parameters"]
+        yield figure(case=case, metric="tokens_per_s", unit="tokens/s", measured=speed, better="higher")
+        yield figure(case=case, metric="active_parameters", unit="parameters", measured=float(active))
+    gain = runs["dense"]["val_loss"] - runs["moe"]["val_loss"]
+    yield figure(case={"seed": seed}, metric="gain", unit="nats", measured=gain, better="higher", note="dense - MoE")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean of a few values and the half width of its 95 % interval, by Student's t."""
+    return statistics.mean(values), STUDENT_T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def finding(figures: list[Figure]) -> str:
+    gains = [f.measured for f in pick(figures, "gain") if f.measured is not None]
+    if len(gains) < 2:
+        return f"MoE is better by {gains[0]:.4f} nats a byte, with one seed." if gains else "Nothing was measured yet."
+    mean, half = interval(gains)
+    return (
+        f"MoE is better by {mean:.4f} nats a byte, 95 % interval {mean - half:.4f} to {mean + half:.4f} "
+        f"over {len(gains)} seeds."
+    )
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    losses = {name: pick(figures, "loss", model=name) for name in TWINS}
+    speeds = {name: pick(figures, "tokens_per_s", model=name) for name in TWINS}
+    drawn = [
+        points("Loss over the held-out split", "nats a byte", losses, _seed),
+        points("Speed of training", "tokens/s", speeds, _seed),
+    ]
+    return [plot for plot in drawn if plot.labels]
+
+
+def _seed(f: Figure) -> str:
+    return f"seed {f.case['seed']}"
+
+
+QUESTION = Question(
+    name=NAME,
+    title="Does a mixture of experts earn its keep, on equal tokens with equal active parameters?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    on_request=True,
+    about=(
+        "Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of "
+        "configs/shakespeare.toml; and a dense twin, whose feed-forwards are as wide as these three experts together. "
+        "Both are trained on the source code of Python's standard library, and scored over the whole held-out split. "
+        "Each seed gives one difference; the interval is Student's t."
+    ),
+)

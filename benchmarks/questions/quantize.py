@@ -1,0 +1,226 @@
+"""How fast are the CPU kernels for tiles, next to a copy of the same bytes and to plain PyTorch?"""
+
+import ctypes
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from dsmini import ops
+from dsmini.measure.timing import interleaved, once, ratios, spread
+from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
+from dsmini.report.charts import points
+
+NAME = "quantize"
+SHAPE, QUICK_SHAPE = (4096, 7168), (512, 7168)
+ROUNDS, QUICK_ROUNDS = 15, 5
+EAGER_ROUNDS = 3
+"""Turns of plain PyTorch, which takes twenty times as long."""
+CALLS = 1000
+AMAX_MIN = 1e-4
+CPU = torch.device("cpu")
+Run = Callable[[], Any]
+
+figure = functools.partial(Figure, question=NAME)
+
+
+def cases(setting: Setting) -> list[Case]:
+    most = torch.get_num_threads()
+    each = [
+        Case(key=f"threads={n}", seconds=3 if setting.quick else 20, run=lambda n=n: measure(setting, n))
+        for n in sorted({1, most})
+    ]
+    return [*each, Case(key=f"calls threads={most}", seconds=1, run=calls)]
+
+
+@torch.no_grad()
+def measure(setting: Setting, threads: int) -> Iterator[Figure]:
+    torch.manual_seed(0)
+    x = torch.randn(QUICK_SHAPE if setting.quick else SHAPE).bfloat16()
+    if reason := why_not():
+        case = {"operation": "all", "threads": threads}
+        yield figure(case=case, metric="bandwidth", unit="bytes/s", better="higher", note=f"left out: {reason}")
+        return
+    rounds = QUICK_ROUNDS if setting.quick else ROUNDS
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with freed_memory_kept():
+            for name, (run, moved) in operations(x).items():
+                yield from _operation({"operation": name, "threads": threads}, run, moved, x, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def operations(x: Tensor) -> dict[str, tuple[Run, int]]:
+    """Return each operation on x [rows, columns] and the bytes that it moves. The caller chooses the backend."""
+    wide = x.float()
+    runs: dict[str, tuple[Run, int]] = {}
+    for name, source in (("BF16", x), ("FP32", wide)):
+        for tile in ((1, 128), (128, 1), (128, 128)):
+            for scale in ("ue8m0", "fp32"):
+                run = partial(round_tiles, source, tile, scale, "e4m3", AMAX_MIN, torch.bfloat16)
+                runs[f"round {name} {tile[0]}x{tile[1]} {scale}"] = run, x.numel() * (source.itemsize + 2)
+    for format in ("e4m3", "e5m6"):
+        codes, scales = quantize_tiles(x, (1, 128), "ue8m0", format, AMAX_MIN)
+        moved = x.nbytes + codes.nbytes + scales.nbytes
+        runs[f"quantize BF16 1x128 {format}"] = partial(quantize_tiles, x, (1, 128), "ue8m0", format, AMAX_MIN), moved
+        run = partial(dequantize_tiles, codes, scales, (1, 128), format, torch.bfloat16, x.shape[1])
+        runs[f"dequantize BF16 1x128 {format}"] = run, moved
+    return runs
+
+
+def _operation(case: dict[str, Any], run: Run, moved: int, x: Tensor, rounds: int) -> Iterator[Figure]:
+    """Check an operation to the bit, then time it: kernel, copy and plain PyTorch take turns."""
+    check(case["operation"], run)
+    source = x.float() if "FP32" in case["operation"] else x
+    target, repeats = torch.empty_like(source), max(1, 2_000_000 // x.numel())
+
+    def kernel() -> None:
+        with ops.use("cpu"):
+            for _ in range(repeats):
+                run()
+
+    def copy() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+
+    def eager() -> None:
+        with ops.use("eager"):
+            run()
+
+    both: dict[str, Run] = {"copy": copy, "kernel": kernel}
+    taken = interleaved(both | {"eager": eager}, CPU, EAGER_ROUNDS)
+    for name, times in interleaved(both, CPU, rounds - EAGER_ROUNDS).items():
+        taken[name] += times
+    kernels = [t / repeats for t in taken["kernel"]]
+    median = statistics.median(kernels)
+    tell = partial(figure, case=case, better="higher")
+    yield tell(metric="bandwidth", unit="bytes/s", **spread([moved / t for t in kernels]))
+    more = moved / (2 * source.nbytes)
+    share = [more * ratio for ratio in ratios({"copy": taken["copy"], "kernel": taken["kernel"]}, "copy", "kernel")]
+    yield tell(metric="share_of_copy", unit="x", note="bytes a second over those of y.copy_(x)", **spread(share))
+    best = more * min(taken["copy"]) / min(taken["kernel"])
+    yield tell(metric="share_of_copy_best", unit="x", measured=best, note="the best of each")
+    note = "plain PyTorch's time over the kernel's"
+    yield tell(metric="over_eager", unit="x", note=note, **spread([t / median for t in taken["eager"]]))
+
+
+def check(name: str, run: Run) -> None:
+    """Assert that the kernel's bits are those of plain PyTorch."""
+    results: list[list[Tensor]] = []
+    for backend in ("cpu", "eager"):
+        with ops.use(backend):
+            got = run()
+            results.append([t.view(torch.uint8) for t in ([got] if isinstance(got, Tensor) else got)])
+    assert all(map(torch.equal, *results)), f"{name}: the kernel's bits are not those of plain PyTorch"
+
+
+def why_not() -> str | None:
+    """Return why the kernels do not run here, or None if they do."""
+    try:
+        with ops.use("cpu"):
+            round_tiles(torch.ones(1, 128), (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16)
+    except ValueError as reason:
+        return str(reason)
+    return None
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let glibc keep freed memory for the next call, as a training step does: fresh pages cost more than the work.
+
+    Afterwards its thresholds are those that it comes to by itself where large blocks are freed. Does nothing without
+    glibc.
+    """
+    max_mmaps, mmap_threshold, trim_threshold = -4, -3, -1  # names of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        yield
+        return
+    mallopt(max_mmaps, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(max_mmaps, 1 << 16)
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
+
+
+@torch.no_grad()
+def calls() -> Iterator[Figure]:
+    """Time a call on a matrix so small that nothing else counts, the best of many."""
+    case = {"call": "kernel"}
+    tell = partial(figure, metric="call_seconds", unit="s", better="lower")
+    if reason := why_not():
+        yield tell(case=case, note=f"left out: {reason}")
+        return
+    from dsmini_kernels import cpu
+
+    x = torch.randn(1, 128).bfloat16()
+    arguments = (x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16)
+    runs: dict[str, Run] = {
+        "kernel": lambda: cpu.quantize_dequantize(*arguments),
+        "through the door": lambda: round_tiles(*arguments),
+        "x.clone()": x.clone,
+    }
+    for name, run in runs.items():
+        many = partial(_repeat, run)
+        best = min(once(many, CPU) for _ in range(20)) / CALLS
+        yield tell(case={"call": name}, measured=best, note="the best of 20 times 1000 calls on [1, 128]")
+
+
+def _repeat(run: Run) -> None:
+    for _ in range(CALLS):
+        run()
+
+
+def finding(figures: list[Figure]) -> str:
+    told = []
+    threads = sorted({int(f.case["threads"]) for f in pick(figures, "share_of_copy")})
+    for n in threads:
+        shares = [f.measured or 0.0 for f in pick(figures, "share_of_copy", threads=n)]
+        told.append(f"at {min(shares):.0%} to {max(shares):.0%} of a copy's speed on {n} thread{'s' * (n > 1)}")
+    faster = [f.measured or 0.0 for f in pick(figures, "over_eager")]
+    if faster:
+        told.append(f"{min(faster):.0f} to {max(faster):.0f} times as fast as plain PyTorch")
+    through = [f for f in pick(figures, "call_seconds", call="through the door") if f.measured]
+    if through:
+        told.append(f"{(through[0].measured or 0.0) * 1e6:.1f} us a call")
+    return f"Kernels for tiles run {', '.join(told)}." if told else "Nothing was measured yet."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    drawn = []
+    for metric, title, y, line in (
+        ("share_of_copy", "Kernels next to a copy", "bytes a second over a copy's", ("a copy", 1.0)),
+        ("over_eager", "Kernels next to plain PyTorch", "times as fast", None),
+    ):
+        found = [f for f in pick(figures, metric) if f.measured is not None]
+        threads = sorted({int(f.case["threads"]) for f in found})
+        groups = {f"threads {n}": pick(found, metric, threads=n) for n in threads}
+        drawn.append(points(title, y, groups, lambda f: str(f.case["operation"]), line=line, quartiles=True))
+    return [plot for plot in drawn if plot.labels]
+
+
+QUESTION = Question(
+    name=NAME,
+    title="How fast are the CPU kernels for tiles?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    about=(
+        "Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, "
+        "then timed, on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count "
+        "the bytes that are read and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is "
+        "kept for the next call, as in a training step."
+    ),
+)

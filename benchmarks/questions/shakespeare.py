@@ -1,0 +1,102 @@
+"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?"""
+
+import functools
+import statistics
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.peer_models import nanogpt
+from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.trained import run_command, run_recipe
+from dsmini.report.charts import points
+
+NAME = "shakespeare"
+SEEDS, QUICK_SEEDS = 3, 1
+SPRINT, QUICK_SPRINT = 200, 20
+"""Steps of the sprint, which ends in about a sixth of the peer's time."""
+QUICK_STEPS, QUICK_PEER_STEPS = 165, 200
+"""Steps of the others with --quick; in full the recipes say how many."""
+WHO = ("peer", "sprint", "run")
+
+figure = functools.partial(Figure, question=NAME, better="lower")
+
+
+def cases(setting: Setting) -> list[Case]:
+    text = setting.text
+    assert text is not None, "the question says that it needs a text"
+    seeds = QUICK_SEEDS if setting.quick else SEEDS
+    return [
+        Case(
+            key=f"seed={seed} text={text.name}",
+            seconds=40 if setting.quick else 200,
+            run=lambda seed=seed: measure(setting, text.resolve(), seed),
+        )
+        for seed in range(seeds)
+    ]
+
+
+def measure(setting: Setting, text: Path, seed: int) -> Iterator[Figure]:
+    """Run the three commands one after the other: imports, set-up and final validation count."""
+    steps = QUICK_PEER_STEPS if setting.quick else nanogpt.STEPS
+    peer = ["--seed", str(seed), "--steps", str(steps), "--threads", str(torch.get_num_threads())]
+    seconds, answer = run_command("benchmarks.peer_models.nanogpt", str(text), *peer)
+    yield from _figures(seed, "peer", seconds, answer["loss"])
+    ours = ["--data.path", str(text), "--train.seed", str(seed)]
+    lengths = {"sprint": SPRINT, "run": None} if not setting.quick else {"sprint": QUICK_SPRINT, "run": QUICK_STEPS}
+    for who, steps in lengths.items():
+        seconds, answer = run_recipe(setting, *ours, *(["--train.steps", str(steps)] if steps else []))
+        yield from _figures(seed, who, seconds, answer["val_loss_at_eval_context"])
+        case, note = {"seed": seed, "who": who}, "at the training context"
+        yield figure(case=case, metric="loss", unit="nats", measured=answer["val_loss"], note=note)
+
+
+def _figures(seed: int, who: str, seconds: float, loss: float) -> Iterator[Figure]:
+    case = {"seed": seed, "who": who}
+    yield figure(case=case, metric="seconds", unit="s", measured=seconds, note="of the whole command")
+    note = f"a character, over the whole held-out tenth, at context {nanogpt.CONTEXT}"
+    yield figure(case=case, metric="loss_as_peer", unit="nats", measured=loss, note=note)
+
+
+def finding(figures: list[Figure]) -> str:
+    seconds = {who: [f.measured or 0.0 for f in pick(figures, "seconds", who=who)] for who in WHO}
+    losses = {who: [f.measured or 0.0 for f in pick(figures, "loss_as_peer", who=who)] for who in WHO}
+    measured = [who for who in WHO if seconds[who] and losses[who]]
+    told = []
+    for who in measured:
+        text = f"{who} {statistics.mean(losses[who]):.3f} nats in {statistics.median(seconds[who]):.0f} s"
+        if who != "peer" and "peer" in measured:
+            text += f", {statistics.median(seconds[who]) / statistics.median(seconds['peer']):.0%} of the peer's time"
+        told.append(text)
+    return f"Loss at context {nanogpt.CONTEXT}: {'; '.join(told)}." if told else "Nothing was measured yet."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    drawn = []
+    for metric, title, y in (
+        ("loss_as_peer", f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"),
+        ("seconds", "Time of the whole command", "seconds"),
+    ):
+        groups = {who: pick(figures, metric, who=who) for who in WHO}
+        drawn.append(points(title, y, groups, lambda f: f"seed {f.case['seed']}"))
+    return [plot for plot in drawn if plot.labels]
+
+
+QUESTION = Question(
+    name=NAME,
+    title="What does a minute and a half of training buy, next to nanoGPT's laptop recipe?",
+    cases=cases,
+    finding=finding,
+    plots=plots,
+    on_request=True,
+    needs_text="Karpathy's tinyshakespeare, 1,115,394 characters",
+    needs=None if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
+    about=(
+        "For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 "
+        "sequences a step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train "
+        "configs/shakespeare.toml. Sprint: the same with 200 steps. Seconds are those of the whole command, imports "
+        "and final validation included. Losses are nats a character over the whole held-out tenth."
+    ),
+)

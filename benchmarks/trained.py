@@ -1,0 +1,56 @@
+"""Models that are trained first, because random weights would not do."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.question import Setting
+from dsmini import RunConfig, Transformer
+from dsmini.data.corpus import load_corpus
+from dsmini.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+CORPUS = Path("runs/corpus")
+
+
+def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
+    """Return a trainer of this run on the setting's device, in its dtype, after this many steps.
+
+    The text is the default corpus, unless the run names another.
+    """
+    corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, CORPUS)
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = Transformer(config.model, compute_dtype=setting.dtype)
+    made = Trainer(model, corpus, config, setting.device)
+    for _ in range(steps):
+        made.step()
+    return made
+
+
+def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """Run python -m module from this checkout. Return its seconds, and the JSON of its last line.
+
+    Raises: RuntimeError with what it said, if it failed.
+    """
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"python -m {module} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    return seconds, json.loads(done.stdout.splitlines()[-1])
+
+
+def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """Run dsmini.train by configs/shakespeare.toml where the setting says. Return its seconds and its summary."""
+    dtype, threads = str(setting.dtype).removeprefix("torch."), str(torch.get_num_threads())
+    where = ["--train.device", str(setting.device), "--train.dtype", dtype, "--train.threads", threads]
+    with tempfile.TemporaryDirectory() as out:
+        quiet = ["--train.sample-tokens", "0", "--json", "--out", f"{out}/run"]
+        return run_command("dsmini.train", "configs/shakespeare.toml", *where, *quiet, *arguments)

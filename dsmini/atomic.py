@@ -1,0 +1,169 @@
+"""Write files and folders that are whole or not there. Every writer of dsmini goes through this module.
+
+The content is written under a hidden name next to the final one, forced to the disk, then renamed. A power cut, a kill
+or a full disk at any moment leaves what was there before, or the complete new content. A failed attempt cleans up
+behind itself and raises the system's own OSError. What a killed process left is removed by a later writing.
+
+The one exception is a log that grows line by line: it is opened to append, and a reader ignores a torn last line.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+STALE_AFTER = 3600.0
+"""Seconds without a change after which a half-written file or folder belongs to nobody."""
+
+STOPPED = (Exception, KeyboardInterrupt, SystemExit)
+"""Exceptions after which an attempt cleans up."""
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give the name of a temporary file to write; `path` is that file once the block has ended without an error."""
+    _remove_leftovers_of(path)
+    partial = _hidden_name(path, "partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except STOPPED:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or leave the old one."""
+    with new_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file of UTF-8 or leave the old one."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people to read, or leave the old one."""
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Return the text of a JSON file for people to read."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+@contextmanager
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Give an empty folder to write files into; it becomes `path` once the block has ended without an error.
+
+    Args:
+        replace: put a folder aside that is there already; between the two renames neither is there. Without it only
+            an empty one is replaced, and any other raises OSError.
+    """
+    with partial_folder(path) as partial:
+        yield partial
+        finish_folder(partial, path, replace)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder next to `path`, for `finish_folder`; without that it is gone after the block."""
+    _remove_leftovers_of(path)
+    partial = _hidden_name(path, "partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except STOPPED:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if partial.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_folder(partial: Path, path: Path, replace: bool = False) -> None:
+    """Force a folder to the disk, then give it its name. See `new_folder` for `replace`."""
+    for file in sorted(partial.iterdir()):
+        sync(file)
+    sync(partial)
+    aside = _put_aside(path) if replace and path.exists() else None
+    os.rename(partial, path)
+    for above in (path.parent, path.parent.parent):  # the second may have been made here too
+        with suppress(PermissionError):
+            sync(above)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folders(folders: Iterable[Path]) -> None:
+    """Remove folders so that a kill in between leaves none of them half there under its name."""
+    for folder in folders:
+        shutil.rmtree(_put_aside(folder), ignore_errors=True)  # what stays is a leftover
+
+
+def remove_leftovers(parent: Path, older_than: float = 0.0) -> None:
+    """Remove what interrupted writings and removals left in a folder that belongs to dsmini alone.
+
+    Args:
+        older_than: seconds without a change; 0 only where no other process may be writing in `parent`.
+    """
+    for pattern in ("*.partial-*", ".*.old-*"):
+        for path in parent.glob(pattern):
+            _remove_if_stale(path, older_than)
+
+
+def _remove_leftovers_of(path: Path) -> None:
+    """Remove what killed writers of one file or folder left next to it, in a folder that may hold anything else."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-\d+-[0-9a-f]{{8}}")
+    with suppress(OSError):  # a folder that is not there, or cannot be read, has none
+        for other in path.parent.iterdir():
+            if ours.fullmatch(other.name):
+                _remove_if_stale(other, STALE_AFTER)
+
+
+def _remove_if_stale(path: Path, older_than: float) -> None:
+    if older_than and time.time() - _changed(path) <= older_than:
+        return
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _put_aside(folder: Path) -> Path:
+    """Rename a folder to a hidden name that `remove_leftovers` knows, and return that name."""
+    aside = _hidden_name(folder, "old")
+    os.rename(folder, aside)
+    return aside
+
+
+def _changed(path: Path) -> float:
+    """Return when a file, or a folder or anything directly in it, was last changed; now if it has just gone."""
+    try:
+        return max(one.stat().st_mtime for one in (path, *(path.iterdir() if path.is_dir() else ())))
+    except OSError:
+        return time.time()
+
+
+def _hidden_name(path: Path, kind: str) -> Path:
+    """Return an unused name next to `path`, of its own for every writer: two may be at the same path."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,62 @@
+"""The model that a training run has saved, to be evaluated or to start another run from."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsmini.checkpoint.run_folder import run_config
+from dsmini.checkpoint.training_state import Checkpoint, check_tensors, last_checkpoint, read_checkpoint
+from dsmini.config import RunConfig
+from dsmini.nn import Transformer
+
+
+def load_run(
+    path: Path,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    average: bool = False,
+    say: Callable[[str], None] = warnings.warn,
+) -> tuple[Transformer, RunConfig]:
+    """Return the model of a run folder's last whole checkpoint, or of one checkpoint folder, and the run's config.
+
+    Args:
+        average: load the parameters' average over the steps instead of the last ones.
+        say: told about each checkpoint that is damaged, and passed over.
+
+    Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
+    """
+    checkpoint = model_checkpoint(path, average=average, say=say)
+    model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
+    model.load_state_dict(model_tensors(checkpoint))
+    return model.eval(), checkpoint.config
+
+
+def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
+    """Read the checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
+    single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
+    parts = ["model", "average"] if average else ["model"]
+    if average and run_config(path).train.ema_decay is None:
+        raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
+
+    def fits(checkpoint: Checkpoint) -> None:
+        with torch.device("meta"):
+            want = Transformer(checkpoint.config.model).state_dict()
+        check_tensors(model_tensors(checkpoint), want, "model.safetensors")
+
+    if not single:
+        return last_checkpoint(path, parts, fits, say)
+    try:
+        checkpoint = read_checkpoint(path, parts)
+        fits(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; name another checkpoint") from None
+    return checkpoint
+
+
+def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return a model's state dict, with the average in place of the last parameters where that was read."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("average", {})

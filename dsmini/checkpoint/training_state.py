@@ -1,0 +1,181 @@
+"""A training run's checkpoints: all that it needs to continue.
+
+runs/NAME/checkpoints/step-000030/
+    model.safetensors       parameters and routing biases
+    optimizer.safetensors   the optimizers' states, as PARAMETER/KEY
+    average.safetensors     the parameters' average over the steps, if there is one
+    rng.safetensors         the states of the random number generators
+    config.toml             the run's config at that step
+    state.json              RunState: how far the run has come
+    manifest.json           size and checksum of the files above
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from dsmini.atomic import as_json, remove_folders
+from dsmini.checkpoint.manifest import verify, write_folder
+from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.config import RunConfig
+from dsmini.fields import build, check_types
+
+Tensors = dict[str, dict[str, Tensor]]
+"""Tensors by the stem of their file, and by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The progress of a run apart from its tensors; the content of state.json."""
+
+    step: int
+    """Number of optimizer steps done."""
+    sequences: int
+    """Number of training sequences taken from the corpus: the place where the data continues."""
+    average_updates: int
+    """Number of steps in the parameters' average."""
+    skipped: int
+    """Number of steps skipped because the loss or the gradient was not finite."""
+    skipped_in_a_row: int
+    """Number of the last of them, which no other step has followed."""
+    best_val_loss: float | None
+    """Lowest validation loss so far, in nats."""
+    best_val_step: int | None
+    """Step of that loss."""
+    seconds: float
+    """Seconds spent in training steps."""
+    corpus_sha256: str
+    """Hash of the corpus that was trained on."""
+    row: dict
+    """Last step's line of metrics.jsonl; a validation that is due at this step is not yet in it."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The content of a checkpoint's folder, verified and read."""
+
+    folder: Path
+    config: RunConfig
+    tensors: Tensors
+    state: RunState
+
+
+def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
+    """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
+
+    Later ones go too: the run did not continue from them because they are damaged. While steps are skipped all earlier
+    ones stay: this one has learned nothing new, and the run may have to go back further.
+
+    Raises: OSError; every earlier checkpoint is still there.
+    """
+    assert config.out is not None
+    folder = config.out / "checkpoints" / f"step-{state.step:06d}"
+    files: dict[str, Callable[[Path], None]] = {
+        f"{part}.safetensors": partial(_save_tensors, named, state.step) for part, named in tensors.items()
+    }
+    texts = {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
+    files |= {name: partial(_save_text, text) for name, text in texts.items()}
+    write_folder(folder, files)
+    there = checkpoint_folders(config.out)
+    keep = None if state.skipped_in_a_row else config.train.keep
+    kept = [one for one in there if checkpoint_step(one) <= state.step][:keep]
+    remove_folders(one for one in there if one not in kept)
+    return folder
+
+
+def _save_tensors(named: Mapping[str, Tensor], step: int, path: Path) -> None:
+    write_safetensors(path, entries_of(named), {"step": str(step)})
+
+
+def _save_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def last_checkpoint(
+    run: Path, parts: Sequence[str], fits: Callable[[Checkpoint], None], say: Callable[[str], None]
+) -> Checkpoint:
+    """Return the newest checkpoint that is whole and fits; name those that are not, with the reason.
+
+    Args:
+        parts: the stems of the tensor files to read.
+        fits: raises ValueError for tensors that are not wanted.
+        say: told about each checkpoint that is passed over.
+
+    Raises: ValueError if there is none, with all the reasons.
+    """
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
+    found = checkpoint_folders(run)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
+    reasons = []
+    for folder in found:
+        try:
+            checkpoint = read_checkpoint(folder, parts)
+            fits(checkpoint)
+        except ValueError as error:
+            reasons.append(f"cannot read {folder}: {error}")
+            continue
+        for reason in reasons:
+            say(f"{reason}; using {folder.name}, the one before")
+        return checkpoint
+    raise ValueError(f"{'; '.join(reasons)}; {run} has no other checkpoint, so start a new run")
+
+
+def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
+    """Verify and read a checkpoint's folder.
+
+    Args:
+        parts: the stems of the tensor files to read; the others are not looked at.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"])
+    config = RunConfig.from_file(folder / "config.toml")
+    tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
+    try:
+        raw = json.loads((folder / "state.json").read_bytes())
+        state = build(RunState, raw, "state.json", "")
+    except (OSError, ValueError, TypeError) as error:  # the last: a field is missing
+        raise ValueError(f"state.json is not understood: {error}") from None
+    if state.step != checkpoint_step(folder):
+        raise ValueError(f"state.json is of step {state.step}, the folder's name says {checkpoint_step(folder)}")
+    return Checkpoint(folder=folder, config=config, tensors=tensors, state=state)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return SafetensorsReader(path).read_all()
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not understood: {error}") from None
+
+
+def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not those of `want`; ValueError names the first."""
+    for name in sorted(got.keys() | want.keys()):
+        if name not in got or name not in want:
+            raise ValueError(f"{source} {'lacks' if name in want else 'has an unknown'} tensor {name}")
+        g, w = got[name], want[name]
+        if g.shape != w.shape or g.dtype != w.dtype:
+            raise ValueError(f"{source}: {name} is {g.dtype} {list(g.shape)}, want {w.dtype} {list(w.shape)}")
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the number of steps that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the checkpoints' folders, newest first."""
+    found = [p for p in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=checkpoint_step, reverse=True)

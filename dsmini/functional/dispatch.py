@@ -1,0 +1,126 @@
+"""Dispatch and combine: tokens to the experts that they chose, and back.
+
+The n*k visits are sorted by expert, so that each expert's rows lie together. The results are gathered back by token and
+summed over k in order: no row is dropped, nothing is added atomically, and the same input gives the same bits.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmini.numerics import QuantizedTensor
+
+
+class Slots(NamedTuple):
+    """Place of each visit's row when rows are sorted by expert; some slots may be padding."""
+
+    token: Int[Tensor, " rows"]
+    """Token in each slot; 0 in padding."""
+    slot: Int[Tensor, "n k"]
+    """Slot of each visit; no visit has a slot of padding."""
+    ends: Int[Tensor, " e"]
+    """Slot after each expert's last."""
+
+
+def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align: int = 1) -> Slots:
+    """Give each visit a slot: experts in order, tokens in order within an expert.
+
+    Args:
+        align: each expert starts at a multiple of it. Above 1 the number of slots is fixed by the sizes alone, and the
+            last expert takes what is left over, so that no row stays unwritten.
+    """
+    (n, k), e = indices.shape, counts.shape[0]
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align
+    room = (counts + align - 1) // align * align
+    shift = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
+    slot_in_order = torch.arange(n * k, device=flat.device) + shift[flat[order]]
+    slot = torch.empty_like(flat).scatter(0, order, slot_in_order)
+    token = torch.zeros(rows, dtype=torch.int64, device=flat.device).scatter(0, slot_in_order, order // k)
+    ends = room.cumsum(0)
+    last = torch.full_like(ends[-1:], rows)
+    return Slots(token, slot.view(n, k), torch.cat((ends[:-1], last)))
+
+
+def dispatch(x: Float[Tensor, "n m"], slots: Slots) -> Float[Tensor, "rows m"]:
+    """Return each slot's row of x. First derivatives only."""
+    return cast(Tensor, _Dispatch.apply(x, slots.token, slots.slot))
+
+
+def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots: Slots) -> Float[Tensor, "n m"]:
+    """Return sum over k of weights[n, k] * rows[slot[n, k]], added in order of k. First derivatives only."""
+    return cast(Tensor, _Combine.apply(rows, weights, slots.token, slots.slot))
+
+
+def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
+    """Return the rows of `dispatch` as codes and scales, half the bytes.
+
+    Padding is zero: as copies of a token it would take part in the tiles of an expert's own tokens.
+
+    Source: DeepSeek-V3 report, section 3.3.3 (tokens are sent to their experts in FP8).
+    """
+    token, slot, _ = slots
+    (n, _), rows = slot.shape, token.shape[0]
+    visited = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
+    with_zeros = replace(x, codes=F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)), scales=F.pad(x.scales, (0, 0, 0, 1)))
+    chosen = with_zeros.select_rows(torch.where(visited, token, n))
+    source = None if x.source is None else cast(Tensor, _QuantizedDispatch.apply(x.source, slot, rows))
+    return replace(chosen, codes=chosen.codes.view(x.codes.dtype), source=source)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Backward gathers too: a token's gradient is the sum over its k slots, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return F.embedding_bag(slot, grad, mode="sum"), None, None
+
+
+class _QuantizedDispatch(torch.autograd.Function):
+    """_Dispatch for rows that exist as codes: what stands for them in the graph, of one element in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(slot)
+        return source.new_zeros(()).expand(rows, source.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return F.embedding_bag(slot, grad, mode="sum"), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """embedding_bag gathers and adds in one operation, ten times as fast on a CPU as rows[slot] and a sum.
+
+    Backward gives padding slots a gradient of exactly zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, token, slot)
+        return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, token, slot = ctx.saved_tensors
+        grad_rows = grad.index_select(0, token)
+        per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
+        grad_weights = per_slot[slot].to(weights.dtype)
+        weight_of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
+        return grad_rows.mul_(weight_of_slot[:, None]), grad_weights, None, None

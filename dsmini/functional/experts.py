@@ -1,0 +1,166 @@
+"""The routed experts of a layer: each token's chosen SwiGLUs, weighted and summed.
+
+    y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
+
+`experts` multiplies in x's dtype, `fp8_experts` in simulated FP8. Both take stacked matrices.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
+from dsmini.numerics import QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, grouped_linear
+
+Weight = Float[Tensor, "e o i"] | QuantizedTensor
+"""A matrix for each expert."""
+X = TypeVar("X", Tensor, QuantizedTensor)
+
+
+def _cost(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> ops.Cost:
+    visited, (_, f, m) = int((counts > 0).sum()), w1.shape
+    matrices = 3 * visited * f * m * w1.element_size()
+    read = x.nbytes + indices.nbytes + weights.nbytes + counts.nbytes + matrices
+    return ops.Cost(read, x.nbytes, 6 * indices.numel() * f * m)
+
+
+@ops.operation("experts", cost=_cost)
+def experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Float[Tensor, "e f m"],
+    w2: Float[Tensor, "e m f"],
+    w3: Float[Tensor, "e f m"],
+) -> Float[Tensor, "n m"]:
+    """Return the weighted sum of each token's chosen experts' outputs. The products run in x's dtype.
+
+    Args:
+        counts: number of the n tokens that chose each expert.
+    """
+    y = torch.zeros_like(x)
+    for i in counts.nonzero().flatten().tolist():
+        token, choice = (indices == i).nonzero(as_tuple=True)
+        rows = x[token]
+        hidden = F.silu(rows @ w1[i].to(x.dtype).T) * (rows @ w3[i].to(x.dtype).T)
+        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * (hidden @ w2[i].to(x.dtype).T))
+    return y
+
+
+@experts.eager
+def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    if not torch.is_grad_enabled() and few(x, indices, counts):
+        return visit(x, indices, weights, counts, lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
+    slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
+    rows = dispatch(x, slots)
+    if torch.is_grad_enabled():
+        w13 = torch.cat((w1.to(x.dtype), w3.to(x.dtype)), 1)  # one product reads the rows once
+        gate, up = grouped_linear(rows, w13, slots.ends).chunk(2, -1)
+    else:  # joining them costs more than it saves where the step has no backward
+        gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
+    return combine(grouped_linear(F.silu(gate) * up, w2, slots.ends), weights, slots)
+
+
+def quantized_experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> Float[Tensor, "n m"]:
+    """Compute `experts` with matrices that may be FP8 codes; only chosen ones are dequantized, one after the other."""
+
+    def swiglu(i: int, rows: Tensor) -> Tensor:
+        return _swiglu(rows, *(_dense(expert_of(w, i), rows.dtype) for w in (w1, w2, w3)))
+
+    return visit(x, indices, weights, counts, swiglu)
+
+
+def fp8_experts(
+    x: QuantizedTensor,
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> Float[Tensor, "n m"]:
+    """Compute `experts` with simulated FP8 products, forward and backward.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+    coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
+    if coded or (not torch.is_grad_enabled() and few(x, indices, counts)):
+        return visit(
+            x, indices, weights, counts, lambda i, rows: _fp8_swiglu(rows, *(expert_of(w, i) for w in (w1, w2, w3)))
+        )
+    slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
+    return combine(_fp8_swiglu(dispatch_quantized(x, slots), w1, w2, w3, slots.ends), weights, slots)
+
+
+def visit(x: X, indices: Tensor, weights: Tensor, counts: Tensor, swiglu: Callable[[int, X], Tensor]) -> Tensor:
+    """Ask the chosen experts in turn: swiglu(i, rows) is expert i's output for its rows."""
+    if x.shape[0] == 1:  # decoding: nothing to sort
+        return weights.to(x.dtype) @ torch.cat([swiglu(i, x) for i in indices[0].tolist()])
+    slots = sort_by_expert(indices, counts)
+    sizes = counts.tolist()
+    out: list[Tensor] = []
+    for i, tokens in enumerate(slots.token.split(sizes)):
+        if sizes[i]:
+            out.append(swiglu(i, _rows_of(x, tokens)))
+    y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return combine(y, weights, slots)
+
+
+def expert_of(w: Weight, i: int) -> Tensor | QuantizedTensor:
+    """Return the matrix of expert i."""
+    if isinstance(w, Tensor):
+        return w[i]
+    codes = w.codes[i]
+    return replace(w, codes=codes, scales=w.scales[i], shape=codes.shape)
+
+
+def few(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:
+    """Return whether a CPU spends more on unchosen experts in a grouped product than on asking the chosen in turn.
+
+    docs/log.md has the measurement.
+    """
+    return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
+
+
+def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> int:
+    """Return the multiple of rows at which an expert's rows begin.
+
+    oneDNN prepares a BF16 product again for each row count; rows in multiples of 64 reuse it (docs/log.md).
+    """
+    enough = indices.numel() >= 64 * counts.shape[0]
+    return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
+
+
+def _swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    w1, w2, w3 = (w.to(rows.dtype) for w in (w1, w2, w3))
+    return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+
+
+def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
+    gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
+    return fp8_swiglu_matmul(gate, up, w2, ends=ends)
+
+
+def _dense(w: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    return w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype)
+
+
+def _rows_of(x: X, rows: Tensor) -> X:
+    if isinstance(x, Tensor):
+        return x.index_select(0, rows)
+    return replace(x.select_rows(rows), source=None if x.source is None else x.source.index_select(0, rows))

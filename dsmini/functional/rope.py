@@ -1,0 +1,34 @@
+"""Rotary position embedding: each adjacent pair of dimensions turns by its position's angle."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsmini import ops
+
+Table = tuple[Float[Tensor, "*#b s pairs"], Float[Tensor, "*#b s pairs"]]
+"""cos and sin of every position's angles, FP32."""
+
+
+def _cost(x: Tensor, table: Table) -> ops.Cost:
+    return ops.Cost(x.nbytes + sum(t.nbytes for t in table), x.nbytes, 0)
+
+
+@ops.operation("apply_rope", cost=_cost)
+def apply_rope(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s h r"]:
+    """Rotate adjacent pairs of x's last dimension; computed in FP32, returned in x's dtype.
+
+    A pair (x0, x1) is the complex number x0 + i x1, which is multiplied by cos + i sin.
+
+    Source: Su et al. 2021; DeepSeek's released code for the interleaved pairs.
+    """
+    turn = torch.complex(*table).unsqueeze(-2)
+    pairs = x.to(torch.promote_types(x.dtype, table[0].dtype)).unflatten(-1, (-1, 2)).contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+
+
+@apply_rope.eager
+def _(x: Tensor, table: Table) -> Tensor:
+    cos, sin = (t.unsqueeze(-2) for t in table)
+    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

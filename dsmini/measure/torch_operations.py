@@ -1,0 +1,247 @@
+"""Bytes and FLOPs of PyTorch's own operations, from their schema and their tensors.
+
+An operation must move each element of each input once, however often a cache serves it, and each element of each output
+once.
+
+    views                  nothing: the same memory under another shape
+    in place               the changed tensor is read and written once; only written where it is overwritten
+    expanded tensors       the elements that exist
+    gathering, scattering  the rows that are named, as often as they are, not the table
+    grouped products       the matrices whose group is not empty
+    torch.empty            nothing, until something is written there
+
+Where torch's own FLOP counter is blind (grouped products, flash attention on a CPU) it is counted too: padding as
+computed, causal attention as half of the square plus the diagonal.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+OVERWRITES = {
+    "copy_",
+    "fill_",
+    "zero_",
+    "normal_",
+    "uniform_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+    "_foreach_copy_",
+}
+FREE = {"detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "is_same_size", "promote_types"}
+FREE |= {"_record_function_enter_new", "_record_function_exit"}
+ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+ATTENTION = {
+    f"_scaled_dot_product_{kind}{backward}"
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    for backward in ("", "_backward")
+}
+GATHERS = {"index_select", "embedding", "gather", "index", "take", "_embedding_bag", "_embedding_bag_forward_only"}
+SCATTERS = {
+    "scatter",
+    "scatter_add",
+    "index_copy",
+    "index_put",
+    "index_add",
+    "index_fill",
+    "masked_fill",
+    "slice_scatter",
+}
+ORDERS = {"sort", "argsort", "topk", "cumsum", "searchsorted", "bincount", "unique", "nonzero"}
+SLOW_POINTS = {"silu", "silu_backward", "sigmoid", "exp", "log", "_softmax", "_log_softmax", "_softmax_backward_data"}
+SLOW_POINTS |= {"_log_softmax_backward_data", "sigmoid_backward", "logsumexp", "pow", "rsqrt", "sin", "cos"}
+REDUCES = {"sum", "mean", "amax", "linalg_vector_norm", "max", "min", "any", "all", "prod", "aminmax"}
+MOVES = {"copy_", "clone", "_to_copy", "cat", "stack", "constant_pad_nd", "contiguous", "repeat_interleave"}
+
+
+class Work(NamedTuple):
+    """Work of one operation."""
+
+    read: int
+    """Bytes."""
+    written: int
+    """Bytes."""
+    flops: int
+    """Floating-point operations of products and attention; 0 for the rest."""
+    rows: int
+    """Rows of a product that share a matrix, of each group on average; else 0."""
+    kind: str
+    """product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
+    scatter, order, optimizer."""
+    touched: list[Tensor]
+    """Tensors that take part, each once."""
+
+
+def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
+    """Count one operation that ran with these arguments and this result."""
+    name = name_of(func)
+    inputs, changed = _operands(func, args, kwargs)
+    outputs = [t for t in tensors_in(out) if not any(t is c for c in changed)]
+    base = name.rstrip("_") if name not in OVERWRITES else name
+    touched = list({t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values())
+    flops, rows, kind = _flops(base, inputs, outputs, args, kwargs)
+    read, written = sum(map(size_of, inputs)), sum(map(size_of, outputs))
+    if base in GATHERS and inputs:
+        read, written = _gathered(base, inputs, outputs)
+    elif base in SCATTERS and changed:
+        read, moved = _scattered(base, inputs, changed[0], args, kwargs)
+        return Work(read, moved, flops, rows, kind or _kind(name, base), touched)
+    elif base == "_grouped_mm":
+        read -= _unused_matrices(inputs)
+    in_place = sum(map(size_of, changed))
+    only_written = name in OVERWRITES or func._overloadname == "out"
+    read += 0 if only_written else in_place
+    return Work(read, written + in_place, flops, rows, kind or _kind(name, base), touched)
+
+
+def name_of(func: Any) -> str:
+    """Return an operation's name without its namespace."""
+    return func._schema.name.split("::")[1]
+
+
+def is_composite(func: Any) -> bool:
+    """Return whether an operation is made of others; in inference mode torch leaves linear and the like whole."""
+    key = "CompositeImplicitAutograd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) and not _is_view(func)
+
+
+def is_free(func: Any) -> bool:
+    """Return whether an operation moves nothing: views, and what only makes room."""
+    name = name_of(func)
+    return name in ALLOCATES or name in FREE or _is_view(func)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of an argument or a result."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in tensors_in(v)]
+    return []
+
+
+def size_of(t: Tensor) -> int:
+    """Return the bytes of the elements that exist: an expanded dimension has one."""
+    if t.device.type == "meta":
+        return 0
+    held = math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0)
+    return held * t.element_size()
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that are only read, and those that are changed."""
+    inputs: list[Tensor] = []
+    changed: list[Tensor] = []
+    for argument, value in _arguments(func, args, kwargs):
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        # fused optimizers write gradients only where they unscale them
+        writes = writes and not (argument.name == "grads" and kwargs.get("grad_scale") is None)
+        (changed if writes else inputs).extend(tensors_in(value))
+    return inputs, changed
+
+
+def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _gathered(base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes read and written by taking rows of a table."""
+    table, indices = inputs[0], sum(size_of(t) for t in inputs[1:])
+    bags = base in ("_embedding_bag", "_embedding_bag_forward_only")
+    taken = inputs[1].numel() * table.shape[1] if bags else outputs[0].numel()
+    return indices + taken * table.element_size(), size_of(outputs[0])
+
+
+def _scattered(
+    base: str, inputs: Sequence[Tensor], target: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[int, int]:
+    """Bytes read and written by putting values into places of a tensor."""
+    written = max((size_of(t) for t in inputs if t.dtype == target.dtype), default=0)
+    if base.startswith("scatter"):
+        written = inputs[0].numel() * target.element_size()
+    elif base == "index_put":
+        written = _named(target, args[1]) * target.element_size()
+    elif base == "index_fill":
+        written = inputs[0].numel() * target.numel() // max(1, target.shape[0]) * target.element_size()
+    elif base == "masked_fill":
+        written = int(inputs[0].expand_as(target).sum()) * target.element_size()
+    adds = "add" in base or kwargs.get("accumulate") or any(a is True for a in args)
+    return sum(map(size_of, inputs)) + (written if adds else 0), written
+
+
+def _kind(name: str, base: str) -> str:
+    if name.startswith(("_fused_", "_foreach_")):
+        return "optimizer"
+    kinds = (("move", MOVES), ("gather", GATHERS), ("scatter", SCATTERS), ("order", ORDERS), ("reduction", REDUCES))
+    for kind, names in (*kinds, ("slow pointwise", SLOW_POINTS)):
+        if name in names or base in names:
+            return kind
+    return "pointwise"
+
+
+def _flops(
+    base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[int, int, str]:
+    """FLOPs of a product, the rows that share a matrix, and its kind; zeros and "" for another operation."""
+    if base in ("mm", "addmm", "mv", "addmv", "dot"):
+        a, b = inputs[-2:]
+        rows, k = (a.shape[0], a.shape[1]) if a.dim() == 2 else (1, a.shape[0])
+        columns = b.shape[1] if b.dim() == 2 else 1
+        return 2 * rows * k * columns, min(rows, columns), "product"
+    if base in ("bmm", "baddbmm"):
+        a, b = inputs[-2:]
+        rows = min(a.shape[1], b.shape[2])
+        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], rows, "batched product"
+    if base == "_grouped_mm":
+        a, b = inputs[:2]
+        if b.dim() == 3:  # rows in groups, a matrix each
+            return 2 * a.shape[0] * a.shape[1] * b.shape[2], a.shape[0] // b.shape[0], "grouped product"
+        groups = outputs[0].shape[0]
+        return 2 * a.shape[0] * a.shape[1] * b.shape[1], a.shape[1] // groups, "grouped product"
+    if base in ATTENTION:
+        backward = base.endswith("backward")
+        q, k, v = inputs[1:4] if backward else inputs[:3]
+        batch, heads, s, d = q.shape
+        causal = kwargs.get("is_causal", any(a is True for a in args))
+        pairs = s * (s + 1) // 2 if causal else s * k.shape[2]
+        forward = 2 * batch * heads * pairs * (d + v.shape[3])
+        # backward makes the logits again, and the gradients of values, weights, queries and keys: 5 products for 2
+        return (forward * 5 // 2 if backward else forward), s, "attention"
+    return 0, 0, ""
+
+
+def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
+    """Elements of t[indices]."""
+    places, whole, at = [], 1, 0
+    for index in indices:
+        if index is None:
+            whole, at = whole * t.shape[at], at + 1
+        elif index.dtype in (torch.bool, torch.uint8):
+            places.append((int(index.sum()),))
+            at += index.dim()
+        else:
+            places.append(tuple(index.shape))
+            at += 1
+    return math.prod(torch.broadcast_shapes(*places)) * whole * math.prod(t.shape[at:])
+
+
+def _unused_matrices(inputs: Sequence[Tensor]) -> int:
+    """Bytes of the experts' matrices that no row needs."""
+    if inputs[1].dim() != 3 or len(inputs) < 3:
+        return 0
+    ends = inputs[2].long()
+    empty = int((torch.diff(ends, prepend=ends.new_zeros(1)) == 0).sum())
+    return empty * inputs[1][0].numel() * inputs[1].element_size()

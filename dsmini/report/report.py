@@ -1,0 +1,162 @@
+"""Reports: questions, what answers them, and three ways to show it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console
+
+from dsmini.report import plots, terminal
+from dsmini.report.figures import Figure, Plot, Table
+from dsmini.report.rows import Group, groups
+from dsmini.report.units import words
+
+WITHIN = 0.3
+"""A prediction of time should be as near as this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One question of a report, its answer, and the figures that the answer rests on."""
+
+    name: str
+    """Short name, unique in the report: what links lead to, such as "decode"."""
+    title: str
+    """The question."""
+    finding: str
+    """The answer, in one sentence."""
+    figures: Sequence[Figure] = ()
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    """Anything that is not a figure."""
+    about: str = ""
+    """Two or three sentences on how it was measured and what is simulated."""
+    command: str = ""
+    """Command that does it again."""
+    warnings: Sequence[str] = ()
+    """Anything that a reader must know before the figures."""
+    errors: Sequence[tuple[str, str]] = ()
+    """Cases that failed, with their tracebacks."""
+
+    @property
+    def groups(self) -> list[Group]:
+        """Figures as tables of the page."""
+        return groups(self.figures)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Notes of the figures, each once."""
+        return list(dict.fromkeys(figure.note for figure in self.figures if figure.note))
+
+    @cached_property
+    def drawings(self) -> list["Drawing"]:
+        """Plots as the page shows them."""
+        return [_drawing(plot, f"{self.name.replace('_', '-')}-{number}") for number, plot in enumerate(self.plots)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Questions with their answers, shown in a terminal, as one HTML page, or as lines of JSON.
+
+    Put every number into a Figure. It carries its unit, its prediction and its spread, so that nobody formats numbers
+    by hand and all three ways show the same. Put figures into Sections: one question each, with a sentence that
+    answers it. This is a whole report:
+
+        from dsmini.report import Figure, Plot, Report, Section, Series
+
+        figures = [
+            Figure(question="memory", case={"attention": kind}, metric="bytes_per_token", unit="bytes",
+                   measured=measured, predicted=predicted, exact=True)
+            for kind, measured, predicted in (("MLA", 70_272, 70_272), ("MHA", 3_997_696, 3_997_696))
+        ]
+        bars = Series(label="measured", x=(), y=[f.measured for f in figures], kind="bars")
+        plot = Plot(title="Cache", x="attention", y="bytes per token", series=[bars], labels=["MLA", "MHA"])
+        report = Report(
+            title="What to run where",
+            sections=[
+                Section(name="memory", title="How much does a token hold?", figures=figures, plots=[plot],
+                        finding="MLA holds 70,272 bytes a token, 98 % less than multi-head attention."),
+            ],
+            facts={"The machine": {"processor": "an 8-core laptop"}},
+        )
+        report.show(Console())                              # tables and findings in a terminal
+        Path("report.html").write_text(report.html())       # one page: no request leaves it, no script runs in it
+        for line in report.json_lines():                    # a line for each finding and each figure
+            print(line)
+
+    A page reads well with one to four plots a section and the longest labels below 40 characters. Say what is
+    simulated in Figure.note. A section can also hold a Table of words, warnings, and the command that does it again.
+    """
+
+    title: str
+    sections: Sequence[Section]
+    lead: str = ""
+    """A sentence under the title."""
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Cards of names and values, such as the machine and the versions, by title."""
+    command: str = ""
+    """Command that made all of it."""
+
+    def show(self, console: Console) -> None:
+        """Print the tables and findings. Plots are the page's."""
+        for section in self.sections:
+            terminal.show_question(console, section.title, section.finding, section.figures)
+            for table in section.tables:
+                terminal.show_table(console, table)
+            for warning in section.warnings:
+                terminal.say(console, warning, style="yellow")
+
+    def html(self) -> str:
+        """Return the page. It holds all it shows: read it offline, print it, or send it to somebody."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        environment.filters |= {"svg": Markup, "words": words}  # an SVG is our own drawing, its labels escaped
+        return environment.get_template("page.html.j2").render(
+            report=self, themes=plots.THEMES, tones=set(terminal.STYLES)
+        )
+
+    def json_lines(self) -> Iterator[str]:
+        """Yield a line for each finding, and one for each figure behind it."""
+        for section in self.sections:
+            yield json.dumps({"kind": "finding", "question": section.title, "finding": section.finding})
+            for figure in section.figures:
+                yield json.dumps({"kind": "figure"} | figure.as_json())
+
+    @property
+    def numbers(self) -> list[tuple[str, str]]:
+        """The report in up to four numbers: a value and what it counts."""
+        asked = [section for section in self.sections if section.figures or section.errors]
+        figures = [figure for section in asked for figure in section.figures]
+        equal = [figure.equal for figure in figures if figure.equal is not None]
+        repeated = [f.ratio for f in figures if f.is_time and f.low is not None and not f.bound and f.ratio]
+        within = sum(1 - WITHIN <= ratio <= 1 + WITHIN for ratio in repeated)
+        found = [(str(len(asked)), "question" if len(asked) == 1 else "questions"), (f"{len(figures):,}", "figures")]
+        if equal:
+            found.append((f"{sum(equal)} of {len(equal)}", "counts exactly as predicted"))
+        if repeated:
+            found.append((f"{within} of {len(repeated)}", f"repeated timings within {WITHIN:.0%} of the prediction"))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A plot as the page shows it."""
+
+    title: str
+    caption: str
+    svgs: Sequence[str]
+    """One for each theme; none if there is nothing to draw yet."""
+
+
+def _drawing(plot: Plot, name: str) -> Drawing:
+    try:
+        drawn = [plots.svg(plot, theme, f"{name}-{theme}") for theme in plots.THEMES]
+    except Exception as error:  # a defect of one plot must not take the page with it
+        return Drawing(title=plot.title, caption=f"{type(error).__name__}: {error}", svgs=())
+    return Drawing(title=plot.title, caption=plot.caption, svgs=[svg for svg in drawn if svg])

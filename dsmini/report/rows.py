@@ -1,0 +1,132 @@
+"""Figures as rows of words. The terminal and the page show the same rows."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from dsmini.report import units
+from dsmini.report.figures import Figure, Value
+
+NEAR, FAR = 1.1, 1.5
+"""A prediction within a tenth is near, and beyond half as much again it is far off."""
+WIDEST = 4.0
+"""The bar of a ratio ends at 4 and at a quarter."""
+COLUMNS = ("predicted", "measured", "spread", "ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure in words."""
+
+    figure: Figure
+    cells: Mapping[str, str]
+    """Words of the case, by key."""
+    predicted: str
+    measured: str
+    spread: str
+    """Half the range of the quartiles, as a share of the measured value."""
+    ratio: str
+    """Measured over predicted: 0.87, or = and ≠ of an exact count."""
+    tone: str
+    """near, off, far, equal, unequal; none where there is nothing to compare."""
+
+    @property
+    def bar(self) -> tuple[float, float]:
+        """Start and length of the ratio's bar in percent of its track. Twice and half are as far from the middle."""
+        ratio, share = self.figure.ratio, 0.0
+        if ratio is not None and ratio > 0 and not self.figure.exact:
+            share = 50 * max(-1.0, min(1.0, math.log(ratio) / math.log(WIDEST)))
+        return round(50 + min(0.0, share), 2), round(abs(share), 2)
+
+
+def row(figure: Figure) -> Row:
+    """Return a figure in words."""
+    return Row(
+        figure=figure,
+        cells={key: units.shown(value) for key, value in figure.case.items()},
+        predicted=units.human(figure.predicted, figure.unit, figure.exact),
+        measured=units.human(figure.measured, figure.unit, figure.exact),
+        spread=_spread(figure),
+        ratio=_ratio(figure),
+        tone=_tone(figure),
+    )
+
+
+def _spread(figure: Figure) -> str:
+    if figure.low is None or figure.high is None or not figure.measured:
+        return ""
+    share = (figure.high - figure.low) / 2 / abs(figure.measured)
+    return f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
+
+
+def _ratio(figure: Figure) -> str:
+    if figure.equal is not None:
+        return "=" if figure.equal else "≠"
+    if figure.ratio is None:
+        return ""
+    return f"{figure.ratio:.2f}" if 0.1 <= figure.ratio < 100 else units.digits(figure.ratio)
+
+
+def _tone(figure: Figure) -> str:
+    if figure.equal is not None:
+        return "equal" if figure.equal else "unequal"
+    if figure.ratio is None or figure.ratio <= 0:
+        return "none"
+    off = max(figure.ratio, 1 / figure.ratio)
+    if off <= NEAR:
+        return "near"
+    return "off" if off <= FAR else "far"
+
+
+def case_words(figure: Figure, without: Collection[str] = ()) -> str:
+    """Return a case on one line, without these keys."""
+    return ", ".join(f"{units.words(k)} {units.shown(v)}" for k, v in figure.case.items() if k not in without)
+
+
+def shared(figures: Sequence[Figure]) -> dict[str, Value]:
+    """Return what the cases of several figures have in common."""
+    if len(figures) < 2:
+        return {}
+    return {k: v for k, v in figures[0].case.items() if all(str(f.case.get(k)) == str(v) for f in figures)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Figures whose cases vary in the same things: a table of the page."""
+
+    common: Mapping[str, str]
+    """Words of what all cases share, by key."""
+    keys: Sequence[str]
+    """Keys in which the cases differ: the columns on the left."""
+    numeric: Sequence[str]
+    """Those of the keys that hold numbers alone."""
+    columns: Sequence[str]
+    """Those of COLUMNS that any figure fills."""
+    metrics: Mapping[str, Sequence[Row]]
+    """Rows by metric."""
+
+
+def groups(figures: Sequence[Figure]) -> list[Group]:
+    """Return figures by the keys of their cases, in the order in which they came."""
+    by_keys: dict[tuple[str, ...], list[Figure]] = {}
+    for figure in figures:
+        by_keys.setdefault(tuple(figure.case), []).append(figure)
+    return [_group(found) for found in by_keys.values()]
+
+
+def _group(figures: Sequence[Figure]) -> Group:
+    common = shared(figures)
+    keys = [key for key in figures[0].case if key not in common]
+    metrics: dict[str, list[Row]] = {}
+    for figure in figures:
+        metrics.setdefault(figure.metric, []).append(row(figure))
+    filled = {c for rows in metrics.values() for r in rows for c in COLUMNS if getattr(r, c) not in ("", units.NOTHING)}
+    if any(figure.note for figure in figures):
+        filled.add("measured")  # the note's number stands there
+    return Group(
+        common={key: units.shown(value) for key, value in common.items()},
+        keys=keys,
+        numeric=[key for key in keys if all(type(f.case[key]) in (int, float) for f in figures)],
+        columns=[column for column in COLUMNS if column in filled],
+        metrics=metrics,
+    )

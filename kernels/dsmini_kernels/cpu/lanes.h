@@ -1,0 +1,158 @@
+// Vectors of BYTES bytes, the numbers of a format, and the types of inputs and outputs: for tiles.cpp alone.
+
+#pragma once
+
+#include "tiles.h"
+
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+namespace {
+
+constexpr int LANES = BYTES / 4;
+typedef float F __attribute__((vector_size(BYTES)));
+typedef int32_t I __attribute__((vector_size(BYTES)));
+typedef uint32_t U __attribute__((vector_size(BYTES)));
+typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
+typedef uint8_t B __attribute__((vector_size(BYTES / 4)));
+
+constexpr int32_t SIGN = INT32_MIN, MAGNITUDE = INT32_MAX, EXPONENT = 0x7F800000, QUIET_NAN = 0x7FC00000;
+constexpr int32_t HIGH_HALF = ~0xFFFF;
+
+template <class V>
+V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+// A store, or one past the cache, for which p must be a multiple of the vector's size.
+template <class V>
+inline void emit(void* p, V v, bool past) {
+#ifdef X86
+  if constexpr (sizeof v >= 16) {
+    if (past) {
+#if BYTES == 64
+      if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if BYTES >= 32
+      if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+      if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+    }
+  }
+#endif
+  store(p, v);
+}
+inline I splat(int32_t x) { return I{} + x; }
+inline F splat(float x) { return (F)splat(load<int32_t>(&x)); }
+template <class V>
+V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// What compilers make poorly of plain vectors: short integers to and from int32, and the smaller of two floats, which
+// is b if there is a NaN.
+#if BYTES == 64
+using Vector = __m512i;
+inline I widen(H x) { return (I)_mm512_cvtepu16_epi32((__m256i)x); }
+inline I widen(B x) { return (I)_mm512_cvtepu8_epi32((__m128i)x); }
+inline H narrow(I x, uint16_t) { return (H)_mm512_cvtepi32_epi16((__m512i)x); }
+inline B narrow(I x, uint8_t) { return (B)_mm512_cvtepi32_epi8((__m512i)x); }
+inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif BYTES == 32
+using Vector = __m256i;
+inline I widen(H x) { return (I)_mm256_cvtepu16_epi32((__m128i)x); }
+inline I widen(B x) { return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int64_t>(&x))); }
+inline __m128i half_width(I x) {
+  return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+inline H narrow(I x, uint16_t) { return (H)half_width(x & 0xFFFF); }
+inline B narrow(I x, uint8_t) {
+  const __m128i words = half_width(x & 0xFF), bytes = _mm_packus_epi16(words, words);
+  return load<B>(&bytes);
+}
+inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+inline I widen(H x) { return __builtin_convertvector(x, I); }
+inline I widen(B x) { return __builtin_convertvector(x, I); }
+inline H narrow(I x, uint16_t) { return __builtin_convertvector(x, H); }
+inline B narrow(I x, uint8_t) { return __builtin_convertvector(x, B); }
+inline F smaller(F a, F b) { return a < b ? a : b; }
+#endif
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The numbers of a format that every lane needs.
+struct Grid {
+  F max;
+  I lowest, up;  // exponent bits of the smallest normal number; what makes an exponent that of `magic`
+  int drop, sign;
+  I nan;
+  explicit Grid(const Format& f)
+      : max(splat(f.max)),
+        lowest(splat((128 - f.bias) << 23)),
+        up(splat((23 - f.fraction_bits) << 23)),
+        drop(23 - f.fraction_bits),
+        sign(32 - f.bits),
+        nan(splat(f.nan)) {}
+  I magic(F magnitude) const {  // of NaN something negative
+    return (I)((U)larger((I)magnitude & EXPONENT, lowest) + (U)up);
+  }
+  F limit(F y) const { return smaller((F)((I)y & MAGNITUDE), max); }  // of NaN: max
+  I code(F magnitude) const {
+    const I m = magic(magnitude);
+    return ((m - up - lowest) >> drop) + ((I)(magnitude + (F)m) - m);
+  }
+};
+
+// Input and output types. `Bits` is what memory holds; without the sign, larger numbers have larger bits.
+struct Fp32 {
+  using Bits = uint32_t;
+  static F get(const void* p) { return load<F>(p); }
+  static F put(F x, bool) { return x; }
+};
+struct Bf16 {
+  using Bits = uint16_t;
+  static F get(const void* p) { return (F)(widen(load<H>(p)) << 16); }
+  static H put(F x, bool exact) { return narrow((I)(rounded(x, exact) >> 16), Bits()); }
+  // To nearest even, in the high halves. NaN must be as QUIET_NAN, not to wrap round to zero.
+  static U rounded(F x, bool exact) { return exact ? (U)x : (U)x + (0x7FFF + (((U)x >> 16) & 1)); }
+};
+struct Fp16 {
+  using Bits = uint16_t;
+#if BYTES == 64
+  static F get(const void* p) { return (F)_mm512_cvtph_ps(load<__m256i>(p)); }
+  static H put(F x, bool) { return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif BYTES == 32
+  static F get(const void* p) { return (F)_mm256_cvtph_ps(load<__m128i>(p)); }
+  static H put(F x, bool) { return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  static F get(const void* p) {
+    const I half = widen(load<H>(p)), magnitude = half & 0x7FFF;
+    const I bits = (I)((F)(magnitude << 13) * splat(0x1p112f));
+    return (F)((magnitude >= 0x7C00 ? bits | EXPONENT : bits) | ((half & 0x8000) << 16));
+  }
+  static H put(F x, bool) {  // 65536 has the code of infinity
+    const Grid grid({16, 10, 15, 65536.0f, 0x1p-24f, 0x7E00, 0x7C00, 0x7C00});
+    const I code = x != x ? grid.nan : grid.code(grid.limit(x));
+    return narrow(code | (((I)x >> 16) & 0x8000), Bits());
+  }
+#endif
+};
+
+// Two BF16 numbers lie in an int32, and both are FP32 numbers there but for a shift or a mask. Scales of columns then
+// lie in the same order: of each PAIR numbers first the even ones', then the odd ones'.
+constexpr int PAIR = 2 * LANES;
+template <class In, class Out>
+constexpr bool PAIRS = false;
+template <>
+constexpr bool PAIRS<Bf16, Bf16> = true;
+
+}  // namespace

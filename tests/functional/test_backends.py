@@ -1,0 +1,192 @@
+"""Every implementation of every operation against its reference: values and gradients."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.cached_attention import absorbed_attention, cached_attention
+from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
+from dsmini.functional.experts import experts
+from dsmini.functional.linear import linear
+from dsmini.functional.rms_norm import rms_norm
+from dsmini.functional.rope import apply_rope
+from dsmini.functional.swiglu import swiglu
+from dsmini.nn import Rope
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+
+SIZES = (1, 63, 130)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    operation: ops.Operation[Any, Tensor]
+    arguments: tuple[Any, ...]
+    terms: int
+    """Terms of the longest sum, which FP32 adds."""
+    chained: int = 4
+    """Results that are rounded to the operands' dtype, one after the other."""
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def mask_of(s: int, t: int, batch: int) -> Tensor:
+    """Hide a later key from each query, and some of the middle from the first row."""
+    hidden = torch.arange(t) > torch.arange(t - s, t)[:, None]
+    hidden = hidden.expand(batch, s, t).clone()
+    hidden[0, :, t // 3 : t // 2] = True
+    return hidden
+
+
+def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    open_to_all = torch.tensor([i for i in range(e) if i not in empty])
+    indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
+    return indices, torch.rand(n, k) + 0.5, indices.flatten().bincount(minlength=e)
+
+
+def expert_case(n: int, dtype: torch.dtype, m: int = 24, f: int = 16, e: int = 6, k: int = 2) -> Case:
+    indices, weights, counts = routed(n, k, e, empty=(0, 3))
+    w1, w3 = normal(e, f, m, dtype=torch.float32, scale=m**-0.5), normal(e, f, m, dtype=torch.float32, scale=m**-0.5)
+    w2 = normal(e, m, f, dtype=torch.float32, scale=f**-0.5)
+    return Case(experts, (normal(n, m, dtype=dtype), indices, weights, counts, w1, w2, w3), terms=m, chained=8)
+
+
+def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Every operation at n tokens, odd widths and a batch of two where there is one."""
+
+    def x(*shape: int, scale: float = 1.0) -> Tensor:
+        return normal(*shape, dtype=dtype, scale=scale)
+
+    yield Case(linear, (x(2, n, 23), normal(31, 23, dtype=torch.float32)), terms=23)
+    yield Case(rms_norm, (x(2, n, 23), torch.rand(23) + 0.5, 1e-6), terms=23)
+    yield Case(apply_rope, (x(2, n, 3, 8), Rope(dim=8).table(torch.arange(n) + 5)), terms=2)
+    yield Case(swiglu, (x(2, n, 17), x(2, n, 17)), terms=1)
+    documents = (torch.arange(n) // 20).expand(2, n)
+    for given in (None, documents):
+        heads = (x(2, 3, n, 12), x(2, 3, n, 12), x(2, 3, n, 7))
+        yield Case(causal_attention, (*heads, 0.3, given), terms=n)
+    t = n + 40
+    for s in {1, n}:
+        for mask in (None, mask_of(s, t, 2)):
+            yield Case(cached_attention, (x(2, 6, s, 8), x(2, 3, t, 8), x(2, 3, t, 5), 0.3, mask), terms=t)
+            latent = (x(2, s, 3, 7), x(2, s, 3, 4), x(2, t, 14), x(3, 7, 10, scale=0.4), x(3, 10, 5, scale=0.4))
+            yield Case(absorbed_attention, (*latent, 0.3, mask), terms=t, chained=6)
+    yield expert_case(n, dtype)
+    yield expert_case(n, dtype, m=23, f=11)
+    targets = torch.randint(0, 61, (n,)).masked_fill(torch.rand(n) < 0.3, IGNORE)
+    yield Case(linear_cross_entropy, (x(n, 24), normal(61, 24, dtype=torch.float32), targets, 16), terms=max(n, 61))
+
+
+def run(case: Case, implementation: Callable[..., Tensor]) -> list[Tensor]:
+    """The result, and the gradient of a fixed random projection for every floating-point operand."""
+    floats = [a for a in case.arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    leaves = [t.detach().requires_grad_() for t in floats]
+    replaced = iter(leaves)
+    arguments = [next(replaced) if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.arguments]
+    y = implementation(*arguments)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * direction).sum(), leaves)]
+
+
+def exact(case: Case) -> list[Tensor]:
+    """The reference on the same numbers in FP64."""
+    wide = [
+        a.double()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else tuple(t.double() for t in a)
+        if isinstance(a, tuple)
+        else a
+        for a in case.arguments
+    ]
+    with torch.no_grad():
+        weights = [i for i, a in enumerate(case.arguments) if isinstance(a, Tensor) and a.dtype == torch.float32]
+        if any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in case.arguments):
+            for i in weights if case.operation in (linear, experts, linear_cross_entropy) else []:
+                wide[i] = case.arguments[i].bfloat16().double()  # products round weights to the operands' dtype
+    return run(Case(case.operation, tuple(wide), case.terms), case.operation.reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: str) -> None:
+    for case in cases(n, dtype):
+        want = exact(case)
+        with ops.use(backend):
+            got = run(case, case.operation)
+        unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+        tolerance = rounding(unit, chained=case.chained) + rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
+        for part, (a, b) in enumerate(zip(got, want, strict=True)):
+            scale = max(b.norm().item(), 1e-3 * want[0].norm().item()) or 1.0  # all targets ignored
+            error = (a.double() - b).norm().item() / scale
+            assert error <= tolerance, f"{case.operation.name}, part {part}: {error:.1e} > {tolerance:.1e}"
+
+
+@pytest.mark.parametrize("n", [1, 2, 63])
+def test_without_gradients_is_the_same(n: int) -> None:
+    """Some versions take another way where no gradient is wanted."""
+    for case in cases(n, torch.float32):
+        with ops.use("reference"):
+            want = case.operation(*case.arguments)
+        with torch.no_grad(), ops.use("eager"):
+            got = case.operation(*case.arguments)
+        assert relative_error(got, want) <= rounding(FP32_UNIT, terms=case.terms, chained=case.chained)
+
+
+def test_experts_of_one_token_that_chose_few() -> None:
+    """More experts than twice the visits: they are asked in turn."""
+    case = expert_case(1, torch.float32, e=40, k=3)
+    with torch.no_grad():
+        want, got = (implementation(*case.arguments) for implementation in (experts.reference, experts.plain))
+    assert relative_error(got, want) <= rounding(FP32_UNIT, terms=24, chained=8)
+
+
+def test_reference_backend_runs_the_equations(monkeypatch: pytest.MonkeyPatch, small_model: Any) -> None:
+    """A whole model under DSMINI_BACKEND=reference calls no eager version, and agrees."""
+    model = small_model(n_mtp_layers=0)
+    tokens = torch.randint(0, 61, (2, 20))
+    want = model(tokens)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an eager version ran")
+
+    declared = (linear, rms_norm, apply_rope, swiglu, causal_attention, cached_attention, absorbed_attention, experts)
+    for operation in declared:
+        monkeypatch.setattr(operation, "plain", refuse)
+    monkeypatch.setenv(ops.VARIABLE, "reference")
+    assert relative_error(model(tokens), want) <= rounding(FP32_UNIT, terms=40, chained=40)
+    with torch.no_grad():
+        for form in ("expanded", "absorbed"):
+            cache = model.new_cache(2, form=form)
+            parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
+            assert relative_error(torch.cat(parts, 1), want) <= rounding(FP32_UNIT, terms=40, chained=40)
+
+
+@pytest.mark.parametrize("n", [5, 130])
+def test_cost_counts_operands_once_and_products(n: int) -> None:
+    """Every tensor of a call is read once, its result written once, FLOPs are those of torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in cases(n, torch.float32):
+        cost = case.operation.cost(*case.arguments)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            y = case.operation.reference(*case.arguments)
+        tensors = [t for a in case.arguments for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
+        assert cost.written == y.nbytes
+        unread = 0
+        if case.operation is experts:  # those that nobody chose stay where they are
+            chosen = (case.arguments[3] > 0).double().mean().item()
+            unread = int((1 - chosen) * sum(w.nbytes for w in case.arguments[4:]))
+        given = sum(t.nbytes for t in tensors if t.dtype != torch.bool)
+        if case.operation is causal_attention:  # of two triangles one is computed; documents are whole numbers
+            assert cost.flops == counter.get_total_flops() * (n + 1) // (2 * n)
+            given -= sum(t.nbytes for t in tensors if not t.is_floating_point())
+        else:
+            assert cost.flops == counter.get_total_flops(), case.operation.name
+        assert cost.read == given - unread, case.operation.name

@@ -1,0 +1,43 @@
+"""How far a machine without recorded bits may be from the recorded numbers, and why.
+
+Another CPU sums in another order and rounds differently. Between the instruction sets AVX-512 and AVX2 of one CPU the
+differences were at most these, relative to the largest number of a tensor, or to each loss:
+
+    logits in FP32                  2.5e-7          losses of FP32 runs     2.3e-7
+    logits from a cache in BF16     2.3e-7          losses of FP8 runs      2.8e-3
+    logits from a cache in FP8      8.6e-7
+
+A rounded cache or product is discontinuous: a number near the middle between two values goes to the one or the other.
+"""
+
+# 80 units in the last place: some 20 chained sums of at most 80 terms, each a unit or two off
+FP32_LOGITS = 1e-5
+# A difference of 1e-6 moves about one in 4000 numbers to the next value, 2^-7 of it away. It is one of 28 in a row, and
+# the row is one of 35 on average: 2^-7 / sqrt(28) / 35 = 4e-5. Ten of them; keeping FP32 instead would change 7e-4.
+BF16_CACHE_LOGITS = 4e-4
+# The same in E4M3: 2^-3 / sqrt(20) / 35 = 8e-4 for each, and there is one at most. A cache in BF16 would change 1e-2.
+FP8_CACHE_LOGITS = 2e-3
+# The output is rounded to BF16: a number may go to the value next to it, 2^-8 of the largest at most.
+FP8_PRODUCT = 2.0**-8
+# Steps of training magnify differences, and a near tie may send a token to another expert: one token in the 128 or more
+# of a step, whose loss changes by a percent. Other seeds, data orders or learning rates change a loss by 1e-2 and more.
+FP32_LOSSES = 2e-4
+# Once a number is rounded the other way, the weights of two runs differ by steps of E4M3 or BF16. The losses of the
+# first three steps agreed within 1e-7, all twenty within 3e-3. Ten times that is left for other machines.
+ROUNDED_LOSSES = 3e-2
+# The schedule: Python's own numbers, whose cosine may differ in the last place.
+SCHEDULE = 1e-12
+
+
+def logits_tolerance(name: str) -> float:
+    """Return the tolerance of a tensor in models.LOGITS, relative to its largest number."""
+    if "product" in name:
+        return FP8_PRODUCT
+    if "fp8 cache" in name:
+        return FP8_CACHE_LOGITS
+    return BF16_CACHE_LOGITS if "bf16 cache" in name else FP32_LOGITS
+
+
+def losses_tolerance(run: str) -> float:
+    """Return the relative tolerance of the losses of a run."""
+    return ROUNDED_LOSSES if run in ("fp8", "bf16") else FP32_LOSSES

@@ -1,0 +1,67 @@
+"""Predicted time: of a step that warms up first, of operations that no rate is kept for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dsmini.measure import prediction
+from dsmini.measure.counting import count
+from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.prediction import predicted_seconds
+from dsmini.measure.rates import Curve, Roofs
+
+
+def roofs() -> Roofs:
+    """A machine whose bytes take 1 ns each, and whose products run at 1 GFLOP/s."""
+    point, product = Curve(sizes=(1.0, 1e9), costs=(1e-9, 1.0)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e9))
+    curves = {
+        f"{where} {kind} {dtype}": product if kind in PRODUCTS else point
+        for where in ("warm", "cold")
+        for kind in (*POINTS, *PRODUCTS)
+        for dtype in ("float32", "bfloat16")
+    }
+    peak = {"float32": 1e9, "bfloat16": 1e9}
+    return Roofs(card={}, peak=peak, bandwidth=1e9, copy=1e9, call=1e-3, cache_bytes=1 << 20, probes={}, curves=curves)
+
+
+def test_predicted_step_is_run_once_before_it_is_counted() -> None:
+    runs = list[int]()
+
+    def step() -> None:
+        runs.append(len(runs))
+        x = torch.ones(64, 64)
+        x @ x if len(runs) > 1 else torch.ones(512, 512) @ torch.ones(512, 512)  # pyright: ignore[reportUnusedExpression]
+
+    seconds = predicted_seconds(step, roofs())
+    assert runs == [0, 1]
+    assert seconds == pytest.approx(2 * 64**3 / 1e9 + 2e-3, rel=0.05), "ones and the product, a call each"
+
+
+def test_more_work_and_more_calls_take_longer() -> None:
+    x = torch.ones(256, 256)
+    small, large = (prediction.seconds(count(lambda n=n: x[:n] @ x), roofs()) for n in (64, 256))
+    assert small < large
+    one, two = (prediction.seconds(count(lambda n=n: [x.t() for _ in range(n)]), roofs()) for n in (1, 2))
+    assert two == pytest.approx(2 * one) == pytest.approx(2e-3), "views cost their calls"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_dtype_without_rates_takes_those_of_fp32(dtype: torch.dtype) -> None:
+    x = torch.ones(1000, dtype=dtype)
+    (op,) = count(lambda: x + x).operations
+    assert prediction.operation_seconds(op, roofs()) == pytest.approx(3 * x.nbytes * 1e-9, rel=0.01)
+
+
+def test_slower_memory_takes_longer_only_where_bytes_are_cold() -> None:
+    machine = roofs()
+    slow = {name: dataclasses.replace(c, costs=[10 * v for v in c.costs]) for name, c in machine.curves.items()}
+    cold = {name: slow[name] if name.startswith("cold") else c for name, c in machine.curves.items()}
+    x, y = torch.ones(1000), torch.ones(1000)
+    (op,) = count(lambda: x + y).operations
+    warm_op = dataclasses.replace(op, cold=0)
+    there = dataclasses.replace(machine, curves=cold)
+    assert prediction.operation_seconds(warm_op, there) == prediction.operation_seconds(warm_op, machine)
+    longer = prediction.operation_seconds(op, there) / prediction.operation_seconds(op, machine)
+    assert 0.6 < op.cold_share <= 1
+    assert longer == pytest.approx(1 + 9 * op.cold_share)

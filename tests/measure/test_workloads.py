@@ -1,0 +1,50 @@
+"""Things to measure on: random models and caches, and the bytes that they hold."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dsmini.measure.memory import storage_bytes
+from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
+from tests.helpers.questions import TINY
+
+CPU = torch.device("cpu")
+
+
+def test_random_model_is_always_the_same() -> None:
+    one, two = (random_model(TINY, CPU, torch.bfloat16) for _ in range(2))
+    assert not one.training and one.embed.weight.dtype == torch.bfloat16
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "fp8"])
+@torch.no_grad()
+def test_random_cache_is_full_and_has_room(dtype: torch.dtype) -> None:
+    model = random_model(TINY, CPU, torch.float32)
+    cache = random_cache(model, batch=2, context=16, room=4, dtype=dtype)
+    assert cache.lengths.tolist() == [16, 16]
+    assert all(store.data[:, :16].any() for store in cache.stores)
+    tokens = random_tokens(TINY, 2, 4, CPU)
+    assert torch.isfinite(model(tokens, cache)).all()
+    assert cache.lengths.tolist() == [20, 20]
+
+
+def test_storage_bytes_count_each_storage_once() -> None:
+    layer = torch.nn.Linear(3, 5)
+    assert storage_bytes(layer) == 4 * (15 + 5)
+    assert storage_bytes(torch.nn.Sequential(layer, layer)) == storage_bytes(layer)
+
+
+def test_saved_bytes_grow_with_tokens_and_refuse_a_width() -> None:
+    model = random_model(dataclasses.replace(TINY, n_layers=1), CPU, torch.float32).train()
+    few, many = (saved_for_backward(model, random_tokens(TINY, 1, n + 1, CPU)) for n in (20, 40))
+    assert 0 < few.by_linears < few.total
+    assert many.total > 1.9 * few.total
+    with pytest.raises(ValueError, match="64 tokens are as many as a matrix"):
+        saved_for_backward(model, random_tokens(TINY, 1, 65, CPU))
+
+
+def test_dtype_name_is_that_of_the_rates() -> None:
+    assert [dtype_name(t) for t in (torch.float32, torch.bfloat16, torch.float16)] == ["float32", "bfloat16", "float32"]

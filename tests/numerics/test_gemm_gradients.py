@@ -1,0 +1,263 @@
+"""Gradients of simulated FP8 products against the same computation written out, of one matrix and of experts."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmini.numerics import (
+    SMALLEST_AMAX,
+    fp8_matmul,
+    fp8_swiglu_matmul,
+    quantize,
+)
+from tests.helpers.fp8 import QUANTISED, Scale, rounded, varied
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_error, rounding
+
+
+@pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-9])
+def test_gradients_written_out(
+    magnitude: float, dtype: torch.dtype, scale: Scale, grad_format: Literal["e4m3", "e5m2"]
+) -> None:
+    x = varied(2, 150, 576, dtype=dtype).requires_grad_()
+    w = varied(300, 576, seed=1).requires_grad_()
+    y = fp8_matmul(x, w, scale=scale, grad_format=grad_format)
+    dy = varied(2, 150, 300, dtype=dtype, seed=2) * magnitude
+    y.backward(dy)
+
+    flat, kept = dy.flatten(0, 1), rounded(x.flatten(0, 1), (1, 128), scale).float()
+    along = rounded(flat, (1, 128), scale, grad_format, SMALLEST_AMAX)
+    down = rounded(flat, (128, 1), scale, grad_format, SMALLEST_AMAX)
+    dx = along @ rounded(w, (128, 128), scale)
+    dw = down.T @ rounded(kept, (128, 1), scale)
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    tolerance = rounding(unit) + rounding(FP32_UNIT, terms=576)
+    assert x.grad is not None and x.grad.dtype == dtype
+    assert w.grad is not None and w.grad.dtype == torch.float32
+    assert relative_error(x.grad.flatten(0, 1), dx) < tolerance
+    assert relative_error(w.grad, dw) < tolerance
+    # and both are near what no quantisation would give: small gradients are not flushed
+    loss = QUANTISED if grad_format == "e4m3" else 4 * QUANTISED  # a bit less, an error twice as large
+    assert calc_diff(x.grad.flatten(0, 1), flat.double() @ w.double()) < loss
+    assert calc_diff(w.grad, flat.double().T @ x.flatten(0, 1).double()) < loss
+
+
+def test_the_input_of_the_linear_after_attention_is_kept_in_e5m6() -> None:
+    x, w = varied(150, 256, dtype=torch.bfloat16).requires_grad_(), varied(130, 256, seed=1).requires_grad_()
+    dy = varied(150, 130, dtype=torch.bfloat16, seed=2)
+    y = fp8_matmul(x, w, saved_format="e5m6")
+    assert torch.equal(y, fp8_matmul(x, w))
+    y.backward(dy)
+    kept = rounded(x, (1, 128), "ue8m0", "e5m6").float()
+    down = rounded(dy, (128, 1), amax_min=SMALLEST_AMAX)
+    assert w.grad is not None
+    assert relative_error(w.grad, down.T @ rounded(kept, (128, 1))) < rounding(BF16_UNIT)
+    plain = down.T @ rounded(rounded(x, (1, 128)).float(), (128, 1))
+    assert relative_error(w.grad, plain) > rounding(BF16_UNIT)
+
+
+def test_a_quantised_input_is_kept_once_and_its_gradients_add_up() -> None:
+    x = varied(64, 256, dtype=torch.bfloat16).requires_grad_()
+    w = [varied(n, 256, seed=n).requires_grad_() for n in (128, 200)]
+    dy = [varied(64, n, dtype=torch.bfloat16, seed=n + 1) for n in (128, 200)]
+
+    def gradients(shared: bool) -> tuple[list[Tensor], set[int]]:
+        kept: dict[int, int] = {}
+        q = quantize(x) if shared else x
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: count(t, kept), lambda t: t):
+            y = [fp8_matmul(q, weight) for weight in w]
+        return list(torch.autograd.grad(y, [x, *w], dy)), set(kept.values())
+
+    alone, _ = gradients(shared=False)
+    together, bytes_kept = gradients(shared=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    # one storage of codes and one of scales for x, and for each weight
+    assert bytes_kept == {64 * 256, 64 * 2 * 4, 128 * 256, 2 * 4, 200 * 256, 2 * 2 * 4}
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_quantised_in_any_format_is_multiplied_as_e4m3_and_kept_as_it_is(
+    dtype: torch.dtype, format: Any
+) -> None:
+    x = varied(150, 200, dtype=dtype).requires_grad_()
+    w = varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, dtype=dtype, seed=2)
+    q = quantize(x, format=format)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or saved[-1], lambda t: t):
+        y = fp8_matmul(q, w)
+    values = q.detach().dequantize()
+    assert y.dtype == dtype
+    assert torch.equal(y, fp8_matmul(values, w, out_dtype=dtype))
+    assert saved[0].data_ptr() == q.codes.data_ptr()
+    dx, dw = torch.autograd.grad(y, [x, w], dy)
+    assert torch.equal(dx, torch.autograd.grad(fp8_matmul(x, w), x, dy)[0])
+    want = rounded(dy, (128, 1), amax_min=SMALLEST_AMAX).T @ rounded(values, (128, 1))
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    assert relative_error(dw, want) < rounding(unit) + rounding(FP32_UNIT, terms=150)
+
+
+def test_the_gradients_of_an_input_quantised_with_fp32_scales_have_fp32_scales() -> None:
+    x, w = varied(150, 200).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, seed=2)
+    dx, dw = torch.autograd.grad(fp8_matmul(quantize(x, scale="fp32"), w), [x, w], dy)
+    kept = rounded(x, (1, 128), "fp32").float()
+    along, down = (rounded(dy, tile, "fp32", amax_min=SMALLEST_AMAX) for tile in ((1, 128), (128, 1)))
+    tolerance = rounding(FP32_UNIT, terms=150)
+    assert relative_error(dx, along @ rounded(w, (128, 128))) < tolerance
+    assert relative_error(dw, down.T @ rounded(kept, (128, 1), "fp32")) < tolerance
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-9])
+@pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
+def test_with_fp32_scales_e5m6_is_kept_with_powers_of_two_and_small_inputs_share_a_scale(
+    saved_format: Literal["e4m3", "e5m6"], magnitude: float
+) -> None:
+    """Also where every activation is below the least amax: that floor is the same along a token and along a feature."""
+    x, w = torch.randn(150, 200).mul(magnitude).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
+    dy = varied(150, 130, seed=2)
+    (dw,) = torch.autograd.grad(fp8_matmul(x, w, scale="fp32", saved_format=saved_format), w, dy)
+    kept = rounded(x, (1, 128), "ue8m0" if saved_format == "e5m6" else "fp32", saved_format).float()
+    want = rounded(dy, (128, 1), "fp32", amax_min=SMALLEST_AMAX).T @ rounded(kept, (128, 1), "fp32")
+    assert relative_error(dw, want) < rounding(FP32_UNIT, terms=150)
+
+
+def count(t: Tensor, kept: dict[int, int]) -> Tensor:
+    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return t.detach()  # a graph that is held from within itself is never freed
+
+
+def test_a_quantised_weight_has_no_gradient_and_multiplies_as_it_is() -> None:
+    x, w = varied(64, 256, dtype=torch.bfloat16).requires_grad_(), varied(200, 256, seed=1)
+    for scale in ("ue8m0", "fp32"):
+        y = fp8_matmul(x, quantize(w, (128, 128), scale))
+        assert relative_error(y, rounded(x, (1, 128)) @ rounded(w, (128, 128), scale).T) < rounding(BF16_UNIT)
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_weights_with_fp32_scales_are_not_rounded_to_bf16() -> None:
+    """A BF16 result is the FP32 one, rounded once; and so is the input's gradient."""
+    x, w = (
+        varied(64, 256, dtype=torch.bfloat16).requires_grad_(),
+        quantize(varied(200, 256, seed=1), (128, 128), "fp32"),
+    )
+    gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s) for s in (3, 4))
+    y, exact = fp8_matmul(x, w), fp8_matmul(x, w, out_dtype=torch.float32)
+    assert torch.equal(y, exact.bfloat16())
+    dy = varied(64, 200, dtype=torch.bfloat16, seed=2)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(exact, x, dy.float())[0])
+    hidden = F.silu(gate) * up
+    assert torch.equal(fp8_swiglu_matmul(gate, up, w), fp8_matmul(hidden, w, out_dtype=torch.float32).bfloat16())
+
+
+GROUPS = st.lists(st.integers(0, 200), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 0)
+
+
+@given(GROUPS, st.sampled_from([torch.bfloat16, torch.float32]), st.integers(0, 99))
+def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, seed: int) -> None:
+    ends = torch.tensor(sizes).cumsum(0)
+    rows, e, n, k = sum(sizes), len(sizes), 48, 144
+    x = varied(rows, k, dtype=dtype, seed=seed).requires_grad_()
+    w = varied(e, n, k, seed=seed + 1).requires_grad_()
+    dy = varied(rows, n, dtype=dtype, seed=seed + 2)
+    y = fp8_matmul(x, w, ends=ends)
+    dx, dw = torch.autograd.grad(y, [x, w], dy)
+    alone = [
+        (part, *torch.autograd.grad(part, [rows_in, w_in], g))
+        for rows_in, w_in, g in zip(x.split(sizes), w, dy.split(sizes), strict=True)
+        for part in [fp8_matmul(rows_in, w_in)]
+    ]
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    tolerance = rounding(unit) + rounding(FP32_UNIT, terms=200)
+    assert relative_error(y, torch.cat([a[0] for a in alone])) < tolerance
+    assert relative_error(dx, torch.cat([a[1] for a in alone])) < tolerance
+    assert relative_error(dw, torch.stack([a[2] for a in alone])) < tolerance
+    assert all((dw[j] == 0).all() for j, size in enumerate(sizes) if not size)
+
+
+@pytest.mark.parametrize(("of_x", "of_dy"), [(1e-4, 1.0), (1.0, 1e-6)])
+def test_no_tile_of_the_weight_gradient_holds_tokens_of_two_experts(of_x: float, of_dy: float) -> None:
+    sizes = [100, 28, 128]
+    x, dy = torch.randn(256, 128), torch.randn(256, 64)
+    x[100:128] *= of_x  # beside the large tokens of the first expert these would be flushed
+    dy[100:128] *= of_dy
+    w = varied(3, 64, 128, seed=1).requires_grad_()
+    fp8_matmul(x, w, ends=torch.tensor(sizes).cumsum(0)).backward(dy)
+    assert w.grad is not None
+    for grad, tokens, g in zip(w.grad, x.split(sizes), dy.split(sizes), strict=True):
+        assert calc_diff(grad, g.double().T @ tokens.double()) < 2 * QUANTISED  # both are rounded
+
+
+# --- SwiGLU
+
+
+@pytest.mark.parametrize("ends", [None, (0, 40, 150)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_swiglu_is_computed_again_from_what_was_kept(dtype: torch.dtype, ends: tuple[int, ...] | None) -> None:
+    at = None if ends is None else torch.tensor(ends)
+    gate, up = (varied(150, 256, dtype=dtype, seed=s).div(4).to(dtype).requires_grad_() for s in (0, 1))
+    shape = (100, 256) if ends is None else (3, 100, 256)
+    w = varied(*shape, seed=2).requires_grad_()
+    dy = varied(150, 100, dtype=dtype, seed=3)
+    y = fp8_swiglu_matmul(gate, up, w, ends=at)
+    assert torch.equal(y, fp8_matmul(F.silu(gate) * up, w, ends=at))
+    got = torch.autograd.grad(y, [gate, up, w], dy)
+
+    sizes = [150] if ends is None else torch.tensor(ends).diff(prepend=torch.zeros(1)).int().tolist()
+    weights = [w] if ends is None else list(w)
+    want: list[list[Tensor]] = []
+    for g0, u0, d0, w0 in zip(gate.split(sizes), up.split(sizes), dy.split(sizes), weights, strict=True):
+        g, u = (rounded(t, (1, 128)).to(dtype).requires_grad_() for t in (g0, u0))
+        hidden = F.silu(g) * u
+        dh = rounded(d0, (1, 128), amax_min=SMALLEST_AMAX) @ rounded(w0, (128, 128))
+        dg, du = torch.autograd.grad(hidden, [g, u], dh.to(dtype))
+        dw = rounded(d0, (128, 1), amax_min=SMALLEST_AMAX).T @ rounded(hidden, (128, 1))
+        want.append([dg, du, dw])
+    dgate, dup = (torch.cat([part[i] for part in want]) for i in (0, 1))
+    dw = want[0][2] if ends is None else torch.stack([part[2] for part in want])
+    unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
+    tolerance = rounding(unit, chained=4) + rounding(FP32_UNIT, terms=256)
+    for a, b in zip(got, (dgate, dup, dw), strict=True):
+        assert relative_error(a, b) < tolerance
+
+
+def test_swiglu_has_the_floors_of_activations() -> None:
+    """Of what it multiplies and of what it keeps: a tile below 1e-4 has the scale of 1e-4, and loses its last bits."""
+    gate, up = (torch.randn(64, 128).mul(3e-5).requires_grad_() for _ in range(2))
+    w, dy = varied(64, 128, seed=2).requires_grad_(), torch.randn(64, 64)
+    y = fp8_swiglu_matmul(gate, up, w)
+    hidden = rounded(F.silu(gate) * up, (1, 128))
+    assert relative_error(hidden, F.silu(gate) * up) > 0.1, "so small products are hardly codes of that scale"
+    near = rounding(FP32_UNIT, terms=128, chained=4)
+    assert relative_error(y, hidden @ rounded(w, (128, 128)).T) < near
+    gate = torch.randn(64, 128).mul(1e-9).requires_grad_()
+    large = torch.full_like(up, 2.0).requires_grad_()
+    (dgate,) = torch.autograd.grad(fp8_swiglu_matmul(gate, large, w), gate, dy)
+    kept = rounded(gate, (1, 128)).float().requires_grad_()
+    assert relative_error(kept, gate) > 0.1
+    dh = rounded(dy, (1, 128), amax_min=SMALLEST_AMAX) @ rounded(w, (128, 128))
+    (want,) = torch.autograd.grad(F.silu(kept) * rounded(large, (1, 128)).float(), kept, dh.float())
+    assert relative_error(dgate, want) < near
+    (dup,) = torch.autograd.grad(fp8_swiglu_matmul(large, gate, w), gate, dy)
+    (dw,) = torch.autograd.grad(fp8_swiglu_matmul(gate, large, w), w, dy)
+    assert relative_error(dup, F.silu(rounded(large, (1, 128))).float() * dh) < near
+    again = rounded(F.silu(kept).detach() * rounded(large, (1, 128)).float(), (128, 1))
+    assert relative_error(dw, rounded(dy, (128, 1), amax_min=SMALLEST_AMAX).T @ again) < near
+
+
+def test_swiglu_keeps_eight_bits_of_its_inputs() -> None:
+    gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s).requires_grad_() for s in (0, 1))
+    w = varied(128, 256, seed=2).requires_grad_()
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: count(t, kept), lambda t: t):
+        fp8_swiglu_matmul(gate, up, w)
+    codes, scales = 64 * 256, 64 * 2 * 4
+    assert sorted(kept.values()) == sorted([codes, codes, scales, scales, 128 * 256, 2 * 4])
