@@ -233,6 +233,7 @@ class Codes:
             return reference(x, *arguments, **options)
 
         def keep(t: Tensor) -> Tensor:
+            t = t.detach()  # a graph that is held from within itself is never freed
             if t.dtype in (torch.float8_e4m3fn, torch.uint8):
                 kept[t.untyped_storage().data_ptr()] = t
             return t
