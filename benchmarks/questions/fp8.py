@@ -13,11 +13,9 @@ from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import ModelConfig, RunConfig, Transformer, accounting, ops
-from dsmini.measure.dtypes import why_unusable
-from dsmini.measure.fp8_products import operand_error
-from dsmini.measure.fp8_weights import hold_in_fp8
-from dsmini.measure.memory import storage_bytes
-from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.fp8 import hold_in_fp8, operand_error
+from dsmini.measure.memory import saved_for_backward, storage_bytes
+from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios, spread
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn.cache import Cache

@@ -11,7 +11,7 @@ import torch
 from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
 from benchmarks.trained import trainer
 from dsmini import ModelConfig, RunConfig, TrainConfig, accounting
-from dsmini.measure.fp8_products import PRODUCTS, Gemm, capture, losses, product_error
+from dsmini.measure.fp8 import PRODUCTS, Gemm, capture, losses, product_error
 from dsmini.measure.timing import spread
 from dsmini.numerics import E4M3, E5M2
 from dsmini.report.charts import points

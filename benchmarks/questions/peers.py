@@ -15,7 +15,7 @@ from benchmarks.peer_models.transformers_model import deepseek_v3
 from benchmarks.question import Case, Figure, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import ModelConfig, RunConfig, TrainConfig, accounting
-from dsmini.measure.dtypes import why_unusable
+from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, once, ratios, spread
 from dsmini.measure.workloads import dtype_name, random_tokens
 from dsmini.report.charts import lines, points

@@ -21,8 +21,9 @@ from dsmini.atomic import write_text
 from dsmini.measure.counting import count
 from dsmini.measure.hardware import card, last_level_cache
 from dsmini.measure.kinds import POINTS, PRODUCTS
-from dsmini.measure.machine import DTYPES, matmul_rate, synchronize
+from dsmini.measure.machine import DTYPES, matmul_rate
 from dsmini.measure.rates import Curve, Roofs, from_json
+from dsmini.measure.timing import synchronize
 
 VERSION = 9
 """The version of what is measured: roofs kept by another are measured again."""
@@ -47,7 +48,8 @@ def load_or_measure(
         keep: the file they are kept in, that of another machine too; left out: one in the user's cache.
         fresh: measured now, whatever is kept.
     """
-    keep = keep or cache_folder() / "roofs.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    keep = keep or cache / "dsmini" / "roofs.json"
     key = json.dumps([VERSION, card(device)], sort_keys=True)
     try:
         kept = json.loads(keep.read_text())
@@ -57,15 +59,11 @@ def load_or_measure(
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is kept, or it is damaged
             return from_json(kept[key])
     roofs = measure(device, on_part)
-    kept = {**kept, key: asdict(roofs)} if isinstance(kept, dict) else {key: asdict(roofs)}
+    kept = {**(kept if isinstance(kept, dict) else {}), key: asdict(roofs)}
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_text(keep, json.dumps(kept))
     return roofs
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmini"
 
 
 def measure(
@@ -88,7 +86,7 @@ def measure(
         done[name] = job(3 * left / (len(jobs) - i))
     return Roofs(
         card=card(device),
-        peak={_name(dtype): done[f"peak {_name(dtype)}"] for dtype in DTYPES.values()},
+        peak={name: done[f"peak {name}"] for name in DTYPES},
         bandwidth=done["bandwidth"],
         copy=done["copy"],
         call=done["call"],
@@ -101,8 +99,7 @@ def measure(
 def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
     """Return what is to be measured, in order, by name; each is told how many seconds it has."""
     jobs: list[tuple[str, Callable[[float], Any]]] = [
-        (f"peak {_name(dtype)}", lambda most, dtype=dtype: matmul_rate(device, dtype, most))
-        for dtype in DTYPES.values()
+        (f"peak {name}", lambda most, dtype=dtype: matmul_rate(device, dtype, most)) for name, dtype in DTYPES.items()
     ]
     jobs += [
         ("bandwidth", lambda most: _bandwidth(device)),
@@ -110,16 +107,13 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
         ("call", lambda most: _call(device)),
         ("probes", lambda most: probes(device)),
     ]
-    for dtype in DTYPES.values():
-        for kind in (*POINTS, *PRODUCTS):
-            for where in ("warm", "cold"):
-                name = f"{where} {kind} {_name(dtype)}"
-                jobs.append((name, lambda most, k=kind, d=dtype, w=where: _curve(k, d, device, w == "cold", most)))
+    jobs += [
+        (f"{where} {kind} {name}", lambda most, k=kind, d=dtype, w=where: _curve(k, d, device, w == "cold", most))
+        for name, dtype in DTYPES.items()
+        for kind in (*POINTS, *PRODUCTS)
+        for where in ("warm", "cold")
+    ]
     return [*jobs, ("probes again", lambda most: probes(device))]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def seconds_of(
@@ -222,7 +216,7 @@ BUFFERS = 4
 def _curve(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
     """Measure sizes from the smallest on, as many as will probably fit into `most` seconds, at least one."""
     is_product = kind in PRODUCTS
-    make = (POINTS | PRODUCTS)[kind]
+    make = PRODUCTS[kind] if is_product else POINTS[kind]
     begun = before = time.perf_counter()
     sizes: list[float] = []
     costs: list[float] = []

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
-from dsmini.measure.machine import synchronize
-from dsmini.measure.torch_operations import is_composite, is_free, name_of, size_of, tensors_in, work_of
+from dsmini.measure.timing import once, synchronize
+from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of, size_of, tensors_in, work_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,40 +92,23 @@ class Count(TorchDispatchMode):
         # a table's rows that are not named stay where they are
         cold = min(moved, sum(self.cache.touch(t, min(size_of(t), moved)) for t in work.touched))
         dtype = next((t.dtype for t in [*tensors_in(out), *work.touched] if t.is_floating_point()), torch.int64)
-        self.operations.append(
-            Operation(
-                name=name_of(func),
-                kind=work.kind,
-                flops=work.flops,
-                read=work.read,
-                written=work.written,
-                cold=cold,
-                dtype=dtype,
-                rows=work.rows,
-                shape=tuple(tuple(t.shape) for t in tensors_in([*args, *kwargs.values()])[:3]),
-                seconds=seconds,
-            )
-        )
+        self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
 
     def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float) -> None:
         """Count a kernel by the cost that its operation declares."""
         results = tensors_in(result)
         moved = cost.read + cost.written
         cold = min(moved, cost.read + sum(self.cache.touch(t, size_of(t)) for t in results))
-        self.operations.append(
-            Operation(
-                name=name,
-                kind="product" if cost.flops else "move",
-                flops=cost.flops,
-                read=cost.read,
-                written=cost.written,
-                cold=cold,
-                dtype=results[0].dtype,
-                rows=1 if cost.flops else 0,
-                shape=tuple(tuple(t.shape) for t in results),
-                seconds=max(1e-7, seconds),
-            )
-        )
+        kind, rows = ("product", 1) if cost.flops else ("move", 0)
+        work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
+        self._add(name, work, cold, results[0].dtype, results, max(1e-7, seconds))
+
+    def _add(
+        self, name: str, work: Work, cold: int, dtype: torch.dtype, tensors: Sequence[Tensor], seconds: float
+    ) -> None:
+        counted = {key: value for key, value in work._asdict().items() if key != "touched"}
+        shape = tuple(tuple(t.shape) for t in tensors)
+        self.operations.append(Operation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted))
 
     def __enter__(self) -> "Count":
         if self._nested:
@@ -133,7 +116,7 @@ class Count(TorchDispatchMode):
             super().__enter__()
             return self
         x = torch.ones(1)
-        plain = statistics.median(_timed(lambda: x * x) for _ in range(99))
+        plain = statistics.median(once(lambda: x * x, x.device) for _ in range(99))
         super().__enter__()
         for _ in range(99):
             x * x
@@ -172,7 +155,7 @@ class _Cache:
         self.held.clear()
 
     def touch(self, t: Tensor, size: int) -> int:
-        """The bytes of t that come from memory."""
+        """Return the bytes of t that come from memory."""
         pointer = t.data_ptr()
         before = self.held.pop(pointer, 0)
         self.used += size - before
@@ -180,12 +163,6 @@ class _Cache:
         while self.used > self.room and len(self.held) > 1:
             self.used -= self.held.popitem(last=False)[1]
         return max(0, size - before) if size <= self.room else size
-
-
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:

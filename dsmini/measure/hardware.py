@@ -8,14 +8,14 @@ import torch
 
 
 def card(device: torch.device) -> dict[str, str]:
-    """Return the machine's card."""
+    """Return the machine's card: names and values for people, which also tell one machine from another."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    about = {
+    return {
         "processor": name,
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
@@ -26,7 +26,6 @@ def card(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "system": platform.system(),
     }
-    return about
 
 
 def memory_bytes(device: torch.device) -> int:

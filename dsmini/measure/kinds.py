@@ -1,4 +1,4 @@
-"""One operation of each kind, of any size, to be timed: what to run, on what, and the bytes or FLOPs of it."""
+"""One operation of each kind, of any size, to be timed: the operation, its inputs, and its bytes or FLOPs."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,41 +8,31 @@ from torch import Tensor
 
 Job = tuple[Callable[..., object], tuple[Tensor, ...], int]
 """An operation, its inputs, the first of which changes when they shall be cold, and its size."""
+Maker = Callable[[int, torch.dtype, torch.device], Job]
+"""Makes a job of this many numbers, or of this many rows of a product."""
+
+
+def _random(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    return torch.rand(*shape, device=device).to(dtype)
 
 
 def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.rand(max(1, n // width), min(n, width), device=device).to(dtype)
+    return _random(dtype, device, max(1, n // width), min(n, width))
 
 
-def _pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a, b = (_rows(n, 512, dtype, device) for _ in range(2))
-    return torch.mul, (a, b), 3 * a.nbytes
+def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> Maker:
+    """Return the maker of an operation on rows of this width that moves so many times the bytes of an input."""
 
+    def make(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+        tensors = tuple(_rows(n, width, dtype, device) for _ in range(inputs))
+        return run, tensors, moved * tensors[0].nbytes
 
-def _slow_pointwise(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = _rows(n, 512, dtype, device)
-    return F.silu, (a,), 2 * a.nbytes
-
-
-def _softmax(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = _rows(n, 256, dtype, device)
-    return lambda a: a.softmax(-1), (a,), 2 * a.nbytes
-
-
-def _reduction(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = _rows(n, 512, dtype, device)
-    return lambda a: a.mean(-1), (a,), a.nbytes
-
-
-def _move(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a, b = (_rows(n, 32, dtype, device) for _ in range(2))
-    return lambda a, b: torch.cat((a, b), -1), (a, b), 4 * a.nbytes
+    return make
 
 
 def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    a = _rows(n, 512, dtype, device)
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    a = a.to(other)  # an operation's dtype is that of its result
+    # an operation's dtype is that of its result
+    a = _rows(n, 512, torch.bfloat16 if dtype == torch.float32 else torch.float32, device)
     return lambda a: a.to(dtype), (a,), a.numel() * 6
 
 
@@ -57,35 +47,35 @@ def _order(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     return lambda a: a.argsort(stable=True), (a,), 3 * a.nbytes
 
 
-POINTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
-    "pointwise": _pointwise,
-    "slow pointwise": _slow_pointwise,
-    "softmax": _softmax,
-    "reduction": _reduction,
-    "move": _move,
+POINTS: Mapping[str, Maker] = {
+    "pointwise": _point(torch.mul, width=512, inputs=2, moved=3),
+    "slow pointwise": _point(F.silu, width=512, inputs=1, moved=2),
+    "softmax": _point(lambda a: a.softmax(-1), width=256, inputs=1, moved=2),
+    "reduction": _point(lambda a: a.mean(-1), width=512, inputs=1, moved=1),
+    "move": _point(lambda a, b: torch.cat((a, b), -1), width=32, inputs=2, moved=4),
     "cast": _cast,
     "gather": _gather,
     "order": _order,
 }
 
 
-def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    w, x = (torch.rand(n, 1024, device=device).to(dtype) for n in (1024, rows))
-    return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * 1024
+def _product(columns: int) -> Maker:
+    """Return the maker of a product of rows with a matrix of 1024 by this many columns."""
 
+    def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+        w, x = (_random(dtype, device, n, 1024) for n in (columns, rows))
+        return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * columns
 
-def _small_product(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    w, x = (torch.rand(n, 1024, device=device).to(dtype) for n in (256, rows))
-    return lambda w, x: F.linear(x, w), (w, x), 2 * rows * 1024 * 256
+    return make
 
 
 def _batched(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    k, q = (torch.rand(16, n, 64, device=device).to(dtype) for n in (512, rows))
+    k, q = (_random(dtype, device, 16, n, 64) for n in (512, rows))
     return lambda k, q: k @ q.mT, (k, q), 2 * 16 * 512 * rows * 64
 
 
 def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    w, x = torch.rand(16, 512, 512, device=device).to(dtype), torch.rand(16 * rows, 512, device=device).to(dtype)
+    w, x = _random(dtype, device, 16, 512, 512), _random(dtype, device, 16 * rows, 512)
     ends = torch.arange(1, 17, device=device, dtype=torch.int32) * rows
     if hasattr(F, "grouped_mm"):
         return lambda w, x: F.grouped_mm(x, w.mT, offs=ends), (w, x), 2 * 16 * rows * 512 * 512
@@ -93,14 +83,14 @@ def _grouped(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
 
 
 def _attention(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
-    q, k, v = (torch.rand(4, 8, rows, 64, device=device).to(dtype) for _ in range(3))
+    q, k, v = (_random(dtype, device, 4, 8, rows, 64) for _ in range(3))
     flops = 2 * 32 * (rows * (rows + 1) // 2) * 128
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), flops
 
 
-PRODUCTS: Mapping[str, Callable[[int, torch.dtype, torch.device], Job]] = {
-    "product": _product,
-    "small product": _small_product,
+PRODUCTS: Mapping[str, Maker] = {
+    "product": _product(1024),
+    "small product": _product(256),
     "batched product": _batched,
     "grouped product": _grouped,
     "attention": _attention,

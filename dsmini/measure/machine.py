@@ -3,11 +3,12 @@
 import functools
 import resource
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from dsmini.measure.timing import once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -82,12 +83,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     while True:
         run = _square_product(size, device, dtype)
         run()
-        times = [_timed(run, device) for _ in range(3)]
+        times = [once(run, device) for _ in range(3)]
         fastest = min(times)
         growth = max(1.0, fastest / before)
         grows = size < 2048 and spent + sum(times) + 5 * growth * fastest < seconds
         while not grows and len(times) < 8 and spent + sum(times) + fastest < seconds:
-            times.append(_timed(run, device))
+            times.append(once(run, device))
         best = max(best, 2 * size**3 / min(times))
         if not grows:
             return best
@@ -99,14 +100,6 @@ def _square_product(size: int, device: torch.device, dtype: torch.dtype) -> Call
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=product)
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -126,14 +119,6 @@ def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> N
         torch.cuda.set_rng_state(states["cuda"], device)
     elif device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,15 +1,21 @@
 """This machine's roofs: how fast it multiplies, how fast it moves bytes, what a call costs.
 
-calibration.py measures them.
-
-A class of operations has a curve: what one operation takes, by its size, from so small that only the call is left to so
-large that no cache holds it. Between measured sizes it is interpolated, on logarithmic scales.
+calibration.py measures them. A class of operations has a curve: what one operation takes, by its size, from so
+small that only the call is left to so large that no cache holds it. Between measured sizes it is interpolated, on
+logarithmic scales.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+LEAST_SHARE = 0.2
+"""Share of FP32's rate that a usable dtype reaches."""
+SMALL, LARGE_MATRIX = 256 * 1024, 1024 * 1024
+"""Numbers in the matrices of the two products that are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,24 @@ class Roofs:
 
 
 def from_json(raw: Mapping[str, Any]) -> Roofs:
+    """Return roofs that were stored as JSON."""
     return Roofs(**{**raw, "curves": {name: Curve(**curve) for name, curve in raw["curves"].items()}})
 
 
-SMALL, LARGE_MATRIX = 256 * 1024, 1024 * 1024
+def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:
+    """Return why a dtype is too slow here to be used, in words, or None if it is not.
+
+    Many CPUs have no BF16 units (AVX2 without AVX-512 or AMX). torch's BF16 matrix product is a plain loop there:
+    0.3 GFLOP/s where FP32 reaches 170.
+
+    Args:
+        peak: Roofs.peak. A dtype that is missing is not judged.
+    """
+    name = str(dtype).removeprefix("torch.")
+    here, plain = peak.get(name), peak.get("float32")
+    if here is None or plain is None or here >= LEAST_SHARE * plain:
+        return None
+    return f"{name} products run at {here / 1e9:.3g} GFLOP/s here, float32 at {plain / 1e9:.3g}"
 
 
 def product_rate(roofs: Roofs, dtype: str, rows: float, size: float, cold: float) -> float:

@@ -4,6 +4,9 @@ A step without guesses makes one token. A step with guesses of depth d reads d +
 the trunk agrees with. Guessing pays where tokens a step are more than a step costs in steps without.
 """
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -23,14 +26,12 @@ def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: R
 
 
 def tokens_per_step(kept: list[float]) -> float:
-    """Compute the expected tokens of a step, where kept[k - 1] is the probability that the guess of depth k is kept if
-    those before it were: one token, and for each depth the product up to it. Depth 1: 1 + acceptance; evenly good
-    guesses: a geometric series."""
-    total = probability = 1.0
-    for each in kept:
-        probability *= each
-        total += probability
-    return total
+    """Compute the expected tokens of a step: one, and for each depth the chance that all guesses up to it are kept.
+
+    Args:
+        kept: at k - 1 the probability that the guess of depth k is kept if those before it were.
+    """
+    return 1.0 + sum(itertools.accumulate(kept, operator.mul))
 
 
 @torch.inference_mode()

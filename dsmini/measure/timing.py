@@ -18,7 +18,13 @@ from typing import TypedDict
 
 import torch
 
-from dsmini.measure.machine import synchronize
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def once(run: Callable[[], object], device: torch.device) -> float:

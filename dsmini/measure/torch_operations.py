@@ -21,41 +21,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OVERWRITES = {
-    "copy_",
-    "fill_",
-    "zero_",
-    "normal_",
-    "uniform_",
-    "random_",
-    "bernoulli_",
-    "exponential_",
-    "_foreach_copy_",
-}
-FREE = {"detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "is_same_size", "promote_types"}
-FREE |= {"_record_function_enter_new", "_record_function_exit"}
-ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-ATTENTION = {
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+OVERWRITES = _names("copy_ fill_ zero_ normal_ uniform_ random_ bernoulli_ exponential_ _foreach_copy_")
+FREE = _names(
+    "detach lift_fresh _local_scalar_dense _unsafe_view is_same_size promote_types _record_function_enter_new "
+    "_record_function_exit empty empty_like new_empty empty_strided new_empty_strided"
+)
+"""Operations that move nothing: they make room, or tell something."""
+ATTENTION = frozenset(
     f"_scaled_dot_product_{kind}{backward}"
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
     for backward in ("", "_backward")
+)
+BAGS = _names("_embedding_bag _embedding_bag_forward_only")
+KINDS = {
+    "move": "copy_ clone _to_copy cat stack constant_pad_nd contiguous repeat_interleave",
+    "gather": "index_select embedding gather index take _embedding_bag _embedding_bag_forward_only",
+    "scatter": "scatter scatter_add index_copy index_put index_add index_fill masked_fill slice_scatter",
+    "order": "sort argsort topk cumsum searchsorted bincount unique nonzero",
+    "reduction": "sum mean amax linalg_vector_norm max min any all prod aminmax",
+    "slow pointwise": "silu silu_backward sigmoid sigmoid_backward exp log logsumexp pow rsqrt sin cos "
+    "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data",
 }
-GATHERS = {"index_select", "embedding", "gather", "index", "take", "_embedding_bag", "_embedding_bag_forward_only"}
-SCATTERS = {
-    "scatter",
-    "scatter_add",
-    "index_copy",
-    "index_put",
-    "index_add",
-    "index_fill",
-    "masked_fill",
-    "slice_scatter",
-}
-ORDERS = {"sort", "argsort", "topk", "cumsum", "searchsorted", "bincount", "unique", "nonzero"}
-SLOW_POINTS = {"silu", "silu_backward", "sigmoid", "exp", "log", "_softmax", "_log_softmax", "_softmax_backward_data"}
-SLOW_POINTS |= {"_log_softmax_backward_data", "sigmoid_backward", "logsumexp", "pow", "rsqrt", "sin", "cos"}
-REDUCES = {"sum", "mean", "amax", "linalg_vector_norm", "max", "min", "any", "all", "prod", "aminmax"}
-MOVES = {"copy_", "clone", "_to_copy", "cat", "stack", "constant_pad_nd", "contiguous", "repeat_interleave"}
+"""Operations of each kind that has a rate of its own; all others are pointwise."""
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
 class Work(NamedTuple):
@@ -84,18 +77,19 @@ def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     base = name.rstrip("_") if name not in OVERWRITES else name
     touched = list({t.data_ptr(): t for t in [*inputs, *changed, *outputs]}.values())
     flops, rows, kind = _flops(base, inputs, outputs, args, kwargs)
+    kind = kind or _kind(name, base)
+    if kind == "scatter" and changed:
+        read, written = _scattered(base, inputs, changed[0], args, kwargs)
+        return Work(read, written, flops, rows, kind, touched)
     read, written = sum(map(size_of, inputs)), sum(map(size_of, outputs))
-    if base in GATHERS and inputs:
+    if kind == "gather" and inputs:
         read, written = _gathered(base, inputs, outputs)
-    elif base in SCATTERS and changed:
-        read, moved = _scattered(base, inputs, changed[0], args, kwargs)
-        return Work(read, moved, flops, rows, kind or _kind(name, base), touched)
     elif base == "_grouped_mm":
         read -= _unused_matrices(inputs)
     in_place = sum(map(size_of, changed))
     only_written = name in OVERWRITES or func._overloadname == "out"
     read += 0 if only_written else in_place
-    return Work(read, written + in_place, flops, rows, kind or _kind(name, base), touched)
+    return Work(read, written + in_place, flops, rows, kind, touched)
 
 
 def name_of(func: Any) -> str:
@@ -111,8 +105,7 @@ def is_composite(func: Any) -> bool:
 
 def is_free(func: Any) -> bool:
     """Return whether an operation moves nothing: views, and what only makes room."""
-    name = name_of(func)
-    return name in ALLOCATES or name in FREE or _is_view(func)
+    return name_of(func) in FREE or _is_view(func)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -138,7 +131,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that are only read, and those that are changed."""
+    """Return the tensors that are only read, and those that are changed."""
     inputs: list[Tensor] = []
     changed: list[Tensor] = []
     for argument, value in _arguments(func, args, kwargs):
@@ -158,17 +151,16 @@ def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterat
 
 
 def _gathered(base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
-    """Bytes read and written by taking rows of a table."""
+    """Return the bytes read and written by taking rows of a table."""
     table, indices = inputs[0], sum(size_of(t) for t in inputs[1:])
-    bags = base in ("_embedding_bag", "_embedding_bag_forward_only")
-    taken = inputs[1].numel() * table.shape[1] if bags else outputs[0].numel()
+    taken = inputs[1].numel() * table.shape[1] if base in BAGS else outputs[0].numel()
     return indices + taken * table.element_size(), size_of(outputs[0])
 
 
 def _scattered(
     base: str, inputs: Sequence[Tensor], target: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[int, int]:
-    """Bytes read and written by putting values into places of a tensor."""
+    """Return the bytes read and written by putting values into places of a tensor."""
     written = max((size_of(t) for t in inputs if t.dtype == target.dtype), default=0)
     if base.startswith("scatter"):
         written = inputs[0].numel() * target.element_size()
@@ -185,17 +177,13 @@ def _scattered(
 def _kind(name: str, base: str) -> str:
     if name.startswith(("_fused_", "_foreach_")):
         return "optimizer"
-    kinds = (("move", MOVES), ("gather", GATHERS), ("scatter", SCATTERS), ("order", ORDERS), ("reduction", REDUCES))
-    for kind, names in (*kinds, ("slow pointwise", SLOW_POINTS)):
-        if name in names or base in names:
-            return kind
-    return "pointwise"
+    return KIND_OF.get(name) or KIND_OF.get(base, "pointwise")
 
 
 def _flops(
     base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[int, int, str]:
-    """FLOPs of a product, the rows that share a matrix, and its kind; zeros and "" for another operation."""
+    """Return the FLOPs of a product, the rows that share a matrix, and its kind; zeros and "" for another operation."""
     if base in ("mm", "addmm", "mv", "addmv", "dot"):
         a, b = inputs[-2:]
         rows, k = (a.shape[0], a.shape[1]) if a.dim() == 2 else (1, a.shape[0])
@@ -224,7 +212,7 @@ def _flops(
 
 
 def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
-    """Elements of t[indices]."""
+    """Return the number of elements of t[indices]."""
     places, whole, at = [], 1, 0
     for index in indices:
         if index is None:
@@ -239,7 +227,7 @@ def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
 
 
 def _unused_matrices(inputs: Sequence[Tensor]) -> int:
-    """Bytes of the experts' matrices that no row needs."""
+    """Return the bytes of the experts' matrices that no row needs."""
     if inputs[1].dim() != 3 or len(inputs) < 3:
         return 0
     ends = inputs[2].long()

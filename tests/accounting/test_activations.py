@@ -8,7 +8,7 @@ import torch
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import activation_bytes
-from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.memory import saved_for_backward
 from tests.helpers.accounting import DTYPES, fused_attention
 from tests.helpers.configs import released
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini.measure import calibration, machine
+from dsmini.measure import calibration, machine, timing
 from dsmini.measure.calibration import seconds_of
 from dsmini.measure.machine import matmul_rate, pick_dtype, slow_bf16
 
@@ -47,7 +47,7 @@ def machine_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Clock]
             return out
 
         monkeypatch.setattr(torch, "mm", mm)
-        monkeypatch.setattr(machine.time, "perf_counter", clock.perf_counter)
+        monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
         return clock
 
     yield make

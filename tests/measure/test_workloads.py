@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dsmini.measure.memory import storage_bytes
-from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
 from tests.helpers.questions import TINY
 

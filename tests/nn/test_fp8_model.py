@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsmini import Transformer
 from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
 from dsmini.functional.linear import linear
-from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.memory import saved_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles

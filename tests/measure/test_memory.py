@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer
-from dsmini.measure.saved import saved_for_backward
+from dsmini.measure.memory import saved_for_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Products of a training step, exact and rounded to FP8: what each of them loses.
+"""What FP8 takes from a model: the error of weights that are held in it, and of the products of a training step.
 
 A Linear y = x w^T takes part in three matrix products, and FP8 training rounds the operands of each:
 
@@ -13,11 +13,13 @@ Simplified: the input of w2 is rounded itself, not its two factors.
 Source: DeepSeek-V3 report, section 3.3.
 """
 
+import copy
 import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from dsmini import Transformer
 from dsmini.checkpoint.slots import fp8_weights
 from dsmini.nn import Experts, Linear
-from dsmini.nn.fp8 import FP8Linear
+from dsmini.nn.fp8 import FP8Linear, hold_fp8
 from dsmini.numerics import (
     ACTIVATION_TILE,
     AMAX_MIN,
@@ -36,6 +38,8 @@ from dsmini.numerics import (
     TOKEN_TILE,
     WEIGHT_TILE,
     Format,
+    dequantize_tiles,
+    quantize,
     round_tiles,
     tile_scales,
 )
@@ -61,6 +65,26 @@ def product_error(a: Format, b: Format) -> float:
     return math.hypot(operand_error(a), operand_error(b))
 
 
+@torch.no_grad()
+def hold_in_fp8(model: Transformer) -> tuple[Transformer, float]:
+    """Return a copy of a model that holds the matrices that DeepSeek has in FP8 so, and their relative error together.
+
+    Held are E4M3 codes and an FP32 scale for each 128 x 128 block. The error is the norm of what is off over the norm.
+    """
+    held = copy.deepcopy(model)
+    off = size = 0.0
+    for module, name in fp8_weights(held).values():
+        weight = getattr(module, name).detach()
+        q = quantize(weight, WEIGHT_TILE, "fp32")
+        # one expert after the other: a block lies in one matrix
+        stacks = [t if t.dim() == 3 else t[None] for t in (weight, q.codes, q.scales)]
+        for w, codes, scales in zip(*stacks, strict=True):
+            off += (dequantize_tiles(codes, scales, WEIGHT_TILE) - w.float()).square().sum().item()
+            size += w.float().square().sum().item()
+        hold_fp8(module, name, q.codes, q.scales)
+    return held, (off / size) ** 0.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
     """y = x w^T of a training step, in FP32: x [n, k], w [o, k], and the gradient dy [n, o]."""
@@ -84,13 +108,11 @@ class Way:
     """A scale for each tile, or one for the whole matrix."""
 
     def round(self, t: Tensor, tile: Tile, format: FormatName = "e4m3", amax_min: float = AMAX_MIN) -> Tensor:
-        return round_tiles(t, self.tile(t, tile), self.scale, format, amax_min, torch.float32)
+        tile = tile if self.tiles else (t.shape[0], t.shape[1])
+        return round_tiles(t, tile, self.scale, format, amax_min, torch.float32)
 
     def gradient(self, dy: Tensor, tile: Tile) -> Tensor:
         return self.round(dy, tile, self.grad_format, SMALLEST_AMAX)
-
-    def tile(self, t: Tensor, tile: Tile) -> Tile:
-        return tile if self.tiles else (t.shape[0], t.shape[1])
 
 
 WAYS = {
@@ -126,16 +148,14 @@ def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
     """
     seen: dict[str, tuple[Any, ...]] = {}
     grads: dict[str, Tensor] = {}
-    names = {id(module): name.rsplit(".", 1)[0] for name, (module, _) in fp8_weights(model).items()}
 
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        name = names[id(module)]
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         seen[name] = tuple(t.detach() for t in inputs)
         output.register_hook(lambda grad: grads.__setitem__(name, grad.detach()))
 
-    modules = {names[id(m)]: m for m in model.modules() if id(m) in names}
+    modules = {name.rsplit(".", 1)[0]: module for name, (module, _) in fp8_weights(model).items()}
     formats = _saved_formats(model)
-    hooks = [module.register_forward_hook(look) for module in modules.values()]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules.items()]
     model.losses(tokens, targets).total.backward()
     model.zero_grad(set_to_none=True)
     for hook in hooks:
@@ -197,44 +217,35 @@ class Losses:
     """Number of values beyond the largest code by operand."""
 
 
-@dataclass
-class _Ratio:
-    """A ratio of two sums."""
-
-    part: float = 0.0
-    whole: float = 0.0
-
-    def add(self, part: Tensor, whole: Tensor) -> None:
-        self.part += part.double().item()
-        self.whole += whole.double().item()
-
-    @property
-    def value(self) -> float:
-        return self.part / self.whole if self.whole else 0.0
-
-
 @torch.no_grad()
 def losses(gemms: Iterable[Gemm]) -> Losses:
     """Compute what the products of a step lose, in every way of WAYS."""
-    errors: dict[tuple[str, str, str, str], _Ratio] = defaultdict(_Ratio)
-    underflow: dict[tuple[str, str, str], _Ratio] = defaultdict(_Ratio)
+    # two sums each, of a part and of the whole
+    errors: dict[tuple[str, str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    underflow: dict[tuple[str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     clamped: dict[str, int] = defaultdict(int)
     for g in gemms:
         exact = exact_products(g)
         for name, way in WAYS.items():
             for product, y in rounded_products(g, way).items():
-                ratio = errors[name, g.block, g.linear, product]
-                ratio.add((y - exact[product]).square().sum(), exact[product].square().sum())
+                off = (y - exact[product]).square().sum(), exact[product].square().sum()
+                errors[name, g.block, g.linear, product] += torch.stack(off).cpu()
         for operand, (t, tile, amax_min) in _operands(g).items():
             for name in ("tiles", "one scale"):
                 r = WAYS[name].round(t, tile, "e4m3", amax_min)
-                underflow[name, g.linear, operand].add(((r == 0) & (t != 0)).sum(), (t != 0).sum())
+                zeros = ((r == 0) & (t != 0)).sum(), (t != 0).sum()
+                underflow[name, g.linear, operand] += torch.stack(zeros).cpu()
             clamped[operand] += _clamped(t, tile, amax_min)
     return Losses(
-        errors={key: math.sqrt(ratio.value) for key, ratio in errors.items()},
-        underflow={key: ratio.value for key, ratio in underflow.items()},
+        errors={key: math.sqrt(_share(sums)) for key, sums in errors.items()},
+        underflow={key: _share(sums) for key, sums in underflow.items()},
         clamped=dict(clamped),
     )
+
+
+def _share(sums: Tensor) -> float:
+    part, whole = sums.tolist()
+    return part / whole if whole else 0.0
 
 
 def _operands(g: Gemm) -> dict[str, tuple[Tensor, Tile, float]]:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from dsmini import Transformer, accounting
-from dsmini.measure.fp8_products import (
+from dsmini.measure.fp8 import (
     PRODUCTS,
     WAYS,
     Gemm,
     capture,
     exact_products,
+    hold_in_fp8,
     operand_error,
     product_error,
     rounded_products,
 )
-from dsmini.measure.fp8_weights import hold_in_fp8
 from dsmini.measure.memory import storage_bytes
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
