@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dsmini.report.units import duration
-
 QUICK = 120.0
 """Seconds that --quick may take."""
 TIMES, LEAST = 10.0, 30.0
@@ -96,10 +94,6 @@ class Clock:
         """Leave a case out."""
         self.nth += 1
         self.total -= estimate
-
-    def words(self, case: str) -> str:
-        """Return how far it is: 3/12  decode context=128  about 2 min left."""
-        return f"{self.nth}/{self.cases}  {case}  about {duration(self.left())} left"
 
     def left(self) -> float:
         """Return the seconds until all is done."""

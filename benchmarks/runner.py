@@ -20,13 +20,14 @@ from benchmarks import answers
 from benchmarks.question import Question, Setting
 from benchmarks.session import Loader, Session, load
 from dsmini import ops
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress
 from dsmini.measure import calibration
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
 from dsmini.report.results import Results, Writer, read
-from dsmini.report.terminal import Bar, say
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
 NAMES += ("shakespeare", "moe_or_dense")
@@ -208,17 +209,9 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
     """Return what all cases share. Measures the machine's rates if none are kept."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    said = list[str]()
-    with Bar(console, 1.0, "this machine's rates") as bar:
-
-        def on_part(done: float, what: str) -> None:
-            if not said and not console.is_terminal:
-                say(console, "measuring this machine's rates, half a minute; they are kept")
-            said.append(what)
-            if console.is_terminal:
-                bar.update(done, f"measuring this machine's rates, once: {what}")
-
-        roofs = measure(device, on_part, options.fresh)
+    label = "measuring this machine's rates, half a minute; they are kept"
+    with Progress(console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
+        roofs = measure(device, bar.update, options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
     return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, text=options.text)
 

@@ -15,12 +15,14 @@ from rich.console import Console
 from benchmarks import answers, clock
 from benchmarks.question import Case, Question, Setting
 from dsmini.atomic import write_text
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress
 from dsmini.measure.calibration import steadiness
 from dsmini.report import Section, comparison
 from dsmini.report.provenance import Run
 from dsmini.report.results import Done, Finished, Results, Writer, read
 from dsmini.report.rows import case_words
-from dsmini.report.terminal import Bar, say, show_question, show_table
+from dsmini.report.terminal import show_question, show_table
 from dsmini.report.units import duration, human, plural, words
 
 Loader = Callable[[], Question]
@@ -71,7 +73,8 @@ class Session:
         times = clock.Clock([estimate for _, cases in jobs for _, estimate in cases])
         say(self.console, f"{plural(times.cases, 'case')}, about {duration(times.total)}")
         try:
-            with Bar(self.console, times.total, "benchmarks") as bar:
+            how = {"delay": 0, "line_every": 0, "stays": True, "refresh_per_second": 1}  # measuring is not disturbed
+            with Progress(self.console, times.total, **how) as bar:
                 for question, cases in jobs:
                     for case, estimate in cases:
                         where, spent = f"{question.name} {case.key}", time.monotonic() - began
@@ -80,7 +83,7 @@ class Session:
                             say(self.console, f"{where} is left out: the two minutes of --quick are over")
                             continue
                         times.begin(estimate)
-                        bar.update(times.expected, times.words(where))
+                        bar.update(times.expected, f"{times.nth}/{times.cases}  {where}", left=times.left())
                         self._run_case(writer, run, setting, question.name, case, estimate, began)
                         times.end(time.monotonic() - times.started)
                     results = read(self.path)

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
-    "dsmini.report": {"dsmini.report"},
+    "dsmini.report": {"dsmini.report", "dsmini.console"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},

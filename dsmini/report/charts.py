@@ -1,6 +1,7 @@
 """Plots made from figures: lines over a number, bars side by side, points over labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 from dsmini.report.figures import Figure, Plot, Series, Value, pick
 
@@ -28,8 +29,7 @@ def lines(
         line = sorted((f for f in found if f.case[by] == value), key=lambda f: f.case[x])
         at = [float(f.case[x]) for f in line]
         words = label(value) if label else f"{by} {value}"
-        low, high = ([getattr(f, end) or 0.0 for f in line] if line[0].low else None for end in ("low", "high"))
-        series.append(Series(label=words, x=at, y=[f.measured or 0.0 for f in line], low=low, high=high))
+        series.append(_series(words, at, line, "line", quartiles=bool(line[0].low)))
         if all(f.predicted for f in line):
             expected = [f.predicted or 0.0 for f in line]
             series.append(Series(label=f"{words}, predicted", x=at, y=expected, dashed=True))
@@ -38,7 +38,8 @@ def lines(
 
 def bars(title: str, y: str, values: Mapping[str, float], line: tuple[str, float], label: str) -> Plot:
     """Draw a bar for each label, and a dashed line across all of them: its words and its height."""
-    return _barred(title, y, Series(label=label, x=_places(values), y=list(values.values()), kind="bars"), values, line)
+    heights = Series(label=label, x=range(len(values)), y=list(values.values()), kind="bars")
+    return Plot(title=title, x="", y=y, series=[heights, _across(line, -0.5, len(values) - 0.5)], labels=list(values))
 
 
 def measured_bars(
@@ -53,16 +54,15 @@ def measured_bars(
 
     Args:
         line: words and height of a dashed line across all bars.
-        predicted: whether to draw predictions too, as points.
+        predicted: draw predictions too, as points.
     """
-    found = list(figures.values())
-    low, high = [f.low or 0.0 for f in found], [f.high or 0.0 for f in found]
-    y_values, x = [f.measured or 0.0 for f in found], _places(figures)
-    plot = _barred(title, y, Series(label=label, x=x, y=y_values, low=low, high=high, kind="bars"), figures, line)
-    if not predicted:
-        return plot
-    expected = Series(label="predicted", x=x, y=[f.predicted or 0.0 for f in found], kind="points")
-    return Plot(title=title, x="", y=y, series=[*plot.series, expected], labels=plot.labels)
+    series = [_series(label, range(len(figures)), figures.values(), "bars")]
+    if line:
+        series.append(_across(line, -0.5, len(figures) - 0.5))
+    if predicted:
+        expected = [f.predicted or 0.0 for f in figures.values()]
+        series.append(Series(label="predicted", x=range(len(figures)), y=expected, kind="points"))
+    return Plot(title=title, x="", y=y, series=series, labels=list(figures))
 
 
 def points(
@@ -82,24 +82,29 @@ def points(
         line: words and height of a dashed line across all labels.
     """
     labels = list(dict.fromkeys(label(f) for found in groups.values() for f in found))
-    series = []
-    for name, found in groups.items():
-        if not found:
-            continue
-        x, measured = [float(labels.index(label(f))) for f in found], [f.measured or 0.0 for f in found]
-        low, high = ([getattr(f, end) or 0.0 for f in found] if quartiles else None for end in ("low", "high"))
-        series.append(Series(label=name, x=x, y=measured, low=low, high=high, kind="points"))
+    series = [
+        _series(name, [float(labels.index(label(f))) for f in found], found, "points", quartiles)
+        for name, found in groups.items()
+        if found
+    ]
     if line:
-        series.append(Series(label=line[0], x=[0, max(1, len(labels) - 1)], y=[line[1]] * 2, dashed=True))
+        series.append(_across(line, 0, max(1, len(labels) - 1)))
     return Plot(title=title, x="", y=y, series=series, labels=labels, log_y=log_y, caption=caption)
 
 
-def _barred(title: str, y: str, bars: Series, labels: Mapping[str, object], line: tuple[str, float] | None) -> Plot:
-    series = [bars]
-    if line:
-        series.append(Series(label=line[0], x=[-0.5, len(labels) - 0.5], y=[line[1]] * 2, dashed=True))
-    return Plot(title=title, x="", y=y, series=series, labels=list(labels))
+def _series(
+    label: str,
+    x: Sequence[float],
+    figures: Iterable[Figure],
+    kind: Literal["line", "points", "bars"],
+    quartiles: bool = True,
+) -> Series:
+    """Return the measured values of figures, with their quartiles if asked for."""
+    found = list(figures)
+    low, high = ([getattr(f, end) or 0.0 for f in found] if quartiles else None for end in ("low", "high"))
+    return Series(label=label, x=x, y=[f.measured or 0.0 for f in found], low=low, high=high, kind=kind)
 
 
-def _places(labels: Mapping[str, object]) -> list[float]:
-    return [float(i) for i in range(len(labels))]
+def _across(line: tuple[str, float], start: float, end: float) -> Series:
+    words, height = line
+    return Series(label=words, x=[start, end], y=[height] * 2, dashed=True)

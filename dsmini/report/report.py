@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 from rich.console import Console
 
+from dsmini.console.messages import say
 from dsmini.report import plots, terminal
 from dsmini.report.figures import Figure, Plot, Table
 from dsmini.report.rows import Group, groups
@@ -108,18 +110,16 @@ class Report:
             for table in section.tables:
                 terminal.show_table(console, table)
             for warning in section.warnings:
-                terminal.say(console, warning, style="yellow")
+                say(console, warning, style="yellow")
 
     def html(self) -> str:
         """Return the page. It holds all it shows: read it offline, print it, or send it to somebody."""
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
+        loader = jinja2.FileSystemLoader(Path(__file__).parent)
+        strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
         environment.filters |= {"svg": Markup, "words": words}  # an SVG is our own drawing, its labels escaped
-        return environment.get_template("page.html.j2").render(
-            report=self, themes=plots.THEMES, tones=set(terminal.STYLES)
-        )
+        page = environment.get_template("page.html.j2")
+        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES))
 
     def json_lines(self) -> Iterator[str]:
         """Yield a line for each finding, and one for each figure behind it."""
@@ -144,8 +144,7 @@ class Report:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A plot as the page shows it."""
 
     title: str

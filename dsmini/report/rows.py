@@ -14,21 +14,58 @@ WIDEST = 4.0
 COLUMNS = ("predicted", "measured", "spread", "ratio")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """One figure in words."""
 
     figure: Figure
-    cells: Mapping[str, str]
-    """Words of the case, by key."""
-    predicted: str
-    measured: str
-    spread: str
-    """Half the range of the quartiles, as a share of the measured value."""
-    ratio: str
-    """Measured over predicted: 0.87, or = and ≠ of an exact count."""
-    tone: str
-    """near, off, far, equal, unequal; none where there is nothing to compare."""
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Words of the case, by key."""
+        return {key: units.shown(value) for key, value in self.figure.case.items()}
+
+    @property
+    def predicted(self) -> str:
+        """The predicted value with its unit."""
+        return units.human(self.figure.predicted, self.figure.unit, self.figure.exact)
+
+    @property
+    def measured(self) -> str:
+        """The measured value with its unit."""
+        return units.human(self.figure.measured, self.figure.unit, self.figure.exact)
+
+    @property
+    def spread(self) -> str:
+        """Half the range of the quartiles, as a share of the measured value."""
+        low, high, middle = self.figure.low, self.figure.high, self.figure.measured
+        if low is None or high is None or not middle:
+            return ""
+        share = (high - low) / 2 / abs(middle)
+        return f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
+
+    @property
+    def ratio(self) -> str:
+        """Measured over predicted: 0.87, or = and ≠ of an exact count."""
+        ratio, equal = self.figure.ratio, self.figure.equal
+        if equal is not None:
+            return "=" if equal else "≠"
+        if ratio is None:
+            return ""
+        return f"{ratio:.2f}" if 0.1 <= ratio < 100 else units.digits(ratio)
+
+    @property
+    def tone(self) -> str:
+        """near, off, far, equal, unequal; none where there is nothing to compare."""
+        ratio, equal = self.figure.ratio, self.figure.equal
+        if equal is not None:
+            return "equal" if equal else "unequal"
+        if ratio is None or ratio <= 0:
+            return "none"
+        off = max(ratio, 1 / ratio)
+        if off <= NEAR:
+            return "near"
+        return "off" if off <= FAR else "far"
 
     @property
     def bar(self) -> tuple[float, float]:
@@ -37,45 +74,6 @@ class Row:
         if ratio is not None and ratio > 0 and not self.figure.exact:
             share = 50 * max(-1.0, min(1.0, math.log(ratio) / math.log(WIDEST)))
         return round(50 + min(0.0, share), 2), round(abs(share), 2)
-
-
-def row(figure: Figure) -> Row:
-    """Return a figure in words."""
-    return Row(
-        figure=figure,
-        cells={key: units.shown(value) for key, value in figure.case.items()},
-        predicted=units.human(figure.predicted, figure.unit, figure.exact),
-        measured=units.human(figure.measured, figure.unit, figure.exact),
-        spread=_spread(figure),
-        ratio=_ratio(figure),
-        tone=_tone(figure),
-    )
-
-
-def _spread(figure: Figure) -> str:
-    if figure.low is None or figure.high is None or not figure.measured:
-        return ""
-    share = (figure.high - figure.low) / 2 / abs(figure.measured)
-    return f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
-
-
-def _ratio(figure: Figure) -> str:
-    if figure.equal is not None:
-        return "=" if figure.equal else "≠"
-    if figure.ratio is None:
-        return ""
-    return f"{figure.ratio:.2f}" if 0.1 <= figure.ratio < 100 else units.digits(figure.ratio)
-
-
-def _tone(figure: Figure) -> str:
-    if figure.equal is not None:
-        return "equal" if figure.equal else "unequal"
-    if figure.ratio is None or figure.ratio <= 0:
-        return "none"
-    off = max(figure.ratio, 1 / figure.ratio)
-    if off <= NEAR:
-        return "near"
-    return "off" if off <= FAR else "far"
 
 
 def case_words(figure: Figure, without: Collection[str] = ()) -> str:
@@ -119,7 +117,7 @@ def _group(figures: Sequence[Figure]) -> Group:
     keys = [key for key in figures[0].case if key not in common]
     metrics: dict[str, list[Row]] = {}
     for figure in figures:
-        metrics.setdefault(figure.metric, []).append(row(figure))
+        metrics.setdefault(figure.metric, []).append(Row(figure))
     filled = {c for rows in metrics.values() for r in rows for c in COLUMNS if getattr(r, c) not in ("", units.NOTHING)}
     if any(figure.note for figure in figures):
         filled.add("measured")  # the note's number stands there

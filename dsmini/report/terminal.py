@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import rich.table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from dsmini.console.messages import say
 from dsmini.report.figures import Figure, Table
-from dsmini.report.rows import case_words, row, shared
+from dsmini.report.rows import Row, case_words, shared
 from dsmini.report.units import shown, words
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
@@ -17,18 +17,13 @@ LONGEST = 30
 """Figures of a question that a terminal shows. The page has all."""
 
 
-def say(console: Console, line: str, style: str = "") -> None:
-    """Print a line as it is, whatever its length and its brackets."""
-    console.print(Text(line, style=style), soft_wrap=True)
-
-
 def show_question(console: Console, title: str, finding: str, figures: Sequence[Figure]) -> None:
     """Print the figures of a question, as many as one likes to read, and the sentence they come to."""
     console.print()
     common = shared(figures)
     said = ", ".join(f"{words(key)} {shown(value)}" for key, value in common.items())
     rows: list[Sequence[str | Text]] = []
-    for r in map(row, figures[:LONGEST]):
+    for r in map(Row, figures[:LONGEST]):
         first = (case_words(r.figure, without=common), words(r.figure.metric))
         rows.append((*first, r.predicted, r.measured, Text(r.ratio, STYLES.get(r.tone, "")), r.spread))
     if rows:
@@ -59,26 +54,3 @@ def _print(
     for cells in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     console.print(table)
-
-
-class Bar:
-    """A bar in a terminal, a line for each update elsewhere. It moves once a second: measuring is not disturbed."""
-
-    def __init__(self, console: Console, total: float, label: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16))
-        self.console = console
-        self.bar = Progress(*columns, console=console, refresh_per_second=1, disable=not console.is_terminal)
-        self.task = self.bar.add_task(label, total=max(total, 1e-9))
-
-    def __enter__(self) -> "Bar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def update(self, done: float, words: str) -> None:
-        """Say how much of the total is done, and what comes."""
-        self.bar.update(self.task, completed=done, description=words, refresh=True)
-        if not self.console.is_terminal:
-            say(self.console, words)
