@@ -1,1 +1,1 @@
-"""What measures and what predicts: the machine's rates, counted operations, times, bytes that are kept."""
+"""Measurement and prediction: this machine's rates, counted operations, times, bytes that are held."""

@@ -19,9 +19,8 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer
 from dsmini.atomic import write_text
 from dsmini.measure.counting import count
-from dsmini.measure.hardware import card, last_level_cache
 from dsmini.measure.kinds import POINTS, PRODUCTS
-from dsmini.measure.machine import DTYPES, matmul_rate
+from dsmini.measure.machine import DTYPES, card, last_level_cache, matmul_rate
 from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.measure.timing import synchronize
 

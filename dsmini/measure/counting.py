@@ -59,18 +59,17 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.cache = _Cache(cache_bytes)
         self.operations: list[Operation] = []
-        self.overhead = 0.0
-        """Seconds that being watched adds to an operation."""
         self.views = 0
         """Calls that move nothing."""
-        self._nested = False
+        self.overhead = 0.0
+        """Seconds that being watched adds to an operation."""
+        self.overhead = self._measured_overhead()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if is_composite(func):
-            self._nested = True
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -110,21 +109,16 @@ class Count(TorchDispatchMode):
         shape = tuple(tuple(t.shape) for t in tensors)
         self.operations.append(Operation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted))
 
-    def __enter__(self) -> "Count":
-        if self._nested:
-            self._nested = False
-            super().__enter__()
-            return self
+    def _measured_overhead(self) -> float:
         x = torch.ones(1)
         plain = statistics.median(once(lambda: x * x, x.device) for _ in range(99))
-        super().__enter__()
-        for _ in range(99):
-            x * x
+        with self:
+            for _ in range(99):
+                torch.mul(x, x)
         watched = statistics.median(op.seconds for op in self.operations)
         self.operations.clear()
         self.cache.clear()
-        self.overhead = max(0.0, watched - plain)
-        return self
+        return max(0.0, watched - plain)
 
     @property
     def read(self) -> int:

@@ -1,4 +1,4 @@
-"""What FP8 takes from a model: the error of weights that are held in it, and of the products of a training step.
+"""Losses to FP8: the error of weights that are held in it, and of the products of a training step.
 
 A Linear y = x w^T takes part in three matrix products, and FP8 training rounds the operands of each:
 
@@ -207,7 +207,7 @@ def _block(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What rounding takes from the products of a step."""
+    """Losses of the products of a step to rounding."""
 
     errors: dict[tuple[str, str, str, str], float]
     """Relative error of the result by way, block, linear and product; the experts of a block together."""
@@ -219,7 +219,7 @@ class Losses:
 
 @torch.no_grad()
 def losses(gemms: Iterable[Gemm]) -> Losses:
-    """Compute what the products of a step lose, in every way of WAYS."""
+    """Compute the losses of the products of a step, in every way of WAYS."""
     # two sums each, of a part and of the whole
     errors: dict[tuple[str, str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     underflow: dict[tuple[str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))

@@ -1,9 +1,12 @@
-"""The machine at hand: which device and dtype to use, how fast it multiplies, how much memory was used."""
+"""The machine at hand: which device and dtype to use, how fast it multiplies, memory, caches and versions."""
 
 import functools
+import os
+import platform
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,7 +45,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def slow_bf16(device: torch.device) -> bool:
-    """Return whether this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process.
+    """Return True if this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process.
 
     A CPU with neither AVX-512 nor AMX does: torch's BF16 product takes 30 to 500 times as long as the FP32 one there.
     """
@@ -129,3 +132,43 @@ def peak_memory(device: torch.device) -> int:
         return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def card(device: torch.device) -> dict[str, str]:
+    """Return the machine's card: names and values for people, which also tell one machine from another."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": name,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "memory": f"{memory_bytes(device) / 2**30:.0f} GiB" if memory_bytes(device) else "unknown",
+        "last-level cache": f"{last_level_cache(device) / 2**20:.0f} MiB",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of the GPU or of the machine; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Return the bytes of the last-level cache; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    kib = [int(size[:-1]) for size in sizes if size.endswith("K")]
+    return max(kib) * 1024 if kib else 32 << 20

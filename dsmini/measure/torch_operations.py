@@ -98,13 +98,13 @@ def name_of(func: Any) -> str:
 
 
 def is_composite(func: Any) -> bool:
-    """Return whether an operation is made of others; in inference mode torch leaves linear and the like whole."""
+    """Return True if an operation is made of others. In inference mode torch leaves linear and the like whole."""
     key = "CompositeImplicitAutograd"
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) and not _is_view(func)
 
 
 def is_free(func: Any) -> bool:
-    """Return whether an operation moves nothing: views, and what only makes room."""
+    """Return True if an operation moves nothing: views, and those that only make room."""
     return name_of(func) in FREE or _is_view(func)
 
 
