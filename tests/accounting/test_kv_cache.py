@@ -70,7 +70,7 @@ def test_bytes_of_the_cache_are_those_of_its_storage(config: ModelConfig) -> Non
             made = model.new_cache(2, 3, DTYPES.get(name, "fp8"), mtp=mtp)
             counted = cache_bytes(config, max_seq_len=3, batch=2, dtype=name, mtp=mtp)
             assert counted.by_part["cache"] == made.nbytes
-            assert counted.by_part.get("mtp cache", 0) == made.lane_nbytes
+            assert counted.by_part.get("mtp cache", 0) == made.mtp_nbytes
             assert made.nbytes_per_token == kv_bytes_per_token(config, dtype=name)
 
 
