@@ -19,8 +19,8 @@ from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
 from dsmini.checkpoint.save_plan import SavePlan
 from dsmini.checkpoint.tensor_names import hf_name
 from dsmini.config import ModelConfig
-from dsmini.fields import require
-from dsmini.hf_config import (
+from dsmini.config.fields import require
+from dsmini.config.huggingface import (
     UNKNOWN_IDS,
     config_from_json,
     config_to_json,

@@ -23,8 +23,8 @@ from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot
 from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
-from dsmini.fields import parse_file, require
-from dsmini.hf_config import is_hugging_face, is_quantized
+from dsmini.config.fields import parse_file, require
+from dsmini.config.huggingface import is_hugging_face, is_quantized
 from dsmini.measure.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmini.fields import require
+from dsmini.config.fields import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.fields import parse_file
+from dsmini.config.fields import parse_file
 from dsmini.text.chat import Chat, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.fields import plain
+from dsmini.config.fields import plain
 
 # --resume: with another of these the run would not be the same run; so too for every key of the model
 SAME_RUN = (

@@ -16,6 +16,7 @@ from dsmini.checkpoint.run_folder import read_summary, replace_config, run_confi
 from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
 from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.config import RunConfig
+from dsmini.config.old_schedule import without_old_flags
 from dsmini.console import Help, parse, take_file
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import DTYPES
@@ -68,6 +69,7 @@ def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start
         old = RunConfig(model=weights.config.model, data=weights.config.data)
         name = re.sub(r"-\d+$", "", weights.folder.resolve().parent.parent.name)
     base = old if file is None else RunConfig.from_file(file, old)
+    rest = without_old_flags(rest, base.train.lr_schedule)
     command = parse(kind, "train", rest, None if base == RunConfig() else kind(**_fields(base)), page)
     config = RunConfig(**_fields(command))
     if resume:

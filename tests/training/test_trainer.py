@@ -90,7 +90,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
 
 
 def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = new_trainer(warmup=0.15)
+    trainer = new_trainer(lr_schedule=("warmup 0.15", "cosine to 0.1"))
     used = []
     (optimizer,) = trainer.optimizers
     real = optimizer.step
