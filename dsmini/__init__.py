@@ -1,11 +1,10 @@
 """dsmini: the DeepSeek architecture in plain PyTorch, small enough to read in an evening."""
 
-from dsmini import _startup as _startup
 from dsmini import accounting, nn, numerics, ops
 from dsmini.checkpoint.export import save_pretrained
 from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.inference.generation import generate
+from dsmini.inference import generate
 from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
 from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
 

@@ -13,36 +13,44 @@ COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.conver
 # module or package: what of dsmini it may import, packages meaning all inside them
 MAY_IMPORT = {
     "dsmini.atomic": set(),
-    "dsmini.fields": set(),
-    "dsmini.hf_config": set(),
-    "dsmini.config": {"dsmini.hf_config", "dsmini.fields"},
+    "dsmini.config": {"dsmini.config"},
+    "dsmini.config.huggingface": set(),
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.checkpoint": {
-        *("dsmini.atomic", "dsmini.config", "dsmini.fields", "dsmini.hf_config", "dsmini.checkpoint"),
-        *("dsmini.nn", "dsmini.numerics", "dsmini.measure.machine", "dsmini.text.tokenizer"),
+        *("dsmini.atomic", "dsmini.config", "dsmini.checkpoint"),
+        *("dsmini.nn", "dsmini.numerics", "dsmini.measure.machine", "dsmini.text", "dsmini.console"),
     },
     "dsmini.checkpoint.tensor_names": set(),
     "dsmini.checkpoint.safetensors_file": set(),
     "dsmini.checkpoint.manifest": {"dsmini.atomic"},
-    "dsmini.inference.sampling": {"dsmini.fields"},
-    "dsmini.text": {"dsmini.fields", "dsmini.inference.generation", "dsmini.text"},
+    "dsmini.inference.sampling": {"dsmini.config.fields"},
+    "dsmini.console": {"dsmini.console"},
+    "dsmini.inference": {"dsmini.config.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"},
+    "dsmini.text": {"dsmini.config.fields", "dsmini.text"},
     "dsmini.text.tokenizer": set(),
+    "dsmini.text.bpe": {"dsmini.text.tokenizer"},
+    "dsmini.text.page": set(),
+    "dsmini.text.prompts": set(),
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
     "dsmini.text.chat": {"dsmini.text.tokenizer"},
-    "dsmini.text.text_side": {"dsmini.fields", "dsmini.text"},
+    "dsmini.text.text_side": {"dsmini.config.fields", "dsmini.text"},
     "dsmini.data": {"dsmini.atomic", "dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
     "dsmini.data.documents": set(),
     "dsmini.data.split": {"dsmini.data.documents"},
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
-    "dsmini.training.optim": {"dsmini.config"},
+    "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
+    "dsmini.training.optim": {"dsmini.config", "dsmini.training.adamw", "dsmini.training.muon"},
+    "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},
+    "dsmini.training.adamw": set(),
+    "dsmini.training.muon": set(),
+    "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.ops": set(),
     "dsmini.report": {"dsmini.report"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
     "dsmini.nn": {"dsmini.config", "dsmini.functional", "dsmini.numerics", "dsmini.nn"},
-    "dsmini.inference.generation": {"dsmini.nn", "dsmini.inference.sampling"},
 }
 
 
@@ -88,6 +96,11 @@ def test_module_imports_only_what_it_may(name: str) -> None:
         if is_in(name, {place}):
             assert not {module for module in inside if not is_in(module, allowed)}
     assert not inside & (COMMANDS - {name})
+
+
+def test_package_imports_nothing_that_is_not_installed() -> None:
+    users = {n for n, path in DSMINI.items() if any(is_in(m, {"benchmarks", "tests"}) for m in imports(n, path))}
+    assert users == set()
 
 
 @pytest.mark.parametrize("folder", ["dsmini", "tests", "benchmarks", "kernels"])

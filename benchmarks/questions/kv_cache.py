@@ -20,13 +20,13 @@ KINDS = ("mla", "mha", "gqa", "mqa")
 
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The same model with each kind of attention; GQA with a quarter of the heads."""
+    """Return the same model with each kind of attention; GQA with a quarter of the heads."""
     heads = {"gqa": max(1, config.n_heads // 4)}
     return {kind: dataclasses.replace(config, attention=kind, n_kv_heads=heads.get(kind)) for kind in KINDS}  # pyright: ignore[reportArgumentType]
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
-    """The same model with each kind of attention: few layers, dense, so that attention is what is seen."""
+    """Return the same model with each kind of attention: few layers, dense, so that attention is what is seen."""
     layers = 1 if setting.quick else 2
     base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
     return kinds(base)
@@ -42,7 +42,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def measure_bytes(setting: Setting) -> Iterator[Figure]:
-    """Bytes a token from storage, exactly as predicted; and how many tokens fit in this machine's memory."""
+    """Yield a token's bytes from storage, exactly as predicted, and how many tokens fit in this machine's memory."""
     for kind, config in kinds(shapes.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
             cache = Cache(config, 2, 64, dtype, setting.device)
@@ -60,14 +60,14 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
                 exact=True,
             )
             room = memory_bytes(setting.device) - 2 * accounting.parameters(config).total
-            note = "in the device's memory beside the weights in BF16, were max_seq_len as large"
+            note = "in the device's memory next to the weights in BF16, were max_seq_len as large"
             fits = float(max(0, room) // predicted)
             yield Figure(question=NAME, case=case, metric="context_that_fits", unit="tokens", predicted=fits, note=note)
 
 
 @torch.no_grad()
 def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
-    """All kinds take turns."""
+    """Yield the time of a layer with each kind, which take turns."""
     runs, models = (
         {},
         {kind: random_model(config, setting.device, setting.dtype) for kind, config in configs(setting).items()},

@@ -48,7 +48,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
 
         def step(model: Transformer = model, cache: Cache = cache) -> None:
             cache.truncate(64)
-            model.advance(random_tokens(model.config, batch, 1, setting.device), cache)
+            model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
 
         runs[name] = step
     predicted = {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
@@ -72,8 +72,8 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
     distinct, uneven = [], []
     for _ in range(20):
         cache = random_cache(model, batch, 64, 8)
-        advance = model.advance(random_tokens(c, batch, 1, setting.device), cache)
-        for decided in advance.routing:
+        out = model.run(random_tokens(c, batch, 1, setting.device), cache)
+        for decided in out.routing:
             distinct.append(float((decided.counts > 0).sum()))
             uneven.append(max_violation(decided.counts))
     expected = accounting.expected_experts(c, batch)

@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
+from benchmarks.questions.decode import decoding_step
+from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
 from benchmarks.steps import check_bandwidth
 from dsmini.measure.counting import Operation, count
 from dsmini.measure.prediction import operation_seconds
-from dsmini.measure.workloads import random_cache, random_model, random_tokens
 
 NAME = "roofline"
 PASSES = 5
@@ -26,28 +28,11 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _decode(setting: Setting) -> Callable[[], object]:
-    config = shapes.QUICK if setting.quick else shapes.BIG
-    model = random_model(config, setting.device, setting.dtype)
-    cache = random_cache(model, 1, 1024, 64)
-
-    def step() -> None:
-        cache.truncate(1024)
-        model(random_tokens(config, 1, 1, setting.device), cache)
-
-    return step
+    return partial(decoding_step(setting, 1, 1024)[2], None)
 
 
 def _prefill(setting: Setting) -> Callable[[], object]:
-    config = shapes.QUICK if setting.quick else shapes.BIG
-    model = random_model(config, setting.device, setting.dtype)
-    prompt = random_tokens(config, 1, 512, setting.device)
-    cache = model.new_cache(1, 512)
-
-    def step() -> None:
-        cache.truncate(0)
-        model.head(model.advance(prompt, cache).normed[:, -1:])
-
-    return step
+    return reading_step(setting, 1, 512)[1]
 
 
 def _train(setting: Setting) -> Callable[[], object]:

@@ -25,14 +25,14 @@ figure = functools.partial(Figure, question=NAME, better="lower")
 
 
 def cases(setting: Setting) -> list[Case]:
-    text = setting.text
-    assert text is not None, "the question says that it needs a text"
+    assert setting.text is not None, "the question says that it needs a text"
+    text = setting.text.resolve()
     seeds = QUICK_SEEDS if setting.quick else SEEDS
     return [
         Case(
             key=f"seed={seed} text={text.name}",
             seconds=40 if setting.quick else 200,
-            run=lambda seed=seed: measure(setting, text.resolve(), seed),
+            run=lambda seed=seed: measure(setting, text, seed),
         )
         for seed in range(seeds)
     ]

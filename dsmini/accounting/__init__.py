@@ -1,28 +1,30 @@
-"""Exact counts from a ModelConfig alone, no model is built: parameters, floating-point operations, bytes.
+"""Counts from a ModelConfig alone, no model is built: parameters, floating-point operations, bytes.
 
-    how many          parameters
-    how much work     flops_per_token, decode_flops_per_token; step_flops: what dsmini really multiplies
-    bytes held        weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes, training_bytes, cache_bytes
-    bytes a token     kv_bytes_per_token (kept), decode_bytes_per_token, prefill_bytes_per_token,
-                      training_bytes_per_token (moved)
+    parameters     parameters
+    FLOPs          flops_per_token, decode_flops_per_token, step_flops
+    bytes held     weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes, training_bytes, cache_bytes,
+                   kv_bytes_per_token
+    bytes moved    decode_bytes_per_token, prefill_bytes_per_token, training_bytes_per_token
 
-All of them are sums over one list, `parts.parts`, which says of every tensor what shape it has and what a token does
-with it.
+Each is exact, or a lower bound that says so: what must be held or moved. dsmini.measure counts what was.
+All of them are sums over one list, `tensors.tensors`, which says of every tensor what shape it has and what a token
+does with it.
+
+    >>> v3 = ModelConfig.from_file("configs/deepseek-v3.toml")
+    >>> parameters(v3).main
+    671026404352
+    >>> kv_bytes_per_token(v3)
+    70272
 """
 
-from dsmini.accounting.activations import activation_bytes, training_bytes
-from dsmini.accounting.flops import decode_flops_per_token, step_flops
+from dsmini.accounting.activations import activation_bytes
+from dsmini.accounting.experts import expected_experts
+from dsmini.accounting.flops import Flops, decode_flops_per_token, flops_per_token, step_flops
 from dsmini.accounting.kv_cache import cache_bytes, kv_bytes_per_token, mha_kv_bytes_per_token, mha_twin
-from dsmini.accounting.memory import gradient_bytes, optimizer_bytes, weight_bytes
-from dsmini.accounting.parameters import Flops, Parameters, flops_per_token, parameters
+from dsmini.accounting.memory import gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
+from dsmini.accounting.parameters import Parameters, parameters
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.traffic import (
-    Traffic,
-    decode_bytes_per_token,
-    expected_experts,
-    prefill_bytes_per_token,
-    training_bytes_per_token,
-)
+from dsmini.accounting.traffic import Traffic, decode_bytes_per_token, prefill_bytes_per_token, training_bytes_per_token
 
 __all__ = [
     "Bytes",

@@ -1,15 +1,32 @@
-"""Bytes that training keeps for backward, and all that it holds.
+"""Bytes of activations that training saves for backward: a lower bound, exact but for attention's implementation.
 
-Followed through the layers tensor by tensor, as autograd saves them in eager mode on a CPU: each storage once, however
-many operations saved it. With torch.compile or another device other tensors are kept.
+Followed through the layers tensor by tensor, as autograd saves them when each layer runs as it is written: every
+storage once, however many operations saved it. For each of n tokens, in numbers of e bytes,
+
+    norm               its input, and the inverse of its root mean square in FP32
+    product            its input, once for all products that read it
+    attention          queries, keys, values, its result, and one FP32 number for each query and head: what a fused
+                       kernel (flash attention) needs to make the softmax again
+    SwiGLU             both results of the products, silu of one, and their product
+    gate               scores, their order, the chosen weights
+    routed experts     a row for each visit: its input and its result
+
+In FP8 the inputs of products are codes and scales, and SwiGLU is made again from its two inputs.
+
+What an implementation saves beyond that is measured, not predicted: softmax weights where logits are explicit, keys and
+values padded to one width or repeated for grouped heads, padded rows of experts.
+
+Worked example, DeepSeek-V3 at 4096 tokens in BF16: fused attention saves 128 * ((2 * 192 + 2 * 128) * 2 + 4) = 164,352
+bytes a token and layer, which is 673 MB a layer; explicit weights would be 128 * 4096 * 2 = 1,048,576 more.
+
+Source: DeepSeek-V3 report, sections 3.3.3 and 3.2.3; FlashAttention (arXiv 2205.14135), section 3.1.
 """
 
 from collections.abc import Iterator
 
-from dsmini.accounting.flops import EXPLICIT, check_depths, check_sizes, expert_rows, explicit_pairs
-from dsmini.accounting.memory import Optimizer, check_dtype, gradient_bytes, optimizer_bytes, weight_bytes
+from dsmini.accounting.checks import check_depths, check_dtype, check_sizes
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, MTP, OVER, SIZES, Dtype, key_width, parts
+from dsmini.accounting.tensors import BLOCK, MTP, OVER, SIZES, Dtype, key_width
 from dsmini.config import ModelConfig
 
 Amounts = Iterator[tuple[str, int]]
@@ -19,89 +36,40 @@ STATE = "residual stream and norms"
 def activation_bytes(
     config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", recompute: bool = False
 ) -> Bytes:
-    """Bytes of activations that Transformer.losses keeps for backward, multi-token prediction's included.
+    """Return the bytes of activations that Transformer.losses saves for backward, multi-token prediction's included.
 
     With config.precision "fp8" the inputs of the products in attention and feed-forwards are FP8 codes and scales
     (E5M6 for the one after attention), as is SwiGLU's; attention's inside, the norms and the gates are as before.
 
     Not in it: copies of weights in the compute dtype and the head's gradient, which are training_bytes's; what exists
-    only for a moment, such as an operation's result beside its inputs.
+    only for a moment, such as an operation's result next to its inputs.
 
-    How exact: within 0.1 % of the storages that are kept, measured by tests/accounting. What is left out
-    is a few numbers a sequence and an expert.
+    Lower bound. With fused attention, keys as wide as values and a head of keys for each head of queries, what is
+    really saved is the same within 0.1 %, tested; a few numbers a sequence and an expert are left out.
 
     Args:
         dtype: of activations.
-        recompute: only the blocks' inputs are kept, and one block's activations, the largest's, when backward is in it.
+        recompute: only the blocks' inputs are saved, and, when backward is in it, the activations of one block, the
+            largest.
 
     Raises: ValueError for sizes below 1, and sequences too short for the depths of multi-token prediction.
     """
     check_dtype(dtype, ("float32", "bfloat16"))
     check_sizes(batch_size=batch_size, seq_len=seq_len)
-    check_depths(config, seq_len, training=True)
-    kept = _Kept(config, batch_size, dtype)
-    return Bytes.of(kept.recomputed(seq_len) if recompute else kept.whole(seq_len))
+    check_depths(config, seq_len)
+    saved = _Saved(config, batch_size, dtype)
+    return Bytes.of(saved.recomputed(seq_len) if recompute else saved.whole(seq_len))
 
 
-def training_bytes(
-    config: ModelConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    dtype: Dtype = "bfloat16",
-    optimizer: Optimizer = "adamw",
-    moments: Dtype = "float32",
-    recompute: bool = False,
-) -> Bytes:
-    """Bytes that are held at the end of a forward in training: FP32 parameters and gradients, the optimizer's state,
-    and all that is kept for backward: activations, the copies of weights that autograd keeps, and the head's gradient,
-    which the chunked cross-entropy makes in the forward.
-
-    The peak of a step is higher by the operation at work, such as an optimizer's temporary tensors.
-
-    Args:
-        batch_size: sequences that go through the model at a time: with gradient accumulation a part of the step's.
-        dtype, recompute: as in activation_bytes.
-        optimizer, moments: as in optimizer_bytes.
-    """
-    activations = activation_bytes(config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, recompute=recompute)
-    return Bytes.of(
-        [
-            ("parameters", weight_bytes(config, "float32").total),
-            ("gradients", gradient_bytes(config).total),
-            ("optimizer", optimizer_bytes(config, optimizer, moments).total),
-            ("activations", activations.total),
-            ("weights kept for backward", _weights_kept(config, dtype)),
-            ("the head's gradient", 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim),
-        ]
-    )
-
-
-def _weights_kept(c: ModelConfig, dtype: Dtype) -> int:
-    """Of matrices in another dtype than the FP32 they are held in, and of experts' w1 and w3, joined."""
-
-    def amount(name: str, module: str, numbers: int, scales: int, in_block: bool) -> int:
-        if in_block and c.precision == "fp8":
-            return numbers + 4 * scales
-        joined = module.endswith("routed experts") and name != "w2"
-        return numbers * SIZES[dtype] if joined or dtype != "float32" else 0
-
-    return sum(
-        amount(part.name, part.module, part.parameters, part.scales, part.form == "fp8")
-        for part in parts(c)
-        if part.form == "fp8" or part.name == "eh_proj"
-    )
-
-
-class _Kept:
-    """Counts for one config, batch and dtype; sequence lengths differ between depths of multi-token prediction."""
+class _Saved:
+    """Bytes for one config, batch and dtype; sequence lengths differ between depths of multi-token prediction."""
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: Dtype) -> None:
-        self.c, self.b, self.dtype = config, batch_size, dtype
+        self.c, self.b = config, batch_size
         self.e, self.fp8 = SIZES[dtype], config.precision == "fp8"
 
     def whole(self, s: int) -> Amounts:
-        """All that a forward keeps."""
+        """Yield all that a forward saves."""
         c = self.c
         yield from self.ends(s)
         for layer in range(c.n_layers):
@@ -115,13 +83,13 @@ class _Kept:
                 yield MTP + name, amount
 
     def recomputed(self, s: int) -> Amounts:
-        """Inputs of blocks, what lies outside of them, and the largest block."""
+        """Yield inputs of blocks, what lies outside of them, and the largest block."""
         c = self.c
         yield from self.ends(s)
         yield "inputs of blocks", c.n_layers * self.b * s * c.dim * self.e
         for depth in range(c.n_mtp_layers):
             t = s - depth - 1
-            yield MTP + "inputs of blocks", self.b * t * c.dim * self.e  # the embedding; the state is kept anyway
+            yield MTP + "inputs of blocks", self.b * t * c.dim * self.e  # the embedding; the state is saved anyway
             yield from self.mtp_ends(depth, t)
         for layer in range(c.n_layers + c.n_mtp_layers):
             t = s - max(0, layer + 1 - c.n_layers)
@@ -133,7 +101,7 @@ class _Kept:
         )
 
     def ends(self, s: int) -> Amounts:
-        """Before and behind the blocks."""
+        """Yield what is saved before and after the blocks."""
         c, n = self.c, self.b * s
         yield "tokens", 8 * n
         yield "rotary tables", self.table(s)
@@ -145,7 +113,7 @@ class _Kept:
             yield MTP + STATE, n * c.dim * self.e
 
     def mtp_ends(self, depth: int, t: int) -> Amounts:
-        """A depth's final norm, loss, and what it gives to the next."""
+        """Yield a depth's final norm, loss, and what it gives to the next."""
         c, n = self.c, self.b * t
         yield "rotary tables", self.table(t)
         if c.embed_norm:
@@ -156,18 +124,20 @@ class _Kept:
             yield MTP + STATE, n * c.dim * self.e
 
     def block(self, layer: int, s: int) -> Amounts:
-        """Of a block, from the input of its first norm to the products of its last."""
+        """Yield a block, from the input of its first norm to the products of its last."""
         c, n = self.c, self.b * s
         yield STATE, 2 * self.normed(n, c.dim)
-        yield from self.attention(s)
+        yield from self.attention(n)
         if not c.is_moe(layer):
             yield from self.swiglu("dense feed-forward", n, c.inter_dim)
             yield "dense feed-forward", n * self.read(c.dim)
             return
-        # logits are made of an FP32 copy
+        # the gate reads FP32: a copy unless x is FP32, in which case experts read the same x
         yield "gates", (n * c.dim * 4 if self.e < 4 else 0) + self.gate(n)
-        rows = expert_rows(c, n, self.dtype)
-        yield "routed experts", rows * (self.read(c.dim) + c.dim * self.e + 8) + 8 * n * c.n_activated_experts
+        rows = (
+            n * c.n_activated_experts
+        )  # their inputs and results, which token a row is of, and where a visit's row is
+        yield "routed experts", rows * (self.read(c.dim) + c.dim * self.e + 8 + 8)
         yield from self.swiglu("routed experts", rows, c.moe_inter_dim)
         if c.n_shared_experts or (self.e == 4 and not self.fp8):
             yield "shared experts" if c.n_shared_experts else "gates", n * self.read(c.dim)
@@ -176,9 +146,9 @@ class _Kept:
         if c.n_shared_experts:
             yield from self.swiglu("shared experts", n, c.n_shared_experts * c.moe_inter_dim)
 
-    def attention(self, s: int) -> Amounts:
-        """Inputs of the products, then what lies between them."""
-        c, n = self.c, self.b * s
+    def attention(self, n: int) -> Amounts:
+        """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
+        c = self.c
         yield "attention", n * self.read(c.dim)
         if c.attention == "mla":
             if c.q_lora_rank is not None:
@@ -186,51 +156,38 @@ class _Kept:
                 yield "attention", n * self.read(c.q_lora_rank)
             yield STATE, self.normed(n, c.kv_lora_rank) + n * c.qk_rope_head_dim * self.e
             yield "attention", n * self.read(c.kv_lora_rank)
-        if c.qk_norm:
-            yield STATE, n * (c.n_heads + c.kv_heads) * (key_width(c) * self.e + 4)
-        yield OVER, self.over(s)
-        out = c.n_heads * c.v_head_dim
-        if self.fp8:
-            yield "attention", n * (12 * -(-out // 8) + 4 * -(-out // BLOCK))
-        elif s <= EXPLICIT[self.dtype] or key_width(c) != c.v_head_dim:  # else flash attention's own output is read
-            yield "attention", n * out * self.e
-
-    def over(self, s: int) -> int:
-        """Queries, keys, values and weights; for these flash attention keeps its result and a number a query."""
-        c, n = self.c, self.b * s
         d, v, h = key_width(c), c.v_head_dim, c.n_heads
-        flash = s > EXPLICIT[self.dtype]
-        wide = max(d, v) if flash else v
-        # values are a part of wkv_b's result, and keep all of it alive, unless they had to be copied
-        values = v + c.qk_nope_head_dim if c.attention == "mla" and wide == v and (flash or self.b == 1) else wide
-        keys = max(d, v) if flash else d
-        if flash:
-            return n * h * ((2 * keys + values + wide) * self.e + 4)
-        return (n * h * (2 * keys + values) + self.b * h * explicit_pairs(s)) * self.e
+        if c.qk_norm:
+            yield STATE, n * (h + c.kv_heads) * (d * self.e + 4)
+        # fused: queries and result, keys and values, and a number a query for the softmax
+        yield OVER, n * ((h + c.kv_heads) * (d + v) * self.e + h * 4)
+        if self.fp8:  # wo reads the result in E5M6, 12 bits a number (report, section 3.3.3)
+            yield "attention", n * (12 * -(-h * v // 8) + 4 * -(-h * v // BLOCK))
 
     def swiglu(self, module: str, n: int, f: int) -> Amounts:
-        """w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
+        """Yield w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
         yield module, n * (2 * self.read(f) if self.fp8 else 4 * f * self.e)
 
     def gate(self, n: int) -> int:
-        """Scores; the order they were sorted in, of which the choice is a part; the weights, undivided too, and their
-        sum."""
-        c = self.c
-        weights = 8 * c.n_activated_experts + 4 if c.norm_topk_prob else 4 * c.n_activated_experts
-        return self.scores(n) + n * (8 * c.n_routed_experts + weights)
+        """Return bytes of scores, of their order, of which the choice is a part, and of the weights.
+
+        Normalised weights are saved twice, divided and undivided, with their sum.
+        """
+        weights = 8 * self.c.n_activated_experts + 4 if self.c.norm_topk_prob else 4 * self.c.n_activated_experts
+        return self.scores(n) + n * (8 * self.c.n_routed_experts + weights)
 
     def scores(self, n: int) -> int:
-        """And their sum, which the balance loss divides by."""
+        """Return bytes of the scores, and of their sum, which the balance loss divides by."""
         return n * (4 * self.c.n_routed_experts + 4)
 
     def read(self, width: int) -> int:
-        """Bytes that are kept of a product's input of so many numbers."""
+        """Return the bytes that are saved of one row that a product reads."""
         return width + 4 * -(-width // BLOCK) if self.fp8 else width * self.e
 
     def normed(self, n: int, width: int) -> int:
-        """A norm's input and the inverse of its root mean square."""
+        """Return the bytes of a norm's input and the inverse of its root mean square."""
         return n * (width * self.e + 4)
 
     def table(self, s: int) -> int:
-        """Cosines and sines in FP32, for each pair."""
+        """Return the bytes of cosines and sines in FP32, one of each a pair."""
         return 4 * s * (self.c.qk_rope_head_dim if self.c.attention == "mla" else self.c.qk_nope_head_dim)

@@ -1,55 +1,100 @@
-"""Floating-point operations of decoding, and of whole steps as dsmini does them on a CPU in eager mode.
+"""Floating-point operations of matrix products, as the papers count them. A multiply-add is two.
 
-They differ from flops_per_token in what is really multiplied: experts' rows padded to multiples of 64, logits of a
-block of 128 queries with all keys up to the block's end, positions that multi-token prediction has not.
+    forward, a token      2 N + L H (d_qk + d_v) T
+    training, a token     3 times that: backward makes two products of each one, for the gradients of its two factors
+    decoding, a token     2 N + 2 L H (2 c + d_rope) t, absorbed
+
+N is the active parameters, L the layers, H the heads, d_qk and d_v the widths of a head's key and value, c the latent's
+width, T the tokens of a sequence, t those that a new token sees. T stands for half of the square of queries and keys,
+which a causal mask leaves.
+
+Worked example, DeepSeek-V3 in training at T = 4096, without multi-token prediction:
+6 * 36.625e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 219.7e9 + 30.7e9 = 250.4 GFLOP a token, printed as 250.
+
+Left out: norms, softmax, activations, rotary embedding, residuals, choosing experts, weighing and summing their
+outputs, losses, the optimizer. The embedding is a lookup. An implementation may run more: padded rows, logits behind
+the mask. dsmini.measure.counting counts those that ran.
+
+Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 report, section 2.1.2 (absorption).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from dsmini.accounting.memory import check_dtype
-from dsmini.accounting.parameters import Flops
-from dsmini.accounting.tensors import Dtype, Part, collect, key_width, main_parts, mtp_parts
+from dsmini.accounting.checks import check_context, check_depths, check_sizes
+from dsmini.accounting.table import collect
+from dsmini.accounting.tensors import TensorUse, main_tensors, mtp_tensors, sums, tensors
 from dsmini.config import ModelConfig
 
 Form = Literal["auto", "expanded", "absorbed"]
-ROWS = 64
-"""The cache is read in multiples of so many rows, and experts' rows are padded to them in BF16."""
-QUERIES = 128
-"""Logits are made for so many queries at a time."""
-EXPLICIT = {"float32": 128, "bfloat16": 1024}
-"""Up to so many tokens logits are explicit; beyond, attention is torch's flash attention."""
+"""How a new token attends to MLA's cache. auto: absorbed, unless the heads are normed, which cannot be absorbed."""
 
 
-def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto", as_run: bool = False) -> Flops:
-    """FLOPs of decoding one token of a sequence that holds `context` with it: 2 N, and attention to what is cached.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """Floating-point operations; a multiply-add is two."""
 
-    A twin's logits and sums take 2 h (d_qk + d_v) a cached token and layer. Expanded MLA makes keys and values of
-    the whole context anew, 2 kv_lora_rank h (d_nope + d_v) a cached token, before the same; absorbed MLA takes 2 h (2
-    kv_lora_rank + d_rope) a cached token, and its halves of wkv_b are as much work as wkv_b for one token.
+    total: int
+    by_module: Mapping[str, int]
+    """FLOPs of each kind of module, named as in Parameters.by_module; attention's products that grow with the
+    context apart."""
+
+
+def flops_per_token(
+    config: ModelConfig, seq_len: int, causal: bool = True, training: bool = False, mtp: bool | None = None
+) -> Flops:
+    """Return the FLOPs of a token, the mean over a sequence of seq_len tokens: 2 N + L H (d_qk + d_v) seq_len.
+
+    Training takes three times that. MLA is counted in its expanded form, that of training and prefill.
+    V3 at 4096 tokens in training, without MTP: 250.4 GFLOP, printed as 250; V2: 155.3, printed as 155.
 
     Args:
-        form: how MLA attends; auto: as dsmini does, the form with fewer operations.
-        as_run: with the rows that dsmini reads beyond the context, up to a multiple of 64. The padding of experts' rows
-            in batches of more than 64 e / k sequences is not in it.
+        causal: count half of the square of queries and keys, as the published figures do; the diagonal, 1 / seq_len
+            of it, is ignored. False: the whole square, which is what an implementation with a mask computes.
+        training: forward and backward, nothing recomputed.
+        mtp: with the multi-token prediction blocks; left out: as training does, since plain decoding does not run
+            them. The published figures are without. Simplified: depth k is counted at all positions, of which it has
+            seq_len - k.
+
+    Source: "Insights into DeepSeek-V3", table 2. Raises: ValueError for a seq_len below 1.
+    """
+    check_sizes(seq_len=seq_len)
+    mtp = training if mtp is None else mtp
+    passes = 3 if training else 1
+
+    def flops(use: TensorUse) -> int:
+        return passes * (2 * use.per_token + (1 if causal else 2) * seq_len * use.per_pair)
+
+    return _flops(sums(tensors(config) if mtp else main_tensors(config), flops))
+
+
+def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto") -> Flops:
+    """Return the FLOPs of decoding one token of a sequence that holds `context` tokens with it.
+
+    A baseline's logits and sums take 2 h (d_qk + d_v) a cached token and layer. Expanded MLA makes keys and values of
+    the whole context again, 2 kv_lora_rank h (d_nope + d_v) a cached token, before the same. Absorbed MLA takes
+    2 h (2 kv_lora_rank + d_rope) a cached token, and its halves of wkv_b are as much work as wkv_b for one token.
+
+    Args:
+        form: how MLA attends.
 
     Source: DeepSeek-V2 report, section 2.1.2 (absorption).
     Raises: ValueError for a context below 1 or beyond max_seq_len, and form="absorbed" of what has none.
     """
-    keys = rows_read(config, context) if as_run else check_context(config, context)
-    chosen = form_taken(config, context, form)
+    check_context(config, context)
+    absorbed = is_absorbed(config, form)
 
     def amounts() -> Iterator[tuple[str, int]]:
-        for part in main_parts(config):
-            if part.name == "wkv_b" and chosen == "expanded":
-                yield "expanding the cache", 2 * keys * part.per_token
+        for use in main_tensors(config):
+            if use.name == "wkv_b" and not absorbed:
+                yield "expanding the cache", 2 * context * use.per_token
             else:
-                yield part.module, 2 * part.per_token
-            pair = part.per_pair if chosen == "expanded" or not part.per_pair else absorbed_pair(config)
-            yield part.module, 2 * keys * pair
+                yield use.module, 2 * use.per_token
+            pair = absorbed_pair(config) if use.per_pair and absorbed else use.per_pair
+            yield use.module, 2 * context * pair
 
-    by_module = collect(amounts())
-    return Flops(total=sum(by_module.values()), by_module=by_module)
+    return _flops(collect(amounts()))
 
 
 def step_flops(
@@ -57,121 +102,69 @@ def step_flops(
     *,
     batch_size: int,
     seq_len: int,
+    causal: bool = True,
     training: bool = True,
-    dtype: Dtype = "bfloat16",
     recompute: bool = False,
     last_logits: bool = False,
 ) -> Flops:
-    """FLOPs of the matrix products of one step over batch_size sequences of seq_len tokens, as dsmini runs it.
+    """Return the FLOPs of one step over batch_size sequences of seq_len tokens, at the positions that there are.
 
-    Exact where attention's logits are explicit, up to 1024 tokens in BF16 and 128 in FP32. Beyond, torch's flash
-    attention is counted as half the square, T (T + 1) / 2 pairs, of queries, keys and values padded to one width, with
-    logits made again in backward; the blocks that it cuts the square in are not counted.
-    Simulated FP8 makes the same products; its rounding is none. Left out as in flops_per_token: all but products.
+    As batch_size * seq_len tokens of flops_per_token, but depth k of multi-token prediction has seq_len - k positions.
 
     Args:
+        causal: as in flops_per_token.
         training: forward and backward with multi-token prediction; else the forward of a model that is only asked for
             logits, as when a prompt is read.
-        dtype: of the products.
         recompute: blocks run forward once more in backward, up to what their last product reads.
         last_logits: the head only for the last token of each sequence, as generation does (training=False only).
 
     Raises: ValueError for sizes below 1, and last_logits in training.
     """
-    check_dtype(dtype, ("float32", "bfloat16"))
     check_sizes(batch_size=batch_size, seq_len=seq_len)
-    check_depths(config, seq_len, training)
+    if training:
+        check_depths(config, seq_len)
     if training and last_logits:
         raise ValueError("last_logits=True in training, whose losses want all logits; use training=False")
-    blocks = 3 + recompute if training else 1
+    again = training and recompute
+    once = 3 if training else 1
 
-    def amount(part: Part, s: int, passes: int) -> int:
-        n = batch_size * s
-        if part.per_pair:
-            return batch_size * _attention(config, s, dtype, training, recompute)
-        if part.module.endswith("routed experts"):
-            rows = expert_rows(config, n, dtype)
-            return 2 * passes * rows * part.per_token // part.visits
-        if recompute and config.precision == "native" and part.name == "w2":
-            passes -= 1  # recomputation stops behind the last number that is kept, which a block's last product reads
-        rows = batch_size if part.name == "head" and last_logits else n
-        return 2 * passes * rows * part.per_token
+    def amount(use: TensorUse, s: int) -> int:
+        # Backward needs no result of the last product. Two results it needs: the routed experts', whose weights learn
+        # from them, and in FP8 SwiGLU's with the product behind it, which are one function.
+        last = use.name == "w2" and config.precision == "native" and not use.module.endswith("routed experts")
+        passes = once + (again and use.name != "head" and not last)
+        positions = 1 if use.name == "head" and last_logits else s
+        pairs = (1 if causal else 2) * s * s * use.per_pair
+        return batch_size * passes * (2 * positions * use.per_token + pairs)
 
     def amounts() -> Iterator[tuple[str, int]]:
-        for part in main_parts(config):
-            inside = part.name not in ("embed", "head")
-            yield part.module, amount(part, seq_len, blocks if inside else min(blocks, 3))
+        for use in main_tensors(config):
+            yield use.module, amount(use, seq_len)
         for depth in range(config.n_mtp_layers if training else 0):
-            for part in mtp_parts(config, depth):
-                inside = part.name != "head"
-                yield part.module, amount(part, seq_len - depth - 1, blocks if inside else 3)
+            for use in mtp_tensors(config, depth):
+                yield use.module, amount(use, seq_len - depth - 1)
 
-    by_module = collect(amounts())
-    return Flops(total=sum(by_module.values()), by_module=by_module)
+    return _flops(collect(amounts()))
 
 
-def expert_rows(c: ModelConfig, n: int, dtype: str) -> int:
-    """Rows that a layer's experts multiply for n tokens: a visit each and, in BF16 with enough of them, padding."""
-    visits, e = n * c.n_activated_experts, c.n_routed_experts
-    if dtype != "bfloat16" or visits < ROWS * e:
-        return visits
-    return -(-(visits + e * (ROWS - 1)) // ROWS) * ROWS
+def is_absorbed(c: ModelConfig, form: Form) -> bool:
+    """Return whether a new token attends in the absorbed form.
 
-
-def explicit_pairs(s: int) -> int:
-    """Logits a head makes of s queries, 128 at a time, with all keys up to the block's end."""
-    return sum((min(s, start + QUERIES) - start) * min(s, start + QUERIES) for start in range(0, s, QUERIES))
-
-
-def _attention(c: ModelConfig, s: int, dtype: Dtype, training: bool, recompute: bool) -> int:
-    d, v, h = key_width(c), c.v_head_dim, c.n_heads
-    forward = 1 + recompute if training else 1
-    if s <= EXPLICIT[dtype]:
-        return 2 * h * explicit_pairs(s) * (d + v) * (forward + 2 * training)
-    products = 2 * forward + 5 * training
-    return 2 * h * (s * (s + 1) // 2) * max(d, v) * products
-
-
-def absorbed_pair(c: ModelConfig) -> int:
-    """Multiply-adds of a query with a cached row in the absorbed form, all heads."""
-    return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-
-
-def form_taken(c: ModelConfig, context: int, form: Form) -> Literal["expanded", "absorbed"]:
-    """How a layer attends from one new token; a twin is expanded, having nothing to absorb."""
+    A cached token costs fewer operations absorbed whatever the sizes, so "auto" absorbs where it can: 2 c + d_rope is
+    less than c (d_nope + d_v) + d_qk + d_v for each head.
+    """
     if form not in ("auto", "expanded", "absorbed"):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
     able = c.attention == "mla" and not c.qk_norm
     if form == "absorbed" and not able:
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
-    if form != "auto" or not able:
-        return "expanded" if form == "auto" else form
-    keys = rows_read(c, context)
-    wkv_b = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    expanded = keys * wkv_b + keys * c.n_heads * (c.qk_head_dim + c.v_head_dim)
-    return "absorbed" if wkv_b + keys * absorbed_pair(c) < expanded else "expanded"
+    return able and form != "expanded"
 
 
-def rows_read(c: ModelConfig, context: int) -> int:
-    """Of a cache that has room for max_seq_len tokens: those of the context, up to a multiple of 64."""
-    return min(c.max_seq_len, -(-check_context(c, context) // ROWS) * ROWS)
+def absorbed_pair(c: ModelConfig) -> int:
+    """Return the multiply-adds of a query with a cached row in the absorbed form, all heads."""
+    return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
 
 
-def check_context(c: ModelConfig, context: int) -> int:
-    """The context, if a model can have it."""
-    if not 1 <= context <= c.max_seq_len:
-        raise ValueError(f"context={context} is not from 1 to max_seq_len={c.max_seq_len}; use such a number")
-    return context
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse what is below 1."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not positive; use 1 or more")
-
-
-def check_depths(c: ModelConfig, seq_len: int, training: bool) -> None:
-    """Refuse sequences that leave a depth of multi-token prediction no position."""
-    if training and seq_len <= c.n_mtp_layers:
-        raise ValueError(f"seq_len={seq_len} is too short for n_mtp_layers={c.n_mtp_layers}; use more tokens")
+def _flops(by_module: Mapping[str, int]) -> Flops:
+    return Flops(total=sum(by_module.values()), by_module=by_module)

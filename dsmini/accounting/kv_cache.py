@@ -1,4 +1,13 @@
-"""Bytes of what decoding keeps of a token, and the twin that MLA's cache is compared with."""
+"""Bytes of what decoding stores of a token, and the MHA that MLA's cache is compared with.
+
+    MLA              kv_lora_rank + qk_rope_head_dim numbers a layer
+    MHA, GQA, MQA    n_kv_heads (d_k + d_v) numbers a layer
+
+Worked example, DeepSeek-V3 in BF16: (512 + 64) * 61 layers * 2 bytes = 70,272 bytes a token. MHA with as many heads of
+128 would store 128 * (128 + 128) = 32,768 numbers a layer, and 1 - 576 / 32768 = 98.24 % of them are saved.
+
+Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 1.
+"""
 
 import dataclasses
 from typing import Literal
@@ -12,10 +21,9 @@ CacheDtype = Literal["float32", "bfloat16", "fp8"]
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: CacheDtype | None = None) -> int:
-    """Bytes of cache that a token occupies in all layers together, multi-token prediction's apart. V3 in BF16: 70,272.
+    """Return the bytes of cache that a token occupies in all layers together. V3 in BF16: 70,272.
 
-    MLA keeps a latent and one rotary key, kv_lora_rank + qk_rope_head_dim numbers a layer; the twins keep a key and a
-    value of each key-value head.
+    The rows of multi-token prediction blocks are not in it.
 
     Args:
         dtype: in place of bytes_per_number. "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
@@ -28,15 +36,16 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: Ca
 
 
 def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
-    """kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and there is no such twin to build."""
+    """Return kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and no such model can be built."""
     return config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.n_layers * bytes_per_number
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
-    """The same model with multi-head attention of as many heads, keys qk_nope_head_dim and values v_head_dim wide.
+    """Return the same model with multi-head attention of as many heads: the baseline of MLA's cache.
 
-    Against it V3's cache is 98.24 % smaller: 576 numbers a layer for 128 * (128 + 128) = 32768. That figure needs
-    keys of 128; against MLA's own 192-wide expanded keys, 128 * (192 + 128) = 40960, the same cache saves 98.59 %.
+    Its keys are qk_nope_head_dim wide and its values v_head_dim. Against it V3's cache is 98.24 % smaller: 576 numbers
+    a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own 192-wide expanded keys,
+    128 * (192 + 128) = 40960, the same cache saves 98.59 %.
 
     Raises: ValueError if qk_nope_head_dim is odd, since the twin rotates it.
     """
@@ -46,24 +55,24 @@ def mha_twin(config: ModelConfig) -> ModelConfig:
 def cache_bytes(
     config: ModelConfig, *, max_seq_len: int, batch: int = 1, dtype: CacheDtype = "bfloat16", mtp: bool = False
 ) -> Bytes:
-    """Bytes of the storage of Transformer.new_cache, all of which is allocated at once.
+    """Return the bytes of the storage of Transformer.new_cache, all of which is allocated at once.
 
     Args:
-        mtp: with what the multi-token prediction blocks keep, a layer's rows each.
+        mtp: with the rows of the multi-token prediction blocks, a layer's each.
     """
     rows = batch * max_seq_len * row_bytes(config, dtype)
     return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
 
 
 def row_width(c: ModelConfig) -> int:
-    """Numbers that a layer keeps of a token."""
+    """Return the numbers that a layer stores of a token."""
     if c.attention == "mla":
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
 
 def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
-    """Bytes that a layer keeps of a token."""
+    """Return the bytes that a layer stores of a token."""
     if dtype not in ("float32", "bfloat16", "fp8"):
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     if dtype != "fp8":

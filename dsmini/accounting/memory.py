@@ -1,10 +1,24 @@
-"""Bytes that are held from step to step: weights, gradients, the optimizer's state."""
+"""Bytes that are held from step to step: weights, gradients, the optimizer's state; and all that training holds.
+
+Worked example, DeepSeek-V3 with multi-token prediction, 682.6B parameters, in training:
+
+    FP32 parameters, routing biases               4 bytes a parameter    2.73 TB
+    FP32 gradients                                4                      2.73 TB
+    AdamW's two moments in BF16                   4                      2.73 TB
+
+Its weights alone, without multi-token prediction, are 673.4 GB in FP8: 669.1e9 codes of one byte, 163 MB of scales,
+1.85e9 numbers of embedding and head in BF16, 107e6 of gates and norms in FP32.
+
+Source: the shapes and dtypes of the released checkpoints; DeepSeek-V3 report, section 3.3.3 (BF16 moments).
+"""
 
 from collections.abc import Iterator
 from typing import Literal
 
+from dsmini.accounting.activations import activation_bytes
+from dsmini.accounting.checks import check_dtype
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import SIZES, Dtype, Part, parts
+from dsmini.accounting.tensors import SIZES, Dtype, TensorUse, tensors
 from dsmini.config import ModelConfig
 
 WeightDtype = Literal["float32", "bfloat16", "fp8"]
@@ -13,65 +27,106 @@ Optimizer = Literal["adamw", "muon"]
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool = True) -> Bytes:
-    """Bytes of a model's parameters and routing biases as dsmini holds them. V3 without MTP in FP8: 673.3 GB.
+    """Return the bytes of a model's parameters and routing biases as dsmini holds them. Exact.
 
     Norms, gates and routing biases are FP32 whatever dtype says. In FP8 the embedding, the head and MTP's projection
     are BF16, and the scales a part of their own; the released folders are smaller by the norms and gates, which they
-    have in BF16.
+    have in BF16. V3 without MTP in FP8: 673.4 GB.
 
     Args:
         mtp: with the multi-token prediction blocks.
 
-    Source: the shapes and dtypes of the released checkpoints. Exact.
+    Source: the shapes and dtypes of the released checkpoints.
     """
     check_dtype(dtype, ("float32", "bfloat16", "fp8"))
 
-    def amounts(part: Part) -> Iterator[tuple[str, int]]:
-        yield part.module, part.parameters * held_size(part, dtype)
-        yield "routing biases", 4 * part.buffers
-        if dtype == "fp8" and part.form == "fp8":
-            yield "scales", 4 * part.scales
+    def amounts(use: TensorUse) -> Iterator[tuple[str, int]]:
+        yield use.module, use.parameters * _number_bytes(use, dtype)
+        yield "routing biases", 4 * use.buffers
+        if dtype == "fp8" and use.form == "fp8":
+            yield "scales", 4 * use.scales
 
-    return Bytes.of(a for part in parts(config) if mtp or not part.module.startswith("mtp ") for a in amounts(part))
+    return Bytes.of(a for use in tensors(config) if mtp or not use.module.startswith("mtp ") for a in amounts(use))
 
 
 def gradient_bytes(config: ModelConfig) -> Bytes:
-    """Bytes of the gradients: FP32, as the parameters of training are; a stack of experts has one whole."""
-    return Bytes.of((part.module, 4 * part.parameters) for part in parts(config))
+    """Return the bytes of the gradients: FP32, as the parameters of training are; a stack of experts has one whole."""
+    return Bytes.of((use.module, 4 * use.parameters) for use in tensors(config))
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments: Dtype = "float32") -> Bytes:
-    """Bytes that the optimizers remember of FP32 parameters after a step.
+    """Return the bytes that the optimizers store of FP32 parameters after a step. Exact.
 
     AdamW: two moments of every parameter, and a count of steps, 4 bytes, of every tensor. Muon: one FP32 momentum of
     the matrices inside the blocks, MTP's projection among them; embedding, head, gates and norms are AdamW's then too.
     V3's two moments in BF16 are 4 bytes a parameter for 8 (report, section 3.3.3).
 
     Args:
-        moments: of AdamW's.
+        moments: dtype of AdamW's moments.
 
-    Exact; a step's own temporary tensors are not in it.
+    Temporary tensors of a step are not in it.
     """
     check_dtype(moments, ("float32", "bfloat16"))
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
-    def amount(part: Part) -> int:
-        if optimizer == "muon" and (part.form == "fp8" or part.name == "eh_proj"):
-            return 4 * part.parameters
-        return 2 * SIZES[moments] * part.parameters + (4 if part.parameters else 0)
+    def amount(use: TensorUse) -> int:
+        if optimizer == "muon" and (use.form == "fp8" or use.name == "eh_proj"):
+            return 4 * use.parameters
+        return 2 * SIZES[moments] * use.parameters + (4 if use.parameters else 0)
 
-    return Bytes.of((part.module, amount(part)) for part in parts(config))
+    return Bytes.of((use.module, amount(use)) for use in tensors(config))
 
 
-def held_size(part: Part, dtype: WeightDtype) -> int:
-    """Bytes of one of the part's numbers, scales apart."""
-    if part.form == "fp32":
+def training_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: Dtype = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    moments: Dtype = "float32",
+    recompute: bool = False,
+) -> Bytes:
+    """Return the bytes that are held at the end of a forward in training: a lower bound, as activation_bytes is.
+
+    They are FP32 parameters and gradients, the optimizer's state, and all that is saved for backward: activations,
+    copies of weights, and the head's gradient, which the chunked cross-entropy makes in the forward.
+    The peak of a step is higher by the operation at work, such as an optimizer's temporary tensors.
+
+    Args:
+        batch_size: sequences that go through the model at a time: with gradient accumulation a part of the step's.
+        dtype, recompute: as in activation_bytes.
+        optimizer, moments: as in optimizer_bytes.
+    """
+    activations = activation_bytes(config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, recompute=recompute)
+    return Bytes.of(
+        [
+            ("parameters", weight_bytes(config, "float32").total),
+            ("gradients", gradient_bytes(config).total),
+            ("optimizer", optimizer_bytes(config, optimizer, moments).total),
+            ("activations", activations.total),
+            ("weights kept for backward", sum(_saved_copy(config, use, dtype) for use in tensors(config))),
+            ("the head's gradient", 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim),
+        ]
+    )
+
+
+def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype) -> int:
+    """Return the bytes of the copy of a weight that autograd saves, besides the FP32 parameter itself.
+
+    Matrices are saved in the dtype they were multiplied in; experts' w1 and w3 also in FP32, where they are joined.
+    """
+    if use.form == "fp8" and c.precision == "fp8":
+        return use.parameters + 4 * use.scales
+    if use.form != "fp8" and use.name != "eh_proj":
+        return 0
+    joined = use.module.endswith("routed experts") and use.name != "w2"
+    return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
+
+
+def _number_bytes(use: TensorUse, dtype: WeightDtype) -> int:
+    """Return the bytes of one number of a tensor that is held in dtype, scales apart."""
+    if use.form == "fp32":
         return 4
-    return {"float32": 4, "bfloat16": 2, "fp8": 1 if part.form == "fp8" else 2}[dtype]
-
-
-def check_dtype(dtype: str, known: tuple[str, ...]) -> None:
-    """Refuse others than the known."""
-    if dtype not in known:
-        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
+    return {"float32": 4, "bfloat16": 2, "fp8": 1 if use.form == "fp8" else 2}[dtype]

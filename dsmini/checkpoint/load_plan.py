@@ -10,7 +10,7 @@ from dsmini.checkpoint.safetensors_file import DTYPES, Stored
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.checkpoint.tensor_names import hf_name, inference_name, mtp_copies
-from dsmini.fields import require
+from dsmini.config.fields import require
 from dsmini.nn import Transformer
 
 PLAIN = ("BF16", "F32", "F16")

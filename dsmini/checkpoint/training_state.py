@@ -25,7 +25,7 @@ from dsmini.checkpoint.manifest import verify, write_folder
 from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.config import RunConfig
-from dsmini.fields import build, check_types
+from dsmini.config.fields import build, check_types
 
 Tensors = dict[str, dict[str, Tensor]]
 """Tensors by the stem of their file, and by name."""

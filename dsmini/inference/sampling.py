@@ -1,7 +1,7 @@
-"""How the next token is drawn: from logits to the distribution that is really drawn from, and the draw.
+"""Drawing the next token: from logits to the distribution that is really drawn from, and the draw.
 
-The distribution is a value of its own because speculative decoding needs it: a draft token is kept with the chance
-that keeps the output's distribution, and that chance is a quotient of two of them.
+The distribution is a value of its own because speculative decoding needs it: a guess is kept with a probability that
+is the quotient of two of them.
 """
 
 import math
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmini.fields import require
+from dsmini.config.fields import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Applied in the order penalty, temperature, top-k, top-p, min-p.
+    """The rule by which the next token is drawn: penalty, temperature, top-k, top-p and min-p, in this order.
 
     Among equally likely tokens the lowest ids are kept, on every device.
 
@@ -25,16 +25,16 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """Divides the logits. 0 takes the likeliest token, the lowest id among equals."""
+    """Divisor of the logits. 0 takes the likeliest token, the lowest id among equals."""
     top_k: int | None = None
-    """Draw from this many likeliest tokens."""
+    """Number of likeliest tokens to draw from; None: all."""
     top_p: float | None = None
-    """Draw from the fewest tokens whose probabilities sum to this or more."""
+    """Least sum of the probabilities of the likeliest tokens to draw from; None: all."""
     min_p: float | None = None
-    """Draw from the tokens at least this many times as likely as the likeliest."""
+    """Least probability of a token to draw, as a share of the likeliest token's; None: any."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the row already holds, its prompt included, are divided by this if they are positive and
-    multiplied if negative (CTRL, Keskar et al. 2019). 1 is off, above 1 holds repetition down."""
+    """Divisor of positive logits, and factor of negative ones, of tokens that the row already holds, its prompt
+    included (CTRL, Keskar et al. 2019). 1 is off; above 1 there is less repetition."""
 
     def __post_init__(self) -> None:
         t, k, p, m, r = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
@@ -53,8 +53,9 @@ class Sampling:
         require(_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one")
 
     def probabilities(self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None) -> Tensor:
-        """The distribution [b, v] in FP32 that the next token of each row is drawn from; at temperature 0 all of it
-        lies on one token.
+        """Return the distribution [b, v] in FP32 that the next token of each row is drawn from.
+
+        At temperature 0 all of it lies on one token.
 
         Args:
             seen: which tokens each row already holds; needed only for the repetition penalty.
@@ -82,9 +83,9 @@ class Sampling:
 
 
 def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-    """One token for each row, as likely as its weight; the weights of a row need not sum to 1.
+    """Draw one token for each row, as likely as its weight; the weights of a row need not sum to 1.
 
-    Drawn where the generator lives, so that a seed gives the same tokens whatever device the model is on.
+    The draw is on the generator's device, so that a seed gives the same tokens whatever device the model is on.
     """
     device = probabilities.device if generator is None else generator.device
     drawn = torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(1)
@@ -92,15 +93,14 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    """Which k tokens of each row score highest. torch.topk alone picks any among equals."""
+    """Return a mask of the k tokens of each row that score highest. torch.topk alone picks any among equals."""
     floor = scores.topk(k, -1).values[:, -1:]
     above, level = scores > floor, scores == floor
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def _top_p(probabilities: Tensor, p: float) -> Tensor:
-    """Which tokens of each row, from the likeliest on, are needed until they sum to p: those with less than p before
-    them."""
+    """Return a mask of the likeliest tokens of each row that together reach p: those with less than p before them."""
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
     return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < p)

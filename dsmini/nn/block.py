@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.rope import Table
@@ -16,13 +17,30 @@ from dsmini.nn.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on."""
+    """Block number `layer` of a model: attention as config.attention says, experts from layer n_dense_layers on.
 
-    def __init__(self, config: ModelConfig | None = None, /, layer: int = 0, **arguments: Any) -> None:
+    Args:
+        attention_class: another attention, built from a config and called as MLA is. Its rows in a cache are as wide as
+            those of config.attention.
+
+    Another residual rule is a subclass with another `forward`; Transformer(make_block=...) builds a model of it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        /,
+        layer: int = 0,
+        *,
+        attention_class: type[nn.Module] | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
+        if attention_class is None:
+            attention_class = MLA if c.attention == "mla" else Attention
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = MLA(c) if c.attention == "mla" else Attention(c)
+        self.attn = attention_class(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = MoE(c) if c.is_moe(layer) else FeedForward(c)
 
@@ -33,10 +51,15 @@ class Block(nn.Module):
         documents: Int[Tensor, "b s"] | None = None,
         past: Past | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
-        """The block's output and, from a MoE layer, its routing."""
+        """Return the block's output and, from a MoE layer, its routing."""
         x = x + self.attn(self.attn_norm(x), table, documents, past)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(normed)
             return x + y, routing
         return x + self.ffn(normed), None
+
+
+def recomputed(block: nn.Module, *args: Any) -> tuple[Tensor, Routing | None]:
+    """Run a block that keeps only its input for backward, and computes the rest again there."""
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]

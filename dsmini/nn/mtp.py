@@ -5,7 +5,8 @@ predicts token i+k+1. Embedding and output head are the main model's. Position i
 given its own target's embedding, a block would learn to copy.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.rope import Table
-from dsmini.nn.block import Block
-from dsmini.nn.cache import Past
+from dsmini.nn.block import Block, recomputed
+from dsmini.nn.cache import MTPCache, Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
+from dsmini.nn.positions import Window
+from dsmini.nn.rope import Rope
 
 
 class MTP(nn.Module):
@@ -27,17 +30,26 @@ class MTP(nn.Module):
 
     Args:
         depth: 0 for the first MTP block; it is block n_layers + depth of the model.
+        make_block: as in Transformer.
 
     Source: DeepSeek-V3 report, section 2.2, equations 21 to 23.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, depth: int = 0, **arguments: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        /,
+        depth: int = 0,
+        *,
+        make_block: Callable[..., nn.Module] = Block,
+        **arguments: Any,
+    ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
         self.enorm = RMSNorm(c.dim, c.norm_eps)
         self.hnorm = RMSNorm(c.dim, c.norm_eps)
         self.eh_proj = Linear(2 * c.dim, c.dim, init_std=c.init_std)
-        self.block = Block(c, layer=c.n_layers + depth)
+        self.block = make_block(c, layer=c.n_layers + depth)
         self.norm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(
@@ -48,7 +60,95 @@ class MTP(nn.Module):
         documents: Int[Tensor, "b s"] | None = None,
         past: Past | None = None,
     ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
-        """From what the depth before knows at each position and the embedding of the token that it was to predict,
-        the block's output before `norm`, and its routing."""
+        """Return the block's output before `norm`, and its routing.
+
+        Args:
+            hidden: what the depth before knows at each position.
+            embedding: of the token that the depth before was to predict there.
+        """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
         return self.block(x, table, documents, past)
+
+
+class MTPChain(nn.ModuleList):
+    """The MTP blocks of all depths, each of which reads the hidden states of the depth before."""
+
+    def __init__(self, config: ModelConfig, make_block: Callable[..., nn.Module] = Block) -> None:
+        super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
+        self.rope = Rope.from_config(config)
+        self.pre_norm = config.mtp_input == "pre_norm"
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b s"],
+        hidden: Float[Tensor, "b s m"],
+        embed: Callable[[Tensor], Tensor],
+        documents: Int[Tensor, "b s"] | None = None,
+        recompute: bool = False,
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """Return the normed hidden states of each depth k = 1, 2, ..., [b, s - k, m], and their routing.
+
+        Args:
+            hidden: the main model's hidden states.
+            embed: makes embeddings of token ids.
+            documents, recompute: as in Transformer.losses.
+        """
+        all_normed: list[Tensor] = []
+        routing: list[Routing] = []
+        for k, block in enumerate(cast(list[MTP], list(self)), 1):
+            if tokens.shape[1] <= k:
+                raise ValueError(f"a sequence of {tokens.shape[1]} tokens is too short for MTP depth {k}; want {k + 1}")
+            # 1. join what depth k - 1 knows at position i with the embedding of token i + k: both [b, s - k, m]
+            embedding = embed(tokens[:, k:])
+            n = embedding.shape[1]
+            hidden = hidden[:, :n]
+            table = self.rope.table(torch.arange(n, device=tokens.device))
+            within = None if documents is None else documents[:, :n]
+            # 2. run the block: [b, s - k, m]
+            inputs = (hidden, embedding, table, within)
+            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
+            # 3. the head reads the normed states; the next depth those before or after the norm
+            normed = block.norm(x)
+            hidden = x if self.pre_norm else normed
+            all_normed.append(normed)
+            routing += [] if decided is None else [decided]
+        return all_normed, routing
+
+    def decode(
+        self,
+        embedding: Float[Tensor, "b s m"],
+        before: Float[Tensor, "b s m"],
+        cache: MTPCache,
+        lengths: Int[Tensor, " b"] | None = None,
+    ) -> list[Float[Tensor, "b s m"]]:
+        """Append tokens to the cache, and return each depth's normed states: after each token, of the next.
+
+        Args:
+            embedding: of the new tokens, which the main model has seen or is about to see.
+            before: the main model's hidden state at the position before each new token.
+            lengths: number of new tokens of each row, padded on the right; None: all columns are tokens.
+        """
+        window = cache.window(embedding.shape[1], lengths)
+        all_normed: list[Tensor] = []
+        for k in range(len(self)):
+            normed, given = self.decode_depth(k, embedding, before, cache, window)
+            all_normed.append(normed)
+            if k + 1 < len(self):
+                before = cache.shift(k + 1, given, lengths)
+        cache.lengths = window.lengths
+        return all_normed
+
+    def decode_depth(
+        self,
+        k: int,
+        embedding: Float[Tensor, "b s m"],
+        before: Float[Tensor, "b s m"],
+        cache: MTPCache,
+        window: Window,
+    ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
+        """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
+        block, shifted = cast(MTP, self[k]), window.shifted(k + 1)
+        past = Past(store=cache.stores[k], window=shifted, form=cache.form)
+        x, _ = block(before, embedding, self.rope.table(shifted.positions), None, past)
+        normed = block.norm(x)
+        return normed, x if self.pre_norm else normed

@@ -37,7 +37,7 @@ class Rope:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "Rope":
-        """The rotary embedding of a model's heads; YaRN only if its context is extended."""
+        """Make the rotary embedding of a model's heads; YaRN only if its context is extended."""
         return cls(
             dim=config.qk_rope_head_dim if config.attention == "mla" else config.qk_nope_head_dim,
             theta=config.rope_theta,
@@ -50,7 +50,7 @@ class Rope:
         )
 
     def frequencies(self, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
-        """Radians a position, for each pair. FP32, as the released models were trained."""
+        """Return the radians per position of each pair. FP32, as the released models were trained."""
         pair = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device)
         base = 1.0 / self.theta ** (pair / self.dim)
         if self.original_seq_len is None:
@@ -62,18 +62,20 @@ class Rope:
         return base / self.factor * stretched + base * (1 - stretched)
 
     def _pair_turning(self, turns: float) -> float:
-        """The (fractional) pair that makes so many turns within the original context."""
+        """Return the (fractional) pair that makes this many turns within the original context."""
         assert self.original_seq_len is not None
         return self.dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     def table(self, positions: Int[Tensor, "*b s"]) -> Table:
-        """cos and sin of each position's angles, FP32. With YaRN, times m(mscale) / m(mscale_all_dim)."""
+        """Return cos and sin of each position's angles, FP32; with YaRN, times m(mscale) / m(mscale_all_dim)."""
         angles = positions[..., None].float() * self.frequencies(positions.device)
+        if self.original_seq_len is None:
+            return angles.cos(), angles.sin()
         ratio = self._m(self.mscale) / self._m(self.mscale_all_dim)
         return angles.cos() * ratio, angles.sin() * ratio
 
     def softmax_scale(self, qk_head_dim: int) -> float:
-        """Factor on the whole logit q.k: 1/sqrt(d), with YaRN times m(mscale_all_dim)^2."""
+        """Return the factor on the whole logit q.k: 1/sqrt(d), with YaRN times m(mscale_all_dim)^2."""
         return qk_head_dim**-0.5 * self._m(self.mscale_all_dim) ** 2
 
     def _m(self, a: float) -> float:

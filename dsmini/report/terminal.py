@@ -37,6 +37,8 @@ def show_question(console: Console, title: str, finding: str, figures: Sequence[
         _print(console, heading, ("case", "metric", *numeric), numeric, rows)
     if len(figures) > LONGEST:
         say(console, f"... and {len(figures) - LONGEST} more, in the report", style="dim")
+    for note in dict.fromkeys(f.note for f in figures if f.measured is None and f.note.startswith("left out")):
+        say(console, note, style="yellow")
     say(console, finding, style="bold cyan")
 
 

@@ -1,41 +1,66 @@
-"""What changes over a run, as functions of the step: learning rate, batch size, routing bias speed, MTP weight.
+"""Values that change over a run, as functions of the step: learning rate, batch size, routing bias speed, MTP weight.
 
 Everything is given in shares of the run's steps, so that a run of any length keeps the shape of the published one
 (DeepSeek-V3 report, section 4.2; configs/deepseek-v3.toml has it). Steps count from 0.
-
-    learning rate    warmup | constant | decay: cosine or linear | final | last
 """
 
 import math
 
 from dsmini.config import TrainConfig
+from dsmini.config.lr_schedule import Phase, read_phases
 
 
 def learning_rate_share(step: int, config: TrainConfig) -> float:
-    """The share of its peak that every learning rate has at this step.
+    """Return the share of its peak that every learning rate has at this step.
 
-    The warm-up ends, and the constant phase begins, with the first step at the full peak. The decay starts at the
-    peak and ends at lr_final, both included; of one step only the start is left. A phase too short for a step has none.
+    A warm-up ends with the first step at the full peak. A decay starts at the level before it and ends at its own,
+    both included; of one step only the start is left. A phase too short for a step has none.
     """
-    up_to_decay = config.warmup + config.constant
-    shares = (config.warmup, up_to_decay, 1 - config.final - config.last, 1 - config.last)
-    warmup, decay_from, final_from, last_from = (round(share * config.steps) for share in shares)
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < decay_from:
-        return 1.0
-    if step >= last_from:
-        return config.lr_last
-    if step >= final_from:
-        return config.lr_final
-    progress = (step - decay_from) / max(1, final_from - 1 - decay_from)
-    above = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
-    return config.lr_final + (1 - config.lr_final) * above
+    phases = read_phases(config.lr_schedule)
+    level, start = 1.0, 0
+    for phase, end in zip(phases, phase_ends(phases, config.steps), strict=True):
+        if step < end:
+            return _share_within(phase, step - start, end - start, level)
+        level, start = level if phase.level is None else phase.level, max(start, end)
+    return level
+
+
+def phase_ends(phases: tuple[Phase, ...], steps: int) -> list[int]:
+    """Return for each phase the first step after it.
+
+    The shares before the phase that has none are added up from the start, those after it are taken off from the end.
+    """
+    rest = next((i for i, phase in enumerate(phases) if phase.share is None), len(phases) - 1)
+    ends, until = [], 0.0
+    for phase in phases[:rest]:
+        until += phase.share or 0.0
+        ends.append(until)
+    for i in range(rest, len(phases)):
+        until = 1.0
+        for phase in phases[i + 1 :]:
+            until -= phase.share or 0.0
+        ends.append(until)
+    return [round(end * steps) for end in ends]
+
+
+def _share_within(phase: Phase, step: int, length: int, before: float) -> float:
+    """Return the learning rate share at a step of a phase, which starts at the level `before`."""
+    if phase.kind == "warmup":
+        return (step + 1) / length
+    level = before if phase.level is None else phase.level
+    if phase.kind == "constant":
+        return level
+    progress = step / max(1, length - 1)
+    above = 0.5 * (1 + math.cos(math.pi * progress)) if phase.kind == "cosine" else 1 - progress
+    return level + (before - level) * above
 
 
 def batch_size(step: int, config: TrainConfig) -> int:
-    """Sequences in this step: linear from batch_start to batch_size over the ramp, rounded down to multiples of
-    grad_accum; the first step behind the ramp has batch_size."""
+    """Return the number of sequences in this step.
+
+    It grows on a line from batch_start to batch_size, rounded down to multiples of grad_accum. The first step after the
+    ramp has batch_size.
+    """
     ramp = round(config.batch_ramp * config.steps)
     if config.batch_start is None or step >= ramp:
         return config.batch_size
@@ -44,10 +69,10 @@ def batch_size(step: int, config: TrainConfig) -> int:
 
 
 def bias_speed(step: int, config: TrainConfig) -> float:
-    """How far the routing bias moves after this step."""
+    """Return the change of the routing bias after this step."""
     return config.bias_speed if step < round(config.bias_until * config.steps) else 0.0
 
 
 def mtp_weight(step: int, config: TrainConfig) -> float:
-    """Weight of the multi-token prediction loss in this step."""
+    """Return the weight of the multi-token prediction loss in this step."""
     return config.mtp_weight if step < round(config.mtp_until * config.steps) else config.mtp_weight_after

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import shapes, trained
 from benchmarks.peer_models import nanogpt
@@ -34,6 +35,7 @@ from dsmini.measure import timing as measuring
 from dsmini.measure.dtypes import why_unusable
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
+from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
 from tests.helpers.questions import TINY
@@ -44,14 +46,14 @@ SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "ac
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
 STEP = {
     *("tokens_per_s", "bytes_per_token", "flops_per_token", "bandwidth", "flop_rate", "peak_memory"),
-    "seconds_by_kind",
+    *("seconds_by_kind", "useful_share"),
 }
 METRICS = {
     "kv-cache": {"bytes_per_token", "context_that_fits", "seconds_per_layer"},
     "moe": {"tokens_per_s", "distinct_experts", "expert_bytes_per_token", "max_violation"},
-    "decode": {*STEP, "bytes_per_token_as_routed"},
-    "prefill": {*STEP, "useful_share"},
-    "train": {*STEP, "useful_share"},
+    "decode": STEP,
+    "prefill": STEP,
+    "train": STEP,
     "roofline": {"flop_rate", "share_of_time", "roof"},
     "fp8": {
         *("bytes", "error", "decode_seconds", "decode_ratio", "logit_error", "kept_by_linears", "kept", "kept_ratio"),
@@ -69,9 +71,9 @@ METRICS = {
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
     "moe": {"tokens_per_s", "distinct_experts", "expert_bytes_per_token"},
-    "decode": STEP - {"peak_memory"},
-    "prefill": STEP - {"peak_memory"},
-    "train": STEP - {"peak_memory"},
+    "decode": STEP - {"peak_memory", "useful_share"},
+    "prefill": STEP - {"peak_memory", "useful_share"},
+    "train": STEP - {"peak_memory", "useful_share"},
     "roofline": {"flop_rate"},
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
@@ -271,5 +273,8 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     for question, some in ((peers.QUESTION, [told]), (fp8.QUESTION, figures), (fp8.QUESTION, left)):
         assert question.finding(some).endswith(".")
         question.plots(some)
+    console = Console(record=True, width=120)
+    show_question(console, "Others?", "Nothing was measured yet.", [told])
+    assert f"\n{told.note}\n" in console.export_text()
     assert why_unusable(torch.float32, slow.peak) is why_unusable(torch.bfloat16, fast.roofs.peak) is None
     assert why_unusable(torch.bfloat16, {}) is None

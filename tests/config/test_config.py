@@ -1,4 +1,4 @@
-"""Our own configs: TOML files there and back, sizes that fit, and what is said about those that are wrong."""
+"""Our own configs: TOML files written and read again, sizes that fit, and the errors for those that do not."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from tests.helpers.strategies import model_configs
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_configs_build(path: Path) -> None:
+def test_every_config_file_builds(path: Path) -> None:
     config = ModelConfig.from_file(path)
     assert RunConfig.from_file(path).model == config
     with torch.device("meta"):
@@ -41,8 +41,7 @@ def runs() -> st.SearchStrategy[RunConfig]:
             grad_accum=grad_accum,
             seq_len=draw(st.none() | st.just(3)),
             lr=draw(above_0),
-            lr_final=draw(share),
-            warmup=draw(share),
+            lr_schedule=(f"warmup {draw(share)}", f"cosine to {draw(share)}"),
             beta1=draw(st.floats(0, 0.999)),
             beta2=draw(st.floats(0, 0.999)),
             weight_decay=draw(st.just(0.0) | above_0),
@@ -62,13 +61,13 @@ def runs() -> st.SearchStrategy[RunConfig]:
 
 
 @given(run=runs())
-def test_runs_go_through_toml(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_run_is_the_same_after_toml(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = written(tmp_path_factory.mktemp("run"), run.to_toml(), "x.toml")
     assert RunConfig.from_file(path) == run
     assert ModelConfig.from_file(path) == run.model
 
 
-def test_every_field_is_written() -> None:
+def test_toml_has_every_field() -> None:
     text = RunConfig(out=Path("runs/x")).to_toml()
     for part in (ModelConfig, DataConfig, TrainConfig):
         for f in dataclasses.fields(part):
@@ -76,7 +75,7 @@ def test_every_field_is_written() -> None:
     assert 'out = "runs/x"' in text
 
 
-def test_an_empty_file_is_the_toy(tmp_path: Path) -> None:
+def test_empty_file_is_the_toy(tmp_path: Path) -> None:
     path = written(tmp_path, "", "x.toml")
     assert ModelConfig.from_file(path) == ModelConfig()
     assert RunConfig.from_file(path) == RunConfig()
@@ -106,7 +105,7 @@ def test_an_empty_file_is_the_toy(tmp_path: Path) -> None:
         ("[model", "cannot read the config file {path}: Expected ']'"),
     ],
 )
-def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: str) -> None:
+def test_wrong_model_in_toml_is_refused(tmp_path: Path, kind: Any, text: str, sentence: str) -> None:
     path = written(tmp_path, text, "x.toml")
     assert refusal(kind.from_file, path).startswith(sentence.format(path=path))
 
@@ -141,12 +140,12 @@ def test_what_is_wrong_in_toml(tmp_path: Path, kind: Any, text: str, sentence: s
         ),
     ],
 )
-def test_what_is_wrong_in_a_run(tmp_path: Path, text: str, sentence: str) -> None:
+def test_wrong_run_in_toml_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
     assert refusal(RunConfig.from_file, written(tmp_path, text, "x.toml")) == sentence
 
 
 @pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
-def test_files_that_cannot_be_read(tmp_path: Path, kind: Any) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
     missing = tmp_path / "nope.toml"
     assert refusal(kind.from_file, missing) == f"there is no config file {missing}; check the name"
     assert refusal(kind.from_file, tmp_path).startswith(f"cannot read the config file {tmp_path}: ")
@@ -207,7 +206,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, kind: Any) -> None:
         ),
     ],
 )
-def test_sizes_that_do_not_fit(changes: dict[str, Any], sentence: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], sentence: str) -> None:
     assert refusal(ModelConfig, **changes) == sentence
 
 
@@ -227,24 +226,24 @@ def test_sizes_that_do_not_fit(changes: dict[str, Any], sentence: str) -> None:
         {"mscale": 0, "mscale_all_dim": 0},
     ],
 )
-def test_sizes_that_just_fit(changes: dict[str, Any]) -> None:
+def test_sizes_that_just_fit_build(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         Transformer(ModelConfig(**changes))
 
 
 @pytest.mark.parametrize("text", ["n_layers = 3", "[modell]\ndim = 64"])
-def test_a_model_outside_its_section_is_refused(tmp_path: Path, text: str) -> None:
+def test_model_outside_its_section_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.toml"
     path.write_text(text)
     assert "unknown key" in refusal(ModelConfig.from_file, path)
 
 
-def test_none_is_none_only_where_none_may_be(tmp_path: Path) -> None:
+def test_none_is_a_text_where_none_may_not_be(tmp_path: Path) -> None:
     config = RunConfig(data=DataConfig(path=None), train=TrainConfig(sample_prompt="none"))
     path = tmp_path / "x.toml"
     path.write_text(config.to_toml())
     assert RunConfig.from_file(path) == config
 
 
-def test_the_toy_file_is_the_defaults() -> None:
+def test_toy_file_is_the_defaults() -> None:
     assert RunConfig.from_file(CONFIGS / "toy.toml") == RunConfig()

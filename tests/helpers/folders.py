@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
-from dsmini.hf_config import config_to_json
+from dsmini.config.huggingface import config_to_json
 from tests.helpers.hf_names import to_hf
 
 FP8 = torch.float8_e4m3fn

@@ -39,7 +39,7 @@ def test_rows_of_unequal_length_do_not_disturb_each_other(small_model: Model) ->
         assert row[int(length) :].sum() == 0
 
 
-def test_a_row_that_fills_the_cache_goes_on_from_the_newer_half(small_model: Model) -> None:
+def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) -> None:
     model = small_model(max_seq_len=8).eval()
     generation = Generation(model, [[3, 1, 4], [5]], 20, slide=True)
     for _ in generation:
@@ -55,7 +55,7 @@ def test_a_row_that_fills_the_cache_goes_on_from_the_newer_half(small_model: Mod
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_guesses_go_on_past_the_end_of_the_cache(small_model: Model, depth: int) -> None:
+def test_guesses_continue_past_the_end_of_the_cache(small_model: Model, depth: int) -> None:
     """Rows fill the cache at different steps; as without guesses."""
     model = small_model(n_mtp_layers=depth, max_seq_len=16).eval()
     for good in (False, True):
@@ -136,14 +136,15 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
     generation = Generation(model, [row], 8, speculative=True)
     next(generation)
     seen: list[list[int]] = []
-    real = generation._guess
+    assert generation.drafter is not None
+    real = generation.drafter.guess
 
-    def guess(last: Tensor, live: Tensor) -> tuple[Tensor, list[Tensor]]:
-        guesses, q = real(last, live)
+    def guess(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        guesses, q = real(*inputs)
         seen.append(guesses[0].tolist())
         return guesses, q
 
-    generation._guess = guess  # type: ignore[method-assign]
+    generation.drafter.guess = guess  # type: ignore[method-assign]
     for _ in range(3):
         known = list(generation.rows[0])
         next(generation)
@@ -194,7 +195,7 @@ def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.
     model = small_model().eval()
     prompts = [torch.randint(0, 61, (n,)) for n in (20, 3, 11)]
     want = dsmini.generate(model, prompts, 8, speculative=True)
-    monkeypatch.setattr("dsmini.inference.generation.PREFILL", 4)
+    monkeypatch.setattr("dsmini.inference.prefill.PREFILL", 4)
     assert torch.equal(dsmini.generate(model, prompts, 8, speculative=True).tokens, want.tokens)
 
 
@@ -234,6 +235,6 @@ def test_a_cache_of_few_bits_still_generates(small_model: Model, dtype: Any) -> 
         ([torch.tensor([1] * 30)], {}, "30 tokens and 4 new ones are more than .* context of 32; use max_new_tokens=3"),
     ],
 )
-def test_bad_requests_are_refused(small_model: Model, prompts: list[Tensor], options: dict, message: str) -> None:
+def test_bad_request_raises(small_model: Model, prompts: list[Tensor], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dsmini.generate(small_model(n_mtp_layers=0), prompts, **{"max_new_tokens": 4, **options})

@@ -63,7 +63,7 @@ def touches(sampling: Sampling, logits: list[float], seen: list[bool]) -> bool:
 
 
 @given(LOGITS, SAMPLING)
-def test_a_distribution_sums_to_one_and_holds_the_likeliest_token(logits: list[float], sampling: Sampling) -> None:
+def test_distribution_sums_to_one_and_holds_the_likeliest(logits: list[float], sampling: Sampling) -> None:
     seen = torch.zeros(1, len(logits), dtype=torch.bool)
     got = sampling.probabilities(torch.tensor([logits]), seen)[0]
     assert got.sum().item() == pytest.approx(1, abs=1e-6) and got.min() >= 0
@@ -82,7 +82,7 @@ def test_temperature_0_takes_the_lowest_id_among_equals() -> None:
     assert Sampling().probabilities(one(1, 5, 5, 5)).tolist() == [[0, 1, 0, 0]]
 
 
-def test_ties_at_the_border_of_top_k_and_top_p_keep_the_lowest_ids() -> None:
+def test_ties_at_top_k_and_top_p_keep_the_lowest_ids() -> None:
     many = torch.zeros(1, 1000)
     many[0, 700] = 1.0
     kept = Sampling(temperature=1.0, top_k=4).probabilities(many)[0].nonzero().flatten()
@@ -116,7 +116,7 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
     assert got[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
 
 
-def test_the_penalty_makes_a_seen_token_less_likely_whatever_its_sign() -> None:
+def test_penalty_makes_seen_tokens_of_any_sign_less_likely() -> None:
     seen = torch.tensor([[True, True, False]])
     got = Sampling(temperature=1.0, repetition_penalty=2.0).probabilities(one(2.0, -1.0, 1.0), seen)
     assert got[0].tolist() == pytest.approx(torch.tensor([1.0, -2.0, 1.0]).softmax(0).tolist())
@@ -164,7 +164,7 @@ def test_a_seed_repeats_a_draw() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=2)])
-def test_logits_that_are_not_finite_are_refused(bad: float, sampling: Sampling) -> None:
+def test_logits_that_are_not_finite_raise(bad: float, sampling: Sampling) -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, bad, 3.0]])
     with pytest.raises(ValueError, match=f"row 1: .* token 1 the logit {bad}, which is not finite; .*float32"):
         sampling.probabilities(logits)
@@ -189,6 +189,6 @@ def test_logits_that_are_not_finite_are_refused(bad: float, sampling: Sampling) 
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf is not above 0"),
     ],
 )
-def test_values_outside_their_range_are_refused(options: dict, message: str) -> None:
+def test_value_outside_its_range_raises(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)

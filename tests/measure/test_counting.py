@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -172,7 +171,7 @@ def test_a_bandwidth_above_the_roof_is_an_error() -> None:
         check_bandwidth("x", 10.1e9, setting)
     counted = count(lambda: torch.rand(1 << 16) * 2, 1 << 10)
     moved = sum(op.cold for op in counted.operations)
-    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_ideal=50.0)}
+    figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_bound=50.0)}
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
     assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
     with pytest.raises(ValueError, match="above the roof"):
@@ -200,17 +199,21 @@ CONFIG = ModelConfig(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seq_len", [100, 256])
 def test_flops_of_a_training_step_are_the_configs(seq_len: int, dtype: torch.dtype) -> None:
+    """Within 1 % in one block of queries without padding; else what is padded and masked comes on top."""
     model = randomise(Transformer(CONFIG, compute_dtype=dtype))
     tokens, targets = torch.randint(0, 96, (2, 4, seq_len)).unbind()
     counted = count(lambda: model.losses(tokens, targets).total.backward())
-    name: Any = str(dtype).removeprefix("torch.")
-    want = accounting.step_flops(CONFIG, batch_size=4, seq_len=seq_len, dtype=name).total
-    assert abs(counted.flops / want - 1) < 0.01
+    least, square = (
+        accounting.step_flops(CONFIG, batch_size=4, seq_len=seq_len, causal=causal).total for causal in (True, False)
+    )
+    assert 1 <= counted.flops / least < 1.4
+    if (seq_len, dtype) == (100, torch.float32):
+        assert abs(counted.flops / square - 1) < 0.01
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 @torch.no_grad()
-def test_bytes_and_flops_of_a_decoding_step_are_the_configs(batch: int) -> None:
+def test_bytes_and_flops_of_a_decoding_step_are_bounded(batch: int) -> None:
     config = dataclasses.replace(QUICK, n_layers=2, vocab_size=256, max_seq_len=512)
     model = randomise(Transformer(config)).bfloat16()
     cache = model.new_cache(batch, 512)
@@ -224,13 +227,11 @@ def test_bytes_and_flops_of_a_decoding_step_are_the_configs(batch: int) -> None:
     step()
     counted = count(step)
     cache.truncate(150)
-    experts = [(r.counts > 0).sum().item() for r in model.advance(token, cache).routing]
-    moved = accounting.decode_bytes_per_token(
-        config, context=151, batch=batch, experts=sum(experts) / len(experts), as_run=True
-    )
-    assert abs(counted.bytes / batch / moved.total - 1) < 0.05
-    flops = accounting.decode_flops_per_token(config, context=151, as_run=True)
-    assert abs(counted.flops / batch / flops.total - 1) < 0.01
+    experts = [(r.counts > 0).sum().item() for r in model.run(token, cache=cache).routing]
+    least = accounting.decode_bytes_per_token(config, context=151, batch=batch, experts=sum(experts) / len(experts))
+    assert 1 <= counted.bytes / batch / least.total < 1.15
+    flops = accounting.decode_flops_per_token(config, context=151)
+    assert 1 <= counted.flops / batch / flops.total < 1.1
 
 
 def roofs() -> Roofs:

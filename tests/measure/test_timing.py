@@ -1,5 +1,7 @@
 """Times in turns: what counts, in which order, and what is made of it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ class FakeTime:
         self.now, self.log = 0.0, list[str]()
         patch.setattr(timing.time, "perf_counter", lambda: self.now)
 
-    def work(self, name: str, *seconds: float) -> object:
+    def work(self, name: str, *seconds: float) -> Callable[[], object]:
         """A run that takes these seconds, the last of them from then on."""
         left = list(seconds)
 

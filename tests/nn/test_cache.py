@@ -28,7 +28,7 @@ def tokens_of(b: int, s: int) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
 @pytest.mark.parametrize("b", [1, 3])
-def test_a_token_takes_the_latent_and_the_rotary_key_and_nothing_else(
+def test_token_takes_only_the_latent_and_the_rotary_key(
     small_model: Model, dtype: torch.dtype, size: int, b: int
 ) -> None:
     cache = small_model().new_cache(b, 17, dtype)
@@ -48,21 +48,21 @@ def test_v3_takes_656_bytes_a_layer_in_fp8_and_1152_in_bf16() -> None:
     assert round(1 - bf16.nbytes_per_token / mha, 4) == 0.9824
 
 
-def test_a_ragged_rank_has_a_scale_for_its_last_piece(small_model: Model) -> None:
+def test_ragged_rank_has_a_scale_for_its_last_tile(small_model: Model) -> None:
     assert small_model(kv_lora_rank=130).new_cache(1, 4, "fp8").nbytes_per_token == (130 + 2 * 4 + 4 * 2) * 2
 
 
-def test_multi_token_prediction_is_counted_apart(small_model: Model) -> None:
+def test_bytes_of_mtp_are_counted_apart(small_model: Model) -> None:
     model = small_model()
     without, with_mtp = (model.new_cache(2, 9, torch.float32, mtp=mtp) for mtp in (False, True))
-    assert without.nbytes == with_mtp.nbytes and without.lane_nbytes == 0
-    assert with_mtp.lane_nbytes == 2 * 2 * 9 * 14 * 4
+    assert without.nbytes == with_mtp.nbytes and without.mtp_nbytes == 0
+    assert with_mtp.mtp_nbytes == 2 * 2 * 9 * 14 * 4
 
 
 @pytest.mark.parametrize(
     ("attention", "numbers"), [({"attention": "mha"}, 3 * 11), ({"attention": "gqa", "n_kv_heads": 1}, 11)]
 )
-def test_the_twins_keep_keys_and_values_of_each_head(
+def test_baselines_store_keys_and_values_of_each_head(
     small_model: Model, attention: dict[str, Any], numbers: int
 ) -> None:
     assert small_model(**attention).new_cache(1, 5, torch.float32).nbytes_per_token == numbers * 4 * 2
@@ -88,7 +88,7 @@ def test_the_twins_keep_keys_and_values_of_each_head(
     ids=str,
 )
 @pytest.mark.parametrize("cuts", [(20,), (7, 8, 9, 16, 20), (1, 2, 3, 20), (19, 20)], ids=str)
-def test_chunks_answer_as_the_whole(
+def test_chunks_answer_as_the_whole_sequence(
     small_model: Model, changes: dict[str, Any], form: Any, cuts: tuple[int, ...]
 ) -> None:
     if form == "absorbed" and {"attention", "qk_norm"} & changes.keys():
@@ -138,7 +138,7 @@ def test_rows_of_unequal_length_answer_as_alone(form: Any, data: st.DataObject) 
         assert cache.lengths.tolist() == at.tolist()
 
 
-def test_truncating_forgets_and_selecting_keeps_the_rows_in_order(small_model: Model) -> None:
+def test_truncate_forgets_and_select_keeps_rows_in_order(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(3, 12)
     cache = model.new_cache(3, 16)
     model(tokens, cache)
@@ -152,7 +152,7 @@ def test_truncating_forgets_and_selecting_keeps_the_rows_in_order(small_model: M
         assert relative_error(got[i], model(whole)[0, -3:]) < FP32_MODEL
 
 
-def test_selected_rows_take_their_multi_token_prediction_along(small_model: Model) -> None:
+def test_selected_rows_keep_their_mtp_cache(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(3, 12)
     cache = model.new_cache(3, 16, mtp=True)
     model.run(tokens, cache, mtp=True, lengths=torch.tensor([12, 5, 9]))
@@ -167,9 +167,7 @@ def test_selected_rows_take_their_multi_token_prediction_along(small_model: Mode
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_shorter_cache_answers_the_same_in_every_form_and_any_chunks(
-    small_model: Model, dtype: Any, form: Any
-) -> None:
+def test_low_precision_cache_agrees_in_all_forms_and_chunks(small_model: Model, dtype: Any, form: Any) -> None:
     """All read what was rounded, a prompt's own tokens too."""
     model, tokens = small_model(n_mtp_layers=0), tokens_of(2, 20)
     want = model(tokens, model.new_cache(2, 20, dtype, form="expanded"))
@@ -186,7 +184,7 @@ def test_a_model_made_in_inference_mode_decodes(small_config: Callable[..., Mode
             model(tokens_of(1, 2), cache)
 
 
-def test_with_a_cache_no_gradients_are_made(small_model: Model) -> None:
+def test_cached_call_makes_no_gradients(small_model: Model) -> None:
     model = small_model()
     cache = model.new_cache(1, mtp=True)
     out = model.run(tokens_of(1, 4), cache, mtp=True)
@@ -195,7 +193,7 @@ def test_with_a_cache_no_gradients_are_made(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_CACHE), ("fp8", E4M3_CACHE)])
-def test_a_shorter_cache_is_off_by_its_rounding(small_model: Model, dtype: Any, tolerance: float) -> None:
+def test_low_precision_cache_errs_by_its_rounding(small_model: Model, dtype: Any, tolerance: float) -> None:
     """One layer, whose output is linear in what it reads but for the softmax."""
     model, tokens = small_model(n_layers=1, n_dense_layers=1, n_mtp_layers=0), tokens_of(2, 20)
     exact, short = model.new_cache(2, 20), model.new_cache(2, 20, dtype)
@@ -205,9 +203,7 @@ def test_a_shorter_cache_is_off_by_its_rounding(small_model: Model, dtype: Any, 
     assert 0 < relative_error(got, want) < tolerance
 
 
-def test_absorbed_halves_are_prepared_once_and_anew_when_the_weight_changed(
-    small_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absorbed_halves_are_prepared_again_after_a_change(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens, made = small_model(), tokens_of(1, 12), []
     real = MLA.absorbed_halves
     monkeypatch.setattr(MLA, "absorbed_halves", lambda mla, dtype: (made.append(mla), real(mla, dtype))[1])
@@ -264,7 +260,7 @@ def test_a_form_can_be_forced(small_model: Model, form: Any) -> None:
 # what is refused
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(small_model: Model) -> None:
+def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(2, 20)
     cache = model.new_cache(2, 16, torch.float32)
     model(tokens[:, :10], cache)
@@ -303,14 +299,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(small_model: Model) ->
         ({"n_mtp_layers": 0}, {"mtp": True}, "no multi-token prediction blocks"),
     ],
 )
-def test_a_cache_that_cannot_be_is_refused(
+def test_impossible_cache_raises(
     small_model: Model, changes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         small_model(**changes).new_cache(**options)
 
 
-def test_multi_token_prediction_that_lags_or_would_go_back_is_refused(small_model: Model) -> None:
+def test_mtp_cache_that_lags_or_goes_back_raises(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(1, 8)
     cache = model.new_cache(1, 32, mtp=True)
     model.run(tokens, cache, mtp=True)

@@ -39,9 +39,7 @@ def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model: Model, t:
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("i", [0, 5, 10])
-def test_depth_k_joins_the_embedding_of_token_i_plus_k_and_never_of_its_target(
-    small_model: Model, k: int, i: int
-) -> None:
+def test_depth_k_joins_token_i_plus_k_and_never_its_target(small_model: Model, k: int, i: int) -> None:
     model = small_model().double()
     tokens = distinct_tokens()
     logits = model.run(tokens, mtp=True).mtp_logits[k - 1]
@@ -61,9 +59,7 @@ def cross_entropy_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("ignored", [0, 4])
-def test_mtp_loss_scores_depth_k_on_targets_k_further_over_the_main_losss_count(
-    small_model: Model, ignored: int
-) -> None:
+def test_mtp_loss_divides_by_the_count_of_the_main_loss(small_model: Model, ignored: int) -> None:
     """Report, equation 24: the sum over s - k positions is divided by all s."""
     model = small_model().double()
     stream = torch.randint(0, VOCAB, (B, S + 1))
@@ -76,7 +72,7 @@ def test_mtp_loss_scores_depth_k_on_targets_k_further_over_the_main_losss_count(
     assert relative_error(got, want) <= rounding(FP64_UNIT, terms=B * S * VOCAB, chained=4)
 
 
-def test_depth_k_at_position_i_is_scored_on_the_token_i_plus_k_plus_1(small_model: Model) -> None:
+def test_depth_k_is_scored_on_token_i_plus_k_plus_1(small_model: Model) -> None:
     model = small_model().double()
     stream = torch.randint(0, VOCAB, (B, S + 1))
     tokens, targets = stream[:, :-1], stream[:, 1:]
@@ -105,7 +101,7 @@ def test_mtp_block_norms_both_of_its_inputs(randomise: Any) -> None:
 
 
 @pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
-def test_hidden_state_is_fed_before_or_after_the_norm_as_the_config_says(small_model: Model, mtp_input: str) -> None:
+def test_mtp_input_is_before_or_after_the_norm(small_model: Model, mtp_input: str) -> None:
     model = small_model(mtp_input=mtp_input)
     tokens = distinct_tokens()
     trunk: list[Tensor] = []
@@ -139,7 +135,7 @@ def test_without_mtp_its_loss_is_zero_and_the_rest_unchanged(small_model: Model)
     assert none.run(tokens, mtp=True).mtp_logits == []
 
 
-def test_sequence_too_short_for_the_depth_is_refused(small_model: Model) -> None:
+def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
     model = small_model()
     assert len(model.run(torch.zeros(1, 3, dtype=torch.int64), mtp=True).mtp_logits) == 2
     with pytest.raises(ValueError, match="a sequence of 2 tokens is too short for MTP depth 2; want 3"):

@@ -50,7 +50,7 @@ def test_run_and_forward_give_the_same_logits(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_block_adds_attention_and_then_feed_forward_of_what_is_normed(small_model: Model, layer: int) -> None:
+def test_block_adds_attention_then_feed_forward_of_normed_input(small_model: Model, layer: int) -> None:
     block = small_model().layers[layer]
     x = torch.randn(B, S, 24)
     y, routing = block(x)
@@ -126,9 +126,7 @@ def test_recomputation_changes_memory_and_not_one_bit(small_model: Model) -> Non
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_second_model_leaves_the_first_alone_and_has_its_own_mind(
-    small_model: Model, small_config: Any, changes: dict[str, Any]
-) -> None:
+def test_second_model_does_not_change_the_first(small_model: Model, small_config: Any, changes: dict[str, Any]) -> None:
     first = small_model()
     tokens, targets = batch()
     alone = first.run(tokens, mtp=True)
@@ -159,7 +157,7 @@ def test_norms_and_gates_stay_fp32_to_the_bit_under_a_cast(small_model: Model, d
     assert model(batch()[0]).dtype == dtype
 
 
-def test_compute_dtype_is_that_of_activations_and_not_of_parameters(small_model: Model, small_config: Any) -> None:
+def test_compute_dtype_changes_activations_not_parameters(small_model: Model, small_config: Any) -> None:
     model = small_model(n_dense_layers=4)
     short = Transformer(small_config(n_dense_layers=4), compute_dtype=torch.bfloat16)
     short.load_state_dict(model.state_dict())
@@ -189,7 +187,7 @@ def test_float64_agrees_with_float32(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1, 10**6])
-def test_token_outside_the_vocabulary_is_named(small_model: Model, token: int) -> None:
+def test_token_outside_the_vocabulary_raises(small_model: Model, token: int) -> None:
     tokens, targets = batch()
     tokens = tokens.clone()
     tokens[1, 3] = token
@@ -198,7 +196,7 @@ def test_token_outside_the_vocabulary_is_named(small_model: Model, token: int) -
             call(tokens)
 
 
-def test_sequence_longer_than_the_model_is_refused(small_model: Model) -> None:
+def test_sequence_longer_than_max_seq_len_raises(small_model: Model) -> None:
     model = small_model()
     assert model(torch.zeros(1, 32, dtype=torch.int64)).shape == (1, 32, VOCAB)
     with pytest.raises(ValueError, match=r"sequence of 33 tokens is longer than max_seq_len=32; shorten it"):
@@ -253,7 +251,7 @@ def test_routing_bias_is_saved_and_never_optimised(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize("n_dense_layers", range(5))
-def test_blocks_from_n_dense_layers_on_have_experts_mtp_blocks_too(small_model: Model, n_dense_layers: int) -> None:
+def test_blocks_after_n_dense_layers_have_experts(small_model: Model, n_dense_layers: int) -> None:
     model = small_model(n_dense_layers=n_dense_layers)
     blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
     assert [isinstance(block.ffn, MoE) for block in blocks] == [i >= n_dense_layers for i in range(4)]

@@ -1,4 +1,4 @@
-"""What a resumed run may change, what other weights allow, and where each setting comes from."""
+"""The changes that a resumed run may make, those that other weights allow, and where each setting comes from."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.fields import plain
+from dsmini.config.fields import plain
 from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 
 OLD = RunConfig(train=TrainConfig(batch_start=2, batch_ramp=0.5), out=Path("runs/x"))
@@ -27,9 +27,8 @@ MODEL: dict[str, Any] = {
 # and for every key of the training and the data; True: it may change
 TRAIN: dict[str, tuple[Any, bool]] = {
     **dict(steps=(99, True), batch_size=(8, True), batch_start=(3, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
-    **dict(seq_len=(99, False), optimizer=("adamw", False), lr=(1.0, True), muon_lr=(1.0, True), warmup=(0.2, True)),
-    **dict(constant=(0.2, True), decay=("linear", True), lr_final=(0.2, True), final=(0.2, True), lr_last=(0.2, True)),
-    **dict(last=(0.2, True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False), gate_lr=(1.0, True)),
+    **dict(seq_len=(99, False), optimizer=("adamw", False), lr=(1.0, True), muon_lr=(1.0, True), gate_lr=(1.0, True)),
+    **dict(lr_schedule=(("linear to 0",), True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False)),
     **dict(muon_momentum=(0.5, True), weight_decay=(0.2, True), grad_clip=(2.0, True), ema_decay=(0.5, False)),
     **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
     **dict(

@@ -1,5 +1,6 @@
-"""Schedules over a run, against values worked out by hand, and the published recipe against what was published."""
+"""Schedules over a run against values worked out by hand, and the published recipe against the report."""
 
+import dataclasses
 from bisect import bisect_left
 from itertools import accumulate, pairwise
 
@@ -8,12 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
+from dsmini.config.lr_schedule import Phase, read_phases
+from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight, phase_ends
 from tests.helpers.configs import CONFIGS
 
 
 def rates(train: TrainConfig) -> list[float]:
     return [learning_rate_share(step, train) for step in range(train.steps)]
+
+
+def phases(train: TrainConfig) -> tuple[Phase, ...]:
+    return read_phases(train.lr_schedule)
+
+
+def shares(train: TrainConfig) -> list[float | None]:
+    return [phase.share for phase in phases(train)]
 
 
 def batches(train: TrainConfig) -> list[int]:
@@ -33,15 +43,22 @@ def seen() -> list[int]:
     return list(accumulate((rows * 4096 for rows in batches(V3)), initial=0))
 
 
-def test_the_published_recipe_sees_as_many_tokens_in_each_phase_as_published(seen: list[int]) -> None:
+def test_published_recipe_sees_the_published_tokens(seen: list[int]) -> None:
     """Within 40M tokens, as the file says: a step has 63M, so that the nearest one may be 31M away, and the 469B may
     have moved it a little."""
-    shares = (V3.batch_ramp, V3.warmup + V3.constant, V3.bias_until, 1 - V3.last, 1.0)
-    for share, tokens in zip(shares, (GROWN, CONSTANT, DECAYED, FINAL, ALL), strict=True):
+    warmup, constant, decay, final, last = shares(V3)
+    assert warmup and constant and decay is None and final and last
+    until = (V3.batch_ramp, warmup + constant, V3.bias_until, 1 - last, 1.0)
+    for share, tokens in zip(until, (GROWN, CONSTANT, DECAYED, FINAL, ALL), strict=True):
         assert abs(seen[round(share * V3.steps)] - tokens) < 40e6, tokens
-    assert V3.mtp_until == pytest.approx(V3.warmup + V3.constant) and V3.bias_until == pytest.approx(
-        1 - V3.final - V3.last
-    )
+    assert V3.mtp_until == pytest.approx(warmup + constant) and V3.bias_until == pytest.approx(1 - final - last)
+
+
+def test_published_recipe_has_its_phases_in_steps() -> None:
+    """The warm-up of 2,000 steps, and the ends that the comments of the file work out from tokens."""
+    assert [phase.kind for phase in phases(V3)] == ["warmup", "constant", "cosine", "constant", "constant"]
+    assert phase_ends(phases(V3), V3.steps) == [2000, 163_917, 232_263, 237_556, 240_211]
+    assert [phase.level for phase in phases(V3)] == [None, None, 0.1, None, pytest.approx(7.3e-6 / 2.2e-4, rel=1e-5)]
 
 
 # tokens seen (in one case: steps done): learning rate, sequences in the batch, bias speed, MTP weight
@@ -65,7 +82,7 @@ V3_BY_HAND = {
 
 
 @pytest.mark.parametrize("moment", V3_BY_HAND, ids=str)
-def test_the_published_recipe_has_the_published_values(seen: list[int], moment: str | int) -> None:
+def test_published_recipe_has_the_published_values(seen: list[int], moment: str | int) -> None:
     step = int(moment.removeprefix("step ")) if isinstance(moment, str) else bisect_left(seen, moment)
     lr, rows, speed, weight = V3_BY_HAND[moment]
     # a step further down the cosine is at most pi / 2 / 68,346 of its height: 5e-9, which is 2.3e-4 of the lowest rate
@@ -75,7 +92,7 @@ def test_the_published_recipe_has_the_published_values(seen: list[int], moment: 
     assert mtp_weight(step, V3) == weight
 
 
-def test_the_published_recipe_has_the_published_constants() -> None:
+def test_published_recipe_has_the_published_constants() -> None:
     assert (V3.optimizer, V3.beta1, V3.beta2, V3.weight_decay, V3.grad_clip) == ("adamw", 0.9, 0.95, 0.1, 1.0)
     assert (V3.moments, V3.balance_alpha, V3.seq_len) == ("bfloat16", 1e-4, 4096)
     run = RunConfig.from_file(CONFIGS / "deepseek-v3.toml")
@@ -83,16 +100,16 @@ def test_the_published_recipe_has_the_published_constants() -> None:
     assert run.model.n_mtp_layers == 1 and run.model.norm_eps == 1e-6
 
 
-def test_a_short_run_keeps_the_published_shape() -> None:
+def test_short_run_keeps_the_published_shape() -> None:
     """V3's shares on 1000 steps: every phase is there, at its share of them."""
-    short = TrainConfig(**{name: getattr(V3, name) for name in V3.__slots__} | {"steps": 1000})
+    short = dataclasses.replace(V3, steps=1000)
     found = rates(short)
     assert found[7] == found[681] == 1.0 > found[683]
-    assert found[966] == pytest.approx(0.1) == found[988] and found[989] == found[999] == V3.lr_last
+    assert found[966] == pytest.approx(0.1) == found[988] and found[989] == found[999] == phases(V3)[-1].level
 
 
-def test_the_learning_rate_rises_to_the_peak_and_falls_to_its_final_share() -> None:
-    train = TrainConfig(steps=101, warmup=0.1, lr=2.0, lr_final=0.1)
+def test_learning_rate_rises_to_the_peak_and_falls() -> None:
+    train = TrainConfig(steps=101, lr_schedule=("warmup 0.1", "cosine to 0.1"), lr=2.0)
     by_hand = {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 55: 1.1, 100: 0.2}
     for step, want in by_hand.items():
         assert 2.0 * learning_rate_share(step, train) == pytest.approx(want), step
@@ -101,24 +118,34 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_to_its_final_share() -> N
 
 
 @pytest.mark.parametrize(
-    ("shares", "want"),
+    ("schedule", "want"),
     {
-        "all": ({"constant": 0.2, "final": 0.2, "last": 0.1}, [0.5, 1, 1, 1, 1, 0.7, 0.4, 0.4, 0.4, 0.05]),
-        "warm-up only": ({"warmup": 1.0}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
-        "no warm-up": ({"warmup": 0.0, "constant": 0.9, "last": 0.1}, [1] * 9 + [0.05]),
-        "no decay": ({"constant": 0.5, "final": 0.3}, [0.5, 1, 1, 1, 1, 1, 1, 0.4, 0.4, 0.4]),
-        "no decay, no constant": ({"final": 0.5, "last": 0.3}, [0.5, 1] + [0.4] * 5 + [0.05] * 3),
-        "a decay of one step": ({"constant": 0.7}, [0.5] + [1] * 9),
-        "the last only": ({"warmup": 0.0, "last": 1.0}, [0.05] * 10),
-    }.values(),
+        # all phases of the published recipe
+        "warmup 0.2, constant 0.2, linear to 0.4, constant 0.2, constant 0.1 at 0.05": (
+            [0.5, 1, 1, 1, 1, 0.7, 0.4, 0.4, 0.4, 0.05]
+        ),
+        # some of them
+        "warmup 1, linear to 0.4": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        "constant 0.9, linear to 0.4, constant 0.1 at 0.05": [1] * 9 + [0.05],
+        "warmup 0.2, constant 0.5, linear to 0.4, constant 0.3": [0.5, 1, 1, 1, 1, 1, 1, 0.4, 0.4, 0.4],
+        "warmup 0.2, linear to 0.4, constant 0.5, constant 0.3 at 0.05": [0.5, 1] + [0.4] * 5 + [0.05] * 3,
+        "warmup 0.2, constant 0.7, linear to 0.4": [0.5] + [1] * 9,  # a decay of one step
+        "linear to 0.4, constant 1 at 0.05": [0.05] * 10,
+        # others
+        "constant": [1] * 10,
+        "warmup": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        "constant 0.5 at 0.3, constant 0.5": [0.3] * 10,
+        "constant, linear 0.4 to 0.1": [1] * 6 + [1, 0.7, 0.4, 0.1],  # warm-up, stable, decay
+        "linear 0.5 to 0.2, constant 0.2, cosine to 0": [1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.1, 0],
+        "warmup 0.2, linear 0.4 to 0.4, linear 0.4 to 1": [0.5, 1, 1, 0.8, 0.6, 0.4, 0.4, 0.6, 0.8, 1],
+    }.items(),
 )
-def test_phases_of_any_length_by_hand(shares: dict[str, float], want: list[float]) -> None:
-    train = TrainConfig(**{"steps": 10, "warmup": 0.2, "decay": "linear", "lr_final": 0.4, "lr_last": 0.05} | shares)  # pyright: ignore[reportArgumentType]
-    assert rates(train) == pytest.approx(want)
+def test_phases_of_any_length_by_hand(schedule: str, want: list[float]) -> None:
+    assert rates(TrainConfig(steps=10, lr_schedule=(schedule,))) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs_have_a_learning_rate(steps: int) -> None:
+def test_shortest_runs_have_a_learning_rate(steps: int) -> None:
     assert all(0 < rate <= 1 for rate in rates(TrainConfig(steps=steps)))
     assert rates(TrainConfig(steps=steps))[0] == 1.0
 
@@ -131,13 +158,13 @@ def recipes(draw: st.DrawFn) -> TrainConfig:
     small, more = draw(st.integers(1, 9)), draw(st.integers(0, 60))
     return TrainConfig(
         steps=draw(st.integers(1, 300)),
-        warmup=cuts[0],
-        constant=cuts[1] - cuts[0],
-        final=cuts[3] - cuts[2],
-        last=1 - cuts[3],
-        lr_final=draw(st.sampled_from([0.0, 0.1, 1.0])),
-        lr_last=0.03,
-        decay=draw(st.sampled_from(["cosine", "linear"])),
+        lr_schedule=(
+            f"warmup {cuts[0]}",
+            f"constant {cuts[1] - cuts[0]}",
+            f"{draw(st.sampled_from(['cosine', 'linear']))} to {draw(st.sampled_from([0.0, 0.1, 1.0]))}",
+            f"constant {cuts[3] - cuts[2]}",
+            f"constant {1 - cuts[3]} at 0.03",
+        ),
         grad_accum=accum,
         batch_start=small * accum,
         batch_size=(small + more) * accum,
@@ -148,23 +175,27 @@ def recipes(draw: st.DrawFn) -> TrainConfig:
 
 
 @given(train=recipes())
-def test_a_learning_rate_rises_stays_and_falls_in_phases_of_their_lengths(train: TrainConfig) -> None:
+def test_learning_rate_has_phases_of_their_lengths(train: TrainConfig) -> None:
     found = rates(train)
-    warmup = round(train.warmup * train.steps)
+    warmup_share, constant_share, _, final_share, last_share = shares(train)
+    lr_final = phases(train)[2].level
+    assert warmup_share is not None and constant_share is not None and lr_final is not None
+    assert final_share is not None and last_share is not None
+    warmup = round(warmup_share * train.steps)
     assert found[:warmup] == sorted(set(found[:warmup])) and all(0 < rate <= 1 for rate in found[:warmup])
     assert warmup == 0 or found[warmup - 1] == 1.0
     last = sum(rate == 0.03 for rate in found[warmup:])
-    assert abs(last - train.last * train.steps) <= 1
+    assert abs(last - last_share * train.steps) <= 1
     middle = found[warmup : train.steps - last]
-    assert middle == sorted(middle, reverse=True) and all(train.lr_final <= rate <= 1 for rate in middle)
+    assert middle == sorted(middle, reverse=True) and all(lr_final <= rate <= 1 for rate in middle)
     at_peak = sum(rate == 1.0 for rate in middle)
-    assert train.lr_final == 1 or at_peak >= train.constant * train.steps - 1
-    at_final = sum(rate == pytest.approx(train.lr_final) for rate in middle)
-    assert at_final >= train.final * train.steps - 1
+    assert lr_final == 1 or at_peak >= constant_share * train.steps - 1
+    at_final = sum(rate == pytest.approx(lr_final) for rate in middle)
+    assert at_final >= final_share * train.steps - 1
 
 
 @given(train=recipes())
-def test_a_growing_batch_is_the_nearest_multiple_below_the_line(train: TrainConfig) -> None:
+def test_growing_batch_is_the_nearest_multiple_below(train: TrainConfig) -> None:
     found, ramp = batches(train), round(train.batch_ramp * train.steps)
     assert train.batch_start is not None
     assert found == sorted(found) and all(rows % train.grad_accum == 0 for rows in found)
@@ -177,7 +208,7 @@ def test_a_growing_batch_is_the_nearest_multiple_below_the_line(train: TrainConf
 
 
 @given(train=recipes())
-def test_bias_speed_and_mtp_weight_change_once_at_their_share(train: TrainConfig) -> None:
+def test_bias_speed_and_mtp_weight_change_once(train: TrainConfig) -> None:
     for function, until, values in (
         (bias_speed, train.bias_until, (train.bias_speed, 0.0)),
         (mtp_weight, train.mtp_until, (train.mtp_weight, train.mtp_weight_after)),
@@ -188,6 +219,6 @@ def test_bias_speed_and_mtp_weight_change_once_at_their_share(train: TrainConfig
 
 
 @pytest.mark.parametrize("wrong", [{"batch_start": 2}, {"batch_ramp": 0.5}])
-def test_a_batch_that_grows_needs_a_start_and_a_share(wrong: dict[str, float]) -> None:
+def test_growing_batch_needs_a_start_and_a_share(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="go together"):
         TrainConfig(**wrong)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Fields of frozen dataclasses, checked: names, kinds and ranges, with an error that says the fix."""
+"""Checks of the fields of frozen dataclasses: names, types and ranges, with an error that says the fix."""
 
 import dataclasses
 import difflib
@@ -15,11 +15,13 @@ C = TypeVar("C")
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise ValueError unless the value is a multiple of the divisor, with the nearest multiples."""
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
         choice = f"{below} or {above}" if below else f"{above}"
@@ -27,10 +29,12 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises: ValueError for a file that cannot be read."""
     return parse_file(path, tomllib.loads)
 
 
 def parse_file(path: Path, loads: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `loads` makes of a file's text. Raises: ValueError for a file that cannot be read, or no table."""
     try:
         raw = loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,6 +47,7 @@ def parse_file(path: Path, loads: Callable[[str], dict[str, Any]]) -> dict[str, 
 
 
 def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix: str) -> None:
+    """Raise ValueError for the first key that is not known, with the nearest known one."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -51,7 +56,7 @@ def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix:
 
 
 def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: C | None = None) -> C:
-    """Make a config from parsed values: names checked, "none" read as None, wrong types refused.
+    """Make a config from parsed values: check names, read "none" as None, refuse wrong types.
 
     Args:
         base: has the values that are left out; without it, the defaults.
@@ -69,7 +74,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
 
 
 def _from_toml(value: Any, hint: Any) -> Any:
-    """TOML has neither null nor paths: "none" is None where None may be, and a text a path where a path belongs."""
+    """Return None for "none" where None may be, and a path for a text where a path belongs: TOML has neither."""
     choices = typing.get_args(hint)
     if value == "none" and type(None) in choices:
         return None
@@ -77,7 +82,7 @@ def _from_toml(value: Any, hint: Any) -> Any:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Refuse a value of the wrong kind; an int where a float belongs becomes one."""
+    """Refuse a value of the wrong type. An int where a float belongs becomes one, and a list where a tuple belongs."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -87,6 +92,9 @@ def check_types(config: Any, prefix: str = "") -> None:
         if float in choices and _is_a(value, int):
             object.__setattr__(config, f.name, float(value))
             continue
+        if isinstance(value, list) and any(_is_a(tuple(value), choice) for choice in choices):
+            object.__setattr__(config, f.name, tuple(value))
+            continue
         want = " or ".join(_describe(choice) for choice in choices)
         raise ValueError(f"{prefix}{f.name}={value!r} is not {want}{_nearest(value, choices)}")
 
@@ -94,6 +102,8 @@ def check_types(config: Any, prefix: str = "") -> None:
 def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:  # of any number of texts, as in tuple[str, ...]
+        return isinstance(value, tuple) and all(_is_a(part, typing.get_args(hint)[0]) for part in value)
     if hint is float:
         return isinstance(value, float) and math.isfinite(value)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
@@ -103,7 +113,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(arg) for arg in typing.get_args(hint))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    return words.get(hint, '"none"')
+    return words.get(hint, "a list of texts" if typing.get_origin(hint) is tuple else '"none"')
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
@@ -113,7 +123,11 @@ def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """TOML has no null: None becomes "none", a path its text."""
+    """Return a value as TOML can hold it: "none" for None, which it lacks, and the text of a path."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items() if not (key == "out" and inner is None)}
-    return "none" if value is None else str(value) if isinstance(value, Path) else value
+    if isinstance(value, tuple):
+        return [plain(inner) for inner in value]
+    if value is None:
+        return "none"
+    return str(value) if isinstance(value, Path) else value

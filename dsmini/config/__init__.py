@@ -1,0 +1,11 @@
+"""Configs of a model, its data and its training: frozen dataclasses, checked when they are made.
+
+Every field has a default; together the defaults are configs/toy.toml. None means off.
+"""
+
+from dsmini.config.data import DataConfig
+from dsmini.config.model import ModelConfig, layer_config
+from dsmini.config.run import RunConfig
+from dsmini.config.train import TrainConfig
+
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "layer_config"]

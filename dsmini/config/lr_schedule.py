@@ -1,0 +1,109 @@
+"""The phases of the learning rate, as a config writes them.
+
+    lr_schedule = ["warmup 0.05", "constant 0.5", "cosine to 0.1", "constant 0.1 at 0.03"]
+
+    warmup SHARE                 up from 0 to the peak; only as the first phase
+    constant [SHARE]             flat, where the phase before ended: at the peak if there was no decay
+    constant [SHARE] at LEVEL    flat, at another level
+    cosine [SHARE] to LEVEL      along half a cosine
+    linear [SHARE] to LEVEL      along a straight line
+
+SHARE is a share of the run's steps, LEVEL a share of the peak learning rate. One phase may leave out its share: it
+takes the steps that the others leave.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from dsmini.config.fields import require
+
+KINDS = ("warmup", "constant", "cosine", "linear")
+SPELLINGS = "'warmup SHARE', 'constant [SHARE] [at LEVEL]', 'cosine [SHARE] to LEVEL' or 'linear [SHARE] to LEVEL'"
+NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?|-?\d+\."
+PHASE = re.compile(
+    rf"(?P<kind>warmup|constant|cosine|linear)(?: (?P<share>{NUMBER}))?(?: (?P<word>to|at) (?P<level>{NUMBER}))?"
+)
+WORDS = {"warmup": (None,), "constant": (None, "at"), "cosine": ("to",), "linear": ("to",)}
+"""Words that may stand before the level of a phase; None: it needs no level."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One phase of the learning rate."""
+
+    kind: str
+    """Shape of the phase: warmup, constant, cosine or linear."""
+    share: float | None
+    """Share of the run's steps; None: all steps that the other phases leave."""
+    level: float | None
+    """Learning rate at the end of the phase, as a share of the peak; None: the peak after a warm-up, else as before."""
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f" {number(self.share)}"
+        word = "at" if self.kind == "constant" else "to"
+        return self.kind + share + ("" if self.level is None else f" {word} {number(self.level)}")
+
+
+def number(value: float) -> str:
+    """Return the shortest text that float() reads as the same bits."""
+    return repr(value).removesuffix(".0")
+
+
+@cache
+def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
+    """Read a schedule. Texts may hold several phases, or parts of one: a shell splits at spaces.
+
+    Raises: ValueError for what is not a phase, and for phases that do not fit together.
+    """
+    phases = tuple(_read(text) for text in _split(texts))
+    written = ", ".join(map(str, phases))
+    require(len(phases) > 0, f"train.lr_schedule is empty; write phases such as {SPELLINGS}")
+    late = [phase for phase in phases[1:] if phase.kind == "warmup"]
+    require(not late, f"train.lr_schedule={written!r} has a warm-up that is not the first phase; move it to the front")
+    opened = [f"{phase}" for phase in phases if phase.share is None]
+    require(
+        len(opened) <= 1,
+        f"train.lr_schedule={written!r} leaves out the share of {' and of '.join(map(repr, opened))}; "
+        "only one phase can take the steps that are left",
+    )
+    taken = sum(phase.share or 0.0 for phase in phases)
+    require(
+        taken <= 1 + 1e-9,
+        f"train.lr_schedule={written!r} takes {taken:g} of the steps; want 1 or less, what is left is the phase "
+        "without a share",
+    )
+    require(
+        len(opened) == 1 or taken >= 1 - 1e-9,
+        f"train.lr_schedule={written!r} takes only {taken:g} of the steps; leave out the share of one phase, "
+        "which then takes the rest",
+    )
+    return phases
+
+
+def _split(texts: Iterable[str]) -> list[str]:
+    """Join the texts, and part them again before each kind of phase."""
+    phases: list[str] = []
+    for word in " ".join(texts).replace(",", " ").split():
+        if word in KINDS or not phases:
+            phases.append(word)
+        else:
+            phases[-1] += f" {word}"
+    return phases
+
+
+def _read(text: str) -> Phase:
+    match = PHASE.fullmatch(text)
+    require(
+        match is not None and match["word"] in WORDS[match["kind"]],
+        f"train.lr_schedule has {text!r}, which is not a phase; write {SPELLINGS}",
+    )
+    assert match is not None
+    share, level = (None if match[part] is None else float(match[part]) for part in ("share", "level"))
+    for name, value in (("share", share), ("level", level)):
+        require(
+            value is None or 0 <= value <= 1,
+            f"train.lr_schedule has {text!r}, whose {name} is not between 0 and 1; use a share of one",
+        )
+    return Phase(kind=match["kind"], share=share, level=level)

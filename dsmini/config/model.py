@@ -1,0 +1,220 @@
+"""The config of a model, in the spelling of DeepSeek's released inference code."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsmini.config.fields import build, check_types, parse_file, read_toml, refuse_unknown, require, require_multiple
+from dsmini.config.huggingface import config_from_json
+
+SECTIONS = ["model", "data", "train", "out"]
+"""Top-level keys of a TOML file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes and choices of a DeepSeek-V3 style transformer.
+
+    Raises: ValueError for every combination of sizes that cannot be built.
+    """
+
+    vocab_size: int = 256
+    """Number of token ids; 256 for bytes."""
+    dim: int = 192
+    """Width of the residual stream."""
+    inter_dim: int = 512
+    """Hidden width of the dense feed-forward layers."""
+    moe_inter_dim: int = 128
+    """Hidden width of one routed expert; the shared experts are n_shared_experts times as wide."""
+    n_layers: int = 4
+    """Number of blocks, without those of multi-token prediction."""
+    n_dense_layers: int = 1
+    """Number of leading blocks with a dense feed-forward; n_layers + n_mtp_layers makes the whole model dense."""
+    n_heads: int = 4
+    """Number of attention heads."""
+
+    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
+    """Kind of attention: MLA, or a baseline with keys of qk_nope_head_dim and values of v_head_dim."""
+    n_kv_heads: int | None = None
+    """Number of key-value heads; only for attention "gqa"."""
+    q_lora_rank: int | None = 96
+    """Width of the compressed query; None projects the query directly."""
+    kv_lora_rank: int = 64
+    """Width of the compressed key-value latent c_kv, which is what MLA caches."""
+    qk_nope_head_dim: int = 32
+    """Width of a query or key head without position."""
+    qk_rope_head_dim: int = 16
+    """Width of the rotary part of a query head, and of the rotary key that all heads share."""
+    v_head_dim: int = 32
+    """Width of a value head."""
+
+    n_routed_experts: int = 16
+    """Number of routed experts in a MoE layer."""
+    n_shared_experts: int = 1
+    """Number of shared experts, which every token uses; 0 for none."""
+    n_activated_experts: int = 4
+    """Number of routed experts that a token uses (top-k)."""
+    n_expert_groups: int = 4
+    """Number of groups of equal size that the routed experts are divided into."""
+    n_limited_groups: int = 2
+    """Maximum number of expert groups a token may use."""
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Function that turns the gate's logits into scores: sigmoid in V3, softmax in V2."""
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    """Method of selecting experts. noaux_tc (V3): with a bias, groups scored by their best two experts;
+    group_limited_greedy (V2): no bias, groups scored by their best one; greedy (V2-Lite): no bias, no groups."""
+    norm_topk_prob: bool = True
+    """Normalization of a token's expert weights to a sum of 1."""
+    route_scale: float = 2.5
+    """Factor on the weights of the routed experts."""
+
+    n_mtp_layers: int = 1
+    """Number of extra blocks for multi-token prediction, each of which predicts one token further."""
+    mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
+    """Hidden state given to the MTP blocks: the one after or before the final norm. The sources disagree."""
+
+    max_seq_len: int = 256
+    """Maximum sequence length in tokens; beyond original_seq_len the context counts as extended and YaRN is on."""
+    original_seq_len: int | None = None
+    """Context length in tokens of the training before an extension; None: never extended, no YaRN."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_factor: float = 40.0
+    """Extension factor of YaRN."""
+    beta_fast: float = 32.0
+    """Number of turns within original_seq_len above which YaRN leaves a rotary frequency as it is."""
+    beta_slow: float = 1.0
+    """Number of turns within original_seq_len below which YaRN divides a rotary frequency by rope_factor."""
+    mscale: float = 1.0
+    """Coefficient of YaRN's attention temperature for the rotary part of the logit."""
+    mscale_all_dim: float = 1.0
+    """Coefficient of YaRN's attention temperature for the whole logit."""
+
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm; the two latent norms always use 1e-6, as in DeepSeek's code."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights (V3: 0.006)."""
+    zero_init: bool = False
+    """Zeros as initial weights of the head and of every matrix that writes into the residual stream. Not DeepSeek's."""
+    embed_norm: bool = False
+    """RMSNorm of the embedding before the first block. Not DeepSeek's."""
+    qk_norm: bool = False
+    """RMSNorm of each head's whole query and key. DeepSeek norms the latents instead; excludes the absorbed form."""
+    precision: Literal["native", "fp8"] = "native"
+    """Precision of matrix products. native: the compute dtype; fp8: simulated FP8 in attention and feed-forwards."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        optional = {"n_shared_experts", "n_dense_layers", "n_mtp_layers", "mscale", "mscale_all_dim"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in optional:
+                require(value >= 0, f"{f.name}={value} is negative; use 0 or more")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                least = "1 or more" if isinstance(value, int) else "more than 0"
+                require(value > 0, f"{f.name}={value} is not positive; use {least}")
+        self._check_layers()
+        self._check_attention()
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        deepest = self.n_layers + self.n_mtp_layers
+        require(
+            self.n_dense_layers <= deepest,
+            f"n_dense_layers={self.n_dense_layers} is more than the {deepest} blocks there are "
+            f"(n_layers + n_mtp_layers); use {deepest} or fewer",
+        )
+
+    def _check_attention(self) -> None:
+        rotary = "qk_rope_head_dim" if self.attention == "mla" else "qk_nope_head_dim"
+        width = getattr(self, rotary)
+        require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
+        if self.attention == "gqa":
+            require(self.n_kv_heads is not None, "attention='gqa' needs n_kv_heads; set it to a divisor of n_heads")
+            assert self.n_kv_heads is not None
+            require_multiple("n_heads", self.n_heads, "n_kv_heads", self.n_kv_heads)
+        else:
+            require(
+                self.n_kv_heads is None,
+                f"n_kv_heads={self.n_kv_heads} has no meaning with attention='{self.attention}'; "
+                "leave it out, or use attention='gqa'",
+            )
+        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
+        if self.extended:
+            require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
+            require(
+                self.beta_fast >= self.beta_slow,
+                f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them",
+            )
+
+    def _check_experts(self) -> None:
+        e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts
+        require_multiple("n_routed_experts", e, "n_expert_groups", g)
+        require(
+            self.n_limited_groups <= g,
+            f"n_limited_groups={self.n_limited_groups} is more than n_expert_groups={g}; use {g} or fewer",
+        )
+        require(k <= e, f"n_activated_experts={k} is more than n_routed_experts={e}; use {e} or fewer")
+        reachable = e // g * self.n_limited_groups
+        require(
+            k <= reachable,
+            f"n_activated_experts={k} is more than the {reachable} experts in n_limited_groups="
+            f"{self.n_limited_groups} groups of {e // g}; use {reachable} or fewer, or allow more groups",
+        )
+        if self.topk_method == "greedy":
+            require(g == 1, f"topk_method='greedy' ignores groups, got n_expert_groups={g}; use 1, or another method")
+        if self.topk_method == "noaux_tc" and g > 1:
+            require(e // g >= 2, f"noaux_tc scores a group by its best two, got groups of {e // g}; use fewer groups")
+
+    @property
+    def extended(self) -> bool:
+        """Return True if YaRN applies: the context is longer than the one trained at."""
+        return self.original_seq_len is not None and self.max_seq_len > self.original_seq_len
+
+    @property
+    def output_init_std(self) -> float:
+        """Return the standard deviation of the initial weights of the head and of writes into the residual stream."""
+        return 0.0 if self.zero_init else self.init_std
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Return the width of a whole query or key head of MLA."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Return the number of key-value heads of a baseline."""
+        return {"mqa": 1, "gqa": self.n_kv_heads or self.n_heads}.get(self.attention, self.n_heads)
+
+    def is_moe(self, layer: int) -> bool:
+        """Return True if block `layer` has experts; MTP blocks follow the last layer."""
+        return layer >= self.n_dense_layers
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Read a TOML file's [model], DeepSeek's inference JSON, or Hugging Face's config.json.
+
+        Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            raw = parse_file(path, json.loads)
+            return build(cls, config_from_json(raw, str(path)), path.name, "")
+        sections = read_toml(path)
+        refuse_unknown(sections, SECTIONS, path.name, "")
+        return build(cls, sections.get("model", {}), path.name, "model.")
+
+
+def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> ModelConfig:
+    """Return the config of a layer that stands alone: `config`, or the defaults, with plain arguments on top.
+
+    Raises: ValueError for an unknown argument, with the nearest right one.
+    """
+    require(
+        config is None or isinstance(config, ModelConfig),
+        f"a layer is made from a ModelConfig or keyword arguments, got a {type(config).__name__}; use ModelConfig(...)",
+    )
+    refuse_unknown(arguments, [f.name for f in dataclasses.fields(ModelConfig)], "the arguments", "")
+    return dataclasses.replace(config or ModelConfig(), **arguments)

@@ -1,0 +1,74 @@
+"""The config of a training run: its model, data and recipe, read from and written to TOML."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomli_w
+
+from dsmini.config.data import DataConfig
+from dsmini.config.fields import build, plain, read_toml, refuse_unknown, require
+from dsmini.config.model import SECTIONS, ModelConfig
+from dsmini.config.old_schedule import with_phases
+from dsmini.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole training run: the model, the data, the recipe, and the folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: Path | None = None
+    """Folder of the run; left out: the next free runs/NAME-NNN."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.seq_len <= self.model.max_seq_len,
+            f"train.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
+            "shorten the one or raise the other",
+        )
+        require(
+            self.seq_len > self.model.n_mtp_layers,
+            f"a sequence of {self.seq_len} tokens is too short for model.n_mtp_layers={self.model.n_mtp_layers}; "
+            f"use at least {self.model.n_mtp_layers + 1}",
+        )
+        context = self.train.eval_context
+        require(
+            context is None or context <= self.model.max_seq_len,
+            f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; shorten it",
+        )
+
+    @property
+    def seq_len(self) -> int:
+        """Return the length of a training sequence in tokens."""
+        return self.train.seq_len or self.model.max_seq_len
+
+    @classmethod
+    def from_file(cls, path: str | Path, base: "RunConfig | None" = None) -> "RunConfig":
+        """Read a TOML file with the sections model, data and train.
+
+        Args:
+            base: has the keys that the file leaves out; without it, the defaults.
+
+        Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
+        """
+        path = Path(path)
+        require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
+        sections, base = read_toml(path), base or cls()
+        train = with_phases(sections.get("train", {}), base.train.lr_schedule, path.name)
+        model = build(ModelConfig, sections.get("model", {}), path.name, "model.", base.model)
+        data = build(DataConfig, sections.get("data", {}), path.name, "data.", base.data)
+        train = build(TrainConfig, train, path.name, "train.", base.train)
+        refuse_unknown(sections, SECTIONS, path.name, "")
+        out = sections.get("out")
+        require(out is None or isinstance(out, str), f"{path.name}: out={out!r} is not a path; use a text")
+        try:
+            return cls(model=model, data=data, train=train, out=base.out if out is None else Path(out))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+
+    def to_toml(self) -> str:
+        """Return the whole config, defaults included, as the text of a TOML file that from_file reads."""
+        return tomli_w.dumps(plain(dataclasses.asdict(self)))

@@ -1,0 +1,141 @@
+"""Speculative decoding with multi-token prediction as the draft (DeepSeek-V3 report, section 5.4.3).
+
+The multi-token prediction blocks guess the tokens after a row's last one. The model looks at the last token and all
+guesses in one forward, and the guesses that it agrees with are kept (Leviathan et al. 2023): a guess x drawn from q is
+kept with probability min(1, p(x) / q(x)). The first that is not kept is drawn again from max(p - q, 0), normalised.
+The result is distributed as without guesses. Greedy decoding, where p and q lie on one token each, gives the same
+tokens.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dsmini.inference.sampling import Sampling, draw
+from dsmini.nn import Cache, Transformer
+from dsmini.nn.positions import last_valid
+
+
+class Drafter:
+    """The guesses of multi-token prediction, and all that it remembers between the steps of a generation.
+
+    The blocks lag behind the model: they see a step's tokens only when the next guesses are made.
+
+    Args:
+        cache: of the generation, made with mtp=True.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: Cache, sampling: Sampling, generator: torch.Generator | None = None
+    ) -> None:
+        assert cache.mtp is not None, "the cache was made with mtp=True"
+        self.model, self.sampling, self.generator = model, sampling, generator
+        self.cache, self.mtp = cache, cache.mtp
+        self.depths = len(model.mtp)
+        self.drafted = self.accepted = 0
+        """Number of guesses, and of those that were kept."""
+        self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
+        """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
+        row [b]. None: the one token after those that were read."""
+
+    def read(
+        self, tokens: Int[Tensor, "b s"], given: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
+    ) -> None:
+        """Show tokens of the prompts to the blocks.
+
+        Args:
+            given: the model's hidden states at these tokens, States.given.
+            lengths: number of tokens in each row; None: all columns.
+        """
+        before = self.mtp.shift(0, given, lengths)
+        self.model.mtp.decode(self.model.embedded(tokens), before, self.mtp, lengths)
+        self._unseen = None
+
+    def guess(
+        self, last: Int[Tensor, "b 1"], live: Bool[Tensor, " b"], seen: Bool[Tensor, "b v"] | None
+    ) -> tuple[Int[Tensor, "b depths"], list[Float[Tensor, "b v"]]]:
+        """Return a guess of each depth and the distributions they were drawn from; none if the cache has no room.
+
+        Args:
+            last: the last token of each row.
+            live: rows that have not ended.
+            seen: tokens that each row holds, for the repetition penalty; the guesses are added.
+        """
+        # 1. what is certain, to all depths: after it each has a state for the next token, [b, m]
+        tokens, before, new = self._unseen or (last, self.mtp.last[0][:, None], torch.ones_like(self.mtp.lengths))
+        new = new * live
+        has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
+        normed = self.model.mtp.decode(self.model.embedded(tokens), before, self.mtp, new)
+        if not has_room:
+            return last[:, :0], []
+        states = [last_valid(hidden, new, hidden[:, 0]) for hidden in normed]
+        # 2. one guess of each depth, which the deeper ones see
+        given = list(self.mtp.last)
+        guesses: list[Tensor] = []
+        distributions: list[Tensor] = []
+        for k in range(self.depths):
+            distributions.append(self.sampling.probabilities(self.model.head(states[k]), seen))
+            guesses.append(draw(distributions[k], self.generator))
+            if seen is not None:
+                seen.scatter_(1, guesses[k][:, None], True)
+            self._show(k, guesses[k], states, given)
+        return torch.stack(guesses, 1), distributions
+
+    def _show(self, k: int, guess: Int[Tensor, " b"], states: list[Tensor], given: list[Tensor]) -> None:
+        """Let the depths after k see its guess, and replace their states and what they are given by new ones.
+
+        This leaves no trace: the rows of guesses in the cache are overwritten by those of certain tokens.
+        """
+        if k + 1 == self.depths:
+            return
+        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.window(1, ahead=k), list(given)
+        for deeper in range(k + 1, self.depths):
+            normed, gives = self.model.mtp.decode_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
+            states[deeper] = normed[:, 0]
+            if deeper + 1 < self.depths:
+                given[deeper + 1] = gives[:, 0]
+
+    def settle(
+        self,
+        start: Int[Tensor, " b"],
+        picked: Int[Tensor, "b n"],
+        kept: Int[Tensor, " b"],
+        given: Float[Tensor, "b s m"],
+    ) -> None:
+        """Forget the guesses that were not kept, and remember what the blocks have to see next.
+
+        Args:
+            start: valid length of each row before the step.
+            picked: the tokens that follow each row, padded on the right.
+            kept: their number; 0 in rows that have ended.
+            given: the model's hidden states at the last token and the guesses, States.given.
+        """
+        guesses = given.shape[1] - 1
+        if guesses:
+            self.cache.truncate(start + kept)
+        self._unseen = (picked, given[:, : picked.shape[1]], kept)
+        self.drafted += guesses * int((kept > 0).sum())
+        self.accepted += int((kept - 1).clamp(min=0).sum())
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; the cache's rows are selected by its owner."""
+        if self._unseen is not None:
+            tokens, before, new = self._unseen
+            self._unseen = (tokens[rows], before[rows], new[rows])
+
+
+def accept(
+    guesses: list[int], q: list[Tensor], p: Float[Tensor, "n v"], generator: torch.Generator | None
+) -> list[int]:
+    """Return the guesses of one row that are kept, and one token more.
+
+    Args:
+        q: for each guess, the distribution [v] it was drawn from.
+        p: the model's distributions after the last token and after each guess.
+    """
+    device = "cpu" if generator is None else generator.device
+    for i, guess in enumerate(guesses):
+        if torch.rand((), generator=generator, device=device).item() * q[i][guess].item() >= p[i, guess].item():
+            rest = (p[i] - q[i]).clamp(min=0)
+            return [*guesses[:i], int(draw((rest if rest.any() else p[i])[None], generator))]
+    return [*guesses, int(draw(p[len(guesses)][None], generator))]

@@ -1,0 +1,106 @@
+"""Positions and causal mask of the new tokens in a call with a cache, whose rows may have different valid lengths."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+ALIGN = 64
+"""A CPU prepares a BF16 product again for each number of rows, so that number changes in steps (docs/log.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The place of the s new tokens of a call in each row of the cache, and the keys that they may see."""
+
+    positions: Int[Tensor, "#b s"]
+    """Position of each new token, on the device; one row if all rows are equally long."""
+    start: int | None
+    """First position of the new tokens if all rows are equally long and have no padding, else None."""
+    fresh: bool
+    """True if all rows begin with the new tokens: there are no older keys to see."""
+    end: int
+    """Number of keys to read, t: the longest row with its new tokens, and up to ALIGN - 1 more."""
+    real: Bool[Tensor, "b s"] | None
+    """True where a new token is not padding; None if there is no padding."""
+    lengths: Int[Tensor, " b"]
+    """Valid length of each row with its new tokens, on the CPU."""
+
+    @classmethod
+    def after(cls, before: Tensor, s: int, new: Tensor | None, max_seq_len: int, device: torch.device) -> "Window":
+        """Place s new tokens after rows of valid lengths `before` [b].
+
+        Args:
+            new: number of new tokens of each row, [b], which are padded to s on the right; None: s in every row.
+
+        Raises: ValueError if they do not fit.
+        """
+        if new is not None:
+            new = torch.as_tensor(new).cpu().to(torch.int64)
+            if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
+                raise ValueError(
+                    f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
+                )
+        lengths = before + (s if new is None else new)
+        if (most := int(lengths.max())) > max_seq_len:
+            raise ValueError(
+                f"the cache holds {max_seq_len} tokens a sequence, and this call would make {most}; "
+                "make it with a larger max_seq_len, or truncate it"
+            )
+        columns = torch.arange(s)
+        alike = bool((before == before[0]).all()) and (new is None or bool((new == s).all()))
+        positions = (before[:1] if alike else before)[:, None] + columns
+        real = None
+        if not alike:
+            real = columns < lengths[:, None] - before[:, None]
+        return cls(
+            positions=positions.to(device),
+            start=int(before[0]) if alike else None,
+            fresh=not bool(before.any()),
+            end=min(max_seq_len, -(-most // ALIGN) * ALIGN),
+            real=None if real is None else real.to(device),
+            lengths=lengths,
+        )
+
+    @cached_property
+    def hidden(self) -> Bool[Tensor, "#b s t"] | None:
+        """The mask: True for keys that a new token may not see, those after it; None if it may see all."""
+        if self.start is not None and self.start + 1 == self.end:
+            return None
+        keys = torch.arange(self.end, device=self.positions.device)
+        return keys > self.positions[..., None]
+
+    def shifted(self, depth: int) -> "Window":
+        """Return the window of the multi-token prediction block of this depth.
+
+        Its entry for a token lies `depth` positions before the token. The first `depth` tokens of a row have none.
+        """
+        positions = self.positions - depth
+        there = positions >= 0
+        real = there if self.real is None else self.real & there
+        start = None if self.start is None or self.start < depth else self.start - depth
+        return Window(
+            positions=positions.clamp(min=0),
+            start=start,
+            fresh=False,
+            end=self.end,
+            real=None if start is not None else real.expand(len(self.lengths), -1),
+            lengths=(self.lengths - depth).clamp(min=0),
+        )
+
+
+def last_valid(
+    hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None, old: Float[Tensor, "b m"]
+) -> Float[Tensor, "b m"]:
+    """Return the hidden state of each row's last valid column, or the old one for a row that has none.
+
+    Args:
+        lengths: number of valid columns of each row; None: all.
+    """
+    if lengths is None:
+        return hidden[:, -1]
+    at = lengths.to(hidden.device)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), (at - 1).clamp(min=0)]
+    return torch.where((at > 0)[:, None], last, old.to(last.dtype))

@@ -1,0 +1,287 @@
+"""Floating-point operations, counted from the config, against print and against torch's counter."""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsmini import ModelConfig, Transformer
+from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
+from tests.helpers.accounting import ATTENTIONS, DTYPES, explicit_attention, form_of, sized
+from tests.helpers.configs import released
+from tests.helpers.strategies import model_configs
+
+aten = torch.ops.aten
+V3 = released("deepseek-v3")
+V2 = released("deepseek-v2")
+
+
+# --- a token, as the papers count
+
+
+@pytest.mark.parametrize(("config", "printed", "exactly"), [(V3, 250, 250.4), (V2, 155, 155.3)], ids=["V3", "V2"])
+def test_training_flops_as_printed(config: ModelConfig, printed: float, exactly: float) -> None:
+    """GFLOP a token at 4096: "Insights into DeepSeek-V3", table 2. Without MTP, the causal half."""
+    counted = flops_per_token(config, 4096, training=True, mtp=False).total / 1e9
+    assert counted == pytest.approx(printed, rel=0.005)
+    assert round(counted, 1) == exactly
+    formula = 6 * parameters(config).active + 3 * config.n_layers * config.n_heads * (192 + 128) * 4096
+    assert counted * 1e9 == formula
+
+
+@pytest.mark.parametrize(("causal", "tflops"), [(True, 385), (False, 432)])
+def test_flops_that_the_printed_utilisation_implies(causal: bool, tflops: float) -> None:
+    """The same paper, table 4: TFLOPS a GPU, 272.80B tokens a day on 2048 of them."""
+    implied = tflops * 1e12 * 2048 * 86400 / 272.80e9
+    assert flops_per_token(V3, 4096, causal=causal, training=True, mtp=False).total == pytest.approx(implied, rel=0.01)
+
+
+# --- a token, against torch
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "mla": {},
+    "mla, query not compressed": {"q_lora_rank": None},
+    "mha": {"attention": "mha"},
+    "gqa": {"attention": "gqa", "n_heads": 6, "n_kv_heads": 2},
+    "mqa": {"attention": "mqa"},
+}
+B, S = 2, 13
+
+
+def measured(config: ModelConfig, training: bool = False, losses: bool = False) -> FlopCounterMode:
+    """Return what torch counts in a model of products that it can count.
+
+    It takes grouped_mm and a CPU's flash attention for nothing. In FP64 experts are multiplied one by one; attention
+    is made to hold its square of logits.
+    """
+    model = Transformer(config).double()
+    tokens = torch.randint(0, config.vocab_size, (B, S))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.set_grad_enabled(training), explicit_attention():
+        result: Tensor = model.losses(tokens, tokens).total if losses else model(tokens).sum()
+        if training:
+            result.backward()
+    return counter
+
+
+def dense(**changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {"vocab_size": 51, "dim": 46, "inter_dim": 78, "moe_inter_dim": 30, "v_head_dim": 22}
+    experts = {"n_routed_experts": 5, "n_activated_experts": 2, "n_expert_groups": 1, "n_limited_groups": 1}
+    layers = {"n_layers": 2, "n_dense_layers": 2, "n_mtp_layers": 0}
+    return ModelConfig(**{**sizes, **experts, **layers, **changes})
+
+
+@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("training", [False, True])
+def test_flops_against_torch(case: str, training: bool) -> None:
+    config = dense(**PLAIN[case])
+    counted = flops_per_token(config, S, causal=False, training=training)
+    assert measured(config, training).get_total_flops() == counted.total * B * S
+    if training:  # the chunked cross-entropy makes its products at another time, and as many
+        assert measured(config, training, losses=True).get_total_flops() == counted.total * B * S
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_flops_of_each_module_against_torch(case: str) -> None:
+    config = dense(**PLAIN[case], n_dense_layers=1, n_shared_experts=2)
+    suffixes = {
+        r"head": "head",
+        r"attn\.w\w+": "attention",
+        r"attn": "attention and its context",
+        r"ffn\.w[123]": "dense feed-forward",
+        r"ffn\.gate": "gates",
+        r"ffn\.shared_experts": "shared experts",
+        r"ffn\.experts": "routed experts",
+    }
+    torchs = Counter[str]()
+    for name, counts in measured(config).get_flop_counts().items():
+        inner = re.sub(r"^Transformer\.(layers\.\d+\.)?", "", name)
+        for pattern, module in suffixes.items():
+            if re.fullmatch(pattern, inner):
+                torchs[module] += sum(counts.values())
+    torchs["attention over the context"] = torchs.pop("attention and its context") - torchs["attention"]
+    ours = flops_per_token(config, S, causal=False).by_module
+    assert {module: count * B * S for module, count in ours.items()} == torchs
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("n_shared_experts", [0, 2])
+def test_flops_of_experts_against_torch(training: bool, n_shared_experts: int) -> None:
+    """Exactly: what weighs and adds the experts' outputs is no matrix product to torch either."""
+    config = dense(n_dense_layers=1, n_shared_experts=n_shared_experts)
+    counted = flops_per_token(config, S, causal=False, training=training)
+    assert measured(config, training).get_total_flops() == counted.total * B * S
+
+
+@pytest.mark.parametrize("n_mtp_layers", [1, 2])
+def test_flops_of_multi_token_prediction_against_torch(n_mtp_layers: int) -> None:
+    """Depth k runs on S - k positions, and on so many the count is exact."""
+    config = dense(n_mtp_layers=n_mtp_layers, n_dense_layers=2 + n_mtp_layers)
+
+    def depths(count: int, seq_len: int) -> int:
+        """FLOPs of the first `count` depths over a batch."""
+        part = dataclasses.replace(config, n_mtp_layers=count, n_dense_layers=2 + count)
+        by_module = flops_per_token(part, seq_len, causal=False, training=True).by_module
+        return B * seq_len * sum(flops for module, flops in by_module.items() if module.startswith("mtp "))
+
+    main = flops_per_token(config, S, causal=False, training=True, mtp=False).total * B * S
+    mtp = sum(depths(k, S - k) - depths(k - 1, S - k) for k in range(1, n_mtp_layers + 1))
+    assert measured(config, training=True, losses=True).get_total_flops() == main + mtp
+
+
+def test_multi_token_prediction_runs_in_training() -> None:
+    config = ModelConfig(n_mtp_layers=2)
+    without = dataclasses.replace(config, n_mtp_layers=0)
+    for causal in (True, False):
+        forward = flops_per_token(config, 64, causal)
+        assert forward == flops_per_token(config, 64, causal, mtp=False) == flops_per_token(without, 64, causal)
+        training = flops_per_token(config, 64, causal, training=True)
+        assert training == flops_per_token(config, 64, causal, training=True, mtp=True)
+        assert training.total == 3 * flops_per_token(config, 64, causal, mtp=True).total
+        assert training.by_module["mtp head"] == 2 * training.by_module["head"]
+        assert flops_per_token(config, 64, causal, training=True, mtp=False).total == 3 * forward.total
+
+
+@given(config=model_configs())
+def test_flops_of_any_model(config: ModelConfig) -> None:
+    """Twice the active parameters, and what grows with the context: of which causality leaves a half."""
+    full = flops_per_token(config, 17, causal=False, mtp=True).by_module
+    half = flops_per_token(config, 17, causal=True, mtp=True).by_module
+    over = {"attention over the context", "mtp attention over the context"} & set(full)
+    active = parameters(config).active_by_module
+    assert full == {module: 2 * count for module, count in active.items()} | {module: full[module] for module in over}
+    assert half == {module: count // 2 if module in over else count for module, count in full.items()}
+
+
+def test_half_the_square_is_what_a_causal_mask_keeps() -> None:
+    """But for the diagonal: T (T + 1) / 2 pairs are kept, T^2 / 2 are counted."""
+    over, t = "attention over the context", 100
+    kept = sum(flops_per_token(dense(), keys, causal=False).by_module[over] for keys in range(1, t + 1))
+    assert kept / (t * flops_per_token(dense(), t).by_module[over]) == pytest.approx((t + 1) / t, rel=1e-12)
+
+
+@pytest.mark.parametrize("seq_len", [0, -3])
+def test_a_sequence_has_tokens(seq_len: int) -> None:
+    with pytest.raises(ValueError, match=f"seq_len={seq_len} is not positive; use 1 or more"):
+        flops_per_token(V3, seq_len)
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("context", [65, 100, 128])
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_flops_of_decoding_against_torch(case: str, context: int) -> None:
+    """Equal where no more rows are read than there are; the layer reads them in multiples of 64."""
+    config = sized(**ATTENTIONS[case])
+    model = Transformer(config).double()
+    tokens = torch.randint(0, 51, (1, context))
+    cache = model.new_cache(1, form=form_of(case))
+    model(tokens[:, :-2], cache=cache)
+    model(tokens[:, -2:-1], cache=cache)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens[:, -1:], cache=cache)
+    combine = 2 * (config.n_layers - 1) * config.n_activated_experts * config.dim
+    ran = counter.get_total_flops() - combine
+    assert decode_flops_per_token(config, context=context, form=form_of(case)).total <= ran
+    assert decode_flops_per_token(config, context=128, form=form_of(case)).total == ran
+
+
+@given(config=model_configs())
+def test_the_form_counted_is_the_one_the_layer_takes(config: ModelConfig) -> None:
+    """Once a few tokens are cached."""
+    counted = decode_flops_per_token(config, context=config.max_seq_len)
+    if config.attention != "mla" or config.qk_norm:
+        assert counted == decode_flops_per_token(config, context=config.max_seq_len, form="expanded")
+        return
+    form = Transformer(config).layers[0].attn.work(1, 64).cheaper  # pyright: ignore
+    assert form == "absorbed"
+    assert counted == decode_flops_per_token(config, context=config.max_seq_len, form=form)
+
+
+def test_absorbing_v3_is_cheaper_from_the_second_token_on() -> None:
+    absorbed, expanded = (decode_flops_per_token(V3, context=4096, form=form) for form in ("absorbed", "expanded"))
+    assert decode_flops_per_token(V3, context=4096) == absorbed
+    assert absorbed.total == 2 * parameters(V3).active + 61 * 2 * 4096 * 128 * (2 * 512 + 64)
+    assert expanded.total > 10 * absorbed.total
+    assert expanded.by_module["expanding the cache"] == 61 * 2 * 4096 * 512 * 128 * 256
+
+
+# --- a step
+
+
+def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of torch's grouped product, which torch's counter takes for nothing: rows by widths."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def run_flops(config: ModelConfig, b: int, s: int, dtype: str, training: bool, recompute: bool = False) -> int:
+    """Return what torch counts of a step."""
+    model = Transformer(config, compute_dtype=DTYPES[dtype])
+    tokens = torch.randint(0, 51, (b, s))
+    counter = FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops})
+    with counter, torch.set_grad_enabled(training):
+        if training:
+            model.losses(tokens, tokens, recompute=recompute).total.backward()
+        else:
+            model(tokens)
+    return counter.get_total_flops()
+
+
+STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts"]
+PRECISIONS = [("bfloat16", "native"), ("bfloat16", "fp8"), ("float32", "native")]
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
+def test_flops_of_a_step_against_torch(case: str, training: bool, dtype: Any, precision: Any) -> None:
+    """One block of queries, no padded experts, two depths."""
+    sizes = {"n_mtp_layers": 2, "precision": precision}
+    config = sized(**(ATTENTIONS.get(case, {"n_shared_experts": 0}) | sizes))
+    for recompute in {False, training}:
+        how: dict[str, Any] = {"training": training, "recompute": recompute}
+        counted = step_flops(config, batch_size=2, seq_len=120, causal=False, **how)
+        assert counted.total == run_flops(config, 2, 120, dtype, **how)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_flops_of_a_step_are_a_lower_bound(training: bool, precision: Any) -> None:
+    """Two blocks of queries see parts of the square, and experts are padded in BF16."""
+    config = sized(n_routed_experts=4, n_mtp_layers=2, precision=precision)
+    for recompute in {False, training}:
+        how: dict[str, Any] = {"training": training, "recompute": recompute}
+        least = step_flops(config, batch_size=2, seq_len=140, **how).total
+        assert least < run_flops(config, 2, 140, "bfloat16", **how) < 1.5 * least
+
+
+def test_a_step_is_its_tokens() -> None:
+    """Without multi-token prediction, a step is batch_size * seq_len times a token."""
+    config = sized(n_mtp_layers=0)
+    for training, causal in ((True, True), (True, False), (False, False), (False, True)):
+        counted = step_flops(config, batch_size=3, seq_len=100, training=training, causal=causal)
+        token = flops_per_token(config, 100, causal=causal, training=training)
+        assert counted.by_module == {name: 300 * flops for name, flops in token.by_module.items()}
+    last = step_flops(config, batch_size=3, seq_len=100, training=False, last_logits=True)
+    assert last.by_module["head"] * 100 == counted.by_module["head"]
+    assert {**last.by_module, "head": 0} == {**counted.by_module, "head": 0}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: decode_flops_per_token(V3, context=5, form="both"), "use auto, expanded or absorbed"),  # pyright: ignore
+        (lambda: step_flops(V3, batch_size=1, seq_len=9, last_logits=True), "use training=False"),
+        (lambda: step_flops(V3, batch_size=1, seq_len=1), "too short for n_mtp_layers=1"),
+    ],
+)
+def test_refusals_of_flops(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()

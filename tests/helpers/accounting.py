@@ -1,0 +1,91 @@
+"""Small models for the tests of accounting, and ways to run them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, Transformer, quantize
+from dsmini.checkpoint.slots import fp8_weights
+from dsmini.functional.causal_attention import causal_attention_eager
+from dsmini.nn import attention, fp8, mla
+from dsmini.numerics import WEIGHT_TILE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# No width is a number of rows that are read from a cache: 64, 128 or 192.
+SIZES: dict[str, Any] = {
+    "vocab_size": 51,
+    "dim": 40,
+    "inter_dim": 72,
+    "moe_inter_dim": 24,
+    "n_layers": 3,
+    "n_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 16,
+    "n_activated_experts": 2,
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+}
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "absorbed": {},
+    "expanded": {},
+    "query not compressed": {"q_lora_rank": None},
+    "normed heads": {"qk_norm": True},
+    "mha": {"attention": "mha"},
+    "gqa": {"attention": "gqa", "n_kv_heads": 2},
+    "mqa": {"attention": "mqa"},
+}
+
+
+def sized(**changes: Any) -> ModelConfig:
+    return ModelConfig(**(SIZES | changes))
+
+
+def form_of(case: str) -> Any:
+    """Return how a case of ATTENTIONS attends to a cache."""
+    if case in ("expanded", "normed heads"):
+        return "expanded"
+    return "auto" if case in ("mha", "gqa", "mqa") else "absorbed"
+
+
+def hold_fp8(model: Transformer) -> Transformer:
+    """Return the model with all that may be FP8 held so."""
+    for module, name in fp8_weights(model.eval()).values():
+        q = quantize(getattr(module, name).detach().float(), WEIGHT_TILE, scale="fp32")
+        fp8.hold_fp8(module, name, q.codes, q.scales)
+    return model
+
+
+@contextmanager
+def explicit_attention() -> Iterator[None]:
+    """Let attention make its logits, all queries at once where there are at most 128."""
+    with _attention_by(partial(causal_attention_eager, method="explicit")):
+        yield
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention be torch's flash attention, of values that lie by themselves and not in wkv_b's result."""
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+        return causal_attention_eager(q, k, v.contiguous(), scale, documents, method="sdpa")
+
+    with _attention_by(fused):
+        yield
+
+
+@contextmanager
+def _attention_by(function: Callable[..., Tensor]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attention, mla):
+            patch.setattr(module, "causal_attention", function)
+        yield
