@@ -1,7 +1,7 @@
 """python -m benchmarks: measure, beside what is predicted, and draw a report."""
 
 from benchmarks.runner import main
-from dsmini.console import run
+from dsmini.console.command import run
 
 if __name__ == "__main__":
     run(main)

@@ -20,7 +20,7 @@ from benchmarks import answers
 from benchmarks.question import Question, Setting
 from benchmarks.session import Loader, Session, load
 from dsmini import ops
-from dsmini.measure import rates as machine
+from dsmini.measure import calibration
 from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
@@ -43,7 +43,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
     Args:
         known: loads each question, by name. Left out: those of questions/.
         measure: returns the rates of a device, telling how far it is; fresh ones if its last argument is true.
-            Left out: dsmini.measure.rates.
+            Left out: dsmini.measure.calibration.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -68,7 +68,7 @@ def questions_here() -> dict[str, Loader]:
 
 def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
     """Return the kept rates of this machine, or measure them."""
-    return machine.load_or_measure(device, on_part=on_part, fresh=fresh)
+    return calibration.load_or_measure(device, on_part=on_part, fresh=fresh)
 
 
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:

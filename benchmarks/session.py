@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks import answers, clock
 from benchmarks.question import Case, Question, Setting
 from dsmini.atomic import write_text
-from dsmini.measure.rates import steadiness
+from dsmini.measure.calibration import steadiness
 from dsmini.report import Section, comparison
 from dsmini.report.provenance import Run
 from dsmini.report.results import Done, Finished, Results, Writer, read

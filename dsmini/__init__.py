@@ -1,6 +1,5 @@
 """dsmini: the DeepSeek architecture in plain PyTorch, small enough to read in an evening."""
 
-from dsmini import _startup as _startup
 from dsmini import accounting, nn, numerics, ops
 from dsmini.checkpoint.export import save_pretrained
 from dsmini.checkpoint.pretrained import load_pretrained

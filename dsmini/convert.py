@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,11 +15,12 @@ from rich.console import Console
 from dsmini import accounting
 from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
 from dsmini.checkpoint.pretrained import origin_of, read_pretrained
-from dsmini.checkpoint.progress import rate
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.config import RunConfig
-from dsmini.console import Help, parse, run
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import rate, say
 from dsmini.nn import Transformer
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
@@ -41,11 +43,11 @@ class ConvertCommand:
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """What is not FP8 is written as this, gates always as float32; stored: as it is in SRC, FP8 included."""
+    """Type of all that is not FP8, but gates stay float32; stored: as it is in SRC, FP8 included."""
     shard_size: str = "5GB"
     """Largest size of a file, such as 5GB or 500MB."""
     average: bool = False
-    """Of a run, take the parameters' average over the steps; it must have kept one, with --train.ema-decay."""
+    """Take the parameters' average over the steps of a run; it must have kept one, with --train.ema-decay."""
     json: bool = False
     """Print the figures as a line of JSON, and all else to the standard error."""
 
@@ -62,20 +64,16 @@ HELP = Help(
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     command = parse(ConvertCommand, "convert", args, help=HELP)
-    console = Console(stderr=command.json)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
     files: dict[str, str] = {}
     ids: dict[str, Any] = {}
     start = time.monotonic()
     if (command.src / "config.toml").is_file():
-        model, config = load_run(command.src, average=command.average, say=say)
+        model, config = load_run(command.src, average=command.average, say=tell)
         nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
         files, ids = _tokenizer_files(command.src, config)
     else:
@@ -85,7 +83,7 @@ def main(args: Sequence[str]) -> int:
         origin = origin_of(model)
         assert origin is not None
         nbytes, seconds = origin.nbytes, origin.seconds
-    say(rate("read", nbytes, seconds))
+    tell(rate("read", nbytes, seconds))
     saved = save_pretrained(
         model,
         command.dst,
@@ -94,10 +92,10 @@ def main(args: Sequence[str]) -> int:
         shard_size=command.shard_size,
         files=files,
         config=ids,
-        say=say,
+        say=tell,
     )
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
-    say(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
+    tell(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
     if command.json:
         figures = {
             "src": str(command.src),

@@ -1,29 +1,21 @@
 """python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model."""
 
 import json
-import re
 import sys
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
-from dsmini.checkpoint.pretrained import load_pretrained
-from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.trained_model import load_run
-from dsmini.console import Help, parse, run
-from dsmini.inference import Generation, Sampling
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
-from dsmini.nn import Transformer
-from dsmini.text.answers import Page, figures, finish, follow, say_figures
-from dsmini.text.chat import Chat, Message
-from dsmini.text.continuation import Continuation
-from dsmini.text.text_side import TextSide, read_text_side
+from dsmini.checkpoint.text_model import load_text_model
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+from dsmini.inference.sampling import Sampling
+from dsmini.inference.writer import Answers, Conversation, Writer, figures, figures_in_words
+from dsmini.text.page import Page
+from dsmini.text.prompts import printable, read_line, read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +29,7 @@ class GenerateCommand:
     prompt_file: tuple[Path, ...] = ()
     """Files that hold a text each. A last newline, here and on standard input, is no part of it."""
     max_new_tokens: int = 400
-    """How many tokens to add to each text, at most."""
+    """Largest number of tokens to add to each text."""
     temperature: float = 0.8
     """0 takes the likeliest token; higher is more adventurous."""
     top_k: int | None = None
@@ -51,8 +43,8 @@ class GenerateCommand:
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are no part of it."""
     eos: Literal["auto", "stop", "ignore"] = "auto"
-    """Whether an answer ends with the model's end token. auto: with that of a folder; not in a training run, whose
-    end token only begins the next document."""
+    """stop: an answer ends with the model's end token. auto: only with that of a folder; in a training run the end
+    token only begins the next document."""
     seed: int = 0
     """Seed of the draws."""
     speculative: bool = False
@@ -61,14 +53,14 @@ class GenerateCommand:
     """Answer by the folder's chat template. Without a prompt: a conversation, a line of standard input a turn, which an
     empty line or Ctrl-D ends."""
     system: str | None = None
-    """What --chat is told before the conversation."""
+    """The system's turn before a conversation of --chat."""
     context: int | None = None
     """Tokens of a text that the cache has room for; more are an error. Left out: the model's context, and where a text
     outgrows it, its older half is forgotten."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
-    """Of the cache; auto: the model's."""
+    """Type of the cache; auto: the model's."""
     fp8: Literal["keep", "dequantize"] = "dequantize"
-    """What becomes of a folder's FP8 weights."""
+    """Keep the FP8 weights of a folder, or dequantize them."""
     tokenizer: str | None = None
     """A tokenizer.json for a folder that has none, or bytes."""
     device: str = "auto"
@@ -89,232 +81,67 @@ HELP = Help(
         "DeepSeek-V2-Lite-Chat --chat",
     ),
     main=(
-        "model",
-        "prompt",
-        "prompt_file",
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "stop",
-        "seed",
-        "speculative",
-        "chat",
-        "system",
-        "context",
-        "json",
+        *("model", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop"),
+        *("seed", "speculative", "chat", "system", "context", "json"),
     ),
 )
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     command = parse(GenerateCommand, "generate", args, help=HELP)
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
-    if command.context is not None and command.context < 1:
-        raise ValueError(f"--context {command.context} is less than 1; use the tokens a text may come to")
-    speaker = Speaker(command)
+    writer = _writer(command)
     if command.chat and not command.prompt and not command.prompt_file:
-        return speaker.converse()
-    prompts = list(_prompts(command))
-    return speaker.answer(prompts)
+        return _converse(writer, command)
+    prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
+    page = None if command.json else Page([heading for heading, _ in prompts])
+    answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
+    rows = [row.described(printable(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
+    only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
+    return _end(command, only | {"answers": rows}, answers)
 
 
-class Speaker:
-    """A loaded model with its text side, and how it is to be asked."""
-
-    def __init__(self, command: GenerateCommand) -> None:
-        self._command = command
-        self._sampling = Sampling(
-            temperature=command.temperature,
-            top_k=command.top_k,
-            top_p=command.top_p,
-            min_p=command.min_p,
-            repetition_penalty=command.repetition_penalty,
-        )
-        self._generator = torch.Generator().manual_seed(command.seed)
-        self._model, self._side, is_run = _load(command)
-        heeds = command.eos == "stop" or (command.eos == "auto" and not is_run)
-        self._ends = self._side.ends if heeds else ()
-
-    def answer(self, prompts: Sequence[tuple[str, str]]) -> int:
-        """Continue texts, or answer them by the chat template; returns the exit status.
-
-        Args:
-            prompts: of each its heading and its text.
-        """
-        command, chat = self._command, self._side.chat
-        texts = [text for _, text in prompts]
-        if chat is not None:
-            tokens = [chat.encode([*self._system(chat), _turn("user", chat.plain(text))]) for text in texts]
-        else:
-            tokens = [[*self._side.begin, *self._side.tokenizer.encode(text).tolist()] for text in texts]
-        generation = self._generation(tokens)
-        rows, shown = zip(*(self._continuation(row) for row in tokens), strict=True)
-        page = None if command.json else Page([heading for heading, _ in prompts])
-        interrupted = follow(generation, rows, shown, command.max_new_tokens, page)
-        stats = generation.stats
-        if command.json:
-            answers = [
-                {
-                    "prompt": _clean(text),
-                    "text": before + row.text,
-                    "answer": row.text,
-                    "finish": finish(row, command.max_new_tokens),
-                    "new_tokens": row.n_tokens,
-                }
-                for text, before, row in zip(texts, shown, rows, strict=True)
-            ]
-            only = {"text": answers[0]["text"]} if len(answers) == 1 else {}
-            print(json.dumps(only | {"answers": answers} | figures(stats, command.speculative)))
-        else:
-            print(say_figures(stats, command.speculative), file=sys.stderr)
-        return 130 if interrupted else 0
-
-    def converse(self) -> int:
-        """A conversation on standard input, a line a turn; returns the exit status."""
-        command, chat = self._command, self._side.chat
-        assert chat is not None, "--chat read a template"
-        messages = self._system(chat)
-        while line := _line():
-            messages.append(_turn("user", chat.plain(line)))
-            tokens = chat.encode(messages)
-            generation = self._generation([tokens])
-            row, shown = self._continuation(tokens)
-            page = None if command.json else Page([""])
-            interrupted = follow(generation, [row], [shown], command.max_new_tokens, page)
-            if command.json:
-                said = {"prompt": _clean(line), "answer": row.text, "finish": finish(row, command.max_new_tokens)}
-                print(json.dumps(said | figures(generation.stats, command.speculative)), flush=True)
-            else:
-                print(say_figures(generation.stats, command.speculative), file=sys.stderr)
-            if interrupted:
-                return 130
-            written = [token for token in generation.rows[0][len(tokens) :] if token not in self._ends]
-            said = chat.plain(row.text) if row.ended == "stop" else chat.answer(written)
-            messages.append(_turn("assistant", said))
-        return 0
-
-    def _generation(self, prompts: list[list[int]]) -> Generation:
-        command, context = self._command, self._model.config.max_seq_len
-        longest = max(map(len, prompts))
-        if command.context is None and longest > context:
-            raise ValueError(
-                f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it"
-            )
-        if command.context is not None and command.context > context:
-            raise ValueError(
-                f"--context {command.context} is more than the model's context of {context}; use that or less"
-            )
-        dtype = None if command.cache_dtype == "auto" else DTYPES.get(command.cache_dtype, "fp8")
-        return Generation(
-            self._model,
-            prompts,
-            command.max_new_tokens,
-            sampling=self._sampling,
-            eos_token_id=self._ends or None,
-            speculative=command.speculative,
-            generator=self._generator,
-            cache_dtype=dtype,  # pyright: ignore[reportArgumentType]
-            max_seq_len=command.context,
-            slide=command.context is None,
-        )
-
-    def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
-        """What a prompt's new tokens are read into, and what is shown before them: the prompt, but for a chat. A
-        character that the prompt ends inside of is the continuation's."""
-        stream, begin = self._side.tokenizer.stream(), len(self._side.begin)
-        stream.decode(tokens[:begin])
-        text = stream.decode(tokens[begin:])
-        shown = text if self._side.chat is None else ""
-        return Continuation(stream, ends=self._ends, stops=self._command.stop), shown
-
-    def _system(self, chat: Chat) -> list[Message]:
-        return [] if self._command.system is None else [_turn("system", chat.plain(self._command.system))]
+def _writer(command: GenerateCommand) -> Writer:
+    sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
+    model, side, is_run = load_text_model(
+        command.model, command.dtype, command.device, command.average, command.tokenizer, command.chat, command.fp8
+    )
+    return Writer(
+        model,
+        side,
+        command.max_new_tokens,
+        sampling=sampling,
+        ends=() if command.eos == "ignore" or (command.eos == "auto" and is_run) else side.ends,
+        stops=command.stop,
+        speculative=command.speculative,
+        cache_dtype=command.cache_dtype,
+        context=command.context,
+        seed=command.seed,
+    )
 
 
-def _load(command: GenerateCommand) -> tuple[Transformer, TextSide, bool]:
-    """The model, its text side, and whether it is a training run."""
-    path = command.model
-    device = pick_device(command.device)
-    if path.is_dir() and not (path / "config.toml").is_file():
-        if any(path.glob("config*.json")):
-            return *_load_folder(command, device), False
-        raise ValueError(
-            f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; "
-            "name one that has"
-        )
-    for flag, wanted in (
-        ("--chat", command.chat),
-        ("--tokenizer", command.tokenizer),
-        ("--fp8 keep", command.fp8 == "keep"),
-    ):
-        if wanted:
-            raise ValueError(
-                f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
-            )
-    dtype = pick_dtype(command.dtype, device)
-    model, config = load_run(path, dtype, average=command.average, say=_note)
-    tokenizer = run_tokenizer(path, config)
-    return model.to(device), TextSide(tokenizer=tokenizer, ends=(tokenizer.end_of_document,)), True
+def _converse(writer: Writer, command: GenerateCommand) -> int:
+    """Hold a conversation on standard input, a line a turn; return the exit status."""
+    conversation = Conversation(writer, command.system)
+    while line := read_line():
+        answers = conversation.answer(line, None if command.json else Page([""]))
+        said = answers.rows[0].described(printable(line))
+        if status := _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers):
+            return status
+    return 0
 
 
-def _load_folder(command: GenerateCommand, device: torch.device) -> tuple[Transformer, TextSide]:
-    if command.average:
-        raise ValueError(f"--average is for a training run, and {command.model} is a model's folder; leave it out")
-    side = read_text_side(command.model, tokenizer=command.tokenizer, chat=command.chat)
-    dtype = None if command.dtype == "auto" else DTYPES[command.dtype]
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: _note(str(message))
-        return load_pretrained(command.model, dtype=dtype, fp8=command.fp8, device=device), side
-
-
-def _prompts(command: GenerateCommand) -> Iterator[tuple[str, str]]:
-    """The heading and the text of each prompt."""
-    if command.prompt.count("-") > 1:
-        raise ValueError("--prompt has - more than once, and standard input can be read only once; leave one out")
-    n = len(command.prompt) + len(command.prompt_file)
-    for i, text in enumerate(command.prompt or ("\n",) * (n == 0), 1):
-        if text == "-":
-            yield f"{i} of {n}: standard input", _text(sys.stdin.buffer.read())
-        else:
-            about = textwrap.shorten(_clean(text), 50, placeholder="...")
-            yield f"{i} of {n}: {about}" if command.chat else f"{i} of {n}", text
-    for i, path in enumerate(command.prompt_file, len(command.prompt) + 1):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read the prompt file {path}: {error.strerror}; check its name") from None
-        yield f"{i} of {n}: {path}", _text(content)
-
-
-def _text(content: bytes) -> str:
-    """A file's text; what is no UTF-8 stays as Python keeps it in arguments."""
-    return re.sub(rb"\r?\n\Z", b"", content).decode("utf-8", errors="surrogateescape")
-
-
-def _line() -> str:
-    """The next line of standard input, asked for if it is a terminal; empty at its end."""
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    return _text(sys.stdin.buffer.readline())
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _clean(text: str) -> str:
-    """A text whose undecodable bytes are shown as U+FFFD."""
-    return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
-
-
-def _note(line: Any) -> None:
-    print(line, file=sys.stderr)
+def _end(command: GenerateCommand, said: dict[str, Any], answers: Answers) -> int:
+    """Print what --json wants, or the figures below the page; return the exit status."""
+    if command.json:
+        print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
+    else:
+        print(figures_in_words(answers.stats, command.speculative), file=sys.stderr)
+    return 130 if answers.interrupted else 0
 
 
 if __name__ == "__main__":

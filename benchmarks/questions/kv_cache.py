@@ -8,8 +8,8 @@ import torch
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
 from dsmini import ModelConfig, accounting
+from dsmini.measure.hardware import memory_bytes
 from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.rates import memory_bytes
 from dsmini.measure.timing import interleaved, spread
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from dsmini.atomic import as_json, new_folder
 from dsmini.checkpoint.pretrained import Origin, check_dtype, origin_of
-from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_file import Entry, write_safetensors
 from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
 from dsmini.checkpoint.save_plan import SavePlan
@@ -28,6 +28,8 @@ from dsmini.config.huggingface import (
     with_dtypes,
     with_mtp_layers,
 )
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
 
 # files of a model's folder apart from its tensors and config.json; code is copied and never run
@@ -92,7 +94,7 @@ def save_pretrained(
             folder = stack.enter_context(new_folder(path))
         except OSError as error:
             raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
-        with BytesProgress(f"writing {path.name}", total) as progress, torch.no_grad():
+        with Progress(Console(stderr=True), total, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
             for name, entries in shards.items():
                 write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
         _copy_beside(origin_of(model), folder)

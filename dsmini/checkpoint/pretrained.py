@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from dsmini.checkpoint.load_plan import LoadPlan, plan_load
-from dsmini.checkpoint.progress import BytesProgress, rate
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot
@@ -25,6 +25,8 @@ from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
 from dsmini.config.fields import parse_file, require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
 from dsmini.measure.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8
@@ -118,13 +120,13 @@ def read_pretrained(
     if fp8 == "keep":
         plan.refuse_mixed_stacks()
     _allocate(model, plan, dtype, fp8 == "keep", place)
-    with BytesProgress(f"reading {folder.name}", plan.nbytes) as progress:
+    with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
     origin = Origin(
         folder=folder.absolute(),
         raw=raw if is_hugging_face(raw) else {},
         dtypes=plan.dtypes(config.n_layers),
-        nbytes=progress.done,
+        nbytes=int(progress.done),
         seconds=progress.seconds,
     )
     setattr(model, ORIGIN, origin)

@@ -23,14 +23,6 @@ from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
-# the figures of every row of metrics.jsonl; null: not finite, not measured, or of experts that the model lacks.
-FIGURES = ("loss", "val_loss", "lr", "tokens_per_s", "max_vio", "mtp_loss", "balance_loss", "grad_norm", "data_wait")
-ROW = {
-    **{"step": int, "tokens": int, "seconds": float, "skipped": bool, "memory": int},
-    **dict.fromkeys(FIGURES, float | None),
-    **dict.fromkeys(("layer_max_vio", "loads"), list | None),
-}
-
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
     """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
@@ -122,20 +114,6 @@ def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None
     if new != old and not until.exists():
         write_text(until, old.to_toml())
     write_text(run / "config.toml", new.to_toml())
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl without lines that are torn or lack a figure of a step."""
-    rows = []
-    path = run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and all(isinstance(row.get(key, ""), kind) for key, kind in ROW.items()):
-            rows.append(row)
-    return rows
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -98,11 +98,13 @@ def fp8_experts(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+
+    def swiglu(i: int, rows: QuantizedTensor) -> Tensor:
+        return _fp8_swiglu(rows, expert_of(w1, i), expert_of(w2, i), expert_of(w3, i))
+
     coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
     if coded or (not torch.is_grad_enabled() and few(x, indices, counts)):
-        return visit(
-            x, indices, weights, counts, lambda i, rows: _fp8_swiglu(rows, *(expert_of(w, i) for w in (w1, w2, w3)))
-        )
+        return visit(x, indices, weights, counts, swiglu)
     slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
     return combine(_fp8_swiglu(dispatch_quantized(x, slots), w1, w2, w3, slots.ends), weights, slots)
 

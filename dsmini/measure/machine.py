@@ -4,14 +4,16 @@ import functools
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; for "auto" CUDA, then MPS, then the CPU.
+    """Return the device of that name; for "auto" CUDA, then MPS, then the CPU.
 
     Raises: ValueError for a device that is unknown or not there.
     """
@@ -30,47 +32,85 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of that name; for "auto" BF16 if this device multiplies it at least 1.2 times as fast as FP32.
-
-    Tried, not guessed: the two take turns for a tenth of a second or so, and the best of each counts, so that a busy
-    machine does not change the choice.
-    """
+    """Return the compute dtype of that name; for "auto" BF16 if it is tried and found faster than FP32 by a fifth."""
     if name != "auto":
         return DTYPES[name]
-    best = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    try:
-        for _ in range(6):
-            for dtype in best:
-                best[dtype] = max(best[dtype], matmul_rate(device, dtype, size=512, repeats=2))
-    except RuntimeError:  # a device without BF16
-        return torch.float32
-    return torch.bfloat16 if best[torch.bfloat16] > 1.2 * best[torch.float32] else torch.float32
+    fp32, bf16 = product_rates(device)
+    return torch.bfloat16 if bf16 > 1.2 * fp32 else torch.float32
 
 
 @functools.cache
 def slow_bf16(device: torch.device) -> bool:
-    """Return whether this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process."""
-    fp32, bf16 = (matmul_rate(device, dtype, size=128, repeats=2) for dtype in (torch.float32, torch.bfloat16))
+    """Return whether this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process.
+
+    A CPU with neither AVX-512 nor AMX does: torch's BF16 product takes 30 to 500 times as long as the FP32 one there.
+    """
+    fp32, bf16 = product_rates(device)
     return fp32 >= 5 * bf16
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
-    """The best rate of a square matrix product, in FLOP/s: this machine's matrix peak, measured."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+def product_rates(device: torch.device) -> tuple[float, float]:
+    """Return the rates of FP32 and BF16 matrix products in FLOP/s, to compare; BF16's is 0 on a device without it.
+
+    The two take turns for an eighth of a second or so and the best of each counts, on one thread of a CPU. On a busy
+    machine threads wait for one another for longer than such a product takes.
+    """
+    fp32 = bf16 = 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(6):
+            fp32 = max(fp32, matmul_rate(device, torch.float32, seconds=0.01))
+            bf16 = max(bf16, matmul_rate(device, torch.bfloat16, seconds=0.01))
+    except RuntimeError:  # a device without BF16
+        return fp32, 0.0
+    finally:
+        torch.set_num_threads(threads)
+    return fp32, bf16
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Return the best rate of a square matrix product in FLOP/s: this machine's matrix peak, measured.
+
+    The size starts at 64 and doubles for as long as the time allows, up to 2048. A fixed size would not do: a product
+    of 2048 takes 50 ms on one CPU and a minute on another.
+
+    Args:
+        seconds: what the products may take together, not counting one of each size for warming up.
+    """
+    size, spent, best, before = 64, 0.0, 0.0, float("inf")
+    while True:
+        run = _square_product(size, device, dtype)
+        run()
+        times = [_timed(run, device) for _ in range(3)]
+        fastest = min(times)
+        growth = max(1.0, fastest / before)
+        grows = size < 2048 and spent + sum(times) + 5 * growth * fastest < seconds
+        while not grows and len(times) < 8 and spent + sum(times) + fastest < seconds:
+            times.append(_timed(run, device))
+        best = max(best, 2 * size**3 / min(times))
+        if not grows:
+            return best
+        size, spent, before = 2 * size, spent + sum(times), fastest
+
+
+def _square_product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    generator = torch.Generator(device).manual_seed(0)  # what draws from the default one gets the same as without
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first is for warming up, and never the best
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b, out=product)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return lambda: torch.mm(a, b, out=product)
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators, of the CPU and of the device in use."""
+    """Return the states of torch's generators, of the CPU and of the device in use."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -80,7 +120,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Go on from what random_state gave; a generator of another kind of device is left alone."""
+    """Set the generators to what random_state gave; that of another kind of device is left alone."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -97,7 +137,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory of this process so far, in bytes: on the GPU if there is one, else resident in RAM."""
+    """Return the largest memory of this process so far, in bytes: on the GPU if there is one, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

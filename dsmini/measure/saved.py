@@ -35,6 +35,7 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
     depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
+        t = t.detach()  # a graph that is held from within itself is never freed
         pointer = t.untyped_storage().data_ptr()
         if pointer not in pointers and t.shape not in shapes:
             held[pointer] = t

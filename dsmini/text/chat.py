@@ -54,11 +54,11 @@ class ChatTemplate:
         self._says = [*(node.data for node in tree.find_all(jinja2.nodes.TemplateData)), *constants, *tokens.values()]
 
     def writes(self, token: str) -> bool:
-        """Whether the template itself spells this."""
+        """Return whether the template itself spells this."""
         return any(token in text for text in self._says)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the assistant's answer begins.
+        """Return the conversation as text, up to where the assistant's answer begins.
 
         Raises: ValueError for a conversation that the template refuses.
         """
@@ -90,14 +90,15 @@ class Chat:
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation up to where the assistant's answer begins; the contents are as plain or quoted gave them."""
+        """Return the tokens of a conversation up to the assistant's answer. Its contents are what `plain` or
+        `answer` gave."""
         ids: list[int] = []
         for i, part in enumerate(self._pattern.split(self._template.render(messages))):
             ids += [self._tokens[part]] if i % 2 else self.tokenizer.encode(part.replace(MARK, "")).tolist()
         return ids
 
     def plain(self, text: str) -> str:
-        """A text as the content of a message: marked, so that nothing in it or at its borders reads as markup.
+        """Return a text as the content of a message: marked, so that nothing in it or at its borders reads as markup.
 
         A mark follows each character that could begin a token of the template, and precedes each that could end one:
         wherever a template cuts the text and whatever it puts beside it, a token that begins or ends in the text is
@@ -112,7 +113,7 @@ class Chat:
         return re.sub(last, lambda found: MARK + found[0], text)
 
     def answer(self, tokens: Sequence[int]) -> str:
-        """A model's answer as the content of a message: the tokens that it wrote stay tokens, such as the end of its
+        """Return a model's answer as the content of a message. Tokens that it wrote stay tokens, such as the end of its
         thoughts, where a template cuts; what it spelled is plain."""
         names = {id: name for name, id in self._tokens.items()}
         out, run = "", list[int]()
@@ -127,7 +128,7 @@ class Chat:
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The chat template of a model's folder: chat_template.jinja, or else what tokenizer_config.json says; None: none.
+    """Read the chat template of a model's folder: chat_template.jinja, else that of tokenizer_config.json, else None.
 
     Args:
         config: what tokenizer_config.json holds.
@@ -148,13 +149,13 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | Non
 
 
 def spelled(token: Any) -> str | None:
-    """A special token of tokenizer_config.json: a text, or a table with one."""
+    """Return a special token of tokenizer_config.json, which is a text or a table with one."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _default(templates: Any, path: Path) -> str | None:
-    """The template, or of several that have names the default one."""
+    """Return the template; of several that have names the default one."""
     if templates is None or isinstance(templates, str):
         return templates
     try:
@@ -167,7 +168,7 @@ def _default(templates: Any, path: Path) -> str | None:
 
 
 def _is_markup(token: str) -> bool:
-    """Not a word, a space or a character that a vocabulary holds as an added token: texts need those."""
+    """Return whether an added token is markup. Texts need those that are a word, a space or a single character."""
     return len(token) > 2 and re.fullmatch(r"\s*|\w+", token) is None
 
 
@@ -186,7 +187,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives a template."""
+    """Return the environment that transformers gives a template."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -205,5 +206,5 @@ def _now(format: str) -> str:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own escapes < and >."""
+    """Write JSON without escapes for < and >, which Jinja's own filter has."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)

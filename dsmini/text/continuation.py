@@ -28,16 +28,16 @@ class Continuation:
         if "" in stops:
             raise ValueError("a stop string is empty; give it a character, or leave it out")
         self.text = ""
-        """What was given out so far."""
+        """The text that was given out so far."""
         self.n_tokens = 0
-        """How many tokens were read, the one that ended the row included."""
+        """Number of tokens that were read, the one that ended the row included."""
         self.ended: Literal["end", "stop"] | None = None
-        """Whether an end token or a stop string has ended the row."""
+        """The end token or stop string that has ended the row, by its kind."""
         self._stream, self._ends, self._stops = stream, ends, stops
         self._held = ""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that is certain with these tokens; those behind the row's end are not read."""
+        """Return the text that is certain with these tokens; those after the row's end are not read."""
         before = len(self.text)
         for token in tokens:
             if self.ended is not None:
@@ -51,7 +51,7 @@ class Continuation:
         return self.text[before:]
 
     def close(self) -> str:
-        """What was held back; no token follows."""
+        """Return the text that was held back; no token follows."""
         before = len(self.text)
         if self.ended is None:
             self._take(self._stream.decode([], final=True))
@@ -71,5 +71,5 @@ class Continuation:
 
 
 def _may_begin(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """Return the number of characters at the end of a text that may be the beginning of a stop string."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

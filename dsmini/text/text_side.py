@@ -1,4 +1,4 @@
-"""What stands between a model's tokens and text, as a DeepSeek or Hugging Face folder has it.
+"""The text side of a model: the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
 
 tokenizer.json            the vocabulary
 tokenizer_config.json     whether a text begins with a token, and the chat template if chat_template.jinja has it not
@@ -29,7 +29,7 @@ class TextSide:
 
 
 def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = False) -> TextSide:
-    """The text side of a folder with a config.json.
+    """Read the text side of a folder with a config.json.
 
     Args:
         tokenizer: "bytes", or the tokenizer.json to use; None: the folder's.
@@ -63,7 +63,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
 
 
 def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What stands before a text: as tokenizer_config.json says, or where it does not, tokenizer.json."""
+    """Return the tokens before a text, which tokenizer_config.json names, or else tokenizer.json."""
     wanted = config.get("add_bos_token")
     if wanted is None:
         return tuple(tokenizer.beginning)
@@ -76,7 +76,7 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
 
 
 def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
-    """The tokens that end an answer, by the first file that names any."""
+    """Return the tokens that end an answer, by the first file that names any."""
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
         if ids is None:
@@ -90,5 +90,5 @@ def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> 
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where there is none."""
+    """Read a JSON file; an empty table where there is none."""
     return parse_file(path, json.loads) if path.is_file() else {}

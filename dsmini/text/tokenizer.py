@@ -34,13 +34,15 @@ class TextStream(Protocol):
     """A decoder for tokens that come one by one."""
 
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
-        """The text that is complete with these tokens. A character's first tokens are held back until its last one;
-        `final` gives up what is held back, as U+FFFD."""
+        """Return the text that is complete with these tokens.
+
+        A character's first tokens are held back until its last one; `final` gives up what is held back, as U+FFFD.
+        """
         ...
 
 
 class Tokenizer(Protocol):
-    """What data and generation ask of a tokenizer."""
+    """A tokenizer as data and generation use it."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -54,11 +56,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str | bytes) -> NDArray[Any]:
-        """The ids of a text, or of its UTF-8 bytes; no special token, whatever the text says."""
+        """Return the ids of a text, or of its UTF-8 bytes; no special token, whatever the text says."""
         ...
 
     def encode_all(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """encode of each, by all cores where that helps."""
+        """Encode each text, on all cores where that helps."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -75,7 +77,7 @@ class ByteTokenizer:
     fim = Fim(0xFD, 0xFE, 0xFF)
 
     def encode(self, text: str | bytes) -> NDArray[np.uint8]:
-        """The text's UTF-8 bytes; those that Python could not decode in an argument come back as they were."""
+        """Return the text's UTF-8 bytes; those that Python could not decode in an argument come back as they were."""
         if isinstance(text, str):
             text = text.encode("utf-8", errors="surrogateescape")
         return np.frombuffer(text, dtype=np.uint8)
@@ -84,7 +86,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and so does an id that is no byte."""
+        """Return the text of the bytes; what is no UTF-8 becomes U+FFFD, and so does an id that is no byte."""
         return _bytes(tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
@@ -100,7 +102,7 @@ class _ByteStream:
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:
-    """The ids as bytes; those that a model has beyond them as one that UTF-8 never uses."""
+    """Return the ids as bytes; those that a model has beyond them as one that UTF-8 never uses."""
     return bytes(min(token, 0xFF) for token in tokens)
 
 
@@ -147,7 +149,7 @@ class BPETokenizer:
 
     @property
     def beginning(self) -> list[int]:
-        """What the file itself puts before every text."""
+        """The tokens that the file itself puts before every text."""
         encoding = self._tokenizer.encode("a", add_special_tokens=True)
         at = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return encoding.ids[:at]
@@ -198,7 +200,7 @@ class _BPEStream:
 
 
 def load_tokenizer(path: Path | None) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, for documents; None: bytes.
+    """Load the tokenizer of a tokenizer.json, for documents; for None that of bytes.
 
     Raises: ValueError as BPETokenizer, and for a file without a token that ends a document.
     """
@@ -208,7 +210,7 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
 
 
 def byte_tokenizer_json() -> str:
-    """ByteTokenizer's ids as a tokenizer.json of the tokenizers library: byte i is id i, and there is nothing else.
+    """Return ByteTokenizer's ids as a tokenizer.json of the tokenizers library: byte i is id i, and nothing else.
 
     The library writes bytes as printable characters: those that are printable as themselves, the others from U+0100 on.
     """

@@ -1,4 +1,4 @@
-"""What a run may change when it goes on (--resume), and a new run that starts from its weights (--init)."""
+"""The changes that a run may make when it resumes (--resume), or a new run to the weights it starts from (--init)."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ SAME_RUN = (
 # these change how numbers are rounded or summed
 ROUNDING = ("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile")
 # and these neither the numbers nor the schedule: what is kept, shown and measured on the way, and where the text and
-# the tokenizer are (start.py sees to it that they are the same)
+# the tokenizer are (origin.py and start.py see to it that they are the same)
 BESIDE = (
     *("data.path", "data.tokenizer", "data.workers"),
     *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
@@ -29,13 +29,13 @@ SHAPES = (
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys that differ, such as train.lr, with the old and the new value."""
+    """Return the keys that differ, such as train.lr, with the old and the new value."""
     before, after = _flat(old), _flat(new)
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
-    """What a resumed run does differently from here on, in lines to show; none for an unchanged config.
+    """Return in lines what a resumed run does differently from here on; none for an unchanged config.
 
     Raises: ValueError naming every key that may not change, and why.
     """

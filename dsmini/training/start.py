@@ -1,134 +1,96 @@
-"""How a run starts: anew, from another run's weights (--init), or where it stopped (--resume)."""
+"""The start of a run: its config is resolved, its text read, its folder made and held, its model built or restored."""
 
 import dataclasses
-import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
+from dsmini import accounting
 from dsmini.atomic import write_bytes, write_json, write_text
-from dsmini.checkpoint.run_folder import read_summary, replace_config, run_config, tokenizer_file
-from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
+from dsmini.checkpoint.run_folder import (
+    new_run_folder,
+    read_summary,
+    refuse_taken,
+    replace_config,
+    sole_trainer,
+    tokenizer_file,
+)
+from dsmini.checkpoint.trained_model import model_tensors
 from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.config import RunConfig
-from dsmini.config.old_schedule import without_old_flags
-from dsmini.console import Help, parse, take_file
-from dsmini.data.corpus import Corpus
-from dsmini.measure.machine import DTYPES
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress
+from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.training.changes import check_init, check_resume
+from dsmini.training.changes import check_resume
+from dsmini.training.origin import Origin, absolute
 from dsmini.training.run import TrainingRun
+from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
 
-C = TypeVar("C", bound=RunConfig)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a command line asks for."""
-
-    config: RunConfig
-    """Not resolved yet: "auto" may be in it, and no folder."""
-    name: str
-    """Of a new run's folder, runs/NAME-001."""
-    resume: Path | None
-    """The run to go on with."""
-    weights: Checkpoint | None
-    """The checkpoint whose weights a new run starts from."""
-
-
-def read_start(kind: type[C], args: Sequence[str], page: Help) -> tuple[C, Start]:
-    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_CHECKPOINT] [--KEY VALUE ...].
-
-    What is left out, the file has; what it leaves out, the run that is named; and else the defaults.
-
-    Raises: ValueError for what cannot go together, and for what a resumed run or other weights do not allow.
-    """
-    file, rest = take_file(args)
-    resume, init = _option(rest, "--resume"), _option(rest, "--init")
-    if resume and init:
-        raise ValueError("--resume goes on with a run, --init starts a new one from its weights; use one of them")
-    if resume and _option(rest, "--out"):
-        raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
-    if resume and resume.resolve().parent.name == "checkpoints":
-        run = resume.resolve().parent.parent
-        raise ValueError(
-            f"{resume} is a checkpoint, a run goes on from its last one: use --resume {run}, or start a new run from "
-            f"this one's weights with --init {resume}"
-        )
-    weights, old, name = None, RunConfig(), "toy"
-    if resume:
-        old = dataclasses.replace(run_config(resume), out=resume)
-    elif init:
-        weights = model_checkpoint(init, say=lambda line: print(line, file=sys.stderr))
-        old = RunConfig(model=weights.config.model, data=weights.config.data)
-        name = re.sub(r"-\d+$", "", weights.folder.resolve().parent.parent.name)
-    base = old if file is None else RunConfig.from_file(file, old)
-    rest = without_old_flags(rest, base.train.lr_schedule)
-    command = parse(kind, "train", rest, None if base == RunConfig() else kind(**_fields(base)), page)
-    config = RunConfig(**_fields(command))
-    if resume:
-        config = _as_before(config, old)
-        check_resume(old, config)
-        _check_tokenizer(resume, old, config)
-    elif init:
-        check_init(old.model, config.model, str(init))
-    name = name if file is None else file.stem
-    return command, Start(config=config, name=name, resume=resume, weights=weights)
-
-
-def begin(
-    start: Start, config: RunConfig, corpus: Corpus, device: torch.device, console: Console, introduction: list[str]
-) -> TrainingRun:
-    """The run, ready to train; its folder says with what.
+@contextmanager
+def started(origin: Origin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
+    """Yield a run that is ready to train, new or resumed, and hold its folder meanwhile.
 
     Args:
-        config: resolved, with its folder, which this process holds.
-        introduction: lines to show once all is well.
+        config: that of `origin`, with what the command line changes in it.
 
-    Raises: ValueError for a run that has no whole checkpoint, another corpus, or nothing left to do.
+    Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
+        folder that is taken, and a run that has no whole checkpoint, another corpus, or nothing left to do.
     """
-    assert config.out is not None
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
-    if start.weights is not None:
-        model.load_state_dict(model_tensors(start.weights))
-    training = TrainingRun(config, Trainer(model, corpus, config, device), console)
-    if start.resume is None:
-        _keep(config, corpus, start.weights)
-        if start.weights is not None:
-            introduction = [*introduction, f"weights {start.weights.folder}"]
-    else:
-        checkpoint = last_checkpoint(config.out, training.parts, training.fits, say)
-        _check_unfinished(config, checkpoint, corpus)
-        old = dataclasses.replace(checkpoint.config, out=config.out)  # the folder may have been moved
-        changes = check_resume(old, config)
-        replace_config(config.out, old, config, checkpoint.state.step)
-        training.resume(checkpoint)
-        where = f"resuming after step {checkpoint.state.step} of {config.train.steps} from {checkpoint.folder}"
-        introduction = [*introduction, *changes, where]
-    for line in introduction:
-        say(line)
-    return training
+    config = origin.accept(config)
+    if config.train.tensorboard:
+        require_tensorboard()
+    device = pick_device(config.train.device)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if not origin.resume:
+        refuse_taken(config.out)
+    corpus = _read_corpus(config, origin.resume, console)
+    config = _resolved(config, device)
+    out = origin.resume or new_run_folder(config.out, origin.name)
+    config = dataclasses.replace(config, out=out)
+    with sole_trainer(out):
+        torch.manual_seed(config.train.seed)
+        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+        if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
+            model.load_state_dict(model_tensors(origin.weights))
+        training = TrainingRun(config, Trainer(model, corpus, config, device), console)
+        more = _begin(training, origin.weights) if origin.resume is None else _resume(training)
+        for line in [*_introduction(config, corpus), *more]:
+            say(console, line)
+        yield training
 
 
-def _keep(config: RunConfig, corpus: Corpus, weights: Checkpoint | None) -> None:
-    assert config.out is not None
-    write_text(config.out / "config.toml", config.to_toml())
-    write_json(config.out / "corpus.json", corpus.describe())
+def _begin(training: TrainingRun, weights: Checkpoint | None) -> list[str]:
+    """Write the first files of a new run's folder; return lines about the weights it starts from."""
+    config, folder = training.config, training.folder
+    write_text(folder / "config.toml", config.to_toml())
+    write_json(folder / "corpus.json", training.trainer.corpus.describe())
     if config.data.tokenizer is not None:
-        write_bytes(config.out / "tokenizer.json", config.data.tokenizer.read_bytes())
-    if weights is not None:
-        write_json(config.out / "init.json", {"checkpoint": str(weights.folder.resolve()), "step": weights.state.step})
+        write_bytes(folder / "tokenizer.json", config.data.tokenizer.read_bytes())
+    if weights is None:
+        return []
+    write_json(folder / "init.json", {"checkpoint": str(weights.folder.resolve()), "step": weights.state.step})
+    return [f"weights {weights.folder}"]
+
+
+def _resume(training: TrainingRun) -> list[str]:
+    """Restore a run from its last checkpoint; return lines about what it does differently from here on."""
+    config, folder, saver = training.config, training.folder, training.saver
+    checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
+    _check_unfinished(config, checkpoint, training.trainer.corpus)
+    old = dataclasses.replace(checkpoint.config, out=folder)  # the folder may have been moved
+    changes = check_resume(old, config)
+    replace_config(folder, old, config, checkpoint.state.step)
+    training.resume(checkpoint)
+    return [*changes, f"resuming after step {checkpoint.state.step} of {config.train.steps} from {checkpoint.folder}"]
 
 
 def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus) -> None:
@@ -147,47 +109,43 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus)
         raise ValueError(f"{out} is finished: {steps} of {steps} steps; to go on raise --train.steps")
 
 
-def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
-    """Refuse another tokenizer than the run's own, which is the one that is used."""
-    own, given = tokenizer_file(run, config), config.data.tokenizer
-    if own is None or given is None or given == old.data.tokenizer:
-        return
-    if not given.is_file():
-        raise ValueError(f"there is no file {given}; leave --data.tokenizer out: {own} is used")
-    if given.read_bytes() != own.read_bytes():
-        raise ValueError(
-            f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, "
-            "or start a new run"
+def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
+    """Read the run's corpus, tokenised into a folder next to the run unless it is there. A resumed run has its own
+    tokenizer."""
+    data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
+    cache = (config.out or Path("runs/new")).parent / "corpus"
+    with Progress(console, label="the corpus", unit="bytes") as progress:
+        return load_corpus(
+            data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.stage
         )
 
 
-def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:
-    """ "auto" means for a resumed run what it has used so far; paths are compared whole."""
-    t, before = config.train, old.train
-    train = dataclasses.replace(
-        t,
-        device=before.device if t.device == "auto" else t.device,
-        dtype=before.dtype if t.dtype == "auto" else t.dtype,
-        threads=t.threads or before.threads,
-    )
-    path, tokenizer = (given and given.resolve() for given in (config.data.path, config.data.tokenizer))
-    data = dataclasses.replace(config.data, path=path, tokenizer=tokenizer)
-    return dataclasses.replace(config, train=train, data=data)
+def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """Return the config with what was chosen for it: the device, dtype and threads in use."""
+    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
+    train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
+    return dataclasses.replace(absolute(config), train=train)
 
 
-def _fields(config: RunConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
+    """Return in lines what is going to happen."""
+    parameters = accounting.parameters(config.model)
+    left_out = f", {corpus.skipped} left out: empty or not text" if corpus.skipped else ""
+    return [
+        f"corpus  {corpus.source}, {corpus.files} files{left_out}",
+        f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
+        f"        {_tokens_of(config, corpus)}",
+        f"        sha256 {corpus.sha256}",
+        f"        {corpus.cache}",
+        f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
+        f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
+    ]
 
 
-def _option(args: Sequence[str], name: str) -> Path | None:
-    """The folder of an option, looked up before the others can be read: their defaults hang on it."""
-    for i, word in enumerate(args):
-        if word.startswith(f"{name}="):
-            return Path(word.removeprefix(f"{name}="))
-        if word == name:
-            following = args[i + 1 : i + 2]
-            if not following or following[0].startswith("-"):
-                got = following[0] if following else "nothing"
-                raise ValueError(f"{name} needs a folder, got {got}; use {name} runs/toy-001")
-            return Path(following[0])
-    return None
+def _tokens_of(config: RunConfig, corpus: Corpus) -> str:
+    """Return in words what a token is."""
+    kind = "a token is a byte"
+    if config.data.tokenizer is not None:
+        kind = f"tokens of {config.data.tokenizer}, {corpus.bytes_per_token:.2f} bytes each"
+    fim = f"; {corpus.rearranged:,} training documents rearranged for fill-in-the-middle"
+    return kind + (fim if config.data.fim_rate else "")

@@ -1,45 +1,49 @@
-"""The figures of a finished run."""
+"""The summary of a finished run: its figures, and how they read."""
 
+import math
 import time
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dsmini import accounting
 from dsmini.measure.machine import DTYPES, matmul_rate, peak_memory
-from dsmini.training.report import bits
 from dsmini.training.run import TrainingRun
 
 
 def summarise(run: TrainingRun) -> dict[str, Any]:
-    """The figures of the whole run. Measures this machine's matrix peak (a second)."""
+    """Return the figures of the whole run. Measures this machine's matrix peak (a second)."""
     config, trainer, model = run.config, run.trainer, run.trainer.model.config
+    history, last = run.history, run.history.records[-1]
     device, dtype = trainer.device, DTYPES[config.train.dtype]
     parameters = accounting.parameters(model)
     tokens = trainer.sequences * config.seq_len
-    rate = tokens / run.seconds
+    rate = tokens / history.seconds
     flops = accounting.flops_per_token(model, config.seq_len, causal=True, training=True).total * rate
     peak = matmul_rate(device, dtype)
-    val_loss = run.rows[-1]["val_loss"]
     cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
     mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)
-    vio = [row["max_vio"] for row in run.recent() if row["max_vio"] is not None]
-    best_val_loss, best_val_step = run.best or (None, None)
+    vio = [record.max_vio for record in history.recent() if record.max_vio is not None]
+    best_val_loss, best_val_step = history.best or (None, None)
+    nats = last.val_loss
     return {
         "run": str(run.folder),
         "steps": trainer.steps_done,
-        "loss": run.rows[-1]["loss"],
-        "val_loss": val_loss,
-        "val_bits_per_byte": None if val_loss is None else bits(val_loss) / trainer.corpus.bytes_per_token,
-        "val_loss_ema": run.rows[-1].get("val_loss_ema"),
-        "val_loss_at_eval_context": run.rows[-1].get("val_loss_at_eval_context"),
+        "loss": last.loss,
+        "val_loss": nats,
+        "val_bits_per_byte": None if nats is None else nats / math.log(2) / trainer.corpus.bytes_per_token,
+        "val_loss_ema": last.scores.get("val_loss_ema"),
+        "val_loss_at_eval_context": last.scores.get("val_loss_at_eval_context"),
         "eval_context": config.train.eval_context,
         "best_val_loss": best_val_loss,
         "best_val_step": best_val_step,
         "val_tokens": (len(trainer.corpus.val) - 1) // config.seq_len * config.seq_len,
         "seq_len": config.seq_len,
         "tokens": tokens,
-        "train_seconds": run.seconds,
+        "train_seconds": history.seconds,
         "tokens_per_s": rate,
         "parameters": parameters.total,
         "active_parameters": parameters.active,
@@ -54,7 +58,46 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "mha_cache_bytes_per_token": mha_cache,
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
-        "skipped": run.skipped,
+        "skipped": history.skipped,
         "corpus_sha256": trainer.corpus.sha256,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print the figures of a finished run as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in summary_lines(summary):
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a summary's figures in words."""
+    lines = []
+    if s["val_loss"] is not None:
+        where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
+        lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
+    if s["val_loss_at_eval_context"] is not None:
+        lines.append(("at context", f"{s['val_loss_at_eval_context']:.4f} nats in windows of {s['eval_context']}"))
+    if s["val_loss_ema"] is not None:
+        lines.append(("average", f"{s['val_loss_ema']:.4f} nats with the parameters' average over the steps"))
+    vs = f"{s['mha_cache_bytes_per_token']:,} with the same heads as MHA, {s['cache_saved']:.1%} less"
+    lines += [
+        ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
+        ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
+        (
+            "speed",
+            f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s, {s['peak_share']:.0%} of the {s['matrix_peak'] / 1e9:.0f} that "
+            f"this machine reached in {s['dtype']} matrix products",
+        ),
+        ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
+        ("cache", f"{s['cache_bytes_per_token']:,} bytes a token in {s['dtype']}; {vs}"),
+    ]
+    if s["max_vio"] is not None:
+        lines.append(("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps"))
+    if s["skipped"]:
+        lines.append(("skipped", f"{s['skipped']} steps, for a gradient that was not finite"))
+    return lines

@@ -1,11 +1,12 @@
-"""A run's figures for TensorBoard, beside metrics.jsonl and under the same names. The library is optional."""
+"""TensorBoard: a run's figures next to metrics.jsonl and under the same names. The library is optional."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from dsmini.training.record import StepRecord
 
 SCALARS = (
     *("loss", "val_loss", "mtp_loss", "balance_loss", "lr", "grad_norm"),
@@ -14,7 +15,7 @@ SCALARS = (
 
 
 def require_tensorboard() -> None:
-    """Raises: ValueError where the library is not installed."""
+    """Raise a ValueError where the library is not installed."""
     if find_spec("tensorboard") is None:
         raise ValueError(
             "train.tensorboard needs the library tensorboard, which is not installed; "
@@ -23,11 +24,11 @@ def require_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Writes rows of metrics.jsonl as event files, for `tensorboard --logdir runs`.
+    """Writes the records of steps as event files, for `tensorboard --logdir runs`.
 
     Args:
         folder: is made.
-        layers: names of the MoE layers, in the order of a row's `layer_max_vio` and `loads`.
+        layers: names of the MoE layers, in the order of a record's `layer_max_vio` and `loads`.
         steps_done: steps of the run before this process. What an earlier one wrote of later steps is not shown.
     """
 
@@ -38,19 +39,19 @@ class TensorBoard:
         purge_step = steps_done + 1 if steps_done else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, record: StepRecord) -> None:
         """Write a step. Figures that it has not are left out; histograms of the loads go with a validation."""
-        step = row["step"]
+        step = record.step
         for name in SCALARS:
-            if row.get(name) is not None:
-                self.writer.add_scalar(name, float(row[name]), step)
-        for layer, vio in zip(self.layers, row.get("layer_max_vio") or (), strict=False):
+            if (value := getattr(record, name)) is not None:
+                self.writer.add_scalar(name, float(value), step)
+        for layer, vio in zip(self.layers, record.layer_max_vio or (), strict=False):
             self.writer.add_scalar(f"max_vio/{layer}", vio, step)
-        if row.get("val_loss") is not None:
-            for layer, loads in zip(self.layers, row.get("loads") or (), strict=False):
+        if record.val_loss is not None:
+            for layer, loads in zip(self.layers, record.loads or (), strict=False):
                 counts = np.asarray(loads, dtype=np.float64)
                 self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), step)
 
     def close(self) -> None:
-        """Write what is not yet written."""
+        """Write what is not written yet."""
         self.writer.close()

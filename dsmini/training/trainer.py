@@ -14,13 +14,15 @@ from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
 from dsmini.measure.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
-from dsmini.training.optim import ParameterAverage, check_remembered, optimizers, remember, remembered
+from dsmini.training.average import ParameterAverage
+from dsmini.training.optim import optimizers
+from dsmini.training.optimizer_state import check_optimizer_state, load_optimizer_state, optimizer_state
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one optimizer step did. Losses in nats a token, before the update."""
+    """The results of one optimizer step. Losses are in nats a token, before the update."""
 
     step: int
     """Steps done, this one included."""
@@ -57,20 +59,20 @@ class Trainer:
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
-        """Taken from the corpus so far; where the data goes on."""
+        """Number of sequences taken from the corpus so far: where the data goes on."""
 
     def tensors(self) -> Tensors:
-        """All tensors that a step reads, by part: the live ones, not copies."""
+        """Return all tensors that a step reads, by part: the live ones, not copies."""
         parts = {
             "model": self.model.state_dict(),
-            "optimizer": remembered(self.optimizers, self.model.named_parameters()),
+            "optimizer": optimizer_state(self.optimizers, self.model.named_parameters()),
         }
         return parts if self.average is None else {**parts, "average": self.average.tensors}
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` could not take; ValueError names the first. Changes nothing."""
         check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
-        check_remembered(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
 
@@ -78,13 +80,13 @@ class Trainer:
         """Go on from what `tensors` gave, after so many steps. Everything is checked before anything changes."""
         self.check(tensors)
         self.model.load_state_dict(tensors["model"])
-        remember(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
         if self.average is not None:
             self.average.load(tensors["average"], average_updates)
         self.steps_done, self.sequences = steps_done, sequences
 
     def step(self) -> Step:
-        """One optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
+        """Take one optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
         start = time.perf_counter()
         train = self.config.train
         share = learning_rate_share(self.steps_done, train)
@@ -125,8 +127,8 @@ class Trainer:
         )
 
     def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Gradients of the mean loss over the step's batch; the mean losses [main, mtp, balance], the summed loads, and
-        the seconds until the batch was there."""
+        """Add up the gradients of the mean loss over the step's batch; return the mean losses [main, mtp, balance], the
+        summed loads, and the seconds until the batch was there."""
         train = self.config.train
         start = time.perf_counter()
         tokens, targets = self.loader.take(self._requests(rows))
@@ -151,11 +153,11 @@ class Trainer:
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        """The documents that are masked from each other; None where all is seen."""
+        """Return the documents that are masked from each other; None where all is seen."""
         return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
-        """This step's sequences, and those of the steps that the workers may prepare meanwhile."""
+        """Return this step's sequences, and those of the steps that the workers may prepare meanwhile."""
         requests = [(self.sequences, rows)]
         for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
             first, before = requests[-1]
@@ -170,10 +172,12 @@ class Trainer:
         tokens_at_a_time: int = 8192,
         on_part: Callable[[float], None] = lambda done: None,
     ) -> float:
-        """Cross-entropy in nats a token over the held-out split, or over about at_most of its tokens. Changes nothing.
+        """Compute the cross-entropy in nats a token over the held-out split, or over about at_most of its tokens.
+
+        Changes nothing.
 
         Args:
-            seq_len: of the windows; left out: that of training.
+            seq_len: of the windows; None: that of training.
             on_part: told the share that is done.
         """
         seq_len = seq_len or self.config.seq_len
@@ -194,7 +198,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with the average in place of its parameters, which are put back bitwise."""
+        """Put the average in place of the model's parameters, which come back bitwise afterwards."""
         assert self.average is not None, "there is no average: ema_decay is None"
         named = dict(self.model.named_parameters())
         live = {name: p.detach().clone() for name, p in named.items()}

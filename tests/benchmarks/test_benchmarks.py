@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import runner
 from benchmarks.question import Figure, Question
-from dsmini.measure.rates import steadiness
+from dsmini.measure.calibration import steadiness
 from tests.helpers import fake_questions as fake
 from tests.helpers.benchmark_calls import Capture, Known, Watch, go, lines
 from tests.helpers.commands import ROOT
@@ -169,7 +169,7 @@ def test_a_busy_machine_is_told(
 
 def test_steadiness_is_the_least_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = replace(fake.ROOFS, probes={"products": 1.0, "weights": 2.0})
-    monkeypatch.setattr("dsmini.measure.rates.probes", lambda device: {"products": 1.25, "weights": 2.1})
+    monkeypatch.setattr("dsmini.measure.calibration.probes", lambda device: {"products": 1.25, "weights": 2.1})
     assert steadiness(kept, torch.device("cpu")) == 0.8
     assert steadiness(fake.ROOFS, torch.device("cpu")) == 1.0, "nothing was kept"
 

@@ -33,7 +33,8 @@ from benchmarks.questions import (
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
 from dsmini.measure.dtypes import why_unusable
-from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
+from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.rates import Curve, Roofs
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN

@@ -19,7 +19,8 @@ from dsmini.checkpoint.run_folder import sole_trainer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import last_checkpoint, read_checkpoint
 from dsmini.measure.machine import random_state
-from dsmini.training.run import NotSavedError, TrainingRun
+from dsmini.training.run import TrainingRun
+from dsmini.training.saving import NotSavedError
 from tests.helpers.runs import new_run, resumed, unequal, whole
 
 OPTIONS: dict[str, Any] = {"ema_decay": 0.9, "steps": 4, "eval_every": 100}
@@ -84,7 +85,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(trained: Path, run: Path, n
         shutil.copy(trained / "checkpoints/step-000004" / name, file)
         do(file, where)
         said: list[str] = []
-        found = last_checkpoint(run, training.parts, training.fits, said.append)
+        found = last_checkpoint(run, training.saver.parts, training.saver.fits, said.append)
         assert found.folder.name == "step-000002"
         (sentence,) = said
         assert str(file.parent) in sentence and "using step-000002" in sentence
@@ -145,7 +146,7 @@ def test_whole_checkpoint_that_does_not_fit_is_refused(run: Path, misfit: str) -
 def test_misfit_is_refused_before_anything_is_loaded(run: Path) -> None:
     training = new_run(run, **OPTIONS)
     before = whole(training)
-    tensors = read_checkpoint(run / "checkpoints/step-000004", training.parts).tensors
+    tensors = read_checkpoint(run / "checkpoints/step-000004", training.saver.parts).tensors
     del tensors["average"]["norm.weight"]  # the last part to be loaded
     with pytest.raises(ValueError, match=r"average.safetensors lacks tensor norm.weight"):
         training.trainer.load(tensors, steps_done=4, sequences=16, average_updates=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.console import _clipped, field_docstrings
+from dsmini.console.commandline import _clipped, field_docstrings
 from tests.helpers.commands import TINY, run, run_all, start
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_named(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def help_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
-    """What each command says to each way of asking, in a terminal of 80 columns."""
+    """Return the help of each command for each way of asking, in a terminal of 80 columns."""
     asked = [(f"dsmini.{c}", flag) for c in ("train", "generate") for flag in ("--help", "-h", "--help-all")]
     asked.append(("dsmini.train", "mine.toml -h --train.lr 1"))
     folder = tmp_path_factory.mktemp("help")
@@ -279,7 +279,7 @@ def test_a_mistake_names_the_help_that_has_every_flag(refusals: dict[tuple[str, 
     assert said.rstrip().endswith("Every flag: python -m dsmini.train --help-all")
 
 
-def test_a_docstring_that_does_not_fit_is_cut_between_clauses_or_words() -> None:
+def test_long_docstring_is_cut_between_clauses_or_words() -> None:
     docstring = "A text file, or a folder of them, plain or .gz; left out: the source code of Python's own library."
     assert _clipped(docstring, 60) == "A text file, or a folder of them, plain or .gz"
     assert _clipped(docstring, 34) == "A text file, or a folder of them"

@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.run_folder import read_metrics
 from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import random_state
+from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import Trainer
 from tests.conftest import SMALL
@@ -34,11 +36,20 @@ TRAIN = TrainConfig(
     dtype="float32",
     device="cpu",
 )
+RICH: dict[str, Any] = {
+    "optimizer": "muon",
+    "moments": "bfloat16",
+    "ema_decay": 0.9,
+    "grad_accum": 2,
+    "batch_start": 2,
+    "batch_ramp": 0.5,
+    "nan_at": (2,),
+}
 TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 
 
 class Killed(BaseException):
-    """What no handler expects, so that nothing is put right on the way out."""
+    """An exception that no handler expects, so that nothing is put right on the way out."""
 
 
 def new_run(folder: Path, nan_at: tuple[int, ...] = (), **changes: Any) -> TrainingRun:
@@ -70,7 +81,7 @@ def resumed(
     training = new_run(folder, **options)
     torch.manual_seed(99)  # whatever this process has drawn
     say = (lambda line: None) if said is None else said.append
-    training.resume(change(last_checkpoint(folder, training.parts, training.fits, say)))
+    training.resume(change(last_checkpoint(folder, training.saver.parts, training.saver.fits, say)))
     return training
 
 
@@ -82,21 +93,23 @@ def whole(training: TrainingRun) -> dict[str, Any]:
         for part, named in {**trainer.tensors(), "rng": random_state(trainer.device)}.items()
         for name, tensor in named.items()
     }
-    rows = [{key: v for key, v in row.items() if key not in TIMING} for row in read_metrics(training.folder)]
+    rows = [
+        {key: v for key, v in record.row().items() if key not in TIMING} for record in read_records(training.folder)
+    ]
     return {
         **tensors,
         "steps": trainer.steps_done,
         "sequences": trainer.sequences,
         "average updates": trainer.average and trainer.average.updates,
-        "skipped": (training.skipped, training.skipped_in_a_row),
-        "best": training.best,
+        "skipped": (training.history.skipped, training.history.skipped_in_a_row),
+        "best": training.history.best,
         "rows": json.dumps(rows),
-        "rows held": len(training.rows),
+        "rows held": len(training.history.records),
     }
 
 
 def unequal(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """What is not the same, bit for bit."""
+    """Return the keys of what is not the same, bit for bit."""
     both = {key for key in a.keys() & b.keys() if _same(a[key], b[key])}
     return (a.keys() | b.keys()) - both
 
@@ -105,3 +118,48 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     return a == b
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[[], bool], after: bool) -> None:
+    """Make a function die, before or after its work, the first time that `when` says so."""
+    real = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        now = when()
+        if now and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if now:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
+    """True at the so-many-eth call (from 0) while so many steps are done."""
+    count: Iterator[int] = iter(range(10**9))
+    return lambda: training.trainer.steps_done == step and next(count) == number
+
+
+def asked_after(training: TrainingRun, steps: int) -> None:
+    """Ask it to stop, as by Ctrl-C, in the step that follows so many."""
+    real = training.trainer.step
+
+    def step() -> Any:
+        if training.trainer.steps_done == steps:
+            os.kill(os.getpid(), 15)
+        return real()
+
+    training.trainer.step = step
+
+
+def stopped(training: TrainingRun) -> None:
+    with pytest.raises(Killed):
+        training.train()
+
+
+def falling_behind(training: TrainingRun) -> TrainingRun:
+    """The best validation is the first, so that forgetting it shows."""
+    training.trainer.validate = lambda *_, **__: float(training.trainer.steps_done)
+    return training

@@ -1,4 +1,4 @@
-"""Drives the sanitizer build of the CPU kernels with buffers of exact sizes; tests/kernels/test_cpu_kernels.py runs it.
+"""Drives the sanitizer build of the CPU kernels with buffers of exact sizes; tests/kernels/test_cpu_bounds.py runs it.
 
     python sanitized.py LIBRARY STRUCT [overflow]
 

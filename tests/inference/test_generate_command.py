@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
-from dsmini.text.answers import Page
+from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
 from tests.helpers.commands import TINY, run, run_all, start
@@ -66,7 +66,7 @@ def test_every_way_of_drawing_is_heeded_and_a_seed_repeats_it(place: Path) -> No
     assert len(set(once)) == len(once) > 4 and len(set(said["greedy"])) < len(said["greedy"])
 
 
-def test_speculation_and_small_caches_write_the_same_text(place: Path) -> None:
+def test_speculation_and_small_caches_say_what_they_cost(place: Path) -> None:
     options = ("", "--speculative", "--cache-dtype bfloat16 --context 16", "--cache-dtype fp8")
     given = (f"--temperature 0 --dtype float32 --prompt 'The ' {option}" for option in options)
     plain, drafted, low, fp8 = ask(place, *given)

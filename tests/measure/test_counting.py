@@ -14,17 +14,10 @@ from benchmarks.shapes import QUICK
 from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize
 from dsmini.measure import prediction
+from dsmini.measure.calibration import load_or_measure
 from dsmini.measure.counting import Count, Operation, count
-from dsmini.measure.rates import (
-    POINTS,
-    PRODUCTS,
-    Curve,
-    Roofs,
-    flops_rate,
-    load_or_measure,
-    point_seconds,
-    product_rate,
-)
+from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
 from tests.conftest import randomise
 
 F4, I8 = 4, 8
@@ -296,8 +289,8 @@ def test_kept_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pytest
         measured.append(here["processor"])
         return dataclasses.replace(roofs(), card=dict(here))
 
-    monkeypatch.setattr("dsmini.measure.rates.measure", measure)
-    monkeypatch.setattr("dsmini.measure.rates.card", lambda device: dict(here))
+    monkeypatch.setattr("dsmini.measure.calibration.measure", measure)
+    monkeypatch.setattr("dsmini.measure.calibration.card", lambda device: dict(here))
     keep, cpu = tmp_path / "cache" / "roofs.json", torch.device("cpu")
     assert load_or_measure(cpu, keep).card == load_or_measure(cpu, keep).card == here and measured == ["a"]
     here["processor"] = "b"

@@ -7,8 +7,9 @@ import torch
 
 from dsmini.measure import prediction
 from dsmini.measure.counting import count
+from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.rates import POINTS, PRODUCTS, Curve, Roofs
+from dsmini.measure.rates import Curve, Roofs
 
 
 def roofs() -> Roofs:

@@ -96,7 +96,7 @@ def bytes_saved(run: Callable[[], Losses]) -> tuple[Losses, int]:
 
     def pack(tensor: Tensor) -> Tensor:
         sizes.append(tensor.nbytes)
-        return tensor
+        return tensor.detach()  # a graph that is held from within itself is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return run(), sum(sizes)

@@ -78,7 +78,7 @@ def test_nobody_can_spell_a_token_of_the_template(chat: Chat, text: str, role: s
     assert chat.tokenizer.decode(hostile) == want
 
 
-def test_texts_side_by_side_and_cut_by_the_template_spell_nothing_either(folder: Path) -> None:
+def test_texts_joined_or_cut_by_the_template_spell_nothing(folder: Path) -> None:
     source = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
     cut = "{{ '<' + messages[0]['content'] + '>' }}"
     spells = "{{ bos_token }}{# #}{{ '<｜User｜>' }}"
@@ -107,7 +107,7 @@ def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat) -> None:
     check()
 
 
-def test_an_answers_own_tokens_stay_tokens_where_the_template_cuts(chat: Chat) -> None:
+def test_tokens_of_an_answer_stay_where_the_template_cuts(chat: Chat) -> None:
     text = chat.tokenizer.encode
     (thought,) = ids(chat, "</think>")
     answer = [*text("let me see").tolist(), thought, *text(f"It is {EOS} 4").tolist()]
@@ -127,7 +127,7 @@ def add_tokens(folder: Path, to: Path, *tokens: str) -> None:
     (to / "tokenizer.json").write_text(json.dumps(content))
 
 
-def test_added_tokens_that_are_words_of_a_text_are_still_read_in_it(folder: Path, tmp_path: Path) -> None:
+def test_added_tokens_that_are_words_are_read_in_a_text(folder: Path, tmp_path: Path) -> None:
     """DeepSeek's vocabularies hold a few letters as added tokens; without them those letters could not be written."""
     add_tokens(folder, tmp_path, "ŋgo")
     chat = chat_of(tmp_path, "{{ 'aŋgo ' + messages[0]['content'] + '<｜User｜>' }}")
@@ -140,7 +140,7 @@ def test_of_two_tokens_that_begin_alike_the_longer_is_read(folder: Path, tmp_pat
     assert chat.encode([]) == ids(chat, "<tool>", "<tool>2")
 
 
-def test_a_prompt_without_a_template_cannot_spell_its_tokens_either(folder: Path) -> None:
+def test_prompt_without_a_template_cannot_spell_its_tokens(folder: Path) -> None:
     tokenizer = read_text_side(folder).tokenizer
     assert not set(tokenizer.encode(BOS + EOS + USER + ASSISTANT).tolist()) & {334, 335, 336, 337}
     assert [tokenizer.decode([id]) for id in (334, 335, 336, 337)] == [BOS, EOS, USER, ASSISTANT]

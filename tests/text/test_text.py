@@ -95,7 +95,7 @@ def test_a_stop_string_across_token_borders_is_not_shown(bpe: BPETokenizer) -> N
     assert row.ended == "stop" and row.n_tokens < len(tokens)
 
 
-def test_what_looked_like_a_stop_string_and_was_none_is_given_out() -> None:
+def test_beginning_of_a_stop_string_alone_is_given_out() -> None:
     row = Continuation(ByteTokenizer().stream(), stops=["\n\nUser:"])
     assert row.add(b"one\n\nUs") == "one"
     assert row.add(b"ual") == "\n\nUsual" and row.ended is None
@@ -117,7 +117,7 @@ def test_without_end_tokens_the_text_goes_on(tokenizer: Tokenizer) -> None:
     assert row.add([*tokenizer.encode("a").tolist(), end]) == "a" + tokenizer.decode([end])
 
 
-def test_a_character_that_never_becomes_whole_is_given_up_at_the_end() -> None:
+def test_unfinished_character_is_given_up_at_the_end() -> None:
     row = Continuation(ByteTokenizer().stream(), ends={0})
     first, *rest = "🙂".encode()
     assert [row.add([first]), row.add(rest[:1])] == ["", ""]

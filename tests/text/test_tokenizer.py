@@ -14,9 +14,10 @@ from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import CHUNK, find, measure
 from dsmini.data.split import split
+from dsmini.data.texts import read_texts
 from dsmini.data.tokenising import lines
+from dsmini.text.bpe import SPECIAL_TOKENS, train_bpe
 from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS, BPETokenizer, ByteTokenizer, load_tokenizer
-from dsmini.tokenize import SPECIAL_TOKENS, train_bpe
 from tests.helpers.commands import TINY, run, run_all
 
 TEXT = "def hello(naïve):\n    return '日本語 🙂 12345', naïve.encode()\n\n\n# the end, the end; the end\n" * 30
@@ -28,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "book.txt").write_text(TEXT)
     pieces = split(measure(find(folder / "book.txt")), 0.1, whole_characters=True).train
-    (folder / "tokenizer.json").write_text(train_bpe(pieces, 340))
+    (folder / "tokenizer.json").write_text(train_bpe(read_texts(pieces), 340))
     return folder
 
 
@@ -112,7 +113,7 @@ def test_a_text_cannot_spell_a_special_token(bpe: BPETokenizer, special: str) ->
     assert bpe.decode(tokens.tolist()) == f"before{special}after"
 
 
-def test_tokens_that_a_file_calls_ordinary_cannot_be_spelled_either(trained: Path, tmp_path: Path) -> None:
+def test_tokens_called_ordinary_cannot_be_spelled(trained: Path, tmp_path: Path) -> None:
     """As in DeepSeek's own file, whose fill-in-the-middle tokens are not marked special."""
     content = json.loads((trained / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
@@ -230,7 +231,9 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     pieces = split(measure(find(trained / "book.txt")), 0.1, whole_characters=True).train
-    assert (tmp_path / "tokenizer.json").read_text() == train_bpe(pieces, 300)  # the same from another process
+    assert (tmp_path / "tokenizer.json").read_text() == train_bpe(
+        read_texts(pieces), 300
+    )  # the same from another process
     figures = json.loads(done.stdout)
     assert figures["vocab_size"] == 300 and figures["documents"] == 1 and figures["bytes"] == len(TEXT.encode())
     assert figures["bytes_per_token"] == figures["held_out_bytes"] / figures["held_out_tokens"] > 1

@@ -1,4 +1,4 @@
-"""What a resumed run may change, what other weights allow, and where each setting comes from."""
+"""The changes that a resumed run may make, those that other weights allow, and where each setting comes from."""
 
 import dataclasses
 from pathlib import Path

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
-from dsmini.training.optim import AdamWBF16, Muon, ParameterAverage, optimizers, orthogonalize
+from dsmini.training.adamw import AdamWBF16
+from dsmini.training.average import ParameterAverage
+from dsmini.training.muon import Muon, orthogonalize
+from dsmini.training.optim import optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 # Who moves what
@@ -27,7 +30,7 @@ def is_plain(name: str) -> bool:
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_parameter_is_in_one_optimizer_and_norms_and_gates_do_not_decay(
+def test_each_parameter_has_one_optimizer_and_its_decay(
     small_model: Callable[..., Transformer], optimizer: Any, moments: Any
 ) -> None:
     model = small_model()
@@ -56,7 +59,7 @@ def test_muon_moves_the_matrices_between_hidden_states(small_model: Callable[...
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_moves_every_parameter_and_no_buffer_and_with_a_zero_gradient_decays_just_the_matrices(
+def test_step_moves_parameters_and_decays_matrices_alone(
     small_model: Callable[..., Transformer], optimizer: Any, moments: Any
 ) -> None:
     for size in (1.0, 0.0):
@@ -162,9 +165,7 @@ def test_muon_in_fp32_differs_by_its_rounding(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 17), (17, 5), (63, 130), (130, 63), (3, 9, 5), (4, 5, 9)], ids=str)
-def test_muons_first_step_has_singular_values_near_1_in_every_matrix(
-    shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_first_step_of_muon_has_singular_values_near_1(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """In BF16 this is all that can be asked: its rounding errors grow as much as small singular values do."""
     start, grad = torch.zeros(shape), torch.randn(shape)
     moved = muon_steps(start, [grad], dtype) / (-0.07 * math.sqrt(max(1.0, shape[-2] / shape[-1])))
@@ -177,7 +178,7 @@ def test_muons_first_step_has_singular_values_near_1_in_every_matrix(
         assert along > 0.97  # all spread over 0.68 to 1.2 evenly gives 0.986; BF16 turns it a little
 
 
-def test_the_iteration_brings_singular_values_of_a_five_hundredth_and_more_between_068_and_121() -> None:
+def test_newton_schulz_brings_singular_values_near_1() -> None:
     u, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
     small = torch.logspace(math.log10(0.0021), -1, 39, dtype=torch.float64)
@@ -198,7 +199,7 @@ def test_an_expert_without_tokens_stays_put_but_for_decay(dtype: torch.dtype) ->
     assert relative_error(got[0], start[0]) > 0.1
 
 
-def test_an_expert_that_lost_its_tokens_waits_and_keeps_its_momentum() -> None:
+def test_expert_that_lost_its_tokens_keeps_its_momentum() -> None:
     start = torch.randn(3, 6, 4, dtype=torch.float64)
     grads = drifting_gradients((3, 6, 4), 6, torch.float64)
     for grad in grads[2:5]:
@@ -210,7 +211,7 @@ def test_an_expert_that_lost_its_tokens_waits_and_keeps_its_momentum() -> None:
     assert relative_error(got[2][1], got[1][1]) > 0.01
 
 
-def test_muon_depends_neither_on_the_gradients_size_nor_on_its_companions() -> None:
+def test_muon_ignores_gradient_size_and_other_matrices() -> None:
     start, grads = torch.randn(3, 6, 4), drifting_gradients((3, 6, 4), 3, torch.float32)
     alone = muon_steps(start, grads, torch.float32, others=False)
     scaled = [grad * torch.tensor([1.0, 64.0, 2.0**-6])[:, None, None] for grad in grads]  # each expert by its own
@@ -240,7 +241,7 @@ def adamw_by_hand(start: Tensor, grads: list[Tensor], lr: float, decay: float) -
     return w, off
 
 
-def test_adamw_with_bf16_moments_is_torchs_adamw_within_the_moments_rounding() -> None:
+def test_adamw_bf16_is_torchs_adamw_within_rounding_of_moments() -> None:
     start = torch.randn(40, 31)
     grads = [torch.randn(40, 31) * 10 ** torch.linspace(-4, 3, 31) for _ in range(8)]
     ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -262,7 +263,7 @@ def test_adamw_with_bf16_moments_is_torchs_adamw_within_the_moments_rounding() -
     assert relative_error(state["exp_avg_sq"], moments["exp_avg_sq"]) <= BF16_UNIT / (1 - 0.95)
 
 
-def test_the_first_step_of_bf16_moments_is_torchs_as_only_stored_moments_are_rounded() -> None:
+def test_first_step_of_adamw_bf16_is_torchs() -> None:
     start, grad = torch.randn(9, 7), torch.randn(9, 7)
     moved = []
     for kind in (AdamWBF16, torch.optim.AdamW):

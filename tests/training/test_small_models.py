@@ -29,7 +29,7 @@ def test_with_zero_init_a_model_starts_undecided_and_can_learn(small_config: Con
     assert model.head.weight.grad is not None and model.head.weight.grad.abs().max() > 0
 
 
-def test_zero_init_zeroes_only_what_writes_into_the_residual_stream(small_config: Config) -> None:
+def test_zero_init_zeroes_only_writers_to_the_residual_stream(small_config: Config) -> None:
     zero = {n for n, p in Transformer(small_config(zero_init=True)).named_parameters() if p.abs().max() == 0}
     ends = ("head.weight", "wo.weight", "w2.weight", "experts.w2")
     assert zero == {n for n, _ in Transformer(small_config()).named_parameters() if n.endswith(ends)}

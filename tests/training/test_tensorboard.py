@@ -1,4 +1,4 @@
-"""What TensorBoard is given to show, read back with TensorBoard's own reader; and that nothing else needs it."""
+"""TensorBoard files, read back with TensorBoard's own reader; nothing else needs the library."""
 
 import json
 from importlib.util import find_spec
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dsmini.training.record import StepRecord
 from dsmini.training.tensorboard import SCALARS, TensorBoard
 from tests.helpers.commands import TINY, run
 
@@ -23,8 +24,10 @@ def scalars(events: Any, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def row(step: int, **more: Any) -> dict[str, Any]:
-    return {name: step + 0.5 for name in SCALARS} | {"step": step, "skipped": False, "val_loss": None} | more
+def record(step: int, **more: Any) -> StepRecord:
+    figures: dict[str, Any] = {name: step + 0.5 for name in SCALARS}
+    figures |= {"step": step, "skipped": False, "val_loss": None, "layer_max_vio": None, "loads": None}
+    return StepRecord(**(figures | {"tokens": 1, "seconds": 1.0} | more))
 
 
 @needs_tensorboard
@@ -42,11 +45,11 @@ def test_a_run_shows_the_figures_of_its_metrics(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
-def test_layers_have_curves_and_histograms_where_the_row_has_them(tmp_path: Path) -> None:
+def test_layers_have_the_curves_and_histograms_of_the_record(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, ["block 1", "MTP 1"])
-    board.add(row(1))
-    board.add(row(2, layer_max_vio=[0.5, 2.0], loads=[[4, 2, 6, 4], [0, 0, 0, 12]], val_loss=3.0))
-    board.add(row(3, layer_max_vio=[0.25, 1.0], loads=[[4, 4, 4, 4], [0, 0, 0, 0]]))
+    board.add(record(1))
+    board.add(record(2, layer_max_vio=[0.5, 2.0], loads=[[4, 2, 6, 4], [0, 0, 0, 12]], val_loss=3.0))
+    board.add(record(3, layer_max_vio=[0.25, 1.0], loads=[[4, 4, 4, 4], [0, 0, 0, 0]]))
     board.close()
     events = shown(tmp_path)
     assert scalars(events, "max_vio/block 1") == [(2, 0.5), (3, 0.25)]
@@ -63,11 +66,11 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
     """The first process came to step 5, its last checkpoint is of step 3."""
     first = TensorBoard(tmp_path, [])
     for step in range(1, 6):
-        first.add(row(step, loss=1.0))
+        first.add(record(step, loss=1.0))
     first.close()
     second = TensorBoard(tmp_path, [], steps_done=3)
     for step in range(4, 8):
-        second.add(row(step, loss=2.0))
+        second.add(record(step, loss=2.0))
     second.close()
     assert scalars(shown(tmp_path), "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
 
@@ -87,7 +90,7 @@ def without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def test_without_the_library_asking_for_it_is_a_sentence_and_nothing_is_written(without_tensorboard: Path) -> None:
+def test_missing_library_is_a_sentence_and_nothing_is_written(without_tensorboard: Path) -> None:
     done = run(f"dsmini.train --data.path book.txt --out x --train.tensorboard {TINY}", without_tensorboard)
     assert done.returncode == 2 and "pip install 'dsmini[tensorboard]'" in done.stderr, done.stderr
     assert not (without_tensorboard / "x").exists()

@@ -62,7 +62,7 @@ def test_two_runs_are_bitwise_equal(new_trainer: NewTrainer) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("grad_accum", [1, 2, 4])
-def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(
+def test_bias_moves_once_a_step_by_counts_of_the_whole_batch(
     new_trainer: NewTrainer, grad_accum: int, recompute: bool
 ) -> None:
     whole, parts = new_trainer(), new_trainer(grad_accum=grad_accum, recompute=recompute)
@@ -205,7 +205,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(
     new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch, place: str, optimizer: str
 ) -> None:
     trainer = new_trainer(**OPTIMIZERS[optimizer])
@@ -226,7 +226,7 @@ def test_a_dense_model_trains_without_loads(new_trainer: NewTrainer) -> None:
     assert step.counts is None and step.max_vio is None and step.balance_loss == 0
 
 
-def test_documents_are_masked_from_each_other_if_the_config_says_so(new_trainer: NewTrainer) -> None:
+def test_document_mask_separates_documents_in_training(new_trainer: NewTrainer) -> None:
     """The text has a NUL, the end of a document, in every 61 bytes, so most sequences hold two documents."""
     plain, masked = new_trainer(), new_trainer()
     data = dataclasses.replace(masked.config.data, document_mask=True)
@@ -241,7 +241,7 @@ def test_documents_are_masked_from_each_other_if_the_config_says_so(new_trainer:
         assert numbers == [row[:i].count(0) for i in range(len(row))]
 
 
-def test_validation_masks_documents_from_each_other_as_training_does(new_trainer: NewTrainer) -> None:
+def test_document_mask_separates_documents_in_validation(new_trainer: NewTrainer) -> None:
     """Each document scored alone gives the same: RoPE knows differences of positions only."""
     trainer = new_trainer()
     seen = trainer.validate()

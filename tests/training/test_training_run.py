@@ -22,7 +22,9 @@ from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.data.corpus import Corpus
 from dsmini.measure.machine import peak_memory
-from dsmini.training.report import TrainingProgress, plot_run
+from dsmini.training.plots import plot_run
+from dsmini.training.progress import TrainingProgress
+from dsmini.training.record import StepRecord
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import Trainer
 
@@ -88,7 +90,7 @@ def test_signals_in_a_row_lose_no_work(
 
     monkeypatch.setattr(owner, moment, interrupted)
     assert not training.train()
-    assert training.trainer.steps_done == training.saved_at == 1
+    assert training.trainer.steps_done == training.saver.saved_at == 1
 
 
 def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +100,7 @@ def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: 
     assert training.trainer.steps_done == 0
 
 
-def test_a_signal_before_the_first_step_is_honoured_right_after_it(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_before_the_first_step_stops_after_it(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     real = training._metrics
     monkeypatch.setattr(training, "_metrics", lambda: (os.kill(os.getpid(), TERM), real())[1])
     before = signal.signal(TERM, lambda *_: pytest.fail("nobody was listening"))
@@ -108,10 +108,10 @@ def test_a_signal_before_the_first_step_is_honoured_right_after_it(
         assert not training.train()
     finally:
         signal.signal(TERM, before)
-    assert training.trainer.steps_done == training.saved_at == 1
+    assert training.trainer.steps_done == training.saver.saved_at == 1
 
 
-def test_steps_without_a_finite_gradient_end_the_run_with_the_model_saved(training: TrainingRun) -> None:
+def test_steps_without_finite_gradient_save_and_end_the_run(training: TrainingRun) -> None:
     training.trainer.model.head.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(ArithmeticError, match="no finite gradient in the 10 steps up to step 10; look"):
         training.train()
@@ -120,7 +120,7 @@ def test_steps_without_a_finite_gradient_end_the_run_with_the_model_saved(traini
 
 def test_what_is_drawn_are_shares_of_the_mean_load(training: TrainingRun) -> None:
     assert training.train()
-    loads = torch.tensor(training._loads())
+    loads = torch.tensor(training.history.load_shares())
     assert loads.shape == (3, 8)
     assert torch.allclose(loads.mean(1), torch.ones(3))
     training.plot()
@@ -138,15 +138,15 @@ def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> N
     short = dataclasses.replace(training.config.train, steps=1, eval_tokens=16)
     training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
     training.train()
-    assert training.rows[-1]["val_loss"] == pytest.approx(training.trainer.validate(), rel=1e-6)
-    assert training.rows[-1]["val_loss"] != pytest.approx(training.trainer.validate(16), rel=1e-6)
+    assert training.history.records[-1].val_loss == pytest.approx(training.trainer.validate(), rel=1e-6)
+    assert training.history.records[-1].val_loss != pytest.approx(training.trainer.validate(16), rel=1e-6)
 
 
 def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> None:
     short = dataclasses.replace(training.config.train, steps=1, eval_context=5)
     training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
     training.train()
-    row = training.rows[-1]
+    row = training.history.records[-1].row()
     assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(seq_len=5), rel=1e-6)
     x, y = next(training.trainer.corpus.windows(5).blocks(1000))
     assert x.shape == (19, 5) and x.numel() == training.trainer.corpus.windows(5).tokens
@@ -157,9 +157,7 @@ def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> Non
     assert row["val_loss_at_eval_context"] != pytest.approx(row["val_loss"], rel=1e-6)
 
 
-def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_was_used(
-    training: TrainingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
     real = training.trainer.loader.take
 
     def slow(requests: Any) -> Any:
@@ -172,8 +170,8 @@ def test_a_row_says_how_long_the_step_waited_for_its_data_and_how_much_memory_wa
     step = training.trainer.step()
     assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
     training._keep(step)
-    assert training.rows[-1]["data_wait"] == step.data_wait
-    assert training.rows[-1]["memory"] == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
+    assert training.history.records[-1].data_wait == step.data_wait
+    assert training.history.records[-1].memory == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
 
 
 @pytest.mark.parametrize(("share", "words"), [(0.04, ""), (0.4, "data wait 40%")])
@@ -192,8 +190,8 @@ def test_pictures_are_drawn_anew_as_the_run_goes_on_but_seldom(
     real = training.trainer.step
     monkeypatch.setattr(training.trainer, "step", lambda: dataclasses.replace(real(), seconds=25.0))
 
-    def plot_run(folder: Path, rows: list[dict[str, Any]], loads: object) -> None:
-        drawn.append(len(rows))
+    def plot_run(folder: Path, records: list[StepRecord], loads: object) -> None:
+        drawn.append(len(records))
 
     monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
     assert training.train()
@@ -208,13 +206,13 @@ def test_drawing_takes_no_more_than_a_hundredth_of_the_run(
 
     def plot_run(*_: object) -> None:
         now[0] += 1.5
-        spent.append((training.seconds, now[0]))
+        spent.append((training.history.seconds, now[0]))
 
     monkeypatch.setattr("dsmini.training.run.plot_run", plot_run)
     monkeypatch.setattr("dsmini.training.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
     for _ in range(400):
-        training.seconds += 10
-        if training.seconds >= training.next_plot:
+        training.history.seconds += 10
+        if training.history.seconds >= training.next_plot:
             training.plot()
     assert len(spent) > 20
     assert all(drawing <= 0.01 * seconds for seconds, drawing in spent[1:])
@@ -238,6 +236,13 @@ def test_a_picture_is_there_whole_or_not_at_all(
     assert not list(tmp_path.glob("*.partial*"))
 
 
+def record_without_figures(lr: float) -> StepRecord:
+    """A first step whose losses and norm are not finite."""
+    figures = dict.fromkeys(["loss", "tokens_per_s", "mtp_loss", "balance_loss", "grad_norm", "data_wait", "max_vio"])
+    layers = dict.fromkeys(["layer_max_vio", "loads"])
+    return StepRecord(step=1, lr=lr, skipped=True, memory=0, tokens=1, seconds=1.0, **figures, **layers)
+
+
 @pytest.mark.parametrize(("largest", "top"), [(1.5, 2.0), (4.0, 4.0)])
 def test_the_heat_map_reaches_to_the_largest_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float, top: float
@@ -245,15 +250,13 @@ def test_the_heat_map_reaches_to_the_largest_load(
     drawn: list[Any] = []
     real = Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda *args, **kwargs: drawn.append(real(*args, **kwargs)) or drawn[-1])
-    row = {"step": 1, "lr": 1e-3} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
-    plot_run(tmp_path, [row], {"block 1": [largest, 1.0, 0.0], "block 2": [1.0, 1.0, 1.0]})
+    plot_run(tmp_path, [record_without_figures(lr=1e-3)], {"block 1": [largest, 1.0, 0.0], "block 2": [1.0, 1.0, 1.0]})
     (image,) = drawn
     assert image.norm([0.0, 1.0, top]).tolist() == [0.0, 0.5, 1.0]
     assert image.cmap(0.5)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_run_without_a_finite_figure_is_drawn_without_complaint(tmp_path: Path) -> None:
-    row = {"step": 1, "lr": 1e38} | dict.fromkeys(["loss", "val_loss", "mtp_loss", "grad_norm", "max_vio"])
-    plot_run(tmp_path, [row], {"block 1": [1.0, 1.0]})
+def test_run_without_a_finite_figure_is_drawn(tmp_path: Path) -> None:
+    plot_run(tmp_path, [record_without_figures(lr=1e38)], {"block 1": [1.0, 1.0]})
     assert (tmp_path / "loss.png").exists()

@@ -1,50 +1,67 @@
-"""What all commands share: how a command line is read, and how a user's mistake ends."""
+"""The command line: flags from the fields of a dataclass, and a help screen that fits a terminal."""
 
 import ast
 import dataclasses
 import inspect
-import io
-import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
-
-import tyro
 
 C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Help:
-    """What --help shows of a command that has more flags than a screen has lines; --help-all shows them all."""
+    """The screen that --help shows of a command with more flags than a screen has lines; --help-all shows them all."""
 
     usage: str
-    """What follows python -m dsmini.NAME."""
+    """The words after python -m dsmini.NAME."""
     examples: tuple[str, ...]
-    """Command lines behind python -m dsmini.NAME; a comment may follow."""
+    """Command lines after python -m dsmini.NAME; a comment may follow."""
     main: tuple[str, ...]
-    """The fields to list, such as "train.steps"; what is said of them is read from the dataclasses."""
+    """The fields to list, such as "train.steps"; their docstrings explain them."""
 
 
 def take_file(args: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """A leading FILE.toml of a command line, and the rest."""
+    """Take a leading FILE.toml off a command line; return it and the rest."""
     if args and not args[0].startswith("-"):
         return Path(args[0]), list(args[1:])
     return None, list(args)
 
 
+def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]:
+    """Take a flag with its folder off a command line; return the folder and the rest.
+
+    Such a folder decides the defaults of all other flags, so it is read before them.
+
+    Raises: ValueError for a flag without a folder.
+    """
+    for i, word in enumerate(args):
+        if word.startswith(f"{flag}="):
+            return Path(word.removeprefix(f"{flag}=")), [*args[:i], *args[i + 1 :]]
+        if word == flag:
+            following = args[i + 1 : i + 2]
+            if not following or following[0].startswith("-"):
+                got = following[0] if following else "nothing"
+                raise ValueError(f"{flag} needs a folder, got {got}; use {flag} runs/toy-001")
+            return Path(following[0]), [*args[:i], *args[i + 2 :]]
+    return None, list(args)
+
+
 def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = None, help: Help | None = None) -> C:
-    """Read the arguments into a dataclass; a wrong one is explained and ends with status 2.
+    """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
         name: of the command module, as in python -m dsmini.NAME.
-        default: what the flags change; left out: the dataclass's own defaults.
-        help: a screen of it, for --help; left out: --help explains every flag, as --help-all does.
+        default: has the values that flags change; None: the dataclass's own defaults.
+        help: the screen for --help; None: --help explains every flag, as --help-all does.
     """
+    import tyro  # here: a third of a second, which Ctrl-C may interrupt once the command runs
+
     prog = f"python -m dsmini.{name}"
     if help is not None and {"-h", "--help"} & set(args):
         print(short_help(kind, prog, help, default))
@@ -59,10 +76,10 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
 
 
 def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:
-    """A screen of help: usage, examples, and the main flags as one would type them, each with its default.
+    """Return a screen of help: usage, examples, and the main flags as one would type them, each with its default.
 
     Args:
-        width: in columns; left out: the terminal's.
+        width: in columns; None: the terminal's.
     """
     width = width or min(shutil.get_terminal_size().columns, 120)
     fields = {path: (flag, said) for path, flag, said in flags(kind, default)}
@@ -76,9 +93,9 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
 
 
 def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each field of a command: its path, its flag with the default as one would type it, and its docstring.
+    """Yield each field of a command: its path, its flag with the default as one would type it, and its docstring.
 
-    Fields that are dataclasses are entered: "train.steps", "--train.steps 1600", "Number of optimizer steps."
+    A field that is a dataclass yields its own fields: "train.steps", "--train.steps 1600", "Number of optimizer steps."
     """
     said, hints = field_docstrings(kind), get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -91,7 +108,7 @@ def flags(kind: type, default: Any = None, prefix: str = "") -> Iterator[tuple[s
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """The text under each field of a dataclass, those it inherits included, on one line. Read from the source."""
+    """Read from the source the docstring of each field of a dataclass, inherited ones included, as one line."""
     found: dict[str, str] = {}
     for cls in reversed([c for c in kind.__mro__ if dataclasses.is_dataclass(c)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -109,7 +126,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _typed(path: str, value: Any, hint: Any) -> str:
-    """A field as one would type it: --train.steps 1600; off, --data.path PATH; an argument known by its place, RUN."""
+    """Return a field as one would type it: --train.steps 1600; if None, --data.path PATH; a positional one, RUN."""
     flag = "--" + path.replace("_", "-")
     if value is dataclasses.MISSING:
         return path.upper()
@@ -124,40 +141,9 @@ def _typed(path: str, value: Any, hint: Any) -> str:
 
 
 def _clipped(text: str, width: int) -> str:
-    """What fits of the first sentence: whole clauses if that is half a line or more, else words."""
+    """Return what fits of the first sentence: whole clauses if they fill half a line or more, else words."""
     first = text.partition(". ")[0].rstrip(".")
     if len(first) <= width:
         return first
     clause = max(first.rfind(mark, 0, width + 1) for mark in ("; ", ", "))
     return first[:clause] if clause >= width // 2 else textwrap.shorten(first, max(width, 10), placeholder="...")
-
-
-def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command's main and exit with its status. What the user got wrong: one sentence, status 2."""
-    for out in (sys.stdout, sys.stderr):
-        if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    try:
-        status = main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except ArithmeticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stderr.close()
-        status = 1
-    except OSError as error:
-        print(f"error: {error}; free some space or choose another folder; what was saved is untouched", file=sys.stderr)
-        status = 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
-            raise
-        first = (str(error).splitlines() or ["no memory is left"])[0]
-        print(f"error: too large for this machine: {first}; use a smaller model or batch", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = 130
-    sys.exit(status)

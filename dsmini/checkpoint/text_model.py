@@ -1,0 +1,55 @@
+"""A model with its text side, from whatever people name: a training run, a checkpoint of it, or a model's folder."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from dsmini.checkpoint.pretrained import load_pretrained
+from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.trained_model import load_run
+from dsmini.console.messages import say
+from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
+from dsmini.nn import Transformer
+from dsmini.text.text_side import TextSide, read_text_side
+
+
+def load_text_model(
+    path: Path,
+    dtype: str,
+    device: str,
+    average: bool,
+    tokenizer: str | None,
+    chat: bool,
+    fp8: Literal["keep", "dequantize"],
+) -> tuple[Transformer, TextSide, bool]:
+    """Load a model; return it, its text side, and whether it is a training run's. The arguments are the flags of
+    python -m dsmini.generate. Damaged checkpoints that are passed over and warnings are lines on the standard error.
+
+    Raises: ValueError for a path that is neither, and for a flag that is for the other.
+    """
+    note = partial(say, Console(stderr=True))
+    place = pick_device(device)
+    if path.is_dir() and not (path / "config.toml").is_file():
+        if not any(path.glob("config*.json")):
+            raise ValueError(
+                f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; "
+                "name one that has"
+            )
+        if average:
+            raise ValueError(f"--average is for a training run, and {path} is a model's folder; leave it out")
+        side = read_text_side(path, tokenizer=tokenizer, chat=chat)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(str(message))
+            stored_or = None if dtype == "auto" else DTYPES[dtype]
+            return load_pretrained(path, dtype=stored_or, fp8=fp8, device=place), side, False
+    for flag, wanted in (("--chat", chat), ("--tokenizer", tokenizer), ("--fp8 keep", fp8 == "keep")):
+        if wanted:
+            raise ValueError(
+                f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
+            )
+    model, config = load_run(path, pick_dtype(dtype, place), average=average, say=note)
+    own = run_tokenizer(path, config)
+    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,)), True

@@ -1,0 +1,15 @@
+"""Lines for people: the one way in which commands and rooms print them."""
+
+from rich.console import Console
+from rich.text import Text
+
+
+def say(console: Console, line: str = "", style: str = "") -> None:
+    """Print a line as it is: brackets are no markup, numbers get no colours, and a long line is not wrapped."""
+    console.print(Text(line, style=style), soft_wrap=True)
+
+
+def rate(verb: str, nbytes: int, seconds: float) -> str:
+    """Return in words how many bytes were read or written, and how fast."""
+    per_second = nbytes / max(seconds, 1e-9) / 1e6
+    return f"{verb} {nbytes:,} bytes in {seconds:.1f} s: {per_second:,.0f} MB/s"

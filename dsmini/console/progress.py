@@ -1,0 +1,144 @@
+"""The progress bar: a bar in a terminal, and a line now and then in a pipe or a file."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from dsmini.console.messages import say
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Shortest time between two lines in a pipe, for a caller that does not count them."""
+
+
+class Progress:
+    """A display of how far a piece of work is, what is known about it, and how long it will take.
+
+    Args:
+        total: amount of work, in any unit.
+        label: name of the work.
+        unit: "bytes" shows sizes and the bytes per second.
+        delay: seconds of work before a bar appears; short work shows none.
+        line_every: amount of work between two lines in a pipe, the first update included; 0 gives a line for each
+            update, None one every ten seconds.
+        stays: leave the bar on the screen at the end.
+        refresh_per_second: of the bar; 1 disturbs a measurement least.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: float = 0,
+        label: str = "",
+        *,
+        unit: Literal["", "bytes"] = "",
+        delay: float = 1.0,
+        line_every: float | None = None,
+        stays: bool = False,
+        refresh_per_second: float = 10,
+    ) -> None:
+        self.console, self.total, self.unit = console, total, unit
+        self.label = self._object = label
+        """Name of the work, or of its stage; a caller may change it before an update."""
+        self.done = 0.0
+        """Amount of work that is done."""
+        self.delay, self.line_every = delay, line_every
+        self._started = self._last_line = time.monotonic()
+        self._lines: int | None = None  # lines due for the work that is done
+        self._ended: float | None = None
+        sizes = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
+        words = TextColumn("{task.fields[words]}", markup=False)
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            *sizes,
+            words,
+            _TimeLeft(),
+            console=console,
+            refresh_per_second=refresh_per_second,
+            disable=not console.is_terminal,
+            transient=not stays,
+        )
+        self._task = self._bar.add_task(label, total=total, words="", left=None)
+
+    def __enter__(self) -> "Progress":
+        if self.delay <= 0:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the work began, until it ended."""
+        return (self._ended or time.monotonic()) - self._started
+
+    def update(self, done: float, words: str = "", *, left: float | None = None) -> None:
+        """Show how much work is done.
+
+        Args:
+            words: more about it, such as the loss.
+            left: seconds left, where the caller knows better than the rate so far.
+        """
+        self.done = done
+        if self.seconds >= self.delay:
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words, left=left)
+        if not self.console.is_terminal and self._line_is_due():
+            self._last_line = time.monotonic()
+            say(self.console, self._line(words, left))
+
+    def add(self, amount: float) -> None:
+        """Show that this much more work is done."""
+        self.update(self.done + amount)
+
+    def stage(self, what: str, done: float, total: float) -> None:
+        """Show work that comes in stages, each with an amount of its own: "reading", say, of a label "the corpus"."""
+        if (label := f"{what} {self._object}") != self.label:
+            self.label = label
+            self._bar.reset(self._task)
+        self.total = total
+        self.update(done)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        say(self.console, line)
+
+    @contextmanager
+    def part(self, label: str) -> Iterator[Callable[[float], None]]:
+        """Show a second bar below the first; the function that it yields takes the share that is done."""
+        task = self._bar.add_task(label, total=1.0, words="", left=None)
+        try:
+            yield lambda share: self._bar.update(task, completed=share)
+        finally:
+            self._bar.remove_task(task)
+
+    def _line_is_due(self) -> bool:
+        if self.line_every is None:
+            return time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
+        if self.line_every == 0:
+            return True
+        before, self._lines = self._lines, int(self.done // self.line_every)
+        return before != self._lines
+
+    def _line(self, words: str, left: float | None) -> str:
+        if self.unit == "bytes":
+            return f"{self.label}: {self.done / max(1, self.total):.0%} of {self.total:,.0f} bytes"
+        return "  ".join(filter(None, [self.label, words, "" if left is None else f"{left:.0f} s left"]))
+
+
+class _TimeLeft(ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        left = task.time_remaining if left is None else left
+        return Text("" if left is None else f"{timedelta(seconds=round(left))} left", style="progress.remaining")

@@ -1,0 +1,254 @@
+"""A writer: a model with its text side, which continues texts and answers conversations.
+
+A generation's rows of tokens become texts as they come, shown on a page, and its figures are told at the end.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dsmini.inference.generation import Generation, Stats
+from dsmini.inference.sampling import Sampling
+from dsmini.nn import Transformer
+from dsmini.nn.cache import CacheDtype
+from dsmini.text.chat import Chat, Message
+from dsmini.text.continuation import Continuation
+from dsmini.text.page import Page
+from dsmini.text.text_side import TextSide
+
+CACHE_DTYPES: dict[str, CacheDtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": "fp8",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The text that follows a prompt."""
+
+    shown: str
+    """The prompt as it is shown before the text; nothing in a chat."""
+    text: str
+    """The new text."""
+    finish: str
+    """Why it ended: "end" token, "stop" string, "length", or it was "interrupted"."""
+    n_tokens: int
+    """Number of new tokens, the one that ended the text included."""
+    tokens: list[int]
+    """The new tokens without those that end a text."""
+
+    def described(self, prompt: str) -> dict[str, Any]:
+        """Return the answer as --json shows it."""
+        return {
+            "prompt": prompt,
+            "text": self.shown + self.text,
+            "answer": self.text,
+            "finish": self.finish,
+            "new_tokens": self.n_tokens,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The texts of a generation, and its statistics."""
+
+    rows: list[Answer]
+    stats: Stats
+    interrupted: bool
+    """Ctrl-C ended it."""
+
+
+class Writer:
+    """Writes with a model.
+
+    Args:
+        ends: the tokens that end a text.
+        stops: the texts that end a text, and are no part of it.
+        cache_dtype: auto is the model's.
+        context: tokens of a text that the cache has room for; more are an error. None: the model's context, and where
+            a text outgrows it, its older half is forgotten.
+        seed: of the draws.
+        Others: as in generate.
+
+    Raises: ValueError for a context of less than a token, or of more than the model's.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        side: TextSide,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling,
+        ends: Collection[int] = (),
+        stops: Sequence[str] = (),
+        speculative: bool = False,
+        cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
+        context: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if context is not None and context < 1:
+            raise ValueError(f"--context {context} is less than 1; use the tokens a text may come to")
+        if context is not None and context > model.config.max_seq_len:
+            raise ValueError(
+                f"--context {context} is more than the model's context of {model.config.max_seq_len}; use that or less"
+            )
+        self.model, self.side, self.max_new_tokens = model, side, max_new_tokens
+        self.sampling, self.ends, self.stops = sampling, ends, stops
+        self.speculative, self.context = speculative, context
+        self.cache_dtype: CacheDtype | None = CACHE_DTYPES[cache_dtype]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def encode(self, text: str, system: str | None = None) -> list[int]:
+        """Return a prompt's tokens: those of a conversation with one turn where there is a chat template."""
+        chat = self.side.chat
+        if chat is not None:
+            return chat.encode([*system_turn(chat, system), turn("user", chat.plain(text))])
+        return [*self.side.begin, *self.side.tokenizer.encode(text).tolist()]
+
+    def write(self, prompts: Sequence[list[int]], page: Page | None) -> Answers:
+        """Continue prompts all at once, to their ends or until Ctrl-C.
+
+        Args:
+            page: shows the texts as they come.
+
+        Raises: ValueError for a prompt that is empty or longer than the context.
+        """
+        generation = self._generation(prompts)
+        rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
+        interrupted = follow(generation, rows, shown, self.max_new_tokens, page)
+        answers = [
+            Answer(
+                shown=before,
+                text=row.text,
+                finish=finish(row, self.max_new_tokens),
+                n_tokens=row.n_tokens,
+                tokens=[token for token in tokens[len(prompt) :] if token not in self.ends],
+            )
+            for prompt, before, row, tokens in zip(prompts, shown, rows, generation.rows, strict=True)
+        ]
+        return Answers(rows=answers, stats=generation.stats, interrupted=interrupted)
+
+    def _generation(self, prompts: Sequence[list[int]]) -> Generation:
+        longest, context = max(map(len, prompts)), self.model.config.max_seq_len
+        if self.context is None and longest > context:
+            raise ValueError(
+                f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it"
+            )
+        return Generation(
+            self.model,
+            prompts,
+            self.max_new_tokens,
+            sampling=self.sampling,
+            eos_token_id=list(self.ends) or None,
+            speculative=self.speculative,
+            generator=self.generator,
+            cache_dtype=self.cache_dtype,
+            max_seq_len=self.context,
+            slide=self.context is None,
+        )
+
+    def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
+        """Return what reads a prompt's new tokens, and what is shown before them: the prompt, but not in a chat. A
+        character that the prompt ends inside of belongs to the continuation."""
+        stream, begin = self.side.tokenizer.stream(), len(self.side.begin)
+        stream.decode(tokens[:begin])
+        text = stream.decode(tokens[begin:])
+        shown = text if self.side.chat is None else ""
+        return Continuation(stream, ends=self.ends, stops=self.stops), shown
+
+
+class Conversation:
+    """A conversation that a Writer with a chat template answers turn by turn.
+
+    Args:
+        system: what the model is told before it.
+    """
+
+    def __init__(self, writer: Writer, system: str | None = None) -> None:
+        assert writer.side.chat is not None, "a conversation needs a chat template"
+        self.writer, self.chat = writer, writer.side.chat
+        self.messages = system_turn(self.chat, system)
+
+    def answer(self, line: str, page: Page | None) -> Answers:
+        """Answer a turn; both become part of the conversation."""
+        self.messages.append(turn("user", self.chat.plain(line)))
+        answers = self.writer.write([self.chat.encode(self.messages)], page)
+        (row,) = answers.rows
+        said = self.chat.plain(row.text) if row.finish == "stop" else self.chat.answer(row.tokens)
+        self.messages.append(turn("assistant", said))
+        return answers
+
+
+def system_turn(chat: Chat, system: str | None) -> list[Message]:
+    """Return the turn before a conversation, if there is one."""
+    return [] if system is None else [turn("system", chat.plain(system))]
+
+
+def turn(role: str, content: str) -> Message:
+    """Return a message of a conversation."""
+    return {"role": role, "content": content}
+
+
+def follow(
+    generation: Generation, rows: Sequence[Continuation], prompts: Sequence[str], max_new_tokens: int, page: Page | None
+) -> bool:
+    """Run a generation to its end, or until Ctrl-C; return whether it was Ctrl-C.
+
+    What was written by then is in the rows, and on the page.
+
+    Args:
+        prompts: what the page shows before each row.
+    """
+    interrupted = False
+    try:
+        if page is not None:
+            for i, text in enumerate(prompts):
+                page.add(i, text)
+        for new in generation:
+            for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+                piece = row.add(tokens)
+                if row.ended is not None or row.n_tokens == max_new_tokens:
+                    generation.end(i)
+                    piece += row.close()
+                if page is not None:
+                    page.add(i, piece)
+                    if row.ended is not None or row.n_tokens == max_new_tokens:
+                        page.end(i)
+    except KeyboardInterrupt:
+        interrupted = True
+    for i, row in enumerate(rows):
+        piece = row.close()
+        if page is not None:
+            page.add(i, piece)
+            page.end(i)
+    return interrupted
+
+
+def finish(row: Continuation, max_new_tokens: int) -> str:
+    """Return why a row ended, as Answer.finish has it."""
+    return row.ended or ("length" if row.n_tokens >= max_new_tokens else "interrupted")
+
+
+def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
+    """Return a generation in numbers: times in seconds, sizes in bytes."""
+    names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
+    names += ["cache_bytes_per_token", "cache_bytes"]
+    names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step"] if speculative else []
+    return {name: getattr(stats, name) for name in names}
+
+
+def figures_in_words(stats: Stats, speculative: bool) -> str:
+    """Return the figures of a generation in a line."""
+    parts = [
+        f"{stats.new_tokens} new tokens, {stats.tokens_per_s:.0f} tokens/s",
+        f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s",
+        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {stats.cache_bytes:,} in all",
+    ]
+    if speculative:
+        parts.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
+    return "; ".join(parts)

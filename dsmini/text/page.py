@@ -1,0 +1,50 @@
+"""A page: texts that grow at the same time, shown one below the other."""
+
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+# what moves a terminal's cursor or changes its colours is shown as a picture; C1 has no pictures
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Page:
+    """Shows texts that grow at the same time one below the other: the first that has not ended streams, and those
+    below it wait.
+
+    Args:
+        headings: one for each text; a single text is shown without.
+    """
+
+    def __init__(self, headings: Sequence[str], out: TextIO | None = None) -> None:
+        self._headings, self._out = headings, sys.stdout if out is None else out
+        self._waiting = [""] * len(headings)
+        self._ended = [False] * len(headings)
+        self._at = -1
+        self._turn()
+
+    def add(self, i: int, piece: str) -> None:
+        """Append to a text."""
+        if i == self._at:
+            self._write(piece)
+        else:
+            self._waiting[i] += piece
+
+    def end(self, i: int) -> None:
+        """End a text: nothing is added to it any more. May be said twice."""
+        self._ended[i] = True
+        while self._at < len(self._ended) and self._ended[self._at]:
+            self._write("\n")
+            self._turn()
+
+    def _turn(self) -> None:
+        self._at += 1
+        if self._at == len(self._headings):
+            return
+        heading = f"== {self._headings[self._at]} ==\n" if len(self._headings) > 1 else ""
+        self._write(("\n" if self._at else "") + heading + self._waiting[self._at])
+
+    def _write(self, text: str) -> None:
+        self._out.write(text.translate(CONTROLS) if self._out.isatty() else text)
+        self._out.flush()

@@ -1,0 +1,104 @@
+"""The plots of a run: losses, gradient norm and learning rate, and the loads of the experts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsmini.atomic import new_file
+from dsmini.training.record import StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LN2 = math.log(2)
+PALE, BLUE, ORANGE = "#9db4d0", "#1f4e8c", "#c8501e"
+
+
+def plot_run(run: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
+    """Write loss.png and, for a model with experts, expert_load.png into the run folder, each whole or not at all.
+
+    Args:
+        loads: for each MoE layer, by name, its experts' loads as shares of the mean, over the last steps.
+    """
+    _plot_loss(run / "loss.png", steps)
+    if loads:
+        _plot_loads(run / "expert_load.png", steps, loads)
+
+
+def _plot_loss(path: Path, steps: Sequence[StepRecord]) -> None:
+    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, below = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
+    x, raw = [record.step for record in steps], _column([record.loss for record in steps])
+    mtp = _smooth(_column([record.mtp_loss for record in steps]))
+    axes.plot(x, raw, color=PALE, linewidth=0.8, label="training, each step")
+    if any(value > 0 for value in mtp):
+        axes.plot(x, mtp, color="#7a7a7a", linewidth=0.9, label="multi-token prediction, smoothed")
+    axes.plot(x, _smooth(raw), color=BLUE, linewidth=1.8, label="training, smoothed")
+    validated = [(record.step, record.val_loss) for record in steps if record.val_loss is not None]
+    if validated:
+        label = f"validation, last {validated[-1][1]:.3f}"
+        axes.plot(*zip(*validated, strict=True), "o-", color=ORANGE, markersize=4, label=label)
+    axes.set(ylabel="cross-entropy, nats a token", title="Loss")
+    right = axes.secondary_yaxis("right", functions=(lambda v: np.divide(v, LN2), lambda v: np.multiply(v, LN2)))
+    right.set_ylabel("bits a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+    norms = _column([record.grad_norm for record in steps])
+    below.plot(x, norms, color=PALE, linewidth=0.8)
+    if any(norm > 0 for norm in norms):
+        below.set_yscale("log")
+    below.set(xlabel="step", ylabel="gradient norm")
+    below.grid(alpha=0.3)
+    rate = below.twinx()
+    rate.plot(x, _column([record.lr for record in steps]), color=ORANGE, linewidth=1.4)
+    rate.set_ylabel("learning rate", color=ORANGE)
+    rate.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.8 + 0.35 * len(loads) + 2.4), layout="constrained")
+    heat, line = figure.subplots(2, 1, height_ratios=(1 + 0.35 * len(loads), 2.4))
+    largest = max(max(shares) for shares in loads.values())
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2, largest))  # white is an equal share, whatever the largest is
+    image = heat.imshow(list(loads.values()), cmap="RdBu_r", norm=norm, aspect="auto")
+    heat.set(xlabel="expert", title="Load of each expert in the last steps, 1 = an equal share")
+    heat.set_yticks(range(len(loads)), list(loads))
+    figure.colorbar(image, ax=heat)
+    line.plot([record.step for record in steps], _smooth(_column([record.max_vio for record in steps])), color=BLUE)
+    line.set(xlabel="step", ylabel="MaxVio", title="(largest load - mean) / mean, smoothed; 0 = perfect balance")
+    line.set_ylim(bottom=0)
+    line.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Save a whole picture or leave the one before, so that nobody sees half of one while the run goes on."""
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def _column(values: Sequence[float | None]) -> list[float]:
+    """Return one figure of every step, with NaN where it was not finite."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the unbiased exponential moving average over about a twentieth of the values; NaN is passed over."""
+    decay = 1 - 1 / max(1.0, len(values) / 20)
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        if not math.isnan(value):
+            mean = decay * mean + (1 - decay) * value
+            weight = decay * weight + (1 - decay)
+        out.append(mean / weight if weight else math.nan)
+    return out

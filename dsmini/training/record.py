@@ -1,0 +1,130 @@
+"""The record of a step: one typed line of metrics.jsonl, which plots, TensorBoard and the summary read too."""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from dsmini.nn import max_violation
+from dsmini.training.trainer import Step
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """The record of an optimizer step. None stands for a figure that is not finite or was not measured, and in a
+    dense model for what only experts have."""
+
+    step: int
+    """Number of the step, counted from 1."""
+    loss: float | None
+    """Cross-entropy in nats a token, before the update."""
+    val_loss: float | None = None
+    """Cross-entropy on held-out text in nats a token, after the update."""
+    lr: float | None
+    """Learning rate."""
+    tokens_per_s: float | None
+    """Training tokens per second."""
+    max_vio: float | None
+    """Mean over the MoE layers of (largest load - mean load) / mean load."""
+    skipped: bool
+    """The gradient or a loss was not finite, and nothing was changed."""
+    mtp_loss: float | None
+    """Loss of multi-token prediction in nats a token."""
+    balance_loss: float | None
+    """Balance loss of the experts."""
+    grad_norm: float | None
+    """Norm of the gradient before clipping."""
+    data_wait: float | None
+    """Share of the seconds spent waiting for the batch."""
+    memory: int
+    """Peak memory so far in bytes."""
+    tokens: int
+    """Training tokens of the step."""
+    seconds: float
+    """Duration of the step in seconds."""
+    layer_max_vio: list[float] | None
+    """max_vio of each MoE layer."""
+    loads: list[list[int]] | None
+    """Tokens that each expert received, for each MoE layer."""
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    """Further validation losses of the last step, which only some runs ask for: val_loss_ema, with the average of the
+    parameters, and val_loss_at_eval_context. In metrics.jsonl they are keys like the others."""
+
+    @classmethod
+    def of(cls, step: Step, memory: int, scores: Mapping[str, float | None]) -> "StepRecord":
+        """Return the record of a step that has not been validated yet."""
+        counts = step.counts
+        return cls(
+            step=step.step,
+            loss=_finite(step.loss),
+            lr=_finite(step.lr),
+            tokens_per_s=_finite(step.tokens / step.seconds),
+            max_vio=_finite(step.max_vio),
+            skipped=step.skipped,
+            mtp_loss=_finite(step.mtp_loss),
+            balance_loss=_finite(step.balance_loss),
+            grad_norm=_finite(step.grad_norm),
+            data_wait=_finite(step.data_wait),
+            memory=memory,
+            tokens=step.tokens,
+            seconds=step.seconds,
+            layer_max_vio=None if counts is None else max_violation(counts).tolist(),
+            loads=None if counts is None else counts.tolist(),
+            scores=scores,
+        )
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "StepRecord":
+        """Return the record that `row` gave. Keys that are no fields are scores.
+
+        Raises: ValueError for a row that lacks a key or has a value of the wrong kind.
+        """
+        known = {name: row[name] for name in KINDS if name in row}
+        for name, kinds in KINDS.items():
+            if not isinstance(row.get(name, _MISSING), kinds):
+                raise ValueError(f"{name}={row.get(name)!r} is not {' or '.join(kind.__name__ for kind in kinds)}")
+        return cls(**known, scores={key: value for key, value in row.items() if key not in known})
+
+    def row(self) -> dict[str, Any]:
+        """Return the record as a line of metrics.jsonl has it."""
+        return {name: getattr(self, name) for name in KINDS} | dict(self.scores)
+
+    def validated(self, val_loss: float, **scores: float) -> "StepRecord":
+        """Return the record with validation losses in it."""
+        finite = {name: _finite(score) for name, score in scores.items()}
+        return dataclasses.replace(self, val_loss=_finite(val_loss), scores={**self.scores, **finite})
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+_MISSING = object()
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    choices = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(get_origin(choice) or choice for choice in choices)
+
+
+KINDS = {name: _kinds(hint) for name, hint in get_type_hints(StepRecord).items() if name != "scores"}
+"""The classes that each key of metrics.jsonl may have, in the order of the keys."""
+
+
+def read_records(run: Path) -> list[StepRecord]:
+    """Read metrics.jsonl, leaving out a line that is torn or is no whole record."""
+    path = run / METRICS
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            records.append(StepRecord.from_row(row if isinstance(row, dict) else {}))
+        except ValueError:
+            continue
+    return records

@@ -1,0 +1,90 @@
+"""The saved states of a run: what goes into its checkpoints, and how it goes on from one."""
+
+from dsmini.atomic import sync
+from dsmini.checkpoint.training_state import Checkpoint, RunState, check_tensors, save_checkpoint
+from dsmini.config import RunConfig
+from dsmini.measure.machine import random_state, set_random_state
+from dsmini.training.history import History
+from dsmini.training.record import METRICS, StepRecord, read_records
+from dsmini.training.trainer import Trainer
+
+
+class NotSavedError(OSError):
+    """A checkpoint could not be written; the earlier ones are still there."""
+
+
+class Saver:
+    """Saves the state of a run, which is that of its Trainer, its History and the random number generators, and
+    restores it.
+
+    Args:
+        config: has the run's folder `out`.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Trainer, history: History) -> None:
+        self.config, self.trainer, self.history = config, trainer, history
+        self.saved_at: int | None = None
+        """Step of the last checkpoint."""
+
+    @property
+    def parts(self) -> list[str]:
+        """The stems of the tensor files of this run's checkpoints."""
+        return ["model", "optimizer", "rng", *([] if self.trainer.average is None else ["average"])]
+
+    def fits(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that this run could not go on from; ValueError says why. Changes nothing."""
+        self.trainer.check(checkpoint.tensors)
+        StepRecord.from_row(checkpoint.state.row)
+        got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
+        there = (want.keys() & got.keys()) | {"cpu"}  # another kind of device than before has no state in it
+        of_both = [{name: state for name, state in states.items() if name in there} for states in (got, want)]
+        check_tensors(of_both[0], of_both[1], "rng.safetensors")
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go on from a checkpoint of this run, which `fits`; return the number of steps whose records are lost."""
+        state, train = checkpoint.state, self.config.train
+        self.trainer.load(
+            checkpoint.tensors,
+            steps_done=state.step,
+            sequences=state.sequences,
+            average_updates=state.average_updates,
+        )
+        set_random_state(checkpoint.tensors["rng"], self.trainer.device)
+        assert self.config.out is not None
+        lost = self.history.restore(state, read_records(self.config.out), complete=state.step >= train.steps)
+        if state.skipped_in_a_row >= train.max_skipped:  # it gave up; who resumes all the same gets as many again
+            self.history.skipped_in_a_row = 0
+        self.saved_at = state.step
+        return lost
+
+    def save(self) -> None:
+        """Save the state after the last step, unless it is saved; NotSavedError says what is there instead."""
+        step, folder = self.trainer.steps_done, self.config.out
+        assert folder is not None
+        if self.saved_at == step:
+            return
+        tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
+        try:
+            sync(folder / METRICS)  # the lines before the state's own must not be lost behind it
+            save_checkpoint(self.config, tensors, self._state())
+        except OSError as error:
+            there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
+            reason = error.strerror or error
+            raise NotSavedError(f"cannot save {folder}'s checkpoint of step {step}: {reason}; {there}") from None
+        self.saved_at = step
+
+    def _state(self) -> RunState:
+        trainer, history = self.trainer, self.history
+        best_val_loss, best_val_step = history.best or (None, None)
+        return RunState(
+            step=trainer.steps_done,
+            sequences=trainer.sequences,
+            average_updates=0 if trainer.average is None else trainer.average.updates,
+            skipped=history.skipped,
+            skipped_in_a_row=history.skipped_in_a_row,
+            best_val_loss=best_val_loss,
+            best_val_step=best_val_step,
+            seconds=history.seconds,
+            corpus_sha256=trainer.corpus.sha256,
+            row=history.records[-1].row(),
+        )

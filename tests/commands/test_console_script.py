@@ -1,0 +1,40 @@
+"""`dsmini COMMAND` next to `python -m dsmini.COMMAND`."""
+
+import importlib
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dsmini
+from dsmini.__main__ import COMMANDS, main
+from tests.helpers.commands import ROOT, run_all
+
+
+def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
+    asked = ["--help", "-h", "", "trian", "zzz", *(f"{name} --help" for name in COMMANDS)]
+    alone = [(f"dsmini.{name}", "--help") for name in COMMANDS]
+    answers = run_all([*(("dsmini", arguments) for arguments in asked), *alone], tmp_path)
+    said = dict(zip(asked, answers, strict=False))
+    assert said["--help"] == said["-h"] == (0, said[""][1]) and said[""][0] == 2
+    lines = said["--help"][1].splitlines()
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert 20 < len(line) <= 120
+    assert said["trian"] == (2, "error: unknown command 'trian'; did you mean 'train'?\n")
+    assert said["zzz"] == (2, f"error: unknown command 'zzz'; there are {', '.join(COMMANDS)}\n")
+    assert answers[-2 * len(COMMANDS) : -len(COMMANDS)] == answers[-len(COMMANDS) :]
+
+
+def test_script_is_installed_as_dsmini() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["dsmini"].partition(":")
+    assert list(scripts) == ["dsmini"] and getattr(importlib.import_module(module), name) is main
+
+
+def test_script_leaves_the_function_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dsmini.generate
+    monkeypatch.setattr("sys.argv", ["dsmini", "generate", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0 and dsmini.generate is before and callable(before)

@@ -1,0 +1,99 @@
+"""The one progress bar, in a terminal and in a pipe, and the lines for people around it."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from dsmini.console.messages import rate, say
+from dsmini.console.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the bar reads; a test sets them."""
+    now = [100.0]
+    monkeypatch.setattr("dsmini.console.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def pipe() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, legacy_windows=False)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+def test_pipe_gets_the_first_update_and_one_line_each_interval() -> None:
+    console = pipe()
+    with Progress(console, 10, "step", delay=0, line_every=4) as bar:
+        for done in range(1, 11):
+            bar.label = f"step {done}/10"
+            bar.update(done, "loss 1.0", left=10.0 - done)
+    assert said(console).splitlines() == [
+        "step 1/10  loss 1.0  9 s left",
+        "step 4/10  loss 1.0  6 s left",
+        "step 8/10  loss 1.0  2 s left",
+    ]
+
+
+def test_pipe_gets_each_update_where_lines_are_not_counted() -> None:
+    console = pipe()
+    with Progress(console, 3, "case", line_every=0) as bar:
+        bar.update(0.5)
+        bar.update(0.5)
+    assert said(console) == "case\ncase\n"
+
+
+def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, label="the corpus", unit="bytes") as bar:
+        bar.stage("reading", 10, 2000)
+        clock[0] += 11
+        bar.stage("reading", 1000, 2000)
+        clock[0] += 5
+        bar.stage("tokenising", 100, 2000)
+        clock[0] += 6
+        bar.stage("tokenising", 500, 2000)
+    assert said(console).splitlines() == [
+        "reading the corpus: 50% of 2,000 bytes",
+        "tokenising the corpus: 25% of 2,000 bytes",
+    ]
+    assert bar.seconds == 22
+
+
+def test_terminal_shows_label_words_and_time_left() -> None:
+    console = terminal()
+    with Progress(console, 8, "step", delay=0, stays=True) as bar:
+        bar.update(2, "loss [b]1.0", left=75.4)
+        bar.say("a line [above] the bar")
+        with bar.part("validation") as on_part:
+            on_part(0.5)
+    shown = said(console)
+    assert "step" in shown and "loss [b]1.0" in shown and "0:01:15 left" in shown
+    assert "a line [above] the bar" in shown and "validation" in shown
+
+
+def test_terminal_shows_no_bar_for_short_work(clock: list[float]) -> None:
+    console = terminal()
+    with Progress(console, 100, "reading", unit="bytes") as bar:
+        bar.add(60)
+        assert said(console) == ""
+        clock[0] += 2
+        bar.add(40)
+    assert "reading" in said(console) and bar.done == 100
+
+
+def test_line_is_printed_as_it_is() -> None:
+    console = pipe()
+    say(console, "[bold]12 :smile: " + "x" * 300)
+    assert said(console) == "[bold]12 :smile: " + "x" * 300 + "\n"
+    assert rate("read", 3_000_000, 1.5) == "read 3,000,000 bytes in 1.5 s: 2 MB/s"

@@ -1,0 +1,201 @@
+"""How the C++ kernels are built and cached; and what happens where they cannot be."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import ops
+from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
+from dsmini_kernels import cpu
+from dsmini_kernels.cpu import build
+from tests.helpers.cpu_kernels import ISAS, LIBRARY, REFERENCE, assert_same, quantize
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_process(code: str, **env: str) -> "subprocess.Popen[str]":
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def output(process: "subprocess.Popen[str]") -> str:
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+USE = "import torch, dsmini.numerics as n; n.quantize_tiles(torch.ones(2, 3), (1, 128), 'ue8m0', 'e4m3', 1e-4);"
+BUILD = "from dsmini_kernels.cpu import build; print(build.library().path)"
+
+
+def test_many_processes_build_at_once(tmp_path: Path) -> None:
+    """One library is left and nothing else; a killed build leaves what nobody takes for good."""
+    cache = str(tmp_path)
+    folder = tmp_path / "dsmini" / "kernels"
+    killed = in_process(BUILD, XDG_CACHE_HOME=cache)
+    for _ in range(600):
+        if folder.exists() and list(folder.glob("building-*/*")):
+            break
+        threading.Event().wait(0.02)
+    killed.kill()
+    killed.communicate()
+    assert not list(folder.glob("*.so"))
+    paths = {output(process).strip() for process in [in_process(BUILD, XDG_CACHE_HOME=cache) for _ in range(2)]}
+    assert len(paths) == 1 and [str(p) for p in folder.glob("*.so")] == list(paths)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> Path:
+    """A cache that holds a copy of the library, and a compiler that must not run."""
+    folder = tmp_path / "dsmini" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / LIBRARY.path.name).write_bytes(LIBRARY.path.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return folder
+
+
+def test_the_cache_is_used_and_damage_is_mended(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[Path] = []
+
+    def rebuild(_compiler: Any, _flags: Any, folder: Path, key: str) -> Path:
+        path = folder / LIBRARY.path.name
+        assert path.name.startswith(key) and not path.exists()
+        path.write_bytes(LIBRARY.path.read_bytes())
+        builds.append(path)
+        return path
+
+    monkeypatch.setattr(build, "_build", rebuild)
+    path = build.find_or_build()
+    assert path.parent == own_cache and not builds
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.unlink()
+        path.write_bytes(damaged)
+        assert build.find_or_build().read_bytes() == whole
+    assert len(builds) == 3
+    monkeypatch.setattr(build, "SOURCES", build.SOURCES[:2])
+    key = build._key(build.find_compiler(), build.FLAGS)
+    assert not path.name.startswith(key), "sources are part of the key"
+    assert key != build._key(build.find_compiler(), (*build.FLAGS, "-g")), "flags are part of the key"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    mine = build.cache_folder()
+    assert mine.parent == tmp_path and mine.stat().st_mode & 0o777 == 0o700
+    mine.chmod(0o777)
+    assert build.cache_folder() != mine, "a folder that others can write is not used"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "", "PATH": "/nowhere"}, "there is no C++ compiler"),
+        ({"CXX": "/no/such/compiler -x"}, "CXX=/no/such/compiler is no program"),
+    ],
+)
+def test_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, fresh_door: None, environment: dict[str, str], reason: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    assert reason in (cpu.why_not() or "")
+    x = torch.randn(3, 130)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = [quantize(x) for _ in range(3)]
+    assert len(caught) == 1 and reason in str(caught[0].message), "it is reported once"
+    assert_same(got[0][0], REFERENCE["quantize"](x, (1, 128), "ue8m0", "e4m3", 1e-4)[0])
+    with ops.use("cpu"), pytest.raises(ValueError, match="cannot run quantize"):
+        quantize(x)
+
+
+@pytest.mark.parametrize("cxx", ["true", 'g++ "x'])
+def test_a_compiler_that_makes_nothing_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None, cxx: str
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert re.match(r"the compiled library cannot be loaded: |CXX=.* is no command: ", cpu.why_not() or "")
+    with pytest.warns(UserWarning, match="plain PyTorch runs instead"):
+        quantize(torch.randn(3, 130))
+
+
+def test_a_library_that_does_not_load_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None
+) -> None:
+    path = tmp_path / "x.so"
+    path.write_bytes(b"junk")
+    monkeypatch.setattr(build, "find_or_build", lambda: path)
+    assert (cpu.why_not() or "").startswith("the compiled library cannot be loaded: ")
+
+
+def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+    failing = tmp_path / "cxx"
+    failing.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "in a.h"\necho "a.h:1: error: it is late"; exit 1\n'
+    )
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cpu.why_not() == f"{failing} failed: a.h:1: error: it is late"
+    assert not list((tmp_path / "dsmini" / "kernels").iterdir())
+
+
+def test_isa_by_the_environment(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+    for name in ISAS:
+        monkeypatch.setenv(build.ISA_VARIABLE, name)
+        build.library.cache_clear()
+        assert build.library().isa_name == name and name in cpu.describe()
+    monkeypatch.setenv(build.ISA_VARIABLE, "sse9")
+    build.library.cache_clear()
+    with pytest.raises(ValueError, match="DSMINI_CPU_ISA='sse9' is unknown"):
+        cpu.why_not()
+    assert LIBRARY.isa == 3 or build.ISA_NUMBERS["avx512"] not in [build.ISA_NUMBERS[name] for name in ISAS]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps")
+def test_no_second_openmp_comes_in() -> None:
+    code = (
+        USE
+        + "torch.set_num_threads(2); x = torch.randn(1024, 512); x @ x.T;"
+        + "n.round_tiles(x, (1, 128), 'ue8m0', 'e4m3', 1e-4, torch.bfloat16);"
+        + "print(open('/proc/self/maps').read())"
+    )
+    mapped = {line.split("/")[-1] for line in output(in_process(code)).splitlines() if ".so" in line}
+    assert LIBRARY.path.name in mapped
+    assert sum(any(name in path for name in ("gomp", "iomp", "libomp")) for path in mapped) == 1, mapped
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_defaults_of_dtype_and_device_do_not_reach_the_kernels(default: torch.dtype) -> None:
+    x = torch.randn(40, 512)
+    want = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            got = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
+            values = round_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4, torch.float32)
+            back = dequantize_tiles(*got, (1, 128))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got[1].dtype == torch.float32 and torch.equal(got[1], want[1])
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+    assert torch.equal(values, back)

@@ -1,0 +1,120 @@
+"""The state that a resumed run restores: whatever is lost is noticed, and totals go on."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.checkpoint.training_state import Checkpoint
+from dsmini.training.summary import summarise
+from tests.helpers.runs import RICH, asked_after, falling_behind, new_run, resumed, unequal, whole
+
+
+def part(name: str, **named: Any) -> Callable[[Checkpoint], Checkpoint]:
+    return lambda c: dataclasses.replace(c, tensors={**c.tensors, name: {**c.tensors[name], **named}})
+
+
+def state(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
+    return lambda c: dataclasses.replace(c, state=dataclasses.replace(c.state, **changes))
+
+
+def zeroed(name: str, ending: str = "") -> Callable[[Checkpoint], Checkpoint]:
+    return lambda c: dataclasses.replace(
+        c,
+        tensors={
+            **c.tensors,
+            name: {key: t * 0 if key.endswith(ending) else t for key, t in c.tensors[name].items()},
+        },
+    )
+
+
+LOST: dict[str, Callable[[Checkpoint], Checkpoint]] = {
+    "weights": zeroed("model", "norm.weight"),
+    "routing bias": zeroed("model", "gate.bias"),
+    "first moment": zeroed("optimizer", "/exp_avg"),
+    "second moment": zeroed("optimizer", "/exp_avg_sq"),
+    "optimizer's steps": zeroed("optimizer", "/step"),
+    "momentum": zeroed("optimizer", "/momentum"),
+    "all moments": lambda c: dataclasses.replace(c, tensors={**c.tensors, "optimizer": {}}),
+    "average": zeroed("average"),
+    "average's updates": state(average_updates=0),
+    "random state": lambda c: part("rng", cpu=torch.Generator().manual_seed(1).get_state())(c),
+    "step": state(step=3),
+    "data position": state(sequences=0),
+    "skipped": state(skipped=0),
+    "best": state(best_val_loss=None, best_val_step=None),
+    "row": lambda c: state(row={**c.state.row, "loss": 0.0})(c),
+}
+
+
+@pytest.mark.parametrize("lost", [None, *LOST])
+def test_whatever_is_not_restored_is_noticed(
+    never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path, lost: str | None
+) -> None:
+    never, folder = never_and_stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    again = falling_behind(resumed(tmp_path, LOST[lost] if lost else lambda c: c, **RICH))
+    assert again.train()
+    assert bool(unequal(whole(again), never)) == bool(lost)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_steps_skipped_in_a_row_are_counted_across_a_stop(tmp_path: Path, lost: bool) -> None:
+    options: dict[str, Any] = {"nan_at": (3, 4), "max_skipped": 2}
+    training = new_run(tmp_path, **options)
+    asked_after(training, 3)
+    assert not training.train()
+    again = resumed(tmp_path, state(skipped_in_a_row=0) if lost else lambda c: c, **options)
+    if lost:
+        assert again.train()
+    else:
+        with pytest.raises(ArithmeticError, match="in the 2 steps up to step 5"):
+            again.train()
+
+
+def test_a_run_that_gave_up_keeps_what_it_can_go_back_to(tmp_path: Path) -> None:
+    """Steps 5 to 8 are skipped: checkpoints of the same weights must not take the place of an earlier one."""
+    options: dict[str, Any] = {"steps": 12, "keep": 1, "max_skipped": 4}
+    training = new_run(tmp_path, **options, save_every=3, nan_at=tuple(range(4, 12)))
+    with pytest.raises(ArithmeticError) as error:
+        training.train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000003", "step-000008"]
+    lower = "--train.lr 0.005"
+    assert f"--resume {tmp_path} {lower}, or from further back with --init {folders[0]} {lower}" in str(error.value)
+    again = resumed(tmp_path, **options, save_every=2, nan_at=(8, 9, 10))  # as many as it had before
+    assert again.train()
+    assert again.history.skipped == 7
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
+
+
+def test_totals_and_plots_cover_the_whole_run(never_and_stopped: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    shutil.copytree(never_and_stopped[1], tmp_path, dirs_exist_ok=True)
+    again = resumed(tmp_path, **RICH)
+    before = again.history.seconds
+    assert before > 0
+    assert again.train()
+    summary = summarise(again)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9)) == [record.step for record in again.history.records]
+    assert summary["tokens"] == sum(row["tokens"] for row in rows) == 16 * again.trainer.sequences
+    assert summary["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert summary["train_seconds"] > before
+    assert summary["skipped"] == 1 and summary["val_loss_ema"] == rows[-1]["val_loss_ema"]
+    assert all(len(layer) == 8 for row in rows for layer in row["loads"])
+    assert [max(row["layer_max_vio"]) >= row["max_vio"] for row in rows] == [True] * 8
+
+
+def test_more_steps_keep_what_was_measured(tmp_path: Path) -> None:
+    assert (training := new_run(tmp_path, steps=4)).train()
+    longer = resumed(tmp_path, steps=8)
+    assert longer.train()
+    assert longer.history.records[3].val_loss == training.history.records[3].val_loss
+    assert [record.val_loss is not None for record in longer.history.records] == [
+        s in (3, 4, 6, 8) for s in range(1, 9)
+    ]
