@@ -9,7 +9,7 @@ A head's logit is q_nope.k_nope + q_rope.k_rope. The cache holds kv_lora_rank + 
 layer, whatever the number of heads.
 
 There are two ways to attend to what is cached. Expanded makes k_nope and v of every cached token anew. Absorbed moves
-W_UK over to the query and W_UV behind the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
+W_UK over to the query and W_UV after the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
     q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
 so that all heads read the one latent, as in multi-query attention with keys of kv_lora_rank + qk_rope_head_dim. A pair
 of query and key costs more so, but nothing is made anew of the context: `Work` counts both, and the cheaper is taken.
