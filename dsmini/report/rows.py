@@ -56,12 +56,14 @@ class Row:
 
     @property
     def tone(self) -> str:
-        """near, off, far, equal, unequal; none where there is nothing to compare."""
+        """near, off, far, equal, unequal; bound over a limit; none where there is nothing to compare."""
         ratio, equal = self.figure.ratio, self.figure.equal
         if equal is not None:
             return "equal" if equal else "unequal"
         if ratio is None or ratio <= 0:
             return "none"
+        if self.figure.bound:
+            return "bound"  # far from a limit is no mistake of a prediction
         off = max(ratio, 1 / ratio)
         if off <= NEAR:
             return "near"
