@@ -3,7 +3,7 @@
 import pytest
 
 from dsmini.report.figures import Figure
-from dsmini.report.rows import row
+from dsmini.report.rows import Row
 
 
 def figure(measured: float | None, predicted: float | None, *, bound: bool) -> Figure:
@@ -14,11 +14,11 @@ def figure(measured: float | None, predicted: float | None, *, bound: bool) -> F
 
 @pytest.mark.parametrize(("measured", "tone"), [(105.0, "near"), (80.0, "off"), (300.0, "far"), (0.0, "none")])
 def test_tone_says_how_far_a_prediction_was_off(measured: float, tone: str) -> None:
-    assert row(figure(measured, 100.0, bound=False)).tone == tone
+    assert Row(figure(measured, 100.0, bound=False)).tone == tone
 
 
 @pytest.mark.parametrize("measured", [30.0, 100.0, 300.0])
 def test_ratio_over_a_bound_is_not_judged(measured: float) -> None:
-    shown = row(figure(measured, 100.0, bound=True))
+    shown = Row(figure(measured, 100.0, bound=True))
     assert (shown.tone, shown.ratio) == ("bound", f"{measured / 100:.2f}")
-    assert row(figure(measured, None, bound=True)).tone == "none"
+    assert Row(figure(measured, None, bound=True)).tone == "none"
