@@ -84,9 +84,7 @@ def test_a_quantised_input_is_kept_once_and_its_gradients_add_up() -> None:
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantized_input_multiplies_as_e4m3_and_is_saved_as_is(
-    dtype: torch.dtype, format: Any
-) -> None:
+def test_quantized_input_multiplies_as_e4m3_and_is_saved_as_is(dtype: torch.dtype, format: Any) -> None:
     x = varied(150, 200, dtype=dtype).requires_grad_()
     w = varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, dtype=dtype, seed=2)
@@ -118,9 +116,7 @@ def test_gradients_take_the_scale_kind_of_the_input() -> None:
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-9])
 @pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
-def test_e5m6_is_saved_with_power_of_two_scales(
-    saved_format: Literal["e4m3", "e5m6"], magnitude: float
-) -> None:
+def test_e5m6_is_saved_with_power_of_two_scales(saved_format: Literal["e4m3", "e5m6"], magnitude: float) -> None:
     """Also where every activation is below the least amax: that floor is the same along a token and along a feature."""
     x, w = torch.randn(150, 200).mul(magnitude).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, seed=2)
