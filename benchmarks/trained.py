@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.question import Setting
+from benchmarks.question import Figure, Setting
 from dsmini import RunConfig, Transformer
 from dsmini.data.corpus import load_corpus
 from dsmini.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 CORPUS = Path("runs/corpus")
+
+
+def recipe(name: str) -> RunConfig:
+    """Return configs/NAME.toml."""
+    return RunConfig.from_file(ROOT / "configs" / f"{name}.toml")
 
 
 def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
@@ -54,3 +59,8 @@ def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]
     with tempfile.TemporaryDirectory() as out:
         quiet = ["--train.sample-tokens", "0", "--json", "--out", f"{out}/run"]
         return run_command("dsmini.train", "configs/shakespeare.toml", *where, *quiet, *arguments)
+
+
+def seed_of(f: Figure) -> str:
+    """Return the label of a figure that differs by seed."""
+    return f"seed {f.case['seed']}"

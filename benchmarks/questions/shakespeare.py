@@ -1,16 +1,16 @@
 """What does a minute and a half of training buy, next to nanoGPT's laptop recipe?"""
 
-import functools
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks.peer_models import nanogpt
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.trained import run_command, run_recipe
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
+from benchmarks.trained import run_command, run_recipe, seed_of
 from dsmini.report.charts import points
 
 NAME = "shakespeare"
@@ -21,19 +21,16 @@ QUICK_STEPS, QUICK_PEER_STEPS = 165, 200
 """Steps of the others with --quick; in full the recipes say how many."""
 WHO = ("peer", "sprint", "run")
 
-figure = functools.partial(Figure, question=NAME, better="lower")
+figure = Figures(NAME, lower={"seconds": "s", "loss_as_peer": "nats", "loss": "nats"})
 
 
 def cases(setting: Setting) -> list[Case]:
     assert setting.text is not None, "the question says that it needs a text"
     text = setting.text.resolve()
     seeds = QUICK_SEEDS if setting.quick else SEEDS
+    seconds = 40 if setting.quick else 200
     return [
-        Case(
-            key=f"seed={seed} text={text.name}",
-            seconds=40 if setting.quick else 200,
-            run=lambda seed=seed: measure(setting, text, seed),
-        )
+        Case(key=f"seed={seed} text={text.name}", seconds=seconds, run=partial(measure, setting, text, seed))
         for seed in range(seeds)
     ]
 
@@ -49,15 +46,14 @@ def measure(setting: Setting, text: Path, seed: int) -> Iterator[Figure]:
     for who, steps in lengths.items():
         seconds, answer = run_recipe(setting, *ours, *(["--train.steps", str(steps)] if steps else []))
         yield from _figures(seed, who, seconds, answer["val_loss_at_eval_context"])
-        case, note = {"seed": seed, "who": who}, "at the training context"
-        yield figure(case=case, metric="loss", unit="nats", measured=answer["val_loss"], note=note)
+        yield figure("loss", {"seed": seed, "who": who}, answer["val_loss"], note="at the training context")
 
 
 def _figures(seed: int, who: str, seconds: float, loss: float) -> Iterator[Figure]:
     case = {"seed": seed, "who": who}
-    yield figure(case=case, metric="seconds", unit="s", measured=seconds, note="of the whole command")
+    yield figure("seconds", case, seconds, note="of the whole command")
     note = f"a character, over the whole held-out tenth, at context {nanogpt.CONTEXT}"
-    yield figure(case=case, metric="loss_as_peer", unit="nats", measured=loss, note=note)
+    yield figure("loss_as_peer", case, loss, note=note)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -74,13 +70,13 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    drawn = []
-    for metric, title, y in (
-        ("loss_as_peer", f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"),
-        ("seconds", "Time of the whole command", "seconds"),
-    ):
-        groups = {who: pick(figures, metric, who=who) for who in WHO}
-        drawn.append(points(title, y, groups, lambda f: f"seed {f.case['seed']}"))
+    drawn = [
+        points(title, unit, {who: pick(figures, metric, who=who) for who in WHO}, seed_of)
+        for metric, title, unit in (
+            ("loss_as_peer", f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"),
+            ("seconds", "Time of the whole command", "seconds"),
+        )
+    ]
     return [plot for plot in drawn if plot.labels]
 
 

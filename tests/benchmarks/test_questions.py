@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import shapes, trained
+from benchmarks import shapes, steps, trained
 from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
@@ -129,9 +129,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
-    changes += [
-        (each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, prefill, train)
-    ]
+    changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)
