@@ -1,9 +1,9 @@
 """Questions: cases that are measured one after the other, and figures that answer.
 
-A question is a module of questions/ with
+A question is a module of questions/ whose docstring is the title and what to know of it, with
 
     figure = Figures("decode", higher={"tokens_per_s": "tokens/s"})
-    QUESTION = Question(name="decode", title="How fast ...?", cases=..., finding=..., plots=...)
+    QUESTION = Question.described("decode", __doc__, cases, finding, plots)
 
 Its cases come from the setting alone, each with an estimate of its time; a case yields figures, predicted next to
 measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
@@ -112,3 +112,18 @@ class Question:
     """The text that --text must name for it, in words; empty if it reads none."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""
+
+    @classmethod
+    def described(
+        cls,
+        name: str,
+        doc: str | None,
+        cases: Callable[[Setting], list[Case]],
+        finding: Callable[[list[Figure]], str],
+        plots: Callable[[list[Figure]], list[Plot]],
+        **options: Any,
+    ) -> "Question":
+        """Return a question whose title is the first line of its module's docstring, and about the rest."""
+        title, _, about = (doc or "").partition("\n")
+        about = " ".join(about.split())
+        return cls(name=name, title=title, about=about, cases=cases, finding=finding, plots=plots, **options)

@@ -49,8 +49,8 @@ def deepseek_v3(config: ModelConfig) -> Any:
     """Return transformers' DeepseekV3ForCausalLM of this shape, with random weights and SDPA attention."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    fields = config_to_json(dataclasses.asdict(config))
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields | {"attn_implementation": "sdpa"}))
+    fields: dict[str, Any] = config_to_json(dataclasses.asdict(config)) | {"attn_implementation": "sdpa"}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
 
 
 class Theirs:

@@ -1,4 +1,9 @@
-"""How fast is a token made, what moves for it, and what binds it?"""
+"""How fast is a token made, and what moves for it?
+
+Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each input and
+output once. Their lower bound is the config's: weights that a token meets, the cache, operands and results of the
+products; measured over it is what a kernel can still win.
+"""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -84,13 +89,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast is a token made, and what moves for it?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each "
-    "input and output once. Their lower bound is the config's: weights that a token meets, the cache, operands and "
-    "results of the products; measured over it is what a kernel can still win.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,4 +1,10 @@
-"""Memory, bytes, time and error of weights, activations and cache in eight bits, next to BF16."""
+"""What do eight bits save, and what do they cost here?
+
+Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantised when they are used. Activations: what the
+Linears of configs/fp8.toml keep for backward, and whole training steps, with the kernels and in plain PyTorch. Cache:
+DeepSeek-V3.2's layout. What is compared takes turns. Simulated: values are rounded to FP8 and multiplied as BF16, so
+that all of it costs time where FP8 hardware gains some.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -236,16 +242,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return drawn
 
 
-QUESTION = Question(
-    name=NAME,
-    title="What do eight bits save, and what do they cost here?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantised when they are used. Activations: "
-        "what the Linears of configs/fp8.toml keep for backward, and whole training steps, with the kernels and in "
-        "plain PyTorch. Cache: DeepSeek-V3.2's layout. What is compared takes turns. Simulated: values are rounded to "
-        "FP8 and multiplied as BF16, so that all of it costs time where FP8 hardware gains some."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

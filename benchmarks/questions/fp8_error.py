@@ -1,4 +1,10 @@
-"""Which products of a training step lose how much to FP8, measured on the matrices of a real one."""
+"""Which products lose how much?
+
+The shape of configs/fp8.toml (quick: a smaller one) is trained natively for a few steps on real text. Of one more step
+the inputs, weights and output gradients of all Linears that FP8 training rounds are caught, and each product is made
+twice in FP32: of them, and of them rounded to E4M3 as DeepSeek-V3 does. Simulated: sums are FP32's. Simplified: the
+input of w2 is kept itself, not its two factors.
+"""
 
 import dataclasses
 from collections import defaultdict
@@ -141,16 +147,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return [plot for plot in drawn if plot.labels]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Which products lose how much?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "The shape of configs/fp8.toml (quick: a smaller one) is trained natively for a few steps on real text. Of one "
-        "more step the inputs, weights and output gradients of all Linears that FP8 training rounds are caught, and "
-        "each product is made twice in FP32: of them, and of them rounded to E4M3 as DeepSeek-V3 does. Simulated: "
-        "sums are FP32's. Simplified: the input of w2 is kept itself, not its two factors."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

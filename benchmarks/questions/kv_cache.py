@@ -1,4 +1,8 @@
-"""How much smaller is MLA's cache, and what does that buy?"""
+"""How much smaller is MLA's cache, and what does that buy?
+
+Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small feed-forward,
+decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -106,12 +110,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return out + lines(figures, "seconds_per_layer", x="context", by="attention", title=title, unit="s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How much smaller is MLA's cache, and what does that buy?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small "
-    "feed-forward, decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

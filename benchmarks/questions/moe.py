@@ -1,4 +1,8 @@
-"""What does a sparse expert cost at a given batch size?"""
+"""What does a sparse expert cost at my batch size?
+
+Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active and as
+many parameters in all; one token of each sequence is decoded at a time, the three models take turns.
+"""
 
 import dataclasses
 import statistics
@@ -111,12 +115,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     )
 
 
-QUESTION = Question(
-    name=NAME,
-    title="What does a sparse expert cost at my batch size?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active"
-    " and as many parameters in all; one token of each sequence is decoded at a time, the three models take turns.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

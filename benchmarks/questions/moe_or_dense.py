@@ -1,4 +1,10 @@
-"""Does a mixture of experts earn its keep, on equal tokens with equal active parameters?"""
+"""Does a mixture of experts earn its keep, on equal tokens with equal active parameters?
+
+Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of
+configs/shakespeare.toml; and a dense twin, whose feed-forwards are as wide as these three experts together. Both are
+trained on the source code of Python's standard library, and scored over the whole held-out split. Each seed gives one
+difference; the interval is Student's t.
+"""
 
 import math
 import statistics
@@ -70,17 +76,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return [plot for plot in drawn if plot.labels]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Does a mixture of experts earn its keep, on equal tokens with equal active parameters?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    on_request=True,
-    about=(
-        "Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of "
-        "configs/shakespeare.toml; and a dense twin, whose feed-forwards are as wide as these three experts together. "
-        "Both are trained on the source code of Python's standard library, and scored over the whole held-out split. "
-        "Each seed gives one difference; the interval is Student's t."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True)

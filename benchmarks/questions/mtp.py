@@ -1,4 +1,9 @@
-"""Speculative decoding with multi-token prediction: how often guesses are right, and what that gains."""
+"""Does guessing ahead pay?
+
+A small model is trained for a short while on real text, then continues held-out prompts one by one without and with
+the guesses of its multi-token prediction, in turns, in FP32. Predicted: from how often trunk and guess agree on
+held-out text, and what the operations of a step cost by this machine's rates.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -31,7 +36,6 @@ class Size:
 
     model: ModelConfig
     steps: int
-    batch_size: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -40,35 +44,20 @@ class Size:
     """Estimated time of a depth."""
 
 
-FULL = Size(
-    model=ModelConfig(),
-    steps=160,
-    batch_size=4,
-    prompts=6,
-    prompt_tokens=64,
-    new_tokens=160,
-    depths=(1, 2),
-    seconds=55,
+FULL = Size(model=ModelConfig(), steps=160, prompts=6, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=55)
+TOY = ModelConfig(
+    dim=128,
+    inter_dim=384,
+    moe_inter_dim=64,
+    n_layers=3,
+    n_routed_experts=8,
+    n_activated_experts=2,
+    n_expert_groups=1,
+    n_limited_groups=1,
 )
-QUICK = Size(
-    model=ModelConfig(
-        dim=128,
-        inter_dim=384,
-        moe_inter_dim=64,
-        n_layers=3,
-        n_routed_experts=8,
-        n_activated_experts=2,
-        n_expert_groups=1,
-        n_limited_groups=1,
-    ),
-    steps=60,
-    batch_size=4,
-    prompts=3,
-    prompt_tokens=48,
-    new_tokens=64,
-    depths=(1,),
-    seconds=8,
-)
+QUICK = Size(model=TOY, steps=60, prompts=3, prompt_tokens=48, new_tokens=64, depths=(1,), seconds=8)
+BATCH = 4
+"""Sequences of a training step."""
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -77,7 +66,7 @@ def cases(setting: Setting) -> list[Case]:
     for depth in of.depths:
         model = dataclasses.replace(of.model, n_mtp_layers=depth)
         flops = accounting.flops_per_token(model, model.max_seq_len, training=True).total
-        flops *= of.steps * of.batch_size * model.max_seq_len
+        flops *= of.steps * BATCH * model.max_seq_len
         key, run = f"depth={depth} steps={of.steps}", partial(measure, depth, setting, of)
         out.append(Case(key=key, seconds=of.seconds, flops=flops, run=run))
     return out
@@ -98,7 +87,7 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
 def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
     """Return a model of this depth, trained for a short while on the default corpus, to generate in FP32."""
     model_config = dataclasses.replace(of.model, n_mtp_layers=depth)
-    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=of.batch_size))
+    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=BATCH))
     made = trainer(config, setting, of.steps)
     made.loader.close()
     made.model.compute_dtype = None  # BF16 logits tie, and ties are broken otherwise in steps of several tokens
@@ -156,15 +145,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return drawn
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Does guessing ahead pay?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "A small model is trained for a short while on real text, then continues held-out prompts one by one without "
-        "and with the guesses of its multi-token prediction, in turns, in FP32. Predicted: from how often trunk and "
-        "guess agree on held-out text, and what the operations of a step cost by this machine's rates."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

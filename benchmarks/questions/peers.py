@@ -1,4 +1,10 @@
-"""The same shapes elsewhere, in turns: transformers' DeepSeek-V3, and llama.cpp where it is installed."""
+"""How fast is it beside others, at the same shapes?
+
+Models of one shape with random weights decode and read prompts in the same dtype, and train on as many tokens; all
+take turns, and ratios are taken round by round. transformers 5.24 keeps MLA's latent too, and expands all of it at
+every step. llama.cpp, where it is installed and on a CPU alone, runs our weights from a GGUF file, with its cache in
+FP16, and makes logits of the last token alone.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +16,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import shapes
+from benchmarks.peer_models import MISSING
 from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_v3
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
@@ -212,17 +219,11 @@ def _label(f: Figure) -> str:
     return f"{_where(f)}{str(f.case['who']).removeprefix(OURS)}"
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast is it beside others, at the same shapes?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    needs=None if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
-    about=(
-        "Models of one shape with random weights decode and read prompts in the same dtype, and train on as many "
-        "tokens; all take turns, and ratios are taken round by round. transformers 5.24 keeps MLA's latent too, and "
-        "expands all of it at every step. llama.cpp, where it is installed and on a CPU alone, runs our weights from a "
-        "GGUF file, with its cache in FP16, and makes logits of the last token alone."
-    ),
+QUESTION = Question.described(
+    NAME,
+    __doc__,
+    cases,
+    finding,
+    plots,
+    needs=MISSING,
 )

@@ -1,4 +1,7 @@
-"""How fast is a prompt read?"""
+"""How fast is a prompt read?
+
+The whole prompt goes through the model at once and into the latent cache; the head reads the last token.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -60,11 +63,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast is a prompt read?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="The whole prompt goes through the model at once and into the latent cache; the head reads the last token.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

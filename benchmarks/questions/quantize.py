@@ -1,4 +1,10 @@
-"""How fast are the CPU kernels for tiles, next to a copy of the same bytes and to plain PyTorch?"""
+"""How fast are the CPU kernels for tiles?
+
+Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, then timed,
+on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count the bytes that are read
+and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is kept for the next call, as in a
+training step.
+"""
 
 import ctypes
 import statistics
@@ -197,16 +203,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return [plot for plot in drawn if plot.labels]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast are the CPU kernels for tiles?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, "
-        "then timed, on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count "
-        "the bytes that are read and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is "
-        "kept for the next call, as in a training step."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,4 +1,9 @@
-"""Which roof is each operation under: that of memory, or that of arithmetic?"""
+"""Which roof is each operation under, memory's or arithmetic's?
+
+Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train step is
+forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies nothing counts
+one FLOP for an element written.
+"""
 
 import dataclasses
 import itertools
@@ -111,13 +116,4 @@ def _plot(step: str, found: list[Figure], memory: float, arithmetic: float) -> P
     return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Which roof is each operation under, memory's or arithmetic's?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train "
-    "step is forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies "
-    "nothing counts one FLOP for an element written.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

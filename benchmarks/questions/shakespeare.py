@@ -1,14 +1,19 @@
-"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?"""
+"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?
+
+For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 sequences a
+step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train configs/shakespeare.toml. Sprint: the
+same with 200 steps. Seconds are those of the whole command, imports and final validation included. Losses are nats a
+character over the whole held-out tenth.
+"""
 
 import statistics
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.peer_models import nanogpt
+from benchmarks.peer_models import MISSING, nanogpt
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
 from benchmarks.trained import run_command, run_recipe, seed_of
 from dsmini.report.charts import points
@@ -80,19 +85,13 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return [plot for plot in drawn if plot.labels]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="What does a minute and a half of training buy, next to nanoGPT's laptop recipe?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
+QUESTION = Question.described(
+    NAME,
+    __doc__,
+    cases,
+    finding,
+    plots,
     on_request=True,
     needs_text="Karpathy's tinyshakespeare, 1,115,394 characters",
-    needs=None if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
-    about=(
-        "For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 "
-        "sequences a step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train "
-        "configs/shakespeare.toml. Sprint: the same with 200 steps. Seconds are those of the whole command, imports "
-        "and final validation included. Losses are nats a character over the whole held-out tenth."
-    ),
+    needs=MISSING,
 )

@@ -1,4 +1,7 @@
-"""How fast does a model train, and what would this machine allow?"""
+"""How fast does a model train, and what would this machine allow?
+
+A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -67,11 +70,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast does a model train, and what would this machine allow?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

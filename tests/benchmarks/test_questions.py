@@ -114,12 +114,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     """The figures of every question, each made by all its cases."""
     corpus = tmp_path_factory.mktemp("corpus")
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
-    small = dataclasses.replace(
-        mtp.QUICK, model=TINY, steps=3, batch_size=2, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
-    )
+    small = dataclasses.replace(mtp.QUICK, model=TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2))
     changes: list[tuple[Any, str, Any]] = [(trained, "CORPUS", corpus)]
     changes += [(shapes, "BIG", LONG), (shapes, "QUICK", LONG), (shapes, "TRAINED", TINY)]
-    changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small)]
+    changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small), (mtp, "BATCH", 2)]
     changes += [
         (fp8, "trained_config", lambda quick: config),
         (fp8, "QUICK_CONTEXT", 16),
