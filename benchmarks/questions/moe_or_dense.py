@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
-from benchmarks.trained import run_recipe, seed_of
-from dsmini.report.charts import points
+from benchmarks.trained import plots_by_seed, run_recipe
 
 NAME = "moe-or-dense"
 SEEDS, QUICK_SEEDS = 5, 2
@@ -66,14 +65,8 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    drawn = [
-        points(title, unit, {name: pick(figures, metric, model=name) for name in TWINS}, seed_of)
-        for metric, title, unit in (
-            ("loss", "Loss over the held-out split", "nats a byte"),
-            ("tokens_per_s", "Speed of training", "tokens/s"),
-        )
-    ]
-    return [plot for plot in drawn if plot.labels]
+    loss, speed = ("Loss over the held-out split", "nats a byte"), ("Speed of training", "tokens/s")
+    return plots_by_seed(figures, "model", TWINS, {"loss": loss, "tokens_per_s": speed})
 
 
 QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True)

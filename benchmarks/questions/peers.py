@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -28,13 +29,9 @@ from dsmini.report.charts import lines, points
 
 NAME = "peers"
 OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
-CONTEXTS, QUICK_CONTEXTS = (128, 2048, 8192), (128, 1024)
 PROMPT = 512
 TURN = 4
 """Tokens that one side decodes before it is the other's turn; the first of them, on a cold cache, does not count."""
-ROUNDS, QUICK_ROUNDS = 4, 2
-BATCH, QUICK_BATCH = 16, 4
-"""Sequences of a training step."""
 ESTIMATES = {128: 5, 512: 8, 1024: 3, 2048: 12, 8192: 50}
 """Seconds by context."""
 
@@ -46,18 +43,38 @@ figure = Figures(
 Make = Callable[[], dict[str, Side]]
 
 
+class Size(NamedTuple):
+    """Contexts to decode at, rounds of turns, and sequences of a training step."""
+
+    contexts: tuple[int, ...]
+    rounds: int
+    batch: int
+
+
+FULL, QUICK = Size((128, 2048, 8192), 4, 16), Size((128, 1024), 2, 4)
+
+
+def _size(setting: Setting) -> Size:
+    return QUICK if setting.quick else FULL
+
+
+def _room(setting: Setting) -> int:
+    """Return the tokens that a cache holds besides a context."""
+    return (_size(setting).rounds + 1) * TURN + PROMPT
+
+
 def cases(setting: Setting) -> list[Case]:
     make: Make = functools.cache(lambda: sides(setting))
-    quick, rounds = setting.quick, _rounds(setting) + 1
+    quick, rounds = setting.quick, _size(setting).rounds + 1
     out: list[Case] = []
-    trained, tokens = shapes.TRAINED, 2 * rounds * _batch(setting) * shapes.TRAINED.max_seq_len  # ours and theirs
+    trained, tokens = shapes.TRAINED, 2 * rounds * _size(setting).batch * shapes.TRAINED.max_seq_len  # ours and theirs
     flops = tokens * accounting.flops_per_token(trained, trained.max_seq_len, training=True).total
     for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
         products = 0 if why_unusable(dtype, setting.roofs.peak) else flops
         run = partial(train, dataclasses.replace(setting, dtype=dtype))
         key, seconds = f"train dtype={dtype_name(dtype)}", 4 if quick else seconds
         out.append(Case(key=key, seconds=seconds, flops=products, dtype=dtype, run=run))
-    for context in _contexts(setting):
+    for context in _size(setting).contexts:
         key, seconds = f"decode context={context}", ESTIMATES.get(context, context / 150)
         run = partial(decode, context, setting, make)
         out.append(Case(key=key, seconds=seconds, flops=_read_flops(setting, context), run=run))
@@ -81,7 +98,7 @@ def sides(setting: Setting) -> dict[str, Side]:
     ours = Ours(config, setting)
     out: dict[str, Side] = {OURS: ours, THEIRS: Theirs(config, setting)}
     if setting.device.type == "cpu" and find_spec("llama_cpp") and find_spec("gguf"):
-        out[LLAMA] = LlamaCpp(ours.model, max(_contexts(setting)) + _room(setting), PROMPT)
+        out[LLAMA] = LlamaCpp(ours.model, max(_size(setting).contexts) + _room(setting), PROMPT)
     return out
 
 
@@ -93,7 +110,7 @@ def decode(context: int, setting: Setting, make: Make) -> Iterator[Figure]:
         for part in random_tokens(config, 1, context, setting.device).split(PROMPT, 1):
             side.feed(part)
     taken: dict[str, list[float]] = {name: [] for name in all_sides}
-    for i in range(_rounds(setting) + 1):
+    for i in range(_size(setting).rounds + 1):
         for name, side in all_sides.items():
             tokens = random_tokens(config, TURN, 1, setting.device)[:, None]
             seconds = [once(partial(side.feed, token), setting.device) for token in tokens]
@@ -115,12 +132,12 @@ def prefill(setting: Setting, make: Make) -> Iterator[Figure]:
 
     runs = {name: partial(read, side) for name, side in make().items()}
     yield from speeds(
-        {"what": "prefill", "tokens": PROMPT}, interleaved(runs, setting.device, _rounds(setting)), PROMPT
+        {"what": "prefill", "tokens": PROMPT}, interleaved(runs, setting.device, _size(setting).rounds), PROMPT
     )
 
 
 def train(setting: Setting) -> Iterator[Figure]:
-    batch, config = _batch(setting), shapes.TRAINED
+    batch, config = _size(setting).batch, shapes.TRAINED
     case = {"what": "train", "dtype": dtype_name(setting.dtype)}
     if reason := why_unusable(setting.dtype, setting.roofs.peak):
         yield figure("speed_ratio", case, note=f"left out: {reason}")
@@ -131,7 +148,7 @@ def train(setting: Setting) -> Iterator[Figure]:
         trainers[name] = trainer(RunConfig(model=config, train=how), setting)
     steps = {OURS: trainers[OURS].step, THEIRS: _their_step(batch, setting)}
     steps |= {name: each.step for name, each in trainers.items()}
-    taken = interleaved(steps, setting.device, _rounds(setting))
+    taken = interleaved(steps, setting.device, _size(setting).rounds)
     for each in trainers.values():
         each.loader.close()
     note = "whole steps with AdamW: ours with batch, clipping and routing bias, theirs without"
@@ -164,22 +181,6 @@ def speeds(
         for peer in (name for name in taken if not name.startswith(OURS)):
             beside = {**case, "who": ours, "beside": peer}
             yield figure("speed_ratio", beside, ratios(taken, peer, ours), note=note)
-
-
-def _contexts(setting: Setting) -> tuple[int, ...]:
-    return QUICK_CONTEXTS if setting.quick else CONTEXTS
-
-
-def _batch(setting: Setting) -> int:
-    return QUICK_BATCH if setting.quick else BATCH
-
-
-def _rounds(setting: Setting) -> int:
-    return QUICK_ROUNDS if setting.quick else ROUNDS
-
-
-def _room(setting: Setting) -> int:
-    return (_rounds(setting) + 1) * TURN + PROMPT
 
 
 def finding(figures: list[Figure]) -> str:

@@ -26,7 +26,7 @@ NAME = "roofline"
 PASSES = 5
 STEPS = ("decode", "prefill", "train")
 
-figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roof": ""})
+figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roof": "FLOP/s"})
 
 
 def cases(setting: Setting) -> list[Case]:

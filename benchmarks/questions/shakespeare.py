@@ -15,8 +15,7 @@ import torch
 
 from benchmarks.peer_models import MISSING, nanogpt
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
-from benchmarks.trained import run_command, run_recipe, seed_of
-from dsmini.report.charts import points
+from benchmarks.trained import plots_by_seed, run_command, run_recipe
 
 NAME = "shakespeare"
 SEEDS, QUICK_SEEDS = 3, 1
@@ -75,14 +74,9 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    drawn = [
-        points(title, unit, {who: pick(figures, metric, who=who) for who in WHO}, seed_of)
-        for metric, title, unit in (
-            ("loss_as_peer", f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"),
-            ("seconds", "Time of the whole command", "seconds"),
-        )
-    ]
-    return [plot for plot in drawn if plot.labels]
+    loss = f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"
+    seconds = "Time of the whole command", "seconds"
+    return plots_by_seed(figures, "who", WHO, {"loss_as_peer": loss, "seconds": seconds})
 
 
 QUESTION = Question.described(

@@ -123,7 +123,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         (fp8, "QUICK_CONTEXT", 16),
         (fp8_error, "QUICK_STEPS", 2),
     ]
-    changes += [(peers, "QUICK_CONTEXTS", (16, 24)), (peers, "PROMPT", 16), (peers, "QUICK_BATCH", 1)]
+    changes += [(peers, "QUICK", peers.Size((16, 24), rounds=2, batch=1)), (peers, "PROMPT", 16)]
     changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
