@@ -2,14 +2,16 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from benchmarks.question import Figure, Figures, Setting, Value, pick
+from dsmini import Transformer
 from dsmini.measure import prediction
 from dsmini.measure.counting import Count, count
 from dsmini.measure.memory import peak_since_reset, reset_peak
-from dsmini.measure.timing import times
-from dsmini.measure.workloads import dtype_name
-from dsmini.nn import Routing
+from dsmini.measure.timing import interleaved, times
+from dsmini.measure.workloads import dtype_name, random_cache
+from dsmini.nn import Cache, Routing
 
 HIGHER = {"tokens_per_s": "tokens/s", "useful_share": ""}
 LOWER = {"bytes_per_token": "bytes", "peak_memory": "bytes"}
@@ -105,6 +107,26 @@ def step_figures(
     for kind, parts in sorted(prediction.by_kind(counted.operations, setting.roofs).items()):
         by_kind = {**case, "kind": kind, "calls": int(parts["calls"])}
         yield figure("seconds_by_kind", by_kind, parts["measured"], predicted=parts["predicted"], note=ONE_PASS)
+
+
+def decode_in_turns(
+    models: Mapping[str, Transformer],
+    setting: Setting,
+    batch: int,
+    context: int,
+    rounds: int,
+    decode: Callable[[Transformer, Cache], object],
+) -> dict[str, tuple[float, list[float]]]:
+    """Return predicted and measured seconds of decoding from caches of random rows, while the models take turns."""
+
+    def step(model: Transformer, cache: Cache) -> None:
+        cache.truncate(context)
+        decode(model, cache)
+
+    runs = {name: partial(step, model, random_cache(model, batch, context, 8)) for name, model in models.items()}
+    predicted = {name: prediction.predicted_seconds(run, setting.roofs) for name, run in runs.items()}
+    taken = interleaved(runs, setting.device, rounds)
+    return {name: (predicted[name], taken[name]) for name in runs}
 
 
 def distinct_experts(routing: Sequence[Routing]) -> float | None:

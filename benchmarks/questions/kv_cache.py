@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, cases_over, pick
-from dsmini import ModelConfig, Transformer, accounting
+from benchmarks.steps import decode_in_turns
+from dsmini import ModelConfig, accounting
 from dsmini.measure.hardware import memory_bytes
-from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.timing import interleaved
-from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.report.charts import lines
 
@@ -64,21 +62,11 @@ def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
     layers = 1 if setting.quick else 2
     base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
     models = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}
-    runs = {}
-    for kind, model in models.items():
-        cache = random_cache(model, 1, context, 8)
-        token = random_tokens(model.config, 1, 1, setting.device)
-
-        def step(model: Transformer = model, cache: Cache = cache, token: Tensor = token) -> None:
-            cache.truncate(context)
-            model(token, cache)
-
-        runs[kind] = step
-    predicted = {kind: predicted_seconds(run, setting.roofs) for kind, run in runs.items()}
-    taken = interleaved(runs, setting.device, 15 if setting.quick else 40)
-    for kind, seconds in taken.items():
-        case, each = {"attention": kind, "context": context}, [s / layers for s in seconds]
-        yield figure("seconds_per_layer", case, each, predicted=predicted[kind] / layers)
+    rounds, token = 15 if setting.quick else 40, random_tokens(base, 1, 1, setting.device)
+    timed = decode_in_turns(models, setting, 1, context, rounds, lambda model, cache: model(token, cache))
+    for kind, (predicted, taken) in timed.items():
+        case, each = {"attention": kind, "context": context}, [s / layers for s in taken]
+        yield figure("seconds_per_layer", case, each, predicted=predicted / layers)
 
 
 def finding(figures: list[Figure]) -> str:

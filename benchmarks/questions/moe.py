@@ -13,9 +13,8 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, Transformer, accounting
-from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.timing import interleaved
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache, max_violation
 from dsmini.report.charts import lines
@@ -52,20 +51,14 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(setting: Setting, batch: int) -> Iterator[Figure]:
     models = {name: random_model(config, setting.device, setting.dtype) for name, config in configs(setting).items()}
-    runs = {}
-    for name, model in models.items():
-        cache = random_cache(model, batch, 64, 8)
+    rounds = 9 if setting.quick else 25
 
-        def step(model: Transformer = model, cache: Cache = cache) -> None:
-            cache.truncate(64)
-            model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
+    def decode(model: Transformer, cache: Cache) -> None:
+        model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
 
-        runs[name] = step
-    predicted = {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
-    taken = interleaved(runs, setting.device, 9 if setting.quick else 25)
-    for name, seconds in taken.items():
-        case, speed = {"batch": batch, "model": name}, [batch / s for s in seconds]
-        yield figure("tokens_per_s", case, speed, predicted=batch / predicted[name])
+    for name, (predicted, taken) in decode_in_turns(models, setting, batch, 64, rounds, decode).items():
+        case = {"batch": batch, "model": name}
+        yield figure("tokens_per_s", case, [batch / s for s in taken], predicted=batch / predicted)
     yield from routing(setting, models["experts"], batch)
 
 
