@@ -1,10 +1,15 @@
 """Who may import whom, and what no module may hold: read from the source, nothing is imported but dsmini."""
 
 import ast
+import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dsmini
 
@@ -158,3 +163,71 @@ def test_every_public_name_exists() -> None:
     for module in (dsmini, dsmini.nn, dsmini.numerics):
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
         assert len(set(module.__all__)) == len(module.__all__)
+
+
+# --- Budgets. One that proves wrong is changed in a commit of its own, with the reason.
+
+FILE_LINES, FUNCTION_LINES = 350, 60
+ROOM_LINES = {"dsmini/nn": 2000, "dsmini/functional": 950, "dsmini/accounting": 1300, "dsmini/inference": 950}
+FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
+"""Of nn/, from token ids to logits. An operation of functional/ counts as the one name that nn/ calls: its equation
+stands first in its file. Files are nine, not eight: Experts in moe.py would make a circle with nn/fp8.py."""
+CODE = [path for folder in ("dsmini", "benchmarks", "kernels", "tests") for path in sorted((ROOT / folder).rglob("*"))]
+CODE = [path for path in CODE if path.suffix in (".py", ".cpp", ".h") and "__pycache__" not in path.parts]
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_files_are_at_most_350_lines_long() -> None:
+    assert {str(path.relative_to(ROOT)): n for path in CODE if (n := lines_of(path)) > FILE_LINES} == {}
+
+
+def test_functions_are_at_most_60_lines_long() -> None:
+    long = {}
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:
+                long[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert long == {}
+
+
+@pytest.mark.parametrize("room", ROOM_LINES)
+def test_room_keeps_its_budget(room: str) -> None:
+    assert sum(map(lines_of, (ROOT / room).rglob("*.py"))) <= ROOM_LINES[room]
+
+
+def test_layers_ask_for_no_device_mode_or_precision() -> None:
+    """nn/ is the specification: what to do where is decided in functional/, FP8 by class in one factory."""
+    asked = re.compile(r"device\.type|is_compiling|is_grad_enabled|precision ==")
+    found = {
+        f"{path.name}:{i}": line.strip()
+        for path in sorted((ROOT / "dsmini" / "nn").glob("*.py"))
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if asked.search(line)
+    }
+    factories = {"def make_linear(", "def make_experts("}
+    text = (ROOT / "dsmini" / "nn" / "fp8.py").read_text()
+    assert all(name in text for name in factories)
+    assert len(found) == len(factories) and all(place.startswith("fp8.py") for place in found), found
+
+
+def test_forward_opens_few_files_and_functions() -> None:
+    """Token ids to logits of the default model, MLA and MoE, as a reader of nn/ follows it."""
+    model, tokens = dsmini.Transformer(), torch.zeros(1, 200, dtype=torch.int64)
+    room, seen = str(ROOT / "dsmini" / "nn"), set()
+
+    def note(frame: types.FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        inside = event == "call" and code.co_filename.startswith(room) and "<" not in code.co_name
+        seen.update({(code.co_filename, code.co_qualname)} if inside else ())
+
+    sys.setprofile(note)
+    try:
+        model(tokens)
+    finally:
+        sys.setprofile(None)
+    assert any(name == "MLA.forward" for _, name in seen) and any(name == "route" for _, name in seen)
+    assert len({file for file, _ in seen}) <= FORWARD_FILES, seen
+    assert len(seen) <= FORWARD_FUNCTIONS, seen

@@ -65,7 +65,7 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("[A-Z]+_PLACE|TODO|TBD", README)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/equations.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/equations.md", "docs/architecture.md"])
 def test_links_and_test_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -40,8 +40,10 @@ def causal_attention(
         documents: number of the document of each position; a query then sees only its own document.
     """
     logits = at_least_fp32(einsum(q, k, "b h s d, b h t d -> b h s t")) * scale
-    logits = logits.masked_fill(_mask(documents, q.shape[2], q.device), -torch.inf)
-    return einsum(logits.softmax(-1).to(v.dtype), v, "b h s t, b h t v -> b h s v")
+    seen = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return einsum(logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype), v, "b h s t, b h t v -> b h s v")
 
 
 @causal_attention.eager

@@ -222,7 +222,7 @@ BUFFERS = 4
 def _curve(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
     """Measure sizes from the smallest on, as many as will probably fit into `most` seconds, at least one."""
     is_product = kind in PRODUCTS
-    make = (POINTS | PRODUCTS)[kind]
+    make = PRODUCTS[kind] if is_product else POINTS[kind]
     begun = before = time.perf_counter()
     sizes: list[float] = []
     costs: list[float] = []

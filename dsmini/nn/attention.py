@@ -80,7 +80,7 @@ class Attention(nn.Module):
             k, v = (self._heads(rows).repeat_interleave(self.n_heads // self.n_kv_heads, 1) for rows in (k, v))
             y = causal_attention(q, k, v, self.scale, documents)
         else:
-            y = cached_attention(q, self._heads(k), self._heads(v), self.scale, past.window.hidden)
+            y = cached_attention(q, self._heads(k), self._heads(v), self.scale, past.window.mask)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
 
     def _heads(self, rows: Tensor) -> Tensor:

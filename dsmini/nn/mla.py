@@ -9,7 +9,7 @@ A head's logit is q_nope.k_nope + q_rope.k_rope. The cache holds kv_lora_rank + 
 layer, whatever the number of heads.
 
 There are two ways to attend to what is cached. Expanded makes k_nope and v of every cached token anew. Absorbed moves
-W_UK over to the query and W_UV behind the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
+W_UK over to the query and W_UV after the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
     q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
 so that all heads read the one latent, as in multi-query attention with keys of kv_lora_rank + qk_rope_head_dim. A pair
 of query and key costs more so, but nothing is made anew of the context: `Work` counts both, and the cheaper is taken.
@@ -101,7 +101,7 @@ class MLA(nn.Module):
         if past is None or past.window.fresh:
             y = causal_attention(q, k, v, self.scale, documents)
         else:
-            y = cached_attention(q, k, v, self.scale, past.window.hidden)
+            y = cached_attention(q, k, v, self.scale, past.window.mask)
         return self.wo(rearrange(y, "b h s v -> b s (h v)"))
 
     def decode(self, x: Float[Tensor, "b s m"], table: Table, past: Past) -> Float[Tensor, "b s m"]:
@@ -121,7 +121,7 @@ class MLA(nn.Module):
         rows = past.store.read(past.window.end, q_nope.dtype)
         # 3. attention, W_UK moved to the queries and W_UV after the sum: [b, s, h v]
         w_uk, w_uv = self._absorbed_halves(q_nope.dtype, past)
-        return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, past.window.hidden))
+        return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, past.window.mask))
 
     def queries(self, x: Float[Tensor, "b s m"] | QuantizedTensor, table: Table) -> Float[Tensor, "b s h d"]:
         """Return each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated."""

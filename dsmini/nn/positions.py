@@ -65,7 +65,7 @@ class Window:
         )
 
     @cached_property
-    def hidden(self) -> Bool[Tensor, "#b s t"] | None:
+    def mask(self) -> Bool[Tensor, "#b s t"] | None:
         """The mask: True for keys that a new token may not see, those after it; None if it may see all."""
         if self.start is not None and self.start + 1 == self.end:
             return None

@@ -1,4 +1,4 @@
-"""The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks behind them."""
+"""The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks after them."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

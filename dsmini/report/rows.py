@@ -28,7 +28,7 @@ class Row:
     ratio: str
     """Measured over predicted: 0.87, or = and ≠ of an exact count."""
     tone: str
-    """near, off, far, equal, unequal; none where there is nothing to compare."""
+    """near, off, far, equal, unequal; bound over a limit; none where there is nothing to compare."""
 
     @property
     def bar(self) -> tuple[float, float]:
@@ -72,6 +72,8 @@ def _tone(figure: Figure) -> str:
         return "equal" if figure.equal else "unequal"
     if figure.ratio is None or figure.ratio <= 0:
         return "none"
+    if figure.bound:
+        return "bound"  # far from a limit is no mistake of a prediction
     off = max(figure.ratio, 1 / figure.ratio)
     if off <= NEAR:
         return "near"

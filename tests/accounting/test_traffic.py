@@ -76,10 +76,10 @@ def measured(
     model = randomise(Transformer(config)).to(DTYPES[dtype]).eval()
     model = hold_fp8(model) if fp8 else model
     tokens = torch.randint(0, config.vocab_size, (batch, context))
-    cache = model.new_cache(batch, dtype=DTYPES[cache_dtype or dtype], form=form)
+    cache = model.new_cache(batch, context, dtype=DTYPES[cache_dtype or dtype], form=form)
     model(tokens[:, :-2], cache=cache)
     model(tokens[:, -2:-1], cache=cache)
-    with Moved(-(-context // 64) * 64, batch) as moved, torch.no_grad():
+    with Moved(context, batch) as moved, torch.no_grad():
         routing = model.run(tokens[:, -1:], cache=cache).routing
     visited = [int((r.counts > 0).sum()) for r in routing]
     return moved, sum(visited) / max(1, len(visited))
@@ -257,7 +257,7 @@ def test_bytes_that_a_forward_moves(case: str) -> None:
             module.weight.nbytes + args[0].nbytes + (b * s * 16 * 4 if len(result) == 4 else result.nbytes)
         )
 
-    linears = [m for name, m in model.named_modules() if hasattr(m, "weight") and not name.startswith("mtp")]
+    linears: list[Any] = [m for name, m in model.named_modules() if hasattr(m, "weight") and not name.startswith("mtp")]
     for module in linears:
         if module.weight.dim() == 2 and module is not model.embed:
             module.register_forward_hook(hook)

@@ -154,7 +154,7 @@ def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]],
     assert len(set(keys)) == len(keys)
     for f in figures:
         assert f.metric == "context_that_fits" or (f.measured is not None and math.isfinite(f.measured)), f
-        assert f.low is None or f.high is None or f.low <= f.measured <= f.high, f
+        assert f.low is None or f.high is None or (f.measured is not None and f.low <= f.measured <= f.high), f
         assert (f.predicted is not None) or f.metric not in PREDICTED[name], f
     exact = [f for f in figures if f.exact]
     assert {f.metric for f in exact} == EXACT.get(name, set())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.causal_attention import causal_attention_eager
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 24, "n_heads": 3, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -36,7 +36,7 @@ def test_both_ways_of_attention_mask_alike_row_by_row(s: int) -> None:
     direction = torch.randn(2, 3, s, 7)
 
     def run(method: Any) -> list[torch.Tensor]:
-        y = causal_attention(q, k, v, 0.4, method, documents)
+        y = causal_attention_eager(q, k, v, 0.4, documents, method)
         return [y, *torch.autograd.grad((y * direction).sum(), [q, k, v])]
 
     explicit, sdpa = run("explicit"), run("sdpa")

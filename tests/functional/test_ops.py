@@ -71,7 +71,7 @@ def test_the_device_chooses_unless_something_is_forced(monkeypatch: pytest.Monke
         assert (ops.chosen(), speak(X)) == (backend, spoken)
 
 
-def test_use_goes_before_the_environment_also_where_it_leaves_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_overrides_the_environment_even_with_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ops.VARIABLE, "reference")
     for choice in (None, "auto"):
         with ops.use(choice):

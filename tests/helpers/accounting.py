@@ -1,5 +1,6 @@
 """Small models for the tests of accounting, and ways to run them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +16,12 @@ from dsmini.functional.causal_attention import causal_attention_eager
 from dsmini.nn import attention, fp8, mla
 from dsmini.numerics import WEIGHT_TILE
 
+eager: Any = causal_attention_eager  # with its method, which the operation's signature lacks
+WHOLE = 1 << 20
+"""A block that holds all queries."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# No width is a number of rows that are read from a cache: 64, 128 or 192.
+# No width is a number of rows that are read from a cache: 100 or 128.
 SIZES: dict[str, Any] = {
     "vocab_size": 51,
     "dim": 40,
@@ -66,9 +70,10 @@ def hold_fp8(model: Transformer) -> Transformer:
 
 
 @contextmanager
-def explicit_attention() -> Iterator[None]:
-    """Let attention make its logits, all queries at once where there are at most 128."""
-    with _attention_by(partial(causal_attention_eager, method="explicit")):
+def explicit_attention(block: int = WHOLE) -> Iterator[None]:
+    """Let attention make its logits, for a block of queries at a time."""
+    with pytest.MonkeyPatch.context() as patch, _attention_by(partial(eager, method="explicit")):
+        patch.setattr(sys.modules[causal_attention_eager.__module__], "BLOCK", block)
         yield
 
 
@@ -77,7 +82,7 @@ def fused_attention() -> Iterator[None]:
     """Let attention be torch's flash attention, of values that lie by themselves and not in wkv_b's result."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
-        return causal_attention_eager(q, k, v.contiguous(), scale, documents, method="sdpa")
+        return eager(q, k, v.contiguous(), scale, documents, method="sdpa")
 
     with _attention_by(fused):
         yield

@@ -47,7 +47,7 @@ def test_loss_follows_the_report_over_either_selection(counts: Any, batch_size: 
     assert got == pytest.approx(by_the_report(rows, chosen, batch_size), rel=rounding(FP64_UNIT, terms=11 * e))
 
 
-def test_loss_counts_the_published_selection_unless_told_otherwise() -> None:
+def test_loss_counts_the_published_selection_by_default() -> None:
     scores, worst = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[2]])
     assert sequence_balance_loss(scores, worst, 1) == sequence_balance_loss(scores, worst, 1, "published")
     assert sequence_balance_loss(scores, worst, 1).item() == pytest.approx(3 * 0.9 / 1.5)
@@ -108,7 +108,7 @@ def gate_with(bias: list[float]) -> Gate:
     return gate
 
 
-def test_bias_rises_for_idle_experts_falls_for_busy_ones_and_stays_at_the_mean() -> None:
+def test_bias_moves_towards_the_mean_load() -> None:
     gate = gate_with([0.0, 0.5, -0.25, 1.0])
     gate.update_bias(torch.tensor([4, 0, 2, 2]), 0.125)
     assert gate.bias.tolist() == [-0.125, 0.625, -0.25, 1.0]

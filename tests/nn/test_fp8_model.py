@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def test_attention_and_feed_forwards_are_rounded_and_nothing_else(small_model: Build) -> None:
+def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> None:
     for attention in ("mla", "mha"):
         model = small_model(precision="fp8", attention=attention)
         rounded = {name for name, m in model.named_modules() if isinstance(m, FP8Linear | FP8Experts)}
@@ -49,7 +49,7 @@ def test_attention_and_feed_forwards_are_rounded_and_nothing_else(small_model: B
 
 
 @pytest.mark.parametrize("attention", ["mla", "mha"])
-def test_a_dense_model_equals_one_with_rounded_weights_and_inputs(small_config: Any, attention: str) -> None:
+def test_dense_model_equals_rounded_weights_and_inputs(small_config: Any, attention: str) -> None:
     """The native model whose weights are rounded once, and whose Linears get rounded inputs."""
     config = small_config(**SIZES, attention=attention, n_dense_layers=4)
     model = randomise(Transformer(config))
@@ -118,7 +118,7 @@ def test_dispatched_rows_are_the_tokens_and_padding_is_zero(align: int) -> None:
     assert torch.allclose(grad, direction[slots.slot].sum(1), atol=1e-6)
 
 
-def test_not_a_number_in_the_first_token_does_not_reach_other_experts_by_padding() -> None:
+def test_nan_of_one_token_stays_out_of_padding() -> None:
     x = torch.randn(200, 128)
     x[0] = torch.nan
     indices = torch.tensor([[0], *[[1]] * 199])
@@ -300,7 +300,7 @@ def test_a_moe_quantises_its_input_once_for_all_experts(k: int) -> None:
     assert codes.made.count((N, DIM)) == 1
 
 
-def test_fp8_linears_keep_at_most_six_tenths_of_what_bf16_ones_keep() -> None:
+def test_fp8_linears_save_at_most_0_6_of_bf16_bytes() -> None:
     config = released("fp8")
     tokens = torch.randint(0, 256, (5, 257))
     kept = {}

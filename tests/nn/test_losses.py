@@ -139,7 +139,7 @@ def test_losses_of_a_model_make_no_tensor_of_all_logits(small_model: Model) -> N
     assert largest.numel == VOCAB * 24 < 4 * 25 * VOCAB
 
 
-def test_value_is_the_same_without_gradients_and_no_work_goes_into_them() -> None:
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     hidden, weight, targets = problem()
     want = linear_cross_entropy(hidden, weight, targets, 7)
     with torch.no_grad(), Largest() as largest:

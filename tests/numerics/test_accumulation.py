@@ -12,7 +12,7 @@ from tests.helpers.fp8 import varied
 from tests.helpers.tolerances import FP32_UNIT, SAFETY, relative_error, rounding
 
 
-def test_about_14_bits_lose_what_the_report_says_and_promotion_cures_it() -> None:
+def test_14_bits_lose_what_the_report_says_unless_promoted() -> None:
     """Sections 3.3.2 and 3.5.2: an error of nearly 2 % at K = 4096."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(16, 4096, generator=generator), torch.randn(128, 4096, generator=generator)
@@ -60,7 +60,7 @@ def summed(values: dict[int, float], bits: int = 14, promote_every: int | None =
     return Accumulator(bits=bits, promote_every=promote_every).matmul(a, torch.ones(1, width)).item()
 
 
-def test_the_partial_sum_is_promoted_after_exactly_so_many_products() -> None:
+def test_partial_sum_is_promoted_after_n_products() -> None:
     """Of 14 bits, 1 has none left for 3 x 2^-15, which counts only in another partial sum."""
     small, smaller = 3 * 2.0**-15, 2.0**-15
     # the last of the first 64 is lost beside 1, and the first of the next 64 is not
@@ -74,7 +74,7 @@ def test_the_partial_sum_is_promoted_after_exactly_so_many_products() -> None:
     assert summed({0: 1.0, 64: small}, promote_every=None) == 1
 
 
-def test_products_and_partial_sum_are_aligned_to_the_largest_of_both() -> None:
+def test_products_and_partial_sum_align_to_the_largest() -> None:
     last, lost = 2.0**-13, 2.0**-14  # the last of 14 bits beside 1, and one below it
     # two together would be kept, each alone is lost: the products beside a large partial sum,
     assert summed({0: 1.0, 32: lost, 33: lost}) == 1

@@ -84,9 +84,7 @@ def test_a_quantised_input_is_kept_once_and_its_gradients_add_up() -> None:
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_input_quantised_in_any_format_is_multiplied_as_e4m3_and_kept_as_it_is(
-    dtype: torch.dtype, format: Any
-) -> None:
+def test_quantized_input_multiplies_as_e4m3_and_is_saved_as_is(dtype: torch.dtype, format: Any) -> None:
     x = varied(150, 200, dtype=dtype).requires_grad_()
     w = varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, dtype=dtype, seed=2)
@@ -105,7 +103,7 @@ def test_an_input_quantised_in_any_format_is_multiplied_as_e4m3_and_kept_as_it_i
     assert relative_error(dw, want) < rounding(unit) + rounding(FP32_UNIT, terms=150)
 
 
-def test_the_gradients_of_an_input_quantised_with_fp32_scales_have_fp32_scales() -> None:
+def test_gradients_take_the_scale_kind_of_the_input() -> None:
     x, w = varied(150, 200).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, seed=2)
     dx, dw = torch.autograd.grad(fp8_matmul(quantize(x, scale="fp32"), w), [x, w], dy)
@@ -118,9 +116,7 @@ def test_the_gradients_of_an_input_quantised_with_fp32_scales_have_fp32_scales()
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-9])
 @pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
-def test_with_fp32_scales_e5m6_is_kept_with_powers_of_two_and_small_inputs_share_a_scale(
-    saved_format: Literal["e4m3", "e5m6"], magnitude: float
-) -> None:
+def test_e5m6_is_saved_with_power_of_two_scales(saved_format: Literal["e4m3", "e5m6"], magnitude: float) -> None:
     """Also where every activation is below the least amax: that floor is the same along a token and along a feature."""
     x, w = torch.randn(150, 200).mul(magnitude).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, seed=2)
@@ -135,7 +131,7 @@ def count(t: Tensor, kept: dict[int, int]) -> Tensor:
     return t.detach()  # a graph that is held from within itself is never freed
 
 
-def test_a_quantised_weight_has_no_gradient_and_multiplies_as_it_is() -> None:
+def test_quantized_weight_has_no_gradient() -> None:
     x, w = varied(64, 256, dtype=torch.bfloat16).requires_grad_(), varied(200, 256, seed=1)
     for scale in ("ue8m0", "fp32"):
         y = fp8_matmul(x, quantize(w, (128, 128), scale))
@@ -184,7 +180,7 @@ def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, se
 
 
 @pytest.mark.parametrize(("of_x", "of_dy"), [(1e-4, 1.0), (1.0, 1e-6)])
-def test_no_tile_of_the_weight_gradient_holds_tokens_of_two_experts(of_x: float, of_dy: float) -> None:
+def test_weight_gradient_tiles_hold_one_expert_each(of_x: float, of_dy: float) -> None:
     sizes = [100, 28, 128]
     x, dy = torch.randn(256, 128), torch.randn(256, 64)
     x[100:128] *= of_x  # beside the large tokens of the first expert these would be flushed

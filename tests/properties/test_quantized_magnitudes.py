@@ -152,7 +152,7 @@ def test_other_tiles_of_the_same_codes_are_exact(r: int, c: int, format: Any, se
     assert normal.float().mean() > 0.9 or r * c < 2000
 
 
-def test_other_tiles_are_not_exact_with_scales_that_are_no_powers_of_two() -> None:
+def test_retiling_is_inexact_without_power_of_two_scales() -> None:
     x = torch.randn(256, 256)
     once = round_tiles(x, (1, 128), "fp32", "e4m3", AMAX_MIN, torch.float32)
     again = round_tiles(once, (128, 1), "fp32", "e4m3", AMAX_MIN, torch.float32)

@@ -151,7 +151,7 @@ def test_identical_rows_get_identical_experts() -> None:
     assert len(row.unique()) < 60
 
 
-def test_group_is_scored_by_its_best_two_with_a_bias_and_by_its_best_without() -> None:
+def test_group_score_is_best_two_with_bias_else_best_one() -> None:
     one_star_and_a_pair = torch.tensor([[0.9, 0.1, 0.6, 0.6]]).logit()
     assert v3(one_star_and_a_pair, torch.zeros(4), k=1, groups=2).indices.item() == 2
     assert v3(one_star_and_a_pair, None, k=1, groups=2).indices.item() == 0

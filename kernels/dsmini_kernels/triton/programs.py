@@ -29,18 +29,15 @@ def quantize_program(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """TILES neighbours in one row of tiles, as a block [TALL, TILES, WIDE].
+    """TILES neighbours in one row of tiles, as a block [TALL, TILES, WIDE] of x [batch * r, c], which is contiguous.
 
-    x is [batch * r, c] and contiguous, floor the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups
-    up to powers of two.
+    floor is the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups up to powers of two.
     """
     programs_a_row = (ct + TILES - 1) // TILES
     tile_row = tl.program_id(0) // programs_a_row
     if GROUPS == 0:
-        within = tile_row % rt * HEIGHT
-        before = (tile_row // rt).to(tl.int64) * r
-        first = before + within
-        end = before + tl.minimum(within + HEIGHT, r)
+        before, within = (tile_row // rt).to(tl.int64) * r, tile_row % rt * HEIGHT
+        first, end = before + within, before + tl.minimum(within + HEIGHT, r)
     else:
         first, end = _rows_of_group(ends, groups, tile_row, HEIGHT, GROUPS)
     rows = first + tl.arange(0, TALL)
