@@ -79,13 +79,5 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return plots_by_seed(figures, "who", WHO, {"loss_as_peer": loss, "seconds": seconds})
 
 
-QUESTION = Question.described(
-    NAME,
-    __doc__,
-    cases,
-    finding,
-    plots,
-    on_request=True,
-    needs_text="Karpathy's tinyshakespeare, 1,115,394 characters",
-    needs=MISSING,
-)
+TEXT = "Karpathy's tinyshakespeare, 1,115,394 characters"
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True, needs_text=TEXT, needs=MISSING)
