@@ -1,23 +1,28 @@
 """Questions: cases that are measured one after the other, and figures that answer.
 
-A question is a module of questions/ with
+A question is a module of questions/ whose docstring is the title and what to know of it, with
 
-    QUESTION = Question(name="decode", title="How fast ...?", cases=..., finding=..., plots=...)
+    figure = Figures("decode", higher={"tokens_per_s": "tokens/s"})
+    QUESTION = Question.described("decode", __doc__, cases, finding, plots)
 
 Its cases come from the setting alone, each with an estimate of its time; a case yields figures, predicted next to
 measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dsmini.measure.rates import Roofs
+from dsmini.measure.timing import spread
+from dsmini.measure.workloads import dtype_name
 from dsmini.report import Figure, Plot, Series, Value, pick
 
-__all__ = ["Case", "Figure", "Plot", "Question", "Series", "Setting", "Value", "pick"]
+__all__ = ["Case", "Figure", "Figures", "Plot", "Question", "Series", "Setting", "Value", "cases_over", "pick"]
 
 REACHED = 0.5
 """Share of the peak that the products of a model reach, in estimates of time."""
@@ -47,16 +52,45 @@ class Case:
     """Estimated seconds on any machine: the time that is given to rounds, and setting up."""
     run: Callable[[], Iterable[Figure]]
     flops: float = 0.0
-    """FLOPs of the products that must be made besides, however fast the machine: of them depends how much longer a
-    slow one takes."""
+    """FLOPs of the products that must be made besides. A slow machine takes longer for them."""
     dtype: torch.dtype | None = None
     """Dtype of these products, if not the setting's."""
 
     def estimate(self, setting: Setting) -> float:
         """Return the expected seconds, by the rates of this machine."""
-        dtype = str(self.dtype or setting.dtype).removeprefix("torch.")
-        peak = setting.roofs.peak.get(dtype)
+        peak = setting.roofs.peak.get(dtype_name(self.dtype or setting.dtype))
         return self.seconds + (self.flops / (REACHED * peak) if peak else 0.0)
+
+
+def cases_over(
+    key: str, points: Iterable[tuple[Any, ...]], seconds: float, measure: Callable[..., Iterable[Figure]]
+) -> list[Case]:
+    """Return a case for each point. Its values fill the key, such as "context={}", and are measure's last arguments."""
+    return [Case(key=key.format(*point), seconds=seconds, run=partial(measure, *point)) for point in points]
+
+
+class Figures:
+    """Maker of a question's figures, from units by metric, sorted by which end is better."""
+
+    def __init__(
+        self,
+        question: str,
+        higher: Mapping[str, str] | None = None,
+        lower: Mapping[str, str] | None = None,
+        neither: Mapping[str, str] | None = None,
+    ) -> None:
+        self.question = question
+        ends = (("higher", higher), ("lower", lower), (None, neither))
+        self.metrics = {name: (unit, better) for better, units in ends for name, unit in (units or {}).items()}
+
+    def __call__(
+        self, metric: str, case: Mapping[str, Value], measured: float | Sequence[float] | None = None, **values: Any
+    ) -> Figure:
+        """Return a figure. Of a sequence of measured values it has the median and the quartiles."""
+        unit, better = self.metrics[metric]
+        found = {**spread(measured)} if isinstance(measured, Sequence) else {"measured": measured}
+        told: dict[str, Any] = {"unit": unit, "better": better, **found, **values}
+        return Figure(question=self.question, case=case, metric=metric, **told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +112,18 @@ class Question:
     """The text that --text must name for it, in words; empty if it reads none."""
     about: str = ""
     """Two or three sentences on how it is measured and what is simulated."""
+
+    @classmethod
+    def described(
+        cls,
+        name: str,
+        doc: str | None,
+        cases: Callable[[Setting], list[Case]],
+        finding: Callable[[list[Figure]], str],
+        plots: Callable[[list[Figure]], list[Plot]],
+        **options: Any,
+    ) -> "Question":
+        """Return a question whose title is the first line of its module's docstring, and about the rest."""
+        title, _, about = (doc or "").partition("\n")
+        about = " ".join(about.split())
+        return cls(name=name, title=title, about=about, cases=cases, finding=finding, plots=plots, **options)

@@ -27,24 +27,24 @@ from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
-from dsmini.report.results import Results, Writer, read
+from dsmini.report.results import Writer, read
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
 NAMES += ("shakespeare", "moe_or_dense")
 """The modules of questions/, in the order of the report."""
 
 MOST_THREADS = 1024
-OnPart = Callable[[float, str], None]
-Measure = Callable[[torch.device, OnPart, bool], Roofs]
+Measure = Callable[..., Roofs]
 
 
-def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure | None = None) -> int:
+def main(
+    args: Sequence[str], known: Mapping[str, Loader] | None = None, measure: Measure = calibration.load_or_measure
+) -> int:
     """Run the command. Return its exit status.
 
     Args:
-        known: loads each question, by name. Left out: those of questions/.
-        measure: returns the rates of a device, telling how far it is; fresh ones if its last argument is true.
-            Left out: dsmini.measure.calibration.
+        known: loads each question, by name; None for those of questions/.
+        measure: returns the rates of a device.
     """
     known = questions_here() if known is None else known
     options = _parse(args, known)
@@ -52,7 +52,7 @@ def main(args: Sequence[str], known: Mapping[str, Loader] | None = None, measure
         return _list(known)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with contextlib.redirect_stdout(sys.stderr):  # what a measured library prints must not get between us and JSON
-        status, line = _answer(args, options, known, measure or measure_roofs, console)
+        status, line = _answer(args, options, known, measure, console)
     if line is not None:
         print(json.dumps(line))
     return status
@@ -67,11 +67,6 @@ def questions_here() -> dict[str, Loader]:
     return {name.replace("_", "-"): loader(f"benchmarks.questions.{name}") for name in NAMES}
 
 
-def measure_roofs(device: torch.device, on_part: OnPart, fresh: bool) -> Roofs:
-    """Return the kept rates of this machine, or measure them."""
-    return calibration.load_or_measure(device, on_part=on_part, fresh=fresh)
-
-
 def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -83,13 +78,8 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
     every = f"questions to measure: {', '.join(known)} (default: all that take no more than minutes)"
     add("names", nargs="*", metavar="NAME", help=every)
     add("--quick", action="store_true", help="small sizes, in about two minutes; what takes longer here is left out")
-    add(
-        "--out",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="where figures and report go (default: results)",
-    )
+    out = {"type": Path, "default": Path("results"), "metavar": "DIR"}
+    add("--out", **out, help="where figures and report go (default: results)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto, the faster of the two here)")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: as many as torch takes)")
@@ -109,18 +99,9 @@ def _parse(args: Sequence[str], known: Mapping[str, Loader]) -> argparse.Namespa
         raise ValueError(f"--text: there is no file {options.text}")
     if options.compare and not options.compare.is_file():
         raise ValueError(f"--compare: there is no file {options.compare}; name the results.jsonl of another run")
-    if options.report_only:
-        asked = {
-            "--fresh": options.fresh,
-            "--quick": options.quick,
-            "--threads": options.threads,
-            "--device": options.device != "auto",
-            "--dtype": options.dtype != "auto",
-            "--text": options.text is not None,
-        }
-        for flag, given in asked.items():
-            if given:
-                raise ValueError(f"--report-only measures nothing and {flag} is about measuring; leave one of them out")
+    for name in ("fresh", "quick", "threads", "device", "dtype", "text") if options.report_only else ():
+        if getattr(options, name) != parser.get_default(name):
+            raise ValueError(f"--report-only measures nothing and --{name} is about measuring; leave one of them out")
     return options
 
 
@@ -144,17 +125,11 @@ def _answer(
     if old and old.is_empty:
         raise ValueError(f"--compare: {compared} has no figures; name the results.jsonl of a run that measured some")
     session = Session(console=console, out=options.out, known=known, names=options.names or list(known))
-
-    def last_line(results: Results) -> dict[str, Any]:
-        return answers.last_line(results, session.names, session.changes)
-
     if options.report_only:
         results = read(path)
         if results.is_empty:
             raise ValueError(f"{path} has no figures yet; leave out --report-only to measure some")
-        session.show(results)
-        having = [finished for name in session.names if (finished := results.of_question(name))]
-        status = 1 if any([session.unequal(finished) for finished in having]) else 0
+        status = session.show(results)
     else:
         questions = _chosen(options.names, known, options.text is not None, console)
         session.names = [question.name for question in questions]
@@ -165,20 +140,17 @@ def _answer(
             asked = [(question, question.cases(setting)) for question in questions]
             status = session.measure(writer, _run(args, options, setting), setting, asked)
         results = read(path)
-        if status == 130:
-            again = _command([arg for arg in args if arg != "--fresh"])
-            say(console, f"stopped; what is done is kept in {path}. Go on with: {again}")
-            return status, last_line(results)
+    if status == 130:
+        again = provenance.command(["benchmarks", *(arg for arg in args if arg != "--fresh")])
+        say(console, f"stopped; what is done is kept in {path}. Go on with: {again}")
+        return status, answers.last_line(results, session.names, ())
     if old is not None:
         session.compare(results, old, compared)
     if session.undrawn:
-        return 1, last_line(results)
-    say(console, f"\nreport  {options.out / 'report.html'}")
-    return status, last_line(results)
-
-
-def _command(args: Sequence[str]) -> str:
-    return provenance.command(["benchmarks", *args])
+        status = 1
+    else:
+        say(console, f"\nreport  {options.out / 'report.html'}")
+    return status, answers.last_line(results, session.names, session.changes)
 
 
 def _chosen(names: Sequence[str], known: Mapping[str, Loader], has_text: bool, console: Console) -> list[Question]:
@@ -220,7 +192,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
     """Return where the figures come from. What is measured is still to be planned."""
     return Run(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=_command(args),
+        command=provenance.command(["benchmarks", *args]),
         commit=provenance.commit(),
         code=provenance.code(),
         versions=provenance.versions() | {"kernels": ops.serving("cpu")},

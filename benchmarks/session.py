@@ -26,8 +26,8 @@ from dsmini.report.terminal import show_question, show_table
 from dsmini.report.units import duration, human, plural, words
 
 Loader = Callable[[], Question]
-Jobs = list[tuple[Question, list[tuple[Case, float]]]]
-"""Cases that are to be measured, each with its estimated seconds, by question."""
+Jobs = list[tuple[Question, Case, float]]
+"""Cases that are to be measured, each with its estimated seconds."""
 STOPPED = "DSMINI_BENCHMARKS_STOPPED"
 """Variable of the environment: what a call that was begun again leaves out, and the seconds it had taken before."""
 
@@ -70,13 +70,13 @@ class Session:
         began = time.monotonic() - before.get("seconds", 0.0)
         run, jobs = self._plan(run, setting, asked, before.get("cases", []))
         writer.start(run, dataclasses.asdict(setting.roofs))
-        times = clock.Clock([estimate for _, cases in jobs for _, estimate in cases])
+        times = clock.Clock([estimate for *_, estimate in jobs])
         say(self.console, f"{plural(times.cases, 'case')}, about {duration(times.total)}")
         try:
             how = {"delay": 0, "line_every": 0, "stays": True, "refresh_per_second": 1}  # measuring is not disturbed
             with Progress(self.console, times.total, **how) as bar:
-                for question, cases in jobs:
-                    for case, estimate in cases:
+                for question, _ in asked:
+                    for _, case, estimate in (job for job in jobs if job[0] is question):
                         where, spent = f"{question.name} {case.key}", time.monotonic() - began
                         if setting.quick and spent + estimate * times.factor > clock.QUICK:
                             times.skip(estimate)
@@ -106,14 +106,16 @@ class Session:
         kept = read(self.path)
         finished = None if run.fresh else kept.by_fingerprint.get(run.fingerprint)
         done = {(name, key) for name, key in stopped} | set(finished.done if finished else ())
-        jobs: Jobs = []
-        for question, cases in asked:
-            todo = [case for case in cases if (question.name, case.key) not in done]
-            taken = [kept.seconds(question.name, case.key, run.quick) for case in todo]
-            jobs.append((question, [(c, t or c.estimate(setting)) for c, t in zip(todo, taken, strict=True)]))
-        every, left = (sum(len(cases) for _, cases in each) for each in (asked, jobs))
-        if left + len(stopped) < every:
-            said = f"{every - left - len(stopped)} of {every} cases are done already, in {self.path}"
+        jobs = [
+            (q, case, kept.seconds(q.name, case.key, run.quick) or case.estimate(setting))
+            for q, cases in asked
+            for case in cases
+            if (q.name, case.key) not in done
+        ]
+        every = sum(len(cases) for _, cases in asked)
+        before = every - len(jobs) - len(stopped)
+        if before > 0:
+            said = f"{before} of {every} cases are done already, in {self.path}"
             say(self.console, f"{said}; --fresh measures them again")
         out = self._leave_out(jobs) if run.quick else {}
         plan = {q.name: [case.key for case in cases if case.key not in out.get(q.name, ())] for q, cases in asked}
@@ -122,11 +124,10 @@ class Session:
     def _leave_out(self, jobs: Jobs) -> dict[str, dict[str, str]]:
         """Take out the longest cases until the others fit into the time of --quick. Return why, by question and key."""
         out: dict[str, dict[str, str]] = {}
-        while (every := [(e, q, c, cases) for q, cases in jobs for c, e in cases]) and sum(
-            estimate for estimate, *_ in every
-        ) > clock.QUICK:
-            estimate, question, case, cases = max(every, key=lambda job: job[0])
-            cases.remove((case, estimate))
+        for question, case, estimate in sorted(jobs, key=lambda job: -job[2]):
+            if sum(seconds for *_, seconds in jobs) <= clock.QUICK:
+                break
+            jobs.remove((question, case, estimate))
             why = f"it takes about {duration(estimate)} here, and --quick has two minutes for all"
             out.setdefault(question.name, {})[case.key] = why
             say(self.console, f"{question.name} {case.key} is left out: {why}")
@@ -165,13 +166,15 @@ class Session:
         done = Done(figures=figures, seconds=time.monotonic() - start, steadiness=steady)
         return writer.done(run, question, case.key, done)
 
-    def show(self, results: Results) -> None:
-        """Show the tables and the page, from what is kept."""
+    def show(self, results: Results) -> int:
+        """Show the tables and the page, from what is kept. Return the exit status."""
         for question in self._shown(results, self.names):
             finished = results.of_question(question.name)
             assert finished is not None, "only questions that have something are shown"
             self._show(question, finished)
         self._draw(results)
+        having = [finished for name in self.names if (finished := results.of_question(name))]
+        return 1 if any([self.unequal(finished) for finished in having]) else 0
 
     def _show(self, question: Question, finished: Finished) -> None:
         figures = finished.figures(question.name)

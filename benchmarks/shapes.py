@@ -45,3 +45,8 @@ TRAINED = ModelConfig(
     max_seq_len=256,
 )
 """7.6M parameters: what a laptop trains."""
+
+
+def decoded(quick: bool) -> ModelConfig:
+    """Return the model that decodes and reads prompts."""
+    return QUICK if quick else BIG

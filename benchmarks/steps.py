@@ -3,23 +3,29 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from benchmarks.question import Case, Figure, Setting, Value, pick
+from benchmarks.question import Figure, Figures, Setting, Value, pick
+from dsmini import Transformer
 from dsmini.measure import prediction
-from dsmini.measure.counting import Count
-from dsmini.measure.memory import peak_since_reset
-from dsmini.measure.rates import Roofs
-from dsmini.measure.timing import spread
-from dsmini.measure.workloads import dtype_name
-from dsmini.nn import Routing
+from dsmini.measure.counting import Count, count
+from dsmini.measure.memory import peak_since_reset, reset_peak
+from dsmini.measure.timing import interleaved, times
+from dsmini.measure.workloads import dtype_name, random_cache
+from dsmini.nn import Cache, Routing
 
+HIGHER = {"tokens_per_s": "tokens/s", "useful_share": ""}
+LOWER = {"bytes_per_token": "bytes", "peak_memory": "bytes"}
+NEITHER = {"flops_per_token": "FLOP", "bandwidth": "bytes/s", "flop_rate": "FLOP/s", "seconds_by_kind": "s"}
 LEAST = "predicted: lower bound, operands and results of each product once; measured: those of all operations"
 LEAST_FLOPS = "predicted: lower bound, the products of the formula: causal, without padding"
+USEFUL = "of the peak, by the FLOPs that the formula needs: causal, without padding"
+COLD = "measured: bytes that no cache holds; predicted: the roof"
+WHOLE = "of the whole process, torch and what else it has loaded included"
+ONE_PASS = "one pass, each operation timed by itself from Python: of many small ones mostly their calls"
 
 
 def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
-    """The roof, in bytes/s.
+    """Return the roof, in bytes/s.
 
     Raises: ValueError for bytes/s from memory above it, which are an error of counting, not a result.
     """
@@ -32,17 +38,31 @@ def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
     return roof
 
 
-def step_cases(
-    axis: str,
-    points: Sequence[tuple[int, int]],
+def measure_step(
+    name: str,
+    case: Mapping[str, Value],
+    step: Callable[[], Sequence[Routing]],
+    setting: Setting,
     seconds: float,
-    measure: Callable[[int, int], Iterator[Figure]],
-) -> list[Case]:
-    """Return a case for each batch and length of the axis, such as context."""
-    return [
-        Case(key=f"batch={batch} {axis}={length}", seconds=seconds, run=partial(measure, batch, length))
-        for batch, length in points
-    ]
+    bounds: Callable[[float | None], tuple[float, float]],
+) -> Iterator[Figure]:
+    """Measure a step on sequences, which returns its routing, and yield its figures.
+
+    Args:
+        case: batch and tokens.
+        seconds: time to fill with steps.
+        bounds: returns the least bytes and FLOPs of a token, for this many distinct experts.
+    """
+    reset_peak()
+    step()
+    experts = distinct_experts(step())
+    counted = count(step, setting.roofs.cache_bytes)
+    taken = times(step, setting.device, seconds)
+    tokens = int(case["batch"]) * int(case["tokens"])
+    bytes_bound, flops_bound = bounds(experts)
+    yield from step_figures(
+        name, case, counted, taken, tokens, setting, bytes_bound=bytes_bound, flops_bound=flops_bound
+    )
 
 
 def step_figures(
@@ -53,8 +73,8 @@ def step_figures(
     tokens: int,
     setting: Setting,
     *,
+    flops_bound: float,
     bytes_bound: float | None = None,
-    flops_bound: float | None = None,
     bytes_measured: float | None = None,
 ) -> Iterator[Figure]:
     """Yield the figures of any kind of step: its speed, its bytes and FLOPs next to their lower bounds, and the roofs.
@@ -63,53 +83,50 @@ def step_figures(
         counted: one step.
         taken: seconds of several steps.
         tokens: number of tokens in a step.
-        bytes_bound, flops_bound: least bytes and FLOPs a token, from the config.
+        flops_bound, bytes_bound: least FLOPs and bytes a token, from the config.
         bytes_measured: bytes a token, if not those of the counted step.
 
     Raises: ValueError for a bandwidth above what this machine can do, which is an error of counting, not a result.
     """
-    roofs = setting.roofs
-    arithmetic = roofs.peak[dtype_name(setting.dtype)]
+    figure = Figures(name, HIGHER, LOWER, NEITHER)
+    peak = setting.roofs.peak[dtype_name(setting.dtype)]
     from_memory = sum(op.cold for op in counted.operations)
     memory = check_bandwidth(f"{name} {dict(case)}", from_memory / statistics.median(taken), setting)
-
-    def figure(metric: str, unit: str, **values: Any) -> Figure:
-        return Figure(question=name, case=case, metric=metric, unit=unit, **values)
-
-    predicted = prediction.seconds(counted, roofs)
-    speed = spread([tokens / t for t in taken])
-    yield figure("tokens_per_s", "tokens/s", predicted=tokens / predicted, better="higher", **speed)
+    predicted = tokens / prediction.seconds(counted, setting.roofs)
     moved = counted.bytes / tokens if bytes_measured is None else bytes_measured
-    least = {"predicted": bytes_bound, "bound": True, "note": LEAST}
-    yield figure("bytes_per_token", "bytes", measured=moved, better="lower", **least)
-    least = {"predicted": flops_bound, "bound": True, "note": LEAST_FLOPS}
-    yield figure("flops_per_token", "FLOP", measured=counted.flops / tokens, **least)
-    if flops_bound is not None:
-        useful = spread([flops_bound * tokens / t / arithmetic for t in taken])
-        note = "of the peak, by the FLOPs that the formula needs: causal, without padding"
-        yield figure("useful_share", "", better="higher", note=note, **useful)
-    note = "measured: bytes that no cache holds; predicted: the roof"
-    bandwidth = spread([from_memory / t for t in taken])
-    yield figure("bandwidth", "bytes/s", predicted=memory, note=note, bound=True, **bandwidth)
-    rate = spread([counted.flops / t for t in taken])
-    yield figure("flop_rate", "FLOP/s", predicted=arithmetic, note="predicted: the roof", bound=True, **rate)
-    whole = "of the whole process, torch and what else it has loaded included" if setting.device.type == "cpu" else ""
-    yield figure("peak_memory", "bytes", measured=float(peak_since_reset(setting.device)), better="lower", note=whole)
-    yield from _by_kind(name, case, counted, roofs)
+    useful, rates = ([flops / t for t in taken] for flops in (flops_bound * tokens / peak, counted.flops))
+    whole = WHOLE if setting.device.type == "cpu" else ""
+    yield figure("tokens_per_s", case, [tokens / t for t in taken], predicted=predicted)
+    yield figure("bytes_per_token", case, moved, predicted=bytes_bound, bound=True, note=LEAST)
+    flops = counted.flops / tokens
+    yield figure("flops_per_token", case, flops, predicted=flops_bound, bound=True, note=LEAST_FLOPS)
+    yield figure("useful_share", case, useful, note=USEFUL)
+    yield figure("bandwidth", case, [from_memory / t for t in taken], predicted=memory, bound=True, note=COLD)
+    yield figure("flop_rate", case, rates, predicted=peak, bound=True, note="predicted: the roof")
+    yield figure("peak_memory", case, float(peak_since_reset(setting.device)), note=whole)
+    for kind, parts in sorted(prediction.by_kind(counted.operations, setting.roofs).items()):
+        by_kind = {**case, "kind": kind, "calls": int(parts["calls"])}
+        yield figure("seconds_by_kind", by_kind, parts["measured"], predicted=parts["predicted"], note=ONE_PASS)
 
 
-def _by_kind(name: str, case: Mapping[str, Value], counted: Count, roofs: Roofs) -> Iterator[Figure]:
-    """Yield the seconds of each kind of operation."""
-    for kind, parts in sorted(prediction.by_kind(counted.operations, roofs).items()):
-        yield Figure(
-            question=name,
-            case={**case, "kind": kind, "calls": int(parts["calls"])},
-            metric="seconds_by_kind",
-            unit="s",
-            measured=parts["measured"],
-            predicted=parts["predicted"],
-            note="one pass, each operation timed by itself from Python: of many small ones mostly their calls",
-        )
+def decode_in_turns(
+    models: Mapping[str, Transformer],
+    setting: Setting,
+    batch: int,
+    context: int,
+    rounds: int,
+    decode: Callable[[Transformer, Cache], object],
+) -> dict[str, tuple[float, list[float]]]:
+    """Return predicted and measured seconds of decoding from caches of random rows, while the models take turns."""
+
+    def step(model: Transformer, cache: Cache) -> None:
+        cache.truncate(context)
+        decode(model, cache)
+
+    runs = {name: partial(step, model, random_cache(model, batch, context, 8)) for name, model in models.items()}
+    predicted = {name: prediction.predicted_seconds(run, setting.roofs) for name, run in runs.items()}
+    taken = interleaved(runs, setting.device, rounds)
+    return {name: (predicted[name], taken[name]) for name in runs}
 
 
 def distinct_experts(routing: Sequence[Routing]) -> float | None:
@@ -123,16 +140,16 @@ def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
     return f", moving {moved.ratio:.2f} times the bytes that must move" if moved and moved.ratio else ""
 
 
-def speed_sentence(figures: list[Figure], axis: str, what: str) -> str:
-    """The fastest case in words, and how well it was predicted."""
+def speed_sentence(figures: list[Figure], what: str) -> str:
+    """Return the fastest case in words, and how well it was predicted."""
     speed = [f for f in pick(figures, "tokens_per_s") if f.measured]
     if not speed:
         return "Nothing was measured yet."
     best = max(speed, key=lambda f: f.measured or 0)
-    text = f"{best.measured:,.0f} tokens/s at {what} {best.case[axis]:,} in batches of {best.case['batch']}"
+    text = f"{best.measured:,.0f} tokens/s at {what} {best.case['tokens']:,} in batches of {best.case['batch']}"
     rate = next((f for f in pick(figures, "flop_rate") if f.case == best.case), None)
-    if rate and rate.measured and rate.predicted:
-        text += f", {rate.measured / rate.predicted:.0%} of the matrix peak"
+    if rate and rate.ratio:
+        text += f", {rate.ratio:.0%} of the matrix peak"
     if best.ratio:
         text += f"; {best.ratio:.2f} times what its operations predict"
     return text + over_bound(figures, best.case) + "."

@@ -5,18 +5,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.question import Setting
+from benchmarks.question import Figure, Plot, Setting, pick
 from dsmini import RunConfig, Transformer
 from dsmini.data.corpus import load_corpus
+from dsmini.report.charts import points
 from dsmini.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 CORPUS = Path("runs/corpus")
+
+
+def recipe(name: str) -> RunConfig:
+    """Return configs/NAME.toml."""
+    return RunConfig.from_file(ROOT / "configs" / f"{name}.toml")
 
 
 def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
@@ -54,3 +61,14 @@ def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]
     with tempfile.TemporaryDirectory() as out:
         quiet = ["--train.sample-tokens", "0", "--json", "--out", f"{out}/run"]
         return run_command("dsmini.train", "configs/shakespeare.toml", *where, *quiet, *arguments)
+
+
+def plots_by_seed(
+    figures: list[Figure], by: str, names: Iterable[str], metrics: Mapping[str, tuple[str, str]]
+) -> list[Plot]:
+    """Draw each metric over the seeds, by title and unit, with a group for each name of a part of the case."""
+    drawn = [
+        points(title, unit, {n: pick(figures, metric, **{by: n}) for n in names}, lambda f: f"seed {f.case['seed']}")
+        for metric, (title, unit) in metrics.items()
+    ]
+    return [plot for plot in drawn if plot.labels]

@@ -1,5 +1,6 @@
 """Models of one shape behind one face, ours and others', so that a question can let them take turns."""
 
+import dataclasses
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peer_models.llamacpp_model import write_gguf
-from benchmarks.peer_models.transformers_model import deepseek_v3
 from benchmarks.question import Setting
 from dsmini import ModelConfig, Transformer
+from dsmini.config.huggingface import config_to_json
 from dsmini.measure.workloads import random_model
 
 
@@ -20,15 +21,12 @@ class Side(Protocol):
 
     def start(self, room: int) -> None:
         """Forget what was read; make room for this many tokens."""
-        ...
 
     def feed(self, tokens: Tensor) -> None:
         """Read tokens [1, s] after the others, and make the logits of the last at the least."""
-        ...
 
     def bytes_per_token(self) -> float | None:
         """Return the bytes of the cache, read off the storage, where that can be seen."""
-        ...
 
 
 class Ours:
@@ -45,6 +43,14 @@ class Ours:
 
     def bytes_per_token(self) -> float:
         return self.cache.nbytes_per_token
+
+
+def deepseek_v3(config: ModelConfig) -> Any:
+    """Return transformers' DeepseekV3ForCausalLM of this shape, with random weights and SDPA attention."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    fields: dict[str, Any] = config_to_json(dataclasses.asdict(config)) | {"attn_implementation": "sdpa"}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
 
 
 class Theirs:
@@ -80,15 +86,8 @@ class LlamaCpp:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(model, path, "BF16" if model.embed.weight.dtype == torch.bfloat16 else "F32")
-            self.llama = Llama(
-                str(path),
-                n_ctx=room,
-                n_batch=at_once,
-                n_threads=threads,
-                n_threads_batch=threads,
-                use_mmap=False,
-                verbose=False,
-            )
+            sizes = {"n_ctx": room, "n_batch": at_once, "n_threads": threads, "n_threads_batch": threads}
+            self.llama = Llama(str(path), **sizes, use_mmap=False, verbose=False)
 
     def start(self, room: int) -> None:
         self.llama.reset()

@@ -1,4 +1,9 @@
-"""How fast is a token made, what moves for it, and what binds it?"""
+"""How fast is a token made, and what moves for it?
+
+Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each input and
+output once. Their lower bound is the config's: weights that a token meets, the cache, operands and results of the
+products; measured over it is what a kernel can still win.
+"""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -8,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.steps import distinct_experts, over_bound, step_cases, step_figures
+from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over, pick
+from benchmarks.steps import distinct_experts, over_bound, step_figures
 from dsmini import Transformer, accounting
 from dsmini.measure.counting import count
 from dsmini.measure.memory import reset_peak
@@ -26,14 +31,15 @@ STEPS = 8
 def cases(setting: Setting) -> list[Case]:
     points = [(1, 128), (1, 2048), (1, 8192), (4, 2048), (16, 2048)]
     points = [(1, 128), (1, 1024), (4, 128)] if setting.quick else points
-    return step_cases("context", points, 3.0 if setting.quick else 12.0, partial(measure, setting))
+    seconds = 3.0 if setting.quick else 12.0
+    return cases_over("batch={} context={}", points, seconds, partial(measure, setting))
 
 
 def decoding_step(
     setting: Setting, batch: int, context: int
 ) -> tuple[Transformer, Cache, Callable[[Tensor | None], None]]:
     """Return a model, a cache of random rows, and a step that decodes the given tokens, or random ones."""
-    model = random_model(shapes.QUICK if setting.quick else shapes.BIG, setting.device, setting.dtype)
+    model = random_model(shapes.decoded(setting.quick), setting.device, setting.dtype)
     cache = random_cache(model, batch, context, 64)  # rows are read in multiples of 64
 
     def step(tokens: Tensor | None) -> None:
@@ -83,13 +89,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast is a token made, and what moves for it?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each "
-    "input and output once. Their lower bound is the config's: weights that a token meets, the cache, operands and "
-    "results of the products; measured over it is what a kernel can still win.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

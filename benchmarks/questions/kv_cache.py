@@ -1,22 +1,32 @@
-"""How much smaller is MLA's cache, and what does that buy?"""
+"""How much smaller is MLA's cache, and what does that buy?
+
+Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small feed-forward,
+decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.
+"""
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, cases_over, pick
+from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, accounting
 from dsmini.measure.machine import memory_bytes
-from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.timing import interleaved, spread
-from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.report.charts import lines
 
 NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
+
+figure = Figures(
+    NAME,
+    lower={"bytes_per_token": "bytes", "seconds_per_layer": "s"},
+    neither={"context_that_fits": "tokens"},
+)
 
 
 def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -25,75 +35,38 @@ def kinds(config: ModelConfig) -> dict[str, ModelConfig]:
     return {kind: dataclasses.replace(config, attention=kind, n_kv_heads=heads.get(kind)) for kind in KINDS}  # pyright: ignore[reportArgumentType]
 
 
-def configs(setting: Setting) -> dict[str, ModelConfig]:
-    """Return the same model with each kind of attention: few layers, dense, so that attention is what is seen."""
-    layers = 1 if setting.quick else 2
-    base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
-    return kinds(base)
-
-
 def cases(setting: Setting) -> list[Case]:
     contexts = [512, 4096] if setting.quick else [512, 2048, 8192, 32000]
-    sizes = [Case(key="bytes", seconds=1.0, run=lambda: measure_bytes(setting))]
-    return sizes + [
-        Case(key=f"context={n}", seconds=1.0 if setting.quick else 8.0, run=lambda n=n: measure_speed(setting, n))
-        for n in contexts
-    ]
+    sizes = Case(key="bytes", seconds=1.0, run=partial(measure_bytes, setting))
+    seconds = 1.0 if setting.quick else 8.0
+    return [sizes, *cases_over("context={}", ((n,) for n in contexts), seconds, partial(measure_speed, setting))]
 
 
 def measure_bytes(setting: Setting) -> Iterator[Figure]:
     """Yield a token's bytes from storage, exactly as predicted, and how many tokens fit in this machine's memory."""
     for kind, config in kinds(shapes.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
-            cache = Cache(config, 2, 64, dtype, setting.device)
             name = "fp8" if dtype == "fp8" else "bfloat16"
-            predicted = accounting.kv_bytes_per_token(config, dtype=name)
-            case = {"attention": kind, "cache": name}
-            yield Figure(
-                question=NAME,
-                case=case,
-                metric="bytes_per_token",
-                unit="bytes",
-                measured=cache.nbytes_per_token,
-                predicted=predicted,
-                better="lower",
-                exact=True,
-            )
+            case, predicted = {"attention": kind, "cache": name}, accounting.kv_bytes_per_token(config, dtype=name)
+            held = Cache(config, 2, 64, dtype, setting.device).nbytes_per_token
+            yield figure("bytes_per_token", case, held, predicted=predicted, exact=True)
             room = memory_bytes(setting.device) - 2 * accounting.parameters(config).total
             note = "in the device's memory next to the weights in BF16, were max_seq_len as large"
-            fits = float(max(0, room) // predicted)
-            yield Figure(question=NAME, case=case, metric="context_that_fits", unit="tokens", predicted=fits, note=note)
+            yield figure("context_that_fits", case, predicted=float(max(0, room) // predicted), note=note)
 
 
 @torch.no_grad()
 def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
     """Yield the time of a layer with each kind, which take turns."""
-    runs, models = (
-        {},
-        {kind: random_model(config, setting.device, setting.dtype) for kind, config in configs(setting).items()},
-    )
-    for kind, model in models.items():
-        cache = random_cache(model, 1, context, 8)
-        token = random_tokens(model.config, 1, 1, setting.device)
-
-        def step(model: object = model, cache: object = cache, token: object = token) -> None:
-            cache.truncate(context)  # pyright: ignore[reportAttributeAccessIssue]
-            model(token, cache)  # pyright: ignore[reportCallIssue]
-
-        runs[kind] = step
-    predicted = {kind: predicted_seconds(run, setting.roofs) for kind, run in runs.items()}
-    taken = interleaved(runs, setting.device, 15 if setting.quick else 40)
-    for kind, seconds in taken.items():
-        layers = models[kind].config.n_layers
-        yield Figure(
-            question=NAME,
-            case={"attention": kind, "context": context},
-            metric="seconds_per_layer",
-            unit="s",
-            predicted=predicted[kind] / layers,
-            better="lower",
-            **spread([s / layers for s in seconds]),
-        )
+    # few layers, dense and narrow, so that attention is what is seen
+    layers = 1 if setting.quick else 2
+    base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
+    models = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}
+    rounds, token = 15 if setting.quick else 40, random_tokens(base, 1, 1, setting.device)
+    timed = decode_in_turns(models, setting, 1, context, rounds, lambda model, cache: model(token, cache))
+    for kind, (predicted, taken) in timed.items():
+        case, each = {"attention": kind, "context": context}, [s / layers for s in taken]
+        yield figure("seconds_per_layer", case, each, predicted=predicted / layers)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -121,17 +94,8 @@ def plots(figures: list[Figure]) -> list[Plot]:
         labels = [f"{f.case['attention']} {f.case['cache']}" for f in sizes]
         bars = Series(label="bytes", x=list(range(len(sizes))), y=[f.measured or 0.0 for f in sizes], kind="bars")
         out.append(Plot(title="Cache of a token", x="", y="bytes", series=[bars], labels=labels))
-    return out + lines(
-        figures, "seconds_per_layer", x="context", by="attention", title="Decoding a token, one layer", unit="s"
-    )
+    title = "Decoding a token, one layer"
+    return out + lines(figures, "seconds_per_layer", x="context", by="attention", title=title, unit="s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How much smaller is MLA's cache, and what does that buy?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small "
-    "feed-forward, decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,21 +1,32 @@
-"""What does a sparse expert cost at a given batch size?"""
+"""What does a sparse expert cost at my batch size?
+
+Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active and as
+many parameters in all; one token of each sequence is decoded at a time, the three models take turns.
+"""
 
 import dataclasses
 import statistics
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, Transformer, accounting
-from dsmini.measure.prediction import predicted_seconds
-from dsmini.measure.timing import interleaved, spread
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache, max_violation
 from dsmini.report.charts import lines
 
 NAME = "moe"
+
+figure = Figures(
+    NAME,
+    higher={"tokens_per_s": "tokens/s"},
+    lower={"expert_bytes_per_token": "bytes"},
+    neither={"distinct_experts": "experts", "max_violation": ""},
+)
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
@@ -33,70 +44,42 @@ def configs(setting: Setting) -> dict[str, ModelConfig]:
 
 def cases(setting: Setting) -> list[Case]:
     batches = [1, 8, 64] if setting.quick else [1, 2, 4, 8, 16, 32, 64, 128]
-    return [
-        Case(key=f"batch={n}", seconds=1.5 if setting.quick else 6.0, run=lambda n=n: measure(setting, n))
-        for n in batches
-    ]
+    seconds = 1.5 if setting.quick else 6.0
+    return cases_over("batch={}", ((n,) for n in batches), seconds, partial(measure, setting))
 
 
 @torch.no_grad()
 def measure(setting: Setting, batch: int) -> Iterator[Figure]:
     models = {name: random_model(config, setting.device, setting.dtype) for name, config in configs(setting).items()}
-    runs = {}
-    for name, model in models.items():
-        cache = random_cache(model, batch, 64, 8)
+    rounds = 9 if setting.quick else 25
 
-        def step(model: Transformer = model, cache: Cache = cache) -> None:
-            cache.truncate(64)
-            model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
+    def decode(model: Transformer, cache: Cache) -> None:
+        model.hidden(random_tokens(model.config, batch, 1, setting.device), cache)
 
-        runs[name] = step
-    predicted = {name: predicted_seconds(run, setting.roofs) for name, run in runs.items()}
-    taken = interleaved(runs, setting.device, 9 if setting.quick else 25)
-    for name, seconds in taken.items():
-        yield Figure(
-            question=NAME,
-            case={"batch": batch, "model": name},
-            metric="tokens_per_s",
-            unit="tokens/s",
-            predicted=batch / predicted[name],
-            better="higher",
-            **spread([batch / s for s in seconds]),
-        )
+    for name, (predicted, taken) in decode_in_turns(models, setting, batch, 64, rounds, decode).items():
+        case = {"batch": batch, "model": name}
+        yield figure("tokens_per_s", case, [batch / s for s in taken], predicted=batch / predicted)
     yield from routing(setting, models["experts"], batch)
 
 
 def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure]:
     """Tell which experts the tokens of a step visit, and the bytes of their weights."""
     c = model.config
-    distinct, uneven = [], []
+    distinct, uneven = list[float](), list[float]()
     for _ in range(20):
         cache = random_cache(model, batch, 64, 8)
         out = model.run(random_tokens(c, batch, 1, setting.device), cache)
         for decided in out.routing:
             distinct.append(float((decided.counts > 0).sum()))
-            uneven.append(max_violation(decided.counts))
-    expected = accounting.expected_experts(c, batch)
-    case = {"batch": batch, "model": "experts"}
+            uneven.append(float(max_violation(decided.counts)))
+    case, expected = {"batch": batch, "model": "experts"}, accounting.expected_experts(c, batch)
     note = "predicted for tokens that choose alike and independently; the gate here is random"
-    found = spread(distinct)
-    found["measured"] = statistics.fmean(distinct)
-    yield Figure(
-        question=NAME, case=case, metric="distinct_experts", unit="experts", predicted=expected, note=note, **found
-    )
-    expert = 3 * c.dim * c.moe_inter_dim * setting.dtype.itemsize
-    yield Figure(
-        question=NAME,
-        case=case,
-        metric="expert_bytes_per_token",
-        unit="bytes",
-        measured=statistics.fmean(distinct) * expert / batch,
-        predicted=expected * expert / batch,
-        better="lower",
-    )
-    yield Figure(
-        question=NAME, case=case, metric="max_violation", unit="", measured=statistics.fmean(map(float, uneven))
-    )
+    mean = statistics.fmean(distinct)
+    of_all = figure("distinct_experts", case, distinct, predicted=expected, note=note)
+    yield dataclasses.replace(of_all, measured=mean)
+    bytes_of_one = 3 * c.dim * c.moe_inter_dim * setting.dtype.itemsize / batch
+    yield figure("expert_bytes_per_token", case, mean * bytes_of_one, predicted=expected * bytes_of_one)
+    yield figure("max_violation", case, statistics.fmean(uneven))
 
 
 def finding(figures: list[Figure]) -> str:
@@ -125,12 +108,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     )
 
 
-QUESTION = Question(
-    name=NAME,
-    title="What does a sparse expert cost at my batch size?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active"
-    " and as many parameters in all; one token of each sequence is decoded at a time, the three models take turns.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,13 +1,18 @@
-"""Does a mixture of experts earn its keep, on equal tokens with equal active parameters?"""
+"""Does a mixture of experts earn its keep, on equal tokens with equal active parameters?
 
-import functools
+Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of
+configs/shakespeare.toml; and a dense twin, whose feed-forwards are as wide as these three experts together. Both are
+trained on the source code of Python's standard library, and scored over the whole held-out split. Each seed gives one
+difference; the interval is Student's t.
+"""
+
 import math
 import statistics
 from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.trained import run_recipe
-from dsmini.report.charts import points
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.trained import plots_by_seed, run_recipe
 
 NAME = "moe-or-dense"
 SEEDS, QUICK_SEEDS = 5, 2
@@ -17,19 +22,18 @@ TWINS = {"moe": ["--model.n-dense-layers", "0"], "dense": ["--model.n-dense-laye
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95 % quantiles of Student's t, by degrees of freedom."""
 
-figure = functools.partial(Figure, question=NAME)
+figure = Figures(
+    NAME,
+    higher={"tokens_per_s": "tokens/s", "gain": "nats"},
+    lower={"loss": "nats"},
+    neither={"active_parameters": "parameters"},
+)
 
 
 def cases(setting: Setting) -> list[Case]:
     seeds, steps = (QUICK_SEEDS, QUICK_STEPS) if setting.quick else (SEEDS, STEPS)
-    return [
-        Case(
-            key=f"seed={seed} steps={steps}",
-            seconds=40 if setting.quick else 130,
-            run=lambda seed=seed: measure(setting, seed, steps),
-        )
-        for seed in range(seeds)
-    ]
+    points = [(seed, steps) for seed in range(seeds)]
+    return cases_over("seed={} steps={}", points, 40 if setting.quick else 130, partial(measure, setting))
 
 
 def measure(setting: Setting, seed: int, steps: int) -> Iterator[Figure]:
@@ -38,12 +42,10 @@ def measure(setting: Setting, seed: int, steps: int) -> Iterator[Figure]:
     for name, run in runs.items():
         case = {"seed": seed, "model": name}
         note = f"a byte, over the whole held-out split, after {run['tokens']:,} tokens"
-        yield figure(case=case, metric="loss", unit="nats", measured=run["val_loss"], better="lower", note=note)
-        speed, active = run["tokens_per_s"], run["active_parameters"]
-        yield figure(case=case, metric="tokens_per_s", unit="tokens/s", measured=speed, better="higher")
-        yield figure(case=case, metric="active_parameters", unit="parameters", measured=float(active))
-    gain = runs["dense"]["val_loss"] - runs["moe"]["val_loss"]
-    yield figure(case={"seed": seed}, metric="gain", unit="nats", measured=gain, better="higher", note="dense - MoE")
+        yield figure("loss", case, run["val_loss"], note=note)
+        yield figure("tokens_per_s", case, run["tokens_per_s"])
+        yield figure("active_parameters", case, float(run["active_parameters"]))
+    yield figure("gain", {"seed": seed}, runs["dense"]["val_loss"] - runs["moe"]["val_loss"], note="dense - MoE")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -63,30 +65,8 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    losses = {name: pick(figures, "loss", model=name) for name in TWINS}
-    speeds = {name: pick(figures, "tokens_per_s", model=name) for name in TWINS}
-    drawn = [
-        points("Loss over the held-out split", "nats a byte", losses, _seed),
-        points("Speed of training", "tokens/s", speeds, _seed),
-    ]
-    return [plot for plot in drawn if plot.labels]
+    loss, speed = ("Loss over the held-out split", "nats a byte"), ("Speed of training", "tokens/s")
+    return plots_by_seed(figures, "model", TWINS, {"loss": loss, "tokens_per_s": speed})
 
 
-def _seed(f: Figure) -> str:
-    return f"seed {f.case['seed']}"
-
-
-QUESTION = Question(
-    name=NAME,
-    title="Does a mixture of experts earn its keep, on equal tokens with equal active parameters?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    on_request=True,
-    about=(
-        "Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of "
-        "configs/shakespeare.toml; and a dense twin, whose feed-forwards are as wide as these three experts together. "
-        "Both are trained on the source code of Python's standard library, and scored over the whole held-out split. "
-        "Each seed gives one difference; the interval is Student's t."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True)

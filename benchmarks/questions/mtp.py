@@ -1,25 +1,33 @@
-"""Speculative decoding with multi-token prediction: how often guesses are right, and what that gains."""
+"""Does guessing ahead pay?
+
+A small model is trained for a short while on real text, then continues held-out prompts one by one without and with
+the guesses of its multi-token prediction, in turns, in FP32. Predicted: from how often trunk and guess agree on
+held-out text, and what the operations of a step cost by this machine's rates.
+"""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from benchmarks.question import Case, Figure, Plot, Question, Setting, Value, pick
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.data.corpus import Corpus
 from dsmini.inference.generation import Stats
 from dsmini.measure.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
-from dsmini.measure.timing import spread
 from dsmini.report.charts import measured_bars
 
 NAME = "mtp"
 TEMPERATURES = (0.0, 0.8)
 
-figure = functools.partial(Figure, question=NAME, better="higher")
+figure = Figures(
+    NAME,
+    higher={"acceptance": "", "tokens_per_step": "tokens", "speedup": "x", "tokens_per_s": "tokens/s"},
+    neither={"same_continuations": "prompts"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +36,6 @@ class Size:
 
     model: ModelConfig
     steps: int
-    batch_size: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -37,54 +44,32 @@ class Size:
     """Estimated time of a depth."""
 
 
-FULL = Size(
-    model=ModelConfig(),
-    steps=160,
-    batch_size=4,
-    prompts=6,
-    prompt_tokens=64,
-    new_tokens=160,
-    depths=(1, 2),
-    seconds=55,
+FULL = Size(model=ModelConfig(), steps=160, prompts=6, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=55)
+TOY = ModelConfig(
+    dim=128,
+    inter_dim=384,
+    moe_inter_dim=64,
+    n_layers=3,
+    n_routed_experts=8,
+    n_activated_experts=2,
+    n_expert_groups=1,
+    n_limited_groups=1,
 )
-QUICK = Size(
-    model=ModelConfig(
-        dim=128,
-        inter_dim=384,
-        moe_inter_dim=64,
-        n_layers=3,
-        n_routed_experts=8,
-        n_activated_experts=2,
-        n_expert_groups=1,
-        n_limited_groups=1,
-    ),
-    steps=60,
-    batch_size=4,
-    prompts=3,
-    prompt_tokens=48,
-    new_tokens=64,
-    depths=(1,),
-    seconds=8,
-)
+QUICK = Size(model=TOY, steps=60, prompts=3, prompt_tokens=48, new_tokens=64, depths=(1,), seconds=8)
+BATCH = 4
+"""Sequences of a training step."""
 
 
 def cases(setting: Setting) -> list[Case]:
     of = QUICK if setting.quick else FULL
-    length = of.model.max_seq_len
-
-    def flops(depth: int) -> float:
-        config = dataclasses.replace(of.model, n_mtp_layers=depth)
-        return of.steps * of.batch_size * length * accounting.flops_per_token(config, length, training=True).total
-
-    return [
-        Case(
-            key=f"depth={depth} steps={of.steps}",
-            seconds=of.seconds,
-            flops=flops(depth),
-            run=lambda n=depth: measure(n, setting, of),
-        )
-        for depth in of.depths
-    ]
+    out = []
+    for depth in of.depths:
+        model = dataclasses.replace(of.model, n_mtp_layers=depth)
+        flops = accounting.flops_per_token(model, model.max_seq_len, training=True).total
+        flops *= of.steps * BATCH * model.max_seq_len
+        key, run = f"depth={depth} steps={of.steps}", partial(measure, depth, setting, of)
+        out.append(Case(key=key, seconds=of.seconds, flops=flops, run=run))
+    return out
 
 
 def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
@@ -102,7 +87,7 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
 def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
     """Return a model of this depth, trained for a short while on the default corpus, to generate in FP32."""
     model_config = dataclasses.replace(of.model, n_mtp_layers=depth)
-    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=of.batch_size))
+    config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=BATCH))
     made = trainer(config, setting, of.steps)
     made.loader.close()
     made.model.compute_dtype = None  # BF16 logits tie, and ties are broken otherwise in steps of several tokens
@@ -120,23 +105,16 @@ def _figures(
     """
     drafted_kept = (expected - 1) / int(case["depth"])  # of all guesses, those behind a refused one included
     faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, guessing, strict=True)]
-    counted = "predicted: tokens a step over the cost of a step, by counted operations; quartiles over prompts"
-    read: list[tuple[str, str, float, Callable[[Stats], float]]] = [
-        ("acceptance", "", drafted_kept, lambda s: s.acceptance_rate),
-        ("tokens_per_step", "tokens", expected, lambda s: s.tokens_per_step),
-    ]
     note = "predicted from held-out text; quartiles over prompts"
-    for metric, unit, predicted, value in read:
-        values = spread([value(s) for s in guessing])
-        yield figure(case=case, metric=metric, unit=unit, predicted=predicted, note=note, **values)
-    yield figure(case=case, metric="speedup", unit="x", predicted=expected / cost, note=counted, **spread(faster))
+    yield figure("acceptance", case, [s.acceptance_rate for s in guessing], predicted=drafted_kept, note=note)
+    yield figure("tokens_per_step", case, [s.tokens_per_step for s in guessing], predicted=expected, note=note)
+    note = "predicted: tokens a step over the cost of a step, by counted operations; quartiles over prompts"
+    yield figure("speedup", case, faster, predicted=expected / cost, note=note)
     for name, stats in (("no guesses", plain), ("guesses", guessing)):
-        speed = spread([s.tokens_per_s for s in stats])
-        yield figure(case={**case, "with": name}, metric="tokens_per_s", unit="tokens/s", **speed)
-    if not case["temperature"]:
-        same = {"measured": len(guessing), "predicted": len(plain), "exact": True}  # else in_turns would have raised
+        yield figure("tokens_per_s", {**case, "with": name}, [s.tokens_per_s for s in stats])
+    if not case["temperature"]:  # in_turns raises where continuations differ
         note = "greedy, with guesses and without"
-        yield figure(case=case, metric="same_continuations", unit="prompts", better=None, note=note, **same)
+        yield figure("same_continuations", case, len(guessing), predicted=len(plain), exact=True, note=note)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -167,15 +145,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return drawn
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Does guessing ahead pay?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "A small model is trained for a short while on real text, then continues held-out prompts one by one without "
-        "and with the guesses of its multi-token prediction, in turns, in FP32. Predicted: from how often trunk and "
-        "guess agree on held-out text, and what the operations of a step cost by this machine's rates."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,4 +1,7 @@
-"""How fast is a prompt read?"""
+"""How fast is a prompt read?
+
+The whole prompt goes through the model at once and into the latent cache; the head reads the last token.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -6,12 +9,9 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting
-from benchmarks.steps import distinct_experts, speed_sentence, step_cases, step_figures
+from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, accounting
-from dsmini.measure.counting import count
-from dsmini.measure.memory import reset_peak
-from dsmini.measure.timing import times
 from dsmini.measure.workloads import dtype_name, random_model, random_tokens
 from dsmini.nn import Routing
 from dsmini.report.charts import lines
@@ -21,12 +21,13 @@ NAME = "prefill"
 
 def cases(setting: Setting) -> list[Case]:
     points = [(1, 128), (1, 512)] if setting.quick else [(1, 128), (1, 512), (1, 2048), (4, 512)]
-    return step_cases("tokens", points, 3.75 if setting.quick else 15.0, partial(measure, setting))
+    seconds = 3.75 if setting.quick else 15.0
+    return cases_over("batch={} tokens={}", points, seconds, partial(measure, setting))
 
 
 def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig, Callable[[], list[Routing]]]:
     """Return a config, and a step that reads a prompt, makes the logits of its last token, and returns its routing."""
-    model = random_model(shapes.QUICK if setting.quick else shapes.BIG, setting.device, setting.dtype)
+    model = random_model(shapes.decoded(setting.quick), setting.device, setting.dtype)
     prompt = random_tokens(model.config, batch, tokens, setting.device)
     cache = model.new_cache(batch, tokens)
 
@@ -42,21 +43,19 @@ def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig
 @torch.no_grad()
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config, step = reading_step(setting, batch, tokens)
-    reset_peak()
-    experts = distinct_experts(step())
-    counted = count(step, setting.roofs.cache_bytes)
-    taken = times(step, setting.device, 1.5 if setting.quick else 6.0)
-    least = accounting.prefill_bytes_per_token(
-        config, seq_len=tokens, batch=batch, dtype=dtype_name(setting.dtype), experts=experts
-    )
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
-    bounds = {"bytes_bound": least.total, "flops_bound": flops.total / (batch * tokens)}
+
+    def bounds(experts: float | None) -> tuple[float, float]:
+        size = {"seq_len": tokens, "batch": batch, "dtype": dtype_name(setting.dtype)}
+        least = accounting.prefill_bytes_per_token(config, **size, experts=experts)
+        return least.total, flops.total / (batch * tokens)
+
     case = {"batch": batch, "tokens": tokens}
-    yield from step_figures(NAME, case, counted, taken, batch * tokens, setting, **bounds)
+    yield from measure_step(NAME, case, step, setting, 1.5 if setting.quick else 6.0, bounds)
 
 
 def finding(figures: list[Figure]) -> str:
-    return speed_sentence(figures, "tokens", "a prompt of")
+    return speed_sentence(figures, "a prompt of")
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
@@ -64,11 +63,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast is a prompt read?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="The whole prompt goes through the model at once and into the latent cache; the head reads the last token.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,7 +1,12 @@
-"""How fast are the CPU kernels for tiles, next to a copy of the same bytes and to plain PyTorch?"""
+"""How fast are the CPU kernels for tiles?
+
+Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, then timed,
+on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count the bytes that are read
+and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is kept for the next call, as in a
+training step.
+"""
 
 import ctypes
-import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
 from dsmini import ops
-from dsmini.measure.timing import interleaved, once, ratios, spread
+from dsmini.measure.timing import interleaved, once, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.report.charts import points
 
@@ -27,89 +32,84 @@ AMAX_MIN = 1e-4
 CPU = torch.device("cpu")
 Run = Callable[[], Any]
 
-figure = functools.partial(Figure, question=NAME)
+figure = Figures(
+    NAME,
+    higher={"bandwidth": "bytes/s"} | dict.fromkeys(("share_of_copy", "share_of_copy_best", "over_eager"), "x"),
+    lower={"call_seconds": "s"},
+)
 
 
 def cases(setting: Setting) -> list[Case]:
     most = torch.get_num_threads()
-    each = [
-        Case(key=f"threads={n}", seconds=3 if setting.quick else 20, run=lambda n=n: measure(setting, n))
-        for n in sorted({1, most})
-    ]
-    return [*each, Case(key=f"calls threads={most}", seconds=1, run=calls)]
+    points, seconds = ((n,) for n in sorted({1, most})), 3 if setting.quick else 20
+    timed = cases_over("threads={}", points, seconds, partial(measure, setting))
+    return [*timed, Case(key=f"calls threads={most}", seconds=1, run=calls)]
 
 
 @torch.no_grad()
 def measure(setting: Setting, threads: int) -> Iterator[Figure]:
+    if reason := why_not():
+        yield figure("bandwidth", {"operation": "all", "threads": threads}, note=f"left out: {reason}")
+        return
     torch.manual_seed(0)
     x = torch.randn(QUICK_SHAPE if setting.quick else SHAPE).bfloat16()
-    if reason := why_not():
-        case = {"operation": "all", "threads": threads}
-        yield figure(case=case, metric="bandwidth", unit="bytes/s", better="higher", note=f"left out: {reason}")
-        return
     rounds = QUICK_ROUNDS if setting.quick else ROUNDS
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with freed_memory_kept():
-            for name, (run, moved) in operations(x).items():
-                yield from _operation({"operation": name, "threads": threads}, run, moved, x, rounds)
+            for name, (run, source, moved) in operations(x).items():
+                check(name, run)
+                yield from _operation({"operation": name, "threads": threads}, run, source, moved, rounds)
     finally:
         torch.set_num_threads(before)
 
 
-def operations(x: Tensor) -> dict[str, tuple[Run, int]]:
-    """Return each operation on x [rows, columns] and the bytes that it moves. The caller chooses the backend."""
-    wide = x.float()
-    runs: dict[str, tuple[Run, int]] = {}
-    for name, source in (("BF16", x), ("FP32", wide)):
+def operations(x: Tensor) -> dict[str, tuple[Run, Tensor, int]]:
+    """Return each operation on x [rows, columns], a tensor to copy instead, and the bytes that it moves."""
+    runs: dict[str, tuple[Run, Tensor, int]] = {}
+    for name, source in (("BF16", x), ("FP32", x.float())):
         for tile in ((1, 128), (128, 1), (128, 128)):
             for scale in ("ue8m0", "fp32"):
                 run = partial(round_tiles, source, tile, scale, "e4m3", AMAX_MIN, torch.bfloat16)
-                runs[f"round {name} {tile[0]}x{tile[1]} {scale}"] = run, x.numel() * (source.itemsize + 2)
+                runs[f"round {name} {tile[0]}x{tile[1]} {scale}"] = run, source, x.numel() * (source.itemsize + 2)
     for format in ("e4m3", "e5m6"):
-        codes, scales = quantize_tiles(x, (1, 128), "ue8m0", format, AMAX_MIN)
+        quantize = partial(quantize_tiles, x, (1, 128), "ue8m0", format, AMAX_MIN)
+        codes, scales = quantize()
         moved = x.nbytes + codes.nbytes + scales.nbytes
-        runs[f"quantize BF16 1x128 {format}"] = partial(quantize_tiles, x, (1, 128), "ue8m0", format, AMAX_MIN), moved
+        runs[f"quantize BF16 1x128 {format}"] = quantize, x, moved
         run = partial(dequantize_tiles, codes, scales, (1, 128), format, torch.bfloat16, x.shape[1])
-        runs[f"dequantize BF16 1x128 {format}"] = run, moved
+        runs[f"dequantize BF16 1x128 {format}"] = run, x, moved
     return runs
 
 
-def _operation(case: dict[str, Any], run: Run, moved: int, x: Tensor, rounds: int) -> Iterator[Figure]:
-    """Check an operation to the bit, then time it: kernel, copy and plain PyTorch take turns."""
-    check(case["operation"], run)
-    source = x.float() if "FP32" in case["operation"] else x
-    target, repeats = torch.empty_like(source), max(1, 2_000_000 // x.numel())
-
-    def kernel() -> None:
-        with ops.use("cpu"):
-            for _ in range(repeats):
-                run()
-
-    def copy() -> None:
-        for _ in range(repeats):
-            target.copy_(source)
-
-    def eager() -> None:
-        with ops.use("eager"):
-            run()
-
-    both: dict[str, Run] = {"copy": copy, "kernel": kernel}
-    taken = interleaved(both | {"eager": eager}, CPU, EAGER_ROUNDS)
+def _operation(case: dict[str, Any], run: Run, source: Tensor, moved: int, rounds: int) -> Iterator[Figure]:
+    """Time an operation: kernel, copy and plain PyTorch take turns."""
+    repeats = max(1, 2_000_000 // source.numel())
+    copy = partial(_repeat, partial(torch.empty_like(source).copy_, source), repeats)
+    both: dict[str, Run] = {"copy": copy, "kernel": partial(_with, "cpu", run, repeats)}
+    taken = interleaved(both | {"eager": partial(_with, "eager", run)}, CPU, EAGER_ROUNDS)
     for name, times in interleaved(both, CPU, rounds - EAGER_ROUNDS).items():
         taken[name] += times
     kernels = [t / repeats for t in taken["kernel"]]
-    median = statistics.median(kernels)
-    tell = partial(figure, case=case, better="higher")
-    yield tell(metric="bandwidth", unit="bytes/s", **spread([moved / t for t in kernels]))
+    yield figure("bandwidth", case, [moved / t for t in kernels])
     more = moved / (2 * source.nbytes)
-    share = [more * ratio for ratio in ratios({"copy": taken["copy"], "kernel": taken["kernel"]}, "copy", "kernel")]
-    yield tell(metric="share_of_copy", unit="x", note="bytes a second over those of y.copy_(x)", **spread(share))
+    shares = [more * ratio for ratio in ratios(taken, "copy", "kernel")]
+    yield figure("share_of_copy", case, shares, note="bytes a second over those of y.copy_(x)")
     best = more * min(taken["copy"]) / min(taken["kernel"])
-    yield tell(metric="share_of_copy_best", unit="x", measured=best, note="the best of each")
-    note = "plain PyTorch's time over the kernel's"
-    yield tell(metric="over_eager", unit="x", note=note, **spread([t / median for t in taken["eager"]]))
+    yield figure("share_of_copy_best", case, best, note="the best of each")
+    slower = [t / statistics.median(kernels) for t in taken["eager"]]
+    yield figure("over_eager", case, slower, note="plain PyTorch's time over the kernel's")
+
+
+def _repeat(run: Run, n: int) -> None:
+    for _ in range(n):
+        run()
+
+
+def _with(backend: str, run: Run, n: int = 1) -> None:
+    with ops.use(backend):
+        _repeat(run, n)
 
 
 def check(name: str, run: Run) -> None:
@@ -158,10 +158,8 @@ def freed_memory_kept() -> Iterator[None]:
 @torch.no_grad()
 def calls() -> Iterator[Figure]:
     """Time a call on a matrix so small that nothing else counts, the best of many."""
-    case = {"call": "kernel"}
-    tell = partial(figure, metric="call_seconds", unit="s", better="lower")
     if reason := why_not():
-        yield tell(case=case, note=f"left out: {reason}")
+        yield figure("call_seconds", {"call": "kernel"}, note=f"left out: {reason}")
         return
     from dsmini_kernels import cpu  # pyright: ignore[reportMissingImports]
 
@@ -173,14 +171,8 @@ def calls() -> Iterator[Figure]:
         "x.clone()": x.clone,
     }
     for name, run in runs.items():
-        many = partial(_repeat, run)
-        best = min(once(many, CPU) for _ in range(20)) / CALLS
-        yield tell(case={"call": name}, measured=best, note="the best of 20 times 1000 calls on [1, 128]")
-
-
-def _repeat(run: Run) -> None:
-    for _ in range(CALLS):
-        run()
+        best = min(once(partial(_repeat, run, CALLS), CPU) for _ in range(20)) / CALLS
+        yield figure("call_seconds", {"call": name}, best, note="the best of 20 times 1000 calls on [1, 128]")
 
 
 def finding(figures: list[Figure]) -> str:
@@ -211,16 +203,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return [plot for plot in drawn if plot.labels]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast are the CPU kernels for tiles?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about=(
-        "Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, "
-        "then timed, on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count "
-        "the bytes that are read and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is "
-        "kept for the next call, as in a training step."
-    ),
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -1,38 +1,44 @@
-"""Which roof is each operation under: that of memory, or that of arithmetic?"""
+"""Which roof is each operation under, memory's or arithmetic's?
+
+Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train step is
+forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies nothing counts
+one FLOP for an element written.
+"""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Series, Setting
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, pick
 from benchmarks.questions.decode import decoding_step
 from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
 from benchmarks.steps import check_bandwidth
 from dsmini.measure.counting import Operation, count
 from dsmini.measure.prediction import operation_seconds
+from dsmini.measure.workloads import dtype_name
 
 NAME = "roofline"
 PASSES = 5
+STEPS = ("decode", "prefill", "train")
+
+figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roof": "FLOP/s"})
 
 
 def cases(setting: Setting) -> list[Case]:
-    steps = {"decode": _decode, "prefill": _prefill, "train": _train}
+    steps = {
+        "decode": lambda: partial(decoding_step(setting, 1, 1024)[2], None),
+        "prefill": lambda: reading_step(setting, 1, 512)[1],
+        "train": lambda: _train(setting),
+    }
     return [
-        Case(key=f"step={name}", seconds=6.0, run=lambda n=name, m=make: measure(setting, n, m(setting)))
+        Case(key=f"step={name}", seconds=6.0, run=lambda name=name, make=make: measure(setting, name, make()))
         for name, make in steps.items()
     ]
-
-
-def _decode(setting: Setting) -> Callable[[], object]:
-    return partial(decoding_step(setting, 1, 1024)[2], None)
-
-
-def _prefill(setting: Setting) -> Callable[[], object]:
-    return reading_step(setting, 1, 512)[1]
 
 
 def _train(setting: Setting) -> Callable[[], object]:
@@ -41,45 +47,39 @@ def _train(setting: Setting) -> Callable[[], object]:
 
 
 def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator[Figure]:
-    grad = name == "train"
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(name == "train"):
         step()
         passes = [count(step, setting.roofs.cache_bytes).operations for _ in range(PASSES)]
     groups: dict[tuple[str, str, str], list[Operation]] = {}
-    for operations in passes:
-        for op in operations:
-            shape = " x ".join("[" + ", ".join(map(str, s)) + "]" for s in op.shape[:2])
-            groups.setdefault((op.kind, op.name, shape), []).append(op)
-    total = sum(op.seconds for operations in passes for op in operations)
-    check_bandwidth(f"{NAME} {name}", sum(op.cold for operations in passes for op in operations) / total, setting)
-    for (kind, operation, shape), ops in sorted(groups.items(), key=lambda item: -sum(op.seconds for op in item[1])):
-        seconds = sum(op.seconds for op in ops)
+    for op in itertools.chain(*passes):
+        shape = " x ".join("[" + ", ".join(map(str, s)) + "]" for s in op.shape[:2])
+        groups.setdefault((op.kind, op.name, shape), []).append(op)
+    seconds = {of: sum(op.seconds for op in ops) for of, ops in groups.items()}
+    total = sum(op.seconds for op in itertools.chain(*passes))
+    check_bandwidth(f"{NAME} {name}", sum(op.cold for op in itertools.chain(*passes)) / total, setting)
+    for of in sorted(groups, key=lambda of: -seconds[of]):
+        (kind, operation, shape), ops = of, groups[of]
         # an operation that multiplies nothing is counted as one FLOP for every element that it writes
         flops = sum(op.flops or op.written // op.dtype.itemsize for op in ops)
         moved = sum(op.bytes for op in ops)
-        if seconds < 0.002 * total or not moved or not flops:
+        if seconds[of] < 0.002 * total or not moved or not flops:
             continue
         case = {"step": name, "kind": kind, "operation": operation, "shape": shape, "intensity": flops / moved}
         predicted = flops / sum(operation_seconds(op, setting.roofs) for op in ops)
-        yield Figure(
-            question=NAME, case=case, metric="flop_rate", unit="FLOP/s", measured=flops / seconds, predicted=predicted
-        )
-        yield Figure(question=NAME, case=case, metric="share_of_time", unit="", measured=seconds / total)
-    dtype = str(setting.dtype).removeprefix("torch.")
-    for roof, value, unit in (
-        ("memory", setting.roofs.bandwidth, "bytes/s"),
-        ("arithmetic", setting.roofs.peak[dtype], "FLOP/s"),
-    ):
-        yield Figure(question=NAME, case={"step": name, "roof": roof}, metric="roof", unit=unit, measured=value)
+        yield figure("flop_rate", case, flops / seconds[of], predicted=predicted)
+        yield figure("share_of_time", case, seconds[of] / total)
+    peak = setting.roofs.peak[dtype_name(setting.dtype)]
+    yield figure("roof", {"step": name, "roof": "memory"}, setting.roofs.bandwidth, unit="bytes/s")
+    yield figure("roof", {"step": name, "roof": "arithmetic"}, peak)
 
 
 def finding(figures: list[Figure]) -> str:
-    ridge = _ridge(figures)
-    if ridge is None:
+    memory, arithmetic = _roofs(figures)
+    if not memory or not arithmetic:
         return "Nothing was measured yet."
-    parts = []
-    for step in ("decode", "prefill", "train"):
-        shares = [f for f in figures if f.metric == "share_of_time" and f.case["step"] == step]
+    ridge, parts = arithmetic / memory, []
+    for step in STEPS:
+        shares = pick(figures, "share_of_time", step=step)
         total = sum(f.measured or 0 for f in shares)
         if total:
             left = sum(f.measured or 0 for f in shares if float(f.case["intensity"]) < ridge)
@@ -88,56 +88,32 @@ def finding(figures: list[Figure]) -> str:
     return text + (f": by time {', '.join(parts)} lie there." if parts else ".")
 
 
-def _ridge(figures: list[Figure]) -> float | None:
-    roofs = {f.case["roof"]: f.measured for f in figures if f.metric == "roof"}
-    if not roofs.get("memory") or not roofs.get("arithmetic"):
-        return None
-    return (roofs["arithmetic"] or 0) / (roofs["memory"] or 1)
+def _roofs(figures: list[Figure]) -> tuple[float, float]:
+    """Return those of memory and of arithmetic; 0 where one was not measured."""
+    roofs = {f.case["roof"]: f.measured or 0.0 for f in pick(figures, "roof")}
+    return roofs.get("memory", 0.0), roofs.get("arithmetic", 0.0)
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    roofs = {f.case["roof"]: f.measured for f in figures if f.metric == "roof"}
-    out = []
-    for step in ("decode", "prefill", "train"):
-        points = [f for f in figures if f.metric == "flop_rate" and f.case["step"] == step]
-        if not points or len(roofs) < 2:
-            continue
-        memory, arithmetic = roofs["memory"] or 1.0, roofs["arithmetic"] or 1.0
-        ridge = arithmetic / memory
-        at = [float(f.case["intensity"]) for f in points]
-        low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
-        series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
-        for kind in sorted({str(f.case["kind"]) for f in points}):
-            some = [f for f in points if f.case["kind"] == kind]
-            series.append(
-                Series(
-                    label=kind,
-                    kind="points",
-                    x=[float(f.case["intensity"]) for f in some],
-                    y=[f.measured or 0 for f in some],
-                )
-            )
-        out.append(
-            Plot(
-                title=f"Operations of a {step} step",
-                x="FLOPs a byte",
-                y="FLOP/s",
-                series=series,
-                log_x=True,
-                log_y=True,
-                caption="A point is an operation of one shape. Above the sloping roof, its bytes come from a cache.",
-            )
-        )
-    return out
+    memory, arithmetic = _roofs(figures)
+    by_step = {step: pick(figures, "flop_rate", step=step) for step in STEPS}
+    if not memory or not arithmetic:
+        return []
+    return [_plot(step, found, memory, arithmetic) for step, found in by_step.items() if found]
 
 
-QUESTION = Question(
-    name=NAME,
-    title="Which roof is each operation under, memory's or arithmetic's?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train "
-    "step is forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies "
-    "nothing counts one FLOP for an element written.",
-)
+def _plot(step: str, found: list[Figure], memory: float, arithmetic: float) -> Plot:
+    ridge = arithmetic / memory
+    at = [float(f.case["intensity"]) for f in found]
+    low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
+    series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
+    for kind in sorted({str(f.case["kind"]) for f in found}):
+        some = pick(found, "flop_rate", kind=kind)
+        x, y = [float(f.case["intensity"]) for f in some], [f.measured or 0 for f in some]
+        series.append(Series(label=kind, kind="points", x=x, y=y))
+    caption = "A point is an operation of one shape. Above the sloping roof, its bytes come from a cache."
+    title = f"Operations of a {step} step"
+    return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)
+
+
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

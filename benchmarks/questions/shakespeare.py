@@ -1,17 +1,21 @@
-"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?"""
+"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?
 
-import functools
+For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 sequences a
+step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train configs/shakespeare.toml. Sprint: the
+same with 200 steps. Seconds are those of the whole command, imports and final validation included. Losses are nats a
+character over the whole held-out tenth.
+"""
+
 import statistics
 from collections.abc import Iterator
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.peer_models import nanogpt
-from benchmarks.question import Case, Figure, Plot, Question, Setting, pick
-from benchmarks.trained import run_command, run_recipe
-from dsmini.report.charts import points
+from benchmarks.peer_models import MISSING, nanogpt
+from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
+from benchmarks.trained import plots_by_seed, run_command, run_recipe
 
 NAME = "shakespeare"
 SEEDS, QUICK_SEEDS = 3, 1
@@ -21,19 +25,16 @@ QUICK_STEPS, QUICK_PEER_STEPS = 165, 200
 """Steps of the others with --quick; in full the recipes say how many."""
 WHO = ("peer", "sprint", "run")
 
-figure = functools.partial(Figure, question=NAME, better="lower")
+figure = Figures(NAME, lower={"seconds": "s", "loss_as_peer": "nats", "loss": "nats"})
 
 
 def cases(setting: Setting) -> list[Case]:
     assert setting.text is not None, "the question says that it needs a text"
     text = setting.text.resolve()
     seeds = QUICK_SEEDS if setting.quick else SEEDS
+    seconds = 40 if setting.quick else 200
     return [
-        Case(
-            key=f"seed={seed} text={text.name}",
-            seconds=40 if setting.quick else 200,
-            run=lambda seed=seed: measure(setting, text, seed),
-        )
+        Case(key=f"seed={seed} text={text.name}", seconds=seconds, run=partial(measure, setting, text, seed))
         for seed in range(seeds)
     ]
 
@@ -49,15 +50,14 @@ def measure(setting: Setting, text: Path, seed: int) -> Iterator[Figure]:
     for who, steps in lengths.items():
         seconds, answer = run_recipe(setting, *ours, *(["--train.steps", str(steps)] if steps else []))
         yield from _figures(seed, who, seconds, answer["val_loss_at_eval_context"])
-        case, note = {"seed": seed, "who": who}, "at the training context"
-        yield figure(case=case, metric="loss", unit="nats", measured=answer["val_loss"], note=note)
+        yield figure("loss", {"seed": seed, "who": who}, answer["val_loss"], note="at the training context")
 
 
 def _figures(seed: int, who: str, seconds: float, loss: float) -> Iterator[Figure]:
     case = {"seed": seed, "who": who}
-    yield figure(case=case, metric="seconds", unit="s", measured=seconds, note="of the whole command")
+    yield figure("seconds", case, seconds, note="of the whole command")
     note = f"a character, over the whole held-out tenth, at context {nanogpt.CONTEXT}"
-    yield figure(case=case, metric="loss_as_peer", unit="nats", measured=loss, note=note)
+    yield figure("loss_as_peer", case, loss, note=note)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -74,29 +74,10 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    drawn = []
-    for metric, title, y in (
-        ("loss_as_peer", f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"),
-        ("seconds", "Time of the whole command", "seconds"),
-    ):
-        groups = {who: pick(figures, metric, who=who) for who in WHO}
-        drawn.append(points(title, y, groups, lambda f: f"seed {f.case['seed']}"))
-    return [plot for plot in drawn if plot.labels]
+    loss = f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"
+    seconds = "Time of the whole command", "seconds"
+    return plots_by_seed(figures, "who", WHO, {"loss_as_peer": loss, "seconds": seconds})
 
 
-QUESTION = Question(
-    name=NAME,
-    title="What does a minute and a half of training buy, next to nanoGPT's laptop recipe?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    on_request=True,
-    needs_text="Karpathy's tinyshakespeare, 1,115,394 characters",
-    needs=None if find_spec("transformers") else "transformers is not installed; pip install 'dsmini[peers]'",
-    about=(
-        "For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 "
-        "sequences a step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train "
-        "configs/shakespeare.toml. Sprint: the same with 200 steps. Seconds are those of the whole command, imports "
-        "and final validation included. Losses are nats a character over the whole held-out tenth."
-    ),
-)
+TEXT = "Karpathy's tinyshakespeare, 1,115,394 characters"
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True, needs_text=TEXT, needs=MISSING)

@@ -1,4 +1,7 @@
-"""How fast does a model train, and what would this machine allow?"""
+"""How fast does a model train, and what would this machine allow?
+
+A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,12 +10,9 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting
-from benchmarks.steps import distinct_experts, speed_sentence, step_cases, step_figures
+from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
-from dsmini.measure.counting import count
-from dsmini.measure.memory import reset_peak
-from dsmini.measure.timing import times
 from dsmini.measure.workloads import dtype_name, random_tokens
 from dsmini.nn import Routing
 from dsmini.report.charts import lines
@@ -23,7 +23,8 @@ NAME = "train"
 
 def cases(setting: Setting) -> list[Case]:
     points = [(4, 256)] if setting.quick else [(4, 256), (16, 256), (4, 1024)]
-    return step_cases("tokens", points, 9.0 if setting.quick else 30.0, partial(measure, setting))
+    seconds = 9.0 if setting.quick else 30.0
+    return cases_over("batch={} tokens={}", points, seconds, partial(measure, setting))
 
 
 def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int) -> Callable[[], list[Routing]]:
@@ -48,23 +49,20 @@ def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int
 
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
-    step = training_step(config, setting, batch, tokens)
-    reset_peak()
-    step()
-    experts = distinct_experts(step())
-    counted = count(step, setting.roofs.cache_bytes)
-    taken = times(step, setting.device, 3.0 if setting.quick else 10.0)
-    least = accounting.training_bytes_per_token(
-        config, seq_len=tokens, batch_size=batch, dtype=dtype_name(setting.dtype), experts=experts
-    )
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens)
-    bounds = {"bytes_bound": least.total, "flops_bound": flops.total / (batch * tokens)}
+
+    def bounds(experts: float | None) -> tuple[float, float]:
+        size = {"seq_len": tokens, "batch_size": batch, "dtype": dtype_name(setting.dtype)}
+        least = accounting.training_bytes_per_token(config, **size, experts=experts)
+        return least.total, flops.total / (batch * tokens)
+
     case = {"batch": batch, "tokens": tokens}
-    yield from step_figures(NAME, case, counted, taken, batch * tokens, setting, **bounds)
+    step = training_step(config, setting, batch, tokens)
+    yield from measure_step(NAME, case, step, setting, 3.0 if setting.quick else 10.0, bounds)
 
 
 def finding(figures: list[Figure]) -> str:
-    return speed_sentence(figures, "tokens", "sequences of")
+    return speed_sentence(figures, "sequences of")
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
@@ -72,11 +70,4 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
 
 
-QUESTION = Question(
-    name=NAME,
-    title="How fast does a model train, and what would this machine allow?",
-    cases=cases,
-    finding=finding,
-    plots=plots,
-    about="A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.",
-)
+QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import shapes, trained
+from benchmarks import shapes, steps, trained
 from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.question import Figure, Setting, pick
@@ -113,24 +113,20 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     """The figures of every question, each made by all its cases."""
     corpus = tmp_path_factory.mktemp("corpus")
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
-    small = dataclasses.replace(
-        mtp.QUICK, model=TINY, steps=3, batch_size=2, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2)
-    )
+    small = dataclasses.replace(mtp.QUICK, model=TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2))
     changes: list[tuple[Any, str, Any]] = [(trained, "CORPUS", corpus)]
     changes += [(shapes, "BIG", LONG), (shapes, "QUICK", LONG), (shapes, "TRAINED", TINY)]
-    changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small)]
+    changes += [(fp8_error, "QUICK", TINY), (mtp, "QUICK", small), (mtp, "BATCH", 2)]
     changes += [
         (fp8, "trained_config", lambda quick: config),
         (fp8, "QUICK_CONTEXT", 16),
         (fp8_error, "QUICK_STEPS", 2),
     ]
-    changes += [(peers, "QUICK_CONTEXTS", (16, 24)), (peers, "PROMPT", 16), (peers, "QUICK_BATCH", 1)]
+    changes += [(peers, "QUICK", peers.Size((16, 24), rounds=2, batch=1)), (peers, "PROMPT", 16)]
     changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
-    changes += [
-        (each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, prefill, train)
-    ]
+    changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)

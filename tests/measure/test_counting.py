@@ -175,7 +175,7 @@ def test_a_bandwidth_above_the_roof_is_an_error() -> None:
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
     assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
     with pytest.raises(ValueError, match="above the roof"):
-        list(step_figures("q", {}, counted, [moved / 11e9] * 3, 2, setting))
+        list(step_figures("q", {}, counted, [moved / 11e9] * 3, 2, setting, flops_bound=50.0))
 
 
 CONFIG = ModelConfig(
