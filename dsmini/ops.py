@@ -82,20 +82,30 @@ class Operation(Generic[P, R]):
         return version
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # in the order of cost: decoding a token calls operations hundreds of times, each a few microseconds long
         if torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
-        forced = chosen()
+        forced = _chosen.get() or os.environ.get(VARIABLE) or "auto"
         if forced == "reference":
             return self.reference(*args, **kwargs)
         if forced == "eager":
             return self.plain(*args, **kwargs)
+        first: Any = args[0] if args else next(iter(kwargs.values()))
+        backend = FOR_DEVICE.get(first.device.type) if forced == "auto" else forced
+        kernels = None if backend is None else _load(backend)
+        if isinstance(kernels, ModuleType) and self.name not in kernels.OPERATIONS:
+            return self.plain(*args, **kwargs)
+        return self._try_kernel(kernels, *args, **kwargs)
+
+    def _try_kernel(self, kernels: ModuleType | str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the kernel that a backend has for this call, or what serves instead."""
+        forced = chosen()
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        backend = forced or FOR_DEVICE.get(tensors[0].device.type)
-        kernels = None if backend is None or _is_watched(tensors[0]) else _load(backend)
+        if _is_watched(tensors[0]):
+            return self.plain(*args, **kwargs)
         if not isinstance(kernels, ModuleType):
             return self._without(forced, kernels, *args, **kwargs)
-        wanted = self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if wanted or self.name not in kernels.OPERATIONS:
+        if self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return self.plain(*args, **kwargs)
         try:
             return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
