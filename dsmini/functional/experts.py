@@ -149,8 +149,9 @@ def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) 
 
 
 def _swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    w1, w2, w3 = (w.to(rows.dtype) for w in (w1, w2, w3))
-    return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+    dtype = rows.dtype
+    hidden = F.silu(F.linear(rows, w1.to(dtype))) * F.linear(rows, w3.to(dtype))
+    return F.linear(hidden, w2.to(dtype))
 
 
 def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
