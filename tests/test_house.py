@@ -168,7 +168,15 @@ def test_every_public_name_exists() -> None:
 # --- Budgets. One that proves wrong is changed in a commit of its own, with the reason.
 
 FILE_LINES, FUNCTION_LINES = 350, 60
-ROOM_LINES = {"dsmini/nn": 2000, "dsmini/functional": 950, "dsmini/accounting": 1300, "dsmini/inference": 950}
+ROOM_LINES = {
+    "benchmarks": 3150,
+    "dsmini/accounting": 1300,
+    "dsmini/functional": 950,
+    "dsmini/inference": 950,
+    "dsmini/measure": 1700,
+    "dsmini/nn": 2000,
+    "dsmini/report": 1420,
+}
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
 """Of nn/, from token ids to logits. An operation of functional/ counts as the one name that nn/ calls: its equation
 stands first in its file. Files are nine, not eight: Experts in moe.py would make a circle with nn/fp8.py."""
