@@ -1,10 +1,21 @@
 """The simulated FP8 product against its operands multiplied in FP64, and against what was not quantised."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics import AMAX_MIN, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
+from dsmini.numerics import (
+    AMAX_MIN,
+    Accumulator,
+    dequantize_tiles,
+    fp8_matmul,
+    fp8_swiglu_matmul,
+    quantize,
+    round_tiles,
+)
 from tests.helpers.configs import refusal
 from tests.helpers.fp8 import QUANTISED, SIMULATED, Scale, rounded, varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_error, rounding
@@ -86,14 +97,15 @@ def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pyte
     x, w = varied(4, 128).requires_grad_(), varied(4, 128).requires_grad_()
     with ops.use("reference"):
         y = fp8_matmul(x, w) if product == "matmul" else fp8_swiglu_matmul(x, x, w)
-    seen: list[str | None] = []
-    reference = ops.chosen
+    seen: list[str] = []
+    for operation in (dequantize_tiles, round_tiles):
+        for version in ("reference", "plain"):
 
-    def spy() -> str | None:
-        seen.append(reference())
-        return seen[-1]
+            def spy(*args: Any, run: Any = operation.reference, version: str = version, **options: Any) -> Tensor:
+                seen.append(version)
+                return run(*args, **options)
 
-    monkeypatch.setattr(ops, "chosen", spy)
+            monkeypatch.setattr(operation, version, spy)
     y.sum().backward()
     assert seen and set(seen) == {"reference"}
 
