@@ -183,7 +183,7 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
         torch.set_num_threads(options.threads)
     label = "measuring this machine's rates, half a minute; they are kept"
     with Progress(console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
-        roofs = measure(device, bar.update, options.fresh)
+        roofs = measure(device, on_part=bar.update, fresh=options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
     return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, text=options.text)
 

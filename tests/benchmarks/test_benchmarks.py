@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from benchmarks import runner
 from benchmarks.question import Figure, Question
 from dsmini.measure.calibration import steadiness
+from dsmini.measure.rates import Roofs
 from tests.helpers import fake_questions as fake
 from tests.helpers.benchmark_calls import Capture, Known, Watch, go, lines
 from tests.helpers.commands import ROOT
@@ -212,3 +214,20 @@ def test_questions_keep_the_contract() -> None:
         question = load()
         assert question.name == name
         assert question.title and question.about
+
+
+def test_rates_are_measured_as_the_runner_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real load_or_measure takes the runner's call; only the measuring inside it is replaced."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[object] = []
+
+    def measure(device: torch.device, on_part: Callable[[float, str], None]) -> Roofs:
+        on_part(0.5, "products")
+        asked.append(device)
+        return fake.ROOFS
+
+    monkeypatch.setattr("dsmini.measure.calibration.measure", measure)
+    for _ in range(2):  # the second finds them kept
+        assert runner.main(["fake_cache", "--out", str(tmp_path / "out"), "--device", "cpu"], fake.known()) == 0
+    assert asked == [torch.device("cpu")]
+    assert (tmp_path / "dsmini" / "roofs.json").is_file()

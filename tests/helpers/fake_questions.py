@@ -28,7 +28,7 @@ RATES = {("dsmini", 128): 52.0, ("dsmini", 512): 51.0, ("dsmini", 2048): 47.0, (
 }
 
 
-def roofs(device: torch.device, on_part: Callable[[float, str], None], fresh: bool) -> Roofs:
+def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh: bool) -> Roofs:
     on_part(0.5, "peak float32")
     return ROOFS
 
