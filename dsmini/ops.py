@@ -92,14 +92,14 @@ class Operation(Generic[P, R]):
             return self.plain(*args, **kwargs)
         first: Any = args[0] if args else next(iter(kwargs.values()))
         backend = FOR_DEVICE.get(first.device.type) if forced == "auto" else forced
-        kernels = None if backend is None else _load(backend)
-        if isinstance(kernels, ModuleType) and self.name not in kernels.OPERATIONS:
+        names = () if backend is None else _operations(backend)
+        if backend is None or (names is not None and self.name not in names):
             return self.plain(*args, **kwargs)
-        return self._try_kernel(kernels, *args, **kwargs)
+        return self._try_kernel(backend, *args, **kwargs)
 
-    def _try_kernel(self, kernels: ModuleType | str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the kernel that a backend has for this call, or what serves instead."""
-        forced = chosen()
+        forced, kernels = chosen(), _load(backend)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if _is_watched(tensors[0]):
             return self.plain(*args, **kwargs)
@@ -217,6 +217,15 @@ def explain() -> str:
     text = "\n".join(lines)
     print(text)
     return text
+
+
+@functools.cache
+def _operations(backend: str) -> tuple[str, ...] | None:
+    """Return the names of a backend's operations, also where it cannot run; None if there is no such backend."""
+    try:
+        return importlib.import_module(f"dsmini_kernels.{backend}").OPERATIONS
+    except ImportError:
+        return None
 
 
 @functools.cache

@@ -174,7 +174,7 @@ ROOM_LINES = {
     "dsmini/functional": 950,
     "dsmini/inference": 950,
     "dsmini/measure": 1700,
-    "dsmini/nn": 2000,
+    "dsmini/nn": 2020,
     "dsmini/report": 1420,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20

@@ -4,7 +4,6 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.rope import Table
@@ -58,8 +57,3 @@ class Block(nn.Module):
             y, routing = self.ffn(normed)
             return x + y, routing
         return x + self.ffn(normed), None
-
-
-def recomputed(block: nn.Module, *args: Any) -> tuple[Tensor, Routing | None]:
-    """Run a block that keeps only its input for backward, and computes the rest again there."""
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]

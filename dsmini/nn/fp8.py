@@ -59,9 +59,14 @@ def scale_names(module: nn.Module) -> Mapping[str, str]:
 def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor) -> None:
     """Let the parameter `name` of a layer be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
 
-    A plain layer becomes a quantized one in place: nobody who holds the module has to look for another.
+    A plain layer becomes a quantized one in place, so that references to the module stay valid.
+
+    Raises: ValueError for a subclass of Linear or Experts, whose own forward would be lost.
     """
     if not isinstance(module, FP8Weights):
+        if type(module) not in (Linear, Experts):
+            kind = type(module).__name__
+            raise ValueError(f"a {kind} has a forward of its own; to hold FP8 codes, derive it from QuantizedLinear")
         plain: Any = module
         plain.__class__ = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
         for buffer in scale_names(module).values():
@@ -117,6 +122,10 @@ class FP8Weights(nn.Module):
 class QuantizedLinear(FP8Weights, Linear):
     """A Linear that holds its weight as FP8 codes, and dequantizes it to x's dtype when it is used."""
 
+    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
+        super().__init__(in_features, out_features, init_std=init_std)
+        self.register_buffer("scale", None)
+
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return linear(untrainable(x), self.dense(x.dtype))
 
@@ -165,6 +174,11 @@ class FP8Linear(FP8Weights, Linear):
 
 class QuantizedExperts(FP8Weights, Experts):
     """Experts that hold matrices as FP8 codes. Only those that a token chose are dequantized, one after the other."""
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__(layer_config(config, arguments))
+        for buffer in EXPERTS_SCALES.values():
+            self.register_buffer(buffer, None)
 
     def forward(
         self,

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.recompute import recomputed
 from dsmini.functional.rope import Table
-from dsmini.nn.block import Block, recomputed
+from dsmini.nn.block import Block
 from dsmini.nn.cache import MTPCache, Past
 from dsmini.nn.gate import Routing
 from dsmini.nn.linear import Linear
@@ -77,6 +78,10 @@ class MTPChain(nn.ModuleList):
         super().__init__(MTP(config, depth=k, make_block=make_block) for k in range(config.n_mtp_layers))
         self.rope = Rope.from_config(config)
         self.pre_norm = config.mtp_input == "pre_norm"
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a block, or a plain ModuleList of several: a chain is made from a config."""
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(
         self,

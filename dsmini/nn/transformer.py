@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
 from dsmini.functional.embedding import check_ids, embedding
+from dsmini.functional.recompute import recomputed
 from dsmini.nn.balance import sequence_balance_loss
-from dsmini.nn.block import Block, recomputed
+from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache, CacheDtype, Form
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing

@@ -50,6 +50,7 @@ def whisper(x: Tensor) -> str:
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU backend that is there, a Triton one that is not, and nothing in the environment."""
     monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_operations", lambda name: ("speak", "sing"))
     monkeypatch.setattr(ops, "_load", lambda name: backend(name) if name == "cpu" else "no GPU here")
 
 
@@ -140,8 +141,9 @@ def test_wanted_gradient_runs_pytorch_code() -> None:
 
 
 def test_backend_without_the_operation_runs_eager() -> None:
-    with ops.use("cpu"):
-        assert whisper(X) == "reference"
+    for backend in ("cpu", "triton"):  # also where that backend cannot run at all
+        with ops.use(backend):
+            assert whisper(X) == "reference"
 
 
 def test_dispatch_mode_runs_pytorch_code() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini import Transformer
+from dsmini import Transformer, ops
 from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
 from dsmini.functional.linear import linear
 from dsmini.measure.memory import saved_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
-from dsmini.nn.fp8 import FP8Experts, FP8Linear, hold_fp8
+from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantization, quantize, round_tiles
 from tests.conftest import randomise
 from tests.helpers.configs import refusal, released
@@ -310,3 +310,40 @@ def test_fp8_linears_save_at_most_0_6_of_bf16_bytes() -> None:
     share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
     assert 0.25 < share < 0.6, kept
     assert whole < 0.75, kept
+
+
+def test_quantized_layers_are_built_and_used_like_plain_ones() -> None:
+    """Before they hold codes they are Linear and Experts; they move, train and deepcopy."""
+    quantized = randomise(QuantizedLinear(200, 130))
+    plain = Linear(200, 130)
+    plain.load_state_dict(quantized.state_dict())
+    x = torch.randn(5, 200)
+    assert torch.equal(quantized.to(torch.float32).train()(x), plain(x))
+    q = quantize(plain.weight.detach(), WEIGHT_TILE)
+    hold_fp8(quantized, "weight", q.codes, q.scales)
+    assert torch.equal(quantized.eval()(x), torch.nn.functional.linear(x, q.dequantize()))
+
+
+def test_holding_fp8_keeps_a_subclass_from_losing_its_forward() -> None:
+    class Doubled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    q = quantize(torch.randn(130, 200), WEIGHT_TILE)
+    with pytest.raises(ValueError, match="a Doubled has a forward of its own"):
+        hold_fp8(Doubled(200, 130), "weight", q.codes, q.scales)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_recomputation_runs_on_the_backend_of_forward(small_model: Build, backend: str) -> None:
+    """Backward may come when another backend is in force."""
+    model = small_model()
+    tokens = torch.randint(0, 61, (2, 20))
+    with ops.use(backend):
+        loss = model.losses(tokens[:, :-1], tokens[:, 1:], recompute=True).total
+    with ops.use("eager" if backend == "reference" else "reference"):
+        got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    with ops.use(backend):
+        total = model.losses(tokens[:, :-1], tokens[:, 1:]).total
+        want = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))

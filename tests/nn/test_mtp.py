@@ -140,3 +140,8 @@ def test_sequence_too_short_for_mtp_depth_raises(small_model: Model) -> None:
     assert len(model.run(torch.zeros(1, 3, dtype=torch.int64), mtp=True).mtp_logits) == 2
     with pytest.raises(ValueError, match="a sequence of 2 tokens is too short for MTP depth 2; want 3"):
         model.run(torch.zeros(1, 2, dtype=torch.int64), mtp=True)
+
+
+def test_slice_of_the_chain_is_a_list_of_its_blocks(small_model: Any) -> None:
+    chain = small_model().mtp
+    assert list(chain[:1]) == [chain[0]] and chain[-1] is list(chain)[1]
