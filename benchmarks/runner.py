@@ -22,8 +22,8 @@ from benchmarks.session import Loader, Session, load
 from dsmini import ops
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure import calibration
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
@@ -207,7 +207,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
-    """Pick as dsmini.measure.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
+    """Pick as dsmini.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
     peak = roofs.peak
     if name == "auto" and {"float32", "bfloat16"} <= set(peak):
         return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
 from dsmini import ops
-from dsmini.measure.timing import interleaved, once, ratios
+from dsmini.machine import once
+from dsmini.measure.timing import interleaved, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.report.charts import points
 

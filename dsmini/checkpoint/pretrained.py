@@ -27,7 +27,7 @@ from dsmini.config.fields import parse_file, require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
-from dsmini.measure.machine import pick_device, slow_bf16
+from dsmini.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8
 from dsmini.nn.fp32 import FP32Module

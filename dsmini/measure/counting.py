@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
-from dsmini.measure.timing import once, synchronize
+from dsmini.machine import once, synchronize
 from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of, size_of, tensors_in, work_of
 
 

@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import Transformer
 from dsmini.checkpoint.slots import fp8_weights
-from dsmini.nn import Experts, Linear
+from dsmini.nn import Experts, Linear, Transformer
 from dsmini.nn.fp8 import FP8Linear, hold_fp8
 from dsmini.numerics import (
     ACTIVATION_TILE,

@@ -11,7 +11,7 @@ from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
-from dsmini.measure.machine import peak_memory
+from dsmini.machine import peak_memory
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress

@@ -25,7 +25,7 @@ from dsmini.config import RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.training.changes import check_resume
 from dsmini.training.origin import Origin, absolute

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
-from dsmini.measure.timing import synchronize
+from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
 from dsmini.training.average import ParameterAverage
 from dsmini.training.optim import optimizers
