@@ -19,6 +19,8 @@ from dsmini.functional.fp32 import at_least_fp32
 
 BLOCK = 128
 """Queries whose logits exist at a time."""
+KEY_STEP = 64
+"""Step in which the number of keys grows."""
 PAGED, COPIED = 32 << 20, 8 << 20
 """Bytes of several heads' or rows' keys or values from which a CPU takes them in parts, and bytes of a part."""
 
@@ -65,6 +67,15 @@ def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: in
         expanded=expand + 2 * queries * keys * h * (n + r + v),
         absorbed=2 * queries * h * c * (n + v) + 2 * queries * keys * h * (c + r + c),
     )
+
+
+def keys_to_read(filled: int, room: int) -> int:
+    """Return the number of keys to give to attention of a cache that has `filled` of `room` keys.
+
+    The mask hides those that are not filled. A CPU prepares a BF16 product again for each number of rows, so that
+    number changes in steps (docs/log.md).
+    """
+    return min(room, -(-filled // KEY_STEP) * KEY_STEP)
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> ops.Cost:
