@@ -27,7 +27,7 @@ from dsmini.measure import calibration
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
-from dsmini.report.results import Writer, read
+from dsmini.report.results import ResultsWriter, read
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
 NAMES += ("shakespeare", "moe_or_dense")
@@ -134,7 +134,7 @@ def _answer(
         questions = _chosen(options.names, known, options.text is not None, console)
         session.names = [question.name for question in questions]
         device = pick_device(options.device)
-        with Writer(path) as writer:
+        with ResultsWriter(path) as writer:
             read(path)  # a damaged file is refused before anything is measured
             setting = _setting(options, device, measure, console)
             asked = [(question, question.cases(setting)) for question in questions]

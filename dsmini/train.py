@@ -17,7 +17,7 @@ from dsmini.config.old_schedule import without_old_flags
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
-from dsmini.training.origin import Origin, find_origin
+from dsmini.training.origin import RunOrigin, find_origin
 from dsmini.training.sample import write_sample
 from dsmini.training.start import started
 from dsmini.training.summary import print_summary, summarise
@@ -79,7 +79,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _read(args: Sequence[str]) -> tuple[Origin, TrainCommand]:
+def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_CHECKPOINT] [--KEY VALUE ...]."""
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")

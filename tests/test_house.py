@@ -202,6 +202,15 @@ def test_module_has_no_global_that_changes(name: str) -> None:
             assert ast.unparse(node.value) not in held, ast.unparse(node)
 
 
+def test_public_classes_have_a_name_of_their_own() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in DSMINI.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 def test_every_public_name_exists() -> None:
     for module in (dsmini, dsmini.nn, dsmini.numerics):
         assert [name for name in module.__all__ if not hasattr(module, name)] == []

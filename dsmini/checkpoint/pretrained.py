@@ -37,7 +37,7 @@ HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class PretrainedOrigin:
     """The source of a loaded model: what save_pretrained needs to write the same folder again."""
 
     folder: Path
@@ -52,10 +52,10 @@ class Origin:
 
 
 ORIGIN = "pretrained_origin"
-"""Name of the attribute of a loaded Transformer that has its Origin."""
+"""Name of the attribute of a loaded Transformer that has its PretrainedOrigin."""
 
 
-def origin_of(model: Transformer) -> Origin | None:
+def origin_of(model: Transformer) -> PretrainedOrigin | None:
     """Return where a model was loaded from; None if it was not."""
     return getattr(model, ORIGIN, None)
 
@@ -122,7 +122,7 @@ def read_pretrained(
     _allocate(model, plan, dtype, fp8 == "keep", place)
     with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
-    origin = Origin(
+    origin = PretrainedOrigin(
         folder=folder.absolute(),
         raw=raw if is_hugging_face(raw) else {},
         dtypes=plan.dtypes(config.n_layers),

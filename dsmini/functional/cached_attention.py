@@ -26,7 +26,7 @@ PAGED, COPIED = 32 << 20, 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class AttentionWork:
     """Floating-point operations of MLA's attention to a cache, for one sequence and layer, in both forms.
 
     A multiply-add is two; causality is not taken off; what both forms do is left out.
@@ -53,14 +53,14 @@ class Work:
         )
 
 
-def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: int) -> Work:
+def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: int) -> AttentionWork:
     """Count MLA's attention of `queries` new tokens to `keys` cached ones, the new ones included, in both forms.
 
     Args:
         h, c, n, r, v: heads, kv_lora_rank, and the head dims without position, of the rotary part, and of values.
     """
     expand = 2 * keys * c * h * (n + v)
-    return Work(
+    return AttentionWork(
         queries=queries,
         keys=keys,
         to_expand=expand,

@@ -15,7 +15,7 @@ from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize
 from dsmini.measure import prediction
 from dsmini.measure.calibration import load_or_measure
-from dsmini.measure.counting import Count, Operation, count
+from dsmini.measure.counting import Count, CountedOperation, count
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
 from tests.conftest import randomise
@@ -23,7 +23,7 @@ from tests.conftest import randomise
 F4, I8 = 4, 8
 
 
-def only(run: Callable[[], object]) -> Operation:
+def only(run: Callable[[], object]) -> CountedOperation:
     counted = count(run).operations
     assert len(counted) == 1, [op.name for op in counted]
     return counted[0]
