@@ -50,6 +50,7 @@ def main(
     options = _parse(args, known)
     if options.list:
         return _list(known)
+    ops.check_forced()
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with contextlib.redirect_stdout(sys.stderr):  # what a measured library prints must not get between us and JSON
         status, line = _answer(args, options, known, measure, console)

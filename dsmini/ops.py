@@ -177,6 +177,14 @@ def chosen() -> str | None:
     return backend
 
 
+def check_forced() -> None:
+    """Raise ValueError if DSMINI_BACKEND names a backend that is unknown, or that cannot run on this machine."""
+    backend = chosen()
+    reason = _load(backend) if backend in FOR_DEVICE.values() else None
+    if isinstance(reason, str):
+        raise ValueError(f"{VARIABLE}={backend} cannot run here: {reason}; use another, or auto")
+
+
 @contextmanager
 def counting(counter: Counter) -> Iterator[None]:
     """Report every kernel that runs inside the context to `counter`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.config.old_schedule import without_old_flags
@@ -60,6 +61,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    ops.check_forced()
     console = Console(stderr=command.json)
     with started(origin, RunConfig(**_fields(command)), console) as training:
         complete, folder = training.train(), training.folder

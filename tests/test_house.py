@@ -45,11 +45,12 @@ MAY_IMPORT = {
     "dsmini.data.split": {"dsmini.data.documents"},
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
-    "dsmini.train": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.training"},
-    "dsmini.generate": {"dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.text"},
+    "dsmini.train": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"},
+    "dsmini.generate": {"dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"},
     "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.convert": {
-        *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.nn", "dsmini.text"),
+        *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.nn", "dsmini.ops"),
+        "dsmini.text",
     },
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
