@@ -89,7 +89,8 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     if resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
     origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True)))
-    rest = without_old_flags(rest, origin.config.train.lr_schedule)
+    files = [path for path in (resume and resume / "config.toml", file) if path is not None]
+    rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
     return origin, parse(TrainCommand, "train", rest, default, HELP)
 
