@@ -80,15 +80,15 @@ def load_pretrained(
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
-        head are not what the model's are, which are used. If the stored dtype is BF16, this CPU multiplies BF16 slowly
-        and no dtype is given.
+        head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
+        CPU multiplies BF16 slowly.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
         config that cannot be honoured; for a damaged file. Before memory for the model is taken.
     """
     model = read_pretrained(folder, dtype, fp8, device, say=say)
     if dtype is None:
-        _warn_of_slow_bf16(model, Path(folder))
+        _warn_of_slow_bf16(model, Path(folder), kept=fp8 == "keep")
     return model
 
 
@@ -135,15 +135,23 @@ def read_pretrained(
     return model.eval()
 
 
-def _warn_of_slow_bf16(model: Transformer, folder: Path) -> None:
+def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
     cpu = torch.device("cpu")
     held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
-    if torch.bfloat16 in held and slow_bf16(cpu):
-        warnings.warn(
-            f"{folder} is stored in bfloat16, which this CPU multiplies many times more slowly than float32; load it "
-            "with dtype=torch.float32 (--dtype float32 on the command line), at twice the memory",
-            stacklevel=3,
-        )
+    if torch.bfloat16 not in held or not slow_bf16(cpu):
+        return
+    origin = origin_of(model)
+    assert origin is not None
+    stored, cost = "is stored in bfloat16", "at twice the memory"
+    if torch.float8_e4m3fn in origin.dtypes.values():
+        stored = "is stored in FP8 and dequantized to bfloat16"
+        if kept:
+            stored, cost = "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"
+    warnings.warn(
+        f"{folder} {stored}, which this CPU multiplies many times more slowly than float32; load it "
+        f"with dtype=torch.float32 (--dtype float32 on the command line), {cost}",
+        stacklevel=3,
+    )
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,21 @@ def test_ragged_fp8_dequantizes_block_by_block(fp8_folder: tuple[Path, dict[str,
         {name: t.bfloat16() if folders.is_matrix(name) else t for name, t in meant.items()},
         to_hf(short),
     )
+
+
+@pytest.mark.parametrize(
+    ("fp8", "stored", "memory"),
+    [
+        ("dequantize", "is stored in FP8 and dequantized to bfloat16", "at twice the memory"),
+        ("keep", "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"),
+    ],
+)
+def test_fp8_folder_warns_of_slow_bf16_by_what_is_held(
+    fp8_folder: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, fp8: Any, stored: str, memory: str
+) -> None:
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
+    with pytest.warns(UserWarning, match=f"{stored}, which this CPU .*, {memory}$"):
+        load_pretrained(fp8_folder[0], fp8=fp8)
 
 
 def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
