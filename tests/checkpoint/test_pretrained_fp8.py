@@ -39,11 +39,15 @@ def test_ragged_fp8_dequantizes_block_by_block(fp8_folder: tuple[Path, dict[str,
     ],
 )
 def test_fp8_folder_warns_of_slow_bf16_by_what_is_held(
-    fp8_folder: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, fp8: Any, stored: str, memory: str
+    tmp_path: Path, fp8_model: Build, monkeypatch: pytest.MonkeyPatch, fp8: Any, stored: str, memory: str
 ) -> None:
+    model = fp8_model()
+    tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
+    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED)
+    folder = folders.write(tmp_path / "fp8", tensors, raw)
     monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
     with pytest.warns(UserWarning, match=f"{stored}, which this CPU .*, {memory}$"):
-        load_pretrained(fp8_folder[0], fp8=fp8)
+        load_pretrained(folder, fp8=fp8)
 
 
 def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
