@@ -28,7 +28,7 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -100,7 +100,7 @@ class Operation(Generic[P, R]):
     def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the kernel that a backend has for this call, or what serves instead."""
         forced, kernels = chosen(), _load(backend)
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        tensors = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
         if _is_watched(tensors[0]):
             return self.plain(*args, **kwargs)
         if not isinstance(kernels, ModuleType):
@@ -241,6 +241,11 @@ def _load(backend: str) -> ModuleType | str:
     if kernels.expected():
         warnings.warn(f"dsmini's {backend} kernels are out, plain PyTorch runs instead: {reason}", stacklevel=4)
     return reason
+
+
+def _tensors_of(argument: Any) -> Sequence[Tensor]:
+    """Return the tensors of an argument: itself, or the parts of a quantized tensor."""
+    return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
 
 
 def _is_watched(tensor: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
     y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
 
-`experts` multiplies in x's dtype, `fp8_experts` in simulated FP8. Both take stacked matrices.
+`experts` multiplies in x's dtype, `quantized_experts` too, with matrices that may be FP8 codes, and `fp8_experts` in
+simulated FP8. All take stacked matrices. Each reference asks the experts in turn; the eager versions sort the rows by
+expert (dispatch), run one grouped product for each matrix, and gather the results back by token (combine).
 """
 
 from collections.abc import Callable
@@ -23,11 +25,19 @@ Weight = Float[Tensor, "e o i"] | QuantizedTensor
 X = TypeVar("X", Tensor, QuantizedTensor)
 
 
-def _cost(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> ops.Cost:
-    visited, (_, f, m) = int((counts > 0).sum()), w1.shape
-    matrices = 3 * visited * f * m * w1.element_size()
+def _cost(
+    x: Tensor | QuantizedTensor,
+    indices: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> ops.Cost:
+    visited, (e, f, m) = int((counts > 0).sum()), w1.shape
+    matrices = sum(w.nbytes for w in (w1, w2, w3)) * visited // e  # those that nobody chose stay where they are
     read = x.nbytes + indices.nbytes + weights.nbytes + counts.nbytes + matrices
-    return ops.Cost(read, x.nbytes, 6 * indices.numel() * f * m)
+    return ops.Cost(read, x.shape.numel() * x.dtype.itemsize, 6 * indices.numel() * f * m)
 
 
 @ops.operation("experts", cost=_cost)
@@ -68,6 +78,7 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w
     return combine(grouped_linear(F.silu(gate) * up, w2, slots.ends), weights, slots)
 
 
+@ops.operation("quantized_experts", cost=_cost)
 def quantized_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
@@ -77,14 +88,19 @@ def quantized_experts(
     w2: Weight,
     w3: Weight,
 ) -> Float[Tensor, "n m"]:
-    """Compute `experts` with matrices that may be FP8 codes; only chosen ones are dequantized, one after the other."""
+    """Compute `experts` with matrices that may be FP8 codes. Products take their values in x's dtype."""
+    return experts.reference(x, indices, weights, counts, *(_dense(w, x.dtype) for w in (w1, w2, w3)))
 
-    def swiglu(i: int, rows: Tensor) -> Tensor:
+
+@quantized_experts.eager
+def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+    def swiglu(i: int, rows: Tensor) -> Tensor:  # only chosen experts are dequantized, one after the other
         return _swiglu(rows, *(_dense(expert_of(w, i), rows.dtype) for w in (w1, w2, w3)))
 
     return visit(x, indices, weights, counts, swiglu)
 
 
+@ops.operation("fp8_experts", cost=_cost)
 def fp8_experts(
     x: QuantizedTensor,
     indices: Int[Tensor, "n k"],
@@ -98,7 +114,20 @@ def fp8_experts(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for i in counts.nonzero().flatten().tolist():
+        token, choice = (indices == i).nonzero(as_tuple=True)
+        rows = _rows_of(x, token)
+        gate, up = fp8_matmul(rows, expert_of(w1, i)), fp8_matmul(rows, expert_of(w3, i))
+        out = fp8_swiglu_matmul(gate, up, expert_of(w2, i))
+        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
+    return y
 
+
+@fp8_experts.eager
+def _(
+    x: QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight
+) -> Tensor:
     def swiglu(i: int, rows: QuantizedTensor) -> Tensor:
         return _fp8_swiglu(rows, expert_of(w1, i), expert_of(w2, i), expert_of(w3, i))
 

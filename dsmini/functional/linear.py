@@ -1,4 +1,4 @@
-"""Matrix product with a weight: y = x W^T."""
+"""Matrix product with a weight: y = x W^T. The weight is a tensor, or FP8 codes."""
 
 import math
 
@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.numerics import QuantizedTensor
 
 
-def _cost(x: Tensor, weight: Tensor) -> ops.Cost:
+def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
     rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
     return ops.Cost(x.nbytes + weight.nbytes, rows * o * x.element_size(), 2 * rows * o * i)
 
@@ -26,3 +27,14 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise ValueError(f"x is a {type(x).__name__}, want a tensor; multiply codes by nn.FP8Linear, or x.dequantize()")
     return F.linear(x, weight.to(x.dtype))
+
+
+@ops.operation("quantized_linear", cost=_cost)
+def quantized_linear(x: Float[Tensor, "*batch i"], weight: QuantizedTensor) -> Float[Tensor, "*batch o"]:
+    """Return x W^T for a weight that is held as codes: its values in x's dtype, multiplied in x's dtype."""
+    return einsum(x, weight.dequantize(x.dtype), "... i, o i -> ... o")
+
+
+@quantized_linear.eager
+def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    return F.linear(x, weight.dequantize(x.dtype))
