@@ -69,13 +69,7 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w
     if not torch.is_grad_enabled() and few(x, indices, counts):
         return visit(x, indices, weights, counts, lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
     slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
-    rows = dispatch(x, slots)
-    if torch.is_grad_enabled():
-        w13 = torch.cat((w1.to(x.dtype), w3.to(x.dtype)), 1)  # one product reads the rows once
-        gate, up = grouped_linear(rows, w13, slots.ends).chunk(2, -1)
-    else:  # joining them costs more than it saves where the step has no backward
-        gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
-    return combine(grouped_linear(F.silu(gate) * up, w2, slots.ends), weights, slots)
+    return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots)
 
 
 @ops.operation("quantized_experts", cost=_cost)
@@ -181,6 +175,15 @@ def _swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     dtype = rows.dtype
     hidden = F.silu(F.linear(rows, w1.to(dtype))) * F.linear(rows, w3.to(dtype))
     return F.linear(hidden, w2.to(dtype))
+
+
+def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        w13 = torch.cat((w1.to(rows.dtype), w3.to(rows.dtype)), 1)  # one product reads the rows once
+        gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
+    else:  # joining them costs more than it saves where the step has no backward
+        gate, up = grouped_linear(rows, w1, ends), grouped_linear(rows, w3, ends)
+    return grouped_linear(F.silu(gate) * up, w2, ends)
 
 
 def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
