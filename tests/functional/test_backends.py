@@ -149,27 +149,6 @@ def test_experts_of_one_token_that_chose_few() -> None:
     assert relative_error(got, want) <= rounding(FP32_UNIT, terms=24, chained=8)
 
 
-def test_reference_backend_runs_the_equations(monkeypatch: pytest.MonkeyPatch, small_model: Any) -> None:
-    """A whole model under DSMINI_BACKEND=reference calls no eager version, and agrees."""
-    model = small_model(n_mtp_layers=0)
-    tokens = torch.randint(0, 61, (2, 20))
-    want = model(tokens)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("an eager version ran")
-
-    declared = (linear, rms_norm, apply_rope, swiglu, causal_attention, cached_attention, absorbed_attention, experts)
-    for operation in declared:
-        monkeypatch.setattr(operation, "plain", refuse)
-    monkeypatch.setenv(ops.VARIABLE, "reference")
-    assert relative_error(model(tokens), want) <= rounding(FP32_UNIT, terms=40, chained=40)
-    with torch.no_grad():
-        for form in ("expanded", "absorbed"):
-            cache = model.new_cache(2, form=form)
-            parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
-            assert relative_error(torch.cat(parts, 1), want) <= rounding(FP32_UNIT, terms=40, chained=40)
-
-
 @pytest.mark.parametrize("n", [5, 130])
 def test_cost_counts_operands_once_and_products(n: int) -> None:
     """Every tensor of a call is read once, its result written once, FLOPs are those of torch's own counter."""
