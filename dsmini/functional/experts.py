@@ -3,8 +3,9 @@
     y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
 
 `experts` multiplies in x's dtype, `quantized_experts` too, with matrices that may be FP8 codes, and `fp8_experts` in
-simulated FP8. All take stacked matrices. Each reference asks the experts in turn; the eager versions sort the rows by
-expert (dispatch), run one grouped product for each matrix, and gather the results back by token (combine).
+simulated FP8. All take stacked matrices. Each reference runs one expert after the other. The eager versions sort the
+rows by expert (dispatch), run one grouped product for each matrix, and sum the results by token (combine). Between
+dispatch and combine each row needs its expert alone: an exchange of rows between devices fits there.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,7 @@ X = TypeVar("X", Tensor, QuantizedTensor)
 
 
 def _cost(
-    x: Tensor | QuantizedTensor,
-    indices: Tensor,
-    weights: Tensor,
-    counts: Tensor,
-    w1: Weight,
-    w2: Weight,
-    w3: Weight,
+    x: Tensor | QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight
 ) -> ops.Cost:
     visited, (e, f, m) = int((counts > 0).sum()), w1.shape
     matrices = sum(w.nbytes for w in (w1, w2, w3)) * visited // e  # those that nobody chose stay where they are
@@ -133,7 +128,7 @@ def _(
 
 
 def visit(x: X, indices: Tensor, weights: Tensor, counts: Tensor, swiglu: Callable[[int, X], Tensor]) -> Tensor:
-    """Ask the chosen experts in turn: swiglu(i, rows) is expert i's output for its rows."""
+    """Run the chosen experts one after the other. swiglu(i, rows) returns expert i's output for its rows."""
     if x.shape[0] == 1:  # decoding: nothing to sort
         return weights.to(x.dtype) @ torch.cat([swiglu(i, x) for i in indices[0].tolist()])
     slots = sort_by_expert(indices, counts)
@@ -155,17 +150,17 @@ def expert_of(w: Weight, i: int) -> Tensor | QuantizedTensor:
 
 
 def few(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:
-    """Return whether a CPU spends more on unchosen experts in a grouped product than on asking the chosen in turn.
+    """Return True where a CPU runs the chosen experts one after the other faster than a grouped product.
 
-    docs/log.md has the measurement.
+    A grouped product spends time on experts without rows too (docs/log.md).
     """
     return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
 
 
 def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> int:
-    """Return the multiple of rows at which an expert's rows begin.
+    """Return the multiple of rows at which each expert's rows start.
 
-    oneDNN prepares a BF16 product again for each row count; rows in multiples of 64 reuse it (docs/log.md).
+    oneDNN prepares a BF16 product for each new number of rows. Multiples of 64 repeat, so it reuses them (docs/log.md).
     """
     enough = indices.numel() >= 64 * counts.shape[0]
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1

@@ -18,7 +18,7 @@ def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
 
 @ops.operation("linear", cost=_cost)
 def linear(x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*batch o"]:
-    """Return x W^T, computed in x's dtype whatever dtype the weight is stored in."""
+    """Return x W^T, computed in x's dtype. The weight may have another dtype."""
     return einsum(x, weight.to(x.dtype), "... i, o i -> ... o")
 
 
