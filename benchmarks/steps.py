@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from benchmarks.question import Figure, Figures, Setting, Value, pick
+from benchmarks.case import Figure, Figures, Setting, Value, pick
 from dsmini import Transformer
 from dsmini.measure import prediction
 from dsmini.measure.counting import Count, count

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.question import Figure, Plot, Setting, pick
+from benchmarks.case import Figure, Plot, Setting, pick
 from dsmini import RunConfig, Transformer
 from dsmini.data.corpus import load_corpus
 from dsmini.report.charts import points

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over, pick
 from benchmarks.steps import distinct_experts, over_bound, step_figures
 from dsmini import Transformer, accounting
 from dsmini.measure.counting import count
@@ -87,6 +87,3 @@ def finding(figures: list[Figure]) -> str:
 
 def plots(figures: list[Figure]) -> list[Plot]:
     return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.trained import recipe, trainer
 from dsmini import RunConfig, Transformer, accounting, ops
 from dsmini.measure.fp8 import hold_in_fp8, operand_error
@@ -238,6 +238,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
         line = ("target of a training step", TARGET)
         drawn.append(measured_bars("Time in FP8", "times BF16's time", slower, line, "fp8"))
     return drawn
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
 from benchmarks.trained import recipe, trainer
 from dsmini import ModelConfig, RunConfig, TrainConfig, accounting
 from dsmini.measure.fp8 import PRODUCTS, capture, losses, product_error
@@ -145,6 +145,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
         ),
     ]
     return [plot for plot in drawn if plot.labels]
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

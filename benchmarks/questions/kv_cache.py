@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, cases_over, pick
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, accounting
 from dsmini.measure.machine import memory_bytes
@@ -96,6 +96,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
         out.append(Plot(title="Cache of a token", x="", y="bytes", series=[bars], labels=labels))
     title = "Decoding a token, one layer"
     return out + lines(figures, "seconds_per_layer", x="context", by="attention", title=title, unit="s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
@@ -106,6 +106,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
     return speed + lines(
         figures, "distinct_experts", x="batch", by="model", title="Distinct experts that a step touches", unit="experts"
     )
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.trained import plots_by_seed, run_recipe
 
 NAME = "moe-or-dense"
@@ -67,6 +67,3 @@ def finding(figures: list[Figure]) -> str:
 def plots(figures: list[Figure]) -> list[Plot]:
     loss, speed = ("Loss over the held-out split", "nats a byte"), ("Speed of training", "tokens/s")
     return plots_by_seed(figures, "model", TWINS, {"loss": loss, "tokens_per_s": speed})
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True)

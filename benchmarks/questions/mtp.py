@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
 from dsmini.data.corpus import Corpus
@@ -143,6 +143,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
         if labelled:
             drawn.append(measured_bars(title, y, labelled, predicted=True))
     return drawn
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import shapes
-from benchmarks.peer_models import MISSING
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_v3
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import RunConfig, TrainConfig, accounting
 from dsmini.measure.rates import why_unusable
@@ -218,13 +217,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
 
 def _label(f: Figure) -> str:
     return f"{_where(f)}{str(f.case['who']).removeprefix(OURS)}"
-
-
-QUESTION = Question.described(
-    NAME,
-    __doc__,
-    cases,
-    finding,
-    plots,
-    needs=MISSING,
-)

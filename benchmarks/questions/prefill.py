@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over
 from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, accounting
 from dsmini.measure.workloads import dtype_name, random_model, random_tokens
@@ -61,6 +61,3 @@ def finding(figures: list[Figure]) -> str:
 def plots(figures: list[Figure]) -> list[Plot]:
     title = "Tokens of a prompt a second"
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

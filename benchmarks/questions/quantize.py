@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from dsmini import ops
 from dsmini.measure.timing import interleaved, once, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
@@ -201,6 +201,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
         groups = {f"threads {n}": pick(found, metric, threads=n) for n in threads}
         drawn.append(points(title, y, groups, lambda f: str(f.case["operation"]), line=line, quartiles=True))
     return [plot for plot in drawn if plot.labels]
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, pick
 from benchmarks.questions.decode import decoding_step
 from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
@@ -114,6 +114,3 @@ def _plot(step: str, found: list[Figure], memory: float, arithmetic: float) -> P
     caption = "A point is an operation of one shape. Above the sloping roof, its bytes come from a cache."
     title = f"Operations of a {step} step"
     return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peer_models import MISSING, nanogpt
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
+from benchmarks.peer_models import nanogpt
 from benchmarks.trained import plots_by_seed, run_command, run_recipe
 
 NAME = "shakespeare"
@@ -77,7 +77,3 @@ def plots(figures: list[Figure]) -> list[Plot]:
     loss = f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"
     seconds = "Time of the whole command", "seconds"
     return plots_by_seed(figures, "who", WHO, {"loss_as_peer": loss, "seconds": seconds})
-
-
-TEXT = "Karpathy's tinyshakespeare, 1,115,394 characters"
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True, needs_text=TEXT, needs=MISSING)

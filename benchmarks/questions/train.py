@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over
 from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.measure.workloads import dtype_name, random_tokens
@@ -68,6 +68,3 @@ def finding(figures: list[Figure]) -> str:
 def plots(figures: list[Figure]) -> list[Plot]:
     title = "Tokens trained a second"
     return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 """The checkout; of an installed package, the folder that it is in."""
 MEASURED = ("dsmini", "kernels", "benchmarks", "configs")
 INSTALLED = ("dsmini", "dsmini_kernels")
-SHOWN = (*(f"benchmarks/{name}.py" for name in ("__main__", "runner", "session", "answers", "clock")), "dsmini/report/")
+SHOWING = ("__main__", "command_line", "runner", "session", "display", "answers", "clock")
+SHOWN = (*(f"benchmarks/{name}.py" for name in SHOWING), "dsmini/report/")
 """Sources that show figures and change none."""
 PACKAGES = ("transformers", "llama_cpp_python", "triton")
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
+from benchmarks.case import Case, Figure, Plot, Series, Setting, pick
+from benchmarks.questions import Question
 from dsmini.measure.rates import Curve, Roofs
 
 ROOFS = Roofs(
@@ -169,8 +170,8 @@ def roofline() -> Question:
     )
 
 
-def known() -> Mapping[str, Callable[[], Question]]:
-    return {"fake_cache": cache, "fake_decode": decode, "fake_roofline": roofline}
+def known() -> Mapping[str, Question]:
+    return {question.name: question for question in (cache(), decode(), roofline())}
 
 
 def main() -> None:

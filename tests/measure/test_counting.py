@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.question import Setting
+from benchmarks.case import Setting
 from benchmarks.shapes import QUICK
 from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize

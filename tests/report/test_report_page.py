@@ -27,9 +27,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise RuntimeError("no memory for <this> & that")
 
     with contextlib.redirect_stdout(io.StringIO()):
-        slow = {"fake_decode": lambda: fake.decode(speed=0.5)}
+        slow = {"fake_decode": fake.decode(speed=0.5)}
         assert runner.main(["--out", str(folder / "old")], slow, fake.roofs) == 0
-        known = {**fake.known(), "fake_decode": lambda: fake.decode(fail)}
+        known = {**fake.known(), "fake_decode": fake.decode(fail)}
         arguments = ["--out", str(folder / "new"), "--compare", str(folder / "old" / "results.jsonl")]
         assert runner.main(arguments, known, fake.roofs) == 1
     return folder / "new" / "report.html"
