@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.questions import Question
+from benchmarks.questions import NOTHING, Question
 from dsmini.measure.rates import from_json
 from dsmini.report import Figure, Plot, Report, Section, comparison
 from dsmini.report.provenance import Run
@@ -67,10 +67,8 @@ def section(question: Question, finished: Finished, latest: Run) -> Section:
 
 def finding(question: Question, figures: Sequence[Figure]) -> str:
     """Return the question's sentence. The figures so far may not be enough for it."""
-    if not figures:
-        return "Nothing has been measured yet."
     try:
-        return question.finding(list(figures))
+        return question.finding(list(figures)) if figures else NOTHING
     except Exception as error:  # a defect of one question, or a case of it that is missing, must not take the rest
         return f"No finding yet: {type(error).__name__}: {error}"
 

@@ -15,9 +15,9 @@ import torch
 from dsmini.measure.rates import Roofs
 from dsmini.measure.timing import spread
 from dsmini.measure.workloads import dtype_name
-from dsmini.report import Figure, Plot, Series, Value, pick
+from dsmini.report import Figure, Plot, Series, Value, pick, values
 
-__all__ = ["Case", "Figure", "Figures", "Plot", "Series", "Setting", "Value", "cases_over", "pick"]
+__all__ = ["Case", "Figure", "Figures", "Plot", "Series", "Setting", "Value", "cases_over", "pick", "values"]
 
 REACHED = 0.5
 """Share of the peak that the products of a model reach, in estimates of time."""

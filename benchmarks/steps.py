@@ -136,20 +136,18 @@ def distinct_experts(routing: Sequence[Routing]) -> float | None:
 
 def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
     """Return the end of a sentence: how many times the least bytes a case moves; "" where that was not measured."""
-    moved = next((f for f in pick(figures, "bytes_per_token") if f.case == case), None)
-    return f", moving {moved.ratio:.2f} times the bytes that must move" if moved and moved.ratio else ""
+    ratios = [f.ratio for f in pick(figures, "bytes_per_token", **case) if f.ratio]
+    return "".join(f", moving {ratio:.2f} times the bytes that must move" for ratio in ratios)
 
 
 def speed_sentence(figures: list[Figure], what: str) -> str:
     """Return the fastest case in words, and how well it was predicted."""
     speed = [f for f in pick(figures, "tokens_per_s") if f.measured]
     if not speed:
-        return "Nothing was measured yet."
+        return ""
     best = max(speed, key=lambda f: f.measured or 0)
     text = f"{best.measured:,.0f} tokens/s at {what} {best.case['tokens']:,} in batches of {best.case['batch']}"
-    rate = next((f for f in pick(figures, "flop_rate") if f.case == best.case), None)
-    if rate and rate.ratio:
-        text += f", {rate.ratio:.0%} of the matrix peak"
-    if best.ratio:
-        text += f"; {best.ratio:.2f} times what its operations predict"
+    shares = [f.ratio for f in pick(figures, "flop_rate", **best.case) if f.ratio]
+    text += "".join(f", {share:.0%} of the matrix peak" for share in shares)
+    text += f"; {best.ratio:.2f} times what its operations predict" if best.ratio else ""
     return text + over_bound(figures, best.case) + "."

@@ -169,7 +169,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3150,
+    "benchmarks": 3330,
     "dsmini/accounting": 1300,
     "dsmini/functional": 950,
     "dsmini/inference": 950,

@@ -3,7 +3,7 @@
 The first line of the module's docstring is the title, the rest says how it is measured. It has three functions:
 
     cases(setting)      the parts that are measured one by one, from the setting alone
-    finding(figures)    one sentence made of figures, which may be incomplete
+    finding(figures)    one sentence made of figures, which may be incomplete; "" if they are not enough for it
     plots(figures)      plots made of the same figures
 
 A module is imported when one of them is called: to list the questions, torch is not needed.
@@ -27,6 +27,7 @@ MODULES += ("shakespeare", "moe_or_dense")
 ON_REQUEST = {"shakespeare", "moe_or_dense"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}
 TEXTS = {"shakespeare": "Karpathy's tinyshakespeare, 1,115,394 characters"}
+NOTHING = "Nothing was measured yet."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def _question(module: str) -> Question:
         title=title,
         about=" ".join(about.split()),
         cases=part("cases"),
-        finding=part("finding"),
+        finding=lambda figures: part("finding")(figures) or NOTHING,
         plots=part("plots"),
         needs=f"{package} is not installed; pip install 'dsmini[peers]'" if missing else None,
         on_request=module in ON_REQUEST,

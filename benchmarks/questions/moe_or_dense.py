@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, values
 from benchmarks.trained import plots_by_seed, run_recipe
 
 NAME = "moe-or-dense"
@@ -54,9 +54,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def finding(figures: list[Figure]) -> str:
-    gains = [f.measured for f in pick(figures, "gain") if f.measured is not None]
+    gains = values(figures, "gain")
     if len(gains) < 2:
-        return f"MoE is better by {gains[0]:.4f} nats a byte, with one seed." if gains else "Nothing was measured yet."
+        return f"MoE is better by {gains[0]:.4f} nats a byte, with one seed." if gains else ""
     mean, half = interval(gains)
     return (
         f"MoE is better by {mean:.4f} nats a byte, 95 % interval {mean - half:.4f} to {mean + half:.4f} "

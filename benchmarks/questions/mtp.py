@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
-from benchmarks.trained import trainer
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, values
+from benchmarks.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
+from benchmarks.trained import trainer, training_flops
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.inference.generation import Stats
-from dsmini.measure.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
-from dsmini.report.charts import measured_bars
+from dsmini.report.charts import over_labels
 
 NAME = "mtp"
 TEMPERATURES = (0.0, 0.8)
@@ -65,8 +65,7 @@ def cases(setting: Setting) -> list[Case]:
     out = []
     for depth in of.depths:
         model = dataclasses.replace(of.model, n_mtp_layers=depth)
-        flops = accounting.flops_per_token(model, model.max_seq_len, training=True).total
-        flops *= of.steps * BATCH * model.max_seq_len
+        flops = training_flops(model, of.steps * BATCH)
         key, run = f"depth={depth} steps={of.steps}", partial(measure, depth, setting, of)
         out.append(Case(key=key, seconds=of.seconds, flops=flops, run=run))
     return out
@@ -118,18 +117,16 @@ def _figures(
 
 
 def finding(figures: list[Figure]) -> str:
-    told = []
+    told, faster = [], 0
     for f in pick(figures, "speedup"):
-        steps = pick(figures, "tokens_per_step", **f.case)
-        if f.measured is not None and steps and steps[0].measured is not None:
+        tokens = values(figures, "tokens_per_step", **f.case)
+        if f.measured is not None and tokens:
             how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedily"
-            gain = f"{f.measured:.2f} times as fast"
-            told.append(f"depth {f.case['depth']} {how} {gain} with {steps[0].measured:.2f} tokens a step")
-    if not told:
-        return "Nothing was measured yet."
-    faster = sum((f.low or 0.0) > 1 for f in pick(figures, "speedup"))  # beyond what prompts differ by
+            gain = f"{f.measured:.2f} times as fast with {tokens[0]:.2f} tokens a step"
+            told.append(f"depth {f.case['depth']} {how} {gain}")
+            faster += (f.low or 0.0) > 1  # beyond what prompts differ by
     pays = f"pays in {faster} of {len(told)} cases" if faster else "does not pay"
-    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}."
+    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}." if told else ""
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
@@ -138,8 +135,6 @@ def plots(figures: list[Figure]) -> list[Plot]:
         ("tokens_per_step", "Tokens of a decoding step", "tokens a step"),
         ("speedup", "Speed with guesses", "times the speed without"),
     ):
-        found = [f for f in pick(figures, metric) if f.measured is not None]
-        labelled = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in found}
-        if labelled:
-            drawn.append(measured_bars(title, y, labelled, predicted=True))
+        found = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in pick(figures, metric)}
+        drawn += over_labels(title, y, {"measured": found}, kind="bars", predicted=True)
     return drawn

@@ -1,4 +1,4 @@
-"""How fast is it beside others, at the same shapes?
+"""How fast is it compared with others, at the same shapes?
 
 Models of one shape with random weights decode and read prompts in the same dtype, and train on as many tokens; all
 take turns, and ratios are taken round by round. transformers 5.24 keeps MLA's latent too, and expands all of it at
@@ -19,12 +19,12 @@ import torch
 from benchmarks import shapes
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_v3
-from benchmarks.trained import trainer
+from benchmarks.trained import trainer, training_flops
 from dsmini import RunConfig, TrainConfig, accounting
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, once, ratios
 from dsmini.measure.workloads import dtype_name, random_tokens
-from dsmini.report.charts import lines, points
+from dsmini.report.charts import lines, over_labels
 
 NAME = "peers"
 OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
@@ -66,8 +66,7 @@ def cases(setting: Setting) -> list[Case]:
     make: Make = functools.cache(lambda: sides(setting))
     quick, rounds = setting.quick, _size(setting).rounds + 1
     out: list[Case] = []
-    trained, tokens = shapes.TRAINED, 2 * rounds * _size(setting).batch * shapes.TRAINED.max_seq_len  # ours and theirs
-    flops = tokens * accounting.flops_per_token(trained, trained.max_seq_len, training=True).total
+    flops = training_flops(shapes.TRAINED, 2 * rounds * _size(setting).batch)  # ours and theirs
     for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
         products = 0 if why_unusable(dtype, setting.roofs.peak) else flops
         run = partial(train, dataclasses.replace(setting, dtype=dtype))
@@ -186,34 +185,26 @@ def finding(figures: list[Figure]) -> str:
     told = []
     for peer in (THEIRS, LLAMA):
         compared = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
-        parts = [f"{f.measured:.1f} in {_label(f)}" for f in compared]
-        if parts:
-            told.append(f"beside {peer}: {', '.join(parts)}")
-    return f"Times the speed, {'; '.join(told)}." if told else "Nothing was measured yet."
+        if compared:
+            told.append(f"compared with {peer}: {', '.join(f'{f.measured:.1f} in {_label(f)}' for f in compared)}")
+    return f"Times the speed, {'; '.join(told)}." if told else ""
 
 
-def _where(f: Figure) -> str:
+def _label(f: Figure) -> str:
+    where = f"training in {f.case.get('dtype')}"
     if f.case["what"] == "decode":
-        return f"decoding at {f.case['context']:,}"
+        where = f"decoding at {f.case['context']:,}"
     if f.case["what"] == "prefill":
-        return f"reading {f.case['tokens']:,}"
-    return f"training in {f.case['dtype']}"
+        where = f"reading {f.case['tokens']:,}"
+    return f"{where}{str(f.case['who']).removeprefix(OURS)}"
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
     decoded = pick(figures, "tokens_per_s", what="decode")
     drawn = lines(decoded, "tokens_per_s", x="context", by="who", title="Decoding", unit="tokens/s", label=str)
-    compared = [f for f in pick(figures, "speed_ratio") if f.measured is not None]
-    if compared:
-        peers = dict.fromkeys(str(f.case["beside"]) for f in compared)
-        groups = {f"beside {peer}": pick(compared, "speed_ratio", beside=peer) for peer in peers}
-        drawn.append(
-            points(
-                "Speed beside others", "times theirs", groups, _label, line=("equal", 1.0), quartiles=True, log_y=True
-            )
-        )
-    return drawn
-
-
-def _label(f: Figure) -> str:
-    return f"{_where(f)}{str(f.case['who']).removeprefix(OURS)}"
+    groups = {
+        f"compared with {peer}": {_label(f): f for f in pick(figures, "speed_ratio", beside=peer)}
+        for peer in (THEIRS, LLAMA)
+    }
+    line = ("equal", 1.0)
+    return drawn + over_labels("Speed compared with others", "times theirs", groups, line=line, log_y=True)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, pick, values
 from benchmarks.questions.decode import decoding_step
 from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
@@ -76,12 +76,11 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
 def finding(figures: list[Figure]) -> str:
     memory, arithmetic = _roofs(figures)
     if not memory or not arithmetic:
-        return "Nothing was measured yet."
+        return ""
     ridge, parts = arithmetic / memory, []
     for step in STEPS:
         shares = pick(figures, "share_of_time", step=step)
-        total = sum(f.measured or 0 for f in shares)
-        if total:
+        if total := sum(values(shares, "share_of_time")):
             left = sum(f.measured or 0 for f in shares if float(f.case["intensity"]) < ridge)
             parts.append(f"{left / total:.0%} of a {step} step")
     text = f"Below {ridge:.0f} FLOPs a byte this machine can only be as fast as its memory or caches"

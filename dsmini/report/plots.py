@@ -125,10 +125,10 @@ def drawable(series: Series, plot: Plot) -> Series:
 def styles(series: Sequence[Series]) -> list[tuple[int, str]]:
     """Return the number of the colour and the marker of each: squares where the colour is another's too.
 
-    A prediction shares the colour of what it predicts. Labels tell the two apart by such words alone.
+    A prediction shares the colour of what it predicts.
     """
-    bases = [" ".join(re.sub(r"predict(ed|ion)s?|measured|[(),:]", " ", s.label.lower()).split()) for s in series]
-    places = [list(dict.fromkeys(bases)).index(base) for base in bases]
+    shown = list(dict.fromkeys(s.of or s.label for s in series))
+    places = [shown.index(s.of or s.label) for s in series]
     colours = len(LIGHT.series)
     return [(place % colours, "o" if place < colours else "s") for place in places]
 

@@ -55,11 +55,11 @@ METRICS = {
         *("step_seconds", "step_ratio", "bytes_per_token"),
     },
     "fp8-error": {
-        *("error", "gain_of_tiles", "error_with_e5m2_gradients", "error_with_fp32_scales", "underflow", "clamped"),
+        *("error", "gain_of_tiles", "error_with_e5m2_gradients", "error_with_fp32_scales", "underflow"),
     },
     "mtp": {"acceptance", "tokens_per_step", "speedup", "tokens_per_s", "same_continuations"},
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
-    "quantize": {"bandwidth", "share_of_copy", "share_of_copy_best", "over_eager", "call_seconds"},
+    "quantize": {"bandwidth", "share_of_copy", "over_eager", "call_seconds"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
@@ -71,7 +71,7 @@ PREDICTED = {
     "train": STEP - {"peak_memory", "useful_share"},
     "roofline": {"flop_rate"},
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
-    "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
+    "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
@@ -79,7 +79,6 @@ PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},
-    "fp8-error": {"clamped"},
     "mtp": {"same_continuations"},
     "peers": {"cache_bytes_per_token"},
 }
@@ -259,9 +258,9 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
     assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
     assert all(f.measured == f.predicted for f in figures if f.exact)
-    for question, some in ((peers, [told]), (fp8, figures), (fp8, left)):
-        assert question.finding(some).endswith(".")
-        question.plots(some)
+    for question, some in (("peers", [told]), ("fp8", figures), ("fp8", left)):
+        assert QUESTIONS[question].finding(some).endswith(".")
+        QUESTIONS[question].plots(some)
     console = Console(record=True, width=120)
     show_question(console, "Others?", "Nothing was measured yet.", [told])
     assert f"\n{told.note}\n" in console.export_text()

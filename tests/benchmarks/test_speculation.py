@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import speculation
+from benchmarks.speculation import expected_acceptance, in_turns, tokens_per_step
 from dsmini import Transformer
-from dsmini.measure import speculation
-from dsmini.measure.speculation import expected_acceptance, in_turns, tokens_per_step
 from tests.conftest import randomise
 from tests.helpers.questions import TINY
 
