@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from benchmarks.case import Figure, Figures, Setting, Value, pick
 from dsmini import Transformer
@@ -44,14 +45,16 @@ def measure_step(
     step: Callable[[], Sequence[Routing]],
     setting: Setting,
     seconds: float,
-    bounds: Callable[[float | None], tuple[float, float]],
+    least_flops: float,
+    least_bytes: Callable[..., Any],
 ) -> Iterator[Figure]:
     """Measure a step on sequences, which returns its routing, and yield its figures.
 
     Args:
         case: batch and tokens.
         seconds: time to fill with steps.
-        bounds: returns the least bytes and FLOPs of a token, for this many distinct experts.
+        least_flops: FLOPs of the whole step that the formula needs.
+        least_bytes: returns the traffic of a token, for this many distinct experts.
     """
     reset_peak()
     step()
@@ -59,10 +62,8 @@ def measure_step(
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
     tokens = int(case["batch"]) * int(case["tokens"])
-    bytes_bound, flops_bound = bounds(experts)
-    yield from step_figures(
-        name, case, counted, taken, tokens, setting, bytes_bound=bytes_bound, flops_bound=flops_bound
-    )
+    bounds = {"bytes_bound": least_bytes(experts=experts).total, "flops_bound": least_flops / tokens}
+    yield from step_figures(name, case, counted, taken, tokens, setting, **bounds)
 
 
 def step_figures(

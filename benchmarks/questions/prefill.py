@@ -44,14 +44,10 @@ def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config, step = reading_step(setting, batch, tokens)
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
-
-    def bounds(experts: float | None) -> tuple[float, float]:
-        size = {"seq_len": tokens, "batch": batch, "dtype": dtype_name(setting.dtype)}
-        least = accounting.prefill_bytes_per_token(config, **size, experts=experts)
-        return least.total, flops.total / (batch * tokens)
-
-    case = {"batch": batch, "tokens": tokens}
-    yield from measure_step(NAME, case, step, setting, 1.5 if setting.quick else 6.0, bounds)
+    size = {"seq_len": tokens, "batch": batch, "dtype": dtype_name(setting.dtype)}
+    least = partial(accounting.prefill_bytes_per_token, config, **size)
+    case, seconds = {"batch": batch, "tokens": tokens}, 1.5 if setting.quick else 6.0
+    yield from measure_step(NAME, case, step, setting, seconds, flops.total, least)
 
 
 def finding(figures: list[Figure]) -> str:
