@@ -1,4 +1,4 @@
-"""python -m benchmarks: measure, beside what is predicted, and draw a report."""
+"""python -m benchmarks: measure, next to what is predicted, and draw a report."""
 
 import sys
 

@@ -47,7 +47,7 @@ class Case:
     """Estimated seconds on any machine: the time that is given to rounds, and setting up."""
     run: Callable[[], Iterable[Figure]]
     flops: float = 0.0
-    """FLOPs of the products that must be made besides. A slow machine takes longer for them."""
+    """FLOPs of the products on top of that. A slow machine takes longer for them."""
     dtype: torch.dtype | None = None
     """Dtype of these products, if not the setting's."""
 

@@ -129,8 +129,8 @@ def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
 
     modules = {name.rsplit(".", 1)[0]: module for name, (module, _) in fp8_weights(model).items()}
     with torch.device("meta"):
-        twin = Transformer(dataclasses.replace(model.config, precision="fp8"))
-    formats = {name: m.saved_format for name, m in twin.named_modules() if isinstance(m, FP8Linear)}
+        rounding = Transformer(dataclasses.replace(model.config, precision="fp8"))
+    formats = {name: m.saved_format for name, m in rounding.named_modules() if isinstance(m, FP8Linear)}
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules.items()]
     model.losses(tokens, targets).total.backward()
     model.zero_grad(set_to_none=True)

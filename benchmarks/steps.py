@@ -34,7 +34,7 @@ def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
     if from_memory > roof:
         raise ValueError(
             f"{what}: {from_memory / 1e9:.1f} GB/s from memory is above the roof of {roof / 1e9:.1f}: bytes are "
-            "counted wrong, or the kept roof is too low, which --fresh measures anew"
+            "counted wrong, or the kept roof is too low, which --fresh measures again"
         )
     return roof
 

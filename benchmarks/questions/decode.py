@@ -84,4 +84,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
+    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second")

@@ -1,4 +1,4 @@
-"""What do eight bits save, and what do they cost here?
+"""What does FP8 save, and what does it cost here?
 
 Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantised when they are used. Activations: what the
 Linears of configs/fp8.toml keep for backward, and whole training steps, with the kernels and in plain PyTorch. Cache:
@@ -43,7 +43,7 @@ FORMATS = ("bfloat16", "fp8")
 STEPS = {"bfloat16": None, "fp8": None, "fp8 in plain PyTorch": "eager"}
 """Training steps to compare, and the backend that each is held to."""
 TIMES = {"weights": "decode_ratio", "activations": "step_ratio", "cache": "decode_ratio"}
-"""Metric of the time that eight bits take."""
+"""Metric of the time that FP8 takes."""
 SIZES = {
     "weights": ("weights", "bytes"),
     "activations": ("activations", "kept"),
@@ -231,7 +231,7 @@ def finding(figures: list[Figure]) -> str:
         parts += [f"logits off by {x:.1%}" for x in values(figures, "logit_error", **_case(what))]
         if parts:
             told.append(" with ".join(filter(None, [parts[0], " and ".join(parts[1:])])))
-    return f"Eight bits, simulated, keep {'; '.join(told)}." if told else ""
+    return f"Simulated FP8 stores {'; '.join(told)}." if told else ""
 
 
 def _shares(figures: list[Figure]) -> dict[str, Figure]:

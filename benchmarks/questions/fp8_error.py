@@ -1,4 +1,4 @@
-"""Which products lose how much?
+"""How much does each product lose to FP8?
 
 The shape of configs/fp8.toml (quick: a smaller one) is trained natively for a few steps on real text. Of one more step
 the inputs, weights and output gradients of all Linears that FP8 training rounds are caught, and each product is made
@@ -90,12 +90,13 @@ def finding(figures: list[Figure]) -> str:
     medians = {product: values(errors, "error", product=product) for product in PRODUCTS}
     parts = [f"{product} {statistics.median(found):.1%}" for product, found in medians.items() if found]
     text = (
-        f"FP8 products are off by {', '.join(parts)} of their size (medians; {EXPECTED:.1%} is what rounding makes of "
-        f"sums whose terms have either sign), at most {_largest(errors, '{:.1%}')}"
+        f"Relative errors of FP8 products: {', '.join(parts)} (medians; rounding alone makes {EXPECTED:.1%} where "
+        f"terms "
+        f"have either sign), at most {_largest(errors, '{:.1%}')}"
     )
     if gains:
         middle = statistics.median(values(gains, "gain_of_tiles"))
-        text += f"; with one scale a tensor the errors would be {middle:.2f} times as large"
+        text += f"; with one scale for the whole matrix they would be {middle:.2f} times as large"
         text += f", at most {_largest(gains, '{:.2f} times')}"
     return text + "."
 

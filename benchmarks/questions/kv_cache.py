@@ -76,8 +76,8 @@ def finding(figures: list[Figure]) -> str:
     )
     if not mla or not mha:
         return ""
-    text = f"MLA keeps {mla[0]:,.0f} bytes a token where MHA with the same heads keeps {mha[0]:,.0f}"
-    text += f", {1 - mla[0] / mha[0]:.1%} less" + (f", and {fp8[0]:,.0f} in FP8" if fp8 else "")
+    text = f"MLA stores {mla[0]:,.0f} bytes a token, {1 - mla[0] / mha[0]:.1%} less than MHA with the same heads"
+    text += f" ({mha[0]:,.0f})" + (f", and {fp8[0]:,.0f} in FP8" if fp8 else "")
     speed = pick(figures, "seconds_per_layer")
     longest = max((f.case["context"] for f in speed), default=0)
     mla, mha = (values(speed, "seconds_per_layer", attention=kind, context=longest) for kind in ("mla", "mha"))
@@ -91,5 +91,5 @@ def plots(figures: list[Figure]) -> list[Plot]:
     title = "Decoding a token, one layer"
     return [
         *over_labels("Cache of a token", "bytes", {"bytes": sizes}, kind="bars"),
-        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title, unit="s"),
+        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title),
     ]

@@ -95,7 +95,6 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    speed = lines(figures, "tokens_per_s", x="batch", by="model", title="Tokens made a second", unit="tokens/s")
-    return speed + lines(
-        figures, "distinct_experts", x="batch", by="model", title="Distinct experts that a step touches", unit="experts"
-    )
+    titles = {"tokens_per_s": "Tokens made a second", "distinct_experts": "Distinct experts that a step touches"}
+    drawn = [lines(figures, metric, x="batch", by="model", title=titles[metric], label=str) for metric in titles]
+    return [plot for plots in drawn for plot in plots]

@@ -31,8 +31,6 @@ OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
 PROMPT = 512
 TURN = 4
 """Tokens that one side decodes before it is the other's turn; the first of them, on a cold cache, does not count."""
-ESTIMATES = {128: 5, 512: 8, 1024: 3, 2048: 12, 8192: 50}
-"""Seconds by context."""
 
 figure = Figures(
     NAME,
@@ -58,36 +56,34 @@ def _size(setting: Setting) -> Size:
 
 
 def _room(setting: Setting) -> int:
-    """Return the tokens that a cache holds besides a context."""
+    """Return the tokens that a cache has room for after a context."""
     return (_size(setting).rounds + 1) * TURN + PROMPT
 
 
 def cases(setting: Setting) -> list[Case]:
     make: Make = functools.cache(lambda: sides(setting))
-    quick, rounds = setting.quick, _size(setting).rounds + 1
-    out: list[Case] = []
-    flops = training_flops(shapes.TRAINED, 2 * rounds * _size(setting).batch)  # ours and theirs
-    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
-        products = 0 if why_unusable(dtype, setting.roofs.peak) else flops
-        run = partial(train, dataclasses.replace(setting, dtype=dtype))
-        key, seconds = f"train dtype={dtype_name(dtype)}", 4 if quick else seconds
-        out.append(Case(key=key, seconds=seconds, flops=products, dtype=dtype, run=run))
-    for context in _size(setting).contexts:
-        key, seconds = f"decode context={context}", ESTIMATES.get(context, context / 150)
-        run = partial(decode, context, setting, make)
-        out.append(Case(key=key, seconds=seconds, flops=_read_flops(setting, context), run=run))
+    size, quick, config = _size(setting), setting.quick, shapes.decoded(setting.quick)
+    rounds = size.rounds + 1
+
+    def reading(tokens: int) -> float:
+        """Return the FLOPs with which ours and theirs read a prompt of that length."""
+        return 2 * tokens * accounting.flops_per_token(config, tokens).total
 
     def read() -> Iterator[Figure]:
         yield from prefill(setting, make)
         make.cache_clear()  # the last that needs the models
 
-    flops = rounds * _read_flops(setting, PROMPT)
-    return [*out, Case(key=f"prefill tokens={PROMPT}", seconds=3 if quick else 10, flops=flops, run=read)]
-
-
-def _read_flops(setting: Setting, tokens: int) -> float:
-    """Return the FLOPs with which ours and theirs read a prompt of that length."""
-    return 2 * tokens * accounting.flops_per_token(shapes.decoded(setting.quick), tokens).total
+    out: list[Case] = []
+    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
+        usable = not why_unusable(dtype, setting.roofs.peak)
+        flops = usable * training_flops(shapes.TRAINED, 2 * rounds * size.batch)  # ours and theirs
+        key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
+        out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
+    for context in size.contexts:
+        key, run = f"decode context={context}", partial(decode, context, setting, make)
+        out.append(Case(key=key, seconds=2 + context / 170, flops=reading(context), run=run))
+    key, seconds = f"prefill tokens={PROMPT}", 3 if quick else 10
+    return [*out, Case(key=key, seconds=seconds, flops=rounds * reading(PROMPT), run=read)]
 
 
 def sides(setting: Setting) -> dict[str, Side]:
@@ -186,8 +182,8 @@ def finding(figures: list[Figure]) -> str:
     for peer in (THEIRS, LLAMA):
         compared = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
         if compared:
-            told.append(f"compared with {peer}: {', '.join(f'{f.measured:.1f} in {_label(f)}' for f in compared)}")
-    return f"Times the speed, {'; '.join(told)}." if told else ""
+            told.append(f"{peer}: {', '.join(f'{f.measured:.1f} times in {_label(f)}' for f in compared)}")
+    return f"Speed compared with {'; with '.join(told)}." if told else ""
 
 
 def _label(f: Figure) -> str:
@@ -201,7 +197,7 @@ def _label(f: Figure) -> str:
 
 def plots(figures: list[Figure]) -> list[Plot]:
     decoded = pick(figures, "tokens_per_s", what="decode")
-    drawn = lines(decoded, "tokens_per_s", x="context", by="who", title="Decoding", unit="tokens/s", label=str)
+    drawn = lines(decoded, "tokens_per_s", x="context", by="who", title="Decoding", label=str)
     groups = {
         f"compared with {peer}": {_label(f): f for f in pick(figures, "speed_ratio", beside=peer)}
         for peer in (THEIRS, LLAMA)

@@ -55,5 +55,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    title = "Tokens of a prompt a second"
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens of a prompt a second")

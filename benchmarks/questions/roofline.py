@@ -69,7 +69,7 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
         yield figure("flop_rate", case, flops / seconds[of], predicted=predicted)
         yield figure("share_of_time", case, seconds[of] / total)
     peak = setting.roofs.peak[dtype_name(setting.dtype)]
-    yield figure("roof", {"step": name, "roof": "memory"}, setting.roofs.bandwidth, unit="bytes/s")
+    yield figure("roof", {"step": name, "roof": "memory"}, setting.roofs.bandwidth)
     yield figure("roof", {"step": name, "roof": "arithmetic"}, peak)
 
 
@@ -82,9 +82,9 @@ def finding(figures: list[Figure]) -> str:
         shares = pick(figures, "share_of_time", step=step)
         if total := sum(values(shares, "share_of_time")):
             left = sum(f.measured or 0 for f in shares if float(f.case["intensity"]) < ridge)
-            parts.append(f"{left / total:.0%} of a {step} step")
-    text = f"Below {ridge:.0f} FLOPs a byte this machine can only be as fast as its memory or caches"
-    return text + (f": by time {', '.join(parts)} lie there." if parts else ".")
+            parts.append(f"{left / total:.0%} of the time of a {step} step")
+    text = f"Below {ridge:.0f} FLOPs a byte memory or caches limit this machine"
+    return text + (f": this is {', '.join(parts)}." if parts else ".")
 
 
 def _roofs(figures: list[Figure]) -> tuple[float, float]:

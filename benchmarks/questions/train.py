@@ -62,5 +62,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    title = "Tokens trained a second"
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens trained a second")

@@ -5,6 +5,8 @@ from typing import Literal
 
 from dsmini.report.figures import Figure, Plot, Series, Value, pick
 
+Kind = Literal["line", "points", "bars"]
+
 
 def lines(
     figures: Sequence[Figure],
@@ -13,7 +15,6 @@ def lines(
     x: str,
     by: str,
     title: str,
-    unit: str,
     label: Callable[[Value], str] | None = None,
 ) -> list[Plot]:
     """Draw a metric over one part of the case, a line for each value of another part, predictions dashed.
@@ -29,8 +30,8 @@ def lines(
         words = label(value) if label else f"{by} {value}"
         series.append(_series(words, at, line, "line"))
         if all(f.predicted for f in line):
-            series.append(_predicted(at, line, "line", words))
-    return [Plot(title=title, x=x, y=unit, series=series, log_x=True, log_y=True)] if series else []
+            series.append(_predicted(at, line, "line", words, f"{words}, predicted"))
+    return [Plot(title=title, x=x, y=found[0].unit, series=series, log_x=True, log_y=True)] if series else []
 
 
 def over_labels(
@@ -38,7 +39,7 @@ def over_labels(
     y: str,
     groups: Mapping[str, Mapping[str, Figure]],
     *,
-    kind: Literal["points", "bars"] = "points",
+    kind: Kind = "points",
     line: tuple[str, float] | None = None,
     predicted: bool = False,
     log_y: bool = False,
@@ -59,7 +60,8 @@ def over_labels(
         if found:
             series.append(_series(name, at, found, kind))
         if found and predicted:
-            series.append(_predicted(at, found, "points", name))
+            words = "predicted" if len(groups) == 1 else f"{name}, predicted"
+            series.append(_predicted(at, found, "points", name, words))
     if not series:
         return []
     if line:
@@ -68,14 +70,13 @@ def over_labels(
     return [Plot(title=title, x="", y=y, series=series, labels=list(places), log_y=log_y, caption=caption)]
 
 
-def _series(
-    label: str, x: Sequence[float], figures: Sequence[Figure], kind: Literal["line", "points", "bars"]
-) -> Series:
+def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:
     """Return the measured values of figures, with their quartiles if all have them."""
-    ends = {end: [getattr(f, end) for f in figures] for end in ("low", "high")}
-    repeated = all(f.low is not None and f.high is not None for f in figures)
-    return Series(label=label, x=x, y=[f.measured or 0.0 for f in figures], kind=kind, **(ends if repeated else {}))
+    low, high = ([getattr(f, end) for f in figures] for end in ("low", "high"))
+    if None in low or None in high:
+        low = high = None
+    return Series(label=label, x=x, y=[f.measured or 0.0 for f in figures], low=low, high=high, kind=kind)
 
 
-def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Literal["line", "points"], of: str) -> Series:
-    return Series(label=f"{of}, predicted", x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)
+def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Kind, of: str, label: str) -> Series:
+    return Series(label=label, x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)
