@@ -86,3 +86,7 @@ class Figures:
         found = {**spread(measured)} if isinstance(measured, Sequence) else {"measured": measured}
         told: dict[str, Any] = {"unit": unit, "better": better, **found, **values}
         return Figure(question=self.question, case=case, metric=metric, **told)
+
+    def left_out(self, metric: str, case: Mapping[str, Value], reason: str) -> Figure:
+        """Return a figure that was not measured, and says why."""
+        return self(metric, case, note=f"left out: {reason}")

@@ -96,13 +96,12 @@ def weights(setting: Setting) -> Iterator[Figure]:
     native = random_model(config, setting.device, setting.dtype)
     held, error = hold_in_fp8(native)
     models = dict(zip(FORMATS, (native, held), strict=True))
-    for format, model in models.items():
-        exact = {"exact": True, "note": "codes, scales, and what stays unquantised"}
-        predicted = accounting.weight_bytes(config, format).total
-        yield figure("bytes", _case("weights", format), float(storage_bytes(model)), predicted=predicted, **exact)
+    held_bytes = {format: storage_bytes(model) for format, model in models.items()}
+    predicted = {format: accounting.weight_bytes(config, format).total for format in FORMATS}
+    yield from _sizes("weights", held_bytes, predicted, "codes, scales, and what stays unquantised")
     yield figure("error", _case("weights"), error, predicted=operand_error(E4M3))
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("decode_ratio", _case("weights"), note=f"left out: {reason}")
+        yield figure.left_out("decode_ratio", _case("weights"), reason)
         return
     prompt = random_tokens(config, 1, 64, setting.device)
     caches = {format: model.new_cache(1, 64 + _room(setting)) for format, model in models.items()}
@@ -112,7 +111,7 @@ def weights(setting: Setting) -> Iterator[Figure]:
 
 def activations(setting: Setting) -> Iterator[Figure]:
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("step_ratio", _case("activations"), note=f"left out: {reason}")
+        yield figure.left_out("step_ratio", _case("activations"), reason)
         return
     run = trained_config(setting.quick)
     models = {
@@ -162,13 +161,11 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
     model = random_model(config, setting.device, setting.dtype)
     room = context + _room(setting)
     caches = {"bfloat16": model.new_cache(1, room, torch.bfloat16), "fp8": model.new_cache(1, room, "fp8")}
-    for format in FORMATS:
-        exact = {"exact": True, "note": "read off the storage"}
-        predicted = accounting.kv_bytes_per_token(config, dtype=format)
-        held = float(caches[format].nbytes_per_token)
-        yield figure("bytes_per_token", _case("cache", format), held, predicted=predicted, **exact)
+    held = {format: each.nbytes_per_token for format, each in caches.items()}
+    predicted = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in FORMATS}
+    yield from _sizes("cache", held, predicted, "read off the storage")
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("decode_ratio", {**_case("cache"), "context": context}, note=f"left out: {reason}")
+        yield figure.left_out("decode_ratio", {**_case("cache"), "context": context}, reason)
         return
     torch.manual_seed(1)
     tokens = random_tokens(config, 1, context, setting.device), random_tokens(config, 1, 8, setting.device)
@@ -178,6 +175,12 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
 
 def _case(what: str, format: str = "fp8") -> dict[str, Value]:
     return {"what": what, "format": format}
+
+
+def _sizes(what: str, held: Mapping[str, float], predicted: Mapping[str, float], note: str) -> Iterator[Figure]:
+    for format in FORMATS:
+        exact = {"predicted": predicted[format], "exact": True, "note": note}
+        yield figure(SIZES[what][1], _case(what, format), float(held[format]), **exact)
 
 
 def _rounds(setting: Setting) -> int:

@@ -134,7 +134,7 @@ def train(setting: Setting) -> Iterator[Figure]:
     batch, config = _size(setting).batch, shapes.TRAINED
     case = {"what": "train", "dtype": dtype_name(setting.dtype)}
     if reason := why_unusable(setting.dtype, setting.roofs.peak):
-        yield figure("speed_ratio", case, note=f"left out: {reason}")
+        yield figure.left_out("speed_ratio", case, reason)
         return
     trainers = {}
     for name in (OURS, f"{OURS} compiled") if setting.dtype == torch.bfloat16 and not setting.quick else (OURS,):

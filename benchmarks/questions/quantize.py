@@ -50,7 +50,7 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(setting: Setting, threads: int) -> Iterator[Figure]:
     if reason := why_not():
-        yield figure("bandwidth", {"operation": "all", "threads": threads}, note=f"left out: {reason}")
+        yield figure.left_out("bandwidth", {"operation": "all", "threads": threads}, reason)
         return
     torch.manual_seed(0)
     x = torch.randn(QUICK_SHAPE if setting.quick else SHAPE).bfloat16()
@@ -158,7 +158,7 @@ def freed_memory_kept() -> Iterator[None]:
 def calls() -> Iterator[Figure]:
     """Time a call on a matrix so small that nothing else counts, the best of many."""
     if reason := why_not():
-        yield figure("call_seconds", {"call": "kernel"}, note=f"left out: {reason}")
+        yield figure.left_out("call_seconds", {"call": "kernel"}, reason)
         return
     from dsmini_kernels import cpu  # pyright: ignore[reportMissingImports]
 

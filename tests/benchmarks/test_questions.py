@@ -28,12 +28,11 @@ from benchmarks.questions import (
 )
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
-from dsmini.measure.kinds import POINTS, PRODUCTS
-from dsmini.measure.rates import Curve, Roofs, why_unusable
+from dsmini.measure.rates import Curve, why_unusable
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY
+from tests.helpers.questions import TINY, made_up_roofs
 from tests.helpers.tolerances import relative_error
 
 SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
@@ -88,16 +87,7 @@ QUESTIONS = questions_here()
 def setting() -> Setting:
     """Quick, on a machine that is made up."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
-    curves = {
-        f"{where} {kind} {dtype}": product if kind in PRODUCTS else point
-        for where in ("warm", "cold")
-        for kind in (*POINTS, *PRODUCTS)
-        for dtype in ("float32", "bfloat16")
-    }
-    peak = {"float32": 1e11, "bfloat16": 3e11}
-    roofs = Roofs(
-        card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, probes={}, curves=curves
-    )
+    roofs = made_up_roofs(point, product, cache_bytes=32 << 20)
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
