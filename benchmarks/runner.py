@@ -23,12 +23,12 @@ from benchmarks.session import Session
 from dsmini import ops
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
+from dsmini.machine import pick_device, pick_dtype
 from dsmini.measure import calibration
-from dsmini.measure.machine import pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
-from dsmini.report.results import Results, Writer, read
+from dsmini.report.results import Results, ResultsWriter, read
 
 Measure = Callable[..., Roofs]
 
@@ -44,6 +44,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Measure = 
     if options.list:
         print("\n".join(listed(known)))
         return 0
+    ops.check_forced()
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with contextlib.redirect_stdout(sys.stderr):  # what a measured library prints must not get between us and JSON
         status, line = _answer(args, options, known, measure, console)
@@ -88,7 +89,7 @@ def _measure(
     questions = _chosen(options, display)
     display.names = [question.name for question in questions]
     device = pick_device(options.device)
-    with Writer(display.path) as writer:
+    with ResultsWriter(display.path) as writer:
         setting = _setting(options, device, measure, display.console)
         asked = [(question, question.cases(setting)) for question in questions]
         session = Session(display=display, writer=writer, setting=setting, run=_run(args, options, setting))
@@ -149,7 +150,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
-    """Pick as dsmini.measure.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
+    """Pick as dsmini.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
     peak = roofs.peak
     if name == "auto" and {"float32", "bfloat16"} <= set(peak):
         return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32

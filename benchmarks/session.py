@@ -18,7 +18,7 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.measure.calibration import steadiness
 from dsmini.report.provenance import Run
-from dsmini.report.results import Done, Writer
+from dsmini.report.results import Done, ResultsWriter
 from dsmini.report.units import duration, human, plural
 
 Asked = Sequence[tuple[Question, list[Case]]]
@@ -43,7 +43,7 @@ class Session:
     """The run, where its figures go, and what shows them."""
 
     display: Display
-    writer: Writer
+    writer: ResultsWriter
     setting: Setting
     run: Run
     began: float = 0.0

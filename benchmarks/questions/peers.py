@@ -21,8 +21,9 @@ from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_v3
 from benchmarks.trained import trainer, training_flops
 from dsmini import RunConfig, TrainConfig, accounting
+from dsmini.machine import once
 from dsmini.measure.rates import why_unusable
-from dsmini.measure.timing import interleaved, once, ratios
+from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import dtype_name, random_tokens
 from dsmini.report.charts import lines, over_labels
 

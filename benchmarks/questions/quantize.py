@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
 from dsmini import ops
-from dsmini.measure.timing import interleaved, once, ratios
+from dsmini.machine import once
+from dsmini.measure.timing import interleaved, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.report.charts import over_labels
 from dsmini.report.units import plural
@@ -166,7 +167,7 @@ def calls() -> Iterator[Figure]:
     arguments = (x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16)
     runs: dict[str, Run] = {
         "kernel": lambda: cpu.quantize_dequantize(*arguments),
-        "through the door": lambda: round_tiles(*arguments),
+        "through dispatch": lambda: round_tiles(*arguments),
         "x.clone()": x.clone,
     }
     for name, run in runs.items():
@@ -182,7 +183,7 @@ def finding(figures: list[Figure]) -> str:
             told.append(f"at {min(shares):.0%} to {max(shares):.0%} of a copy's speed on {plural(n, 'thread')}")
     if faster := values(figures, "over_eager"):
         told.append(f"{min(faster):.0f} to {max(faster):.0f} times as fast as plain PyTorch")
-    told += [f"{t * 1e6:.1f} us a call" for t in values(figures, "call_seconds", call="through the door")]
+    told += [f"{t * 1e6:.1f} us a call" for t in values(figures, "call_seconds", call="through dispatch")]
     return f"Kernels for tiles run {', '.join(told)}." if told else ""
 
 

@@ -212,7 +212,7 @@ def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str,
     return {f.name: line[f.name] for f in dataclasses.fields(kind) if f.name in line}
 
 
-class Writer:
+class ResultsWriter:
     """A file of results that grows by whole lines. Each call is on the disk when it returns.
 
     Raises: ValueError if the folder cannot be written, another run is writing there, or the file is damaged.
@@ -238,7 +238,7 @@ class Writer:
             self.file.close()
             raise
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "ResultsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

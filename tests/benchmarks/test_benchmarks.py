@@ -16,8 +16,8 @@ from benchmarks import runner
 from benchmarks.case import Figure
 from benchmarks.command_line import listed, parse
 from benchmarks.questions import questions_here
+from dsmini.machine import DTYPES
 from dsmini.measure.calibration import steadiness
-from dsmini.measure.machine import DTYPES
 from dsmini.measure.rates import Roofs
 from tests.helpers import fake_questions as fake
 from tests.helpers.benchmark_calls import Capture, Known, Watch, go, lines
