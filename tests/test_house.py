@@ -222,13 +222,13 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3150,
+    "benchmarks": 3320,
     "dsmini/accounting": 1300,
     "dsmini/functional": 980,
     "dsmini/inference": 950,
-    "dsmini/measure": 1510,
+    "dsmini/measure": 1140,
     "dsmini/nn": 2020,
-    "dsmini/report": 1420,
+    "dsmini/report": 1400,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
 """Of nn/, from token ids to logits. An operation of functional/ counts as the one name that nn/ calls: its equation
