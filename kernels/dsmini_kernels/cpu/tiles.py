@@ -4,17 +4,14 @@ Here a call is checked and described; tiles.cpp says how it is computed.
 """
 
 from collections.abc import Container
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import library
+from dsmini_kernels.cpu.build import CALL, library
 
-CALL = Struct("=23qdq")
-"""struct Call of tiles.h."""
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"e4m3": 0, "e5m2": 1, "e5m6": 2}
