@@ -72,7 +72,7 @@ class Format:
 
     def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """The nearest value in FP32, ties to an even last bit; beyond max, infinities too, max; NaN stays NaN."""
-        x = x.float().clamp(-self.max, self.max)
+        x = _single(x).clamp(-self.max, self.max)
         if not self.packed:
             return x.to(self.dtype).float()
         magic = self._magic(x.abs())
@@ -84,7 +84,7 @@ class Format:
         Packed, code 2i has the first eight bits of three bytes and the low four of the second, code 2i + 1 the rest;
         what fills up the last eight are zeros.
         """
-        x = x.float().clamp(-self.max, self.max)  # before torch 2.12 the cast does not saturate
+        x = _single(x).clamp(-self.max, self.max)  # before torch 2.12 the cast does not saturate
         x = torch.where(x.isnan(), torch.nan, x)  # one code for NaN, whatever its sign
         if not self.packed:
             return x.to(self.dtype)
@@ -159,6 +159,15 @@ E5M2 = Format(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.
 E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
 UE8M0 = PowersOfTwo()
 FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})
+
+
+def _single(x: Tensor) -> Tensor:
+    """Return x in FP32, for a rounding to come."""
+    if x.dtype == torch.float64:
+        raise ValueError(
+            "x is torch.float64; want float32, bfloat16 or float16: FP64 would be rounded twice; use x.float() to accept that"
+        )
+    return x.float()
 
 
 @functools.cache

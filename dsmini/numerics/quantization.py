@@ -1,10 +1,11 @@
 """`quantize`: a tensor as codes in a short format and scales, one a tile."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -88,6 +89,17 @@ class QuantizedTensor:
             raise ValueError(f"to({device}): codes cannot be cast; use dequantize({device}), or a device")
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
 
+    def __copy__(self) -> "QuantizedTensor":
+        return replace(self)
+
+    def __reduce__(self) -> tuple[Callable[..., "QuantizedTensor"], tuple[Any, ...]]:
+        """Return the parts for pickle and deepcopy, which give the same without a gradient."""
+        # as bytes: not every version of torch pickles FP8 tensors
+        rest = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("codes", "source")
+        }
+        return _restore, (type(self), self.codes.view(torch.uint8), self.codes.dtype, rest)
+
     def __repr__(self) -> str:
         seen = self.scales.numel() and self.scales.device.type != "meta"
         low, high = (self.scales.min().item(), self.scales.max().item()) if seen else (0.0, 0.0)
@@ -140,14 +152,31 @@ def quantize(
     )
 
 
+def _restore(kind: type[QuantizedTensor], codes: Tensor, dtype: torch.dtype, rest: dict[str, Any]) -> QuantizedTensor:
+    return kind(codes=codes.view(dtype), **rest)
+
+
 def check_source(x: Any, what: str) -> None:
-    """Refuse what has no 8-bit codes: FP64, integers, numbers without a dimension."""
+    """Refuse tensors without 8-bit codes (FP64, integers, numbers without a dimension), and forward-mode derivatives.
+
+    Codes are integers and carry no tangent, so that a forward-mode derivative would be zero without a word.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"{what} is a {type(x).__name__}; want a tensor of float32, bfloat16 or float16")
     if x.dtype not in SOURCES:
         raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
     if not x.dim():
         raise ValueError(f"{what} has no dimensions; want at least one, which tiles cut")
+    if _has_tangent(x):
+        raise ValueError(f"{what} has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()")
+
+
+def _has_tangent(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_batchedtensor(x):  # pyright: ignore[reportAttributeAccessIssue]
+        x = torch._C._functorch.get_unwrapped(x)  # pyright: ignore[reportAttributeAccessIssue]
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_options(scale: str, amax_min: float, **formats: str) -> None:

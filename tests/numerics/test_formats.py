@@ -129,6 +129,16 @@ def test_what_is_special(f: Format) -> None:
 
 
 @EVERY
+def test_fp64_is_refused_since_it_would_be_rounded_twice(f: Format) -> None:
+    """Rounded to FP32 first, a number just above the middle of two values becomes a tie."""
+    above = torch.tensor([1 + f.unit + 2.0**-40], dtype=torch.float64)
+    assert f.round(above.float()) == 1.0, "the tie goes to the even value, and the nearest is above"
+    for function in (f.encode, f.round):
+        with pytest.raises(ValueError, match="FP64 would be rounded twice"):
+            function(above)
+
+
+@EVERY
 def test_half_the_smallest_value_is_zero_and_one_bit_more_is_not(f: Format) -> None:
     half = torch.tensor(f.min_subnormal / 2)
     more = torch.nextafter(half, torch.tensor(1.0))

@@ -1,9 +1,12 @@
-"""A tensor in a short format: what it holds, where its gradient goes, and what is refused."""
+"""Tests of a tensor in a short format: its parts, its gradient, and the inputs that it refuses."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from dsmini.numerics import (
@@ -13,6 +16,7 @@ from dsmini.numerics import (
     SMALLEST_AMAX,
     TOKEN_TILE,
     WEIGHT_TILE,
+    fp8_matmul,
     quantize,
 )
 from tests.helpers.configs import refusal
@@ -159,6 +163,20 @@ def test_another_device() -> None:
     assert alike(q.to("cpu"), q)
 
 
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_pickle_and_deepcopy_give_an_equal_tensor_without_gradient(format: Any, gradient: bool) -> None:
+    q = quantize(torch.randn(3, 130, requires_grad=gradient), format=format)
+    for other in (pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+        assert alike(other, q) and other.source is None
+        assert (other.shape, other.tile, other.scale, other.format, other.dtype) == (
+            *(q.shape, q.tile, q.scale, q.format, q.dtype),
+        )
+        assert other.codes.dtype == q.codes.dtype and other.codes.data_ptr() != q.codes.data_ptr()
+    shallow = copy.copy(q)
+    assert shallow.source is q.source and shallow.codes is q.codes
+
+
 def test_it_says_what_it_is() -> None:
     x = torch.cat([torch.full((1, 130), 448.0), torch.full((1, 130), 448 / 4.0)])
     assert repr(quantize(x.half())) == (
@@ -179,6 +197,19 @@ def test_it_says_what_it_is() -> None:
 def test_dtypes_without_codes(dtype: torch.dtype) -> None:
     said = refusal(quantize, torch.ones(3, 4).to(dtype))
     assert said == f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    """They would be zero: codes carry no tangent."""
+    x, w, tangent = torch.randn(3, 130), torch.randn(5, 130), torch.ones(3, 130)
+    want = "has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()"
+    assert refusal(torch.func.jvp, lambda x: quantize(x).dequantize(), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, torch.func.vmap(lambda x: quantize(x).dequantize()), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, lambda x: fp8_matmul(x, w), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, lambda w: fp8_matmul(x, w), (w,), (torch.ones_like(w),)) == f"w {want}"
+    with forward_ad.dual_level():
+        assert refusal(quantize, forward_ad.make_dual(x, tangent)) == f"x {want}"
+        assert alike(quantize(x), quantize(x)), "without a tangent it is served"
 
 
 def test_a_number_has_no_tiles() -> None:
