@@ -222,7 +222,7 @@ def test_a_number_has_no_tiles() -> None:
 )
 def test_tiles_that_are_none(tile: Any) -> None:
     said = refusal(quantize, torch.ones(3, 4), tile)
-    assert said == f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
+    assert said == f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
 
 
 def test_one_dimension_has_one_row() -> None:

@@ -50,8 +50,8 @@ ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 CALL = Struct("=23qdq")
 """struct Call of tiles.h."""
-VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
-"""Seconds until a compiler that says its version, one that compiles, and the trial of a library are given up."""
+VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 240.0, 60.0
+"""Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
 
 class BuildError(Exception):
@@ -73,14 +73,14 @@ class Library:
 def library() -> Library:
     """Load the compiled library, from the cache or built now.
 
-    Raises: BuildError, and ValueError if DSMINI_CPU_ISA asks for what is unknown or not here.
+    Raises: BuildError, and ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     try:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
         loaded.dsmini_tiles.argtypes, loaded.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    except (OSError, AttributeError) as error:  # a compiler that made no library, a folder from which none may be run
+    except (OSError, AttributeError) as error:  # a folder from which no code may be run
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
     wanted = os.environ.get(ISA_VARIABLE) or "best"
     if wanted not in ISA_NUMBERS:
@@ -98,7 +98,7 @@ def find_or_build(sanitize: bool = False) -> Path:
     A cache that others can change is not used, and a warning says so; one that cannot be written is read all the same.
 
     Args:
-        sanitize: of a library that ends the process at the first wrong access.
+        sanitize: build a library that ends the process at the first wrong access.
 
     Raises: BuildError.
     """
@@ -174,7 +174,7 @@ def _isas() -> dict[str, tuple[str, ...]]:
 
 
 def _cpu_flags() -> str:
-    # A home directory may be shared by unlike machines.
+    # machines with different CPUs may share a home directory
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
