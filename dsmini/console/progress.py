@@ -1,4 +1,4 @@
-"""The progress bar: a bar in a terminal, and a line now and then in a pipe or a file."""
+"""Show progress: a bar in a terminal, lines at intervals in a pipe or a file."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ SECONDS_OF_SILENCE = 60.0
 
 
 class Progress:
-    """A display of how far a piece of work is, what is known about it, and how long it will take.
+    """A display of the work done, its figures, and the time left.
 
     Args:
         total: amount of work, in any unit.
@@ -52,7 +52,7 @@ class Progress:
         """Amount of work that is done."""
         self.delay, self.line_every = delay, line_every
         self._started = self._last_line = time.monotonic()
-        self._lines: int | None = None  # lines due for the work that is done
+        self._lines: int | None = None  # number of lines that the work done so far is worth
         self._ended: float | None = None
         sizes = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
         words = TextColumn("{task.fields[words]}", markup=False)
@@ -88,7 +88,7 @@ class Progress:
 
         Args:
             words: more about it, such as the loss.
-            left: seconds left, where the caller knows better than the rate so far.
+            left: seconds left, if the caller knows better than the rate so far.
         """
         self.done = done
         if self.seconds >= self.delay:
@@ -102,7 +102,7 @@ class Progress:
         self.update(self.done + amount)
 
     def stage(self, what: str, done: float, total: float) -> None:
-        """Show work that comes in stages, each with an amount of its own: "reading", say, of a label "the corpus"."""
+        """Show work in stages, each with its own amount: the stage "reading" of the label "the corpus", for example."""
         if (label := f"{what} {self._object}") != self.label:
             self.label = label
             self._bar.reset(self._task)

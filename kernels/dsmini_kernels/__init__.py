@@ -1,4 +1,4 @@
-"""Fast versions of dsmini's operations, one package for each backend: `cpu` (C++), `triton`. Imports torch, never dsmini."""
+"""Fast versions of dsmini's operations: backend `cpu` (C++), backend `triton`. Imports torch, never dsmini."""
 
 
 class Unserved(Exception):  # noqa: N818 - not an error: plain PyTorch serves instead

@@ -60,7 +60,7 @@ def test_many_processes_build_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> Path:
-    """A cache that holds a copy of the library, and a compiler that must not run."""
+    """Make a cache that holds a copy of the library."""
     folder = tmp_path / "dsmini" / "kernels"
     folder.mkdir(parents=True)
     (folder / LIBRARY.path.name).write_bytes(LIBRARY.path.read_bytes())
@@ -68,7 +68,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None)
     return folder
 
 
-def test_the_cache_is_used_and_damage_is_mended(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_and_damaged_files_are_rebuilt(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[Path] = []
 
     def rebuild(_compiler: Any, _flags: Any, folder: Path, key: str, trial: bool) -> Path:
@@ -100,7 +100,7 @@ def test_the_cache_is_used_and_damage_is_mended(own_cache: Path, monkeypatch: py
         ({"CXX": "/no/such/compiler -x"}, "CXX=/no/such/compiler is not a program"),
     ],
 )
-def test_no_compiler(
+def test_missing_compiler_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, fresh_door: None, environment: dict[str, str], reason: str
 ) -> None:
     for name, value in environment.items():
@@ -118,7 +118,7 @@ def test_no_compiler(
 
 
 @pytest.mark.parametrize("cxx", ["true", 'g++ "x'])
-def test_a_compiler_that_makes_nothing_is_reported(
+def test_compiler_that_makes_nothing_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None, cxx: str
 ) -> None:
     monkeypatch.setenv("CXX", cxx)
@@ -128,7 +128,7 @@ def test_a_compiler_that_makes_nothing_is_reported(
         quantize(torch.randn(3, 130))
 
 
-def test_a_library_that_does_not_load_is_reported(
+def test_library_that_does_not_load_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None
 ) -> None:
     path = tmp_path / "x.so"
@@ -137,7 +137,7 @@ def test_a_library_that_does_not_load_is_reported(
     assert (cpu.why_not() or "").startswith("the compiled library cannot be loaded: ")
 
 
-def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+def test_error_of_the_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
     failing = tmp_path / "cxx"
     failing.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "in a.h"\necho "a.h:1: error: it is late"; exit 1\n'
@@ -227,7 +227,7 @@ def test_compiler_that_hangs_is_killed(
         assert not is_running(process)
 
 
-def test_isa_by_the_environment(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
     for name in ISAS:
         monkeypatch.setenv(build.ISA_VARIABLE, name)
         build.library.cache_clear()
@@ -240,7 +240,7 @@ def test_isa_by_the_environment(monkeypatch: pytest.MonkeyPatch, fresh_door: Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps")
-def test_no_second_openmp_comes_in() -> None:
+def test_only_one_openmp_is_loaded() -> None:
     code = (
         USE
         + "torch.set_num_threads(2); x = torch.randn(1024, 512); x @ x.T;"
@@ -253,7 +253,7 @@ def test_no_second_openmp_comes_in() -> None:
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
-def test_defaults_of_dtype_and_device_do_not_reach_the_kernels(default: torch.dtype) -> None:
+def test_default_dtype_and_device_do_not_change_results(default: torch.dtype) -> None:
     x = torch.randn(40, 512)
     want = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", 1e-4)
     torch.set_default_dtype(default)

@@ -15,7 +15,7 @@ IS_ROOT = os.geteuid() == 0
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache, with a library in dsmini/kernels; temporary folders lie next to it."""
+    """Make a user's cache with a library in dsmini/kernels, and a folder for temporary ones next to it."""
     kernels = tmp_path / "cache" / "dsmini" / "kernels"
     kernels.mkdir(parents=True)
     (tmp_path / "tmp").mkdir()
