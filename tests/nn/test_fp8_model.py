@@ -213,8 +213,14 @@ def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None
     assert not torch.equal(grads["e4m3"], grads["e5m6"])
 
 
-def test_a_native_linear_refuses_codes() -> None:
-    assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(torch.randn(2, 128)), torch.randn(8, 128))
+@pytest.mark.parametrize("backend", [None, "eager", "reference"])
+def test_a_native_linear_refuses_codes(backend: str | None) -> None:
+    x, w = torch.randn(2, 128), torch.randn(8, 128)
+    with ops.use(backend):
+        assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(x), w)
+        codes = quantize(w, (128, 128))
+        want = "weight is a QuantizedTensor, want a tensor; multiply codes by nn.FP8Linear, or weight.dequantize()"
+        assert refusal(linear, x, codes) == want
 
 
 # --- memory
