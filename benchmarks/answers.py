@@ -32,9 +32,21 @@ def report(
         title="dsmini benchmarks",
         lead="What was measured, next to what was predicted from counts and from this machine's own rates.",
         sections=[*sections, changed] if changed else sections,
+        warnings=busy_warnings(results, known),
         facts=facts,
         command=latest.run.command,
     )
+
+
+def busy_warnings(results: Results, names: Iterable[str]) -> list[str]:
+    """Return one sentence if the machine was not steady while any of these questions was measured."""
+    busy = [name for name, finished in results.of_questions(names).items() if finished.unsteady(name)]
+    if not busy:
+        return []
+    return [
+        f"The machine was not steady during {', '.join(busy)}: do not rely on the times and ratios there. "
+        "Measure again with --fresh on a quiet machine."
+    ]
 
 
 def rates(kept: Mapping[str, Any]) -> dict[str, str]:

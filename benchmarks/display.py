@@ -49,9 +49,8 @@ class Display:
     def show(self, question: Question, finished: Finished) -> None:
         """Print the figures of a question, and its sentence."""
         figures = finished.figures(question.name)
-        show_question(self.console, question.title, answers.finding(question, figures), figures)
-        if unsteady := finished.unsteady(question.name):
-            say(self.console, unsteady, style="yellow")
+        warnings = [finished.unsteady(question.name)]
+        show_question(self.console, question.title, answers.finding(question, figures), figures, filter(None, warnings))
 
     def draw(self, results: Results, changed: Section | None = None) -> None:
         """Write the page. A disk that is full stops no measurement: the figures are what counts."""

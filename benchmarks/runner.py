@@ -75,6 +75,8 @@ def _answer(
         return status, answers.last_line(results, display.names, ())
     if old is not None:
         display.compare(results, old, compared)
+    for warning in answers.busy_warnings(results, display.names):
+        say(console, f"\n{warning}", style="yellow")
     if display.undrawn:
         status = 1
     else:

@@ -13,11 +13,12 @@ from dsmini.measure.memory import peak_since_reset, reset_peak
 from dsmini.measure.timing import interleaved, times
 from dsmini.measure.workloads import dtype_name, random_cache
 from dsmini.nn import Cache, Routing
+from dsmini.report.verdicts import compared
 
 HIGHER = {"tokens_per_s": "tokens/s", "useful_share": ""}
 LOWER = {"bytes_per_token": "bytes", "peak_memory": "bytes"}
 NEITHER = {"flops_per_token": "FLOP", "bandwidth": "bytes/s", "flop_rate": "FLOP/s", "seconds_by_kind": "s"}
-LEAST = "predicted: lower bound, operands and results of each product once; measured: those of all operations"
+LEAST = "whole model; predicted: lower bound, operands and results of each product once; measured: of all operations"
 LEAST_FLOPS = "predicted: lower bound, the products of the formula: causal, without padding"
 USEFUL = "of the peak, by the FLOPs that the formula needs: causal, without padding"
 COLD = "measured: bytes that no cache holds; predicted: the roof"
@@ -136,9 +137,9 @@ def distinct_experts(routing: Sequence[Routing]) -> float | None:
 
 
 def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
-    """Return the end of a sentence: how many times the least bytes a case moves; "" where that was not measured."""
+    """Return the end of a sentence: how many times the least bytes a case moves; "" if that was not measured."""
     ratios = [f.ratio for f in pick(figures, "bytes_per_token", **case) if f.ratio]
-    return "".join(f", moving {ratio:.2f} times the bytes that must move" for ratio in ratios)
+    return "".join(f"; a token moves {ratio:.2f} times the least bytes of the whole model" for ratio in ratios)
 
 
 def speed_sentence(figures: list[Figure], what: str) -> str:
@@ -150,5 +151,5 @@ def speed_sentence(figures: list[Figure], what: str) -> str:
     text = f"{best.measured:,.0f} tokens/s at {what} {best.case['tokens']:,} in batches of {best.case['batch']}"
     shares = [f.ratio for f in pick(figures, "flop_rate", **best.case) if f.ratio]
     text += "".join(f", {share:.0%} of the matrix peak" for share in shares)
-    text += f"; {best.ratio:.2f} times what its operations predict" if best.ratio else ""
+    text += f"; {compared(best, best.predicted, 'what its operations predict')}" if best.predicted else ""
     return text + over_bound(figures, best.case) + "."

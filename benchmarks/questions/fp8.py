@@ -28,6 +28,7 @@ from dsmini.nn.cache import Cache
 from dsmini.nn.fp8 import hold_fp8
 from dsmini.numerics import E4M3, WEIGHT_TILE
 from dsmini.report.charts import over_labels
+from dsmini.report.verdicts import compared
 
 NAME = "fp8"
 CONTEXT, QUICK_CONTEXT = 2048, 512
@@ -98,7 +99,7 @@ def weights(setting: Setting) -> Iterator[Figure]:
     models = dict(zip(FORMATS, (native, held), strict=True))
     held_bytes = {format: storage_bytes(model) for format, model in models.items()}
     predicted = {format: accounting.weight_bytes(config, format).total for format in FORMATS}
-    yield from _sizes("weights", held_bytes, predicted, "codes, scales, and what stays unquantised")
+    yield from _sizes("weights", held_bytes, predicted, "of the whole model: codes, scales, and what stays unquantised")
     yield figure("error", _case("weights"), error, predicted=operand_error(E4M3))
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
         yield figure.left_out("decode_ratio", _case("weights"), reason)
@@ -123,9 +124,9 @@ def activations(setting: Setting) -> Iterator[Figure]:
     saved = {format: saved_for_backward(trainers[format].model, tokens) for format in FORMATS}
     for format, (by_linears, total) in saved.items():
         case = _case("activations", format)
-        yield figure("kept_by_linears", case, float(by_linears))
+        yield figure("kept_by_linears", case, float(by_linears), note=f"of a training step on {b * s:,} tokens")
         predicted = accounting.activation_bytes(models[format], batch_size=b, seq_len=s, dtype="bfloat16").total
-        note = "predicted: lower bound, with fused attention"
+        note = f"of a training step on {b * s:,} tokens; predicted: lower bound, with fused attention"
         yield figure("kept", case, float(total), predicted=predicted, bound=True, note=note)
     share = saved["fp8"].by_linears / saved["bfloat16"].by_linears
     note = "predicted: a code and its share of a scale"
@@ -140,8 +141,8 @@ def activations(setting: Setting) -> Iterator[Figure]:
         each.loader.close()
     simulated = "simulated: values are rounded to FP8 and multiplied as BF16"
     note = f"compared with BF16, round by round; target: at most {TARGET}; {simulated}"
-    for name, times in taken.items():
-        yield figure("step_seconds", _case("activations", name), times, note="a whole training step")
+    for name, seconds in taken.items():
+        yield figure("step_seconds", _case("activations", name), seconds, note="a whole training step")
         if name != "bfloat16":
             yield figure("step_ratio", _case("activations", name), ratios(taken, name, "bfloat16"), note=note)
 
@@ -163,7 +164,7 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
     caches = {"bfloat16": model.new_cache(1, room, torch.bfloat16), "fp8": model.new_cache(1, room, "fp8")}
     held = {format: each.nbytes_per_token for format, each in caches.items()}
     predicted = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in FORMATS}
-    yield from _sizes("cache", held, predicted, "read off the storage")
+    yield from _sizes("cache", held, predicted, f"of a token, in all {config.n_layers} layers; read off the storage")
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
         yield figure.left_out("decode_ratio", {**_case("cache"), "context": context}, reason)
         return
@@ -219,8 +220,8 @@ def _decoding(
             models[format](token[None], caches[format])
 
     taken = interleaved({format: partial(turn, format) for format in models}, setting.device, _rounds(setting))
-    for format, times in taken.items():
-        yield figure("decode_seconds", _case(what, format) | more, [t / TURN for t in times], note=note)
+    for format, seconds in taken.items():
+        yield figure("decode_seconds", _case(what, format) | more, [t / TURN for t in seconds], note=note)
     slower = ratios(taken, "fp8", "bfloat16")
     yield figure("decode_ratio", _case(what) | more, slower, note=f"compared with BF16, in turns; {note}")
 
@@ -230,7 +231,8 @@ def finding(figures: list[Figure]) -> str:
     for what, metric in TIMES.items():
         step = "decoding step" if metric == "decode_ratio" else "training step"
         parts = [f"{what} in {shares[what]:.0%} of the bytes"] if what in shares else []
-        parts += [f"{x:.2f} times the time of a {step}" for x in values(figures, metric, **_case(what))]
+        slower = [f for f in pick(figures, metric, **_case(what)) if f.measured is not None]
+        parts += [compared(f, words=f"the time of a {step}") for f in slower]
         parts += [f"logits off by {x:.1%}" for x in values(figures, "logit_error", **_case(what))]
         if parts:
             told.append(" with ".join(filter(None, [parts[0], " and ".join(parts[1:])])))

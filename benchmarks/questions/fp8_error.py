@@ -119,6 +119,8 @@ def plots(figures: list[Figure]) -> list[Plot]:
         for scales in ("tiles", "one scale")
         for operand in ("input", "weight", "gradient")
     }
+    # a group that is zero everywhere draws nothing but its name
+    flushed = {name: group for name, group in flushed.items() if any(f.measured for f in group.values())}
     of_result = "Of the result, against the FP32 product of what was not rounded; experts of a layer together."
     of_values = "Of those that were not zero before; all blocks together."
     line = ("rounding alone", EXPECTED)

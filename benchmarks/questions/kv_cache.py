@@ -11,16 +11,21 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, cases_over, pick, values
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, accounting
 from dsmini.machine import memory_bytes
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.report.charts import lines, over_labels
+from dsmini.report.units import human
+from dsmini.report.verdicts import compared
 
 NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
+
+SYSTEM_SHARE, SYSTEM_LEAST = 0.1, 2 << 30
+"""Memory that is left to the system and to activations: a tenth, and at least 2 GiB."""
 
 figure = Figures(
     NAME,
@@ -49,10 +54,13 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
             name = "fp8" if dtype == "fp8" else "bfloat16"
             case, predicted = {"attention": kind, "cache": name}, accounting.kv_bytes_per_token(config, dtype=name)
             held = Cache(config, 2, 64, dtype, setting.device).nbytes_per_token
-            yield figure("bytes_per_token", case, held, predicted=predicted, exact=True)
-            room = memory_bytes(setting.device) - 2 * accounting.parameters(config).total
-            note = "in the device's memory next to the weights in BF16, were max_seq_len as large"
-            yield figure("context_that_fits", case, predicted=float(max(0, room) // predicted), note=note)
+            note = f"of a token, in all {config.n_layers} layers"
+            yield figure("bytes_per_token", case, held, predicted=predicted, exact=True, note=note)
+            if memory := memory_bytes(setting.device):
+                left = max(SYSTEM_LEAST, SYSTEM_SHARE * memory)
+                room = memory - left - accounting.weight_bytes(config, "bfloat16").total
+                note = f"next to the weights in BF16, with {human(left, 'bytes')} of memory left to the system"
+                yield figure("context_that_fits", case, predicted=float(max(0, room) // predicted), note=note)
 
 
 @torch.no_grad()
@@ -76,20 +84,27 @@ def finding(figures: list[Figure]) -> str:
     )
     if not mla or not mha:
         return ""
-    text = f"MLA stores {mla[0]:,.0f} bytes a token, {1 - mla[0] / mha[0]:.1%} less than MHA with the same heads"
-    text += f" ({mha[0]:,.0f})" + (f", and {fp8[0]:,.0f} in FP8" if fp8 else "")
+    layers = shapes.BIG.n_layers
+    text = f"MLA stores {mla[0]:,.0f} bytes a token in all {layers} layers"
+    text += f" ({fp8[0]:,.0f} in FP8)" if fp8 else ""
+    text += f", {1 - mla[0] / mha[0]:.1%} less than MHA with the same heads ({mha[0]:,.0f})"
     speed = pick(figures, "seconds_per_layer")
     longest = max((f.case["context"] for f in speed), default=0)
-    mla, mha = (values(speed, "seconds_per_layer", attention=kind, context=longest) for kind in ("mla", "mha"))
-    if mla and mha:
-        text += f"; at context {longest:,} its layer decodes {mha[0] / mla[0]:.1f} times as fast"
+    timed = {str(f.case["attention"]): f for f in speed if f.case["context"] == longest and f.measured}
+    if "mla" in timed and "mha" in timed:
+        faster = compared(timed["mha"], timed["mla"], "as fast", decimals=1)
+        text += f"; at context {longest:,} its layer decodes {faster}"
     return text + "."
 
 
+def _name(kind: Value) -> str:
+    return str(kind).upper()
+
+
 def plots(figures: list[Figure]) -> list[Plot]:
-    sizes = {f"{f.case['attention']} {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}
-    title = "Decoding a token, one layer"
+    sizes = {f"{_name(f.case['attention'])}, {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}
+    title = "Time of a token in one layer"
     return [
-        *over_labels("Cache of a token", "bytes", {"bytes": sizes}, kind="bars"),
-        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title),
+        *over_labels("Cache of a token", "bytes in all layers", {"measured": sizes}, kind="bars"),
+        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title, label=_name),
     ]

@@ -18,6 +18,7 @@ from dsmini import ModelConfig, Transformer, accounting
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn import Cache, max_violation
 from dsmini.report.charts import lines
+from dsmini.report.verdicts import compared
 
 NAME = "moe"
 NAMES = ("experts", "dense, equal active", "dense, equal total")
@@ -71,30 +72,32 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
             distinct.append(float((decided.counts > 0).sum()))
             uneven.append(float(max_violation(decided.counts)))
     case, expected = {"batch": batch, "model": "experts"}, accounting.expected_experts(c, batch)
-    note = "predicted for tokens that choose alike and independently; the gate here is random"
+    note = "of a layer; predicted for tokens that choose alike and independently; the gate here is random"
     mean = statistics.fmean(distinct)
     of_all = figure("distinct_experts", case, distinct, predicted=expected, note=note)
     yield dataclasses.replace(of_all, measured=mean)
     bytes_of_one = 3 * c.dim * c.moe_inter_dim * setting.dtype.itemsize / batch
-    yield figure("expert_bytes_per_token", case, mean * bytes_of_one, predicted=expected * bytes_of_one)
-    yield figure("max_violation", case, statistics.fmean(uneven))
+    weights = {"predicted": expected * bytes_of_one, "note": "of a token, in one layer"}
+    yield figure("expert_bytes_per_token", case, mean * bytes_of_one, **weights)
+    yield figure("max_violation", case, statistics.fmean(uneven), note="of a layer")
 
 
 def finding(figures: list[Figure]) -> str:
-    speed = {(f.case["model"], f.case["batch"]): f.measured or 0.0 for f in pick(figures, "tokens_per_s")}
+    speed = {(f.case["model"], f.case["batch"]): f for f in pick(figures, "tokens_per_s") if f.measured}
     batches = sorted({b for _, b in speed if all((name, b) in speed for name in NAMES)})
     if not batches:
         return ""
     parts = []
     for batch in dict.fromkeys((batches[0], batches[-1])):
         sparse, active, total = (speed[name, batch] for name in NAMES)
-        text = f"{sparse / active:.2f} times the speed of the dense model with equal active parameters"
-        parts.append(f"{text} and {sparse / total:.1f} times that with equal total parameters at batch {batch}")
-    touched = [f", where {n:.0f} experts are touched" for n in values(figures, "distinct_experts", batch=batches[-1])]
-    return f"Experts run at {', '.join(parts)}{''.join(touched)}."
+        text = f"{compared(sparse, active)} and {compared(sparse, total, 'as fast', decimals=1)}"
+        parts.append(f"{text} at batch {batch}")
+    touched = [f", where a layer reads {n:.0f} experts" for n in values(figures, "distinct_experts", batch=batches[-1])]
+    dense = "Compared with dense models of equal active and of equal total parameters"
+    return f"{dense}, experts decode {', '.join(parts)}{''.join(touched)}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    titles = {"tokens_per_s": "Tokens made a second", "distinct_experts": "Distinct experts that a step touches"}
+    titles = {"tokens_per_s": "Tokens made a second", "distinct_experts": "Distinct experts of a layer in a step"}
     drawn = [lines(figures, metric, x="batch", by="model", title=titles[metric], label=str) for metric in titles]
     return [plot for plots in drawn for plot in plots]

@@ -58,10 +58,10 @@ def finding(figures: list[Figure]) -> str:
     if len(gains) < 2:
         return f"MoE is better by {gains[0]:.4f} nats a byte, with one seed." if gains else ""
     mean, half = interval(gains)
-    return (
-        f"MoE is better by {mean:.4f} nats a byte, 95 % interval {mean - half:.4f} to {mean + half:.4f} "
-        f"over {len(gains)} seeds."
-    )
+    within = f"95 % interval {mean - half:.4f} to {mean + half:.4f} over {len(gains)} seeds"
+    if half > abs(mean):
+        return f"No difference is clear: MoE's loss is lower by {mean:.4f} nats a byte on average, {within}."
+    return f"MoE is {'better' if mean > 0 else 'worse'} by {abs(mean):.4f} nats a byte, {within}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:

@@ -25,6 +25,7 @@ from dsmini.measure import prediction
 from dsmini.measure.counting import count
 from dsmini.measure.rates import Roofs
 from dsmini.report.charts import over_labels
+from dsmini.report.verdicts import compared
 
 NAME = "mtp"
 TEMPERATURES = (0.0, 0.8)
@@ -183,7 +184,7 @@ def finding(figures: list[Figure]) -> str:
         tokens = values(figures, "tokens_per_step", **f.case)
         if f.measured is not None and tokens:
             how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedily"
-            gain = f"{f.measured:.2f} times as fast with {tokens[0]:.2f} tokens a step"
+            gain = f"{compared(f, words='as fast')} with {tokens[0]:.2f} tokens a step"
             told.append(f"depth {f.case['depth']} {how} {gain}")
             faster += (f.low or 0.0) > 1  # beyond what prompts differ by
     pays = f"pays in {faster} of {len(told)} cases" if faster else "does not pay"

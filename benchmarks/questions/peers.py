@@ -26,6 +26,7 @@ from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import dtype_name, random_tokens
 from dsmini.report.charts import lines, over_labels
+from dsmini.report.verdicts import compared
 
 NAME = "peers"
 OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
@@ -115,7 +116,8 @@ def decode(context: int, setting: Setting, make: Make) -> Iterator[Figure]:
         held = side.bytes_per_token()
         if held is not None:
             expected = accounting.kv_bytes_per_token(config, setting.dtype.itemsize) if name == OURS else None
-            checked = {"predicted": expected, "exact": name == OURS, "note": "read off the storage"}
+            note = f"of a token, in all {config.n_layers} layers; read off the storage"
+            checked = {"predicted": expected, "exact": name == OURS, "note": note}
             yield figure("cache_bytes_per_token", {**case, "who": name}, held, **checked)
 
 
@@ -181,9 +183,9 @@ def speeds(
 def finding(figures: list[Figure]) -> str:
     told = []
     for peer in (THEIRS, LLAMA):
-        compared = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
-        if compared:
-            told.append(f"{peer}: {', '.join(f'{f.measured:.1f} times in {_label(f)}' for f in compared)}")
+        faster = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
+        if faster:
+            told.append(f"{peer}: {', '.join(compared(f, words=f'in {_label(f)}', decimals=1) for f in faster)}")
     return f"Speed compared with {'; with '.join(told)}." if told else ""
 
 

@@ -7,6 +7,7 @@ one FLOP for an element written.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -25,6 +26,8 @@ from dsmini.measure.workloads import dtype_name
 NAME = "roofline"
 PASSES = 5
 STEPS = ("decode", "prefill", "train")
+MOST_KINDS = 5
+"""Kinds of operations that a plot names: those that take the most time. The others share a colour."""
 
 figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roof": "FLOP/s"})
 
@@ -98,18 +101,24 @@ def plots(figures: list[Figure]) -> list[Plot]:
     by_step = {step: pick(figures, "flop_rate", step=step) for step in STEPS}
     if not memory or not arithmetic:
         return []
-    return [_plot(step, found, memory, arithmetic) for step, found in by_step.items() if found]
+    shares = {step: pick(figures, "share_of_time", step=step) for step in STEPS}
+    return [_plot(step, found, shares[step], memory, arithmetic) for step, found in by_step.items() if found]
 
 
-def _plot(step: str, found: list[Figure], memory: float, arithmetic: float) -> Plot:
+def _plot(step: str, found: list[Figure], shares: list[Figure], memory: float, arithmetic: float) -> Plot:
     ridge = arithmetic / memory
     at = [float(f.case["intensity"]) for f in found]
     low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
     series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
-    for kind in sorted({str(f.case["kind"]) for f in found}):
-        some = pick(found, "flop_rate", kind=kind)
+    seconds = Counter({str(f.case["kind"]): 0.0 for f in found})
+    for f in shares:
+        seconds[str(f.case["kind"])] += f.measured or 0.0
+    kinds = [kind for kind, _ in seconds.most_common()]
+    named = {kind: [kind] for kind in kinds[:MOST_KINDS]} | {"others": kinds[MOST_KINDS:]}
+    for kind, members in named.items():
+        some = [f for f in found if f.case["kind"] in members]
         x, y = [float(f.case["intensity"]) for f in some], [f.measured or 0 for f in some]
-        series.append(Series(label=kind, kind="points", x=x, y=y))
+        series += [Series(label=kind, kind="points", x=x, y=y)] if some else []
     caption = "A point is an operation of one shape. Above the sloping roof, its bytes come from a cache."
     title = f"Operations of a {step} step"
     return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)

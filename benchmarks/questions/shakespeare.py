@@ -15,6 +15,7 @@ import torch
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, values
 from benchmarks.peer_models import nanogpt
 from benchmarks.trained import plots_by_seed, run_command, run_recipe
+from dsmini.report.verdicts import compared
 
 NAME = "shakespeare"
 SEEDS, QUICK_SEEDS = 3, 1
@@ -64,7 +65,8 @@ def finding(figures: list[Figure]) -> str:
         if seconds and losses:
             text = f"{who} {statistics.mean(losses):.3f} nats in {statistics.median(seconds):.0f} s"
             if who != "peer" and peer:
-                text += f", {statistics.median(seconds) / statistics.median(peer):.0%} of the peer's time"
+                ours, theirs = (figure("seconds", {}, taken) for taken in (seconds, peer))
+                text += ", " + compared(ours, theirs, "the peer's time")
             told.append(text)
     return f"Loss at context {nanogpt.CONTEXT}: {'; '.join(told)}." if told else ""
 

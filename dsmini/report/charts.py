@@ -24,13 +24,13 @@ def lines(
     """
     found = [f for f in pick(figures, metric) if f.measured]
     series: list[Series] = []
-    for value in sorted({f.case[by] for f in found}, key=str):
+    for value in dict.fromkeys(f.case[by] for f in found):
         line = sorted((f for f in found if f.case[by] == value), key=lambda f: f.case[x])
         at = [float(f.case[x]) for f in line]
         words = label(value) if label else f"{by} {value}"
         series.append(_series(words, at, line, "line"))
         if all(f.predicted for f in line):
-            series.append(_predicted(at, line, "line", words, f"{words}, predicted"))
+            series.append(_predicted(at, line, "line", words))
     return [Plot(title=title, x=x, y=found[0].unit, series=series, log_x=True, log_y=True)] if series else []
 
 
@@ -60,8 +60,7 @@ def over_labels(
         if found:
             series.append(_series(name, at, found, kind))
         if found and predicted:
-            words = "predicted" if len(groups) == 1 else f"{name}, predicted"
-            series.append(_predicted(at, found, "points", name, words))
+            series.append(_predicted(at, found, "points", name))
     if not series:
         return []
     if line:
@@ -78,5 +77,6 @@ def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kin
     return Series(label=label, x=x, y=[f.measured or 0.0 for f in figures], low=low, high=high, kind=kind)
 
 
-def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Kind, of: str, label: str) -> Series:
-    return Series(label=label, x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)
+def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Kind, of: str) -> Series:
+    """Return the predictions of figures, for the series of that label."""
+    return Series(label=f"{of}, predicted", x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)

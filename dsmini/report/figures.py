@@ -45,6 +45,13 @@ class Figure:
         return self.measured / self.predicted
 
     @property
+    def spread(self) -> float | None:
+        """Half the range between the quartiles, as a share of the measured value."""
+        if self.low is None or self.high is None or not self.measured:
+            return None
+        return (self.high - self.low) / 2 / abs(self.measured)
+
+    @property
     def is_time(self) -> bool:
         """True for a time, a rate, or a ratio of them."""
         return self.unit in ("s", "x") or self.unit.endswith("/s")

@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 5.0, 3.2
 """Inches. Text of 10.5 points can still be read where the page is as wide as a phone."""
 
+PREDICTED = "predicted"
+"""The one entry of the legend for all predictions."""
+LEGEND_WIDTH, HANDLE = 70, 8
+"""Characters that a line of the legend has room for, and those that the mark of an entry takes."""
 ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
 """The look of quartiles."""
 
@@ -87,8 +91,9 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
 
     colours, bars = THEMES[theme], [s for s in series if s.kind == "bars"]
-    columns = max(1, 70 // (max(len(s.label) for s in series) + 8))
-    height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(series) // columns)
+    entries = legend(series, plot)
+    columns = _columns(entries)
+    height = max(HEIGHT, 1.0 + 0.3 * len(plot.labels or ()) * max(1, len(bars))) + 0.2 * (len(entries) // columns)
     settings: dict[Any, Any] = {**colours.style, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -100,8 +105,13 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
             else:
                 _draw(axes, s, plot, colours, colours.series[place], marker)
         _scale(axes, plot, series)
-        if len(series) > 1 or series[0].label not in ("", plot.title):
-            figure.legend(loc="outside upper left", ncols=columns)
+        if entries:
+            handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            rows_first = [entry for column in range(columns) for entry in list(entries)[column::columns]]
+            shown = [handles[entries[entry]] for entry in rows_first]
+            drawn = figure.legend(shown, rows_first, loc="outside upper left", ncols=columns)
+            if PREDICTED in entries:
+                _mute(drawn.legend_handles[rows_first.index(PREDICTED)], colours)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     axis = f" by {plot.x}" if plot.x else ""
@@ -121,6 +131,35 @@ def drawable(series: Series, plot: Plot) -> Series:
     parts = {"x": x, "y": series.y, "low": series.low, "high": series.high}
     kept: dict[str, Any] = {key: None if part is None else [part[i] for i in keep] for key, part in parts.items()}
     return dataclasses.replace(series, **kept)
+
+
+def legend(series: Sequence[Series], plot: Plot) -> dict[str, str]:
+    """Return the entries of the legend, each with the label of a series that shows its look.
+
+    All predictions share the last entry. A single series needs none where its label is the title or names the axis.
+    """
+    entries = {s.label: s.label for s in series if s.label and not s.of}
+    predictions = [s.label for s in series if s.of]
+    if predictions:
+        return entries | {PREDICTED: predictions[0]}
+    return {} if set(entries) <= {"measured", plot.title, plot.y} else entries
+
+
+def _columns(entries: Collection[str]) -> int:
+    """Return the columns of a legend that is as wide as the plot: one line if all entries fit."""
+    if sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH:
+        return max(1, len(entries))
+    return max(1, LEGEND_WIDTH // (max(map(len, entries)) + HANDLE))
+
+
+def _mute(handle: Any, theme: Theme) -> None:
+    """Give the entry of all predictions a colour that is no series' own."""
+    for part in [handle, *getattr(handle, "get_children", list)()]:
+        if hasattr(part, "set_markerfacecolor"):
+            part.set_color(theme.muted)
+            part.set_markerfacecolor(theme.card)
+        elif hasattr(part, "set_edgecolor"):
+            part.set_edgecolor(theme.muted)
 
 
 def styles(series: Sequence[Series]) -> list[tuple[int, str]]:

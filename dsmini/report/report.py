@@ -98,6 +98,8 @@ class Report:
     sections: Sequence[Section]
     lead: str = ""
     """A sentence under the title."""
+    warnings: Sequence[str] = ()
+    """Anything that a reader must know before all sections."""
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Cards of names and values, such as the machine and the versions, by title."""
     command: str = ""
@@ -105,12 +107,12 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the tables and findings. Plots are the page's."""
+        for warning in self.warnings:
+            say(console, warning, style="yellow")
         for section in self.sections:
-            terminal.show_question(console, section.title, section.finding, section.figures)
+            terminal.show_question(console, section.title, section.finding, section.figures, section.warnings)
             for table in section.tables:
                 terminal.show_table(console, table)
-            for warning in section.warnings:
-                say(console, warning, style="yellow")
 
     def html(self) -> str:
         """Return the page. It holds all it shows: read it offline, print it, or send it to somebody."""

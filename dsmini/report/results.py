@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,9 @@ from dsmini.report.provenance import Run
 Key = tuple[str, str]
 """A question's name, a case's key."""
 STEADY = 0.75
-"""Least share of its kept rates that a quiet machine gives."""
+"""Least share of its stored rates that a quiet machine reaches."""
+WIDE = 0.25
+"""Spread of repeated times, in the middle of a question's figures, that only a busy machine shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,9 @@ class Finished:
         return said + [f"{key} was left out: {why}." for key, why in run.left_out.get(question, {}).items()]
 
     def unsteady(self, question: str) -> str:
-        """Return how the machine was busy or faster. Nothing if it was quiet, or if no time was taken."""
-        if not any(figure.is_time for figure in self.figures(question)):
+        """Return how the machine was busy or faster; "" if it was quiet, or if no time was taken."""
+        timed = [figure for figure in self.figures(question) if figure.is_time]
+        if not timed:
             return ""
         steadiness = self.steadiness(question)
         slow = {key: share for key, share in steadiness.items() if share < STEADY}
@@ -98,8 +102,14 @@ class Finished:
         if slow:
             which = ", ".join(slow) if len(slow) <= 3 else f"{len(slow)} of {len(steadiness)} cases"
             return (
-                f"The machine was busy or throttled: in {which} it gave as little as {min(slow.values()):.0%} of the "
-                "rates that predictions rest on. --fresh measures again."
+                f"The machine was busy or throttled: in {which} it reached as little as {min(slow.values()):.0%} of "
+                "the rates that predictions rest on. --fresh measures again."
+            )
+        spreads = [f.spread for f in timed if f.unit != "x" and f.spread is not None]
+        if spreads and (middle := statistics.median(spreads)) > WIDE:
+            return (
+                f"The machine was busy: repeated times spread by ±{middle:.0%} in the middle, so that smaller "
+                "differences say nothing. --fresh measures again."
             )
         if fast > 1 / STEADY:
             return (

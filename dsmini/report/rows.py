@@ -37,12 +37,9 @@ class Row:
 
     @property
     def spread(self) -> str:
-        """Half the range of the quartiles, as a share of the measured value."""
-        low, high, middle = self.figure.low, self.figure.high, self.figure.measured
-        if low is None or high is None or not middle:
-            return ""
-        share = (high - low) / 2 / abs(middle)
-        return f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
+        """The spread in percent."""
+        share = self.figure.spread
+        return "" if share is None else f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
 
     @property
     def ratio(self) -> str:

@@ -1,6 +1,6 @@
 """Sections of a report in a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import rich.table
 from rich.console import Console
@@ -17,8 +17,10 @@ LONGEST = 30
 """Figures of a question that a terminal shows. The page has all."""
 
 
-def show_question(console: Console, title: str, finding: str, figures: Sequence[Figure]) -> None:
-    """Print the figures of a question, as many as one likes to read, and the sentence they come to."""
+def show_question(
+    console: Console, title: str, finding: str, figures: Sequence[Figure], warnings: Iterable[str] = ()
+) -> None:
+    """Print the first figures of a question, the warnings, and the finding."""
     console.print()
     common = shared(figures)
     said = ", ".join(f"{words(key)} {shown(value)}" for key, value in common.items())
@@ -34,6 +36,8 @@ def show_question(console: Console, title: str, finding: str, figures: Sequence[
         say(console, f"... and {len(figures) - LONGEST} more, in the report", style="dim")
     for note in dict.fromkeys(f.note for f in figures if f.measured is None and f.note.startswith("left out")):
         say(console, note, style="yellow")
+    for warning in warnings:
+        say(console, warning, style="yellow")
     say(console, finding, style="bold cyan")
 
 

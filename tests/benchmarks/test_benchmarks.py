@@ -23,6 +23,8 @@ from tests.helpers import fake_questions as fake
 from tests.helpers.benchmark_calls import Capture, Known, Watch, go, lines
 from tests.helpers.commands import ROOT
 
+TOP = "The machine was not steady during fake_decode"
+
 
 def test_last_line_is_json_and_all_there_is(tmp_path: Path, capsys: Capture) -> None:
     assert go(tmp_path) == 0
@@ -34,7 +36,7 @@ def test_last_line_is_json_and_all_there_is(tmp_path: Path, capsys: Capture) -> 
     assert answer["dtype"] == "bfloat16", "the faster one by the roofs"
     first = answer["figures"][0]
     assert first["case"] == {"attention": "MLA"} and first["measured"] == first["predicted"] == 70_272
-    assert "MLA keeps 70,272 bytes" in err and "transformers, of the same shape, context 8,192" in err
+    assert "MLA stores 70,272 bytes" in err and "transformers, of the same shape, context 8,192" in err
     assert (tmp_path / "report.html").is_file()
     assert not list(tmp_path.glob("*.partial"))
 
@@ -77,7 +79,7 @@ def test_defect_of_one_question_spares_the_others(tmp_path: Path, capsys: Captur
 
     assert go(tmp_path, known={"fake_decode": broken, "fake_cache": fake.cache()}) == 0
     assert "No finding yet: KeyError: '8192'" in capsys.readouterr().err
-    assert "MLA keeps" in (tmp_path / "report.html").read_text()
+    assert "MLA stores" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,25 @@ def test_a_busy_machine_is_told(
     page = (tmp_path / "report.html").read_text()
     if said:
         assert said in err and said in page
+        assert page.index(TOP) < page.index('class="numbers"'), "at the top of the page"
+        assert err.index(said) < err.index("At context 8,192"), "before the finding"
+        assert err.rstrip().splitlines()[-3].startswith(TOP), "and next to the last line"
     else:
-        assert "the rates that predictions rest on" not in err + page
+        assert "the rates that predictions rest on" not in err + page and TOP not in err + page
     lowest = min(min(shares[i : i + 2]) for i in range(0, 8, 2))
     assert json.loads(out)["steadiness"] == {"fake_decode": lowest}
 
     monkeypatch.setattr("benchmarks.session.steadiness", lambda roofs, device: 0.5)
     go(tmp_path / "counts", known={"fake_cache": fake.cache()})
     assert "machine was busy" not in capsys.readouterr().err, "no time was taken"
+
+
+@pytest.mark.parametrize(("spread", "told"), [(0.02, False), (0.5, True)])
+def test_wide_spreads_are_told_as_a_busy_machine(tmp_path: Path, capsys: Capture, spread: float, told: bool) -> None:
+    """The short probes of the machine may fall into quiet moments."""
+    go(tmp_path, known={"fake_decode": fake.decode(spread=spread)})
+    err, page = capsys.readouterr().err, (tmp_path / "report.html").read_text()
+    assert ("repeated times spread by ±50% in the middle" in err) == (TOP in err) == (TOP in page) == told
 
 
 def test_steadiness_is_the_least_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,12 @@ def roofs(device: torch.device, *, on_part: Callable[[float, str], None], fresh:
     return ROOFS
 
 
-def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0) -> Question:
-    """Times with quartiles, a line of predictions, notes.
+def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0, spread: float = 0.025) -> Question:
+    """Return a question with times and quartiles, a line of predictions, and notes.
 
     Args:
-        on_case: told of each case before it is measured; may raise.
+        on_case: called with each case before it is measured; may raise.
+        spread: half the range between the quartiles, as a share of the rate.
     """
 
     def measure(who: str, context: int) -> Iterator[Figure]:
@@ -47,7 +48,7 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
         yield Figure(
             question="fake_decode", case={"side": who, "context": context, "dtype": "bfloat16"},
             metric="tokens_per_s", unit="tokens/s", measured=rate, predicted=60 / (1 + context / 20000),
-            low=rate * 0.97, high=rate * 1.02, better="higher",
+            low=rate * (1 - spread), high=rate * (1 + spread), better="higher",
             note="Weights are random." if who != "dsmini" else "",
         )  # fmt: skip
 
@@ -87,10 +88,10 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
 
 
 def cache(measured: int | None = None) -> Question:
-    """Exact counts in bytes, as bars, with long labels and with short ones.
+    """Return a question with exact counts in bytes, as bars, with long labels and with short ones.
 
     Args:
-        measured: bytes of MLA's cache instead of the right ones.
+        measured: bytes of MLA's cache; None: the right ones.
     """
     kinds = {
         "MLA": 70_272,
@@ -127,16 +128,16 @@ def cache(measured: int | None = None) -> Question:
 
     return Question(
         name="fake_cache",
-        title="How many bytes does a token keep?",
+        title="How many bytes does a token store?",
         cases=lambda setting: [Case(key=kind, seconds=0.1, run=lambda kind=kind: run(kind)) for kind in kinds],
-        finding=lambda figures: "MLA keeps 70,272 bytes a token, 98.24 % less than multi-head attention.",
+        finding=lambda figures: "MLA stores 70,272 bytes a token, 98.24 % less than multi-head attention.",
         plots=plots,
         about="Read off the storages.",
     )
 
 
 def roofline() -> Question:
-    """A cloud of named points under a roof, and a plot without anything in it."""
+    """Return a question with a cloud of points under a roof, and a plot without anything in it."""
     points = {"rmsnorm": (0.3, 8e9), "softmax": (0.7, 21e9), "gate": (1.1, 30e9), "rope": (0.5, 9e9)}
     points |= {"w1, w3": (180.0, 6e11), "wo": (90.0, 5.1e11), "wkv_b": (40.0, 4.6e11), "experts": (33.0, 3e11)}
     points |= {"absorbed scores": (14.0, 2.2e11)}
@@ -159,7 +160,7 @@ def roofline() -> Question:
         )  # fmt: skip
         return [
             Plot(title="The roofline", x="FLOP a byte", y="FLOP/s", log_x=True, log_y=True, series=[roof, cloud]),
-            Plot(title="Of nothing", x="", y="", series=[Series(label="none", x=[1.0], y=[math.nan])]),
+            Plot(title="Nothing", x="", y="", series=[Series(label="none", x=[1.0], y=[math.nan])]),
         ]
 
     return Question(

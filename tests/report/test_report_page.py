@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import runner
 from dsmini.report import Plot, Series
-from dsmini.report.plots import THEMES, drawable, styles
+from dsmini.report.plots import THEMES, drawable, legend, styles, svg
 from tests.helpers import fake_questions as fake
 from tests.helpers.chromium import BROWSER, Chromium
 
@@ -19,7 +19,7 @@ in_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium he
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the fake questions, with changes since a run half as fast, and a case that fails."""
+    """Draw the report of the fake questions, with changes since a run half as fast, and a case that fails."""
     folder = tmp_path_factory.mktemp("report")
 
     def fail(key: str) -> None:
@@ -112,6 +112,27 @@ def test_more_series_than_colours_are_squares() -> None:
     found = dict(zip(of, styles([Series(label=label, x=[1, 2], y=[3, 4], of=of[label]) for label in of]), strict=True))
     assert found["mla"][0] == found["kind 8"][0]
     assert [label for label, (_, marker) in found.items() if marker == "s"] == ["kind 8"]
+
+
+def test_legend_has_one_entry_for_all_predictions() -> None:
+    def series(label: str, of: str = "") -> Series:
+        return Series(label=label, x=[1, 2], y=[3, 4], of=of, dashed=bool(of))
+
+    both = [series(label, of) for kind in ("MLA", "MHA") for label, of in ((kind, ""), (f"{kind}, predicted", kind))]
+    plot = Plot(title="Speed", x="context", y="tokens/s", series=both)
+    assert legend(both, plot) == {"MLA": "MLA", "MHA": "MHA", "predicted": "MLA, predicted"}
+    drawn = svg(plot, "light", "speed") or ""
+    assert re.findall(r">([^<>]*predicted[^<>]*)</text>", drawn) == ["predicted"]
+    assert legend([series("Speed")], plot) == legend([series("measured")], plot) == {}
+    assert legend([series("batch 1")], plot) == {"batch 1": "batch 1"}
+
+
+@in_browser
+def test_wide_tables_scroll_on_a_phone(page: Path, browser: Chromium) -> None:
+    browser.open(page, 400)
+    inside = "[...document.querySelectorAll('.scroll')].map(s => s.scrollWidth > s.clientWidth)"
+    assert any(browser.evaluate(inside)), "at least one is wider than the phone"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 @in_browser
