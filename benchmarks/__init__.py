@@ -1,1 +1,1 @@
-"""Questions about speed, size and error, measured here; run from a checkout: python -m benchmarks."""
+"""Measure speed, size and error on this machine; run from a checkout: python -m benchmarks."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks: measure, next to what is predicted, and draw a report."""
+"""Run python -m benchmarks: measure, compare with predictions, and draw a report."""
 
 import sys
 
@@ -7,7 +7,7 @@ from benchmarks.questions import questions_here
 
 if __name__ == "__main__":
     known = questions_here()
-    if sys.argv[1:] in (["--list"], ["--help"], ["-h"]):  # at once: torch takes seconds to import
+    if sys.argv[1:] in (["--list"], ["--help"], ["-h"]):  # without torch, which takes seconds to import
         parse(sys.argv[1:], known)
         print("\n".join(listed(known)))
         sys.exit()

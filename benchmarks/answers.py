@@ -1,4 +1,4 @@
-"""What a file of results says: sections of the page, what changed, and the last line of a call."""
+"""Turn a file of results into the sections of the page, the changes, and the last line of a call."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "th
 def report(
     results: Results, known: Mapping[str, Question], drawn: dict[str, Section], changed: Section | None = None
 ) -> Report:
-    """Return the page of all questions of which something was measured.
+    """Return the page of all questions that have figures or errors.
 
     Args:
-        drawn: sections of earlier pages by name, brought up to date. Those that are the same are not drawn again.
+        drawn: sections of earlier pages by name; updated here. An equal section is not drawn again.
     """
     latest = results.latest
     assert latest is not None, "a report is drawn once a run has begun"
@@ -50,7 +50,7 @@ def busy_warnings(results: Results, names: Iterable[str]) -> list[str]:
 
 
 def rates(kept: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rates of a machine in words; nothing if an older version measured other ones."""
+    """Return the rates of a machine in words; none if an older version measured other ones."""
     try:
         roofs = from_json(kept)
     except (KeyError, TypeError, AttributeError):
@@ -61,7 +61,7 @@ def rates(kept: Mapping[str, Any]) -> dict[str, str]:
 
 
 def section(question: Question, finished: Finished, latest: Run) -> Section:
-    """Return a question with what there is of it."""
+    """Return a question as a section with all that was measured."""
     run, figures = finished.run, finished.figures(question.name)
     sizes = [*(["--quick"] if run.quick else []), "--device", run.device, "--dtype", run.dtype]
     return Section(
@@ -78,15 +78,15 @@ def section(question: Question, finished: Finished, latest: Run) -> Section:
 
 
 def finding(question: Question, figures: Sequence[Figure]) -> str:
-    """Return the question's sentence. The figures so far may not be enough for it."""
+    """Return the question's finding; the figures so far may not be enough for it."""
     try:
         return question.finding(list(figures)) if figures else NOTHING
-    except Exception as error:  # a defect of one question, or a case of it that is missing, must not take the rest
+    except Exception as error:  # a missing case or a defect of one question must not spoil the page
         return f"No finding yet: {type(error).__name__}: {error}"
 
 
 def plots(question: Question, figures: Sequence[Figure]) -> list[Plot]:
-    """Return the question's plots, or an empty one that says why there are none."""
+    """Return the question's plots; an empty one with the reason if drawing fails."""
     try:
         return question.plots(list(figures)) if figures else []
     except Exception as error:
@@ -106,7 +106,7 @@ def changes_section(changes: Sequence[comparison.Change], old: str, warnings: Se
 
 
 def warnings_of_changes(names: Iterable[str], old: Results, new: Results) -> list[str]:
-    """Return what else than the code may have changed the figures."""
+    """Return warnings: differences other than the code that may have changed the figures."""
     said = []
     if old.latest and new.latest:
         before, now = (
@@ -114,19 +114,23 @@ def warnings_of_changes(names: Iterable[str], old: Results, new: Results) -> lis
             for r in (old.latest.run, new.latest.run)
         )
         if before != now:
-            said.append(f"Mind that the settings differ: {before} before, {now} now.")
-    for when, results in (("then", old), ("now", new)):
+            said.append(f"The settings differ: {before} before, {now} now.")
+    for when, results in (("before", old), ("now", new)):
         if busy := [name for name, finished in results.of_questions(names).items() if finished.unsteady(name)]:
-            said.append(f"Mind that the machine was not steady {when} in {', '.join(busy)}.")
+            said.append(f"The machine was not steady {when} in {', '.join(busy)}.")
     return said
 
 
 def last_line(results: Results, names: Sequence[str], changes: Iterable[comparison.Change]) -> dict[str, Any]:
-    """Return all of it for programs: the latest run's setting, its figures, and where they are not its own.
+    """Return the answer for programs: the setting of the latest run, and all figures.
 
-    failed: cases that raised or took too long. left: number of cases still to be measured, by question. left_out: why
-    the others were not. earlier: setting of the questions whose figures are an earlier run's. steadiness: least share
-    of its kept rates that the machine gave, by question. changes: what compare found.
+    Its keys besides those of the setting:
+        failed: cases that raised or took too long.
+        left: number of cases still to be measured, by question.
+        left_out: reason for each case that was left out, by question.
+        earlier: settings of the questions whose figures come from an earlier run.
+        steadiness: least share of its stored rates that the machine reached, by question.
+        changes: result of compare.
     """
     latest, having = results.latest, results.of_questions(names)
     assert latest is not None, "the caller has begun a run, or found one"

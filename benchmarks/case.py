@@ -1,7 +1,7 @@
-"""Things that a question is made of: the setting, its cases, and the maker of its figures.
+"""Parts of a question: the setting, its cases, and the maker of its figures.
 
-Its cases come from the setting alone, each with an estimate of its time. A case yields figures, predicted next to
-measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
+The setting alone decides the cases. Each case has an estimate of its time and yields figures with prediction and
+measurement. Findings and plots use figures alone, so a report can be drawn again from a file of results.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,15 +20,15 @@ from dsmini.report import Figure, Plot, Series, Value, pick, values
 __all__ = ["Case", "Figure", "Figures", "Plot", "Series", "Setting", "Value", "cases_over", "pick", "values"]
 
 REACHED = 0.5
-"""Share of the peak that the products of a model reach, in estimates of time."""
+"""Share of the peak rate that a model's products are assumed to reach in estimates of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything that all cases share."""
+    """Settings that all cases share."""
 
     quick: bool
-    """Everything in two minutes on two cores."""
+    """Small sizes, for all questions in two minutes on two cores."""
     device: torch.device
     dtype: torch.dtype
     roofs: Roofs
@@ -39,20 +39,20 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A part of a question that is measured in one go: it stays done when a run is interrupted."""
+    """Part of a question that is measured in one go and stays done when a run is interrupted."""
 
     key: str
-    """Name of the case within its question, with all that its figures depend on: "context=2048 dtype=bfloat16"."""
+    """Name within the question, with everything its figures depend on: "context=2048 dtype=bfloat16"."""
     seconds: float
-    """Estimated seconds on any machine: the time that is given to rounds, and setting up."""
+    """Estimated seconds on any machine: rounds of fixed length, and setting up."""
     run: Callable[[], Iterable[Figure]]
     flops: float = 0.0
-    """FLOPs of the products on top of that. A slow machine takes longer for them."""
+    """FLOPs of products that are not in seconds, because a slow machine takes longer for them."""
     dtype: torch.dtype | None = None
     """Dtype of these products, if not the setting's."""
 
     def estimate(self, setting: Setting) -> float:
-        """Return the expected seconds, by the rates of this machine."""
+        """Return the expected seconds on this machine."""
         peak = setting.roofs.peak.get(dtype_name(self.dtype or setting.dtype))
         return self.seconds + (self.flops / (REACHED * peak) if peak else 0.0)
 
@@ -60,12 +60,12 @@ class Case:
 def cases_over(
     key: str, points: Iterable[tuple[Any, ...]], seconds: float, measure: Callable[..., Iterable[Figure]]
 ) -> list[Case]:
-    """Return a case for each point. Its values fill the key, such as "context={}", and are measure's last arguments."""
+    """Return a case for each point, whose values fill the key ("context={}") and are the last arguments of measure."""
     return [Case(key=key.format(*point), seconds=seconds, run=partial(measure, *point)) for point in points]
 
 
 class Figures:
-    """Maker of a question's figures, from units by metric, sorted by which end is better."""
+    """Maker of a question's figures, from the unit of each metric and from which end is better."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class Figures:
     def __call__(
         self, metric: str, case: Mapping[str, Value], measured: float | Sequence[float] | None = None, **values: Any
     ) -> Figure:
-        """Return a figure. Of a sequence of measured values it has the median and the quartiles."""
+        """Return a figure, with the median and the quartiles of a sequence of measured values."""
         unit, better = self.metrics[metric]
         found = {**spread(measured)} if isinstance(measured, Sequence) else {"measured": measured}
         told: dict[str, Any] = {"unit": unit, "better": better, **found, **values}
         return Figure(question=self.question, case=case, metric=metric, **told)
 
     def left_out(self, metric: str, case: Mapping[str, Value], reason: str) -> Figure:
-        """Return a figure that was not measured, and says why."""
+        """Return a figure that was not measured, with the reason."""
         return self(metric, case, note=f"left out: {reason}")

@@ -1,4 +1,4 @@
-"""The time that cases take: how much is left, and an end for one that takes ten times its estimate."""
+"""Time of cases: how much is left, and a stop for a case that takes ten times its estimate."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 QUICK = 120.0
 """Seconds that --quick may take."""
 TIMES, LEAST = 10.0, 30.0
-"""A case is stopped at ten times its estimate, and not before it took half a minute."""
+"""A case is stopped after ten times its estimate, but not before half a minute."""
 GRACE = 10.0
 """Seconds that one call into torch may continue after that."""
 
@@ -18,25 +18,24 @@ def allowed(estimate: float, spent: float | None) -> float:
     """Return the seconds that a case may take.
 
     Args:
-        spent: seconds of --quick that are over; None without it.
+        spent: seconds of --quick that have passed; None without --quick.
     """
     most = max(LEAST, TIMES * estimate)
     return most if spent is None else min(most, max(LEAST, QUICK - spent))
 
 
 class TookTooLong(BaseException):
-    """The time of a case is over. Not an Exception: measured code must not catch it."""
+    """End of the time of a case; not an Exception, because measured code must not catch it."""
 
 
 @contextmanager
 def deadline(seconds: float, on_stuck: Callable[[], None]) -> Iterator[None]:
     """Raise TookTooLong in the block when its time is over.
 
-    An alarm interrupts Python wherever it is, so that no case has to look at a clock between its rounds. It cannot
-    interrupt one call into torch, and on a slow CPU a backward pass can take minutes. Therefore, GRACE seconds later, a
-    thread calls on_stuck, which must not return. The thread gets its turn, because torch frees Python's lock.
-    Both work on Linux and macOS. A process for each case could be killed as well, but it would load torch and the
-    models again, and a forked one hangs in OpenMP.
+    An alarm interrupts Python anywhere, so no case has to look at a clock. It cannot interrupt a call into torch, and
+    on a slow CPU a backward pass can take minutes. Therefore a thread calls on_stuck GRACE seconds later; on_stuck must
+    not return. The thread runs because torch frees Python's lock. Both work on Linux and macOS. A process for each case
+    would have to load torch and the models again, and a forked one hangs in OpenMP.
     """
     over = False
 
@@ -45,13 +44,13 @@ def deadline(seconds: float, on_stuck: Callable[[], None]) -> Iterator[None]:
             raise TookTooLong
 
     def give_up() -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive a program that replaces this one, and end it
+        signal.setitimer(signal.ITIMER_REAL, 0)  # or it would end the program that replaces this one
         on_stuck()
 
     last_resort = threading.Timer(seconds + GRACE, give_up)
     last_resort.daemon = True
     old = signal.signal(signal.SIGALRM, ring)
-    # again and again: where Python calls __del__, an exception is lost
+    # repeated, because an exception inside __del__ is lost
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     last_resort.start()
     try:
@@ -64,18 +63,18 @@ def deadline(seconds: float, on_stuck: Callable[[], None]) -> Iterator[None]:
 
 
 class Clock:
-    """Seconds left, from the estimates of cases, corrected by what those before them really took."""
+    """Estimate of the seconds left, corrected by the time that the cases so far took."""
 
     def __init__(self, estimates: Sequence[float]) -> None:
         self.cases, self.nth = len(estimates), 0
         self.total = sum(estimates)
         self.expected = self.taken = 0.0
-        """Seconds of the cases that are done, as estimated and as measured."""
+        """Estimated and measured seconds of the cases that are done."""
         self.current, self.started = 0.0, 0.0
 
     @property
     def factor(self) -> float:
-        """Real seconds in an estimated one. The first case alone, if it is short, changes it little."""
+        """Real seconds per estimated second. A short first case changes it little."""
         prior = max(0.05 * self.total, 1e-9)
         return (self.taken + prior) / (self.expected + prior)
 
@@ -96,7 +95,7 @@ class Clock:
         self.total -= estimate
 
     def left(self) -> float:
-        """Return the seconds until all is done."""
+        """Return the seconds until all cases are done."""
         later = (self.total - self.expected - self.current) * self.factor
         if not self.current:
             return later

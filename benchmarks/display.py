@@ -1,4 +1,4 @@
-"""What a call of python -m benchmarks shows of its results: tables in the terminal, and the page."""
+"""Show results: tables in the terminal, and the page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,23 +19,23 @@ from dsmini.report.units import human, words
 
 @dataclass(kw_only=True)
 class Display:
-    """The questions of a call, and where they are shown."""
+    """Questions of a call, and the places that show them."""
 
     console: Console
     out: Path
     known: Mapping[str, Question]
     names: Sequence[str]
-    """Questions of this call, in the order of known. The page shows all that have figures."""
+    """Names of the questions of this call, in the order of known. The page shows all that have figures."""
     undrawn: str = ""
-    """Why the page could not be written the last time it was tried; empty if it was."""
+    """Reason why the page could not be written the last time; empty if it was written."""
     changes: Sequence[comparison.Change] = ()
     """Result of compare."""
     drawn: dict[str, Section] = field(default_factory=dict)
-    """Parts of the page by name, so that plots are not drawn again."""
+    """Sections of the page by name, whose plots need not be drawn again."""
 
     @property
     def path(self) -> Path:
-        """File of results."""
+        """Path of the file of results."""
         return self.out / "results.jsonl"
 
     def show_all(self, results: Results) -> int:
@@ -47,13 +47,13 @@ class Display:
         return 1 if sum([self.unequal(finished) for finished in having.values()]) else 0
 
     def show(self, question: Question, finished: Finished) -> None:
-        """Print the figures of a question, and its sentence."""
+        """Print the figures of a question, its warning and its finding."""
         figures = finished.figures(question.name)
         warnings = [finished.unsteady(question.name)]
         show_question(self.console, question.title, answers.finding(question, figures), figures, filter(None, warnings))
 
     def draw(self, results: Results, changed: Section | None = None) -> None:
-        """Write the page. A disk that is full stops no measurement: the figures are what counts."""
+        """Write the page. A full disk does not stop the measurements."""
         path, before = self.out / "report.html", self.undrawn
         self.undrawn = ""
         try:
@@ -61,11 +61,11 @@ class Display:
         except OSError as error:
             self.undrawn = error.strerror or str(error)
             if not before:
-                words = f"{path} could not be written: {self.undrawn}; the figures are kept. Then: --report-only"
-                say(self.console, words, style="bold red")
+                said = f"{path} could not be written: {self.undrawn}; the figures are saved, use --report-only later"
+                say(self.console, said, style="bold red")
 
     def compare(self, results: Results, old: Results, path: Path) -> None:
-        """Show what changed in the questions of this call, and draw the page with it."""
+        """Show the changes in the questions of this call, and draw the page with them."""
         self.changes = comparison.compare(old.figures(self.names), results.figures(self.names))
         warnings = answers.warnings_of_changes(self.names, old, results)
         different = [change for change in self.changes if change.verdict != "unchanged"]
@@ -77,9 +77,9 @@ class Display:
         self.draw(results, answers.changes_section(self.changes, str(path), warnings))
 
     def unequal(self, finished: Finished) -> int:
-        """Return how many counts are not what they must be, and say which."""
+        """Return the number of counts that differ from their prediction, and name each."""
         wrong = [figure for name in self.names for figure in finished.figures(name) if figure.equal is False]
         for f in wrong:
-            said = f"{human(f.measured, f.unit, True)}, predicted were {human(f.predicted, f.unit, True)}"
+            said = f"{human(f.measured, f.unit, True)}, predicted: {human(f.predicted, f.unit, True)}"
             say(self.console, f"{f.question} {case_words(f)}: {words(f.metric)} is {said}", style="bold red")
         return len(wrong)

@@ -1,14 +1,14 @@
-"""The products of a training step, and what they lose to FP8.
+"""Products of a training step, and their errors in FP8.
 
-A Linear y = x w^T takes part in three matrix products, and FP8 training rounds the operands of each:
+A Linear y = x w^T takes part in three matrix products. FP8 training rounds the operands of each:
 
     fprop  y  = x  w^T     x in tiles of a row and 128 columns, w in blocks of 128 x 128
     dgrad  dx = dy w       dy in tiles of a row and 128 columns
-    wgrad  dw = dy^T x     both in tiles of 128 rows and a column, the other way round: the sum runs over tokens
+    wgrad  dw = dy^T x     both in tiles of 128 rows and a column, because the sum runs over tokens
 
-`capture` catches x, w and dy of every Linear and expert in one step of a model that rounds nothing; `rounded_products`
-multiplies them as FP8 training would. Simulated: rounded values are multiplied and summed in FP32. Simplified: the
-input of w2 is rounded itself, not its two factors.
+`capture` collects x, w and dy of every Linear and expert in one step without rounding. `rounded_products` multiplies
+them as FP8 training would. Simulated: rounded values are multiplied and summed in FP32. Simplified: the input of w2 is
+rounded itself, not its two factors.
 
 Source: DeepSeek-V3 report, section 3.3.
 """
@@ -45,23 +45,23 @@ PRODUCTS = ("fprop", "dgrad", "wgrad")
 def operand_error(format: Format) -> float:
     """Return the expected relative error (RMS) of rounding to a format, within its normal numbers.
 
-    A value with fraction f, 1 <= f < 2, is off by at most half a step of 2^-m, uniformly, so by 2^-m / sqrt(12) / f of
-    itself. Where scales are arbitrary, fractions are spread evenly by logarithm: the mean of 1 / f^2 is 3 / (8 ln 2).
+    A value with fraction f, 1 <= f < 2, has a uniform error of at most half a step of 2^-m. Its relative RMS error is
+    2^-m / sqrt(12) / f. With arbitrary scales log f is uniform, and the mean of 1 / f^2 is 3 / (8 ln 2).
     """
     return 2.0**-format.mantissa_bits / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
 
 
 def product_error(a: Format, b: Format) -> float:
-    """Return the expected relative error of a product of two rounded matrices, however long its sums are.
+    """Return the expected relative error of a product of two rounded matrices.
 
-    Where terms have either sign, their errors add up as the terms do.
+    It does not depend on the length of the sums: with terms of either sign, errors add up as the terms do.
     """
     return math.hypot(operand_error(a), operand_error(b))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
-    """y = x w^T of a training step, in FP32: x [n, k], w [o, k], and the gradient dy [n, o]."""
+    """Product y = x w^T of a training step, in FP32: x [n, k], w [o, k], and the gradient dy [n, o]."""
 
     block: str
     linear: str
@@ -74,12 +74,12 @@ class Gemm:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to round operands."""
+    """Way to round operands."""
 
     scale: Scale = "ue8m0"
     grad_format: FormatName = "e4m3"
     tiles: bool = True
-    """A scale for each tile, or one for the whole matrix."""
+    """True: a scale for each tile. False: one for the whole matrix."""
 
     def round(self, t: Tensor, tile: Tile, format: FormatName = "e4m3", amax_min: float = AMAX_MIN) -> Tensor:
         tile = tile if self.tiles else (t.shape[0], t.shape[1])
@@ -95,11 +95,11 @@ WAYS = {
     "e5m2 gradients": Way(grad_format="e5m2"),
     "fp32 scales": Way(scale="fp32"),
 }
-"""DeepSeek-V3's way, and what one would do instead."""
+"""DeepSeek-V3's way to round, and alternatives."""
 
 
 def exact_products(g: Gemm) -> dict[str, Tensor]:
-    """Compute fprop, dgrad and wgrad of what was not rounded."""
+    """Compute fprop, dgrad and wgrad without rounding."""
     return {"fprop": g.x @ g.w.T, "dgrad": g.dy @ g.w, "wgrad": g.dy.T @ g.x}
 
 
@@ -108,7 +108,7 @@ def rounded_products(g: Gemm, way: Way) -> dict[str, Tensor]:
     x, w = way.round(g.x, ACTIVATION_TILE), way.round(g.w, WEIGHT_TILE)
     if g.saved_format == "e4m3":
         kept = x
-    else:  # scales are powers of two then, whatever the others
+    else:  # its scales are always powers of two
         kept = dataclasses.replace(way, scale="ue8m0").round(g.x, ACTIVATION_TILE, g.saved_format)
     dy, dy_by_token = way.gradient(g.dy, ACTIVATION_TILE), way.gradient(g.dy, TOKEN_TILE)
     return {"fprop": x @ w.T, "dgrad": dy @ w, "wgrad": dy_by_token.T @ way.round(kept, TOKEN_TILE)}
@@ -117,8 +117,8 @@ def rounded_products(g: Gemm, way: Way) -> dict[str, Tensor]:
 def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
     """Return every product that precision "fp8" rounds, in one step of a native model.
 
-    Hooks catch the matrices of Linears. Experts hide what lies between their matrices, so theirs are computed again,
-    one expert after the other.
+    Hooks catch the matrices of Linears. Experts expose no activations between their matrices, so these are computed
+    again for each expert.
     """
     seen: dict[str, tuple[Any, ...]] = {}
     grads: dict[str, Tensor] = {}
@@ -171,21 +171,22 @@ def _gemms(
 
 
 Shares = dict[tuple[str, ...], Tensor]
-"""Two sums each, of a part and of the whole."""
+"""Sums of a part and of the whole, by key."""
 
 
 @torch.no_grad()
 def losses(gemms: Iterable[Gemm]) -> tuple[dict[tuple[str, ...], float], dict[tuple[str, ...], float]]:
-    """Compute what the products of a step lose in every way of WAYS.
+    """Compute the errors of the products of a step with each of WAYS.
 
-    Returns: the relative error of the result by way, block, linear and product, the experts of a block together; and
-    the share of the values that become zero by way, linear and operand, all blocks together.
+    Returns:
+        The relative error of the result by way, block, linear and product; experts of a block count together.
+        The share of the values that become zero by way, linear and operand; all blocks count together.
     """
     errors: Shares = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     underflow: Shares = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     for g in gemms:
         exact = exact_products(g)
-        operands = {  # each matrix that is rounded, its tile and its least amax
+        operands = {  # each rounded matrix, its tile and its least amax
             "input": (g.x, ACTIVATION_TILE, AMAX_MIN),
             "weight": (g.w, WEIGHT_TILE, AMAX_MIN),
             "gradient": (g.dy, ACTIVATION_TILE, SMALLEST_AMAX),

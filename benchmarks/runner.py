@@ -1,6 +1,6 @@
-"""python -m benchmarks: which questions, on which machine, measure them, show them.
+"""Run python -m benchmarks: choose questions and setting, measure, and show the results.
 
-Everything people read goes to the standard error; the last and only line of the standard output is JSON.
+Text for people goes to the standard error; the only line of the standard output is JSON.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Measure = 
         return 0
     ops.check_forced()
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-    with contextlib.redirect_stdout(sys.stderr):  # what a measured library prints must not get between us and JSON
+    with contextlib.redirect_stdout(sys.stderr):  # measured libraries may print, but stdout holds JSON alone
         status, line = _answer(args, options, known, measure, console)
     print(json.dumps(line))
     return status
@@ -55,9 +55,9 @@ def main(args: Sequence[str], known: Mapping[str, Question], measure: Measure = 
 def _answer(
     args: Sequence[str], options: argparse.Namespace, known: Mapping[str, Question], measure: Measure, console: Console
 ) -> tuple[int, dict[str, Any]]:
-    """Return the exit status and the last line."""
+    """Measure or only show; return the exit status and the last line."""
     compared = options.compare
-    old = read(compared) if compared else None  # before anything is measured: it may be damaged
+    old = read(compared) if compared else None  # before measuring, because it may be damaged
     if old and old.is_empty:
         raise ValueError(f"--compare: {compared} has no figures; name the results.jsonl of a run that measured some")
     names = [name for name in known if not options.names or name in options.names]
@@ -71,7 +71,7 @@ def _answer(
         status, results = _measure(args, options, display, measure)
     if status == 130:
         again = provenance.command(["benchmarks", *(arg for arg in args if arg != "--fresh")])
-        say(console, f"stopped; what is done is kept in {display.path}. Go on with: {again}")
+        say(console, f"stopped; finished cases are saved in {display.path}. Continue with: {again}")
         return status, answers.last_line(results, display.names, ())
     if old is not None:
         display.compare(results, old, compared)
@@ -87,7 +87,7 @@ def _answer(
 def _measure(
     args: Sequence[str], options: argparse.Namespace, display: Display, measure: Measure
 ) -> tuple[int, Results]:
-    """Measure what can run here. Return the exit status and all results."""
+    """Measure the questions that can run here. Return the exit status and all results."""
     questions = _chosen(options, display)
     display.names = [question.name for question in questions]
     device = pick_device(options.device)
@@ -101,13 +101,13 @@ def _measure(
 def _chosen(options: argparse.Namespace, display: Display) -> list[Question]:
     """Return the questions to measure.
 
-    Raises: ValueError for one that was named and cannot run here.
+    Raises: ValueError for a question that was named and cannot run here.
     """
     chosen = []
     for question in (display.known[name] for name in display.names):
         name, reason = question.name, question.needs
         if question.on_request and not options.names:
-            say(display.console, f"{name} is left out: it takes long, and is measured only by name", style="dim")
+            say(display.console, f"{name} is left out: it takes long; name it to measure it", style="dim")
             continue
         if question.needs_text and not options.text:
             reason = reason or f"it reads {question.needs_text}; name the file by --text FILE"
@@ -118,15 +118,15 @@ def _chosen(options: argparse.Namespace, display: Display) -> list[Question]:
         else:
             chosen.append(question)
     if not chosen:
-        raise ValueError("no question can run here; python -m benchmarks --list says why")
+        raise ValueError("no question can run here; python -m benchmarks --list gives the reasons")
     return chosen
 
 
 def _setting(options: argparse.Namespace, device: torch.device, measure: Measure, console: Console) -> Setting:
-    """Return what all cases share. Measures the machine's rates if none are kept."""
+    """Return the settings that all cases share. Measure the machine's rates if none are stored."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    label = "measuring this machine's rates, half a minute; they are kept"
+    label = "measuring this machine's rates, once: half a minute"
     with Progress(console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
         roofs = measure(device, on_part=bar.update, fresh=options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
@@ -134,7 +134,7 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
 
 
 def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> Run:
-    """Return where the figures come from. What is measured is still to be planned."""
+    """Return the provenance of the figures, with an empty plan."""
     return Run(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=provenance.command(["benchmarks", *args]),
@@ -152,7 +152,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
-    """Pick as dsmini.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
+    """Pick as dsmini.machine.pick_dtype does, but from stored rates if possible, so that a rerun picks the same."""
     peak = roofs.peak
     if name == "auto" and {"float32", "bfloat16"} <= set(peak):
         return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32

@@ -1,4 +1,4 @@
-"""One call of python -m benchmarks that measures: what is left, case by case, and an end for what takes too long."""
+"""Measure the cases of one call that are not done, one after the other, and stop a case that takes too long."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ from dsmini.report.units import duration, human, plural
 
 Asked = Sequence[tuple[Question, list[Case]]]
 STOPPED = "DSMINI_BENCHMARKS_STOPPED"
-"""Variable of the environment: what a call that was begun again leaves out, and the seconds it had taken before."""
+"""Environment variable of a restarted call: the cases to leave out, and the seconds that have passed."""
 
 
 class Job(NamedTuple):
-    """A case that is to be measured."""
+    """Case to measure."""
 
     question: Question
     case: Case
@@ -40,17 +40,17 @@ class Job(NamedTuple):
 
 @dataclass(kw_only=True)
 class Session:
-    """The run, where its figures go, and what shows them."""
+    """Run of a call, with the file for its figures and the display."""
 
     display: Display
     writer: ResultsWriter
     setting: Setting
     run: Run
     began: float = 0.0
-    """Start on the monotonic clock; of a call that was begun again, the start of the first."""
+    """Start on the monotonic clock; in a restarted call, the start of the first."""
 
     def measure(self, asked: Asked) -> int:
-        """Measure what is not done yet. Return the exit status, 130 if it was interrupted."""
+        """Measure the cases that are not done. Return the exit status, 130 after an interrupt."""
         before = json.loads(os.environ.pop(STOPPED, '{"seconds": 0, "cases": []}'))
         self.began = time.monotonic() - before["seconds"]
         jobs = self._plan(asked, before["cases"])
@@ -59,7 +59,7 @@ class Session:
         say(self.display.console, f"{plural(times.cases, 'case')}, about {duration(times.total)}")
         finished = self.writer.results.by_fingerprint[self.run.fingerprint]
         try:
-            how = {"delay": 0, "line_every": 0, "stays": True, "refresh_per_second": 1}  # measuring is not disturbed
+            how = {"delay": 0, "line_every": 0, "stays": True, "refresh_per_second": 1}  # a quiet bar
             with Progress(self.display.console, times.total, **how) as bar:
                 for question, _ in asked:
                     for job in [job for job in jobs if job.question is question]:
@@ -86,7 +86,7 @@ class Session:
         return time.monotonic() - self.began
 
     def _plan(self, asked: Asked, stopped: list[list[str]]) -> list[Job]:
-        """Plan the run. Return what is to be measured."""
+        """Plan the run and return the cases to measure."""
         run, results = self.run, self.writer.results
         finished = None if run.fresh else results.by_fingerprint.get(run.fingerprint)
         done = {(name, key) for name, key in stopped} | set(finished.done if finished else ())
@@ -99,7 +99,7 @@ class Session:
         every = sum(len(cases) for _, cases in asked)
         before = every - len(jobs) - len(stopped)
         if before > 0:
-            said = f"{before} of {every} cases are done already, in {self.display.path}"
+            said = f"{before} of {every} cases are already done, in {self.display.path}"
             say(self.display.console, f"{said}; --fresh measures them again")
         out = self._leave_out(jobs) if run.quick else {}
         plan = {q.name: [case.key for case in cases if case.key not in out.get(q.name, ())] for q, cases in asked}
@@ -107,7 +107,7 @@ class Session:
         return jobs
 
     def _leave_out(self, jobs: list[Job]) -> dict[str, dict[str, str]]:
-        """Take out the longest cases until the others fit into the time of --quick. Return why, by question and key."""
+        """Remove the longest cases until the rest fits into --quick. Return the reasons by question and key."""
         out: dict[str, dict[str, str]] = {}
         for job in sorted(jobs, key=lambda job: -job.estimate):
             if sum(job.estimate for job in jobs) <= clock.QUICK:
@@ -119,7 +119,7 @@ class Session:
         return out
 
     def _run_case(self, job: Job) -> None:
-        """Measure a case and keep it."""
+        """Measure a case and save its figures, or the reason why it failed."""
         name, key = job.question.name, job.case.key
         start, before = time.monotonic(), steadiness(self.setting.roofs, self.setting.device)
         allowed = clock.allowed(job.estimate, self._spent() if self.setting.quick else None)
@@ -130,9 +130,9 @@ class Session:
             say(self.display.console, f"{job} failed: {why}", style="bold red")
 
         def restart() -> None:
-            """Begin the command again without this case: nothing else ends a call into torch that does not return."""
+            """Restart the command without this case; nothing else ends a call into torch that does not return."""
             fail(too_long)
-            self.display.console.show_cursor()  # that the bar has hidden
+            self.display.console.show_cursor()  # which the bar has hidden
             failed = list(self.writer.results.by_fingerprint[self.run.fingerprint].errors)
             os.environ[STOPPED] = json.dumps({"seconds": self._spent(), "cases": failed})
             os.execv(sys.executable, [arg for arg in sys.orig_argv if arg != "--fresh"])
@@ -144,7 +144,7 @@ class Session:
             assert not alien, f"a case of {name} gave a figure of {alien[0]}"
         except clock.TookTooLong:
             return fail(too_long)
-        except Exception as error:  # of the measured code; what writing raises is not caught here
+        except Exception as error:  # from the measured code; errors of writing are not caught here
             return fail(f"{type(error).__name__}: {error}", traceback.format_exc())
         steady = min(before, steadiness(self.setting.roofs, self.setting.device))
         done = Done(figures=figures, seconds=time.monotonic() - start, steadiness=steady)

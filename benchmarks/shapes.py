@@ -1,4 +1,4 @@
-"""The models that are measured: one whose weights no cache holds, a smaller one for a quick look, and the toy."""
+"""Models to measure: one whose weights fit into no cache, a smaller one for --quick, and one to train."""
 
 import dataclasses
 
@@ -44,9 +44,9 @@ TRAINED = ModelConfig(
     n_mtp_layers=0,
     max_seq_len=256,
 )
-"""7.6M parameters: what a laptop trains."""
+"""7.6M parameters, as a laptop can train."""
 
 
 def decoded(quick: bool) -> ModelConfig:
-    """Return the model that decodes and reads prompts."""
+    """Return the model for decoding and prefill."""
     return QUICK if quick else BIG

@@ -1,4 +1,4 @@
-"""Figures that decode, prefill and train share: speed of a step, what it moves, and how near the roofs that comes."""
+"""Figures that decode, prefill and train share: speed of a step, its bytes and FLOPs, and its share of the roofs."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,23 +19,23 @@ HIGHER = {"tokens_per_s": "tokens/s", "useful_share": ""}
 LOWER = {"bytes_per_token": "bytes", "peak_memory": "bytes"}
 NEITHER = {"flops_per_token": "FLOP", "bandwidth": "bytes/s", "flop_rate": "FLOP/s", "seconds_by_kind": "s"}
 LEAST = "whole model; predicted: lower bound, operands and results of each product once; measured: of all operations"
-LEAST_FLOPS = "predicted: lower bound, the products of the formula: causal, without padding"
-USEFUL = "of the peak, by the FLOPs that the formula needs: causal, without padding"
-COLD = "measured: bytes that no cache holds; predicted: the roof"
-WHOLE = "of the whole process, torch and what else it has loaded included"
-ONE_PASS = "one pass, each operation timed by itself from Python: of many small ones mostly their calls"
+LEAST_FLOPS = "whole model; predicted: lower bound, the products of the formula (causal, without padding)"
+USEFUL = "share of the peak, counting only the FLOPs of the formula (causal, without padding)"
+COLD = "measured: bytes from memory, not from a cache; predicted: the roof"
+WHOLE = "whole process, torch and other libraries included"
+ONE_PASS = "one step; each operation is timed from Python, so many small ones show mostly the cost of a call"
 
 
 def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
     """Return the roof, in bytes/s.
 
-    Raises: ValueError for bytes/s from memory above it, which are an error of counting, not a result.
+    Raises: ValueError for a measured rate above the roof, which can only be an error of counting.
     """
     roof = max(setting.roofs.bandwidth, setting.roofs.copy)
     if from_memory > roof:
         raise ValueError(
             f"{what}: {from_memory / 1e9:.1f} GB/s from memory is above the roof of {roof / 1e9:.1f}: bytes are "
-            "counted wrong, or the kept roof is too low, which --fresh measures again"
+            "counted wrong, or the stored roof is too low; --fresh measures it again"
         )
     return roof
 
@@ -49,13 +49,13 @@ def measure_step(
     least_flops: float,
     least_bytes: Callable[..., Any],
 ) -> Iterator[Figure]:
-    """Measure a step on sequences, which returns its routing, and yield its figures.
+    """Measure a step on sequences and yield its figures. The step returns its routing.
 
     Args:
         case: batch and tokens.
         seconds: time to fill with steps.
-        least_flops: FLOPs of the whole step that the formula needs.
-        least_bytes: returns the traffic of a token, for this many distinct experts.
+        least_flops: FLOPs of the formula for the whole step.
+        least_bytes: function from the number of distinct experts to the traffic of a token.
     """
     reset_peak()
     step()
@@ -79,16 +79,16 @@ def step_figures(
     bytes_bound: float | None = None,
     bytes_measured: float | None = None,
 ) -> Iterator[Figure]:
-    """Yield the figures of any kind of step: its speed, its bytes and FLOPs next to their lower bounds, and the roofs.
+    """Yield the figures of a step: speed, bytes and FLOPs with their lower bounds, and the roofs.
 
     Args:
-        counted: one step.
+        counted: operations of one step.
         taken: seconds of several steps.
         tokens: number of tokens in a step.
         flops_bound, bytes_bound: least FLOPs and bytes a token, from the config.
-        bytes_measured: bytes a token, if not those of the counted step.
+        bytes_measured: measured bytes a token; None takes those of the counted step.
 
-    Raises: ValueError for a bandwidth above what this machine can do, which is an error of counting, not a result.
+    Raises: ValueError for a bandwidth above the roof.
     """
     figure = Figures(name, HIGHER, LOWER, NEITHER)
     peak = setting.roofs.peak[dtype_name(setting.dtype)]
@@ -119,7 +119,7 @@ def decode_in_turns(
     rounds: int,
     decode: Callable[[Transformer, Cache], object],
 ) -> dict[str, tuple[float, list[float]]]:
-    """Return predicted and measured seconds of decoding from caches of random rows, while the models take turns."""
+    """Return predicted and measured seconds of decoding from random caches; the models take turns."""
 
     def step(model: Transformer, cache: Cache) -> None:
         cache.truncate(context)
@@ -132,18 +132,18 @@ def decode_in_turns(
 
 
 def distinct_experts(routing: Sequence[Routing]) -> float | None:
-    """Return how many distinct experts a step's tokens visited in a layer, the mean of the layers; None without any."""
+    """Return the distinct experts that a step visits in a layer, the mean over layers; None without experts."""
     return statistics.fmean(float((r.counts > 0).sum()) for r in routing) if routing else None
 
 
 def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
-    """Return the end of a sentence: how many times the least bytes a case moves; "" if that was not measured."""
+    """Return a clause with the bytes of a case over their lower bound; "" if they were not measured."""
     ratios = [f.ratio for f in pick(figures, "bytes_per_token", **case) if f.ratio]
     return "".join(f"; a token moves {ratio:.2f} times the least bytes of the whole model" for ratio in ratios)
 
 
 def speed_sentence(figures: list[Figure], what: str) -> str:
-    """Return the fastest case in words, and how well it was predicted."""
+    """Return the fastest case in words, compared with its prediction."""
     speed = [f for f in pick(figures, "tokens_per_s") if f.measured]
     if not speed:
         return ""

@@ -1,4 +1,4 @@
-"""Models that are trained first, because random weights would not do."""
+"""Models that are trained first, for questions that random weights cannot answer."""
 
 import json
 import subprocess
@@ -27,9 +27,9 @@ def recipe(name: str) -> RunConfig:
 
 
 def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
-    """Return a trainer of this run on the setting's device, in its dtype, after this many steps.
+    """Return a trainer of this run on the setting's device and dtype, after this many steps.
 
-    The text is the default corpus, unless the run names another.
+    The text is the default corpus unless the run names another.
     """
     corpus = load_corpus(config.data, config.seq_len, config.model.vocab_size, CORPUS)
     torch.manual_seed(0)
@@ -42,15 +42,15 @@ def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
 
 
 def training_flops(config: ModelConfig, sequences: int) -> float:
-    """Return the FLOPs of training on this many sequences of the model's greatest length."""
+    """Return the FLOPs of training on this many sequences of length max_seq_len."""
     length = config.max_seq_len
     return sequences * length * accounting.flops_per_token(config, length, training=True).total
 
 
 def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Run python -m module from this checkout. Return its seconds, and the JSON of its last line.
+    """Run python -m module from this checkout. Return its seconds and the JSON of its last line.
 
-    Raises: RuntimeError with what it said, if it failed.
+    Raises: RuntimeError with its messages if it fails.
     """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
 
 
 def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Run dsmini.train by configs/shakespeare.toml where the setting says. Return its seconds and its summary."""
+    """Run dsmini.train with configs/shakespeare.toml on this setting. Return its seconds and its summary."""
     dtype, threads = str(setting.dtype).removeprefix("torch."), str(torch.get_num_threads())
     where = ["--train.device", str(setting.device), "--train.dtype", dtype, "--train.threads", threads]
     with tempfile.TemporaryDirectory() as out:
@@ -72,7 +72,12 @@ def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]
 def plots_by_seed(
     figures: list[Figure], by: str, names: Iterable[str], metrics: Mapping[str, tuple[str, str]]
 ) -> list[Plot]:
-    """Draw each metric over the seeds, by title and unit, with a group for each name of a part of the case."""
+    """Draw each metric over the seeds, with a group for each name.
+
+    Args:
+        by: key of the case that holds the name.
+        metrics: title and unit of each metric.
+    """
     return [
         plot
         for metric, (title, unit) in metrics.items()

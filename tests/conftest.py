@@ -1,4 +1,4 @@
-"""Seeds from the tests' own names, and small models whose every part matters."""
+"""Seed tests from their names, and provide small models in which every part matters."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ from dsmini.machine import peak_memory
 
 settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("dsmini")
-# tensors this small gain nothing from a second thread, and on a busy machine the threads wait for each other
+# small tensors gain nothing from a second thread, and on a busy machine the threads wait for each other
 torch.set_num_threads(1)
 
 PEAK_BYTES = 2 * 1024**3
@@ -82,7 +82,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 
 def randomise(module: M) -> M:
-    """Matrices that keep the size of what they multiply, norms around 1, routing biases nonzero and mostly negative."""
+    """Draw matrices that keep the size of their input, norms around 1, and nonzero, mostly negative routing biases."""
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name.endswith("bias"):
@@ -101,19 +101,19 @@ def _randomise() -> Callable[[M], M]:
 
 @pytest.fixture
 def small_config() -> Callable[..., ModelConfig]:
-    """A config of odd small sizes, with whatever a test changes in it."""
+    """Return a config of small odd sizes with these changes."""
     return lambda **changes: ModelConfig(**(SMALL | changes))
 
 
 @pytest.fixture
 def small_model(small_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
-    """A random model of small_config."""
+    """Return a random model of small_config with these changes."""
     return lambda **changes: randomise(Transformer(small_config(**changes)))
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Under deterministic algorithms torch fills new memory with NaN."""
+    """Fill new memory with NaN, as torch does under deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory

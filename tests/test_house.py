@@ -1,4 +1,4 @@
-"""Who may import whom, and what no module may hold: read from the source, nothing is imported but dsmini."""
+"""Check imports, globals and budgets by reading the source; only dsmini itself is imported."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ import dsmini
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
-# module or package: what of dsmini it may import, packages meaning all inside them
+# for each module or package the parts of dsmini that it may import; a package includes its modules
 MAY_IMPORT = {
     "dsmini.atomic": set(),
     "dsmini.config": {"dsmini.config"},
@@ -77,13 +77,13 @@ MAY_IMPORT = {
 
 
 def sources(folder: str) -> dict[str, Path]:
-    """Every module under a folder of the checkout, by dotted name."""
+    """Return every module under a folder of the checkout by dotted name."""
     names = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted((ROOT / folder).rglob("*.py"))}
     return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
 
 
 DSMINI = sources("dsmini")
-# names that dsmini/__init__.py takes from inside a module: `from dsmini import generate` is the function
+# names that dsmini/__init__.py imports from a module: `from dsmini import generate` is the function
 FACE = {
     alias.asname or alias.name
     for node in ast.walk(ast.parse(DSMINI["dsmini"].read_text()))
@@ -93,7 +93,7 @@ FACE = {
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
-    """The modules that a source imports; from a package each name that is a module of its own."""
+    """Yield the modules that a source imports, including modules imported from a package by name."""
     package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -135,7 +135,7 @@ ROOMS = {
     }
     for room in map(room_of, DSMINI)
 }
-"""The rooms that each room imports."""
+"""Rooms that each room imports."""
 
 
 def test_every_room_says_what_it_may_import() -> None:
@@ -154,7 +154,7 @@ def test_package_imports_nothing_that_is_not_installed() -> None:
 
 @pytest.mark.parametrize("folder", ["dsmini", "tests", "benchmarks", "kernels"])
 def test_command_generate_is_imported_by_nobody(folder: str) -> None:
-    """Importing it would rebind dsmini.generate, which is a function."""
+    """Keep dsmini.generate a function, which importing the command would rebind."""
     assert not [name for name, path in sources(folder).items() if "dsmini.generate" in imports(name, path)]
 
 
@@ -231,8 +231,9 @@ ROOM_LINES = {
     "dsmini/report": 1400,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
-"""Of nn/, from token ids to logits. An operation of functional/ counts as the one name that nn/ calls: its equation
-stands first in its file. Files are nine, not eight: Experts in moe.py would make a circle with nn/fp8.py."""
+"""Files and functions of nn/ in a forward pass. An operation of functional/ counts as the one name that nn/ calls,
+because its equation is first in its file. Files are nine, not eight: Experts in moe.py would import nn/fp8.py in a
+circle."""
 CODE = [path for folder in ("dsmini", "benchmarks", "kernels", "tests") for path in sorted((ROOT / folder).rglob("*"))]
 CODE = [path for path in CODE if path.suffix in (".py", ".cpp", ".h") and "__pycache__" not in path.parts]
 
@@ -260,7 +261,7 @@ def test_room_keeps_its_budget(room: str) -> None:
 
 
 def test_layers_ask_for_no_device_mode_or_precision() -> None:
-    """nn/ is the specification: what to do where is decided in functional/, FP8 by class in one factory."""
+    """Keep nn/ the specification: functional/ decides how to compute, and one factory decides on FP8."""
     asked = re.compile(r"device\.type|is_compiling|is_grad_enabled|precision ==")
     found = {
         f"{path.name}:{i}": line.strip()
@@ -275,7 +276,7 @@ def test_layers_ask_for_no_device_mode_or_precision() -> None:
 
 
 def test_forward_opens_few_files_and_functions() -> None:
-    """Token ids to logits of the default model, MLA and MoE, as a reader of nn/ follows it."""
+    """Count files and functions of nn/ from token ids to logits of the default model."""
     model, tokens = dsmini.Transformer(), torch.zeros(1, 200, dtype=torch.int64)
     room, seen = str(ROOT / "dsmini" / "nn"), set()
 

@@ -1,1 +1,1 @@
-"""Models of the same shape from other projects."""
+"""Models of the same shapes from other projects."""

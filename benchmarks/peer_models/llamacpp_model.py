@@ -1,4 +1,4 @@
-"""The same weights elsewhere: a GGUF file of llama.cpp's deepseek2."""
+"""Write our weights as a GGUF file for llama.cpp's deepseek2."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ ARCHITECTURE = "deepseek2"
 
 
 def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
-    """A model with MLA, compressed queries and V3's routing as a GGUF file without a tokenizer; its matrices in BF16 or
-    F32, norms and gates in FP32."""
+    """Write a model with MLA, compressed queries and V3's routing as a GGUF file without a tokenizer.
+
+    Args:
+        kind: type of the matrices, BF16 or F32. Norms and gates are FP32.
+    """
     import gguf  # pyright: ignore[reportMissingImports]
 
     c = model.config
@@ -52,7 +55,7 @@ def _describe(w: Any, c: ModelConfig) -> None:
     w.add_rope_freq_base(c.rope_theta)
     w.add_rope_dimension_count(c.qk_rope_head_dim)
     w.add_head_count(c.n_heads)
-    w.add_head_count_kv(1)  # the latent, which all heads read
+    w.add_head_count_kv(1)  # all heads share the latent
     w.add_q_lora_rank(c.q_lora_rank)
     w.add_kv_lora_rank(c.kv_lora_rank)
     w.add_key_length(c.kv_lora_rank + c.qk_rope_head_dim)

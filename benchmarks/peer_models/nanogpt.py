@@ -1,7 +1,7 @@
-"""nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.peer_models.nanogpt TEXT
+"""Train nanoGPT's laptop recipe on transformers' GPT-2: python -m benchmarks.peer_models.nanogpt TEXT
 
-4 layers, 4 heads, width 128, context 64, 12 sequences a step, 2000 steps, in FP32. It trains on the first nine tenths
-of a text, character by character, and prints {"loss": ...}: nats a character over the whole last tenth.
+4 layers, 4 heads, width 128, context 64, 12 sequences a step, 2000 steps, in FP32. Training uses the characters of the
+first nine tenths of a text. The command prints {"loss": ...}, nats a character over the whole last tenth.
 """
 
 import argparse
@@ -18,7 +18,7 @@ STEPS, CONTEXT, ROWS = 2000, 64, 12
 
 
 def train(text: str, seed: int, steps: int = STEPS) -> float:
-    """Train on a text, and return the loss over its last tenth."""
+    """Train on the first nine tenths of a text and return the loss over the last tenth."""
     characters = sorted(set(text))
     ids = torch.tensor([characters.index(c) for c in text])
     cut = int(0.9 * len(ids))

@@ -1,4 +1,4 @@
-"""Models of one shape behind one face, ours and others', so that a question can let them take turns."""
+"""Models of one shape with a common interface, ours and others', so that they can take turns."""
 
 import dataclasses
 import tempfile
@@ -17,20 +17,20 @@ from dsmini.measure.workloads import random_model
 
 
 class Side(Protocol):
-    """A model that reads tokens into a cache."""
+    """Model that reads tokens into a cache."""
 
     def start(self, room: int) -> None:
-        """Forget what was read; make room for this many tokens."""
+        """Empty the cache and make room for this many tokens."""
 
     def feed(self, tokens: Tensor) -> None:
-        """Read tokens [1, s] after the others, and make the logits of the last at the least."""
+        """Append tokens [1, s] and compute at least the logits of the last one."""
 
     def bytes_per_token(self) -> float | None:
-        """Return the bytes of the cache, read off the storage, where that can be seen."""
+        """Return the bytes of a token in the cache's storage; None where the storage is hidden."""
 
 
 class Ours:
-    """dsmini's model, with random weights."""
+    """Model of dsmini with random weights."""
 
     def __init__(self, config: ModelConfig, setting: Setting) -> None:
         self.model = random_model(config, setting.device, setting.dtype)
@@ -54,7 +54,7 @@ def deepseek_v3(config: ModelConfig) -> Any:
 
 
 class Theirs:
-    """transformers' model, with random weights."""
+    """Model of transformers with random weights."""
 
     def __init__(self, config: ModelConfig, setting: Setting) -> None:
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ class Theirs:
 
     def feed(self, tokens: Tensor) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename an argument
             self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
 
     def bytes_per_token(self) -> float:
@@ -77,7 +77,7 @@ class Theirs:
 
 
 class LlamaCpp:
-    """llama.cpp's model, with our weights."""
+    """Model of llama.cpp with our weights."""
 
     def __init__(self, model: Transformer, room: int, at_once: int) -> None:
         from llama_cpp import Llama  # pyright: ignore[reportMissingImports]

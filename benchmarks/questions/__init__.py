@@ -1,12 +1,12 @@
-"""The questions that python -m benchmarks answers. To add one, write its module here and name it in MODULES.
+"""Questions of python -m benchmarks. To add one, write its module here and name it in MODULES.
 
-The first line of the module's docstring is the title, the rest says how it is measured. It has three functions:
+The first line of the module's docstring is the title, the rest explains the measurement. A module has three functions:
 
-    cases(setting)      the parts that are measured one by one, from the setting alone
-    finding(figures)    one sentence made of figures, which may be incomplete; "" if they are not enough for it
-    plots(figures)      plots made of the same figures
+    cases(setting)      return the parts that are measured one by one, from the setting alone
+    finding(figures)    return one sentence from figures, which may be incomplete; "" if they are not enough
+    plots(figures)      return plots of the same figures
 
-A module is imported when one of them is called: to list the questions, torch is not needed.
+A module is imported when one of them is called, so that listing the questions does not import torch.
 """
 
 import ast
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
 MODULES += ("shakespeare", "moe_or_dense")
-"""In the order of the report."""
+"""Modules in the order of the report."""
 ON_REQUEST = {"shakespeare", "moe_or_dense"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}
 TEXTS = {"shakespeare": "Karpathy's tinyshakespeare, 1,115,394 characters"}
@@ -32,27 +32,27 @@ NOTHING = "Nothing was measured yet."
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question of the benchmarks."""
+    """Question of the benchmarks."""
 
     name: str
     """Name in python -m benchmarks NAME."""
     title: str
     about: str = ""
-    """Two or three sentences on how it is measured and what is simulated."""
+    """Two or three sentences about the measurement, with all that is simulated."""
     cases: Callable[["Setting"], list["Case"]]
     finding: Callable[[list["Figure"]], str]
-    """Makes one sentence of figures, which may be incomplete."""
+    """Function that makes one sentence from figures, which may be incomplete."""
     plots: Callable[[list["Figure"]], list["Plot"]]
     needs: str | None = None
-    """Reason why it cannot run here, such as a package that is not installed; None if it can."""
+    """Reason why the question cannot run here, such as a missing package; None if it can."""
     on_request: bool = False
-    """Left out of a run that names no questions, because it takes long."""
+    """True for a question that takes long: only a run that names it includes it."""
     needs_text: str = ""
-    """Text that --text must name for it, in words; empty if it reads none."""
+    """Description of the text that --text must name; empty if the question reads no text."""
 
 
 def questions_here() -> dict[str, Question]:
-    """Return the questions of this folder by name: the module's, with hyphens."""
+    """Return the questions of this folder by name, which is the module's with hyphens."""
     return {name.replace("_", "-"): _question(name) for name in MODULES}
 
 

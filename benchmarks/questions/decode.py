@@ -1,8 +1,8 @@
-"""How fast is a token made, and what moves for it?
+"""How fast is decoding, and how many bytes does a token move?
 
-Single tokens are decoded from a cache of random rows. Bytes are those of every operation that ran, each input and
-output once. Their lower bound is the config's: weights that a token meets, the cache, operands and results of the
-products; measured over it is what a kernel can still win.
+Single tokens are decoded from a cache of random rows. Bytes count each input and output of every operation once, in the
+whole model. Their lower bound follows from the config: the weights that a token uses, the cache, and operands and
+results of the products. The ratio of the two shows what kernels can still save.
 """
 
 import statistics
@@ -38,7 +38,7 @@ def cases(setting: Setting) -> list[Case]:
 def decoding_step(
     setting: Setting, batch: int, context: int
 ) -> tuple[Transformer, Cache, Callable[[Tensor | None], None]]:
-    """Return a model, a cache of random rows, and a step that decodes the given tokens, or random ones."""
+    """Return a model, a cache of random rows, and a step that decodes the given tokens or random ones."""
     model = random_model(shapes.decoded(setting.quick), setting.device, setting.dtype)
     cache = random_cache(model, batch, context, 64)  # rows are read in multiples of 64
 
@@ -79,9 +79,9 @@ def finding(figures: list[Figure]) -> str:
     if last is not first:
         text += f", {last.measured:,.1f} at {last.case['context']:,}"
     shares = [f.ratio for f in pick(figures, "bandwidth", **first.case) if f.ratio]
-    text += "".join(f"; the first with {share:.0%} of what this memory can do" for share in shares)
+    text += "".join(f"; the first at {share:.0%} of this memory's bandwidth" for share in shares)
     return text + over_bound(figures, first.case) + "."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second")
+    return lines(figures, "tokens_per_s", x="context", by="batch", title="Decoded tokens a second")

@@ -1,9 +1,9 @@
-"""What does FP8 save, and what does it cost here?
+"""How many bytes does FP8 save, and how much time does it cost here?
 
-Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantised when they are used. Activations: what the
-Linears of configs/fp8.toml keep for backward, and whole training steps, with the kernels and in plain PyTorch. Cache:
-DeepSeek-V3.2's layout. What is compared takes turns. Simulated: values are rounded to FP8 and multiplied as BF16, so
-that all of it costs time where FP8 hardware gains some.
+Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantized on use. Activations: the bytes that the
+Linears of configs/fp8.toml save for backward, and whole training steps, with kernels and in plain PyTorch. Cache: the
+layout of DeepSeek-V3.2. All sides take turns. Simulated: values are rounded to FP8 and multiplied in BF16, so FP8 costs
+time here, while FP8 hardware saves some.
 """
 
 import copy
@@ -32,19 +32,19 @@ from dsmini.report.verdicts import compared
 
 NAME = "fp8"
 CONTEXT, QUICK_CONTEXT = 2048, 512
-"""Tokens in the cache that is decoded from."""
+"""Tokens in the cache during decoding."""
 TURN = 5
-"""Steps that one side takes before it is the other's turn."""
+"""Steps of one side before the other side's turn."""
 ROUNDS, QUICK_ROUNDS = 6, 2
 TARGET = 1.5
-"""Longest time of a training step in simulated FP8, in steps in BF16."""
+"""Target: longest time of a training step in simulated FP8, as a multiple of a step in BF16."""
 KEPT = (1 + 4 / 128) / 2
-"""Of an activation's bytes in BF16: a code and its share of an FP32 scale."""
+"""Bytes of an activation in FP8, a code and its share of an FP32 scale, over those in BF16."""
 FORMATS = ("bfloat16", "fp8")
 STEPS = {"bfloat16": None, "fp8": None, "fp8 in plain PyTorch": "eager"}
-"""Training steps to compare, and the backend that each is held to."""
+"""Training steps to compare, and the backend that each must use."""
 TIMES = {"weights": "decode_ratio", "activations": "step_ratio", "cache": "decode_ratio"}
-"""Metric of the time that FP8 takes."""
+"""Metric of the time in FP8 over the time in BF16."""
 SIZES = {
     "weights": ("weights", "bytes"),
     "activations": ("activations", "kept"),
@@ -76,9 +76,9 @@ def cases(setting: Setting) -> list[Case]:
 
 @torch.no_grad()
 def hold_in_fp8(model: Transformer) -> tuple[Transformer, float]:
-    """Return a copy of a model that holds the matrices that DeepSeek has in FP8 so, and their relative error together.
+    """Return a copy of a model with the matrices in FP8 that DeepSeek stores in FP8, and their relative error.
 
-    The error is the norm of what is off over the norm.
+    The error is the norm of all differences over the norm of all matrices.
     """
     held = copy.deepcopy(model)
     off = size = 0.0
@@ -99,14 +99,14 @@ def weights(setting: Setting) -> Iterator[Figure]:
     models = dict(zip(FORMATS, (native, held), strict=True))
     held_bytes = {format: storage_bytes(model) for format, model in models.items()}
     predicted = {format: accounting.weight_bytes(config, format).total for format in FORMATS}
-    yield from _sizes("weights", held_bytes, predicted, "of the whole model: codes, scales, and what stays unquantised")
+    yield from _sizes("weights", held_bytes, predicted, "whole model: codes, scales, and the parts that stay in BF16")
     yield figure("error", _case("weights"), error, predicted=operand_error(E4M3))
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
         yield figure.left_out("decode_ratio", _case("weights"), reason)
         return
     prompt = random_tokens(config, 1, 64, setting.device)
     caches = {format: model.new_cache(1, 64 + _room(setting)) for format, model in models.items()}
-    note = "weights are dequantised when they are used"
+    note = "weights are dequantized on use"
     yield from _decoding("weights", models, caches, (prompt, prompt[:, -8:]), setting, note)
 
 
@@ -148,7 +148,7 @@ def activations(setting: Setting) -> Iterator[Figure]:
 
 
 def trained_config(quick: bool) -> RunConfig:
-    """Return configs/fp8.toml; quick: two of its layers, and 320 tokens, which is none of its widths."""
+    """Return configs/fp8.toml; for quick two layers and 320 tokens, a number that is none of its widths."""
     config = recipe("fp8")
     if not quick:
         return config
@@ -170,7 +170,7 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
         return
     torch.manual_seed(1)
     tokens = random_tokens(config, 1, context, setting.device), random_tokens(config, 1, 8, setting.device)
-    note = "rows are dequantised when they are read"
+    note = "rows are dequantized on reading"
     yield from _decoding("cache", dict.fromkeys(FORMATS, model), caches, tokens, setting, note, context=context)
 
 
@@ -201,10 +201,10 @@ def _decoding(
     note: str,
     **more: Value,
 ) -> Iterator[Figure]:
-    """Read a prompt, compare the logits of further tokens, and time decoding steps, by format.
+    """Read a prompt, compare the logits of more tokens, and time decoding steps, by format.
 
     Args:
-        tokens: the prompt, and eight further tokens.
+        tokens: the prompt, and eight more tokens.
     """
     prompt, further = tokens
     for format, model in models.items():
@@ -212,7 +212,7 @@ def _decoding(
             model.hidden(part, caches[format])
     want, got = (model(further, caches[format]).float() for format, model in models.items())
     error = ((got - want).norm() / want.norm()).item()
-    near = "of a model with random weights, whose routing is near its ties"
+    near = "random weights, whose routing is near ties"
     yield figure("logit_error", _case(what), error, note=near)
 
     def turn(format: str) -> None:
@@ -240,7 +240,7 @@ def finding(figures: list[Figure]) -> str:
 
 
 def _shares(figures: list[Figure]) -> dict[str, Figure]:
-    """Return the bytes in FP8 over those in BF16, where both were measured."""
+    """Return the bytes in FP8 over those in BF16, if both were measured."""
     shares = {}
     for label, (what, metric) in SIZES.items():
         eight, sixteen = (values(figures, metric, **_case(what, format)) for format in ("fp8", "bfloat16"))

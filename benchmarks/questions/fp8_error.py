@@ -1,9 +1,9 @@
-"""How much does each product lose to FP8?
+"""How large is the error of each product in FP8?
 
-The shape of configs/fp8.toml (quick: a smaller one) is trained natively for a few steps on real text. Of one more step
-the inputs, weights and output gradients of all Linears that FP8 training rounds are caught, and each product is made
-twice in FP32: of them, and of them rounded to E4M3 as DeepSeek-V3 does. Simulated: sums are FP32's. Simplified: the
-input of w2 is kept itself, not its two factors.
+A model of the shape of configs/fp8.toml (quick: a smaller one) trains natively for a few steps on real text. One more
+step yields the inputs, weights and output gradients of all Linears that FP8 training rounds. Each product is then
+computed twice in FP32: from these matrices, and from the same rounded to E4M3 as in DeepSeek-V3. Simulated: sums are in
+FP32. Simplified: the input of w2 is rounded itself, not its two factors.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ NAME = "fp8-error"
 QUICK = dataclasses.replace(
     shapes.TRAINED, n_layers=2, inter_dim=512, moe_inter_dim=128, q_lora_rank=128, kv_lora_rank=128
 )
-"""Small, and its tiles exist: all that is summed over is a multiple of 128."""
+"""Small model with whole tiles: each sum runs over a multiple of 128."""
 STEPS, QUICK_STEPS, BATCH = 24, 20, 4
 ROWS, QUICK_ROWS = 4, 2
-"""Sequences of the step whose matrices are looked at."""
+"""Sequences of the step whose products are computed twice."""
 EXPECTED = product_error(E4M3, E4M3)
 OTHER_WAYS = {
     "one scale": ("gain_of_tiles", "blocks"),
     "e5m2 gradients": ("error_with_e5m2_gradients", "blocks and Linears"),
     "fp32 scales": ("error_with_fp32_scales", "blocks and Linears"),
 }
-"""Metric of the errors of each other way to round, as multiples of DeepSeek-V3's, and what its quartiles are over."""
+"""Metric of each alternative way to round (its error over that of DeepSeek-V3's), and the cases of its quartiles."""
 
 figure = Figures(
     NAME,
@@ -77,7 +77,7 @@ def measure(setting: Setting, model: ModelConfig, steps: int) -> Iterator[Figure
 
 
 def _expected(way: str, product: str) -> float | None:
-    """Return the multiple that rounding alone makes; None where it depends on the values."""
+    """Return the multiple that rounding alone predicts; None where it depends on the values."""
     if way == "one scale":
         return None
     return product_error(E4M3, E5M2) / EXPECTED if way == "e5m2 gradients" and product != "fprop" else 1.0
@@ -90,13 +90,12 @@ def finding(figures: list[Figure]) -> str:
     medians = {product: values(errors, "error", product=product) for product in PRODUCTS}
     parts = [f"{product} {statistics.median(found):.1%}" for product, found in medians.items() if found]
     text = (
-        f"Relative errors of FP8 products: {', '.join(parts)} (medians; rounding alone makes {EXPECTED:.1%} where "
-        f"terms "
-        f"have either sign), at most {_largest(errors, '{:.1%}')}"
+        f"Relative errors of FP8 products: {', '.join(parts)} (medians; {EXPECTED:.1%} are expected from rounding), "
+        f"at most {_largest(errors, '{:.1%}')}"
     )
     if gains:
         middle = statistics.median(values(gains, "gain_of_tiles"))
-        text += f"; with one scale for the whole matrix they would be {middle:.2f} times as large"
+        text += f"; one scale for the whole matrix makes them {middle:.2f} times as large"
         text += f", at most {_largest(gains, '{:.2f} times')}"
     return text + "."
 
@@ -119,10 +118,10 @@ def plots(figures: list[Figure]) -> list[Plot]:
         for scales in ("tiles", "one scale")
         for operand in ("input", "weight", "gradient")
     }
-    # a group that is zero everywhere draws nothing but its name
+    # a group of zeros would only lengthen the legend
     flushed = {name: group for name, group in flushed.items() if any(f.measured for f in group.values())}
-    of_result = "Of the result, against the FP32 product of what was not rounded; experts of a layer together."
-    of_values = "Of those that were not zero before; all blocks together."
+    of_result = "Error of the result compared with the FP32 product without rounding; experts of a layer together."
+    of_values = "Share of the values that were not zero before; all blocks together."
     line = ("rounding alone", EXPECTED)
     return [
         *over_labels("Relative error of FP8 products", "relative error", errors, line=line, caption=of_result),

@@ -1,7 +1,8 @@
-"""How much smaller is MLA's cache, and what does that buy?
+"""How much smaller is MLA's cache, and how much faster is decoding?
 
-Bytes are read off the storage and must equal the formula. The speed is that of one layer with a small feed-forward,
-decoding from a cache of random rows; the kinds take turns. GQA has a quarter of the heads.
+Bytes are those of the storage for a token in all layers, and must equal the formula. The time is that of one layer with
+a small feed-forward, decoding from a cache of random rows; the kinds of attention take turns. GQA has a quarter of the
+heads. The context that fits leaves a tenth of memory, and at least 2 GiB, to the system.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
 
 SYSTEM_SHARE, SYSTEM_LEAST = 0.1, 2 << 30
-"""Memory that is left to the system and to activations: a tenth, and at least 2 GiB."""
+"""Share of memory, and least bytes, that are left to the system and to activations."""
 
 figure = Figures(
     NAME,
@@ -48,7 +49,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def measure_bytes(setting: Setting) -> Iterator[Figure]:
-    """Yield a token's bytes from storage, exactly as predicted, and how many tokens fit in this machine's memory."""
+    """Yield the bytes of a token in the cache, and the number of tokens that fit into this machine's memory."""
     for kind, config in kinds(shapes.BIG).items():
         for dtype in (torch.bfloat16, "fp8") if kind == "mla" else (torch.bfloat16,):
             name = "fp8" if dtype == "fp8" else "bfloat16"
@@ -65,8 +66,8 @@ def measure_bytes(setting: Setting) -> Iterator[Figure]:
 
 @torch.no_grad()
 def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
-    """Yield the time of a layer with each kind, which take turns."""
-    # few layers, dense and narrow, so that attention is what is seen
+    """Yield the time of a layer with each kind of attention."""
+    # few layers, dense and narrow, so that attention dominates
     layers = 1 if setting.quick else 2
     base = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=layers, vocab_size=256, inter_dim=512)
     models = {kind: random_model(config, setting.device, setting.dtype) for kind, config in kinds(base).items()}

@@ -1,7 +1,7 @@
-"""What does a sparse expert cost at my batch size?
+"""How fast are sparse experts at my batch size?
 
-Layers with 64 experts, of which a token visits six, and one shared, next to dense layers with equal active parameters
-and with equal total parameters. One token of each sequence is decoded at a time. The three models take turns.
+Layers with 64 routed experts, of which a token visits six, and one shared expert are compared with dense layers of
+equal active and of equal total parameters. Each step decodes one token per sequence. The three models take turns.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def measure(setting: Setting, batch: int) -> Iterator[Figure]:
 
 
 def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure]:
-    """Tell which experts the tokens of a step visit, and the bytes of their weights."""
+    """Yield the experts that the tokens of a step visit, and the bytes of their weights."""
     c = model.config
     distinct, uneven = list[float](), list[float]()
     for _ in range(20):
@@ -72,7 +72,7 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
             distinct.append(float((decided.counts > 0).sum()))
             uneven.append(float(max_violation(decided.counts)))
     case, expected = {"batch": batch, "model": "experts"}, accounting.expected_experts(c, batch)
-    note = "of a layer; predicted for tokens that choose alike and independently; the gate here is random"
+    note = "of a layer; predicted for independent tokens and equally likely experts; the gate here is random"
     mean = statistics.fmean(distinct)
     of_all = figure("distinct_experts", case, distinct, predicted=expected, note=note)
     yield dataclasses.replace(of_all, measured=mean)
@@ -92,12 +92,14 @@ def finding(figures: list[Figure]) -> str:
         sparse, active, total = (speed[name, batch] for name in NAMES)
         text = f"{compared(sparse, active)} and {compared(sparse, total, 'as fast', decimals=1)}"
         parts.append(f"{text} at batch {batch}")
-    touched = [f", where a layer reads {n:.0f} experts" for n in values(figures, "distinct_experts", batch=batches[-1])]
+    touched = [
+        f", where each layer reads {n:.0f} experts" for n in values(figures, "distinct_experts", batch=batches[-1])
+    ]
     dense = "Compared with dense models of equal active and of equal total parameters"
     return f"{dense}, experts decode {', '.join(parts)}{''.join(touched)}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    titles = {"tokens_per_s": "Tokens made a second", "distinct_experts": "Distinct experts of a layer in a step"}
+    titles = {"tokens_per_s": "Decoded tokens a second", "distinct_experts": "Distinct experts of a layer in a step"}
     drawn = [lines(figures, metric, x="batch", by="model", title=titles[metric], label=str) for metric in titles]
     return [plot for plots in drawn for plot in plots]

@@ -1,9 +1,9 @@
 """Is a mixture of experts better than a dense model, on equal tokens with equal active parameters?
 
-Two layers of MLA with eight experts each, of which a token visits two and the shared one, by the recipe of
-configs/shakespeare.toml; and a dense model, whose feed-forwards are as wide as these three experts together. Both are
-trained on the source code of Python's standard library, and scored over the whole held-out split. Each seed gives one
-difference; the interval is Student's t.
+The recipe is configs/shakespeare.toml: two layers of MLA with eight experts each, of which a token visits two and the
+shared one. The feed-forwards of the dense model are as wide as these three experts together. Both models train on the
+source code of Python's standard library; the loss is that of the whole held-out split. Each seed gives one difference;
+the interval is Student's t.
 """
 
 import math
@@ -18,7 +18,7 @@ NAME = "moe-or-dense"
 SEEDS, QUICK_SEEDS = 5, 2
 STEPS, QUICK_STEPS = 1000, 50
 MODELS = {"moe": ["--model.n-dense-layers", "0"], "dense": ["--model.n-dense-layers", "2", "--model.inter-dim", "384"]}
-"""The dense model's feed-forwards are as wide as the three experts together that a token visits."""
+"""Flags of each model. The dense feed-forwards are as wide as the three experts that a token visits."""
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95 % quantiles of Student's t, by degrees of freedom."""
 

@@ -1,9 +1,9 @@
-"""Does guessing ahead pay?
+"""Is speculative decoding with multi-token prediction faster?
 
-A small model is trained for a short while on real text, then continues held-out prompts one by one without and with
-the guesses of its multi-token prediction, in turns, in FP32. A step without guesses makes one token. A step with
-guesses of depth d reads d + 1 tokens at once, and keeps as many as the trunk agrees with. Predicted: from how often
-trunk and guess agree on held-out text, and what the operations of a step cost by this machine's rates.
+A small model trains for a short while on real text. It then continues held-out prompts one by one, without and with
+drafts of its multi-token prediction, in turns, in FP32. A step without drafts makes one token. A step with d drafts
+reads d + 1 tokens at once and keeps those that the main model accepts. Predicted: from the agreement of main model and
+drafts on held-out text, and from the cost of a step at this machine's rates.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ figure = Figures(
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Numbers of tokens and steps to train and to generate."""
+    """Sizes of the training and of the generation."""
 
     model: ModelConfig
     steps: int
@@ -48,7 +48,7 @@ class Size:
     new_tokens: int
     depths: tuple[int, ...]
     seconds: float
-    """Estimated time of a depth."""
+    """Estimated seconds of a depth."""
 
 
 FULL = Size(model=ModelConfig(), steps=160, prompts=6, prompt_tokens=64, new_tokens=160, depths=(1, 2), seconds=55)
@@ -86,71 +86,70 @@ def measure(depth: int, setting: Setting, of: Size) -> Iterator[Figure]:
     cost = step_seconds(model, prompts[0], True, setting.roofs) / step_seconds(model, prompts[0], False, setting.roofs)
     for temperature in TEMPERATURES:
         expected = tokens_per_step(expected_acceptance(model, tokens, temperature))
-        plain, guessing = in_turns(model, prompts, temperature, of.new_tokens)
-        yield from _figures({"depth": depth, "temperature": temperature}, expected, cost, plain, guessing)
+        plain, drafting = in_turns(model, prompts, temperature, of.new_tokens)
+        yield from _figures({"depth": depth, "temperature": temperature}, expected, cost, plain, drafting)
 
 
 def trained(depth: int, setting: Setting, of: Size) -> tuple[Transformer, Corpus]:
-    """Return a model of this depth, trained for a short while on the default corpus, to generate in FP32."""
+    """Return a model of this depth after a short training on the default corpus, ready to generate in FP32."""
     model_config = dataclasses.replace(of.model, n_mtp_layers=depth)
     config = RunConfig(model=model_config, train=TrainConfig(steps=of.steps, batch_size=BATCH))
     made = trainer(config, setting, of.steps)
     made.loader.close()
-    made.model.compute_dtype = None  # BF16 logits tie, and ties are broken otherwise in steps of several tokens
+    made.model.compute_dtype = None  # BF16 logits tie, and steps of several tokens break ties differently
     return made.model.eval(), made.corpus
 
 
 def _figures(
-    case: Mapping[str, Value], expected: float, cost: float, plain: list[Stats], guessing: list[Stats]
+    case: Mapping[str, Value], expected: float, cost: float, plain: list[Stats], drafting: list[Stats]
 ) -> Iterator[Figure]:
-    """Tell what guesses gained.
+    """Yield acceptance, tokens per step and speedup of drafts.
 
     Args:
-        expected: tokens of a step.
-        cost: of a step with guesses, in steps without.
+        expected: predicted tokens of a step.
+        cost: predicted time of a step with drafts, over that of a step without.
     """
-    drafted_kept = (expected - 1) / int(case["depth"])  # of all guesses, those behind a refused one included
-    faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, guessing, strict=True)]
+    drafted_kept = (expected - 1) / int(case["depth"])  # of all drafts, those after a rejected one included
+    faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, drafting, strict=True)]
     note = "predicted from held-out text; quartiles over prompts"
-    yield figure("acceptance", case, [s.acceptance_rate for s in guessing], predicted=drafted_kept, note=note)
-    yield figure("tokens_per_step", case, [s.tokens_per_step for s in guessing], predicted=expected, note=note)
-    note = "predicted: tokens a step over the cost of a step, by counted operations; quartiles over prompts"
+    yield figure("acceptance", case, [s.acceptance_rate for s in drafting], predicted=drafted_kept, note=note)
+    yield figure("tokens_per_step", case, [s.tokens_per_step for s in drafting], predicted=expected, note=note)
+    note = "predicted: tokens a step over the cost of a step from counted operations; quartiles over prompts"
     yield figure("speedup", case, faster, predicted=expected / cost, note=note)
-    for name, stats in (("no guesses", plain), ("guesses", guessing)):
+    for name, stats in (("no drafts", plain), ("drafts", drafting)):
         yield figure("tokens_per_s", {**case, "with": name}, [s.tokens_per_s for s in stats])
-    if not case["temperature"]:  # in_turns raises where continuations differ
-        note = "greedy, with guesses and without"
-        yield figure("same_continuations", case, len(guessing), predicted=len(plain), exact=True, note=note)
+    if not case["temperature"]:  # in_turns raises if continuations differ
+        note = "greedy, with drafts and without"
+        yield figure("same_continuations", case, len(drafting), predicted=len(plain), exact=True, note=note)
 
 
 def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: Roofs) -> float:
-    """Predict the seconds of a decoding step, from the operations that it counts."""
+    """Predict the seconds of a decoding step from its counted operations."""
     generation = Generation(model, [prompt.tolist()], 8, speculative=speculative)
-    for _ in range(2):  # reads the prompt; prepares what later steps reuse
+    for _ in range(2):  # the first reads the prompt, the second fills caches that later steps use
         next(generation)
     return prediction.seconds(count(lambda: next(generation), roofs.cache_bytes), roofs)
 
 
 def tokens_per_step(kept: list[float]) -> float:
-    """Compute the expected tokens of a step: one, and for each depth the chance that all guesses up to it are kept.
+    """Compute the expected tokens of a step: one, and for each depth the probability that its draft is accepted.
 
     Args:
-        kept: at k - 1 the probability that the guess of depth k is kept if those before it were.
+        kept: at k - 1 the probability that draft k is accepted if all drafts before it were.
     """
     return 1.0 + sum(itertools.accumulate(kept, operator.mul))
 
 
 @torch.inference_mode()
 def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) -> list[float]:
-    """Compute for each depth how probably its guess is kept after real text, if the guesses before it were right.
+    """Compute the probability that the draft of each depth is accepted after real text, if those before it were.
 
-    That is the sum of min(p, q) over the vocabulary; in greedy decoding, the share of places where both prefer the
-    same token.
+    It is the sum of min(p, q) over the vocabulary; in greedy decoding, the share of positions with equal argmax.
     """
     out = model.run(tokens, mtp=True)
     kept: list[float] = []
     for k, logits in enumerate(out.mtp_logits, 1):
-        pair = out.logits[:, k:].float(), logits.float()  # both of token i + k + 1
+        pair = out.logits[:, k:].float(), logits.float()  # both predict token i + k + 1
         if temperature:
             p, q = ((each / temperature).softmax(-1) for each in pair)
             kept.append(torch.minimum(p, q).sum(-1).mean().item())
@@ -163,7 +162,7 @@ def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) 
 def in_turns(
     model: Transformer, prompts: list[Tensor], temperature: float, new_tokens: int
 ) -> tuple[list[Stats], list[Stats]]:
-    """Continue each prompt without and with guesses, in turns; one more at first, which does not count."""
+    """Continue each prompt without and with drafts, in turns, after a first one that warms up."""
     stats: dict[bool, list[Stats]] = {False: [], True: []}
     for i, prompt in enumerate([prompts[0], *prompts]):
         rows: list[Tensor] = []
@@ -174,7 +173,7 @@ def in_turns(
             rows.append(done.tokens)
             if i:
                 stats[speculative].append(done.stats)
-        assert temperature or torch.equal(*rows), f"guesses changed the greedy continuation of prompt {i}"
+        assert temperature or torch.equal(*rows), f"drafts changed the greedy continuation of prompt {i}"
     return stats[False], stats[True]
 
 
@@ -186,16 +185,16 @@ def finding(figures: list[Figure]) -> str:
             how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedily"
             gain = f"{compared(f, words='as fast')} with {tokens[0]:.2f} tokens a step"
             told.append(f"depth {f.case['depth']} {how} {gain}")
-            faster += (f.low or 0.0) > 1  # beyond what prompts differ by
-    pays = f"pays in {faster} of {len(told)} cases" if faster else "does not pay"
-    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}." if told else ""
+            faster += (f.low or 0.0) > 1  # by more than prompts differ
+    pays = f"is faster in {faster} of {len(told)} cases" if faster else "is not faster"
+    return f"On a model this small speculative decoding {pays}: {'; '.join(told)}." if told else ""
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
     drawn: list[Plot] = []
     for metric, title, y in (
         ("tokens_per_step", "Tokens of a decoding step", "tokens a step"),
-        ("speedup", "Speed with guesses", "times the speed without"),
+        ("speedup", "Speed with drafts", "times the speed without"),
     ):
         found = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in pick(figures, metric)}
         drawn += over_labels(title, y, {"measured": found}, kind="bars", predicted=True)

@@ -1,9 +1,9 @@
-"""How fast is it compared with others, at the same shapes?
+"""How fast is dsmini compared with other implementations of the same shape?
 
-Models of one shape with random weights decode and read prompts in the same dtype, and train on as many tokens; all
-take turns, and ratios are taken round by round. transformers 5.24 keeps MLA's latent too, and expands all of it at
-every step. llama.cpp, where it is installed and on a CPU alone, runs our weights from a GGUF file, with its cache in
-FP16, and makes logits of the last token alone.
+Models of one shape with random weights decode, read prompts and train on the same number of tokens in the same dtype.
+All take turns, and each round gives one ratio. transformers 5.24 also stores MLA's latent, but expands all of it in
+every step. llama.cpp, if installed and only on a CPU, runs our weights from a GGUF file, with its cache in FP16, and
+computes the logits of the last token only.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ NAME = "peers"
 OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
 PROMPT = 512
 TURN = 4
-"""Tokens that one side decodes before it is the other's turn; the first of them, on a cold cache, does not count."""
+"""Tokens that one side decodes in its turn; the first of them, on a cold cache, does not count."""
 
 figure = Figures(
     NAME,
@@ -58,7 +58,7 @@ def _size(setting: Setting) -> Size:
 
 
 def _room(setting: Setting) -> int:
-    """Return the tokens that a cache has room for after a context."""
+    """Return the number of tokens that a cache has room for after a context."""
     return (_size(setting).rounds + 1) * TURN + PROMPT
 
 
@@ -68,12 +68,12 @@ def cases(setting: Setting) -> list[Case]:
     rounds = size.rounds + 1
 
     def reading(tokens: int) -> float:
-        """Return the FLOPs with which ours and theirs read a prompt of that length."""
+        """Return the FLOPs of reading a prompt of this length with ours and with theirs."""
         return 2 * tokens * accounting.flops_per_token(config, tokens).total
 
     def read() -> Iterator[Figure]:
         yield from prefill(setting, make)
-        make.cache_clear()  # the last that needs the models
+        make.cache_clear()  # the last case that needs the models
 
     out: list[Case] = []
     for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
@@ -89,7 +89,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def sides(setting: Setting) -> dict[str, Side]:
-    """Return all models that are here."""
+    """Return the models of all implementations that are installed here."""
     config = shapes.decoded(setting.quick)
     ours = Ours(config, setting)
     out: dict[str, Side] = {OURS: ours, THEIRS: Theirs(config, setting)}
@@ -171,7 +171,7 @@ def _their_step(batch: int, setting: Setting) -> Callable[[], None]:
 def speeds(
     case: Mapping[str, Value], taken: Mapping[str, Sequence[float]], tokens: int, note: str = ""
 ) -> Iterator[Figure]:
-    """Tell each one's tokens a second, and ours over each other's, round by round."""
+    """Yield the tokens a second of each side, and ours over each other side's, round by round."""
     for name, seconds in taken.items():
         yield figure("tokens_per_s", {**case, "who": name}, [tokens / t for t in seconds], note=note)
     for ours in (name for name in taken if name.startswith(OURS)):

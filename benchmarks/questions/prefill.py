@@ -1,6 +1,7 @@
-"""How fast is a prompt read?
+"""How fast does a model read a prompt?
 
-The whole prompt goes through the model at once and into the latent cache; the head reads the last token.
+The whole prompt goes through the model in one call and fills the latent cache; the head computes the logits of the last
+token.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,4 +56,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens of a prompt a second")
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Prompt tokens a second")

@@ -1,9 +1,9 @@
-"""How fast are the CPU kernels for tiles?
+"""How fast are the CPU kernels that quantize tiles?
 
-Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) is checked to the bit against plain PyTorch, then timed,
-on one thread and on all; kernel and copy take turns, and plain PyTorch has a few. Rates count the bytes that are read
-and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory is kept for the next call, as in a
-training step.
+Each operation on a matrix of 4096 x 7168 (quick: 512 x 7168) must equal plain PyTorch bit for bit, and is then timed on
+one thread and on all. Kernel and copy take turns; plain PyTorch takes part in a few rounds. Rates count the bytes read
+and written. The copy is torch's y.copy_(x) of the input's dtype. Freed memory stays with the process, as in a training
+step.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ NAME = "quantize"
 SHAPE, QUICK_SHAPE = (4096, 7168), (512, 7168)
 ROUNDS, QUICK_ROUNDS = 15, 5
 EAGER_ROUNDS = 3
-"""Turns of plain PyTorch, which takes twenty times as long."""
+"""Rounds with plain PyTorch, which takes twenty times as long."""
 CALLS = 1000
 AMAX_MIN = 1e-4
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def measure(setting: Setting, threads: int) -> Iterator[Figure]:
 
 
 def operations(x: Tensor) -> dict[str, tuple[Run, Tensor, int]]:
-    """Return each operation on x [rows, columns], a tensor to copy instead, and the bytes that it moves."""
+    """Return each operation on x [rows, columns], a tensor to copy for comparison, and the bytes it moves."""
     runs: dict[str, tuple[Run, Tensor, int]] = {}
     for name, source in (("BF16", x), ("FP32", x.float())):
         for tile in ((1, 128), (128, 1), (128, 128)):
@@ -86,7 +86,7 @@ def operations(x: Tensor) -> dict[str, tuple[Run, Tensor, int]]:
 
 
 def _operation(case: dict[str, Any], run: Run, source: Tensor, moved: int, rounds: int) -> Iterator[Figure]:
-    """Time an operation: kernel, copy and plain PyTorch take turns."""
+    """Yield the figures of an operation; kernel, copy and plain PyTorch take turns."""
     repeats = max(1, 2_000_000 // source.numel())
     copy = partial(_repeat, partial(torch.empty_like(source).copy_, source), repeats)
     both: dict[str, Run] = {"copy": copy, "kernel": partial(_with, "cpu", run, repeats)}
@@ -113,7 +113,7 @@ def _with(backend: str, run: Run, n: int = 1) -> None:
 
 
 def check(name: str, run: Run) -> None:
-    """Assert that the kernel's bits are those of plain PyTorch."""
+    """Check that the kernel and plain PyTorch give the same bits."""
     results: list[list[Tensor]] = []
     for backend in ("cpu", "eager"):
         with ops.use(backend):
@@ -123,7 +123,7 @@ def check(name: str, run: Run) -> None:
 
 
 def why_not() -> str | None:
-    """Return why the kernels do not run here, or None if they do."""
+    """Return the reason why the kernels do not run here, or None if they do."""
     try:
         with ops.use("cpu"):
             round_tiles(torch.ones(1, 128), (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16)
@@ -134,10 +134,9 @@ def why_not() -> str | None:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let glibc keep freed memory for the next call, as a training step does: fresh pages cost more than the work.
+    """Let glibc keep freed memory for the next call, because fresh pages cost more than the operation.
 
-    Afterwards its thresholds are those that it comes to by itself where large blocks are freed. Does nothing without
-    glibc.
+    Afterwards the thresholds are those that glibc adapts to when large blocks are freed. Do nothing without glibc.
     """
     max_mmaps, mmap_threshold, trim_threshold = -4, -3, -1  # names of malloc.h
     try:
@@ -157,7 +156,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 @torch.no_grad()
 def calls() -> Iterator[Figure]:
-    """Time a call on a matrix so small that nothing else counts, the best of many."""
+    """Yield the time of a call on a tiny matrix, where the call itself dominates; the best of many."""
     if reason := why_not():
         yield figure.left_out("call_seconds", {"call": "kernel"}, reason)
         return
@@ -194,8 +193,8 @@ def _threads(figures: list[Figure]) -> list[int]:
 def plots(figures: list[Figure]) -> list[Plot]:
     drawn: list[Plot] = []
     for metric, title, y, line in (
-        ("share_of_copy", "Kernels next to a copy", "bytes a second over a copy's", ("a copy", 1.0)),
-        ("over_eager", "Kernels next to plain PyTorch", "times as fast", None),
+        ("share_of_copy", "Kernels compared with a copy", "bytes a second over a copy's", ("a copy", 1.0)),
+        ("over_eager", "Kernels compared with plain PyTorch", "times as fast", None),
     ):
         groups = {
             plural(n, "thread"): {str(f.case["operation"]): f for f in pick(figures, metric, threads=n)}

@@ -1,8 +1,8 @@
-"""Which roof is each operation under, memory's or arithmetic's?
+"""Which limits each operation, memory or arithmetic?
 
-Each operation is timed by itself while it is counted, five passes; the call is part of its time. A train step is
-forward, backward, clipping and AdamW. Operations below 0.2 % of the time are left out; what multiplies nothing counts
-one FLOP for an element written.
+Each operation is timed by itself during five steps; its time includes the call. A train step is forward, backward,
+clipping and AdamW. Operations below 0.2 % of the time are left out. An operation without products counts one FLOP for
+each element that it writes.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ NAME = "roofline"
 PASSES = 5
 STEPS = ("decode", "prefill", "train")
 MOST_KINDS = 5
-"""Kinds of operations that a plot names: those that take the most time. The others share a colour."""
+"""Number of kinds of operations that a plot names, by their time. The others share a colour."""
 
 figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roof": "FLOP/s"})
 
@@ -62,7 +62,7 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
     check_bandwidth(f"{NAME} {name}", sum(op.cold for op in itertools.chain(*passes)) / total, setting)
     for of in sorted(groups, key=lambda of: -seconds[of]):
         (kind, operation, shape), ops = of, groups[of]
-        # an operation that multiplies nothing is counted as one FLOP for every element that it writes
+        # an operation without products counts one FLOP for each element that it writes
         flops = sum(op.flops or op.written // op.dtype.itemsize for op in ops)
         moved = sum(op.bytes for op in ops)
         if seconds[of] < 0.002 * total or not moved or not flops:
@@ -91,7 +91,7 @@ def finding(figures: list[Figure]) -> str:
 
 
 def _roofs(figures: list[Figure]) -> tuple[float, float]:
-    """Return those of memory and of arithmetic; 0 where one was not measured."""
+    """Return the roofs of memory and of arithmetic; 0 for one that was not measured."""
     roofs = {f.case["roof"]: f.measured or 0.0 for f in pick(figures, "roof")}
     return roofs.get("memory", 0.0), roofs.get("arithmetic", 0.0)
 
@@ -119,6 +119,6 @@ def _plot(step: str, found: list[Figure], shares: list[Figure], memory: float, a
         some = [f for f in found if f.case["kind"] in members]
         x, y = [float(f.case["intensity"]) for f in some], [f.measured or 0 for f in some]
         series += [Series(label=kind, kind="points", x=x, y=y)] if some else []
-    caption = "A point is an operation of one shape. Above the sloping roof, its bytes come from a cache."
+    caption = "Each point is an operation of one shape. Above the sloping roof its bytes come from a cache."
     title = f"Operations of a {step} step"
     return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)

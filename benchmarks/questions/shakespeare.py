@@ -1,8 +1,8 @@
-"""What does a minute and a half of training buy, next to nanoGPT's laptop recipe?
+"""How good is a minute and a half of training, compared with nanoGPT's laptop recipe?
 
 For each seed three commands take turns. Peer: nanoGPT's laptop recipe (4 layers, width 128, context 64, 12 sequences a
 step, 2000 steps) on transformers' GPT-2, in FP32. Run: python -m dsmini.train configs/shakespeare.toml. Sprint: the
-same with 200 steps. Seconds are those of the whole command, imports and final validation included. Losses are nats a
+same with 200 steps. Times are those of the whole command, imports and final validation included. Losses are nats a
 character over the whole held-out tenth.
 """
 
@@ -20,16 +20,16 @@ from dsmini.report.verdicts import compared
 NAME = "shakespeare"
 SEEDS, QUICK_SEEDS = 3, 1
 SPRINT, QUICK_SPRINT = 200, 20
-"""Steps of the sprint, which ends in about a sixth of the peer's time."""
+"""Steps of the sprint, which takes about a sixth of the peer's time."""
 QUICK_STEPS, QUICK_PEER_STEPS = 165, 200
-"""Steps of the others with --quick; in full the recipes say how many."""
+"""Steps of the run and of the peer with --quick; otherwise the recipes decide."""
 WHO = ("peer", "sprint", "run")
 
 figure = Figures(NAME, lower={"seconds": "s", "loss_as_peer": "nats", "loss": "nats"})
 
 
 def cases(setting: Setting) -> list[Case]:
-    assert setting.text is not None, "the question says that it needs a text"
+    assert setting.text is not None, "needs_text makes the runner ask for it"
     text = setting.text.resolve()
     seeds = QUICK_SEEDS if setting.quick else SEEDS
     seconds = 40 if setting.quick else 200
@@ -38,7 +38,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def measure(setting: Setting, text: Path, seed: int) -> Iterator[Figure]:
-    """Run the three commands one after the other: imports, set-up and final validation count."""
+    """Run the three commands one after the other and yield their times and losses."""
     steps = QUICK_PEER_STEPS if setting.quick else nanogpt.STEPS
     peer = ["--seed", str(seed), "--steps", str(steps), "--threads", str(torch.get_num_threads())]
     seconds, answer = run_command("benchmarks.peer_models.nanogpt", str(text), *peer)

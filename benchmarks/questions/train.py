@@ -1,6 +1,6 @@
-"""How fast does a model train, and what would this machine allow?
+"""How fast does a model train, compared with the roofs of this machine?
 
-A step is forward, backward, clipping and AdamW on a model of 7.6M parameters, on random tokens.
+A step is forward, backward, clipping and AdamW of a model with 7.6M parameters, on random tokens.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int) -> Callable[[], list[Routing]]:
-    """Return a step that trains a model with random weights on random tokens, and returns its routing."""
+    """Return a step that trains a random model on random tokens and returns its routing."""
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = Transformer(config, compute_dtype=setting.dtype)
@@ -62,4 +62,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens trained a second")
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Training tokens a second")

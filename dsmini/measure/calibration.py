@@ -1,4 +1,4 @@
-"""Measuring this machine's roofs, once: they are kept, and stay within a budget of time on a machine of any speed."""
+"""Measure this machine's roofs once, within a budget of time on a machine of any speed, and store them."""
 
 import itertools
 import json
@@ -25,12 +25,12 @@ from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.nn import Transformer
 
 VERSION = 9
-"""The version of what is measured: roofs kept by another are measured again."""
+"""Version of the measurement; roofs stored by another version are measured again."""
 LARGE = 1 << 28
-"""Bytes that no cache holds."""
+"""Bytes that fit into no cache."""
 ROUNDS = 5
 BUDGET = 60.0
-"""Seconds that all may take together; a quiet machine needs half of it."""
+"""Seconds for all measurements together; a quiet machine needs half of them."""
 BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
 ROWS = (1, 4, 16, 64, 256, 1024)
 
@@ -41,11 +41,12 @@ def load_or_measure(
     on_part: Callable[[float, str], None] = lambda done, what: None,
     fresh: bool = False,
 ) -> Roofs:
-    """Return the roofs of this machine with the threads that torch has now: kept ones, or measured now (half a minute).
+    """Return the roofs of this machine for the current number of threads, stored or measured now (half a minute).
 
     Args:
-        keep: the file they are kept in, that of another machine too; left out: one in the user's cache.
-        fresh: measured now, whatever is kept.
+        keep: file that stores the roofs of one or more machines; None: a file in the user's cache.
+        on_part: called with the share that is done and the name of the next part.
+        fresh: measure even if roofs are stored.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     keep = keep or cache / "dsmini" / "roofs.json"
@@ -55,7 +56,7 @@ def load_or_measure(
     except (OSError, ValueError):
         kept = {}
     if not fresh:
-        with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is kept, or it is damaged
+        with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
             return from_json(kept[key])
     roofs = measure(device, on_part)
     kept = {**(kept if isinstance(kept, dict) else {}), key: asdict(roofs)}
@@ -70,10 +71,10 @@ def measure(
     on_part: Callable[[float, str], None] = lambda done, what: None,
     seconds: float = BUDGET,
 ) -> Roofs:
-    """Measure all rates, each the median of a few rounds.
+    """Measure all rates, each as the median of a few rounds.
 
     Args:
-        seconds: about how long all may take. On a slow or busy machine there are fewer rounds, and curves end sooner.
+        seconds: approximate time for all. A slow or busy machine gets fewer rounds and shorter curves.
     """
     jobs = _jobs(device)
     done: dict[str, Any] = {}
@@ -81,7 +82,7 @@ def measure(
     for i, (name, job) in enumerate(jobs):
         on_part(i / len(jobs), name)
         left = max(0.0, seconds - (time.perf_counter() - start))
-        # few need more than their share, and most far less
+        # most parts need far less than their share
         done[name] = job(3 * left / (len(jobs) - i))
     return Roofs(
         card=card(device),
@@ -96,7 +97,7 @@ def measure(
 
 
 def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
-    """Return what is to be measured, in order, by name; each is told how many seconds it has."""
+    """Return the parts to measure in order, each a name and a function of the seconds that it may take."""
     jobs: list[tuple[str, Callable[[float], Any]]] = [
         (f"peak {name}", lambda most, dtype=dtype: matmul_rate(device, dtype, most)) for name, dtype in DTYPES.items()
     ]
@@ -118,10 +119,11 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
 def seconds_of(
     run: Callable[[], object], device: torch.device, rounds: int = ROUNDS, least: float = 2e-4, most: float = math.inf
 ) -> float:
-    """Return the median seconds of one run, of runs in a row that take at least `least` seconds together.
+    """Return the median seconds of a run over some rounds.
 
     Args:
-        most: no further round begins once the rounds took so many seconds; one there is in any case.
+        least: seconds of a round, which repeats short runs.
+        most: seconds after which no round begins; the first always runs.
     """
     run()
     times: list[float] = []
@@ -142,7 +144,7 @@ def seconds_of(
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Return the best of what reads alone: a sum, and products of a matrix and a vector, in both dtypes."""
+    """Return the highest rate of operations that only read: a sum, and matrix-vector products in both dtypes."""
     x = torch.ones(LARGE // 4, device=device)
     rates = [LARGE / seconds_of(lambda: x.sum(), device, 3)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -153,7 +155,7 @@ def _bandwidth(device: torch.device) -> float:
 
 
 def probes(device: torch.device) -> dict[str, float]:
-    """Return the seconds of a product of matrices and of a row with 128 MiB of weights, now.
+    """Return the current seconds of a matrix product and of a row times 128 MiB of weights.
 
     Takes a sixth of a second on two cores.
     """
@@ -169,7 +171,7 @@ def probes(device: torch.device) -> dict[str, float]:
 
 
 def steadiness(roofs: Roofs, device: torch.device) -> float:
-    """Return the machine's rates now over the kept ones, the lowest of them; 1 if none was kept."""
+    """Return the lowest of the machine's current rates over the stored ones; 1 if none is stored."""
     return min((roofs.probes[name] / now for name, now in probes(device).items()), default=1.0) if roofs.probes else 1.0
 
 
@@ -181,7 +183,7 @@ def _copy(device: torch.device) -> float:
 
 @torch.no_grad()
 def _call(device: torch.device) -> float:
-    """Return the seconds of a call in a decoding step of a model so small that nothing else counts."""
+    """Return the seconds of a call in a decoding step of a tiny model, where calls dominate."""
     config = ModelConfig(
         dim=16,
         inter_dim=16,
@@ -209,11 +211,11 @@ def _call(device: torch.device) -> float:
 
 
 BUFFERS = 4
-"""Times the last-level cache that cold inputs and outputs fill together."""
+"""Total size of cold inputs and outputs, as a multiple of the last-level cache."""
 
 
 def _curve(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
-    """Measure sizes from the smallest on, as many as will probably fit into `most` seconds, at least one."""
+    """Measure growing sizes, as many as will probably fit into `most` seconds, and at least one."""
     is_product = kind in PRODUCTS
     make = PRODUCTS[kind] if is_product else POINTS[kind]
     begun = before = time.perf_counter()
@@ -235,7 +237,7 @@ def _curve(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most
 
 
 def _rotating(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Return the same on other inputs each time, and with the last outputs kept, so that neither is where it was."""
+    """Return the operation on other inputs in each call, with old outputs kept, so that nothing is in a cache."""
     held = sum(t.nbytes for t in inputs)
     n = max(2, min(512, BUFFERS * last_level_cache(inputs[0].device) // max(1, held)))
     many = [tuple(t.clone() for t in inputs) for _ in range(n)]

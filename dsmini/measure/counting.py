@@ -1,8 +1,7 @@
-"""Bytes and FLOPs that really happen: every operation that runs is seen, and what it reads and writes is counted.
+"""Count bytes and FLOPs of every operation that runs.
 
-Counted is what an operation must move; torch_operations.py says how. Where a kernel serves one of dsmini's operations,
-PyTorch sees nothing of it: then the cost that the operation declares is counted, in dsmini.functional and
-dsmini.numerics.
+The bytes are those that an operation must move; torch_operations.py has the rules. PyTorch cannot see into dsmini's own
+kernels. For them the cost counts that the operation declares in dsmini.functional or dsmini.numerics.
 """
 
 import statistics
@@ -23,25 +22,25 @@ from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of
 
 @dataclass(frozen=True, kw_only=True)
 class CountedOperation:
-    """One operation that ran."""
+    """Operation that ran."""
 
     name: str
     kind: str
-    """As in torch_operations.Work; of a kernel: move where it only converts, else product."""
+    """Kind as in torch_operations.Work; a kernel is a move if it only converts, else a product."""
     flops: int
-    """Multiply-adds are two; 0 for all but products and attention."""
+    """FLOPs of products and attention, two for a multiply-add; 0 for other operations."""
     read: int
-    """Bytes."""
+    """Bytes read."""
     written: int
-    """Bytes."""
+    """Bytes written."""
     cold: int
-    """Bytes that are not in the last-level cache, if it keeps what was used last."""
+    """Bytes that are not in the last-level cache, which keeps the tensors that were used last."""
     dtype: torch.dtype
     rows: int
-    """Rows of a product that share a matrix, of each group on average; else 0."""
+    """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     shape: tuple[tuple[int, ...], ...]
     seconds: float
-    """Time that it took, without the counting."""
+    """Seconds, without the counting."""
 
     @property
     def bytes(self) -> int:
@@ -53,16 +52,16 @@ class CountedOperation:
 
 
 class Count(TorchDispatchMode):
-    """Counts inside `with Count() as count:`; forward, backward and the optimizer's step alike."""
+    """Counter of all operations inside `with Count() as count:`, backward and optimizer included."""
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__()
         self.cache = _Cache(cache_bytes)
         self.operations: list[CountedOperation] = []
         self.views = 0
-        """Calls that move nothing."""
+        """Number of calls that move nothing."""
         self.overhead = 0.0
-        """Seconds that being watched adds to an operation."""
+        """Seconds that counting adds to an operation."""
         self.overhead = self._measured_overhead()
 
     def __torch_dispatch__(
@@ -88,13 +87,13 @@ class Count(TorchDispatchMode):
     def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
         work = work_of(func, args, kwargs, out)
         moved = work.read + work.written
-        # a table's rows that are not named stay where they are
+        # rows of a table that are not indexed do not move
         cold = min(moved, sum(self.cache.touch(t, min(size_of(t), moved)) for t in work.touched))
         dtype = next((t.dtype for t in [*tensors_in(out), *work.touched] if t.is_floating_point()), torch.int64)
         self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
 
     def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float) -> None:
-        """Count a kernel by the cost that its operation declares."""
+        """Count a kernel by the declared cost of its operation."""
         results = tensors_in(result)
         moved = cost.read + cost.written
         cold = min(moved, cost.read + sum(self.cache.touch(t, size_of(t)) for t in results))
@@ -140,7 +139,7 @@ class Count(TorchDispatchMode):
 
 
 class _Cache:
-    """A cache that keeps what was used last, whole tensors at a time."""
+    """Model of a cache that keeps the tensors that were used last, each as a whole."""
 
     def __init__(self, room: int) -> None:
         self.room, self.used = room, 0
@@ -151,7 +150,7 @@ class _Cache:
         self.held.clear()
 
     def touch(self, t: Tensor, size: int) -> int:
-        """Return the bytes of t that come from memory."""
+        """Return the bytes of t that come from memory, and put t into the cache."""
         pointer = t.data_ptr()
         before = self.held.pop(pointer, 0)
         self.used += size - before
@@ -162,7 +161,7 @@ class _Cache:
 
 
 def count(run: Callable[[], object], cache_bytes: int = 32 << 20) -> Count:
-    """Run, and return what it did, counted."""
+    """Run a function and return the count of its operations."""
     counted = Count(cache_bytes)
     with ops.counting(counted), counted:
         run()

@@ -1,4 +1,4 @@
-"""One operation of each kind, of any size, to be timed: the operation, its inputs, and its bytes or FLOPs."""
+"""An operation of each kind in any size, for calibration: the operation, its inputs, and its bytes or FLOPs."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Job = tuple[Callable[..., object], tuple[Tensor, ...], int]
-"""An operation, its inputs, the first of which changes when they shall be cold, and its size."""
+"""Operation, inputs, and bytes or FLOPs."""
 Maker = Callable[[int, torch.dtype, torch.device], Job]
-"""Makes a job of this many numbers, or of this many rows of a product."""
+"""Maker of a job with this many numbers, or this many rows of a product."""
 
 
 def _random(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
@@ -21,7 +21,11 @@ def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> Maker:
-    """Return the maker of an operation on rows of this width that moves so many times the bytes of an input."""
+    """Return the maker of an operation on rows of this width.
+
+    Args:
+        moved: bytes that the operation moves, in multiples of the bytes of one input.
+    """
 
     def make(n: int, dtype: torch.dtype, device: torch.device) -> Job:
         tensors = tuple(_rows(n, width, dtype, device) for _ in range(inputs))
@@ -31,7 +35,7 @@ def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> M
 
 
 def _cast(n: int, dtype: torch.dtype, device: torch.device) -> Job:
-    # an operation's dtype is that of its result
+    # the dtype of an operation is that of its result
     a = _rows(n, 512, torch.bfloat16 if dtype == torch.float32 else torch.float32, device)
     return lambda a: a.to(dtype), (a,), a.numel() * 6
 
@@ -60,7 +64,7 @@ POINTS: Mapping[str, Maker] = {
 
 
 def _product(columns: int) -> Maker:
-    """Return the maker of a product of rows with a matrix of 1024 by this many columns."""
+    """Return the maker of a product of rows with a matrix of 1024 rows and this many columns."""
 
     def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
         w, x = (_random(dtype, device, n, 1024) for n in (columns, rows))

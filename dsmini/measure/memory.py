@@ -1,4 +1,4 @@
-"""Bytes that are held: by a model's storages, by activations for backward, by this process at its peak."""
+"""Measure bytes in memory: of a model, of activations saved for backward, of this process at its peak."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,13 +13,13 @@ from dsmini.nn import Experts, FeedForward, Linear, Transformer
 
 
 def storage_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, each storage once."""
+    """Return the bytes of a model's parameters and buffers, counting each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def reset_peak() -> None:
-    """Start the peak of memory again from what is held now, where the system can."""
+    """Reset the peak of memory to the current use, if the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -27,7 +27,7 @@ def reset_peak() -> None:
 
 
 def peak_since_reset(device: torch.device) -> int:
-    """Return the peak since reset_peak, in bytes: of the GPU's memory, or of this process in RAM."""
+    """Return the peak since reset_peak in bytes, of GPU memory or of this process."""
     if device.type == "cpu":
         with suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()
@@ -36,31 +36,31 @@ def peak_since_reset(device: torch.device) -> int:
 
 
 class SavedBytes(NamedTuple):
-    """Bytes of activations, each storage once."""
+    """Bytes of saved activations, counting each storage once."""
 
     by_linears: int
-    """Those saved inside the Linears, feed-forwards and experts of the blocks."""
+    """Bytes saved inside the Linears, feed-forwards and experts of the blocks."""
     total: int
 
 
 def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
-    """Return the bytes of activations that one forward pass over tokens [b, s + 1] saves, its losses included.
+    """Return the bytes of activations that a forward pass over tokens [b, s + 1] saves, losses included.
 
-    Autograd tells of every tensor that it saves. Parameters and the copies that are made of them (casts, FP8 codes,
-    joined matrices) are no activations: they are recognised by their storage or their shape, and left out.
+    A hook of autograd sees every saved tensor. Parameters and copies of them (casts, FP8 codes, joined matrices) are
+    not activations. They are recognized by storage or shape and left out.
 
-    Raises: ValueError where the number of tokens is a width of the model.
+    Raises: ValueError if the number of tokens is a width of the model.
     """
     parameters = [p for p in model.parameters() if p.dim() > 1]
     rows = tokens[:, 1:].numel()
     if any(rows in p.shape for p in parameters):
-        raise ValueError(f"{rows} tokens are as many as a matrix of this model has rows or columns; take another batch")
+        raise ValueError(f"{rows} tokens equal the rows or columns of a matrix of this model; use another batch size")
     pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = _shapes_of_copies(parameters)
     depth, inside, held = [0], dict[int, bool](), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
-        t = t.detach()  # a graph that is held from within itself is never freed
+        t = t.detach()  # a graph that refers to itself is never freed
         pointer = t.untyped_storage().data_ptr()
         if pointer not in pointers and t.shape not in shapes:
             held[pointer] = t
@@ -90,6 +90,6 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
 def _shapes_of_copies(parameters: Sequence[Tensor]) -> set[torch.Size]:
     """Return the shapes that casts, transposes and joined matrices of the parameters have."""
     shapes = {p.shape for p in parameters} | {p.shape[::-1] for p in parameters}
-    # w1 and w3 of the experts are joined where nothing is rounded
+    # without rounding, w1 and w3 of the experts are joined
     stacks = [p.shape for p in parameters if p.dim() == 3]
     return shapes | {torch.Size(s) for e, f, m in stacks for s in ((e, 2 * f, m), (e, m, 2 * f), (e, m, f))}

@@ -1,13 +1,13 @@
-"""Predict how long something takes, from its counted operations and this machine's measured rates.
+"""Predict the time of a step from its counted operations and this machine's measured rates.
 
-    seconds = sum over operations of bytes / rate of that class, or FLOPs / rate of that class
-              + calls, views among them, * what a call costs in a model of no size
+    seconds = sum over operations of bytes / rate of the class, or FLOPs / rate of the class
+              + number of calls, views included, * cost of a call
 
-The rate of a class depends on the size, on whether its bytes lie in a cache or in memory, and for products on how many
-rows share a matrix. It is measured apart, on tensors of its own, once: it knows nothing of the model. Which bytes lie
-in the cache is a model too: of a cache that holds what was used last.
+The rate of a class depends on the size, on whether the bytes are in a cache or in memory, and for products on the rows
+that share a matrix. Rates are measured once, on separate tensors, without the model. Bytes are in the cache if a cache
+of the tensors that were used last would hold them.
 
-Where a measured time is far above the prediction, the machine was busy, or an operation runs worse than its class does.
+If a measured time is far above the prediction, the machine was busy, or an operation is slower than its class.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,23 +16,23 @@ from dsmini.measure.counting import Count, CountedOperation, count
 from dsmini.measure.rates import Roofs, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "other": "pointwise"}
-"""Kinds of operations that have no rate of their own, and whose rate they take."""
+"""Classes for the kinds of operations that have no rate of their own."""
 
 
 def predicted_seconds(step: Callable[[], object], roofs: Roofs) -> float:
-    """Predict the seconds of a step: run it once to warm up, then once more while its operations are counted."""
+    """Predict the seconds of a step: run it once to warm up, then once while counting its operations."""
     step()
     return seconds(count(step, roofs.cache_bytes), roofs)
 
 
 def seconds(count: Count, roofs: Roofs) -> float:
-    """Predict the seconds of what was counted."""
+    """Predict the seconds of the counted operations."""
     work = sum(operation_seconds(op, roofs) - smallest_seconds(op, roofs) for op in count.operations)
     return work + (len(count.operations) + count.views) * roofs.call
 
 
 def smallest_seconds(op: CountedOperation, roofs: Roofs) -> float:
-    """Return the seconds of the least work in an operation's dtype: the call, without Python around it."""
+    """Return the seconds of the smallest operation in this dtype: the call, without Python around it."""
     return roofs.curves[f"warm pointwise {_dtype(op, roofs)}"].costs[0]
 
 
@@ -49,7 +49,7 @@ def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
 
 
 def by_kind(operations: Iterable[CountedOperation], roofs: Roofs) -> dict[str, dict[str, float]]:
-    """Sum up calls, FLOPs, bytes, measured and predicted seconds of each kind of operation."""
+    """Return the sums of calls, FLOPs, bytes, measured and predicted seconds of each kind of operation."""
     totals: dict[str, dict[str, float]] = {}
     for op in operations:
         total = totals.setdefault(op.kind, dict.fromkeys(("calls", "flops", "bytes", "measured", "predicted"), 0.0))

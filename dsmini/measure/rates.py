@@ -1,8 +1,7 @@
-"""This machine's roofs: how fast it multiplies, how fast it moves bytes, what a call costs.
+"""This machine's roofs: rates of products and of memory, and the cost of a call.
 
-calibration.py measures them. A class of operations has a curve: what one operation takes, by its size, from so
-small that only the call is left to so large that no cache holds it. Between measured sizes it is interpolated, on
-logarithmic scales.
+calibration.py measures them. Each class of operations has a curve of costs by size, from sizes where only the call
+counts to sizes that fit into no cache. Between measured sizes the curve is interpolated on logarithmic scales.
 """
 
 import math
@@ -13,20 +12,20 @@ from typing import Any
 import torch
 
 LEAST_SHARE = 0.2
-"""Share of FP32's rate that a usable dtype reaches."""
+"""Least share of FP32's rate that a usable dtype reaches."""
 SMALL, LARGE_MATRIX = 256 * 1024, 1024 * 1024
-"""Numbers in the matrices of the two products that are measured."""
+"""Elements in the matrices of the two measured products."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The cost of a class of operations, by size."""
+    """Cost of a class of operations by size."""
 
     sizes: Sequence[float]
     costs: Sequence[float]
 
     def at(self, size: float) -> float:
-        """Return the cost at a size: beyond the last in proportion to it, below the first the first's."""
+        """Return the cost at a size: proportional beyond the last measured size, constant below the first."""
         if size <= self.sizes[0]:
             return self.costs[0]
         if size >= self.sizes[-1]:
@@ -42,37 +41,37 @@ class Roofs:
     """Rates of one machine, device and number of threads."""
 
     card: Mapping[str, str]
-    """The machine: processor, cores, memory, caches, device, versions."""
+    """Description of the machine: processor, cores, memory, caches, device, versions."""
     peak: Mapping[str, float]
     """FLOP/s of a large matrix product, by dtype ("float32", "bfloat16")."""
     bandwidth: float
-    """Bytes/s that are read from memory."""
+    """Bytes/s of reading memory."""
     copy: float
-    """Bytes/s, read and written together, of a large copy."""
+    """Bytes/s of a large copy, read and written together."""
     call: float
-    """Seconds of a call in a model, whatever it does: torch's part and that of the Python around it."""
+    """Seconds of any call in a model, in torch and in the Python around it."""
     cache_bytes: int
     """Bytes of the last-level cache."""
     probes: Mapping[str, float]
-    """Seconds of a product and of reading memory, so short that they can be taken again and again; see steadiness."""
+    """Seconds of a short product and of reading memory, to be repeated later; see steadiness."""
     curves: Mapping[str, Curve]
-    """Seconds by bytes of "warm pointwise float32" and the like, FLOP/s by rows of "cold product bfloat16";
-    cold: what is read comes from memory, and what is written goes where nothing was lately."""
+    """Seconds by bytes, such as "warm pointwise float32", and FLOP/s by rows, such as "cold product bfloat16". Cold
+    operations read from memory and write to memory that is not in a cache."""
 
 
 def from_json(raw: Mapping[str, Any]) -> Roofs:
-    """Return roofs that were stored as JSON."""
+    """Return roofs from JSON."""
     return Roofs(**{**raw, "curves": {name: Curve(**curve) for name, curve in raw["curves"].items()}})
 
 
 def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:
-    """Return why a dtype is too slow here to be used, in words, or None if it is not.
+    """Return the reason why a dtype is too slow here, in words, or None if it is usable.
 
     Many CPUs have no BF16 units (AVX2 without AVX-512 or AMX). torch's BF16 matrix product is a plain loop there:
     0.3 GFLOP/s where FP32 reaches 170.
 
     Args:
-        peak: Roofs.peak. A dtype that is missing is not judged.
+        peak: Roofs.peak. A missing dtype counts as usable.
     """
     name = str(dtype).removeprefix("torch.")
     here, plain = peak.get(name), peak.get("float32")
@@ -82,14 +81,14 @@ def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:
 
 
 def product_rate(roofs: Roofs, dtype: str, rows: float, size: float, cold: float) -> float:
-    """Return flops_rate of a product with a matrix of so many numbers, between the two sizes that were measured."""
+    """Return flops_rate of a product with a matrix of `size` elements, interpolated between the two measured sizes."""
     share = math.log(min(max(size, SMALL), LARGE_MATRIX) / SMALL) / math.log(LARGE_MATRIX / SMALL)
     small, large = (flops_rate(roofs, kind, dtype, rows, cold) for kind in ("small product", "product"))
     return small * (large / small) ** share
 
 
 def flops_rate(roofs: Roofs, kind: str, dtype: str, rows: float, cold: float) -> float:
-    """Return the FLOP/s of a product whose rows share a matrix, where a share `cold` of its bytes comes from memory."""
+    """Return the FLOP/s of a product whose rows share a matrix and read a share `cold` of the bytes from memory."""
     rates = []
     for name in ("warm", "cold"):
         curve = roofs.curves[f"{name} {kind} {dtype}"]
@@ -98,6 +97,6 @@ def flops_rate(roofs: Roofs, kind: str, dtype: str, rows: float, cold: float) ->
 
 
 def point_seconds(roofs: Roofs, kind: str, dtype: str, size: float, cold: float) -> float:
-    """Return the seconds of an operation that moves so many bytes, a share `cold` of them from memory."""
+    """Return the seconds of an operation that moves `size` bytes, a share `cold` of them from memory."""
     warm, far = (roofs.curves[f"{name} {kind} {dtype}"].at(size) for name in ("warm", "cold"))
     return (1 - cold) * warm + cold * far

@@ -1,12 +1,12 @@
-"""Times that a busy machine does not tilt.
+"""Measure times so that a busy machine does not favour one side.
 
-A single time says little: caches are cold, a GPU answers before it is done, a neighbour takes a core for a second.
-So a comparison here goes like this:
+A single time says little: caches are cold, a GPU returns before it is done, another process takes a core for a second.
+A comparison therefore follows five rules:
 
 1. Warm up. The first run pays for memory, compiled kernels and cold caches, and does not count.
 2. Synchronize. The clock stops when the device is done, not when it has accepted the work.
 3. Take turns. A B A B, not A A B B: whatever slows the machine for a second slows both sides.
-4. Report the median and the quartiles. For a ratio, divide round by round first: what slowed a round cancels.
+4. Report the median and the quartiles. For a ratio, divide round by round first, so that a slow round cancels.
 5. Stop in time. No round begins after the time allowed.
 """
 
@@ -21,11 +21,11 @@ from dsmini.machine import once
 
 
 def times(run: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> list[float]:
-    """Return the seconds of runs in a row, after one that warms up.
+    """Return the seconds of consecutive runs, after one to warm up.
 
     Args:
         seconds: time to fill with runs.
-        least: number of runs to do even if they take longer.
+        least: number of runs, even if they take longer.
     """
     run()
     taken: list[float] = []
@@ -38,10 +38,10 @@ def times(run: Callable[[], object], device: torch.device, seconds: float, least
 def interleaved(
     runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Return the seconds of each run over some rounds in which all take turns, after a round that warms up.
+    """Return the seconds of each run over some rounds in which all take turns, after a round to warm up.
 
     Args:
-        seconds: time after which no round begins. One round counts however long it takes.
+        seconds: time after which no round begins; the first always counts.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
@@ -56,11 +56,11 @@ def interleaved(
 
 
 def ratios(taken: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
-    """Return one side's seconds over another's, round by round."""
+    """Return the seconds of one side over those of another, round by round."""
     return [a / b for a, b in zip(taken[over], taken[under], strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Compute the median and the quartiles, named as a figure names them."""
+    """Compute the median and the quartiles under the names of a figure's fields."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
     return {"measured": middle, "low": low, "high": high}

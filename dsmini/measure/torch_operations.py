@@ -1,17 +1,16 @@
-"""Bytes and FLOPs of PyTorch's own operations, from their schema and their tensors.
+"""Count bytes and FLOPs of PyTorch's own operations from their schema and tensors.
 
-An operation must move each element of each input once, however often a cache serves it, and each element of each output
-once.
+An operation must move each element of each input and of each output once, even if a cache serves it more often.
 
-    views                  nothing: the same memory under another shape
-    in place               the changed tensor is read and written once; only written where it is overwritten
+    views                  nothing: the same memory with another shape
+    in place               the changed tensor, read and written once; only written if it is overwritten
     expanded tensors       the elements that exist
-    gathering, scattering  the rows that are named, as often as they are, not the table
+    gathering, scattering  the indexed rows, as often as they are indexed, not the table
     grouped products       the matrices whose group is not empty
     torch.empty            nothing, until something is written there
 
-Where torch's own FLOP counter is blind (grouped products, flash attention on a CPU) it is counted too: padding as
-computed, causal attention as half of the square plus the diagonal.
+Grouped products and flash attention on a CPU count too, although torch's own FLOP counter misses them. Padding counts
+as computed; causal attention counts as half of the square plus the diagonal.
 """
 
 import math
@@ -31,7 +30,7 @@ FREE = _names(
     "detach lift_fresh _local_scalar_dense _unsafe_view is_same_size promote_types _record_function_enter_new "
     "_record_function_exit empty empty_like new_empty empty_strided new_empty_strided"
 )
-"""Operations that move nothing: they make room, or tell something."""
+"""Operations that move nothing: they allocate memory or return a property."""
 ATTENTION = frozenset(
     f"_scaled_dot_product_{kind}{backward}"
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -47,7 +46,7 @@ KINDS = {
     "slow pointwise": "silu silu_backward sigmoid sigmoid_backward exp log logsumexp pow rsqrt sin cos "
     "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data",
 }
-"""Operations of each kind that has a rate of its own; all others are pointwise."""
+"""Operations of each kind that has its own rate; all others are pointwise."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
@@ -55,18 +54,18 @@ class Work(NamedTuple):
     """Work of one operation."""
 
     read: int
-    """Bytes."""
+    """Bytes read."""
     written: int
-    """Bytes."""
+    """Bytes written."""
     flops: int
-    """Floating-point operations of products and attention; 0 for the rest."""
+    """FLOPs of products and attention; 0 for other operations."""
     rows: int
-    """Rows of a product that share a matrix, of each group on average; else 0."""
+    """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     kind: str
-    """product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
+    """One of product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,
     scatter, order, optimizer."""
     touched: list[Tensor]
-    """Tensors that take part, each once."""
+    """Inputs and outputs, each storage once."""
 
 
 def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Work:
@@ -98,13 +97,13 @@ def name_of(func: Any) -> str:
 
 
 def is_composite(func: Any) -> bool:
-    """Return True if an operation is made of others. In inference mode torch leaves linear and the like whole."""
+    """Return True if an operation consists of others, as linear does in inference mode."""
     key = "CompositeImplicitAutograd"
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) and not _is_view(func)
 
 
 def is_free(func: Any) -> bool:
-    """Return True if an operation moves nothing: views, and those that only make room."""
+    """Return True if an operation moves nothing: a view, or an operation that only allocates memory."""
     return name_of(func) in FREE or _is_view(func)
 
 
@@ -118,7 +117,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def size_of(t: Tensor) -> int:
-    """Return the bytes of the elements that exist: an expanded dimension has one."""
+    """Return the bytes of the elements that exist; an expanded dimension has one."""
     if t.device.type == "meta":
         return 0
     held = math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0)
@@ -131,12 +130,12 @@ def _is_view(func: Any) -> bool:
 
 
 def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that are only read, and those that are changed."""
+    """Return the tensors that are only read, and the tensors that are changed."""
     inputs: list[Tensor] = []
     changed: list[Tensor] = []
     for argument, value in _arguments(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        # fused optimizers write gradients only where they unscale them
+        # fused optimizers write gradients only to unscale them
         writes = writes and not (argument.name == "grads" and kwargs.get("grad_scale") is None)
         (changed if writes else inputs).extend(tensors_in(value))
     return inputs, changed
@@ -183,7 +182,7 @@ def _kind(name: str, base: str) -> str:
 def _flops(
     base: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[int, int, str]:
-    """Return the FLOPs of a product, the rows that share a matrix, and its kind; zeros and "" for another operation."""
+    """Return the FLOPs of a product, the rows that share a matrix, and its kind; 0, 0 and "" for other operations."""
     if base in ("mm", "addmm", "mv", "addmv", "dot"):
         a, b = inputs[-2:]
         rows, k = (a.shape[0], a.shape[1]) if a.dim() == 2 else (1, a.shape[0])
@@ -195,7 +194,7 @@ def _flops(
         return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2], rows, "batched product"
     if base == "_grouped_mm":
         a, b = inputs[:2]
-        if b.dim() == 3:  # rows in groups, a matrix each
+        if b.dim() == 3:  # groups of rows, each with its matrix
             return 2 * a.shape[0] * a.shape[1] * b.shape[2], a.shape[0] // b.shape[0], "grouped product"
         groups = outputs[0].shape[0]
         return 2 * a.shape[0] * a.shape[1] * b.shape[1], a.shape[1] // groups, "grouped product"
@@ -206,7 +205,7 @@ def _flops(
         causal = kwargs.get("is_causal", any(a is True for a in args))
         pairs = s * (s + 1) // 2 if causal else s * k.shape[2]
         forward = 2 * batch * heads * pairs * (d + v.shape[3])
-        # backward makes the logits again, and the gradients of values, weights, queries and keys: 5 products for 2
+        # backward recomputes the logits, and computes gradients of values, weights, queries and keys: 5 products for 2
         return (forward * 5 // 2 if backward else forward), s, "attention"
     return 0, 0, ""
 
@@ -227,7 +226,7 @@ def _named(t: Tensor, indices: Sequence[Tensor | None]) -> int:
 
 
 def _unused_matrices(inputs: Sequence[Tensor]) -> int:
-    """Return the bytes of the experts' matrices that no row needs."""
+    """Return the bytes of the experts' matrices that no row uses."""
     if inputs[1].dim() != 3 or len(inputs) < 3:
         return 0
     ends = inputs[2].long()

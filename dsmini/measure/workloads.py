@@ -1,7 +1,7 @@
-"""Things to measure on: a model with random weights, a cache that is full already, random tokens.
+"""Workloads for measurements: a random model, a filled cache, random tokens.
 
-Speed does not depend on what the weights say, so nothing has to be trained or downloaded to time a step. Two things
-do depend on it: which experts a token visits, and whether the guesses of multi-token prediction are right.
+Speed does not depend on the values of the weights, so a step can be timed without training or downloading. There are
+two exceptions: the experts that a token visits, and the accepted drafts of multi-token prediction.
 """
 
 from typing import Literal
@@ -15,18 +15,22 @@ from dsmini.nn.cache import Cache, CacheDtype
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Return a model with random weights, always the same ones, ready to decode in this dtype."""
+    """Return a model with the same random weights in each call, ready to decode in this dtype."""
     torch.manual_seed(0)
     with torch.device(device):
         return Transformer(config).to(dtype).eval()
 
 
 def random_cache(model: Transformer, batch: int, context: int, room: int, dtype: CacheDtype | None = None) -> Cache:
-    """Return a cache that holds random rows in place of `context` tokens, with room for this many more."""
+    """Return a cache with random rows for `context` tokens, and room for more.
+
+    Args:
+        room: number of tokens that can be appended.
+    """
     cache = model.new_cache(batch, context + room, dtype=dtype)
     generator = torch.Generator(cache.stores[0].data.device).manual_seed(0)
     for store in cache.stores:
-        if store.data.dtype == torch.uint8:  # codes and scales: written as rows are
+        if store.data.dtype == torch.uint8:  # codes and scales, encoded like real rows
             rows = torch.randn(batch, context, store.c + store.r, generator=generator, device=store.data.device)  # pyright: ignore[reportAttributeAccessIssue]
             store.data[:, :context] = store._encode(rows)
         else:
@@ -36,10 +40,10 @@ def random_cache(model: Transformer, batch: int, context: int, room: int, dtype:
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.device) -> Tensor:
-    """Return token ids [batch, length], drawn from torch's own generator."""
+    """Return random token ids [batch, length] from torch's global generator."""
     return torch.randint(0, config.vocab_size, (batch, length), device=device)
 
 
 def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
-    """Return the name under which accounting and this machine's rates know a dtype."""
+    """Return the name of a dtype in accounting and in this machine's rates."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"

@@ -1,4 +1,4 @@
-"""Plots made from figures: lines over a number, points or bars over labels. Each is a list, empty without values."""
+"""Plots from figures: lines over a number, points or bars over labels. A list is empty without values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -17,10 +17,12 @@ def lines(
     title: str,
     label: Callable[[Value], str] | None = None,
 ) -> list[Plot]:
-    """Draw a metric over one part of the case, a line for each value of another part, predictions dashed.
+    """Draw a metric over one key of the case, with a line for each value of another key and dashed predictions.
 
     Args:
-        label: words for a line's value; None: the name of the part and the value.
+        x: key of the horizontal axis.
+        by: key that has a line for each value.
+        label: function that names a line; None uses key and value.
     """
     found = [f for f in pick(figures, metric) if f.measured]
     series: list[Series] = []
@@ -45,11 +47,11 @@ def over_labels(
     log_y: bool = False,
     caption: str = "",
 ) -> list[Plot]:
-    """Draw groups of figures, each over its label, with quartiles where they have some.
+    """Draw groups of figures, each over its label, with quartiles if there are any.
 
     Args:
-        groups: figures by label, by the name of their group. What was not measured is left out.
-        line: words and height of a dashed line across all labels.
+        groups: figures by label, by the name of the group. Figures without a measurement are left out.
+        line: label and height of a dashed line across all labels.
         predicted: draw the predictions too, as points.
     """
     measured = {n: {k: f for k, f in group.items() if f.measured is not None} for n, group in groups.items()}
@@ -70,7 +72,7 @@ def over_labels(
 
 
 def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:
-    """Return the measured values of figures, with their quartiles if all have them."""
+    """Return the measured values of figures, with quartiles if all figures have them."""
     low, high = ([getattr(f, end) for f in figures] for end in ("low", "high"))
     if None in low or None in high:
         low = high = None

@@ -1,4 +1,4 @@
-"""Compare two runs: what changed, and what is only noise."""
+"""Compare two runs and tell changes from noise."""
 
 import math
 from collections import Counter
@@ -12,35 +12,35 @@ from dsmini.report.rows import case_words
 
 Verdict = Literal["better", "worse", "changed", "unchanged", "new", "gone"]
 FLOOR = 0.05
-"""A time, a rate, a ratio or memory that differs by less is unchanged: runs of one commit differ by as much."""
+"""Relative difference of a time, rate, ratio or size below which it is unchanged: the noise between equal runs."""
 ONCE_FLOOR = 0.5
-"""The same for a time or a rate that was measured once, such as an operation's."""
+"""The same for a time or a rate that was measured once, such as the time of an operation."""
 FINE_FLOOR = 0.001
-"""The same for what does not depend on the clock, such as an error or a loss."""
+"""The same for a figure that does not depend on the clock, such as an error or a loss."""
 RULE = (
-    "A figure is unchanged where the quartiles of the two overlap, or where a time, rate or memory differs by less "
-    "than 5 %, or 50 % where it was measured once. Counts are compared exactly."
+    "A figure is unchanged if the quartile ranges overlap, or if a time, rate or size differs by less than 5 %, or "
+    "50 % if it was measured once. Counts are compared exactly."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One figure, then and now."""
+    """Values of one figure in both runs."""
 
     name: Figure
-    """Either of the two: for its question, metric, case and unit."""
+    """Figure of either run, for its question, metric, case and unit."""
     old: float | None
     new: float | None
     verdict: Verdict
 
     @property
     def factor(self) -> float | None:
-        """New over old."""
+        """New value over old value."""
         return self.new / self.old if self.old and self.new is not None else None
 
     @property
     def size(self) -> float:
-        """Distance of the factor from 1, the same for twice and half."""
+        """Absolute logarithm of the factor, the same for twice and half."""
         if self.verdict in ("new", "gone"):
             return -1.0
         if self.old == self.new:
@@ -48,28 +48,28 @@ class Change:
         return abs(math.log(self.factor)) if self.factor is not None and self.factor > 0 else math.inf
 
     def as_json(self) -> dict[str, Any]:
-        """Return the change as it stands in the last line of a command."""
+        """Return the change as a part of the last line of a command."""
         name = self.name.as_json()
         figure = {key: name[key] for key in ("question", "case", "metric", "unit")}
         return figure | {"old": self.old, "new": self.new, "verdict": self.verdict}
 
 
 def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:
-    """Return every figure of either run. Changes come first, the largest before the others."""
+    """Return every figure of either run, the largest changes first."""
     then, now = ({_identity(figure): figure for figure in figures} for figures in (old, new))
     changes = [_change(then.get(name), now.get(name)) for name in {**then, **now}]
     return sorted(changes, key=lambda c: (c.verdict == "unchanged", c.verdict in ("new", "gone"), -c.size))
 
 
 def counted(changes: Sequence[Change]) -> str:
-    """Return how many figures fared how: 3 better, 1 worse, 40 unchanged."""
+    """Return the number of figures by verdict: 3 better, 1 worse, 40 unchanged."""
     counts = Counter(change.verdict for change in changes)
     always = [f"{counts.pop(verdict, 0)} {verdict}" for verdict in ("better", "worse", "unchanged")]
     return ", ".join([*always, *(f"{count} {verdict}" for verdict, count in sorted(counts.items()))])
 
 
 def table(changes: Iterable[Change]) -> Table:
-    """Return changes in words."""
+    """Return changes as a table of words."""
     columns = ("question", "case", "metric", "before", "now", "factor", "verdict")
     return Table(columns=columns, rows=[_words(change) for change in changes], numeric=columns[3:6])
 
@@ -93,7 +93,7 @@ def _value(figure: Figure | None) -> float | None:
 
 def _change(old: Figure | None, new: Figure | None) -> Change:
     name = new or old
-    assert name is not None, "at least one run has it"
+    assert name is not None, "at least one run has the figure"
     verdict = _verdict(old, new) if old and new else "new" if new else "gone"
     return Change(name=name, old=_value(old), new=_value(new), verdict=verdict)
 
@@ -115,7 +115,7 @@ def _is_noise(old: Figure, new: Figure) -> bool:
     (low, high), (new_low, new_high) = _range(old, then), _range(new, now)
     if low <= new_high and new_low <= high and (low < high or new_low < new_high):
         return True
-    # of the smaller of the two: twice and half are as far
+    # a share of the smaller value, so that twice and half count the same
     return abs(now - then) <= _floor(new) * min(abs(then), abs(now))
 
 

@@ -1,7 +1,7 @@
-"""Plots in plain matplotlib, as SVG for a page: one for light, one for dark.
+"""Plots by matplotlib, as SVG for a page: one for light, one for dark.
 
-Numbers stand upright over numbers. Over labels everything lies on its side, so that long names have room.
-A prediction has the colour of what it predicts, dashed or hollow.
+Over numbers, values are on the vertical axis. Over labels they are on the horizontal axis, so that long labels have
+room. A prediction has the colour of the series that it predicts, dashed or hollow.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 5.0, 3.2
-"""Inches. Text of 10.5 points can still be read where the page is as wide as a phone."""
+"""Size in inches, at which text of 10.5 points is readable on a phone."""
 
 PREDICTED = "predicted"
-"""The one entry of the legend for all predictions."""
+"""Entry of the legend for all predictions."""
 LEGEND_WIDTH, HANDLE = 70, 8
-"""Characters that a line of the legend has room for, and those that the mark of an entry takes."""
+"""Width of a line of the legend, and of the mark of an entry, in characters."""
 ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
-"""The look of quartiles."""
+"""Style of quartiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Theme:
 
     @property
     def style(self) -> dict[Any, Any]:
-        """Settings of matplotlib: a base line, faint lines to read values by, nothing else."""
+        """Settings of matplotlib: a base line and a faint grid."""
         ticks = {"color": self.muted, "labelcolor": self.ink, "major.size": 0, "major.pad": 5}
         return {f"{axis}tick.{key}": value for axis in "xy" for key, value in ticks.items()} | {
-            "svg.fonttype": "none",  # text stays text
-            "text.parse_math": False,  # a dollar in a label is a dollar
+            "svg.fonttype": "none",  # text remains text
+            "text.parse_math": False,  # a dollar sign starts no formula
             "font.size": 10.5,
             "text.color": self.muted,
             "figure.facecolor": "none",
@@ -78,17 +78,17 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 
 def svg(plot: Plot, theme: str, name: str) -> str | None:
-    """Return a plot as an element of a page, or None if there is nothing to draw yet.
+    """Return a plot as an element of a page, or None if there is nothing to draw.
 
     Args:
         theme: a key of THEMES.
-        name: unique in the page. Every id in the SVG begins with it.
+        name: prefix of every id in the SVG, unique in the page.
     """
     series = [kept for s in plot.series if (kept := drawable(s, plot)).y]
     if not series:
         return None
     import matplotlib
-    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+    from matplotlib.figure import Figure  # takes half a second to import
 
     colours, bars = THEMES[theme], [s for s in series if s.kind == "bars"]
     entries = legend(series, plot)
@@ -98,12 +98,12 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
-        for s, (place, marker) in zip(series, styles(series), strict=True):
+        for s, place in zip(series, colours_of(series), strict=True):
             if s.kind == "bars":
                 at = [x + (bars.index(s) - (len(bars) - 1) / 2) * 0.76 / len(bars) for x in s.x]
                 _draw_bars(axes, dataclasses.replace(s, x=at), colours, colours.series[place], 0.65 / len(bars))
             else:
-                _draw(axes, s, plot, colours, colours.series[place], marker)
+                _draw(axes, s, plot, colours, colours.series[place])
         _scale(axes, plot, series)
         if entries:
             handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -120,7 +120,7 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
 
 
 def drawable(series: Series, plot: Plot) -> Series:
-    """Return what has a place in the plot: finite values, and positive ones on a logarithmic axis."""
+    """Return the part of a series that can be drawn: finite values, on a logarithmic axis positive ones."""
     x = series.x if len(series.x) else range(len(series.y))
 
     def fits(value: float | None, log: bool) -> bool:
@@ -134,9 +134,9 @@ def drawable(series: Series, plot: Plot) -> Series:
 
 
 def legend(series: Sequence[Series], plot: Plot) -> dict[str, str]:
-    """Return the entries of the legend, each with the label of a series that shows its look.
+    """Return the entries of the legend, each with the label of the series whose mark it shows.
 
-    All predictions share the last entry. A single series needs none where its label is the title or names the axis.
+    All predictions share the last entry. A single series needs no entry if its label repeats the title or the axis.
     """
     entries = {s.label: s.label for s in series if s.label and not s.of}
     predictions = [s.label for s in series if s.of]
@@ -146,14 +146,14 @@ def legend(series: Sequence[Series], plot: Plot) -> dict[str, str]:
 
 
 def _columns(entries: Collection[str]) -> int:
-    """Return the columns of a legend that is as wide as the plot: one line if all entries fit."""
+    """Return the number of columns of the legend: all entries in one line if they fit."""
     if sum(len(entry) + HANDLE for entry in entries) <= LEGEND_WIDTH:
         return max(1, len(entries))
     return max(1, LEGEND_WIDTH // (max(map(len, entries)) + HANDLE))
 
 
 def _mute(handle: Any, theme: Theme) -> None:
-    """Give the entry of all predictions a colour that is no series' own."""
+    """Give the common entry of all predictions a neutral colour."""
     for part in [handle, *getattr(handle, "get_children", list)()]:
         if hasattr(part, "set_markerfacecolor"):
             part.set_color(theme.muted)
@@ -162,23 +162,18 @@ def _mute(handle: Any, theme: Theme) -> None:
             part.set_edgecolor(theme.muted)
 
 
-def styles(series: Sequence[Series]) -> list[tuple[int, str]]:
-    """Return the number of the colour and the marker of each: squares where the colour is another's too.
-
-    A prediction shares the colour of what it predicts.
-    """
+def colours_of(series: Sequence[Series]) -> list[int]:
+    """Return the index of the colour of each series. A prediction shares the colour of its series."""
     shown = list(dict.fromkeys(s.of or s.label for s in series))
-    places = [shown.index(s.of or s.label) for s in series]
-    colours = len(LIGHT.series)
-    return [(place % colours, "o" if place < colours else "s") for place in places]
+    return [shown.index(s.of or s.label) % len(LIGHT.series) for s in series]
 
 
-def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str, marker: str) -> None:
-    """Draw a line or points with its quartiles. Over labels the two axes change places."""
+def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str) -> None:
+    """Draw a line or points with quartiles. Over labels the two axes are swapped."""
     line: Any = "none"
+    marker = "" if s.kind == "line" and s.dashed and len(s.x) > 1 else "o"
     if s.kind == "line":
         line = (0, (4, 2.5)) if s.dashed else "-"
-        marker = "" if s.dashed and len(s.x) > 1 else marker
     face, order = (theme.card, 4) if s.dashed else (colour, 5)
     look: Any = {"color": colour, "markerfacecolor": face, "markersize": 4.6, "zorder": order, **ERRORS}
     look |= {"linestyle": line, "marker": marker, "label": s.label}
@@ -197,7 +192,7 @@ def _draw_bars(axes: "Axes", s: Series, theme: Theme, colour: str, thick: float)
 
 
 def _quartiles(s: Series) -> Any:
-    """Return how far the quartiles are below and above."""
+    """Return the distances from the values to their quartiles, below and above."""
     if s.low is None or s.high is None:
         return None
     return [
@@ -207,7 +202,7 @@ def _quartiles(s: Series) -> Any:
 
 
 def _scale(axes: "Axes", plot: Plot, series: Sequence[Series]) -> None:
-    """Set names, scales, limits and ticks. Values are on the x axis where there are labels."""
+    """Set names, scales, limits and ticks. Over labels, values are on the x axis."""
     values = [v for s in series for part in (s.y, s.low or (), s.high or ()) for v in part if v is not None]
     along, upper, lower = ("x", plot.x, plot.y) if plot.labels else ("y", plot.y, plot.x)
     axes.set_title(upper)
@@ -215,7 +210,7 @@ def _scale(axes: "Axes", plot: Plot, series: Sequence[Series]) -> None:
     axes.grid(True, axis="x" if plot.labels else "y")
     axes.spines["bottom" if plot.labels else "left"].set_visible(False)
     _scale_axis(axes, along, values, plot.log_y)
-    if not plot.log_y and min(values) >= 0:  # from zero, so that lengths and heights compare
+    if not plot.log_y and min(values) >= 0:  # from zero, so that lengths and heights can be compared
         axes.set(**{f"{along}lim": (0, (max(values) or 1) * 1.08)})
     if plot.labels:
         axes.set_yticks(range(len(plot.labels)), list(plot.labels))
@@ -225,7 +220,7 @@ def _scale(axes: "Axes", plot: Plot, series: Sequence[Series]) -> None:
     _scale_axis(axes, "x", places, plot.log_x)
     at = [math.log(x) for x in places] if plot.log_x else places
     if len(at) <= 7 and all(b - a > 0.09 * (at[-1] - at[0]) for a, b in itertools.pairwise(at)):
-        axes.set_xticks(places)  # their numbers have room
+        axes.set_xticks(places)  # a tick at each number, if there is room
 
 
 def _scale_axis(axes: "Axes", which: str, values: Sequence[float], log: bool) -> None:
@@ -242,9 +237,9 @@ def _scale_axis(axes: "Axes", which: str, values: Sequence[float], log: bool) ->
 
 
 def _inline(svg: str, attributes: str, name: str) -> str:
-    """Return matplotlib's file as an element of a page, with ids of its own and no size."""
+    """Return matplotlib's file as an element of a page, with unique ids and without a size."""
     view = re.search(r'viewBox="[^"]+"', svg)
-    assert view, "matplotlib gives a viewBox"
+    assert view, "matplotlib writes a viewBox"
     body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)

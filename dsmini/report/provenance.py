@@ -1,4 +1,4 @@
-"""Provenance of figures: the command, the commit, the sources, the versions, the machine."""
+"""Provenance of figures: command, commit, sources, versions, machine."""
 
 import contextlib
 import hashlib
@@ -17,12 +17,12 @@ import torch
 from dsmini.report.units import plural
 
 ROOT = Path(__file__).parents[2]
-"""The checkout; of an installed package, the folder that it is in."""
+"""Folder of the checkout, or the folder that contains the installed package."""
 MEASURED = ("dsmini", "kernels", "benchmarks", "configs")
 INSTALLED = ("dsmini", "dsmini_kernels")
 SHOWING = ("__main__", "command_line", "runner", "session", "display", "answers", "clock")
 SHOWN = (*(f"benchmarks/{name}.py" for name in SHOWING), "dsmini/report/")
-"""Sources that show figures and change none."""
+"""Sources that show figures but change none."""
 PACKAGES = ("transformers", "llama_cpp_python", "triton")
 
 
@@ -33,9 +33,9 @@ class Run:
     date: str
     command: str
     commit: str | None
-    """Commit of the checkout, with "-dirty" where files differ from it. None without git or a checkout."""
+    """Commit of the checkout, with "-dirty" if files differ from it. None without git or a checkout."""
     code: str
-    """Hash of the sources that are measured and that measure."""
+    """Hash of the sources that figures depend on."""
     versions: Mapping[str, str]
     quick: bool
     device: str
@@ -43,15 +43,15 @@ class Run:
     threads: int
     machine: Mapping[str, str]
     plan: Mapping[str, Sequence[str]]
-    """Keys of the cases of each question, those that were done before included."""
+    """Keys of the cases of each question, finished ones included."""
     fresh: bool = False
-    """Cases of these questions that were done before do not count."""
+    """True if cases that were done before are measured again."""
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Reason for each case that takes too long here, by question and key."""
+    """Reason for each case that was left out, by question and key."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what a figure depends on. A commit that changes the documentation alone changes no figure."""
+        """Hash of everything that a figure depends on; a commit that changes only documentation keeps it."""
         parts = [self.code, self.versions, self.quick, self.device, self.dtype, self.threads, self.machine]
         text = json.dumps([dict(p) if isinstance(p, Mapping) else p for p in parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -64,18 +64,18 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """Setting in a few words: bfloat16 on cpu, 2 threads, quick."""
+        """Setting in words: bfloat16 on cpu, 2 threads, quick."""
         return f"{self.dtype} on {self.device}, {plural(self.threads, 'thread')}, {'quick' if self.quick else 'full'}"
 
     def facts(self) -> dict[str, str]:
-        """Return the run in names and values."""
+        """Return names and values that describe the run."""
         device = f"{self.device}, {plural(self.threads, 'thread')}"
         facts = {"date": self.date[:16].replace("T", " "), "commit": self.short_commit, "device": device}
         return facts | {"dtype": self.dtype, "sizes": "quick" if self.quick else "full"} | dict(self.versions)
 
 
 def commit() -> str | None:
-    """Return the checkout's commit, with "-dirty" where files differ from it. None without git or a checkout."""
+    """Return the commit of the checkout, with "-dirty" if files differ from it; None without git or a checkout."""
     if not _is_checkout():
         return None
     head = _git("rev-parse", "HEAD")
@@ -83,7 +83,7 @@ def commit() -> str | None:
 
 
 def code() -> str:
-    """Return a hash of all sources that are measured or that measure: the checkout's, or the installed package's."""
+    """Return a hash of all sources that figures depend on, in the checkout or in the installed package."""
     found = hashlib.sha256()
     for folder in MEASURED if _is_checkout() else INSTALLED:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -95,7 +95,7 @@ def code() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of dsmini, Python, and the packages that figures depend on."""
-    # of a checkout from its source: what was installed may be older
+    # in a checkout from the source: an installed version may be older
     source = (ROOT / "dsmini" / "__init__.py").read_text("utf-8") if _is_checkout() else ""
     stated = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     ours = stated[1] if stated else metadata.version("dsmini")
@@ -107,12 +107,12 @@ def versions() -> dict[str, str]:
 
 
 def command(args: Sequence[str]) -> str:
-    """Return a command line as one would type it."""
+    """Return a command line as a user would type it."""
     return shlex.join(["python", "-m", *args])
 
 
 def _is_checkout() -> bool:
-    # a wheel may lie inside the checkout of another project, so that asking git is not enough
+    # asking git is not enough: a wheel may lie inside the checkout of another project
     return (ROOT / "pyproject.toml").is_file() and (ROOT / "dsmini").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Reports: questions, what answers them, and three ways to show it."""
+"""Reports: questions with their answers, as text, page or JSON."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from dsmini.report.rows import Group, groups
 from dsmini.report.units import words
 
 WITHIN = 0.3
-"""A prediction of time should be as near as this."""
+"""Relative error within which a prediction of time counts as good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Section:
     """One question of a report, its answer, and the figures that the answer rests on."""
 
     name: str
-    """Short name, unique in the report: what links lead to, such as "decode"."""
+    """Short name, unique in the report and the target of links, such as "decode"."""
     title: str
     """The question."""
     finding: str
@@ -34,13 +34,13 @@ class Section:
     figures: Sequence[Figure] = ()
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
-    """Anything that is not a figure."""
+    """Tables of anything that is not a figure."""
     about: str = ""
-    """Two or three sentences on how it was measured and what is simulated."""
+    """Two or three sentences about the measurement, with all that is simulated."""
     command: str = ""
-    """Command that does it again."""
+    """Command that measures again."""
     warnings: Sequence[str] = ()
-    """Anything that a reader must know before the figures."""
+    """Warnings that a reader must see before the figures."""
     errors: Sequence[tuple[str, str]] = ()
     """Cases that failed, with their tracebacks."""
 
@@ -56,17 +56,16 @@ class Section:
 
     @cached_property
     def drawings(self) -> list["Drawing"]:
-        """Plots as the page shows them."""
+        """Plots as drawings for the page."""
         return [_drawing(plot, f"{self.name.replace('_', '-')}-{number}") for number, plot in enumerate(self.plots)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Questions with their answers, shown in a terminal, as one HTML page, or as lines of JSON.
+    """Questions with their answers, for a terminal, as one HTML page, or as lines of JSON.
 
-    Put every number into a Figure. It carries its unit, its prediction and its spread, so that nobody formats numbers
-    by hand and all three ways show the same. Put figures into Sections: one question each, with a sentence that
-    answers it. This is a whole report:
+    Put every number into a Figure with its unit, prediction and spread, so that all three outputs format it alike. Put
+    figures into Sections: one question each, with one sentence that answers it. This is a whole report:
 
         from dsmini.report import Figure, Plot, Report, Section, Series
 
@@ -80,33 +79,33 @@ class Report:
         report = Report(
             title="What to run where",
             sections=[
-                Section(name="memory", title="How much does a token hold?", figures=figures, plots=[plot],
-                        finding="MLA holds 70,272 bytes a token, 98 % less than multi-head attention."),
+                Section(name="memory", title="How much memory does a token take?", figures=figures, plots=[plot],
+                        finding="MLA stores 70,272 bytes a token, 98 % less than multi-head attention."),
             ],
             facts={"The machine": {"processor": "an 8-core laptop"}},
         )
         report.show(Console())                              # tables and findings in a terminal
-        Path("report.html").write_text(report.html())       # one page: no request leaves it, no script runs in it
-        for line in report.json_lines():                    # a line for each finding and each figure
+        Path("report.html").write_text(report.html())       # one page without requests and scripts
+        for line in report.json_lines():                    # one line for each finding and each figure
             print(line)
 
-    A page reads well with one to four plots a section and the longest labels below 40 characters. Say what is
-    simulated in Figure.note. A section can also hold a Table of words, warnings, and the command that does it again.
+    A page reads well with one to four plots a section and labels below 40 characters. Name simulated parts in
+    Figure.note. A section may also have a Table of words, warnings, and the command that measures again.
     """
 
     title: str
     sections: Sequence[Section]
     lead: str = ""
-    """A sentence under the title."""
+    """Sentence under the title."""
     warnings: Sequence[str] = ()
-    """Anything that a reader must know before all sections."""
+    """Warnings that a reader must see before all sections."""
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Cards of names and values, such as the machine and the versions, by title."""
     command: str = ""
-    """Command that made all of it."""
+    """Command that made the report."""
 
     def show(self, console: Console) -> None:
-        """Print the tables and findings. Plots are the page's."""
+        """Print tables, warnings and findings. Only the page has plots."""
         for warning in self.warnings:
             say(console, warning, style="yellow")
         for section in self.sections:
@@ -115,16 +114,16 @@ class Report:
                 terminal.show_table(console, table)
 
     def html(self) -> str:
-        """Return the page. It holds all it shows: read it offline, print it, or send it to somebody."""
+        """Return the page, which needs no other file: read it offline, print it, or send it."""
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-        environment.filters |= {"svg": Markup, "words": words}  # an SVG is our own drawing, its labels escaped
+        environment.filters |= {"svg": Markup, "words": words}  # safe: we draw the SVG and escape its labels
         page = environment.get_template("page.html.j2")
         return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES))
 
     def json_lines(self) -> Iterator[str]:
-        """Yield a line for each finding, and one for each figure behind it."""
+        """Yield a line for each finding, and one for each of its figures."""
         for section in self.sections:
             yield json.dumps({"kind": "finding", "question": section.title, "finding": section.finding})
             for figure in section.figures:
@@ -132,7 +131,7 @@ class Report:
 
     @property
     def numbers(self) -> list[tuple[str, str]]:
-        """The report in up to four numbers: a value and what it counts."""
+        """Up to four numbers that summarize the report, each with its name."""
         asked = [section for section in self.sections if section.figures or section.errors]
         figures = [figure for section in asked for figure in section.figures]
         equal = [figure.equal for figure in figures if figure.equal is not None]
@@ -147,17 +146,17 @@ class Report:
 
 
 class Drawing(NamedTuple):
-    """A plot as the page shows it."""
+    """Plot as the page shows it."""
 
     title: str
     caption: str
     svgs: Sequence[str]
-    """One for each theme; none if there is nothing to draw yet."""
+    """SVG for each theme; empty if there is nothing to draw yet."""
 
 
 def _drawing(plot: Plot, name: str) -> Drawing:
     try:
         drawn = [plots.svg(plot, theme, f"{name}-{theme}") for theme in plots.THEMES]
-    except Exception as error:  # a defect of one plot must not take the page with it
+    except Exception as error:  # a defect of one plot must not spoil the page
         return Drawing(title=plot.title, caption=f"{type(error).__name__}: {error}", svgs=())
     return Drawing(title=plot.title, caption=plot.caption, svgs=[svg for svg in drawn if svg])

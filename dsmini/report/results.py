@@ -1,15 +1,15 @@
-"""The file of results: a line of JSON for every figure, appended case by case, so that nothing done is ever lost.
+"""File of results: lines of JSON, appended case by case, so that no finished case is lost.
 
-Its lines, in the order in which they come:
+Its lines, in order:
 
-    {"kind": "start", ...}     a run: date, commit, versions, command, setting, and the cases it is going to measure
+    {"kind": "start", ...}     a run: date, commit, versions, command, setting, and the planned cases
     {"kind": "roofs", ...}     the machine's card and rates
-    {"kind": "figure", ...}    one number; counts once its case is done
-    {"kind": "done", ...}      a case, with the seconds it took and how steady the machine was
+    {"kind": "figure", ...}    one number; valid once its case is done
+    {"kind": "done", ...}      a case, with its seconds and the steadiness of the machine
     {"kind": "error", ...}     a case that raised, with the traceback
 
-All but the first carry the fingerprint of what they depend on: device, dtype, threads, quick or not, machine, versions
-and code. A case that is done under a fingerprint is not measured again under it.
+All but the first have the fingerprint of their run: device, dtype, threads, quick or not, machine, versions and code.
+A case that is done under a fingerprint is not measured again under it.
 """
 
 import dataclasses
@@ -26,35 +26,35 @@ from dsmini.report.figures import Figure, plain
 from dsmini.report.provenance import Run
 
 Key = tuple[str, str]
-"""A question's name, a case's key."""
+"""Name of a question and key of a case."""
 STEADY = 0.75
 """Least share of its stored rates that a quiet machine reaches."""
 WIDE = 0.25
-"""Spread of repeated times, in the middle of a question's figures, that only a busy machine shows."""
+"""Median spread of repeated times above which the machine was busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A case that was measured."""
+    """Figures of a finished case."""
 
     figures: list[Figure]
     seconds: float
     steadiness: float = 1.0
-    """Share of its kept rates that the machine gave, before or after, whichever was less."""
+    """Share of its stored rates that the machine reached, before or after, whichever was less."""
 
 
 @dataclass
 class Finished:
-    """Everything that was measured under one fingerprint."""
+    """All results under one fingerprint."""
 
     run: Run
-    """The latest."""
+    """Latest run."""
     plan: dict[str, list[str]] = field(default_factory=dict)
     rates: Mapping[str, Any] = field(default_factory=dict)
-    """Measured rates of the machine, as they stand in the file."""
+    """Rates of the machine, as in the file."""
     done: dict[Key, Done] = field(default_factory=dict)
     errors: dict[Key, str] = field(default_factory=dict)
-    """Tracebacks of cases that have not been done since."""
+    """Tracebacks of failed cases that have not been measured since."""
 
     @property
     def questions(self) -> set[str]:
@@ -62,7 +62,7 @@ class Finished:
         return {name for name, _ in [*self.done, *self.errors]}
 
     def figures(self, question: str) -> list[Figure]:
-        """Return a question's figures in the order of its cases, whenever they were measured."""
+        """Return a question's figures in the order of its cases."""
         keys = [key for name, key in self.done if name == question]
         order = self.plan.get(question, [])
         keys.sort(key=lambda key: order.index(key) if key in order else len(order))
@@ -77,7 +77,7 @@ class Finished:
         return sum((question, key) not in self.done for key in self.plan.get(question, []))
 
     def warnings(self, question: str, latest: Run) -> list[str]:
-        """Return what a reader must know before a question's figures."""
+        """Return warnings that a reader must see before a question's figures."""
         said, run = [], self.run
         if run.fingerprint != latest.fingerprint:
             said.append(
@@ -92,7 +92,7 @@ class Finished:
         return said + [f"{key} was left out: {why}." for key, why in run.left_out.get(question, {}).items()]
 
     def unsteady(self, question: str) -> str:
-        """Return how the machine was busy or faster; "" if it was quiet, or if no time was taken."""
+        """Return a warning if the machine was busy, or faster than its rates; "" if not, or without any times."""
         timed = [figure for figure in self.figures(question) if figure.is_time]
         if not timed:
             return ""
@@ -108,25 +108,25 @@ class Finished:
         spreads = [f.spread for f in timed if f.unit != "x" and f.spread is not None]
         if spreads and (middle := statistics.median(spreads)) > WIDE:
             return (
-                f"The machine was busy: repeated times spread by ±{middle:.0%} in the middle, so that smaller "
-                "differences say nothing. --fresh measures again."
+                f"The machine was busy: the median spread of repeated times is ±{middle:.0%}, so smaller differences "
+                "mean nothing. --fresh measures again."
             )
         if fast > 1 / STEADY:
             return (
-                f"The machine was faster than when its rates were measured, up to {fast:.2f} times: predictions are "
-                "too low. --fresh measures its rates again too."
+                f"The machine was up to {fast:.2f} times as fast as when its rates were measured, so predictions are "
+                "too low. --fresh measures its rates again."
             )
         return ""
 
 
 @dataclass
 class Results:
-    """A file of results, read."""
+    """Contents of a file of results."""
 
     by_fingerprint: dict[str, Finished] = field(default_factory=dict)
-    """The latest last."""
+    """Results by fingerprint, the latest run last."""
     _pending: dict[tuple[str, Key], list[Figure]] = field(default_factory=dict)
-    """Figures of cases whose end has not come yet, by fingerprint and case."""
+    """Figures of cases without a "done" line so far, by fingerprint and case."""
 
     @property
     def latest(self) -> Finished | None:
@@ -135,11 +135,11 @@ class Results:
 
     @property
     def is_empty(self) -> bool:
-        """True if no case was ever done."""
+        """True if no case is done."""
         return not any(finished.done for finished in self.by_fingerprint.values())
 
     def of_questions(self, names: Iterable[str]) -> dict[str, Finished]:
-        """Return for each of these questions the latest results that have figures or errors of it, if there are any."""
+        """Return the latest results with figures or errors of each of these questions."""
         latest = {name: finished for finished in self.by_fingerprint.values() for name in finished.questions}
         return {name: latest[name] for name in names if name in latest}
 
@@ -148,18 +148,18 @@ class Results:
         return [figure for name, finished in self.of_questions(names).items() for figure in finished.figures(name)]
 
     def seconds(self, question: str, key: str, quick: bool) -> float | None:
-        """Return what a case took the last time that it was as quick, under whatever fingerprint."""
+        """Return the seconds of the last run of a case with the same quick, under any fingerprint."""
         having = [f for f in self.by_fingerprint.values() if (question, key) in f.done and f.run.quick == quick]
         return having[-1].done[question, key].seconds if having else None
 
     def take(self, line: dict[str, Any]) -> None:
         """Add a line of the file.
 
-        Raises: KeyError, TypeError or AttributeError for another thing than a line of results.
+        Raises: KeyError, TypeError or AttributeError for anything but a line of results.
         """
         kind = line.pop("kind")
         if kind == "start":
-            self._pending.clear()  # of a case that was being written when its run was killed
+            self._pending.clear()  # of a case that a killed run was writing
             self._start(Run(**_known(Run, line)))
             return
         fingerprint = line.pop("fingerprint")
@@ -188,9 +188,9 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """Return a file of results; one that is not there is empty. A last line that was half written is passed over.
+    """Return the contents of a file of results, empty if there is no file. Skip a half-written last line.
 
-    Raises: ValueError naming the line that is not one of results.
+    Raises: ValueError that names the damaged line.
     """
     results = Results()
     try:
@@ -205,7 +205,7 @@ def read(path: Path) -> Results:
                 break
             raise ValueError(f"line {number} of {path} is not JSON: {line.strip()[:60]!r}; remove it") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"line {number} of {path} is no line of results ({error!r}); remove it") from None
+            raise ValueError(f"line {number} of {path} is not a line of results ({error!r}); remove it") from None
     return results
 
 
@@ -213,17 +213,17 @@ def _figure(line: dict[str, Any]) -> Figure:
     figure = Figure(**_known(Figure, line))
     numbers = (figure.measured, figure.predicted, figure.low, figure.high)
     if not isinstance(figure.case, dict) or any(isinstance(n, str | list | dict) for n in numbers):
-        raise TypeError("a figure's case is an object and its values are numbers")
+        raise TypeError("the case of a figure must be an object and its values numbers")
     return figure
 
 
 def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass that a line has. Other versions have more, or fewer."""
+    """Return the fields of a dataclass that a line has; other versions have other fields."""
     return {f.name: line[f.name] for f in dataclasses.fields(kind) if f.name in line}
 
 
 class ResultsWriter:
-    """A file of results that grows by whole lines. Each call is on the disk when it returns.
+    """Writer that appends whole lines to a file of results. Each call returns after the data is on the disk.
 
     Raises: ValueError if the folder cannot be written, another run is writing there, or the file is damaged.
     """
@@ -243,7 +243,7 @@ class ResultsWriter:
         self._end_line()
         try:
             self.results = read(path)
-            """Everything that is in the file."""
+            """Contents of the file."""
         except ValueError:
             self.file.close()
             raise
@@ -255,19 +255,19 @@ class ResultsWriter:
         self.file.close()
 
     def start(self, run: Run, rates: Mapping[str, Any]) -> None:
-        """Begin a run on a machine of these rates."""
+        """Begin a run on a machine with these rates."""
         self._add({"kind": "start"} | dataclasses.asdict(run))
         self._add({"kind": "roofs", "fingerprint": run.fingerprint} | dict(rates))
 
     def done(self, run: Run, question: str, key: str, done: Done) -> None:
-        """Append the figures of a case, and that it is done, in one go."""
+        """Append the figures of a case and its "done" line in one write."""
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}
         lines = [{"kind": "figure"} | place | figure.as_json() for figure in done.figures]
         end = {"seconds": round(done.seconds, 3), "steadiness": round(done.steadiness, 3)}
         self._add(*lines, {"kind": "done"} | place | end)
 
     def error(self, run: Run, question: str, key: str, error: str) -> None:
-        """Append that a case failed."""
+        """Append the error of a case."""
         place = {"fingerprint": run.fingerprint, "question": question, "key": key}
         self._add({"kind": "error"} | place | {"error": error})
 
@@ -280,7 +280,7 @@ class ResultsWriter:
             self.results.take(json.loads(text))
 
     def _end_line(self) -> None:
-        """Cut off what a killed run left of a line. Give a whole line its end."""
+        """Remove the half-written line of a killed run, or end a complete one."""
         self.file.seek(0)
         text = self.file.read()
         last = text[text.rfind(b"\n") + 1 :]

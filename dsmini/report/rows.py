@@ -1,4 +1,4 @@
-"""Figures as rows of words. The terminal and the page show the same rows."""
+"""Figures as rows of words, the same for terminal and page."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -8,9 +8,9 @@ from dsmini.report import units
 from dsmini.report.figures import Figure, Value
 
 NEAR, FAR = 1.1, 1.5
-"""A prediction within a tenth is near, and beyond half as much again it is far off."""
+"""Factors between measurement and prediction: near below the first, far above the second."""
 WIDEST = 4.0
-"""The bar of a ratio ends at 4 and at a quarter."""
+"""Ratio at one end of its bar; the other end is the inverse."""
 COLUMNS = ("predicted", "measured", "spread", "ratio")
 
 
@@ -22,28 +22,28 @@ class Row:
 
     @property
     def cells(self) -> dict[str, str]:
-        """Words of the case, by key."""
+        """Values of the case in words, by key."""
         return {key: units.shown(value) for key, value in self.figure.case.items()}
 
     @property
     def predicted(self) -> str:
-        """The predicted value with its unit."""
+        """Predicted value with its unit."""
         return units.human(self.figure.predicted, self.figure.unit, self.figure.exact)
 
     @property
     def measured(self) -> str:
-        """The measured value with its unit."""
+        """Measured value with its unit."""
         return units.human(self.figure.measured, self.figure.unit, self.figure.exact)
 
     @property
     def spread(self) -> str:
-        """The spread in percent."""
+        """Spread in percent."""
         share = self.figure.spread
         return "" if share is None else f"±{share:.{1 if share < 0.1 else 0}%}".replace("%", " %")
 
     @property
     def ratio(self) -> str:
-        """Measured over predicted: 0.87, or = and ≠ of an exact count."""
+        """Measured over predicted, such as 0.87; = or ≠ for an exact count."""
         ratio, equal = self.figure.ratio, self.figure.equal
         if equal is not None:
             return "=" if equal else "≠"
@@ -53,14 +53,14 @@ class Row:
 
     @property
     def tone(self) -> str:
-        """near, off, far, equal, unequal; bound over a limit; none where there is nothing to compare."""
+        """Name of the colour: near, off, far, equal, unequal; bound over a limit; none without a ratio."""
         ratio, equal = self.figure.ratio, self.figure.equal
         if equal is not None:
             return "equal" if equal else "unequal"
         if ratio is None or ratio <= 0:
             return "none"
         if self.figure.bound:
-            return "bound"  # far from a limit is no mistake of a prediction
+            return "bound"  # a limit may be far away
         off = max(ratio, 1 / ratio)
         if off <= NEAR:
             return "near"
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def bar(self) -> tuple[float, float]:
-        """Start and length of the ratio's bar in percent of its track. Twice and half are as far from the middle."""
+        """Start and length of the ratio's bar in percent of its track, on a logarithmic scale."""
         ratio, share = self.figure.ratio, 0.0
         if ratio is not None and ratio > 0 and not self.figure.exact:
             share = 50 * max(-1.0, min(1.0, math.log(ratio) / math.log(WIDEST)))
@@ -76,12 +76,12 @@ class Row:
 
 
 def case_words(figure: Figure, without: Collection[str] = ()) -> str:
-    """Return a case on one line, without these keys."""
+    """Return a case in one line, without these keys."""
     return ", ".join(f"{units.words(k)} {units.shown(v)}" for k, v in figure.case.items() if k not in without)
 
 
 def shared(figures: Sequence[Figure]) -> dict[str, Value]:
-    """Return what the cases of several figures have in common."""
+    """Return the keys and values that the cases of all figures have in common."""
     if len(figures) < 2:
         return {}
     return {k: v for k, v in figures[0].case.items() if all(str(f.case.get(k)) == str(v) for f in figures)}
@@ -89,22 +89,22 @@ def shared(figures: Sequence[Figure]) -> dict[str, Value]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Figures whose cases vary in the same things: a table of the page."""
+    """Figures whose cases have the same keys: one table of the page."""
 
     common: Mapping[str, str]
-    """Words of what all cases share, by key."""
+    """Values in words that all cases share, by key."""
     keys: Sequence[str]
-    """Keys in which the cases differ: the columns on the left."""
+    """Keys in which the cases differ, as columns on the left."""
     numeric: Sequence[str]
-    """Those of the keys that hold numbers alone."""
+    """Keys whose values are all numbers."""
     columns: Sequence[str]
-    """Those of COLUMNS that any figure fills."""
+    """Columns of COLUMNS that have any text."""
     metrics: Mapping[str, Sequence[Row]]
     """Rows by metric."""
 
 
 def groups(figures: Sequence[Figure]) -> list[Group]:
-    """Return figures by the keys of their cases, in the order in which they came."""
+    """Return figures grouped by the keys of their cases, in their order."""
     by_keys: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
         by_keys.setdefault(tuple(figure.case), []).append(figure)
@@ -119,7 +119,7 @@ def _group(figures: Sequence[Figure]) -> Group:
         metrics.setdefault(figure.metric, []).append(Row(figure))
     filled = {c for rows in metrics.values() for r in rows for c in COLUMNS if getattr(r, c) not in ("", units.NOTHING)}
     if any(figure.note for figure in figures):
-        filled.add("measured")  # the note's number stands there
+        filled.add("measured")  # the column has the number of the note
     return Group(
         common={key: units.shown(value) for key, value in common.items()},
         keys=keys,

@@ -1,4 +1,4 @@
-"""Sections of a report in a terminal."""
+"""Print sections of a report in a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ from dsmini.report.units import shown, words
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow"}
 LONGEST = 30
-"""Figures of a question that a terminal shows. The page has all."""
+"""Number of figures of a question that a terminal shows; the page has all."""
 
 
 def show_question(
@@ -42,7 +42,7 @@ def show_question(
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
-    """Print a table of words. A cell that is the name of a tone gets its colour."""
+    """Print a table of words, and colour cells that are names of colours, such as "worse"."""
     console.print()
     rows = [[Text(cell, STYLES.get(cell, "")) for cell in cells] for cells in table.rows]
     _print(console, Text(title, style="bold"), table.columns, table.numeric, rows)

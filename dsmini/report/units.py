@@ -1,4 +1,4 @@
-"""Numbers as people read them: 1.25 MiB, 38.2 GB/s, 4.71 ms."""
+"""Numbers for people: 1.25 MiB, 38.2 GB/s, 4.71 ms."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SECONDS: Scale = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def human(value: float | None, unit: str, exact: bool = False) -> str:
-    """Return a value with its unit: three digits of it, or all of them where it is an exact count."""
+    """Return a value with its unit, in three digits, or in all of them for an exact count."""
     if value is None:
         return NOTHING
     if exact and float(value).is_integer():
@@ -33,7 +33,7 @@ def _scaled(value: float, scale: Scale) -> str:
 
 
 def digits(value: float) -> str:
-    """Return three significant digits, without an exponent where that is readable."""
+    """Return three significant digits, if readable without an exponent."""
     size = abs(value)
     if size == 0 or isinstance(value, int) or 100 <= size < 1e9:
         return f"{value:,.0f}"
@@ -54,7 +54,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time to wait: 40 s, 3 min, 1 h 20 min."""
+    """Return a duration in words: 40 s, 3 min, 1 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -62,12 +62,12 @@ def duration(seconds: float) -> str:
 
 
 def words(name: str) -> str:
-    """Return a metric or the key of a case as one reads it."""
+    """Return a metric or the key of a case in words."""
     return name.replace("_per_", " per ").replace("_", " ")
 
 
 def shown(value: Value) -> str:
-    """Return the value of a case as one reads it."""
+    """Return the value of a case in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

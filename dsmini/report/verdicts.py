@@ -1,19 +1,18 @@
-"""Comparisons in words, stated no more firmly than their spread allows."""
+"""Comparisons in words, with a range instead of a verdict where the spread is too large."""
 
 from dsmini.report.figures import Figure
 
 CLOSE = 0.05
-"""Half range of a ratio that is stated as one number, however near to 1 it is."""
+"""Half range below which a ratio is always stated as one number, even next to 1."""
 
 
 def compared(over: Figure, under: Figure | float = 1.0, words: str = "", decimals: int = 2) -> str:
     """Return how many times one figure is another: "1.62 times as fast".
 
-    Where the spread of the two is larger than the difference, the range stands there instead of a verdict:
-    "0.53 to 2.41 times as fast (unclear)".
+    If the spread is larger than the difference, return the range instead: "0.53 to 2.41 times as fast (unclear)".
 
     Args:
-        over: a measured figure; a ratio itself if under is left out.
+        over: a measured figure; a ratio if under is omitted.
         under: a measured figure, or a number without spread.
         words: the rest of the phrase, such as "as fast".
     """

@@ -1,4 +1,4 @@
-"""python -m benchmarks with questions that measure nothing: it fails, it compares, it tells."""
+"""Run python -m benchmarks with fake questions: errors, comparisons, warnings."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_failing_case_is_told_and_the_others_run(tmp_path: Path, capsys: Capture
 def test_count_that_differs_from_prediction_is_an_error(tmp_path: Path, capsys: Capture) -> None:
     assert go(tmp_path, known={"fake_cache": fake.cache(measured=70_273)}) == 1
     err = capsys.readouterr().err
-    assert "bytes per token is 70,273 bytes, predicted were 70,272 bytes" in err
+    assert "bytes per token is 70,273 bytes, predicted: 70,272 bytes" in err
     assert "≠" in (tmp_path / "report.html").read_text()
 
 
@@ -146,15 +146,15 @@ def test_last_line_names_figures_of_earlier_runs(tmp_path: Path, capsys: Capture
     ("shares", "said"),
     [
         ([0.95, 1.1] * 4, None),
-        ([1.0, 1.0, 1.0, 0.62] + [1.0] * 4, "in dsmini 512 it gave as little as 62% of the rates"),
-        ([0.7] * 8, "in 4 of 4 cases it gave as little as 70%"),
-        ([1.5] * 8, "faster than when its rates were measured, up to 1.50 times"),
+        ([1.0, 1.0, 1.0, 0.62] + [1.0] * 4, "in dsmini 512 it reached as little as 62% of the rates"),
+        ([0.7] * 8, "in 4 of 4 cases it reached as little as 70%"),
+        ([1.5] * 8, "up to 1.50 times as fast as when its rates were measured"),
     ],
 )
 def test_a_busy_machine_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, shares: list[float], said: str | None
 ) -> None:
-    """Asked before and after each case; told where times are taken."""
+    """Probe before and after each case; warn only about questions with times."""
     left = iter(shares)
     monkeypatch.setattr("benchmarks.session.steadiness", lambda roofs, device: next(left))
     go(tmp_path, "--quick", known={"fake_decode": fake.decode()})
@@ -178,10 +178,10 @@ def test_a_busy_machine_is_told(
 
 @pytest.mark.parametrize(("spread", "told"), [(0.02, False), (0.5, True)])
 def test_wide_spreads_are_told_as_a_busy_machine(tmp_path: Path, capsys: Capture, spread: float, told: bool) -> None:
-    """The short probes of the machine may fall into quiet moments."""
+    """Cover short probes that happen to fall into quiet moments."""
     go(tmp_path, known={"fake_decode": fake.decode(spread=spread)})
     err, page = capsys.readouterr().err, (tmp_path / "report.html").read_text()
-    assert ("repeated times spread by ±50% in the middle" in err) == (TOP in err) == (TOP in page) == told
+    assert ("the median spread of repeated times is ±50%" in err) == (TOP in err) == (TOP in page) == told
 
 
 def test_steadiness_is_the_least_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_not_finite_is_null(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_questions_keep_the_contract() -> None:
-    """All of questions/, named after their module, and complete."""
+    """Every module of questions/ is listed under its name, with title and explanation."""
     modules = {path.stem for path in (ROOT / "benchmarks" / "questions").glob("*.py")} - {"__init__"}
     known = questions_here()
     assert {name.replace("-", "_") for name in known} == modules
@@ -229,7 +229,7 @@ def test_questions_keep_the_contract() -> None:
 
 
 def test_list_imports_nothing_that_takes_long() -> None:
-    """Says the same as the command with all of it imported, which tests of fake questions read."""
+    """Compare the list with the one that the full command prints."""
     code = (
         "import runpy, sys; sys.argv = ['benchmarks', '--list']\n"
         "try: runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
@@ -249,7 +249,7 @@ def test_dtypes_of_the_command_line_are_the_packages() -> None:
 
 
 def test_rates_are_measured_as_the_runner_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real load_or_measure takes the runner's call; only the measuring inside it is replaced."""
+    """Call the real load_or_measure, with only its measurement replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[object] = []
 
@@ -259,7 +259,7 @@ def test_rates_are_measured_as_the_runner_asks(tmp_path: Path, monkeypatch: pyte
         return fake.ROOFS
 
     monkeypatch.setattr("dsmini.measure.calibration.measure", measure)
-    for _ in range(2):  # the second finds them kept
+    for _ in range(2):  # the second call finds stored rates
         assert runner.main(["fake_cache", "--out", str(tmp_path / "out"), "--device", "cpu"], fake.known()) == 0
     assert asked == [torch.device("cpu")]
     assert (tmp_path / "dsmini" / "roofs.json").is_file()

@@ -1,4 +1,4 @@
-"""What FP8 takes: bytes and errors of weights that are held in it, errors of a step's products."""
+"""Bytes and errors of weights in FP8, and errors of the products of a step."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ def test_bytes_of_weights_are_those_of_the_storages(changes: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("format", [E4M3, E5M2])
 def test_expected_error_is_that_of_rounding(format: Any) -> None:
-    x = torch.randn(1024, 256) * torch.rand(1024, 1).mul(4).exp()  # all fractions, whatever the power of two
+    x = torch.randn(1024, 256) * torch.rand(1024, 1).mul(4).exp()  # fractions spread over many powers of two
     rounded = round_tiles(x, (1, 128), "ue8m0", format.name, 1e-4, torch.float32)
     assert abs(relative_error(rounded, x) / operand_error(format) - 1) < 0.03
 

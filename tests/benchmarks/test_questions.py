@@ -1,4 +1,4 @@
-"""The questions of benchmarks/: their cases run, small; what they promise is there, and what is exact is equal."""
+"""Run all questions of benchmarks/ in small sizes: figures are complete, and counts equal their predictions."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ QUESTIONS = questions_here()
 
 
 def setting() -> Setting:
-    """Quick, on a machine that is made up."""
+    """Return a quick setting on an invented machine."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
     roofs = made_up_roofs(point, product, cache_bytes=32 << 20)
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
@@ -94,7 +94,7 @@ def setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Figure]]]:
-    """The figures of every question, each made by all its cases."""
+    """Yield the figures of every question from all its cases."""
     corpus = tmp_path_factory.mktemp("corpus")
     config = RunConfig(model=dataclasses.replace(TINY, precision="fp8"), train=TrainConfig(batch_size=3))
     small = dataclasses.replace(mtp.QUICK, model=TINY, steps=3, prompts=2, prompt_tokens=8, new_tokens=6, depths=(1, 2))
@@ -118,7 +118,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
 
 
 def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """The seconds and the summary of a run that a test cannot wait for; a seed changes the loss."""
+    """Return seconds and summary of a run without training; the seed changes the loss."""
     loss = 1.5 + 0.01 * int(arguments[arguments.index("--train.seed") + 1]) ** 2 * ("384" in arguments)
     return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
@@ -187,7 +187,7 @@ def test_a_gguf_file_has_the_models_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         want = model(tokens)[0]
     got = torch.stack([torch.from_numpy(row.copy()) for row in llama.scores[:40]])
-    assert relative_error(got, want) < 2e-3  # its cache is FP16
+    assert relative_error(got, want) < 2e-3  # llama.cpp's cache is FP16
 
 
 # --- runs of whole commands
@@ -237,7 +237,7 @@ def test_kernel_whose_bits_differ_is_an_error() -> None:
 
 
 def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, list[Figure]]) -> None:
-    """Says so in a figure's note; counts that need no product are still there."""
+    """Expect the reason in the figure's note; counts that need no product remain."""
     fast = setting()
     slow = dataclasses.replace(fast.roofs, peak={"float32": 170e9, "bfloat16": 0.3e9})
     here = dataclasses.replace(fast, dtype=torch.float32, roofs=slow)
@@ -263,7 +263,7 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
 
 
 def test_findings_hedge_what_spreads_wider_than_it_differs() -> None:
-    """The same medians with narrow and with wide quartiles."""
+    """Compare the same medians with narrow and with wide quartiles."""
     case = {"context": 4096}
     told = {}
     for spread in (0.01, 0.5):

@@ -1,4 +1,4 @@
-"""Whatever stops python -m benchmarks, what is done stays done, and the same command continues."""
+"""Stop python -m benchmarks in every way: finished cases stay done, and the same command continues."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
     watch = Watch("dsmini 2048", KeyboardInterrupt())
     assert go(tmp_path, known=watch.known) == 130
     out, err = capsys.readouterr()
-    assert "Go on with: python -m benchmarks" in err
+    assert "Continue with: python -m benchmarks" in err
     answer = json.loads(out)
     assert len(answer["figures"]) == 2 and answer["left"] == {"fake_decode": 6, "fake_cache": 5}
     assert watch.seen == ["dsmini 128", "dsmini 512", "dsmini 2048"]
@@ -53,12 +53,12 @@ def test_interrupt_while_drawing_tells_what_is_done(
     monkeypatch.setattr(display, "write_text", write_text)
     assert go(tmp_path) == 130
     out, err = capsys.readouterr()
-    assert "Go on with: python -m benchmarks" in err
+    assert "Continue with: python -m benchmarks" in err
     assert len(json.loads(out)["figures"]) == 5 and (tmp_path / "report.html").is_file()
 
 
 def test_killed_run_leaves_what_is_done(tmp_path: Path) -> None:
-    """Not by an exception: the process dies in the middle of the third case."""
+    """Kill the process in the middle of the third case, without an exception."""
     script = (
         "import tests.helpers.fake_questions as f, sys, time; from benchmarks import runner;"
         "wait = lambda key: time.sleep(60) if key == 'dsmini 2048' else None;"
@@ -89,7 +89,7 @@ def test_other_setting_measures_again(tmp_path: Path, change: list[str], capsys:
 
 
 def test_a_killed_case_leaves_no_figures(tmp_path: Path, capsys: Capture) -> None:
-    """Of one that was being written when the disk was full or the process was killed."""
+    """Ignore the figures of a case whose writing was cut off."""
     go(tmp_path, "fake_roofline")
     path = tmp_path / "results.jsonl"
     whole = path.read_text().splitlines(keepends=True)
@@ -157,7 +157,7 @@ def test_unwritable_report_loses_no_figure(tmp_path: Path, capsys: Capture) -> N
     assert go(tmp_path) == 1
     out, err = capsys.readouterr()
     assert len(json.loads(out)["figures"]) == 5 + 8 + 10
-    assert err.count("report.html could not be written: Is a directory; the figures are kept") == 1
+    assert err.count("report.html could not be written: Is a directory; the figures are saved") == 1
     (tmp_path / "report.html").rmdir()
     assert go(tmp_path, "--report-only") == 0
 
@@ -175,7 +175,7 @@ def test_half_a_line_at_the_end_is_passed_over(tmp_path: Path, cut: int) -> None
     watch, path = Watch(), tmp_path / "results.jsonl"
     go(tmp_path, "fake_decode", known=watch.known)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])  # of 1: the line is whole, its end is missing
+    path.write_bytes(whole[:-cut])  # a cut of 1 removes only the end of line
     assert go(tmp_path, "--report-only", known=watch.known) == 0
     watch.seen.clear()
     assert go(tmp_path, "fake_decode", known=watch.known) == 0

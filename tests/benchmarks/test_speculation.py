@@ -1,4 +1,4 @@
-"""What guessing ahead gains, by counted agreement and in turns."""
+"""Speculative decoding: expected acceptance, and comparison in turns."""
 
 import dataclasses
 from typing import Any
@@ -21,11 +21,11 @@ def test_tokens_of_a_step() -> None:
 
 
 def test_expected_acceptance_of_guesses_that_are_the_trunks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A depth that knows what the trunk will say of the token is always kept; one that is late is not."""
+    """Accept drafts that equal the main model's prediction, and reject drafts that are one token late."""
     model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=2)))
     tokens = torch.randint(0, 256, (2, 32))
     out = model.run(tokens, mtp=True)
-    right = [out.logits[:, 1:], out.logits[:, 1:-1]]  # the second is a token late
+    right = [out.logits[:, 1:], out.logits[:, 1:-1]]  # the second depth is one token late
     monkeypatch.setattr(model, "run", lambda *_, **__: out._replace(mtp_logits=right))
     for temperature in (0.0, 0.8):
         first, second = expected_acceptance(model, tokens, temperature)

@@ -1,4 +1,4 @@
-"""Cases have estimates, and end at ten times them. --quick ends after two minutes."""
+"""Limit the time of cases: ten times the estimate each, two minutes for --quick."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_case_that_takes_too_long_is_stopped(
 
 
 def test_one_endless_call_into_torch_is_stopped(tmp_path: Path) -> None:
-    """No signal interrupts it: the command begins again without the case, and measures the others."""
+    """Restart the command without a case that no signal interrupts, and measure the others."""
     script = (
         "import sys, torch, tests.helpers.fake_questions as f; from benchmarks import clock, runner;"
         "clock.LEAST = clock.GRACE = 0.2; clock.TIMES = 0;"
@@ -143,7 +143,7 @@ def test_quick_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("float32", "bfloat16"), [(224e9, 940e9), (170e9, 0.3e9)])
 def test_quick_leaves_nothing_out_on_a_usual_cpu(float32: float, bfloat16: float) -> None:
-    """With BF16 units and without; questions that force BF16 see to its rate themselves."""
+    """Plan for CPUs with and without BF16 units; questions that force BF16 check its rate themselves."""
     roofs = replace(fake.ROOFS, peak={"float32": float32, "bfloat16": bfloat16})
     dtype = torch.bfloat16 if bfloat16 > float32 else torch.float32
     setting = replace(SETTING, dtype=dtype, roofs=roofs)

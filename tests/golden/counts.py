@@ -10,7 +10,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
 def counts(name: str) -> dict[str, Any]:
-    """Return the counts of one config. Left out: predictions of what this implementation does beyond the least."""
+    """Return the counts of one config, without predictions of this implementation's overhead."""
     config, count = dsmini.ModelConfig.from_file(CONFIGS / f"{name}.toml"), dsmini.accounting
     parameters = count.parameters(config)
     context = min(4096, config.max_seq_len)

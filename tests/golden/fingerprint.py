@@ -1,4 +1,4 @@
-"""Name the machine, as far as it decides the bits of a floating-point result."""
+"""Name the properties of a machine that decide the bits of a floating-point result."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 THREADS = 1
-"""Every golden value is computed with one thread, so that bits do not depend on the number of cores."""
+"""Number of threads for every golden value, so that bits do not depend on the number of cores."""
 
 
 def fingerprint() -> str:
@@ -19,7 +19,7 @@ def fingerprint() -> str:
 
 
 def _cpu() -> str:
-    """Return the model name with family, model and stepping: a virtual machine's name alone is vague."""
+    """Return the model name with family, model and stepping, because the name of a virtual machine is vague."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return f"{platform.system()} {platform.machine()} {platform.processor()}"
@@ -30,7 +30,7 @@ def _cpu() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Return whether a BF16 product takes at most twice as long as the same one in FP32 here, as measured."""
+    """Return True if a measured BF16 product takes at most twice as long as the same product in FP32."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for _ in range(5):
         for dtype in best:

@@ -1,4 +1,4 @@
-"""Small models with fixed weights: their logits in every way of computing them, and the tokens they write."""
+"""Small models with fixed weights: logits by every way of computing them, and generated tokens."""
 
 import hashlib
 import tempfile
@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_of(name: str) -> dsmini.Transformer:
-    """Build a model whose weights are whole numbers times a power of two times a square root: alike everywhere."""
+    """Build a model with the same weights on all machines: integers times a power of two times a square root."""
     model = dsmini.Transformer(dsmini.ModelConfig(**MODELS[name])).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def model_of(name: str) -> dsmini.Transformer:
 
 
 def tokens_of(rows: int, columns: int, vocab_size: int = MLA["vocab_size"]) -> Tensor:
-    """Return the same tokens [rows, columns] everywhere."""
+    """Return tokens [rows, columns], the same on all machines."""
     return torch.randint(0, vocab_size, (rows, columns), generator=torch.Generator().manual_seed(11))
 
 
@@ -122,7 +122,7 @@ def product(short: bool) -> Tensor:
     """Return an FP8 product and the gradients of its factors, one after the other.
 
     Args:
-        short: accumulate with 14 bits, as a surrogate of what tensor cores lose; then without gradients.
+        short: accumulate with 14 bits, a surrogate of tensor cores, and compute no gradients.
     """
     x = ((tokens_of(40, 200) - 48) / 8).to(torch.bfloat16).requires_grad_()
     w = ((tokens_of(72, 200) - 48) / 7).requires_grad_()
@@ -149,7 +149,7 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "fp8 product": lambda: product(short=False),
     "fp8 product in 14 bits": lambda: product(short=True),
 }
-"""What computes each tensor, most of them logits, by name."""
+"""Function of each tensor by name; most tensors are logits."""
 
 
 def written(name: str, **options: Any) -> list[list[int]]:
@@ -170,7 +170,7 @@ TOKENS: dict[str, Callable[[], list[list[int]]]] = {
     "gqa sampled speculative": lambda: written("gqa", speculative=True, temperature=1.0),
     "mla greedy fp8 cache": lambda: written("mla", cache_dtype="fp8"),
 }
-"""What writes each rows of tokens, by name."""
+"""Function of each generation by name."""
 
 
 def saved(fp8: bool) -> str:
@@ -185,7 +185,7 @@ HASHES: dict[str, Callable[[], str]] = {
     "saved": lambda: saved(fp8=False),
     "saved in fp8": lambda: saved(fp8=True),
 }
-"""What hashes tensors that no sum has rounded, by name: these are the same bits on every machine."""
+"""Function of each hash of tensors without rounded sums by name; their bits are the same on all machines."""
 
 
 def model_values() -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""python -m tests.golden.record: write the golden values of this machine into values.json.
+"""Write the golden values of this machine into values.json: python -m tests.golden.record
 
-Run it only where a change of values is wanted, and say in the commit which and why. ONEDNN_MAX_CPU_ISA=AVX2
+Run it only to change values on purpose, and give the reason in the commit. ONEDNN_MAX_CPU_ISA=AVX2
 ATEN_CPU_CAPABILITY=avx2 before the command records another machine on the same CPU.
 """
 
@@ -21,7 +21,7 @@ VALUES = Path(__file__).parent / "values.json"
 
 
 def read() -> dict[str, Any]:
-    """Return what was recorded: counts and hashes, alike everywhere, and the values of each machine."""
+    """Return the recorded counts and hashes, the same on all machines, and the values of each machine."""
     return json.loads(VALUES.read_text(encoding="utf-8")) if VALUES.exists() else {"machines": {}}
 
 

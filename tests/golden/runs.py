@@ -1,4 +1,4 @@
-"""Training runs of 20 steps by the public commands, and what they leave behind: losses and hashes of tensors."""
+"""Training runs of 20 steps by the public commands: losses, and hashes of tensors."""
 
 import hashlib
 import json
@@ -31,16 +31,16 @@ TRAIN = {
     "shakespeare": f"{ROOT}/configs/shakespeare.toml --data.path book.txt --train.dtype float32 "
     "--train.steps 20 --train.batch-size 4",
 }
-"""The arguments of python -m dsmini.train, by the name of the run."""
+"""Arguments of python -m dsmini.train by the name of the run."""
 RUNS = (*TRAIN, "resumed")
 FIGURES = ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "val_loss")
-"""What is stored of each line of metrics.jsonl: all of it that depends on the numbers alone."""
+"""Keys of metrics.jsonl to record: those that depend on the numbers alone."""
 GENERATE = {
     "sampled": "--temperature 0.8 --top-p 0.9 --seed 3",
     "greedy speculative": "--temperature 0 --speculative",
     "averaged": "--temperature 0 --average",
 }
-"""The arguments of python -m dsmini.generate, which continues two prompts with the resumed run."""
+"""Arguments of python -m dsmini.generate, which continues two prompts with the resumed run."""
 
 # python -m for each command, all in one process: importing torch takes longer than 20 steps of a small model.
 # A run ends by measuring the rate of large products, which takes as long again; those into a given tensor are left out.
@@ -70,8 +70,8 @@ print(json.dumps(answers))
 def run_commands(commands: list[tuple[str, str]], folder: Path) -> list[str]:
     """Run each command (module, arguments) in the folder and return what it prints on the standard output.
 
-    Plain code instead of kernels, which give the same bits: no compiler is needed, and nothing is compiled in a test.
-    Raises: RuntimeError with the words of a command that fails.
+    Plain code replaces the kernels, which give the same bits, so that a test compiles nothing.
+    Raises: RuntimeError with the output of a command that fails.
     """
     env = os.environ | {"PYTHONPATH": str(ROOT), "DSMINI_BACKEND": "eager", "OMP_NUM_THREADS": str(THREADS)}
     args = [sys.executable, "-c", ALL_IN_ONE]
@@ -89,7 +89,7 @@ def run_all(folder: Path, bf16: bool) -> dict[str, Any]:
     """Train all runs in an empty folder, continue prompts with one, and return the values by name.
 
     Args:
-        bf16: train the run in BF16 too, which takes minutes where products in BF16 are emulated slowly.
+        bf16: also train the run in BF16, which takes minutes on CPUs that emulate BF16 products.
     """
     (folder / "book.txt").write_text(text(), encoding="utf-8")
     shutil.copytree(HERE / "old_run/run", folder / "resumed")

@@ -1,7 +1,7 @@
-"""What version 0.1.0 computed, bit for bit on the machines that recorded it and within a tolerance elsewhere.
+"""Compare with values of version 0.1.0: bitwise on the machines that recorded them, within a tolerance elsewhere.
 
-A change that is meant to change no behaviour keeps these values. One that is meant to records them again, with
-python -m tests.golden.record, and says why.
+A change that keeps the behaviour keeps these values. A change of behaviour records them again with
+python -m tests.golden.record and gives the reason.
 """
 
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Train all runs once, and return their values with the texts that one of them writes."""
+    """Train all runs once, and return their values with the generated texts."""
     bf16 = "bf16" in KNOWN["runs"] if KNOWN else multiplies_bf16()
     return run_all(tmp_path_factory.mktemp("runs"), bf16)
 
 
 def recorded_run(name: str, runs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a run's values here and the recorded ones; skip where they are of different things."""
+    """Return the values of a run and the recorded ones; skip if they are not comparable."""
     if name not in runs:
         pytest.skip("products in BF16 are emulated slowly on this machine")
     recorded = REFERENCE["runs"].get(name)
@@ -87,7 +87,7 @@ def test_every_config_was_counted() -> None:
 @needs_known_machine
 @pytest.mark.parametrize("name", RUNS)
 def test_run_ends_with_recorded_bits(name: str, runs: dict[str, Any]) -> None:
-    """Weights, then optimizer state, EMA and random state, then every figure of every step."""
+    """Compare weights, optimizer state, EMA, random state, and every figure of every step."""
     got, want = recorded_run(name, runs)
     assert got["weights"] == want["weights"]
     assert got["others"] == want["others"]
@@ -113,7 +113,7 @@ def test_resumed_run_continues_prompts_as_recorded(name: str, runs: dict[str, An
 
 
 def test_old_run_holds_no_path_of_this_machine() -> None:
-    """A run that was copied from elsewhere is resumed by naming its text again."""
+    """Resume a copied run by naming its text again."""
     for path in (Path(__file__).parent / "old_run").rglob("*.toml"):
         named = [line for line in path.read_text().splitlines() if line.startswith("path =")]
         assert named in ([], ['path = "/elsewhere/text.txt"'])

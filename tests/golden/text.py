@@ -1,4 +1,4 @@
-"""A text that is the same everywhere: made from a few words by whole numbers alone."""
+"""Generate a text from a few words with integers alone, so that it is the same on all machines."""
 
 WORDS = (
     *("the", "a", "of", "in", "as", "is", "on", "by", "sea", "wind", "stone", "river", "lantern", "harbour", "winter"),
@@ -9,7 +9,7 @@ ENDS = (", ", ". ", ".\n", "; ", "?\n\n")
 
 
 def text(words: int = 6000) -> str:
-    """Return this many words, about six bytes each with what stands between them.
+    """Return this many words, about six bytes each with the separator.
 
     The numbers come from a linear congruential generator (Numerical Recipes), whose high bits are used.
     """

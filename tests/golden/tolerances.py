@@ -1,4 +1,4 @@
-"""How far a machine without recorded bits may be from the recorded numbers, and why.
+"""Tolerances for machines without recorded bits, with their reasons.
 
 Another CPU sums in another order and rounds differently. Between the instruction sets AVX-512 and AVX2 of one CPU the
 differences were at most these, relative to the largest number of a tensor, or to each loss:
@@ -7,7 +7,7 @@ differences were at most these, relative to the largest number of a tensor, or t
     logits from a cache in BF16     2.3e-7          losses of FP8 runs      2.8e-3
     logits from a cache in FP8      8.6e-7
 
-A rounded cache or product is discontinuous: a number near the middle between two values goes to the one or the other.
+A rounded cache or product is discontinuous: a number near the midpoint of two values may go to either.
 """
 
 # 80 units in the last place: some 20 chained sums of at most 80 terms, each a unit or two off

@@ -1,4 +1,4 @@
-"""Small models for the tests of accounting, and ways to run them."""
+"""Small models for the tests of accounting, and helpers to run them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from dsmini.functional.causal_attention import causal_attention_eager
 from dsmini.nn import attention, fp8, mla
 from dsmini.numerics import WEIGHT_TILE
 
-eager: Any = causal_attention_eager  # with its method, which the operation's signature lacks
+eager: Any = causal_attention_eager  # with its methods, which the type of the operation lacks
 WHOLE = 1 << 20
-"""A block that holds all queries."""
+"""Number of queries in a block that holds all of them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# No width is a number of rows that are read from a cache: 100 or 128.
+# no width equals a number of rows read from a cache (100 or 128)
 SIZES: dict[str, Any] = {
     "vocab_size": 51,
     "dim": 40,
@@ -55,14 +55,14 @@ def sized(**changes: Any) -> ModelConfig:
 
 
 def form_of(case: str) -> Any:
-    """Return how a case of ATTENTIONS attends to a cache."""
+    """Return the form in which a case of ATTENTIONS attends to a cache."""
     if case in ("expanded", "normed heads"):
         return "expanded"
     return "auto" if case in ("mha", "gqa", "mqa") else "absorbed"
 
 
 def hold_fp8(model: Transformer) -> Transformer:
-    """Return the model with all that may be FP8 held so."""
+    """Return the model with all matrices in FP8 that may be."""
     for module, name in fp8_weights(model.eval()).values():
         q = quantize(getattr(module, name).detach().float(), WEIGHT_TILE, scale="fp32")
         fp8.hold_fp8(module, name, q.codes, q.scales)
@@ -71,7 +71,7 @@ def hold_fp8(model: Transformer) -> Transformer:
 
 @contextmanager
 def explicit_attention(block: int = WHOLE) -> Iterator[None]:
-    """Let attention make its logits, for a block of queries at a time."""
+    """Make attention compute its logits explicitly, one block of queries at a time."""
     with pytest.MonkeyPatch.context() as patch, _attention_by(partial(eager, method="explicit")):
         patch.setattr(sys.modules[causal_attention_eager.__module__], "BLOCK", block)
         yield
@@ -79,7 +79,7 @@ def explicit_attention(block: int = WHOLE) -> Iterator[None]:
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let attention be torch's flash attention, of values that lie by themselves and not in wkv_b's result."""
+    """Make attention use torch's flash attention, with values in their own storage."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
         return eager(q, k, v.contiguous(), scale, documents, method="sdpa")

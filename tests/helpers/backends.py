@@ -1,4 +1,4 @@
-"""Backends as tests force them, every operation that is declared, and operands of routed experts."""
+"""Forced backends, all declared operations, and operands of routed experts."""
 
 import importlib
 import pkgutil
@@ -17,7 +17,7 @@ SIZES = (1, 63, 130)
 
 
 def declared() -> dict[str, ops.Operation[Any, Any]]:
-    """Return every operation of functional/ and numerics/, by name."""
+    """Return every operation of functional/ and numerics/ by name."""
     found = {}
     for room in (functional, numerics):
         for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
@@ -37,20 +37,20 @@ def forced(backend: str) -> Iterator[str]:
 
 
 def moved(value: Any, device: str) -> Any:
-    """Return an argument, or the same on that device."""
+    """Return an argument, moved to the device if it is a tensor."""
     if isinstance(value, tuple):
         return tuple(moved(v, device) for v in value) if not hasattr(value, "_fields") else value
     return value.to(device) if isinstance(value, Tensor | QuantizedTensor) else value
 
 
 def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices, weights and counts of tokens that choose any k experts but the empty ones."""
+    """Return indices, weights and counts of tokens that choose k random experts outside the empty ones."""
     open_to_all = torch.tensor([i for i in range(e) if i not in empty])
     indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
     return indices, torch.rand(n, k) + 0.5, indices.flatten().bincount(minlength=e)
 
 
 def tied(n: int, k: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same where all scores tie: every token chooses the first k experts, with equal weights."""
+    """Return the same for tied scores: every token chooses the first k experts with equal weights."""
     indices = torch.arange(k).expand(n, k).contiguous()
     return indices, torch.full((n, k), 1 / k), indices.flatten().bincount(minlength=e)

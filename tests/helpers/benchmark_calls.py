@@ -1,4 +1,4 @@
-"""Calls of python -m benchmarks with fake questions."""
+"""Call python -m benchmarks with fake questions."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Known = Mapping[str, Question]
 
 
 def go(out: Path, *args: str, known: Known | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Run the command and return its exit status."""
     return runner.main([*args, "--out", str(out)], known or fake.known(), fake.roofs)
 
 
@@ -26,7 +26,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 class Watch:
-    """The cases that were measured, in order. May raise at a case, once."""
+    """Record of the measured cases in order, which raises once at a given case."""
 
     def __init__(self, at: str = "", error: BaseException | None = None) -> None:
         self.seen, self.at, self.error = list[str](), at, error
@@ -39,5 +39,5 @@ class Watch:
 
     @property
     def known(self) -> Known:
-        """Two of the fake questions, the first of them watched."""
+        """Two fake questions, of which the first is watched."""
         return {"fake_decode": fake.decode(self), "fake_cache": fake.cache()}

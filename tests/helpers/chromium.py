@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe."""
+"""Drive a headless Chromium by its DevTools protocol over a pipe."""
 
 import base64
 import json
@@ -17,17 +17,17 @@ FLAGS = (
 
 
 class Chromium:
-    """One browser with one page. Everything that the page says or asks for is kept in `events`.
+    """Browser with one page. All its messages are in `events`.
 
     Args:
-        folder: an empty one for its profile.
+        folder: empty folder for the profile.
     """
 
     def __init__(self, folder: Path) -> None:
         assert BROWSER, "the caller skips where there is no browser"
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # it reads its descriptor 3 and writes 4, whatever ours are
+        # the browser reads descriptor 3 and writes descriptor 4
         command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         args = ["bash", "-c", command, BROWSER, *FLAGS.split(), f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(
@@ -47,7 +47,7 @@ class Chromium:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._out)  # it ends when nobody talks to it any more
+        os.close(self._out)  # the browser ends when its pipe closes
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -56,7 +56,7 @@ class Chromium:
         os.close(self._in)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol, and its result."""
+        """Send a command of the protocol and return its result."""
         self._sent += 1
         message: dict[str, Any] = {"id": self._sent, "method": method, "params": parameters}
         os.write(
@@ -68,7 +68,7 @@ class Chromium:
         return answer["result"]
 
     def open(self, page: Path, width: int = 1280, height: int = 900, **media: str) -> None:
-        """Show a page in a window so wide; media such as prefers_color_scheme="dark"."""
+        """Show a page in a window of this size, with media such as prefers_color_scheme="dark"."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -80,17 +80,17 @@ class Chromium:
             self.events.append(self._receive())
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of a script expression in the page."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def save(self, path: Path, method: str = "Page.captureScreenshot", **parameters: Any) -> None:
-        """A picture, or a PDF by Page.printToPDF."""
+        """Save a screenshot, or a PDF by Page.printToPDF."""
         path.write_bytes(base64.b64decode(self.call(method, **parameters)["data"]))
 
     def said(self, method: str) -> list[Mapping[str, Any]]:
-        """The events of that name since the page was opened."""
+        """Return the events of this name since the page was opened."""
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def _receive(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Running the commands from a test, as a user does."""
+"""Run commands from a test as a user does."""
 
 import json
 import os
@@ -13,7 +13,7 @@ TINY = (
     "--model.n-routed-experts 8 --model.max-seq-len 32 --train.batch-size 4 --train.eval-every 2 "
     "--train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 )
-# runs each command as python -m does, all in one process: importing torch takes longer than refusing a mistake
+# runs each command as python -m does, but all in one process, because importing torch takes seconds
 RUN_ALL = """
 import contextlib, io, json, runpy, shlex, sys, traceback
 answers = []
@@ -47,7 +47,7 @@ def run(command: str, folder: Path, stdin: str | None = None) -> "subprocess.Com
 
 
 def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
-    """Status and words of each command (module, arguments), one after the other in one process."""
+    """Run commands (module, arguments) in one process and return the status and output of each."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
     args = [sys.executable, "-c", RUN_ALL]
     done = subprocess.run(args, cwd=folder, env=env, input=json.dumps(commands), capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Config files that tests read and write, and refusals of wrong ones."""
+"""Config files for tests, and the errors of wrong ones."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ FP8_SIZES: dict[str, Any] = {
     "n_heads": 4,
     "precision": "fp8",
 }
-"""A model in simulated FP8 of which some widths do not fill whole tiles of 128."""
+"""Model in simulated FP8, some of whose widths are no multiple of the tile, 128."""
 
 
 def released(name: str, **changes: Any) -> ModelConfig:
@@ -31,14 +31,14 @@ def released(name: str, **changes: Any) -> ModelConfig:
 
 
 def written(folder: Path, content: Any, name: str = "x.json") -> Path:
-    """Write a file of this content and return its path: as JSON, unless it is text already."""
+    """Write a file with this content, as JSON unless it is text, and return its path."""
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
 def refusal(read: Any, *arguments: Any, **more: Any) -> str:
-    """Return the sentence of the ValueError that a call must raise."""
+    """Return the message of the ValueError that a call must raise."""
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the caller looks at the sentence)
         read(*arguments, **more)
     return str(error.value)

@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share: numbers of all kinds, the plain code, and equality to the bit."""
+"""Shared helpers of the tests of the C++ kernels: numbers of all kinds, the plain code, bitwise equality."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ ISAS = [name for name, number in build.ISA_NUMBERS.items() if number and number 
 
 
 def wild(*shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02) -> Tensor:
-    """Numbers of all magnitudes, whose tiles differ by powers of e^3, and some that are special."""
+    """Return numbers of all magnitudes, whose tiles differ by powers of e^3, and some special values."""
     x = torch.randn(shape) * torch.exp(3 * torch.randn(*shape[:-1], 1))
     values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape)]
     return torch.where(torch.rand(shape) < special, values, x).to(dtype)
@@ -42,7 +42,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same(got: Tensor, want: Tensor, nan: bool = True) -> None:
-    """Equal to the bit, but for NaN in values, which is equal to any NaN."""
+    """Check bitwise equality; in values any NaN equals any other."""
     assert got.shape == want.shape and got.dtype == want.dtype
     equal = bits(got) == bits(want)
     if nan and got.itemsize > 1:

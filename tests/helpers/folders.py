@@ -1,4 +1,4 @@
-"""Model folders for tests, read and written by the safetensors library and not by our own code."""
+"""Model folders for tests, read and written by the safetensors library instead of our code."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shards: int = 1) -> Path:
-    """Write a folder of these tensors, in this many files."""
+    """Write a folder of these tensors in this many files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
@@ -54,7 +54,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def different(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of tensors that are not the same in name, dtype, shape and every bit."""
+    """Return the names of tensors that differ in dtype, shape or any bit, or that only one side has."""
     same = {name for name in a.keys() & b.keys() if _bits(a[name]) == _bits(b[name])}
     return (a.keys() | b.keys()) - same
 
@@ -64,21 +64,21 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def is_matrix(name: str) -> bool:
-    """Return whether DeepSeek stores a tensor of this name in FP8."""
+    """Return True if DeepSeek stores a tensor of this name in FP8."""
     return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
 
 
 def blocks_of(tensor: Tensor, tile: tuple[int, int] = (128, 128)) -> Any:
-    """Yield the blocks of a matrix: row and column of the block, and its elements."""
+    """Yield row, column and elements of each block of a matrix."""
     for i in range(0, tensor.shape[0], tile[0]):
         for j in range(0, tensor.shape[1], tile[1]):
             yield i // tile[0], j // tile[1], (slice(i, i + tile[0]), slice(j, j + tile[1]))
 
 
 def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Quantize the matrices block by block; return codes and scales, and what the codes mean in FP32.
+    """Quantize the matrices block by block; return codes with scales, and the dequantized FP32 values.
 
-    The magnitudes of the blocks differ widely, so that a scale in the wrong place is seen.
+    The magnitudes of the blocks differ widely, so that a misplaced scale shows.
     """
     out, meant = {}, {}
     for name, tensor in tensors.items():
@@ -98,7 +98,7 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
-    """Return a model's tensors as a folder has them: in that dtype, except the routing biases."""
+    """Return a model's tensors as a folder stores them: in this dtype, except the routing biases."""
     out = to_hf(model)
     out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in out.items()}
     left_out = () if copies else (".embed_tokens.weight", ".shared_head.head.weight")

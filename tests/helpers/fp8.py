@@ -10,7 +10,7 @@ from dsmini.numerics import (
     round_tiles,
 )
 
-# DeepGEMM's own bounds: what quantisation costs, and what is left to the order of sums and the result's rounding
+# DeepGEMM's bounds: for quantization, and for the order of sums and the rounding of the result
 QUANTISED = 1e-3
 SIMULATED = 5e-6
 
@@ -20,13 +20,15 @@ Scale = Literal["ue8m0", "fp32"]
 def rounded(
     x: Tensor, tile: tuple[int, int], scale: Scale = "ue8m0", format: Any = "e4m3", amax_min: float = AMAX_MIN
 ) -> Tensor:
-    """What x becomes as an operand, in FP64."""
+    """Return x after rounding as an operand, in FP64."""
     return round_tiles(x.detach(), tile, scale, format, amax_min, torch.float32).double()
 
 
 def varied(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normal numbers whose 1x128 and 128x128 tiles differ in magnitude, log-normally with sigma 1.5: with them a scale
-    in the wrong place costs 0.75 of calc_diff, with plain normal ones 0.005."""
+    """Return normal numbers whose 1x128 and 128x128 tiles differ in magnitude, log-normally with sigma 1.5.
+
+    A misplaced scale then gives a calc_diff of 0.75, with plain normal numbers 0.005.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
     tiles = [-(-n // 128) for n in shape[-2:]]

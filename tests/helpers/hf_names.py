@@ -11,7 +11,7 @@ from dsmini.checkpoint.tensor_names import hf_name, mtp_copies
 
 
 def to_hf(model: Transformer) -> dict[str, Tensor]:
-    """Return a model's tensors as a folder has them: experts one by one, and the MTP blocks' copies."""
+    """Return a model's tensors as a folder stores them: experts one by one, with the MTP blocks' copies."""
     state, n_layers = model.state_dict(), model.config.n_layers
     out = {
         hf_name(slot.name, n_layers, slot.expert): state[slot.name]
@@ -24,7 +24,7 @@ def to_hf(model: Transformer) -> dict[str, Tensor]:
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: Transformer) -> dict[str, Tensor]:
-    """Return a folder's tensors under the names of a model; each must belong to it."""
+    """Return a folder's tensors under the names of a model, which must have all of them."""
     n_layers = model.config.n_layers
     parts: dict[str, list[Tensor]] = {}
     used = set(mtp_copies(n_layers, range(model.config.n_mtp_layers)))

@@ -1,4 +1,4 @@
-"""Shapes, tiles and numbers for tests of quantization, and the comparison with a loop over the tiles."""
+"""Shapes, tiles and numbers for tests of quantization, and the comparison with a loop over tiles."""
 
 from typing import Any
 
@@ -30,15 +30,17 @@ EVERY_SCALE = pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
 
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A tile, and the shape of a matrix of up to three tiles by three, mostly ragged; seldom one with no elements."""
+    """Draw a tile and the shape of a matrix of up to 3 x 3 tiles, mostly ragged and sometimes empty."""
     tile = draw(st.sampled_from(TILES))
     shape = [draw(st.integers(0 if draw(st.integers(0, 9)) == 5 else 1, min(2 * side + 9, 290))) for side in tile]
     return (shape[0], shape[1]), tile
 
 
 def varied(shape: tuple[int, ...], tile: tuple[int, int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Tiles of normal numbers, log-normal (sigma 1.5) and powers of ten apart in magnitude, so that a scale in the
-    wrong place is seen; some are zero, some below every amax_min, and half of all numbers tie."""
+    """Return tiles of normal numbers whose magnitudes are log-normal (sigma 1.5) and powers of ten apart.
+
+    A misplaced scale then shows. Some tiles are zero, some below every amax_min, and half of all numbers tie.
+    """
     torch.manual_seed(seed)
     x = torch.randn(shape)
     for matrix in x.view(-1, *shape[-2:]) if x.numel() else ():
@@ -53,7 +55,7 @@ def numpy(x: Tensor) -> Any:
 
 
 def agrees(x: Tensor, tile: tuple[int, int], scale: Any, format: Any, amax_min: float) -> bool:
-    """Whether codes, scales and values of a matrix are those of the loop."""
+    """Return True if codes, scales and values of a matrix equal those of the loop."""
     codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
     want_codes, want_scales, want = quantized(numpy(x), tile, scale, format, amax_min)
     assert codes.dtype == FORMATS[format].dtype

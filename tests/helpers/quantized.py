@@ -27,6 +27,6 @@ EVERY_CUT = pytest.mark.parametrize(("shape", "tile", "tiles"), ANY, ids=lambda 
 
 
 def alike(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    """Return whether two hold the same, bit for bit and field for field."""
+    """Return True if two quantized tensors are equal in every field and bit."""
     fields = [(q.shape, q.tile, q.scale, q.format, q.dtype, q.codes.dtype, q.codes.shape) for q in (a, b)]
     return fields[0] == fields[1] and raw(a.codes).tobytes() == raw(b.codes).tobytes() and same(a.scales, b.scales)

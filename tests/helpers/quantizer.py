@@ -1,8 +1,8 @@
-"""What quantisation means, a second time: in numpy, a tile after the other, from tables of exact fractions.
+"""Quantize a second time, in numpy, one tile after the other, from tables of exact fractions.
 
-Nothing here is from dsmini, and nothing is computed as there: a code is searched between the midpoints of a format's
-values (float64 holds them exactly), and a power of two is taken from frexp. numpy divides and multiplies FP32 as IEEE
-says, so that all of it is bitwise.
+Nothing here comes from dsmini or is computed in the same way. A code is found between the midpoints of a format's
+values, which float64 holds exactly, and a power of two comes from frexp. numpy divides and multiplies FP32 by the rules
+of IEEE, so all results are bitwise.
 """
 
 import functools
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FLOAT, CODES = NDArray[np.float32], NDArray[np.int64]
-# bits of exponent and fraction, the code of the largest value and that of NaN, both without sign
+# bits of exponent and fraction, codes of the largest value and of NaN, both without sign
 LAYOUT = {"e4m3": (4, 3, 0x7E, 0x7F), "e5m2": (5, 2, 0x7B, 0x7F), "e5m6": (5, 6, 0x7BF, 0x7FF)}
 NAMES = tuple(LAYOUT)
 
 
 @functools.cache
 def table(format: str) -> tuple[Fraction, ...]:
-    """The format's finite values from zero on; the place of one is its code without sign."""
+    """Return the format's finite values from zero on; the index of a value is its code without sign."""
     exponent_bits, fraction_bits, largest, _ = LAYOUT[format]
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -38,7 +38,7 @@ def table(format: str) -> tuple[Fraction, ...]:
 
 @functools.cache
 def midpoints(format: str) -> NDArray[np.float64]:
-    """Halfway between neighbours, exact in float64."""
+    """Return the midpoints between neighbours, exact in float64."""
     values = table(format)
     exact = [(a + b) / 2 for a, b in itertools.pairwise(values)]
     out = np.array([float(m) for m in exact])
@@ -47,9 +47,9 @@ def midpoints(format: str) -> NDArray[np.float64]:
 
 
 def nearest(x: FLOAT, format: str) -> CODES:
-    """The code with sign of the nearest value: the even one of two, the last for all beyond it, one for all NaN."""
+    """Return the code with sign of the nearest value: the even one of a tie, the largest beyond the range, or NaN's."""
     exponent_bits, fraction_bits, _, nan = LAYOUT[format]
-    with np.errstate(invalid="ignore"):  # numpy complains of signalling NaN
+    with np.errstate(invalid="ignore"):  # numpy warns about signalling NaN
         between, size = midpoints(format), np.abs(x.astype(np.float64))
     code = np.searchsorted(between, size, side="left")
     tied = (code < len(between)) & (between[np.minimum(code, len(between) - 1)] == size)
@@ -59,19 +59,19 @@ def nearest(x: FLOAT, format: str) -> CODES:
 
 @functools.cache
 def decoded(format: str) -> FLOAT:
-    """The value of each code with sign, NaN for those that `nearest` never gives."""
+    """Return the value of each code with sign, NaN for codes that `nearest` never returns."""
     half = np.full(1 << (LAYOUT[format][0] + LAYOUT[format][1]), np.nan, np.float32)
     half[: len(table(format))] = [float(v) for v in table(format)]
     return np.concatenate([half, -half])
 
 
 def meant(codes: CODES, format: str) -> FLOAT:
-    """The values of codes with sign."""
+    """Return the values of codes with sign."""
     return decoded(format)[codes]
 
 
 def stored(codes: CODES, format: str) -> NDArray[np.uint8]:
-    """The bytes of codes [..., c]: one each, or for 12 bits a little-endian number of three for two of them."""
+    """Return the bytes of codes [..., c]: one each, or three little-endian bytes for two codes of 12 bits."""
     if format != "e5m6":
         return codes.astype(np.uint8)
     codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], -codes.shape[-1] % 8), np.int64)], axis=-1)
@@ -80,20 +80,20 @@ def stored(codes: CODES, format: str) -> NDArray[np.uint8]:
 
 
 def power_from(x: np.float32) -> np.float32:
-    """The least power of two, 2^-126 or more, that is not below x."""
+    """Return the least power of two, at least 2^-126, that is not below x."""
     fraction, exponent = np.frexp(x)
     return np.ldexp(np.float32(1), max(int(exponent) - (1 if fraction == 0.5 else 0), -126))
 
 
 def tiles(rows: int, columns: int, tile: tuple[int, int]) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
-    """Row and column of each tile, and its elements."""
+    """Yield row, column and elements of each tile."""
     for i, row in enumerate(range(0, rows, tile[0])):
         for j, column in enumerate(range(0, columns, tile[1])):
             yield i, j, (slice(row, row + tile[0]), slice(column, column + tile[1]))
 
 
 def quantized(x: FLOAT, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[CODES, FLOAT, FLOAT]:
-    """Codes with sign, scales and FP32 values of a matrix."""
+    """Return codes with sign, scales and FP32 values of a matrix."""
     codes, values = np.full(x.shape, -1), np.full(x.shape, np.nan, np.float32)
     scales = np.full([-(-n // side) for n, side in zip(x.shape, tile, strict=True)], np.nan, np.float32)
     for i, j, block in tiles(*x.shape, tile):
@@ -105,7 +105,7 @@ def quantized(x: FLOAT, tile: tuple[int, int], scale: str, format: str, amax_min
         s = power_from(s) if scale == "ue8m0" else s
         scales[i, j] = s
         codes[block] = nearest(x[block] / s, format)
-        with np.errstate(over="ignore"):  # the largest tiles of all: rounded up, what FP32 held it does not
+        with np.errstate(over="ignore"):  # the largest tiles: FP32 cannot hold the rounded-up value
             values[block] = meant(codes[block], format) * s
     return codes, scales, values
 
@@ -113,18 +113,18 @@ def quantized(x: FLOAT, tile: tuple[int, int], scale: str, format: str, amax_min
 def quantized_groups(
     x: FLOAT, ends: Sequence[int], tile: tuple[int, int], scale: str, format: str, amax_min: float
 ) -> FLOAT:
-    """The values of a matrix whose groups of rows are quantised one by one; a group ends before its end."""
+    """Return the values of a matrix whose groups of rows are quantized one by one; `ends` are exclusive."""
     groups = itertools.pairwise([0, *ends])
     return np.concatenate([quantized(x[a:b], tile, scale, format, amax_min)[2] for a, b in groups])
 
 
 def raw(codes: Tensor) -> NDArray[np.uint8]:
-    """Codes of any dtype as bytes."""
+    """Return codes of any dtype as bytes."""
     return codes.detach().cpu().view(torch.uint8).numpy()
 
 
 def same(got: Any, want: Any) -> bool:
-    """Whether FP32, BF16 or FP16 numbers are the same in shape and every bit; one NaN is like another."""
+    """Return True if FP32, BF16 or FP16 numbers have equal shapes and bits; any NaN equals any other."""
     bits = []
     for x in (got, want):
         x = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, np.float32)

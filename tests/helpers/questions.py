@@ -1,4 +1,4 @@
-"""A model that is small enough for the tests of what measures, and a machine that is made up."""
+"""Tiny model and invented machine for the tests of measurements."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ TINY = ModelConfig(
 
 
 def made_up_roofs(point: Curve, product: Curve, cold: float = 1.0, **given: object) -> Roofs:
-    """Return a machine with one curve for all that moves bytes and one for all products.
+    """Return a machine with one curve for all operations that move bytes and one for all products.
 
     Args:
-        cold: factor by which everything is slower from memory.
-        given: fields of Roofs that differ.
+        cold: factor by which operations from memory are slower.
+        given: other fields of Roofs.
     """
     curves: Mapping[str, Curve] = {
         f"{where} {kind} {dtype}": _slower(product, 1 / by) if kind in PRODUCTS else _slower(point, by)

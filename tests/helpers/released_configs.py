@@ -1,4 +1,4 @@
-"""The config.json files of released models, as Hugging Face has them."""
+"""Contents of config.json of released models on Hugging Face."""
 
 from typing import Any
 

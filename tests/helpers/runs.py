@@ -49,11 +49,11 @@ TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 
 
 class Killed(BaseException):
-    """An exception that no handler expects, so that nothing is put right on the way out."""
+    """Exception that no handler expects, so that nothing is cleaned up."""
 
 
 def new_run(folder: Path, nan_at: tuple[int, ...] = (), **changes: Any) -> TrainingRun:
-    """A run of a small model that draws a little noise in every forward, so that the random state matters too.
+    """Start a run of a small model that draws noise in every forward, so that the random state matters.
 
     Args:
         nan_at: steps, counted from 0, whose gradient is not finite.
@@ -77,16 +77,16 @@ def resumed(
     said: list[str] | None = None,
     **options: Any,
 ) -> TrainingRun:
-    """The run in that folder, ready to go on; with whatever a test changes in what is loaded."""
+    """Resume the run of a folder, with changes to the loaded config."""
     training = new_run(folder, **options)
-    torch.manual_seed(99)  # whatever this process has drawn
+    torch.manual_seed(99)  # another random state than the stored one
     say = (lambda line: None) if said is None else said.append
     training.resume(change(last_checkpoint(folder, training.saver.parts, training.saver.fits, say)))
     return training
 
 
 def whole(training: TrainingRun) -> dict[str, Any]:
-    """All that a run consists of, but for times."""
+    """Return everything that a run consists of, except times."""
     trainer = training.trainer
     tensors = {
         f"{part}/{name}": tensor.clone()
@@ -109,7 +109,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
 
 
 def unequal(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Return the keys of what is not the same, bit for bit."""
+    """Return the keys whose values differ in any bit."""
     both = {key for key in a.keys() & b.keys() if _same(a[key], b[key])}
     return (a.keys() | b.keys()) - both
 
@@ -121,7 +121,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[[], bool], after: bool) -> None:
-    """Make a function die, before or after its work, the first time that `when` says so."""
+    """Make a function raise Killed before or after its work, the first time that `when` returns True."""
     real = getattr(owner, name)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -137,13 +137,13 @@ def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[
 
 
 def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
-    """True at the so-many-eth call (from 0) while so many steps are done."""
+    """Return a condition that is True at one call, counted from 0, after this number of steps."""
     count: Iterator[int] = iter(range(10**9))
     return lambda: training.trainer.steps_done == step and next(count) == number
 
 
 def asked_after(training: TrainingRun, steps: int) -> None:
-    """Ask it to stop, as by Ctrl-C, in the step that follows so many."""
+    """Ask the run to stop, as by Ctrl-C, in the step after this number of steps."""
     real = training.trainer.step
 
     def step() -> Any:
@@ -160,6 +160,6 @@ def stopped(training: TrainingRun) -> None:
 
 
 def falling_behind(training: TrainingRun) -> TrainingRun:
-    """The best validation is the first, so that forgetting it shows."""
+    """Make the first validation the best, so that forgetting it shows."""
     training.trainer.validate = lambda *_, **__: float(training.trainer.steps_done)
     return training

@@ -1,8 +1,8 @@
-"""Drives the sanitizer build of the CPU kernels with buffers of exact sizes; tests/kernels/test_cpu_bounds.py runs it.
+"""Drive the sanitizer build of the CPU kernels with buffers of exact sizes, for tests/kernels/test_cpu_bounds.py.
 
     python sanitized.py LIBRARY STRUCT [overflow]
 
-Without torch, whose import under a sanitizer takes long. With `overflow` one call is told of memory that is not there.
+It does not import torch, which takes long under a sanitizer. With `overflow` one call gets a size beyond its buffer.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Random configs that can be built, for hypothesis."""
+"""Random valid configs for hypothesis."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dsmini import ModelConfig
 
 @st.composite
 def model_configs(draw: st.DrawFn) -> ModelConfig:
-    """Any valid ModelConfig with small, mostly odd sizes: each attention, dense and MoE layers, groups, MTP, YaRN."""
+    """Draw a valid ModelConfig of small, mostly odd sizes: each attention, dense and MoE layers, groups, MTP, YaRN."""
 
     def size(low: int, high: int) -> int:
         return draw(st.integers(low, high))

@@ -1,4 +1,4 @@
-"""Model folders as published ones look, small: a tokenizer.json, its config with a chat template, end tokens."""
+"""Small model folders that look published: tokenizer.json, its config with a chat template, end tokens."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TEXT = [
     "User and Assistant say: you are <b>. " * 9,
 ]
 
-# as DeepSeek-V3's, without its tools
+# like DeepSeek-V3's, without tools
 TEMPLATE = """\
 {% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
 {% set ns = namespace(is_first=false, system_prompt='', is_first_sp=true) %}\
@@ -32,10 +32,10 @@ TEMPLATE = """\
 
 
 def save_tokenizer(path: Path, vocab_size: int = 400, bos: bool = False) -> Tokenizer:
-    """A byte-level tokenizer.json like DeepSeek-V3's: of its added tokens only the first are called special.
+    """Write a byte-level tokenizer.json like DeepSeek-V3's, where only the first added tokens are special.
 
     Args:
-        bos: has a post-processor that begins every text with the beginning token.
+        bos: add a post-processor that starts every text with the beginning token.
     """
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,11 +60,11 @@ def save_tokenizer(path: Path, vocab_size: int = 400, bos: bool = False) -> Toke
 
 
 def save_text_side(folder: Path, template: Any = TEMPLATE, **config: Any) -> Path:
-    """The text files of a model's folder.
+    """Write the text files of a model's folder.
 
     Args:
-        template: of tokenizer_config.json; None: no template.
-        config: more keys of that file, or others.
+        template: chat template of tokenizer_config.json; None for no template.
+        config: keys to add to that file or to change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder / "tokenizer.json")

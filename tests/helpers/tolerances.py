@@ -1,9 +1,9 @@
-"""How far apart two right computations of the same thing may be.
+"""Tolerances between two correct computations of the same value.
 
 Errors are measured over a whole tensor, |got - want| / |want|. Rounding to a type moves a number by at most the type's
-unit roundoff u, half a step: u = 2^-p for a significand of p bits. A sum of k terms rounds k times; the errors point
-in random directions and grow with sqrt(k) (Higham and Mary 2019), and so do those of chained operations. SAFETY covers
-what this leaves out: sums that cancel, a softmax that magnifies, a norm that divides.
+unit roundoff u, half a step: u = 2^-p for a significand of p bits. A sum of k terms rounds k times. The errors point in
+random directions and grow with sqrt(k) (Higham and Mary 2019), also over chained operations. SAFETY covers the rest:
+sums that cancel, a softmax that magnifies, a norm that divides.
 """
 
 import math
@@ -27,24 +27,24 @@ MOVED = 1e-7
 
 
 def rounding(unit: float, terms: int = 1, chained: int = 1) -> float:
-    """Relative error of `chained` operations after one another, each a sum of `terms` products."""
+    """Return the relative error of `chained` consecutive operations, each a sum of `terms` products."""
     return SAFETY * unit * math.sqrt(terms * chained)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in FP64; |got| where want is zero."""
+    """Return |got - want| / |want| in FP64, or |got| if want is zero."""
     got, want = got.detach().double(), want.detach().double()
     size = want.norm().item()
     return (got - want).norm().item() / (size or 1.0)
 
 
 def calc_diff(got: Tensor, want: Tensor) -> float:
-    """DeepGEMM's measure, 1 - 2 sum(xy) / sum(x^2 + y^2), in FP64: about half the square of the relative error."""
+    """Return DeepGEMM's measure 1 - 2 sum(xy) / sum(x^2 + y^2) in FP64, about half the squared relative error."""
     got, want = got.detach().double(), want.detach().double()
     return (1 - 2 * (got * want).sum() / (got.square() + want.square()).sum()).item()
 
 
-# Two right ways through a whole small model in FP32: sums of at most 48 terms, some 20 of them chained in each of its
+# Two correct ways through a whole small model in FP32: sums of at most 48 terms, some 20 of them chained in each of its
 # two blocks and up to two of multi-token prediction.
 FP32_MODEL = rounding(FP32_UNIT, terms=48, chained=80)
 # One layer reading a cache that was rounded once: its keys move the softmax, its values the sum.
@@ -54,9 +54,9 @@ E4M3_CACHE = rounding(E4M3_UNIT, chained=2)
 
 
 def moved_codes(difference: float) -> float:
-    """Relative error of an operand in E4M3 that had this relative error before it was rounded.
+    """Return the relative error of an operand in E4M3 that had this relative error before rounding.
 
-    A code is a step from its neighbour, 2^-3 at most of its value. So the share difference / 2^-3 of the codes moves,
-    each by 2^-3, and the error is the square root of the product.
+    Neighbouring codes are at most 2^-3 of their value apart. A share difference / 2^-3 of the codes moves, each by
+    2^-3, and the error is the square root of the product.
     """
     return SAFETY * math.sqrt(difference * 2 * E4M3_UNIT)

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs as they are counted: each rule by hand, whole steps against torch's counter and the config's."""
+"""Counted bytes and FLOPs: each rule by hand, whole steps against torch's counter and the config."""
 
 import dataclasses
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_in_inference_mode_the_same_is_counted() -> None:
     with torch.inference_mode():
         whole = count(lambda: model(tokens))
     assert whole.flops == plain.flops > 0
-    assert 0.9 < whole.bytes / plain.bytes <= 1  # torch takes other operations for a norm there
+    assert 0.9 < whole.bytes / plain.bytes <= 1  # there torch computes a norm with other operations
 
 
 def test_a_fused_optimizer_reads_gradients_and_leaves_them() -> None:
@@ -144,7 +144,7 @@ def test_products_as_torch_counts_them() -> None:
 
 
 def test_a_cache_keeps_what_was_used_last() -> None:
-    """Sums read alone, and write four bytes: what is cold is what was read."""
+    """Use sums, which write only four bytes, so that cold bytes are those read."""
     a, b, c, large = (torch.rand(n) for n in (1000, 1000, 1000, 3000))
     for room, order, warm in (
         (1 << 20, (a, b, c, a, b, c), (False, False, False, True, True, True)),
@@ -202,7 +202,7 @@ CONFIG = ModelConfig(
 def test_flops_of_a_training_step_are_the_configs(
     seq_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 1 % in one block of queries without padding; else what is padded and masked comes on top."""
+    """Allow 1 % for one block of queries without padding; padding and masks add FLOPs otherwise."""
     monkeypatch.setattr(causal_attention, "BLOCK", 128)
     model = randomise(Transformer(CONFIG, compute_dtype=dtype))
     tokens, targets = torch.randint(0, 96, (2, 4, seq_len)).unbind()
@@ -313,7 +313,7 @@ def test_a_step_takes_what_its_operations_take() -> None:
 
 
 def test_kernels_are_counted_by_their_declared_cost() -> None:
-    """The same call, run by C++ or by plain PyTorch: the kernel moves its operands once, PyTorch its copies too."""
+    """Count one call in C++ and in plain PyTorch: the kernel moves its operands once, PyTorch also its copies."""
     x = torch.randn(256, 384)
     with ops.use("cpu"):
         kernel = count(lambda: quantize(x))

@@ -1,4 +1,4 @@
-"""What is saved for backward is measured, and then let go."""
+"""Saved activations are measured and then freed."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from dsmini.measure.memory import saved_for_backward
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_measured_graph_outlives_it(dtype: torch.dtype) -> None:
-    """A graph that holds itself would hold the parameters too."""
+    """Free the parameters: a graph that refers to itself would hold them."""
     model = Transformer(ModelConfig(n_layers=2), compute_dtype=dtype)
     held = weakref.ref(model.embed.weight)
     saved = saved_for_backward(model, torch.randint(0, 256, (2, 36)))

@@ -1,4 +1,4 @@
-"""Predicted time: of a step that warms up first, of operations that no rate is kept for."""
+"""Predicted times: warm-up, dtypes without rates, cold bytes."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.helpers.questions import made_up_roofs
 
 
 def roofs() -> Roofs:
-    """A machine whose bytes take 1 ns each, and whose products run at 1 GFLOP/s."""
+    """Return a machine that moves a byte in 1 ns and multiplies at 1 GFLOP/s."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-9, 1.0)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e9))
     peak = {"float32": 1e9, "bfloat16": 1e9}
     return made_up_roofs(point, product, peak=peak, bandwidth=1e9, copy=1e9, call=1e-3)

@@ -1,4 +1,4 @@
-"""Rates are measured within a budget of time, however slow the machine: here made up, with a clock of its own."""
+"""Measure rates within a budget of time on invented machines with their own clock."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Rates = dict[torch.dtype, float]
 
 
 class Clock:
-    """A clock that moves only when a product or another piece of work is paid for."""
+    """Clock that moves only by the cost of a product or of other work."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,7 +34,7 @@ class Clock:
 
 @pytest.fixture
 def machine_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Clock]]:
-    """A machine that multiplies at the given FLOP/s; each product waits for so many seconds besides."""
+    """Yield the maker of a machine that multiplies at the given FLOP/s, with a wait in each product."""
     slow_bf16.cache_clear()
 
     def make(rates: Rates, wait: float = 0.0) -> Clock:
@@ -59,7 +59,7 @@ def machine_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Clock]
 def test_matmul_rate_ends_within_budget(machine_of: Callable[..., Clock], flops: float) -> None:
     clock = machine_of({BF16: flops})
     assert matmul_rate(CPU, BF16, seconds=0.5) == pytest.approx(flops)
-    # the smallest size is measured on any machine; warming up comes on top
+    # every machine measures the smallest size, after a warm-up
     assert clock.now < max(2 * 0.5, 4 * 2 * 64**3 / flops + 4 * 2 * 128**3 / flops)
 
 
@@ -73,7 +73,7 @@ def test_matmul_rate_takes_the_largest_size_in_time(
 
 
 def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., Clock]) -> None:
-    """Threads of a busy machine wait for one another: small products say nothing of the rate."""
+    """Simulate threads that wait for each other, where small products do not show the rate."""
     machine_of({FP32: 1e11}, wait=0.01)
     assert matmul_rate(CPU, FP32) > 0.3e11
 
@@ -124,7 +124,7 @@ def test_seconds_of_begins_no_round_beyond_its_budget(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Calibrate a machine where any operation takes 0.1 ms and so long for each element; returns also the seconds."""
+    """Calibrate a machine with 0.1 ms for each operation and a time for each element; return the seconds too."""
 
     def measure(per_element: float, seconds: float) -> tuple[Any, float]:
         clock = Clock()

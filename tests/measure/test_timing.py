@@ -1,4 +1,4 @@
-"""Times in turns: what counts, in which order, and what is made of it."""
+"""Times in turns: warm-up, order, ratios, spread."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 
 
 class FakeTime:
-    """A clock that moves only when somebody works."""
+    """Clock that moves only by the time of simulated work."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.log = 0.0, list[str]()
         patch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def work(self, name: str, *seconds: float) -> Callable[[], object]:
-        """A run that takes these seconds, the last of them from then on."""
+        """Return a run that takes these seconds in turn, and repeats the last."""
         left = list(seconds)
 
         def run() -> None:
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 def test_once_waits_for_the_device(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
     def synchronize(device: torch.device) -> None:
         clock.log.append("wait")
-        clock.now += 10.0 * (clock.log == ["wait", "run", "wait"])  # the device goes on after the call
+        clock.now += 10.0 * (clock.log == ["wait", "run", "wait"])  # the device works longer than the call
 
     monkeypatch.setattr(machine, "synchronize", synchronize)
     assert once(clock.work("run", 1.0), CPU) == 11

@@ -1,4 +1,4 @@
-"""Things to measure on: random models and caches, and the bytes that they hold."""
+"""Random models and caches, and their bytes."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_saved_bytes_grow_with_tokens_and_refuse_a_width() -> None:
     few, many = (saved_for_backward(model, random_tokens(TINY, 1, n + 1, CPU)) for n in (20, 40))
     assert 0 < few.by_linears < few.total
     assert many.total > 1.9 * few.total
-    with pytest.raises(ValueError, match="64 tokens are as many as a matrix"):
+    with pytest.raises(ValueError, match="64 tokens equal the rows or columns of a matrix"):
         saved_for_backward(model, random_tokens(TINY, 1, 65, CPU))
 
 

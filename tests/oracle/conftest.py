@@ -1,4 +1,4 @@
-"""transformers is the oracle; its absence skips with the reason."""
+"""Skip the comparison with transformers, the oracle, where it is not installed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""transformers' DeepSeek models with random weights, and their tensors under the names of a saved folder."""
+"""Random DeepSeek models of transformers, and their tensors under the names of a saved folder."""
 
 from typing import Any
 
@@ -34,13 +34,13 @@ SMALL = {
 
 
 def yarn(**changes: Any) -> dict[str, Any]:
-    """rope_parameters of an extended context, its two temperatures unequal."""
+    """Return rope_parameters of an extended context with two different temperatures."""
     values = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32, "beta_slow": 1}
     return values | {"mscale": 0.707, "mscale_all_dim": 1.2, "original_max_position_embeddings": 16} | changes
 
 
 def v3(seed: int, **changes: Any) -> DeepseekV3ForCausalLM:
-    """A random V3 model whose routing biases are nonzero, most of them negative."""
+    """Return a random V3 model with nonzero, mostly negative routing biases."""
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**(SMALL | changes), attn_implementation="eager")).eval()
     _randomise(model)
@@ -56,14 +56,14 @@ def v2(seed: int, **changes: Any) -> DeepseekV2ForCausalLM:
 
 
 def mtp(model: DeepseekV3ForCausalLM, depth: int) -> MtpModel:
-    """transformers' own multi-token prediction blocks for the model, random."""
+    """Return random multi-token prediction blocks of transformers for the model."""
     blocks = MtpModel(model, depth).eval()
     _randomise(blocks.layers)
     return blocks
 
 
 def _randomise(model: torch.nn.Module) -> None:
-    """Weights large enough that every part of the model matters; norms around 1."""
+    """Draw weights so large that every part of the model matters, and norms around 1."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
@@ -75,7 +75,7 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def tensors(model: torch.nn.Module, n_layers: int, kind: str = "data") -> dict[str, Tensor]:
-    """A model's tensors, or their gradients (kind "grad"), under the names of a saved folder: experts one by one."""
+    """Return a model's tensors, or gradients for kind "grad", under the names of a saved folder, experts one by one."""
     out: dict[str, Tensor] = {}
     named = list(model.named_parameters())
     if kind == "data":
@@ -99,12 +99,12 @@ def tensors(model: torch.nn.Module, n_layers: int, kind: str = "data") -> dict[s
 
 
 def mtp_tensors(blocks: MtpModel, n_layers: int) -> dict[str, Tensor]:
-    """The tensors of multi-token prediction blocks alone, without the main model's that they share."""
+    """Return the tensors of multi-token prediction blocks, without those shared with the main model."""
     return {k: v for k, v in tensors(blocks, n_layers).items() if k.startswith("model.layers.")}
 
 
 def _folder_name(name: str, n_layers: int) -> str:
-    """MtpModel's in-memory names to those of a folder, where MTP blocks follow the last layer."""
+    """Map a name of MtpModel to that of a folder, where MTP blocks follow the last layer."""
     if not name.startswith("layers."):
         return name
     _, depth, rest = name.split(".", 2)

@@ -1,4 +1,4 @@
-"""The same tokens as transformers' apply_chat_template, on the same folder."""
+"""Tokens of chats equal those of transformers' apply_chat_template on the same folder."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Greedy generation from the cache, token for token as transformers generates."""
+"""Greedy generation from the cache equals transformers token for token."""
 
 import hf
 import pytest

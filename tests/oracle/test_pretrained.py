@@ -1,4 +1,4 @@
-"""Folders that transformers saved are read as transformers reads them, and what we save transformers loads."""
+"""Read folders that transformers saved as transformers does, and save folders that transformers loads."""
 
 import json
 from pathlib import Path
@@ -46,10 +46,10 @@ def theirs(case: str) -> Any:
 
 
 def saved(case: str, folder: Path, **options: Any) -> tuple[Any, Path]:
-    """A model of transformers, and its folder."""
+    """Yield a model of transformers and its saved folder."""
     model = theirs(case)
     model.save_pretrained(folder, **options)
-    if case == "kimi_k2":  # transformers has no such type; the released folder has V3's tensors and its own code
+    if case == "kimi_k2":  # transformers lacks this type; the released folder has V3's tensors and its own code
         (folder / "config.json").write_text(json.dumps(folders.config_of(folder) | {"model_type": "kimi_k2"}))
     return model, folder
 
@@ -64,7 +64,7 @@ def their_logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def in_the_old_spelling(raw: dict[str, Any]) -> dict[str, Any]:
-    """As the released files have it."""
+    """Return the config in the spelling of the released files."""
     rope = dict(raw["rope_parameters"])
     old = {k: v for k, v in raw.items() if k not in ("rope_parameters", "dtype", "head_dim", "qk_head_dim")}
     old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw["dtype"], "rope_scaling": None}
@@ -86,7 +86,7 @@ def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, s
 
 @pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2"])
 def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
-    """From a model of our own, so that the config is of our own making too."""
+    """Save our own model, whose config we write too."""
     model, folder = saved(case, tmp_path / "a", max_shard_size="100KB")
     ours = dsmini.load_pretrained(folder)
     fresh = dsmini.Transformer(ours.config)
@@ -154,7 +154,7 @@ def test_saved_by_transformers_without_its_mtp_layers(tmp_path: Path) -> None:
     assert folders.config_of(tmp_path / "b")["num_nextn_predict_layers"] == 0
 
 
-# Sizes whose blocks are all equal: transformers refuses ragged ones, or takes them for smaller equal ones.
+# Sizes with equal blocks: transformers refuses ragged blocks or takes them for smaller equal ones.
 WHOLE_BLOCKS = {
     "hidden_size": 256,
     "intermediate_size": 384,
@@ -176,7 +176,7 @@ WHOLE_BLOCKS = {
 
 @pytest.fixture
 def their_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers read FP8 without accelerate, which it asks for and does not need here."""
+    """Let transformers read FP8 without accelerate, which it requires but does not need here."""
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
 
 

@@ -1,4 +1,4 @@
-"""The same distributions as transformers' logits processors."""
+"""Distributions equal those of transformers' logits processors."""
 
 from typing import Any
 

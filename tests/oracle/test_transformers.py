@@ -1,4 +1,4 @@
-"""The same answers as transformers: logits, gradients, multi-token prediction."""
+"""Logits, gradients and multi-token prediction equal those of transformers."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transformer:
-    """A dsmini model from the config.json and the tensors that transformers would save."""
+    """Return a dsmini model from the config.json and the tensors that transformers would save."""
     raw = json.loads(model.config.to_json_string(use_diff=True)) | {"num_nextn_predict_layers": n_mtp_layers}
     config = ModelConfig(**config_from_json(raw, "config.json"))
     built = Transformer(config)
@@ -39,7 +39,7 @@ def ours(model: Any, tensors: dict[str, Tensor], n_mtp_layers: int) -> Transform
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
-    """Relative error over the whole tensor; printed, so that pytest -rP shows it."""
+    """Check and print the relative error over the whole tensor; pytest -rP shows it."""
     error = ((got - want).norm() / want.norm()).item()
     print(f"{error:.1e} {what}")
     assert error < tolerance, what

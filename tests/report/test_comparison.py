@@ -1,4 +1,4 @@
-"""Two runs compared: what changed, and what is noise."""
+"""Comparison of two runs: changes and noise."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dsmini.report.comparison import compare
 
 
 def figure(measured: float, **given: Any) -> Figure:
-    """Measured several times, to the same value."""
+    """Return a figure whose quartiles equal its median."""
     usual: dict[str, Any] = {"question": "q", "case": {"n": 1}, "metric": "time", "unit": "s", "better": "lower"}
     return Figure(**{**usual, "low": measured, "high": measured, **given}, measured=measured)
 
@@ -25,7 +25,7 @@ ONCE: dict[str, Any] = {"low": None, "high": None}
         (figure(1.06), figure(1.0), "better"),
         (figure(1.0, better="higher", unit="tokens/s"), figure(1.2, better="higher", unit="tokens/s"), "better"),
         (figure(1.0, unit="x"), figure(0.954, unit="x"), "unchanged"),
-        (figure(1.0, unit="x"), figure(0.952, unit="x"), "better"),  # 5 % of the smaller
+        (figure(1.0, unit="x"), figure(0.952, unit="x"), "better"),  # 5 % of the smaller value
         (figure(1.0, **ONCE), figure(1.4, **ONCE), "unchanged"),
         (figure(1.0, **ONCE), figure(1.6, **ONCE), "worse"),
         (figure(1000, unit="bytes", **ONCE), figure(1040, unit="bytes", **ONCE), "unchanged"),

@@ -1,4 +1,4 @@
-"""The sources and the commit that figures come from."""
+"""Sources and commit of figures."""
 
 import subprocess
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_sources_that_figures_depend_on_are_hashed(tmp_path: Path, monkeypatch: 
 
 
 def test_installed_package_has_no_commit_and_its_own_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel, in a folder that another project's git knows, next to strangers of our folders' names."""
+    """Install a wheel inside another project's checkout, next to its folders of the same names."""
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     site = tmp_path / "site-packages"
     for name in ("dsmini/a.py", "dsmini_kernels/cpu/a.cpp", "benchmarks/a.py"):

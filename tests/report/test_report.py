@@ -1,4 +1,4 @@
-"""A report that another command than benchmarks makes: figures and sentences in, a terminal, a page and JSON out."""
+"""Report of any command: from figures and sentences to terminal, page and JSON."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The report as a browser shows it: complete, alone, at every width, light and dark."""
+"""Report in a browser: complete, without requests, at every width, light and dark."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import runner
 from dsmini.report import Plot, Series
-from dsmini.report.plots import THEMES, drawable, legend, styles, svg
+from dsmini.report.plots import THEMES, colours_of, drawable, legend, svg
 from tests.helpers import fake_questions as fake
 from tests.helpers.chromium import BROWSER, Chromium
 
@@ -45,7 +45,7 @@ def test_page_names_no_other_place(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"(src|href|url\()\s*=?\s*[\"'(]?\s*(https?:|//|file:)", text)
     assert "<script" not in text
-    # matplotlib's own namespaces and the browser's are the only addresses, and they are none to fetch from
+    # the only addresses are XML namespaces, which nothing fetches
     assert set(re.findall(r"https?://[^\"'\s<]+", text)) <= {
         "http://www.w3.org/1999/xlink",
         "http://www.w3.org/2000/svg",
@@ -102,16 +102,8 @@ def test_points_stand_over_their_labels() -> None:
 def test_prediction_has_the_colour_of_what_it_predicts() -> None:
     of = {"mla": "", "mha": "", "mla, predicted": "mla", "predicted (mha)": "mha"}
     series = [Series(label=label, x=[1, 2], y=[3, 4], of=of[label]) for label in of]
-    mla, mha, mla_predicted, mha_predicted = styles(series)
+    mla, mha, mla_predicted, mha_predicted = colours_of(series)
     assert mla == mla_predicted != mha == mha_predicted
-
-
-def test_more_series_than_colours_are_squares() -> None:
-    of = {"mla": "", "mha": "", "mla, predicted": "mla", "predicted (mha)": "mha"}
-    of |= dict.fromkeys((f"kind {n}" for n in range(9)), "")
-    found = dict(zip(of, styles([Series(label=label, x=[1, 2], y=[3, 4], of=of[label]) for label in of]), strict=True))
-    assert found["mla"][0] == found["kind 8"][0]
-    assert [label for label, (_, marker) in found.items() if marker == "s"] == ["kind 8"]
 
 
 def test_legend_has_one_entry_for_all_predictions() -> None:

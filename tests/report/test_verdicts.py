@@ -1,4 +1,4 @@
-"""Comparisons in words: firm where the spread is small, a range where it is not."""
+"""Comparisons in words: one number for a small spread, a range for a large one."""
 
 import pytest
 
