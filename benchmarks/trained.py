@@ -72,12 +72,7 @@ def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]
 def plots_by_seed(
     figures: list[Figure], by: str, names: Iterable[str], metrics: Mapping[str, tuple[str, str]]
 ) -> list[Plot]:
-    """Draw each metric over the seeds, with a group for each name.
-
-    Args:
-        by: key of the case that holds the name.
-        metrics: title and unit of each metric.
-    """
+    """Draw each metric, given with title and unit, over the seeds, with a group for each value of the key `by`."""
     return [
         plot
         for metric, (title, unit) in metrics.items()

@@ -21,11 +21,7 @@ def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _point(run: Callable[..., object], width: int, inputs: int, moved: int) -> Maker:
-    """Return the maker of an operation on rows of this width.
-
-    Args:
-        moved: bytes that the operation moves, in multiples of the bytes of one input.
-    """
+    """Return the maker of an operation on rows of this width that moves `moved` times the bytes of one input."""
 
     def make(n: int, dtype: torch.dtype, device: torch.device) -> Job:
         tensors = tuple(_rows(n, width, dtype, device) for _ in range(inputs))

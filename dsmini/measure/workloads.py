@@ -22,11 +22,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def random_cache(model: Transformer, batch: int, context: int, room: int, dtype: CacheDtype | None = None) -> Cache:
-    """Return a cache with random rows for `context` tokens, and room for more.
-
-    Args:
-        room: number of tokens that can be appended.
-    """
+    """Return a cache with random rows for `context` tokens, and room for `room` more."""
     cache = model.new_cache(batch, context + room, dtype=dtype)
     generator = torch.Generator(cache.stores[0].data.device).manual_seed(0)
     for store in cache.stores:

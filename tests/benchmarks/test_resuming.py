@@ -16,7 +16,7 @@ from tests.helpers.benchmark_calls import Capture, Watch, go, lines
 from tests.helpers.commands import ROOT
 
 
-def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -> None:
+def test_interrupted_run_continues(tmp_path: Path, capsys: Capture) -> None:
     watch = Watch("dsmini 2048", KeyboardInterrupt())
     assert go(tmp_path, known=watch.known) == 130
     out, err = capsys.readouterr()
@@ -28,7 +28,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
     watch.seen.clear()
     assert go(tmp_path, known=watch.known) == 0
     out, err = capsys.readouterr()
-    assert "2 of 13 cases are done already" in err
+    assert "2 of 13 cases are already done" in err
     assert watch.seen[0] == "dsmini 2048" and len(watch.seen) == 6
     answer = json.loads(out)
     assert len(answer["figures"]) == 13
@@ -187,7 +187,10 @@ def test_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     go(tmp_path, "fake_cache")
     path = tmp_path / "results.jsonl"
     text = path.read_text().splitlines(keepends=True)
-    for damage, said in (("{half\n", "line 3 of .* is not JSON: '{half'"), ('{"kind": "figure"}\n', "is no line of")):
+    for damage, said in (
+        ("{half\n", "line 3 of .* is not JSON: '{half'"),
+        ('{"kind": "figure"}\n', "is not a line of"),
+    ):
         path.write_text("".join([*text[:2], damage, *text[2:]]))
         with pytest.raises(ValueError, match=said):
             go(tmp_path)

@@ -110,7 +110,7 @@ def test_one_endless_call_into_torch_is_stopped(tmp_path: Path) -> None:
     answer = json.loads(line)
     assert [failed["case"] for failed in answer["failed"]] == ["dsmini 512"]
     assert len(answer["figures"]) == 7
-    assert "1 of 8 cases are done already" in done.stderr
+    assert "1 of 8 cases are already done" in done.stderr
 
 
 def test_quick_leaves_out_the_longest_and_says_why(tmp_path: Path, capsys: Capture) -> None:
