@@ -139,7 +139,7 @@ def distinct_experts(routing: Sequence[Routing]) -> float | None:
 def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
     """Return a clause with the bytes of a case over their lower bound; "" if they were not measured."""
     ratios = [f.ratio for f in pick(figures, "bytes_per_token", **case) if f.ratio]
-    return "".join(f"; a token moves {ratio:.2f} times the least bytes of the whole model" for ratio in ratios)
+    return "".join(f"; bytes per token in the whole model are {ratio:.2f} times the lower bound" for ratio in ratios)
 
 
 def speed_sentence(figures: list[Figure], what: str) -> str:

@@ -182,7 +182,7 @@ def finding(figures: list[Figure]) -> str:
             told.append(f"at {min(shares):.0%} to {max(shares):.0%} of a copy's speed on {plural(n, 'thread')}")
     if faster := values(figures, "over_eager"):
         told.append(f"{min(faster):.0f} to {max(faster):.0f} times as fast as plain PyTorch")
-    told += [f"{t * 1e6:.1f} us a call" for t in values(figures, "call_seconds", call="through dispatch")]
+    told += [f"{t * 1e6:.1f} µs a call" for t in values(figures, "call_seconds", call="through dispatch")]
     return f"Kernels for tiles run {', '.join(told)}." if told else ""
 
 

@@ -188,7 +188,7 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """Return the contents of a file of results, empty if there is no file. Skip a half-written last line.
+    """Return the contents of a file of results, empty without a file. Skip a half-written last line.
 
     Raises: ValueError that names the damaged line.
     """

@@ -22,7 +22,7 @@ FP8_SIZES: dict[str, Any] = {
     "n_heads": 4,
     "precision": "fp8",
 }
-"""Model in simulated FP8, some of whose widths are no multiple of the tile, 128."""
+"""Model in simulated FP8, some of whose widths are not multiples of the tile, 128."""
 
 
 def released(name: str, **changes: Any) -> ModelConfig:
