@@ -12,7 +12,7 @@ from hypothesis import settings
 from torch import nn
 
 from dsmini import ModelConfig, Transformer
-from dsmini.measure.machine import peak_memory
+from dsmini.machine import peak_memory
 
 settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("dsmini")

@@ -1,4 +1,4 @@
-"""Running a command: its exit status, and one sentence for what went wrong."""
+"""Run a command: set its exit status, and report an error in one sentence."""
 
 import io
 import re
@@ -10,7 +10,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command's main and exit with its status; a mistake of the user is one sentence and status 2."""
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+            out.reconfigure(errors="replace")  # for a character that the terminal cannot show
     try:
         status = main(sys.argv[1:])
     except ValueError as error:
@@ -19,7 +19,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         sys.stderr.close()
         status = 1
     except OSError as error:

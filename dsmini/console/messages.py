@@ -1,11 +1,11 @@
-"""Lines for people: the one way in which commands and rooms print them."""
+"""Print lines for people; every command and package uses these functions."""
 
 from rich.console import Console
 from rich.text import Text
 
 
 def say(console: Console, line: str = "", style: str = "") -> None:
-    """Print a line as it is: brackets are no markup, numbers get no colours, and a long line is not wrapped."""
+    """Print a line as it is: without markup in brackets, colours for numbers, or wrapping."""
     console.print(Text(line, style=style), soft_wrap=True)
 
 

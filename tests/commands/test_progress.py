@@ -53,6 +53,24 @@ def test_pipe_gets_each_update_where_lines_are_not_counted() -> None:
     assert said(console) == "case\ncase\n"
 
 
+def test_pipe_gets_a_line_after_a_minute_of_silence(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, 10_000, "step", line_every=5000) as bar:
+        for _ in range(4):
+            bar.update(bar.done + 1, f"loss {bar.done:.0f}")
+            clock[0] += 40
+    assert said(console).splitlines() == ["step  loss 0", "step  loss 2"]
+
+
+def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, 10, "step", line_every=5) as bar, bar.part("validation") as update:
+        for share in (0.1, 0.2, 0.3, 0.4):
+            update(share)
+            clock[0] += 6
+    assert said(console).splitlines() == ["validation: 30%"]
+
+
 def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None:
     console = pipe()
     with Progress(console, label="the corpus", unit="bytes") as bar:

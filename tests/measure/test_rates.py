@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini.measure import calibration, machine, timing
+from dsmini import machine
+from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
+from dsmini.measure import calibration, timing
 from dsmini.measure.calibration import seconds_of
-from dsmini.measure.machine import matmul_rate, pick_dtype, slow_bf16
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -97,6 +98,12 @@ def test_dtype_and_slow_bf16_follow_the_rates(
     before = clock.now
     assert slow_bf16(CPU) == slow and clock.now == before, "measured once"
     assert clock.now < 2 * 12 * 0.06
+
+
+def test_clear_loss_of_bf16_ends_the_trial(machine_of: Callable[..., Clock]) -> None:
+    clock = machine_of({FP32: 1.7e11, BF16: 3e8})
+    assert pick_dtype("auto", CPU) == FP32
+    assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8, "one turn each, BF16 with four products of the smallest size"
 
 
 def test_measuring_keeps_threads_and_draws_no_numbers() -> None:

@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import Transformer, accounting
-from dsmini.measure.fp8 import (
+from benchmarks.fp8_products import (
     PRODUCTS,
     WAYS,
     Gemm,
     capture,
     exact_products,
-    hold_in_fp8,
     operand_error,
     product_error,
     rounded_products,
 )
+from benchmarks.questions.fp8 import hold_in_fp8
+from dsmini import Transformer, accounting
 from dsmini.measure.memory import storage_bytes
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
@@ -46,7 +46,7 @@ def test_expected_error_is_that_of_rounding(format: Any) -> None:
 
 
 @pytest.mark.parametrize("k", [130, 1000])
-def test_expected_error_of_a_product_does_not_depend_on_its_length(k: int) -> None:
+def test_expected_error_does_not_depend_on_product_length(k: int) -> None:
     x, w = torch.randn(300, k), torch.randn(200, k)
     expected = product_error(E4M3, E4M3)
     assert abs(relative_error(fp8_matmul(x, w), x @ w.T) / expected - 1) < 0.05
