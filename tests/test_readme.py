@@ -9,7 +9,7 @@ import pytest
 import dsmini
 from tests.helpers.commands import ROOT, TINY, run_all
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text()
 
 
@@ -72,7 +72,7 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("[A-Z]+_PLACE|TODO|TBD", README)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_test_names_exist(page: Path) -> None:
     text = page.read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
