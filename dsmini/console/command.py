@@ -2,12 +2,19 @@
 
 import io
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command's main and exit with its status; a mistake of the user is one sentence and status 2."""
+    """Run a command's main and exit with its status: 2 and one sentence for a mistake of the user.
+
+    SIGTERM ends a command as Ctrl-C does, unless the command has a handler of its own.
+    """
+    _hear_sigterm()
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
@@ -35,3 +42,14 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         print("stopped", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _hear_sigterm() -> None:
+    """Raise KeyboardInterrupt on SIGTERM, so that what was computed is shown or saved before the end."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
