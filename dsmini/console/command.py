@@ -7,6 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -53,3 +56,26 @@ def _hear_sigterm() -> None:
     in_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
     if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, stop)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Return the result of long work in foreign code that hears no signals.
+
+    It runs in a thread of its own. After a signal, that thread ends with the process.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0]
