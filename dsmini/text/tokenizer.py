@@ -1,7 +1,7 @@
 """Text as token ids: bytes, which need no file, or the byte-pair encoding of a tokenizer.json.
 
-Text that is tokenised is data, never markup: a document that spells out a special token, such as DeepSeek's
-end of sentence, gets the tokens of those characters and cannot end a document or open a hole.
+Text that is tokenised is data, never markup. A document that spells out a special token, such as DeepSeek's end of
+sentence, gets the tokens of those characters; it cannot end a document or open a hole.
 """
 
 import codecs
@@ -78,8 +78,11 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids 0 to 255. The NUL byte, which no text contains, ends a document; 0xFD, 0xFE and 0xFF,
-    which UTF-8 never uses, mark fill-in-the-middle."""
+    """UTF-8 bytes as token ids 0 to 255.
+
+    The NUL byte, which no text contains, ends a document. 0xFD, 0xFE and 0xFF, which UTF-8 never uses, mark
+    fill-in-the-middle.
+    """
 
     vocab_size = 256
     end_of_document = 0
@@ -172,7 +175,7 @@ class BPETokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[NDArray[np.uint32]]:
-        # a str from a command line may hold bytes that are no UTF-8, as lone surrogates
+        # a str from a command line may hold bytes that are not UTF-8, as lone surrogates
         raw = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
         clean = [text.decode("utf-8", errors="replace") for text in raw]
         with _named(self.path, "fails on a text"):

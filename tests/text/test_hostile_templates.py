@@ -30,7 +30,7 @@ FAILING = {
 
 
 def refusal(source: str) -> str:
-    """The sentence of a template for a conversation of one turn."""
+    """Return the sentence with which a template refuses a conversation of one turn."""
     try:
         ChatTemplate(source, Path("t.jinja"), {}).render([{"role": "user", "content": "hi"}])
     except ValueError as error:
