@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
     from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
 
+__version__ = "0.1.0"
 __all__ = [
     "MLA",
     "MTP",
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Transformer",
+    "__version__",
     "accounting",
     "fp8_matmul",
     "generate",
@@ -58,7 +60,10 @@ HOMES = {
     ),
     "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),
 }
-ROOMS = ("accounting", "checkpoint", "config", "functional", "inference", "measure", "nn", "numerics", "ops", "text")
+ROOMS = (
+    *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),
+    "text",
+)
 """Modules that need no import of their own: `import dsmini` is enough for dsmini.nn."""
 
 

@@ -92,6 +92,9 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(GenerateCommand, "generate", args, help=HELP)
+    from dsmini import ops
+
+    ops.check_forced()
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, remove_leftovers
 from dsmini.config import DataConfig
 from dsmini.data import fim
-from dsmini.data.documents import Progress, Reader, Source, measure
+from dsmini.data.documents import ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.text.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Meta:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedCorpus:
     """A whole entry of the cache, mapped into memory."""
 
     meta: Meta
@@ -66,7 +66,7 @@ class Entry:
     """Sentence that says it was there, or why it had to be built."""
 
 
-class Cache:
+class CorpusCache:
     """The entries for one source, tokenizer and config in a folder.
 
     Args:
@@ -77,7 +77,7 @@ class Cache:
         self.folder, self.source, self.tokenizer, self.config, self.seed = folder, source, tokenizer, config, seed
         self.entry = folder / self._key()
 
-    def open(self, check: Callable[[int, int], None], progress: Progress) -> Entry:
+    def open(self, check: Callable[[int, int], None], progress: ProgressCallback) -> CachedCorpus:
         """Return the entry, built first if it is missing or damaged.
 
         Args:
@@ -94,7 +94,7 @@ class Cache:
             words = f"tokenised once into {self.entry}, read from there next time" if missing else again
         meta = _read_meta(self.entry)
         parts = {part: np.memmap(self.entry / f"{part}.bin", dtype=meta.dtype, mode="r") for part in ("train", "val")}
-        return Entry(meta=meta, words=words, **parts)
+        return CachedCorpus(meta=meta, words=words, **parts)
 
     def _key(self) -> str:
         tokenizer = self.config.tokenizer
@@ -109,7 +109,7 @@ class Cache:
         }
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
-    def _build(self, check: Callable[[int, int], None], progress: Progress) -> None:
+    def _build(self, check: Callable[[int, int], None], progress: ProgressCallback) -> None:
         texts = measure(self.source, progress)
         parts = split(texts, self.config.val_fraction, whole_characters=self.config.tokenizer is not None)
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
@@ -148,7 +148,7 @@ class Cache:
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, files: int, parts: Split, progress: Progress) -> Meta:
+    def _write(self, folder: Path, files: int, parts: Split, progress: ProgressCallback) -> Meta:
         """Write the tokens of both parts into a folder, and return what its meta.json has to say."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()
