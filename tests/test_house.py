@@ -228,7 +228,7 @@ ROOM_LINES = {
     "benchmarks": 3150,
     "dsmini/accounting": 1300,
     "dsmini/functional": 980,
-    "dsmini/inference": 950,
+    "dsmini/inference": 970,
     "dsmini/measure": 1510,
     "dsmini/nn": 2020,
     "dsmini/report": 1420,
