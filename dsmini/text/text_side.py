@@ -1,8 +1,8 @@
 """The text side of a model: the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
 
 tokenizer.json            the vocabulary
-tokenizer_config.json     whether a text begins with a token, and the chat template if chat_template.jinja has it not
-generation_config.json    which tokens end an answer; config.json where it does not say
+tokenizer_config.json     the token that begins a text, and the chat template if there is no chat_template.jinja
+generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
 import json
@@ -13,7 +13,11 @@ from typing import Any
 
 from dsmini.config.fields import parse_file
 from dsmini.text.chat import Chat, read_template, spelled
-from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from dsmini.text.regular import is_regular
+from dsmini.text.tokenizer import LARGEST, BPETokenizer, ByteTokenizer, Tokenizer
+
+LARGEST_CONFIG = 64 << 20
+"""Largest size of a JSON file in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +26,9 @@ class TextSide:
 
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()
-    """Stand before every text; a chat template writes its own."""
+    """The ids before every text; a chat template writes its own."""
     ends: tuple[int, ...] = ()
-    """End an answer."""
+    """The ids that end an answer."""
     chat: Chat | None = None
 
 
@@ -45,7 +49,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
             )
         return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
     path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not path.is_file():
+    if tokenizer is None and not is_regular(path, "the tokenizer", LARGEST):
         raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
     template = read_template(folder, config) if chat else None
     if chat and template is None:
@@ -63,7 +67,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
 
 
 def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens before a text, which tokenizer_config.json names, or else tokenizer.json."""
+    """Return the ids before a text: those that tokenizer_config.json names, or else those of tokenizer.json."""
     wanted = config.get("add_bos_token")
     if wanted is None:
         return tuple(tokenizer.beginning)
@@ -76,7 +80,8 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
 
 
 def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the tokens that end an answer, by the first file that names any."""
+    """Return the ids that end an answer, from the first file that names any."""
+    vocab_size = _optional(folder / "config.json").get("vocab_size")
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
         if ids is None:
@@ -84,11 +89,16 @@ def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> 
         ids = ids if isinstance(ids, list) else [ids]
         if any(not isinstance(id, int) or isinstance(id, bool) or id < 0 for id in ids):
             raise ValueError(f"eos_token_id={ids} in {folder / name} is neither a token's id nor a list of them")
+        if ids and isinstance(vocab_size, int) and max(ids) >= vocab_size:
+            raise ValueError(
+                f"eos_token_id={max(ids)} in {folder / name} is outside the vocabulary; want 0 to {vocab_size - 1}, "
+                "as config.json has vocab_size"
+            )
         return tuple(ids)
     name = spelled(config.get("eos_token"))
     return (added[name],) if name is not None and name in added else ()
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """Read a JSON file; an empty table where there is none."""
-    return parse_file(path, json.loads) if path.is_file() else {}
+    """Return the table of a JSON file, or an empty one if there is no file."""
+    return parse_file(path, json.loads) if is_regular(path, "the file", LARGEST_CONFIG) else {}
