@@ -3,10 +3,12 @@
 from rich.console import Console
 from rich.text import Text
 
+from dsmini.console.printable import printable
+
 
 def say(console: Console, line: str = "", style: str = "") -> None:
-    """Print a line as it is: brackets are no markup, numbers get no colours, and a long line is not wrapped."""
-    console.print(Text(line, style=style), soft_wrap=True)
+    """Print a line without markup, colours of numbers or wrapping; its control characters become pictures."""
+    console.print(Text(printable(line), style=style), soft_wrap=True)
 
 
 def rate(verb: str, nbytes: int, seconds: float) -> str:
