@@ -15,9 +15,12 @@ import dsmini
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
+BY_ALL = {"dsmini.reading"}
+"""The reader of JSON and TOML, which imports nothing of dsmini."""
 # module or package: what of dsmini it may import, packages meaning all inside them
 MAY_IMPORT = {
     "dsmini.atomic": set(),
+    "dsmini.reading": set(),
     "dsmini.config": {"dsmini.config"},
     "dsmini.config.huggingface": set(),
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
@@ -99,7 +102,7 @@ def test_module_imports_only_what_it_may(name: str) -> None:
     inside = {module for module in imports(name, DSMINI[name]) if is_in(module, {"dsmini"})}
     for place, allowed in MAY_IMPORT.items():
         if is_in(name, {place}):
-            assert not {module for module in inside if not is_in(module, allowed)}
+            assert not {module for module in inside if not is_in(module, allowed | BY_ALL)}
     assert not inside & (COMMANDS - {name})
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsmini.reading import parse_json
 from dsmini.report.figures import Figure, plain
 from dsmini.report.provenance import Run
 
@@ -154,7 +155,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line, f"line {number} of {path}")
         except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 return

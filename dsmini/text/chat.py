@@ -18,6 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dsmini.reading import is_there, read_text
 from dsmini.text.tokenizer import BPETokenizer
 
 # no text holds it: half a character of UTF-16, and none that Python makes of a byte it cannot decode
@@ -136,11 +137,8 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | Non
     Raises: ValueError for one that is not understood.
     """
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            source: Any = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the chat template {path}: {error}") from None
+    if is_there(path):
+        source: Any = read_text(path)
     else:
         path = folder / "tokenizer_config.json"
         source = _default(config.get("chat_template"), path)

@@ -5,13 +5,12 @@ tokenizer_config.json     whether a text begins with a token, and the chat templ
 generation_config.json    which tokens end an answer; config.json where it does not say
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.config.fields import parse_file
+from dsmini.reading import is_there, read_table
 from dsmini.text.chat import Chat, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
@@ -45,7 +44,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
             )
         return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
     path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not path.is_file():
+    if tokenizer is None and not is_there(path):
         raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
     template = read_template(folder, config) if chat else None
     if chat and template is None:
@@ -91,4 +90,4 @@ def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> 
 
 def _optional(path: Path) -> dict[str, Any]:
     """Read a JSON file; an empty table where there is none."""
-    return parse_file(path, json.loads) if path.is_file() else {}
+    return read_table(path) if is_there(path) else {}

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dsmini.reading import is_there, read_table
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -250,17 +252,15 @@ def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
         raise ValueError(
             f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
         ) from None
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_table(path)
         for token in content.get("added_tokens", []):
             # DeepSeek's file calls <｜User｜> and others of that form ordinary, and then a text could spell them
             name = token["content"]
             token["special"] |= name in (*END_TOKENS, *markup) or re.fullmatch("<｜.*｜>", name) is not None
         library = Library.from_str(json.dumps(content))
-    except OSError as error:
-        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}; check its permissions") from None
     except Exception as error:  # the library raises no narrower kind
         raise ValueError(
             f"{path} is not a tokenizer.json of the tokenizers library: {error}; name one such as DeepSeek publishes"
