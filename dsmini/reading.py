@@ -65,7 +65,7 @@ def readable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 300 else brief(name, 300)
 
 
-def listed(names: Sequence[str], most: int = 100) -> str:
+def listed(names: Sequence[str], most: int = 50) -> str:
     """Return names separated by commas; of a long list the first ones, and the number of the others."""
     more = [f"and {len(names) - most:,} more"] if len(names) > most else []
     return ", ".join([*map(readable, names[:most]), *more])

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "dsmini.atomic": set(),
     "dsmini.reading": set(),
     "dsmini.config": {"dsmini.config"},
-    "dsmini.config.huggingface": set(),
+    "dsmini.config.huggingface": {"dsmini.config.fields"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.checkpoint": {
         *("dsmini.atomic", "dsmini.config", "dsmini.checkpoint"),

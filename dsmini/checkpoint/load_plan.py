@@ -125,7 +125,7 @@ class _Search:
         unknown = sorted(self.tensors.keys() - self.used)
         parts = [f"it lacks {listed(self.missing)}"] if self.missing else []
         parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
-        parts += [*self.wrong[:100], *([f"and {len(self.wrong) - 100:,} more"] if len(self.wrong) > 100 else [])]
+        parts += [*self.wrong[:50], *([f"and {len(self.wrong) - 50:,} more"] if len(self.wrong) > 50 else [])]
         require(
             not parts,
             f"{folder} does not hold the model that its config describes: {'; '.join(parts)}; "

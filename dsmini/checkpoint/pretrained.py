@@ -163,7 +163,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         path = others[0]
     if not is_there(path):
         fix = "name a folder that holds a model"
-        if (folder / "config.toml").is_file():
+        if is_there(folder / "config.toml"):
             fix = "it is a training run, so use python -m dsmini.convert"
         elif inference:
             fix = "copy the one of DeepSeek's inference code there, such as config_671B.json"

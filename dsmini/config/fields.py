@@ -110,6 +110,24 @@ def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def token_ids(value: Any, vocab_size: Any, where: str) -> tuple[int, ...]:
+    """Return one token id or a list of them, as eos_token_id has.
+
+    Args:
+        vocab_size: number of tokens of the model, if it is known.
+        where: name of the key and its file, for the error.
+
+    Raises: ValueError for anything else, and for an id that the model does not have.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+        raise ValueError(f"{where} is {brief(value)}, which is neither a token's id nor a list of them")
+    most = vocab_size if isinstance(vocab_size, int) else 2**31
+    if any(id >= most for id in ids):
+        raise ValueError(f"{where} is {brief(value)}, but the model has {most} tokens; want ids below that")
+    return tuple(ids)
+
+
 def plain(value: Any) -> Any:
     """Return a value as TOML can hold it: "none" for None, which it lacks, and the text of a path."""
     if isinstance(value, dict):

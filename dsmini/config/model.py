@@ -131,10 +131,8 @@ class ModelConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             most = MOST_LAYERS if f.name in ("n_layers", "n_dense_layers", "n_mtp_layers") else LARGEST_SIZE
-            require(
-                not isinstance(value, int) or value <= most,
-                f"{f.name}={value} is too large; use {most:,} or less",
-            )
+            require(not isinstance(value, int) or value <= most, f"{f.name}={value} is too large; use {most:,} or less")
+            require(not isinstance(value, float) or value <= 1e30, f"{f.name}={value} is too large; use 1e30 or less")
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
         widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank)

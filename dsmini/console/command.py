@@ -1,5 +1,6 @@
 """Running a command: its exit status, and one sentence for what went wrong."""
 
+import errno
 import io
 import re
 import sys
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dsmini.console.printable import printable
+from dsmini.reading import brief
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -28,6 +30,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         sys.stderr.close()
         status = 1
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            _complain(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one")
+            sys.exit(2)
         _complain(f"{error}; free some space or choose another folder; what was saved is untouched")
         status = 1
     except (MemoryError, RuntimeError) as error:

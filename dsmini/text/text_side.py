@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmini.config.fields import token_ids
 from dsmini.reading import is_there, read_table
 from dsmini.text.chat import Chat, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
@@ -76,14 +77,11 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
 
 def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
     """Return the tokens that end an answer, by the first file that names any."""
+    vocab_size = _optional(folder / "config.json").get("vocab_size")
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
-        if ids is None:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        if any(not isinstance(id, int) or isinstance(id, bool) or id < 0 for id in ids):
-            raise ValueError(f"eos_token_id={ids} in {folder / name} is neither a token's id nor a list of them")
-        return tuple(ids)
+        if ids is not None:
+            return token_ids(ids, vocab_size, f"eos_token_id in {folder / name}")
     name = spelled(config.get("eos_token"))
     return (added[name],) if name is not None and name in added else ()
 
