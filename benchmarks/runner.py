@@ -22,12 +22,12 @@ from benchmarks.session import Loader, Session, load
 from dsmini import ops
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure import calibration
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
-from dsmini.report.results import Writer, read
+from dsmini.report.results import ResultsWriter, read
 
 NAMES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
 NAMES += ("shakespeare", "moe_or_dense")
@@ -50,6 +50,7 @@ def main(
     options = _parse(args, known)
     if options.list:
         return _list(known)
+    ops.check_forced()
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with contextlib.redirect_stdout(sys.stderr):  # what a measured library prints must not get between us and JSON
         status, line = _answer(args, options, known, measure, console)
@@ -134,7 +135,7 @@ def _answer(
         questions = _chosen(options.names, known, options.text is not None, console)
         session.names = [question.name for question in questions]
         device = pick_device(options.device)
-        with Writer(path) as writer:
+        with ResultsWriter(path) as writer:
             read(path)  # a damaged file is refused before anything is measured
             setting = _setting(options, device, measure, console)
             asked = [(question, question.cases(setting)) for question in questions]
@@ -207,7 +208,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
-    """Pick as dsmini.measure.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
+    """Pick as dsmini.machine.pick_dtype does, but from the kept rates where known: a rerun chooses the same."""
     peak = roofs.peak
     if name == "auto" and {"float32", "bfloat16"} <= set(peak):
         return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32

@@ -20,7 +20,7 @@ from dsmini.console.progress import Progress
 from dsmini.measure.calibration import steadiness
 from dsmini.report import Section, comparison
 from dsmini.report.provenance import Run
-from dsmini.report.results import Done, Finished, Results, Writer, read
+from dsmini.report.results import Done, Finished, Results, ResultsWriter, read
 from dsmini.report.rows import case_words
 from dsmini.report.terminal import show_question, show_table
 from dsmini.report.units import duration, human, plural, words
@@ -64,7 +64,9 @@ class Session:
         """File of results."""
         return self.out / "results.jsonl"
 
-    def measure(self, writer: Writer, run: Run, setting: Setting, asked: Sequence[tuple[Question, list[Case]]]) -> int:
+    def measure(
+        self, writer: ResultsWriter, run: Run, setting: Setting, asked: Sequence[tuple[Question, list[Case]]]
+    ) -> int:
         """Measure what is not done yet. Return the exit status, 130 if it was interrupted."""
         before = json.loads(os.environ.pop(STOPPED, "{}"))
         began = time.monotonic() - before.get("seconds", 0.0)
@@ -134,7 +136,14 @@ class Session:
         return out
 
     def _run_case(
-        self, writer: Writer, run: Run, setting: Setting, question: str, case: Case, estimate: float, began: float
+        self,
+        writer: ResultsWriter,
+        run: Run,
+        setting: Setting,
+        question: str,
+        case: Case,
+        estimate: float,
+        began: float,
     ) -> None:
         """Measure a case and keep it."""
         start, before = time.monotonic(), steadiness(setting.roofs, setting.device)

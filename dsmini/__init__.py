@@ -8,6 +8,7 @@ from dsmini.inference import generate
 from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
 from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
 
+__version__ = "0.1.0"
 __all__ = [
     "MLA",
     "MTP",
@@ -26,6 +27,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Transformer",
+    "__version__",
     "accounting",
     "fp8_matmul",
     "generate",

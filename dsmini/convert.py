@@ -13,7 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from dsmini import accounting
+from dsmini import accounting, ops
 from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
 from dsmini.checkpoint.pretrained import origin_of, read_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
@@ -69,6 +69,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(ConvertCommand, "convert", args, help=HELP)
+    ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)

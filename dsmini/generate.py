@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dsmini import ops
 from dsmini.checkpoint.text_model import load_text_model
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
@@ -90,6 +91,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(GenerateCommand, "generate", args, help=HELP)
+    ops.check_forced()
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:

@@ -1,4 +1,4 @@
-"""Dispatch: which implementation of an operation runs, and why.
+"""Dispatch: choose the implementation that runs an operation.
 
 An operation is declared once, on its reference, which is the equation:
 
@@ -11,16 +11,17 @@ An operation is declared once, on its reference, which is the equation:
 
 A call then runs the first of these that can serve it:
 
-    cpu, triton   a kernel of that name in dsmini_kernels.cpu (tensors in main memory) or dsmini_kernels.triton (GPU)
-    eager         the tuned PyTorch version; the reference where there is none
-    reference     only where it is asked for: DSMINI_BACKEND=reference, or `with ops.use("reference")`
+    cpu, triton   the kernel of that name in dsmini_kernels.cpu (tensors in main memory) or dsmini_kernels.triton (GPU)
+    eager         the tuned PyTorch version, or the reference if there is none
+    reference     only on request: DSMINI_BACKEND=reference, or `with ops.use("reference")`
 
-Nothing is chosen before a call. Kernels are forward primitives: a call whose gradient is wanted runs PyTorch code, and
-so does one under torch.compile, fake tensors, function transforms or a dispatch mode. Autograd functions that call
-operations remember the backend for their backward pass: `backend = ops.chosen()`, later `with ops.use(backend)`.
+Each call chooses again. Kernels compute no gradients. So PyTorch code runs a call whose gradient is wanted, and a call
+under torch.compile, fake tensors, function transforms or a dispatch mode. An autograd function calls operations with
+gradients off, in forward and in backward: kernels can serve them. It stores the backend of the forward for backward:
+`backend = ops.chosen()`, later `with ops.use(backend)`.
 
-`cost` states what a call must move and compute. A counter of bytes (`ops.counting`) is told it for each call that a
-kernel served, since PyTorch cannot see into a kernel.
+`cost` returns the least that a call must move and compute. PyTorch cannot see into a kernel, so a counter of bytes
+(`ops.counting`) receives this cost for each call that a kernel served.
 """
 
 import functools
@@ -28,7 +29,7 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -45,18 +46,18 @@ R = TypeVar("R")
 
 
 class Cost(NamedTuple):
-    """Lower bound of a call: every operand is read once, every result is written once."""
+    """Lower bound of a call: each operand is read once, each result is written once."""
 
     read: int
     """Bytes."""
     written: int
     """Bytes."""
     flops: int
-    """Floating-point operations of products; a multiply-add is two."""
+    """Floating-point operations of products. A multiply-add counts as two."""
 
 
 class Counter(Protocol):
-    """What counts the work of kernels: `Count` of dsmini.measure."""
+    """Receiver of the work of kernels, such as `Count` of dsmini.measure."""
 
     def kernel_ran(self, name: str, cost: Cost, result: Any, seconds: float) -> None: ...
 
@@ -74,7 +75,7 @@ class Operation(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
         self.plain = reference
-        """The version in plain PyTorch that runs by default."""
+        """Version in plain PyTorch that runs where no kernel does."""
 
     def eager(self, version: Callable[P, R]) -> Callable[P, R]:
         """Declare the tuned PyTorch version, as a decorator."""
@@ -82,7 +83,7 @@ class Operation(Generic[P, R]):
         return version
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        # in the order of cost: decoding a token calls operations hundreds of times, each a few microseconds long
+        # cheap checks first: decoding one token calls hundreds of operations, each a few microseconds long
         if torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         forced = _chosen.get() or os.environ.get(VARIABLE) or "auto"
@@ -98,9 +99,9 @@ class Operation(Generic[P, R]):
         return self._try_kernel(backend, *args, **kwargs)
 
     def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the kernel that a backend has for this call, or what serves instead."""
+        """Run the backend's kernel for this call, or PyTorch code where it cannot serve the call."""
         forced, kernels = chosen(), _load(backend)
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        tensors = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
         if _is_watched(tensors[0]):
             return self.plain(*args, **kwargs)
         if not isinstance(kernels, ModuleType):
@@ -113,7 +114,7 @@ class Operation(Generic[P, R]):
             return self._without(forced, str(reason), *args, **kwargs)
 
     def _without(self, forced: str | None, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run PyTorch code where no kernel serves; refuse if one is forced and gave a reason."""
+        """Run PyTorch code, or raise ValueError if the backend is forced and gave a reason."""
         if forced is not None and reason is not None:
             raise ValueError(
                 f"backend {forced!r} is forced and cannot run {self.name}: {reason}; use another, or 'auto'"
@@ -138,19 +139,21 @@ def operation(
     """Declare an operation on its reference. A kernel of that name takes the same arguments.
 
     Args:
-        cost: takes the arguments of a call and returns its lower bound.
-        differentiable: a call whose gradient is wanted runs PyTorch code. False: a kernel refuses such a call itself.
+        cost: function of the arguments of a call that returns its lower bound.
+        differentiable: if True, PyTorch code runs a call whose gradient is wanted. If False, kernels get such calls too
+            and must refuse them.
     """
     return lambda reference: Operation(name, reference, cost, differentiable)
 
 
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Force a backend inside the context; None lets each call choose again, by its device.
+    """Force a backend inside the context. None lets each call choose by the device of its tensors.
 
-    An operation that the backend does not have at all runs its eager version.
+    An operation without a kernel in that backend runs its eager version.
 
-    Raises: ValueError for an unknown backend; and the operations inside, where the backend cannot serve them.
+    Raises: ValueError for an unknown backend. Operations inside raise it where the backend has a kernel that cannot
+        serve the call.
     """
     if torch.compiler.is_compiling():  # the eager version is what is compiled
         yield
@@ -164,7 +167,7 @@ def use(backend: str | None) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """Return the backend that `use` or DSMINI_BACKEND forces, None if each call chooses.
+    """Return the backend that `use` or DSMINI_BACKEND forces, or None if each call chooses.
 
     While torch compiles it is "eager".
     """
@@ -177,9 +180,17 @@ def chosen() -> str | None:
     return backend
 
 
+def check_forced() -> None:
+    """Raise ValueError if DSMINI_BACKEND names a backend that is unknown, or that cannot run on this machine."""
+    backend = chosen()
+    reason = _load(backend) if backend in FOR_DEVICE.values() else None
+    if isinstance(reason, str):
+        raise ValueError(f"{VARIABLE}={backend} cannot run here: {reason}; use another, or auto")
+
+
 @contextmanager
 def counting(counter: Counter) -> Iterator[None]:
-    """Report every kernel that runs inside the context to `counter`."""
+    """Report each kernel that runs inside the context to `counter`."""
     token = _counter.set(counter)
     try:
         yield
@@ -188,7 +199,7 @@ def counting(counter: Counter) -> Iterator[None]:
 
 
 def serving(device: str) -> str:
-    """Return the backend whose kernels serve tensors on such a device here and now, else "reference" or "eager"."""
+    """Return the backend whose kernels serve tensors on this device type now, else "reference" or "eager"."""
     forced = chosen()
     if forced in ("reference", "eager"):
         return forced
@@ -197,7 +208,7 @@ def serving(device: str) -> str:
 
 
 def explain() -> str:
-    """Print and return what would run for tensors on each device, and why."""
+    """Print and return which backend would run for tensors on each device, and why."""
     try:
         forced = f"forced here: {chosen() or 'nothing'}"
     except ValueError as error:
@@ -221,7 +232,7 @@ def explain() -> str:
 
 @functools.cache
 def _operations(backend: str) -> tuple[str, ...] | None:
-    """Return the names of a backend's operations, also where it cannot run; None if there is no such backend."""
+    """Return the names of a backend's operations, even if it cannot run here, or None if there is no such backend."""
     try:
         return importlib.import_module(f"dsmini_kernels.{backend}").OPERATIONS
     except ImportError:
@@ -230,7 +241,7 @@ def _operations(backend: str) -> tuple[str, ...] | None:
 
 @functools.cache
 def _load(backend: str) -> ModuleType | str:
-    """Return the backend's kernels, ready to run, or why there are none. A failure is reported once."""
+    """Return the backend's kernels, ready to run, or the reason why there are none. Warn of a failure once."""
     try:
         kernels = importlib.import_module(f"dsmini_kernels.{backend}")
     except ImportError as error:
@@ -243,10 +254,16 @@ def _load(backend: str) -> ModuleType | str:
     return reason
 
 
-def _is_watched(tensor: Tensor) -> bool:
-    """Return whether torch looks on: fake tensors, subclasses, dispatch modes and transforms see no foreign code.
+def _tensors_of(argument: Any) -> Sequence[Tensor]:
+    """Return the tensors of an argument: itself, or the parts of a quantized tensor."""
+    return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
 
-    A counter is a dispatch mode too, but one that hears of kernels.
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Return True where torch must see each of its own operations, so that no kernel may run.
+
+    That holds for fake tensors, tensor subclasses, dispatch modes and function transforms. A counter is a dispatch mode
+    too, but kernels are reported to it.
     """
     return (
         type(tensor) not in (Tensor, torch.nn.Parameter)

@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
+from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.config.old_schedule import without_old_flags
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
-from dsmini.training.origin import Origin, find_origin
+from dsmini.training.origin import RunOrigin, find_origin
 from dsmini.training.sample import write_sample
 from dsmini.training.start import started
 from dsmini.training.summary import print_summary, summarise
@@ -60,6 +61,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    ops.check_forced()
     console = Console(stderr=command.json)
     with started(origin, RunConfig(**_fields(command)), console) as training:
         complete, folder = training.train(), training.folder
@@ -79,7 +81,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _read(args: Sequence[str]) -> tuple[Origin, TrainCommand]:
+def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_CHECKPOINT] [--KEY VALUE ...]."""
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
@@ -87,7 +89,8 @@ def _read(args: Sequence[str]) -> tuple[Origin, TrainCommand]:
     if resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
     origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True)))
-    rest = without_old_flags(rest, origin.config.train.lr_schedule)
+    files = [path for path in (resume and resume / "config.toml", file) if path is not None]
+    rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
     return origin, parse(TrainCommand, "train", rest, default, HELP)
 

@@ -1,7 +1,9 @@
 """Seeds from the tests' own names, and small models whose every part matters."""
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -10,13 +12,35 @@ from hypothesis import settings
 from torch import nn
 
 from dsmini import ModelConfig, Transformer
+from dsmini.machine import peak_memory
 
 settings.register_profile("dsmini", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("dsmini")
 # tensors this small gain nothing from a second thread, and on a busy machine the threads wait for each other
 torch.set_num_threads(1)
 
+PEAK_BYTES = 2 * 1024**3
+CPU = torch.device("cpu")
 M = TypeVar("M", bound=nn.Module)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one process per CPU where a folder is run, none for single files: a process starts in three seconds."""
+    if any(Path(argument.split("::")[0]).is_dir() for argument in config.args):
+        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+    config.option.dist = "no"
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _small_process() -> Iterator[None]:
+    """Fail the test in which this process grew beyond PEAK_BYTES."""
+    before = peak_memory(CPU)
+    yield
+    assert not before <= PEAK_BYTES < peak_memory(CPU), (
+        f"this test took pytest from {before:,} to {peak_memory(CPU):,} bytes"
+    )
+
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,

@@ -14,7 +14,7 @@ from benchmarks import shapes
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, cases_over, pick
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, accounting
-from dsmini.measure.machine import memory_bytes
+from dsmini.machine import memory_bytes
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
 from dsmini.report.charts import lines

@@ -22,8 +22,9 @@ from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
 from benchmarks.trained import trainer
 from dsmini import RunConfig, TrainConfig, accounting
+from dsmini.machine import once
 from dsmini.measure.rates import why_unusable
-from dsmini.measure.timing import interleaved, once, ratios
+from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import dtype_name, random_tokens
 from dsmini.report.charts import lines, points
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
 from dsmini import ops
-from dsmini.measure.timing import interleaved, once, ratios
+from dsmini.machine import once
+from dsmini.measure.timing import interleaved, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.report.charts import points
 
@@ -167,7 +168,7 @@ def calls() -> Iterator[Figure]:
     arguments = (x, (1, 128), "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16)
     runs: dict[str, Run] = {
         "kernel": lambda: cpu.quantize_dequantize(*arguments),
-        "through the door": lambda: round_tiles(*arguments),
+        "through dispatch": lambda: round_tiles(*arguments),
         "x.clone()": x.clone,
     }
     for name, run in runs.items():
@@ -184,7 +185,7 @@ def finding(figures: list[Figure]) -> str:
     faster = [f.measured or 0.0 for f in pick(figures, "over_eager")]
     if faster:
         told.append(f"{min(faster):.0f} to {max(faster):.0f} times as fast as plain PyTorch")
-    through = [f for f in pick(figures, "call_seconds", call="through the door") if f.measured]
+    through = [f for f in pick(figures, "call_seconds", call="through dispatch") if f.measured]
     if through:
         told.append(f"{(through[0].measured or 0.0) * 1e6:.1f} us a call")
     return f"Kernels for tiles run {', '.join(told)}." if told else "Nothing was measured yet."

@@ -18,7 +18,7 @@ from benchmarks.questions.decode import decoding_step
 from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
 from benchmarks.steps import check_bandwidth
-from dsmini.measure.counting import Operation, count
+from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.workloads import dtype_name
 
@@ -50,7 +50,7 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
     with torch.set_grad_enabled(name == "train"):
         step()
         passes = [count(step, setting.roofs.cache_bytes).operations for _ in range(PASSES)]
-    groups: dict[tuple[str, str, str], list[Operation]] = {}
+    groups: dict[tuple[str, str, str], list[CountedOperation]] = {}
     for op in itertools.chain(*passes):
         shape = " x ".join("[" + ", ".join(map(str, s)) + "]" for s in op.shape[:2])
         groups.setdefault((op.kind, op.name, shape), []).append(op)

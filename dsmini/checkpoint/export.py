@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.pretrained import Origin, check_dtype, origin_of
+from dsmini.checkpoint.pretrained import PretrainedOrigin, check_dtype, origin_of
 from dsmini.checkpoint.safetensors_file import Entry, write_safetensors
 from dsmini.checkpoint.safetensors_folder import INDEX, index_of, plan_shards
 from dsmini.checkpoint.save_plan import SavePlan
@@ -158,7 +158,7 @@ def _describes(raw: Mapping[str, Any], config: ModelConfig) -> bool:
     return dataclasses.replace(read, n_mtp_layers=config.n_mtp_layers) == config
 
 
-def _copy_beside(origin: Origin | None, folder: Path) -> None:
+def _copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
     if origin is None:
         return
     if not origin.folder.is_dir():

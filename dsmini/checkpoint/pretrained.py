@@ -27,7 +27,7 @@ from dsmini.config.fields import require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
-from dsmini.measure.machine import pick_device, slow_bf16
+from dsmini.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8
 from dsmini.nn.fp32 import FP32Module
@@ -38,7 +38,7 @@ HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class PretrainedOrigin:
     """The source of a loaded model: what save_pretrained needs to write the same folder again."""
 
     folder: Path
@@ -53,10 +53,10 @@ class Origin:
 
 
 ORIGIN = "pretrained_origin"
-"""Name of the attribute of a loaded Transformer that has its Origin."""
+"""Name of the attribute of a loaded Transformer that has its PretrainedOrigin."""
 
 
-def origin_of(model: Transformer) -> Origin | None:
+def origin_of(model: Transformer) -> PretrainedOrigin | None:
     """Return where a model was loaded from; None if it was not."""
     return getattr(model, ORIGIN, None)
 
@@ -81,15 +81,15 @@ def load_pretrained(
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
-        head are not what the model's are, which are used. If the stored dtype is BF16, this CPU multiplies BF16 slowly
-        and no dtype is given.
+        head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
+        CPU multiplies BF16 slowly.
 
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
         config that cannot be honoured; for a damaged file. Before memory for the model is taken.
     """
     model = read_pretrained(folder, dtype, fp8, device, say=say)
     if dtype is None:
-        _warn_of_slow_bf16(model, Path(folder))
+        _warn_of_slow_bf16(model, Path(folder), kept=fp8 == "keep")
     return model
 
 
@@ -122,7 +122,7 @@ def read_pretrained(
     _allocate(model, plan, dtype, fp8 == "keep", place)
     with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
-    origin = Origin(
+    origin = PretrainedOrigin(
         folder=folder.absolute(),
         raw=raw if is_hugging_face(raw) else {},
         dtypes=plan.dtypes(config.n_layers),
@@ -135,15 +135,23 @@ def read_pretrained(
     return model.eval()
 
 
-def _warn_of_slow_bf16(model: Transformer, folder: Path) -> None:
+def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
     cpu = torch.device("cpu")
     held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
-    if torch.bfloat16 in held and slow_bf16(cpu):
-        warnings.warn(
-            f"{folder} is stored in bfloat16, which this CPU multiplies many times more slowly than float32; load it "
-            "with dtype=torch.float32 (--dtype float32 on the command line), at twice the memory",
-            stacklevel=3,
-        )
+    if torch.bfloat16 not in held or not slow_bf16(cpu):
+        return
+    origin = origin_of(model)
+    assert origin is not None
+    stored, cost = "is stored in bfloat16", "at twice the memory"
+    if torch.float8_e4m3fn in origin.dtypes.values():
+        stored = "is stored in FP8 and dequantized to bfloat16"
+        if kept:
+            stored, cost = "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"
+    warnings.warn(
+        f"{folder} {stored}, which this CPU multiplies many times more slowly than float32; load it "
+        f"with dtype=torch.float32 (--dtype float32 on the command line), {cost}",
+        stacklevel=3,
+    )
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -40,7 +40,7 @@ LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """The place of a tensor or of a part of it: from byte `start` to `end` of a file."""
 
     file: Path
@@ -55,7 +55,7 @@ class Stored:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
     dim: int = 0
 
     @property
@@ -122,7 +122,7 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
             f"{path} gives {readable(name)}, {dtype} {list(shape)}, {end - start:,} bytes, want {want:,}; "
             "fetch it again"
         )
-    return Stored(dtype, shape, (Piece(path, data + start, data + end, shape),))
+    return Stored(dtype, shape, (StoredPiece(path, data + start, data + end, shape),))
 
 
 def _check_places(path: Path, tensors: Mapping[str, Stored], data: int, size: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsmini.checkpoint.safetensors_file import DTYPES, Piece, read_header
+from dsmini.checkpoint.safetensors_file import DTYPES, StoredPiece, read_header
 from dsmini.checkpoint.safetensors_folder import folder_tensors
 from dsmini.reading import open_regular
 
@@ -53,7 +53,7 @@ class SafetensorsReader:
             if piece.file in self._maps and piece.end > start and hasattr(mmap, "MADV_DONTNEED"):
                 self._maps[piece.file].madvise(mmap.MADV_DONTNEED, start, piece.end - start)
 
-    def _view(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+    def _view(self, piece: StoredPiece, dtype: torch.dtype) -> Tensor:
         if piece.end == piece.start:
             return torch.empty(piece.shape, dtype=dtype)
         if piece.file not in self._maps:

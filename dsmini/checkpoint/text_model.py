@@ -11,7 +11,7 @@ from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.messages import say
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.reading import check_path, is_there
 from dsmini.text.text_side import TextSide, read_text_side

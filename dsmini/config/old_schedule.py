@@ -9,10 +9,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dsmini.config.fields import build, check_types, require
 from dsmini.config.lr_schedule import NUMBER, number
+from dsmini.reading import read_toml
 
 LIKE_OLD = re.compile(
     rf"(?:warmup (?P<warmup>{NUMBER}), )?(?:constant (?P<constant>{NUMBER}), )?"
@@ -103,11 +105,13 @@ def with_phases(train: Any, base: tuple[str, ...], source: str) -> Any:
     return {key: train[key] for key in train.keys() - old.keys()} | {"lr_schedule": list(new.phases())}
 
 
-def without_old_flags(args: Sequence[str], base: tuple[str, ...]) -> list[str]:
+def without_old_flags(args: Sequence[str], base: tuple[str, ...], files: Sequence[Path] = ()) -> list[str]:
     """Return a command line with --train.lr-schedule in the place of old flags such as --train.warmup 0.1.
 
     Args:
         base: the schedule that the flags change.
+        files: the files that base was read from; a later one overrules. With last = 0 their lr_last is in no phase,
+            and --train.last needs it.
 
     Raises: ValueError for old flags with a wrong value, next to --train.lr-schedule, or on a schedule they do not fit.
     """
@@ -124,6 +128,10 @@ def without_old_flags(args: Sequence[str], base: tuple[str, ...]) -> list[str]:
         old[key] = value if key == "decay" else _float(value)
     if not old:
         return rest
+    if "last" in old and "lr_last" not in old:
+        for file in files:
+            train = read_toml(file).get("train", {})
+            old |= {"lr_last": train["lr_last"]} if "lr_last" in train else {}
     if any(re.match(r"--train\.lr[-_]schedule\b", word) for word in rest):
         old["lr_schedule"] = base
     changed = with_phases(old, base, "the command line")

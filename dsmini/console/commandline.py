@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import tyro
+
 C = TypeVar("C")
 
 
@@ -60,8 +62,6 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         default: has the values that flags change; None: the dataclass's own defaults.
         help: the screen for --help; None: --help explains every flag, as --help-all does.
     """
-    import tyro  # here: a third of a second, which Ctrl-C may interrupt once the command runs
-
     prog = f"python -m dsmini.{name}"
     if help is not None and {"-h", "--help"} & set(args):
         print(short_help(kind, prog, help, default))

@@ -25,7 +25,7 @@ from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, r
 from dsmini.config import DataConfig
 from dsmini.config.fields import check_types
 from dsmini.data import fim
-from dsmini.data.documents import Progress, Reader, Source, measure
+from dsmini.data.documents import ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.reading import read_table
@@ -61,7 +61,7 @@ class Meta:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedCorpus:
     """A whole entry of the cache, mapped into memory."""
 
     meta: Meta
@@ -71,7 +71,7 @@ class Entry:
     """Sentence that says it was there, or why it had to be built."""
 
 
-class Cache:
+class CorpusCache:
     """The entries for one source, tokenizer and config in a folder.
 
     Args:
@@ -82,7 +82,7 @@ class Cache:
         self.folder, self.source, self.tokenizer, self.config, self.seed = folder, source, tokenizer, config, seed
         self.entry = folder / self._key()
 
-    def open(self, check: Callable[[int, int], None], progress: Progress) -> Entry:
+    def open(self, check: Callable[[int, int], None], progress: ProgressCallback) -> CachedCorpus:
         """Return the entry, built first if it is missing or damaged.
 
         Args:
@@ -99,7 +99,7 @@ class Cache:
             words = f"tokenised once into {self.entry}, read from there next time" if missing else again
         meta = _read_meta(self.entry)
         parts = {part: np.memmap(self.entry / f"{part}.bin", dtype=meta.dtype, mode="r") for part in ("train", "val")}
-        return Entry(meta=meta, words=words, **parts)
+        return CachedCorpus(meta=meta, words=words, **parts)
 
     def _key(self) -> str:
         tokenizer = self.config.tokenizer
@@ -114,7 +114,7 @@ class Cache:
         }
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
-    def _build(self, check: Callable[[int, int], None], progress: Progress) -> None:
+    def _build(self, check: Callable[[int, int], None], progress: ProgressCallback) -> None:
         texts = measure(self.source, progress)
         parts = split(texts, self.config.val_fraction, whole_characters=self.config.tokenizer is not None)
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
@@ -153,7 +153,7 @@ class Cache:
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, files: int, parts: Split, progress: Progress) -> Meta:
+    def _write(self, folder: Path, files: int, parts: Split, progress: ProgressCallback) -> Meta:
         """Write the tokens of both parts into a folder, and return what its meta.json has to say."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsmini.config import DataConfig
-from dsmini.data.cache import Cache, forget
-from dsmini.data.documents import Progress, find, silent
+from dsmini.data.cache import CorpusCache, forget
+from dsmini.data.documents import ProgressCallback, find, silent
 from dsmini.data.order import window_starts
 from dsmini.text.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -161,7 +161,7 @@ class Loader:
 
 
 def load_corpus(
-    config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: Progress = silent
+    config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: ProgressCallback = silent
 ) -> Corpus:
     """Return the corpus of a run, tokenised now or by an earlier run.
 
@@ -186,7 +186,7 @@ def load_corpus(
                     f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
                 )
 
-    entry = Cache(cache, source, tokenizer, config, seed).open(check, progress)
+    entry = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
     check(len(entry.train), len(entry.val))
     return Corpus(
         train=entry.train,

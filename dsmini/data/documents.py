@@ -22,7 +22,7 @@ _NOT_STDLIB = {
     *("encodings", "pydoc_data", "distutils", "__pycache__"),
 }
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Function that is told what is being done, and how many bytes on disk of how many are done."""
 
 
@@ -103,7 +103,7 @@ class Piece:
 class Reader:
     """Reads pieces one after the other, and tells how far it is."""
 
-    def __init__(self, pieces: Sequence[Piece], what: str, progress: Progress) -> None:
+    def __init__(self, pieces: Sequence[Piece], what: str, progress: ProgressCallback) -> None:
         self._what, self._progress = what, progress
         self._done, self._total = 0, sum(piece.document.stored for piece in pieces)
 
@@ -179,7 +179,7 @@ def _document(root: Path, path: Path) -> Document:
     return Document(name=name, path=path, stored=stat.st_size, modified=stat.st_mtime_ns)
 
 
-def measure(source: Source, progress: Progress = silent) -> list[Document]:
+def measure(source: Source, progress: ProgressCallback = silent) -> list[Document]:
     """Return the documents that are text, with their sizes.
 
     Raises: ValueError if there is none.

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from dsmini.data.documents import Piece, Progress, Reader, silent
+from dsmini.data.documents import Piece, ProgressCallback, Reader, silent
 from dsmini.data.tokenising import lines
 
 SIZE = 1 << 16
 """Bytes of a text: the tokenizers library holds 256 of them."""
 
 
-def read_texts(pieces: Sequence[Piece], what: str = "reading", progress: Progress = silent) -> Iterator[bytes]:
+def read_texts(pieces: Sequence[Piece], what: str = "reading", progress: ProgressCallback = silent) -> Iterator[bytes]:
     """Yield the pieces of documents as texts of about SIZE bytes that end where a line or a word does.
 
     Args:

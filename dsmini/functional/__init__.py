@@ -1,1 +1,1 @@
-"""Operations with more than one implementation: the equation first, then the eager version, then the declaration."""
+"""Operations with more than one implementation. Each file has the equation first, then the fast PyTorch version."""

@@ -2,7 +2,7 @@
 
 Expanded, every head has its own keys and values. Absorbed, all heads of MLA read the one latent: with k_nope = W_UK c
     q_nope.k_nope = (W_UK^T q_nope).c        sum_t p_t v_t = W_UV (sum_t p_t c_t)
-(DeepSeek-V2 report, section 2.1.2). A pair of query and key then costs more, but nothing is expanded of the context.
+(DeepSeek-V2 report, section 2.1.2). Each pair of query and key then costs more, but no cached latent is expanded.
 """
 
 import functools
@@ -19,15 +19,17 @@ from dsmini.functional.fp32 import at_least_fp32
 
 BLOCK = 128
 """Queries whose logits exist at a time."""
-PAGED, COPIED = 32 << 20, 8 << 20
-"""Bytes of several heads' or rows' keys or values from which a CPU takes them in parts, and bytes of a part."""
+KEY_STEP = 64
+"""Step in which the number of keys grows."""
+SPLIT_FROM, PART = 32 << 20, 8 << 20
+"""Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class AttentionWork:
     """Floating-point operations of MLA's attention to a cache, for one sequence and layer, in both forms.
 
-    A multiply-add is two; causality is not taken off; what both forms do is left out.
+    A multiply-add counts as two. Masked pairs of query and key count too. Work that both forms do is left out.
     """
 
     queries: int
@@ -51,20 +53,29 @@ class Work:
         )
 
 
-def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: int) -> Work:
+def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: int) -> AttentionWork:
     """Count MLA's attention of `queries` new tokens to `keys` cached ones, the new ones included, in both forms.
 
     Args:
         h, c, n, r, v: heads, kv_lora_rank, and the head dims without position, of the rotary part, and of values.
     """
     expand = 2 * keys * c * h * (n + v)
-    return Work(
+    return AttentionWork(
         queries=queries,
         keys=keys,
         to_expand=expand,
         expanded=expand + 2 * queries * keys * h * (n + r + v),
         absorbed=2 * queries * h * c * (n + v) + 2 * queries * keys * h * (c + r + c),
     )
+
+
+def keys_to_read(filled: int, room: int) -> int:
+    """Return the number of keys to give to attention of a cache that has `filled` of `room` keys.
+
+    The mask hides those that are not filled. A CPU prepares a BF16 product again for each number of rows, so that
+    number changes in steps (docs/log.md).
+    """
+    return min(room, -(-filled // KEY_STEP) * KEY_STEP)
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> ops.Cost:
@@ -83,10 +94,10 @@ def cached_attention(
 ) -> Float[Tensor, "b h s v"]:
     """Return softmax(scale q k^T) v for queries that come after most of the keys, as in decoding.
 
-    Every key head serves h / g query heads. Softmax in FP32.
+    Every key head serves h / g query heads. The softmax runs in FP32.
 
     Args:
-        mask: keys that a query may not see; None: it sees all.
+        mask: True for keys that a query may not see. None: each query sees all keys.
     """
     k, v = (rows.repeat_interleave(q.shape[1] // k.shape[1], 1) for rows in (k, v))
     logits = at_least_fp32(einsum(q, k, "b h s d, b h t d -> b h s t")) * scale
@@ -133,12 +144,12 @@ def absorbed_attention(
     scale: float,
     mask: Bool[Tensor, "#b s t"] | None,
 ) -> Float[Tensor, "b s hv"]:
-    """Return MLA's attention to the latents themselves, all heads side by side.
+    """Return the output of MLA's attention to the latents, with the heads concatenated.
 
     Args:
-        rows: of the cache, [latent | rotary key], c + r wide.
+        rows: rows of the cache, [latent | rotary key], c + r wide.
         w_uk, w_uv: W_UK and W_UV of every head, the two halves of wkv_b.
-        mask: keys that a query may not see; None: it sees all.
+        mask: True for keys that a query may not see. None: each query sees all keys.
 
     Source: DeepSeek-V2 report, section 2.1.2.
     """
@@ -166,13 +177,13 @@ def _(
 
 
 def _times(keys: Tensor, queries: Tensor) -> Tensor:
-    """[b, g, t, d] times [b * g, d, n]."""
+    """Multiply keys [b, g, t, d] by queries [b * g, d, n]."""
     parts = [part.flatten(0, 1) @ queries for part in parts_of(keys)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """[b * g, n, t] times [b, g, t, v]; the products of parts are summed in FP32."""
+    """Multiply weights [b * g, n, t] by values [b, g, t, v]. The products of parts are added in FP32."""
     parts = parts_of(values)
     if len(parts) == 1:
         return weights @ values.flatten(0, 1)
@@ -182,12 +193,12 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def parts_of(x: Float[Tensor, "b g t c"]) -> tuple[Tensor, ...]:
-    """Split along t what torch would copy as a whole for a product on a CPU.
+    """Split keys or values along t where torch would copy all of them for a product on a CPU.
 
-    It copies matrices that lie inside each other, as heads do in a cache's rows. A copy of 32 MB or more gets new
-    memory from the system each time, and takes 6 times as long as several small ones (docs/log.md).
+    torch copies matrices that are interleaved in memory, as the heads of a cache's rows are. A copy of 32 MB or more
+    gets new memory from the system each time. It takes 6 times as long as several small copies (docs/log.md).
     """
     b, g, t, c = x.shape
-    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous() or x.numel() * x.element_size() < PAGED:
+    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous() or x.numel() * x.element_size() < SPLIT_FROM:
         return (x,)
-    return x.split(max(64, min(t, COPIED // (b * g * c * x.element_size()))), 2)
+    return x.split(max(64, min(t, PART // (b * g * c * x.element_size()))), 2)

@@ -1,4 +1,4 @@
-"""Attention over the positions up to each query's own, as in training and in reading a prompt."""
+"""Causal attention: each query sees the positions up to its own, as in training and prefill."""
 
 from typing import Literal
 
@@ -34,10 +34,10 @@ def causal_attention(
     scale: float,
     documents: Int[Tensor, "b s"] | None = None,
 ) -> Float[Tensor, "b h s v"]:
-    """Return softmax(scale q k^T) v over the positions up to each query's own; softmax in FP32.
+    """Return softmax(scale q k^T) v over the positions up to each query's own. The softmax runs in FP32.
 
     Args:
-        documents: number of the document of each position; a query then sees only its own document.
+        documents: number of each position's document. A query sees its own document only.
     """
     logits = at_least_fp32(einsum(q, k, "b h s d, b h t d -> b h s t")) * scale
     seen = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
@@ -58,9 +58,9 @@ def causal_attention_eager(
     """Compute causal_attention by one of two ways.
 
     Args:
-        method: explicit makes the logits in q's dtype, for 128 queries at a time against the keys that they may see.
-            sdpa is torch's flash attention; it wants q, k and v equally wide, so the narrower are padded with zeros.
-            auto: sdpa, but explicit for short sequences on a CPU.
+        method: "explicit" computes the logits in q's dtype, for 128 queries at a time and the keys up to the last of
+            them. "sdpa" runs torch's flash attention. It needs q, k and v of equal width, so zeros are appended to the
+            narrower ones. "auto" runs explicit for short sequences on a CPU, else sdpa.
     """
     if method == "auto":
         method = "explicit" if q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype) else "sdpa"
@@ -85,7 +85,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | Non
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Scale and mask ride on the product of q and k; softmax reads and writes q's dtype and computes in FP32."""
+    """Compute attention block by block of queries.
+
+    One operation multiplies q and k, scales the product and adds the mask. The softmax reads and writes q's dtype and
+    computes in FP32.
+    """
     b, h, s, _ = q.shape
     added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -torch.inf)
     added = added if added.dim() == 2 else added.expand(b, h, s, s).flatten(0, 1)
@@ -99,6 +103,6 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Te
 
 
 def _mask(documents: Tensor | None, s: int, device: torch.device) -> Bool[Tensor, "..."]:
-    """Return the keys that a query may not see, [s, s] or [b, 1, s, s]: the future, and other documents."""
+    """Return the mask [s, s] or [b, 1, s, s], True for later positions and for other documents."""
     future = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
     return future if documents is None else future | (documents[:, None, :, None] != documents[:, None, None, :])

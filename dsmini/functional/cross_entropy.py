@@ -1,7 +1,7 @@
-"""Cross-entropy of a linear layer's logits, without holding them.
+"""Cross-entropy of a linear layer's logits, without storing all logits.
 
-With a vocabulary of 129280 the FP32 logits of one 4096-token sequence are 2.1 GB. The eager version makes them for a
-chunk of rows at a time, turns them into the gradient at once, and lets them go.
+With a vocabulary of 129280 the FP32 logits of one 4096-token sequence take 2.1 GB. The eager version computes them for
+a chunk of rows at a time, computes the gradient from them, and frees them.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
 
 IGNORE = -100
-"""Target that counts in no loss, as in torch's cross_entropy."""
+"""Target of a row that the loss leaves out, as in torch's cross_entropy."""
 
 
 def _cost(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> ops.Cost:
@@ -33,10 +33,10 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Return the sum over rows of the cross-entropy of logits hidden @ weight^T, in nats, FP32.
 
-    Targets of IGNORE count nothing. The eager version has first derivatives only.
+    Rows with the target IGNORE are left out. The eager version has first derivatives only.
 
     Args:
-        chunk_rows: rows of logits that exist at a time; left out: about 16 MiB of them. The reference holds all.
+        chunk_rows: rows of logits that exist at a time. None: about 16 MiB of them. The reference holds all rows.
     """
     logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
@@ -50,12 +50,12 @@ def linear_cross_entropy_eager(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
     rows = chunk_rows or max(1, 2**22 // weight.shape[0])
-    # inside the function gradients are always off, so it is told whether they were on
+    # gradients are always off inside the function, so it gets the mode of the caller as an argument
     return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(hidden weight^T)[target]; gradients are made chunk by chunk in the forward."""
+    """Sum over rows of -log softmax(hidden weight^T)[target]; gradients are computed chunk by chunk in the forward."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
-"""Dispatch and combine: tokens to the experts that they chose, and back.
+"""Dispatch and combine: send tokens to the experts that they chose, and sum the results by token.
 
-The n*k visits are sorted by expert, so that each expert's rows lie together. The results are gathered back by token and
-summed over k in order: no row is dropped, nothing is added atomically, and the same input gives the same bits.
+Dispatch sorts the n*k visits by expert, so that the rows of each expert are contiguous. Combine gathers the results by
+token and adds them in the order of k. No row is dropped and no addition is atomic, so the same input gives the same
+bits. The eager versions in experts.py use these functions. The references there index and add instead.
 """
 
 from dataclasses import replace
@@ -17,22 +18,22 @@ from dsmini.numerics import QuantizedTensor
 
 
 class Slots(NamedTuple):
-    """Place of each visit's row when rows are sorted by expert; some slots may be padding."""
+    """Positions of the visits' rows after sorting by expert. Some slots may be padding."""
 
     token: Int[Tensor, " rows"]
-    """Token in each slot; 0 in padding."""
+    """Token in each slot. 0 in padding."""
     slot: Int[Tensor, "n k"]
-    """Slot of each visit; no visit has a slot of padding."""
+    """Slot of each visit, never one of padding."""
     ends: Int[Tensor, " e"]
     """Slot after each expert's last."""
 
 
 def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align: int = 1) -> Slots:
-    """Give each visit a slot: experts in order, tokens in order within an expert.
+    """Assign a slot to each visit, in the order of experts, and of tokens within an expert.
 
     Args:
-        align: each expert starts at a multiple of it. Above 1 the number of slots is fixed by the sizes alone, and the
-            last expert takes what is left over, so that no row stays unwritten.
+        align: multiple at which each expert starts. Above 1 the number of slots depends on the sizes alone, and the
+            last expert takes all remaining slots, so that every row is written.
     """
     (n, k), e = indices.shape, counts.shape[0]
     flat = indices.flatten()
@@ -59,9 +60,9 @@ def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots:
 
 
 def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
-    """Return the rows of `dispatch` as codes and scales, half the bytes.
+    """Return the rows of `dispatch` as codes and scales, which take half the bytes.
 
-    Padding is zero: as copies of a token it would take part in the tiles of an expert's own tokens.
+    Padding is zero. A copy of a token there would change the scales of tiles that hold an expert's own tokens.
 
     Source: DeepSeek-V3 report, section 3.3.3 (tokens are sent to their experts in FP8).
     """
@@ -75,7 +76,7 @@ def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Backward gathers too: a token's gradient is the sum over its k slots, in order."""
+    """Row of each slot. A token's gradient is the sum over its k slots, in order, gathered as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _QuantizedDispatch(torch.autograd.Function):
-    """_Dispatch for rows that exist as codes: what stands for them in the graph, of one element in memory."""
+    """_Dispatch for rows that exist as codes: a tensor for the graph of autograd, of one element in memory."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
@@ -105,9 +106,9 @@ class _QuantizedDispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """embedding_bag gathers and adds in one operation, ten times as fast on a CPU as rows[slot] and a sum.
+    """Weighted sum of each token's k rows. The gradient of padding slots is exactly zero.
 
-    Backward gives padding slots a gradient of exactly zero.
+    embedding_bag gathers and adds in one operation, ten times as fast on a CPU as rows[slot] and a sum.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Looking up token ids: row weight[i] for token i."""
+"""Embedding lookup: row weight[i] for token id i."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 def embedding(tokens: Int[Tensor, "*batch"], weight: Float[Tensor, "v m"]) -> Float[Tensor, "*batch m"]:
     """Return weight[tokens].
 
-    Raises: ValueError as check_ids.
+    Raises: ValueError for ids that check_ids refuses.
     """
     check_ids("token", tokens, weight.shape[0])
     return F.embedding(tokens, weight)
@@ -18,7 +18,7 @@ def embedding(tokens: Int[Tensor, "*batch"], weight: Float[Tensor, "v m"]) -> Fl
 def check_ids(what: str, ids: Int[Tensor, "*batch"], vocab_size: int) -> None:
     """Raise ValueError for an id outside the vocabulary, in eager mode on a CPU.
 
-    On an accelerator the check would wait for the device in every step; there the commands check their data once.
+    On an accelerator the check would wait for the device in every step. There the commands check their data once.
     """
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = (int(i) for i in ids.aminmax())

@@ -2,7 +2,10 @@
 
     y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
 
-`experts` multiplies in x's dtype, `fp8_experts` in simulated FP8. Both take stacked matrices.
+`experts` multiplies in x's dtype, `quantized_experts` too, with matrices that may be FP8 codes, and `fp8_experts` in
+simulated FP8. All take stacked matrices. Each reference runs one expert after the other. The eager versions sort the
+rows by expert (dispatch), run one grouped product for each matrix, and sum the results by token (combine). Between
+dispatch and combine each row needs its expert alone: an exchange of rows between devices fits there.
 """
 
 from collections.abc import Callable
@@ -23,11 +26,13 @@ Weight = Float[Tensor, "e o i"] | QuantizedTensor
 X = TypeVar("X", Tensor, QuantizedTensor)
 
 
-def _cost(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> ops.Cost:
-    visited, (_, f, m) = int((counts > 0).sum()), w1.shape
-    matrices = 3 * visited * f * m * w1.element_size()
+def _cost(
+    x: Tensor | QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight
+) -> ops.Cost:
+    visited, (e, f, m) = int((counts > 0).sum()), w1.shape
+    matrices = sum(w.nbytes for w in (w1, w2, w3)) * visited // e  # those that nobody chose stay where they are
     read = x.nbytes + indices.nbytes + weights.nbytes + counts.nbytes + matrices
-    return ops.Cost(read, x.nbytes, 6 * indices.numel() * f * m)
+    return ops.Cost(read, x.shape.numel() * x.dtype.itemsize, 6 * indices.numel() * f * m)
 
 
 @ops.operation("experts", cost=_cost)
@@ -59,15 +64,10 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w
     if not torch.is_grad_enabled() and few(x, indices, counts):
         return visit(x, indices, weights, counts, lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
     slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
-    rows = dispatch(x, slots)
-    if torch.is_grad_enabled():
-        w13 = torch.cat((w1.to(x.dtype), w3.to(x.dtype)), 1)  # one product reads the rows once
-        gate, up = grouped_linear(rows, w13, slots.ends).chunk(2, -1)
-    else:  # joining them costs more than it saves where the step has no backward
-        gate, up = grouped_linear(rows, w1, slots.ends), grouped_linear(rows, w3, slots.ends)
-    return combine(grouped_linear(F.silu(gate) * up, w2, slots.ends), weights, slots)
+    return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots)
 
 
+@ops.operation("quantized_experts", cost=_cost)
 def quantized_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
@@ -77,14 +77,19 @@ def quantized_experts(
     w2: Weight,
     w3: Weight,
 ) -> Float[Tensor, "n m"]:
-    """Compute `experts` with matrices that may be FP8 codes; only chosen ones are dequantized, one after the other."""
+    """Compute `experts` with matrices that may be FP8 codes. Products take their values in x's dtype."""
+    return experts.reference(x, indices, weights, counts, *(_dense(w, x.dtype) for w in (w1, w2, w3)))
 
-    def swiglu(i: int, rows: Tensor) -> Tensor:
+
+@quantized_experts.eager
+def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
+    def swiglu(i: int, rows: Tensor) -> Tensor:  # only chosen experts are dequantized, one after the other
         return _swiglu(rows, *(_dense(expert_of(w, i), rows.dtype) for w in (w1, w2, w3)))
 
     return visit(x, indices, weights, counts, swiglu)
 
 
+@ops.operation("fp8_experts", cost=_cost)
 def fp8_experts(
     x: QuantizedTensor,
     indices: Int[Tensor, "n k"],
@@ -98,7 +103,20 @@ def fp8_experts(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for i in counts.nonzero().flatten().tolist():
+        token, choice = (indices == i).nonzero(as_tuple=True)
+        rows = _rows_of(x, token)
+        gate, up = fp8_matmul(rows, expert_of(w1, i)), fp8_matmul(rows, expert_of(w3, i))
+        out = fp8_swiglu_matmul(gate, up, expert_of(w2, i))
+        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
+    return y
 
+
+@fp8_experts.eager
+def _(
+    x: QuantizedTensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight
+) -> Tensor:
     def swiglu(i: int, rows: QuantizedTensor) -> Tensor:
         return _fp8_swiglu(rows, expert_of(w1, i), expert_of(w2, i), expert_of(w3, i))
 
@@ -110,7 +128,7 @@ def fp8_experts(
 
 
 def visit(x: X, indices: Tensor, weights: Tensor, counts: Tensor, swiglu: Callable[[int, X], Tensor]) -> Tensor:
-    """Ask the chosen experts in turn: swiglu(i, rows) is expert i's output for its rows."""
+    """Run the chosen experts one after the other. swiglu(i, rows) returns expert i's output for its rows."""
     if x.shape[0] == 1:  # decoding: nothing to sort
         return weights.to(x.dtype) @ torch.cat([swiglu(i, x) for i in indices[0].tolist()])
     slots = sort_by_expert(indices, counts)
@@ -132,17 +150,17 @@ def expert_of(w: Weight, i: int) -> Tensor | QuantizedTensor:
 
 
 def few(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> bool:
-    """Return whether a CPU spends more on unchosen experts in a grouped product than on asking the chosen in turn.
+    """Return True where a CPU runs the chosen experts one after the other faster than a grouped product.
 
-    docs/log.md has the measurement.
+    A grouped product spends time on experts without rows too (docs/log.md).
     """
     return x.device.type == "cpu" and 2 * indices.numel() <= counts.shape[0]
 
 
 def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, counts: Tensor) -> int:
-    """Return the multiple of rows at which an expert's rows begin.
+    """Return the multiple of rows at which each expert's rows start.
 
-    oneDNN prepares a BF16 product again for each row count; rows in multiples of 64 reuse it (docs/log.md).
+    oneDNN prepares a BF16 product for each new number of rows. Multiples of 64 repeat, so it reuses them (docs/log.md).
     """
     enough = indices.numel() >= 64 * counts.shape[0]
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
@@ -152,6 +170,15 @@ def _swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     dtype = rows.dtype
     hidden = F.silu(F.linear(rows, w1.to(dtype))) * F.linear(rows, w3.to(dtype))
     return F.linear(hidden, w2.to(dtype))
+
+
+def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        w13 = torch.cat((w1.to(rows.dtype), w3.to(rows.dtype)), 1)  # one product reads the rows once
+        gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
+    else:  # joining them costs more than it saves where the step has no backward
+        gate, up = grouped_linear(rows, w1, ends), grouped_linear(rows, w3, ends)
+    return grouped_linear(F.silu(gate) * up, w2, ends)
 
 
 def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The least precision of norms, softmax, gates and losses."""
+"""Minimum precision of norms, softmax, gates and losses."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Activation recomputation: keep the inputs of a layer for backward, and compute the rest again there."""
+"""Activation recomputation: save the inputs of a layer for backward, and compute the rest again there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from dsmini import ops
 
 
 def recomputed(run: Callable[..., Any], *args: Any) -> Any:
-    """Return run(*args), of which backward computes the activations again, on the backend of the forward."""
+    """Return run(*args). Backward computes its activations again, on the backend of the forward."""
     if torch.compiler.is_compiling():
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
     backend = ops.chosen()

@@ -20,7 +20,7 @@ def _cost(x: Tensor, weight: Tensor, eps: float) -> ops.Cost:
 def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float) -> Float[Tensor, "*batch m"]:
     """Return x / sqrt(mean(x^2) + eps) * weight, computed in FP32, in x's dtype.
 
-    The eager version has a backward of its own on a CPU: first derivatives only, and none of torch.func's transforms.
+    In training on a CPU the eager version has first derivatives only, and does not work with torch.func.
 
     Source: Zhang and Sennrich 2019.
     """
@@ -30,7 +30,7 @@ def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: flo
 
 @rms_norm.eager
 def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Use torch's own operation, but on a CPU in training one that is faster there."""
+    """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
     y = at_least_fp32(x)
@@ -40,7 +40,7 @@ def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """rms_norm for training on a CPU, where torch composes it of slow operations: means over short rows, mixed dtypes.
 
-    This takes half to two thirds of the time (docs/log.md), and saves x instead of FP32 copies.
+    This version takes half to two thirds of the time (docs/log.md), and saves x instead of FP32 copies.
     """
 
     @staticmethod

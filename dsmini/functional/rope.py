@@ -1,4 +1,4 @@
-"""Rotary position embedding: each adjacent pair of dimensions turns by its position's angle."""
+"""Rotary position embedding: rotate each adjacent pair of dimensions by its position's angle."""
 
 import torch
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from torch import Tensor
 from dsmini import ops
 
 Table = tuple[Float[Tensor, "*#b s pairs"], Float[Tensor, "*#b s pairs"]]
-"""cos and sin of every position's angles, FP32."""
+"""Cosine and sine of every position's angles, in FP32."""
 
 
 def _cost(x: Tensor, table: Table) -> ops.Cost:
@@ -16,9 +16,9 @@ def _cost(x: Tensor, table: Table) -> ops.Cost:
 
 @ops.operation("apply_rope", cost=_cost)
 def apply_rope(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s h r"]:
-    """Rotate adjacent pairs of x's last dimension; computed in FP32, returned in x's dtype.
+    """Rotate adjacent pairs of x's last dimension. The result is computed in FP32 and returned in x's dtype.
 
-    A pair (x0, x1) is the complex number x0 + i x1, which is multiplied by cos + i sin.
+    A pair (x0, x1) is the complex number x0 + i x1. It is multiplied by cos + i sin.
 
     Source: Su et al. 2021; DeepSeek's released code for the interleaved pairs.
     """

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer
 from dsmini.atomic import write_text
+from dsmini.config import ModelConfig
+from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate, synchronize
 from dsmini.measure.counting import count
 from dsmini.measure.kinds import POINTS, PRODUCTS
-from dsmini.measure.machine import DTYPES, card, last_level_cache, matmul_rate
 from dsmini.measure.rates import Curve, Roofs, from_json
-from dsmini.measure.timing import synchronize
+from dsmini.nn import Transformer
 from dsmini.reading import read_table
 
 VERSION = 9

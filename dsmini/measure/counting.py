@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
-from dsmini.measure.timing import once, synchronize
+from dsmini.machine import once, synchronize
 from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of, size_of, tensors_in, work_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operation:
+class CountedOperation:
     """One operation that ran."""
 
     name: str
@@ -58,7 +58,7 @@ class Count(TorchDispatchMode):
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__()
         self.cache = _Cache(cache_bytes)
-        self.operations: list[Operation] = []
+        self.operations: list[CountedOperation] = []
         self.views = 0
         """Calls that move nothing."""
         self.overhead = 0.0
@@ -107,7 +107,9 @@ class Count(TorchDispatchMode):
     ) -> None:
         counted = {key: value for key, value in work._asdict().items() if key != "touched"}
         shape = tuple(tuple(t.shape) for t in tensors)
-        self.operations.append(Operation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted))
+        self.operations.append(
+            CountedOperation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted)
+        )
 
     def _measured_overhead(self) -> float:
         x = torch.ones(1)

@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import Transformer
 from dsmini.checkpoint.slots import fp8_weights
-from dsmini.nn import Experts, Linear
+from dsmini.nn import Experts, Linear, Transformer
 from dsmini.nn.fp8 import FP8Linear, hold_fp8
 from dsmini.numerics import (
     ACTIVATION_TILE,
@@ -206,7 +205,7 @@ def _block(path: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Losses:
+class RoundingLosses:
     """Losses of the products of a step to rounding."""
 
     errors: dict[tuple[str, str, str, str], float]
@@ -218,7 +217,7 @@ class Losses:
 
 
 @torch.no_grad()
-def losses(gemms: Iterable[Gemm]) -> Losses:
+def losses(gemms: Iterable[Gemm]) -> RoundingLosses:
     """Compute the losses of the products of a step, in every way of WAYS."""
     # two sums each, of a part and of the whole
     errors: dict[tuple[str, str, str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
@@ -236,7 +235,7 @@ def losses(gemms: Iterable[Gemm]) -> Losses:
                 zeros = ((r == 0) & (t != 0)).sum(), (t != 0).sum()
                 underflow[name, g.linear, operand] += torch.stack(zeros).cpu()
             clamped[operand] += _clamped(t, tile, amax_min)
-    return Losses(
+    return RoundingLosses(
         errors={key: math.sqrt(_share(sums)) for key, sums in errors.items()},
         underflow={key: _share(sums) for key, sums in underflow.items()},
         clamped=dict(clamped),

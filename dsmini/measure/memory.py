@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsmini import Experts, FeedForward, Linear, Transformer
-from dsmini.measure.machine import peak_memory
+from dsmini.machine import peak_memory
+from dsmini.nn import Experts, FeedForward, Linear, Transformer
 
 
 def storage_bytes(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ Where a measured time is far above the prediction, the machine was busy, or an o
 
 from collections.abc import Callable, Iterable
 
-from dsmini.measure.counting import Count, Operation, count
+from dsmini.measure.counting import Count, CountedOperation, count
 from dsmini.measure.rates import Roofs, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "other": "pointwise"}
@@ -31,12 +31,12 @@ def seconds(count: Count, roofs: Roofs) -> float:
     return work + (len(count.operations) + count.views) * roofs.call
 
 
-def smallest_seconds(op: Operation, roofs: Roofs) -> float:
+def smallest_seconds(op: CountedOperation, roofs: Roofs) -> float:
     """Return the seconds of the least work in an operation's dtype: the call, without Python around it."""
     return roofs.curves[f"warm pointwise {_dtype(op, roofs)}"].costs[0]
 
 
-def operation_seconds(op: Operation, roofs: Roofs) -> float:
+def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
     """Predict the seconds of one operation, its call included."""
     dtype = _dtype(op, roofs)
     if op.flops:
@@ -48,7 +48,7 @@ def operation_seconds(op: Operation, roofs: Roofs) -> float:
     return point_seconds(roofs, _class(op), dtype, op.bytes, op.cold_share)
 
 
-def by_kind(operations: Iterable[Operation], roofs: Roofs) -> dict[str, dict[str, float]]:
+def by_kind(operations: Iterable[CountedOperation], roofs: Roofs) -> dict[str, dict[str, float]]:
     """Sum up calls, FLOPs, bytes, measured and predicted seconds of each kind of operation."""
     totals: dict[str, dict[str, float]] = {}
     for op in operations:
@@ -61,12 +61,12 @@ def by_kind(operations: Iterable[Operation], roofs: Roofs) -> dict[str, dict[str
     return totals
 
 
-def _dtype(op: Operation, roofs: Roofs) -> str:
+def _dtype(op: CountedOperation, roofs: Roofs) -> str:
     name = str(op.dtype).removeprefix("torch.")
     return name if name in roofs.peak else "float32"
 
 
-def _class(op: Operation) -> str:
+def _class(op: CountedOperation) -> str:
     if op.name in ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data"):
         return "softmax"
     if op.name == "_to_copy":

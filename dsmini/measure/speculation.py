@@ -10,11 +10,11 @@ import operator
 import torch
 from torch import Tensor
 
-from dsmini import Transformer
 from dsmini.inference.generation import Generation, Stats, generate
 from dsmini.measure import prediction
 from dsmini.measure.counting import count
 from dsmini.measure.rates import Roofs
+from dsmini.nn import Transformer
 
 
 def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: Roofs) -> float:

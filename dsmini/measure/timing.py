@@ -18,22 +18,7 @@ from typing import TypedDict
 
 import torch
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def once(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one run, until the device is done with it."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
+from dsmini.machine import once
 
 
 def times(run: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> list[float]:

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer
+from dsmini.config import ModelConfig
+from dsmini.nn import Transformer
 from dsmini.nn.cache import Cache, CacheDtype
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.experts import expert_of, fp8_experts, quantized_experts
-from dsmini.functional.linear import linear
+from dsmini.functional.linear import linear, quantized_linear
 from dsmini.nn.experts import Experts
 from dsmini.nn.linear import Linear
 from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
@@ -127,7 +127,9 @@ class QuantizedLinear(FP8Weights, Linear):
         self.register_buffer("scale", None)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return linear(untrainable(x), self.dense(x.dtype))
+        weight = self.operand("weight")
+        multiply: Any = linear if isinstance(weight, Tensor) else quantized_linear
+        return multiply(untrainable(x), weight)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         weight = self.operand("weight")

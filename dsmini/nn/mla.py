@@ -12,7 +12,8 @@ There are two ways to attend to what is cached. Expanded makes k_nope and v of e
 W_UK over to the query and W_UV after the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
     q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
 so that all heads read the one latent, as in multi-query attention with keys of kv_lora_rank + qk_rope_head_dim. A pair
-of query and key costs more so, but nothing is made anew of the context: `Work` counts both, and the cheaper is taken.
+of query and key costs more so, but nothing is expanded of the context: `AttentionWork` counts both, and the cheaper is
+taken.
 """
 
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import Work, absorbed_attention, cached_attention, count_work
+from dsmini.functional.cached_attention import AttentionWork, absorbed_attention, cached_attention, count_work
 from dsmini.functional.causal_attention import causal_attention
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.nn.attention import output_linear
@@ -150,7 +151,7 @@ class MLA(nn.Module):
             return past.form
         return "expanded" if self.q_head_norm is not None else self.work(queries, past.window.end).cheaper
 
-    def work(self, queries: int, keys: int) -> Work:
+    def work(self, queries: int, keys: int) -> AttentionWork:
         """Count both forms of attention of this many new tokens to this many cached ones, the new ones included."""
         h, c = self.n_heads, self.kv_lora_rank
         return count_work(queries, keys, h=h, c=c, n=self.qk_nope_head_dim, r=self.rope.dim, v=self.v_head_dim)

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-ALIGN = 64
-"""A CPU prepares a BF16 product again for each number of rows, so that number changes in steps (docs/log.md)."""
+from dsmini.functional.cached_attention import keys_to_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class Window:
     fresh: bool
     """True if all rows begin with the new tokens: there are no older keys to see."""
     end: int
-    """Number of keys to read, t: the longest row with its new tokens, and up to ALIGN - 1 more."""
+    """Number of keys to read, t: the longest row with its new tokens, and perhaps some that the mask hides."""
     real: Bool[Tensor, "b s"] | None
     """True where a new token is not padding; None if there is no padding."""
     lengths: Int[Tensor, " b"]
@@ -59,7 +58,7 @@ class Window:
             positions=positions.to(device),
             start=int(before[0]) if alike else None,
             fresh=not bool(before.any()),
-            end=min(max_seq_len, -(-most // ALIGN) * ALIGN),
+            end=keys_to_read(most, max_seq_len),
             real=None if real is None else real.to(device),
             lengths=lengths,
         )

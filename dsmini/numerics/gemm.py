@@ -17,7 +17,7 @@ is added to an FP32 parameter's.
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,37 +27,17 @@ from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
-from dsmini.numerics.products import grouped_linear, grouped_outer
+from dsmini.numerics.fp8_products import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
 from dsmini.numerics.quantization import (
     ACTIVATION_TILE,
     AMAX_MIN,
-    SMALLEST_AMAX,
-    TOKEN_TILE,
     WEIGHT_TILE,
     QuantizedTensor,
     check_options,
     check_source,
     quantize,
 )
-from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles, round_tiles
-
-
-class _Recipe(NamedTuple):
-    """How one product and its gradients are computed."""
-
-    scale: Scale
-    weight_scale: Scale
-    grad_format: FormatName
-    saved_format: FormatName
-    out_dtype: torch.dtype
-    accumulator: Accumulator | None
-    backend: str | None
-
-    @property
-    def operands(self) -> torch.dtype:
-        """BF16, where that holds the operands exactly and the result is BF16."""
-        exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
-        return torch.bfloat16 if exact and self.out_dtype == torch.bfloat16 else torch.float32
+from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles
 
 
 def fp8_matmul(
@@ -96,7 +76,7 @@ def fp8_matmul(
         raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
     q, saved = _operand(x, scale, saved_format)
     trained, weight = _weight_operand(w, scale)
-    recipe = _Recipe(q.scale, weight.scale, grad_format, saved.format, _result(x, out_dtype), accumulator, ops.chosen())
+    recipe = Recipe(q.scale, weight.scale, grad_format, saved.format, _result(x, out_dtype), accumulator, ops.chosen())
     kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
     y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
     return cast(Tensor, y)
@@ -125,7 +105,7 @@ def fp8_swiglu_matmul(
         got = ", ".join(f"{n} is {t.dtype} {list(t.shape)} on {t.device}" for t, n in ((gate, "gate"), (up, "up")))
         raise ValueError(f"{got}; want them alike")
     trained, weight = _weight_operand(w, scale)
-    recipe = _Recipe(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
+    recipe = Recipe(scale, weight.scale, grad_format, "e4m3", _result(up, None), None, ops.chosen())
     return cast(Tensor, _SwiGLUMatmul.apply(gate, up, trained, *weight.parts, ends, recipe))
 
 
@@ -157,30 +137,28 @@ class _Matmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scales: Tensor,
         ends: Tensor | None,
-        recipe: _Recipe,
+        recipe: Recipe,
     ) -> Tensor:
         saved = (codes, scales) if saved_codes is None else (saved_codes, saved_scales)
         ctx.save_for_backward(*saved, w_codes, w_scales, ends)
         ctx.recipe, ctx.k = recipe, codes.shape[-1]
         ctx.dtypes = None if source is None else source.dtype, None if w is None else w.dtype
-        x = _activations(codes, scales, "e4m3", recipe.operands, ctx.k)
-        y = _times_transposed(x, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
+        y = fp8_fprop(_rows(codes), _rows(scales), w_codes, w_scales, ends, recipe)
         return y.view(*codes.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved_codes, saved_scales, w_codes, w_scales, ends = ctx.saved_tensors
-        recipe: _Recipe = ctx.recipe
+        recipe: Recipe = ctx.recipe
         dx = dw = None
         with ops.use(recipe.backend):
             dy = _rows(grad)
             if ctx.needs_input_grad[0]:
-                dx = _input_gradient(dy, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
+                dx = fp8_dgrad(dy, w_codes, w_scales, ends, recipe)
                 dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                x = _activations(saved_codes, saved_scales, recipe.saved_format, recipe.operands, ctx.k)
-                dw = _weight_gradient(dy, x, ends, recipe).to(ctx.dtypes[1])
+                dw = fp8_wgrad(dy, _rows(saved_codes), _rows(saved_scales), ctx.k, ends, recipe).to(ctx.dtypes[1])
         return dx, dw, *[None] * 8
 
 
@@ -194,70 +172,39 @@ class _SwiGLUMatmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scales: Tensor,
         ends: Tensor | None,
-        recipe: _Recipe,
+        recipe: Recipe,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
             kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
             ctx.save_for_backward(*kept[0], *kept[1], w_codes, w_scales, ends)
         ctx.recipe, ctx.dtypes = recipe, (gate.dtype, None if w is None else w.dtype)
-        hidden = _rows(F.silu(gate).mul_(up))
-        x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
-        y = _times_transposed(x, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
+        y = fp8_swiglu_fprop(_rows(gate), _rows(up), w_codes, w_scales, ends, recipe)
         return y.view(*gate.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *kept, w_codes, w_scales, ends = ctx.saved_tensors
-        recipe: _Recipe = ctx.recipe
+        recipe: Recipe = ctx.recipe
         dgate = dup = dw = None
         with ops.use(recipe.backend):
             dy = _rows(grad)
             k = w_codes.shape[-1]
-            gate, up = (_activations(kept[i], kept[i + 1], "e4m3", recipe.out_dtype, k) for i in (0, 2))
+            gate, up = (
+                dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, k) for i in (0, 2)
+            )
             activated = F.silu(gate)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                dh = _input_gradient(dy, _weights(w_codes, w_scales, recipe.operands), ends, recipe)
+                dh = fp8_dgrad(dy, w_codes, w_scales, ends, recipe)
                 dgate = torch.ops.aten.silu_backward(dh * up, gate).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
                 dup = (dh * activated).view(*grad.shape[:-1], k).to(ctx.dtypes[0])
             if ctx.needs_input_grad[2]:
-                dw = _weight_gradient(dy, activated.mul_(up), ends, recipe).to(ctx.dtypes[1])
+                dw = fp8_wgrad(dy, activated.mul_(up), None, k, ends, recipe).to(ctx.dtypes[1])
         return dgate, dup, dw, *[None] * 4
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
-def _activations(codes: Tensor, scales: Tensor, format: FormatName, dtype: torch.dtype, k: int) -> Tensor:
-    return dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, format, dtype, k)
-
-
-def _weights(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", dtype)
-
-
-def _input_gradient(dy: Tensor, w: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
-    """dgrad, [n, o] and the dequantised weight to [n, k]."""
-    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
-    return _times_transposed(g, w.mT, ends, recipe)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
-    """wgrad, of dy [n, o] and the activations [n, k] as they were kept: [o, k], or [e, o, k] with ends."""
-    g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
-    x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
-    if ends is not None:
-        return grouped_outer(g, x, ends)
-    return _times_transposed(g.T, x.T, None, recipe)
-
-
-def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, recipe: _Recipe) -> Tensor:
-    """a b^T of dequantised operands in the result's dtype."""
-    if ends is not None:
-        return grouped_linear(a, b, ends).to(recipe.out_dtype)
-    y = F.linear(a, b) if recipe.accumulator is None else recipe.accumulator.matmul(a, b)
-    return y.to(recipe.out_dtype)
 
 
 def _result(x: Tensor | QuantizedTensor, out_dtype: torch.dtype | None) -> torch.dtype:

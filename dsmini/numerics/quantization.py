@@ -54,6 +54,11 @@ class QuantizedTensor:
         return self.codes, self.scales
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales and the source if there is one: what an operation looks at to choose a backend."""
+        return self.parts if self.source is None else (*self.parts, self.source)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes

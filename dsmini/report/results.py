@@ -204,7 +204,7 @@ def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str,
     return {f.name: line[f.name] for f in dataclasses.fields(kind) if f.name in line}
 
 
-class Writer:
+class ResultsWriter:
     """A file of results that grows by whole lines. Each call is on the disk when it returns.
 
     Raises: ValueError if the folder cannot be written or another run is writing there.
@@ -224,7 +224,7 @@ class Writer:
             raise ValueError(f"{path} is being written by another run; wait for it, or choose another --out") from None
         self._end_line()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "ResultsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -260,7 +260,7 @@ class Writer:
         if not last:
             return
         try:
-            json.loads(last)
+            parse_json(last.decode(errors="replace"), "the last line")
         except ValueError:
             self.file.truncate(len(text) - len(last))
         else:

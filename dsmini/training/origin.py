@@ -17,7 +17,7 @@ from dsmini.training.changes import check_init, check_resume
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class RunOrigin:
     """The beginning of a run, before the flags of the command line."""
 
     config: RunConfig
@@ -49,7 +49,7 @@ class Origin:
         return config
 
 
-def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: Callable[[str], None]) -> Origin:
+def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: Callable[[str], None]) -> RunOrigin:
     """Find where a run comes from.
 
     Args:
@@ -66,15 +66,15 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
         weights = model_checkpoint(init, say=say)
         config = RunConfig(model=weights.config.model, data=weights.config.data)
         name = re.sub(r"-\d+$", "", weights.folder.resolve().parent.parent.name)
-        origin = Origin(config=config, name=name, init=init, weights=weights)
+        origin = RunOrigin(config=config, name=name, init=init, weights=weights)
     else:
-        origin = Origin(config=RunConfig())
+        origin = RunOrigin(config=RunConfig())
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
 
 
-def _origin_of_stopped(run: Path) -> Origin:
+def _origin_of_stopped(run: Path) -> RunOrigin:
     if run.resolve().parent.name == "checkpoints":
         whole = run.resolve().parent.parent
         raise ValueError(
@@ -82,7 +82,7 @@ def _origin_of_stopped(run: Path) -> Origin:
             f"this one's weights with --init {run}"
         )
     before = dataclasses.replace(run_config(run), out=run)
-    return Origin(config=before, resume=run, before=before)
+    return RunOrigin(config=before, resume=run, before=before)
 
 
 def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 
 from dsmini.console.progress import Progress
-from dsmini.training.trainer import Step
+from dsmini.training.trainer import StepResult
 
 
 class TrainingProgress:
@@ -29,7 +29,7 @@ class TrainingProgress:
     def __exit__(self, *error: object) -> None:
         self.bar.__exit__(*error)
 
-    def show(self, step: Step, tokens_per_s: float) -> None:
+    def show(self, step: StepResult, tokens_per_s: float) -> None:
         """Show a training step."""
         vio = "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
         wait = f"  data wait {step.data_wait:.0%}" if step.data_wait > 0.05 else ""

@@ -11,15 +11,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from dsmini.nn import max_violation
 from dsmini.reading import is_there, open_regular, parse_json
-from dsmini.training.trainer import Step
+from dsmini.training.trainer import StepResult
 
 METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
-    """The record of an optimizer step. None stands for a figure that is not finite or was not measured, and in a
-    dense model for what only experts have."""
+    """The record of an optimizer step: its StepResult as JSON can hold it, and what was measured after it.
+
+    None stands for a figure that is not finite or was not measured, and in a dense model for what only experts have.
+    """
 
     step: int
     """Number of the step, counted from 1."""
@@ -58,7 +60,7 @@ class StepRecord:
     parameters, and val_loss_at_eval_context. In metrics.jsonl they are keys like the others."""
 
     @classmethod
-    def of(cls, step: Step, memory: int, scores: Mapping[str, float | None]) -> "StepRecord":
+    def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | None]) -> "StepRecord":
         """Return the record of a step that has not been validated yet."""
         counts = step.counts
         return cls(

@@ -11,7 +11,7 @@ from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
-from dsmini.measure.machine import peak_memory
+from dsmini.machine import peak_memory
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
@@ -19,7 +19,7 @@ from dsmini.training.record import METRICS, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
 from dsmini.training.stopping import asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
-from dsmini.training.trainer import Step, Trainer
+from dsmini.training.trainer import StepResult, Trainer
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
@@ -110,7 +110,7 @@ class TrainingRun:
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 
-    def _keep(self, step: Step) -> None:
+    def _keep(self, step: StepResult) -> None:
         """Take a step into the history."""
         asked = {"val_loss_ema": self.trainer.average is not None}
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}

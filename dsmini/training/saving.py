@@ -3,7 +3,7 @@
 from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import Checkpoint, RunState, check_tensors, save_checkpoint
 from dsmini.config import RunConfig
-from dsmini.measure.machine import random_state, set_random_state
+from dsmini.machine import random_state, set_random_state
 from dsmini.training.history import History
 from dsmini.training.record import METRICS, StepRecord, read_records
 from dsmini.training.trainer import Trainer

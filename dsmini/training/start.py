@@ -26,17 +26,17 @@ from dsmini.config import RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.measure.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.training.changes import check_resume
-from dsmini.training.origin import Origin, absolute
+from dsmini.training.origin import RunOrigin, absolute
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
 
 
 @contextmanager
-def started(origin: Origin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
+def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
     """Yield a run that is ready to train, new or resumed, and hold its folder meanwhile.
 
     Args:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmini import accounting
-from dsmini.measure.machine import DTYPES, matmul_rate, peak_memory
+from dsmini.machine import DTYPES, matmul_rate, peak_memory
 from dsmini.training.run import TrainingRun
 
 

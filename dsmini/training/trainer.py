@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
-from dsmini.measure.timing import synchronize
+from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
 from dsmini.training.average import ParameterAverage
 from dsmini.training.optim import optimizers
@@ -21,8 +21,11 @@ from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """The results of one optimizer step. Losses are in nats a token, before the update."""
+class StepResult:
+    """The results of one optimizer step as they were computed: losses may be NaN, loads are a tensor.
+
+    Losses are in nats a token, before the update. StepRecord is what metrics.jsonl stores of it.
+    """
 
     step: int
     """Steps done, this one included."""
@@ -85,7 +88,7 @@ class Trainer:
             self.average.load(tensors["average"], average_updates)
         self.steps_done, self.sequences = steps_done, sequences
 
-    def step(self) -> Step:
+    def step(self) -> StepResult:
         """Take one optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
         start = time.perf_counter()
         train = self.config.train
@@ -112,7 +115,7 @@ class Trainer:
         main, mtp, balance = sums.tolist()
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        return Step(
+        return StepResult(
             step=self.steps_done,
             loss=main,
             mtp_loss=mtp,

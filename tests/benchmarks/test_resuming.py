@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import session
-from dsmini.report.results import Writer, read
+from dsmini.report.results import ResultsWriter, read
 from tests.helpers.benchmark_calls import Capture, Watch, go, lines
 from tests.helpers.commands import ROOT
 
@@ -164,7 +164,7 @@ def test_unwritable_report_loses_no_figure(tmp_path: Path, capsys: Capture) -> N
 
 def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
     with (
-        Writer(tmp_path / "results.jsonl"),
+        ResultsWriter(tmp_path / "results.jsonl"),
         pytest.raises(ValueError, match="is being written by another run; wait for it"),
     ):
         go(tmp_path)

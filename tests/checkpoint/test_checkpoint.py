@@ -18,7 +18,7 @@ from dsmini.checkpoint.manifest import MANIFEST, verify, write_folder
 from dsmini.checkpoint.run_folder import sole_trainer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import last_checkpoint, read_checkpoint
-from dsmini.measure.machine import random_state
+from dsmini.machine import random_state
 from dsmini.training.run import TrainingRun
 from dsmini.training.saving import NotSavedError
 from tests.helpers.runs import new_run, resumed, unequal, whole

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,25 @@ def test_ragged_fp8_dequantizes_block_by_block(fp8_folder: tuple[Path, dict[str,
         {name: t.bfloat16() if folders.is_matrix(name) else t for name, t in meant.items()},
         to_hf(short),
     )
+
+
+@pytest.mark.parametrize(
+    ("fp8", "stored", "memory"),
+    [
+        ("dequantize", "is stored in FP8 and dequantized to bfloat16", "at twice the memory"),
+        ("keep", "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"),
+    ],
+)
+def test_fp8_folder_warns_of_slow_bf16_by_what_is_held(
+    tmp_path: Path, fp8_model: Build, monkeypatch: pytest.MonkeyPatch, fp8: Any, stored: str, memory: str
+) -> None:
+    model = fp8_model()
+    tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
+    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED)
+    folder = folders.write(tmp_path / "fp8", tensors, raw)
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
+    with pytest.warns(UserWarning, match=f"{stored}, which this CPU .*, {memory}$"):
+        load_pretrained(folder, fp8=fp8)
 
 
 def test_kept_fp8_computes_the_dequantized_logits(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.console.commandline import _clipped, field_docstrings
@@ -285,3 +286,27 @@ def test_long_docstring_is_cut_between_clauses_or_words() -> None:
     assert _clipped(docstring, 34) == "A text file, or a folder of them"
     assert _clipped("Short. Much more.", 20) == "Short"
     assert _clipped("Word " * 40, 18) == "Word Word Word..."
+
+
+@pytest.mark.parametrize(
+    ("backend", "sentence"),
+    [
+        ("trtion", "error: DSMINI_BACKEND='trtion' is unknown; use one of reference, eager, cpu, triton, or auto"),
+        ("triton", "error: DSMINI_BACKEND=triton cannot run here: Triton "),
+    ],
+)
+def test_wrong_backend_is_refused_before_anything_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, backend: str, sentence: str
+) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton can run here")
+    monkeypatch.setenv("DSMINI_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = [
+        ("dsmini.train", f"--data.path book.txt --out unmade/x {TINY}"),
+        ("dsmini.generate", "runs/x"),
+        ("dsmini.convert", "runs/x unmade"),
+    ]
+    for status, said in run_all(asked, place):
+        assert status == 2 and said.startswith(sentence) and said.count("\n") == 1, said
+    assert not (place / "unmade").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from dsmini import RunConfig, TrainConfig
 from dsmini.config.old_schedule import KEYS, OldSchedule, without_old_flags
-from dsmini.train import main
+from dsmini.train import _read, main
 from tests.helpers.configs import refusal, written
 
 DEFAULT = TrainConfig().lr_schedule
@@ -62,6 +62,20 @@ def test_old_key_changes_its_phase_of_the_base(
         new = ["--train.steps", "3", "--train.lr-schedule", *want]
         assert without_old_flags([flag, value, "--train.steps", "3"], base) == new
         assert without_old_flags(["--train.steps", "3", f"{flag}={value}"], base) == new
+
+
+def test_flag_last_takes_the_level_that_a_file_gives(tmp_path: Path) -> None:
+    """With last = 0 the level is in no phase of the file."""
+    file = written(tmp_path, "[train]\nlr_last = 0.2\nlast = 0\n", "x.toml")
+    origin, command = _read([str(file), "--train.last", "0.25"])
+    assert origin.config.train.lr_schedule == DEFAULT
+    assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.2")
+    _, command = _read([str(file), "--train.last", "0.25", "--train.lr-last=0.05"])
+    assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.05")
+    new = ["--train.lr-schedule", *DEFAULT, "constant 0.25 at 0.2"]
+    assert without_old_flags(["--train.last", "0.25"], DEFAULT, [file]) == new
+    own = written(tmp_path, "[train]\nlr_last = 0.3\nlast = 0\n", "config.toml")
+    assert without_old_flags(["--train.last", "0.25"], DEFAULT, [own, file]) == new, "a file goes before the run's own"
 
 
 @pytest.mark.parametrize("base", [DEFAULT, PHASES, ("linear to 0",), ("constant 0.9", "cosine to 1e-05")])

@@ -145,15 +145,15 @@ def test_two_processes_building_at_once_both_succeed(place: Path) -> None:
 
 
 def test_slower_builder_takes_the_entry_that_is_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = corpus_cache.Cache._keep
+    real = corpus_cache.CorpusCache._keep
     inside: list[Corpus] = []
 
-    def meanwhile(cache: corpus_cache.Cache, partial: Path) -> None:
-        monkeypatch.setattr(corpus_cache.Cache, "_keep", real)
+    def meanwhile(cache: corpus_cache.CorpusCache, partial: Path) -> None:
+        monkeypatch.setattr(corpus_cache.CorpusCache, "_keep", real)
         inside.append(corpora.load(place))
         real(cache, partial)
 
-    monkeypatch.setattr(corpus_cache.Cache, "_keep", meanwhile)
+    monkeypatch.setattr(corpus_cache.CorpusCache, "_keep", meanwhile)
     outside = corpora.load(place)
     assert np.array_equal(outside.train, inside[0].train) and len(corpora.entries(place)) == 1
 

@@ -10,6 +10,19 @@ import pytest
 from dsmini import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FP8_SIZES: dict[str, Any] = {
+    "dim": 256,
+    "inter_dim": 272,
+    "moe_inter_dim": 136,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_heads": 4,
+    "precision": "fp8",
+}
+"""A model in simulated FP8 of which some widths do not fill whole tiles of 128."""
 
 
 def released(name: str, **changes: Any) -> ModelConfig:

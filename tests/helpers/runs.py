@@ -16,7 +16,7 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
 from dsmini.data.corpus import Corpus
-from dsmini.measure.machine import random_state
+from dsmini.machine import random_state
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import Trainer

@@ -51,3 +51,12 @@ FP32_MODEL = rounding(FP32_UNIT, terms=48, chained=80)
 BF16_CACHE = rounding(BF16_UNIT, chained=2)
 E4M3_UNIT = 2.0**-4
 E4M3_CACHE = rounding(E4M3_UNIT, chained=2)
+
+
+def moved_codes(difference: float) -> float:
+    """Relative error of an operand in E4M3 that had this relative error before it was rounded.
+
+    A code is a step from its neighbour, 2^-3 at most of its value. So the share difference / 2^-3 of the codes moves,
+    each by 2^-3, and the error is the square root of the product.
+    """
+    return SAFETY * math.sqrt(difference * 2 * E4M3_UNIT)

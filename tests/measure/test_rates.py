@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini.measure import calibration, machine, timing
+from dsmini import machine
+from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
+from dsmini.measure import calibration, timing
 from dsmini.measure.calibration import seconds_of
-from dsmini.measure.machine import matmul_rate, pick_dtype, slow_bf16
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dsmini import machine
+from dsmini.machine import once
 from dsmini.measure import timing
-from dsmini.measure.timing import interleaved, once, ratios, spread, times
+from dsmini.measure.timing import interleaved, ratios, spread, times
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,7 @@ def test_once_waits_for_the_device(clock: FakeTime, monkeypatch: pytest.MonkeyPa
         clock.log.append("wait")
         clock.now += 10.0 * (clock.log == ["wait", "run", "wait"])  # the device goes on after the call
 
-    monkeypatch.setattr(timing, "synchronize", synchronize)
+    monkeypatch.setattr(machine, "synchronize", synchronize)
     assert once(clock.work("run", 1.0), CPU) == 11
     assert clock.log == ["wait", "run", "wait"]
 

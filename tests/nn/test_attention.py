@@ -85,7 +85,7 @@ def test_decoding_in_parts_equals_attention_by_hand(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
 ) -> None:
     """From a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
-    for name in ("PAGED", "COPIED"):
+    for name in ("SPLIT_FROM", "PART"):
         monkeypatch.setattr(attention, name, 1)  # so 64 keys at a time
     t, d, width = 200, 8, 5
     q = torch.randn(batch, 6, 2, d).to(dtype)
@@ -115,7 +115,7 @@ def test_only_what_is_large_goes_in_parts_of_a_quarter() -> None:
 
 def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 parts of one: in BF16 the sum stops at 256, where one more is half a step."""
-    for name in ("PAGED", "COPIED"):
+    for name in ("SPLIT_FROM", "PART"):
         monkeypatch.setattr(attention, name, 1)
     t = 64 * 512
     weights = torch.full((2, 1, t), 2.0**-6, dtype=torch.bfloat16)  # 64 of them are one

@@ -7,7 +7,7 @@ import torch
 
 import dsmini
 from dsmini import Transformer
-from dsmini.measure.machine import matmul_rate, peak_memory, pick_device, pick_dtype
+from dsmini.machine import matmul_rate, peak_memory, pick_device, pick_dtype
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 HAVE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -1,6 +1,5 @@
 """Tiles in short formats: bit for bit what a loop over the tiles gives, for any shape, tile, format and scale."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmini import ops
 from dsmini.numerics import (
     AMAX_MIN,
     FORMATS,
@@ -39,12 +37,7 @@ from tests.helpers.quantization import (
 from tests.helpers.quantizer import quantized, quantized_groups, raw, same, stored
 from tests.helpers.tolerances import relative_error
 
-
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    """Plain PyTorch defines the bits; fast versions are compared with it elsewhere."""
-    with ops.use("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @settings(max_examples=200)

@@ -1,6 +1,5 @@
 """Magnitudes, floors, numbers that are not finite, and other tiles of the same codes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmini import ops
 from dsmini.numerics import (
     AMAX_MIN,
     FORMATS,
@@ -37,12 +35,7 @@ from tests.helpers.quantization import (
 from tests.helpers.quantizer import NAMES, meant, quantized, same
 from tests.helpers.tolerances import relative_error
 
-
-@pytest.fixture(autouse=True)
-def _reference() -> Iterator[None]:
-    """Plain PyTorch defines the bits; fast versions are compared with it elsewhere."""
-    with ops.use("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-44, 1e-38, 1e-20, 1.0, 1e30, 3e38, torch.inf])

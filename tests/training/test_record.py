@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsmini.checkpoint.training_state import last_checkpoint
 from dsmini.training.record import StepRecord, read_records
-from dsmini.training.trainer import Step
+from dsmini.training.trainer import StepResult
 from tests.helpers.runs import RICH, new_run
 
 KEYS = (
@@ -35,7 +35,7 @@ def test_metrics_have_their_keys_in_order_and_read_back_equal(
 
 def test_record_without_finite_figures_holds_none() -> None:
     losses = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "lr", "data_wait"), math.nan)
-    step = Step(**losses, step=3, grad_norm=math.inf, tokens=8, seconds=0.5, counts=None, skipped=True)
+    step = StepResult(**losses, step=3, grad_norm=math.inf, tokens=8, seconds=0.5, counts=None, skipped=True)
     record = StepRecord.of(step, memory=7, scores={"val_loss_ema": None})
     figures = ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "data_wait", "max_vio", "layer_max_vio", "loads")
     assert all(getattr(record, name) is None for name in figures)

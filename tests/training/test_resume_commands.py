@@ -131,9 +131,12 @@ def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
 
 def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In what the command imports once it runs: before that, Python answers."""
-    (place / "tyro").mkdir()
-    (place / "tyro/tyro.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
-    monkeypatch.setenv("EXTRA_PATH", str(place / "tyro"))
+    library = place / "library/dsmini_kernels/cpu"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    (library.parent / "__init__.py").write_text("")
+    monkeypatch.setenv("EXTRA_PATH", str(place / "library"))
+    monkeypatch.setenv("DSMINI_BACKEND", "cpu")
     done = run("dsmini.train", place)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 

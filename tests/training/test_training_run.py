@@ -21,7 +21,7 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.data.corpus import Corpus
-from dsmini.measure.machine import peak_memory
+from dsmini.machine import peak_memory
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import StepRecord

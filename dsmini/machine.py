@@ -5,13 +5,12 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from dsmini.measure.timing import once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -103,6 +102,23 @@ def _square_product(size: int, device: torch.device, dtype: torch.dtype) -> Call
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=product)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one run, until the device is done with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,0 +1,235 @@
+"""The three products of an FP8 layer as operations: fprop, dgrad and wgrad (DeepSeek-V3 report, figure 6).
+
+    fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
+    dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
+    wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles
+
+Each reference dequantizes, multiplies in FP32 and adds 128 terms at a time, expert by expert. The eager versions run
+one product, or one grouped product. gemm.py calls the operations with gradients off, in forward and in backward, so
+that a kernel can serve them in training too.
+
+Arguments of all of them:
+    codes, scales   as `quantize_tiles` returns them, of matrices; w_codes is [o, k], or [e, o, k] with ends
+    ends            row after each expert's last; None: one matrix for all rows
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.numerics.accumulation import Accumulator
+from dsmini.numerics.products import grouped_linear, grouped_outer
+from dsmini.numerics.quantization import ACTIVATION_TILE, AMAX_MIN, SMALLEST_AMAX, TOKEN_TILE, WEIGHT_TILE
+from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles, round_tiles
+
+BLOCK = 128
+"""Terms of a sum that are added before the sum so far: N_C of the report, section 3.3.2."""
+
+
+class Recipe(NamedTuple):
+    """Options of one product and its gradients."""
+
+    scale: Scale
+    weight_scale: Scale
+    grad_format: FormatName
+    saved_format: FormatName
+    """Format in which x is kept for wgrad."""
+    out_dtype: torch.dtype
+    """Dtype of the result and of both gradients."""
+    accumulator: Accumulator | None
+    """Emulated accumulator of all three products; None: FP32."""
+    backend: str | None
+    """Backend of the forward, which backward uses too."""
+
+    @property
+    def operands(self) -> torch.dtype:
+        """Dtype of dequantized operands: BF16, where that holds them exactly and the result is BF16."""
+        exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
+        return torch.bfloat16 if exact and self.out_dtype == torch.bfloat16 else torch.float32
+
+
+def _used(w: Tensor, ends: Tensor | None) -> float:
+    """Return the share of the experts that have rows."""
+    if ends is None:
+        return 1.0
+    return (torch.diff(ends, prepend=ends.new_zeros(1)) > 0).sum().item() / max(1, w.shape[0])
+
+
+def _weight_bytes(codes: Tensor, scales: Tensor, ends: Tensor | None) -> int:
+    return round(_used(codes, ends) * (codes.nbytes + scales.nbytes)) + (0 if ends is None else ends.nbytes)
+
+
+def _fprop_cost(
+    x_codes: Tensor, x_scales: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
+) -> ops.Cost:
+    (rows, k), o = x_codes.shape, w_codes.shape[-2]
+    read = x_codes.nbytes + x_scales.nbytes + _weight_bytes(w_codes, w_scales, ends)
+    return ops.Cost(read, rows * o * recipe.out_dtype.itemsize, 2 * rows * o * k)
+
+
+@ops.operation("fp8_fprop", cost=_fprop_cost)
+def fp8_fprop(
+    x_codes: Tensor,
+    x_scales: Float[Tensor, "rows kt"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows o"]:
+    """Return x W^T of E4M3 codes.
+
+    Source: DeepSeek-V3 report, section 3.3.
+    """
+    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE)
+    y = [_add_blocks(rows, matrix, recipe) for rows, matrix in zip(_rows_of(x, ends), _matrices(w, ends), strict=True)]
+    return torch.cat(y).to(recipe.out_dtype)
+
+
+@fp8_fprop.eager
+def _(
+    x_codes: Tensor, x_scales: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
+) -> Tensor:
+    x = dequantize_tiles(x_codes, x_scales, ACTIVATION_TILE, "e4m3", recipe.operands, x_codes.shape[-1])
+    return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
+
+
+def _swiglu_cost(
+    gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
+) -> ops.Cost:
+    (rows, k), o = gate.shape, w_codes.shape[-2]
+    read = gate.nbytes + up.nbytes + _weight_bytes(w_codes, w_scales, ends)
+    return ops.Cost(read, rows * o * recipe.out_dtype.itemsize, 2 * rows * o * k)
+
+
+@ops.operation("fp8_swiglu_fprop", cost=_swiglu_cost)
+def fp8_swiglu_fprop(
+    gate: Float[Tensor, "rows k"],
+    up: Float[Tensor, "rows k"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows o"]:
+    """Return Q(silu(gate) * up) W^T."""
+    hidden = F.silu(gate) * up
+    codes, scales = quantize_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN)
+    return fp8_fprop.reference(codes, scales, w_codes, w_scales, ends, recipe)
+
+
+@fp8_swiglu_fprop.eager
+def _(gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
+    hidden = F.silu(gate).mul_(up)
+    x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
+    return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
+
+
+def _dgrad_cost(dy: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> ops.Cost:
+    (rows, o), k = dy.shape, w_codes.shape[-1]
+    written = rows * k * recipe.out_dtype.itemsize
+    return ops.Cost(dy.nbytes + _weight_bytes(w_codes, w_scales, ends), written, 2 * rows * o * k)
+
+
+@ops.operation("fp8_dgrad", cost=_dgrad_cost)
+def fp8_dgrad(
+    dy: Float[Tensor, "rows o"],
+    w_codes: Tensor,
+    w_scales: Float[Tensor, "*e ot kt"],
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "rows k"]:
+    """Return the gradient of x: Q(dy) W, with dy rounded in 1x128 tiles."""
+    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, torch.float32)
+    w = dequantize_tiles(w_codes, w_scales, WEIGHT_TILE)
+    dx = [_add_blocks(r, matrix.T, recipe) for r, matrix in zip(_rows_of(g, ends), _matrices(w, ends), strict=True)]
+    return torch.cat(dx).to(recipe.out_dtype)
+
+
+@fp8_dgrad.eager
+def _(dy: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
+    w = _weights(w_codes, w_scales, recipe)
+    g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
+    return _times_transposed(g, w.mT, ends, recipe)
+
+
+def _wgrad_cost(
+    dy: Tensor, x: Tensor, x_scales: Tensor | None, columns: int, ends: Tensor | None, recipe: Recipe
+) -> ops.Cost:
+    rows, o = dy.shape
+    read = dy.nbytes + sum(t.nbytes for t in (x, x_scales, ends) if t is not None)
+    matrices = 1 if ends is None else len(ends)
+    return ops.Cost(read, matrices * o * columns * recipe.out_dtype.itemsize, 2 * rows * o * columns)
+
+
+@ops.operation("fp8_wgrad", cost=_wgrad_cost)
+def fp8_wgrad(
+    dy: Float[Tensor, "rows o"],
+    x: Tensor,
+    x_scales: Float[Tensor, "rows kt"] | None,
+    columns: int,
+    ends: Int[Tensor, " e"] | None,
+    recipe: Recipe,
+) -> Float[Tensor, "*e o k"]:
+    """Return the gradient of W: Q(dy)^T Q(x), both rounded in tiles of 128 tokens of one expert; zeros without tokens.
+
+    Args:
+        x: codes in the format that x is kept in, or, without scales, its values [rows, k].
+        columns: k, which packed codes do not tell.
+    """
+    values = x
+    if x_scales is not None:
+        values = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, torch.float32, columns)
+    dw = []
+    for g, rows in zip(_rows_of(dy, ends), _rows_of(values, ends), strict=True):
+        g = round_tiles(g, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, torch.float32)
+        rows = round_tiles(rows, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, torch.float32)
+        dw.append(_add_blocks(g.T, rows.T, recipe).to(recipe.out_dtype))
+    return dw[0] if ends is None else torch.stack(dw)
+
+
+@fp8_wgrad.eager
+def _(dy: Tensor, x: Tensor, x_scales: Tensor | None, columns: int, ends: Tensor | None, recipe: Recipe) -> Tensor:
+    if x_scales is not None:
+        x = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, recipe.operands, columns)
+    g = round_tiles(dy, TOKEN_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands, ends)
+    x = round_tiles(x, TOKEN_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands, ends)
+    if ends is not None:
+        return grouped_outer(g, x, ends)
+    return _times_transposed(g.T, x.T, None, recipe)
+
+
+def _add_blocks(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], recipe: Recipe) -> Float[Tensor, "n m"]:
+    """Return a b^T in FP32: products of 128 terms, added one block after the other."""
+    if recipe.accumulator is not None:
+        return recipe.accumulator.matmul(a, b)
+    y = a.new_zeros(a.shape[0], b.shape[0])
+    for start in range(0, a.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        y = y + a[:, block] @ b[:, block].T
+    return y
+
+
+def _rows_of(x: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the rows of each expert."""
+    return (x,) if ends is None else x.split(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
+
+
+def _matrices(w: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the matrix of each expert."""
+    return (w,) if ends is None else w.unbind(0)
+
+
+def _weights(codes: Tensor, scales: Tensor, recipe: Recipe) -> Tensor:
+    return dequantize_tiles(codes, scales, WEIGHT_TILE, "e4m3", recipe.operands)
+
+
+def _times_transposed(a: Tensor, b: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
+    """Return a b^T of dequantized operands in the result's dtype."""
+    if ends is not None:
+        return grouped_linear(a, b, ends).to(recipe.out_dtype)
+    y = F.linear(a, b) if recipe.accumulator is None else recipe.accumulator.matmul(a, b)
+    return y.to(recipe.out_dtype)

@@ -1,0 +1,171 @@
+"""The seam around whole models: the reference backend runs equations alone, and a kernel can replace any operation."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmini import Transformer, ops
+from dsmini.functional import experts as functional_experts
+from dsmini.functional.experts import fp8_experts
+from dsmini.measure.counting import count
+from dsmini.nn import Experts, Linear
+from dsmini.nn.fp8 import hold_fp8, scale_names
+from dsmini.numerics import WEIGHT_TILE, fp8_products, quantize
+from tests.helpers.backends import declared, routed
+from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
+
+Build = Callable[..., Transformer]
+
+
+def only_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for the reference backend, and fail where a tuned version runs or a part of one."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an eager version ran")
+
+    for operation in declared().values():
+        monkeypatch.setattr(operation, "plain", refuse)
+    for module in (functional_experts, fp8_products):
+        for name in ("grouped_linear", "grouped_outer", "sort_by_expert", "combine", "_times_transposed"):
+            monkeypatch.setattr(module, name, refuse, raising=False)
+    monkeypatch.setenv(ops.VARIABLE, "reference")
+
+
+def test_reference_backend_runs_the_equations(monkeypatch: pytest.MonkeyPatch, small_model: Any) -> None:
+    """A whole model under DSMINI_BACKEND=reference calls no eager version, and agrees."""
+    model = small_model(n_mtp_layers=0)
+    tokens = torch.randint(0, 61, (2, 20))
+    want = model(tokens)
+
+    only_references(monkeypatch)
+    assert relative_error(model(tokens), want) <= rounding(FP32_UNIT, terms=40, chained=40)
+    with torch.no_grad():
+        for form in ("expanded", "absorbed"):
+            cache = model.new_cache(2, form=form)
+            parts = [model(part, cache=cache) for part in tokens.split([9, 1, 10], 1)]
+            assert relative_error(torch.cat(parts, 1), want) <= rounding(FP32_UNIT, terms=40, chained=40)
+
+
+def step(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    """Return the loss and the gradients."""
+    loss = model.losses(tokens[:, :-1], tokens[:, 1:]).total
+    return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_reference_backend_trains_by_equations(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
+) -> None:
+    model, tokens = small_model(precision=precision), torch.randint(0, 61, (2, 20))
+    want = step(model, tokens)
+    only_references(monkeypatch)
+    got = step(model, tokens)
+    # in FP8, sums of another order move a code to its neighbour here and there
+    tolerance = rounding(FP32_UNIT, terms=40, chained=40) if precision == "native" else E4M3_UNIT
+    assert relative_error(got[0], want[0]) <= tolerance / 10
+    wrong = torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm()
+    assert wrong <= tolerance * torch.cat([b.flatten() for b in want]).norm()
+
+
+def held(model: Transformer) -> Transformer:
+    """Let attention and feed-forwards hold FP8 codes."""
+    modules: list[Any] = [
+        m for name, m in model.named_modules() if isinstance(m, Linear | Experts) and ".eh" not in name
+    ]
+    for module in modules:
+        for name in scale_names(module) if module is not model.head else ():
+            q = quantize(getattr(module, name).detach(), WEIGHT_TILE, "fp32")
+            hold_fp8(module, name, q.codes, q.scales)
+    return model.eval()
+
+
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_reference_backend_reads_held_codes_by_equations(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
+) -> None:
+    model, tokens = held(small_model(precision=precision, n_mtp_layers=0)), torch.randint(0, 61, (2, 20))
+    with torch.no_grad():
+        want = model(tokens)
+        only_references(monkeypatch)
+        got = model(tokens)
+    tolerance = rounding(FP32_UNIT, terms=40, chained=40) if precision == "native" else E4M3_UNIT
+    assert relative_error(got, want) <= tolerance
+
+
+class Unserved(Exception):  # noqa: N818, as backends spell it
+    """As a backend raises it."""
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
+    """Let a backend for this device have a kernel for each of these operations; return what ran, in order."""
+    kernels: Any = ModuleType("stand-in")
+    ran: list[str] = []
+    kernels.OPERATIONS, kernels.Unserved = tuple(names), Unserved
+    for name, operation in declared().items():
+
+        def kernel(*args: Any, run: Any = operation.plain, name: str = name, **options: Any) -> Any:
+            ran.append(name)
+            with ops.use("eager"):
+                return run(*args, **options)
+
+        setattr(kernels, name, kernel)
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_operations", lambda name: kernels.OPERATIONS if name == "cpu" else None)
+    monkeypatch.setattr(ops, "_load", lambda name: kernels if name == "cpu" else "not here")
+    return ran
+
+
+PRODUCTS = {"fp8_fprop", "fp8_swiglu_fprop", "fp8_dgrad", "fp8_wgrad"}
+
+
+def test_kernels_of_fp8_products_serve_training(monkeypatch: pytest.MonkeyPatch, small_model: Build) -> None:
+    """Whole operations whose gradient is wanted run PyTorch code; the products inside run kernels in backward too."""
+    model, tokens = small_model(precision="fp8"), torch.randint(0, 61, (2, 20))
+    want = step(model, tokens)
+    ran = stand_in(monkeypatch, PRODUCTS | {"fp8_experts", "quantized_experts", "quantized_linear"})
+    got = step(model, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert set(ran) == PRODUCTS
+
+
+@pytest.mark.parametrize(
+    ("precision", "hold", "served"),
+    [
+        ("native", False, {"experts", "linear", "swiglu"}),
+        ("fp8", False, {"fp8_experts", "fp8_fprop", "fp8_swiglu_fprop"}),
+        ("native", True, {"quantized_experts", "quantized_linear"}),
+        ("fp8", True, {"fp8_experts", "fp8_fprop", "fp8_swiglu_fprop"}),
+    ],
+)
+def test_kernels_serve_inference_and_are_counted_by_cost(
+    monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str, hold: bool, served: set[str]
+) -> None:
+    model: nn.Module = small_model(precision=precision, n_mtp_layers=0)
+    model = held(model) if hold else model.eval()
+    tokens = torch.randint(0, 61, (2, 20))
+    with torch.no_grad():
+        want = model(tokens)
+        ran = stand_in(monkeypatch, served)
+        assert torch.equal(model(tokens), want)
+        assert set(ran) == served
+        ran.clear()
+        counted = count(lambda: model(tokens))
+    # kernels alone are counted under their names, each by what its operation declares
+    assert sorted(op.name for op in counted.operations if op.name in served) == sorted(ran)
+    assert all(op.flops and op.read and op.written for op in counted.operations if op.name in served - {"swiglu"})
+
+
+def test_gradient_of_quantized_input_keeps_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes have no gradient: the tensor that they stand for is asked."""
+    x, (indices, weights, counts) = torch.randn(5, 24, requires_grad=True), routed(5, 2, 4)
+    held = [quantize(torch.randn(4, *size), WEIGHT_TILE, "fp32") for size in ((12, 24), (24, 12), (12, 24))]
+    ran = stand_in(monkeypatch, {"fp8_experts"})
+    y = fp8_experts(quantize(x), indices, weights, counts, *held)
+    assert not ran
+    assert torch.autograd.grad(y.sum(), x)[0].norm() > 0
+    fp8_experts(quantize(x).detach(), indices, weights, counts, *held)
+    assert ran == ["fp8_experts"]

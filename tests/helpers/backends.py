@@ -1,0 +1,56 @@
+"""Backends as tests force them, every operation that is declared, and operands of routed experts."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import functional, numerics, ops
+from dsmini.numerics import QuantizedTensor
+
+SIZES = (1, 63, 130)
+
+
+def declared() -> dict[str, ops.Operation[Any, Any]]:
+    """Return every operation of functional/ and numerics/, by name."""
+    found = {}
+    for room in (functional, numerics):
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            values = vars(importlib.import_module(module.name)).values()
+            found |= {v.name: v for v in values if isinstance(v, ops.Operation)}
+    return found
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[str]:
+    """Force a backend and give the device of its tensors; skip the test where its kernels cannot run."""
+    device = next((device for device, name in ops.FOR_DEVICE.items() if name == backend), "cpu")
+    with ops.use(backend):
+        if ops.serving(device) != backend or (device == "cuda" and not torch.cuda.is_available()):
+            pytest.skip(f"no {backend} kernels here")
+        yield device
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return an argument, or the same on that device."""
+    if isinstance(value, tuple):
+        return tuple(moved(v, device) for v in value) if not hasattr(value, "_fields") else value
+    return value.to(device) if isinstance(value, Tensor | QuantizedTensor) else value
+
+
+def routed(n: int, k: int, e: int, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices, weights and counts of tokens that choose any k experts but the empty ones."""
+    open_to_all = torch.tensor([i for i in range(e) if i not in empty])
+    indices = open_to_all[torch.rand(n, len(open_to_all)).argsort()[:, :k]]
+    return indices, torch.rand(n, k) + 0.5, indices.flatten().bincount(minlength=e)
+
+
+def tied(n: int, k: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same where all scores tie: every token chooses the first k experts, with equal weights."""
+    indices = torch.arange(k).expand(n, k).contiguous()
+    return indices, torch.full((n, k), 1 / k), indices.flatten().bincount(minlength=e)
