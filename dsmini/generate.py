@@ -14,7 +14,7 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.progress import Phases, patience
 from dsmini.text.page import Page
-from dsmini.text.prompts import printable, read_line, read_prompts
+from dsmini.text.prompts import read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
     from dsmini.inference.writer import Answers, Writer
@@ -114,7 +114,7 @@ def _answer(writer: "Writer", command: GenerateCommand) -> int:
     prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
     page = None if command.json else Page([heading for heading, _ in prompts])
     answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
-    rows = [row.described(printable(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
+    rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
     only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
     return _end(command, only | {"answers": rows}, answers)
 
@@ -151,7 +151,7 @@ def _converse(writer: "Writer", command: GenerateCommand) -> int:
     conversation = Conversation(writer, command.system)
     while line := read_line():
         answers = conversation.answer(line, None if command.json else Page([""]))
-        said = answers.rows[0].described(printable(line))
+        said = answers.rows[0].described(without_surrogates(line))
         if status := _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers):
             return status
     return 0

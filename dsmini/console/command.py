@@ -1,13 +1,18 @@
 """Run a command: set its exit status, and report an error in one sentence."""
 
+import errno
 import io
 import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TypeVar
+
+from dsmini.console.printable import printable
+from dsmini.reading import brief
 
 T = TypeVar("T")
 
@@ -21,25 +26,30 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")  # for a character that the terminal cannot show
+    with_place = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(with_place(*args, **kwargs))
     try:
         status = main(sys.argv[1:])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         status = 2
     except ArithmeticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         status = 1
     except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         sys.stderr.close()
         status = 1
     except OSError as error:
-        print(f"error: {error}; free some space or choose another folder; what was saved is untouched", file=sys.stderr)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            _complain(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one")
+            sys.exit(2)
+        _complain(f"{error}; free some space or choose another folder; what was saved is untouched")
         status = 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
             raise
         first = (str(error).splitlines() or ["no memory is left"])[0]
-        print(f"error: too large for this machine: {first}; use a smaller model or batch", file=sys.stderr)
+        _complain(f"too large for this machine: {first}; use a smaller model or batch")
         status = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -79,3 +89,7 @@ def interruptible(work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _complain(sentence: str) -> None:
+    print(f"error: {printable(sentence)}", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dsmini.text.regular import is_regular
+from dsmini.reading import is_there, read_text
 from dsmini.text.renderer import NotATemplateError, Renderer
 from dsmini.text.tokenizer import BPETokenizer
 
@@ -132,11 +132,8 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | Non
     Raises: ValueError for a template that is not understood.
     """
     path = folder / "chat_template.jinja"
-    if is_regular(path, "the chat template", LARGEST_TEMPLATE):
-        try:
-            source: Any = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the chat template {path}: {error}") from None
+    if is_there(path):
+        source: Any = read_text(path, LARGEST_TEMPLATE)
     else:
         path = folder / "tokenizer_config.json"
         source = _default(config.get("chat_template"), path)

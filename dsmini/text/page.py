@@ -4,9 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-# control characters, which a terminal obeys, are shown as pictures; C1 controls have no pictures
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+from dsmini.console.printable import printable
 
 
 class Page:
@@ -47,5 +45,5 @@ class Page:
         self._write(("\n" if self._at else "") + heading + self._waiting[self._at])
 
     def _write(self, text: str) -> None:
-        self._out.write(text.translate(CONTROLS) if self._out.isatty() else text)
+        self._out.write(printable(text) if self._out.isatty() else text)
         self._out.flush()

@@ -27,7 +27,7 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path], *, about: bool) ->
         if text == "-":
             yield f"{i} of {n}: standard input", _decoded(_all_of(sys.stdin.buffer, "standard input"))
         else:
-            beginning = textwrap.shorten(printable(text), 50, placeholder="...")
+            beginning = textwrap.shorten(without_surrogates(text), 50, placeholder="...")
             yield f"{i} of {n}: {beginning}" if about else f"{i} of {n}", text
     for i, path in enumerate(files, len(texts) + 1):
         try:
@@ -45,7 +45,7 @@ def read_line() -> str:
     return _decoded(sys.stdin.buffer.readline())
 
 
-def printable(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Return a text with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 

@@ -5,19 +5,15 @@ tokenizer_config.json     the token that begins a text, and the chat template if
 generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.config.fields import parse_file
+from dsmini.config.fields import token_ids
+from dsmini.reading import is_there, read_table
 from dsmini.text.chat import Chat, read_template, spelled
-from dsmini.text.regular import is_regular
-from dsmini.text.tokenizer import LARGEST, BPETokenizer, ByteTokenizer, Tokenizer
-
-LARGEST_CONFIG = 64 << 20
-"""Largest size of a JSON file in bytes."""
+from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
             )
         return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
     path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not is_regular(path, "the tokenizer", LARGEST):
+    if tokenizer is None and not is_there(path):
         raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
     template = read_template(folder, config) if chat else None
     if chat and template is None:
@@ -80,25 +76,16 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
 
 
 def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the ids that end an answer, from the first file that names any."""
+    """Return the tokens that end an answer, by the first file that names any."""
     vocab_size = _optional(folder / "config.json").get("vocab_size")
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
-        if ids is None:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        if any(not isinstance(id, int) or isinstance(id, bool) or id < 0 for id in ids):
-            raise ValueError(f"eos_token_id={ids} in {folder / name} is neither a token's id nor a list of them")
-        if ids and isinstance(vocab_size, int) and max(ids) >= vocab_size:
-            raise ValueError(
-                f"eos_token_id={max(ids)} in {folder / name} is outside the vocabulary; want 0 to {vocab_size - 1}, "
-                "as config.json has vocab_size"
-            )
-        return tuple(ids)
+        if ids is not None:
+            return token_ids(ids, vocab_size, f"eos_token_id in {folder / name}")
     name = spelled(config.get("eos_token"))
     return (added[name],) if name is not None and name in added else ()
 
 
 def _optional(path: Path) -> dict[str, Any]:
     """Return the table of a JSON file, or an empty one if there is no file."""
-    return parse_file(path, json.loads) if is_regular(path, "the file", LARGEST_CONFIG) else {}
+    return read_table(path) if is_there(path) else {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini.text.regular import is_regular
+from dsmini.reading import is_there, read_table
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,8 +26,6 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 
 
 NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
-LARGEST = 256 << 20
-"""Largest size of a tokenizer.json in bytes; published ones have up to 40 MB."""
 
 
 class Fim(NamedTuple):
@@ -272,17 +270,15 @@ def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
         raise ValueError(
             f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
         ) from None
-    if not is_regular(path, "the tokenizer", LARGEST):
+    if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_table(path)
         for token in content.get("added_tokens", []):
             # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
             name = token["content"]
             token["special"] |= name in (*END_TOKENS, *markup) or re.fullmatch("<｜.*｜>", name) is not None
         content = json.dumps(content)
-    except OSError as error:
-        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}; check its permissions") from None
     except Exception as error:  # whatever a foreign file makes of the lines above
         raise ValueError(f"{path} {NOT_A_TOKENIZER}: {error}; name one such as DeepSeek publishes") from None
     with _named(path, NOT_A_TOKENIZER):

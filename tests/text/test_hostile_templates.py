@@ -88,7 +88,7 @@ def test_sandbox_hides_objects_files_and_state() -> None:
 
 def test_template_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").mkdir()
-    with pytest.raises(ValueError, match=r"the chat template .*chat_template.jinja is not a regular file"):
+    with pytest.raises(ValueError, match=r"chat_template.jinja: it is a folder, want a regular file"):
         read_template(tmp_path, {"chat_template": "x"})
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from dsmini.text.regular import is_regular
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.text_folders import save_text_side
@@ -47,15 +46,8 @@ def test_only_regular_files_are_read(tmp_path: Path, name: str, kind: str) -> No
     {"folder": os.mkdir, "pipe": os.mkfifo, "broken link": lambda path: os.symlink("nothing", path)}[kind](
         folder / name
     )
-    with pytest.raises(ValueError, match=rf"{name} is not a regular file; put a file there, or remove it"):
+    with pytest.raises(ValueError, match=rf"{name}: it is .*, want a regular file|there is no file .*{name}"):
         read_text_side(folder, chat=True)
-
-
-def test_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"12345")
-    assert is_regular(tmp_path / "x", "the file", 5) and not is_regular(tmp_path / "y", "the file", 5)
-    with pytest.raises(ValueError, match=r"the file .*x is larger than 4 bytes"):
-        is_regular(tmp_path / "x", "the file", 4)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
@@ -65,7 +57,7 @@ def test_end_token_outside_the_vocabulary_is_refused(tmp_path: Path, name: str) 
     for token in (400, 10**30):
         (folder / name).write_text(json.dumps({"vocab_size": 400, "eos_token_id": [3, token]}))
         with pytest.raises(
-            ValueError, match=rf"eos_token_id={token} in .*{name} is outside the vocabulary; want 0 to 399"
+            ValueError, match=rf"eos_token_id in .*{name} is \[3, {token}\], but the model has 400 tokens"
         ):
             read_text_side(folder)
     (folder / name).write_text('{"vocab_size": 400, "eos_token_id": [3, 399]}')
