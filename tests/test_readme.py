@@ -82,6 +82,17 @@ def test_links_and_test_names_exist(page: Path) -> None:
         assert f"def {name}(" in tests or list((ROOT / "tests").rglob(f"{name}.py")) or f"{name}.py" in text, name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_linked_functions_are_in_their_files(page: Path) -> None:
+    """A link [MLA.forward](../dsmini/nn/mla.py) names what that file defines."""
+    for label, link in re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]+\.py)\)", page.read_text()):
+        names = [name for name in re.split(r",? and |, ", label) if re.fullmatch(r"[\w.]+(?<!\.py)", name)]
+        text = (page.parent / link).read_text()
+        for name in names:
+            for part in name.split("."):
+                assert re.search(rf"\b(def|class) {part}\b", text), (name, link)
+
+
 def test_block_diagram_has_the_counts_of_the_model() -> None:
     text = (ROOT / "docs" / "block.svg").read_text()
     config = dsmini.ModelConfig.from_file(ROOT / "configs" / "deepseek-v3.toml")
