@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.question import Figure, Plot, Question
+from benchmarks.questions import NOTHING, Question
 from dsmini.measure.rates import from_json
-from dsmini.report import Report, Section, comparison
+from dsmini.report import Figure, Plot, Report, Section, comparison
 from dsmini.report.provenance import Run
 from dsmini.report.results import Finished, Results
 from dsmini.report.units import human, words
@@ -14,7 +14,7 @@ FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "th
 
 
 def report(
-    results: Results, questions: Iterable[Question], drawn: dict[str, Section], changed: Section | None = None
+    results: Results, known: Mapping[str, Question], drawn: dict[str, Section], changed: Section | None = None
 ) -> Report:
     """Return the page of all questions of which something was measured.
 
@@ -23,20 +23,16 @@ def report(
     """
     latest = results.latest
     assert latest is not None, "a report is drawn once a run has begun"
-    found = [(question, results.of_question(question.name)) for question in questions]
-    sections = [section(question, finished, latest.run) for question, finished in found if finished]
+    sections = [section(known[name], finished, latest.run) for name, finished in results.of_questions(known).items()]
     sections = [old if (old := drawn.get(new.name)) == new and old else new for new in sections]
     drawn |= {section.name: section for section in sections}
     machine = {words(key): str(value) for key, value in latest.run.machine.items()}
+    facts = {"The machine": machine, "Its measured rates": rates(latest.rates), "The run": latest.run.facts()}
     return Report(
         title="dsmini benchmarks",
         lead="What was measured, next to what was predicted from counts and from this machine's own rates.",
         sections=[*sections, changed] if changed else sections,
-        facts={
-            "The machine": machine,
-            "Its measured rates": rates(latest.rates),
-            "The run": latest.run.facts(),
-        },
+        facts=facts,
         command=latest.run.command,
     )
 
@@ -71,10 +67,8 @@ def section(question: Question, finished: Finished, latest: Run) -> Section:
 
 def finding(question: Question, figures: Sequence[Figure]) -> str:
     """Return the question's sentence. The figures so far may not be enough for it."""
-    if not figures:
-        return "Nothing has been measured yet."
     try:
-        return question.finding(list(figures))
+        return question.finding(list(figures)) if figures else NOTHING
     except Exception as error:  # a defect of one question, or a case of it that is missing, must not take the rest
         return f"No finding yet: {type(error).__name__}: {error}"
 
@@ -110,16 +104,9 @@ def warnings_of_changes(names: Iterable[str], old: Results, new: Results) -> lis
         if before != now:
             said.append(f"Mind that the settings differ: {before} before, {now} now.")
     for when, results in (("then", old), ("now", new)):
-        having = [(name, finished) for name in names if (finished := results.of_question(name))]
-        if busy := [name for name, finished in having if finished.unsteady(name)]:
+        if busy := [name for name, finished in results.of_questions(names).items() if finished.unsteady(name)]:
             said.append(f"Mind that the machine was not steady {when} in {', '.join(busy)}.")
     return said
-
-
-def figures(results: Results, names: Iterable[str]) -> list[Figure]:
-    """Return all figures of these questions."""
-    having = [(name, results.of_question(name)) for name in names]
-    return [figure for name, finished in having if finished for figure in finished.figures(name)]
 
 
 def last_line(results: Results, names: Sequence[str], changes: Iterable[comparison.Change]) -> dict[str, Any]:
@@ -129,29 +116,21 @@ def last_line(results: Results, names: Sequence[str], changes: Iterable[comparis
     the others were not. earlier: setting of the questions whose figures are an earlier run's. steadiness: least share
     of its kept rates that the machine gave, by question. changes: what compare found.
     """
-    latest = results.latest
+    latest, having = results.latest, results.of_questions(names)
     assert latest is not None, "the caller has begun a run, or found one"
-    failed = [
-        {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
-        for (name, key), error in latest.errors.items()
-        if name in names
-    ]
-    having = {name: finished for name in names if (finished := results.of_question(name))}
-    planned = having | dict.fromkeys(latest.plan, latest)
-    changed = [
-        {key: value for key, value in change.name.as_json().items() if key in ("question", "case", "metric", "unit")}
-        | {"old": change.old, "new": change.new, "verdict": change.verdict}
-        for change in changes
-        if change.verdict != "unchanged"
-    ]
+    planned = having | {name: latest for name in names if name in latest.plan}
     return facts(latest.run) | {
-        "figures": [figure.as_json() for figure in figures(results, names)],
-        "failed": failed,
-        "left": {name: left for name in names if name in planned and (left := planned[name].left(name))},
+        "figures": [figure.as_json() for figure in results.figures(names)],
+        "failed": [
+            {"question": name, "case": key, "error": error.strip().splitlines()[-1]}
+            for (name, key), error in latest.errors.items()
+            if name in names
+        ],
+        "left": {name: left for name, finished in planned.items() if (left := finished.left(name))},
         "left_out": latest.run.left_out,
         "earlier": {n: facts(f.run) for n, f in having.items() if f.run.fingerprint != latest.run.fingerprint},
         "steadiness": {name: min(f.steadiness(name).values(), default=None) for name, f in having.items()},
-        "changes": changed,
+        "changes": [change.as_json() for change in changes if change.verdict != "unchanged"],
     }
 
 

@@ -11,7 +11,7 @@ QUICK = 120.0
 TIMES, LEAST = 10.0, 30.0
 """A case is stopped at ten times its estimate, and not before it took half a minute."""
 GRACE = 10.0
-"""Seconds that one call into torch may go on after that."""
+"""Seconds that one call into torch may continue after that."""
 
 
 def allowed(estimate: float, spent: float | None) -> float:

@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from benchmarks.question import Figure, Figures, Setting, Value, pick
+from benchmarks.case import Figure, Figures, Setting, Value, pick
 from dsmini import Transformer
 from dsmini.measure import prediction
 from dsmini.measure.counting import Count, count
@@ -33,7 +34,7 @@ def check_bandwidth(what: str, from_memory: float, setting: Setting) -> float:
     if from_memory > roof:
         raise ValueError(
             f"{what}: {from_memory / 1e9:.1f} GB/s from memory is above the roof of {roof / 1e9:.1f}: bytes are "
-            "counted wrong, or the kept roof is too low, which --fresh measures anew"
+            "counted wrong, or the kept roof is too low, which --fresh measures again"
         )
     return roof
 
@@ -44,14 +45,16 @@ def measure_step(
     step: Callable[[], Sequence[Routing]],
     setting: Setting,
     seconds: float,
-    bounds: Callable[[float | None], tuple[float, float]],
+    least_flops: float,
+    least_bytes: Callable[..., Any],
 ) -> Iterator[Figure]:
     """Measure a step on sequences, which returns its routing, and yield its figures.
 
     Args:
         case: batch and tokens.
         seconds: time to fill with steps.
-        bounds: returns the least bytes and FLOPs of a token, for this many distinct experts.
+        least_flops: FLOPs of the whole step that the formula needs.
+        least_bytes: returns the traffic of a token, for this many distinct experts.
     """
     reset_peak()
     step()
@@ -59,10 +62,8 @@ def measure_step(
     counted = count(step, setting.roofs.cache_bytes)
     taken = times(step, setting.device, seconds)
     tokens = int(case["batch"]) * int(case["tokens"])
-    bytes_bound, flops_bound = bounds(experts)
-    yield from step_figures(
-        name, case, counted, taken, tokens, setting, bytes_bound=bytes_bound, flops_bound=flops_bound
-    )
+    bounds = {"bytes_bound": least_bytes(experts=experts).total, "flops_bound": least_flops / tokens}
+    yield from step_figures(name, case, counted, taken, tokens, setting, **bounds)
 
 
 def step_figures(
@@ -136,20 +137,18 @@ def distinct_experts(routing: Sequence[Routing]) -> float | None:
 
 def over_bound(figures: list[Figure], case: Mapping[str, Value]) -> str:
     """Return the end of a sentence: how many times the least bytes a case moves; "" where that was not measured."""
-    moved = next((f for f in pick(figures, "bytes_per_token") if f.case == case), None)
-    return f", moving {moved.ratio:.2f} times the bytes that must move" if moved and moved.ratio else ""
+    ratios = [f.ratio for f in pick(figures, "bytes_per_token", **case) if f.ratio]
+    return "".join(f", moving {ratio:.2f} times the bytes that must move" for ratio in ratios)
 
 
 def speed_sentence(figures: list[Figure], what: str) -> str:
     """Return the fastest case in words, and how well it was predicted."""
     speed = [f for f in pick(figures, "tokens_per_s") if f.measured]
     if not speed:
-        return "Nothing was measured yet."
+        return ""
     best = max(speed, key=lambda f: f.measured or 0)
     text = f"{best.measured:,.0f} tokens/s at {what} {best.case['tokens']:,} in batches of {best.case['batch']}"
-    rate = next((f for f in pick(figures, "flop_rate") if f.case == best.case), None)
-    if rate and rate.ratio:
-        text += f", {rate.ratio:.0%} of the matrix peak"
-    if best.ratio:
-        text += f"; {best.ratio:.2f} times what its operations predict"
+    shares = [f.ratio for f in pick(figures, "flop_rate", **best.case) if f.ratio]
+    text += "".join(f", {share:.0%} of the matrix peak" for share in shares)
+    text += f"; {best.ratio:.2f} times what its operations predict" if best.ratio else ""
     return text + over_bound(figures, best.case) + "."

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.question import Figure, Plot, Setting, pick
-from dsmini import RunConfig, Transformer
+from benchmarks.case import Figure, Plot, Setting, pick
+from dsmini import ModelConfig, RunConfig, Transformer, accounting
 from dsmini.data.corpus import load_corpus
-from dsmini.report.charts import points
+from dsmini.report.charts import over_labels
 from dsmini.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +39,12 @@ def trainer(config: RunConfig, setting: Setting, steps: int = 0) -> Trainer:
     for _ in range(steps):
         made.step()
     return made
+
+
+def training_flops(config: ModelConfig, sequences: int) -> float:
+    """Return the FLOPs of training on this many sequences of the model's greatest length."""
+    length = config.max_seq_len
+    return sequences * length * accounting.flops_per_token(config, length, training=True).total
 
 
 def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
@@ -67,8 +73,10 @@ def plots_by_seed(
     figures: list[Figure], by: str, names: Iterable[str], metrics: Mapping[str, tuple[str, str]]
 ) -> list[Plot]:
     """Draw each metric over the seeds, by title and unit, with a group for each name of a part of the case."""
-    drawn = [
-        points(title, unit, {n: pick(figures, metric, **{by: n}) for n in names}, lambda f: f"seed {f.case['seed']}")
+    return [
+        plot
         for metric, (title, unit) in metrics.items()
+        for plot in over_labels(
+            title, unit, {n: {f"seed {f.case['seed']}": f for f in pick(figures, metric, **{by: n})} for n in names}
+        )
     ]
-    return [plot for plot in drawn if plot.labels]

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CLEAR_LOSS = 10
+"""Ratio of rates at which FP32 has won after one turn: noise does not make up for it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,7 +58,7 @@ def product_rates(device: torch.device) -> tuple[float, float]:
     """Return the rates of FP32 and BF16 matrix products in FLOP/s, to compare; BF16's is 0 on a device without it.
 
     The two take turns for an eighth of a second or so and the best of each counts, on one thread of a CPU. On a busy
-    machine threads wait for one another for longer than such a product takes.
+    machine threads wait for one another for longer than such a product takes. The first clear loss of BF16 ends it.
     """
     fp32 = bf16 = 0.0
     threads = torch.get_num_threads()
@@ -65,6 +67,8 @@ def product_rates(device: torch.device) -> tuple[float, float]:
         for _ in range(6):
             fp32 = max(fp32, matmul_rate(device, torch.float32, seconds=0.01))
             bf16 = max(bf16, matmul_rate(device, torch.bfloat16, seconds=0.01))
+            if fp32 > CLEAR_LOSS * bf16:
+                break
     except RuntimeError:  # a device without BF16
         return fp32, 0.0
     finally:

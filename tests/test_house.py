@@ -37,11 +37,13 @@ MAY_IMPORT = {
     "dsmini.inference": {"dsmini.config.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"},
     "dsmini.text": {"dsmini.config.fields", "dsmini.console.printable", "dsmini.text"},
     "dsmini.text.tokenizer": set(),
+    "dsmini.text.renderer": set(),
+    "dsmini.text.template_worker": set(),
     "dsmini.text.bpe": {"dsmini.text.tokenizer"},
     "dsmini.text.page": {"dsmini.console.printable"},
     "dsmini.text.prompts": set(),
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
-    "dsmini.text.chat": {"dsmini.text.tokenizer"},
+    "dsmini.text.chat": {"dsmini.text.renderer", "dsmini.text.tokenizer"},
     "dsmini.text.text_side": {"dsmini.config.fields", "dsmini.text"},
     "dsmini.data": {"dsmini.atomic", "dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
     "dsmini.data.documents": set(),
@@ -225,13 +227,13 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3150,
+    "benchmarks": 3320,
     "dsmini/accounting": 1300,
     "dsmini/functional": 980,
-    "dsmini/inference": 950,
-    "dsmini/measure": 1510,
+    "dsmini/inference": 970,
+    "dsmini/measure": 1140,
     "dsmini/nn": 2020,
-    "dsmini/report": 1420,
+    "dsmini/report": 1400,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
 """Of nn/, from token ids to logits. An operation of functional/ counts as the one name that nn/ calls: its equation

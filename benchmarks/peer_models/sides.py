@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.case import Setting
 from benchmarks.peer_models.llamacpp_model import write_gguf
-from benchmarks.question import Setting
 from dsmini import ModelConfig, Transformer
 from dsmini.config.huggingface import config_to_json
 from dsmini.measure.workloads import random_model

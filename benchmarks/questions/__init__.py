@@ -1,1 +1,78 @@
-"""One question a file, each with its QUESTION; ../question.py says what that is."""
+"""The questions that python -m benchmarks answers. To add one, write its module here and name it in MODULES.
+
+The first line of the module's docstring is the title, the rest says how it is measured. It has three functions:
+
+    cases(setting)      the parts that are measured one by one, from the setting alone
+    finding(figures)    one sentence made of figures, which may be incomplete; "" if they are not enough for it
+    plots(figures)      plots made of the same figures
+
+A module is imported when one of them is called: to list the questions, torch is not needed.
+"""
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.case import Case, Setting
+    from dsmini.report import Figure, Plot
+
+MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
+MODULES += ("shakespeare", "moe_or_dense")
+"""In the order of the report."""
+ON_REQUEST = {"shakespeare", "moe_or_dense"}
+PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}
+TEXTS = {"shakespeare": "Karpathy's tinyshakespeare, 1,115,394 characters"}
+NOTHING = "Nothing was measured yet."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of the benchmarks."""
+
+    name: str
+    """Name in python -m benchmarks NAME."""
+    title: str
+    about: str = ""
+    """Two or three sentences on how it is measured and what is simulated."""
+    cases: Callable[["Setting"], list["Case"]]
+    finding: Callable[[list["Figure"]], str]
+    """Makes one sentence of figures, which may be incomplete."""
+    plots: Callable[[list["Figure"]], list["Plot"]]
+    needs: str | None = None
+    """Reason why it cannot run here, such as a package that is not installed; None if it can."""
+    on_request: bool = False
+    """Left out of a run that names no questions, because it takes long."""
+    needs_text: str = ""
+    """Text that --text must name for it, in words; empty if it reads none."""
+
+
+def questions_here() -> dict[str, Question]:
+    """Return the questions of this folder by name: the module's, with hyphens."""
+    return {name.replace("_", "-"): _question(name) for name in MODULES}
+
+
+def _question(module: str) -> Question:
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    title, _, about = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
+    package = PACKAGES.get(module)
+    missing = package and not find_spec(package)
+
+    def part(name: str) -> Any:
+        return lambda given: getattr(import_module(f"benchmarks.questions.{module}"), name)(given)
+
+    return Question(
+        name=module.replace("_", "-"),
+        title=title,
+        about=" ".join(about.split()),
+        cases=part("cases"),
+        finding=lambda figures: part("finding")(figures) or NOTHING,
+        plots=part("plots"),
+        needs=f"{package} is not installed; pip install 'dsmini[peers]'" if missing else None,
+        on_request=module in ON_REQUEST,
+        needs_text=TEXTS.get(module, ""),
+    )

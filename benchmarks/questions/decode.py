@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over, pick
 from benchmarks.steps import distinct_experts, over_bound, step_figures
 from dsmini import Transformer, accounting
 from dsmini.measure.counting import count
@@ -71,22 +71,17 @@ def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
 
 
 def finding(figures: list[Figure]) -> str:
-    speed = pick(figures, "tokens_per_s", batch=1)
+    speed = sorted(pick(figures, "tokens_per_s", batch=1), key=lambda f: f.case["context"])
     if not speed:
-        return "Nothing was measured yet."
-    first = min(speed, key=lambda f: f.case["context"])
-    last = max(speed, key=lambda f: f.case["context"])
+        return ""
+    first, last = speed[0], speed[-1]
     text = f"{first.measured:,.1f} tokens/s at context {first.case['context']:,}"
     if last is not first:
         text += f", {last.measured:,.1f} at {last.case['context']:,}"
-    bandwidth = next((f for f in pick(figures, "bandwidth") if f.case == first.case), None)
-    if bandwidth and bandwidth.ratio:
-        text += f"; at context {first.case['context']:,} with {bandwidth.ratio:.0%} of what this memory can do"
+    shares = [f.ratio for f in pick(figures, "bandwidth", **first.case) if f.ratio]
+    text += "".join(f"; the first with {share:.0%} of what this memory can do" for share in shares)
     return text + over_bound(figures, first.case) + "."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second", unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    return lines(figures, "tokens_per_s", x="context", by="batch", title="Tokens made a second")

@@ -1,4 +1,4 @@
-"""What do eight bits save, and what do they cost here?
+"""What does FP8 save, and what does it cost here?
 
 Weights: E4M3 codes with an FP32 scale for each 128x128 block, dequantised when they are used. Activations: what the
 Linears of configs/fp8.toml keep for backward, and whole training steps, with the kernels and in plain PyTorch. Cache:
@@ -6,6 +6,7 @@ DeepSeek-V3.2's layout. What is compared takes turns. Simulated: values are roun
 that all of it costs time where FP8 hardware gains some.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, values
+from benchmarks.fp8_products import operand_error
 from benchmarks.trained import recipe, trainer
-from dsmini import RunConfig, Transformer, accounting, ops
-from dsmini.measure.fp8 import hold_in_fp8, operand_error
+from dsmini import RunConfig, Transformer, accounting, ops, quantize
+from dsmini.checkpoint.slots import fp8_weights
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn.cache import Cache
-from dsmini.numerics import E4M3
-from dsmini.report.charts import bars, measured_bars
+from dsmini.nn.fp8 import hold_fp8
+from dsmini.numerics import E4M3, WEIGHT_TILE
+from dsmini.report.charts import over_labels
 
 NAME = "fp8"
 CONTEXT, QUICK_CONTEXT = 2048, 512
@@ -39,12 +42,8 @@ KEPT = (1 + 4 / 128) / 2
 FORMATS = ("bfloat16", "fp8")
 STEPS = {"bfloat16": None, "fp8": None, "fp8 in plain PyTorch": "eager"}
 """Training steps to compare, and the backend that each is held to."""
-TIMES = {
-    "weights": ("decode_ratio", "decoding step"),
-    "activations": ("step_ratio", "training step"),
-    "cache": ("decode_ratio", "decoding step"),
-}
-"""Metric of the time that eight bits take, and what is timed."""
+TIMES = {"weights": "decode_ratio", "activations": "step_ratio", "cache": "decode_ratio"}
+"""Metric of the time that FP8 takes."""
 SIZES = {
     "weights": ("weights", "bytes"),
     "activations": ("activations", "kept"),
@@ -74,19 +73,35 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
+@torch.no_grad()
+def hold_in_fp8(model: Transformer) -> tuple[Transformer, float]:
+    """Return a copy of a model that holds the matrices that DeepSeek has in FP8 so, and their relative error together.
+
+    The error is the norm of what is off over the norm.
+    """
+    held = copy.deepcopy(model)
+    off = size = 0.0
+    for module, name in fp8_weights(held).values():
+        weight = getattr(module, name).detach()
+        q = quantize(weight, WEIGHT_TILE, "fp32")
+        off += (q.dequantize() - weight.float()).square().sum().item()
+        size += weight.float().square().sum().item()
+        hold_fp8(module, name, q.codes, q.scales)
+    return held, (off / size) ** 0.5
+
+
 @torch.inference_mode()
 def weights(setting: Setting) -> Iterator[Figure]:
     config = shapes.decoded(setting.quick)
     native = random_model(config, setting.device, setting.dtype)
     held, error = hold_in_fp8(native)
-    models = {"bfloat16": native, "fp8": held}
-    for format, model in models.items():
-        predicted = accounting.weight_bytes(config, "fp8" if format == "fp8" else "bfloat16").total
-        exact = {"predicted": predicted, "exact": True, "note": "codes, scales, and what stays unquantised"}
-        yield figure("bytes", _case("weights", format), float(storage_bytes(model)), **exact)
+    models = dict(zip(FORMATS, (native, held), strict=True))
+    held_bytes = {format: storage_bytes(model) for format, model in models.items()}
+    predicted = {format: accounting.weight_bytes(config, format).total for format in FORMATS}
+    yield from _sizes("weights", held_bytes, predicted, "codes, scales, and what stays unquantised")
     yield figure("error", _case("weights"), error, predicted=operand_error(E4M3))
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("decode_ratio", _case("weights"), note=f"left out: {reason}")
+        yield figure.left_out("decode_ratio", _case("weights"), reason)
         return
     prompt = random_tokens(config, 1, 64, setting.device)
     caches = {format: model.new_cache(1, 64 + _room(setting)) for format, model in models.items()}
@@ -96,7 +111,7 @@ def weights(setting: Setting) -> Iterator[Figure]:
 
 def activations(setting: Setting) -> Iterator[Figure]:
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("step_ratio", _case("activations"), note=f"left out: {reason}")
+        yield figure.left_out("step_ratio", _case("activations"), reason)
         return
     run = trained_config(setting.quick)
     models = {
@@ -124,7 +139,7 @@ def activations(setting: Setting) -> Iterator[Figure]:
     for each in trainers.values():
         each.loader.close()
     simulated = "simulated: values are rounded to FP8 and multiplied as BF16"
-    note = f"beside BF16, round by round; target: at most {TARGET}; {simulated}"
+    note = f"compared with BF16, round by round; target: at most {TARGET}; {simulated}"
     for name, times in taken.items():
         yield figure("step_seconds", _case("activations", name), times, note="a whole training step")
         if name != "bfloat16":
@@ -146,12 +161,11 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
     model = random_model(config, setting.device, setting.dtype)
     room = context + _room(setting)
     caches = {"bfloat16": model.new_cache(1, room, torch.bfloat16), "fp8": model.new_cache(1, room, "fp8")}
-    for format, each in caches.items():
-        predicted = accounting.kv_bytes_per_token(config, dtype="fp8" if format == "fp8" else "bfloat16")
-        exact = {"predicted": predicted, "exact": True, "note": "read off the storage"}
-        yield figure("bytes_per_token", _case("cache", format), float(each.nbytes_per_token), **exact)
+    held = {format: each.nbytes_per_token for format, each in caches.items()}
+    predicted = {format: accounting.kv_bytes_per_token(config, dtype=format) for format in FORMATS}
+    yield from _sizes("cache", held, predicted, "read off the storage")
     if reason := why_unusable(torch.bfloat16, setting.roofs.peak):
-        yield figure("decode_ratio", {**_case("cache"), "context": context}, note=f"left out: {reason}")
+        yield figure.left_out("decode_ratio", {**_case("cache"), "context": context}, reason)
         return
     torch.manual_seed(1)
     tokens = random_tokens(config, 1, context, setting.device), random_tokens(config, 1, 8, setting.device)
@@ -161,6 +175,12 @@ def cache(setting: Setting, context: int) -> Iterator[Figure]:
 
 def _case(what: str, format: str = "fp8") -> dict[str, Value]:
     return {"what": what, "format": format}
+
+
+def _sizes(what: str, held: Mapping[str, float], predicted: Mapping[str, float], note: str) -> Iterator[Figure]:
+    for format in FORMATS:
+        exact = {"predicted": predicted[format], "exact": True, "note": note}
+        yield figure(SIZES[what][1], _case(what, format), float(held[format]), **exact)
 
 
 def _rounds(setting: Setting) -> int:
@@ -202,42 +222,36 @@ def _decoding(
     for format, times in taken.items():
         yield figure("decode_seconds", _case(what, format) | more, [t / TURN for t in times], note=note)
     slower = ratios(taken, "fp8", "bfloat16")
-    yield figure("decode_ratio", _case(what) | more, slower, note=f"beside BF16, in turns; {note}")
+    yield figure("decode_ratio", _case(what) | more, slower, note=f"compared with BF16, in turns; {note}")
 
 
 def finding(figures: list[Figure]) -> str:
-    told, shares = [], _shares(figures)
-    for what, (ratio, unit) in TIMES.items():
-        slower, error = ([f.measured for f in pick(figures, m, **_case(what))] for m in (ratio, "logit_error"))
+    told, shares = [], {label: f.measured or 0.0 for label, f in _shares(figures).items()}
+    for what, metric in TIMES.items():
+        step = "decoding step" if metric == "decode_ratio" else "training step"
         parts = [f"{what} in {shares[what]:.0%} of the bytes"] if what in shares else []
-        parts += [f"{x:.2f} times the time of a {unit}" for x in slower if x is not None]
-        parts += [f"logits off by {x:.1%}" for x in error if x is not None]
+        parts += [f"{x:.2f} times the time of a {step}" for x in values(figures, metric, **_case(what))]
+        parts += [f"logits off by {x:.1%}" for x in values(figures, "logit_error", **_case(what))]
         if parts:
             told.append(" with ".join(filter(None, [parts[0], " and ".join(parts[1:])])))
-    return f"Eight bits, simulated, keep {'; '.join(told)}." if told else "Nothing was measured yet."
+    return f"Simulated FP8 stores {'; '.join(told)}." if told else ""
 
 
-def _shares(figures: list[Figure]) -> dict[str, float]:
+def _shares(figures: list[Figure]) -> dict[str, Figure]:
     """Return the bytes in FP8 over those in BF16, where both were measured."""
     shares = {}
     for label, (what, metric) in SIZES.items():
-        held = {f.case["format"]: f.measured for f in pick(figures, metric, what=what) if f.measured}
-        if held.keys() >= {"fp8", "bfloat16"}:
-            shares[label] = held["fp8"] / held["bfloat16"]
+        eight, sixteen = (values(figures, metric, **_case(what, format)) for format in ("fp8", "bfloat16"))
+        if eight and sixteen:
+            shares[label] = figure("kept_ratio", _case(what), eight[0] / sixteen[0])
     return shares
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    shares = _shares(figures)
-    found = [f for what, (metric, _) in TIMES.items() for f in pick(figures, metric, what=what)]
-    slower = {f"{f.case['what']}, {f.case['format']}": f for f in found if f.measured is not None}
-    drawn: list[Plot] = []
-    if shares:
-        drawn.append(bars("Bytes in FP8", "share of BF16's bytes", shares, ("half", 0.5), "fp8"))
-    if slower:
-        line = ("target of a training step", TARGET)
-        drawn.append(measured_bars("Time in FP8", "times BF16's time", slower, line, "fp8"))
-    return drawn
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    found = [f for what, metric in TIMES.items() for f in pick(figures, metric, what=what)]
+    slower = {f"{f.case['what']}, {f.case['format']}": f for f in found}
+    sizes, half, target = {"fp8": _shares(figures)}, ("half", 0.5), ("target of a training step", TARGET)
+    return [
+        *over_labels("Bytes in FP8", "share of BF16's bytes", sizes, kind="bars", line=half),
+        *over_labels("Time in FP8", "times BF16's time", {"fp8": slower}, kind="bars", line=target),
+    ]

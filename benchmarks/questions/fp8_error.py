@@ -1,4 +1,4 @@
-"""Which products lose how much?
+"""How much does each product lose to FP8?
 
 The shape of configs/fp8.toml (quick: a smaller one) is trained natively for a few steps on real text. Of one more step
 the inputs, weights and output gradients of all Linears that FP8 training rounds are caught, and each product is made
@@ -7,19 +7,19 @@ input of w2 is kept itself, not its two factors.
 """
 
 import dataclasses
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
-from benchmarks.trained import recipe, trainer
-from dsmini import ModelConfig, RunConfig, TrainConfig, accounting
-from dsmini.measure.fp8 import PRODUCTS, capture, losses, product_error
-from dsmini.measure.timing import spread
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick, values
+from benchmarks.fp8_products import PRODUCTS, capture, losses, product_error
+from benchmarks.trained import recipe, trainer, training_flops
+from dsmini import ModelConfig, RunConfig, TrainConfig
 from dsmini.numerics import E4M3, E5M2
-from dsmini.report.charts import points
+from dsmini.report.charts import over_labels
 
 NAME = "fp8-error"
 QUICK = dataclasses.replace(
@@ -41,15 +41,14 @@ figure = Figures(
     NAME,
     higher={"gain_of_tiles": "x"},
     lower={"error": "", "underflow": ""},
-    neither={"error_with_e5m2_gradients": "x", "error_with_fp32_scales": "x", "clamped": "values"},
+    neither={"error_with_e5m2_gradients": "x", "error_with_fp32_scales": "x"},
 )
 
 
 def cases(setting: Setting) -> list[Case]:
     config = QUICK if setting.quick else dataclasses.replace(recipe("fp8").model, precision="native")
     steps, seconds = (QUICK_STEPS, 3.0) if setting.quick else (STEPS, 70.0)
-    flops = accounting.flops_per_token(config, config.max_seq_len, training=True).total
-    flops *= steps * BATCH * config.max_seq_len
+    flops = training_flops(config, steps * BATCH)
     return [Case(key=f"steps={steps}", seconds=seconds, flops=flops, run=lambda: measure(setting, config, steps))]
 
 
@@ -60,31 +59,21 @@ def measure(setting: Setting, model: ModelConfig, steps: int) -> Iterator[Figure
     trained.model.compute_dtype = torch.float32
     rows = QUICK_ROWS if setting.quick else ROWS
     tokens, targets = trained.corpus.batch(trained.sequences, rows, config.seq_len, 0)
-    lost = losses(capture(trained.model, tokens.to(setting.device), targets.to(setting.device)))
-    for (name, block, linear, product), error in lost.errors.items():
-        if name == "tiles":
-            case = {"block": block, "linear": linear, "product": product}
-            yield figure("error", case, error, predicted=EXPECTED)
-    yield from _comparisons(lost.errors)
-    for (name, linear, operand), share in lost.underflow.items():
-        yield figure("underflow", {"linear": linear, "operand": operand, "scales": name}, share)
-    note = "a tile's scale is made of its largest value"
-    for operand, count in lost.clamped.items():
-        yield figure("clamped", {"operand": operand}, count, predicted=0, exact=True, note=note)
-
-
-def _comparisons(errors: dict[tuple[str, str, str, str], float]) -> Iterator[Figure]:
-    """Tell the errors of the other ways as multiples of DeepSeek-V3's."""
+    errors, underflow = losses(capture(trained.model, tokens.to(setting.device), targets.to(setting.device)))
     multiples: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for (name, block, linear, product), error in errors.items():
-        if name != "tiles" and errors["tiles", block, linear, product]:
-            where = linear if name == "one scale" else "all"
-            multiples[name, where, product].append(error / errors["tiles", block, linear, product])
-    for (name, linear, product), values in multiples.items():
-        metric, over = OTHER_WAYS[name]
+    for (way, block, linear, product), error in errors.items():
+        if way == "tiles":
+            yield figure("error", {"block": block, "linear": linear, "product": product}, error, predicted=EXPECTED)
+        elif plain := errors["tiles", block, linear, product]:
+            multiples[way, linear if way == "one scale" else "all", product].append(error / plain)
+    for (way, linear, product), found in multiples.items():
+        metric, over = OTHER_WAYS[way]
         note = f"over the error with a power-of-two scale a tile; quartiles over {over}"
-        case = {"linear": linear, "product": product}
-        yield figure(metric, case, values, predicted=_expected(name, product), note=note)
+        yield figure(
+            metric, {"linear": linear, "product": product}, found, predicted=_expected(way, product), note=note
+        )
+    for (way, linear, operand), share in underflow.items():
+        yield figure("underflow", {"linear": linear, "operand": operand, "scales": way}, share)
 
 
 def _expected(way: str, product: str) -> float | None:
@@ -95,56 +84,45 @@ def _expected(way: str, product: str) -> float | None:
 
 
 def finding(figures: list[Figure]) -> str:
-    errors = [f for f in pick(figures, "error") if f.measured is not None]
+    errors, gains = ([f for f in pick(figures, m) if f.measured is not None] for m in ("error", "gain_of_tiles"))
     if not errors:
-        return "Nothing was measured yet."
-    by_product = {product: pick(errors, "error", product=product) for product in PRODUCTS}
-    parts = [f"{product} {_median(found):.1%}" for product, found in by_product.items() if found]
-    worst = max(errors, key=lambda f: f.measured or 0.0)
+        return ""
+    medians = {product: values(errors, "error", product=product) for product in PRODUCTS}
+    parts = [f"{product} {statistics.median(found):.1%}" for product, found in medians.items() if found]
     text = (
-        f"FP8 products are off by {', '.join(parts)} of their size (medians; {EXPECTED:.1%} is what "
-        f"rounding makes of sums whose terms have either sign), at most {worst.measured:.1%}, in "
-        f"{worst.case['product']} of {worst.case['linear']} in {worst.case['block']}"
+        f"Relative errors of FP8 products: {', '.join(parts)} (medians; rounding alone makes {EXPECTED:.1%} where "
+        f"terms "
+        f"have either sign), at most {_largest(errors, '{:.1%}')}"
     )
-    gains = [f for f in pick(figures, "gain_of_tiles") if f.measured is not None]
     if gains:
-        best = max(gains, key=lambda f: f.measured or 0.0)
-        most = best.measured or 0.0
-        text += f"; with one scale a tensor the errors would be {_median(gains):.2f} times as large"
-        if most > 1.01:
-            text += f", at most {most:.2f} times, in {best.case['product']} of {best.case['linear']}"
+        middle = statistics.median(values(gains, "gain_of_tiles"))
+        text += f"; with one scale for the whole matrix they would be {middle:.2f} times as large"
+        text += f", at most {_largest(gains, '{:.2f} times')}"
     return text + "."
 
 
-def _median(figures: list[Figure]) -> float:
-    return spread([f.measured or 0.0 for f in figures])["measured"]
+def _largest(figures: list[Figure], as_: str) -> str:
+    f = max(figures, key=lambda f: f.measured or 0.0)
+    where = f" of {f.case['block']}" if "block" in f.case else ""
+    return f"{as_.format(f.measured)}, in {f.case['product']} of {f.case['linear']}{where}"
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    errors = {product: pick(figures, "error", product=product) for product in PRODUCTS}
+    def block_and_linear(f: Figure) -> str:
+        return f"{f.case['block']} {f.case['linear']}"
+
+    errors = {p: {block_and_linear(f): f for f in pick(figures, "error", product=p)} for p in PRODUCTS}
     flushed = {
-        f"{operand}, {scales}": pick(figures, "underflow", scales=scales, operand=operand)
+        f"{operand}, {scales}": {
+            str(f.case["linear"]): f for f in pick(figures, "underflow", scales=scales, operand=operand)
+        }
         for scales in ("tiles", "one scale")
         for operand in ("input", "weight", "gradient")
     }
-    drawn = [
-        points(
-            "Relative error of FP8 products",
-            "relative error",
-            errors,
-            lambda f: f"{f.case['block']} {f.case['linear']}",
-            line=("rounding alone", EXPECTED),
-            caption="Of the result, against the FP32 product of what was not rounded; experts of a layer together.",
-        ),
-        points(
-            "Values that become zero",
-            "share of the values",
-            flushed,
-            lambda f: str(f.case["linear"]),
-            caption="Of those that were not zero before; all blocks together.",
-        ),
+    of_result = "Of the result, against the FP32 product of what was not rounded; experts of a layer together."
+    of_values = "Of those that were not zero before; all blocks together."
+    line = ("rounding alone", EXPECTED)
+    return [
+        *over_labels("Relative error of FP8 products", "relative error", errors, line=line, caption=of_result),
+        *over_labels("Values that become zero", "share of the values", flushed, caption=of_values),
     ]
-    return [plot for plot in drawn if plot.labels]
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, accounting
 from dsmini.machine import memory_bytes
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn import Cache
-from dsmini.report.charts import lines
+from dsmini.report.charts import lines, over_labels
 
 NAME = "kv-cache"
 KINDS = ("mla", "mha", "gqa", "mqa")
@@ -70,32 +70,26 @@ def measure_speed(setting: Setting, context: int) -> Iterator[Figure]:
 
 
 def finding(figures: list[Figure]) -> str:
-    sizes = {(f.case["attention"], f.case["cache"]): f.measured for f in pick(figures, "bytes_per_token")}
-    mla, mha = sizes.get(("mla", "bfloat16")), sizes.get(("mha", "bfloat16"))
-    if not mla or not mha:
-        return "Nothing was measured yet."
-    text = (
-        f"MLA keeps {mla:,.0f} bytes a token where MHA with the same heads keeps {mha:,.0f}, {1 - mla / mha:.1%} less"
+    mla, mha, fp8 = (
+        values(figures, "bytes_per_token", attention=attention, cache=cache)
+        for attention, cache in (("mla", "bfloat16"), ("mha", "bfloat16"), ("mla", "fp8"))
     )
-    if sizes.get(("mla", "fp8")):
-        text += f", and {sizes['mla', 'fp8']:,.0f} in FP8"
+    if not mla or not mha:
+        return ""
+    text = f"MLA stores {mla[0]:,.0f} bytes a token, {1 - mla[0] / mha[0]:.1%} less than MHA with the same heads"
+    text += f" ({mha[0]:,.0f})" + (f", and {fp8[0]:,.0f} in FP8" if fp8 else "")
     speed = pick(figures, "seconds_per_layer")
-    longest = max((f.case["context"] for f in speed), default=None)
-    at = {f.case["attention"]: f.measured for f in speed if f.case["context"] == longest}
-    if at.get("mla") and at.get("mha"):
-        text += f"; at context {longest:,} its layer decodes {(at['mha'] or 0) / (at['mla'] or 1):.1f} times as fast"
+    longest = max((f.case["context"] for f in speed), default=0)
+    mla, mha = (values(speed, "seconds_per_layer", attention=kind, context=longest) for kind in ("mla", "mha"))
+    if mla and mha:
+        text += f"; at context {longest:,} its layer decodes {mha[0] / mla[0]:.1f} times as fast"
     return text + "."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    sizes = [f for f in pick(figures, "bytes_per_token") if f.measured]
-    out = []
-    if sizes:
-        labels = [f"{f.case['attention']} {f.case['cache']}" for f in sizes]
-        bars = Series(label="bytes", x=list(range(len(sizes))), y=[f.measured or 0.0 for f in sizes], kind="bars")
-        out.append(Plot(title="Cache of a token", x="", y="bytes", series=[bars], labels=labels))
+    sizes = {f"{f.case['attention']} {f.case['cache']}": f for f in pick(figures, "bytes_per_token")}
     title = "Decoding a token, one layer"
-    return out + lines(figures, "seconds_per_layer", x="context", by="attention", title=title, unit="s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    return [
+        *over_labels("Cache of a token", "bytes", {"bytes": sizes}, kind="bars"),
+        *lines(figures, "seconds_per_layer", x="context", by="attention", title=title),
+    ]

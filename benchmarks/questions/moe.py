@@ -1,7 +1,7 @@
 """What does a sparse expert cost at my batch size?
 
-Layers with 64 experts, of which a token visits six, and one shared, beside dense layers with as many active and as
-many parameters in all; one token of each sequence is decoded at a time, the three models take turns.
+Layers with 64 experts, of which a token visits six, and one shared, next to dense layers with equal active parameters
+and with equal total parameters. One token of each sequence is decoded at a time. The three models take turns.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
 from benchmarks.steps import decode_in_turns
 from dsmini import ModelConfig, Transformer, accounting
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
@@ -20,6 +20,7 @@ from dsmini.nn import Cache, max_violation
 from dsmini.report.charts import lines
 
 NAME = "moe"
+NAMES = ("experts", "dense, equal active", "dense, equal total")
 
 figure = Figures(
     NAME,
@@ -30,16 +31,13 @@ figure = Figures(
 
 
 def configs(setting: Setting) -> dict[str, ModelConfig]:
-    """Return a model with experts, a dense twin with as many active parameters, and one with as many in all."""
+    """Return a model with experts, a dense one with equal active parameters, and a dense one with equal total ones."""
     layers = 1 if setting.quick else 3
     moe = dataclasses.replace(shapes.BIG, n_layers=layers, n_dense_layers=0, vocab_size=256)
     dense = dataclasses.replace(moe, n_dense_layers=layers)
     visited, all_of_them = (n + moe.n_shared_experts for n in (moe.n_activated_experts, moe.n_routed_experts))
-    return {
-        "experts": moe,
-        "dense, equal active": dataclasses.replace(dense, inter_dim=visited * moe.moe_inter_dim),
-        "dense, equal total": dataclasses.replace(dense, inter_dim=all_of_them * moe.moe_inter_dim),
-    }
+    wide = (dataclasses.replace(dense, inter_dim=n * moe.moe_inter_dim) for n in (visited, all_of_them))
+    return dict(zip(NAMES, (moe, *wide), strict=True))
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -84,28 +82,19 @@ def routing(setting: Setting, model: Transformer, batch: int) -> Iterator[Figure
 
 def finding(figures: list[Figure]) -> str:
     speed = {(f.case["model"], f.case["batch"]): f.measured or 0.0 for f in pick(figures, "tokens_per_s")}
-    names = ("experts", "dense, equal active", "dense, equal total")
-    batches = sorted({b for _, b in speed if all((name, b) in speed for name in names)})
+    batches = sorted({b for _, b in speed if all((name, b) in speed for name in NAMES)})
     if not batches:
-        return "Nothing was measured yet."
+        return ""
     parts = []
     for batch in dict.fromkeys((batches[0], batches[-1])):
-        sparse, active, total = (speed[name, batch] for name in names)
-        beside = f"{sparse / active:.2f} times the speed of the twin as active"
-        beside += f" and {sparse / total:.1f} times that of the twin as large"
-        parts.append(f"{beside} at batch {batch}")
-    touched = [f for f in pick(figures, "distinct_experts") if f.case["batch"] == batches[-1]]
-    text = "Experts run at " + ", ".join(parts)
-    if touched and touched[0].measured:
-        text += f", where {touched[0].measured:.0f} experts are touched"
-    return text + "."
+        sparse, active, total = (speed[name, batch] for name in NAMES)
+        text = f"{sparse / active:.2f} times the speed of the dense model with equal active parameters"
+        parts.append(f"{text} and {sparse / total:.1f} times that with equal total parameters at batch {batch}")
+    touched = [f", where {n:.0f} experts are touched" for n in values(figures, "distinct_experts", batch=batches[-1])]
+    return f"Experts run at {', '.join(parts)}{''.join(touched)}."
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    speed = lines(figures, "tokens_per_s", x="batch", by="model", title="Tokens made a second", unit="tokens/s")
-    return speed + lines(
-        figures, "distinct_experts", x="batch", by="model", title="Distinct experts that a step touches", unit="experts"
-    )
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    titles = {"tokens_per_s": "Tokens made a second", "distinct_experts": "Distinct experts that a step touches"}
+    drawn = [lines(figures, metric, x="batch", by="model", title=titles[metric], label=str) for metric in titles]
+    return [plot for plots in drawn for plot in plots]

@@ -1,24 +1,30 @@
 """Does guessing ahead pay?
 
 A small model is trained for a short while on real text, then continues held-out prompts one by one without and with
-the guesses of its multi-token prediction, in turns, in FP32. Predicted: from how often trunk and guess agree on
-held-out text, and what the operations of a step cost by this machine's rates.
+the guesses of its multi-token prediction, in turns, in FP32. A step without guesses makes one token. A step with
+guesses of depth d reads d + 1 tokens at once, and keeps as many as the trunk agrees with. Predicted: from how often
+trunk and guess agree on held-out text, and what the operations of a step cost by this machine's rates.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
-from benchmarks.trained import trainer
-from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, accounting
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, values
+from benchmarks.trained import trainer, training_flops
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
-from dsmini.inference.generation import Stats
-from dsmini.measure.speculation import expected_acceptance, in_turns, step_seconds, tokens_per_step
-from dsmini.report.charts import measured_bars
+from dsmini.inference.generation import Generation, Stats, generate
+from dsmini.measure import prediction
+from dsmini.measure.counting import count
+from dsmini.measure.rates import Roofs
+from dsmini.report.charts import over_labels
 
 NAME = "mtp"
 TEMPERATURES = (0.0, 0.8)
@@ -65,8 +71,7 @@ def cases(setting: Setting) -> list[Case]:
     out = []
     for depth in of.depths:
         model = dataclasses.replace(of.model, n_mtp_layers=depth)
-        flops = accounting.flops_per_token(model, model.max_seq_len, training=True).total
-        flops *= of.steps * BATCH * model.max_seq_len
+        flops = training_flops(model, of.steps * BATCH)
         key, run = f"depth={depth} steps={of.steps}", partial(measure, depth, setting, of)
         out.append(Case(key=key, seconds=of.seconds, flops=flops, run=run))
     return out
@@ -117,19 +122,72 @@ def _figures(
         yield figure("same_continuations", case, len(guessing), predicted=len(plain), exact=True, note=note)
 
 
+def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: Roofs) -> float:
+    """Predict the seconds of a decoding step, from the operations that it counts."""
+    generation = Generation(model, [prompt.tolist()], 8, speculative=speculative)
+    for _ in range(2):  # reads the prompt; prepares what later steps reuse
+        next(generation)
+    return prediction.seconds(count(lambda: next(generation), roofs.cache_bytes), roofs)
+
+
+def tokens_per_step(kept: list[float]) -> float:
+    """Compute the expected tokens of a step: one, and for each depth the chance that all guesses up to it are kept.
+
+    Args:
+        kept: at k - 1 the probability that the guess of depth k is kept if those before it were.
+    """
+    return 1.0 + sum(itertools.accumulate(kept, operator.mul))
+
+
+@torch.inference_mode()
+def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) -> list[float]:
+    """Compute for each depth how probably its guess is kept after real text, if the guesses before it were right.
+
+    That is the sum of min(p, q) over the vocabulary; in greedy decoding, the share of places where both prefer the
+    same token.
+    """
+    out = model.run(tokens, mtp=True)
+    kept: list[float] = []
+    for k, logits in enumerate(out.mtp_logits, 1):
+        pair = out.logits[:, k:].float(), logits.float()  # both of token i + k + 1
+        if temperature:
+            p, q = ((each / temperature).softmax(-1) for each in pair)
+            kept.append(torch.minimum(p, q).sum(-1).mean().item())
+        else:
+            p, q = (each.argmax(-1) for each in pair)
+            kept.append((p == q).float().mean().item())
+    return kept
+
+
+def in_turns(
+    model: Transformer, prompts: list[Tensor], temperature: float, new_tokens: int
+) -> tuple[list[Stats], list[Stats]]:
+    """Continue each prompt without and with guesses, in turns; one more at first, which does not count."""
+    stats: dict[bool, list[Stats]] = {False: [], True: []}
+    for i, prompt in enumerate([prompts[0], *prompts]):
+        rows: list[Tensor] = []
+        for speculative in (False, True):
+            generator = torch.Generator(prompt.device).manual_seed(i)
+            how = {"temperature": temperature, "speculative": speculative, "generator": generator}
+            done = generate(model, prompt[None], new_tokens, **how)
+            rows.append(done.tokens)
+            if i:
+                stats[speculative].append(done.stats)
+        assert temperature or torch.equal(*rows), f"guesses changed the greedy continuation of prompt {i}"
+    return stats[False], stats[True]
+
+
 def finding(figures: list[Figure]) -> str:
-    told = []
+    told, faster = [], 0
     for f in pick(figures, "speedup"):
-        steps = pick(figures, "tokens_per_step", **f.case)
-        if f.measured is not None and steps and steps[0].measured is not None:
+        tokens = values(figures, "tokens_per_step", **f.case)
+        if f.measured is not None and tokens:
             how = f"at temperature {f.case['temperature']}" if f.case["temperature"] else "greedily"
-            gain = f"{f.measured:.2f} times as fast"
-            told.append(f"depth {f.case['depth']} {how} {gain} with {steps[0].measured:.2f} tokens a step")
-    if not told:
-        return "Nothing was measured yet."
-    faster = sum((f.low or 0.0) > 1 for f in pick(figures, "speedup"))  # beyond what prompts differ by
+            gain = f"{f.measured:.2f} times as fast with {tokens[0]:.2f} tokens a step"
+            told.append(f"depth {f.case['depth']} {how} {gain}")
+            faster += (f.low or 0.0) > 1  # beyond what prompts differ by
     pays = f"pays in {faster} of {len(told)} cases" if faster else "does not pay"
-    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}."
+    return f"On a toy this small guessing ahead {pays}: {'; '.join(told)}." if told else ""
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
@@ -138,11 +196,6 @@ def plots(figures: list[Figure]) -> list[Plot]:
         ("tokens_per_step", "Tokens of a decoding step", "tokens a step"),
         ("speedup", "Speed with guesses", "times the speed without"),
     ):
-        found = [f for f in pick(figures, metric) if f.measured is not None]
-        labelled = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in found}
-        if labelled:
-            drawn.append(measured_bars(title, y, labelled, predicted=True))
+        found = {f"depth {f.case['depth']}, temperature {f.case['temperature']}": f for f in pick(figures, metric)}
+        drawn += over_labels(title, y, {"measured": found}, kind="bars", predicted=True)
     return drawn
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

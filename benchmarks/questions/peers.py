@@ -1,4 +1,4 @@
-"""How fast is it beside others, at the same shapes?
+"""How fast is it compared with others, at the same shapes?
 
 Models of one shape with random weights decode and read prompts in the same dtype, and train on as many tokens; all
 take turns, and ratios are taken round by round. transformers 5.24 keeps MLA's latent too, and expands all of it at
@@ -17,24 +17,21 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import shapes
-from benchmarks.peer_models import MISSING
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick
 from benchmarks.peer_models.sides import LlamaCpp, Ours, Side, Theirs, deepseek_v3
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, Value, pick
-from benchmarks.trained import trainer
+from benchmarks.trained import trainer, training_flops
 from dsmini import RunConfig, TrainConfig, accounting
 from dsmini.machine import once
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import dtype_name, random_tokens
-from dsmini.report.charts import lines, points
+from dsmini.report.charts import lines, over_labels
 
 NAME = "peers"
 OURS, THEIRS, LLAMA = "dsmini", "transformers", "llama.cpp"
 PROMPT = 512
 TURN = 4
 """Tokens that one side decodes before it is the other's turn; the first of them, on a cold cache, does not count."""
-ESTIMATES = {128: 5, 512: 8, 1024: 3, 2048: 12, 8192: 50}
-"""Seconds by context."""
 
 figure = Figures(
     NAME,
@@ -60,37 +57,34 @@ def _size(setting: Setting) -> Size:
 
 
 def _room(setting: Setting) -> int:
-    """Return the tokens that a cache holds besides a context."""
+    """Return the tokens that a cache has room for after a context."""
     return (_size(setting).rounds + 1) * TURN + PROMPT
 
 
 def cases(setting: Setting) -> list[Case]:
     make: Make = functools.cache(lambda: sides(setting))
-    quick, rounds = setting.quick, _size(setting).rounds + 1
-    out: list[Case] = []
-    trained, tokens = shapes.TRAINED, 2 * rounds * _size(setting).batch * shapes.TRAINED.max_seq_len  # ours and theirs
-    flops = tokens * accounting.flops_per_token(trained, trained.max_seq_len, training=True).total
-    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
-        products = 0 if why_unusable(dtype, setting.roofs.peak) else flops
-        run = partial(train, dataclasses.replace(setting, dtype=dtype))
-        key, seconds = f"train dtype={dtype_name(dtype)}", 4 if quick else seconds
-        out.append(Case(key=key, seconds=seconds, flops=products, dtype=dtype, run=run))
-    for context in _size(setting).contexts:
-        key, seconds = f"decode context={context}", ESTIMATES.get(context, context / 150)
-        run = partial(decode, context, setting, make)
-        out.append(Case(key=key, seconds=seconds, flops=_read_flops(setting, context), run=run))
+    size, quick, config = _size(setting), setting.quick, shapes.decoded(setting.quick)
+    rounds = size.rounds + 1
+
+    def reading(tokens: int) -> float:
+        """Return the FLOPs with which ours and theirs read a prompt of that length."""
+        return 2 * tokens * accounting.flops_per_token(config, tokens).total
 
     def read() -> Iterator[Figure]:
         yield from prefill(setting, make)
         make.cache_clear()  # the last that needs the models
 
-    flops = rounds * _read_flops(setting, PROMPT)
-    return [*out, Case(key=f"prefill tokens={PROMPT}", seconds=3 if quick else 10, flops=flops, run=read)]
-
-
-def _read_flops(setting: Setting, tokens: int) -> float:
-    """Return the FLOPs with which ours and theirs read a prompt of that length."""
-    return 2 * tokens * accounting.flops_per_token(shapes.decoded(setting.quick), tokens).total
+    out: list[Case] = []
+    for dtype, seconds in ((torch.float32, 15), (torch.bfloat16, 60)):
+        usable = not why_unusable(dtype, setting.roofs.peak)
+        flops = usable * training_flops(shapes.TRAINED, 2 * rounds * size.batch)  # ours and theirs
+        key, run = f"train dtype={dtype_name(dtype)}", partial(train, dataclasses.replace(setting, dtype=dtype))
+        out.append(Case(key=key, seconds=4 if quick else seconds, flops=flops, dtype=dtype, run=run))
+    for context in size.contexts:
+        key, run = f"decode context={context}", partial(decode, context, setting, make)
+        out.append(Case(key=key, seconds=2 + context / 170, flops=reading(context), run=run))
+    key, seconds = f"prefill tokens={PROMPT}", 3 if quick else 10
+    return [*out, Case(key=key, seconds=seconds, flops=rounds * reading(PROMPT), run=read)]
 
 
 def sides(setting: Setting) -> dict[str, Side]:
@@ -141,7 +135,7 @@ def train(setting: Setting) -> Iterator[Figure]:
     batch, config = _size(setting).batch, shapes.TRAINED
     case = {"what": "train", "dtype": dtype_name(setting.dtype)}
     if reason := why_unusable(setting.dtype, setting.roofs.peak):
-        yield figure("speed_ratio", case, note=f"left out: {reason}")
+        yield figure.left_out("speed_ratio", case, reason)
         return
     trainers = {}
     for name in (OURS, f"{OURS} compiled") if setting.dtype == torch.bfloat16 and not setting.quick else (OURS,):
@@ -188,44 +182,26 @@ def finding(figures: list[Figure]) -> str:
     told = []
     for peer in (THEIRS, LLAMA):
         compared = [f for f in pick(figures, "speed_ratio", beside=peer) if f.measured is not None]
-        parts = [f"{f.measured:.1f} in {_label(f)}" for f in compared]
-        if parts:
-            told.append(f"beside {peer}: {', '.join(parts)}")
-    return f"Times the speed, {'; '.join(told)}." if told else "Nothing was measured yet."
+        if compared:
+            told.append(f"{peer}: {', '.join(f'{f.measured:.1f} times in {_label(f)}' for f in compared)}")
+    return f"Speed compared with {'; with '.join(told)}." if told else ""
 
 
-def _where(f: Figure) -> str:
+def _label(f: Figure) -> str:
+    where = f"training in {f.case.get('dtype')}"
     if f.case["what"] == "decode":
-        return f"decoding at {f.case['context']:,}"
+        where = f"decoding at {f.case['context']:,}"
     if f.case["what"] == "prefill":
-        return f"reading {f.case['tokens']:,}"
-    return f"training in {f.case['dtype']}"
+        where = f"reading {f.case['tokens']:,}"
+    return f"{where}{str(f.case['who']).removeprefix(OURS)}"
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
     decoded = pick(figures, "tokens_per_s", what="decode")
-    drawn = lines(decoded, "tokens_per_s", x="context", by="who", title="Decoding", unit="tokens/s", label=str)
-    compared = [f for f in pick(figures, "speed_ratio") if f.measured is not None]
-    if compared:
-        peers = dict.fromkeys(str(f.case["beside"]) for f in compared)
-        groups = {f"beside {peer}": pick(compared, "speed_ratio", beside=peer) for peer in peers}
-        drawn.append(
-            points(
-                "Speed beside others", "times theirs", groups, _label, line=("equal", 1.0), quartiles=True, log_y=True
-            )
-        )
-    return drawn
-
-
-def _label(f: Figure) -> str:
-    return f"{_where(f)}{str(f.case['who']).removeprefix(OURS)}"
-
-
-QUESTION = Question.described(
-    NAME,
-    __doc__,
-    cases,
-    finding,
-    plots,
-    needs=MISSING,
-)
+    drawn = lines(decoded, "tokens_per_s", x="context", by="who", title="Decoding", label=str)
+    groups = {
+        f"compared with {peer}": {_label(f): f for f in pick(figures, "speed_ratio", beside=peer)}
+        for peer in (THEIRS, LLAMA)
+    }
+    line = ("equal", 1.0)
+    return drawn + over_labels("Speed compared with others", "times theirs", groups, line=line, log_y=True)

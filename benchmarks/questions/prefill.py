@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over
 from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, accounting
 from dsmini.measure.workloads import dtype_name, random_model, random_tokens
@@ -44,14 +44,10 @@ def reading_step(setting: Setting, batch: int, tokens: int) -> tuple[ModelConfig
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config, step = reading_step(setting, batch, tokens)
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens, training=False, last_logits=True)
-
-    def bounds(experts: float | None) -> tuple[float, float]:
-        size = {"seq_len": tokens, "batch": batch, "dtype": dtype_name(setting.dtype)}
-        least = accounting.prefill_bytes_per_token(config, **size, experts=experts)
-        return least.total, flops.total / (batch * tokens)
-
-    case = {"batch": batch, "tokens": tokens}
-    yield from measure_step(NAME, case, step, setting, 1.5 if setting.quick else 6.0, bounds)
+    size = {"seq_len": tokens, "batch": batch, "dtype": dtype_name(setting.dtype)}
+    least = partial(accounting.prefill_bytes_per_token, config, **size)
+    case, seconds = {"batch": batch, "tokens": tokens}, 1.5 if setting.quick else 6.0
+    yield from measure_step(NAME, case, step, setting, seconds, flops.total, least)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -59,8 +55,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    title = "Tokens of a prompt a second"
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens of a prompt a second")

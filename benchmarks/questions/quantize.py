@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, cases_over, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
 from dsmini import ops
 from dsmini.machine import once
 from dsmini.measure.timing import interleaved, ratios
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
-from dsmini.report.charts import points
+from dsmini.report.charts import over_labels
+from dsmini.report.units import plural
 
 NAME = "quantize"
 SHAPE, QUICK_SHAPE = (4096, 7168), (512, 7168)
@@ -35,7 +36,7 @@ Run = Callable[[], Any]
 
 figure = Figures(
     NAME,
-    higher={"bandwidth": "bytes/s"} | dict.fromkeys(("share_of_copy", "share_of_copy_best", "over_eager"), "x"),
+    higher={"bandwidth": "bytes/s", "share_of_copy": "x", "over_eager": "x"},
     lower={"call_seconds": "s"},
 )
 
@@ -50,7 +51,7 @@ def cases(setting: Setting) -> list[Case]:
 @torch.no_grad()
 def measure(setting: Setting, threads: int) -> Iterator[Figure]:
     if reason := why_not():
-        yield figure("bandwidth", {"operation": "all", "threads": threads}, note=f"left out: {reason}")
+        yield figure.left_out("bandwidth", {"operation": "all", "threads": threads}, reason)
         return
     torch.manual_seed(0)
     x = torch.randn(QUICK_SHAPE if setting.quick else SHAPE).bfloat16()
@@ -97,8 +98,6 @@ def _operation(case: dict[str, Any], run: Run, source: Tensor, moved: int, round
     more = moved / (2 * source.nbytes)
     shares = [more * ratio for ratio in ratios(taken, "copy", "kernel")]
     yield figure("share_of_copy", case, shares, note="bytes a second over those of y.copy_(x)")
-    best = more * min(taken["copy"]) / min(taken["kernel"])
-    yield figure("share_of_copy_best", case, best, note="the best of each")
     slower = [t / statistics.median(kernels) for t in taken["eager"]]
     yield figure("over_eager", case, slower, note="plain PyTorch's time over the kernel's")
 
@@ -160,7 +159,7 @@ def freed_memory_kept() -> Iterator[None]:
 def calls() -> Iterator[Figure]:
     """Time a call on a matrix so small that nothing else counts, the best of many."""
     if reason := why_not():
-        yield figure("call_seconds", {"call": "kernel"}, note=f"left out: {reason}")
+        yield figure.left_out("call_seconds", {"call": "kernel"}, reason)
         return
     from dsmini_kernels import cpu  # pyright: ignore[reportMissingImports]
 
@@ -178,30 +177,29 @@ def calls() -> Iterator[Figure]:
 
 def finding(figures: list[Figure]) -> str:
     told = []
-    threads = sorted({int(f.case["threads"]) for f in pick(figures, "share_of_copy")})
-    for n in threads:
-        shares = [f.measured or 0.0 for f in pick(figures, "share_of_copy", threads=n)]
-        told.append(f"at {min(shares):.0%} to {max(shares):.0%} of a copy's speed on {n} thread{'s' * (n > 1)}")
-    faster = [f.measured or 0.0 for f in pick(figures, "over_eager")]
-    if faster:
+    for n in _threads(figures):
+        shares = values(figures, "share_of_copy", threads=n)
+        if shares:
+            told.append(f"at {min(shares):.0%} to {max(shares):.0%} of a copy's speed on {plural(n, 'thread')}")
+    if faster := values(figures, "over_eager"):
         told.append(f"{min(faster):.0f} to {max(faster):.0f} times as fast as plain PyTorch")
-    through = [f for f in pick(figures, "call_seconds", call="through dispatch") if f.measured]
-    if through:
-        told.append(f"{(through[0].measured or 0.0) * 1e6:.1f} us a call")
-    return f"Kernels for tiles run {', '.join(told)}." if told else "Nothing was measured yet."
+    told += [f"{t * 1e6:.1f} us a call" for t in values(figures, "call_seconds", call="through dispatch")]
+    return f"Kernels for tiles run {', '.join(told)}." if told else ""
+
+
+def _threads(figures: list[Figure]) -> list[int]:
+    return sorted({int(f.case["threads"]) for f in figures if "threads" in f.case})
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    drawn = []
+    drawn: list[Plot] = []
     for metric, title, y, line in (
         ("share_of_copy", "Kernels next to a copy", "bytes a second over a copy's", ("a copy", 1.0)),
         ("over_eager", "Kernels next to plain PyTorch", "times as fast", None),
     ):
-        found = [f for f in pick(figures, metric) if f.measured is not None]
-        threads = sorted({int(f.case["threads"]) for f in found})
-        groups = {f"threads {n}": pick(found, metric, threads=n) for n in threads}
-        drawn.append(points(title, y, groups, lambda f: str(f.case["operation"]), line=line, quartiles=True))
-    return [plot for plot in drawn if plot.labels]
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+        groups = {
+            plural(n, "thread"): {str(f.case["operation"]): f for f in pick(figures, metric, threads=n)}
+            for n in _threads(figures)
+        }
+        drawn += over_labels(title, y, groups, line=line)
+    return drawn

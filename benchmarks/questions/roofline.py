@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Series, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, pick, values
 from benchmarks.questions.decode import decoding_step
 from benchmarks.questions.prefill import reading_step
 from benchmarks.questions.train import training_step
@@ -69,23 +69,22 @@ def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator
         yield figure("flop_rate", case, flops / seconds[of], predicted=predicted)
         yield figure("share_of_time", case, seconds[of] / total)
     peak = setting.roofs.peak[dtype_name(setting.dtype)]
-    yield figure("roof", {"step": name, "roof": "memory"}, setting.roofs.bandwidth, unit="bytes/s")
+    yield figure("roof", {"step": name, "roof": "memory"}, setting.roofs.bandwidth)
     yield figure("roof", {"step": name, "roof": "arithmetic"}, peak)
 
 
 def finding(figures: list[Figure]) -> str:
     memory, arithmetic = _roofs(figures)
     if not memory or not arithmetic:
-        return "Nothing was measured yet."
+        return ""
     ridge, parts = arithmetic / memory, []
     for step in STEPS:
         shares = pick(figures, "share_of_time", step=step)
-        total = sum(f.measured or 0 for f in shares)
-        if total:
+        if total := sum(values(shares, "share_of_time")):
             left = sum(f.measured or 0 for f in shares if float(f.case["intensity"]) < ridge)
-            parts.append(f"{left / total:.0%} of a {step} step")
-    text = f"Below {ridge:.0f} FLOPs a byte this machine can only be as fast as its memory or caches"
-    return text + (f": by time {', '.join(parts)} lie there." if parts else ".")
+            parts.append(f"{left / total:.0%} of the time of a {step} step")
+    text = f"Below {ridge:.0f} FLOPs a byte memory or caches limit this machine"
+    return text + (f": this is {', '.join(parts)}." if parts else ".")
 
 
 def _roofs(figures: list[Figure]) -> tuple[float, float]:
@@ -114,6 +113,3 @@ def _plot(step: str, found: list[Figure], memory: float, arithmetic: float) -> P
     caption = "A point is an operation of one shape. Above the sloping roof, its bytes come from a cache."
     title = f"Operations of a {step} step"
     return Plot(title=title, x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True, caption=caption)
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)

@@ -8,13 +8,12 @@ character over the whole held-out tenth.
 
 import statistics
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.peer_models import MISSING, nanogpt
-from benchmarks.question import Case, Figure, Figures, Plot, Question, Setting, pick
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, values
+from benchmarks.peer_models import nanogpt
 from benchmarks.trained import plots_by_seed, run_command, run_recipe
 
 NAME = "shakespeare"
@@ -33,10 +32,8 @@ def cases(setting: Setting) -> list[Case]:
     text = setting.text.resolve()
     seeds = QUICK_SEEDS if setting.quick else SEEDS
     seconds = 40 if setting.quick else 200
-    return [
-        Case(key=f"seed={seed} text={text.name}", seconds=seconds, run=partial(measure, setting, text, seed))
-        for seed in range(seeds)
-    ]
+    points = [(seed, text.name) for seed in range(seeds)]
+    return cases_over("seed={} text={}", points, seconds, lambda seed, _: measure(setting, text, seed))
 
 
 def measure(setting: Setting, text: Path, seed: int) -> Iterator[Figure]:
@@ -61,23 +58,18 @@ def _figures(seed: int, who: str, seconds: float, loss: float) -> Iterator[Figur
 
 
 def finding(figures: list[Figure]) -> str:
-    seconds = {who: [f.measured or 0.0 for f in pick(figures, "seconds", who=who)] for who in WHO}
-    losses = {who: [f.measured or 0.0 for f in pick(figures, "loss_as_peer", who=who)] for who in WHO}
-    measured = [who for who in WHO if seconds[who] and losses[who]]
-    told = []
-    for who in measured:
-        text = f"{who} {statistics.mean(losses[who]):.3f} nats in {statistics.median(seconds[who]):.0f} s"
-        if who != "peer" and "peer" in measured:
-            text += f", {statistics.median(seconds[who]) / statistics.median(seconds['peer']):.0%} of the peer's time"
-        told.append(text)
-    return f"Loss at context {nanogpt.CONTEXT}: {'; '.join(told)}." if told else "Nothing was measured yet."
+    told, peer = [], values(figures, "seconds", who="peer")
+    for who in WHO:
+        seconds, losses = (values(figures, metric, who=who) for metric in ("seconds", "loss_as_peer"))
+        if seconds and losses:
+            text = f"{who} {statistics.mean(losses):.3f} nats in {statistics.median(seconds):.0f} s"
+            if who != "peer" and peer:
+                text += f", {statistics.median(seconds) / statistics.median(peer):.0%} of the peer's time"
+            told.append(text)
+    return f"Loss at context {nanogpt.CONTEXT}: {'; '.join(told)}." if told else ""
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
     loss = f"Loss over the held-out tenth, at context {nanogpt.CONTEXT}", "nats a character"
     seconds = "Time of the whole command", "seconds"
     return plots_by_seed(figures, "who", WHO, {"loss_as_peer": loss, "seconds": seconds})
-
-
-TEXT = "Karpathy's tinyshakespeare, 1,115,394 characters"
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots, on_request=True, needs_text=TEXT, needs=MISSING)

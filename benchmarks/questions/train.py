@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks import shapes
-from benchmarks.question import Case, Figure, Plot, Question, Setting, cases_over
+from benchmarks.case import Case, Figure, Plot, Setting, cases_over
 from benchmarks.steps import measure_step, speed_sentence
 from dsmini import ModelConfig, TrainConfig, Transformer, accounting
 from dsmini.measure.workloads import dtype_name, random_tokens
@@ -50,15 +50,11 @@ def training_step(config: ModelConfig, setting: Setting, batch: int, tokens: int
 def measure(setting: Setting, batch: int, tokens: int) -> Iterator[Figure]:
     config = dataclasses.replace(shapes.TRAINED, max_seq_len=1024)
     flops = accounting.step_flops(config, batch_size=batch, seq_len=tokens)
-
-    def bounds(experts: float | None) -> tuple[float, float]:
-        size = {"seq_len": tokens, "batch_size": batch, "dtype": dtype_name(setting.dtype)}
-        least = accounting.training_bytes_per_token(config, **size, experts=experts)
-        return least.total, flops.total / (batch * tokens)
-
-    case = {"batch": batch, "tokens": tokens}
+    size = {"seq_len": tokens, "batch_size": batch, "dtype": dtype_name(setting.dtype)}
+    least = partial(accounting.training_bytes_per_token, config, **size)
+    case, seconds = {"batch": batch, "tokens": tokens}, 3.0 if setting.quick else 10.0
     step = training_step(config, setting, batch, tokens)
-    yield from measure_step(NAME, case, step, setting, 3.0 if setting.quick else 10.0, bounds)
+    yield from measure_step(NAME, case, step, setting, seconds, flops.total, least)
 
 
 def finding(figures: list[Figure]) -> str:
@@ -66,8 +62,4 @@ def finding(figures: list[Figure]) -> str:
 
 
 def plots(figures: list[Figure]) -> list[Plot]:
-    title = "Tokens trained a second"
-    return lines(figures, "tokens_per_s", x="tokens", by="batch", title=title, unit="tokens/s")
-
-
-QUESTION = Question.described(NAME, __doc__, cases, finding, plots)
+    return lines(figures, "tokens_per_s", x="tokens", by="batch", title="Tokens trained a second")

@@ -1,4 +1,4 @@
-"""The command line: flags from the fields of a dataclass, and a help screen that fits a terminal."""
+"""Read the command line: flags from the fields of a dataclass, and a help screen that fits a terminal."""
 
 import ast
 import dataclasses
@@ -18,14 +18,14 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, kw_only=True)
 class Help:
-    """The screen that --help shows of a command with more flags than a screen has lines; --help-all shows them all."""
+    """The screen of --help for a command with more flags than fit one; --help-all shows all flags."""
 
     usage: str
-    """The words after python -m dsmini.NAME."""
+    """Words after python -m dsmini.NAME."""
     examples: tuple[str, ...]
     """Command lines after python -m dsmini.NAME; a comment may follow."""
     main: tuple[str, ...]
-    """The fields to list, such as "train.steps"; their docstrings explain them."""
+    """Fields to list, such as "train.steps"; their docstrings explain them."""
 
 
 def take_file(args: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -58,8 +58,8 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     """Read the arguments into a dataclass; explain a wrong one and exit with status 2.
 
     Args:
-        name: of the command module, as in python -m dsmini.NAME.
-        default: has the values that flags change; None: the dataclass's own defaults.
+        name: the command module, as in python -m dsmini.NAME.
+        default: the values that flags change; None: the dataclass's own defaults.
         help: the screen for --help; None: --help explains every flag, as --help-all does.
     """
     prog = f"python -m dsmini.{name}"
@@ -79,7 +79,7 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
     """Return a screen of help: usage, examples, and the main flags as one would type them, each with its default.
 
     Args:
-        width: in columns; None: the terminal's.
+        width: columns of the screen; None: the terminal's.
     """
     width = width or min(shutil.get_terminal_size().columns, 120)
     fields = {path: (flag, said) for path, flag, said in flags(kind, default)}
@@ -141,7 +141,7 @@ def _typed(path: str, value: Any, hint: Any) -> str:
 
 
 def _clipped(text: str, width: int) -> str:
-    """Return what fits of the first sentence: whole clauses if they fill half a line or more, else words."""
+    """Return the part of the first sentence that fits: whole clauses if they fill half a line, else words."""
     first = text.partition(". ")[0].rstrip(".")
     if len(first) <= width:
         return first

@@ -1,4 +1,4 @@
-"""Lines for people: the one way in which commands and rooms print them."""
+"""Print lines for people; every command and package uses these functions."""
 
 from rich.console import Console
 from rich.text import Text

@@ -1,5 +1,6 @@
-"""The progress bar: a bar in a terminal, and a line now and then in a pipe or a file."""
+"""Show progress: a bar in a terminal, lines at intervals in a pipe or a file."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from dsmini.console.messages import say
 
 SECONDS_BETWEEN_LINES = 10.0
 """Shortest time between two lines in a pipe, for a caller that does not count them."""
+SECONDS_OF_SILENCE = 60.0
+"""Time without a line in a pipe after which the next update prints one, for any caller."""
 
 
 class Progress:
-    """A display of how far a piece of work is, what is known about it, and how long it will take.
+    """A display of the work done, its figures, and the time left.
 
     Args:
         total: amount of work, in any unit.
@@ -26,7 +29,7 @@ class Progress:
         unit: "bytes" shows sizes and the bytes per second.
         delay: seconds of work before a bar appears; short work shows none.
         line_every: amount of work between two lines in a pipe, the first update included; 0 gives a line for each
-            update, None one every ten seconds.
+            update, None one every ten seconds. After a minute without a line the next update prints one.
         stays: leave the bar on the screen at the end.
         refresh_per_second: of the bar; 1 disturbs a measurement least.
     """
@@ -50,7 +53,7 @@ class Progress:
         """Amount of work that is done."""
         self.delay, self.line_every = delay, line_every
         self._started = self._last_line = time.monotonic()
-        self._lines: int | None = None  # lines due for the work that is done
+        self._lines: int | None = None  # number of lines that the work done so far is worth
         self._ended: float | None = None
         sizes = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
         words = TextColumn("{task.fields[words]}", markup=False)
@@ -86,22 +89,21 @@ class Progress:
 
         Args:
             words: more about it, such as the loss.
-            left: seconds left, where the caller knows better than the rate so far.
+            left: seconds left, if the caller knows better than the rate so far.
         """
         self.done = done
         if self.seconds >= self.delay:
             self._bar.start()
         self._bar.update(self._task, completed=done, total=self.total, description=self.label, words=words, left=left)
         if not self.console.is_terminal and self._line_is_due():
-            self._last_line = time.monotonic()
-            say(self.console, self._line(words, left))
+            self._print_line(self._line(words, left))
 
     def add(self, amount: float) -> None:
         """Show that this much more work is done."""
         self.update(self.done + amount)
 
     def stage(self, what: str, done: float, total: float) -> None:
-        """Show work that comes in stages, each with an amount of its own: "reading", say, of a label "the corpus"."""
+        """Show work in stages, each with its own amount: the stage "reading" of the label "the corpus", for example."""
         if (label := f"{what} {self._object}") != self.label:
             self.label = label
             self._bar.reset(self._task)
@@ -114,20 +116,38 @@ class Progress:
 
     @contextmanager
     def part(self, label: str) -> Iterator[Callable[[float], None]]:
-        """Show a second bar below the first; the function that it yields takes the share that is done."""
+        """Show a second bar below the first, in a pipe a line every ten seconds.
+
+        The function that it yields takes the share that is done.
+        """
         task = self._bar.add_task(label, total=1.0, words="", left=None)
+
+        def update(share: float) -> None:
+            self._bar.update(task, completed=share)
+            if not self.console.is_terminal and self._silence() > SECONDS_BETWEEN_LINES:
+                self._print_line(f"{label}: {share:.0%}")
+
+        self._last_line = time.monotonic()
         try:
-            yield lambda share: self._bar.update(task, completed=share)
+            yield update
         finally:
             self._bar.remove_task(task)
 
     def _line_is_due(self) -> bool:
         if self.line_every is None:
-            return time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
+            return self._silence() > SECONDS_BETWEEN_LINES
         if self.line_every == 0:
             return True
         before, self._lines = self._lines, int(self.done // self.line_every)
-        return before != self._lines
+        return before != self._lines or self._silence() > SECONDS_OF_SILENCE
+
+    def _silence(self) -> float:
+        """Return the seconds since the last line in a pipe."""
+        return time.monotonic() - self._last_line
+
+    def _print_line(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        say(self.console, line)
 
     def _line(self, words: str, left: float | None) -> str:
         if self.unit == "bytes":
@@ -142,3 +162,44 @@ class _TimeLeft(ProgressColumn):
         left = task.fields["left"]
         left = task.time_remaining if left is None else left
         return Text("" if left is None else f"{timedelta(seconds=round(left))} left", style="progress.remaining")
+
+
+class Phases:
+    """Shows the phases of a command that count tokens, one progress bar after the other. Each is gone once done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Show that `done` of `total` tokens of a phase are done. Another label begins another phase."""
+        if self._bar is None or self._bar.label != label:
+            self.close()
+            self._bar = Progress(self._console, total, label)
+        self._bar.update(done, f"{done:,} of {total:,} tokens")
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar of a phase that ended early."""
+        if self._bar is not None:
+            self._bar.__exit__()
+        self._bar = None
+
+
+@contextmanager
+def patience(console: Console, label: str, seconds: float = SECONDS_BETWEEN_LINES) -> Iterator[None]:
+    """Print a line every few seconds while a block runs that cannot say how far it is."""
+    started, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            say(console, f"{label}: {time.monotonic() - started:.0f} s so far")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

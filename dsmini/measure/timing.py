@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
 
 import torch
 
@@ -61,17 +60,7 @@ def ratios(taken: Mapping[str, Sequence[float]], over: str, under: str) -> list[
     return [a / b for a, b in zip(taken[over], taken[under], strict=True)]
 
 
-class Spread(TypedDict):
-    """Median and quartiles of a value that was measured several times, named as a figure names them."""
-
-    measured: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Compute the median and the quartiles."""
-    if len(values) < 2:
-        return {"measured": values[0], "low": values[0], "high": values[0]}
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Compute the median and the quartiles, named as a figure names them."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
     return {"measured": middle, "low": low, "high": high}

@@ -1,4 +1,4 @@
-"""What a number is: short formats, tiles with a scale each, and products of them."""
+"""Short number formats, tiles with a scale each, and products of them."""
 
 from dsmini.numerics.accumulation import Accumulator
 from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format

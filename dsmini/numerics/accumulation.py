@@ -1,12 +1,12 @@
-"""What the width of an accumulator does to a product of FP8 numbers: a surrogate for Hopper's tensor cores.
+"""Emulate the narrow accumulator of Hopper's tensor cores in a product of FP8 numbers.
 
-H800 tensor cores add FP8 products at about 14 bits, not in FP32 (report, section 3.5.2): 32 products at a time are
-shifted to the exponent of the largest and what falls off the end is lost, and so is what a growing sum pushes off. At
-K = 4096 DeepSeek saw errors of nearly 2 %. Their cure is to move the partial sum into an FP32 register every
+H800 tensor cores add FP8 products at about 14 bits, not in FP32 (report, section 3.5.2). They shift 32 products at a
+time to the exponent of the largest and drop the bits that fall off the end. A growing sum loses bits in the same way.
+At K = 4096 DeepSeek saw errors of nearly 2 %. Their cure is to move the partial sum into an FP32 register every
 N_C = 128 products (section 3.3.2, figure 7b).
 
-The hardware is not documented to the bit, so this is a surrogate: it truncates where the report says that bits are
-lost, and reproduces the sizes that it reports. It is slow, and only for looking at errors.
+Simulated: the hardware is not documented to the bit. This code truncates where the report says that bits are lost, and
+reproduces the errors that it reports. It is slow, and only for looking at errors.
 """
 
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 GROUP = 32
-"""Products that are added at once."""
+"""Number of products that are added at once."""
 AT_A_TIME = 1 << 22
-"""Products held in memory."""
+"""Maximum number of products in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulator:
-    """How sums of products are kept."""
+    """Precision of a sum of products."""
 
     bits: int = 14
-    """Of the significand of a partial sum."""
+    """Bits of the significand of a partial sum."""
     promote_every: int | None = 128
-    """Products after which the partial sum is moved into FP32 (N_C), a multiple of 32; None: only at the end."""
+    """Number of products after which the partial sum moves into FP32 (N_C), a multiple of 32; None: only at the end."""
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= 24:
-            raise ValueError(f"bits={self.bits} is no width of an accumulator; use 2 to 24")
+            raise ValueError(f"bits={self.bits} is not a width of an accumulator; use 2 to 24")
         if self.promote_every is not None and (self.promote_every < GROUP or self.promote_every % GROUP):
             raise ValueError(
-                f"promote_every={self.promote_every} is no multiple of {GROUP}, in which products are added"
+                f"promote_every={self.promote_every} is not a multiple of {GROUP}, in which products are added"
             )
 
     def matmul(self, a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
-        """a b^T in FP32, each sum kept in this accumulator."""
+        """Return a b^T in FP32, each sum computed in this accumulator."""
         rows = max(1, AT_A_TIME // max(1, b.shape[0] * GROUP))
         parts = [self._matmul(part.float(), b.float()) for part in a.split(rows)]
         return torch.cat(parts) if parts else a.new_zeros(0, b.shape[0], dtype=torch.float32)
@@ -59,11 +59,11 @@ class Accumulator:
 
 
 def _exponent(magnitude: Tensor) -> Tensor:
-    """floor(log2), exactly; that of zero is 0's, which cuts nothing."""
+    """Return floor(log2), exactly; -1 for zero, of which nothing is cut."""
     return torch.frexp(magnitude).exponent - 1
 
 
 def _cut(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
-    """x without what lies below the last of `bits` bits of a number with that exponent."""
+    """Truncate x below the last of `bits` bits of a number with that exponent."""
     step = (exponent.long() - bits + 1 + 1023 << 52).view(torch.float64)  # a power of two, by its exponent field
     return (x / step).trunc() * step

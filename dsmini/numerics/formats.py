@@ -1,4 +1,4 @@
-"""Number formats shorter than BF16: a sign, a few bits of exponent, a few of fraction.
+"""Define number formats shorter than BF16: a sign, a few bits of exponent, a few of fraction.
 
     e4m3   S.EEEE.FFF      reaches 448, steps of 1/8 to 1/16 of a value; nearly everything in DeepSeek-V3's FP8
     e5m2   S.EEEEE.FF      reaches 57344 with half the precision; others use it for gradients
@@ -34,9 +34,9 @@ class Format:
     max: float
     """Largest finite value."""
     nan: int
-    """The code, without sign, that stands for what is not a number."""
+    """Code of NaN, without sign."""
     dtype: torch.dtype
-    """Of codes; uint8 where torch has no such type, eight codes packed in twelve bytes."""
+    """Type of codes. Where torch has none it is uint8, with eight codes packed in twelve bytes."""
 
     @property
     def bits(self) -> int:
@@ -44,7 +44,7 @@ class Format:
 
     @property
     def packed(self) -> bool:
-        """Whether two codes share three bytes."""
+        """True if two codes share three bytes."""
         return self.bits == 12
 
     @property
@@ -59,32 +59,39 @@ class Format:
 
     @property
     def unit(self) -> float:
-        """Unit roundoff: no number between min_normal and max is off by more than this share of itself."""
+        """Unit roundoff: the largest relative error of rounding a number between min_normal and max."""
         return 2.0 ** -(self.mantissa_bits + 1)
 
     def values(self, device: torch.device | str = "cpu") -> Float[Tensor, " codes"]:
-        """All finite values from 0 to max, in FP32; a value's place is its code without sign."""
+        """Return all finite values from 0 to max in FP32, ordered by their codes without sign."""
         return torch.tensor(_values(self.mantissa_bits, self.bias, self.max), device=device)
 
     def step(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Distance between the neighbouring values at x, FP32."""
+        """Return the distance between neighbouring values at x, in FP32."""
         return (self._exponent(x.float().abs().clamp(max=self.max)) - self.mantissa_bits << 23).view(torch.float32)
 
     def round(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The nearest value in FP32, ties to an even last bit; beyond max, infinities too, max; NaN stays NaN."""
-        x = x.float().clamp(-self.max, self.max)
+        """Return the nearest value in FP32, ties to an even last bit.
+
+        Values beyond max and infinities become max; NaN stays NaN.
+
+        Raises: ValueError for FP64, which would be rounded twice.
+        """
+        x = _single(x).clamp(-self.max, self.max)
         if not self.packed:
             return x.to(self.dtype).float()
         magic = self._magic(x.abs())
         return torch.copysign((x.abs() + magic) - magic, x)
 
     def encode(self, x: Float[Tensor, "*batch c"]) -> Tensor:
-        """The codes of `round(x)`: in the format's dtype and x's shape, or packed, [*batch, 12 ceil(c / 8)] bytes.
+        """Return the codes of `round(x)`, in the format's dtype and x's shape; packed, [*batch, 12 ceil(c / 8)] bytes.
 
-        Packed, code 2i has the first eight bits of three bytes and the low four of the second, code 2i + 1 the rest;
-        what fills up the last eight are zeros.
+        Packed code 2i is the first of three bytes and the low four bits of the second; code 2i + 1 is the rest. Zeros
+        fill up the last eight codes.
+
+        Raises: ValueError for FP64, which would be rounded twice.
         """
-        x = x.float().clamp(-self.max, self.max)  # before torch 2.12 the cast does not saturate
+        x = _single(x).clamp(-self.max, self.max)  # before torch 2.12 the cast does not saturate
         x = torch.where(x.isnan(), torch.nan, x)  # one code for NaN, whatever its sign
         if not self.packed:
             return x.to(self.dtype)
@@ -97,7 +104,11 @@ class Format:
         return _pack(F.pad(code, (0, -code.shape[-1] % 8)))
 
     def decode(self, codes: Tensor, columns: int | None = None) -> Float[Tensor, "*batch c"]:
-        """Codes as FP32 values. `columns` is c, where codes are packed and c is no multiple of 8."""
+        """Return the FP32 values of codes.
+
+        Args:
+            columns: c; needed if codes are packed and c is not a multiple of 8.
+        """
         if not self.packed:
             return codes.view(self.dtype).float()
         code = _unpack(codes)[..., :columns]
@@ -106,11 +117,11 @@ class Format:
         return torch.where(code >> (self.bits - 1) == 1, -values, values)
 
     def _exponent(self, magnitude: Tensor) -> Tensor:
-        """The exponent field that FP32 gives a magnitude, no lower than that of min_normal."""
+        """Return the FP32 exponent field of a magnitude, at least that of min_normal."""
         return (magnitude.view(torch.int32) >> 23).clamp(min=128 - self.bias)
 
     def _magic(self, magnitude: Tensor) -> Tensor:
-        """So large that FP32, adding it, has no bits left below the format's last: the addition rounds."""
+        """Return numbers so large that adding them in FP32 rounds to the format's last bit."""
         return (self._exponent(magnitude) + 23 - self.mantissa_bits << 23).view(torch.float32)
 
 
@@ -126,9 +137,10 @@ class PowersOfTwo:
     nan: int = 255
 
     def round_up(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The next power of two from 2^-126 on that is not below x, for FP32 x >= 0; zero, infinity and NaN stay.
+        """Return the smallest power of two, 2^-126 or more, that is not below x, for FP32 x >= 0.
 
-        By bits: a logarithm is off beside the powers of two. Up, so that what is divided by a scale still fits.
+        Zero, infinity and NaN stay. Computed by bits: a logarithm is wrong next to powers of two. Rounding is up, so
+        that a number divided by its scale still fits.
         """
         if x.dtype != torch.float32:
             raise ValueError(f"scales of {x.dtype}; want torch.float32")
@@ -136,9 +148,9 @@ class PowersOfTwo:
         return torch.where(x.isnan(), x, up)
 
     def encode(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-        """The codes of the next powers of two as uint8, exponent + 127, from 2^-127 on; NaN for what is above 2^127.
+        """Return uint8 codes, exponent + 127, of the next powers of two, 2^-127 or more; NaN above 2^127.
 
-        Raises: ValueError for numbers that are not above zero, and for other dtypes than FP32.
+        Raises: ValueError for numbers that are not above zero, and for dtypes other than FP32.
         """
         if (x <= 0).any():
             raise ValueError(f"ue8m0 has no code for {x[x <= 0].min().item()}; want numbers above zero")
@@ -147,18 +159,28 @@ class PowersOfTwo:
         return code.masked_fill(smallest, 0).to(torch.uint8)
 
     def decode(self, codes: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """uint8 codes as FP32 powers of two."""
+        """Return the FP32 powers of two of uint8 codes."""
         code = codes.view(torch.uint8).int()
         value = (code << 23).view(torch.float32).masked_fill(code == 0, self.min)
         return value.masked_fill(code == self.nan, torch.nan)
 
 
 E4M3 = Format(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, nan=0x7F, dtype=torch.float8_e4m3fn)
-"""No infinities: only the topmost code is no number."""
+"""E4M3 without infinities: only the topmost code is not a number."""
 E5M2 = Format(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, nan=0x7F, dtype=torch.float8_e5m2)
 E5M6 = Format(name="e5m6", exponent_bits=5, mantissa_bits=6, bias=15, max=65024.0, nan=0x7FF, dtype=torch.uint8)
 UE8M0 = PowersOfTwo()
 FORMATS = MappingProxyType({f.name: f for f in (E4M3, E5M2, E5M6)})
+
+
+def _single(x: Tensor) -> Tensor:
+    """Return x in FP32, for a rounding to come."""
+    if x.dtype == torch.float64:
+        raise ValueError(
+            "x is torch.float64; want float32, bfloat16 or float16: FP64 would be rounded twice; "
+            "use x.float() to accept that"
+        )
+    return x.float()
 
 
 @functools.cache
@@ -172,7 +194,7 @@ def _values(mantissa_bits: int, bias: int, largest: float) -> tuple[float, ...]:
 
 
 def _pack(codes: Int[Tensor, "*batch c"]) -> Int[Tensor, "*batch bytes"]:
-    """12-bit codes, an even number of them, two in three bytes."""
+    """Pack an even number of 12-bit codes, two in three bytes."""
     even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
 

@@ -1,18 +1,18 @@
-"""The FP8 matrix product of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
+"""Multiply matrices in the FP8 of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
 
 For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6):
 
     fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
     dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
     wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles: dy from its own values, x from the codes
-                                   that forward saved; with power-of-two scales what stays normal loses nothing
+                                   that forward saved; with power-of-two scales normal numbers lose nothing
 
-What backward needs is kept as FP8 codes and scales: x once, however many products read it, and W.
+Tensors for backward are saved as FP8 codes and scales: W, and x once, however many products read it.
 
-Simulated: with power-of-two scales a dequantised E4M3 value is a BF16 value, so that a BF16 product of the dequantised
-operands, which sums in FP32, is the FP8 product, up to the order of its sums and the rounding of its result. Results
-other than BF16, and FP32 scales, run an FP32 product. The weight's gradient is rounded to the result's dtype before it
-is added to an FP32 parameter's.
+Simulated: with power-of-two scales a dequantized E4M3 value is a BF16 value. So a BF16 product of the dequantized
+operands, which sums in FP32, is the FP8 product, except for the order of its sums and the rounding of its result. With
+FP32 scales, or results other than BF16, an FP32 product runs. The weight's gradient is rounded to the result's dtype
+before it is added to that of an FP32 parameter.
 
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
@@ -51,20 +51,23 @@ def fp8_matmul(
     saved_format: Literal["e4m3", "e5m6"] = "e4m3",
     accumulator: Accumulator | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """x W^T in simulated FP8, with its gradients.
+    """Multiply x W^T in simulated FP8, with its gradients.
 
     Args:
-        x: FP32, BF16 or FP16, or quantised already, by `quantize(x)`, for several products to share: then it is kept as
-            it is, and its scales are what gradients are rounded with. In E5M2 or E5M6 it is multiplied in E4M3.
-        w: of the same kinds; a quantised weight has no gradient.
-        out_dtype: BF16, FP32 or FP16; left out: x's.
-        ends: for the experts of a layer: x is [rows, k], w [e, o, k], and expert j takes the rows up to ends[j] that
-            the one before did not. The last is the number of rows; an expert may have none.
-        saved_format: what x is kept in for backward: e5m6 for the Linear after attention (report, section 3.3.3).
+        x: FP32, BF16 or FP16, or the result of `quantize(x)`, which several products may share. Then it is saved as
+            it is, and gradients are rounded with its kind of scale. E5M2 and E5M6 are multiplied in E4M3.
+        w: of the same kinds; a quantized weight has no gradient.
+        out_dtype: BF16, FP32 or FP16; None: x's.
+        ends: the row after each expert's last, for x [rows, k] and w [e, o, k]. The last is the number of rows; an
+            expert may have none.
+        saved_format: format in which x is saved for backward: e5m6 for the Linear after attention (report, section
+            3.3.3).
         accumulator: emulate an accumulator of few bits, in all three products. Slow, and not with `ends`.
 
-    First derivatives only. Raises: ValueError for FP64 and integers, devices or widths that differ, x in other tiles
-        than 1x128, and on a CPU for ends that do not cut the rows into groups.
+    First derivatives only.
+
+    Raises: ValueError for FP64 and integers, devices or widths that differ, x in tiles other than 1x128, forward-mode
+        derivatives, and on a CPU for ends that do not cut the rows into groups.
 
     Source: DeepSeek-V3 report, section 3.3.
     """
@@ -91,9 +94,9 @@ def fp8_swiglu_matmul(
     grad_format: Literal["e4m3", "e5m2"] = "e4m3",
     ends: Int[Tensor, " e"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """fp8_matmul(silu(gate) * up, w), which keeps gate and up as FP8 and computes the rest again in backward.
+    """Compute fp8_matmul(silu(gate) * up, w); save gate and up as FP8, and compute the rest again in backward.
 
-    Forward uses gate and up as they are, backward as they were kept, also for the derivative of silu.
+    Forward uses gate and up as they are. Backward uses the saved FP8 values, also for the derivative of silu.
 
     Source: DeepSeek-V3 report, section 3.3.3.
     """
@@ -112,7 +115,7 @@ def fp8_swiglu_matmul(
 def _operand(
     x: Tensor | QuantizedTensor, scale: Scale, saved_format: FormatName
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
-    """x as it is multiplied, and as it is kept for backward."""
+    """Return x as it is multiplied, and as it is saved for backward."""
     if isinstance(x, Tensor):
         q = quantize(x, ACTIVATION_TILE, scale)
         return q, q if saved_format == "e4m3" else quantize(x.detach(), ACTIVATION_TILE, "ue8m0", saved_format)
@@ -120,7 +123,7 @@ def _operand(
 
 
 def _weight_operand(w: Tensor | QuantizedTensor, scale: Scale) -> tuple[Tensor | None, QuantizedTensor]:
-    """What a gradient goes to, and w as it is multiplied."""
+    """Return the tensor that gets the gradient, and w as it is multiplied."""
     return (None, w) if isinstance(w, QuantizedTensor) else (w, quantize(w.detach(), WEIGHT_TILE, scale))
 
 
@@ -219,9 +222,9 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
     if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
-        raise ValueError(f"x is quantised in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128, along what is summed over")
+        raise ValueError(f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128, along the contraction")
     if isinstance(w, QuantizedTensor) and (w.tile != WEIGHT_TILE or w.format != "e4m3"):
-        raise ValueError(f"w is quantised in {w.format} tiles of {w.tile[0]}x{w.tile[1]}; want e4m3 blocks of 128x128")
+        raise ValueError(f"w is quantized in {w.format} tiles of {w.tile[0]}x{w.tile[1]}; want e4m3 blocks of 128x128")
     grouped = ends is not None
     if len(w.shape) != 2 + grouped or (grouped and (len(x.shape) != 2 or ends.shape != w.shape[:1])):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Matrix products by groups of rows, as the experts of a layer need them."""
+"""Compute matrix products by groups of rows, as the experts of a layer need them."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def grouped_linear(
     x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "rows o"]:
-    """x_j W_j^T for each group of rows, in one grouped product where torch has one for this case, else one by one.
+    """Compute x_j W_j^T for each group of rows: in one grouped product where torch has one, else one by one.
 
     Args:
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
@@ -26,14 +26,17 @@ def grouped_linear(
 
 @torch.compiler.disable
 def _outside_the_graph(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch cannot trace grouped_mm in FP32, nor products whose sizes are data: eager between two compiled graphs."""
+    """Compute grouped_linear in eager mode, between two compiled graphs.
+
+    torch cannot trace grouped_mm in FP32, nor products whose sizes are data.
+    """
     return grouped_linear(x, weight, ends)
 
 
 def grouped_linear_by_expert(
     x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "rows o"]:
-    """grouped_linear as a loop over the experts: any dtype, any stride. Waits for the device to tell the sizes."""
+    """Compute grouped_linear as a loop over the experts, for any dtype and stride. Waits for the device's sizes."""
     sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
 
@@ -41,7 +44,7 @@ def grouped_linear_by_expert(
 def grouped_outer(
     g: Float[Tensor, "rows o"], x: Float[Tensor, "rows i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "e o i"]:
-    """g_j^T x_j for each group of rows: the gradient of grouped_linear's weight. Zeros for an empty group."""
+    """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return _outer_outside_the_graph(g, x, ends)  # pyright: ignore[reportCallIssue]
     sizes = (g.shape[1], x.shape[1])
@@ -57,7 +60,7 @@ def _outer_outside_the_graph(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:
-    """grouped_mm wants 16-byte strides and BF16, on a CPU also FP32; it has no FP64."""
+    """Return True if grouped_mm serves: it wants 16-byte strides and BF16, or FP32 on a CPU."""
     aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
     kinds = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(x.device.type, ())
     return aligned and x.dtype in kinds and hasattr(F, "grouped_mm")

@@ -1,10 +1,11 @@
-"""`quantize`: a tensor as codes in a short format and scales, one a tile."""
+"""Quantize a tensor: codes in a short format, and a scale for each tile."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -12,37 +13,40 @@ from dsmini.numerics.formats import FORMATS
 from dsmini.numerics.tiles import FormatName, Scale, Tile, dequantize_tiles, quantize_tiles
 
 ACTIVATION_TILE = (1, 128)
-"""Along the contraction, for activations and for the gradients of outputs."""
+"""Tile of activations and of gradients of outputs: along the contraction."""
 TOKEN_TILE = (128, 1)
-"""Along the tokens, which the weight's gradient contracts over."""
+"""Tile along the tokens, which the weight's gradient contracts over."""
 WEIGHT_TILE = (128, 128)
-"""How the released checkpoints cut their weights."""
+"""Tile of weights, as in the released checkpoints."""
 
 AMAX_MIN = 1e-4
-"""The least amax of DeepSeek's kernels, right for activations and weights."""
+"""Smallest amax of DeepSeek's kernels, right for activations and weights."""
 SMALLEST_AMAX = 2.0**-100
-"""For gradients, which are that small when nothing scales the loss: only a tile of zeros is below."""
+"""Smallest amax for gradients, which are tiny when nothing scales the loss: only a tile of zeros is below."""
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class QuantizedTensor:
-    """What `quantize` gives. Of codes and scales no gradient is taken; where the quantised tensor has one, so has what
-    is made from this one (dequantize, fp8_matmul): quantisation counts as the identity."""
+    """A tensor as codes and scales, the result of `quantize`.
+
+    Its gradient is the straight-through estimator: quantization counts as the identity. If the original tensor wants a
+    gradient, so does the result of dequantize or fp8_matmul. Codes and scales have none.
+    """
 
     codes: Tensor
-    """In the format's dtype and the shape of what was quantised; e5m6 as uint8, [..., 12 ceil(c / 8)]."""
+    """Codes in the format's dtype and the original shape; e5m6 as uint8, [..., 12 ceil(c / 8)]."""
     scales: Float[Tensor, "*tiles"]
-    """FP32, [..., rt, ct]."""
+    """Scales of tiles, FP32, [..., rt, ct]."""
     shape: torch.Size
     tile: Tile
     scale: Scale
     format: FormatName
     dtype: torch.dtype
-    """Of what was quantised."""
+    """Type of the original tensor."""
     source: Tensor | None = None
-    """Stands for what was quantised in the graph of autograd, without its values; None where no gradient is wanted."""
+    """Stand-in for the original tensor in autograd's graph, without its values; None if no gradient is wanted."""
 
     @property
     def device(self) -> torch.device:
@@ -64,14 +68,16 @@ class QuantizedTensor:
         return self.codes.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-        """code * scale in FP32, rounded once to dtype. BF16 holds every such value from 2^-126 on where scales are
-        powers of two."""
+        """Return code * scale in FP32, rounded once to dtype.
+
+        With power-of-two scales BF16 holds every such value from 2^-126 on.
+        """
         codes, scales = _matrices(self.codes, self.scales)
         values = dequantize_tiles(codes, scales, self.tile, self.format, dtype, self.shape[-1]).view(self.shape)
         return values if self.source is None else cast(Tensor, _Standing.apply(self.source, values))
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> "QuantizedTensor":
-        """Those rows of a matrix whose tiles are one row high, without a gradient."""
+        """Return some rows of a matrix, without a gradient. Its tiles must be one row high."""
         if len(self.shape) != 2 or self.tile[0] != 1:
             raise ValueError(
                 f"rows of {list(self.shape)} in tiles {self.tile[0]} rows high; want a matrix in tiles of one"
@@ -81,17 +87,28 @@ class QuantizedTensor:
         return replace(self, codes=codes, scales=scales, shape=torch.Size((len(rows), self.shape[1])), source=None)
 
     def detach(self) -> "QuantizedTensor":
-        """The same without a gradient."""
+        """Return the same tensor without a gradient."""
         return replace(self, source=None)
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same on another device, without a gradient. Codes have one dtype.
+        """Return the same tensor on another device, without a gradient. Codes have one dtype.
 
         Raises: ValueError for a dtype; use dequantize(dtype).
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"to({device}): codes cannot be cast; use dequantize({device}), or a device")
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), source=None)
+
+    def __copy__(self) -> "QuantizedTensor":
+        return replace(self)
+
+    def __reduce__(self) -> tuple[Callable[..., "QuantizedTensor"], tuple[Any, ...]]:
+        """Return the parts for pickle and deepcopy, which give the same without a gradient."""
+        # as bytes: not every version of torch pickles FP8 tensors
+        rest = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("codes", "source")
+        }
+        return _restore, (type(self), self.codes.view(torch.uint8), self.codes.dtype, rest)
 
     def __repr__(self) -> str:
         seen = self.scales.numel() and self.scales.device.type != "meta"
@@ -111,17 +128,19 @@ def quantize(
     format: FormatName = "e4m3",
     amax_min: float = AMAX_MIN,
 ) -> QuantizedTensor:
-    """x, of FP32, BF16 or FP16 and at least one dimension, as codes and scales. `tiles.py` defines both.
+    """Quantize x, of FP32, BF16 or FP16 and at least one dimension. `tiles.py` defines codes and scales.
 
     Args:
         tile: rows and columns that share a scale, of the last two dimensions; or "row", or "tensor" for one scale.
         scale: "fp32", or "ue8m0", a power of two.
         format: "e4m3", "e5m2" or "e5m6".
-        amax_min: what a tile's largest magnitude counts as at least. AMAX_MIN suits activations and weights; gradients
-            want SMALLEST_AMAX, or whole tiles of them share one scale that is far too large.
+        amax_min: lower bound of a tile's largest magnitude. AMAX_MIN suits activations and weights. Gradients want
+            SMALLEST_AMAX, else whole tiles of them get a scale that is far too large.
 
-    A tile with an infinity or NaN becomes NaN as a whole. Raises: ValueError for other dtypes (FP64, integers), tiles,
-    formats and scales, and an amax_min that is not from 2^-100 to FP32's largest number.
+    A tile with an infinity or NaN becomes NaN as a whole.
+
+    Raises: ValueError for other dtypes (FP64, integers), tiles, formats and scales; for an amax_min outside 2^-100 to
+        FP32's largest number; for forward-mode derivatives (torch.func.jvp).
 
     Source: DeepSeek-V3 report, section 3.3.2.
     """
@@ -145,14 +164,31 @@ def quantize(
     )
 
 
+def _restore(kind: type[QuantizedTensor], codes: Tensor, dtype: torch.dtype, rest: dict[str, Any]) -> QuantizedTensor:
+    return kind(codes=codes.view(dtype), **rest)
+
+
 def check_source(x: Any, what: str) -> None:
-    """Refuse what has no 8-bit codes: FP64, integers, numbers without a dimension."""
+    """Refuse tensors without 8-bit codes (FP64, integers, numbers without a dimension), and forward-mode derivatives.
+
+    Codes are integers and carry no tangent, so that a forward-mode derivative would be zero without a word.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"{what} is a {type(x).__name__}; want a tensor of float32, bfloat16 or float16")
     if x.dtype not in SOURCES:
         raise ValueError(f"{what} is {x.dtype}; want float32, bfloat16 or float16: use {what}.float()")
     if not x.dim():
         raise ValueError(f"{what} has no dimensions; want at least one, which tiles cut")
+    if _has_tangent(x):
+        raise ValueError(f"{what} has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()")
+
+
+def _has_tangent(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_batchedtensor(x):  # pyright: ignore[reportAttributeAccessIssue]
+        x = torch._C._functorch.get_unwrapped(x)  # pyright: ignore[reportAttributeAccessIssue]
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_options(scale: str, amax_min: float, **formats: str) -> None:
@@ -169,7 +205,7 @@ def check_options(scale: str, amax_min: float, **formats: str) -> None:
 
 
 def check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, format: FormatName) -> None:
-    """Refuse codes and scales that are not those of a tensor of that shape in such tiles."""
+    """Refuse codes and scales that do not fit a tensor of that shape in such tiles."""
     f = FORMATS[format]
     height, width = _pair(tile)
     *batch, c = shape
@@ -185,12 +221,12 @@ def check_parts(codes: Tensor, scales: Tensor, shape: torch.Size, tile: Tile, fo
 def _pair(tile: Any) -> Tile:
     pair = isinstance(tile, Sequence) and not isinstance(tile, str) and len(tile) == 2
     if not pair or not all(type(n) is int and 0 < n < 2**31 for n in tile):
-        raise ValueError(f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
+        raise ValueError(f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'")
     return cast(Tile, tuple(tile))
 
 
 def _cut(x: Tensor, tile: Any) -> Tile:
-    """The tile in rows and columns."""
+    """Return the tile in rows and columns."""
     c = x.shape[-1]
     if tile == "row":
         return 1, max(1, c)
@@ -203,7 +239,7 @@ def _cut(x: Tensor, tile: Any) -> Tile:
 
 
 def _matrices(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales with at least two dimensions, and with two where one scale stands for leading ones too."""
+    """Return codes and scales with at least two dimensions; with exactly two if there is a single scale."""
     if codes.dim() == 1:
         return codes.unsqueeze(0), scales.unsqueeze(0)
     one = scales.numel() == 1
@@ -223,7 +259,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Standing(torch.autograd.Function):
-    """The values, with the source's place in the graph: quantisation's gradient is passed straight through."""
+    """The values, at the source's place in the graph: the straight-through estimator."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, values: Tensor) -> Tensor:

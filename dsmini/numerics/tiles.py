@@ -1,20 +1,20 @@
-"""Numbers in a short format with a scale for every tile: value = code * scale.
+"""Store numbers in a short format with a scale for every tile: value = code * scale.
 
-A tile is scaled so that its largest magnitude is the format's largest. Smaller ones keep all bits of fraction as far as
-the format's normal numbers go, in E4M3 to 1/28672 of the largest, then lose them one by one. Tiles cut the last two
-dimensions; one that is no multiple of the tile's ends in a ragged tile: the 576 rows of a released kv_a_proj_with_mqa
-have four blocks of 128 rows and one of 64.
+A tile is scaled so that its largest magnitude is the format's largest. Smaller magnitudes keep all bits of fraction
+down to the format's smallest normal number, in E4M3 1/28672 of the largest; below it they lose bits one by one. Tiles
+cut the last two dimensions. The last tile may be ragged: the 576 rows of a released kv_a_proj_with_mqa have four blocks
+of 128 rows and one of 64.
 
-This is the one definition of scale and code, and every fast version gives the same bits:
+This is the definition of scale and code. Every fast version gives the same bits:
 
     amax  = max |x| over the tile
     scale = max(amax, amax_min) / max              an FP32 division; for ue8m0 then up to a power of two
     code  = x / scale in FP32, limited to +-max, to the nearest code, ties to even
     value = code * scale in FP32, rounded once to the dtype that is asked for
 
-DeepSeek's kernels write the same in four ways that differ in a last bit. A tile that holds an infinity or NaN is NaN as
-a whole, its scale and all its codes, so that what is not a number is seen where it goes. Within a rounding of FP32's
-largest number, from 3.3e38 on, a finite tile may have an infinite value.
+DeepSeek's kernels compute this in four ways that differ in the last bit. A tile that holds an infinity or NaN becomes
+NaN as a whole, its scale and all its codes, so that the error stays visible. From 3.3e38 on, near FP32's largest
+number, a finite tile may have an infinite value.
 """
 
 import math
@@ -35,8 +35,8 @@ FormatName = Literal["e4m3", "e5m2", "e5m6"]
 Tile = tuple[int, int]
 
 STRIP = 1 << 18
-"""Elements that are coded or decoded at a time: they stay in a cache, and no FP32 copy of a whole matrix is made (but
-by round_tiles with groups of rows)."""
+"""Number of elements that are coded or decoded at a time. They stay in a cache, and no FP32 copy of a whole matrix is
+made (except by round_tiles with groups of rows)."""
 
 
 def _quantize_cost(x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float) -> ops.Cost:
@@ -80,8 +80,9 @@ def _scale_bytes(shape: torch.Size, tile: Tile) -> int:
 def quantize_tiles(
     x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
 ) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
-    """Codes of x, which is FP32, BF16 or FP16, and the FP32 scales; ragged tiles too. Codes are shaped as x, packed
-    ones [*batch, r, 12 ceil(c / 8)] bytes.
+    """Return the codes of x, which is FP32, BF16 or FP16, and the FP32 scales of its tiles.
+
+    Codes have x's shape; packed ones are [*batch, r, 12 ceil(c / 8)] bytes. The last tiles may be ragged.
 
     Source: DeepSeek-V3 report, section 3.3.2 (128x128 for weights, 1x128 for activations).
     """
@@ -98,9 +99,12 @@ def dequantize_tiles(
     dtype: torch.dtype = torch.float32,
     columns: int | None = None,
 ) -> Float[Tensor, "*batch r c"]:
-    """code * scale, on any device, a strip of rows at a time. `columns` is c, and needed for packed codes only.
+    """Return code * scale, on any device, computed a strip of rows at a time.
 
-    Raises: ValueError for scales that are not one a tile, and packed codes of another number of columns.
+    Args:
+        columns: c; needed for packed codes only.
+
+    Raises: ValueError if there is not one scale for each tile, and for packed codes of another number of columns.
     """
     f = FORMATS[format]
     c = codes.shape[-1] if columns is None else columns
@@ -122,11 +126,11 @@ def round_tiles(
     dtype: torch.dtype,
     ends: Int[Tensor, " e"] | None = None,
 ) -> Float[Tensor, "*batch r c"]:
-    """The values that quantize_tiles and dequantize_tiles give, without codes in between.
+    """Return the values that quantize_tiles and dequantize_tiles give, without codes in between.
 
     Args:
-        ends: the row after each group's last, for a matrix x [r, c]; the last is r, and groups may be empty. Tiles then
-            begin anew with each group, so that no tile holds tokens of two experts.
+        ends: the row after each group's last, for a matrix x [r, c]; the last is r, and groups may be empty. Each group
+            then begins a new tile, so that no tile holds tokens of two experts.
     """
     if ends is not None:
         return _round_groups(x, tile, scale, format, amax_min, dtype, ends)
@@ -137,7 +141,7 @@ def round_tiles(
 def tile_scales(
     x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
 ) -> Float[Tensor, "*batch rt ct"]:
-    """The scales of quantize_tiles, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
+    """Return the scales of quantize_tiles, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
     r, c = x.shape[-2:]
     height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
     padded = F.pad(x.abs(), (0, -c % width, 0, -r % height))
@@ -149,7 +153,7 @@ def tile_scales(
 def encode_tiles(
     x: Float[Tensor, "*batch r c"], scales: Float[Tensor, "*batch rt ct"], tile: Tile, format: FormatName = "e4m3"
 ) -> Tensor:
-    """The codes of x under given scales."""
+    """Return the codes of x under given scales."""
     f = FORMATS[format]
     return _in_strips(x.shape, scales, tile, lambda strip, s: f.encode(x[..., strip, :] / s), f.dtype)
 
@@ -157,7 +161,7 @@ def encode_tiles(
 def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> Tensor:
     if scale not in ("ue8m0", "fp32"):
         raise ValueError(f"scale={scale!r} is unknown; use one of ue8m0, fp32")
-    # A divisor on the device: torch divides by a number on the CPU as it divides, on a GPU by way of 1 / 448.
+    # The divisor is a tensor on the device: by a Python number a GPU divides as a multiplication with 1 / 448.
     scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
     scales = UE8M0.round_up(scales) if scale == "ue8m0" else scales
     return torch.where(amax.isfinite(), scales, torch.nan)
@@ -166,7 +170,10 @@ def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> 
 def _round_groups(
     x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
 ) -> Tensor:
-    """Rows are laid apart, so that every group begins a tile of its own; sizes stay on the device, nothing waits."""
+    """Compute round_tiles with groups: rows are spread out so that each group begins a new tile.
+
+    Sizes stay on the device, and nothing waits for it.
+    """
     rows, e = x.shape[0], ends.shape[0]
     ends = ends.long()
     sizes = torch.diff(ends, prepend=ends.new_zeros(1))
@@ -185,9 +192,9 @@ def _round_groups(
 
 
 def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:
-    """Each number so many times along dim, of which `size` are wanted."""
+    """Repeat each number this many times along dim, and keep the first `size`."""
     if torch.compiler.is_compiling():
-        # inductor reads past the end of x where it sees a quotient in the index (a CPU, torch 2.13); this is one too
+        # the index is a quotient in disguise: inductor reads past the end of x if it sees one (CPU, torch 2.13)
         place, ends = torch.arange(size, device=x.device), torch.arange(times, size + times, times, device=x.device)
         return x.index_select(dim, torch.bucketize(place, ends, right=True))
     return x.repeat_interleave(times, dim).narrow(dim, 0, size)
@@ -196,8 +203,10 @@ def _spread(x: Tensor, times: int, size: int, dim: int) -> Tensor:
 def _in_strips(
     shape: torch.Size, scales: Tensor, tile: Tile, make: Callable[[slice, Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """What `make` gives for some rows and the FP32 scale of each of their elements, in dtype, for all rows of a tensor
-    of that shape: a whole number of tiles at a time, under torch.compile, which fuses it, all at once."""
+    """Return `make(rows, scale of each of their elements)` for all rows of a tensor of that shape, in dtype.
+
+    Each call gets a whole number of tiles. Under torch.compile, which fuses the work, one call gets all rows.
+    """
     r, c = shape[-2:]
     want = (*shape[:-2], -(-r // tile[0]), -(-c // tile[1]))
     if scales.shape != want:

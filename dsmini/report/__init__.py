@@ -3,7 +3,7 @@
 One look for benchmarks, plan and diagnose. Start with Report.
 """
 
-from dsmini.report.figures import Figure, Plot, Series, Table, Value, pick
+from dsmini.report.figures import Figure, Plot, Series, Table, Value, pick, values
 from dsmini.report.report import Report, Section
 
-__all__ = ["Figure", "Plot", "Report", "Section", "Series", "Table", "Value", "pick"]
+__all__ = ["Figure", "Plot", "Report", "Section", "Series", "Table", "Value", "pick", "values"]

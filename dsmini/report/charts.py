@@ -1,27 +1,26 @@
-"""Plots made from figures: lines over a number, bars side by side, points over labels."""
+"""Plots made from figures: lines over a number, points or bars over labels. Each is a list, empty without values."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from dsmini.report.figures import Figure, Plot, Series, Value, pick
 
+Kind = Literal["line", "points", "bars"]
+
 
 def lines(
-    figures: list[Figure],
+    figures: Sequence[Figure],
     metric: str,
     *,
     x: str,
     by: str,
     title: str,
-    unit: str,
     label: Callable[[Value], str] | None = None,
 ) -> list[Plot]:
     """Draw a metric over one part of the case, a line for each value of another part, predictions dashed.
 
     Args:
-        label: words for a line's value; left out: the name of the part and the value.
-
-    Returns: one plot, or none where nothing was measured.
+        label: words for a line's value; None: the name of the part and the value.
     """
     found = [f for f in pick(figures, metric) if f.measured]
     series: list[Series] = []
@@ -29,82 +28,55 @@ def lines(
         line = sorted((f for f in found if f.case[by] == value), key=lambda f: f.case[x])
         at = [float(f.case[x]) for f in line]
         words = label(value) if label else f"{by} {value}"
-        series.append(_series(words, at, line, "line", quartiles=bool(line[0].low)))
+        series.append(_series(words, at, line, "line"))
         if all(f.predicted for f in line):
-            expected = [f.predicted or 0.0 for f in line]
-            series.append(Series(label=f"{words}, predicted", x=at, y=expected, dashed=True))
-    return [Plot(title=title, x=x, y=unit, series=series, log_x=True, log_y=True)] if series else []
+            series.append(_predicted(at, line, "line", words, f"{words}, predicted"))
+    return [Plot(title=title, x=x, y=found[0].unit, series=series, log_x=True, log_y=True)] if series else []
 
 
-def bars(title: str, y: str, values: Mapping[str, float], line: tuple[str, float], label: str) -> Plot:
-    """Draw a bar for each label, and a dashed line across all of them: its words and its height."""
-    heights = Series(label=label, x=range(len(values)), y=list(values.values()), kind="bars")
-    return Plot(title=title, x="", y=y, series=[heights, _across(line, -0.5, len(values) - 0.5)], labels=list(values))
-
-
-def measured_bars(
+def over_labels(
     title: str,
     y: str,
-    figures: Mapping[str, Figure],
-    line: tuple[str, float] | None = None,
-    label: str = "measured",
-    predicted: bool = False,
-) -> Plot:
-    """Draw each label's figure as a bar with its quartiles.
-
-    Args:
-        line: words and height of a dashed line across all bars.
-        predicted: draw predictions too, as points.
-    """
-    series = [_series(label, range(len(figures)), figures.values(), "bars")]
-    if line:
-        series.append(_across(line, -0.5, len(figures) - 0.5))
-    if predicted:
-        expected = [f.predicted or 0.0 for f in figures.values()]
-        series.append(Series(label="predicted", x=range(len(figures)), y=expected, kind="points"))
-    return Plot(title=title, x="", y=y, series=series, labels=list(figures))
-
-
-def points(
-    title: str,
-    y: str,
-    groups: Mapping[str, Sequence[Figure]],
-    label: Callable[[Figure], str],
+    groups: Mapping[str, Mapping[str, Figure]],
     *,
+    kind: Kind = "points",
     line: tuple[str, float] | None = None,
-    quartiles: bool = False,
+    predicted: bool = False,
     log_y: bool = False,
     caption: str = "",
-) -> Plot:
-    """Draw each group's figures as points over their labels.
+) -> list[Plot]:
+    """Draw groups of figures, each over its label, with quartiles where they have some.
 
     Args:
+        groups: figures by label, by the name of their group. What was not measured is left out.
         line: words and height of a dashed line across all labels.
+        predicted: draw the predictions too, as points.
     """
-    labels = list(dict.fromkeys(label(f) for found in groups.values() for f in found))
-    series = [
-        _series(name, [float(labels.index(label(f))) for f in found], found, "points", quartiles)
-        for name, found in groups.items()
-        if found
-    ]
+    measured = {n: {k: f for k, f in group.items() if f.measured is not None} for n, group in groups.items()}
+    places = {label: float(i) for i, label in enumerate(dict.fromkeys(k for group in measured.values() for k in group))}
+    series: list[Series] = []
+    for name, group in measured.items():
+        at, found = [places[label] for label in group], list(group.values())
+        if found:
+            series.append(_series(name, at, found, kind))
+        if found and predicted:
+            words = "predicted" if len(groups) == 1 else f"{name}, predicted"
+            series.append(_predicted(at, found, "points", name, words))
+    if not series:
+        return []
     if line:
-        series.append(_across(line, 0, max(1, len(labels) - 1)))
-    return Plot(title=title, x="", y=y, series=series, labels=labels, log_y=log_y, caption=caption)
+        words, height = line
+        series.append(Series(label=words, x=[-0.5, len(places) - 0.5], y=[height] * 2, dashed=True))
+    return [Plot(title=title, x="", y=y, series=series, labels=list(places), log_y=log_y, caption=caption)]
 
 
-def _series(
-    label: str,
-    x: Sequence[float],
-    figures: Iterable[Figure],
-    kind: Literal["line", "points", "bars"],
-    quartiles: bool = True,
-) -> Series:
-    """Return the measured values of figures, with their quartiles if asked for."""
-    found = list(figures)
-    low, high = ([getattr(f, end) or 0.0 for f in found] if quartiles else None for end in ("low", "high"))
-    return Series(label=label, x=x, y=[f.measured or 0.0 for f in found], low=low, high=high, kind=kind)
+def _series(label: str, x: Sequence[float], figures: Sequence[Figure], kind: Kind) -> Series:
+    """Return the measured values of figures, with their quartiles if all have them."""
+    low, high = ([getattr(f, end) for f in figures] for end in ("low", "high"))
+    if None in low or None in high:
+        low = high = None
+    return Series(label=label, x=x, y=[f.measured or 0.0 for f in figures], low=low, high=high, kind=kind)
 
 
-def _across(line: tuple[str, float], start: float, end: float) -> Series:
-    words, height = line
-    return Series(label=words, x=[start, end], y=[height] * 2, dashed=True)
+def _predicted(x: Sequence[float], figures: Sequence[Figure], kind: Kind, of: str, label: str) -> Series:
+    return Series(label=label, x=x, y=[f.predicted or 0.0 for f in figures], kind=kind, dashed=True, of=of)

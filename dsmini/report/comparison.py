@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dsmini.report import units
 from dsmini.report.figures import FOUND, Figure, Table
@@ -46,6 +46,12 @@ class Change:
         if self.old == self.new:
             return 0.0
         return abs(math.log(self.factor)) if self.factor is not None and self.factor > 0 else math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the change as it stands in the last line of a command."""
+        name = self.name.as_json()
+        figure = {key: name[key] for key in ("question", "case", "metric", "unit")}
+        return figure | {"old": self.old, "new": self.new, "verdict": self.verdict}
 
 
 def compare(old: Iterable[Figure], new: Iterable[Figure]) -> list[Change]:

@@ -74,6 +74,8 @@ class Series:
     kind: Literal["line", "points", "bars"] = "line"
     dashed: bool = False
     """Predictions are dashed, and hollow as bars and points."""
+    of: str = ""
+    """Label of the series that this one predicts, whose colour it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,11 @@ class Table:
 def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:
     """Return the figures of a metric whose cases hold these values."""
     return [f for f in figures if f.metric == metric and all(f.case.get(k) == v for k, v in case.items())]
+
+
+def values(figures: Iterable[Figure], metric: str, **case: Value) -> list[float]:
+    """Return the measured values of a metric, as pick finds them. What was not measured is left out."""
+    return [f.measured for f in pick(figures, metric, **case) if f.measured is not None]
 
 
 def plain(value: Any) -> Any:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 5.0, 3.2
 """Inches. Text of 10.5 points can still be read where the page is as wide as a phone."""
 
+ERRORS: dict[str, Any] = {"elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1}
+"""The look of quartiles."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
@@ -93,11 +96,9 @@ def svg(plot: Plot, theme: str, name: str) -> str | None:
         for s, (place, marker) in zip(series, styles(series), strict=True):
             if s.kind == "bars":
                 at = [x + (bars.index(s) - (len(bars) - 1) / 2) * 0.76 / len(bars) for x in s.x]
-                _draw_bars(axes, dataclasses.replace(s, x=at), colours.series[place], 0.65 / len(bars))
-                _draw_errors(axes, dataclasses.replace(s, x=at), plot, colours.ink)
+                _draw_bars(axes, dataclasses.replace(s, x=at), colours, colours.series[place], 0.65 / len(bars))
             else:
-                _draw_line(axes, s, plot, colours.series[place], marker, colours.card)
-                _draw_errors(axes, s, plot, colours.series[place])
+                _draw(axes, s, plot, colours, colours.series[place], marker)
         _scale(axes, plot, series)
         if len(series) > 1 or series[0].label not in ("", plot.title):
             figure.legend(loc="outside upper left", ncols=columns)
@@ -125,42 +126,45 @@ def drawable(series: Series, plot: Plot) -> Series:
 def styles(series: Sequence[Series]) -> list[tuple[int, str]]:
     """Return the number of the colour and the marker of each: squares where the colour is another's too.
 
-    A prediction shares the colour of what it predicts. Labels tell the two apart by such words alone.
+    A prediction shares the colour of what it predicts.
     """
-    bases = [" ".join(re.sub(r"predict(ed|ion)s?|measured|[(),:]", " ", s.label.lower()).split()) for s in series]
-    places = [list(dict.fromkeys(bases)).index(base) for base in bases]
+    shown = list(dict.fromkeys(s.of or s.label for s in series))
+    places = [shown.index(s.of or s.label) for s in series]
     colours = len(LIGHT.series)
     return [(place % colours, "o" if place < colours else "s") for place in places]
 
 
-def _draw_bars(axes: "Axes", s: Series, colour: str, thick: float) -> None:
-    look: dict[str, Any] = {"facecolor": colour}
-    if s.dashed:
-        look = {"facecolor": "none", "edgecolor": colour, "linestyle": (0, (3, 2)), "linewidth": 1.2}
-    axes.barh(s.x, s.y, thick, zorder=3, label=s.label, **look)
-
-
-def _draw_line(axes: "Axes", s: Series, plot: Plot, colour: str, marker: str, hollow: str) -> None:
+def _draw(axes: "Axes", s: Series, plot: Plot, theme: Theme, colour: str, marker: str) -> None:
+    """Draw a line or points with its quartiles. Over labels the two axes change places."""
     line: Any = "none"
     if s.kind == "line":
         line = (0, (4, 2.5)) if s.dashed else "-"
         marker = "" if s.dashed and len(s.x) > 1 else marker
-    x, y = (s.y, s.x) if plot.labels else (s.x, s.y)
-    face, order = (hollow, 4) if s.dashed else (colour, 5)
-    axes.plot(x, y, linestyle=line, marker=marker, markersize=4.6, color=colour, markerfacecolor=face, zorder=order,
-              label=s.label)  # fmt: skip
-
-
-def _draw_errors(axes: "Axes", s: Series, plot: Plot, colour: str) -> None:
-    if s.low is None or s.high is None:
-        return
-    low = [max(0.0, y - (y if end is None else end)) for y, end in zip(s.y, s.low, strict=True)]
-    high = [max(0.0, (y if end is None else end) - y) for y, end in zip(s.y, s.high, strict=True)]
-    look: Any = {"fmt": "none", "color": colour, "elinewidth": 1.1, "capsize": 2.5, "capthick": 1.1, "zorder": 6}
+    face, order = (theme.card, 4) if s.dashed else (colour, 5)
+    look: Any = {"color": colour, "markerfacecolor": face, "markersize": 4.6, "zorder": order, **ERRORS}
+    look |= {"linestyle": line, "marker": marker, "label": s.label}
     if plot.labels:
-        axes.errorbar(s.y, s.x, xerr=[low, high], **look)
+        axes.errorbar(s.y, s.x, xerr=_quartiles(s), **look)
     else:
-        axes.errorbar(s.x, s.y, yerr=[low, high], **look)
+        axes.errorbar(s.x, s.y, yerr=_quartiles(s), **look)
+
+
+def _draw_bars(axes: "Axes", s: Series, theme: Theme, colour: str, thick: float) -> None:
+    look: dict[str, Any] = {"facecolor": colour}
+    if s.dashed:
+        look = {"facecolor": "none", "edgecolor": colour, "linestyle": (0, (3, 2)), "linewidth": 1.2}
+    errors = {"ecolor": theme.ink, "zorder": 6, **ERRORS}
+    axes.barh(s.x, s.y, thick, xerr=_quartiles(s), error_kw=errors, zorder=3, label=s.label, **look)
+
+
+def _quartiles(s: Series) -> Any:
+    """Return how far the quartiles are below and above."""
+    if s.low is None or s.high is None:
+        return None
+    return [
+        [max(0.0, y - low) for y, low in zip(s.y, s.low, strict=True)],
+        [max(0.0, high - y) for y, high in zip(s.y, s.high, strict=True)],
+    ]
 
 
 def _scale(axes: "Axes", plot: Plot, series: Sequence[Series]) -> None:

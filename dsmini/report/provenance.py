@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shlex
 import subprocess
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 """The checkout; of an installed package, the folder that it is in."""
 MEASURED = ("dsmini", "kernels", "benchmarks", "configs")
 INSTALLED = ("dsmini", "dsmini_kernels")
-SHOWN = (*(f"benchmarks/{name}.py" for name in ("__main__", "runner", "session", "answers", "clock")), "dsmini/report/")
+SHOWING = ("__main__", "command_line", "runner", "session", "display", "answers", "clock")
+SHOWN = (*(f"benchmarks/{name}.py" for name in SHOWING), "dsmini/report/")
 """Sources that show figures and change none."""
 PACKAGES = ("transformers", "llama_cpp_python", "triton")
 
@@ -94,10 +95,10 @@ def code() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of dsmini, Python, and the packages that figures depend on."""
-    if _is_checkout():
-        ours = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    else:
-        ours = metadata.version("dsmini")
+    # of a checkout from its source: what was installed may be older
+    source = (ROOT / "dsmini" / "__init__.py").read_text("utf-8") if _is_checkout() else ""
+    stated = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    ours = stated[1] if stated else metadata.version("dsmini")
     found = {"dsmini": ours, "torch": torch.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -16,7 +16,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class Finished:
     done: dict[Key, Done] = field(default_factory=dict)
     errors: dict[Key, str] = field(default_factory=dict)
     """Tracebacks of cases that have not been done since."""
+
+    @property
+    def questions(self) -> set[str]:
+        """Names of the questions that have figures or errors."""
+        return {name for name, _ in [*self.done, *self.errors]}
 
     def figures(self, question: str) -> list[Figure]:
         """Return a question's figures in the order of its cases, whenever they were measured."""
@@ -111,6 +116,8 @@ class Results:
 
     by_fingerprint: dict[str, Finished] = field(default_factory=dict)
     """The latest last."""
+    _pending: dict[tuple[str, Key], list[Figure]] = field(default_factory=dict)
+    """Figures of cases whose end has not come yet, by fingerprint and case."""
 
     @property
     def latest(self) -> Finished | None:
@@ -122,15 +129,53 @@ class Results:
         """True if no case was ever done."""
         return not any(finished.done for finished in self.by_fingerprint.values())
 
-    def of_question(self, name: str) -> Finished | None:
-        """Return the latest results that have figures or errors of a question."""
-        having = [f for f in self.by_fingerprint.values() if any(name == q for q, _ in [*f.done, *f.errors])]
-        return having[-1] if having else None
+    def of_questions(self, names: Iterable[str]) -> dict[str, Finished]:
+        """Return for each of these questions the latest results that have figures or errors of it, if there are any."""
+        latest = {name: finished for finished in self.by_fingerprint.values() for name in finished.questions}
+        return {name: latest[name] for name in names if name in latest}
+
+    def figures(self, names: Iterable[str]) -> list[Figure]:
+        """Return the latest figures of these questions."""
+        return [figure for name, finished in self.of_questions(names).items() for figure in finished.figures(name)]
 
     def seconds(self, question: str, key: str, quick: bool) -> float | None:
         """Return what a case took the last time that it was as quick, under whatever fingerprint."""
         having = [f for f in self.by_fingerprint.values() if (question, key) in f.done and f.run.quick == quick]
         return having[-1].done[question, key].seconds if having else None
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Add a line of the file.
+
+        Raises: KeyError, TypeError or AttributeError for another thing than a line of results.
+        """
+        kind = line.pop("kind")
+        if kind == "start":
+            self._pending.clear()  # of a case that was being written when its run was killed
+            self._start(Run(**_known(Run, line)))
+            return
+        fingerprint = line.pop("fingerprint")
+        mine = self.by_fingerprint[fingerprint]
+        if kind == "roofs":
+            mine.rates = line
+            return
+        case = line["question"], line.pop("key")
+        if kind == "figure":
+            self._pending.setdefault((fingerprint, case), []).append(_figure(line))
+        elif kind == "done":
+            figures = self._pending.pop((fingerprint, case), [])
+            mine.done[case] = Done(figures=figures, seconds=line["seconds"], steadiness=line.get("steadiness", 1.0))
+            mine.errors.pop(case, None)
+        elif kind == "error":
+            mine.errors[case] = line["error"]
+
+    def _start(self, run: Run) -> None:
+        mine = self.by_fingerprint.pop(run.fingerprint, None) or Finished(run=run)
+        self.by_fingerprint[run.fingerprint] = mine  # the latest last
+        mine.run = run
+        mine.plan |= {name: list(keys) for name, keys in run.plan.items()}
+        if run.fresh:
+            mine.done = {case: done for case, done in mine.done.items() if case[0] not in run.plan}
+            mine.errors = {case: error for case, error in mine.errors.items() if case[0] not in run.plan}
 
 
 def read(path: Path) -> Results:
@@ -138,65 +183,31 @@ def read(path: Path) -> Results:
 
     Raises: ValueError naming the line that is not one of results.
     """
-    results, pending = Results(), dict[tuple[str, str, str], list[Figure]]()
-    for number, line in _lines(path):
-        try:
-            _take(results, pending, line)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"line {number} of {path} is no line of results ({error!r}); remove it") from None
-    return results
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    results = Results()
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
-        return
-    lines = text.splitlines(keepends=True)
+        return results
     for number, line in enumerate(lines, 1):
         try:
             value = parse_json(line, f"line {number} of {path}")
         except ValueError:
             if number == len(lines) and not line.endswith("\n"):
-                return
+                break
             raise ValueError(f"line {number} of {path} is not JSON: {line.strip()[:60]!r}; remove it") from None
-        yield number, value
+        try:
+            results.take(value)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} is no line of results ({error!r}); remove it") from None
+    return results
 
 
-def _take(results: Results, pending: dict[tuple[str, str, str], list[Figure]], line: dict[str, Any]) -> None:
-    kind = line.pop("kind")
-    if kind == "start":
-        pending.clear()  # of a case that was being written when its run was killed
-        _start(results, Run(**_known(Run, line)))
-        return
-    fingerprint = line.pop("fingerprint")
-    mine = results.by_fingerprint[fingerprint]
-    if kind == "roofs":
-        mine.rates = line
-        return
-    case = line["question"], line.pop("key")
-    if kind == "figure":
-        figure = Figure(**_known(Figure, line))
-        numbers = (figure.measured, figure.predicted, figure.low, figure.high)
-        if not isinstance(figure.case, dict) or any(isinstance(n, str | list | dict) for n in numbers):
-            raise TypeError("a figure's case is an object and its values are numbers")
-        pending.setdefault((fingerprint, *case), []).append(figure)
-    elif kind == "done":
-        figures = pending.pop((fingerprint, *case), [])
-        mine.done[case] = Done(figures=figures, seconds=line["seconds"], steadiness=line.get("steadiness", 1.0))
-        mine.errors.pop(case, None)
-    elif kind == "error":
-        mine.errors[case] = line["error"]
-
-
-def _start(results: Results, run: Run) -> None:
-    mine = results.by_fingerprint.pop(run.fingerprint, None) or Finished(run=run)
-    results.by_fingerprint[run.fingerprint] = mine  # the latest last
-    mine.run = run
-    mine.plan |= {name: list(keys) for name, keys in run.plan.items()}
-    if run.fresh:
-        mine.done = {case: done for case, done in mine.done.items() if case[0] not in run.plan}
-        mine.errors = {case: error for case, error in mine.errors.items() if case[0] not in run.plan}
+def _figure(line: dict[str, Any]) -> Figure:
+    figure = Figure(**_known(Figure, line))
+    numbers = (figure.measured, figure.predicted, figure.low, figure.high)
+    if not isinstance(figure.case, dict) or any(isinstance(n, str | list | dict) for n in numbers):
+        raise TypeError("a figure's case is an object and its values are numbers")
+    return figure
 
 
 def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def _known(kind: type[Run] | type[Figure], line: Mapping[str, Any]) -> dict[str,
 class ResultsWriter:
     """A file of results that grows by whole lines. Each call is on the disk when it returns.
 
-    Raises: ValueError if the folder cannot be written or another run is writing there.
+    Raises: ValueError if the folder cannot be written, another run is writing there, or the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,6 +234,12 @@ class ResultsWriter:
             self.file.close()
             raise ValueError(f"{path} is being written by another run; wait for it, or choose another --out") from None
         self._end_line()
+        try:
+            self.results = read(path)
+            """Everything that is in the file."""
+        except ValueError:
+            self.file.close()
+            raise
 
     def __enter__(self) -> "ResultsWriter":
         return self
@@ -248,9 +265,12 @@ class ResultsWriter:
         self._add({"kind": "error"} | place | {"error": error})
 
     def _add(self, *lines: Mapping[str, Any]) -> None:
-        self.file.write("".join(json.dumps(plain(line)) + "\n" for line in lines).encode())
+        texts = [json.dumps(plain(line)) for line in lines]
+        self.file.write("".join(f"{text}\n" for text in texts).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
+        for text in texts:
+            self.results.take(json.loads(text))
 
     def _end_line(self) -> None:
         """Cut off what a killed run left of a line. Give a whole line its end."""

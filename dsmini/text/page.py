@@ -8,11 +8,12 @@ from dsmini.console.printable import printable
 
 
 class Page:
-    """Shows texts that grow at the same time one below the other: the first that has not ended streams, and those
-    below it wait.
+    """Shows texts that grow at the same time, one below the other.
+
+    The first text that has not ended streams, and those below it wait.
 
     Args:
-        headings: one for each text; a single text is shown without.
+        headings: one for each text; a single text is shown without its heading.
     """
 
     def __init__(self, headings: Sequence[str], out: TextIO | None = None) -> None:
@@ -30,7 +31,7 @@ class Page:
             self._waiting[i] += piece
 
     def end(self, i: int) -> None:
-        """End a text: nothing is added to it any more. May be said twice."""
+        """End a text, so that the next one is shown. A second call changes nothing."""
         self._ended[i] = True
         while self._at < len(self._ended) and self._ended[self._at]:
             self._write("\n")

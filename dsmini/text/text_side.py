@@ -1,8 +1,8 @@
 """The text side of a model: the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
 
 tokenizer.json            the vocabulary
-tokenizer_config.json     whether a text begins with a token, and the chat template if chat_template.jinja has it not
-generation_config.json    which tokens end an answer; config.json where it does not say
+tokenizer_config.json     the token that begins a text, and the chat template if there is no chat_template.jinja
+generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ class TextSide:
 
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()
-    """Stand before every text; a chat template writes its own."""
+    """The ids before every text; a chat template writes its own."""
     ends: tuple[int, ...] = ()
-    """End an answer."""
+    """The ids that end an answer."""
     chat: Chat | None = None
 
 
@@ -63,7 +63,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
 
 
 def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens before a text, which tokenizer_config.json names, or else tokenizer.json."""
+    """Return the ids before a text: those that tokenizer_config.json names, or else those of tokenizer.json."""
     wanted = config.get("add_bos_token")
     if wanted is None:
         return tuple(tokenizer.beginning)
@@ -87,5 +87,5 @@ def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> 
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """Read a JSON file; an empty table where there is none."""
+    """Return the table of a JSON file, or an empty one if there is no file."""
     return read_table(path) if is_there(path) else {}

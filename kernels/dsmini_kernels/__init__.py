@@ -1,5 +1,5 @@
-"""Fast versions of dsmini's operations, a package a backend: `cpu` (C++), `triton`. Imports torch, never dsmini."""
+"""Fast versions of dsmini's operations: backend `cpu` (C++), backend `triton`. Imports torch, never dsmini."""
 
 
-class Unserved(Exception):  # noqa: N818 - no error: the reference serves instead
-    """A call that a backend leaves to the reference, with the reason."""
+class Unserved(Exception):  # noqa: N818 - not an error: plain PyTorch serves instead
+    """A call that a backend cannot serve; the message is the reason."""

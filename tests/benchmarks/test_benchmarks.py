@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,10 @@ import pytest
 import torch
 
 from benchmarks import runner
-from benchmarks.question import Figure, Question
+from benchmarks.case import Figure
+from benchmarks.command_line import listed, parse
+from benchmarks.questions import questions_here
+from dsmini.machine import DTYPES
 from dsmini.measure.calibration import steadiness
 from dsmini.measure.rates import Roofs
 from tests.helpers import fake_questions as fake
@@ -35,7 +40,7 @@ def test_last_line_is_json_and_all_there_is(tmp_path: Path, capsys: Capture) -> 
 
 
 def test_what_a_case_prints_is_not_on_stdout(tmp_path: Path, capsys: Capture) -> None:
-    assert go(tmp_path, known={"fake_decode": lambda: fake.decode(print)}) == 0
+    assert go(tmp_path, known={"fake_decode": fake.decode(print)}) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "\ndsmini 128\n" in err
 
@@ -58,20 +63,19 @@ def test_failing_case_is_told_and_the_others_run(tmp_path: Path, capsys: Capture
 
 
 def test_count_that_differs_from_prediction_is_an_error(tmp_path: Path, capsys: Capture) -> None:
-    assert go(tmp_path, known={"fake_cache": lambda: fake.cache(measured=70_273)}) == 1
+    assert go(tmp_path, known={"fake_cache": fake.cache(measured=70_273)}) == 1
     err = capsys.readouterr().err
     assert "bytes per token is 70,273 bytes, predicted were 70,272 bytes" in err
     assert "≠" in (tmp_path / "report.html").read_text()
 
 
 def test_defect_of_one_question_spares_the_others(tmp_path: Path, capsys: Capture) -> None:
-    def broken() -> Question:
-        def fail(figures: list[Figure]) -> Any:
-            raise KeyError("8192")
+    def fail(figures: list[Figure]) -> Any:
+        raise KeyError("8192")
 
-        return replace(fake.decode(), finding=fail, plots=fail)
+    broken = replace(fake.decode(), finding=fail, plots=fail)
 
-    assert go(tmp_path, known={"fake_decode": broken, "fake_cache": fake.cache}) == 0
+    assert go(tmp_path, known={"fake_decode": broken, "fake_cache": fake.cache()}) == 0
     assert "No finding yet: KeyError: '8192'" in capsys.readouterr().err
     assert "MLA keeps" in (tmp_path / "report.html").read_text()
 
@@ -96,15 +100,13 @@ def test_mistakes_are_refused_in_a_sentence(tmp_path: Path, args: list[str], sai
 
 
 def test_names_may_be_written_with_underscores(tmp_path: Path) -> None:
-    assert go(tmp_path, "kv_cache", known={"kv-cache": fake.cache}) == 0
+    assert go(tmp_path, "kv_cache", known={"kv-cache": fake.cache()}) == 0
 
 
 def test_question_that_cannot_run_is_left_out_unless_named(tmp_path: Path, capsys: Capture) -> None:
-    def missing() -> Question:
-        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
-
     needy = replace(fake.decode(), needs="it needs a GPU")
-    known: Known = {"fake_decode": lambda: needy, "other": missing, "fake_cache": fake.cache}
+    missing = replace(fake.decode(), name="other", needs="it needs nowhere, which is not installed")
+    known: Known = {"fake_decode": needy, "other": missing, "fake_cache": fake.cache()}
     assert runner.main(["--list"], known, fake.roofs) == 0
     listed = capsys.readouterr().out
     assert "cannot run here: it needs a GPU" in listed and "it needs nowhere, which is not installed" in listed
@@ -153,7 +155,7 @@ def test_a_busy_machine_is_told(
     """Asked before and after each case; told where times are taken."""
     left = iter(shares)
     monkeypatch.setattr("benchmarks.session.steadiness", lambda roofs, device: next(left))
-    go(tmp_path, "--quick", known={"fake_decode": fake.decode})
+    go(tmp_path, "--quick", known={"fake_decode": fake.decode()})
     assert next(left, None) is None
     out, err = capsys.readouterr()
     page = (tmp_path / "report.html").read_text()
@@ -165,7 +167,7 @@ def test_a_busy_machine_is_told(
     assert json.loads(out)["steadiness"] == {"fake_decode": lowest}
 
     monkeypatch.setattr("benchmarks.session.steadiness", lambda roofs, device: 0.5)
-    go(tmp_path / "counts", known={"fake_cache": fake.cache})
+    go(tmp_path / "counts", known={"fake_cache": fake.cache()})
     assert "machine was busy" not in capsys.readouterr().err, "no time was taken"
 
 
@@ -185,10 +187,10 @@ def test_nothing_to_compare_with_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("speed", "verdict"), [(0.5, "worse"), (1.01, None), (2.0, "better")])
 def test_compare_shows_what_changed(tmp_path: Path, capsys: Capture, speed: float, verdict: str | None) -> None:
-    go(tmp_path / "old", known={"fake_decode": fake.decode})
+    go(tmp_path / "old", known={"fake_decode": fake.decode()})
     capsys.readouterr()
     old = str(tmp_path / "old" / "results.jsonl")
-    go(tmp_path / "new", "--compare", old, known={"fake_decode": lambda: fake.decode(speed=speed)})
+    go(tmp_path / "new", "--compare", old, known={"fake_decode": fake.decode(speed=speed)})
     err = capsys.readouterr().err
     assert err.count(f" {verdict}") == (8 if verdict else 0)
     assert f"{0 if verdict else 8} of 8 figures are unchanged" in err
@@ -196,11 +198,9 @@ def test_compare_shows_what_changed(tmp_path: Path, capsys: Capture, speed: floa
 
 
 def test_not_finite_is_null(tmp_path: Path, capsys: Capture) -> None:
-    def nan() -> Question:
-        question, figure = fake.cache(), Figure(question="fake_cache", case={}, metric="m", unit="s", measured=math.nan)
-        case = replace(question.cases(None)[0], run=lambda: [figure])  # type: ignore
-        return replace(question, cases=lambda setting: [case], plots=lambda figures: [])
-
+    question, figure = fake.cache(), Figure(question="fake_cache", case={}, metric="m", unit="s", measured=math.nan)
+    case = replace(question.cases(None)[0], run=lambda: [figure])  # type: ignore
+    nan = replace(question, cases=lambda setting: [case], plots=lambda figures: [])
     assert go(tmp_path, known={"fake_cache": nan}) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["figures"][0]["measured"] is None
 
@@ -208,12 +208,31 @@ def test_not_finite_is_null(tmp_path: Path, capsys: Capture) -> None:
 def test_questions_keep_the_contract() -> None:
     """All of questions/, named after their module, and complete."""
     modules = {path.stem for path in (ROOT / "benchmarks" / "questions").glob("*.py")} - {"__init__"}
-    known = runner.questions_here()
+    known = questions_here()
     assert {name.replace("-", "_") for name in known} == modules
-    for name, load in known.items():
-        question = load()
+    for name, question in known.items():
         assert question.name == name
         assert question.title and question.about
+
+
+def test_list_imports_nothing_that_takes_long() -> None:
+    """Says the same as the command with all of it imported, which tests of fake questions read."""
+    code = (
+        "import runpy, sys; sys.argv = ['benchmarks', '--list']\n"
+        "try: runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'rich', 'dsmini'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(listed(questions_here()))
+    assert len(done.stdout.splitlines()) == len(questions_here())
+
+
+def test_dtypes_of_the_command_line_are_the_packages() -> None:
+    for name in DTYPES:
+        assert parse(["--dtype", name], {}).dtype == name
 
 
 def test_rates_are_measured_as_the_runner_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

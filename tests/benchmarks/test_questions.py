@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,32 +11,28 @@ import torch
 from rich.console import Console
 
 from benchmarks import shapes, steps, trained
+from benchmarks.case import Figure, Setting, pick
 from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
-from benchmarks.question import Figure, Setting, pick
 from benchmarks.questions import (
+    Question,
     decode,
     fp8,
     fp8_error,
-    kv_cache,
-    moe,
     moe_or_dense,
     mtp,
     peers,
-    prefill,
     quantize,
-    roofline,
+    questions_here,
     shakespeare,
-    train,
 )
 from dsmini import RunConfig, TrainConfig, Transformer, ops
 from dsmini.measure import timing as measuring
-from dsmini.measure.kinds import POINTS, PRODUCTS
-from dsmini.measure.rates import Curve, Roofs, why_unusable
+from dsmini.measure.rates import Curve, why_unusable
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY
+from tests.helpers.questions import TINY, made_up_roofs
 from tests.helpers.tolerances import relative_error
 
 SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
@@ -59,11 +54,11 @@ METRICS = {
         *("step_seconds", "step_ratio", "bytes_per_token"),
     },
     "fp8-error": {
-        *("error", "gain_of_tiles", "error_with_e5m2_gradients", "error_with_fp32_scales", "underflow", "clamped"),
+        *("error", "gain_of_tiles", "error_with_e5m2_gradients", "error_with_fp32_scales", "underflow"),
     },
     "mtp": {"acceptance", "tokens_per_step", "speedup", "tokens_per_s", "same_continuations"},
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
-    "quantize": {"bandwidth", "share_of_copy", "share_of_copy_best", "over_eager", "call_seconds"},
+    "quantize": {"bandwidth", "share_of_copy", "over_eager", "call_seconds"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
@@ -75,7 +70,7 @@ PREDICTED = {
     "train": STEP - {"peak_memory", "useful_share"},
     "roofline": {"flop_rate"},
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
-    "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales", "clamped"},
+    "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
@@ -83,28 +78,16 @@ PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},
-    "fp8-error": {"clamped"},
     "mtp": {"same_continuations"},
     "peers": {"cache_bytes_per_token"},
 }
-ALL = (kv_cache, moe, fp8, decode, prefill, train, fp8_error, mtp, roofline, peers)
-ALL += (quantize, shakespeare, moe_or_dense)
-MODULES = {module.QUESTION.name: module for module in ALL}
+QUESTIONS = questions_here()
 
 
 def setting() -> Setting:
     """Quick, on a machine that is made up."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
-    curves = {
-        f"{where} {kind} {dtype}": product if kind in PRODUCTS else point
-        for where in ("warm", "cold")
-        for kind in (*POINTS, *PRODUCTS)
-        for dtype in ("float32", "bfloat16")
-    }
-    peak = {"float32": 1e11, "bfloat16": 3e11}
-    roofs = Roofs(
-        card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=32 << 20, probes={}, curves=curves
-    )
+    roofs = made_up_roofs(point, product, cache_bytes=32 << 20)
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
@@ -130,7 +113,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)
-        yield {name: run(module) for name, module in MODULES.items()}
+        yield {name: run(question) for name, question in QUESTIONS.items()}
 
 
 def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
@@ -139,12 +122,12 @@ def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any
     return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
 
-def run(module: ModuleType) -> list[Figure]:
-    assert module.QUESTION.needs is None
-    return [figure for case in module.QUESTION.cases(setting()) for figure in case.run()]
+def run(question: Question) -> list[Figure]:
+    assert question.needs is None
+    return [figure for case in question.cases(setting()) for figure in case.run()]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]], name: str) -> None:
     figures = answers[name]
     assert {f.metric for f in figures} == METRICS[name]
@@ -160,9 +143,9 @@ def test_a_question_is_answered_by_its_figures(answers: dict[str, list[Figure]],
     assert [f for f in exact if f.measured != f.predicted] == []
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_findings_and_plots_are_made_of_what_there_is(answers: dict[str, list[Figure]], name: str) -> None:
-    question, figures = MODULES[name].QUESTION, answers[name]
+    question, figures = QUESTIONS[name], answers[name]
     assert question.finding([]) == "Nothing was measured yet."
     assert question.plots([]) == []
     whole = question.finding(figures)
@@ -178,8 +161,8 @@ def test_findings_and_plots_are_made_of_what_there_is(answers: dict[str, list[Fi
 
 
 def test_keys_of_cases_differ_between_quick_and_full() -> None:
-    for module in MODULES.values():
-        cases = [module.QUESTION.cases(dataclasses.replace(setting(), quick=quick)) for quick in (True, False)]
+    for question in QUESTIONS.values():
+        cases = [question.cases(dataclasses.replace(setting(), quick=quick)) for quick in (True, False)]
         for each in cases:
             assert len({case.key for case in each}) == len(each)
             assert all(case.seconds > 0 for case in each)
@@ -265,9 +248,9 @@ def test_bf16_cases_are_left_out_where_its_products_are_slow(answers: dict[str, 
     assert [(f.case["what"], f.note) for f in left] == [(w, told.note) for w in ("weights", "activations", "cache")]
     assert {f.metric for f in figures if f.measured is not None} == {"bytes", "error", "bytes_per_token"}
     assert all(f.measured == f.predicted for f in figures if f.exact)
-    for question, some in ((peers.QUESTION, [told]), (fp8.QUESTION, figures), (fp8.QUESTION, left)):
-        assert question.finding(some).endswith(".")
-        question.plots(some)
+    for question, some in (("peers", [told]), ("fp8", figures), ("fp8", left)):
+        assert QUESTIONS[question].finding(some).endswith(".")
+        QUESTIONS[question].plots(some)
     console = Console(record=True, width=120)
     show_question(console, "Others?", "Nothing was measured yet.", [told])
     assert f"\n{told.note}\n" in console.export_text()

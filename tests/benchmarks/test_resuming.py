@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import session
+from benchmarks import display
 from dsmini.report.results import ResultsWriter, read
 from tests.helpers.benchmark_calls import Capture, Watch, go, lines
 from tests.helpers.commands import ROOT
@@ -42,7 +42,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, capsys: Capture) -
 def test_interrupt_while_drawing_tells_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    real, drawn = session.write_text, list[Path]()
+    real, drawn = display.write_text, list[Path]()
 
     def write_text(path: Path, text: str) -> None:
         drawn.append(path)
@@ -50,7 +50,7 @@ def test_interrupt_while_drawing_tells_what_is_done(
             raise KeyboardInterrupt
         real(path, text)
 
-    monkeypatch.setattr(session, "write_text", write_text)
+    monkeypatch.setattr(display, "write_text", write_text)
     assert go(tmp_path) == 130
     out, err = capsys.readouterr()
     assert "Go on with: python -m benchmarks" in err
@@ -62,7 +62,7 @@ def test_killed_run_leaves_what_is_done(tmp_path: Path) -> None:
     script = (
         "import tests.helpers.fake_questions as f, sys, time; from benchmarks import runner;"
         "wait = lambda key: time.sleep(60) if key == 'dsmini 2048' else None;"
-        "runner.main(sys.argv[1:], {'fake_decode': lambda: f.decode(wait)}, f.roofs)"
+        "runner.main(sys.argv[1:], {'fake_decode': f.decode(wait)}, f.roofs)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     process = subprocess.Popen([sys.executable, "-c", script, "--out", str(tmp_path)], env=env, cwd=ROOT)

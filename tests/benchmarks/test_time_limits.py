@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, runner
-from benchmarks.question import Case, Question, Setting
+from benchmarks import clock
+from benchmarks.case import Case, Setting
+from benchmarks.questions import questions_here
 from dsmini.report.results import read
 from tests.helpers import fake_questions as fake
 from tests.helpers.benchmark_calls import Capture, go
@@ -81,7 +82,7 @@ def test_a_case_that_takes_too_long_is_stopped(
                 continue
 
     start = time.monotonic()
-    assert go(tmp_path, known={"fake_decode": lambda: fake.decode(swallow)}) == 1
+    assert go(tmp_path, known={"fake_decode": fake.decode(swallow)}) == 1
     assert time.monotonic() - start < 30
     out, err = capsys.readouterr()
     said = "stopped after 0 s; its estimate was 2.00 s"
@@ -90,7 +91,7 @@ def test_a_case_that_takes_too_long_is_stopped(
     assert len(answer["figures"]) == 7, "the others go on"
     assert answer["failed"] == [{"question": "fake_decode", "case": "dsmini 512", "error": said}]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert go(tmp_path, known={"fake_decode": fake.decode}) == 0, "it is tried again"
+    assert go(tmp_path, known={"fake_decode": fake.decode()}) == 0, "it is tried again"
 
 
 def test_one_endless_call_into_torch_is_stopped(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_one_endless_call_into_torch_is_stopped(tmp_path: Path) -> None:
         "import sys, torch, tests.helpers.fake_questions as f; from benchmarks import clock, runner;"
         "clock.LEAST = clock.GRACE = 0.2; clock.TIMES = 0;"
         "sum = lambda key: torch.ones(1).expand(10**13).sum() if key == 'dsmini 512' else None;"
-        "sys.exit(runner.main(sys.argv[1:], {'fake_decode': lambda: f.decode(sum)}, f.roofs))"
+        "sys.exit(runner.main(sys.argv[1:], {'fake_decode': f.decode(sum)}, f.roofs))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", script, "--fresh", "--out", str(tmp_path)]
@@ -113,12 +114,8 @@ def test_one_endless_call_into_torch_is_stopped(tmp_path: Path) -> None:
 
 
 def test_quick_leaves_out_the_longest_and_says_why(tmp_path: Path, capsys: Capture) -> None:
-    def slow() -> Question:
-        question, long = fake.cache(), {"MQA": 500.0, "GQA of 8": 100.0, "MLA": 40.0}
-        return replace(
-            question, cases=lambda s: [replace(c, seconds=long.get(c.key, 1.0)) for c in fake.cache().cases(s)]
-        )
-
+    question, long = fake.cache(), {"MQA": 500.0, "GQA of 8": 100.0, "MLA": 40.0}
+    slow = replace(question, cases=lambda s: [replace(c, seconds=long.get(c.key, 1.0)) for c in question.cases(s)])
     assert go(tmp_path, "--quick", known={"fake_cache": slow}) == 0
     out, err = capsys.readouterr()
     why = {"MQA": "it takes about 8 min here", "GQA of 8": "it takes about 2 min here"}
@@ -135,11 +132,9 @@ def test_quick_leaves_out_the_longest_and_says_why(tmp_path: Path, capsys: Captu
 def test_quick_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(clock, "QUICK", 1.0)
 
-    def late() -> Question:
-        question = fake.decode(lambda key: time.sleep(1.0) if key == "dsmini 512" else None)
-        cases = [replace(case, seconds=0.2) for case in question.cases(SETTING)]
-        return replace(question, cases=lambda setting: cases)
-
+    question = fake.decode(lambda key: time.sleep(1.0) if key == "dsmini 512" else None)
+    cases = [replace(case, seconds=0.2) for case in question.cases(SETTING)]
+    late = replace(question, cases=lambda setting: cases)
     assert go(tmp_path, "--quick", known={"fake_decode": late}) == 0
     out, err = capsys.readouterr()
     assert err.count("is left out: the two minutes of --quick are over") == 2
@@ -152,6 +147,6 @@ def test_quick_leaves_nothing_out_on_a_usual_cpu(float32: float, bfloat16: float
     roofs = replace(fake.ROOFS, peak={"float32": float32, "bfloat16": bfloat16})
     dtype = torch.bfloat16 if bfloat16 > float32 else torch.float32
     setting = replace(SETTING, dtype=dtype, roofs=roofs)
-    questions = [load() for load in runner.questions_here().values()]
-    cases = [case for question in questions if not question.on_request for case in question.cases(setting)]
+    usual = [question for question in questions_here().values() if not question.on_request]
+    cases = [case for question in usual for case in question.cases(setting)]
     assert sum(case.estimate(setting) for case in cases) < clock.QUICK

@@ -58,7 +58,7 @@ def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"shape": "[3, 131]"}, "want [3, 131]"),
         ({"tile": "[1, 64]"}, "scales are [3, 2] torch.float32; want [3, 3] torch.float32"),
         ({"tile": "x"}, "Expecting value"),
-        ({"tile": "[0, 1]"}, "is no tile"),
+        ({"tile": "[0, 1]"}, "is not a tile"),
         ({"scale": "big"}, "scale='big' is unknown"),
         ({"dtype": "save"}, "'save'"),
     ],

@@ -2,13 +2,17 @@
 
 import io
 import re
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from dsmini.console.command import interruptible
 from dsmini.console.messages import rate, say
-from dsmini.console.progress import Progress
+from dsmini.console.progress import Phases, Progress, patience
 
 
 @pytest.fixture
@@ -51,6 +55,24 @@ def test_pipe_gets_each_update_where_lines_are_not_counted() -> None:
         bar.update(0.5)
         bar.update(0.5)
     assert said(console) == "case\ncase\n"
+
+
+def test_pipe_gets_a_line_after_a_minute_of_silence(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, 10_000, "step", line_every=5000) as bar:
+        for _ in range(4):
+            bar.update(bar.done + 1, f"loss {bar.done:.0f}")
+            clock[0] += 40
+    assert said(console).splitlines() == ["step  loss 0", "step  loss 2"]
+
+
+def test_pipe_gets_lines_of_a_second_bar_every_ten_seconds(clock: list[float]) -> None:
+    console = pipe()
+    with Progress(console, 10, "step", line_every=5) as bar, bar.part("validation") as update:
+        for share in (0.1, 0.2, 0.3, 0.4):
+            update(share)
+            clock[0] += 6
+    assert said(console).splitlines() == ["validation: 30%"]
 
 
 def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None:
@@ -97,3 +119,53 @@ def test_line_is_printed_as_it_is() -> None:
     say(console, "[bold]12 :smile: " + "x" * 300)
     assert said(console) == "[bold]12 :smile: " + "x" * 300 + "\n"
     assert rate("read", 3_000_000, 1.5) == "read 3,000,000 bytes in 1.5 s: 2 MB/s"
+
+
+def test_phases_follow_each_other_and_count_tokens(clock: list[float]) -> None:
+    console = pipe()
+    phases = Phases(console)
+    for done in (100, 2000):
+        phases("reading", done, 2000)
+        clock[0] += 11
+    phases("writing", 1, 9)
+    clock[0] += 11
+    phases("writing", 2, 9)
+    phases.close()
+    phases.close()
+    assert said(console).splitlines() == ["reading  2,000 of 2,000 tokens", "writing  2 of 9 tokens"]
+
+
+def test_phase_that_ended_leaves_no_bar(clock: list[float]) -> None:
+    console = terminal()
+    phases = Phases(console)
+    for done in (1, 5, 9):
+        phases("reading", done, 9)
+        clock[0] += 2
+    shown = said(console)
+    assert "9 of 9 tokens" in shown
+    phases.close()
+    assert said(console) == shown
+
+
+def test_patience_prints_lines_until_its_block_ends() -> None:
+    console = pipe()
+    with patience(console, "reading m", seconds=0.02):
+        for _ in range(200):
+            time.sleep(0.02)
+            if "so far" in said(console):
+                break
+    lines = said(console).splitlines()
+    assert lines and all(re.fullmatch(r"reading m: \d s so far", line) for line in lines)
+    time.sleep(0.1)
+    assert said(console).splitlines() == lines
+
+
+def test_foreign_work_returns_raises_and_is_interrupted() -> None:
+    assert interruptible(lambda: threading.current_thread() is not threading.main_thread())
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
+    release = threading.Event()
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(release.wait)
+    release.set()

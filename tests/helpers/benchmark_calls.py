@@ -1,18 +1,18 @@
 """Calls of python -m benchmarks with fake questions."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import runner
-from benchmarks.question import Question
+from benchmarks.questions import Question
 from tests.helpers import fake_questions as fake
 
 Capture = pytest.CaptureFixture[str]
-Known = Mapping[str, Callable[[], Question]]
+Known = Mapping[str, Question]
 
 
 def go(out: Path, *args: str, known: Known | None = None) -> int:
@@ -40,4 +40,4 @@ class Watch:
     @property
     def known(self) -> Known:
         """Two of the fake questions, the first of them watched."""
-        return {"fake_decode": lambda: fake.decode(self), "fake_cache": fake.cache}
+        return {"fake_decode": fake.decode(self), "fake_cache": fake.cache()}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from benchmarks.question import Case, Figure, Plot, Question, Series, Setting, pick
+from benchmarks.case import Case, Figure, Plot, Series, Setting, pick
+from benchmarks.questions import Question
 from dsmini.measure.rates import Curve, Roofs
 
 ROOFS = Roofs(
@@ -67,7 +68,7 @@ def decode(on_case: Callable[[str], None] = lambda key: None, speed: float = 1.0
             series.append(Series(label=who, x=x, y=[f.measured or math.nan for f in mine], low=low, high=high))
             if who == "dsmini":
                 y = [f.predicted or math.nan for f in mine]
-                series.append(Series(label="dsmini, predicted", x=x, y=y, dashed=True))
+                series.append(Series(label="dsmini, predicted", x=x, y=y, dashed=True, of="dsmini"))
         caption = "Single tokens from a filled cache; medians, and the quartiles of 24 tokens."
         title = "Decoding at growing contexts"
         return [Plot(title=title, x="context, tokens", y="tokens/s", log_x=True, series=series, caption=caption)]
@@ -112,7 +113,8 @@ def cache(measured: int | None = None) -> Question:
             title=title, x="attention", y="bytes a token", labels=labels,
             series=[
                 Series(label="measured", x=(), y=values, kind="bars"),
-                Series(label="predicted", x=(), y=[f.predicted or 0.0 for f in figures], kind="bars", dashed=True),
+                Series(label="predicted", x=(), y=[f.predicted or 0.0 for f in figures], kind="bars", dashed=True,
+                    of="measured"),
             ],
         )  # fmt: skip
 
@@ -169,8 +171,8 @@ def roofline() -> Question:
     )
 
 
-def known() -> Mapping[str, Callable[[], Question]]:
-    return {"fake_cache": cache, "fake_decode": decode, "fake_roofline": roofline}
+def known() -> Mapping[str, Question]:
+    return {question.name: question for question in (cache(), decode(), roofline())}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the C++ kernels' tests; nothing is built before a test asks for it."""
+"""Fixtures for the tests of C++ kernels; nothing is built before a test needs it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dsmini_kernels.cpu import tiles as wrapper
 
 @pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this CPU has, forced in turn."""
+    """Force each instruction set that this CPU has, one after the other."""
     library, number = build.library(), build.ISA_NUMBERS[request.param]
     if number > library.isa:
         pytest.skip(f"this CPU has no {request.param}")
@@ -26,7 +26,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs are full of rubbish before a kernel writes them."""
+    """Fill outputs with garbage before a kernel writes them."""
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
         out = torch.zeros(*args, **kwargs)
@@ -43,7 +43,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_door() -> Iterator[None]:
-    """Backends are looked for anew, in the test and after it."""
+    """Let ops look for backends again, in the test and after it."""
     ops._load.cache_clear()
     build.library.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""The C side checks its arguments before it touches memory, and stays within its buffers."""
+"""The C++ functions check their arguments before they touch memory, and stay within their buffers."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def raw(**changes: Any) -> int:
-    """The C function's answer for a small good call with some arguments changed."""
+    """Return the C function's answer for a small valid call with some arguments changed."""
     x, out = torch.zeros(4, 128), torch.zeros(4, 128)
     arguments = {
         **dict.fromkeys(("operation", "isa", "threads", "in", "out_type", "format", "powers"), 0),
@@ -33,7 +33,7 @@ def raw(**changes: Any) -> int:
     return LIBRARY.tiles(wrapper.CALL.pack(*arguments.values()), wrapper.CALL.size)
 
 
-def test_the_c_side_checks_before_it_touches() -> None:
+def test_wrong_arguments_are_refused_before_memory_is_touched() -> None:
     assert raw() == 0
     ends = torch.tensor([2, 4])
     good = {"ends": ends.data_ptr(), "ends_bytes": 16, "groups": 2}
@@ -79,15 +79,15 @@ def test_the_c_side_checks_before_it_touches() -> None:
     assert LIBRARY.tiles(wrapper.CALL.pack(*range(23), 0.0, 0), wrapper.CALL.size - 8) == 1
 
 
-def test_errors_of_the_c_side_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_codes_of_c_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = dataclasses.replace(LIBRARY, tiles=lambda *_: 5)
     monkeypatch.setattr(wrapper, "library", lambda: broken)
     with pytest.raises(RuntimeError, match="beyond their memory"):
         cpu.quantize(torch.randn(3, 4), (1, 128), "ue8m0", "e4m3", 1e-4)
 
 
-def test_memory_errors_in_the_c_side(tmp_path: Path) -> None:
-    """All primitives under AddressSanitizer and UndefinedBehaviorSanitizer, in buffers of exact sizes."""
+def test_sanitizers_find_no_memory_error(tmp_path: Path) -> None:
+    """Run all operations under AddressSanitizer and UndefinedBehaviorSanitizer, in buffers of exact sizes."""
     command = build.find_compiler()
     found = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(found):

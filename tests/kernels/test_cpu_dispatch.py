@@ -1,4 +1,4 @@
-"""When the C++ kernels run: what they serve, what they refuse, and who sees plain PyTorch instead."""
+"""The C++ kernels run for the calls that they serve; all other calls run plain PyTorch."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from dsmini_kernels.cpu import tiles as wrapper
 from tests.helpers.cpu_kernels import LIBRARY, assert_same, quantize, quantize_and_back, round_to_bf16
 
 
-def test_the_door_takes_the_kernels_by_itself(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+def test_kernels_run_by_default(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
     calls: list[int] = []
     real = wrapper.library
     monkeypatch.setattr(wrapper, "library", lambda: calls.append(1) or real())
@@ -35,7 +35,7 @@ def test_the_door_takes_the_kernels_by_itself(monkeypatch: pytest.MonkeyPatch, f
     assert LIBRARY.isa_name in ops.explain()
 
 
-def test_what_is_not_served() -> None:
+def test_unsupported_calls_raise_unserved() -> None:
     x = torch.randn(4, 130)
     unserved: list[tuple[Any, tuple[Any, ...]]] = [
         (cpu.quantize, (x.double(), (1, 128), "ue8m0", "e4m3", 1e-4)),
@@ -63,7 +63,7 @@ def test_what_is_not_served() -> None:
             function(*arguments)
 
 
-def test_forced_and_unable_raises_with_the_reason() -> None:
+def test_forced_backend_that_cannot_serve_raises() -> None:
     with ops.use("cpu"):
         with pytest.raises(ValueError, match=r"'cpu' is forced and cannot run quantize: .*float64"):
             quantize_tiles(torch.randn(2, 3).double(), (1, 128), "ue8m0", "e4m3", 1e-4)
@@ -73,7 +73,7 @@ def test_forced_and_unable_raises_with_the_reason() -> None:
         round_to_bf16(torch.randn(2, 3, requires_grad=True))
 
 
-def test_whoever_watches_tensors_sees_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_and_transforms_see_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wrapper, "library", lambda: pytest.fail("a kernel ran"))
     seen: list[Any] = []
 
@@ -98,7 +98,7 @@ def test_whoever_watches_tensors_sees_torch_only(monkeypatch: pytest.MonkeyPatch
         round_to_bf16(x)
 
 
-def test_compiled_code_holds_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_uses_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     want = round_to_bf16(x := torch.randn(4, 130))
     monkeypatch.setattr(wrapper, "library", lambda: pytest.fail("a kernel ran"))
     torch._dynamo.reset()

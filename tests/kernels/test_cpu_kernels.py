@@ -27,7 +27,7 @@ from tests.helpers.cpu_kernels import (
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_bits_are_those_of_plain_torch(isa: str, dtype: torch.dtype, format: str, scale: str) -> None:
+def test_bits_equal_plain_torch(isa: str, dtype: torch.dtype, format: str, scale: str) -> None:
     for number, tile in enumerate(TILES):
         for shape in SHAPES[number % 2 :: 2] if tile[0] < 100 else SHAPES:
             check_all(wild(*shape, dtype=dtype), tile, scale, format)
@@ -53,7 +53,7 @@ def test_every_short_number_in_and_every_code_out(isa: str, format: str, dtype: 
 @pytest.mark.parametrize("amax_min", [0.0, -1.0, 1e-45, 2.0**-126, 2.0**-110, 2.0**-100, 1e30])
 @pytest.mark.parametrize("scale", SCALES)
 def test_scales_at_the_ends_of_fp32(isa: str, scale: str, amax_min: float) -> None:
-    """Zero scales, and 0 / 0; scales that are subnormal; values that overflow."""
+    """Check zero scales and 0 / 0, subnormal scales, and values that overflow."""
     for format in FORMATS:
         for shift in (-149, -140, -126, -120, 0, 126):
             x = torch.randn(7, 96).clamp(-3.9, 3.9).ldexp(torch.tensor(shift))
@@ -64,7 +64,7 @@ def test_scales_at_the_ends_of_fp32(isa: str, scale: str, amax_min: float) -> No
 
 
 def test_powers_of_two_and_their_neighbours(isa: str) -> None:
-    """As largest magnitudes, where a scale steps; and as the numbers halfway between two codes."""
+    """Check them as largest magnitudes, where a scale steps, and as numbers halfway between two codes."""
     powers = 2.0 ** torch.arange(-20, 20)
     for top in (448.0, 57344.0, 65024.0, 1.0):
         edge = powers * top
@@ -75,7 +75,7 @@ def test_powers_of_two_and_their_neighbours(isa: str) -> None:
                 check_all(torch.arange(-512, 513).div(16).view(1, -1), (1, 2000), scale, format)
 
 
-def test_a_tile_that_is_not_finite_is_nan_as_a_whole(isa: str) -> None:
+def test_tile_with_infinity_or_nan_becomes_nan(isa: str) -> None:
     for bad in (math.inf, -math.inf, math.nan):
         for format, nan in (("e4m3", 0x7F), ("e5m2", 0x7F), ("e5m6", None)):
             x = torch.randn(5, 300)
@@ -88,7 +88,7 @@ def test_a_tile_that_is_not_finite_is_nan_as_a_whole(isa: str) -> None:
 
 
 def test_nan_with_any_payload(isa: str) -> None:
-    """0x7FFFFFFF, rounded to BF16 as an integer, would wrap round to zero."""
+    """Check that NaN stays NaN: 0x7FFFFFFF, rounded to BF16 as an integer, would wrap round to zero."""
     x = torch.randn(4, 64)
     x.view(torch.int32)[1, 3], x.view(torch.int32)[2, 5] = 0x7FFFFFFF, -1
     for tile in ((1, 64), (1, 1), (2, 3)):
@@ -125,8 +125,8 @@ def test_views(isa: str, dtype: torch.dtype) -> None:
         assert_same(cpu.dequantize(view, scales, (8, 16), "e4m3", dtype), want)
 
 
-def test_what_is_negative_by_a_bit_has_its_sign(isa: str) -> None:
-    """torch turns signs around without touching the memory: imaginary parts of conjugates, for example."""
+def test_lazily_negated_tensors_keep_their_sign(isa: str) -> None:
+    """Check lazy negation: torch flips signs without touching memory, as for imaginary parts of conjugates."""
     x = torch.complex(wild(5, 130, special=0.0), wild(5, 130, special=0.0)).conj().imag
     apart = torch._neg_view(wild(5, 130, special=0.0))
     assert x.is_neg() and apart.is_neg() and apart.is_contiguous()
@@ -137,13 +137,13 @@ def test_what_is_negative_by_a_bit_has_its_sign(isa: str) -> None:
 
 
 def test_packed_codes_of_tiles_that_end_within_eight(isa: str) -> None:
-    """A tile's columns are worked off in chunks, and eight packed codes share twelve bytes."""
+    """Check tiles whose ends cut eight packed codes, which share twelve bytes."""
     for tile in ((128, 50), (3, 9), (1, 100)):
         check_all(wild(128, 600, special=0.001), tile, "ue8m0", "e5m6")
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-def test_nothing_in_nothing_out(isa: str, shape: tuple[int, ...]) -> None:
+def test_empty_tensors(isa: str, shape: tuple[int, ...]) -> None:
     for tile in ((1, 128), (128, 1)):
         for format in ("e4m3", "e5m2"):
             check_all(torch.empty(shape), tile, "ue8m0", format)
@@ -152,7 +152,7 @@ def test_nothing_in_nothing_out(isa: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_tiles_begin_anew_with_each_group(isa: str, dtype: torch.dtype) -> None:
+def test_each_group_begins_a_new_tile(isa: str, dtype: torch.dtype) -> None:
     sizes = [0, 1, 127, 0, 128, 129, 63, 0]
     ends = torch.tensor(sizes).cumsum(0)
     x = wild(int(ends[-1]), 130, dtype=dtype, special=0.001)

@@ -1,7 +1,7 @@
 """The Triton kernels give the reference's bits.
 
-On a GPU they run here. Without one Triton's interpreter runs them, in a child process that is this file under pytest,
-because TRITON_INTERPRET=1 must be set before Triton is imported, and torch.compile needs it unset.
+On a GPU they run here. Without one Triton's interpreter runs them, in a child process that runs pytest on this file.
+TRITON_INTERPRET=1 must be set before Triton is imported, and torch.compile needs it unset.
 """
 
 import functools
@@ -34,7 +34,7 @@ runs_kernels = pytest.mark.skipif(
 )
 wants_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 outside_the_interpreter = pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
-# numpy's, of the interpreter: what is beyond a dtype's reach is infinite, in the reference too
+# the interpreter's numpy warns; values beyond a dtype's range are infinite in the reference too
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
     for what in ("overflow encountered", "divide by zero", "invalid value encountered in divide")
@@ -45,7 +45,7 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 NAMES: tuple[FormatName, ...] = get_args(FormatName)
 AMAX_MIN, SMALLEST_AMAX = 1e-4, 2.0**-100
 GUARD = 64
-"""Elements on either side of an output, which no kernel may touch."""
+"""Number of elements on each side of an output that no kernel may touch."""
 
 
 @outside_the_interpreter
@@ -61,7 +61,7 @@ def test_under_the_interpreter() -> None:
 
 
 class Guarded:
-    """torch.empty that gives memory full of nonsense, between guards."""
+    """Let torch.empty give memory full of garbage, between guards."""
 
     def __init__(self) -> None:
         self.outputs: list[tuple[Tensor, float]] = []
@@ -83,7 +83,7 @@ class Guarded:
 
 
 def both(call: Callable[[], Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every tensor that the call gives, from the kernel and from the reference."""
+    """Return every tensor that the call gives, from the kernel and from the reference."""
     guarded = Guarded()
     with ops.use("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guarded)
@@ -95,7 +95,7 @@ def both(call: Callable[[], Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """All bits, but one for NaN in values, whose sign and payload the reference leaves open."""
+    """Return all bits, with one code for NaN in values: the reference leaves its sign and payload open."""
     if x.element_size() > 1:
         x = torch.where(x.isnan(), torch.nan, x)
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
@@ -115,7 +115,7 @@ def all_the_same(
     amax_min: float = AMAX_MIN,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
-    """All three operations on x, whose values go to these dtypes."""
+    """Compare all three operations on x, with values of these dtypes."""
     same(lambda: quantize_tiles(x, tile, scale, format, amax_min))
     with ops.use("reference"):
         codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
@@ -125,7 +125,7 @@ def all_the_same(
 
 
 def varied(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers over many magnitudes, in memory between NaNs: whoever reads beside them finds a NaN."""
+    """Return numbers of many magnitudes between NaNs in memory: a read out of bounds finds a NaN."""
     x = torch.randn(shape) * torch.exp2(torch.randint(-12, 5, shape))
     whole = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=dtype, device=DEVICE)
     inside = whole[GUARD : GUARD + x.numel()].view(shape)
@@ -180,7 +180,7 @@ def test_views() -> None:
 @runs_kernels
 @pytest.mark.parametrize("format", NAMES)
 def test_special_values(format: FormatName) -> None:
-    """A row, and so a tile, of each; zeros with both signs and something ordinary beside it."""
+    """Check each in a row, and so a tile, of its own, next to zeros of both signs and an ordinary number."""
     inf, nan, tiny, huge = torch.inf, torch.nan, 2.0**-149, 3.4e38
     around = [2.0**k * (1 + step) for k in (-126, -14, 0, 8, 120) for step in (-(2.0**-24), 0, 2.0**-23)]
     largest = FORMATS[format].max
@@ -193,7 +193,7 @@ def test_special_values(format: FormatName) -> None:
         if not FORMATS[format].packed:
             assert (codes.view(torch.uint8) == FORMATS[format].nan).all()
     for scale in SCALES:
-        for amax_min in (AMAX_MIN, SMALLEST_AMAX, 0.0):  # under 0 there are scales of 0, and quotients beyond max
+        for amax_min in (AMAX_MIN, SMALLEST_AMAX, 0.0):  # 0 gives scales of 0, and quotients beyond max
             for dtype in DTYPES:
                 all_the_same(x.to(dtype), (1, 4), scale, format, amax_min, (dtype,))
         all_the_same(x, (4, 4), scale, format)
@@ -202,7 +202,7 @@ def test_special_values(format: FormatName) -> None:
 @runs_kernels
 @pytest.mark.parametrize("format", NAMES)
 def test_every_value_every_tie_and_their_neighbours(format: FormatName) -> None:
-    """Under a scale of 1, so that nothing else rounds, and under an FP32 scale, where x / scale does."""
+    """Check them under a scale of 1, where nothing else rounds, and under an FP32 scale, where x / scale does."""
     values = FORMATS[format].values(DEVICE)
     points = torch.cat([values, (values[1:] + values[:-1]) / 2])
     beside = [points.nextafter(torch.full_like(points, away)) for away in (-torch.inf, torch.inf)]
@@ -234,7 +234,7 @@ def test_every_code_has_its_value(format: FormatName) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("ends", [[21], [0, 5, 5, 21], [21, 21, 21], [0, 0, 1, 4, 8, 13, 20, 21]])
-def test_tiles_begin_anew_with_each_group(ends: list[int]) -> None:
+def test_each_group_begins_a_new_tile(ends: list[int]) -> None:
     rows = torch.tensor(ends, device=DEVICE)
     for tile in ((1, 16), (4, 16), (16, 1), (8, 3), (128, 16)):
         for dtype, kind in zip(DTYPES, (torch.int32, torch.int64, torch.int32), strict=True):
@@ -247,14 +247,14 @@ def test_tiles_begin_anew_with_each_group(ends: list[int]) -> None:
 
 
 @runs_kernels
-def test_what_it_leaves_to_the_reference() -> None:
+def test_unsupported_calls_raise_unserved() -> None:
     x = varied(4, 256)
     codes, scales = quantize_tiles(x, (1, 128), "ue8m0", "e4m3", AMAX_MIN)
     wide = varied(256, 512)
     refused: list[tuple[str, Callable[[], Any]]] = [
         ("x is torch.float64", lambda: quantize_tiles(x.double(), (1, 128), "ue8m0", "e4m3", AMAX_MIN)),
         ("tile of 256x512", lambda: quantize_tiles(wide, (256, 512), "ue8m0", "e4m3", AMAX_MIN)),
-        ("values of torch.float64", lambda: dequantize_tiles(codes, scales, (1, 128), "e4m3", torch.float64)),
+        ("got dtype=torch.float64", lambda: dequantize_tiles(codes, scales, (1, 128), "e4m3", torch.float64)),
         ("scales of shape", lambda: dequantize_tiles(codes, scales[:3], (1, 128))),
         ("are not 130 columns", lambda: dequantize_tiles(codes, scales, (1, 128), "e4m3", torch.float32, 130)),
         (
@@ -270,7 +270,7 @@ def test_what_it_leaves_to_the_reference() -> None:
 
 @outside_the_interpreter
 @pytest.mark.skipif(NATIVE, reason="there is a GPU")
-def test_forced_without_a_gpu() -> None:
+def test_forced_without_a_gpu_raises() -> None:
     reason = "Triton needs a GPU .* TRITON_INTERPRET=1" if INSTALLED else "Triton is not installed"
     with ops.use("triton"), pytest.raises(ValueError, match=rf"cannot run quantize: {reason}"):
         quantize_tiles(torch.ones(2, 2), (1, 2), "ue8m0", "e4m3", AMAX_MIN)
@@ -283,7 +283,7 @@ def test_main_memory_is_not_served_natively() -> None:
 
 
 @wants_triton
-def test_interpreter_asked_for_too_late() -> None:
+def test_interpreter_requested_too_late_is_reported() -> None:
     late = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from dsmini_kernels import triton as backend"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
@@ -292,6 +292,6 @@ def test_interpreter_asked_for_too_late() -> None:
     assert done.stdout == "TRITON_INTERPRET=1 was set after Triton's first import; set it before Python starts\n"
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_FOUND", False)
     assert backend.why_not() == "Triton is not installed; pip install triton"

@@ -1,4 +1,4 @@
-"""Triton's machine code for GPUs that need not be there: divisions as IEEE says, and no fused operations."""
+"""Triton's machine code divides as IEEE 754 says and fuses no operations. No GPU is needed."""
 
 import importlib.util
 import os
@@ -22,13 +22,13 @@ AMAX_MIN = 1e-4
 def test_machine_code_divides_as_ieee_and_fuses_nothing(
     capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Compiled for a GPU that need not be there, from what the launchers would launch."""
+    """Check the code compiled from all launches. The GPU need not be present."""
     from dsmini_kernels.triton import tiles
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     codes: dict[str, list[str]] = {"quantize_program": [], "dequantize_program": [], "pack_program": []}
     for name, found in codes.items():
-        # what is no JITFunction counts as interpreted, and takes tensors in main memory
+        # a program that is not a JITFunction counts as interpreted, and takes tensors in main memory
         monkeypatch.setattr(tiles, name, Compiler(getattr(tiles, name), capability, found))
     x, ends = torch.ones(256, 256, dtype=torch.bfloat16), torch.tensor([0, 100, 256])
     tiles.quantize(x, (1, 128), "ue8m0", "e4m3", AMAX_MIN)
@@ -44,8 +44,7 @@ def test_machine_code_divides_as_ieee_and_fuses_nothing(
 
 
 class Compiler:
-    """In a kernel's place: compiles it for an NVIDIA GPU of a compute capability, which ptxas must accept, and keeps
-    the PTX."""
+    """A stand-in for a kernel: compiles it for one NVIDIA compute capability, runs ptxas, and stores the PTX."""
 
     def __init__(self, kernel: Any, capability: int, found: list[str]) -> None:
         self.kernel, self.capability, self.found = kernel, capability, found

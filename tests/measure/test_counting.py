@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.question import Setting
+from benchmarks.case import Setting
 from benchmarks.shapes import QUICK
 from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize
@@ -17,9 +17,9 @@ from dsmini.functional import causal_attention
 from dsmini.measure import prediction
 from dsmini.measure.calibration import load_or_measure
 from dsmini.measure.counting import Count, CountedOperation, count
-from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs, flops_rate, point_seconds, product_rate
 from tests.conftest import randomise
+from tests.helpers.questions import made_up_roofs
 
 F4, I8 = 4, 8
 
@@ -240,19 +240,7 @@ def test_bytes_and_flops_of_a_decoding_step_are_bounded(batch: int) -> None:
 
 def roofs() -> Roofs:
     point, product = Curve(sizes=(100.0, 1e8), costs=(1e-6, 1e-2)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
-    far = {"warm": 1.0, "cold": 4.0}
-    curves = {
-        f"{where} {kind} {dtype}": Curve(
-            sizes=c.sizes, costs=[cost / by if kind in PRODUCTS else cost * by for cost in c.costs]
-        )
-        for where, by in far.items()
-        for kind, c in {**dict.fromkeys(POINTS, point), **dict.fromkeys(PRODUCTS, product)}.items()
-        for dtype in ("float32", "bfloat16")
-    }
-    peak = {"float32": 1e11, "bfloat16": 3e11}
-    return Roofs(
-        card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=1 << 20, probes={}, curves=curves
-    )
+    return made_up_roofs(point, product, cold=4.0)
 
 
 def test_curves_are_followed_between_and_beyond_their_sizes() -> None:

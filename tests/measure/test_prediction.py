@@ -7,22 +7,16 @@ import torch
 
 from dsmini.measure import prediction
 from dsmini.measure.counting import count
-from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.rates import Curve, Roofs
+from tests.helpers.questions import made_up_roofs
 
 
 def roofs() -> Roofs:
     """A machine whose bytes take 1 ns each, and whose products run at 1 GFLOP/s."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-9, 1.0)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e9))
-    curves = {
-        f"{where} {kind} {dtype}": product if kind in PRODUCTS else point
-        for where in ("warm", "cold")
-        for kind in (*POINTS, *PRODUCTS)
-        for dtype in ("float32", "bfloat16")
-    }
     peak = {"float32": 1e9, "bfloat16": 1e9}
-    return Roofs(card={}, peak=peak, bandwidth=1e9, copy=1e9, call=1e-3, cache_bytes=1 << 20, probes={}, curves=curves)
+    return made_up_roofs(point, product, peak=peak, bandwidth=1e9, copy=1e9, call=1e-3)
 
 
 def test_predicted_step_is_run_once_before_it_is_counted() -> None:

@@ -100,6 +100,12 @@ def test_dtype_and_slow_bf16_follow_the_rates(
     assert clock.now < 2 * 12 * 0.06
 
 
+def test_clear_loss_of_bf16_ends_the_trial(machine_of: Callable[..., Clock]) -> None:
+    clock = machine_of({FP32: 1.7e11, BF16: 3e8})
+    assert pick_dtype("auto", CPU) == FP32
+    assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8, "one turn each, BF16 with four products of the smallest size"
+
+
 def test_measuring_keeps_threads_and_draws_no_numbers() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     machine.product_rates(CPU)

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from dsmini import Transformer, ops
 from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
-from dsmini.functional.linear import linear
 from dsmini.nn import Experts, Linear, MoE
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
 from tests.conftest import randomise
 from tests.helpers.configs import FP8_SIZES as SIZES
-from tests.helpers.configs import refusal
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]
@@ -199,16 +197,6 @@ def test_a_linear_keeps_its_input_in_the_saved_format(saved_format: Any) -> None
     (got,) = torch.autograd.grad(linear(x), linear.weight, dy)
     assert torch.equal(got, grads[saved_format])
     assert not torch.equal(grads["e4m3"], grads["e5m6"])
-
-
-@pytest.mark.parametrize("backend", [None, "eager", "reference"])
-def test_a_native_linear_refuses_codes(backend: str | None) -> None:
-    x, w = torch.randn(2, 128), torch.randn(8, 128)
-    with ops.use(backend):
-        assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(x), w)
-        codes = quantize(w, (128, 128))
-        want = "weight is a QuantizedTensor, want a tensor; multiply codes by nn.FP8Linear, or weight.dequantize()"
-        assert refusal(linear, x, codes) == want
 
 
 def test_quantized_layers_are_built_and_used_like_plain_ones() -> None:

@@ -1,4 +1,4 @@
-"""An accumulator of few bits, and what promotion into FP32 cures."""
+"""An accumulator of few bits loses bits of a sum, and promotion into FP32 mends that."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from tests.helpers.fp8 import varied
 from tests.helpers.tolerances import FP32_UNIT, SAFETY, relative_error, rounding
 
 
-def test_14_bits_lose_what_the_report_says_unless_promoted() -> None:
-    """Sections 3.3.2 and 3.5.2: an error of nearly 2 % at K = 4096."""
+def test_14_bits_without_promotion_lose_two_percent() -> None:
+    """Check sections 3.3.2 and 3.5.2: an error of nearly 2 % at K = 4096."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(16, 4096, generator=generator), torch.randn(128, 4096, generator=generator)
     a, b = (quantize(t).dequantize() for t in (a, b))
@@ -28,7 +28,7 @@ def test_14_bits_lose_what_the_report_says_unless_promoted() -> None:
     assert error(a @ b.T) < 5e-6
 
 
-def test_an_accumulator_serves_all_three_products() -> None:
+def test_accumulator_serves_all_three_products() -> None:
     x, w = varied(70, 256).requires_grad_(), varied(40, 256, seed=1).requires_grad_()
     dy = varied(70, 40, seed=2)
 
@@ -53,7 +53,7 @@ def test_products_are_aligned_to_the_largest_of_32() -> None:
 
 
 def summed(values: dict[int, float], bits: int = 14, promote_every: int | None = None, width: int = 160) -> float:
-    """What an accumulator makes of a row with these values at these places, and else zeros."""
+    """Return the sum that an accumulator gives for a row with these values at these places, and zeros elsewhere."""
     a = torch.zeros(1, width)
     for place, value in values.items():
         a[0, place] = value
@@ -61,30 +61,30 @@ def summed(values: dict[int, float], bits: int = 14, promote_every: int | None =
 
 
 def test_partial_sum_is_promoted_after_n_products() -> None:
-    """Of 14 bits, 1 has none left for 3 x 2^-15, which counts only in another partial sum."""
+    """Check that 1 with 14 bits loses 3 x 2^-15, which counts only in another partial sum."""
     small, smaller = 3 * 2.0**-15, 2.0**-15
-    # the last of the first 64 is lost beside 1, and the first of the next 64 is not
+    # the last of the first 64 is lost next to 1, and the first of the next 64 is not
     assert summed({0: 1.0, 63: smaller, 64: small}, promote_every=64) == 1 + small
     assert summed({64: 1.0, 127: smaller, 128: small}, promote_every=64) == 1 + small
     assert summed({0: 1.0, 95: smaller, 96: small}, promote_every=96) == 1 + small
     assert summed({0: 1.0, 127: smaller, 128: small}, promote_every=128) == 1 + small
     assert summed({0: 1.0, 31: smaller, 32: small}, promote_every=32) == 1 + small
-    # what is left at the end is added too, also of a width that is no multiple of 32
+    # the rest at the end is added too, also for a width that is not a multiple of 32
     assert summed({0: 1.0, 69: small}, promote_every=64, width=70) == 1 + small
     assert summed({0: 1.0, 64: small}, promote_every=None) == 1
 
 
 def test_products_and_partial_sum_align_to_the_largest() -> None:
-    last, lost = 2.0**-13, 2.0**-14  # the last of 14 bits beside 1, and one below it
-    # two together would be kept, each alone is lost: the products beside a large partial sum,
+    last, lost = 2.0**-13, 2.0**-14  # the last of 14 bits next to 1, and the bit below it
+    # two together would count, each alone is lost: the products next to a large partial sum,
     assert summed({0: 1.0, 32: lost, 33: lost}) == 1
     assert summed({0: 1.0, 32: last, 33: lost}) == 1 + last
-    # the partial sum beside a large product,
+    # the partial sum next to a large product,
     assert summed({0: lost, 32: 1.0, 33: last}) == 1 + last
     assert summed({0: last + lost, 32: 1.0}) == 1 + last
     assert summed({0: last + lost, 32: 1.0, 64: lost}) == 1 + last
     assert summed({0: lost, 32: 1.0, 33: -1.0}) == 0
-    # and both lose the last bit of a sum that grows by one; towards zero, whatever the sign
+    # and both lose the last bit of a sum that grows by one: truncation towards zero for both signs
     assert summed({0: 1.0, 32: 1.0, 33: last}, width=64) == 2
     assert summed({0: 1.0, 1: 1.0, 2: 2 * last}) == 2 + 2 * last
     assert summed({0: -1.0, 32: -lost, 33: -lost}) == -1

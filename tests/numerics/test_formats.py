@@ -27,7 +27,7 @@ def all_bf16() -> Tensor:
 
 
 def critical(f: Format) -> Tensor:
-    """Each value, each midpoint and zero, with both FP32 neighbours, of both signs; the extremes; and noise."""
+    """Return each value, midpoint and zero with both FP32 neighbours, in both signs; the extremes; and noise."""
     points = np.concatenate([[float(v) for v in table(f.name)], midpoints(f.name)]).astype(np.float32)
     points = np.concatenate(
         [np.nextafter(points, np.float32(-np.inf)), points, np.nextafter(points, np.float32(np.inf))]
@@ -40,7 +40,7 @@ def critical(f: Format) -> Tensor:
 
 
 def codes_of(f: Format, x: Tensor) -> Any:
-    """x's codes as the format keeps them."""
+    """Return x's codes as the format stores them."""
     return raw(f.encode(x))
 
 
@@ -61,7 +61,7 @@ def test_range(f: Format) -> None:
     assert min(v for v in table(f.name) if v) == smallest
 
 
-def test_formats_cannot_be_changed() -> None:
+def test_formats_are_immutable() -> None:
     assert list(FORMATS) == ["e4m3", "e5m2", "e5m6"]
     with pytest.raises(AttributeError):
         E4M3.max = 1.0  # pyright: ignore
@@ -70,7 +70,7 @@ def test_formats_cannot_be_changed() -> None:
 
 
 @EVERY
-def test_values_are_the_table(f: Format) -> None:
+def test_values_equal_the_table(f: Format) -> None:
     values = f.values()
     assert values.dtype == torch.float32
     assert [Fraction(v) for v in values.tolist()] == list(table(f.name))
@@ -94,7 +94,7 @@ def test_every_twelve_bits_decode_as_the_table_does() -> None:
     assert packed.shape == (4096 * 12 // 8,)
     want = meant(codes, "e5m6")
     assert same(E5M6.decode(packed), want)
-    assert np.isnan(want).sum() == 2 * 64  # the last exponent, which IEEE has for infinities, stands for no number
+    assert np.isnan(want).sum() == 2 * 64  # the last exponent, IEEE's for infinities, is NaN
     finite = codes[np.isfinite(want)].reshape(-1, 32)
     assert np.array_equal(raw(E5M6.encode(torch.from_numpy(meant(finite, "e5m6")))), stored(finite, "e5m6"))
 
@@ -112,14 +112,14 @@ def test_rounding_is_to_nearest_and_ties_to_even(f: Format, dtype: torch.dtype) 
 
 
 @ONE_BYTE
-def test_codes_are_torchs_where_torch_saturates(f: Format) -> None:
+def test_codes_equal_those_of_torch(f: Format) -> None:
     x = torch.cat([critical(f), all_bf16().float()])
     x = x[x.abs() <= f.max]
     assert np.array_equal(codes_of(f, x), raw(x.to(f.dtype)))
 
 
 @EVERY
-def test_what_is_special(f: Format) -> None:
+def test_zeros_infinities_and_nan(f: Format) -> None:
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-45, -1e-45])
     x[5] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN with its sign and every other bit
     sign, last = 1 << (f.bits - 1), LAYOUT[f.name][2]
@@ -129,7 +129,17 @@ def test_what_is_special(f: Format) -> None:
 
 
 @EVERY
-def test_half_the_smallest_value_is_zero_and_one_bit_more_is_not(f: Format) -> None:
+def test_fp64_is_refused_since_it_would_be_rounded_twice(f: Format) -> None:
+    """Check that FP64 is refused: rounded to FP32 first, a number just above a midpoint becomes a tie."""
+    above = torch.tensor([1 + f.unit + 2.0**-40], dtype=torch.float64)
+    assert f.round(above.float()) == 1.0, "the tie goes to the even value, and the nearest is above"
+    for function in (f.encode, f.round):
+        with pytest.raises(ValueError, match="FP64 would be rounded twice"):
+            function(above)
+
+
+@EVERY
+def test_half_the_smallest_value_rounds_to_zero(f: Format) -> None:
     half = torch.tensor(f.min_subnormal / 2)
     more = torch.nextafter(half, torch.tensor(1.0))
     x = torch.stack([half, -half, more, -more])
@@ -164,7 +174,7 @@ def test_unit_bounds_the_relative_error(f: Format) -> None:
     assert errors.max() == pytest.approx(f.unit / (1 + f.unit), rel=1e-12)
 
 
-def test_where_the_bits_of_two_codes_lie() -> None:
+def test_packed_codes_have_the_documented_layout() -> None:
     # 1.0 is exponent 15, no fraction: 0x3C0. -2.03125 is sign, exponent 16, fraction 1: 0xC01.
     packed = E5M6.encode(torch.tensor([1.0, -2.03125, 65024.0]))
     assert packed.dtype == torch.uint8
@@ -172,7 +182,7 @@ def test_where_the_bits_of_two_codes_lie() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 15, 16, 17, 130])
-def test_columns_that_fill_no_twelve_bytes(columns: int) -> None:
+def test_columns_that_do_not_fill_twelve_bytes(columns: int) -> None:
     x = torch.randn(2, 3, columns) * 100
     codes = E5M6.encode(x)
     assert codes.shape == (2, 3, 12 * ((columns + 7) // 8))
@@ -186,7 +196,7 @@ def test_columns_that_fill_no_twelve_bytes(columns: int) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
 @EVERY
-def test_no_elements(f: Format, shape: tuple[int, ...]) -> None:
+def test_empty_tensors(f: Format, shape: tuple[int, ...]) -> None:
     codes = f.encode(torch.empty(shape))
     assert codes.shape == ((*shape[:-1], 12 * -(-shape[-1] // 8)) if f.packed else shape)
     assert f.decode(codes, shape[-1]).shape == shape
@@ -197,7 +207,7 @@ def test_no_elements(f: Format, shape: tuple[int, ...]) -> None:
 
 
 def beside_powers_of_two() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """2^-126 to 2^127, what FP32 has just below and just above, and the exponents."""
+    """Return 2^-126 to 2^127, their FP32 neighbours below and above, and the exponents."""
     exponents = torch.arange(-126, 128)
     powers = torch.ldexp(torch.ones(254), exponents)
     below, above = (torch.nextafter(powers, torch.tensor(to)) for to in (0.0, torch.inf))
@@ -215,14 +225,14 @@ def test_scales_are_rounded_up_to_powers_of_two() -> None:
     assert same(UE8M0.round_up(small), [2.0**-126] * 3)
 
 
-def test_scales_that_are_none_stay() -> None:
+def test_round_up_keeps_zero_infinity_and_nan() -> None:
     x = torch.tensor([0.0, torch.inf, torch.nan, torch.tensor(-1, dtype=torch.int32).view(torch.float32)])
     assert same(UE8M0.round_up(x), x)
     for dtype in (torch.float64, torch.bfloat16, torch.int32):
         assert refusal(UE8M0.round_up, x.to(dtype)) == f"scales of {dtype}; want torch.float32"
 
 
-def test_codes_of_powers_of_two_are_torchs() -> None:
+def test_codes_of_powers_of_two_equal_those_of_torch() -> None:
     codes = torch.arange(256).to(torch.uint8)
     values = UE8M0.decode(codes)
     assert same(values, codes.view(torch.float8_e8m0fnu).float())
@@ -247,13 +257,13 @@ def test_codes_are_rounded_up() -> None:
 
 
 @pytest.mark.parametrize("x", [0.0, -0.0, -1.0, -torch.inf])
-def test_what_has_no_power_of_two(x: float) -> None:
+def test_encode_refuses_zero_and_negative_numbers(x: float) -> None:
     said = refusal(UE8M0.encode, torch.tensor([2.0, torch.nan, x]))
     assert said == f"ue8m0 has no code for {x}; want numbers above zero"
 
 
-def test_torchs_cast_is_no_way_to_round_a_scale() -> None:
-    """It goes to the nearest power: tiles divided by it do not fit. Why round_up exists."""
+def test_cast_of_torch_rounds_scales_to_nearest() -> None:
+    """Show why round_up exists: the cast rounds to the nearest power, and tiles divided by it do not fit."""
     amax = torch.rand(4000).add(0.01)
     raw_scales = amax / E4M3.max
     assert (amax / UE8M0.round_up(raw_scales) <= E4M3.max).all()

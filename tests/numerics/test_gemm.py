@@ -1,4 +1,4 @@
-"""The simulated FP8 product against its operands multiplied in FP64, and against what was not quantised."""
+"""The simulated FP8 product against its operands multiplied in FP64, and against the unquantized product."""
 
 from typing import Any
 
@@ -38,20 +38,24 @@ def test_many_tokens(m: int, n: int, k: int) -> None:
 
 
 def check_product(m: int, n: int, k: int) -> None:
-    """On a sample of rows and columns, which FP64 can afford. The bound on what quantisation costs is DeepGEMM's, for
-    plain normal numbers: where a few tiles outweigh the others, it is the luck of those."""
-    rows, columns = torch.randperm(m)[:64], torch.randperm(n)[:256]
+    """Check a sample of rows and columns, since FP64 is slow.
+
+    DeepGEMM's bound on the error of quantization holds for normally distributed numbers. If a few tiles outweigh the
+    others, the error depends on those.
+    """
+    rows, tiles = torch.randperm(m)[:64], torch.arange(n).split(128)
+    columns = torch.cat([tiles[i] for i in torch.randperm(len(tiles))[:2]])  # whole tiles: the rest of w is not rounded
     for kind in ("varied", "normal"):
         x = varied(m, k, dtype=torch.bfloat16, seed=1) if kind == "varied" else torch.randn(m, k).bfloat16()
         w = varied(n, k, seed=2) if kind == "varied" else torch.randn(n, k)
+        w = w.bfloat16() if w.nbytes > 2**28 else w
         y = fp8_matmul(x, w)
         assert y.shape == (m, n)
         assert y.dtype == torch.bfloat16
         if not m:
             continue
         got = y[rows][:, columns]
-        # tiles reach over rows of w that are not in the sample
-        rounded_w = round_tiles(w, (128, 128), "ue8m0", "e4m3", AMAX_MIN, torch.float32)[columns].double()
+        rounded_w = round_tiles(w[columns], (128, 128), "ue8m0", "e4m3", AMAX_MIN, torch.float32).double()
         assert calc_diff(got, rounded(x[rows], (1, 128)) @ rounded_w.T) < SIMULATED
         if kind == "normal":
             assert calc_diff(got, x[rows].double() @ w[columns].double().T) < QUANTISED
@@ -70,7 +74,7 @@ def test_dtypes_and_scales(dtype: torch.dtype, scale: Scale) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 576])
-def test_zeros_and_nothing_written_twice(n: int, poisoned_memory: None) -> None:
+def test_zeros_in_poisoned_memory(n: int, poisoned_memory: None) -> None:
     x, w = varied(130, 576), varied(n, 576, seed=1)
     x[:, :128], x[5], w[:, 128:256] = 0, 0, 0
     y = fp8_matmul(x, w)
@@ -79,7 +83,7 @@ def test_zeros_and_nothing_written_twice(n: int, poisoned_memory: None) -> None:
     assert calc_diff(y, rounded(x, (1, 128)) @ rounded(w, (128, 128)).T) < SIMULATED
 
 
-def test_what_is_not_a_number_is_seen_where_it_goes() -> None:
+def test_nan_and_infinity_reach_the_results() -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         x, w = varied(4, 256), varied(300, 256, seed=1).requires_grad_()
         x[1, 200] = bad
@@ -110,7 +114,7 @@ def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pyte
     assert seen and set(seen) == {"reference"}
 
 
-def test_there_are_first_derivatives_only() -> None:
+def test_second_derivatives_are_refused() -> None:
     x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128, requires_grad=True)
     for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -127,14 +131,14 @@ def test_sizes_of_zero(m: int, n: int, k: int) -> None:
     assert dx.shape == (m, k) and dw.shape == (n, k)
 
 
-def test_a_single_row_without_a_batch() -> None:
+def test_vector_is_multiplied_as_one_row() -> None:
     x, w = torch.randn(300, requires_grad=True), torch.randn(8, 300, requires_grad=True)
     y = fp8_matmul(x, w)
     assert y.shape == (8,) and torch.equal(y, fp8_matmul(x[None], w)[0])
     assert torch.autograd.grad(y.sum(), x)[0].shape == (300,)
 
 
-def test_what_cannot_be_multiplied() -> None:
+def test_operands_that_do_not_fit_are_refused() -> None:
     x, w = torch.randn(4, 128), torch.randn(8, 128)
     assert "x is torch.float64; want float32, bfloat16 or float16" in refusal(fp8_matmul, x.double(), w)
     assert "w is torch.int64" in refusal(fp8_matmul, x, w.long())

@@ -23,7 +23,7 @@ from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_e
 @pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-9])
-def test_gradients_written_out(
+def test_gradients_equal_the_written_out_computation(
     magnitude: float, dtype: torch.dtype, scale: Scale, grad_format: Literal["e4m3", "e5m2"]
 ) -> None:
     x = varied(2, 150, 576, dtype=dtype).requires_grad_()
@@ -43,13 +43,13 @@ def test_gradients_written_out(
     assert w.grad is not None and w.grad.dtype == torch.float32
     assert relative_error(x.grad.flatten(0, 1), dx) < tolerance
     assert relative_error(w.grad, dw) < tolerance
-    # and both are near what no quantisation would give: small gradients are not flushed
-    loss = QUANTISED if grad_format == "e4m3" else 4 * QUANTISED  # a bit less, an error twice as large
+    # and both are near the unquantized gradients: small ones are not flushed
+    loss = QUANTISED if grad_format == "e4m3" else 4 * QUANTISED  # one bit less doubles the error
     assert calc_diff(x.grad.flatten(0, 1), flat.double() @ w.double()) < loss
     assert calc_diff(w.grad, flat.double().T @ x.flatten(0, 1).double()) < loss
 
 
-def test_the_input_of_the_linear_after_attention_is_kept_in_e5m6() -> None:
+def test_saved_format_e5m6_is_what_backward_reads() -> None:
     x, w = varied(150, 256, dtype=torch.bfloat16).requires_grad_(), varied(130, 256, seed=1).requires_grad_()
     dy = varied(150, 130, dtype=torch.bfloat16, seed=2)
     y = fp8_matmul(x, w, saved_format="e5m6")
@@ -63,7 +63,7 @@ def test_the_input_of_the_linear_after_attention_is_kept_in_e5m6() -> None:
     assert relative_error(w.grad, plain) > rounding(BF16_UNIT)
 
 
-def test_a_quantised_input_is_kept_once_and_its_gradients_add_up() -> None:
+def test_shared_quantized_input_is_saved_once_and_gradients_add_up() -> None:
     x = varied(64, 256, dtype=torch.bfloat16).requires_grad_()
     w = [varied(n, 256, seed=n).requires_grad_() for n in (128, 200)]
     dy = [varied(64, n, dtype=torch.bfloat16, seed=n + 1) for n in (128, 200)]
@@ -117,7 +117,7 @@ def test_gradients_take_the_scale_kind_of_the_input() -> None:
 @pytest.mark.parametrize("magnitude", [1.0, 1e-9])
 @pytest.mark.parametrize("saved_format", ["e4m3", "e5m6"])
 def test_e5m6_is_saved_with_power_of_two_scales(saved_format: Literal["e4m3", "e5m6"], magnitude: float) -> None:
-    """Also where every activation is below the least amax: that floor is the same along a token and along a feature."""
+    """Check also activations below the smallest amax, whose floor is the same along tokens and features."""
     x, w = torch.randn(150, 200).mul(magnitude).requires_grad_(), varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, seed=2)
     (dw,) = torch.autograd.grad(fp8_matmul(x, w, scale="fp32", saved_format=saved_format), w, dy)
@@ -128,7 +128,7 @@ def test_e5m6_is_saved_with_power_of_two_scales(saved_format: Literal["e4m3", "e
 
 def count(t: Tensor, kept: dict[int, int]) -> Tensor:
     kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return t.detach()  # a graph that is held from within itself is never freed
+    return t.detach()  # a graph that holds itself is never freed
 
 
 def test_quantized_weight_has_no_gradient() -> None:
@@ -140,7 +140,7 @@ def test_quantized_weight_has_no_gradient() -> None:
 
 
 def test_weights_with_fp32_scales_are_not_rounded_to_bf16() -> None:
-    """A BF16 result is the FP32 one, rounded once; and so is the input's gradient."""
+    """Check that a BF16 result, and the input's gradient, is the FP32 one rounded once."""
     x, w = (
         varied(64, 256, dtype=torch.bfloat16).requires_grad_(),
         quantize(varied(200, 256, seed=1), (128, 128), "fp32"),
@@ -183,7 +183,7 @@ def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, se
 def test_weight_gradient_tiles_hold_one_expert_each(of_x: float, of_dy: float) -> None:
     sizes = [100, 28, 128]
     x, dy = torch.randn(256, 128), torch.randn(256, 64)
-    x[100:128] *= of_x  # beside the large tokens of the first expert these would be flushed
+    x[100:128] *= of_x  # in one tile with the large tokens of the first expert these would be flushed
     dy[100:128] *= of_dy
     w = varied(3, 64, 128, seed=1).requires_grad_()
     fp8_matmul(x, w, ends=torch.tensor(sizes).cumsum(0)).backward(dy)
@@ -197,7 +197,7 @@ def test_weight_gradient_tiles_hold_one_expert_each(of_x: float, of_dy: float) -
 
 @pytest.mark.parametrize("ends", [None, (0, 40, 150)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_swiglu_is_computed_again_from_what_was_kept(dtype: torch.dtype, ends: tuple[int, ...] | None) -> None:
+def test_swiglu_is_recomputed_from_its_saved_inputs(dtype: torch.dtype, ends: tuple[int, ...] | None) -> None:
     at = None if ends is None else torch.tensor(ends)
     gate, up = (varied(150, 256, dtype=dtype, seed=s).div(4).to(dtype).requires_grad_() for s in (0, 1))
     shape = (100, 256) if ends is None else (3, 100, 256)
@@ -225,8 +225,8 @@ def test_swiglu_is_computed_again_from_what_was_kept(dtype: torch.dtype, ends: t
         assert relative_error(a, b) < tolerance
 
 
-def test_swiglu_has_the_floors_of_activations() -> None:
-    """Of what it multiplies and of what it keeps: a tile below 1e-4 has the scale of 1e-4, and loses its last bits."""
+def test_swiglu_uses_the_amax_min_of_activations() -> None:
+    """Check products and saved inputs: a tile below 1e-4 has the scale of 1e-4, and loses its last bits."""
     gate, up = (torch.randn(64, 128).mul(3e-5).requires_grad_() for _ in range(2))
     w, dy = varied(64, 128, seed=2).requires_grad_(), torch.randn(64, 64)
     y = fp8_swiglu_matmul(gate, up, w)
@@ -249,7 +249,7 @@ def test_swiglu_has_the_floors_of_activations() -> None:
     assert relative_error(dw, rounded(dy, (128, 1), amax_min=SMALLEST_AMAX).T @ again) < near
 
 
-def test_swiglu_keeps_eight_bits_of_its_inputs() -> None:
+def test_swiglu_saves_eight_bits_of_its_inputs() -> None:
     gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s).requires_grad_() for s in (0, 1))
     w = varied(128, 256, seed=2).requires_grad_()
     kept: dict[int, int] = {}

@@ -1,9 +1,12 @@
-"""A tensor in a short format: what it holds, where its gradient goes, and what is refused."""
+"""Tests of a tensor in a short format: its parts, its gradient, and the inputs that it refuses."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from dsmini.numerics import (
@@ -13,6 +16,7 @@ from dsmini.numerics import (
     SMALLEST_AMAX,
     TOKEN_TILE,
     WEIGHT_TILE,
+    fp8_matmul,
     quantize,
 )
 from tests.helpers.configs import refusal
@@ -28,7 +32,7 @@ def code_bytes(shape: tuple[int, ...], format: str) -> int:
 
 @EVERY_CUT
 @EVERY_FORMAT
-def test_what_it_holds(shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any) -> None:
+def test_parts_of_a_quantized_tensor(shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any) -> None:
     x = torch.randn(shape).bfloat16()
     q = quantize(x, tile, format=format)
     assert q.shape == x.shape
@@ -43,11 +47,11 @@ def test_what_it_holds(shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...]
     back = q.dequantize()
     assert (back.shape, back.dtype) == (x.shape, torch.float32)
     assert relative_error(back, x) < FORMATS[format].unit
-    assert same(q.dequantize(torch.bfloat16), back)  # powers of two, and far from the smallest: nothing is rounded
+    assert same(q.dequantize(torch.bfloat16), back)  # powers of two far from the smallest: nothing is rounded
     assert q.dequantize(torch.float16).dtype == torch.float16
 
 
-def test_what_is_left_out() -> None:
+def test_defaults_of_quantize() -> None:
     assert (ACTIVATION_TILE, TOKEN_TILE, WEIGHT_TILE) == ((1, 128), (128, 1), (128, 128))
     assert (AMAX_MIN, SMALLEST_AMAX) == (1e-4, 2.0**-100)
     x = torch.randn(3, 300)
@@ -71,13 +75,13 @@ def test_three_dimensions_are_matrices() -> None:
         assert same(q.dequantize()[i], quantized(x[i].numpy(), (128, 128), "fp32", "e4m3", AMAX_MIN)[2])
 
 
-def test_columns_apart_in_memory() -> None:
+def test_strided_columns() -> None:
     x = torch.randn(5, 3, 130).transpose(0, 1)
     for tile in ((2, 64), "row", "tensor"):
         assert alike(quantize(x, tile), quantize(x.contiguous(), tile))  # pyright: ignore
 
 
-def test_x_is_left_as_it_was() -> None:
+def test_input_is_not_changed() -> None:
     x = torch.randn(4, 130) * 1e6
     before = x.clone()
     q = quantize(x)
@@ -86,13 +90,13 @@ def test_x_is_left_as_it_was() -> None:
     assert relative_error(q.dequantize(), x) < 2.0**-4
 
 
-# Its gradient
+# Gradient
 
 
 @EVERY_CUT
 @EVERY_FORMAT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_gradient_passes_straight_through(
+def test_gradient_passes_straight_through(
     shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any, dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape).mul(100).to(dtype).requires_grad_()
@@ -100,7 +104,7 @@ def test_the_gradient_passes_straight_through(
     grad = torch.randn(shape)
     (q.dequantize() * grad).sum().backward()
     assert x.grad is not None and x.grad.dtype == dtype
-    assert torch.equal(x.grad, grad.to(dtype))  # not as codes would have it
+    assert torch.equal(x.grad, grad.to(dtype))  # in x's dtype, not in that of codes
 
 
 def test_gradients_of_several_readers_add_up() -> None:
@@ -108,11 +112,11 @@ def test_gradients_of_several_readers_add_up() -> None:
     q = quantize(x * 2)
     (q.dequantize().sum() + 3 * q.dequantize(torch.bfloat16).float().sum()).backward()
     assert x.grad is not None and (x.grad == 8).all()
-    q.codes.float().sum(), q.scales.sum()  # of these none is taken
+    q.codes.float().sum(), q.scales.sum()  # these have no gradient
     assert not q.codes.requires_grad and not q.scales.requires_grad
 
 
-def test_no_gradient_where_none_is_wanted() -> None:
+def test_no_gradient_without_requires_grad() -> None:
     x = torch.randn(3, 130, requires_grad=True)
     with torch.no_grad():
         assert quantize(x).source is None
@@ -127,7 +131,7 @@ def test_no_gradient_where_none_is_wanted() -> None:
 
 
 @pytest.mark.parametrize("tile", [(1, 128), "tensor"])
-def test_the_graph_holds_nothing_of_the_size_of_x(tile: Any) -> None:
+def test_graph_holds_no_tensor_of_the_size_of_x(tile: Any) -> None:
     saved: list[Tensor] = []
     x = torch.randn(64, 256, requires_grad=True) * 1.0
 
@@ -147,7 +151,7 @@ def test_the_graph_holds_nothing_of_the_size_of_x(tile: Any) -> None:
     back.sum().backward()
 
 
-# Another place
+# Other devices and copies
 
 
 def test_another_device() -> None:
@@ -159,7 +163,21 @@ def test_another_device() -> None:
     assert alike(q.to("cpu"), q)
 
 
-def test_it_says_what_it_is() -> None:
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_pickle_and_deepcopy_give_an_equal_tensor_without_gradient(format: Any, gradient: bool) -> None:
+    q = quantize(torch.randn(3, 130, requires_grad=gradient), format=format)
+    for other in (pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+        assert alike(other, q) and other.source is None
+        assert (other.shape, other.tile, other.scale, other.format, other.dtype) == (
+            *(q.shape, q.tile, q.scale, q.format, q.dtype),
+        )
+        assert other.codes.dtype == q.codes.dtype and other.codes.data_ptr() != q.codes.data_ptr()
+    shallow = copy.copy(q)
+    assert shallow.source is q.source and shallow.codes is q.codes
+
+
+def test_repr() -> None:
     x = torch.cat([torch.full((1, 130), 448.0), torch.full((1, 130), 448 / 4.0)])
     assert repr(quantize(x.half())) == (
         "QuantizedTensor(e4m3 [2, 130] in tiles of 1x128, ue8m0 scales [2, 2] from 0.25 to 1, 276 bytes, "
@@ -172,16 +190,29 @@ def test_it_says_what_it_is() -> None:
     )
 
 
-# What is refused
+# Refused inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
-def test_dtypes_without_codes(dtype: torch.dtype) -> None:
+def test_unsupported_dtypes_are_refused(dtype: torch.dtype) -> None:
     said = refusal(quantize, torch.ones(3, 4).to(dtype))
     assert said == f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
 
 
-def test_a_number_has_no_tiles() -> None:
+def test_forward_mode_derivatives_are_refused() -> None:
+    """Check that they are refused: codes carry no tangent, so they would be zero."""
+    x, w, tangent = torch.randn(3, 130), torch.randn(5, 130), torch.ones(3, 130)
+    want = "has a forward-mode tangent, as in torch.func.jvp; want reverse mode: use backward()"
+    assert refusal(torch.func.jvp, lambda x: quantize(x).dequantize(), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, torch.func.vmap(lambda x: quantize(x).dequantize()), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, lambda x: fp8_matmul(x, w), (x,), (tangent,)) == f"x {want}"
+    assert refusal(torch.func.jvp, lambda w: fp8_matmul(x, w), (w,), (torch.ones_like(w),)) == f"w {want}"
+    with forward_ad.dual_level():
+        assert refusal(quantize, forward_ad.make_dual(x, tangent)) == f"x {want}"
+        assert alike(quantize(x), quantize(x)), "without a tangent it is served"
+
+
+def test_tensor_without_dimensions_is_refused() -> None:
     said = refusal(quantize, torch.tensor(1.0), "tensor")
     assert said == "x has no dimensions; want at least one, which tiles cut"
 
@@ -189,25 +220,25 @@ def test_a_number_has_no_tiles() -> None:
 @pytest.mark.parametrize(
     "tile", [(0, 1), (1, -128), (1,), (1, 2, 3), "rows", "", (1.5, 2), (True, 128), ("1", 2), 128, None, {1, 128}]
 )
-def test_tiles_that_are_none(tile: Any) -> None:
+def test_malformed_tiles_are_refused(tile: Any) -> None:
     said = refusal(quantize, torch.ones(3, 4), tile)
-    assert said == f"tile={tile!r} is no tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
+    assert said == f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
 
 
-def test_one_dimension_has_one_row() -> None:
+def test_tall_tile_of_a_vector_is_refused() -> None:
     said = refusal(quantize, torch.ones(300), (128, 1))
     assert said == "tile=(128, 1) has 128 rows, and a tensor of one dimension has one; use (1, 128)"
 
 
 @pytest.mark.parametrize("value", ["e4m3fn", "E4M3", "", "fp8", None])
-def test_unknown_formats_and_scales(value: Any) -> None:
+def test_unknown_formats_and_scales_are_refused(value: Any) -> None:
     x = torch.ones(3, 4)
     assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
     assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
 
 
 @pytest.mark.parametrize("amax_min", [0, 0.0, -1.0, 2.0**-101, float("inf"), -float("inf"), float("nan")])
-def test_floors_that_scales_cannot_follow(amax_min: float) -> None:
+def test_amax_min_out_of_range_is_refused(amax_min: float) -> None:
     said = refusal(quantize, torch.ones(3, 4), amax_min=amax_min)
     assert said == f"amax_min={amax_min}; want a finite number, 2^-100 or more: use 0.0001 or, for gradients, 2**-100"
     quantize(torch.zeros(3, 4), amax_min=SMALLEST_AMAX)

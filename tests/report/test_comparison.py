@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.question import Figure
+from benchmarks.case import Figure
 from dsmini.report.comparison import compare
 
 

@@ -47,13 +47,14 @@ def test_installed_package_has_no_commit_and_its_own_hash(tmp_path: Path, monkey
 
 def test_commit_of_a_checkout_says_if_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dsmini").mkdir()
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1"')
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "dsmini" / "__init__.py").write_text('__version__ = "1"')
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for args in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *args], check=True)
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     clean = provenance.commit()
     assert clean and len(clean) == 40
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "2"')
+    (tmp_path / "dsmini" / "__init__.py").write_text('__version__ = "2"')
     assert provenance.commit() == f"{clean}-dirty"
     assert provenance.versions()["dsmini"] == "2"

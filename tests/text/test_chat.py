@@ -162,7 +162,7 @@ def test_the_templates_surroundings(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% if %}", "the chat template of t.jinja is no Jinja template: "),
+        ("{% if %}", "the chat template of t.jinja is not a Jinja template: "),
         ("{{ raise_exception('turns must alternate') }}", "t.jinja refuses the conversation: turns must alternate"),
         ("{{ messages[0]['content'] + 1 }}", "t.jinja refuses the conversation: "),
         ("{{ messages[7].role.x }}", "t.jinja refuses the conversation: "),

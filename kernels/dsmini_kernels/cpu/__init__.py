@@ -18,9 +18,9 @@ __all__ = [
 
 
 def why_not() -> str | None:
-    """Compile and load; in one sentence why that failed, or None.
+    """Compile and load the library; return in one sentence why that failed, or None.
 
-    Raises: ValueError if DSMINI_CPU_ISA asks for what is unknown or not here.
+    Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     try:
         library()
@@ -30,11 +30,12 @@ def why_not() -> str | None:
 
 
 def expected() -> bool:
-    """Whether it is worth a warning that there are no kernels."""
+    """Return True: users of this backend want to know that it is missing."""
     return True
 
 
 def describe() -> str:
+    """Return the instruction set, the threads and the library's path."""
     loaded = library()
     threads = "on torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
     return f"{loaded.isa_name}, {threads}, {loaded.path}"

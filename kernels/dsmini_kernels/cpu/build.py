@@ -1,13 +1,13 @@
 """Compile the C++ once, and load it.
 
-The library lies in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so. The key hashes what it
-was made of: sources, flags, compiler, machine. It is built in a folder beside, then moved into its place, so that
-processes may build at the same time and a killed build leaves nothing that counts. A file whose content does not hash
-to its name is damaged, and built anew.
+The library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
+can write there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next
+to its place, tried in a process of its own (trial.py), then moved. So processes may build at the same time, and a
+killed build leaves nothing that counts. A file whose content does not hash to its name is damaged, and built again.
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
-loaded, through the address of its `GOMP_parallel`, which libgomp and LLVM's libomp on Linux have; elsewhere it runs in
-one thread.
+loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere the library
+runs in one thread.
 """
 
 import ctypes
@@ -17,12 +17,25 @@ import os
 import platform
 import shlex
 import shutil
-import stat
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
+
+from dsmini_kernels.cpu.folder import (
+    UntrustedFolderError,
+    can_write,
+    is_private_file,
+    new_temporary,
+    shared_temporary,
+    user_cache,
+)
+from dsmini_kernels.cpu.processes import Done, run_together
 
 HERE = Path(__file__).parent
 SOURCES = ("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "tiles.cpp", "library.cpp")
@@ -35,17 +48,21 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
+CALL = Struct("=23qdq")
+"""struct Call of tiles.h."""
+VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 240.0, 60.0
+"""Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
 
 class BuildError(Exception):
-    """There is no compiler, or it failed; the message is one sentence."""
+    """A missing or failing compiler; the message is one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
     path: Path
     isa: int
-    """What calls ask for, by ISA_NUMBERS: never best, but the best that is here."""
+    """Instruction set of calls, by ISA_NUMBERS: the best of this CPU, or the one that DSMINI_CPU_ISA names."""
     isa_name: str
     parallel: int
     """Address of GOMP_parallel, or 0."""
@@ -54,16 +71,16 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    """The compiled library, from the cache or built now.
+    """Load the compiled library, from the cache or built now.
 
-    Raises: BuildError, and ValueError if DSMINI_CPU_ISA asks for what is unknown or not here.
+    Raises: BuildError, and ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
     try:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
         loaded.dsmini_tiles.argtypes, loaded.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    except (OSError, AttributeError) as error:  # a compiler that made no library, a folder from which none may be run
+    except (OSError, AttributeError) as error:  # a folder from which no code may be run
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
     wanted = os.environ.get(ISA_VARIABLE) or "best"
     if wanted not in ISA_NUMBERS:
@@ -76,7 +93,12 @@ def library() -> Library:
 
 
 def find_or_build(sanitize: bool = False) -> Path:
-    """The library's path; with `sanitize` that of one that ends the process at the first wrong access.
+    """Return the path of the library, built now if it is not in a cache.
+
+    A cache that others can change is not used, and a warning says so; one that cannot be written is read all the same.
+
+    Args:
+        sanitize: build a library that ends the process at the first wrong access.
 
     Raises: BuildError.
     """
@@ -85,24 +107,49 @@ def find_or_build(sanitize: bool = False) -> Path:
     compiler = find_compiler()
     flags = FLAGS + (SANITIZE if sanitize else ())
     key = _key(compiler, flags)
-    folder = cache_folder()
-    if (path := _find(folder, key)) is None:
-        path = _build(compiler, flags, folder, key)
-    return path
+    refused: list[str] = []
+    for folder in _folders(refused):
+        path = _find(folder, key)
+        if path is None and can_write(folder):
+            path = _build(compiler, flags, folder, key, trial=not sanitize)
+        if path is not None:
+            if refused:
+                _warn_of_folders(refused, folder)
+            return path
+    raise BuildError(f"no folder for the compiled library can be written{''.join(f'; {why}' for why in refused)}")
+
+
+def _folders(refused: list[str]) -> Iterator[Path]:
+    """Yield folders that only this user can change; append to `refused` why others are not used."""
+    for private_folder in (user_cache, shared_temporary, new_temporary):
+        try:
+            yield private_folder()
+        except UntrustedFolderError as error:
+            refused.append(str(error))
+        except OSError:  # it cannot be made
+            continue
+
+
+def _warn_of_folders(refused: list[str], folder: Path) -> None:
+    warnings.warn(
+        f"dsmini's compiled kernels are stored in {folder}, because {'; '.join(refused)}; let XDG_CACHE_HOME be a "
+        "folder that you alone can write to, or take that right from others (chmod go-w)",
+        stacklevel=2,
+    )
 
 
 def find_compiler() -> tuple[str, ...]:
-    """$CXX, or else c++, g++ or clang++ on the PATH, as a command.
+    """Return the compiler as a command: $CXX, or else c++, g++ or clang++ on the PATH.
 
     Raises: BuildError.
     """
     try:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise BuildError(f"CXX={os.environ['CXX']!r} is no command: {error}") from None
+        raise BuildError(f"CXX={os.environ['CXX']!r} is not a command: {error}") from None
     if named:
         if shutil.which(named[0]) is None:
-            raise BuildError(f"CXX={named[0]} is no program; set it to a C++17 compiler")
+            raise BuildError(f"CXX={named[0]} is not a program; set it to a C++17 compiler")
         return tuple(named)
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
@@ -110,33 +157,8 @@ def find_compiler() -> tuple[str, ...]:
     raise BuildError("there is no C++ compiler: no CXX, and no c++, g++ or clang++ on the PATH")
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: the user's cache, or where that cannot be written, a private temporary folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "dsmini" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except OSError:
-        return _temporary_folder()
-
-
-def _temporary_folder() -> Path:
-    # Its name can be guessed: whatever is there and is not ours alone could hold anyone's code.
-    folder = Path(tempfile.gettempdir()) / f"dsmini-kernels-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
-            return folder
-        return Path(tempfile.mkdtemp(prefix="dsmini-kernels-"))
-    except OSError as error:
-        raise BuildError(f"no folder for the compiled library can be written: {error}") from None
-
-
 def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
-    version = _run([*compiler, "--version"])
+    (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
     parts = [repr((compiler, flags, _isas())), version.stdout, platform.machine(), _cpu_flags()]
@@ -152,7 +174,7 @@ def _isas() -> dict[str, tuple[str, ...]]:
 
 
 def _cpu_flags() -> str:
-    # A home directory may be shared by unlike machines.
+    # machines with different CPUs may share a home directory
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -163,7 +185,8 @@ def _cpu_flags() -> str:
 def _find(folder: Path, key: str) -> Path | None:
     for path in sorted(folder.glob(f"{key}-*.so")):
         try:
-            if path.name == _name(key, path):
+            content = _read_library(path)
+            if content is not None and path.name == _name(key, content):
                 return path
             path.unlink()
         except OSError:
@@ -171,50 +194,67 @@ def _find(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _name(key: str, path: Path) -> str:
-    return f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}.so"
+def _read_library(path: Path) -> bytes | None:
+    """Return the content of a file that only this user can change; None for any other."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        return file.read() if is_private_file(os.fstat(descriptor)) else None
 
 
-def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str) -> Path:
+def _name(key: str, content: bytes) -> str:
+    return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, trial: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+        built = Path(scratch) / "library.so"
         jobs = {name: [*more, str(HERE / "tiles.cpp")] for name, more in _isas().items()}
         jobs["library"] = [str(HERE / "library.cpp")]
-        commands = [[*compiler, *flags, "-c", *more, "-o", f"{scratch}/{name}.o"] for name, more in jobs.items()]
-        running = [_start(command) for command in commands]
-        for done in [_finish(process) for process in running]:
+        objects = [f"{scratch}/{name}.o" for name in jobs]
+        compiles = [[*compiler, *flags, "-c", *job, "-o", o] for job, o in zip(jobs.values(), objects, strict=True)]
+        for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
             if done.returncode != 0:
                 raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
-        objects = [f"{scratch}/{name}.o" for name in jobs]
-        linked = _run([*compiler, *flags, "-shared", *objects, "-o", f"{scratch}/library.so"])
+        link = [*compiler, *flags, "-shared", *objects, "-o", str(built)]
+        (linked,) = _run(shlex.join(compiler), [link], BUILD_SECONDS)
         if linked.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")
-        built = Path(scratch) / "library.so"
-        path = folder / _name(key, built)
+        if trial:
+            _try(built, compiler)
+        built.chmod(0o700)  # whatever the umask: nobody else may write into it
+        path = folder / _name(key, built.read_bytes())
         os.replace(built, path)  # not forced to the disk: the name holds the content's hash, so a torn file is found
     return path
 
 
-def _start(command: list[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+def _try(library: Path, compiler: tuple[str, ...]) -> None:
+    """Run the library in a process of its own, which it may end."""
+    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), CALL.format]
+    (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
+    if done.returncode == 0:
+        return
+    why = _last_line(done)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        why = f"it ends a process by {name}" + (", as code for another CPU does" if name == "SIGILL" else "")
+    raise BuildError(f"the library that {shlex.join(compiler)} makes does not work here: {why}; use another CXX")
 
 
-def _finish(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
-    output, _ = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
-
-
-def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]:
     try:
-        return _finish(_start(command))
-    except OSError as error:
-        return subprocess.CompletedProcess(command, -1, str(error))
+        return run_together(commands, seconds)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{what} did not end within {seconds:.0f} s") from None
 
 
-def _first_error(done: "subprocess.CompletedProcess[str]") -> str:
+def _first_error(done: Done) -> str:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"status {done.returncode}")
+
+
+def _last_line(done: Done) -> str:
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return lines[-1] if lines else f"status {done.returncode}"
 
 
 def _gomp_parallel() -> int:

@@ -58,8 +58,8 @@ V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// What compilers make poorly of plain vectors: short integers to and from int32, and the smaller of two floats, which
-// is b if there is a NaN.
+// Functions that compilers translate poorly from plain vectors: short integers to and from int32, and the smaller of
+// two floats, which is b if there is a NaN.
 #if BYTES == 64
 using Vector = __m512i;
 inline I widen(H x) { return (I)_mm512_cvtepu16_epi32((__m256i)x); }
@@ -89,10 +89,10 @@ inline F smaller(F a, F b) { return a < b ? a : b; }
 #endif
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The numbers of a format that every lane needs.
+// Constants of a format, one for each lane.
 struct Grid {
   F max;
-  I lowest, up;  // exponent bits of the smallest normal number; what makes an exponent that of `magic`
+  I lowest, up;  // exponent bits of the smallest normal number; distance from an exponent to that of `magic`
   int drop, sign;
   I nan;
   explicit Grid(const Format& f)
@@ -102,17 +102,17 @@ struct Grid {
         drop(23 - f.fraction_bits),
         sign(32 - f.bits),
         nan(splat(f.nan)) {}
-  I magic(F magnitude) const {  // of NaN something negative
+  I magic(F magnitude) const {  // negative for NaN
     return (I)((U)larger((I)magnitude & EXPONENT, lowest) + (U)up);
   }
-  F limit(F y) const { return smaller((F)((I)y & MAGNITUDE), max); }  // of NaN: max
+  F limit(F y) const { return smaller((F)((I)y & MAGNITUDE), max); }  // max for NaN
   I code(F magnitude) const {
     const I m = magic(magnitude);
     return ((m - up - lowest) >> drop) + ((I)(magnitude + (F)m) - m);
   }
 };
 
-// Input and output types. `Bits` is what memory holds; without the sign, larger numbers have larger bits.
+// Input and output types. `Bits` is the type in memory; without the sign, larger numbers have larger bits.
 struct Fp32 {
   using Bits = uint32_t;
   static F get(const void* p) { return load<F>(p); }
@@ -122,7 +122,7 @@ struct Bf16 {
   using Bits = uint16_t;
   static F get(const void* p) { return (F)(widen(load<H>(p)) << 16); }
   static H put(F x, bool exact) { return narrow((I)(rounded(x, exact) >> 16), Bits()); }
-  // To nearest even, in the high halves. NaN must be as QUIET_NAN, not to wrap round to zero.
+  // To nearest even, in the high halves. NaN must be QUIET_NAN, so that it does not wrap round to zero.
   static U rounded(F x, bool exact) { return exact ? (U)x : (U)x + (0x7FFF + (((U)x >> 16) & 1)); }
 };
 struct Fp16 {
@@ -147,8 +147,8 @@ struct Fp16 {
 #endif
 };
 
-// Two BF16 numbers lie in an int32, and both are FP32 numbers there but for a shift or a mask. Scales of columns then
-// lie in the same order: of each PAIR numbers first the even ones', then the odd ones'.
+// An int32 holds two BF16 numbers, and a shift or a mask makes each an FP32 number. Scales of columns have the same
+// order: of each PAIR of vectors first those of the even numbers, then those of the odd ones.
 constexpr int PAIR = 2 * LANES;
 template <class In, class Out>
 constexpr bool PAIRS = false;

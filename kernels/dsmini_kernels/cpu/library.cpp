@@ -1,4 +1,4 @@
-// The C side's one entry: check a call against the memory behind its pointers, plan it, run it.
+// The entry of the C++ side: check a call against the memory that its pointers have, plan it, run it.
 
 #include "tiles.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 128 << 10;  // of input, to stay in a core's second-level cache
 constexpr int64_t CHUNK_COLUMNS = 2048;
-constexpr int64_t STREAM_BYTES = 16 << 20;  // of output, from which on it would push everything else out of the cache
+constexpr int64_t STREAM_BYTES = 16 << 20;  // of output: more would push everything else out of the cache
 
 bool multiply(int64_t a, int64_t b, int64_t* out) { return !__builtin_mul_overflow(a, b, out); }
 bool add(int64_t a, int64_t b, int64_t* out) { return !__builtin_add_overflow(a, b, out); }

@@ -21,7 +21,7 @@ struct Magnitudes<4> {
   static constexpr int32_t MASK = MAGNITUDE;
 };
 
-// Calls body(vector of magnitudes, place) for n numbers; what fills up the last vector is zero.
+// Calls body(vector of magnitudes, place) for n numbers; the last vector is filled up with zeros.
 template <class Bits, class Body>
 inline void each_magnitude(const Bits* x, int64_t n, Body body) {
   using M = Magnitudes<sizeof(Bits)>;
@@ -73,7 +73,7 @@ inline auto largest(V v) {
 }
 #endif
 
-// Of each column over the rows. `high` has room for whole vectors.
+// The largest magnitude of each column. `high` has room for whole vectors.
 template <class Bits>
 void down_columns(const char* x, int64_t stride, int64_t rows, int64_t n, Bits* high) {
   using V = typename Magnitudes<sizeof(Bits)>::V;
@@ -99,7 +99,7 @@ inline typename Magnitudes<sizeof(Bits)>::V highest(const Bits* x, int64_t n) {
   return top;
 }
 
-// Of each tile of a row.
+// The largest magnitude of each tile of a row.
 template <class Bits>
 void across_tiles(const Bits* x, int64_t n, int64_t width, Bits* high) {
   if (width == 1) {

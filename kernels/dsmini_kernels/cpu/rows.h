@@ -17,7 +17,7 @@
 
 namespace {
 
-// A row has a scale for each tile, or SPREAD, for each column.
+// A row has a scale for each tile; with SPREAD, for each column.
 
 // Calls body(from, to, scale, factor, place in the row) for UNIT numbers of IN bytes each, which become OUT bytes each.
 template <int IN, int OUT, int UNIT, bool SPREAD, class Body>
@@ -46,8 +46,8 @@ inline void along(const char* x, char* out, int64_t n, int64_t width, const floa
 using Row = void (*)(const Plan&, const char* x, char* out, int64_t n, int64_t width, const float* scales,
                      const float* factors, bool past);
 
-// How y comes from x. EXACT: scales are powers of two and normal, so that no y is beyond the format's largest number,
-// and all values are BF16 numbers. Nothing is left to limit or to round, and what is not a number stays so by itself.
+// The way from x to y. EXACT: scales are powers of two and normal, so that no y is beyond the format's largest number,
+// and all values are BF16 numbers. Then nothing must be limited or rounded, and NaN stays NaN.
 enum Scaling { DIVIDE, MULTIPLY, EXACT };
 
 template <class In, class Out, Scaling SCALING, bool SPREAD>
@@ -59,7 +59,7 @@ void round_row(const Plan& plan, const char* x, char* out, int64_t n, int64_t wi
   const auto round = [&](F number, F scale, F factor) {
     const F y = SCALING == DIVIDE ? number / scale : number * factor;
     const F magnitude = exact ? (F)((I)y & MAGNITUDE) : grid.limit(y), magic = (F)grid.magic(magnitude);
-    F value = ((magnitude + magic) - magic) * scale;  // of NaN in a tile of NaN: max * NaN
+    F value = ((magnitude + magic) - magic) * scale;  // for NaN in a tile of NaN: max * NaN
     if (!exact && tiny) value = y != y ? (F)splat(QUIET_NAN) : value;
     return (F)((I)value | ((I)y & SIGN));
   };

@@ -1,4 +1,4 @@
-// Quantise, dequantise, and both at once, tile by tile. dsmini/numerics/tiles.py says what it computes, to the bit.
+// Quantize, dequantize, and both at once, tile by tile. dsmini/numerics/tiles.py defines the results, to the bit.
 //
 // One source for all instruction sets: it is compiled once for each, with WORK naming the entry and BYTES the width of
 // a vector. Everything else has no linkage, so that no linker can pick an AVX-512 version for a machine without.
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The work: bands of chunks, for which threads take turns.
+// The work: bands of chunks, which threads take one after the other.
 
 template <class In, class Out, Scaling SCALING>
 Row pick_round(bool spread) {
@@ -51,7 +51,7 @@ Row pick(const Plan& plan, bool spread) {
   }
 }
 
-// What a thread needs beside the tensors; every part has room for a chunk's columns in whole vectors.
+// The buffers of a thread; each has room for a chunk's columns in whole vectors.
 struct Scratch {
   char* memory;
   char* row;          // an output row on its way past the cache
@@ -150,7 +150,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
   const int64_t out_column = c.operation == QUANTIZE ? code_column : column * plan.out_bytes;
   const int64_t bytes = packed && !decode ? divide_up(n, 8) * 12 : n * plan.out_bytes;
   char* out = c.out + (batch * c.rows + row) * out_row + out_column;
-  // While a chunk is written, the one beside it comes into the cache. By themselves processors read on along rows only.
+  // Prefetch the next chunk while this one is written. By themselves processors prefetch along rows only.
   const int64_t width = n * plan.in_bytes;
   const int64_t ahead = !decode ? least(plan.chunk_columns, c.columns - column - n) * plan.in_bytes : 0;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || out_row % 64 == 0);

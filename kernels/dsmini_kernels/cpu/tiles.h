@@ -1,4 +1,4 @@
-// What library.cpp and the kernels of each instruction set share: a call as it comes from Python, and its plan.
+// Shared by library.cpp and the kernels of each instruction set: a call as it comes from Python, and its plan.
 
 #pragma once
 
@@ -11,7 +11,7 @@ enum Isa : int64_t { BEST, PORTABLE, AVX2, AVX512, ISAS };
 enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_SUCH_ISA, NO_MEMORY };
 
 // x [batch, rows, columns] with strides in elements; out and scales are contiguous. For dequantize x holds codes and
-// its strides are bytes. `*_bytes` is the memory behind each pointer. tiles.py packs this, field by field.
+// its strides are bytes. `*_bytes` is the memory from each pointer on. tiles.py packs this, field by field.
 struct Call {
   int64_t operation, isa, threads, in, out_type, format, powers_of_two;
   int64_t batch, rows, columns, tile_rows, tile_columns;
@@ -30,9 +30,9 @@ struct Call {
 struct Format {
   int bits, fraction_bits, bias;
   float max, least;     // numbers above zero
-  int nan;              // the code of what is not a number
-  int first_special;    // codes from here on are no numbers,
-  int infinity;         // save this one; -1 if the format has no infinities
+  int nan;              // the code of NaN
+  int first_special;    // codes from here on are NaN,
+  int infinity;         // except this one; -1 if the format has no infinities
 };
 
 constexpr Format FORMATS[] = {
@@ -41,17 +41,17 @@ constexpr Format FORMATS[] = {
     {12, 6, 15, 65024.0f, 0x1p-20f, 0x7FF, 0x7C0, -1},
 };
 
-// The matrix is cut into bands (the rows of a row of tiles) and those into chunks (columns of some tiles): so few that
-// the second pass over a chunk, which rounds, finds in the cache what the first pass, for the scales, has read.
+// The matrix is cut into bands (the rows of a row of tiles), and bands into chunks (columns of some tiles). A chunk is
+// so small that it is still in the cache when the second pass, which rounds, follows the first, which finds the scales.
 struct Plan {
   Call call;
   Format format;
-  int64_t in_bytes, out_bytes;  // an element's; for packed codes 0
-  int64_t tile_columns_all;     // tiles side by side
+  int64_t in_bytes, out_bytes;  // of an element; 0 for packed codes
+  int64_t tile_columns_all;     // tiles in a row of tiles
   int64_t bands, chunks, chunk_columns;
   const int64_t* first_band;    // of each group, where there are ends
   bool stream;                  // write past the cache
-  bool tiny;                    // scales may be 0, and 0 / 0 is no number
+  bool tiny;                    // scales may be 0, and 0 / 0 is NaN
   bool exact;                   // scales are powers of two and normal, and all values BF16 numbers
   int64_t spans;                // parts that threads fetch one after the other
   std::atomic<int64_t> next;

@@ -1,20 +1,17 @@
 """The tile primitives, with the signatures of their references in dsmini/numerics/tiles.py.
 
-Here a call is checked and described; tiles.cpp says how it is computed.
+This module checks a call and describes it to the C++; tiles.cpp computes it.
 """
 
 from collections.abc import Container
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import library
+from dsmini_kernels.cpu.build import CALL, library
 
-CALL = Struct("=23qdq")
-"""struct Call of tiles.h."""
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"e4m3": 0, "e5m2": 1, "e5m6": 2}
@@ -31,7 +28,7 @@ ERRORS = {
     7: "there is no memory left",
 }
 THREADED = 1 << 17
-"""Elements from which on two threads are faster than one."""
+"""Number of elements from which two threads are faster than one."""
 LARGEST = 2.0**127
 
 
@@ -79,7 +76,7 @@ def quantize_dequantize(
     _tiles(1, 1, tile)
     if ends is not None:
         if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
-            raise Unserved("`ends` are one dimension of integers beside a matrix")
+            raise Unserved("`ends` must be integers of one dimension, and x a matrix")
         ends = ends.long().contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     scale_kind = _pick(SCALES, scale, "scale")
@@ -88,12 +85,12 @@ def quantize_dequantize(
 
 
 def _plain(x: Tensor, dtypes: Container[torch.dtype]) -> Tensor:
-    """x, or a copy of it, as rows of neighbouring elements in main memory."""
+    """Return x, or a copy of it, as rows of contiguous elements in main memory."""
     if not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes or x.dim() < 2:
         raise Unserved(f"a tensor of {x.dtype} on {x.device} with {x.dim()} dimensions")
     if x.requires_grad and torch.is_grad_enabled():
         raise Unserved("kernels have no gradients, and this tensor wants one")
-    x = x.resolve_neg()  # else the memory holds the opposite of what x says
+    x = x.resolve_neg()  # else the memory holds -x
     if x.is_contiguous():
         return x
     if x.dim() <= 3 and x.stride(-1) == 1:

@@ -1,7 +1,7 @@
 """Operations on tiles as Triton kernels, for tensors on a GPU. Inside this package `import triton` means Triton itself.
 
-With TRITON_INTERPRET=1 set before Triton's first import its interpreter runs the same kernels, slowly and on tensors in
-main memory too: that is how they are tested where there is no GPU.
+With TRITON_INTERPRET=1 set before Triton's first import, its interpreter runs the same kernels, slowly, and on tensors
+in main memory too. The tests use it where there is no GPU.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ if _FOUND:
 
 
 def why_not() -> str | None:
-    """Why nothing here can run; None if it can."""
+    """Return in one sentence why these kernels cannot run; None if they can."""
     if not _FOUND:
         return "Triton is not installed; pip install triton"
     from dsmini_kernels.triton import tiles
@@ -34,12 +34,12 @@ def why_not() -> str | None:
 
 
 def expected() -> bool:
-    """Whether somebody who cannot have these kernels should hear of it."""
+    """Return True if a user of this machine wants to know that these kernels are missing."""
     return torch.cuda.is_available()
 
 
 def describe() -> str:
-    """The version, and what runs it."""
+    """Return Triton's version, and the GPU or the interpreter that runs the kernels."""
     from dsmini_kernels.triton import tiles
 
     where = "interpreted" if tiles.interpreting() else f"on {torch.cuda.get_device_name()}"

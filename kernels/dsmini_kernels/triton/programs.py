@@ -1,4 +1,4 @@
-"""The Triton programs on tiles, as tiles.py launches them. Rounding is integer arithmetic and one addition."""
+"""Triton programs on tiles, launched by tiles.py. Rounding is integer arithmetic and one addition."""
 
 import triton
 import triton.language as tl
@@ -29,9 +29,9 @@ def quantize_program(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """TILES neighbours in one row of tiles, as a block [TALL, TILES, WIDE] of x [batch * r, c], which is contiguous.
+    """Quantize TILES neighbours in one row of tiles: a block [TALL, TILES, WIDE] of contiguous x [batch * r, c].
 
-    floor is the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups up to powers of two.
+    floor is the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups rounded up to powers of two.
     """
     programs_a_row = (ct + TILES - 1) // TILES
     tile_row = tl.program_id(0) // programs_a_row
@@ -69,7 +69,7 @@ def quantize_program(
 
 @triton.jit
 def _scale_of(values, floor, MAX: tl.constexpr, UE8M0: tl.constexpr):
-    """FP32 scale of each tile of values [TALL, TILES, WIDE]; NaN where a value is not finite."""
+    """Return the FP32 scale of each tile of values [TALL, TILES, WIDE]; NaN where a value is not finite."""
     amax = tl.max(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=0)
     floored = tl.maximum(amax, floor).to(tl.float32, bitcast=True)
     scale = tl.div_rn(floored, MAX).to(tl.int32, bitcast=True)
@@ -81,8 +81,10 @@ def _scale_of(values, floor, MAX: tl.constexpr, UE8M0: tl.constexpr):
 
 @triton.jit
 def _rows_of_group(ends, groups, tile_row, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
-    """First row of a row of tiles and the row after its last, where tiles begin anew with each group. Behind the last
-    group's tiles both are 0."""
+    """Return the first row of a row of tiles and the row after its last, if each group begins a new tile.
+
+    After the last group's tiles both are 0.
+    """
     group = tl.arange(0, GROUPS)
     end = tl.load(ends + group, mask=group < groups, other=0).to(tl.int64)
     start = tl.load(ends + group - 1, mask=(group > 0) & (group < groups), other=0).to(tl.int64)
@@ -117,7 +119,7 @@ def dequantize_program(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A block [ROWS, COLUMNS] of values [rows, c] from codes [rows, width] of bytes. rows is batch * r."""
+    """Decode a block [ROWS, COLUMNS] of values [rows, c] from codes [rows, width] of bytes. rows is batch * r."""
     blocks_a_row = (c + COLUMNS - 1) // COLUMNS
     row = tl.program_id(0) // blocks_a_row * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks_a_row * COLUMNS + tl.arange(0, COLUMNS)
@@ -147,7 +149,7 @@ def dequantize_program(
 
 @triton.jit
 def pack_program(codes, out, n, c, width, BLOCK: tl.constexpr):
-    """BLOCK of the n bytes of out [rows, width], from int16 codes [rows, c]."""
+    """Pack int16 codes [rows, c] into BLOCK of the n bytes of out [rows, width]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, byte = at // width, at % width
     first = byte // 3 * 2
@@ -160,7 +162,7 @@ def pack_program(codes, out, n, c, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store(pointers, value, there, BF16: tl.constexpr):
-    """FP32 values, rounded once. BF16 by bits: the interpreter's cast cuts them off."""
+    """Store FP32 values, rounded once. BF16 is rounded by bits, since the interpreter's cast truncates."""
     if BF16:
         bits = value.to(tl.int32, bitcast=True)
         bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)

@@ -1,19 +1,20 @@
-"""Tiles of short codes with a scale each: quantise, dequantise, and both at once.
+"""Quantize and dequantize tiles of short codes with a scale each, and both at once.
 
-dsmini.numerics.tiles defines them, and these give the same bits.
+dsmini.numerics.tiles defines these operations. The kernels give the same bits.
 
-No short format's cast is used: not all GPUs have them, and the interpreter's are wrong. A format with m bits of
+No cast to a short format is used: not all GPUs have them, and the interpreter's are wrong. A format with m bits of
 fraction is rounded in FP32 by an addition. Let E be the exponent field of |y|, at least that of the format's smallest
-normal value, and magic the power of two with field E + 23 - m. FP32 has no bits below the format's last in
-|y| + magic, so
+normal value, and magic the power of two with field E + 23 - m. In |y| + magic FP32 has no bits below the format's
+last, so
 
     total = |y| + magic            is rounded, ties to even
     total - magic                  is the rounded value, exactly
-    bits(total) - bits(magic)      counts its steps within E, which with E makes the code
+    bits(total) - bits(magic)      counts its steps within E; together with E it gives the code
 
-This holds only while nobody reassociates the two, nor fuses the addition with what makes y. Triton does not
-reassociate; and y comes from a division, so that there is no multiplication to fuse. It is tl.div_rn, since `/` is not
-IEEE's on a GPU. Largest magnitudes are found as integers, which orders NaN above infinity and infinity above the rest.
+This holds only if the compiler neither reassociates the two nor fuses the addition with the computation of y. Triton
+does not reassociate. y comes from a division, so that there is no multiplication to fuse. The division is tl.div_rn,
+since `/` is not IEEE's on a GPU. The largest magnitude is found among integers, where NaN is above infinity and
+infinity above all numbers.
 """
 
 from typing import Any, NamedTuple
@@ -27,24 +28,24 @@ from dsmini_kernels import Unserved
 from dsmini_kernels.triton.programs import dequantize_program, pack_program, quantize_program
 
 BLOCK = 4096
-"""Elements that a program holds at a time, where its tile is not larger."""
+"""Number of elements that a program holds at a time, unless its tile is larger."""
 LARGEST_TILE = 32768
-"""Elements, sides rounded up to powers of two: what fits the registers of 16 warps."""
+"""Maximum number of elements of a tile, sides rounded up to powers of two: they fit the registers of 16 warps."""
 
 
 class Format(NamedTuple):
-    """Codes are without their sign, whose bit follows nan's, the code of ones."""
+    """A short format. Codes are given without their sign, whose bit is above those of nan, which are all ones."""
 
     mantissa: int
     bias: int
     max: float
     above: int
-    """The first code without a value."""
+    """First code without a value."""
     infinity: int
-    """The code that stands for infinity, or -1."""
+    """Code of infinity, or -1."""
     nan: int
     packed: bool
-    """Whether two codes share three bytes."""
+    """True if two codes share three bytes."""
 
 
 FORMATS = {
@@ -57,7 +58,7 @@ VALUES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> tuple[Tensor, Tensor]:
-    """Codes and FP32 scales, [*batch, ceil(r / tile[0]), ceil(c / tile[1])]."""
+    """Return codes, and FP32 scales [*batch, ceil(r / tile[0]), ceil(c / tile[1])]."""
     f = FORMATS[format]
     r, c = x.shape[-2:]
     scales = torch.empty(*x.shape[:-2], -(-r // tile[0]), -(-c // tile[1]), dtype=torch.float32, device=x.device)
@@ -75,10 +76,10 @@ def quantize_dequantize(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor:
-    """The values of the codes, without the codes. `ends`: the row after each group's last."""
+    """Return the values of the codes, without the codes. `ends`: the row after each group's last."""
     _check_values(dtype)
     if ends is not None and x.dim() != 2:
-        raise Unserved(f"groups of rows are a matrix's, and x has {x.dim()} dimensions")
+        raise Unserved(f"groups of rows want a matrix, and x has {x.dim()} dimensions")
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     _launch_quantize(x, out, None, tile, scale, FORMATS[format], amax_min, None if tile[0] == 1 else ends)
     return out
@@ -92,7 +93,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     columns: int | None = None,
 ) -> Tensor:
-    """code * scale in FP32, rounded to dtype."""
+    """Return code * scale in FP32, rounded to dtype."""
     _check_values(dtype)
     _check_device(codes)
     f = FORMATS[format]
@@ -133,12 +134,12 @@ def dequantize(
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs these kernels."""
+    """Return True if Triton's interpreter runs these kernels."""
     return not isinstance(quantize_program, triton.JITFunction)
 
 
 def halfway() -> bool:
-    """Whether the interpreter would run these kernels, and the compiler what they take from Triton's own library."""
+    """Return True if the interpreter would run these kernels, but the compiler the functions of Triton's library."""
     return interpreting() and isinstance(tl.max, triton.JITFunction)
 
 
@@ -152,7 +153,7 @@ def _launch_quantize(
     amax_min: float,
     ends: Tensor | None = None,
 ) -> None:
-    """Fill out with codes, and scales with scales; or, where these are None, out with values."""
+    """Fill out with codes, and scales with scales; if scales is None, fill out with values."""
     if x.dtype not in VALUES:
         raise Unserved(f"x is {x.dtype}; it takes float32, bfloat16 and float16")
     _check_device(x)
@@ -164,7 +165,7 @@ def _launch_quantize(
     if not x.numel():
         return
     if height == 1 and c % width == 0:
-        r, c = 1, x.numel()  # such tiles lie one after the other: a program takes some of several rows
+        r, c = 1, x.numel()  # such tiles are contiguous: a program takes tiles of several rows
     batch, rt, ct, groups = x.numel() // (r * c), -(-r // height), -(-c // width), 0 if ends is None else ends.shape[0]
     at_once = min(max(1, BLOCK // (tall * wide)), triton.next_power_of_2(ct))
     floor = torch.tensor(max(0.0, amax_min), dtype=torch.float32).view(torch.int32).item()
@@ -193,7 +194,7 @@ def _launch_quantize(
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """12-bit codes [..., c], two in three bytes, filled up with zeros to 12 ceil(c / 8) bytes."""
+    """Pack 12-bit codes [..., c], two in three bytes, filled up with zeros to 12 ceil(c / 8) bytes."""
     c, width = codes.shape[-1], -(-codes.shape[-1] // 8) * 12
     out = torch.empty(*codes.shape[:-1], width, dtype=torch.uint8, device=codes.device)
     if out.numel():
@@ -202,19 +203,19 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, programs: int, first: Tensor, *args: Any, **constants: Any) -> None:
-    """On the first tensor's GPU, and without fusing products with sums, which the kernels have nowhere anyway."""
+    """Run a kernel on the first tensor's GPU, without fusing products and sums."""
     with torch.cuda.device_of(first):
         kernel[(programs,)](first, *args, enable_fp_fusion=False, **constants)
 
 
 def _stored(out: Tensor) -> Tensor:
-    """BF16 is stored as the bits that programs.py makes."""
+    """Return the tensor that a kernel stores to: int16 for BF16, whose bits programs.py makes."""
     return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
 
 
 def _check_values(dtype: torch.dtype) -> None:
     if dtype not in VALUES:
-        raise Unserved(f"values of {dtype} are wanted; it makes float32, bfloat16 and float16")
+        raise Unserved(f"got dtype={dtype}; it gives float32, bfloat16 and float16")
 
 
 def _check_device(x: Tensor) -> None:

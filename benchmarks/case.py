@@ -1,11 +1,6 @@
-"""Questions: cases that are measured one after the other, and figures that answer.
+"""Things that a question is made of: the setting, its cases, and the maker of its figures.
 
-A question is a module of questions/ whose docstring is the title and what to know of it, with
-
-    figure = Figures("decode", higher={"tokens_per_s": "tokens/s"})
-    QUESTION = Question.described("decode", __doc__, cases, finding, plots)
-
-Its cases come from the setting alone, each with an estimate of its time; a case yields figures, predicted next to
+Its cases come from the setting alone, each with an estimate of its time. A case yields figures, predicted next to
 measured. Findings and plots are made from figures, so that a report can be drawn again from a file of results.
 """
 
@@ -20,9 +15,9 @@ import torch
 from dsmini.measure.rates import Roofs
 from dsmini.measure.timing import spread
 from dsmini.measure.workloads import dtype_name
-from dsmini.report import Figure, Plot, Series, Value, pick
+from dsmini.report import Figure, Plot, Series, Value, pick, values
 
-__all__ = ["Case", "Figure", "Figures", "Plot", "Question", "Series", "Setting", "Value", "cases_over", "pick"]
+__all__ = ["Case", "Figure", "Figures", "Plot", "Series", "Setting", "Value", "cases_over", "pick", "values"]
 
 REACHED = 0.5
 """Share of the peak that the products of a model reach, in estimates of time."""
@@ -52,7 +47,7 @@ class Case:
     """Estimated seconds on any machine: the time that is given to rounds, and setting up."""
     run: Callable[[], Iterable[Figure]]
     flops: float = 0.0
-    """FLOPs of the products that must be made besides. A slow machine takes longer for them."""
+    """FLOPs of the products on top of that. A slow machine takes longer for them."""
     dtype: torch.dtype | None = None
     """Dtype of these products, if not the setting's."""
 
@@ -92,38 +87,6 @@ class Figures:
         told: dict[str, Any] = {"unit": unit, "better": better, **found, **values}
         return Figure(question=self.question, case=case, metric=metric, **told)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question of the benchmarks."""
-
-    name: str
-    """As in python -m benchmarks NAME."""
-    title: str
-    cases: Callable[[Setting], list[Case]]
-    finding: Callable[[list[Figure]], str]
-    """Makes one sentence of figures, which may be incomplete."""
-    plots: Callable[[list[Figure]], list[Plot]]
-    needs: str | None = None
-    """Reason why it cannot run here, such as a package that is not installed; None if it can."""
-    on_request: bool = False
-    """Left out of a run that names no questions, because it takes long."""
-    needs_text: str = ""
-    """The text that --text must name for it, in words; empty if it reads none."""
-    about: str = ""
-    """Two or three sentences on how it is measured and what is simulated."""
-
-    @classmethod
-    def described(
-        cls,
-        name: str,
-        doc: str | None,
-        cases: Callable[[Setting], list[Case]],
-        finding: Callable[[list[Figure]], str],
-        plots: Callable[[list[Figure]], list[Plot]],
-        **options: Any,
-    ) -> "Question":
-        """Return a question whose title is the first line of its module's docstring, and about the rest."""
-        title, _, about = (doc or "").partition("\n")
-        about = " ".join(about.split())
-        return cls(name=name, title=title, about=about, cases=cases, finding=finding, plots=plots, **options)
+    def left_out(self, metric: str, case: Mapping[str, Value], reason: str) -> Figure:
+        """Return a figure that was not measured, and says why."""
+        return self(metric, case, note=f"left out: {reason}")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.questions import mtp
+from benchmarks.questions.mtp import expected_acceptance, in_turns, tokens_per_step
 from dsmini import Transformer
-from dsmini.measure import speculation
-from dsmini.measure.speculation import expected_acceptance, in_turns, tokens_per_step
 from tests.conftest import randomise
 from tests.helpers.questions import TINY
 
@@ -35,13 +35,13 @@ def test_expected_acceptance_of_guesses_that_are_the_trunks_own(monkeypatch: pyt
 
 def test_an_unequal_continuation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Transformer(dataclasses.replace(TINY, n_mtp_layers=1))).eval()
-    generate = speculation.generate
+    generate = mtp.generate
 
     def wrong(*args: Any, speculative: bool, **more: Any) -> Any:
         done = generate(*args, speculative=speculative, **more)
         return done._replace(tokens=done.tokens + speculative)
 
     in_turns(model, [torch.tensor([1, 2])], 0.0, 3)
-    monkeypatch.setattr(speculation, "generate", wrong)
+    monkeypatch.setattr(mtp, "generate", wrong)
     with pytest.raises(AssertionError, match="changed the greedy continuation"):
         in_turns(model, [torch.tensor([1, 2])], 0.0, 3)

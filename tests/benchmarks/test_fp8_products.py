@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import Transformer, accounting
-from dsmini.measure.fp8 import (
+from benchmarks.fp8_products import (
     PRODUCTS,
     WAYS,
     Gemm,
     capture,
     exact_products,
-    hold_in_fp8,
     operand_error,
     product_error,
     rounded_products,
 )
+from benchmarks.questions.fp8 import hold_in_fp8
+from dsmini import Transformer, accounting
 from dsmini.measure.memory import storage_bytes
 from dsmini.numerics import E4M3, E5M2, fp8_matmul, round_tiles
 from tests.conftest import randomise
