@@ -7,7 +7,6 @@ each element that it writes.
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -110,10 +109,10 @@ def _plot(step: str, found: list[Figure], shares: list[Figure], memory: float, a
     at = [float(f.case["intensity"]) for f in found]
     low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
     series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
-    seconds = Counter({str(f.case["kind"]): 0.0 for f in found})
+    seconds = {str(f.case["kind"]): 0.0 for f in found}
     for f in shares:
         seconds[str(f.case["kind"])] += f.measured or 0.0
-    kinds = [kind for kind, _ in seconds.most_common()]
+    kinds = sorted(seconds, key=lambda kind: -seconds[kind])
     named = {kind: [kind] for kind in kinds[:MOST_KINDS]} | {"others": kinds[MOST_KINDS:]}
     for kind, members in named.items():
         some = [f for f in found if f.case["kind"] in members]

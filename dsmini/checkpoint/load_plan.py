@@ -1,4 +1,4 @@
-"""The plan of a load: which tensor of a folder goes where in a model, found from headers and shapes alone."""
+"""The plan of a load: the place in a model of each tensor of a folder, found from headers and shapes alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.checkpoint.tensor_names import hf_name, inference_name, mtp_copies
 from dsmini.config.fields import require
 from dsmini.nn import Transformer
+from dsmini.reading import listed
 
 PLAIN = ("BF16", "F32", "F16")
 """Stored dtypes of tensors that are not FP8."""
@@ -56,8 +57,7 @@ class LoadPlan:
         mixed = [name for name, kinds in self.kinds().items() if torch.float8_e4m3fn in kinds and len(kinds) > 1]
         require(
             not mixed,
-            f"{self.folder} has some experts in FP8 and others not, in {', '.join(mixed)}; load it with "
-            "fp8='dequantize'",
+            f"{self.folder} has some experts in FP8 and others not, in {listed(mixed)}; load it with fp8='dequantize'",
         )
 
 
@@ -68,7 +68,7 @@ def plan_load(model: Transformer, tensors: Mapping[str, Stored], folder: Path, q
         model: may be on the meta device.
         quantized: the folder's config allows FP8 weights.
 
-    Raises: ValueError listing all that are missing, unknown, or do not fit.
+    Raises: ValueError listing all tensors that are missing or unknown, or do not fit.
     """
     n_layers = model.config.n_layers
     inference = is_inference_layout(folder)
@@ -100,7 +100,7 @@ def plan_load(model: Transformer, tensors: Mapping[str, Stored], folder: Path, q
 
 
 class _Search:
-    """A look-up among a folder's tensors that remembers all that is wrong with them."""
+    """A look-up in a folder's tensors that collects everything that is wrong with them."""
 
     def __init__(self, tensors: Mapping[str, Stored]) -> None:
         self.tensors = tensors
@@ -109,7 +109,7 @@ class _Search:
         self.wrong: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Stored | None:
-        """Return a tensor that is wanted in this shape and one of these stored dtypes; None if it is not there."""
+        """Return the tensor of this name, wanted in this shape and one of these dtypes; None if it is missing."""
         self.used.add(name)
         got = self.tensors.get(name)
         if got is None:
@@ -123,9 +123,9 @@ class _Search:
     def refuse_misfits(self, folder: Path) -> None:
         """Raise ValueError with all that is missing, unknown or wrong."""
         unknown = sorted(self.tensors.keys() - self.used)
-        parts = [f"it lacks {', '.join(self.missing)}"] if self.missing else []
-        parts += [f"it has tensors that belong nowhere: {', '.join(unknown)}"] if unknown else []
-        parts += self.wrong
+        parts = [f"it lacks {listed(self.missing)}"] if self.missing else []
+        parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
+        parts += [*self.wrong[:50], *([f"and {len(self.wrong) - 50:,} more"] if len(self.wrong) > 50 else [])]
         require(
             not parts,
             f"{folder} does not hold the model that its config describes: {'; '.join(parts)}; "

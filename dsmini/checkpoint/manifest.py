@@ -1,16 +1,16 @@
 """Folders with a checksum for every file.
 
-They are whole or not there (see dsmini/atomic.py). What breaks later, a lost file or a flipped bit, is found by
-`verify` before anything is read.
+A folder is written whole or not at all (see dsmini/atomic.py). Later damage, such as a lost file or a flipped bit, is
+found by `verify` before anything is read.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsmini.atomic import as_json, new_folder, remove_leftovers
+from dsmini.reading import is_there, open_regular, parse_json, read_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -19,12 +19,12 @@ FORMAT = 1
 def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
     """Make `folder` with these files and their manifest, all at once.
 
-    One that is there already is replaced. No other process may be writing in the folder above.
+    An existing folder is replaced. No other process may be writing in the folder above.
 
     Args:
         files: the writer of each file, by name.
 
-    Raises: OSError; nothing of the attempt is left then.
+    Raises: OSError; then nothing of the attempt is left.
     """
     remove_leftovers(folder.parent)
     with new_folder(folder, replace=True) as partial:
@@ -53,13 +53,10 @@ def verify(folder: Path, names: Iterable[str]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {MANIFEST}: {error}") from None
+    if not is_there(path):
+        raise ValueError(f"{MANIFEST} is missing")
+    text = read_text(path)
+    raw = parse_json(text, MANIFEST)
     if text != as_json(raw):
         raise ValueError(f"{MANIFEST} is damaged: it is not as it was written")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -75,14 +72,14 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _fingerprint_if_there(path: Path) -> dict[str, Any] | None:
+    if not is_there(path):
+        return None
     try:
         return _fingerprint(path)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise ValueError(f"cannot read {path.name}: {error.strerror}") from None

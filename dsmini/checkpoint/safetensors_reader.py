@@ -8,13 +8,14 @@ from torch import Tensor
 
 from dsmini.checkpoint.safetensors_file import DTYPES, StoredPiece, read_header
 from dsmini.checkpoint.safetensors_folder import folder_tensors
+from dsmini.reading import open_regular
 
 
 class SafetensorsReader:
     """The tensors of a file or folder, read from mapped files when they are asked for.
 
-    Opening it reads and checks all headers and no tensor. Nothing is unpickled. Memory holds what the caller keeps:
-    pages that were read go away with `release`.
+    Opening reads and checks all headers, but no tensor. Nothing is unpickled. `release` frees the pages of a tensor
+    that was read.
 
     Raises: ValueError naming every file that is missing or wrong, and what is wrong with it.
     """
@@ -30,7 +31,7 @@ class SafetensorsReader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU. Stored in a single piece it is a view of the file that copies when written to."""
+        """Return a tensor on the CPU; one in a single piece is a view of the file, with copy on write."""
         stored = self.tensors[name]
         dtype = DTYPES[stored.dtype]
         views = [self._view(piece, dtype) for piece in stored.pieces]
@@ -45,7 +46,7 @@ class SafetensorsReader:
         return {name: self.read(name) for name in self.tensors}
 
     def release(self, name: str) -> None:
-        """Let go of the memory of a tensor's pages. Views of it lose what was written to them."""
+        """Free the memory of a tensor's pages. Views of it lose what was written to them."""
         page = mmap.PAGESIZE
         for piece in self.tensors[name].pieces:
             start = piece.start // page * page
@@ -56,10 +57,19 @@ class SafetensorsReader:
         if piece.end == piece.start:
             return torch.empty(piece.shape, dtype=dtype)
         if piece.file not in self._maps:
-            with piece.file.open("rb") as file:  # private, so that torch may have it writable
+            with open_regular(piece.file) as file:  # private, so that torch may have it writable
                 self._maps[piece.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         raw = torch.frombuffer(
             self._maps[piece.file], dtype=torch.uint8, count=piece.end - piece.start, offset=piece.start
         )
         raw = raw if piece.start % dtype.itemsize == 0 else raw.clone()
         return raw.view(dtype).view(piece.shape)
+
+
+def refuse_bad_scales(name: str, scales: Tensor) -> None:
+    """Raise ValueError for scales of FP8 codes that are zero, negative, infinite or NaN: codes have no meaning then."""
+    values = scales.float()
+    good = values.isfinite() & (values > 0)
+    if not bool(good.all()):
+        worst = float(values[~good].flatten()[0])
+        raise ValueError(f"{name} has the FP8 scale {worst}; want finite ones above 0: fetch the file again")

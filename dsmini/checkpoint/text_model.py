@@ -1,4 +1,4 @@
-"""A model with its text side, from whatever people name: a training run, a checkpoint of it, or a model's folder."""
+"""A model with its text side, from a training run, one of its checkpoints, or a model's folder."""
 
 import warnings
 from functools import partial
@@ -13,6 +13,7 @@ from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.messages import say
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
+from dsmini.reading import check_path, is_there
 from dsmini.text.text_side import TextSide, read_text_side
 
 
@@ -28,11 +29,12 @@ def load_text_model(
     """Load a model; return it, its text side, and whether it is a training run's. The arguments are the flags of
     python -m dsmini.generate. Damaged checkpoints that are passed over and warnings are lines on the standard error.
 
-    Raises: ValueError for a path that is neither, and for a flag that is for the other.
+    Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
     """
     note = partial(say, Console(stderr=True))
     place = pick_device(device)
-    if path.is_dir() and not (path / "config.toml").is_file():
+    check_path(path, "path")
+    if path.is_dir() and not is_there(path / "config.toml"):
         if not any(path.glob("config*.json")):
             raise ValueError(
                 f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; "

@@ -1,4 +1,4 @@
-"""The model that a training run has saved, to be evaluated or to start another run from."""
+"""The saved model of a training run, to evaluate it or to start another run."""
 
 import re
 import warnings
@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.run_folder import run_config
 from dsmini.checkpoint.training_state import Checkpoint, check_tensors, last_checkpoint, read_checkpoint
 from dsmini.config import RunConfig
 from dsmini.nn import Transformer
+from dsmini.reading import check_path
 
 
 def load_run(
@@ -25,24 +27,29 @@ def load_run(
 
     Args:
         average: load the parameters' average over the steps instead of the last ones.
-        say: told about each checkpoint that is damaged, and passed over.
+        say: told about each damaged checkpoint that is passed over.
 
-    Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
+    Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
     """
     checkpoint = model_checkpoint(path, average=average, say=say)
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors["model"].values())
+    refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
     model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
     model.load_state_dict(model_tensors(checkpoint))
     return model.eval(), checkpoint.config
 
 
 def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
-    """Read the checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
+    """Read the checkpoint that load_run takes, with only the tensors of a model. See load_run."""
+    check_path(path, "run")
     single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
     parts = ["model", "average"] if average else ["model"]
     if average and run_config(path).train.ema_decay is None:
-        raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
+        raise ValueError(f"{path} stored no average of its parameters; train with --train.ema-decay 0.99 to have one")
 
     def fits(checkpoint: Checkpoint) -> None:
+        parts = sum(len(t) if t.dim() == 3 else 1 for t in checkpoint.tensors["model"].values())
+        refuse_more_parts(checkpoint.config.model, parts, "model.safetensors")
         with torch.device("meta"):
             want = Transformer(checkpoint.config.model).state_dict()
         check_tensors(model_tensors(checkpoint), want, "model.safetensors")

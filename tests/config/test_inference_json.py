@@ -33,7 +33,7 @@ V3_INFERENCE = {
 
 
 def test_omitted_keys_take_model_args_defaults(tmp_path: Path) -> None:
-    """What DeepSeek's files leave out is what its ModelArgs say, not the toy's."""
+    """Keys that DeepSeek's files leave out take the defaults of its ModelArgs, not the toy's."""
     config = ModelConfig.from_file(written(tmp_path, {}))
     assert config.extended
     assert config == released("deepseek-v2-lite", max_seq_len=16384, mscale=1.0, mscale_all_dim=1.0)
@@ -111,7 +111,7 @@ def test_inference_keys_are_honoured(tmp_path: Path) -> None:
         ({"dim": "x"}, "x.json: dim='x' is not a whole number"),
         ({"n_heads": 0}, "x.json: n_heads=0 is not positive; use 1 or more"),
         ([1, 2], "{path} holds a list, want a table of keys"),
-        ("{", "cannot read the config file {path}: Expecting property name"),
+        ("{", "{path} is not JSON: Expecting property name"),
         ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
         (
             {"model_type": "deepseek_v3", "kv_lora_rank": 512},
