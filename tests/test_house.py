@@ -227,13 +227,13 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3320,
+    "benchmarks": 3375,
     "dsmini/accounting": 1300,
     "dsmini/functional": 980,
     "dsmini/inference": 970,
     "dsmini/measure": 1140,
     "dsmini/nn": 2020,
-    "dsmini/report": 1400,
+    "dsmini/report": 1490,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
 """Files and functions of nn/ in a forward pass. An operation of functional/ counts as the one name that nn/ calls,
