@@ -49,10 +49,10 @@ def busy_warnings(results: Results, names: Iterable[str]) -> list[str]:
     ]
 
 
-def rates(kept: Mapping[str, Any]) -> dict[str, str]:
+def rates(stored: Mapping[str, Any]) -> dict[str, str]:
     """Return the rates of a machine in words; none if an older version measured other ones."""
     try:
-        roofs = from_json(kept)
+        roofs = from_json(stored)
     except (KeyError, TypeError, AttributeError):
         return {}
     said = {f"matrix product, {dtype}": human(rate, "FLOP/s") for dtype, rate in roofs.peak.items()}

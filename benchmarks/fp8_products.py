@@ -107,11 +107,11 @@ def rounded_products(g: Gemm, way: Way) -> dict[str, Tensor]:
     """Compute fprop, dgrad and wgrad of rounded operands, multiplied and summed in FP32."""
     x, w = way.round(g.x, ACTIVATION_TILE), way.round(g.w, WEIGHT_TILE)
     if g.saved_format == "e4m3":
-        kept = x
+        saved = x
     else:  # its scales are always powers of two
-        kept = dataclasses.replace(way, scale="ue8m0").round(g.x, ACTIVATION_TILE, g.saved_format)
+        saved = dataclasses.replace(way, scale="ue8m0").round(g.x, ACTIVATION_TILE, g.saved_format)
     dy, dy_by_token = way.gradient(g.dy, ACTIVATION_TILE), way.gradient(g.dy, TOKEN_TILE)
-    return {"fprop": x @ w.T, "dgrad": dy @ w, "wgrad": dy_by_token.T @ way.round(kept, TOKEN_TILE)}
+    return {"fprop": x @ w.T, "dgrad": dy @ w, "wgrad": dy_by_token.T @ way.round(saved, TOKEN_TILE)}
 
 
 def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:

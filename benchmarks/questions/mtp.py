@@ -109,10 +109,10 @@ def _figures(
         expected: predicted tokens of a step.
         cost: predicted time of a step with drafts, over that of a step without.
     """
-    drafted_kept = (expected - 1) / int(case["depth"])  # of all drafts, those after a rejected one included
+    accepted_of_all = (expected - 1) / int(case["depth"])  # of all drafts, those after a rejected one included
     faster = [g.tokens_per_s / p.tokens_per_s for p, g in zip(plain, drafting, strict=True)]
     note = "predicted from held-out text; quartiles over prompts"
-    yield figure("acceptance", case, [s.acceptance_rate for s in drafting], predicted=drafted_kept, note=note)
+    yield figure("acceptance", case, [s.acceptance_rate for s in drafting], predicted=accepted_of_all, note=note)
     yield figure("tokens_per_step", case, [s.tokens_per_step for s in drafting], predicted=expected, note=note)
     note = "predicted: tokens a step over the cost of a step from counted operations; quartiles over prompts"
     yield figure("speedup", case, faster, predicted=expected / cost, note=note)
@@ -131,13 +131,13 @@ def step_seconds(model: Transformer, prompt: Tensor, speculative: bool, roofs: R
     return prediction.seconds(count(lambda: next(generation), roofs.cache_bytes), roofs)
 
 
-def tokens_per_step(kept: list[float]) -> float:
+def tokens_per_step(accepted: list[float]) -> float:
     """Compute the expected tokens of a step: one, and for each depth the probability that its draft is accepted.
 
     Args:
-        kept: at k - 1 the probability that draft k is accepted if all drafts before it were.
+        accepted: at k - 1 the probability that draft k is accepted if all drafts before it were.
     """
-    return 1.0 + sum(itertools.accumulate(kept, operator.mul))
+    return 1.0 + sum(itertools.accumulate(accepted, operator.mul))
 
 
 @torch.inference_mode()
@@ -147,16 +147,16 @@ def expected_acceptance(model: Transformer, tokens: Tensor, temperature: float) 
     It is the sum of min(p, q) over the vocabulary; in greedy decoding, the share of positions with equal argmax.
     """
     out = model.run(tokens, mtp=True)
-    kept: list[float] = []
+    accepted: list[float] = []
     for k, logits in enumerate(out.mtp_logits, 1):
         pair = out.logits[:, k:].float(), logits.float()  # both predict token i + k + 1
         if temperature:
             p, q = ((each / temperature).softmax(-1) for each in pair)
-            kept.append(torch.minimum(p, q).sum(-1).mean().item())
+            accepted.append(torch.minimum(p, q).sum(-1).mean().item())
         else:
             p, q = (each.argmax(-1) for each in pair)
-            kept.append((p == q).float().mean().item())
-    return kept
+            accepted.append((p == q).float().mean().item())
+    return accepted
 
 
 def in_turns(

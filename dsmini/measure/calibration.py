@@ -53,17 +53,17 @@ def load_or_measure(
     keep = keep or cache / "dsmini" / "roofs.json"
     key = json.dumps([VERSION, card(device)], sort_keys=True)
     try:
-        kept = read_table(keep)
+        stored = read_table(keep)
     except ValueError:
-        kept = {}
+        stored = {}
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-            return from_json(kept[key])
+            return from_json(stored[key])
     roofs = measure(device, on_part)
-    kept = {**(kept if isinstance(kept, dict) else {}), key: asdict(roofs)}
+    stored = {**(stored if isinstance(stored, dict) else {}), key: asdict(roofs)}
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
-        write_text(keep, json.dumps(kept))
+        write_text(keep, json.dumps(stored))
     return roofs
 
 

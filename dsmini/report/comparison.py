@@ -94,7 +94,9 @@ def _value(figure: Figure | None) -> float | None:
 def _change(old: Figure | None, new: Figure | None) -> Change:
     name = new or old
     assert name is not None, "at least one run has the figure"
-    verdict = _verdict(old, new) if old and new else "new" if new else "gone"
+    verdict: Verdict = "new" if new else "gone"
+    if old and new:
+        verdict = _verdict(old, new)
     return Change(name=name, old=_value(old), new=_value(new), verdict=verdict)
 
 
