@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsmini.functional.cached_attention import keys_to_read
+from dsmini.functional.cached_attention import Mask, hidden_keys, keys_to_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,11 @@ class Window:
             return None
         keys = torch.arange(self.end, device=self.positions.device)
         return keys > self.positions[..., None]
+
+    def masked(self, mask: Mask) -> Bool[Tensor, "#b s t"]:
+        """Return the mask with that of a layer added to it."""
+        queries = self.positions.clamp(max=self.end - 1)  # those of padding may lie after all keys
+        return hidden_keys(mask, queries, self.end)
 
     def shifted(self, depth: int) -> "Window":
         """Return the window of the multi-token prediction block of this depth.
