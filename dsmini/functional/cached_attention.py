@@ -143,6 +143,8 @@ def cached_attention(
 @cached_attention.eager
 def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Compute cached_attention for 128 queries at a time, with logits in q's dtype."""
+    if not q.numel() or not k.numel():
+        return cached_attention.reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
     blocks = []
     for start in range(0, s, BLOCK):

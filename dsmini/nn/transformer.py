@@ -178,7 +178,8 @@ class Transformer(nn.Module):
         Raises: ValueError as forward does.
         """
         if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; want int64 [batch, sequence]")
+            got = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens are {got}; want int64 [batch, sequence], one token or more")
         if tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than max_seq_len={self.config.max_seq_len}; "
