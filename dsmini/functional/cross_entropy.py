@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
@@ -107,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return hidden, weight, None, None, None
