@@ -123,10 +123,12 @@ def fp8_experts(
     return y
 
 
-@fp8_experts.for_transforms
-@quantized_experts.for_transforms
-def _(*_: Any) -> Tensor:
+def _refuse_transforms(*_: Any, **__: Any) -> Any:
     raise ValueError("experts in FP8 have no version for torch.func and torch.export; use a model without FP8")
+
+
+quantized_experts.for_transforms(_refuse_transforms)
+fp8_experts.for_transforms(_refuse_transforms)
 
 
 @fp8_experts.eager

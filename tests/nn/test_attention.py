@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import Attention
+from dsmini import MLA, Attention, FeedForward, MoE, ops
 from dsmini.functional import cached_attention as attention
+from tests.conftest import SMALL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
@@ -126,3 +127,15 @@ def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mla_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="attention='mla' is another module; use MLA"):
         Attention(attention="mla")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("layer", [MLA, Attention, MoE, FeedForward])
+def test_no_rows_give_no_rows(layer: Any, backend: str, shape: tuple[int, int]) -> None:
+    x = torch.zeros(*shape, 24, requires_grad=True)
+    with ops.use(backend):
+        y = layer(**SMALL | ({"attention": "gqa", "n_kv_heads": 1} if layer is Attention else {}))(x)
+    y = y[0] if isinstance(y, tuple) else y
+    assert y.shape == x.shape
+    y.sum().backward()

@@ -1,5 +1,6 @@
 """The cache: what it holds, and that a model with it answers as without, however the tokens arrive."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -267,6 +268,25 @@ def test_a_form_can_be_forced(small_model: Model, form: Any) -> None:
 # what is refused
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("truncate", 2.7, r"truncate to 2.7.*: torch.float32; want whole numbers"),
+        ("truncate", torch.tensor([1.0, 2.0]), r"truncate to \[1.0, 2.0\]: torch.float32; want whole numbers"),
+        ("truncate", True, "truncate to True: torch.bool; want whole numbers"),
+        ("select", [0.9], r"select \[0.89.*\]: torch.float32; want whole numbers"),
+        ("select", [], r"select \[\]: torch.float32; want whole numbers"),
+    ],
+)
+def test_fractions_are_no_lengths_and_no_rows(small_model: Model, method: str, given: Any, message: str) -> None:
+    cache = small_model().new_cache(2)
+    unchecked = inspect.unwrap(getattr(Cache, method))  # without the type checks of these tests
+    with pytest.raises(ValueError, match=message):
+        unchecked(cache, given)
+    with pytest.raises(ValueError, match="want whole numbers"):
+        cache.window(2, torch.tensor([1.5, 1.0]))
+
+
 def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(2, 20)
     cache = model.new_cache(2, 16, torch.float32)
@@ -284,7 +304,7 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         (r"truncate to \[-1, 3\]", lambda: cache.truncate(torch.tensor([-1, 3]))),
         (r"truncate to \[1\]; want one length for all 2", lambda: cache.truncate(torch.tensor([1]))),
         (r"select \[2\] of 2 sequences", lambda: cache.select([2])),
-        (r"select \[True, False\] of 2 sequences", lambda: cache.select([True, False])),
+        (r"select \[True, False\]: torch.bool; want whole", lambda: cache.select([True, False])),
         (r"mtp=True needs a cache that keeps multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
         (r"made by a model of another config", lambda: small_model(n_heads=2)(tokens[:, :1], cache)),
     ):
