@@ -43,8 +43,8 @@ BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 VARIABLE = "DSMINI_BACKEND"
 SECOND_DERIVATIVE = (
-    "fast versions have first derivatives only; for second ones run the forward in `with dsmini.ops.use('reference')`, "
-    "in any precision but fp8"
+    "create_graph=True wants second derivatives, and fast versions have first ones only; run the forward in "
+    "`with dsmini.ops.use('reference')`, in any precision but fp8"
 )
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -285,20 +285,18 @@ def shows_numbers(tensor: Tensor) -> bool:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a backward run without a graph, as torch's decorator does. A second derivative says how to get it."""
+    """Let a backward run without a graph, and refuse create_graph=True.
+
+    torch's decorator refuses later, in the second backward, and not in all cases: torch.autograd.grad leaves out the
+    node that would raise. The second derivative is then wrong.
+    """
     traced = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return traced(ctx, *grads)
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or not any(isinstance(grad, Tensor) and grad.requires_grad for grad in grads):
-            return outputs
-        results = outputs if isinstance(outputs, tuple) else (outputs,)
-        refuse = torch._C._functions.DelayedError(SECOND_DERIVATIVE.encode(), len(results))  # pyright: ignore[reportAttributeAccessIssue]
-        return refuse(*(None if result is None else result.detach().requires_grad_() for result in results))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ValueError(SECOND_DERIVATIVE)
+        return traced(ctx, *grads)
 
     return wrapper
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.fp32 import at_least_fp32
+from dsmini.functional.fp32 import at_least_fp32, without_autocast
 from dsmini.functional.linear import linear
 from dsmini.functional.topk import stable_topk
 from dsmini.nn.fp32 import FP32Module
@@ -129,8 +129,9 @@ class Gate(FP32Module):
                 "x.flatten(0, -2)"
             )
         # fp32: bf16 scores tie, and ties pick different experts on different devices
-        x = at_least_fp32(x)
-        return route(linear(x, self.weight), self.bias, **self.options)
+        with without_autocast(x):
+            logits = linear(at_least_fp32(x), self.weight)
+        return route(logits, self.bias, **self.options)
 
     def update_bias(self, counts: Int[Tensor, " e"], speed: float) -> None:
         """Move the bias by `speed` towards the experts with less than the mean load; nothing to do without a bias.
