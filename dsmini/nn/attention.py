@@ -1,4 +1,4 @@
-"""The baselines MHA, GQA and MQA that MLA is compared with."""
+"""MHA, GQA and MQA: the baselines of MLA."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ from dsmini.nn.rope import Rope
 def output_linear(c: ModelConfig, width: int) -> Linear:
     """Make the Linear after attention.
 
-    Attention's own backward reads its input too, which is why FP8 training keeps it in E5M6, with more bits (report,
-    section 3.3.3).
+    FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
+    3.3.3).
     """
     options = {"saved_format": "e5m6"}
     return make_linear(c, width, c.dim, c.output_init_std, **options)
@@ -91,9 +91,9 @@ class Attention(nn.Module):
         """Attend causally.
 
         Args:
-            table: rope.table(positions); left out: of positions 0, 1, ...
-            documents: number of each position's document, which alone it sees.
-            past: what was cached before, which is attended to as well; the new tokens are appended.
+            table: rope.table(positions). None: that of positions 0, 1, ...
+            documents: number of each position's document. A position sees its own document only.
+            past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
         """
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))

@@ -144,7 +144,7 @@ class Past:
 
 
 class MTPCache:
-    """The cache of the multi-token prediction blocks, which may lag behind the cache of the layers."""
+    """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
 
     def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form) -> None:
         self.form: Form = form
@@ -296,10 +296,10 @@ class Cache:
     def checked_mtp(self) -> MTPCache:
         """Return the cache of multi-token prediction.
 
-        Raises: ValueError if there is none, or if it lags behind the layers.
+        Raises: ValueError if there is none, or if it has fewer tokens than the layers' cache.
         """
         if self.mtp is None:
-            raise ValueError("mtp=True needs a cache that keeps multi-token prediction; use new_cache(mtp=True)")
+            raise ValueError("mtp=True needs a cache for multi-token prediction; use new_cache(mtp=True)")
         if not torch.equal(self.mtp.lengths, self.lengths):
             raise ValueError(
                 f"multi-token prediction has taken in {self.mtp.lengths.tolist()} tokens of {self.lengths.tolist()}; "

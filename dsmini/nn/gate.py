@@ -1,4 +1,4 @@
-"""The gate: a token's experts, and their weights."""
+"""The gate chooses each token's experts and their weights."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -22,7 +22,7 @@ SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
 
 
 class Routing(NamedTuple):
-    """Decision of a gate for n tokens. It travels in the output: gates keep no state of a forward."""
+    """Decision of a gate for n tokens. It travels in the output: gates store no state of a forward."""
 
     indices: Int[Tensor, "n k"]
     """Chosen experts, best first."""

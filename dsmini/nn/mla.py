@@ -8,12 +8,11 @@ For a token with hidden state h (report, section 2.1.1):
 A head's logit is q_nope.k_nope + q_rope.k_rope. The cache holds kv_lora_rank + qk_rope_head_dim numbers a token and
 layer, whatever the number of heads.
 
-There are two ways to attend to what is cached. Expanded makes k_nope and v of every cached token anew. Absorbed moves
+There are two ways to attend to the cache. Expanded computes k_nope and v of every cached token again. Absorbed moves
 W_UK over to the query and W_UV after the sum (DeepSeek-V2 report, section 2.1.2): with k_nope = W_UK c_kv
     q_nope.k_nope = (W_UK^T q_nope).c_kv        sum_t p_t v_t = W_UV (sum_t p_t c_kv_t)
-so that all heads read the one latent, as in multi-query attention with keys of kv_lora_rank + qk_rope_head_dim. A pair
-of query and key costs more so, but nothing is expanded of the context: `AttentionWork` counts both, and the cheaper is
-taken.
+All heads then read the one latent, as in multi-query attention with keys kv_lora_rank + qk_rope_head_dim wide. A pair
+of query and key costs more, but no cached latent is expanded. `AttentionWork` counts both forms, and the cheaper runs.
 """
 
 from typing import Any, Literal
@@ -82,9 +81,9 @@ class MLA(nn.Module):
         With a past whose form is absorbed, or where that is less work, this is `decode`.
 
         Args:
-            table: rope.table(positions); left out: of positions 0, 1, ...
-            documents: number of each position's document, which alone it sees.
-            past: what was cached before, which is attended to as well; the new tokens are appended.
+            table: rope.table(positions). None: that of positions 0, 1, ...
+            documents: number of each position's document. A position sees its own document only.
+            past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
         """
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         if past is not None and self.form_for(x.shape[1], past) == "absorbed":
@@ -115,7 +114,9 @@ class MLA(nn.Module):
         Raises: ValueError with qk_norm.
         """
         if self.q_head_norm is not None:
-            raise ValueError("form='absorbed' with qk_norm: a normed head is no linear map of the latent; use expanded")
+            raise ValueError(
+                "form='absorbed' with qk_norm: a normed head is not a linear map of the latent; use expanded"
+            )
         # 1. queries: [b, s, h, n] and [b, s, h, r]
         x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
         q_nope, q_rope = self.queries(x, table).tensor_split((self.qk_nope_head_dim,), -1)
@@ -141,7 +142,7 @@ class MLA(nn.Module):
     def latents(
         self, x: Float[Tensor, "b t m"] | QuantizedTensor, table: Table
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t r"]]:
-        """Return the two things that are cached of a token: the normed latent c_kv, and the rotary key of all heads."""
+        """Return what is cached of each token: the normed latent c_kv, and the rotary key of all heads."""
         c_kv, k_rope = self.wkv_a(x).tensor_split((self.kv_lora_rank,), -1)
         return self.kv_norm(c_kv), apply_rope(k_rope.unsqueeze(2), table).squeeze(2)
 

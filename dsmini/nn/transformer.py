@@ -271,7 +271,7 @@ class Transformer(nn.Module):
             targets: the token after each position; IGNORE (-100) where there is none.
             documents: number of the document of each position: no position then attends to another document. None:
                 a position sees all that came before in the sequence, as published.
-            recompute: keep only each block's input and compute the rest again in backward.
+            recompute: save only each block's input, and compute the rest again in backward.
             chunk_rows: number of rows of logits that exist at a time.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main

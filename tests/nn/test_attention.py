@@ -1,4 +1,4 @@
-"""The twins of MLA, with all, some or one of the heads' keys and values, against attention written out here."""
+"""The baselines MHA, GQA and MQA, compared with attention written out here."""
 
 from typing import Any
 
@@ -85,7 +85,7 @@ def test_keys_and_values_shrink_with_the_heads_that_hold_them() -> None:
 def test_decoding_in_parts_equals_attention_by_hand(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
 ) -> None:
-    """From a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
+    """Read a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
     for name in ("SPLIT_FROM", "PART"):
         monkeypatch.setattr(attention, name, 1)  # so 64 keys at a time
     t, d, width = 200, 8, 5

@@ -219,7 +219,7 @@ def test_absorbed_halves_are_prepared_again_after_a_change(small_model: Model, m
     with torch.no_grad():
         model.layers[0].attn.wkv_b.weight *= 2
     model(tokens[:, :1], cache)
-    assert made[2:] == [block.attn for block in model.layers]  # the first anew, the second in its first dtype
+    assert made[2:] == [block.attn for block in model.layers]  # the first again, the second in its first dtype
     model(tokens[:, :1], cache)
     assert len(made) == 4
 
@@ -305,7 +305,7 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         (r"truncate to \[1\]; want one length for all 2", lambda: cache.truncate(torch.tensor([1]))),
         (r"select \[2\] of 2 sequences", lambda: cache.select([2])),
         (r"select \[True, False\]: torch.bool; want whole", lambda: cache.select([True, False])),
-        (r"mtp=True needs a cache that keeps multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
+        (r"mtp=True needs a cache for multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
         (r"made by a model of another config", lambda: small_model(n_heads=2)(tokens[:, :1], cache)),
     ):
         with pytest.raises(ValueError, match=message):
