@@ -8,51 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import Mask, cached_attention, hidden_keys
-from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.cached_attention import Mask
+from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.nn.cache import Past
-from dsmini.nn.fp8 import make_linear, quantize_once
-from dsmini.nn.linear import Linear
+from dsmini.nn.fp8 import make_linear, output_linear
+from dsmini.nn.mla import attend
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
-
-
-def output_linear(c: ModelConfig, width: int) -> Linear:
-    """Make the Linear after attention.
-
-    FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
-    3.3.3).
-    """
-    options = {"saved_format": "e5m6"}
-    return make_linear(c, width, c.dim, c.output_init_std, **options)
-
-
-def attend(
-    q: Float[Tensor, "b h s d"],
-    k: Float[Tensor, "b g t d"],
-    v: Float[Tensor, "b g t v"],
-    scale: float,
-    *,
-    past: Past | None,
-    documents: Int[Tensor, "b s"] | None,
-    mask: Mask | None,
-) -> Float[Tensor, "b h s v"]:
-    """Attend causally: to the new tokens, or to all rows of a cache.
-
-    Args:
-        mask: hides more keys than those after a query.
-    """
-    if past is not None and not past.window.fresh:
-        hidden = past.window.mask if mask is None else past.window.masked(mask)
-    elif mask is not None:
-        hidden = hidden_keys(mask, torch.arange(q.shape[2], device=q.device)[None], q.shape[2])
-        if documents is not None:
-            hidden = hidden | (documents[:, :, None] != documents[:, None, :])
-    else:
-        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
-        return causal_attention(q, k, v, scale, documents)
-    return cached_attention(q, k, v, scale, hidden)
 
 
 class Attention(nn.Module):

@@ -44,19 +44,19 @@ def make_linear(
     return Linear(in_features, out_features, init_std=std)
 
 
+def output_linear(c: ModelConfig, width: int) -> Linear:
+    """Make the Linear after attention.
+
+    FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
+    3.3.3).
+    """
+    options = {"saved_format": "e5m6"}
+    return make_linear(c, width, c.dim, c.output_init_std, **options)
+
+
 def make_experts(c: ModelConfig) -> Experts:
     """Make the Experts that config.precision asks for."""
     return FP8Experts(c) if c.precision == "fp8" else Experts(c)
-
-
-def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> Any:
-    """Return x quantized for all that read it, if each of them multiplies codes; else as it is.
-
-    Readers that are None do not count. Where another module takes the place of one of them, all get x itself, and the
-    others quantize it on their own, to the same codes.
-    """
-    every = all(getattr(reader, "reads_codes", False) for reader in readers if reader is not None)
-    return quantize(x) if every and isinstance(x, Tensor) else x
 
 
 def scale_names(module: nn.Module) -> Mapping[str, str]:

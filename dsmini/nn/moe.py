@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.linear import quantize_once
 from dsmini.functional.swiglu import swiglu
-from dsmini.nn.fp8 import make_experts, make_linear, quantize_once
+from dsmini.nn.fp8 import make_experts, make_linear
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.linear import is_direct
 from dsmini.numerics import QuantizedTensor
@@ -25,13 +26,8 @@ class FeedForward(nn.Module):
         self.w2 = make_linear(c, hidden, c.dim, c.output_init_std)
         self.w3 = make_linear(c, c.dim, hidden)
 
-    @property
-    def reads_codes(self) -> bool:
-        """True if x may be quantized already."""
-        return all(getattr(reader, "reads_codes", False) for reader in (self.w1, self.w3))
-
     def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
-        x = quantize_once(x, self)
+        x = quantize_once(x, self.w1, self.w3)
         gate, up = self.w1(x), self.w3(x)
         return self.w2.swiglu(gate, up) if is_direct(self.w2) else self.w2(swiglu(gate, up))
 
@@ -63,8 +59,10 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
         # 2. the routed experts' weighted sum, and the shared experts: [n, m]
-        tokens = quantize_once(tokens, self.experts, self.shared_experts)
+        shared = self.shared_experts
+        readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) else (shared,)
+        tokens = quantize_once(tokens, self.experts, *readers)
         y = self.experts(tokens, routing.indices, routing.weights, routing.counts)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
+        if shared is not None:
+            y = y + shared(tokens)
         return y.view(x.shape), routing
