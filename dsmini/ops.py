@@ -16,9 +16,10 @@ A call then runs the first of these that can serve it:
     reference     only on request: DSMINI_BACKEND=reference, or `with ops.use("reference")`
 
 Each call chooses again. Kernels compute no gradients. So PyTorch code runs a call whose gradient is wanted, and a call
-under torch.compile, fake tensors, function transforms or a dispatch mode. An autograd function calls operations with
-gradients off, in forward and in backward: kernels can serve them. It stores the backend of the forward for backward:
-`backend = ops.chosen()`, later `with ops.use(backend)`.
+under torch.compile, fake tensors or a dispatch mode. Under torch.func and torch.export a version runs whose shapes
+depend on shapes alone, mostly the reference. An autograd function calls operations with gradients off, in forward and
+in backward: kernels can serve them. It stores the backend of the forward for backward: `backend = ops.chosen()`, later
+`with ops.use(backend)`.
 
 `cost` returns the least that a call must move and compute. PyTorch cannot see into a kernel, so a counter of bytes
 (`ops.counting`) receives this cost for each call that a kernel served.
@@ -41,6 +42,10 @@ from torch import Tensor
 BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 VARIABLE = "DSMINI_BACKEND"
+SECOND_DERIVATIVE = (
+    "create_graph=True wants second derivatives, and fast versions have first ones only; run the forward in "
+    "`with dsmini.ops.use('reference')`, in any precision but fp8"
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -76,16 +81,25 @@ class Operation(Generic[P, R]):
         self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
         self.plain = reference
         """Version in plain PyTorch that runs where no kernel does."""
+        self.static = reference
+        """Version for torch.func and torch.export, whose shapes depend on shapes alone."""
 
     def eager(self, version: Callable[P, R]) -> Callable[P, R]:
         """Declare the tuned PyTorch version, as a decorator."""
         self.plain = version
         return version
 
+    def for_transforms(self, version: Callable[P, R]) -> Callable[P, R]:
+        """Declare the version for torch.func and torch.export, as a decorator. Without one the reference runs."""
+        self.static = version
+        return version
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # cheap checks first: decoding one token calls hundreds of operations, each a few microseconds long
         if torch.compiler.is_compiling():
-            return self.plain(*args, **kwargs)
+            return self.static(*args, **kwargs) if torch.compiler.is_exporting() else self.plain(*args, **kwargs)
+        if is_transformed():  # torch.func refuses the autograd functions of eager versions
+            return self.static(*args, **kwargs)
         forced = _chosen.get() or os.environ.get(VARIABLE) or "auto"
         if forced == "reference":
             return self.reference(*args, **kwargs)
@@ -259,6 +273,34 @@ def _tensors_of(argument: Any) -> Sequence[Tensor]:
     return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
 
 
+def is_transformed() -> bool:
+    """Return True inside a transform of torch.func (grad, vjp, jvp, vmap), in eager mode."""
+    stack: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and stack.peek_interpreter_stack() is not None
+
+
+def shows_numbers(tensor: Tensor) -> bool:
+    """Return True where a check may look at a tensor's numbers without a wait: in eager mode on a CPU."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward run without a graph, and refuse create_graph=True.
+
+    torch's decorator refuses later, in the second backward, and not in all cases: torch.autograd.grad leaves out the
+    node that would raise. The second derivative is then wrong.
+    """
+    traced = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ValueError(SECOND_DERIVATIVE)
+        return traced(ctx, *grads)
+
+    return wrapper
+
+
 def _is_watched(tensor: Tensor) -> bool:
     """Return True where torch must see each of its own operations, so that no kernel may run.
 
@@ -268,7 +310,7 @@ def _is_watched(tensor: Tensor) -> bool:
     return (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > (_counter.get() is not None)
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or is_transformed()
     )
 
 

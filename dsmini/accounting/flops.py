@@ -12,7 +12,7 @@ Worked example, DeepSeek-V3 in training at T = 4096, without multi-token predict
 6 * 36.625e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 219.7e9 + 30.7e9 = 250.4 GFLOP a token, printed as 250.
 
 Left out: norms, softmax, activations, rotary embedding, residuals, choosing experts, weighing and summing their
-outputs, losses, the optimizer. The embedding is a lookup. An implementation may run more: padded rows, logits behind
+outputs, losses, the optimizer. The embedding is a lookup. An implementation may run more: padded rows, logits after
 the mask. dsmini.measure.counting counts those that ran.
 
 Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 report, section 2.1.2 (absorption).
@@ -28,7 +28,7 @@ from dsmini.accounting.tensors import TensorUse, main_tensors, mtp_tensors, sums
 from dsmini.config import ModelConfig
 
 Form = Literal["auto", "expanded", "absorbed"]
-"""How a new token attends to MLA's cache. auto: absorbed, unless the heads are normed, which cannot be absorbed."""
+"""Form in which a new token attends to MLA's cache. auto: absorbed, or expanded where the heads are normed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,7 @@ def step_flops(
 
     def amount(use: TensorUse, s: int) -> int:
         # Backward needs no result of the last product. Two results it needs: the routed experts', whose weights learn
-        # from them, and in FP8 SwiGLU's with the product behind it, which are one function.
+        # from them, and in FP8 SwiGLU's with the product after it, which are one function.
         last = use.name == "w2" and config.precision == "native" and not use.module.endswith("routed experts")
         passes = once + (again and use.name != "head" and not last)
         positions = 1 if use.name == "head" and last_logits else s

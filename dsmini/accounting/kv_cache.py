@@ -47,7 +47,7 @@ def mha_twin(config: ModelConfig) -> ModelConfig:
     a layer next to 128 * (128 + 128) = 32768. That figure needs keys of 128; against MLA's own 192-wide expanded keys,
     128 * (192 + 128) = 40960, the same cache saves 98.59 %.
 
-    Raises: ValueError if qk_nope_head_dim is odd, since the twin rotates it.
+    Raises: ValueError if qk_nope_head_dim is odd, since the baseline rotates it.
     """
     return dataclasses.replace(config, attention="mha", n_kv_heads=None)
 

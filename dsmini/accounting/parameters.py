@@ -31,7 +31,8 @@ class Parameters:
     total: int
     """All parameters, those of the multi-token prediction blocks included."""
     mtp: int
-    """Those of the multi-token prediction blocks. V3: 11.610B, printed as 11.5B (11.507B without "mtp projection")."""
+    """Parameters of the multi-token prediction blocks. V3: 11.610B, printed as 11.5B (11.507B without its
+    "mtp projection")."""
     active: int
     """Parameters of the main model that a token is multiplied with: n_activated_experts of the routed experts, and the
     head, but neither the embedding, of which it reads one row, nor norms. V3: 36.62B, printed as 37B; 37.55B with the
@@ -42,7 +43,7 @@ class Parameters:
     """Parameters of each kind of module in the order of the model; they sum to total. In multi-token prediction
     blocks the names begin with "mtp "; the embedding and the head that these share are counted once, without it."""
     active_by_module: Mapping[str, int]
-    """As `active`, for each kind of module, the multi-token prediction blocks and their use of the head included:
+    """Active parameters of each kind of module, with the multi-token prediction blocks and their use of the head:
     V3's block is printed with 2.4B (2.44B with embedding and head and without "mtp projection")."""
 
     @property

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dsmini import ops
 from dsmini.numerics import QuantizedTensor
 
 
@@ -84,7 +84,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slot,) = ctx.saved_tensors
         return F.embedding_bag(slot, grad, mode="sum"), None, None
@@ -99,7 +99,7 @@ class _QuantizedDispatch(torch.autograd.Function):
         return source.new_zeros(()).expand(rows, source.shape[1])
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slot,) = ctx.saved_tensors
         return F.embedding_bag(slot, grad, mode="sum"), None, None
@@ -117,7 +117,7 @@ class _Combine(torch.autograd.Function):
         return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weights, token, slot = ctx.saved_tensors
         grad_rows = grad.index_select(0, token)

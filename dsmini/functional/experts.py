@@ -10,10 +10,11 @@ dispatch and combine each row needs its expert alone: an exchange of rows betwee
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -57,6 +58,15 @@ def experts(
         hidden = F.silu(rows @ w1[i].to(x.dtype).T) * (rows @ w3[i].to(x.dtype).T)
         y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * (hidden @ w2[i].to(x.dtype).T))
     return y
+
+
+@experts.for_transforms
+def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    w1, w2, w3 = (w.to(x.dtype) for w in (w1, w2, w3))
+    # every expert runs every token, with weight 0 where it was not chosen: [n, e] and [n, e, f]
+    share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).to(x.dtype)
+    hidden = F.silu(einsum(x, w1, "n m, e f m -> n e f")) * einsum(x, w3, "n m, e f m -> n e f")
+    return einsum(share.unsqueeze(-1) * hidden, w2, "n e f, e m f -> n m")
 
 
 @experts.eager
@@ -111,6 +121,14 @@ def fp8_experts(
         out = fp8_swiglu_matmul(gate, up, expert_of(w2, i))
         y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
     return y
+
+
+def _refuse_transforms(*_: Any, **__: Any) -> Any:
+    raise ValueError("experts in FP8 have no version for torch.func and torch.export; use a model without FP8")
+
+
+quantized_experts.for_transforms(_refuse_transforms)
+fp8_experts.for_transforms(_refuse_transforms)
 
 
 @fp8_experts.eager

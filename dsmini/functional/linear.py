@@ -1,14 +1,15 @@
 """Matrix product with a weight: y = x W^T. The weight is a tensor, or FP8 codes."""
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmini import ops
-from dsmini.numerics import QuantizedTensor
+from dsmini.numerics import QuantizedTensor, quantize
 
 
 def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
@@ -38,6 +39,16 @@ def quantized_linear(x: Float[Tensor, "*batch i"], weight: QuantizedTensor) -> F
 @quantized_linear.eager
 def _(x: Tensor, weight: QuantizedTensor) -> Tensor:
     return F.linear(x, weight.dequantize(x.dtype))
+
+
+def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> Any:
+    """Return x quantized for all that read it, if each of them multiplies codes; else as it is.
+
+    Readers that are None do not count. Where another module takes the place of one of them, all get x itself, and the
+    others quantize it on their own, to the same codes.
+    """
+    every = all(getattr(reader, "reads_codes", False) for reader in readers if reader is not None)
+    return quantize(x) if every and isinstance(x, Tensor) else x
 
 
 def _refuse_codes(x: Tensor, weight: Tensor) -> None:

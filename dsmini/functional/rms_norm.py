@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
@@ -20,7 +19,7 @@ def _cost(x: Tensor, weight: Tensor, eps: float) -> ops.Cost:
 def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float) -> Float[Tensor, "*batch m"]:
     """Return x / sqrt(mean(x^2) + eps) * weight, computed in FP32, in x's dtype.
 
-    In training on a CPU the eager version has first derivatives only, and does not work with torch.func.
+    In training on a CPU the eager version has first derivatives only.
 
     Source: Zhang and Sennrich 2019.
     """
@@ -52,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         return (y * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         unit = at_least_fp32(x) * inverse

@@ -1,4 +1,4 @@
-"""The baselines MHA, GQA and MQA that MLA is compared with."""
+"""MHA, GQA and MQA: the baselines of MLA."""
 
 from typing import Any
 
@@ -8,24 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import cached_attention
-from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.cached_attention import Mask
+from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.nn.cache import Past
-from dsmini.nn.fp8 import make_linear
-from dsmini.nn.linear import Linear
+from dsmini.nn.fp8 import make_linear, output_linear
+from dsmini.nn.mla import attend
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
-
-
-def output_linear(c: ModelConfig, width: int) -> Linear:
-    """Make the Linear after attention.
-
-    Attention's own backward reads its input too, which is why FP8 training keeps it in E5M6, with more bits (report,
-    section 3.3.3).
-    """
-    options = {"saved_format": "e5m6"}
-    return make_linear(c, width, c.dim, c.output_init_std, **options)
 
 
 class Attention(nn.Module):
@@ -33,10 +23,14 @@ class Attention(nn.Module):
 
     Heads are qk_nope_head_dim wide for q and k and v_head_dim for v, rotated over their whole width: with V3's sizes
     that is the MHA with 128-wide heads against which MLA's cache is 98.24 % smaller.
+
+    Args:
+        mask: as in MLA.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
+        self.mask = mask
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
         if c.attention == "mla":
             raise ValueError("attention='mla' is another module; use MLA, or attention='mha', 'gqa' or 'mqa'")
@@ -60,13 +54,13 @@ class Attention(nn.Module):
         """Attend causally.
 
         Args:
-            table: rope.table(positions); left out: of positions 0, 1, ...
-            documents: number of each position's document, which alone it sees.
-            past: what was cached before, which is attended to as well; the new tokens are appended.
+            table: rope.table(positions). None: that of positions 0, 1, ...
+            documents: number of each position's document. A position sees its own document only.
+            past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
         """
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
-        x = self.wq.prepare(x)
+        x = quantize_once(x, self.wq, self.wk, self.wv)
         q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
         k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), table)
         if self.q_head_norm is not None and self.k_head_norm is not None:
@@ -76,12 +70,6 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.extend((k, v), q.dtype)
         # 3. attention: [b, h, s, v]
-        if past is None or past.window.fresh:
-            k, v = (self._heads(rows).repeat_interleave(self.n_heads // self.n_kv_heads, 1) for rows in (k, v))
-            y = causal_attention(q, k, v, self.scale, documents)
-        else:
-            y = cached_attention(q, self._heads(k), self._heads(v), self.scale, past.window.mask)
+        k, v = (rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads) for rows in (k, v))
+        y = attend(q, k, v, self.scale, past=past, documents=documents, mask=self.mask)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
-
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads)

@@ -1,4 +1,4 @@
-"""The gate: a token's experts, and their weights."""
+"""The gate chooses each token's experts and their weights."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.fp32 import at_least_fp32
+from dsmini.functional.fp32 import at_least_fp32, without_autocast
 from dsmini.functional.linear import linear
 from dsmini.functional.topk import stable_topk
 from dsmini.nn.fp32 import FP32Module
@@ -22,7 +22,7 @@ SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
 
 
 class Routing(NamedTuple):
-    """Decision of a gate for n tokens. It travels in the output: gates keep no state of a forward."""
+    """Decision of a gate for n tokens. It travels in the output: gates store no state of a forward."""
 
     indices: Int[Tensor, "n k"]
     """Chosen experts, best first."""
@@ -80,7 +80,7 @@ def route(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     # 4. load: [e]
     ones = torch.ones_like(indices).flatten()
-    counts = torch.zeros_like(scores[0], dtype=torch.int64).scatter_add(0, indices.flatten(), ones)
+    counts = scores.new_zeros(scores.shape[1], dtype=torch.int64).scatter_add(0, indices.flatten(), ones)
     return Routing(indices, weights * route_scale, scores, counts)
 
 
@@ -119,9 +119,19 @@ class Gate(FP32Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "n m"]) -> Routing:
+        """Choose experts for each token.
+
+        Raises: ValueError for an x that is not [n, dim].
+        """
+        if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"the gate got {tuple(x.shape)}; want [n, {self.weight.shape[1]}], a row for each token; use "
+                "x.flatten(0, -2)"
+            )
         # fp32: bf16 scores tie, and ties pick different experts on different devices
-        x = at_least_fp32(x)
-        return route(linear(x, self.weight), self.bias, **self.options)
+        with without_autocast(x):
+            logits = linear(at_least_fp32(x), self.weight)
+        return route(logits, self.bias, **self.options)
 
     def update_bias(self, counts: Int[Tensor, " e"], speed: float) -> None:
         """Move the bias by `speed` towards the experts with less than the mean load; nothing to do without a bias.

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
@@ -150,7 +149,7 @@ class _Matmul(torch.autograd.Function):
         return y.view(*codes.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved_codes, saved_scales, w_codes, w_scales, ends = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
@@ -185,7 +184,7 @@ class _SwiGLUMatmul(torch.autograd.Function):
         return y.view(*gate.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *kept, w_codes, w_scales, ends = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
@@ -236,6 +235,8 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
     for other, name in ((w, "w"), (ends, "ends")):
         if other is not None and x.device != other.device:
             raise ValueError(f"x is on {x.device} and {name} on {other.device}; move one of them")
+    if ops.is_transformed():
+        raise ValueError("FP8 products do not work inside torch.func; use backward(), or a model without FP8")
     if ends is not None and ends.device.type == "cpu" and not torch.compiler.is_compiling():
         cuts = [0, *ends.tolist()]
         if ends.is_floating_point() or cuts != sorted(cuts) or cuts[-1] != x.shape[0]:

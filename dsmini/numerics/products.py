@@ -16,7 +16,7 @@ def grouped_linear(
     Args:
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
     """
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
         return _outside_the_graph(x, weight, ends)  # pyright: ignore[reportCallIssue]
     weight = weight.to(x.dtype)
     if _grouped_mm_serves(x, weight.shape[1:]):
@@ -45,7 +45,7 @@ def grouped_outer(
     g: Float[Tensor, "rows o"], x: Float[Tensor, "rows i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "e o i"]:
     """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
         return _outer_outside_the_graph(g, x, ends)  # pyright: ignore[reportCallIssue]
     sizes = (g.shape[1], x.shape[1])
     if _grouped_mm_serves(x, sizes):

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsmini import ops
 from dsmini.numerics.formats import FORMATS
 from dsmini.numerics.tiles import FormatName, Scale, Tile, dequantize_tiles, quantize_tiles
 
@@ -148,7 +149,10 @@ def quantize(
     check_options(scale, amax_min, format=format)
     tile = "row" if tile == "tensor" and not x.numel() else tile  # no elements, no scale
     cut = _cut(x, tile)
-    source = cast(Tensor, _Source.apply(x)) if x.requires_grad and torch.is_grad_enabled() else None
+    trained = x.requires_grad and torch.is_grad_enabled()
+    if trained and ops.is_transformed():
+        raise ValueError("FP8 gradients do not work inside torch.func; use backward(), or a model without FP8")
+    source = cast(Tensor, _Source.apply(x)) if trained else None
     matrix = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)
     matrix = matrix.flatten(0, -2) if tile == "tensor" else matrix
     codes, scales = quantize_tiles(matrix, cut, scale, format, amax_min)

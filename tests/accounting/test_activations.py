@@ -1,4 +1,4 @@
-"""Bytes that training saves for backward, counted from the config, against the storages that autograd keeps."""
+"""Bytes that training saves for backward, counted from the config, compared with the storages of autograd."""
 
 import dataclasses
 from typing import Any
@@ -44,7 +44,7 @@ def counted(config: ModelConfig, b: int, s: int, dtype: Dtype) -> float:
 
 
 def check_fused(config: ModelConfig, b: int, s: int, dtype: Dtype) -> None:
-    """With keys as wide as values, the count is what is saved; keys and values of grouped heads are repeated."""
+    """Count what is saved exactly where keys are as wide as values. Grouped heads repeat keys and values."""
     width = config.qk_head_dim if config.attention == "mla" else config.qk_nope_head_dim
     config = dataclasses.replace(config, v_head_dim=width)
     positions = b * (config.n_layers * s + sum(s - depth for depth in range(1, config.n_mtp_layers + 1)))
@@ -54,7 +54,7 @@ def check_fused(config: ModelConfig, b: int, s: int, dtype: Dtype) -> None:
 
 
 def check_bound(config: ModelConfig, b: int, s: int, dtype: Dtype, most: float) -> None:
-    """As attention and experts are run, more is saved, within reason."""
+    """Allow the real attention and experts to save more, within reason."""
     assert 1 <= saved(config, b, s, dtype) / counted(config, b, s, dtype) < most
 
 

@@ -113,7 +113,7 @@ def test_flops_of_each_module_against_torch(case: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("n_shared_experts", [0, 2])
 def test_flops_of_experts_against_torch(training: bool, n_shared_experts: int) -> None:
-    """Exactly: what weighs and adds the experts' outputs is no matrix product to torch either."""
+    """Count exactly: torch too does not call the weighted sum of the experts' outputs a matrix product."""
     config = dense(n_dense_layers=1, n_shared_experts=n_shared_experts)
     counted = flops_per_token(config, S, causal=False, training=training)
     assert measured(config, training).get_total_flops() == counted.total * B * S
@@ -121,7 +121,7 @@ def test_flops_of_experts_against_torch(training: bool, n_shared_experts: int) -
 
 @pytest.mark.parametrize("n_mtp_layers", [1, 2])
 def test_flops_of_multi_token_prediction_against_torch(n_mtp_layers: int) -> None:
-    """Depth k runs on S - k positions, and on so many the count is exact."""
+    """Depth k runs on S - k positions, and for these the count is exact."""
     config = dense(n_mtp_layers=n_mtp_layers, n_dense_layers=2 + n_mtp_layers)
 
     def depths(count: int, seq_len: int) -> int:

@@ -88,7 +88,7 @@ def test_bytes_of_the_optimizer_are_those_it_remembers(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("precision", ["native", "fp8"])
 def test_all_that_training_keeps(precision: Any, dtype: Any) -> None:
-    """With the copies of weights and the head's gradient: every storage that is no parameter's."""
+    """Count every storage that is not a parameter's: copies of weights and the head's gradient too."""
     config = ModelConfig(n_layers=2, v_head_dim=48, precision=precision)
     model, held = Transformer(config, compute_dtype=DTYPES[dtype]), dict[int, torch.Tensor]()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -81,7 +81,7 @@ def test_parameters_of_any_model(config: ModelConfig) -> None:
 
 @given(config=model_configs())
 def test_active_parameters_of_any_model(config: ModelConfig) -> None:
-    """What a token meets: all matrices but the embedding, of the routed experts the chosen."""
+    """Count what a token meets: all matrices but the embedding, and of the routed experts the chosen ones."""
     counted, chosen = parameters(config), config.n_activated_experts
     for prefix in ("", "mtp "):
         want = {k: v for k, v in counted.by_module.items() if k.startswith("mtp ") == bool(prefix)}
@@ -115,7 +115,7 @@ def test_v3_as_printed() -> None:
 
 
 def test_other_models_as_printed() -> None:
-    """In units of a billion, from the models' reports; Moonlight's are without embedding and head."""
+    """Billions of parameters, from the models' reports. Moonlight's are without embedding and head."""
     v2, lite = parameters(V2), parameters(released("deepseek-v2-lite"))
     kimi, moonlight = parameters(released("kimi-k2")), parameters(released("moonlight"))
     assert (v2.total, v2.active) == pytest.approx((236e9, 21e9), abs=0.5e9)

@@ -34,7 +34,7 @@ V3 = released("deepseek-v3")
 
 
 def nbytes(t: Tensor) -> int:
-    """Of the numbers that there are: a dimension of stride 0 repeats them."""
+    """Return the bytes of the numbers that exist: a dimension of stride 0 repeats them."""
     repeated = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride == 0 and n > 1]
     return t.nbytes // max(1, torch.Size(repeated).numel())
 
@@ -86,13 +86,13 @@ def measured(
 
 
 def combined(config: ModelConfig, batch: int, size: int) -> int:
-    """Of one sequence the experts' results are weighed and added by a product, which is counted nowhere."""
+    """Return the bytes of the product that weighs and adds one sequence's experts. No count includes it."""
     k, m = config.n_activated_experts, config.dim
     return (config.n_layers - config.n_dense_layers) * (k + k * m + m) * size if batch == 1 else 0
 
 
 def split(config: ModelConfig, by_part: Any, case: str, batch: int, size: int) -> tuple[float, float]:
-    """Of a count, what is moved with rows of the cache and what by the other products, in bytes a step."""
+    """Return the bytes a step that move with rows of the cache, and those of the other products."""
     context = {"cache read", "expanded keys and values", "attention operands"}
     apart = {"embedding", "norms", "cache write"} | context
     rows = batch * sum(amount for name, amount in by_part.items() if name in context)
@@ -111,7 +111,7 @@ def split(config: ModelConfig, by_part: Any, case: str, batch: int, size: int) -
 @pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")])
 @pytest.mark.parametrize("case", ATTENTIONS)
 def test_bytes_that_products_move_in_decoding(case: str, batch: int, dtype: Any, context: int) -> None:
-    """Of everything but embedding, norms and the writing of the cache: exact, and a lower bound in attention."""
+    """Leave out embedding, norms and writes to the cache: the rest is exact, and in attention a lower bound."""
     config, size = sized(**ATTENTIONS[case]), DTYPES[dtype].itemsize
     moved, experts = measured(config, context, batch, dtype, form=form_of(case))
     counted = decode_bytes_per_token(
@@ -126,7 +126,7 @@ def test_bytes_that_products_move_in_decoding(case: str, batch: int, dtype: Any,
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("case", ["absorbed", "expanded", "mha", "gqa", "mqa"])
 def test_cache_is_read_in_its_own_dtype(case: str, batch: int, dtype: Any, cache_dtype: Any) -> None:
-    """From a cache in another dtype than what is computed with: no copy of its rows is among what must be."""
+    """Read a cache in another dtype than the compute dtype: the lower bound holds no copy of its rows."""
     config, size = sized(**ATTENTIONS[case]), DTYPES[dtype].itemsize
     moved, experts = measured(config, 100, batch, dtype, cache_dtype, form_of(case))
     how: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "form": form_of(case), "experts": experts}

@@ -85,7 +85,7 @@ def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def run(case: Case, implementation: Callable[..., Tensor]) -> list[Tensor]:
-    """The result, and the gradient of a fixed random projection for every floating-point operand."""
+    """Return the result, and the gradient of a fixed random projection for every floating-point operand."""
     floats = [a for a in case.arguments if isinstance(a, Tensor) and a.is_floating_point()]
     leaves = [t.detach().requires_grad_() for t in floats]
     replaced = iter(leaves)
@@ -96,7 +96,7 @@ def run(case: Case, implementation: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def exact(case: Case) -> list[Tensor]:
-    """The reference on the same numbers in FP64."""
+    """Run the reference on the same numbers in FP64."""
     wide = [
         a.double()
         if isinstance(a, Tensor) and a.is_floating_point()

@@ -210,7 +210,7 @@ def expert_layers(n: int, dtype: torch.dtype, routing: tuple[Tensor, Tensor, Ten
 
 
 def result(layer: Layer) -> list[Tensor]:
-    """The result, and the gradient of a fixed random projection for every leaf."""
+    """Return the result, and the gradient of a fixed random projection for every leaf."""
     leaves = [t.detach().requires_grad_() for t in layer.leaves]
     y = layer.run(*leaves)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)

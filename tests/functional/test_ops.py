@@ -13,7 +13,7 @@ from tests.helpers.configs import refusal
 
 
 class Unserved(Exception):  # noqa: N818, as backends spell it
-    """As a backend raises it."""
+    """The error of a backend that cannot serve a call."""
 
 
 def backend(name: str) -> ModuleType:
@@ -48,7 +48,7 @@ def whisper(x: Tensor) -> str:
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU backend that is there, a Triton one that is not, and nothing in the environment."""
+    """Provide a CPU backend, no Triton one, and nothing in the environment."""
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     monkeypatch.setattr(ops, "_operations", lambda name: ("speak", "sing"))
     monkeypatch.setattr(ops, "_load", lambda name: backend(name) if name == "cpu" else "no GPU here")
@@ -158,7 +158,7 @@ def test_dispatch_mode_runs_pytorch_code() -> None:
 
 
 class Ledger:
-    """A counter that keeps what it is told."""
+    """A counter that stores what it is told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, ops.Cost, Any]] = []

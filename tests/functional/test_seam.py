@@ -97,7 +97,7 @@ def test_reference_backend_reads_held_codes_by_equations(
 
 
 class Unserved(Exception):  # noqa: N818, as backends spell it
-    """As a backend raises it."""
+    """The error of a backend that cannot serve a call."""
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:

@@ -104,8 +104,8 @@ def test_mla(randomise: Any, q_lora_rank: int | None, rope: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(("kind", "n_kv_heads"), [("mha", None), ("gqa", 2), ("mqa", None)])
 def test_twins_of_mla(randomise: Any, kind: str, n_kv_heads: int | None) -> None:
-    twin = Attention(**TINY | {"attention": kind, "n_heads": 4, "n_kv_heads": n_kv_heads})
-    check(randomise(twin), [rand(2, 5, 5)], fast=True)
+    baseline = Attention(**TINY | {"attention": kind, "n_heads": 4, "n_kv_heads": n_kv_heads})
+    check(randomise(baseline), [rand(2, 5, 5)], fast=True)
 
 
 def test_feed_forward(randomise: Any) -> None:

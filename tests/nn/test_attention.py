@@ -1,4 +1,4 @@
-"""The twins of MLA, with all, some or one of the heads' keys and values, against attention written out here."""
+"""The baselines MHA, GQA and MQA, compared with attention written out here."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import Attention
+from dsmini import MLA, Attention, FeedForward, MoE, ops
 from dsmini.functional import cached_attention as attention
+from tests.conftest import SMALL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
@@ -84,7 +85,7 @@ def test_keys_and_values_shrink_with_the_heads_that_hold_them() -> None:
 def test_decoding_in_parts_equals_attention_by_hand(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, groups: int
 ) -> None:
-    """From a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
+    """Read a cache whose rows hold keys and values of all heads side by side, in parts the last of which is ragged."""
     for name in ("SPLIT_FROM", "PART"):
         monkeypatch.setattr(attention, name, 1)  # so 64 keys at a time
     t, d, width = 200, 8, 5
@@ -126,3 +127,15 @@ def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mla_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="attention='mla' is another module; use MLA"):
         Attention(attention="mla")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("layer", [MLA, Attention, MoE, FeedForward])
+def test_no_rows_give_no_rows(layer: Any, backend: str, shape: tuple[int, int]) -> None:
+    x = torch.zeros(*shape, 24, requires_grad=True)
+    with ops.use(backend):
+        y = layer(**SMALL | ({"attention": "gqa", "n_kv_heads": 1} if layer is Attention else {}))(x)
+    y = y[0] if isinstance(y, tuple) else y
+    assert y.shape == x.shape
+    y.sum().backward()

@@ -1,5 +1,6 @@
 """The cache: what it holds, and that a model with it answers as without, however the tokens arrive."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini import MLA, ModelConfig, Transformer
+from dsmini import MLA, Linear, ModelConfig, Transformer
 from dsmini.nn import Cache
 from dsmini.nn.cache import Past
 from tests.conftest import SMALL, randomise
@@ -218,7 +219,7 @@ def test_absorbed_halves_are_prepared_again_after_a_change(small_model: Model, m
     with torch.no_grad():
         model.layers[0].attn.wkv_b.weight *= 2
     model(tokens[:, :1], cache)
-    assert made[2:] == [block.attn for block in model.layers]  # the first anew, the second in its first dtype
+    assert made[2:] == [block.attn for block in model.layers]  # the first again, the second in its first dtype
     model(tokens[:, :1], cache)
     assert len(made) == 4
 
@@ -237,10 +238,17 @@ def test_the_form_with_less_work_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(one).startswith("absorbed, for 1 queries and 100 keys: expanded 3.3 MFLOP, 3.3 of them to expand")
 
 
-def test_a_prefix_is_not_expanded_again_where_that_is_more_work(small_model: Model) -> None:
+def test_a_prefix_is_not_expanded_again_where_that_is_more_work(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, expanded = small_model(), []
-    for block in model.layers:
-        block.attn.wkv_b.register_forward_hook(lambda _, x, y: expanded.append(x[0].shape[1]))
+    wkv_b, real = [block.attn.wkv_b for block in model.layers], Linear.forward
+
+    def forward(linear: Linear, x: Tensor) -> Tensor:
+        expanded.extend([x.shape[1]] if linear in wkv_b else [])
+        return real(linear, x)
+
+    monkeypatch.setattr(Linear, "forward", forward)
     cache = model.new_cache(1, 32)
     model(tokens_of(1, 20), cache)
     assert expanded == [20, 20]
@@ -260,6 +268,25 @@ def test_a_form_can_be_forced(small_model: Model, form: Any) -> None:
 # what is refused
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("truncate", 2.7, r"truncate to 2.7.*: torch.float32; want whole numbers"),
+        ("truncate", torch.tensor([1.0, 2.0]), r"truncate to \[1.0, 2.0\]: torch.float32; want whole numbers"),
+        ("truncate", True, "truncate to True: torch.bool; want whole numbers"),
+        ("select", [0.9], r"select \[0.89.*\]: torch.float32; want whole numbers"),
+        ("select", [], r"select \[\]: torch.float32; want whole numbers"),
+    ],
+)
+def test_fractions_are_no_lengths_and_no_rows(small_model: Model, method: str, given: Any, message: str) -> None:
+    cache = small_model().new_cache(2)
+    unchecked = inspect.unwrap(getattr(Cache, method))  # without the type checks of these tests
+    with pytest.raises(ValueError, match=message):
+        unchecked(cache, given)
+    with pytest.raises(ValueError, match="want whole numbers"):
+        cache.window(2, torch.tensor([1.5, 1.0]))
+
+
 def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -> None:
     model, tokens = small_model(), tokens_of(2, 20)
     cache = model.new_cache(2, 16, torch.float32)
@@ -277,8 +304,8 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
         (r"truncate to \[-1, 3\]", lambda: cache.truncate(torch.tensor([-1, 3]))),
         (r"truncate to \[1\]; want one length for all 2", lambda: cache.truncate(torch.tensor([1]))),
         (r"select \[2\] of 2 sequences", lambda: cache.select([2])),
-        (r"select \[True, False\] of 2 sequences", lambda: cache.select([True, False])),
-        (r"mtp=True needs a cache that keeps multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
+        (r"select \[True, False\]: torch.bool; want whole", lambda: cache.select([True, False])),
+        (r"mtp=True needs a cache for multi-token", lambda: model.run(tokens[:, :1], cache, mtp=True)),
         (r"made by a model of another config", lambda: small_model(n_heads=2)(tokens[:, :1], cache)),
     ):
         with pytest.raises(ValueError, match=message):

@@ -46,7 +46,7 @@ HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def gradients_and_values(run: Callable[[], dict[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
-    """What run returns, and the gradients of its first value."""
+    """Return what `run` returns, and the gradients of its first value."""
     out = run()
     grads = torch.autograd.grad(next(iter(out.values())), list(module.parameters()), allow_unused=True)
     named = {name: grad for (name, _), grad in zip(module.named_parameters(), grads, strict=True) if grad is not None}
@@ -61,7 +61,7 @@ def compare(run: Callable[[], dict[str, Tensor]], module: nn.Module, **options: 
 
 
 def layers_alone() -> dict[str, float]:
-    """The layers that need no routed experts, in one graph."""
+    """Compile the layers that need no routed experts, in one graph."""
     layers = nn.ModuleDict(
         {
             "norm": RMSNorm(16),
@@ -86,7 +86,7 @@ def layers_alone() -> dict[str, float]:
 
 
 def losses(changes: dict[str, Any], compute_dtype: torch.dtype, **options: Any) -> dict[str, float]:
-    """The whole model: embedding, blocks, MoE, MTP, chunked cross-entropy, balance."""
+    """Compile the whole model: embedding, blocks, MoE, MTP, chunked cross-entropy, balance."""
     model = randomise(Transformer(**SIZES | changes, compute_dtype=compute_dtype))
     for gate in model.gates():
         # no scores so close that another rounding would pick another expert
@@ -134,7 +134,7 @@ IN_BF16 = ("losses in bf16", "one block in C++")
 
 @functools.cache
 def outcomes() -> dict[str, Any]:
-    """Of each case the relative errors of values and gradients, or the traceback; all from one process."""
+    """Return for each case the relative errors of values and gradients, or the traceback; all from one process."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     # scalar C++ compiles twice as fast
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCHINDUCTOR_VEC_ISA_OK": "0"}

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import MLA, Block, Linear, ModelConfig, Transformer
+from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
 from dsmini.functional.cached_attention import cached_attention
+from dsmini.nn import Routing, route
 from dsmini.nn.cache import Past
 from tests.conftest import SMALL, randomise
-from tests.helpers.tolerances import FP32_MODEL, relative_error
+from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
 
 WINDOW = 6
 ALL_LAYERS = SMALL["n_layers"] + SMALL["n_mtp_layers"]
@@ -54,8 +55,13 @@ class AttentionWithoutPositions(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
+def sliding(queries: Tensor, keys: Tensor) -> Tensor:
+    """Hide the keys more than WINDOW - 1 tokens before a query."""
+    return queries - keys >= WINDOW
+
+
 class SlidingMLA(MLA):
-    """MLA whose queries see the last WINDOW tokens only, their own included."""
+    """MLA with the mask `sliding`, as a subclass that attends in its own way."""
 
     def forward(self, x: Tensor, table: Any = None, documents: Any = None, past: Past | None = None) -> Tensor:
         table = table or self.rope.table(torch.arange(x.shape[1]))
@@ -73,11 +79,12 @@ class SlidingMLA(MLA):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
-def score_by_softplus(model: Transformer) -> Transformer:
-    """Let every gate score experts by sqrt(softplus(logit)), as DeepSeek-V4's do."""
-    for gate in model.gates():
-        gate.options["score_func"] = lambda logits: F.softplus(logits).sqrt()
-    return model
+class SoftplusGate(Gate):
+    """A gate that scores experts by sqrt(softplus(logit)), as DeepSeek-V4's do."""
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = F.linear(x.float(), self.weight)
+        return route(logits, self.bias, **self.options | {"score_func": lambda logits: F.softplus(logits).sqrt()})
 
 
 def check_training_and_decoding(model: Transformer, changed: str, layers: int = ALL_LAYERS) -> None:
@@ -122,26 +129,113 @@ def test_another_attention_class_is_handed_to_transformer() -> None:
     check_training_and_decoding(model, "attn.wkv")
 
 
-def test_sliding_window_is_a_subclass_of_mla() -> None:
-    make_block = functools.partial(Block, attention_class=SlidingMLA)
+@pytest.mark.parametrize("attention", [SlidingMLA, functools.partial(MLA, mask=sliding)], ids=["subclass", "mask"])
+def test_sliding_window_reaches_back_its_width_a_layer(attention: Any) -> None:
+    make_block = functools.partial(Block, attention_class=attention)
     model = randomise(Transformer(**SMALL, make_block=make_block))
     check_training_and_decoding(model, "attn.wkv_b")
-    tokens = torch.randint(0, SMALL["vocab_size"], (1, 30))
+    model, tokens = model.double(), torch.randint(0, SMALL["vocab_size"], (1, 30))
     other = tokens.clone()
     other[0, 0] = (other[0, 0] + 1) % SMALL["vocab_size"]
     reach = SMALL["n_layers"] * (WINDOW - 1)  # of the first token, through all layers
     with torch.no_grad():
         moved = (model(tokens) - model(other)).abs().amax(-1)[0]
-    assert moved[reach + 1 :].max() == 0 < moved[: reach + 1].min()
+    assert moved[reach + 1 :].max() < UNMOVED < MOVED < moved[: reach + 1].min()
 
 
-def test_another_score_function_is_given_to_the_gates() -> None:
-    model = score_by_softplus(randomise(Transformer(**SMALL)))
+def models_with_a_mask(**changes: Any) -> tuple[Transformer, Transformer]:
+    """Return a model whose layers are given the mask, and the same weights in SlidingMLA."""
+    by_mask, by_class = (
+        Transformer(**SMALL | changes, make_block=functools.partial(Block, attention_class=attention))
+        for attention in (functools.partial(MLA, mask=sliding), SlidingMLA)
+    )
+    by_class.load_state_dict(randomise(by_mask).state_dict())
+    return by_mask, by_class
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_mask_equals_a_subclass_with_and_without_a_cache(form: Any) -> None:
+    model, want = models_with_a_mask()
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 23))
+    lengths = torch.tensor([4, 9])
+    expected, cache = want.run(tokens, mtp=True), model.new_cache(2, form=form, mtp=True)
+    parts = [model.run(part, cache, mtp=True) for part in tokens.split((9, 1, 13), 1)]
+    for got, wanted in zip(
+        [torch.cat([p.logits for p in parts], 1), model(tokens)], [expected.logits] * 2, strict=True
+    ):
+        assert relative_error(got, wanted) < FP32_MODEL
+    ahead = torch.cat([p.mtp_logits[0] for p in parts], 1)[:, 1:]
+    assert relative_error(ahead, expected.mtp_logits[0]) < FP32_MODEL
+    # rows of different lengths: padding sees no key within the window, and must not spread NaN
+    cache = model.new_cache(2, form=form)
+    padded = model(tokens[:, :9], cache, lengths)
+    again = model(tokens[:, 9:21], cache, torch.tensor([12, 1]))
+    assert padded.isfinite().all() and again.isfinite().all()
+    row = torch.cat((tokens[:1, :4], tokens[:1, 9:21]), 1)
+    assert relative_error(again[:1], model(row)[:, 4:]) < FP32_MODEL
+
+
+def test_mask_is_added_to_documents_and_works_in_gqa() -> None:
+    attention = functools.partial(Attention, mask=sliding)
+    gqa = {"attention": "gqa", "n_kv_heads": 1, "n_mtp_layers": 0}
+    make_block = functools.partial(Block, attention_class=attention)
+    model = randomise(Transformer(**SMALL | gqa, make_block=make_block))
+    tokens = torch.randint(0, SMALL["vocab_size"], (1, 20))
+    cache = model.new_cache(1)
+    want = model(tokens)
+    got = torch.cat([model(part, cache) for part in tokens.split((9, 1, 10), 1)], 1)
+    assert relative_error(got, want) < FP32_MODEL
+    assert relative_error(want, Transformer(**SMALL | gqa)(tokens)) > 0.1
+    documents = (torch.arange(20) >= 8).long()[None]
+    both = model.hidden(tokens, documents=documents)
+    alone = torch.cat([model.hidden(part) for part in tokens.split((8, 12), 1)], 1)
+    assert relative_error(both, alone) < FP32_MODEL
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (lambda q, k: q - k, "mask returned torch.int64 .*, want torch.bool"),
+        (lambda q, k: (q - k >= WINDOW)[..., :2], r"mask returned torch.bool \(1, 9, 2\), want torch.bool \(1, 9, 9\)"),
+        (lambda q, k: None, "mask returned NoneType, want torch.bool"),
+        (lambda q, k: (q - k >= 2) | (q == k), "mask hides all keys from the query at position 0"),
+    ],
+)
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_bad_mask_is_refused_in_a_sentence(mask: Any, words: str, form: Any) -> None:
+    make_block = functools.partial(Block, attention_class=functools.partial(MLA, mask=mask))
+    model, tokens = Transformer(**SMALL, make_block=make_block), torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=words):
+        model(tokens)
+    with pytest.raises(ValueError, match=words.replace("9, ", ".*, ").replace(", 9", ", .*")):
+        model(tokens, model.new_cache(1, form=form))
+
+
+def model_with_gate(gate_class: Any) -> Transformer:
+    moe_class = functools.partial(MoE, gate_class=gate_class)
+    return Transformer(**SMALL, make_block=functools.partial(Block, moe_class=moe_class))
+
+
+def test_gate_class_must_make_a_gate() -> None:
+    with pytest.raises(ValueError, match="gate_class makes a Identity, want a Gate"):
+        model_with_gate(nn.Identity)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (5, 23), (24,)], ids=str)
+def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
+    unchecked: Any = inspect.unwrap(Gate.forward)  # without the type checks of these tests
+    with pytest.raises(ValueError, match=r"the gate got \(.*\); want \[n, 24\], a row for each token"):
+        unchecked(Gate(**SMALL), torch.zeros(shape))
+
+
+def test_another_gate_is_handed_to_transformer() -> None:
+    model = randomise(model_with_gate(SoftplusGate))
+    assert len(model.gates()) == ALL_LAYERS - SMALL["n_dense_layers"]
     check_training_and_decoding(model, "gate.weight", ALL_LAYERS - SMALL["n_dense_layers"])
     routing = model.run(torch.randint(0, SMALL["vocab_size"], (1, 9))).routing
     assert all((r.scores > 0).all() and (r.scores.max() > 1) for r in routing)  # beyond what a sigmoid gives
 
 
-@pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SlidingMLA, score_by_softplus])
+@pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SlidingMLA, SoftplusGate, sliding])
 def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25

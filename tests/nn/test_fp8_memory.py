@@ -1,4 +1,4 @@
-"""What an FP8 layer saves for backward: codes once, however many Linears read them."""
+"""An FP8 layer saves codes for backward once, whatever the number of Linears that read them."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from tests.helpers.configs import released
 
 
 class Codes:
-    """What a forward pass makes and keeps of codes: bytes of every storage, and the shapes that were quantised."""
+    """The codes that a forward saves: bytes of every storage, and the shapes that were quantized."""
 
     def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
         self.made: list[tuple[int, ...]] = []
@@ -70,10 +70,10 @@ def test_mla_keeps_its_input_once(q_lora_rank: int | None, after: list[int]) -> 
 @pytest.mark.parametrize("attention", ["mha", "gqa"])
 def test_attention_keeps_its_input_once(attention: Any) -> None:
     kv = {"n_kv_heads": 2} if attention == "gqa" else {}
-    twin = randomise(Attention(**SIZES, attention=attention, **kv))
-    codes = Codes(twin, an_input())
+    baseline = randomise(Attention(**SIZES, attention=attention, **kv))
+    codes = Codes(baseline, an_input())
     wo = N * SIZES["n_heads"] * SIZES["v_head_dim"] * 12 // 8
-    assert codes.kept == sorted([N * DIM, wo, *weights(twin)])
+    assert codes.kept == sorted([N * DIM, wo, *weights(baseline)])
     assert codes.made.count((2, 35, DIM)) == 1
 
 

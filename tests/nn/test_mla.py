@@ -144,11 +144,11 @@ def test_bf16_attention_is_off_by_its_roundings(method: Any) -> None:
     assert relative_error(got, want) <= rounding(BF16_UNIT, chained=3)
 
 
-def twin_of(layer: MLA, **changes: Any) -> MLA:
-    """The same weights under another config."""
-    twin = MLA(**SIZES | changes)
-    twin.load_state_dict(layer.state_dict())
-    return twin
+def with_config(layer: MLA, **changes: Any) -> MLA:
+    """Return the same weights under another config."""
+    other = MLA(**SIZES | changes)
+    other.load_state_dict(layer.state_dict())
+    return other
 
 
 def test_yarn_is_off_where_the_context_is_not_extended(randomise: Any) -> None:
@@ -156,17 +156,17 @@ def test_yarn_is_off_where_the_context_is_not_extended(randomise: Any) -> None:
     x = torch.randn(2, 37, 23)
     changes = {"rope_factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
     for original_seq_len in (64, 1000, None):
-        assert torch.equal(twin_of(plain, original_seq_len=original_seq_len, **changes)(x), plain(x))
-    extended = twin_of(plain, original_seq_len=63, **changes)
+        assert torch.equal(with_config(plain, original_seq_len=original_seq_len, **changes)(x), plain(x))
+    extended = with_config(plain, original_seq_len=63, **changes)
     assert relative_error(extended(x), plain(x)) > 1e-3
 
 
 def test_temperature_multiplies_the_whole_logit(randomise: Any) -> None:
-    """With the rotary key zero only the nope part is left, and it too is m^2 times as sharp."""
+    """A rotary key of zero leaves the nope part alone, and it too is m^2 times as sharp."""
     layer = randomise(MLA(**SIZES | {"q_lora_rank": None}))
     with torch.no_grad():
         layer.wkv_a.weight[9:] = 0
-    yarn = twin_of(layer, q_lora_rank=None, **YARN | {"mscale_all_dim": 0.707, "rope_factor": 40.0})
+    yarn = with_config(layer, q_lora_rank=None, **YARN | {"mscale_all_dim": 0.707, "rope_factor": 40.0})
     m = 0.1 * 0.707 * math.log(40) + 1
     assert yarn.scale == pytest.approx(15**-0.5 * m**2, rel=1e-12)
 

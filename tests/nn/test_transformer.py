@@ -91,7 +91,7 @@ def test_mean_gradient_of_two_halves_is_that_of_the_whole(small_model: Model) ->
 
 
 def bytes_saved(run: Callable[[], Losses]) -> tuple[Losses, int]:
-    """The losses, and the bytes autograd holds for their backward."""
+    """Return the losses, and the bytes that autograd saves for their backward."""
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

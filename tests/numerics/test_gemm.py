@@ -117,9 +117,8 @@ def test_backward_runs_on_the_backend_of_forward(product: str, monkeypatch: pyte
 def test_second_derivatives_are_refused() -> None:
     x, w = torch.randn(4, 128, requires_grad=True), torch.randn(8, 128, requires_grad=True)
     for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.square().sum().backward()
+        with pytest.raises(ValueError, match="create_graph=True wants second derivatives"):
+            torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 128), (4, 0, 128), (4, 8, 0)])

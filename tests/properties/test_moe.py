@@ -48,7 +48,7 @@ def visits(n: int, k: int, e: int, m: int, empty: tuple[int, ...] = (), dtype: t
 
 
 def run(experts: Experts, v: Visits, forward: Callable[..., Tensor] | None = None) -> Result:
-    """The output, and the gradient of a fixed random projection of it."""
+    """Return the output, and the gradient of a fixed random projection of it."""
     x, weights = v.x.detach().requires_grad_(), v.weights.detach().requires_grad_()
     named = {"x": x, "weights": weights, **dict(experts.named_parameters())}
     y = (forward or experts)(x, v.indices, weights, v.counts)

@@ -71,8 +71,8 @@ def test_the_largest_magnitude_becomes_the_largest_code(scale: Any, format: Any)
 
 @EVERY_SCALE
 @EVERY_FORMAT
-def test_scales_beside_powers_of_two(scale: Any, format: Any) -> None:
-    """Where a logarithm is wrong: largest magnitudes a few bits from the format's largest times a power of two."""
+def test_scales_next_to_powers_of_two(scale: Any, format: Any) -> None:
+    """A logarithm is wrong for magnitudes a few bits from the format's largest times a power of two."""
     powers = torch.arange(-60, 61, dtype=torch.float32).exp2() * FORMATS[format].max
     bits = powers.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
     assert agrees(bits.view(torch.float32), (1, 1), scale, format, SMALLEST_AMAX)

@@ -1,0 +1,189 @@
+"""The habits of docs/pytorch-habits.md, which names a test for each: those that have none elsewhere."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from dsmini import MoE, Transformer, ops
+from dsmini.functional.experts import experts
+from tests.conftest import SMALL, randomise
+from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "pytorch-habits.md"
+
+
+@pytest.fixture
+def model() -> Transformer:
+    model = randomise(Transformer(**SMALL))
+    for gate in model.gates():  # no scores so close that another rounding picks another expert
+        assert gate.bias is not None
+        gate.bias.copy_(2.0 * torch.randperm(8))
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (2, 13))
+
+
+Parameters = dict[str, Tensor]
+
+
+def stateless(model: Transformer) -> tuple[Parameters, Callable[[Parameters, Tensor], Tensor]]:
+    """Return the parameters, and the loss of one row of tokens as a function of them."""
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: Parameters, row: Tensor) -> Tensor:
+        options = {"targets": row[None, 1:], "balance_alpha": 0.1}
+        return functional_call(model, (parameters, buffers), (row[None, :-1],), options).total
+
+    return {name: p.detach() for name, p in model.named_parameters()}, loss
+
+
+def gradients(loss: Tensor, model: nn.Module) -> Parameters:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def test_vmap_of_grad_gives_a_gradient_per_sample(model: Transformer, tokens: Tensor) -> None:
+    parameters, loss = stateless(model)
+    got = vmap(grad(loss), (None, 0))(parameters, tokens)
+    for i, row in enumerate(tokens):
+        want = gradients(model.losses(row[None, :-1], row[None, 1:], balance_alpha=0.1).total, model)
+        assert all(relative_error(got[name][i], want[name]) < FP32_MODEL for name in want)
+
+
+def test_jvp_is_the_gradient_times_the_direction(model: Transformer, tokens: Tensor) -> None:
+    parameters, loss = stateless(model)
+    direction = {name: torch.randn_like(p) * p.abs() for name, p in parameters.items()}
+    _, slope = jvp(lambda p: loss(p, tokens[0]), (parameters,), (direction,))
+    slopes = grad(loss)(parameters, tokens[0])
+    parts = torch.stack([(slopes[name] * direction[name]).sum() for name in slopes])
+    assert abs(slope - parts.sum()) < FP32_MODEL * parts.norm()
+
+
+def test_fp8_in_torch_func_is_refused(tokens: Tensor) -> None:
+    parameters, loss = stateless(Transformer(**SMALL, precision="fp8"))
+    for transform in (grad(loss), lambda p, row: vmap(loss, (None, 0))(p, row[None])):
+        with pytest.raises(ValueError, match=r"FP8 .* do not work inside torch.func; use backward\(\)"):
+            transform(parameters, tokens[0])
+
+
+def test_experts_of_transforms_equal_the_reference() -> None:
+    x, weights = torch.randn(9, 5), torch.rand(9, 2)
+    indices = torch.stack([torch.randperm(4)[:2] for _ in range(9)]).clamp(max=2)  # expert 3 has no rows
+    indices[:, 1] = torch.where(indices[:, 0] == indices[:, 1], (indices[:, 0] + 1) % 3, indices[:, 1])
+    counts = indices.flatten().bincount(minlength=4)
+    matrices = torch.randn(4, 7, 5), torch.randn(4, 5, 7), torch.randn(4, 7, 5)
+    got, want = (run(x, indices, weights, counts, *matrices) for run in (experts.static, experts.reference))
+    assert relative_error(got, want) < FP32_MODEL
+
+
+def test_second_derivatives_run_on_the_reference(model: Transformer, tokens: Tensor) -> None:
+    """A Hessian times a vector, next to the difference of two gradients in FP64."""
+    model = model.double()
+    weight = model.layers[1].ffn.experts.w1
+
+    def slope() -> Tensor:
+        return torch.autograd.grad(model.losses(tokens[:, :-1], tokens[:, 1:]).total, weight, create_graph=True)[0]
+
+    def shifted(shift: float) -> Tensor:
+        with torch.no_grad():
+            weight.add_(shift)
+        return slope().detach()
+
+    with pytest.raises(ValueError, match=r"create_graph=True wants second derivatives, .*ops.use"):
+        slope()
+    with ops.use("reference"):
+        (got,) = torch.autograd.grad(slope().sum(), weight)
+        want = (shifted(1e-5) - shifted(-2e-5)) / 2e-5
+    assert relative_error(got, want) < 1e-5  # the difference leaves out terms of 1e-10, and rounding of 1e-16 / 1e-5
+
+
+def test_export_with_any_length(model: Transformer, tokens: Tensor) -> None:
+    length = torch.export.Dim("length", min=2, max=SMALL["max_seq_len"])
+    exported = torch.export.export(model, (tokens,), dynamic_shapes=({1: length},)).module()
+    for s in (5, 13):
+        assert relative_error(exported(tokens[:, :s]), model(tokens[:, :s])) < FP32_MODEL
+
+
+def test_export_of_fp8_experts_is_refused() -> None:
+    with pytest.raises(Exception, match=r"no version for torch.func and torch.export; use a model without FP8"):
+        torch.export.export(MoE(**SMALL, precision="fp8"), (torch.zeros(2, 3, 24),))
+
+
+def test_autocast_changes_nothing_but_the_products(model: Transformer, tokens: Tensor) -> None:
+    want = model.losses(tokens[:, :-1], tokens[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.losses(tokens[:, :-1], tokens[:, 1:])
+    assert got.total.dtype == torch.float32 and all(r.weights.dtype == torch.float32 for r in got.routing)
+    assert abs(got.total - want.total) < rounding(BF16_UNIT, chained=30) * want.total
+    got.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("cast", "unit"), [("half", 2.0**-11), ("bfloat16", BF16_UNIT)])
+def test_short_models_keep_norms_and_gates_in_fp32(model: Transformer, tokens: Tensor, cast: str, unit: float) -> None:
+    want = model(tokens)
+    short = getattr(copy.deepcopy(model), cast)()
+    kept = {name for name, p in short.named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in short.named_parameters() if "norm" in name or "gate.weight" in name}
+    assert relative_error(short(tokens), want) < rounding(unit, chained=30)
+    cache = short.new_cache(2)
+    parts = torch.cat([short(part, cache) for part in tokens.split((7, 1, 5), 1)], 1)
+    assert relative_error(parts, want) < rounding(unit, chained=30)
+
+
+def test_deepcopy_and_pickle_give_an_equal_and_independent_model(model: Transformer, tokens: Tensor) -> None:
+    want = model(tokens)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens), want)
+        with torch.no_grad():
+            other.head.weight.zero_()
+    assert torch.equal(model(tokens), want)
+
+
+def test_state_dict_loads_into_another_model(model: Transformer, tokens: Tensor) -> None:
+    other = Transformer(model.config)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens), model(tokens))
+
+
+def test_checkpointing_changes_no_gradient(model: Transformer, tokens: Tensor) -> None:
+    want = gradients(model.losses(tokens[:, :-1], tokens[:, 1:]).total, model)
+    ours = gradients(model.losses(tokens[:, :-1], tokens[:, 1:], recompute=True).total, model)
+    forwards = [(block, block.forward) for block in model.layers]
+    for block, forward in forwards:
+        block.forward = lambda *args, f=forward: checkpoint(f, *args, use_reentrant=False)
+    theirs = gradients(model.losses(tokens[:, :-1], tokens[:, 1:]).total, model)
+    for grads in (ours, theirs):
+        assert all(torch.equal(grads[name], want[name]) for name in want)
+
+
+def test_options_of_losses_need_targets(model: Transformer, tokens: Tensor) -> None:
+    want = model.losses(tokens[:, :-1], tokens[:, 1:], mtp_weight=0.1)
+    got = model(tokens[:, :-1], targets=tokens[:, 1:], mtp_weight=0.1)
+    assert torch.equal(got.total, want.total)
+    with pytest.raises(ValueError, match="mtp_weight: these are options of the losses; give targets too"):
+        model(tokens, mtp_weight=0.1)
+    with pytest.raises(ValueError, match="targets do not go with a cache or lengths"):
+        model(tokens, model.new_cache(2), targets=tokens)
+
+
+def test_page_names_a_test_for_each_line() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 14
+    for row in rows:
+        place: Any = re.search(r"`(tests/\S+\.py)::(test_\w+)`", row)
+        assert place, row
+        assert f"def {place[2]}(" in (ROOT / place[1]).read_text(), row
