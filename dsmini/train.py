@@ -19,6 +19,7 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.training.origin import RunOrigin, find_origin
+from dsmini.training.run import TrainingRun
 from dsmini.training.sample import write_sample
 from dsmini.training.start import started
 from dsmini.training.summary import print_summary, summarise
@@ -64,21 +65,35 @@ def main(args: Sequence[str]) -> int:
     ops.check_forced()
     console = Console(stderr=command.json)
     with started(origin, RunConfig(**_fields(command)), console) as training:
-        complete, folder = training.train(), training.folder
-        training.plot()
-        if not complete:
+        folder = training.folder
+        results = _results(training, training.train())
+        if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
             say(console, f"Go on with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
             return 130
-        summary = summarise(training)
-        sample = write_sample(training)
-        write_text(folder / "sample.txt", sample)
-        training.finish(summary)
+    summary, sample = results
     print_summary(console, summary)
     say(console, f"\nGo on with: python -m dsmini.generate {shlex.quote(str(folder))} --prompt 'def '")
     if command.json:
         print(json.dumps({**summary, "sample": sample}))
     return 0
+
+
+def _results(training: TrainingRun, complete: bool) -> tuple[dict[str, Any], str] | None:
+    """Draw a run; measure and sample a complete one, and return its summary and sample.
+
+    Return None for a run that a signal stopped, here or before. All its steps are saved; a resumed run does the rest.
+    """
+    try:
+        training.plot()
+        if not complete:
+            return None
+        summary, sample = summarise(training), write_sample(training)
+        write_text(training.folder / "sample.txt", sample)
+        training.finish(summary)
+    except KeyboardInterrupt:
+        return None
+    return summary, sample
 
 
 def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:

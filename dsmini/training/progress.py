@@ -44,7 +44,8 @@ class TrainingProgress:
         """Say the result of a validation on the way."""
         self.say(f"step {step}: validation {nats:.3f} nats ({tokens:,} held-out tokens, context {self.seq_len})")
 
-    def validating(self, how: str = "") -> AbstractContextManager[Callable[[float], None]]:
-        """Show a bar for the validation on the whole held-out split; its function takes the share that is done."""
-        self.say(f"validating on the whole held-out split{how}")
+    def validating(self, line: str = "") -> AbstractContextManager[Callable[[float], None]]:
+        """Show a bar for a validation, after a line about it; its function takes the share that is done."""
+        if line:
+            self.say(line)
         return self.bar.part("validation")

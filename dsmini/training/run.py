@@ -17,9 +17,10 @@ from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import METRICS, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
-from dsmini.training.stopping import asked_to_stop
+from dsmini.training.stopping import StopAskedError, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
+from dsmini.training.validation import validate
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
@@ -81,28 +82,27 @@ class TrainingRun:
         with asked_to_stop() as asked, self._metrics() as metrics, progress:
             if history.records:  # resumed: the last step may not have been validated yet
                 if history.records[-1].val_loss is None:
-                    self._validate(progress)
+                    self._validate(progress, asked)
                 self._record(metrics)
-            while self._steps_done < train.steps:
+            while self._steps_done < train.steps and not (asked and history.records):
                 step = self.trainer.step()
                 self._keep(step)
                 progress.show(step, history.tokens_per_s())
                 last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
-                stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
-                if last or stop or lost:
+                if last or asked or lost:
                     self.saver.save()
                 elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                     self._save_if_possible(progress)
-                if not stop:
-                    self._validate(progress)
+                self._validate(progress, asked)
                 self._record(metrics)
-                if stop:
-                    return False
-                if not last and history.records[-1].val_loss is not None and history.seconds >= self.next_plot:
-                    self.plot()
                 if lost:
                     raise ArithmeticError(self._why_lost())
-        return True
+                validated = history.records[-1].val_loss is not None
+                if validated and not last and not asked and history.seconds >= self.next_plot:
+                    self.plot()
+            if asked:
+                self.saver.save()  # if the signal came after the last save
+        return not asked
 
     def _metrics(self) -> TextIO:
         """Open metrics.jsonl for the next line, with the lines of the steps before in it and no others."""
@@ -117,30 +117,13 @@ class TrainingRun:
         scores = {name: None for name, wanted in asked.items() if wanted}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
 
-    def _validate(self, progress: TrainingProgress) -> None:
-        """Validate the last step if that is due: on the way on a part of the held-out split, at the end on all of it,
-        at eval_context and with the average too."""
-        train, step = self.config.train, self.history.records[-1].step
-        if step == train.steps:
-            self.history.validated(**self._last_scores(progress))
-        elif step % train.eval_every == 0:
-            nats = self.trainer.validate(train.eval_tokens)
-            self.history.validated(nats)
-            windows = self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens)
-            progress.validated(step, nats, windows.tokens)
-
-    def _last_scores(self, progress: TrainingProgress) -> dict[str, float]:
-        """Compute the validation losses at the end, by their keys in metrics.jsonl."""
-        trainer, context = self.trainer, self.config.train.eval_context
-        with progress.validating() as on_part:
-            scores = {"val_loss": trainer.validate(on_part=on_part)}
-        if context is not None:
-            with progress.validating(f" at context {context}") as on_part:
-                scores["val_loss_at_eval_context"] = trainer.validate(seq_len=context, on_part=on_part)
-        if trainer.average is not None:
-            with trainer.averaged(), progress.validating(", with the average of the parameters") as on_part:
-                scores["val_loss_ema"] = trainer.validate(on_part=on_part)
-        return scores
+    def _validate(self, progress: TrainingProgress, asked: list[int]) -> None:
+        """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
+        try:
+            if not asked and (scores := validate(self.trainer, progress, asked)):
+                self.history.validated(**scores)
+        except StopAskedError:
+            self.saver.save()
 
     def _record(self, metrics: TextIO) -> None:
         """Write the last step's record, which is complete now."""

@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class StopAskedError(Exception):
+    """Ends a phase that can be repeated, such as a validation, because a signal asked the run to stop."""
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
     """Yield a list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once.

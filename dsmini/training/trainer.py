@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
-from dsmini.data.corpus import Corpus, Loader
+from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, linear_cross_entropy, max_violation
 from dsmini.training.average import ParameterAverage
@@ -170,33 +170,30 @@ class Trainer:
     @torch.no_grad()
     def validate(
         self,
-        at_most: int | None = None,
-        seq_len: int | None = None,
+        windows: Windows | None = None,
         tokens_at_a_time: int = 8192,
         on_part: Callable[[float], None] = lambda done: None,
     ) -> float:
-        """Compute the cross-entropy in nats a token over the held-out split, or over about at_most of its tokens.
-
-        Changes nothing.
+        """Compute the cross-entropy in nats a token over the held-out split. Changes nothing.
 
         Args:
-            seq_len: of the windows; None: that of training.
-            on_part: told the share that is done.
+            windows: the part of it to score; None: all windows of the training's length.
+            on_part: told the share that is done. What it raises ends the validation.
         """
-        seq_len = seq_len or self.config.seq_len
-        windows = self.corpus.windows(seq_len, at_most)
-        rows = max(1, tokens_at_a_time // seq_len)
+        windows = windows or self.corpus.windows(self.config.seq_len)
+        rows = max(1, tokens_at_a_time // windows.seq_len)
         total = torch.zeros((), dtype=torch.float64)
-        self.model.eval()
         done = 0
-        for tokens, targets in windows.blocks(rows):
-            hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
-            total += (
-                linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
-            )
-            done += len(tokens)
-            on_part(done / len(windows))
-        self.model.train()
+        self.model.eval()
+        try:
+            for tokens, targets in windows.blocks(rows):
+                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
+                targets = targets.to(self.device).flatten()
+                total += linear_cross_entropy(hidden, self.model.head.weight, targets).double().cpu()
+                done += len(tokens)
+                on_part(done / len(windows))
+        finally:
+            self.model.train()
         return total.item() / windows.tokens
 
     @contextmanager

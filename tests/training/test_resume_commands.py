@@ -89,6 +89,23 @@ def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) ->
     assert RunConfig.from_file(folder / f"config-until-step-{done:06d}.toml").train.steps == 100000
 
 
+def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
+    """All is trained and saved; the resumed run writes the same figures and its sample."""
+    folder = place / "runs/sampling"
+    process = start(f"{TRAIN} --train.steps 4 --train.sample-tokens 1000000 --out runs/sampling", place)
+    wait_for(process, folder / "loss.png")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "", (out, err)
+    assert "stopped after step 4; saved in runs/sampling\nGo on with: python -m dsmini.train --resume" in out
+    assert not (folder / "summary.json").exists()
+    before = rows(folder)
+    again = run("dsmini.train --resume runs/sampling --train.sample-tokens 4", place)
+    assert again.returncode == 0, again.stderr
+    assert rows(folder) == before and (folder / "summary.json").exists()
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file may be larger than the model's: the optimizer's does not fit."""
     folder = place / "runs/disk"
