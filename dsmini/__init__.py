@@ -1,12 +1,21 @@
-"""dsmini: the DeepSeek architecture in plain PyTorch, small enough to read in an evening."""
+"""dsmini: the DeepSeek architecture in plain PyTorch, small enough to read in an evening.
 
-from dsmini import accounting, nn, numerics, ops
-from dsmini.checkpoint.export import save_pretrained
-from dsmini.checkpoint.pretrained import load_pretrained
-from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dsmini.inference import generate
-from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
-from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
+Names are imported when they are first used: `import dsmini` and the --help of a command load no torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsmini import accounting, nn, numerics, ops
+    from dsmini.checkpoint.export import save_pretrained
+    from dsmini.checkpoint.pretrained import load_pretrained
+    from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+    from dsmini.inference import generate
+    from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
+    from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,3 +47,47 @@ __all__ = [
     "quantize",
     "save_pretrained",
 ]
+
+# module -> names that the package takes from it, as the imports for type checkers above
+HOMES = {
+    "dsmini.checkpoint.export": ("save_pretrained",),
+    "dsmini.checkpoint.pretrained": ("load_pretrained",),
+    "dsmini.config": ("DataConfig", "ModelConfig", "RunConfig", "TrainConfig"),
+    "dsmini.inference": ("generate",),
+    "dsmini.nn": (
+        *("MLA", "MTP", "Attention", "Block", "Experts", "FeedForward", "Gate", "Linear", "MoE", "RMSNorm"),
+        "Transformer",
+    ),
+    "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),
+}
+ROOMS = (
+    *("accounting", "checkpoint", "config", "functional", "inference", "machine", "measure", "nn", "numerics", "ops"),
+    "text",
+)
+"""Modules that need no import of their own: `import dsmini` is enough for dsmini.nn."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in ROOMS:
+        return import_module(f"dsmini.{name}")
+    for home, names in HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(home), name)
+            return value
+    raise AttributeError(f"module 'dsmini' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package itself, in which dsmini.generate stays the function when the command dsmini/generate.py is loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "generate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,10 +2,12 @@
 
 import ast
 import difflib
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Union
 
 from dsmini.console.command import run
 
@@ -18,17 +20,19 @@ def main() -> None:
 
 
 def _main(args: Sequence[str]) -> int:
-    """Run the command that is named first; return the exit status of what is no command."""
+    """Run the command that is named first, or print help; return the exit status."""
     if not args or args[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
+    if args[0].startswith("--tyro-"):
+        return _complete(args)
     name, *rest = args
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command '{name}'; {fix}")
     sys.argv = [name, *rest]
-    # as a program, not imported: a module dsmini.generate would take the place of the function of that name
+    # as a program, as python -m does
     runpy.run_module(f"dsmini.{name}", run_name="__main__", alter_sys=True)
     return 0
 
@@ -42,14 +46,31 @@ def _help() -> str:
             *(f"  {name:{width}}{_about(name)}" for name in COMMANDS),
             "",
             "Flags of a command: dsmini COMMAND --help",
+            "Completion in bash, or likewise in zsh: dsmini --tyro-write-completion bash FILE, then source FILE",
         ]
     )
 
 
 def _about(name: str) -> str:
-    """Return the line that a command says of itself: the first of its module, without its name."""
+    """Return the description of a command: the first line of its module, without its name."""
     said = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")))
     return (said or "").partition("\n")[0].partition(": ")[2]
+
+
+def _complete(args: Sequence[str]) -> int:
+    """Write the completion of all commands for a shell, by the flags that tyro has for it."""
+    import tyro
+
+    kinds = [
+        Annotated[
+            getattr(importlib.import_module(f"dsmini.{name}"), f"{name.capitalize()}Command"),
+            tyro.conf.subcommand(name=name, description=_about(name)),
+        ]
+        for name in COMMANDS
+    ]
+    every: Any = Union[tuple(kinds)]  # noqa: UP007
+    tyro.cli(every, prog="dsmini", args=list(args))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,14 @@ from dsmini import accounting, ops
 from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
 from dsmini.checkpoint.pretrained import origin_of, read_pretrained
 from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.tensor_names import mtp_prefixes
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.config import RunConfig
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
 from dsmini.nn import Transformer
+from dsmini.reading import check_path, is_there, parse_json, read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +36,7 @@ class ConvertCommand:
     """Write a trained or a published model as a new Hugging Face folder: safetensors, config.json, tokenizer.
 
     SRC is a run that dsmini.train wrote, or one of its checkpoints; a DeepSeek or Hugging Face folder; or a folder that
-    DeepSeek's inference code reads (model0-mp8.safetensors, ...), the files of all ranks beside its config JSON.
+    DeepSeek's inference code reads (model0-mp8.safetensors, ...), the files of all ranks next to its config JSON.
     """
 
     src: Annotated[Path, tyro.conf.Positional]
@@ -73,14 +76,17 @@ def main(args: Sequence[str]) -> int:
     files: dict[str, str] = {}
     ids: dict[str, Any] = {}
     start = time.monotonic()
-    if (command.src / "config.toml").is_file():
+    check_path(command.src, "SRC")
+    if is_there(command.src / "config.toml"):
         model, config = load_run(command.src, average=command.average, say=tell)
         nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
         files, ids = _tokenizer_files(command.src, config)
     else:
         if command.average:
-            raise ValueError(f"--average is of a training run, and {command.src} is none; leave it out")
-        model = read_pretrained(command.src, fp8="keep")
+            raise ValueError(f"--average is for a training run, and {command.src} is not one; leave it out")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: tell(str(message))
+            model = read_pretrained(command.src, fp8="keep")
         origin = origin_of(model)
         assert origin is not None
         nbytes, seconds = origin.nbytes, origin.seconds
@@ -97,6 +103,11 @@ def main(args: Sequence[str]) -> int:
     )
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
     tell(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
+    if prefixes := mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers):
+        tell(
+            f"transformers will list the tensors of {', '.join(prefix[:-1] for prefix in prefixes)} as unexpected and "
+            "load the others: it has no multi-token prediction, dsmini has"
+        )
     if command.json:
         figures = {
             "src": str(command.src),
@@ -127,9 +138,9 @@ def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict
     ids: dict[str, Any] = {"eos_token_id": tokenizer.end_of_document}
     content = byte_tokenizer_json()
     if isinstance(tokenizer, BPETokenizer):
-        content = tokenizer.path.read_text(encoding="utf-8")
+        content = read_text(tokenizer.path)
         about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
-        named = {token["content"]: token["id"] for token in json.loads(content).get("added_tokens", [])}
+        named = {token["content"]: token["id"] for token in parse_json(content, "it").get("added_tokens", [])}
         if BEGIN_TOKEN in named:
             about["bos_token"] = BEGIN_TOKEN
             ids["bos_token_id"] = named[BEGIN_TOKEN]

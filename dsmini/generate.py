@@ -5,18 +5,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
-from dsmini import ops
-from dsmini.checkpoint.text_model import load_text_model
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
-from dsmini.inference.sampling import Sampling
-from dsmini.inference.writer import Answers, Conversation, Writer, figures, figures_in_words
+from dsmini.console.progress import Phases, patience
 from dsmini.text.page import Page
-from dsmini.text.prompts import printable, read_line, read_prompts
+from dsmini.text.prompts import read_line, read_prompts, without_surrogates
+
+if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
+    from dsmini.inference.writer import Answers, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,52 +27,52 @@ class GenerateCommand:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")]
     """A training run, one of its checkpoints, or a folder with config.json and safetensors."""
     prompt: tuple[str, ...] = ()
-    """The texts to continue, all at once; - reads one from standard input. Left out: a new line."""
+    """Texts to continue, all at once; - reads one from standard input. Left out: a new line."""
     prompt_file: tuple[Path, ...] = ()
-    """Files that hold a text each. A last newline, here and on standard input, is no part of it."""
+    """Files with one text each. A last newline is removed, also from standard input."""
     max_new_tokens: int = 400
     """Largest number of tokens to add to each text."""
     temperature: float = 0.8
     """0 takes the likeliest token; higher is more adventurous."""
     top_k: int | None = None
-    """Draw from this many likeliest tokens."""
+    """Number of likeliest tokens to draw from."""
     top_p: float | None = None
-    """Draw from the fewest tokens whose probabilities sum to this."""
+    """Draw from the fewest tokens whose probabilities sum to this, from 0 to 1."""
     min_p: float | None = None
     """Draw from the tokens at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens less likely that the text already holds."""
+    """A number above 1 makes tokens less likely that the text already holds."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, and are no part of it."""
+    """Texts that end an answer, and are left out of it."""
     eos: Literal["auto", "stop", "ignore"] = "auto"
-    """stop: an answer ends with the model's end token. auto: only with that of a folder; in a training run the end
-    token only begins the next document."""
+    """stop: an answer ends with the model's end token. auto: so for a folder; in a training run the end token only
+    begins the next document."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the random draws."""
     speculative: bool = False
     """Let multi-token prediction guess ahead: the same distribution in fewer steps."""
     chat: bool = False
-    """Answer by the folder's chat template. Without a prompt: a conversation, a line of standard input a turn, which an
-    empty line or Ctrl-D ends."""
+    """Answer by the folder's chat template. Without a prompt: a conversation, one line of standard input a turn. An
+    empty line or Ctrl-D ends it."""
     system: str | None = None
     """The system's turn before a conversation of --chat."""
     context: int | None = None
-    """Tokens of a text that the cache has room for; more are an error. Left out: the model's context, and where a text
-    outgrows it, its older half is forgotten."""
+    """Number of tokens of a text that the cache has room for; more are an error. Left out: the model's context, and
+    when a text outgrows it, its older half is forgotten."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """Type of the cache; auto: the model's."""
     fp8: Literal["keep", "dequantize"] = "dequantize"
     """Keep the FP8 weights of a folder, or dequantize them."""
     tokenizer: str | None = None
-    """A tokenizer.json for a folder that has none, or bytes."""
+    """The tokenizer.json for a folder that has none, or bytes."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
     average: bool = False
-    """Use the parameters' average over the steps; the run must have kept one, with --train.ema-decay."""
+    """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
-    """Print a JSON object instead of streaming the text; in a conversation one a turn."""
+    """Print a JSON object instead of streaming the text; in a conversation, one per turn."""
 
 
 HELP = Help(
@@ -91,27 +92,43 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(GenerateCommand, "generate", args, help=HELP)
+    from dsmini import ops
+
     ops.check_forced()
     if not -(2**63) <= command.seed < 2**63:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
-    writer = _writer(command)
-    if command.chat and not command.prompt and not command.prompt_file:
-        return _converse(writer, command)
+    phases = Phases(Console(stderr=True))
+    try:
+        writer = _writer(command, phases)
+        if command.chat and not command.prompt and not command.prompt_file:
+            return _converse(writer, command)
+        return _answer(writer, command)
+    finally:
+        phases.close()
+
+
+def _answer(writer: "Writer", command: GenerateCommand) -> int:
+    """Continue the prompts of the command line; return the exit status."""
     prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
     page = None if command.json else Page([heading for heading, _ in prompts])
     answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
-    rows = [row.described(printable(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
+    rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
     only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand) -> Writer:
+def _writer(command: GenerateCommand, phases: Phases) -> "Writer":
+    from dsmini.checkpoint.text_model import load_text_model
+    from dsmini.inference.sampling import Sampling
+    from dsmini.inference.writer import Writer
+
     sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
-    model, side, is_run = load_text_model(
-        command.model, command.dtype, command.device, command.average, command.tokenizer, command.chat, command.fp8
-    )
+    with patience(Console(stderr=True), f"reading {command.model}"):
+        model, side, is_run = load_text_model(
+            command.model, command.dtype, command.device, command.average, command.tokenizer, command.chat, command.fp8
+        )
     return Writer(
         model,
         side,
@@ -123,22 +140,27 @@ def _writer(command: GenerateCommand) -> Writer:
         cache_dtype=command.cache_dtype,
         context=command.context,
         seed=command.seed,
+        watch=phases,
     )
 
 
-def _converse(writer: Writer, command: GenerateCommand) -> int:
-    """Hold a conversation on standard input, a line a turn; return the exit status."""
+def _converse(writer: "Writer", command: GenerateCommand) -> int:
+    """Hold a conversation on standard input, one line a turn; return the exit status."""
+    from dsmini.inference.writer import Conversation
+
     conversation = Conversation(writer, command.system)
     while line := read_line():
         answers = conversation.answer(line, None if command.json else Page([""]))
-        said = answers.rows[0].described(printable(line))
+        said = answers.rows[0].described(without_surrogates(line))
         if status := _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers):
             return status
     return 0
 
 
-def _end(command: GenerateCommand, said: dict[str, Any], answers: Answers) -> int:
-    """Print what --json wants, or the figures below the page; return the exit status."""
+def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> int:
+    """Print the JSON object, or the figures below the page; return the exit status."""
+    from dsmini.inference.writer import figures, figures_in_words
+
     if command.json:
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
     else:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,10 @@ from rich.console import Console
 
 from dsmini.atomic import write_text
 from dsmini.config import DataConfig
-from dsmini.console.command import run
+from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
-from dsmini.console.progress import Progress
+from dsmini.console.progress import Progress, patience
 from dsmini.data.documents import find, measure
 from dsmini.data.split import split
 from dsmini.data.texts import read_first, read_texts
@@ -24,27 +25,27 @@ from dsmini.text.tokenizer import BPETokenizer
 LARGEST = 1_000_000
 """Largest vocabulary."""
 MEASURED = 8 << 20
-"""Bytes of held-out text that are tokenised to see how short the encoding makes it."""
+"""Number of bytes of held-out text that are tokenised to measure the bytes per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeCommand:
     """Train a tokenizer on a text: a byte-pair encoding over bytes with DeepSeek's way of splitting words.
 
-    It learns from the documents that python -m dsmini.train would train on, none of those held out. The result is a
+    It learns from the documents that python -m dsmini.train would train on, without those held out. The result is a
     tokenizer.json of the tokenizers library, for --data.tokenizer.
     """
 
     corpus: Annotated[Path | None, tyro.conf.Positional] = None
-    """A text file, or a folder of them, plain or .gz; left out: the source code of Python's own standard library."""
+    """A text file, or a folder of them, plain or .gz. Left out: the source code of Python's own standard library."""
     vocab_size: int = 4096
-    """Number of token ids, special tokens and the 256 bytes included."""
+    """Number of token ids, with the special tokens and the 256 bytes."""
     out: Path = Path("tokenizer.json")
-    """The file to write; must not exist."""
+    """The file to write; it must not exist."""
     val_fraction: float = 0.1
     """Share of the corpus that training holds out, as in --data.val-fraction."""
     json: bool = False
-    """Print the figures as a line of JSON, and all else to the standard error."""
+    """Print the figures as a line of JSON, and everything else to the standard error."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -58,10 +59,13 @@ def main(args: Sequence[str]) -> int:
         documents = measure(source, progress.stage)
         parts = split(documents, config.val_fraction, whole_characters=True)
         texts = read_texts(parts.train, "counting pairs in", progress.stage)
-        write_text(command.out, train_bpe(texts, command.vocab_size))
+        with patience(console, f"finding {command.vocab_size:,} tokens"):
+            content = interruptible(partial(train_bpe, texts, command.vocab_size))
+        write_text(command.out, content)
     tokenizer = BPETokenizer(command.out)
     held_out = read_first(parts.val, MEASURED)
-    tokens = sum(map(len, tokenizer.encode_all(held_out)))
+    with patience(console, "tokenising held-out text"):
+        tokens = sum(map(len, interruptible(partial(tokenizer.encode_all, held_out))))
     figures = {
         "tokenizer": str(command.out),
         "vocab_size": tokenizer.vocab_size,

@@ -16,11 +16,14 @@ import dsmini
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
+BY_ALL = {"dsmini.reading"}
+"""The reader of JSON and TOML, which imports nothing of dsmini."""
 # module or package: what of dsmini it may import, packages meaning all inside them
 MAY_IMPORT = {
     "dsmini.atomic": set(),
+    "dsmini.reading": set(),
     "dsmini.config": {"dsmini.config"},
-    "dsmini.config.huggingface": set(),
+    "dsmini.config.huggingface": {"dsmini.config.fields"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.checkpoint": {
         *("dsmini.atomic", "dsmini.config", "dsmini.checkpoint"),
@@ -32,13 +35,15 @@ MAY_IMPORT = {
     "dsmini.inference.sampling": {"dsmini.config.fields"},
     "dsmini.console": {"dsmini.console"},
     "dsmini.inference": {"dsmini.config.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"},
-    "dsmini.text": {"dsmini.config.fields", "dsmini.text"},
+    "dsmini.text": {"dsmini.config.fields", "dsmini.console.printable", "dsmini.text"},
     "dsmini.text.tokenizer": set(),
+    "dsmini.text.renderer": set(),
+    "dsmini.text.template_worker": set(),
     "dsmini.text.bpe": {"dsmini.text.tokenizer"},
-    "dsmini.text.page": set(),
+    "dsmini.text.page": {"dsmini.console.printable"},
     "dsmini.text.prompts": set(),
     "dsmini.text.continuation": {"dsmini.text.tokenizer"},
-    "dsmini.text.chat": {"dsmini.text.tokenizer"},
+    "dsmini.text.chat": {"dsmini.text.renderer", "dsmini.text.tokenizer"},
     "dsmini.text.text_side": {"dsmini.config.fields", "dsmini.text"},
     "dsmini.data": {"dsmini.atomic", "dsmini.config", "dsmini.data", "dsmini.text.tokenizer"},
     "dsmini.data.documents": set(),
@@ -116,7 +121,7 @@ def test_module_imports_only_what_it_may(name: str) -> None:
     inside = {module for module in imports(name, DSMINI[name]) if is_in(module, {"dsmini"})}
     for place, allowed in MAY_IMPORT.items():
         if is_in(name, {place}):
-            assert not {module for module in inside if not is_in(module, allowed)}
+            assert not {module for module in inside if not is_in(module, allowed | BY_ALL)}
     assert not inside & (COMMANDS - {name})
 
 
@@ -225,7 +230,7 @@ ROOM_LINES = {
     "benchmarks": 3320,
     "dsmini/accounting": 1300,
     "dsmini/functional": 980,
-    "dsmini/inference": 950,
+    "dsmini/inference": 970,
     "dsmini/measure": 1140,
     "dsmini/nn": 2020,
     "dsmini/report": 1400,

@@ -31,6 +31,7 @@ from dsmini.config.huggingface import (
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
+from dsmini.reading import brief, check_path
 
 # files of a model's folder apart from its tensors and config.json; code is copied and never run
 BESIDE = re.compile(
@@ -38,6 +39,8 @@ BESIDE = re.compile(
     r"merges\.txt|.*\.model|.*\.py|LICENSE.*"
 )
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
+LARGEST_FILE = 2**60
+"""Maximum size of a file in bytes; no file system takes more."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -109,14 +112,18 @@ def save_pretrained(
 
 def parse_size(size: int | str) -> int:
     """Return bytes from a number or a text such as "5GB", "500MB" or "2GiB"."""
-    part = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(size).strip().upper())
+    text = str(size).strip().upper() if isinstance(size, str) or abs(size) < LARGEST_FILE else ""
+    part = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?|)B?", text)
     nbytes = 0 if part is None else int(float(part[1]) * UNITS[part[2]])
-    require(nbytes > 0, f"shard size {size!r} is no size of a file; use for example 5GB or 500MB")
+    require(
+        0 < nbytes <= LARGEST_FILE, f"shard size {brief(size)} is not the size of a file; use for example 5GB or 500MB"
+    )
     return nbytes
 
 
 def refuse_filled(path: Path) -> None:
     """Raise ValueError unless `path` is a new or an empty folder that can be made."""
+    check_path(path, "folder")
     try:
         filled = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:

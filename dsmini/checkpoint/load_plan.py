@@ -12,6 +12,7 @@ from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
 from dsmini.checkpoint.tensor_names import hf_name, inference_name, mtp_copies
 from dsmini.config.fields import require
 from dsmini.nn import Transformer
+from dsmini.reading import listed
 
 PLAIN = ("BF16", "F32", "F16")
 """Stored dtypes of tensors that are not FP8."""
@@ -56,8 +57,7 @@ class LoadPlan:
         mixed = [name for name, kinds in self.kinds().items() if torch.float8_e4m3fn in kinds and len(kinds) > 1]
         require(
             not mixed,
-            f"{self.folder} has some experts in FP8 and others not, in {', '.join(mixed)}; load it with "
-            "fp8='dequantize'",
+            f"{self.folder} has some experts in FP8 and others not, in {listed(mixed)}; load it with fp8='dequantize'",
         )
 
 
@@ -123,9 +123,9 @@ class _Search:
     def refuse_misfits(self, folder: Path) -> None:
         """Raise ValueError with all that is missing, unknown or wrong."""
         unknown = sorted(self.tensors.keys() - self.used)
-        parts = [f"it lacks {', '.join(self.missing)}"] if self.missing else []
-        parts += [f"it has tensors that belong nowhere: {', '.join(unknown)}"] if unknown else []
-        parts += self.wrong
+        parts = [f"it lacks {listed(self.missing)}"] if self.missing else []
+        parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
+        parts += [*self.wrong[:50], *([f"and {len(self.wrong) - 50:,} more"] if len(self.wrong) > 50 else [])]
         require(
             not parts,
             f"{folder} does not hold the model that its config describes: {'; '.join(parts)}; "

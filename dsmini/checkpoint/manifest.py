@@ -5,12 +5,12 @@ They are whole or not there (see dsmini/atomic.py). What breaks later, a lost fi
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsmini.atomic import as_json, new_folder, remove_leftovers
+from dsmini.reading import is_there, open_regular, parse_json, read_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -53,13 +53,10 @@ def verify(folder: Path, names: Iterable[str]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {MANIFEST}: {error}") from None
+    if not is_there(path):
+        raise ValueError(f"{MANIFEST} is missing")
+    text = read_text(path)
+    raw = parse_json(text, MANIFEST)
     if text != as_json(raw):
         raise ValueError(f"{MANIFEST} is damaged: it is not as it was written")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -75,14 +72,14 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _fingerprint_if_there(path: Path) -> dict[str, Any] | None:
+    if not is_there(path):
+        return None
     try:
         return _fingerprint(path)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise ValueError(f"cannot read {path.name}: {error.strerror}") from None

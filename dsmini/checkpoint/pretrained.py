@@ -6,7 +6,6 @@ on torch's meta device, and filled tensor by tensor from the mapped files. Nothi
 
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dsmini.checkpoint.load_plan import LoadPlan, plan_load
+from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader, refuse_bad_scales
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot
 from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
-from dsmini.config.fields import parse_file, require
+from dsmini.config.fields import require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
@@ -32,6 +32,7 @@ from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8
 from dsmini.nn.fp32 import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
+from dsmini.reading import check_path, is_there, listed, read_table
 
 HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -109,16 +110,15 @@ def read_pretrained(
     reader = SafetensorsReader(folder)
     tensors = {name: stored for name, stored in reader.tensors.items() if not is_derived(name)}
     config = _without_absent_mtp(config, tensors, folder)
-    layers = config.n_layers + config.n_mtp_layers
-    require(  # said before that many layers are made to be compared
-        layers <= len(tensors),
-        f"{folder} holds {len(tensors)} tensors for the {layers} layers of its config.json; use the model's own",
-    )
+    refuse_more_parts(config, len(tensors), str(folder))
     with torch.device("meta"):
         model = Transformer(config)
     plan = plan_load(model, tensors, folder, quantized=not is_hugging_face(raw) or is_quantized(raw))
     if fp8 == "keep":
         plan.refuse_mixed_stacks()
+    for scales in plan.scales.values():
+        refuse_bad_scales(f"{folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
+    refuse_too_large(_held_bytes(model, plan, dtype, fp8 == "keep"), f"the model of {folder}", place)
     _allocate(model, plan, dtype, fp8 == "keep", place)
     with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
@@ -162,20 +162,21 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    check_path(folder, "folder")
     require(folder.is_dir(), f"there is no folder {folder}; name one that holds config.json and safetensors files")
     inference = is_inference_layout(folder)
     path = folder / "config.json"
     others = sorted(folder.glob("config*.json"))
-    if inference and not path.exists() and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
+    if inference and not is_there(path) and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
         path = others[0]
-    if not path.is_file():
+    if not is_there(path):
         fix = "name a folder that holds a model"
-        if (folder / "config.toml").is_file():
+        if is_there(folder / "config.toml"):
             fix = "it is a training run, so use python -m dsmini.convert"
         elif inference:
             fix = "copy the one of DeepSeek's inference code there, such as config_671B.json"
         raise ValueError(f"{folder} has no config.json; {fix}")
-    raw = parse_file(path, json.loads)
+    raw = read_table(path)
     require(
         inference or is_hugging_face(raw),
         f"{path} has no model_type; want the config.json of a deepseek_v2, deepseek_v3 or kimi_k2 model",
@@ -193,6 +194,16 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
         stacklevel=4,
     )
     return dataclasses.replace(config, n_mtp_layers=0)
+
+
+def _held_bytes(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool) -> int:
+    """Return the bytes that `_allocate` takes, without the scales of FP8 weights."""
+    kinds, total = plan.kinds(), 0
+    for name, tensor in model.state_dict().items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        codes = keep and torch.float8_e4m3fn in kinds[name]
+        total += tensor.numel() * (1 if codes else _held(module, kinds[name], dtype).itemsize)
+    return total
 
 
 def _allocate(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool, device: torch.device) -> None:
@@ -247,7 +258,7 @@ def _fill(model: Transformer, plan: LoadPlan, reader: SafetensorsReader, read: C
         read(tensors[name].nbytes)
     if different:
         warnings.warn(
-            f"{plan.folder} has {', '.join(different)} other than the model's own; dsmini's multi-token prediction "
+            f"{plan.folder} has {listed(different)} other than the model's own; dsmini's multi-token prediction "
             "uses the model's embedding and head",
             stacklevel=4,
         )

@@ -12,6 +12,7 @@ from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.numerics import AMAX_MIN, QuantizedTensor
 from dsmini.numerics.quantization import SOURCES, check_options, check_parts
 from dsmini.numerics.tiles import FormatName, Scale, Tile
+from dsmini.reading import parse_json
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SOURCES}
 
@@ -35,17 +36,17 @@ def load_quantized(path: str | Path, device: torch.device | str = "cpu") -> Quan
         if names != ["codes", "scales"] or "tile" not in about:
             raise ValueError(f"it holds {names} and metadata of {sorted(about)}; want codes, scales and tile")
         codes, scales = (reader.read(name).to(device, copy=True) for name in names)
-        shape, tile = torch.Size(json.loads(about["shape"])), cast(Tile, tuple(json.loads(about["tile"])))
+        shape, tile = (torch.Size(parse_json(about[key], key)) for key in ("shape", "tile"))
         dtype, format, scale = DTYPES[about["dtype"]], about["format"], about["scale"]
         check_options(scale, AMAX_MIN, format=format)
-        check_parts(codes, scales, shape, tile, cast(FormatName, format))
-    except (KeyError, TypeError, ValueError) as error:
+        check_parts(codes, scales, shape, cast(Tile, tile), cast(FormatName, format))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is no file of save_quantized: {error}") from None
     return QuantizedTensor(
         codes=codes,
         scales=scales,
         shape=shape,
-        tile=tile,
+        tile=cast(Tile, tuple(tile)),
         scale=cast(Scale, scale),
         format=cast(FormatName, format),
         dtype=dtype,

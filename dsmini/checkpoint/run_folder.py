@@ -12,7 +12,7 @@ runs/NAME/
 """
 
 import fcntl
-import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from typing import Any
 
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
+from dsmini.reading import check_path, is_there, read_table
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -30,6 +31,7 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
     Raises: ValueError if the folder holds anything already; nothing is overwritten.
     """
     if out is None:
+        check_path(base / name, "name of the run")
         return _next_folder(base, name)
     refuse_taken(out)
     try:
@@ -70,19 +72,29 @@ def sole_trainer(run: Path) -> Iterator[None]:
 
     Raises: ValueError if another process holds it.
     """
-    with (run / ".lock").open("a") as lock:
+    path = run / ".lock"
+    try:
+        lock = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
+        ) from None
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {run}; wait for it, or stop it") from None
         yield
+    finally:
+        os.close(lock)
 
 
 def run_config(run: Path) -> RunConfig:
     """Return the config in a run's folder; raise ValueError for a folder that is not a run."""
+    check_path(run, "run")
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
-    if not (run / "config.toml").is_file():
+    if not is_there(run / "config.toml"):
         raise ValueError(f"{run} has no config.toml, so it is no training run; name a folder that dsmini.train wrote")
     return RunConfig.from_file(run / "config.toml")
 
@@ -103,7 +115,7 @@ def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
     """Return the path of a run's copy of its tokenizer, None for bytes; raise ValueError if that file is gone."""
     if config.data.tokenizer is None:
         return None
-    if not (run / "tokenizer.json").is_file():
+    if not is_there(run / "tokenizer.json"):
         raise ValueError(f"{run} has no tokenizer.json, which it was trained with; copy {config.data.tokenizer} there")
     return run / "tokenizer.json"
 
@@ -117,8 +129,8 @@ def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return what summary.json holds; empty while the run is not finished."""
+    """Return the figures of summary.json; empty while the run is not finished, and for a damaged file."""
     try:
-        return json.loads((run / "summary.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+        return read_table(run / "summary.json")
+    except ValueError:
         return {}

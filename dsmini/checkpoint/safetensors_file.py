@@ -6,6 +6,7 @@ tensors one after the other.
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dsmini.reading import brief, open_regular, parse_json, readable
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,6 +33,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOST_DIMENSIONS = 64
+"""Maximum number of dimensions of a tensor; torch takes no more."""
 LONGEST_HEADER = 100_000_000
 """Limit in bytes; the safetensors library refuses longer ones too."""
 
@@ -73,8 +78,8 @@ def read_header(path: Path) -> Header:
     Raises: ValueError naming the file and what is wrong with it.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             first = file.read(8)
             length = int.from_bytes(first, "little")
             if first.startswith(b"version"):
@@ -84,42 +89,38 @@ def read_header(path: Path) -> Header:
                     f"{path} has {size:,} bytes and a header of {length:,}: it is cut short or no safetensors file; "
                     "fetch it again"
                 )
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            text = file.read(length).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"the header of {path} is not JSON: {error}; fetch the file again") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; fetch it again") from None
+    header = parse_json(text, f"the header of {path}")
     if not isinstance(header, dict):
         raise ValueError(f"the header of {path} is a {type(header).__name__}, want a table; fetch the file again")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} has __metadata__={brief(metadata)}, want a table of texts; fetch the file again")
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_places(path, tensors, 8 + length, size)
     return Header(tensors, metadata)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"a safetensors header names {max(names, key=names.count)} twice; fetch the file again")
-    return out
-
-
 def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
     try:
         dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)) or len(shape) > MOST_DIMENSIONS:
             raise TypeError("sizes are whole numbers")
     except (TypeError, KeyError, ValueError):
         raise ValueError(
-            f"{path} describes {name} by {entry!r}; want dtype, shape and data_offsets: fetch it again"
+            f"{path} describes {readable(name)} by {brief(entry)}; want dtype, shape and data_offsets: fetch it again"
         ) from None
     if dtype not in DTYPES:
-        raise ValueError(f"{path} has {name} in the dtype {dtype!r}; dsmini reads {', '.join(DTYPES)}")
+        raise ValueError(f"{path} has {readable(name)} in the dtype {brief(dtype)}; dsmini reads {', '.join(DTYPES)}")
     want = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != want:
         raise ValueError(
-            f"{path} gives {name}, {dtype} {list(shape)}, {end - start:,} bytes, want {want:,}; fetch it again"
+            f"{path} gives {readable(name)}, {dtype} {list(shape)}, {end - start:,} bytes, want {want:,}; "
+            "fetch it again"
         )
     return Stored(dtype, shape, (StoredPiece(path, data + start, data + end, shape),))
 
@@ -129,12 +130,14 @@ def _check_places(path: Path, tensors: Mapping[str, Stored], data: int, size: in
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].pieces[0].start, item[1].pieces[0].end)):
         piece = stored.pieces[0]
         if piece.start != end:
-            raise ValueError(f"{path} has {name} at byte {piece.start:,}, want {end:,}: tensors overlap or have gaps")
+            raise ValueError(
+                f"{path} has {readable(name)} at byte {piece.start:,}, want {end:,}: tensors overlap or have gaps"
+            )
         end = piece.end
     if end > size:
         raise ValueError(f"{path} is cut short: it has {size:,} bytes of {end:,}; fetch it again")
     if end < size:
-        raise ValueError(f"{path} has {size - end:,} bytes behind its last tensor; fetch it again")
+        raise ValueError(f"{path} has {size - end:,} bytes after its last tensor; fetch it again")
 
 
 @dataclass(frozen=True)

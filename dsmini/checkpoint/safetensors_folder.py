@@ -5,7 +5,6 @@ layout has a file for each rank of a tensor-parallel group, model0-mp8.safetenso
 its tensors lie in pieces, one a rank. Nothing else is opened: a pickle can run code when it is read.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from dsmini.checkpoint.safetensors_file import Entry, Stored, read_header
 from dsmini.checkpoint.tensor_names import inference_split, is_routed_expert
+from dsmini.reading import brief, check_path, is_there, listed, read_table, readable
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,24 +29,26 @@ def folder_tensors(folder: Path) -> dict[str, Stored]:
     if is_inference_layout(folder):
         return _inference_tensors(folder)
     one, index = folder / ONE_FILE, folder / INDEX
-    if one.exists() and index.exists():
+    if is_there(one) and is_there(index):
         raise ValueError(f"{folder} has both {ONE_FILE} and {INDEX}; remove the one that is not the model's")
-    if one.exists():
+    if is_there(one):
         return read_header(one).tensors
-    if not index.exists():
+    if not is_there(index):
         raise ValueError(_no_tensors(folder))
     weight_map = _read_index(index)
     files = sorted(set(weight_map.values()))
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; fetch what is missing")
+    if missing := [name for name in files if not is_there(folder / name)]:
+        raise ValueError(f"{folder} lacks {listed(missing)}, which {INDEX} names; fetch what is missing")
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in read_header(folder / file).tensors.items():
             if weight_map.get(name, file) != file:
-                raise ValueError(f"{folder / file} holds {name}, which {INDEX} has in {weight_map[name]}; fetch both")
+                raise ValueError(
+                    f"{folder / file} holds {readable(name)}, which {INDEX} has in {weight_map[name]}; fetch both"
+                )
             tensors[name] = stored
     if missing := sorted(weight_map.keys() - tensors.keys()):
-        raise ValueError(f"{folder} lacks tensors that {INDEX} names: {', '.join(missing)}; fetch its files again")
+        raise ValueError(f"{folder} lacks tensors that {INDEX} names: {listed(missing)}; fetch its files again")
     return tensors
 
 
@@ -54,26 +56,27 @@ def _no_tensors(folder: Path) -> str:
     there = [path.name for path in sorted(folder.iterdir())]
     if pickles := [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
-            f"{folder} has no safetensors file, only {', '.join(pickles)}; dsmini opens no pickles, for they can run "
+            f"{folder} has no safetensors file, only {listed(pickles)}; dsmini opens no pickles, for they can run "
             "code: convert them to safetensors first"
         )
     if shards := [name for name in there if name.endswith(".safetensors")]:
-        return f"{folder} has {', '.join(shards)} and no {INDEX} that says what is in them; fetch the index"
+        return f"{folder} has {listed(shards)} and no {INDEX} that says what is in them; fetch the index"
     return f"{folder} has neither {ONE_FILE} nor {INDEX}; name a folder that holds a model"
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("weight_map names files that are no texts")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of tensors: {error!r}; fetch it again") from None
+    weight_map = read_table(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(
+            f"{path} is not an index of tensors: weight_map is {brief(weight_map)}, want the name of a file for each; "
+            "fetch it again"
+        )
     for file in sorted(set(weight_map.values())):
+        check_path(Path(file), f"weight_map of {path}")
         if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
-            raise ValueError(f"{path} names the file {file!r}, which is not in the folder; want plain file names")
+            raise ValueError(f"{path} names the file {brief(file)}, which is not in the folder; want plain file names")
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{path} names {file!r}; dsmini opens safetensors files only")
+            raise ValueError(f"{path} names {brief(file)}; dsmini opens safetensors files only")
     return weight_map
 
 
@@ -87,12 +90,14 @@ def _inference_tensors(folder: Path) -> dict[str, Stored]:
     groups = {int(m[2]) for m in found}
     if len(groups) > 1:
         raise ValueError(f"{folder} has files of {sorted(groups)} ranks mixed; keep those of one conversion")
-    ranks = [f"model{i}-mp{found[0][2]}.safetensors" for i in range(int(found[0][2]))]
-    there = {m[0] for m in found}
+    n, there = int(found[0][2]), {m[0] for m in found}
+    if n > 2 * len(found):  # before that many names are made
+        raise ValueError(f"{folder} has {len(found)} files of {n:,} ranks, by their names; fetch what is missing")
+    ranks = [f"model{i}-mp{found[0][2]}.safetensors" for i in range(n)]
     if missing := [name for name in ranks if name not in there]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; fetch what is missing")
+        raise ValueError(f"{folder} lacks {listed(missing)}; fetch what is missing")
     if extra := sorted(there - set(ranks)):
-        raise ValueError(f"{folder} has {', '.join(extra)}, of no rank of {len(ranks)}; remove what does not belong")
+        raise ValueError(f"{folder} has {listed(extra)}, of no rank of {len(ranks)}; remove what does not belong")
     headers = [read_header(folder / name).tensors for name in ranks]
     lacking = []
     tensors: dict[str, Stored] = {}
@@ -103,7 +108,7 @@ def _inference_tensors(folder: Path) -> dict[str, Stored]:
         else:
             tensors[name] = _joined(name, parts)
     if lacking:
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}; convert the model again")
+        raise ValueError(f"{folder} lacks {listed(lacking)}; convert the model again")
     return tensors
 
 
@@ -112,8 +117,8 @@ def _joined(name: str, parts: Sequence[tuple[str, Stored]]) -> Stored:
     for rank, other in parts[1:]:
         if (other.dtype, other.shape) != (first.dtype, first.shape):
             raise ValueError(
-                f"{name} is {other.dtype} {list(other.shape)} in {rank}, and {first.dtype} {list(first.shape)} in "
-                f"{parts[0][0]}; convert the model again"
+                f"{readable(name)} is {other.dtype} {list(other.shape)} in {rank}, and {first.dtype} "
+                f"{list(first.shape)} in {parts[0][0]}; convert the model again"
             )
     if dim is None or len(parts) == 1:
         return first

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsmini.checkpoint.safetensors_file import DTYPES, StoredPiece, read_header
 from dsmini.checkpoint.safetensors_folder import folder_tensors
+from dsmini.reading import open_regular
 
 
 class SafetensorsReader:
@@ -56,10 +57,19 @@ class SafetensorsReader:
         if piece.end == piece.start:
             return torch.empty(piece.shape, dtype=dtype)
         if piece.file not in self._maps:
-            with piece.file.open("rb") as file:  # private, so that torch may have it writable
+            with open_regular(piece.file) as file:  # private, so that torch may have it writable
                 self._maps[piece.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         raw = torch.frombuffer(
             self._maps[piece.file], dtype=torch.uint8, count=piece.end - piece.start, offset=piece.start
         )
         raw = raw if piece.start % dtype.itemsize == 0 else raw.clone()
         return raw.view(dtype).view(piece.shape)
+
+
+def refuse_bad_scales(name: str, scales: Tensor) -> None:
+    """Raise ValueError for scales of FP8 codes that are zero, negative, infinite or NaN: codes have no meaning then."""
+    values = scales.float()
+    good = values.isfinite() & (values > 0)
+    if not bool(good.all()):
+        worst = float(values[~good].flatten()[0])
+        raise ValueError(f"{name} has the FP8 scale {worst}; want finite ones above 0: fetch the file again")

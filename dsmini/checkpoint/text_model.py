@@ -13,6 +13,7 @@ from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.messages import say
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
+from dsmini.reading import check_path, is_there
 from dsmini.text.text_side import TextSide, read_text_side
 
 
@@ -32,7 +33,8 @@ def load_text_model(
     """
     note = partial(say, Console(stderr=True))
     place = pick_device(device)
-    if path.is_dir() and not (path / "config.toml").is_file():
+    check_path(path, "path")
+    if path.is_dir() and not is_there(path / "config.toml"):
         if not any(path.glob("config*.json")):
             raise ValueError(
                 f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; "

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.run_folder import run_config
 from dsmini.checkpoint.training_state import Checkpoint, check_tensors, last_checkpoint, read_checkpoint
 from dsmini.config import RunConfig
 from dsmini.nn import Transformer
+from dsmini.reading import check_path
 
 
 def load_run(
@@ -30,6 +32,8 @@ def load_run(
     Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
     """
     checkpoint = model_checkpoint(path, average=average, say=say)
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors["model"].values())
+    refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
     model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
     model.load_state_dict(model_tensors(checkpoint))
     return model.eval(), checkpoint.config
@@ -37,12 +41,15 @@ def load_run(
 
 def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
     """Read the checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
+    check_path(path, "run")
     single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
     parts = ["model", "average"] if average else ["model"]
     if average and run_config(path).train.ema_decay is None:
         raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
 
     def fits(checkpoint: Checkpoint) -> None:
+        parts = sum(len(t) if t.dim() == 3 else 1 for t in checkpoint.tensors["model"].values())
+        refuse_more_parts(checkpoint.config.model, parts, "model.safetensors")
         with torch.device("meta"):
             want = Transformer(checkpoint.config.model).state_dict()
         check_tensors(model_tensors(checkpoint), want, "model.safetensors")

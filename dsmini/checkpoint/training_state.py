@@ -11,7 +11,6 @@ runs/NAME/checkpoints/step-000030/
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
+from dsmini.reading import check_path, read_table
 
 Tensors = dict[str, dict[str, Tensor]]
 """Tensors by the stem of their file, and by name."""
@@ -113,6 +113,7 @@ def last_checkpoint(
 
     Raises: ValueError if there is none, with all the reasons.
     """
+    check_path(run, "run")
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
     found = checkpoint_folders(run)
@@ -144,9 +145,9 @@ def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
     config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     try:
-        raw = json.loads((folder / "state.json").read_bytes())
+        raw = read_table(folder / "state.json")
         state = build(RunState, raw, "state.json", "")
-    except (OSError, ValueError, TypeError) as error:  # the last: a field is missing
+    except (ValueError, TypeError) as error:  # the last: a field is missing
         raise ValueError(f"state.json is not understood: {error}") from None
     if state.step != checkpoint_step(folder):
         raise ValueError(f"state.json is of step {state.step}, the folder's name says {checkpoint_step(folder)}")

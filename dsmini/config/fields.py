@@ -2,14 +2,13 @@
 
 import dataclasses
 import difflib
-import json
 import math
-import tomllib
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from dsmini.reading import brief, check_path
 
 C = TypeVar("C")
 
@@ -28,31 +27,13 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
         raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}; use {choice}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file. Raises: ValueError for a file that cannot be read."""
-    return parse_file(path, tomllib.loads)
-
-
-def parse_file(path: Path, loads: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `loads` makes of a file's text. Raises: ValueError for a file that cannot be read, or no table."""
-    try:
-        raw = loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file {path}; check the name") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the config file {path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, want a table of keys")
-    return raw
-
-
 def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix: str) -> None:
     """Raise ValueError for the first key that is not known, with the nearest known one."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             fix = f"did you mean '{prefix}{near[0]}'?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown key '{prefix}{key}' in {source}; {fix}")
+            raise ValueError(f"unknown key {brief(prefix + key)} in {source}; {fix}")
 
 
 def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: C | None = None) -> C:
@@ -62,7 +43,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
         base: has the values that are left out; without it, the defaults.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {values!r}, want a table [{prefix.rstrip('.')}]")
+        raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {brief(values)}, want a table [{prefix.rstrip('.')}]")
     known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     refuse_unknown(values, known, source, prefix)
     hints = typing.get_type_hints(cls)
@@ -88,15 +69,22 @@ def check_types(config: Any, prefix: str = "") -> None:
         value, hint = getattr(config, f.name), hints[f.name]
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if any(_is_a(value, choice) for choice in choices):
+            if isinstance(value, Path):
+                check_path(value, f"{prefix}{f.name}")
             continue
-        if float in choices and _is_a(value, int):
+        if float in choices and _is_a(value, int) and value.bit_length() < 1024:  # else it is beyond any float
             object.__setattr__(config, f.name, float(value))
             continue
         if isinstance(value, list) and any(_is_a(tuple(value), choice) for choice in choices):
             object.__setattr__(config, f.name, tuple(value))
             continue
         want = " or ".join(_describe(choice) for choice in choices)
-        raise ValueError(f"{prefix}{f.name}={value!r} is not {want}{_nearest(value, choices)}")
+        raise ValueError(f"{prefix}{f.name}={_shown(value)} is not {want}{_nearest(value, choices)}")
+
+
+def _shown(value: Any) -> str:
+    too_long = isinstance(value, int) and value.bit_length() > 1024  # Python refuses to write out longer ones
+    return "a number of hundreds of digits" if too_long else brief(value)
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -118,8 +106,26 @@ def _describe(hint: Any) -> str:
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
     options = [arg for choice in choices if typing.get_origin(choice) is Literal for arg in typing.get_args(choice)]
-    near = difflib.get_close_matches(str(value), options, n=1)
+    near = difflib.get_close_matches(brief(value).strip("'"), options, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def token_ids(value: Any, vocab_size: Any, where: str) -> tuple[int, ...]:
+    """Return one token id or a list of them, as eos_token_id has.
+
+    Args:
+        vocab_size: number of tokens of the model, if it is known.
+        where: name of the key and its file, for the error.
+
+    Raises: ValueError for anything else, and for an id that the model does not have.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+        raise ValueError(f"{where} is {brief(value)}, which is neither a token's id nor a list of them")
+    most = vocab_size if isinstance(vocab_size, int) else 2**31
+    if any(id >= most for id in ids):
+        raise ValueError(f"{where} is {brief(value)}, but the model has {most} tokens; want ids below that")
+    return tuple(ids)
 
 
 def plain(value: Any) -> Any:

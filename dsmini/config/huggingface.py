@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dsmini.config.fields import token_ids
+from dsmini.reading import brief, listed
+
 # theirs -> ours, for config.json
 _CONFIG = {
     "vocab_size": "vocab_size",
@@ -127,7 +130,7 @@ def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     out["q_lora_rank"] = out["q_lora_rank"] or None
     out["mscale_all_dim"] = out["mscale"]
     out["norm_topk_prob"] = sigmoid
-    grouped = "group_limited_greedy" if out["n_expert_groups"] > 1 else "greedy"
+    grouped = "greedy" if out["n_expert_groups"] == 1 else "group_limited_greedy"
     out["topk_method"] = "noaux_tc" if sigmoid else grouped
     return {**out, "n_mtp_layers": 0, "norm_eps": 1e-6}
 
@@ -135,17 +138,20 @@ def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = raw["model_type"]
     if kind not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
-        raise ValueError(f"{source} has model_type={kind!r}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2")
+        raise ValueError(f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2")
     _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT, source)
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
-            raise ValueError(f"{source} has {key}={raw[key]!r}, which dsmini cannot honour; want {allowed[0]!r}")
+            raise ValueError(f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want {allowed[0]!r}")
     _check_quantization(raw, source)
+    if raw.get("eos_token_id") is not None:
+        token_ids(raw["eos_token_id"], raw.get("vocab_size"), f"eos_token_id in {source}")
     v2 = kind == "deepseek_v2"
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
     out |= {"topk_method": "greedy" if v2 else "noaux_tc", "norm_eps": 1e-6, "init_std": 0.02}
     out |= {ours: raw[theirs] for theirs, ours in _CONFIG.items() if theirs in raw}
-    out["n_shared_experts"] = out.get("n_shared_experts") or 0
+    if out.get("n_shared_experts") is None:
+        out["n_shared_experts"] = 0
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
     out |= _yarn(raw, source)
@@ -156,7 +162,8 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     heads = out["n_heads"]
     if raw.get("num_key_value_heads", heads) not in (heads, None):
         raise ValueError(
-            f"{source} has num_key_value_heads={raw['num_key_value_heads']}, but MLA has as many as heads; want {heads}"
+            f"{source} has num_key_value_heads={brief(raw['num_key_value_heads'])}, but MLA has as many as heads; "
+            f"want {heads}"
         )
     return out
 
@@ -164,11 +171,13 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _check_quantization(raw: Mapping[str, Any], source: str) -> None:
     quantized = raw.get("quantization_config") or {"quant_method": "fp8"}
     if not isinstance(quantized, dict) or quantized.get("quant_method") != "fp8":
-        raise ValueError(f"{source} has quantization_config={quantized!r}, which dsmini cannot read; want fp8 or none")
+        raise ValueError(
+            f"{source} has quantization_config={brief(quantized)}, which dsmini cannot read; want fp8 or none"
+        )
     for key, allowed in _FP8.items():
         if quantized.get(key) is not None and quantized[key] not in allowed:
             raise ValueError(
-                f"{source} has quantization_config.{key}={quantized[key]!r}, which dsmini cannot read; "
+                f"{source} has quantization_config.{key}={brief(quantized[key])}, which dsmini cannot read; "
                 f"want {allowed[0]!r}"
             )
 
@@ -176,21 +185,21 @@ def _check_quantization(raw: Mapping[str, Any], source: str) -> None:
 def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     spellings = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     if not all(isinstance(rope, dict) for rope in spellings):
-        raise ValueError(f"{source} has rope_scaling={spellings[0]!r}; want a table of keys, or none")
+        raise ValueError(f"{source} has rope_scaling={brief(spellings[0])}; want a table of keys, or none")
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise ValueError(f"{source} has both rope_scaling and rope_parameters, and they differ; keep one")
     rope = dict(spellings[0]) if spellings else {}
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = {rope.pop("type", None), rope.pop("rope_type", None)} - {None} or {"default"}
-    if kind == {"default"}:
+    kinds = [kind for key in ("type", "rope_type") if (kind := rope.pop(key, None)) is not None] or ["default"]
+    if all(kind == "default" for kind in kinds):
         _refuse(set(rope), source)
         return {"rope_theta": theta, "original_seq_len": None}
-    if kind != {"yarn"}:
-        raise ValueError(f"{source} has rope type {sorted(kind)}, which dsmini cannot honour; want 'yarn' or none")
+    if not all(kind == "yarn" for kind in kinds):
+        raise ValueError(f"{source} has rope type {brief(kinds[:1])}, which dsmini cannot honour; want 'yarn' or none")
     _refuse(set(rope) - set(_YARN), source)
     for key in ("factor", "original_max_position_embeddings"):
         if key not in rope:
-            raise ValueError(f"{source} asks for YaRN and lacks {key}; want it beside the type")
+            raise ValueError(f"{source} asks for YaRN and lacks {key}; want it next to the type")
     longest, original = raw.get("max_position_embeddings", math.inf), rope["original_max_position_embeddings"]
     if isinstance(longest, int) and isinstance(original, int) and longest <= original:
         raise ValueError(
@@ -288,4 +297,4 @@ def with_dtypes(
 
 def _refuse(keys: Iterable[str], source: str) -> None:
     if unknown := sorted(keys):
-        raise ValueError(f"{source} has keys that dsmini does not know and so cannot honour: {', '.join(unknown)}")
+        raise ValueError(f"{source} has keys that dsmini does not know and so cannot honour: {listed(unknown)}")

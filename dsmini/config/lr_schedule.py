@@ -25,6 +25,8 @@ NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?|-?\d+\."
 PHASE = re.compile(
     rf"(?P<kind>warmup|constant|cosine|linear)(?: (?P<share>{NUMBER}))?(?: (?P<word>to|at) (?P<level>{NUMBER}))?"
 )
+LONGEST = 2000
+"""Maximum length of a schedule in characters; reading a number takes a time that grows with its square."""
 WORDS = {"warmup": (None,), "constant": (None, "at"), "cosine": ("to",), "linear": ("to",)}
 """Words that may stand before the level of a phase; None: it needs no level."""
 
@@ -57,6 +59,10 @@ def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
 
     Raises: ValueError for what is not a phase, and for phases that do not fit together.
     """
+    require(
+        sum(map(len, texts)) <= LONGEST,
+        f"train.lr_schedule has more than {LONGEST:,} characters; write a few phases such as {SPELLINGS}",
+    )
     phases = tuple(_read(text) for text in _split(texts))
     written = ", ".join(map(str, phases))
     require(len(phases) > 0, f"train.lr_schedule is empty; write phases such as {SPELLINGS}")

@@ -1,16 +1,22 @@
 """The config of a model, in the spelling of DeepSeek's released inference code."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.config.fields import build, check_types, parse_file, read_toml, refuse_unknown, require, require_multiple
+from dsmini.config.fields import build, check_types, refuse_unknown, require, require_multiple
 from dsmini.config.huggingface import config_from_json
+from dsmini.reading import check_path, read_table, read_toml
 
 SECTIONS = ["model", "data", "train", "out"]
 """Top-level keys of a TOML file."""
+MOST_LAYERS = 10_000
+"""Maximum number of blocks."""
+LARGEST_SIZE = 2**31 - 1
+"""Maximum value of every other whole number of a model."""
+LARGEST_MATRIX = 2**50
+"""Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,9 +121,27 @@ class ModelConfig:
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 least = "1 or more" if isinstance(value, int) else "more than 0"
                 require(value > 0, f"{f.name}={value} is not positive; use {least}")
+        self._check_sizes()
         self._check_layers()
         self._check_attention()
         self._check_experts()
+
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no machine holds, before torch or a loop over the layers meets them."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            most = MOST_LAYERS if f.name in ("n_layers", "n_dense_layers", "n_mtp_layers") else LARGEST_SIZE
+            require(not isinstance(value, int) or value <= most, f"{f.name}={value} is too large; use {most:,} or less")
+            require(not isinstance(value, float) or value <= 1e30, f"{f.name}={value} is too large; use 1e30 or less")
+        heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
+        experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
+        widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank)
+        largest = widest * max(self.dim, self.q_lora_rank or 0, self.kv_lora_rank)
+        require(
+            largest <= LARGEST_MATRIX,
+            f"dim={self.dim}, inter_dim={self.inter_dim}, n_heads={self.n_heads} and the other sizes make a matrix of "
+            f"{largest:,} numbers; use smaller ones, which make at most {LARGEST_MATRIX:,}",
+        )
 
     def _check_layers(self) -> None:
         deepest = self.n_layers + self.n_mtp_layers
@@ -199,8 +223,9 @@ class ModelConfig:
         Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
         """
         path = Path(path)
+        check_path(path, "path")
         if path.suffix == ".json":
-            raw = parse_file(path, json.loads)
+            raw = read_table(path)
             return build(cls, config_from_json(raw, str(path)), path.name, "")
         sections = read_toml(path)
         refuse_unknown(sections, SECTIONS, path.name, "")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.config.fields import build, check_types, read_toml, require
+from dsmini.config.fields import build, check_types, require
 from dsmini.config.lr_schedule import NUMBER, number
+from dsmini.reading import read_toml
 
 LIKE_OLD = re.compile(
     rf"(?:warmup (?P<warmup>{NUMBER}), )?(?:constant (?P<constant>{NUMBER}), )?"

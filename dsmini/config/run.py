@@ -7,10 +7,11 @@ from pathlib import Path
 import tomli_w
 
 from dsmini.config.data import DataConfig
-from dsmini.config.fields import build, plain, read_toml, refuse_unknown, require
+from dsmini.config.fields import build, plain, refuse_unknown, require
 from dsmini.config.model import SECTIONS, ModelConfig
 from dsmini.config.old_schedule import with_phases
 from dsmini.config.train import TrainConfig
+from dsmini.reading import brief, check_path, read_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,8 @@ class RunConfig:
     """Folder of the run; left out: the next free runs/NAME-NNN."""
 
     def __post_init__(self) -> None:
+        if self.out is not None:
+            check_path(self.out, "out")
         require(
             self.seq_len <= self.model.max_seq_len,
             f"train.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
@@ -55,6 +58,7 @@ class RunConfig:
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """
         path = Path(path)
+        check_path(path, "path")
         require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
         sections, base = read_toml(path), base or cls()
         train = with_phases(sections.get("train", {}), base.train.lr_schedule, path.name)
@@ -63,7 +67,7 @@ class RunConfig:
         train = build(TrainConfig, train, path.name, "train.", base.train)
         refuse_unknown(sections, SECTIONS, path.name, "")
         out = sections.get("out")
-        require(out is None or isinstance(out, str), f"{path.name}: out={out!r} is not a path; use a text")
+        require(out is None or isinstance(out, str), f"{path.name}: out={brief(out)} is not a path; use a text")
         try:
             return cls(model=model, data=data, train=train, out=base.out if out is None else Path(out))
         except ValueError as error:

@@ -133,6 +133,9 @@ class TrainConfig:
 
     def _check_limits(self) -> None:
         require(self.steps <= 10**12, f"train.steps={self.steps} is too many; use 10^12 or fewer")
+        for name, most in (("batch_size", 10**9), ("sample_tokens", 10**6)):
+            value = getattr(self, name)
+            require(value <= most, f"train.{name}={value} is too many; use {most:,} or fewer")
         require(self.seed < 2**63, f"train.seed={self.seed} is too large; use less than 2^63")
         require(
             self.threads is None or self.threads <= 1024, f"train.threads={self.threads} is too many; use 1024 or fewer"

@@ -3,10 +3,12 @@
 from rich.console import Console
 from rich.text import Text
 
+from dsmini.console.printable import printable
+
 
 def say(console: Console, line: str = "", style: str = "") -> None:
-    """Print a line as it is: without markup in brackets, colours for numbers, or wrapping."""
-    console.print(Text(line, style=style), soft_wrap=True)
+    """Print a line without markup, colours of numbers or wrapping; its control characters become pictures."""
+    console.print(Text(printable(line), style=style), soft_wrap=True)
 
 
 def rate(verb: str, nbytes: int, seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Show progress: a bar in a terminal, lines at intervals in a pipe or a file."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,3 +162,44 @@ class _TimeLeft(ProgressColumn):
         left = task.fields["left"]
         left = task.time_remaining if left is None else left
         return Text("" if left is None else f"{timedelta(seconds=round(left))} left", style="progress.remaining")
+
+
+class Phases:
+    """Shows the phases of a command that count tokens, one progress bar after the other. Each is gone once done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Show that `done` of `total` tokens of a phase are done. Another label begins another phase."""
+        if self._bar is None or self._bar.label != label:
+            self.close()
+            self._bar = Progress(self._console, total, label)
+        self._bar.update(done, f"{done:,} of {total:,} tokens")
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar of a phase that ended early."""
+        if self._bar is not None:
+            self._bar.__exit__()
+        self._bar = None
+
+
+@contextmanager
+def patience(console: Console, label: str, seconds: float = SECONDS_BETWEEN_LINES) -> Iterator[None]:
+    """Print a line every few seconds while a block runs that cannot say how far it is."""
+    started, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            say(console, f"{label}: {time.monotonic() - started:.0f} s so far")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 
 from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, remove_leftovers
 from dsmini.config import DataConfig
+from dsmini.config.fields import check_types
 from dsmini.data import fim
 from dsmini.data.documents import ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
+from dsmini.reading import read_table
 from dsmini.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -53,6 +55,9 @@ class Meta:
     dtype: str
     sha256: str
     """Hash of the training tokens followed by the held-out ones."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +195,7 @@ def forget(tokens: NDArray[Any]) -> None:
 
 
 def _read_meta(entry: Path) -> Meta:
-    return Meta(**json.loads((entry / "meta.json").read_text(encoding="utf-8")))
+    return Meta(**read_table(entry / "meta.json"))
 
 
 def _damage(entry: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Continuing rows of tokens from a cache, one token a step, or several with multi-token prediction as a draft."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +18,12 @@ from dsmini.nn.cache import CacheDtype
 
 
 class Generated(NamedTuple):
-    """Prompts and their continuations, padded with 0 on the right."""
+    """Prompts with their continuations, padded with 0 on the right."""
 
     tokens: Tensor
     """[b, longest]: each row's prompt and its continuation."""
     lengths: Tensor
-    """[b]: number of tokens in each row."""
+    """[b]: number of tokens of each row, prompt included."""
     stats: Stats
 
 
@@ -48,11 +48,12 @@ def generate(
         prompts: [b, s], or a list of rows of any lengths, tensors or lists.
         temperature, top_k, top_p, min_p, repetition_penalty: see Sampling.
         eos_token_id: a row ends after this token, or one of these; None never ends early.
-        speculative: let multi-token prediction guess ahead: the same tokens, in fewer steps.
-        generator: source of the draws.
+        speculative: let multi-token prediction guess ahead; the tokens have the same distribution, in fewer steps.
+        generator: source of the random draws.
         cache_dtype: None: the model's compute dtype; or "fp8".
 
-    Raises: ValueError for no prompt, an empty one, a token outside the vocabulary, or more tokens than the context.
+    Raises: ValueError for no prompt, an empty one, a token or an end token outside the vocabulary, or more tokens than
+        the context.
     """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -74,12 +75,13 @@ def generate(
 
 
 class Generation:
-    """An iterator over the steps of generate: each item has, for each row, the list of its new tokens, [] if it ended.
+    """Streaming generate: an iterator that yields one list of new tokens per row and step, [] for finished rows.
 
     Args:
-        max_seq_len: number of tokens of a row the cache has room for; None: what the longest row can come to.
-        slide: where a row would grow beyond the cache, forget the older half of it and read the rest again; else that
+        max_seq_len: number of tokens of a row that the cache has room for; None: the length of the longest row.
+        slide: when a row fills the cache, forget its older half and read the rest again. Without it, such a request
             is an error at the start.
+        watch: called while the prompts are read, with the number of tokens read so far and that of all.
         The others are as in generate.
     """
 
@@ -96,16 +98,17 @@ class Generation:
         cache_dtype: CacheDtype | None = None,
         max_seq_len: int | None = None,
         slide: bool = False,
+        watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        check_request(model, prompts, max_new_tokens, speculative)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+        check_request(model, prompts, max_new_tokens, ends, speculative)
         longest = max(map(len, prompts))
         room = max_seq_len or min(model.config.max_seq_len, longest + max_new_tokens)
         check_room(model, longest, max_new_tokens, room, slide)
         self.model, self.sampling, self.generator = model, sampling or Sampling(), generator
         self.rows = [list(prompt) for prompt in prompts]
         """Each row's prompt and continuation so far."""
-        ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-        self._ends = set(ends)
+        self._ends, self._watch = set(ends), watch
         self._left = [max_new_tokens] * len(prompts)
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
@@ -119,7 +122,7 @@ class Generation:
 
     @property
     def stats(self) -> Stats:
-        """The figures so far."""
+        """Counts and times so far."""
         return Stats(
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
@@ -134,7 +137,7 @@ class Generation:
         )
 
     def end(self, row: int) -> None:
-        """End this row, of which the caller has seen enough."""
+        """End this row early."""
         self._left[row] = 0
 
     def __iter__(self) -> "Generation":
@@ -147,7 +150,7 @@ class Generation:
         start = time.perf_counter()
         if not self._started:
             self._started = True
-            logits = prefill(self.model, self.cache, self.rows, self.drafter)
+            logits = prefill(self.model, self.cache, self.rows, self.drafter, self._watch)
             first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
             picked = [[token] for token in first.tolist()]
             self._prefill_seconds += time.perf_counter() - start
@@ -162,7 +165,7 @@ class Generation:
         return new
 
     def _take(self, row: int, tokens: list[int]) -> list[int]:
-        """Append what a row has room for, up to its end, and return that."""
+        """Append new tokens to a row, up to its end token or its limit; return those that were appended."""
         taken: list[int] = []
         for token in tokens[: self._left[row]]:
             taken.append(token)
@@ -175,7 +178,7 @@ class Generation:
         return taken
 
     def _step(self) -> list[list[int]]:
-        """Run one decoding step of all rows; return the tokens that follow each."""
+        """Run one decoding step of all rows; return the new tokens of each."""
         last = torch.tensor([self.rows[row][-1:] for row in self._active], device=self._device)
         live = self._live()
         # 1. the last token of each row and its guesses: [b, s]
@@ -187,7 +190,7 @@ class Generation:
         start = self.cache.lengths
         states = self.model.states(tokens, self.cache, None if bool(live.all()) else live * tokens.shape[1])
         p = self._probabilities(self.model.head(states.normed), guesses)
-        # 3. the guesses that are kept, and one token more
+        # 3. the accepted guesses of each row, and one more token
         picked = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
             kept = torch.tensor([len(tokens) for tokens in picked]) * live
@@ -196,7 +199,7 @@ class Generation:
         return picked
 
     def _probabilities(self, logits: Float[Tensor, "b s v"], guesses: Int[Tensor, "b n"]) -> Float[Tensor, "b s v"]:
-        """Return the distributions that the token after each column is drawn from."""
+        """Return the distribution of the next token after each column."""
         seen, parts = self._seen(), []
         for column in range(logits.shape[1]):
             if column and seen is not None:
@@ -205,7 +208,7 @@ class Generation:
         return torch.stack(parts, 1)
 
     def _seen(self) -> Bool[Tensor, "b v"] | None:
-        """Return the tokens that each row holds; None if the sampling does not ask."""
+        """Return a mask of the tokens that each row holds; None if the sampling needs none."""
         if self.sampling.repetition_penalty == 1:
             return None
         seen = torch.zeros(len(self._active), self.model.config.vocab_size, dtype=torch.bool)
@@ -218,7 +221,7 @@ class Generation:
         return torch.tensor([self._left[row] > 0 for row in self._active])
 
     def _drop_ended(self) -> None:
-        """Free the cache of the rows that have ended, once they are half of all or more."""
+        """Free the cache of the rows that have ended, once they are at least half of all rows."""
         live = [i for i, row in enumerate(self._active) if self._left[row]]
         if 2 * len(live) > len(self._active):
             return
@@ -228,9 +231,9 @@ class Generation:
         self._active = [self._active[i] for i in live]
 
     def _make_room(self) -> None:
-        """Where a row has reached the end of the cache, read its newer half again.
+        """Read the newer half of each row again that has reached the end of the cache.
 
-        What multi-token prediction stores can only begin again as a whole, and then the other rows are read again too.
+        The cache of multi-token prediction can only start again for all rows, so then all rows are read again.
         """
         room = self.cache.max_seq_len
         full = self._live() & (self.cache.lengths >= room)

@@ -1,5 +1,7 @@
 """Reading prompts into a cache, a part at a time."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,17 +11,22 @@ from dsmini.nn import Cache, Transformer
 from dsmini.nn.positions import last_valid
 
 PREFILL = 512
-"""Tokens of each prompt that are read at a time."""
+"""Number of tokens of each prompt that are read at a time."""
 
 
 def prefill(
-    model: Transformer, cache: Cache, contexts: list[list[int]], drafter: Drafter | None = None
+    model: Transformer,
+    cache: Cache,
+    contexts: list[list[int]],
+    drafter: Drafter | None = None,
+    watch: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "b v"]:
     """Append the tokens of each row to the cache, PREFILL at a time; return the logits after each row's last.
 
     Args:
         contexts: one list of token ids for each row of the cache; an empty one appends nothing.
         drafter: is shown the same tokens.
+        watch: called after each part with the number of tokens read so far and that of all.
     """
     device = model.embed.weight.device
     lengths = torch.tensor([len(context) for context in contexts])
@@ -34,6 +41,8 @@ def prefill(
         if drafter is not None:
             drafter.read(tokens, states.given, uneven)
         last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)
+        if watch is not None:
+            watch(int(lengths.clamp(max=start + PREFILL).sum()), int(lengths.sum()))
     assert last is not None, "some row has tokens"
     return model.head(last)
 

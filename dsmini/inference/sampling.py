@@ -1,7 +1,7 @@
-"""Drawing the next token: from logits to the distribution that is really drawn from, and the draw.
+"""Drawing the next token: from logits to the sampling distribution, and the draw.
 
-The distribution is a value of its own because speculative decoding needs it: a guess is kept with a probability that
-is the quotient of two of them.
+The distribution is a value of its own because speculative decoding needs it: a guess is accepted with a probability
+that is the quotient of two of them.
 """
 
 import math
@@ -27,14 +27,14 @@ class Sampling:
     temperature: float = 0.0
     """Divisor of the logits. 0 takes the likeliest token, the lowest id among equals."""
     top_k: int | None = None
-    """Number of likeliest tokens to draw from; None: all."""
+    """Number of likeliest tokens to draw from; None for all."""
     top_p: float | None = None
-    """Least sum of the probabilities of the likeliest tokens to draw from; None: all."""
+    """Least sum of the probabilities of the likeliest tokens to draw from; None for all."""
     min_p: float | None = None
-    """Least probability of a token to draw, as a share of the likeliest token's; None: any."""
+    """Least probability of a token to draw, as a share of the likeliest token's; None for any."""
     repetition_penalty: float = 1.0
-    """Divisor of positive logits, and factor of negative ones, of tokens that the row already holds, its prompt
-    included (CTRL, Keskar et al. 2019). 1 is off; above 1 there is less repetition."""
+    """Divisor of the positive logits, and factor of the negative ones, of tokens that the row holds, prompt included.
+    1 is off; above 1 there is less repetition. Source: CTRL, Keskar et al. 2019."""
 
     def __post_init__(self) -> None:
         t, k, p, m, r = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
@@ -53,25 +53,25 @@ class Sampling:
         require(_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one")
 
     def probabilities(self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None) -> Tensor:
-        """Return the distribution [b, v] in FP32 that the next token of each row is drawn from.
+        """Return the FP32 distribution [b, v] of the next token of each row.
 
-        At temperature 0 all of it lies on one token.
+        At temperature 0 all probability lies on one token.
 
         Args:
-            seen: which tokens each row already holds; needed only for the repetition penalty.
+            seen: mask of the tokens that each row holds; needed only for the repetition penalty.
 
         Raises: ValueError for logits that are not finite.
         """
         scores = logits.float()
         if self.repetition_penalty != 1:
-            assert seen is not None, "the repetition penalty needs to know the tokens so far"
+            assert seen is not None, "the repetition penalty needs the tokens so far"
             r = self.repetition_penalty
             scores = torch.where(seen, torch.where(scores > 0, scores / r, scores * r), scores)
         _require_finite(scores)
         if self.temperature == 0:
             likeliest = scores.argmax(-1, keepdim=True)
             return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)
-        # the likeliest at 0, where no filter takes it; 0 / tiny is still 0, while 0 / 1e-50 in FP32 is 0 / 0
+        # the likeliest token at 0, which no filter drops; 0 / tiny is still 0, but 0 / 1e-50 in FP32 is 0 / 0
         scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(~_top_k(scores, self.top_k), -torch.inf)
@@ -83,9 +83,9 @@ class Sampling:
 
 
 def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-    """Draw one token for each row, as likely as its weight; the weights of a row need not sum to 1.
+    """Draw one token for each row with a probability proportional to its weight.
 
-    The draw is on the generator's device, so that a seed gives the same tokens whatever device the model is on.
+    The draw is on the generator's device, so that a seed gives the same tokens on every device of the model.
     """
     device = probabilities.device if generator is None else generator.device
     drawn = torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(1)
@@ -93,14 +93,14 @@ def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None 
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    """Return a mask of the k tokens of each row that score highest. torch.topk alone picks any among equals."""
+    """Return a mask of the k highest scores of each row. torch.topk alone picks any among equals."""
     floor = scores.topk(k, -1).values[:, -1:]
     above, level = scores > floor, scores == floor
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def _top_p(probabilities: Tensor, p: float) -> Tensor:
-    """Return a mask of the likeliest tokens of each row that together reach p: those with less than p before them."""
+    """Return a mask of the fewest likeliest tokens of each row that together reach p."""
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
     return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < p)

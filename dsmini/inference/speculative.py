@@ -1,10 +1,9 @@
 """Speculative decoding with multi-token prediction as the draft (DeepSeek-V3 report, section 5.4.3).
 
-The multi-token prediction blocks guess the tokens after a row's last one. The model looks at the last token and all
-guesses in one forward, and the guesses that it agrees with are kept (Leviathan et al. 2023): a guess x drawn from q is
-kept with probability min(1, p(x) / q(x)). The first that is not kept is drawn again from max(p - q, 0), normalised.
-The result is distributed as without guesses. Greedy decoding, where p and q lie on one token each, gives the same
-tokens.
+The multi-token prediction blocks guess the tokens after a row's last one. The model sees the last token and all guesses
+in one forward. A guess x drawn from q is accepted with probability min(1, p(x) / q(x)) (Leviathan et al. 2023). The
+first one that is rejected is drawn again from max(p - q, 0), normalised. The result is distributed as without guesses.
+In greedy decoding, p and q lie on one token each, and the tokens are the same.
 """
 
 import torch
@@ -17,12 +16,12 @@ from dsmini.nn.positions import last_valid
 
 
 class Drafter:
-    """The guesses of multi-token prediction, and all that it remembers between the steps of a generation.
+    """The guesses of multi-token prediction, and its state between the steps of a generation.
 
-    The blocks lag behind the model: they see a step's tokens only when the next guesses are made.
+    The blocks run later than the model: they see a step's tokens only when the next guesses are made.
 
     Args:
-        cache: of the generation, made with mtp=True.
+        cache: the generation's cache, made with mtp=True.
     """
 
     def __init__(
@@ -33,10 +32,10 @@ class Drafter:
         self.cache, self.mtp = cache, cache.mtp
         self.depths = len(model.mtp)
         self.drafted = self.accepted = 0
-        """Number of guesses, and of those that were kept."""
+        """Number of guesses, and number of accepted ones."""
         self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
         """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
-        row [b]. None: the one token after those that were read."""
+        row [b]. None stands for the one token after those that were read."""
 
     def read(
         self, tokens: Int[Tensor, "b s"], given: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
@@ -54,14 +53,14 @@ class Drafter:
     def guess(
         self, last: Int[Tensor, "b 1"], live: Bool[Tensor, " b"], seen: Bool[Tensor, "b v"] | None
     ) -> tuple[Int[Tensor, "b depths"], list[Float[Tensor, "b v"]]]:
-        """Return a guess of each depth and the distributions they were drawn from; none if the cache has no room.
+        """Return a guess of each depth and the distributions of the guesses; no guess if the cache has no room.
 
         Args:
             last: the last token of each row.
             live: rows that have not ended.
             seen: tokens that each row holds, for the repetition penalty; the guesses are added.
         """
-        # 1. what is certain, to all depths: after it each has a state for the next token, [b, m]
+        # 1. show the certain tokens to all depths; each then has a state for the next token: [b, m]
         tokens, before, new = self._unseen or (last, self.mtp.last[0][:, None], torch.ones_like(self.mtp.lengths))
         new = new * live
         has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
@@ -69,7 +68,7 @@ class Drafter:
         if not has_room:
             return last[:, :0], []
         states = [last_valid(hidden, new, hidden[:, 0]) for hidden in normed]
-        # 2. one guess of each depth, which the deeper ones see
+        # 2. draw one guess of each depth, [b], and show it to the deeper ones
         given = list(self.mtp.last)
         guesses: list[Tensor] = []
         distributions: list[Tensor] = []
@@ -82,9 +81,9 @@ class Drafter:
         return torch.stack(guesses, 1), distributions
 
     def _show(self, k: int, guess: Int[Tensor, " b"], states: list[Tensor], given: list[Tensor]) -> None:
-        """Let the depths after k see its guess, and replace their states and what they are given by new ones.
+        """Show the guess of depth k to the deeper ones, and update their states and inputs in place.
 
-        This leaves no trace: the rows of guesses in the cache are overwritten by those of certain tokens.
+        The cache rows of guesses are overwritten later by those of certain tokens.
         """
         if k + 1 == self.depths:
             return
@@ -102,12 +101,12 @@ class Drafter:
         kept: Int[Tensor, " b"],
         given: Float[Tensor, "b s m"],
     ) -> None:
-        """Forget the guesses that were not kept, and remember what the blocks have to see next.
+        """Drop the rejected guesses from the cache, and store the tokens that the blocks see next.
 
         Args:
             start: valid length of each row before the step.
-            picked: the tokens that follow each row, padded on the right.
-            kept: their number; 0 in rows that have ended.
+            picked: the new tokens of each row, padded on the right.
+            kept: number of new tokens of each row; 0 in rows that have ended.
             given: the model's hidden states at the last token and the guesses, States.given.
         """
         guesses = given.shape[1] - 1
@@ -118,7 +117,7 @@ class Drafter:
         self.accepted += int((kept - 1).clamp(min=0).sum())
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; the cache's rows are selected by its owner."""
+        """Select these rows, in this order. The cache's owner selects the rows of the cache."""
         if self._unseen is not None:
             tokens, before, new = self._unseen
             self._unseen = (tokens[rows], before[rows], new[rows])
@@ -127,10 +126,10 @@ class Drafter:
 def accept(
     guesses: list[int], q: list[Tensor], p: Float[Tensor, "n v"], generator: torch.Generator | None
 ) -> list[int]:
-    """Return the guesses of one row that are kept, and one token more.
+    """Return the accepted guesses of one row, and one more token.
 
     Args:
-        q: for each guess, the distribution [v] it was drawn from.
+        q: the distribution [v] of each guess.
         p: the model's distributions after the last token and after each guess.
     """
     device = "cpu" if generator is None else generator.device

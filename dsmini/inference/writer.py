@@ -1,10 +1,11 @@
 """A writer: a model with its text side, which continues texts and answers conversations.
 
-A generation's rows of tokens become texts as they come, shown on a page, and its figures are told at the end.
+The tokens of a generation become texts as they come, shown on a page. Its counts and times follow at the end.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,11 +32,11 @@ class Answer:
     """The text that follows a prompt."""
 
     shown: str
-    """The prompt as it is shown before the text; nothing in a chat."""
+    """The prompt as shown before the text; empty in a chat."""
     text: str
     """The new text."""
     finish: str
-    """Why it ended: "end" token, "stop" string, "length", or it was "interrupted"."""
+    """The reason of its end: "end" for an end token, "stop" for a stop string, "length" or "interrupted"."""
     n_tokens: int
     """Number of new tokens, the one that ended the text included."""
     tokens: list[int]
@@ -59,7 +60,7 @@ class Answers:
     rows: list[Answer]
     stats: Stats
     interrupted: bool
-    """Ctrl-C ended it."""
+    """True if Ctrl-C or SIGTERM ended the generation."""
 
 
 class Writer:
@@ -67,12 +68,13 @@ class Writer:
 
     Args:
         ends: the tokens that end a text.
-        stops: the texts that end a text, and are no part of it.
+        stops: the strings that end a text and are left out of it.
         cache_dtype: auto is the model's.
-        context: tokens of a text that the cache has room for; more are an error. None: the model's context, and where
-            a text outgrows it, its older half is forgotten.
-        seed: of the draws.
-        Others: as in generate.
+        context: number of tokens of a text that the cache has room for; more are an error. None: the model's context,
+            and when a text outgrows it, its older half is forgotten.
+        seed: seed of the random draws.
+        watch: shows the progress of long phases: a label, the number of tokens that are done, and that of all.
+        The others are as in generate.
 
     Raises: ValueError for a context of less than a token, or of more than the model's.
     """
@@ -90,6 +92,7 @@ class Writer:
         cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
         context: int | None = None,
         seed: int = 0,
+        watch: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if context is not None and context < 1:
             raise ValueError(f"--context {context} is less than 1; use the tokens a text may come to")
@@ -99,28 +102,29 @@ class Writer:
             )
         self.model, self.side, self.max_new_tokens = model, side, max_new_tokens
         self.sampling, self.ends, self.stops = sampling, ends, stops
-        self.speculative, self.context = speculative, context
+        self.speculative, self.context, self.watch = speculative, context, watch
         self.cache_dtype: CacheDtype | None = CACHE_DTYPES[cache_dtype]
         self.generator = torch.Generator().manual_seed(seed)
 
     def encode(self, text: str, system: str | None = None) -> list[int]:
-        """Return a prompt's tokens: those of a conversation with one turn where there is a chat template."""
+        """Return the tokens of a prompt; with a chat template those of a conversation with one turn."""
         chat = self.side.chat
         if chat is not None:
             return chat.encode([*system_turn(chat, system), turn("user", chat.plain(text))])
         return [*self.side.begin, *self.side.tokenizer.encode(text).tolist()]
 
     def write(self, prompts: Sequence[list[int]], page: Page | None) -> Answers:
-        """Continue prompts all at once, to their ends or until Ctrl-C.
+        """Continue all prompts at once, to their ends or until Ctrl-C or SIGTERM.
 
         Args:
-            page: shows the texts as they come.
+            page: shows the texts as they come; None: `watch` shows how many tokens there are.
 
         Raises: ValueError for a prompt that is empty or longer than the context.
         """
         generation = self._generation(prompts)
         rows, shown = zip(*(self._continuation(row) for row in prompts), strict=True)
-        interrupted = follow(generation, rows, shown, self.max_new_tokens, page)
+        watch = self.watch if page is None else None
+        interrupted = follow(generation, rows, shown, self.max_new_tokens, page, watch)
         answers = [
             Answer(
                 shown=before,
@@ -150,11 +154,14 @@ class Writer:
             cache_dtype=self.cache_dtype,
             max_seq_len=self.context,
             slide=self.context is None,
+            watch=None if self.watch is None else partial(self.watch, "reading the prompt"),
         )
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:
-        """Return what reads a prompt's new tokens, and what is shown before them: the prompt, but not in a chat. A
-        character that the prompt ends inside of belongs to the continuation."""
+        """Return the reader of a prompt's new tokens and the text shown before them: the prompt, but not in a chat.
+
+        If a prompt ends inside a character, that character belongs to the continuation.
+        """
         stream, begin = self.side.tokenizer.stream(), len(self.side.begin)
         stream.decode(tokens[:begin])
         text = stream.decode(tokens[begin:])
@@ -166,7 +173,7 @@ class Conversation:
     """A conversation that a Writer with a chat template answers turn by turn.
 
     Args:
-        system: what the model is told before it.
+        system: the system's turn, before all others.
     """
 
     def __init__(self, writer: Writer, system: str | None = None) -> None:
@@ -175,7 +182,7 @@ class Conversation:
         self.messages = system_turn(self.chat, system)
 
     def answer(self, line: str, page: Page | None) -> Answers:
-        """Answer a turn; both become part of the conversation."""
+        """Answer a turn. Both turns become part of the conversation."""
         self.messages.append(turn("user", self.chat.plain(line)))
         answers = self.writer.write([self.chat.encode(self.messages)], page)
         (row,) = answers.rows
@@ -195,23 +202,26 @@ def turn(role: str, content: str) -> Message:
 
 
 def follow(
-    generation: Generation, rows: Sequence[Continuation], prompts: Sequence[str], max_new_tokens: int, page: Page | None
+    generation: Generation,
+    rows: Sequence[Continuation],
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    page: Page | None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> bool:
-    """Run a generation to its end, or until Ctrl-C; return whether it was Ctrl-C.
+    """Run a generation to its end, or until Ctrl-C or SIGTERM; return True if a signal ended it.
 
-    What was written by then is in the rows, and on the page.
+    The text that was written by then is in the rows and on the page.
 
     Args:
-        prompts: what the page shows before each row.
+        prompts: the text that the page shows before each row, once the prompts are read.
     """
     interrupted = False
+    before = list(prompts)
     try:
-        if page is not None:
-            for i, text in enumerate(prompts):
-                page.add(i, text)
         for new in generation:
             for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
-                piece = row.add(tokens)
+                piece, before[i] = before[i] + row.add(tokens), ""
                 if row.ended is not None or row.n_tokens == max_new_tokens:
                     generation.end(i)
                     piece += row.close()
@@ -219,10 +229,12 @@ def follow(
                     page.add(i, piece)
                     if row.ended is not None or row.n_tokens == max_new_tokens:
                         page.end(i)
+            if watch is not None:
+                watch("writing", sum(row.n_tokens for row in rows), len(rows) * max_new_tokens)
     except KeyboardInterrupt:
         interrupted = True
     for i, row in enumerate(rows):
-        piece = row.close()
+        piece = before[i] + row.close()
         if page is not None:
             page.add(i, piece)
             page.end(i)
@@ -230,12 +242,12 @@ def follow(
 
 
 def finish(row: Continuation, max_new_tokens: int) -> str:
-    """Return why a row ended, as Answer.finish has it."""
+    """Return the reason of a row's end, as in Answer.finish."""
     return row.ended or ("length" if row.n_tokens >= max_new_tokens else "interrupted")
 
 
 def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
-    """Return a generation in numbers: times in seconds, sizes in bytes."""
+    """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
     names += ["cache_bytes_per_token", "cache_bytes"]
     names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step"] if speculative else []
@@ -243,12 +255,13 @@ def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
 
 
 def figures_in_words(stats: Stats, speculative: bool) -> str:
-    """Return the figures of a generation in a line."""
+    """Return the figures of a generation in a line, without a speed where nothing was decoded."""
+    speed = f"{stats.tokens_per_s:.0f}" if stats.tokens_per_s >= 10 else f"{stats.tokens_per_s:.2g}"
     parts = [
-        f"{stats.new_tokens} new tokens, {stats.tokens_per_s:.0f} tokens/s",
+        f"{stats.new_tokens} new tokens" + (f", {speed} tokens/s" if stats.tokens_per_s else ""),
         f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s",
         f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {stats.cache_bytes:,} in all",
     ]
-    if speculative:
+    if speculative and stats.drafted:
         parts.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
     return "; ".join(parts)

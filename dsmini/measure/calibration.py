@@ -23,6 +23,7 @@ from dsmini.measure.counting import count
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.nn import Transformer
+from dsmini.reading import read_table
 
 VERSION = 9
 """The version of what is measured: roofs kept by another are measured again."""
@@ -51,8 +52,8 @@ def load_or_measure(
     keep = keep or cache / "dsmini" / "roofs.json"
     key = json.dumps([VERSION, card(device)], sort_keys=True)
     try:
-        kept = json.loads(keep.read_text())
-    except (OSError, ValueError):
+        kept = read_table(keep)
+    except ValueError:
         kept = {}
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is kept, or it is damaged

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsmini.reading import parse_json
 from dsmini.report.figures import Figure, plain
 from dsmini.report.provenance import Run
 
@@ -189,11 +190,13 @@ def read(path: Path) -> Results:
         return results
     for number, line in enumerate(lines, 1):
         try:
-            results.take(json.loads(line))
-        except json.JSONDecodeError:
+            value = parse_json(line, f"line {number} of {path}")
+        except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise ValueError(f"line {number} of {path} is not JSON: {line.strip()[:60]!r}; remove it") from None
+        try:
+            results.take(value)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"line {number} of {path} is no line of results ({error!r}); remove it") from None
     return results
@@ -277,7 +280,7 @@ class ResultsWriter:
         if not last:
             return
         try:
-            json.loads(last)
+            parse_json(last.decode(errors="replace"), "the last line")
         except ValueError:
             self.file.truncate(len(text) - len(last))
         else:

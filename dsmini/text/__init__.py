@@ -1,1 +1,1 @@
-"""Between tokens and people: tokenizers, chat templates, text while it comes, and where it stops."""
+"""The room between tokens and people: tokenizers, chat templates, and text as it is generated."""

@@ -1,15 +1,15 @@
-"""Training of a byte-pair encoding: a tokenizer.json over bytes with DeepSeek's way of splitting words."""
+"""Training of a byte-pair encoding: a tokenizer.json over bytes that splits words as DeepSeek does."""
 
 from collections.abc import Iterable
 
 from dsmini.text.tokenizer import END_TOKENS, FIM_TOKENS
 
-# DeepSeek's, in the order of their ids: begin and end of sentence, padding, fill-in-the-middle
+# DeepSeek's special tokens in the order of their ids: begin and end of sentence, padding, fill-in-the-middle
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", END_TOKENS[0], "<｜▁pad▁｜>", *FIM_TOKENS)
 SMALLEST = 256 + len(SPECIAL_TOKENS)
-"""Smallest vocabulary: the bytes and the special tokens."""
+"""Smallest number of token ids: the bytes and the special tokens."""
 
-# DeepSeek-V3's: numbers in threes, Chinese and Japanese apart, a sign with its word, signs with line breaks after them
+# as in DeepSeek-V3: up to three digits; Chinese and Japanese; a sign with its word; signs with their line breaks
 SPLITS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -19,10 +19,11 @@ SPLITS = (
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
-    """Return the text of a tokenizer.json trained on these texts; smaller than vocab_size where they are too short to
-    have so many pairs. The same texts give the same file.
+    """Return the text of a tokenizer.json trained on these texts. The same texts give the same file.
 
-    Raises: ValueError where the tokenizers library is not installed.
+    The vocabulary is smaller than vocab_size if the texts are too short to have that many pairs.
+
+    Raises: ValueError if the tokenizers library is not installed.
     """
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

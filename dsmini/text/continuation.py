@@ -1,7 +1,7 @@
-"""A row's new tokens as text while they come, until an end token or a stop string.
+"""The text of a row's new tokens as they come, until an end token or a stop string.
 
-A stop string may begin in one token and end in another, so text that may be its beginning is held back until it is
-known; what is given out never has to be taken back.
+A stop string may begin in one token and end in another. Text that may begin a stop string is therefore held back until
+this is decided, so that no text ever has to be taken back.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,15 +11,15 @@ from dsmini.text.tokenizer import TextStream
 
 
 class Continuation:
-    """The text of one row's new tokens. The end token and the stop string are no part of it.
+    """The text of one row's new tokens, without the end token or the stop string.
 
-    What is given out depends on the tokens alone, not on how many come at once. The stop string that is complete
-    first ends the row; of two that are complete with the same character, the longer one.
+    The text depends on the tokens alone, not on how many come at once. The stop string that is complete first ends
+    the row. If two are complete with the same character, the longer one does.
 
     Args:
-        stream: a tokenizer's, which has seen the prompt.
+        stream: the tokenizer's stream, which has decoded the prompt.
         ends: the tokens that end the row.
-        stops: the texts that end it.
+        stops: the strings that end the row.
 
     Raises: ValueError for an empty stop string.
     """
@@ -28,16 +28,16 @@ class Continuation:
         if "" in stops:
             raise ValueError("a stop string is empty; give it a character, or leave it out")
         self.text = ""
-        """The text that was given out so far."""
+        """The text so far, without the part that is held back."""
         self.n_tokens = 0
-        """Number of tokens that were read, the one that ended the row included."""
+        """Number of tokens read so far, including the one that ended the row."""
         self.ended: Literal["end", "stop"] | None = None
-        """The end token or stop string that has ended the row, by its kind."""
+        """The kind of end that the row has had; None before its end."""
         self._stream, self._ends, self._stops = stream, ends, stops
         self._held = ""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Return the text that is certain with these tokens; those after the row's end are not read."""
+        """Return the text that these tokens make certain. Tokens after the row's end are not read."""
         before = len(self.text)
         for token in tokens:
             if self.ended is not None:
@@ -51,7 +51,7 @@ class Continuation:
         return self.text[before:]
 
     def close(self) -> str:
-        """Return the text that was held back; no token follows."""
+        """End the row and return the text that was held back."""
         before = len(self.text)
         if self.ended is None:
             self._take(self._stream.decode([], final=True))

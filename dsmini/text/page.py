@@ -4,17 +4,16 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-# what moves a terminal's cursor or changes its colours is shown as a picture; C1 has no pictures
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+from dsmini.console.printable import printable
 
 
 class Page:
-    """Shows texts that grow at the same time one below the other: the first that has not ended streams, and those
-    below it wait.
+    """Shows texts that grow at the same time, one below the other.
+
+    The first text that has not ended streams, and those below it wait.
 
     Args:
-        headings: one for each text; a single text is shown without.
+        headings: one for each text; a single text is shown without its heading.
     """
 
     def __init__(self, headings: Sequence[str], out: TextIO | None = None) -> None:
@@ -32,7 +31,7 @@ class Page:
             self._waiting[i] += piece
 
     def end(self, i: int) -> None:
-        """End a text: nothing is added to it any more. May be said twice."""
+        """End a text, so that the next one is shown. A second call changes nothing."""
         self._ended[i] = True
         while self._at < len(self._ended) and self._ended[self._at]:
             self._write("\n")
@@ -46,5 +45,5 @@ class Page:
         self._write(("\n" if self._at else "") + heading + self._waiting[self._at])
 
     def _write(self, text: str) -> None:
-        self._out.write(text.translate(CONTROLS) if self._out.isatty() else text)
+        self._out.write(printable(text) if self._out.isatty() else text)
         self._out.flush()

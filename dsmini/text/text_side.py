@@ -1,17 +1,17 @@
 """The text side of a model: the files of a DeepSeek or Hugging Face folder that stand between tokens and text.
 
 tokenizer.json            the vocabulary
-tokenizer_config.json     whether a text begins with a token, and the chat template if chat_template.jinja has it not
-generation_config.json    which tokens end an answer; config.json where it does not say
+tokenizer_config.json     the token that begins a text, and the chat template if there is no chat_template.jinja
+generation_config.json    the tokens that end an answer; config.json if there is none
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.config.fields import parse_file
+from dsmini.config.fields import token_ids
+from dsmini.reading import is_there, read_table
 from dsmini.text.chat import Chat, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
@@ -22,9 +22,9 @@ class TextSide:
 
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()
-    """Stand before every text; a chat template writes its own."""
+    """The ids before every text; a chat template writes its own."""
     ends: tuple[int, ...] = ()
-    """End an answer."""
+    """The ids that end an answer."""
     chat: Chat | None = None
 
 
@@ -45,7 +45,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
             )
         return TextSide(tokenizer=ByteTokenizer(), ends=_ends(folder, {}, {}))
     path = folder / "tokenizer.json" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not path.is_file():
+    if tokenizer is None and not is_there(path):
         raise ValueError(f"{folder} has no tokenizer.json; copy one there, or name it with --tokenizer FILE or bytes")
     template = read_template(folder, config) if chat else None
     if chat and template is None:
@@ -63,7 +63,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
 
 
 def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens before a text, which tokenizer_config.json names, or else tokenizer.json."""
+    """Return the ids before a text: those that tokenizer_config.json names, or else those of tokenizer.json."""
     wanted = config.get("add_bos_token")
     if wanted is None:
         return tuple(tokenizer.beginning)
@@ -77,18 +77,15 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
 
 def _ends(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> tuple[int, ...]:
     """Return the tokens that end an answer, by the first file that names any."""
+    vocab_size = _optional(folder / "config.json").get("vocab_size")
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
-        if ids is None:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        if any(not isinstance(id, int) or isinstance(id, bool) or id < 0 for id in ids):
-            raise ValueError(f"eos_token_id={ids} in {folder / name} is neither a token's id nor a list of them")
-        return tuple(ids)
+        if ids is not None:
+            return token_ids(ids, vocab_size, f"eos_token_id in {folder / name}")
     name = spelled(config.get("eos_token"))
     return (added[name],) if name is not None and name in added else ()
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """Read a JSON file; an empty table where there is none."""
-    return parse_file(path, json.loads) if path.is_file() else {}
+    """Return the table of a JSON file, or an empty one if there is no file."""
+    return read_table(path) if is_there(path) else {}

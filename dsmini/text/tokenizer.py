@@ -1,29 +1,35 @@
 """Text as token ids: bytes, which need no file, or the byte-pair encoding of a tokenizer.json.
 
-Text that is tokenised is data, never markup: a document that spells out a special token, such as DeepSeek's
-end of sentence, gets the tokens of those characters and cannot end a document or open a hole.
+Text that is tokenised is data, never markup. A document that spells out a special token, such as DeepSeek's end of
+sentence, gets the tokens of those characters; it cannot end a document or open a hole.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsmini.reading import is_there, read_table
+
 if TYPE_CHECKING:
     import tokenizers
 
-# what ends a document, by the names that published tokenizers give it; the first that is there
+# the token that ends a document, by the names of published tokenizers; the first of these that a file has
 END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 
 
+NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
+
+
 class Fim(NamedTuple):
-    """The ids that mark a document rearranged for fill-in-the-middle."""
+    """The token ids that mark a document rearranged for fill-in-the-middle."""
 
     begin: int
     hole: int
@@ -36,7 +42,8 @@ class TextStream(Protocol):
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
         """Return the text that is complete with these tokens.
 
-        A character's first tokens are held back until its last one; `final` gives up what is held back, as U+FFFD.
+        The first tokens of a character are held back until its last one. `final` gives out the incomplete rest as
+        U+FFFD.
         """
         ...
 
@@ -52,15 +59,15 @@ class Tokenizer(Protocol):
 
     @property
     def fim(self) -> Fim | None:
-        """None: the vocabulary has no such tokens."""
+        """The ids for fill-in-the-middle; None if the vocabulary has no such tokens."""
         ...
 
     def encode(self, text: str | bytes) -> NDArray[Any]:
-        """Return the ids of a text, or of its UTF-8 bytes; no special token, whatever the text says."""
+        """Return the ids of a text, or of its UTF-8 bytes, without special tokens, whatever the text spells."""
         ...
 
     def encode_all(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """Encode each text, on all cores where that helps."""
+        """Return the ids of each text, computed on all cores if that helps."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -69,15 +76,18 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids 0 to 255. The NUL byte, which no text contains, ends a document; 0xFD, 0xFE and 0xFF,
-    which UTF-8 never uses, mark fill-in-the-middle."""
+    """UTF-8 bytes as token ids 0 to 255.
+
+    The NUL byte, which no text contains, ends a document. 0xFD, 0xFE and 0xFF, which UTF-8 never uses, mark
+    fill-in-the-middle.
+    """
 
     vocab_size = 256
     end_of_document = 0
     fim = Fim(0xFD, 0xFE, 0xFF)
 
     def encode(self, text: str | bytes) -> NDArray[np.uint8]:
-        """Return the text's UTF-8 bytes; those that Python could not decode in an argument come back as they were."""
+        """Return the UTF-8 bytes of a text. Bytes that Python could not decode in an argument stay as they were."""
         if isinstance(text, str):
             text = text.encode("utf-8", errors="surrogateescape")
         return np.frombuffer(text, dtype=np.uint8)
@@ -86,7 +96,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of the bytes; what is no UTF-8 becomes U+FFFD, and so does an id that is no byte."""
+        """Return the text of the bytes, with U+FFFD for invalid UTF-8 and for ids of 256 and more."""
         return _bytes(tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
@@ -102,20 +112,21 @@ class _ByteStream:
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:
-    """Return the ids as bytes; those that a model has beyond them as one that UTF-8 never uses."""
+    """Return the ids as bytes, with 0xFF, which UTF-8 never uses, for ids of 256 and more."""
     return bytes(min(token, 0xFF) for token in tokens)
 
 
 class BPETokenizer:
     """The tokenizer.json of the tokenizers library, as DeepSeek and others publish it.
 
-    What is no UTF-8 becomes U+FFFD before it is encoded. Decoding shows special tokens by name.
+    Invalid UTF-8 becomes U+FFFD before it is encoded. Decoding shows special tokens by name.
 
     Args:
-        markup: added tokens that no text may spell, besides those that the file calls special, that end documents or
-            mark fill-in-the-middle, and all of the form <｜...｜>.
+        markup: more added tokens that no text may spell. The file's special tokens, those that end documents or mark
+            fill-in-the-middle, and all of the form <｜...｜> are always markup.
 
-    Raises: ValueError for a missing or unreadable file, and where the tokenizers library is not installed.
+    Raises: ValueError for a file that is missing, not a regular file, or unreadable, if the tokenizers library is not
+        installed, and in each method for a text or ids that the file's tokenizer fails on.
     """
 
     def __init__(self, path: Path, *, markup: Collection[str] = ()) -> None:
@@ -128,7 +139,10 @@ class BPETokenizer:
 
     @property
     def end_of_document(self) -> int:
-        """Raises: ValueError if the file has none, as a text to be continued needs none."""
+        """The id that ends a document.
+
+        Raises: ValueError if the file has none; only reading documents needs it.
+        """
         if not self._ends:
             raise ValueError(
                 f"{self.path} has no token that ends a document; want one of {', '.join(END_TOKENS)}: "
@@ -138,19 +152,20 @@ class BPETokenizer:
 
     @property
     def added(self) -> dict[str, int]:
-        """The added tokens: those that a text can spell, and those that none can."""
+        """The ids of all added tokens by name, whether a text can spell them or not."""
         return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     @property
     def markup(self) -> dict[str, int]:
-        """The added tokens that no text can spell."""
+        """The ids of the added tokens that no text can spell, by name."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: id for id, token in added.items() if token.special}
 
     @property
     def beginning(self) -> list[int]:
-        """The tokens that the file itself puts before every text."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        """The ids that the file itself puts before every text."""
+        with _named(self.path, "fails on the text 'a'"):
+            encoding = self._tokenizer.encode("a", add_special_tokens=True)
         at = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return encoding.ids[:at]
 
@@ -158,22 +173,27 @@ class BPETokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[NDArray[np.uint32]]:
-        # a str from a command line may hold bytes that are no UTF-8, as lone surrogates
+        # a str from a command line may hold bytes that are not UTF-8, as lone surrogates
         raw = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
         clean = [text.decode("utf-8", errors="replace") for text in raw]
-        encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        with _named(self.path, "fails on a text"):
+            encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+        with _named(self.path, "fails on token ids"):
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def stream(self) -> TextStream:
         return _BPEStream(self)
 
 
 class _BPEStream:
-    """Decodes the newest tokens together with those before them, for some decoders treat a text's first token
-    differently, and gives out what can no longer change."""
+    """Gives out the part of the text that can no longer change.
+
+    The newest tokens are decoded together with those before them, because some decoders treat the first token of a
+    text differently.
+    """
 
     def __init__(self, tokenizer: BPETokenizer) -> None:
         self._tokenizer = tokenizer
@@ -191,7 +211,7 @@ class _BPEStream:
     def _take(self, final: bool) -> str:
         before = len(self._tokenizer.decode(self._context))
         text = self._tokenizer.decode([*self._context, *self._pending])[before:]
-        held = 0 if final else len(text) - len(text.rstrip("\ufffd"))  # what an unfinished character looks like
+        held = 0 if final else len(text) - len(text.rstrip("\ufffd"))  # an incomplete character
         out = text[self._shown : len(text) - held]
         self._shown = max(self._shown, len(text) - held)
         if text and held == 0:
@@ -200,9 +220,9 @@ class _BPEStream:
 
 
 def load_tokenizer(path: Path | None) -> Tokenizer:
-    """Load the tokenizer of a tokenizer.json, for documents; for None that of bytes.
+    """Return the tokenizer of a tokenizer.json for reading documents; for None the tokenizer of bytes.
 
-    Raises: ValueError as BPETokenizer, and for a file without a token that ends a document.
+    Raises: ValueError as BPETokenizer does, and for a file without a token that ends a document.
     """
     tokenizer = ByteTokenizer() if path is None else BPETokenizer(path)
     _ = tokenizer.end_of_document  # refused now, not when the corpus is half read
@@ -210,9 +230,9 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
 
 
 def byte_tokenizer_json() -> str:
-    """Return ByteTokenizer's ids as a tokenizer.json of the tokenizers library: byte i is id i, and nothing else.
+    """Return the vocabulary of ByteTokenizer as a tokenizer.json of the tokenizers library: byte i is id i.
 
-    The library writes bytes as printable characters: those that are printable as themselves, the others from U+0100 on.
+    The library writes bytes as printable characters. A printable byte stands for itself, the others begin at U+0100.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -250,22 +270,33 @@ def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
         raise ValueError(
             f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
         ) from None
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_table(path)
         for token in content.get("added_tokens", []):
-            # DeepSeek's file calls <｜User｜> and others of that form ordinary, and then a text could spell them
+            # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
             name = token["content"]
             token["special"] |= name in (*END_TOKENS, *markup) or re.fullmatch("<｜.*｜>", name) is not None
-        library = Library.from_str(json.dumps(content))
-    except OSError as error:
-        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}; check its permissions") from None
-    except Exception as error:  # the library raises no narrower kind
-        raise ValueError(
-            f"{path} is not a tokenizer.json of the tokenizers library: {error}; name one such as DeepSeek publishes"
-        ) from None
+        content = json.dumps(content)
+    except Exception as error:  # whatever a foreign file makes of the lines above
+        raise ValueError(f"{path} {NOT_A_TOKENIZER}: {error}; name one such as DeepSeek publishes") from None
+    with _named(path, NOT_A_TOKENIZER):
+        library = Library.from_str(content)
     library.encode_special_tokens = True
     library.no_truncation()
     library.no_padding()
     return library
+
+
+@contextmanager
+def _named(path: Path, fault: str) -> Iterator[None]:
+    """Raise ValueError with the file's name for an error of the tokenizers library, its panics included."""
+    try:
+        yield
+    except BaseException as error:
+        # a panic of Rust code is a BaseException whose class cannot be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} {fault}: {said}; name another tokenizer.json, such as DeepSeek publishes") from None

@@ -1,15 +1,16 @@
 """The record of a step: one typed line of metrics.jsonl, which plots, TensorBoard and the summary read too."""
 
 import dataclasses
-import json
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dsmini.nn import max_violation
+from dsmini.reading import is_there, open_regular, parse_json
 from dsmini.training.trainer import StepResult
 
 METRICS = "metrics.jsonl"
@@ -123,10 +124,11 @@ def read_records(run: Path) -> list[StepRecord]:
     """Read metrics.jsonl, leaving out a line that is torn or is no whole record."""
     path = run / METRICS
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            records.append(StepRecord.from_row(row if isinstance(row, dict) else {}))
-        except ValueError:
-            continue
+    if not is_there(path):
+        return records
+    with open_regular(path) as file:
+        for line in file:
+            with suppress(ValueError):
+                row = parse_json(line.decode(errors="replace"), METRICS)
+                records.append(StepRecord.from_row(row if isinstance(row, dict) else {}))
     return records

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dsmini import accounting
 from dsmini.atomic import write_bytes, write_json, write_text
+from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -52,6 +53,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         torch.set_num_threads(config.train.threads)
     if not origin.resume:
         refuse_taken(config.out)
+    _refuse_too_large(config, device)
     corpus = _read_corpus(config, origin.resume, console)
     config = _resolved(config, device)
     out = origin.resume or new_run_folder(config.out, origin.name)
@@ -66,6 +68,21 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         for line in [*_introduction(config, corpus), *more]:
             say(console, line)
         yield training
+
+
+def _refuse_too_large(config: RunConfig, device: torch.device) -> None:
+    """Refuse a run whose parameters, optimizer state and smallest activations do not fit into memory."""
+    train = config.train
+    nbytes = accounting.training_bytes(
+        config.model,
+        batch_size=train.batch_size // train.grad_accum,
+        seq_len=config.seq_len,
+        dtype="float32" if train.dtype == "float32" else "bfloat16",
+        optimizer=train.optimizer,
+        moments=train.moments,
+        recompute=train.recompute,
+    ).total
+    refuse_too_large(int(nbytes), "training this model with such a batch", device)
 
 
 def _begin(training: TrainingRun, weights: Checkpoint | None) -> list[str]:

@@ -54,6 +54,7 @@ def test_trained_run_becomes_a_folder(trained: Path, convert: Convert) -> None:
     assert figures["files"] == ["model.safetensors"]
     assert "read" in err
     assert "MB/s" in err
+    assert "transformers will list the tensors of model.layers.2 as unexpected and load the others" in err
     model, config = load_run(trained / "runs" / "x")
     loaded = load_pretrained(trained / "exported")
     assert not folders.different(model.state_dict(), loaded.state_dict())
@@ -236,8 +237,8 @@ def test_mistakes_exit_2_with_a_sentence(tmp_path: Path, small_model: Build) -> 
     cases = {
         "a a": "a holds files already; choose a new folder, or remove that one",
         "nowhere b": "there is no folder nowhere; name one that holds config.json and safetensors files",
-        "a b --shard-size huge": "shard size 'huge' is no size of a file; use for example 5GB or 500MB",
-        "a b --average": "--average is of a training run, and a is none; leave it out",
+        "a b --shard-size huge": "shard size 'huge' is not the size of a file; use for example 5GB or 500MB",
+        "a b --average": "--average is for a training run, and a is not one; leave it out",
         "a a/config.json/b": "cannot make the folder a/config.json/b",
         ". b": "has no config.json; name a folder that holds a model",
     }

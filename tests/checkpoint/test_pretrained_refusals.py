@@ -55,7 +55,7 @@ def test_more_layers_than_tensors_is_refused_early(sharded: Path) -> None:
     (sharded / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": 10**6, "num_nextn_predict_layers": 0})
     )
-    assert "for the 1000000 layers of its config.json" in refusal(load_pretrained, sharded)
+    assert "n_layers=1000000 is too large; use 10,000 or less" in refusal(load_pretrained, sharded)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path, folder: Path, small_model: 
     assert "device 'gpu' is unknown" in refusal(load_pretrained, folder, device="gpu")
     model = small_model()
     assert "holds files already" in refusal(save_pretrained, model, folder)
-    assert "shard size 'big' is no size of a file" in refusal(save_pretrained, model, tmp_path / "b", shard_size="big")
+    for size in ("big", "1e9GB", f"{10**12}GB", 10**400, 0):
+        said = refusal(save_pretrained, model, tmp_path / "b", shard_size=size)
+        assert "is not the size of a file; use for example 5GB or 500MB" in said
     with torch.no_grad():
         model.layers[1].get_parameter("attn.wo.weight")[0, 0] = torch.nan
     said = refusal(save_pretrained, model, tmp_path / "b", fp8=True)

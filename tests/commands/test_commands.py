@@ -170,7 +170,7 @@ BAD_TRAIN = {
     "--data.path short.txt": "too short",
     "--out runs/x": "holds another run",
     "--out full": "holds other files",
-    "nothing.toml": "no config file nothing.toml",
+    "nothing.toml": "no file nothing.toml",
     "typo.toml": "did you mean 'model.n_layers'?",
     "section.toml": "did you mean 'train'?",
 }

@@ -2,13 +2,17 @@
 
 import io
 import re
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from dsmini.console.command import interruptible
 from dsmini.console.messages import rate, say
-from dsmini.console.progress import Progress
+from dsmini.console.progress import Phases, Progress, patience
 
 
 @pytest.fixture
@@ -115,3 +119,53 @@ def test_line_is_printed_as_it_is() -> None:
     say(console, "[bold]12 :smile: " + "x" * 300)
     assert said(console) == "[bold]12 :smile: " + "x" * 300 + "\n"
     assert rate("read", 3_000_000, 1.5) == "read 3,000,000 bytes in 1.5 s: 2 MB/s"
+
+
+def test_phases_follow_each_other_and_count_tokens(clock: list[float]) -> None:
+    console = pipe()
+    phases = Phases(console)
+    for done in (100, 2000):
+        phases("reading", done, 2000)
+        clock[0] += 11
+    phases("writing", 1, 9)
+    clock[0] += 11
+    phases("writing", 2, 9)
+    phases.close()
+    phases.close()
+    assert said(console).splitlines() == ["reading  2,000 of 2,000 tokens", "writing  2 of 9 tokens"]
+
+
+def test_phase_that_ended_leaves_no_bar(clock: list[float]) -> None:
+    console = terminal()
+    phases = Phases(console)
+    for done in (1, 5, 9):
+        phases("reading", done, 9)
+        clock[0] += 2
+    shown = said(console)
+    assert "9 of 9 tokens" in shown
+    phases.close()
+    assert said(console) == shown
+
+
+def test_patience_prints_lines_until_its_block_ends() -> None:
+    console = pipe()
+    with patience(console, "reading m", seconds=0.02):
+        for _ in range(200):
+            time.sleep(0.02)
+            if "so far" in said(console):
+                break
+    lines = said(console).splitlines()
+    assert lines and all(re.fullmatch(r"reading m: \d s so far", line) for line in lines)
+    time.sleep(0.1)
+    assert said(console).splitlines() == lines
+
+
+def test_foreign_work_returns_raises_and_is_interrupted() -> None:
+    assert interruptible(lambda: threading.current_thread() is not threading.main_thread())
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
+    release = threading.Event()
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(release.wait)
+    release.set()

@@ -102,7 +102,7 @@ def test_empty_file_is_the_toy(tmp_path: Path) -> None:
             "x.toml: attention='gqaa' is not one of 'mla', 'mha', 'gqa', 'mqa'; did you mean 'gqa'?",
         ),
         ("[model]\nn_routed_experts = 10", "x.toml: n_routed_experts=10 is not divisible by n_expert_groups=4; use 8"),
-        ("[model", "cannot read the config file {path}: Expected ']'"),
+        ("[model", "cannot read {path}: Expected ']'"),
     ],
 )
 def test_wrong_model_in_toml_is_refused(tmp_path: Path, kind: Any, text: str, sentence: str) -> None:
@@ -147,11 +147,11 @@ def test_wrong_run_in_toml_is_refused(tmp_path: Path, text: str, sentence: str) 
 @pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
 def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
     missing = tmp_path / "nope.toml"
-    assert refusal(kind.from_file, missing) == f"there is no config file {missing}; check the name"
-    assert refusal(kind.from_file, tmp_path).startswith(f"cannot read the config file {tmp_path}: ")
+    assert refusal(kind.from_file, missing) == f"there is no file {missing}; check the name"
+    assert refusal(kind.from_file, tmp_path).startswith(f"cannot read {tmp_path}: it is a folder")
     binary = tmp_path / "y.toml"
     binary.write_bytes(b"\xff\xfe")
-    assert refusal(kind.from_file, binary).startswith(f"cannot read the config file {binary}: 'utf-8' codec")
+    assert refusal(kind.from_file, binary).startswith(f"cannot read {binary}: 'utf-8' codec")
 
 
 # Sizes that do not fit

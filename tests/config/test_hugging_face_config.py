@@ -91,7 +91,7 @@ def test_mtp_layers_are_read_from_either_key(tmp_path: Path, key: str) -> None:
         (
             "rope_scaling",
             {k: v for k, v in yarn(40, 1.0).items() if not k.startswith("original")},
-            "asks for YaRN and lacks original_max_position_embeddings; want it beside the type",
+            "asks for YaRN and lacks original_max_position_embeddings; want it next to the type",
         ),
         ("sliding_window", 4096, "has keys that dsmini does not know and so cannot honour: sliding_window"),
     ],

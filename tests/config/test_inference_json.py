@@ -111,7 +111,7 @@ def test_inference_keys_are_honoured(tmp_path: Path) -> None:
         ({"dim": "x"}, "x.json: dim='x' is not a whole number"),
         ({"n_heads": 0}, "x.json: n_heads=0 is not positive; use 1 or more"),
         ([1, 2], "{path} holds a list, want a table of keys"),
-        ("{", "cannot read the config file {path}: Expecting property name"),
+        ("{", "{path} is not JSON: Expecting property name"),
         ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
         (
             {"model_type": "deepseek_v3", "kv_lora_rank": 512},

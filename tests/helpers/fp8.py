@@ -31,5 +31,7 @@ def varied(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     x = torch.randn(*shape, generator=generator)
     tiles = [-(-n // 128) for n in shape[-2:]]
     magnitude = torch.randn(*shape[:-2], *tiles, generator=generator).mul(1.5).exp()
-    spread = magnitude.repeat_interleave(128, -1)[..., : shape[-1]].repeat_interleave(128, -2)[..., : shape[-2], :]
-    return x.mul_(spread).to(dtype)
+    columns = magnitude.repeat_interleave(128, -1)[..., : shape[-1]]
+    for i, rows in enumerate(x.split(128, -2)):
+        rows.mul_(columns[..., i : i + 1, :])
+    return x.to(dtype)

@@ -19,7 +19,7 @@ from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of a tiny model of bytes."""
+    """Return a folder with a finished run of a tiny model of bytes."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(place: Path, *arguments: str, model: str = "runs/x") -> list[dict[str, Any]]:
-    """The JSON answer to each."""
+    """Return the JSON answer to each command line."""
     commands = [("dsmini.generate", f"{model} --json --max-new-tokens 12 {given}") for given in arguments]
     said = run_all(commands, place)
     assert [status for status, _ in said] == [0] * len(said), said
@@ -62,7 +62,7 @@ def test_every_way_of_drawing_is_heeded_and_a_seed_repeats_it(place: Path) -> No
     said = dict(zip(names, (one["text"] for one in ask(place, *names.values())), strict=True))
     assert said["wild"] == said["again"] != said["seed"]
     assert said["k"] == said["p"] == said["min"] == said["greedy"] != said["wild"]
-    once = said["penalty"].replace("�", "")  # of bytes that are no UTF-8 it cannot be seen
+    once = said["penalty"].replace("�", "")  # bytes that are not UTF-8 all look the same
     assert len(set(once)) == len(once) > 4 and len(set(said["greedy"])) < len(said["greedy"])
 
 
@@ -87,6 +87,12 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(place: Path) -> None:
     assert answer["new_tokens"] == cut["new_tokens"] < 12
 
 
+def test_answer_that_stops_at_once_has_no_speed(place: Path) -> None:
+    anything = " ".join(f"'{chr(code)}'" for code in range(1, 127) if chr(code) not in "'\n") + " �"
+    ((status, said),) = run_all([("dsmini.generate", f"runs/x --prompt T --max-new-tokens 9 --stop {anything}")], place)
+    assert status == 0 and "1 new tokens; prompt 1 tokens" in said and "tokens/s" not in said
+
+
 def test_prompts_come_from_standard_input_and_files(place: Path) -> None:
     done = run(
         "dsmini.generate runs/x --prompt - x --prompt-file prompt.txt --max-new-tokens 3 --json", place, "from a pipe\n"
@@ -108,11 +114,12 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     assert "drafts" not in last
 
 
-def test_ctrl_c_keeps_what_was_written_and_shows_the_figures(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_keeps_what_was_written_and_shows_the_figures(place: Path, number: int) -> None:
     process = start("dsmini.generate runs/x --prompt 'The fox' --max-new-tokens 1000000", place)
     assert process.stdout is not None
     first = process.stdout.read(16)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (first + out).startswith("The fox") and out.endswith("\n")
@@ -138,6 +145,7 @@ BAD = {
     "runs/x --prompt-file nothing.txt": "cannot read the prompt file nothing.txt: No such file",
     "runs/x --prompt-file runs": "cannot read the prompt file runs: Is a directory",
     "runs/x --prompt a --stop ''": "a stop string is empty",
+    "runs/x --max-new-tokens 1000000000000000000000": "max_new_tokens=1000000000000000000000 is more than 2147483647",
     "runs/x --system 'Be brief.'": "--system is for a conversation; add --chat",
     "runs/x --chat": "--chat is for a DeepSeek or Hugging Face folder, and runs/x is a training run",
     "runs/x --tokenizer bytes": "--tokenizer is for a DeepSeek or Hugging Face folder",
@@ -187,7 +195,7 @@ def test_what_a_model_writes_cannot_command_a_terminal() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with a chat template, in a place of its own."""
+    """Return a place with a model's folder that has a chat template."""
     place = tmp_path_factory.mktemp("folder")
     torch.manual_seed(0)
     model = randomise(Transformer(ModelConfig(**(SMALL | {"vocab_size": 400, "max_seq_len": 128}))))
@@ -217,7 +225,7 @@ def test_a_folder_begins_and_ends_texts_as_it_says(folder: Path) -> None:
 
 
 def n_tokens(folder: Path, *turns: tuple[str, str]) -> int:
-    """Tokens of a conversation of (role, text), up to the answer."""
+    """Return the number of tokens of a conversation of (role, text), up to the answer."""
     chat = read_text_side(folder / "m", chat=True).chat
     assert chat is not None
     return len(chat.encode([{"role": role, "content": chat.plain(text)} for role, text in turns]))

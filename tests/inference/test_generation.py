@@ -48,7 +48,7 @@ def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) 
         want, context = list(prompt), list(prompt)
         for _ in range(20):
             if len(context) > 8:
-                context = context[-5:]  # four that are read anew, and the newest
+                context = context[-5:]  # four that are read again, and the newest
             want.append(int(model(torch.tensor([context]))[0, -1].argmax()))
             context.append(want[-1])
         assert row == want
@@ -56,7 +56,7 @@ def test_row_that_fills_the_cache_continues_from_newer_half(small_model: Model) 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_guesses_continue_past_the_end_of_the_cache(small_model: Model, depth: int) -> None:
-    """Rows fill the cache at different steps; as without guesses."""
+    """Rows fill the cache at different steps, and the tokens are the same as without guesses."""
     model = small_model(n_mtp_layers=depth, max_seq_len=16).eval()
     for good in (False, True):
         if good:
@@ -114,8 +114,11 @@ def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int,
 
 
 def make_guesses_good(model: Transformer) -> None:
-    """Blocks that add little to the token's own embedding, before both heads: what follows hangs on the last token
-    alone, and a multi-token prediction block that passes its embedding on sees the same."""
+    """Make the guesses of multi-token prediction agree with the model.
+
+    All blocks add little to the token's own embedding, so that the next token depends on the last one alone. The
+    multi-token prediction block passes that embedding on.
+    """
     with torch.no_grad():
         for block in [*model.layers, *(mtp.block for mtp in model.mtp)]:
             block.attn.wo.weight *= 0.02
@@ -130,7 +133,7 @@ def make_guesses_good(model: Transformer) -> None:
 
 
 def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None:
-    """The guesses of one step, made by hand from uncached runs."""
+    """Compare the guesses of one step with those of uncached runs."""
     model = small_model(n_mtp_layers=3).eval()
     row = [4, 9, 2, 6]
     generation = Generation(model, [row], 8, speculative=True)
@@ -156,7 +159,10 @@ def test_a_guess_is_what_the_uncached_model_predicts(small_model: Model) -> None
 
 
 def test_sampled_rows_are_distributed_as_without_guesses(small_model: Model) -> None:
-    """Three tokens behind a prompt: their joint frequencies against the exact probabilities, by chi-square."""
+    """Compare the joint frequencies of three tokens after a prompt with the exact probabilities, by chi-square.
+
+    This shows that p, q and guesses belong together; test_acceptance.py tests the rule itself, far more finely.
+    """
     model = small_model(vocab_size=5, n_mtp_layers=1).eval()
     with torch.no_grad():
         p1 = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
@@ -197,6 +203,11 @@ def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.
     want = dsmini.generate(model, prompts, 8, speculative=True)
     monkeypatch.setattr("dsmini.inference.prefill.PREFILL", 4)
     assert torch.equal(dsmini.generate(model, prompts, 8, speculative=True).tokens, want.tokens)
+    read: list[tuple[int, int]] = []
+    generation = Generation(model, [row.tolist() for row in prompts], 2, watch=lambda *done: read.append(done))
+    for _ in generation:
+        pass
+    assert read == [(done, 34) for done in (4 + 3 + 4, 8 + 3 + 8, 12 + 3 + 11, 16 + 3 + 11, 34)]
 
 
 def test_a_row_ends_where_the_caller_says(small_model: Model) -> None:
@@ -226,9 +237,14 @@ def test_a_cache_of_few_bits_still_generates(small_model: Model, dtype: Any) -> 
         ([torch.tensor([1])], {"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
         ([torch.tensor([1])], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
         ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
-        (torch.tensor([1, 2]), {}, "prompt 0 is no row of whole numbers"),
-        ([[1.5]], {}, "prompt 0 is no row of whole numbers"),
-        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is no whole number"),
+        (torch.tensor([1, 2]), {}, "prompt 0 is not a row of whole numbers"),
+        ([[1.5]], {}, "prompt 0 is not a row of whole numbers"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens=True is not a whole number"),
+        ([[1]], {"max_new_tokens": 10**21}, "max_new_tokens=1000000000000000000000 is more than 2147483647"),
+        ([[1]], {"eos_token_id": 61}, "eos_token_id=61 is outside the vocabulary; want 0 to 60, or None"),
+        ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside the vocabulary"),
+        ([[1]], {"eos_token_id": [1.5]}, "eos_token_id=1.5 is outside the vocabulary"),
         ([torch.tensor([1])], {"top_k": 0}, "top_k=0 is less than 1"),
         ([torch.tensor([1])], {"speculative": True}, "no multi-token prediction blocks"),
         ([torch.tensor([1] * 33)], {}, "a prompt of 33 tokens is longer than the model's context of 32; shorten it"),

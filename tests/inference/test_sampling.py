@@ -28,7 +28,7 @@ def one(*logits: float) -> Tensor:
 
 
 def by_hand(sampling: Sampling, logits: list[float], seen: list[bool]) -> list[float]:
-    """The definition, one token at a time, the likeliest first and the lowest id among equals."""
+    """Compute the definition, one token at a time, the likeliest first and the lowest id among equals."""
     r, t = sampling.repetition_penalty, sampling.temperature
     logits = [(x / r if x > 0 else x * r) if s else x for x, s in zip(logits, seen, strict=True)]
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))

@@ -1,4 +1,4 @@
-"""Tokens as text while they come: stop strings, end tokens, and characters that are not whole yet."""
+"""Tokens as text while they come: stop strings, end tokens, and incomplete characters."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition: read character by character, stop with the first stop string that is complete."""
+    """Compute the definition: read character by character, and stop with the first complete stop string."""
     for end in range(len(text) + 1):
         whole = [stop for stop in stops if text[:end].endswith(stop)]
         if whole:
@@ -55,7 +55,7 @@ def test_text_comes_until_the_first_whole_stop_string(tokenizer: Tokenizer) -> N
 
 
 class Words:
-    """A token is a number of characters of a text, so that one token may hold two stop strings."""
+    """A stream whose tokens are numbers of characters, so that one token may hold two stop strings."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -65,7 +65,7 @@ class Words:
         return piece
 
 
-@example("ab日🙂", ["ab日🙂", "b日"], [4])  # the one that begins first is whole last
+@example("ab日🙂", ["ab日🙂", "b日"], [4])  # the one that begins first is complete last
 @given(TEXT, STOPS, st.lists(st.integers(0, 9), max_size=20))
 def test_where_a_row_stops_does_not_depend_on_the_tokens_borders(text: str, stops: list[str], sizes: list[int]) -> None:
     row = Continuation(Words(text), stops=stops)
@@ -102,7 +102,7 @@ def test_beginning_of_a_stop_string_alone_is_given_out() -> None:
     assert row.add(b"\n\n") == "" and row.close() == "\n\n"
 
 
-def test_an_end_token_is_not_shown_and_nothing_is_read_behind_it(tokenizer: Tokenizer) -> None:
+def test_an_end_token_is_not_shown_and_nothing_is_read_after_it(tokenizer: Tokenizer) -> None:
     end = tokenizer.end_of_document
     row = Continuation(tokenizer.stream(), ends={end}, stops=["bab"])
     tokens = tokenizer.encode("ab").tolist()
@@ -111,7 +111,7 @@ def test_an_end_token_is_not_shown_and_nothing_is_read_behind_it(tokenizer: Toke
     assert row.add(tokens) == row.close() == ""
 
 
-def test_without_end_tokens_the_text_goes_on(tokenizer: Tokenizer) -> None:
+def test_without_end_tokens_the_text_continues(tokenizer: Tokenizer) -> None:
     row = Continuation(tokenizer.stream())
     end = tokenizer.end_of_document
     assert row.add([*tokenizer.encode("a").tolist(), end]) == "a" + tokenizer.decode([end])
@@ -126,7 +126,7 @@ def test_unfinished_character_is_given_up_at_the_end() -> None:
     assert row.add([first, 0]) == "" and row.ended == "stop"
 
 
-def test_a_prompt_that_ends_inside_a_character_is_gone_on_with() -> None:
+def test_a_prompt_that_ends_inside_a_character_is_continued() -> None:
     stream = ByteTokenizer().stream()
     prompt, rest = b"caf\xc3", b"\xa9!"
     assert stream.decode(prompt) == "caf"

@@ -25,7 +25,7 @@ TEXT = "def hello(naïve):\n    return '日本語 🙂 12345', naïve.encode()\n
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text and a small tokenizer trained on it."""
+    """Return a folder with a text and a small tokenizer trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "book.txt").write_text(TEXT)
     pieces = split(measure(find(folder / "book.txt")), 0.1, whole_characters=True).train
@@ -40,7 +40,7 @@ def bpe(trained: Path) -> BPETokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> BPETokenizer:
-    """A tokenizer of the Llama family: what is no known character is spelled in bytes."""
+    """Return a tokenizer of the Llama family, which spells unknown characters in bytes."""
     vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": 2 + i for i in range(256)}, "▁": 258, "a": 259, "▁a": 260}
     library = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
     library.add_special_tokens(["<unk>", "</s>"])
@@ -79,7 +79,7 @@ def test_every_text_comes_back_whole_and_token_by_token(name: str, request: pyte
 
 @pytest.mark.parametrize("name", TOKENIZERS[:2])  # byte fallback looks back: one bad byte undoes the good before it
 def test_a_stream_of_any_tokens_is_their_text(name: str, request: pytest.FixtureRequest) -> None:
-    """A model that has learned little writes bytes that are no UTF-8."""
+    """A model that has learned little writes bytes that are not UTF-8."""
     tokenizer = named(name, request)
 
     @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))

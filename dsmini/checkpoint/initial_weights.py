@@ -1,0 +1,38 @@
+"""Weights of a published or converted folder as the start of a training run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsmini.checkpoint.pretrained import read_pretrained
+from dsmini.config import ModelConfig
+from dsmini.reading import check_path, is_there
+
+
+class InitialWeights(NamedTuple):
+    """The start of a training run from a DeepSeek or Hugging Face folder."""
+
+    config: ModelConfig
+    """Config of the model, without multi-token prediction blocks that the folder does not hold."""
+    tensors: dict[str, Tensor]
+    """State dict of Transformer(config) in FP32; FP8 weights are dequantized."""
+    tokenizer: Path | None
+    """The folder's tokenizer.json; None if it has none."""
+
+
+def is_model_folder(path: Path) -> bool:
+    """Return whether a path is a DeepSeek or Hugging Face folder, and not a training run or a checkpoint of one."""
+    check_path(path, "folder")
+    return path.is_dir() and not is_there(path / "config.toml") and any(path.glob("config*.json"))
+
+
+def read_initial_weights(folder: Path) -> InitialWeights:
+    """Read the weights of a folder that training may start from.
+
+    Raises: ValueError for a folder that load_pretrained refuses, and for one that does not fit into memory in FP32.
+    """
+    model = read_pretrained(folder, torch.float32, "dequantize")
+    tokenizer = folder / "tokenizer.json"
+    return InitialWeights(model.config, model.state_dict(), tokenizer if is_there(tokenizer) else None)

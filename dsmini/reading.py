@@ -1,0 +1,263 @@
+"""Read small files that anybody may have written: regular files only, of bounded size, nested to a bounded depth.
+
+Every reader of JSON and TOML goes through this module. It knows two outcomes: a value, or a ValueError of one sentence
+that names the file and, where there is one, the key. A hostile file costs no more time and memory than its size.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+LARGEST = 100_000_000
+"""Maximum size of a JSON file in bytes. The largest useful ones, tokenizers and headers, have a tenth of it."""
+LARGEST_TOML = 1_000_000
+"""Maximum size of a TOML file in bytes."""
+DEEPEST = 64
+"""Maximum number of tables and lists inside one another."""
+LONGEST_NUMBER = 308
+"""Maximum number of digits of a whole number: those that a float can hold."""
+LONGEST_NAME = 255
+"""Maximum number of bytes in one part of a path; no file system in use has more."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_path(path: Path, what: str) -> None:
+    """Refuse a path that no system call takes.
+
+    Args:
+        what: name of the key or argument that holds the path, for the error.
+
+    Raises: ValueError for a NUL or half a character of UTF-16 in it, and for a name that is too long.
+    """
+    text = str(path)
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    except UnicodeEncodeError:
+        raise ValueError(f"{what}={brief(text)} has characters that no name of a file can have; rename it") from None
+    if "\0" in text:
+        raise ValueError(f"{what}={brief(text)} holds a NUL character; no name of a file can have one")
+    if longest > LONGEST_NAME or len(text) > 4096:
+        raise ValueError(f"{what}={brief(text)} is too long for a path; names have {LONGEST_NAME} bytes or fewer")
+
+
+def brief(value: Any, longest: int = 120) -> str:
+    """Return the repr of a value, cut to this many characters."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def readable(name: str) -> str:
+    """Return a name from a file as it is, unless it is long or holds control characters: then cut, or as its repr."""
+    return name if name.isprintable() and len(name) <= 300 else brief(name, 300)
+
+
+def listed(names: Sequence[str], most: int = 50) -> str:
+    """Return names separated by commas; of a long list the first ones, and the number of the others."""
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*map(readable, names[:most]), *more])
+
+
+def is_there(path: Path) -> bool:
+    """Return whether anything has this name, a broken link and a device too.
+
+    Raises: ValueError for a path that no system call takes, or that may not be looked at.
+    """
+    check_path(path, "path")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(f"cannot look at {path}: {error.strerror}; check its permissions") from None
+    return True
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file to read its bytes. Never waits, as opening a FIFO would.
+
+    Raises: ValueError for a file that is missing, may not be read, or is of another kind.
+    """
+    check_path(path, "path")
+    try:
+        _refuse_special(path, path.stat().st_mode)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        file = os.fdopen(descriptor, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}; check the name") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    try:
+        _refuse_special(path, os.fstat(descriptor).st_mode)  # it may have been replaced in between
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"cannot read {path}: it is {kind}, want a regular file")
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """Return the content of a regular file. Raises: ValueError for one that cannot be read, or is too large."""
+    with open_regular(path) as file:
+        try:
+            content = file.read(largest + 1)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}; check the disk") from None
+    if len(content) > largest:
+        raise ValueError(f"cannot read {path}: it has more than {largest:,} bytes; name another file")
+    return content
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """Return the text of a regular file in UTF-8. Raises: ValueError for one that cannot be read."""
+    try:
+        return read_bytes(path, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}; want a text in UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file. Raises: ValueError naming the file and what is wrong with it."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the keys of a JSON file. Raises: ValueError for one that cannot be read, or holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, want a table of keys")
+    return value
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        source: name of the file or place, for errors.
+
+    Raises: ValueError for no JSON, a key given twice, NaN, a number beyond a float, and too deep nesting.
+    """
+    bad: list[_Refused] = []
+
+    def refused(words: str) -> _Refused:
+        bad.append(_Refused(words))
+        return bad[-1]
+
+    def whole(digits: str) -> Any:
+        return int(digits) if len(digits) <= LONGEST_NUMBER else refused(f"a number of {len(digits):,} digits")
+
+    def real(digits: str) -> Any:
+        value = float(digits)
+        return value if math.isfinite(value) else refused(f"{digits[:30]}, which is beyond any float")
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise _TwiceError(f"{source} names {brief(twice)} twice; keep one of the two")
+        return out
+
+    try:
+        value = json.loads(text, parse_int=whole, parse_float=real, parse_constant=refused, object_pairs_hook=table)
+    except _TwiceError as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(_too_deep(source)) from None
+    if text.count("{") + text.count("[") > DEEPEST:
+        _refuse_deep(value, source)
+    if bad:
+        raise ValueError(f"{source}: {_place(value, bad[0])} is {bad[0].words}; want a finite number")
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises: ValueError naming the file and what is wrong with it."""
+    text = read_text(path, LARGEST_TOML)
+    # dotted keys take tomllib a time that grows with the square of their parts
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', "", text)
+    if any(line.count(".") > 10 * DEEPEST for line in bare.splitlines()):
+        raise ValueError(_too_deep(f"{path}"))
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_too_deep(f"{path}")) from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            error = "it has a number of thousands of digits; want one that a float can hold"
+        raise ValueError(f"cannot read {path}: {error}") from None
+    _refuse_deep(value, f"{path}")
+    for key, number in _numbers(value):
+        if number.bit_length() > 1024:
+            raise ValueError(f"{path}: {key} is a number of hundreds of digits; want one that a float can hold")
+    return value
+
+
+class _Refused:
+    """The place of a number in parsed JSON that no caller could use."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+
+class _TwiceError(ValueError):
+    """A table names a key twice."""
+
+
+def _too_deep(source: str) -> str:
+    return f"{source} nests tables or lists more than {DEEPEST} deep; want a flatter one"
+
+
+def _refuse_deep(value: Any, source: str) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in _children(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise ValueError(_too_deep(source))
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each value inside a parsed one with its path of keys, such as rope_scaling.factor."""
+    todo = [("", value)]
+    while todo:
+        place, outer = todo.pop()
+        yield place or "its value", outer
+        if isinstance(outer, dict):
+            todo += [(f"{place}.{key}" if place else key, inner) for key, inner in outer.items()]
+        elif isinstance(outer, list):
+            todo += [(f"{place}[{i}]", inner) for i, inner in enumerate(outer)]
+
+
+def _place(value: Any, wanted: Any) -> str:
+    return next(place for place, inner in _walk(value) if inner is wanted)
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, int]]:
+    return ((place, inner) for place, inner in _walk(value) if isinstance(inner, int))

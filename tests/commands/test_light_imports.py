@@ -1,0 +1,87 @@
+"""Heavy libraries are loaded where they are used: the package, its help and its completion are quick."""
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dsmini
+from dsmini.__main__ import main
+from tests.helpers.commands import ROOT
+
+HEAVY = ("torch", "matplotlib", "tokenizers", "jinja2", "safetensors")
+# command lines that load none of them
+LIGHT = ["dsmini --help", "dsmini.generate --help", "dsmini.tokenize --help"]
+PROGRAM = """
+import contextlib, io, json, runpy, sys
+import dsmini
+loaded = {"import dsmini": sorted(set(sys.modules) & set(HEAVY))}
+for line in LIGHT:
+    module, *sys.argv[1:] = line.split()
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert "usage" in said.getvalue(), line
+    loaded[line] = sorted(set(sys.modules) & set(HEAVY))
+print(json.dumps(loaded))
+"""
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = f"HEAVY, LIGHT = {HEAVY!r}, {LIGHT!r}\n{PROGRAM}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {line: [] for line in ["import dsmini", *LIGHT]}
+
+
+def test_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(dsmini.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        node.module: {alias.name for alias in node.names} for node in block.body if isinstance(node, ast.ImportFrom)
+    }
+    rooms = seen.pop("dsmini")
+    assert seen == {home: set(names) for home, names in dsmini.HOMES.items()}
+    assert rooms <= set(dsmini.ROOMS)
+    assert set(dsmini.__all__) == {"__version__"} | rooms | {name for names in seen.values() for name in names}
+    assert set(dsmini.__all__) <= set(dir(dsmini))
+
+
+def test_unknown_name_of_the_package_raises() -> None:
+    with pytest.raises(AttributeError, match="module 'dsmini' has no attribute 'Nothing'"):
+        _ = dsmini.Nothing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_function_generate_survives_the_import_of_its_command() -> None:
+    command = importlib.import_module("dsmini.generate")
+    assert isinstance(command, ModuleType) and callable(command.main)
+    assert dsmini.generate is importlib.import_module("dsmini.inference").generate
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_flags_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["dsmini", "--tyro-write-completion", "bash", str(tmp_path / "c")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    asked = {
+        "dsmini ge": "generate",
+        "dsmini generate --max": "--max-new-tokens",
+        "dsmini generate --eos i": "ignore",
+        "dsmini train --train.optimizer m": "muon",
+    }
+    lines = [f"source {tmp_path / 'c'}"]
+    for line in asked:
+        lines.append(
+            f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tyro_dsmini; echo ${{COMPREPLY[@]}}"
+        )
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == list(asked.values()), done.stderr
