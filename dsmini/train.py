@@ -36,9 +36,10 @@ class TrainCommand(RunConfig):
     """
 
     resume: Path | None = None
-    """Go on with this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
+    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
     init: Path | None = None
-    """Start a new run from the weights of this run or checkpoint, with its model and data, and the usual recipe."""
+    """Start a new run from the weights of this run, checkpoint, or DeepSeek or Hugging Face folder, with its model and
+    tokenizer, and the usual recipe. FP8 weights are dequantized."""
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
@@ -97,7 +98,7 @@ def _results(training: TrainingRun, complete: bool) -> tuple[dict[str, Any], str
 
 
 def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
-    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_CHECKPOINT] [--KEY VALUE ...]."""
+    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...]."""
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, r
 from dsmini.config import DataConfig
 from dsmini.config.fields import check_types
 from dsmini.data import fim
-from dsmini.data.documents import ProgressCallback, Reader, Source, measure
+from dsmini.data.documents import NAMED, LeftOut, ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.reading import read_table
@@ -45,6 +45,8 @@ class Meta:
     files: int
     skipped: int
     """Number of files that are empty or not text."""
+    left_out: tuple[str, ...] = ()
+    """The first of them, each with the reason."""
     split: str
     train_tokens: int
     val_tokens: int
@@ -115,7 +117,7 @@ class CorpusCache:
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
     def _build(self, check: Callable[[int, int], None], progress: ProgressCallback) -> None:
-        texts = measure(self.source, progress)
+        texts, left_out = measure(self.source, progress)
         parts = split(texts, self.config.val_fraction, whole_characters=self.config.tokenizer is not None)
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
             check(*(sum(p.stop - p.start + p.ends for p in part) for part in (parts.train, parts.val)))
@@ -130,7 +132,7 @@ class CorpusCache:
                     "choose another place with --out"
                 ) from None
             try:
-                meta = self._write(partial, len(texts), parts, progress)
+                meta = self._write(partial, left_out, parts, progress)
                 check(meta.train_tokens, meta.val_tokens)
                 (partial / "meta.json").write_text(as_json(asdict(meta)), encoding="utf-8")
                 self._keep(partial)
@@ -153,7 +155,7 @@ class CorpusCache:
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, files: int, parts: Split, progress: ProgressCallback) -> Meta:
+    def _write(self, folder: Path, left_out: Sequence[LeftOut], parts: Split, progress: ProgressCallback) -> Meta:
         """Write the tokens of both parts into a folder, and return what its meta.json has to say."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()
@@ -172,8 +174,9 @@ class CorpusCache:
             rearranged += part.rearranged
         return Meta(
             format=FORMAT,
-            files=files,
-            skipped=len(self.source.documents) - files,
+            files=len(self.source.documents) - len(left_out),
+            skipped=len(left_out),
+            left_out=tuple(map(str, left_out[:NAMED])),
             split=parts.words,
             train_tokens=tokens["train"],
             val_tokens=tokens["val"],

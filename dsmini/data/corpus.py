@@ -33,6 +33,8 @@ class Corpus:
     files: int
     skipped: int
     """Number of files of a folder that were left out because they are not text."""
+    left_out: Sequence[str] = ()
+    """The first of them, each with the reason."""
     split: str
     """Sentence that says how the held-out part was chosen."""
     sha256: str
@@ -46,12 +48,13 @@ class Corpus:
     cache: str = ""
     """Sentence that says where the tokens are stored."""
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int | list[str]]:
         """Return the content of a run's corpus.json."""
         return {
             "source": self.source,
             "files": self.files,
             "skipped": self.skipped,
+            "left_out": list(self.left_out),
             "split": self.split,
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
@@ -194,6 +197,7 @@ def load_corpus(
         source=source.describe(entry.meta.files),
         files=entry.meta.files,
         skipped=entry.meta.skipped,
+        left_out=entry.meta.left_out,
         split=entry.meta.split,
         sha256=entry.meta.sha256,
         end_of_document=tokenizer.end_of_document,

@@ -4,15 +4,22 @@ Nothing here holds more than a chunk of a file. Reading is done twice, once to m
 once by whoever wants the text: which documents are held out depends on the size of all of them.
 """
 
+import codecs
 import dataclasses
 import gzip
 import os
+import shlex
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from dsmini.reading import listed, readable
+
+NAMED = 3
+"""Number of files that are named where some are left out."""
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
@@ -179,31 +186,87 @@ def _document(root: Path, path: Path) -> Document:
     return Document(name=name, path=path, stored=stat.st_size, modified=stat.st_mtime_ns)
 
 
-def measure(source: Source, progress: ProgressCallback = silent) -> list[Document]:
-    """Return the documents that are text, with their sizes.
+class LeftOut(NamedTuple):
+    """A file of a corpus that is not text."""
 
-    Raises: ValueError if there is none.
+    name: str
+    reason: str
+    """empty, binary, UTF-16 or UTF-32."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[LeftOut]]:
+    """Return the documents that are text, with their sizes, and the files that are not.
+
+    Raises: ValueError if none is.
     """
     total, done = sum(document.stored for document in source.documents), 0
-    texts = []
+    texts: list[Document] = []
+    left_out: list[LeftOut] = []
     for document in source.documents:
-        size, binary = 0, False
+        size, reason = 0, "empty"
         for chunk, stored in document.chunks():
+            reason = _why_not_text(chunk, first=size == 0) if source.kind != "library" else ""
             size += len(chunk)
             progress("reading", done + stored, total)
-            if b"\0" in chunk and source.kind != "library":
-                binary = True
+            if reason:
                 break
         done += document.stored
-        if source.kind == "file" and binary:
-            raise ValueError(f"data.path={document.path} holds NUL bytes, so it is not text; name a text file")
-        if source.kind == "file" and not size:
-            raise ValueError(f"data.path={document.path} is empty; name a file with text in it")
-        if source.kind == "library" or (size and not binary):
+        if source.kind == "library" or not reason:
             texts.append(dataclasses.replace(document, size=size))
+        else:
+            left_out.append(LeftOut(document.name, reason))
+    if source.kind == "file" and left_out:
+        raise ValueError(f"data.path={source.documents[0].path} {_fix(source.documents[0].path, left_out[0].reason)}")
     if not texts:
+        named = f": {listed(list(map(str, left_out)), NAMED)}" if left_out else ""
         raise ValueError(
-            f"data.path={source.root} has no text: {len(source.documents)} files, all empty or not text; "
+            f"data.path={source.root} has no text: {len(source.documents)} files, all empty or not text{named}; "
             "name a folder with text files"
         )
-    return texts
+    return texts, left_out
+
+
+def _why_not_text(chunk: bytes, first: bool) -> str:
+    """Return why these bytes are not UTF-8 text or a text of single bytes; "" if they may be. Text has no NUL byte.
+
+    Args:
+        first: they are the first of a file, where its encoding shows.
+    """
+    if b"\0" not in chunk:
+        return ""
+    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    zeros = [chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1)]  # of ASCII every second byte
+    every_second = max(zeros) > 0.3 and min(zeros) < 0.03
+    if first and (every_second or chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+        return "UTF-16"
+    return "binary"
+
+
+def left_out_in_words(first: Sequence[str], total: int) -> str:
+    """Return in words which files of a corpus are not text, and what to do about those in another encoding.
+
+    Args:
+        first: the first of them, each with the reason.
+        total: number of them all.
+    """
+    more = [f"and {total - len(first):,} more"] if total > len(first) else []
+    words = f"{total:,} left out: " + (", ".join([*map(readable, first), *more]) if first else "empty or not text")
+    if any(name.endswith("(UTF-16)") for name in first):
+        words += "; to include UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+    return words
+
+
+def _fix(path: Path, reason: str) -> str:
+    """Return what to do about a file that is not text, after its name."""
+    if reason == "empty":
+        return "is empty; name a file with text in it"
+    if reason == "binary":
+        return "holds NUL bytes, so it is not text; name a text file"
+    unpack, source = ("gzip -dc {} | ", "") if path.name.endswith(".gz") else ("", " {}")
+    new = path.with_name(f"{path.name.removesuffix('.gz')}.utf8")
+    command = f"{unpack}iconv -f {reason} -t UTF-8{source}".format(shlex.quote(str(path)))
+    return f"is {reason}, want UTF-8; convert it: {command} > {shlex.quote(str(new))}"

@@ -107,6 +107,8 @@ class TrainingRun:
     def _metrics(self) -> TextIO:
         """Open metrics.jsonl for the next line, with the lines of the steps before in it and no others."""
         path = self.folder / METRICS
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, want a file; remove it, and resume the run")
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 

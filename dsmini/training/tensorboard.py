@@ -36,7 +36,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         self.layers = layers
-        purge_step = steps_done + 1 if steps_done else None
+        purge_step = steps_done + 1 if folder.exists() else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def add(self, record: StepRecord) -> None:

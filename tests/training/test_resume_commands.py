@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsmini import RunConfig
+from dsmini.checkpoint.run_folder import refuse_taken
 from dsmini.checkpoint.trained_model import load_run
 from tests.helpers.commands import TINY, run, run_all, start
 from tests.helpers.runs import TIMING
@@ -104,6 +105,76 @@ def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
     again = run("dsmini.train --resume runs/sampling --train.sample-tokens 4", place)
     assert again.returncode == 0, again.stderr
     assert rows(folder) == before and (folder / "summary.json").exists()
+
+
+def unfinished(place: Path, name: str) -> Path:
+    """Copy the finished run as it was before its summary; return the folder."""
+    folder = place / "runs" / name
+    shutil.copytree(place / "runs/x", folder)
+    (folder / "summary.json").unlink()
+    (folder / "sample.txt").unlink()
+    return folder
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> None:
+    killed = unfinished(place, "early")
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "checkpoints/.step-000003.partial-1-0123abcd").mkdir(parents=True)
+    text = (place / "book.txt").read_text()
+    done = run("dsmini.train --resume runs/early", place)
+    assert done.returncode == 0, done.stderr
+    assert "starting again from step 0 of 12: there is no checkpoint yet" in done.stdout
+    assert rows(killed) == rows(place / "runs/x")
+    for name in CHECKPOINT:
+        at_the_end = [(one / "checkpoints/step-000012" / name).read_bytes() for one in (killed, place / "runs/x")]
+        assert at_the_end[0] == at_the_end[1], name
+    assert len(list((killed / "checkpoints").iterdir())) == 2
+    shutil.rmtree(killed / "checkpoints")
+    (place / "book.txt").write_text(text.replace("dog", "cat"))
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
+    (place / "book.txt").write_text(text)
+    assert status == 2 and "book.txt now has" in said
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_start(place: Path) -> None:
+    folder = unfinished(place, "leftover")
+    for kind in ("old", "partial"):
+        (folder / f"checkpoints/.step-000030.{kind}-1-0123abcd").mkdir()
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/leftover")], place)
+    assert status == 0, said
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+
+
+def test_folders_in_place_of_files_are_refused(place: Path) -> None:
+    for name in ("metrics.jsonl", ".lock"):
+        folder = unfinished(place, f"folder{name}")
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    early = unfinished(place, "folder-early")
+    shutil.rmtree(early / "checkpoints")
+    (early / "metrics.jsonl").unlink()
+    (early / "metrics.jsonl").mkdir()
+    names = ("foldermetrics.jsonl", "folder.lock", "folder-early")
+    answers = run_all([("dsmini.train", f"--resume runs/{name}") for name in names], place)
+    for (status, said), name in zip(answers, ("metrics.jsonl", ".lock", "metrics.jsonl"), strict=True):
+        assert status == 2 and name in said and len(said.strip().splitlines()[-1]) < 200, said
+    out = "--data.path book.txt --train.steps 2 --out"
+    answers = run_all([("dsmini.train", f"{out} {where}/x") for where in ("/proc", "/proc/self", "book.txt")], place)
+    for status, said in answers:
+        assert status == 2 and "choose another place with --out" in said, said
+
+
+def test_folder_of_a_run_killed_before_its_config_is_free(tmp_path: Path) -> None:
+    for name in (".lock", "corpus.json", "tokenizer.json", ".config.toml.partial-1-0123abcd"):
+        (tmp_path / name).touch()
+    refuse_taken(tmp_path)
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        refuse_taken(tmp_path)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        refuse_taken(tmp_path)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
