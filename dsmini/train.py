@@ -20,7 +20,7 @@ from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.training.origin import RunOrigin, find_origin
 from dsmini.training.run import TrainingRun
-from dsmini.training.sample import write_sample
+from dsmini.training.sample import offered_prompt, write_sample
 from dsmini.training.start import started
 from dsmini.training.summary import print_summary, summarise
 
@@ -70,11 +70,12 @@ def main(args: Sequence[str]) -> int:
         results = _results(training, training.train())
         if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
-            say(console, f"Go on with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
+            say(console, f"Continue with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
             return 130
     summary, sample = results
     print_summary(console, summary)
-    say(console, f"\nGo on with: python -m dsmini.generate {shlex.quote(str(folder))} --prompt 'def '")
+    prompt = offered_prompt(training)
+    say(console, f"\nContinue with: python -m dsmini.generate {shlex.quote(str(folder))} --prompt {prompt}")
     if command.json:
         print(json.dumps({**summary, "sample": sample}))
     return 0

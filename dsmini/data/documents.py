@@ -240,7 +240,7 @@ def _why_not_text(chunk: bytes, first: bool) -> str:
     if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     zeros = [chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1)]  # of ASCII every second byte
-    every_second = max(zeros) > 0.3 and min(zeros) < 0.03
+    every_second = len(chunk) > 8 and max(zeros) > 0.3 and min(zeros) < 0.03
     if first and (every_second or chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
         return "UTF-16"
     return "binary"

@@ -135,7 +135,7 @@ def test_hash_covers_all_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "cannot be a path")]
+    ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "is too long for a path")]
 )
 def test_missing_or_special_file_is_refused(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

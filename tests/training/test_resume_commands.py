@@ -79,7 +79,7 @@ def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) ->
     assert process.returncode == 130 and "Traceback" not in err
     done = len(rows(folder))
     (told,) = [line for line in out.splitlines() if "--resume" in line]
-    command = told.removeprefix("Go on with: python -m ")
+    command = told.removeprefix("Continue with: python -m ")
     again = run(f"{command} --train.steps {done + 2}", place)
     assert again.returncode == 0, again.stderr
     assert f"resuming after step {done} of {done + 2} from" in again.stdout
@@ -99,7 +99,7 @@ def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "", (out, err)
-    assert "stopped after step 4; saved in runs/sampling\nGo on with: python -m dsmini.train --resume" in out
+    assert "stopped after step 4; saved in runs/sampling\nContinue with: python -m dsmini.train --resume" in out
     assert not (folder / "summary.json").exists()
     before = rows(folder)
     again = run("dsmini.train --resume runs/sampling --train.sample-tokens 4", place)
