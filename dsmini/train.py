@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.config.old_schedule import without_old_flags
@@ -19,10 +18,9 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.training.origin import RunOrigin, find_origin
-from dsmini.training.run import TrainingRun
-from dsmini.training.sample import offered_prompt, write_sample
-from dsmini.training.start import started
-from dsmini.training.summary import print_summary, summarise
+
+if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
+    from dsmini.training.run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,11 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    from dsmini import ops
+    from dsmini.training.sample import offered_prompt
+    from dsmini.training.start import started
+    from dsmini.training.summary import print_summary
+
     ops.check_forced()
     console = Console(stderr=command.json)
     with started(origin, RunConfig(**_fields(command)), console) as training:
@@ -81,11 +84,14 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _results(training: TrainingRun, complete: bool) -> tuple[dict[str, Any], str] | None:
+def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], str] | None:
     """Draw a run; measure and sample a complete one, and return its summary and sample.
 
     Return None for a run that a signal stopped, here or before. All its steps are saved; a resumed run does the rest.
     """
+    from dsmini.training.sample import write_sample
+    from dsmini.training.summary import summarise
+
     try:
         training.plot()
         if not complete:

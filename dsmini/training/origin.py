@@ -8,17 +8,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from dsmini.checkpoint.initial_weights import is_model_folder, read_initial_weights
 from dsmini.checkpoint.run_folder import run_config, tokenizer_file
-from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
-from dsmini.checkpoint.training_state import checkpoint_folders
 from dsmini.config import DataConfig, RunConfig, TrainConfig
 from dsmini.reading import is_there, read_table
 from dsmini.training.changes import check_init, check_resume
+
+if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
+    from torch import Tensor
 
 FOLDER_SEQ_LEN = 512
 """Default of train.seq_len for a model's folder with a longer context: published ones would fill the memory."""
@@ -34,7 +32,7 @@ class FirstWeights:
     """The checkpoint or the model's folder that they are from."""
     step: int | None
     """Step of the checkpoint; None for a model's folder."""
-    tensors: dict[str, Tensor]
+    tensors: "dict[str, Tensor]"
     """State dict of the model."""
     run: RunConfig
     """The model's config, its data and its tokenizer."""
@@ -105,6 +103,9 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
 
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
     """Read the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
+    from dsmini.checkpoint.initial_weights import is_model_folder, read_initial_weights
+    from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
+
     if is_model_folder(path):
         model, tensors, tokenizer = read_initial_weights(path)
         train = TrainConfig(seq_len=min(model.max_seq_len, FOLDER_SEQ_LEN))
@@ -136,6 +137,8 @@ def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
             f"{run} is a checkpoint, a run continues from its last one: use --resume {whole}, or start a new run from "
             f"this one's weights with --init {run}"
         )
+    from dsmini.checkpoint.training_state import checkpoint_folders
+
     before = dataclasses.replace(run_config(run), out=run)
     weights = None if checkpoint_folders(run) else _first_weights_again(run, say)
     return RunOrigin(config=before, resume=run, weights=weights, before=before)

@@ -11,6 +11,7 @@ from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
+from dsmini.console.progress import patience
 from dsmini.machine import peak_memory
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
@@ -66,7 +67,7 @@ class TrainingRun:
         except (OSError, SystemExit):
             records = self.history.records
             if records and records[-1].step == self._steps_done:
-                self.saver.save()
+                self._save()
             raise
         finally:
             if self.board is not None:
@@ -90,7 +91,7 @@ class TrainingRun:
                 progress.show(step, history.tokens_per_s())
                 last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
                 if last or asked or lost:
-                    self.saver.save()
+                    self._save()
                 elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                     self._save_if_possible(progress)
                 self._validate(progress, asked)
@@ -101,7 +102,7 @@ class TrainingRun:
                 if validated and not last and not asked and history.seconds >= self.next_plot:
                     self.plot()
             if asked:
-                self.saver.save()  # if the signal came after the last save
+                self._save()  # if the signal came after the last save
         return not asked
 
     def _metrics(self) -> TextIO:
@@ -125,7 +126,7 @@ class TrainingRun:
             if not asked and (scores := validate(self.trainer, progress, asked)):
                 self.history.validated(**scores)
         except StopAskedError:
-            self.saver.save()
+            self._save()
 
     def _record(self, metrics: TextIO) -> None:
         """Write the last step's record, which is complete now."""
@@ -135,10 +136,14 @@ class TrainingRun:
         if self.board is not None:
             self.board.add(record)
 
+    def _save(self) -> None:
+        with patience(self.console, "saving"):
+            self.saver.save()
+
     def _save_if_possible(self, progress: TrainingProgress) -> None:
         """Save a checkpoint on the way: without it nothing is lost yet, so training goes on."""
         try:
-            self.saver.save()
+            self._save()
         except NotSavedError as error:
             progress.say(f"{error}; training goes on")
 
@@ -160,7 +165,8 @@ class TrainingRun:
         start = time.perf_counter()
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
-        plot_run(self.folder, self.history.records, loads)
+        with patience(self.console, "drawing"):
+            plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)

@@ -23,7 +23,7 @@ from dsmini.checkpoint.run_folder import (
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.console.messages import say
-from dsmini.console.progress import Progress
+from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words
 from dsmini.machine import DTYPES, pick_device, pick_dtype
@@ -61,7 +61,8 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     config = dataclasses.replace(config, out=out)
     with sole_trainer(out):
         torch.manual_seed(config.train.seed)
-        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+        with patience(console, "making the model"):
+            model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
         if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
             model.load_state_dict(origin.weights.tensors)
             origin.weights.tensors.clear()  # a second copy of the model
@@ -123,7 +124,8 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
 def _resume(training: TrainingRun) -> list[str]:
     """Restore a run from its last checkpoint; return lines about what it does differently from here on."""
     config, folder, saver = training.config, training.folder, training.saver
-    checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
+    with patience(training.console, "reading the checkpoint"):
+        checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
     remove_leftovers(checkpoint.folder.parent)  # of a save that was killed
     _check_corpus(config, checkpoint.state.corpus_sha256, training.trainer.corpus)
     _check_unfinished(config, checkpoint)

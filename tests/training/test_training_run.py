@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.trained_model import load_run
+from dsmini.console.progress import patience
 from dsmini.data.corpus import Corpus, Windows
 from dsmini.machine import peak_memory
 from dsmini.training.average import ParameterAverage
@@ -94,6 +96,17 @@ def test_signal_in_a_validation_ends_it_and_saves(
     assert read_records(training.folder)[-1].val_loss is None
     saved, _ = load_run(training.folder)
     assert all(torch.equal(tensor, live[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_long_saves_and_drawings_print_lines(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("dsmini.training.run.patience", partial(patience, seconds=0.1))
+    monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: time.sleep(0.3))
+    monkeypatch.setattr(training.saver, "save", lambda: time.sleep(0.3))
+    training._save()
+    training.plot()
+    said = training.console.file.getvalue()
+    assert "saving: 0 s so far" in said and "drawing: 0 s so far" in said
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
