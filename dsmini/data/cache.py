@@ -1,11 +1,11 @@
-"""A corpus tokenised once: files of token ids, beside the runs, that later runs map into memory.
+"""A corpus tokenised once: files of token ids, next to the runs, that later runs map into memory.
 
     CACHE/0123456789abcdef/    the key: a hash of everything the tokens depend on
         train.bin, val.bin     uint8, uint16 or uint32 (little-endian), the smallest that holds the vocabulary
         meta.json              counts, sizes and the SHA-256 of the tokens
 
-An entry is built in a hidden folder next to it and renamed when it is whole, so one that exists was finished. What an
-interrupted build left is never read, and a later build removes it. All of it may be deleted at any time.
+An entry is built in a hidden folder next to it and renamed when it is whole, so an entry that exists is complete. The
+remains of an interrupted build are never read, and a later build removes them. The cache may be deleted at any time.
 """
 
 import fcntl
@@ -77,7 +77,7 @@ class CorpusCache:
     """The entries for one source, tokenizer and config in a folder.
 
     Args:
-        seed: seed of what fill-in-the-middle rearranges.
+        seed: seed of the choice of documents for fill-in-the-middle.
     """
 
     def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
@@ -128,7 +128,7 @@ class CorpusCache:
                 partial = stack.enter_context(partial_folder(self.entry))
             except OSError as error:
                 raise ValueError(
-                    f"cannot keep the tokenised corpus in {self.folder}: {error.strerror}; "
+                    f"cannot store the tokenised corpus in {self.folder}: {error.strerror}; "
                     "choose another place with --out"
                 ) from None
             try:
@@ -149,14 +149,14 @@ class CorpusCache:
             )
 
     def _keep(self, partial: Path) -> None:
-        """Make the finished partial the entry, in the place of a damaged one, unless another process was first."""
+        """Rename the finished folder to the entry, replacing a damaged one, unless another process was first."""
         with (self.folder / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # else each of two builders might move the other's entry aside
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
     def _write(self, folder: Path, left_out: Sequence[LeftOut], parts: Split, progress: ProgressCallback) -> Meta:
-        """Write the tokens of both parts into a folder, and return what its meta.json has to say."""
+        """Write the tokens of both parts into a folder, and return the content of its meta.json."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()
         reader = Reader([*parts.train, *parts.val], "tokenising", progress)
@@ -188,10 +188,10 @@ class CorpusCache:
 
 
 def forget(tokens: NDArray[Any]) -> None:
-    """Let go of the pages of a mapped file that were read.
+    """Release the pages of a mapped file that were read.
 
-    They stay in the system's cache. They no longer count as this process's memory, which would otherwise grow to the
-    size of the corpus.
+    They stay in the system's cache, and no longer count as memory of this process, which would grow to the size of the
+    corpus.
     """
     if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         tokens.base.madvise(mmap.MADV_DONTNEED)

@@ -1,7 +1,7 @@
 """The sources of text: a file, a folder of files, plain or .gz, or Python's own library.
 
-Nothing here holds more than a chunk of a file. Reading is done twice, once to measure and to find what is not text,
-once by whoever wants the text: which documents are held out depends on the size of all of them.
+No function here holds more than a chunk of a file. Files are read twice: once to measure them and to find those that
+are not text, once for the text itself. The held-out documents depend on the sizes of all.
 """
 
 import codecs
@@ -23,14 +23,14 @@ NAMED = 3
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
-# Tests, generated tables and packages that not every Python carries: out, so that the corpus is alike everywhere.
+# Tests, generated tables, and packages that some Pythons lack: without them the corpus is the same everywhere.
 _NOT_STDLIB = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"),
     *("encodings", "pydoc_data", "distutils", "__pycache__"),
 }
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Function that is told what is being done, and how many bytes on disk of how many are done."""
+"""Function that is told the name of the work, and the bytes on disk that are done, and their total."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -79,7 +79,7 @@ class Source:
     documents: list[Document]
 
     def describe(self, texts: int) -> str:
-        """Return a sentence that names the source, once it is known how many of its files are text."""
+        """Return a sentence that names the source and the number of its files that are text."""
         return f"{self.words} ({texts} files)" if self.kind == "folder" else self.words
 
 
@@ -108,7 +108,7 @@ class Piece:
 
 
 class Reader:
-    """Reads pieces one after the other, and tells how far it is."""
+    """Reads pieces one after the other, and reports its progress."""
 
     def __init__(self, pieces: Sequence[Piece], what: str, progress: ProgressCallback) -> None:
         self._what, self._progress = what, progress
@@ -125,8 +125,7 @@ class Reader:
 def find(path: Path | None, leave_out: Path | None = None) -> Source:
     """Find the files of a corpus: one file, or all visible ones below a folder.
 
-    Those below leave_out are not among them, nor those of training runs and tokenised corpora, which would change with
-    every run.
+    Files below leave_out are skipped, and so are training runs and tokenised corpora, which change with every run.
 
     Raises: ValueError for a path that is neither a file nor a folder.
     """

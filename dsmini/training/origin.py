@@ -1,6 +1,6 @@
 """The origin of a run: nothing, another run's weights (--init), or where it stopped (--resume).
 
-The origin has the values that the command line may change, and it says which of the changes it allows.
+The origin has the values that the command line may change, and decides which of the changes are allowed.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class RunOrigin:
     """The beginning of a run, before the flags of the command line."""
 
     config: RunConfig
-    """The values for what no flag sets: those of the file, where it has none those of the run that is named, else the
-    defaults. Not resolved: "auto" may be in it, and no folder."""
+    """Values without flags: from the file, else from the run that is named, else the defaults. They may hold
+    "auto", and no folder."""
     name: str = "toy"
     """Name in a new run's folder, runs/NAME-001."""
     resume: Path | None = None
@@ -80,10 +80,10 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
     """Find where a run comes from.
 
     Args:
-        file: the config file, whose values go before those of the run that is named.
-        say: told about each damaged checkpoint that is passed over.
+        file: config file, whose values take precedence over those of the run that is named.
+        say: told about each damaged checkpoint that is skipped.
 
-    Raises: ValueError for what cannot go together, or is no run.
+    Raises: ValueError for what cannot go together, or is not a run.
     """
     if resume and init:
         raise ValueError("--resume continues a run, --init starts a new one from its weights; use one of them")
@@ -163,7 +163,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
-    """Refuse another tokenizer than the run's own, which is the one that is used."""
+    """Refuse a tokenizer other than the run's own, which is used in any case."""
     own, given = tokenizer_file(run, config), config.data.tokenizer
     if own is None or given is None or given == old.data.tokenizer:
         return

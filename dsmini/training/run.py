@@ -1,4 +1,4 @@
-"""A whole training run: its steps and validations up to the end or a stop, and what is recorded and saved of them."""
+"""A whole training run: its steps and validations up to the end or a stop, recorded and saved."""
 
 import json
 import time
@@ -47,13 +47,13 @@ class TrainingRun:
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of this run, which its saver `fits`."""
+        """Restore a checkpoint of this run that its saver `fits`."""
         if lost := self.saver.restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
 
     def train(self) -> bool:
-        """Run all steps that are left, or those until Ctrl-C, and save the state; return whether it came to the end.
+        """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
 
         Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient; OSError, or rich's
             exit for a closed pipe, where something could not be written, after saving the state if that can be done.
@@ -106,7 +106,7 @@ class TrainingRun:
         return not asked
 
     def _metrics(self) -> TextIO:
-        """Open metrics.jsonl for the next line, with the lines of the steps before in it and no others."""
+        """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""
         path = self.folder / METRICS
         if path.is_dir():
             raise ValueError(f"{path} is a folder, want a file; remove it, and resume the run")
@@ -114,7 +114,7 @@ class TrainingRun:
         return path.open("a", encoding="utf-8")
 
     def _keep(self, step: StepResult) -> None:
-        """Take a step into the history."""
+        """Add a step to the history."""
         asked = {"val_loss_ema": self.trainer.average is not None}
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
         scores = {name: None for name, wanted in asked.items() if wanted}
@@ -129,7 +129,7 @@ class TrainingRun:
             self._save()
 
     def _record(self, metrics: TextIO) -> None:
-        """Write the last step's record, which is complete now."""
+        """Write the record of the last step, which is complete now."""
         record = self.history.close_last()
         metrics.write(json.dumps(record.row()) + "\n")
         metrics.flush()
@@ -141,14 +141,14 @@ class TrainingRun:
             self.saver.save()
 
     def _save_if_possible(self, progress: TrainingProgress) -> None:
-        """Save a checkpoint on the way: without it nothing is lost yet, so training goes on."""
+        """Save a checkpoint on the way. A failure is only reported: nothing is lost yet."""
         try:
             self._save()
         except NotSavedError as error:
-            progress.say(f"{error}; training goes on")
+            progress.say(f"{error}; training continues")
 
     def _why_lost(self) -> str:
-        """Say what happened, and from where a smaller learning rate may get further."""
+        """Return in words what happened, and where to continue with a smaller learning rate."""
         train, step, skipped = self.config.train, self._steps_done, self.history.skipped_in_a_row
         lower = f"--train.lr {train.lr / 2:g}"
         if train.optimizer == "muon":
@@ -156,12 +156,12 @@ class TrainingRun:
         before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
         further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
         return (
-            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or go on more slowly with "
-            f"--resume {self.folder} {lower}{further_back}"
+            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or continue more "
+            f"slowly with --resume {self.folder} {lower}{further_back}"
         )
 
     def plot(self) -> None:
-        """Draw what was recorded so far, and set in next_plot when drawing again is worth its time."""
+        """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
         start = time.perf_counter()
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
@@ -172,11 +172,11 @@ class TrainingRun:
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last of the run's files: with it the run is complete."""
+        """Write summary.json, the last file of a run: with it the run is complete."""
         write_json(self.folder / "summary.json", summary)
 
 
 def moe_layers(config: ModelConfig) -> list[str]:
-    """Return the names of the layers with experts, as people call them."""
+    """Return the names of the layers with experts, for people."""
     names = [f"block {i}" for i in range(config.n_layers) if config.is_moe(i)]
     return names + [f"MTP {k + 1}" for k in range(config.n_mtp_layers) if config.is_moe(config.n_layers + k)]

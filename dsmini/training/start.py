@@ -1,4 +1,4 @@
-"""The start of a run: its config is resolved, its text read, its folder made and held, its model built or restored."""
+"""Start a run: resolve its config, read its text, make and lock its folder, build or restore its model."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -38,10 +38,10 @@ from dsmini.training.trainer import Trainer
 
 @contextmanager
 def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
-    """Yield a run that is ready to train, new or resumed, and hold its folder meanwhile.
+    """Yield a run that is ready to train, new or resumed, and lock its folder until the block ends.
 
     Args:
-        config: that of `origin`, with what the command line changes in it.
+        config: config of `origin` with the changes of the command line.
 
     Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
         folder that is taken, and a run that has no whole checkpoint, another corpus, or nothing left to do.
@@ -157,8 +157,7 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint) -> None:
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
-    """Read the run's corpus, tokenised into a folder next to the run unless it is there. A resumed run has its own
-    tokenizer."""
+    """Read the run's corpus, tokenised once into a folder next to the run. A resumed run has its own tokenizer."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
     cache = (config.out or Path("runs/new")).parent / "corpus"
     with Progress(console, label="the corpus", unit="bytes") as progress:
@@ -168,14 +167,14 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
 
 
 def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """Return the config with what was chosen for it: the device, dtype and threads in use."""
+    """Return the config with the device, dtype and threads in use."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
-    """Return in lines what is going to happen."""
+    """Return lines about what will be trained, on what, and where."""
     parameters = accounting.parameters(config.model)
     return [
         f"corpus  {corpus.source}, {corpus.files} files",

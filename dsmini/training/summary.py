@@ -1,4 +1,4 @@
-"""The summary of a finished run: its figures, and how they read."""
+"""The summary of a finished run: its figures, as numbers and in words."""
 
 import math
 import time

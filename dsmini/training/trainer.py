@@ -22,27 +22,27 @@ from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The results of one optimizer step as they were computed: losses may be NaN, loads are a tensor.
+    """The results of one optimizer step as computed: losses may be NaN, loads are a tensor.
 
-    Losses are in nats a token, before the update. StepRecord is what metrics.jsonl stores of it.
+    Losses are in nats a token, before the update. metrics.jsonl stores a step as a StepRecord.
     """
 
     step: int
-    """Steps done, this one included."""
+    """Number of steps done, this one included."""
     loss: float
     mtp_loss: float
     balance_loss: float
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     lr: float
     tokens: int
     seconds: float
     data_wait: float
-    """Share of the seconds spent waiting for the batch."""
+    """Share of the seconds spent on waiting for the batch."""
     counts: Tensor | None
-    """[MoE layers, experts]: tokens each expert received; None for a dense model."""
+    """[MoE layers, experts]: number of tokens each expert received; None for a dense model."""
     skipped: bool
-    """The gradient was or a loss was not finite: nothing was changed."""
+    """The gradient or a loss was not finite, so nothing was changed."""
 
     @property
     def max_vio(self) -> float | None:
@@ -62,7 +62,7 @@ class Trainer:
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
-        """Number of sequences taken from the corpus so far: where the data goes on."""
+        """Number of sequences taken from the corpus so far: the place where the data continues."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -73,14 +73,14 @@ class Trainer:
         return parts if self.average is None else {**parts, "average": self.average.tensors}
 
     def check(self, tensors: Tensors) -> None:
-        """Refuse tensors that `load` could not take; ValueError names the first. Changes nothing."""
+        """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
         check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
         check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
-        """Go on from what `tensors` gave, after so many steps. Everything is checked before anything changes."""
+        """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
         self.model.load_state_dict(tensors["model"])
         load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
@@ -130,8 +130,10 @@ class Trainer:
         )
 
     def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over the step's batch; return the mean losses [main, mtp, balance], the
-        summed loads, and the seconds until the batch was there."""
+        """Add up the gradients of the mean loss over the step's batch.
+
+        Return the mean losses [main, mtp, balance], the summed loads, and the seconds of waiting for the batch.
+        """
         train = self.config.train
         start = time.perf_counter()
         tokens, targets = self.loader.take(self._requests(rows))
@@ -156,11 +158,11 @@ class Trainer:
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        """Return the documents that are masked from each other; None where all is seen."""
+        """Return the documents to mask from each other; None without such a mask."""
         return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
-        """Return this step's sequences, and those of the steps that the workers may prepare meanwhile."""
+        """Return the sequences of this step, and of those that the workers prepare at the same time."""
         requests = [(self.sequences, rows)]
         for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
             first, before = requests[-1]
@@ -178,7 +180,7 @@ class Trainer:
 
         Args:
             windows: the part of it to score; None: all windows of the training's length.
-            on_part: told the share that is done. What it raises ends the validation.
+            on_part: told the share that is done. An exception that it raises ends the validation.
         """
         windows = windows or self.corpus.windows(self.config.seq_len)
         rows = max(1, tokens_at_a_time // windows.seq_len)

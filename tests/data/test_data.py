@@ -89,7 +89,7 @@ def test_cache_inside_the_corpus_is_left_out(tmp_path: Path) -> None:
 
 
 def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
-    """Else the corpus of a run in the current folder would change while it trains, and resuming be refused."""
+    """Otherwise the corpus of a run in the current folder would change during training, and be refused later."""
     kept = dict.fromkeys(("a.txt", "b/config.toml", "c/meta.json", "d/metrics.jsonl"), b"text " * 50)
     before = load(folder_of(tmp_path, kept), tmp_path / "corpus")
     assert before.files == 4

@@ -50,7 +50,7 @@ def changed(part: str, **changes: Any) -> RunConfig:
 
 
 def test_every_key_is_judged_here() -> None:
-    """A new key must be thought about: may a run go on with another value of it?"""
+    """A new key must be thought about: may a run continue with another value of it?"""
     fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (ModelConfig, TrainConfig, DataConfig)}
     assert fields[ModelConfig] == MODEL.keys() | {"n_kv_heads", "precision"}
     assert fields[TrainConfig] == TRAIN.keys()

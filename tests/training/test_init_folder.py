@@ -20,7 +20,7 @@ STILL = "--train.optimizer adamw --train.lr 1e-9 --train.gate-lr 1e-9 --train.bi
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, and one model stored in three forms."""
+    """Make a folder with a text, and one model stored in three forms."""
     folder = tmp_path_factory.mktemp("folders")
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     for form in FORMS:

@@ -1,4 +1,4 @@
-"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and what is refused."""
+"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and refusals."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "average.safetensors
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, and a finished run of a tiny model on it."""
+    """Make a folder with a text, and a finished run of a tiny model on it."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     done = run(f"{TRAIN} --train.steps 12 --train.ema-decay 0.9 --out runs/x", folder)
@@ -189,7 +189,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytes
         patch.setenv("EXTRA_PATH", str(place / "full_disk"))
         done = run("dsmini.train --resume runs/disk --train.steps 17", place)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "checkpoint of step 15" in done.stdout and "step 12 is still there; training goes on" in done.stdout
+    assert "checkpoint of step 15" in done.stdout and "step 12 is still there; training continues" in done.stdout
     assert "checkpoint of step 17" in done.stderr and "step 12 is still there" in done.stderr
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
     assert run("dsmini.train --resume runs/disk", place).returncode == 0
@@ -218,7 +218,7 @@ def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
 
 
 def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what the command imports once it runs: before that, Python answers."""
+    """The signal comes in a late import of the command. Before that, Python answers."""
     library = place / "library/dsmini_kernels/cpu"
     library.mkdir(parents=True)
     (library / "__init__.py").write_text("import os\nos.kill(os.getpid(), 2)\n")

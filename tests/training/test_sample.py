@@ -19,7 +19,7 @@ from tests.helpers.runs import new_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> TrainingRun:
-    """An untrained run whose tokens are bytes below 61: half of them are control characters."""
+    """Make an untrained run whose tokens are bytes below 61: half of them are control characters."""
     run = new_run(tmp_path, sample_tokens=60)
     run.config = dataclasses.replace(run.config, data=DataConfig(path=tmp_path))
     run.console = Console(file=io.StringIO(), width=80)

@@ -1,4 +1,4 @@
-"""The training loop: what a step does, and what validation and bad gradients leave alone."""
+"""The training loop: the effects of a step, and what validation and bad gradients leave unchanged."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ NewTrainer = Callable[..., Trainer]
 
 @pytest.fixture
 def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
-    """A trainer of a small model on a text with a pattern in it, always from the same seed."""
+    """Return a trainer of a small model on a text with a pattern in it, always from the same seed."""
 
     def build(model_changes: dict[str, Any] | None = None, **changes: Any) -> Trainer:
         train = dataclasses.replace(TRAIN, **changes)
@@ -36,7 +36,7 @@ def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor that a step may change: parameters, biases, moments, the average, its count."""
+    """Return every tensor that a step may change: parameters, biases, moments, the average, its count."""
     tensors = {f"{part}/{name}": t.detach().clone() for part, ts in trainer.tensors().items() for name, t in ts.items()}
     return tensors if trainer.average is None else {**tensors, "updates": torch.tensor(trainer.average.updates)}
 

@@ -72,7 +72,7 @@ def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
 def test_signal_in_a_validation_ends_it_and_saves(
     training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Of six blocks the first is scored; the resumed run scores them all again."""
+    """The first of six blocks is scored. The resumed run scores all of them again."""
     real, blocks, calls = training.trainer.validate, [], []
     due = {"validation on the way": 1, "final validation": 7, "average": 8}[moment]
 
@@ -114,7 +114,7 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @pytest.fixture
 def hangups_count() -> Iterator[None]:
-    """Under nohup they are ignored, by a run too."""
+    """Make hangups stop a run: under nohup they are ignored, by a run too."""
     before = signal.signal(HUP, signal.SIG_DFL)
     yield
     signal.signal(HUP, before)
@@ -308,7 +308,7 @@ def test_a_picture_is_there_whole_or_not_at_all(
 
 
 def record_without_figures(lr: float) -> StepRecord:
-    """A first step whose losses and norm are not finite."""
+    """Return a first step whose losses and norm are not finite."""
     figures = dict.fromkeys(["loss", "tokens_per_s", "mtp_loss", "balance_loss", "grad_norm", "data_wait", "max_vio"])
     layers = dict.fromkeys(["layer_max_vio", "loads"])
     return StepRecord(step=1, lr=lr, skipped=True, memory=0, tokens=1, seconds=1.0, **figures, **layers)
