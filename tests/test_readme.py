@@ -1,4 +1,4 @@
-"""What README.md and docs/equations.md say works and exists."""
+"""README.md and the pages of docs/ say what works and exists."""
 
 import re
 import shutil
@@ -6,17 +6,24 @@ from pathlib import Path
 
 import pytest
 
+import dsmini
 from tests.helpers.commands import ROOT, TINY, run_all
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = PAGES[0].read_text()
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """Return the code blocks of one kind on a page."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[tuple[str, str]]:
     """Every python -m dsmini... line of the bash blocks, without its comment, made small enough for a test."""
-    lines = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+    pages = [ROOT / "README.md", ROOT / "docs" / "training.md"]
+    lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
     found = [re.sub(r"\s+#.*", "", line).split("python -m ", 1)[1] for line in lines if "python -m dsmini" in line]
-    return [tuple(command.partition(" ")[::2]) for command in found]
+    return [tuple(command.partition(" ")[::2]) for command in dict.fromkeys(found)]
 
 
 def smaller(module: str, arguments: str) -> str:
@@ -44,12 +51,12 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert status == 0, (command, words)
 
 
-def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/fp8.md"])
+def test_the_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    assert blocks(ROOT / page, "python")
+    for block in blocks(ROOT / page, "python"):
+        exec(compile(block, page, "exec"), {})
         printed = capsys.readouterr().out.splitlines()
         assert printed == re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE)
 
@@ -65,11 +72,42 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("[A-Z]+_PLACE|TODO|TBD", README)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/equations.md", "docs/architecture.md"])
-def test_links_and_test_names_exist(document: str) -> None:
-    text = (ROOT / document).read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_test_names_exist(page: Path) -> None:
+    text = page.read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert ((ROOT / document).parent / link).exists(), link
+        assert (page.parent / link).exists(), link
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for name in set(re.findall(r"\btest_\w+\b(?!\.py)", text)):
         assert f"def {name}(" in tests or list((ROOT / "tests").rglob(f"{name}.py")) or f"{name}.py" in text, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_linked_functions_are_in_their_files(page: Path) -> None:
+    """A link [MLA.forward](../dsmini/nn/mla.py) names what that file defines."""
+    links = re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]*dsmini/[^)#]+\.py)\)", page.read_text())
+    for label, link in links:
+        names = [name for name in re.split(r",? and |, ", label) if re.fullmatch(r"[\w.]+(?<!\.py)", name)]
+        text = (page.parent / link).read_text()
+        for name in names:
+            for part in name.split("."):
+                assert re.search(rf"\b(def|class) {part}\b", text), (name, link)
+
+
+def test_block_diagram_has_the_counts_of_the_model() -> None:
+    text = (ROOT / "docs" / "block.svg").read_text()
+    config = dsmini.ModelConfig.from_file(ROOT / "configs" / "deepseek-v3.toml")
+    counted = dsmini.accounting.parameters(config)
+    moe_layers = config.n_layers - config.n_dense_layers
+    per_token = [dsmini.accounting.kv_bytes_per_token(c) for c in (config, dsmini.accounting.mha_twin(config))]
+    wanted = [
+        f"{config.n_layers} blocks, {moe_layers} of them with experts",
+        f"{counted.by_module['attention'] / config.n_layers / 1e6:.0f} MB of weights",
+        f"{per_token[0] / config.n_layers:,.0f} bytes",
+        f"of {config.v_head_dim}: {per_token[1] / config.n_layers:,.0f}",
+        f"{counted.active_by_module['routed experts'] / moe_layers / 1e6:.0f} MB",
+        f"of {counted.by_module['routed experts'] / moe_layers / 1e6:,.0f} MB",
+        f"{counted.by_module['shared experts'] / moe_layers / 1e6:.0f} MB of the shared expert",
+        f"{counted.by_module['mtp projection'] / 1e6:.0f} MB",
+    ]
+    assert [words for words in wanted if words not in re.sub("<.*?>", "", text)] == []

@@ -1,0 +1,134 @@
+"""Each tutorial runs from top to bottom and prints what the page shows."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from docs.tutorials.make_notebook import notebook
+from tests.docs.pages import TUTORIALS, Code, differences, read, shape
+
+PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
+SMALL = (
+    "--model.dim 32 --model.inter-dim 48 --model.moe-inter-dim 16 --model.n-layers 2 --model.n-routed-experts 8 "
+    "--model.max-seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
+)
+"""Flags that make a run of a page small. Its steps are divided by 100."""
+
+
+def smaller(command: str) -> str:
+    """Return a command of a page, made small enough for a test. One that sets model.dim is small already."""
+    command = re.sub(r"\s+#.*", "", command)
+    if "--model.dim" in command:
+        return command
+    command = re.sub(r"--train\.steps (\d+)", lambda steps: f"--train.steps {int(steps[1]) // 100}", command)
+    if command.startswith("python -m dsmini.train") and "--resume" not in command:
+        return f"{command} {SMALL}"
+    long = command.startswith("python -m dsmini.generate") and "--max-new-tokens" not in command
+    return f"{command} --max-new-tokens 4" if long else command
+
+
+def run_command(command: str) -> None:
+    """Run `python -m MODULE ...` or `python -c CODE` in this process, as its main program."""
+    program, option, what, *arguments = shlex.split(command)
+    assert program == "python" and option in ("-m", "-c"), command
+    if option == "-c":
+        exec(compile(what, command, "exec"), {"__name__": "__main__"})
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [what, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+    assert not stopped.value.code, command
+
+
+def printed_by(block: Code, page: Path, names: dict[str, Any]) -> str:
+    """Run a block and return what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out if block.kind == "bash" else sys.stderr):
+        if block.kind == "python":
+            # the lines of an error are those of the page
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+        else:
+            for command in block.code.replace("\\\n", " ").strip().splitlines():
+                run_command(smaller(command))
+    return out.getvalue()
+
+
+def check_command_output(got: str, want: str) -> None:
+    """Each line that the page shows was printed, whatever its numbers. Other lines may lie between them."""
+    shapes = [shape(line) for line in got.splitlines()]
+    for line in filter(None, map(shape, want.splitlines())):
+        assert line in shapes, (line, got)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    names: dict[str, Any] = {"__name__": page.stem}
+    blocks = read(page)
+    assert any(block.printed for block in blocks)
+    for block in blocks:
+        got = printed_by(block, page, names)
+        if block.kind == "python":
+            assert differences(got, block.printed, block.about) == [], f"{page.name}, line {block.line + 1}"
+        else:
+            check_command_output(got, block.printed)
+    for drawn in tmp_path.glob("*.png"):  # the page shows the picture that its code draws
+        assert imread(drawn).shape == imread(TUTORIALS / drawn.name).shape
+
+
+def test_index_lists_every_page_with_its_time() -> None:
+    index = (TUTORIALS / "README.md").read_text()
+    for page in PAGES:
+        title, minutes = re.match(r"# (.+)\n\n\*(\d+ minutes)[.,]", page.read_text()).groups()
+        assert re.search(rf"\[{re.escape(title)}\]\({page.name}\).*\b{minutes}\b", index), page.name
+
+
+def test_mla_of_the_page_is_at_most_60_lines() -> None:
+    code = "\n".join(block.code for block in read(TUTORIALS / "mla.md"))
+    definitions = re.findall(r"^(?:def|class) .*\n(?:(?: .*)?\n)*", code, re.MULTILINE)
+    lines = [line for definition in definitions for line in definition.splitlines() if line.strip()]
+    assert len(definitions) == 3
+    assert len(lines) <= 60
+
+
+def test_notebook_is_made_from_its_page() -> None:
+    page = TUTORIALS / "mla.md"
+    stored = json.loads((TUTORIALS / "mla.ipynb").read_text())
+    assert stored == notebook(page.read_text()), "run: python docs/tutorials/make_notebook.py"
+    cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    assert [("".join(cell["source"]), _shown(cell)) for cell in cells] == [
+        (block.code.rstrip("\n"), block.printed) for block in read(page)
+    ]
+
+
+def _shown(cell: dict[str, Any]) -> str:
+    return "".join(line for output in cell["outputs"] for line in output["text"])
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "about", "equal"),
+    [
+        ("loss 1.23", "loss  1.24", False, True),
+        ("loss 1.23", "loss 1.26", False, False),
+        ("loss 1.23", "loss 1.30", True, True),
+        ("loss 1.23", "loss 1.53", True, False),
+        ("1,152 bytes", "1,153 bytes", False, False),
+        ("loss 1.23", "cost 1.23", True, False),
+        ("one\ntwo", "one", False, False),
+        ("", "one", False, False),
+        ("-1.2", "1.2", False, False),
+    ],
+)
+def test_comparison_of_output(got: str, want: str, about: bool, equal: bool) -> None:
+    assert (differences(got, want, about) == []) is equal
