@@ -112,7 +112,11 @@ def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
         run = RunConfig(model=model, data=DataConfig(tokenizer=tokenizer), train=train)
         return FirstWeights(folder=path, step=None, tensors=tensors, run=run)
     found = model_checkpoint(path, say=say)
-    run = RunConfig(model=found.config.model, data=found.config.data)
+    data = found.config.data
+    copy = found.folder.resolve().parent.parent / "tokenizer.json"
+    if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
+        data = dataclasses.replace(data, tokenizer=copy)
+    run = RunConfig(model=found.config.model, data=data)
     return FirstWeights(folder=found.folder, step=found.state.step, tensors=model_tensors(found), run=run)
 
 

@@ -113,9 +113,11 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
     """Start a run again that was killed before its first checkpoint; return lines about what it does differently."""
     config, folder = training.config, training.folder
     assert origin.before is not None
+    before = None
     with suppress(ValueError):  # the file is damaged
-        if isinstance(before := read_table(folder / "corpus.json").get("sha256"), str):
-            _check_corpus(config, before, training.trainer.corpus)
+        before = read_table(folder / "corpus.json").get("sha256")
+    if isinstance(before, str):
+        _check_corpus(config, before, training.trainer.corpus)
     changes = check_resume(origin.before, config)
     replace_config(folder, origin.before, config, 0)
     return [*changes, f"starting again from step 0 of {config.train.steps}: there is no checkpoint yet"]

@@ -239,7 +239,7 @@ REFUSED = {
     "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
     "--resume runs/nothing": "there is no folder runs/nothing",
     "--resume runs": "is not a training run",
-    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
+    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run continues from its last one: use --resume /",
     "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
     "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
     "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
