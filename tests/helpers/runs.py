@@ -49,11 +49,11 @@ TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 
 
 class Killed(BaseException):
-    """An exception that no handler expects, so that nothing is put right on the way out."""
+    """An exception that no handler expects, so that no cleanup runs."""
 
 
 def new_run(folder: Path, nan_at: tuple[int, ...] = (), **changes: Any) -> TrainingRun:
-    """A run of a small model that draws a little noise in every forward, so that the random state matters too.
+    """Make a run of a small model that draws a little noise in every forward, so that the random state matters too.
 
     Args:
         nan_at: steps, counted from 0, whose gradient is not finite.
@@ -77,7 +77,7 @@ def resumed(
     said: list[str] | None = None,
     **options: Any,
 ) -> TrainingRun:
-    """The run in that folder, ready to go on; with whatever a test changes in what is loaded."""
+    """Restore the run in a folder, after a test's change of the loaded checkpoint."""
     training = new_run(folder, **options)
     torch.manual_seed(99)  # whatever this process has drawn
     say = (lambda line: None) if said is None else said.append
@@ -86,7 +86,7 @@ def resumed(
 
 
 def whole(training: TrainingRun) -> dict[str, Any]:
-    """All that a run consists of, but for times."""
+    """Return all parts of a run except times."""
     trainer = training.trainer
     tensors = {
         f"{part}/{name}": tensor.clone()
@@ -109,7 +109,7 @@ def whole(training: TrainingRun) -> dict[str, Any]:
 
 
 def unequal(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Return the keys of what is not the same, bit for bit."""
+    """Return the keys of the values that differ in a bit."""
     both = {key for key in a.keys() & b.keys() if _same(a[key], b[key])}
     return (a.keys() | b.keys()) - both
 
@@ -137,13 +137,13 @@ def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[
 
 
 def calls(training: TrainingRun, step: int, number: int) -> Callable[[], bool]:
-    """True at the so-many-eth call (from 0) while so many steps are done."""
+    """Return a function that is true in its call of this number (from 0) while this number of steps are done."""
     count: Iterator[int] = iter(range(10**9))
     return lambda: training.trainer.steps_done == step and next(count) == number
 
 
 def asked_after(training: TrainingRun, steps: int) -> None:
-    """Ask it to stop, as by Ctrl-C, in the step that follows so many."""
+    """Ask a run to stop, as by Ctrl-C, in the step after this many."""
     real = training.trainer.step
 
     def step() -> Any:
@@ -160,6 +160,6 @@ def stopped(training: TrainingRun) -> None:
 
 
 def falling_behind(training: TrainingRun) -> TrainingRun:
-    """The best validation is the first, so that forgetting it shows."""
+    """Make the first validation the best, so that a test notices if it is forgotten."""
     training.trainer.validate = lambda *_, **__: float(training.trainer.steps_done)
     return training
