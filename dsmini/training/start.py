@@ -1,6 +1,7 @@
 """Start a run: resolve its config, read its text, make and lock its folder, build or restore its model."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -54,6 +55,10 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         torch.set_num_threads(config.train.threads)
     if not origin.resume:
         refuse_taken(config.out)
+    elif not os.access(origin.resume, os.W_OK):
+        raise ValueError(
+            f"cannot write into {origin.resume}; copy the run to a place that allows it, and resume it there"
+        )
     _refuse_too_large(config, device)
     corpus = _read_corpus(config, origin.resume, console)
     config = _resolved(config, device)
