@@ -66,7 +66,8 @@ def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]
     where = ["--train.device", str(setting.device), "--train.dtype", dtype, "--train.threads", threads]
     with tempfile.TemporaryDirectory() as out:
         quiet = ["--train.sample-tokens", "0", "--json", "--out", f"{out}/run"]
-        return run_command("dsmini.train", "configs/shakespeare.toml", *where, *quiet, *arguments)
+        whole = ["--train.final-eval-tokens", str(10**12)]  # of the held-out split, however short the training
+        return run_command("dsmini.train", "configs/shakespeare.toml", *where, *quiet, *whole, *arguments)
 
 
 def plots_by_seed(

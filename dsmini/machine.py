@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 CLEAR_LOSS = 10
-"""Ratio of rates at which FP32 has won after one turn: noise does not make up for it."""
+"""Ratio of rates at which FP32 wins after one turn: noise is smaller."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; for "auto" CUDA, then MPS, then the CPU.
+    """Return the device of a name; for "auto" CUDA, then MPS, then the CPU.
 
-    Raises: ValueError for a device that is unknown or not there.
+    Raises: ValueError for a device that is unknown or missing.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype of that name; for "auto" BF16 if it is tried and found faster than FP32 by a fifth."""
+    """Return the compute dtype of a name; for "auto" BF16 if it is measured to be a fifth faster than FP32."""
     if name != "auto":
         return DTYPES[name]
     fp32, bf16 = product_rates(device)
@@ -48,17 +48,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def slow_bf16(device: torch.device) -> bool:
     """Return True if this device multiplies BF16 at a fifth of its FP32 rate or less, measured once per process.
 
-    A CPU with neither AVX-512 nor AMX does: torch's BF16 product takes 30 to 500 times as long as the FP32 one there.
+    On a CPU with neither AVX-512 nor AMX, torch's BF16 product takes 30 to 500 times as long as the FP32 one.
     """
     fp32, bf16 = product_rates(device)
     return fp32 >= 5 * bf16
 
 
 def product_rates(device: torch.device) -> tuple[float, float]:
-    """Return the rates of FP32 and BF16 matrix products in FLOP/s, to compare; BF16's is 0 on a device without it.
+    """Return the rates of FP32 and BF16 matrix products in FLOP/s, to compare; 0 for BF16 on a device without it.
 
-    The two take turns for an eighth of a second or so and the best of each counts, on one thread of a CPU. On a busy
-    machine threads wait for one another for longer than such a product takes. The first clear loss of BF16 ends it.
+    The two take turns for about an eighth of a second, and the best of each counts. A CPU uses one thread: on a busy
+    machine threads wait for one another longer than such a product takes. The first clear loss of BF16 ends it.
     """
     fp32 = bf16 = 0.0
     threads = torch.get_num_threads()
@@ -79,11 +79,11 @@ def product_rates(device: torch.device) -> tuple[float, float]:
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """Return the best rate of a square matrix product in FLOP/s: this machine's matrix peak, measured.
 
-    The size starts at 64 and doubles for as long as the time allows, up to 2048. A fixed size would not do: a product
-    of 2048 takes 50 ms on one CPU and a minute on another.
+    The size starts at 64 and doubles as long as the time allows, up to 2048. A fixed size does not work: a product of
+    size 2048 takes 50 ms on one CPU and a minute on another.
 
     Args:
-        seconds: what the products may take together, not counting one of each size for warming up.
+        seconds: time limit of all products together, without one of each size for warming up.
     """
     size, spent, best, before = 64, 0.0, 0.0, float("inf")
     while True:
@@ -102,14 +102,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def _square_product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    generator = torch.Generator(device).manual_seed(0)  # what draws from the default one gets the same as without
+    generator = torch.Generator(device).manual_seed(0)  # leaves the default generator alone
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=product)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -117,7 +117,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def once(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one run, until the device is done with it."""
+    """Return the seconds of one run, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -136,7 +136,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Set the generators to what random_state gave; that of another kind of device is left alone."""
+    """Set the generators to the states from random_state; that of another kind of device is ignored."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -155,7 +155,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def card(device: torch.device) -> dict[str, str]:
-    """Return the machine's card: names and values for people, which also tell one machine from another."""
+    """Return the machine's card: names and values for people, which also distinguish machines."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -176,7 +176,7 @@ def card(device: torch.device) -> dict[str, str]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory of the GPU or of the machine; 0 where the system does not tell."""
+    """Return the memory of the GPU or of the machine; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -186,7 +186,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Return the bytes of the last-level cache; 32 MiB where the system does not tell."""
+    """Return the bytes of the last-level cache; 32 MiB if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

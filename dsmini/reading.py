@@ -118,12 +118,14 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """Return the content of a regular file. Raises: ValueError for one that cannot be read, or is too large."""
     with open_regular(path) as file:
         try:
-            content = file.read(largest + 1)
+            content = bytearray()  # in chunks: one call for all takes the memory of the largest file
+            while len(content) <= largest and (chunk := file.read(1 << 20)):
+                content += chunk
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}; check the disk") from None
     if len(content) > largest:
         raise ValueError(f"cannot read {path}: it has more than {largest:,} bytes; name another file")
-    return content
+    return bytes(content)
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

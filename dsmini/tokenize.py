@@ -16,7 +16,7 @@ from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.data.documents import find, measure
+from dsmini.data.documents import NAMED, find, left_out_in_words, measure
 from dsmini.data.split import split
 from dsmini.data.texts import read_first, read_texts
 from dsmini.text.bpe import SMALLEST, SPECIAL_TOKENS, train_bpe
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     config = DataConfig(path=command.corpus, val_fraction=command.val_fraction)
     with Progress(console, label="the corpus", unit="bytes") as progress:
         source = find(config.path)
-        documents = measure(source, progress.stage)
+        documents, left_out = measure(source, progress.stage)
         parts = split(documents, config.val_fraction, whole_characters=True)
         texts = read_texts(parts.train, "counting pairs in", progress.stage)
         with patience(console, f"finding {command.vocab_size:,} tokens"):
@@ -75,6 +75,8 @@ def main(args: Sequence[str]) -> int:
         "held_out_tokens": tokens,
         "bytes_per_token": sum(map(len, held_out)) / tokens,
     }
+    if left_out:
+        say(console, left_out_in_words(list(map(str, left_out[:NAMED])), len(left_out)))
     _show(console, source.describe(len(documents)), figures, config)
     if command.json:
         print(json.dumps(figures))

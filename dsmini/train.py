@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.config.old_schedule import without_old_flags
@@ -19,9 +18,9 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.training.origin import RunOrigin, find_origin
-from dsmini.training.sample import write_sample
-from dsmini.training.start import started
-from dsmini.training.summary import print_summary, summarise
+
+if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
+    from dsmini.training.run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,10 @@ class TrainCommand(RunConfig):
     """
 
     resume: Path | None = None
-    """Go on with this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
+    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
     init: Path | None = None
-    """Start a new run from the weights of this run or checkpoint, with its model and data, and the usual recipe."""
+    """Start a new run from the weights of this run, checkpoint, or DeepSeek or Hugging Face folder, with its model and
+    tokenizer, and the usual recipe. FP8 weights are dequantized."""
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
@@ -61,28 +61,51 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    from dsmini import ops
+    from dsmini.training.sample import offered_prompt
+    from dsmini.training.start import started
+    from dsmini.training.summary import print_summary
+
     ops.check_forced()
     console = Console(stderr=command.json)
     with started(origin, RunConfig(**_fields(command)), console) as training:
-        complete, folder = training.train(), training.folder
-        training.plot()
-        if not complete:
+        folder = training.folder
+        results = _results(training, training.train())
+        if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
-            say(console, f"Go on with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
+            say(console, f"Continue with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
             return 130
-        summary = summarise(training)
-        sample = write_sample(training)
-        write_text(folder / "sample.txt", sample)
-        training.finish(summary)
+    summary, sample = results
     print_summary(console, summary)
-    say(console, f"\nGo on with: python -m dsmini.generate {shlex.quote(str(folder))} --prompt 'def '")
+    prompt = offered_prompt(training)
+    say(console, f"\nContinue with: python -m dsmini.generate {shlex.quote(str(folder))} --prompt {prompt}")
     if command.json:
         print(json.dumps({**summary, "sample": sample}))
     return 0
 
 
+def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], str] | None:
+    """Draw a run; measure and sample a complete one, and return its summary and sample.
+
+    Return None for a run that a signal stopped, here or before. All its steps are saved; a resumed run does the rest.
+    """
+    from dsmini.training.sample import write_sample
+    from dsmini.training.summary import summarise
+
+    try:
+        training.plot()
+        if not complete:
+            return None
+        summary, sample = summarise(training), write_sample(training)
+        write_text(training.folder / "sample.txt", sample)
+        training.finish(summary)
+    except KeyboardInterrupt:
+        return None
+    return summary, sample
+
+
 def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
-    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_CHECKPOINT] [--KEY VALUE ...]."""
+    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...]."""
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")

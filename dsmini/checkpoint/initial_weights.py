@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dsmini.checkpoint.pretrained import read_pretrained
 from dsmini.config import ModelConfig
-from dsmini.reading import check_path, is_there
+from dsmini.reading import check_path, is_there, read_text
+from dsmini.text.tokenizer import byte_tokenizer_json
 
 
 class InitialWeights(NamedTuple):
@@ -19,7 +20,7 @@ class InitialWeights(NamedTuple):
     tensors: dict[str, Tensor]
     """State dict of Transformer(config) in FP32; FP8 weights are dequantized."""
     tokenizer: Path | None
-    """The folder's tokenizer.json; None if it has none."""
+    """The folder's tokenizer.json; None if it has none, or that of bytes, which dsmini.convert writes."""
 
 
 def is_model_folder(path: Path) -> bool:
@@ -35,4 +36,5 @@ def read_initial_weights(folder: Path) -> InitialWeights:
     """
     model = read_pretrained(folder, torch.float32, "dequantize")
     tokenizer = folder / "tokenizer.json"
-    return InitialWeights(model.config, model.state_dict(), tokenizer if is_there(tokenizer) else None)
+    own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
+    return InitialWeights(model.config, model.state_dict(), tokenizer if own else None)

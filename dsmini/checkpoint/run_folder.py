@@ -24,6 +24,9 @@ from dsmini.config import RunConfig
 from dsmini.reading import check_path, is_there, read_table
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
+BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
+"""Files of a new run that are written before its config.toml."""
+
 
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
     """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ...
@@ -42,14 +45,25 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
 
 
 def refuse_taken(out: Path | None) -> None:
-    """Raise ValueError if the folder of a new run holds anything already."""
+    """Raise ValueError if the folder of a new run holds anything already.
+
+    What a run left that was killed before it had a config.toml does not count.
+    """
     try:
-        taken = out is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
+        taken = out is not None and out.exists() and (not out.is_dir() or _is_taken(out))
     except OSError as error:
         raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
     if out is not None and taken:
+        if not out.is_dir():
+            raise ValueError(f"--out {out} is not a folder; choose a new one")
         held = "another run" if (out / "config.toml").exists() else "other files"
         raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+
+
+def _is_taken(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    begun = {name for name in names if name not in BEFORE_CONFIG and not name.startswith(".")}
+    return bool(begun) or (bool(names) and ".lock" not in names)
 
 
 def _next_folder(base: Path, name: str) -> Path:

@@ -74,7 +74,10 @@ class TrainConfig:
     eval_every: int = 200
     """Number of steps between validations."""
     eval_tokens: int = 65536
-    """Number of held-out tokens in a validation on the way; the one at the end reads the whole held-out split."""
+    """Number of held-out tokens in a validation on the way."""
+    final_eval_tokens: int | None = None
+    """Maximum number of held-out tokens in the validation at the end; left out: half the number of trained tokens,
+    about a tenth of the training time, and at least 131072. A large number takes the whole held-out split."""
     eval_context: int | None = None
     """Shorter context in tokens at which the final validation is repeated; left out: no repetition."""
     save_every: int = 400
@@ -123,7 +126,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "muon_momentum", *(["ema_decay"] if self.ema_decay is not None else [])):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} is not from 0 to below 1; use for example 0.9")
-        for name in ("seq_len", "threads", "batch_start", "eval_context", "gate_lr"):
+        for name in ("seq_len", "threads", "batch_start", "eval_context", "final_eval_tokens", "gate_lr"):
             value = getattr(self, name)
             least = "more than 0" if name == "gate_lr" else "1 or more"
             require(value is None or value > 0, f"train.{name}={value} is not positive; use {least}, or leave it out")

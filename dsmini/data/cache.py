@@ -1,18 +1,18 @@
-"""A corpus tokenised once: files of token ids, beside the runs, that later runs map into memory.
+"""A corpus tokenised once: files of token ids, next to the runs, that later runs map into memory.
 
     CACHE/0123456789abcdef/    the key: a hash of everything the tokens depend on
         train.bin, val.bin     uint8, uint16 or uint32 (little-endian), the smallest that holds the vocabulary
         meta.json              counts, sizes and the SHA-256 of the tokens
 
-An entry is built in a hidden folder next to it and renamed when it is whole, so one that exists was finished. What an
-interrupted build left is never read, and a later build removes it. All of it may be deleted at any time.
+An entry is built in a hidden folder next to it and renamed when it is whole, so an entry that exists is complete. The
+remains of an interrupted build are never read, and a later build removes them. The cache may be deleted at any time.
 """
 
 import fcntl
 import hashlib
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, r
 from dsmini.config import DataConfig
 from dsmini.config.fields import check_types
 from dsmini.data import fim
-from dsmini.data.documents import ProgressCallback, Reader, Source, measure
+from dsmini.data.documents import NAMED, LeftOut, ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.reading import read_table
@@ -45,6 +45,8 @@ class Meta:
     files: int
     skipped: int
     """Number of files that are empty or not text."""
+    left_out: tuple[str, ...] = ()
+    """The first of them, each with the reason."""
     split: str
     train_tokens: int
     val_tokens: int
@@ -75,7 +77,7 @@ class CorpusCache:
     """The entries for one source, tokenizer and config in a folder.
 
     Args:
-        seed: seed of what fill-in-the-middle rearranges.
+        seed: seed of the choice of documents for fill-in-the-middle.
     """
 
     def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
@@ -115,7 +117,7 @@ class CorpusCache:
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
     def _build(self, check: Callable[[int, int], None], progress: ProgressCallback) -> None:
-        texts = measure(self.source, progress)
+        texts, left_out = measure(self.source, progress)
         parts = split(texts, self.config.val_fraction, whole_characters=self.config.tokenizer is not None)
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
             check(*(sum(p.stop - p.start + p.ends for p in part) for part in (parts.train, parts.val)))
@@ -126,11 +128,11 @@ class CorpusCache:
                 partial = stack.enter_context(partial_folder(self.entry))
             except OSError as error:
                 raise ValueError(
-                    f"cannot keep the tokenised corpus in {self.folder}: {error.strerror}; "
+                    f"cannot store the tokenised corpus in {self.folder}: {error.strerror}; "
                     "choose another place with --out"
                 ) from None
             try:
-                meta = self._write(partial, len(texts), parts, progress)
+                meta = self._write(partial, left_out, parts, progress)
                 check(meta.train_tokens, meta.val_tokens)
                 (partial / "meta.json").write_text(as_json(asdict(meta)), encoding="utf-8")
                 self._keep(partial)
@@ -147,14 +149,14 @@ class CorpusCache:
             )
 
     def _keep(self, partial: Path) -> None:
-        """Make the finished partial the entry, in the place of a damaged one, unless another process was first."""
+        """Rename the finished folder to the entry, replacing a damaged one, unless another process was first."""
         with (self.folder / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # else each of two builders might move the other's entry aside
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, files: int, parts: Split, progress: ProgressCallback) -> Meta:
-        """Write the tokens of both parts into a folder, and return what its meta.json has to say."""
+    def _write(self, folder: Path, left_out: Sequence[LeftOut], parts: Split, progress: ProgressCallback) -> Meta:
+        """Write the tokens of both parts into a folder, and return the content of its meta.json."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()
         reader = Reader([*parts.train, *parts.val], "tokenising", progress)
@@ -172,8 +174,9 @@ class CorpusCache:
             rearranged += part.rearranged
         return Meta(
             format=FORMAT,
-            files=files,
-            skipped=len(self.source.documents) - files,
+            files=len(self.source.documents) - len(left_out),
+            skipped=len(left_out),
+            left_out=tuple(map(str, left_out[:NAMED])),
             split=parts.words,
             train_tokens=tokens["train"],
             val_tokens=tokens["val"],
@@ -185,10 +188,10 @@ class CorpusCache:
 
 
 def forget(tokens: NDArray[Any]) -> None:
-    """Let go of the pages of a mapped file that were read.
+    """Release the pages of a mapped file that were read.
 
-    They stay in the system's cache. They no longer count as this process's memory, which would otherwise grow to the
-    size of the corpus.
+    They stay in the system's cache, and no longer count as memory of this process, which would grow to the size of the
+    corpus.
     """
     if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         tokens.base.madvise(mmap.MADV_DONTNEED)

@@ -24,7 +24,7 @@ from dsmini.text.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tok
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids of the training and the held-out text, and where they are from."""
+    """Token ids of the training and the held-out text, and their source."""
 
     train: NDArray[Any]
     val: NDArray[Any]
@@ -33,6 +33,8 @@ class Corpus:
     files: int
     skipped: int
     """Number of files of a folder that were left out because they are not text."""
+    left_out: Sequence[str] = ()
+    """The first of them, each with the reason."""
     split: str
     """Sentence that says how the held-out part was chosen."""
     sha256: str
@@ -46,12 +48,13 @@ class Corpus:
     cache: str = ""
     """Sentence that says where the tokens are stored."""
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int | list[str]]:
         """Return the content of a run's corpus.json."""
         return {
             "source": self.source,
             "files": self.files,
             "skipped": self.skipped,
+            "left_out": list(self.left_out),
             "split": self.split,
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
@@ -102,7 +105,7 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Held-out windows, read when they are asked for."""
+    """Held-out windows, read when needed."""
 
     text: NDArray[Any]
     starts: NDArray[np.int64]
@@ -127,10 +130,10 @@ class Windows:
 
 
 class Loader:
-    """Prepares batches ahead of the training, in threads. What comes out depends on the requests alone.
+    """Prepares batches ahead of the training, in threads. Its results depend on the requests alone.
 
     Args:
-        workers: threads; 0 prepares each batch when it is asked for.
+        workers: number of threads; 0 prepares each batch when it is needed.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, seed: int, workers: int) -> None:
@@ -167,8 +170,8 @@ def load_corpus(
 
     Args:
         cache: folder of tokenised corpora; made where it is missing.
-        seed: of what fill-in-the-middle rearranges.
-        progress: told how far reading and tokenising are, if that is needed.
+        seed: seed of the choice of documents for fill-in-the-middle.
+        progress: told how far reading and tokenising are.
 
     Raises: ValueError for a path that is missing, unreadable, empty, not text, or too short for one sequence in each
         part, and for a vocabulary or a fill-in-the-middle that the tokenizer does not have; OSError for a full disk.
@@ -194,6 +197,7 @@ def load_corpus(
         source=source.describe(entry.meta.files),
         files=entry.meta.files,
         skipped=entry.meta.skipped,
+        left_out=entry.meta.left_out,
         split=entry.meta.split,
         sha256=entry.meta.sha256,
         end_of_document=tokenizer.end_of_document,

@@ -1,29 +1,36 @@
 """The sources of text: a file, a folder of files, plain or .gz, or Python's own library.
 
-Nothing here holds more than a chunk of a file. Reading is done twice, once to measure and to find what is not text,
-once by whoever wants the text: which documents are held out depends on the size of all of them.
+No function here holds more than a chunk of a file. Files are read twice: once to measure them and to find those that
+are not text, once for the text itself. The held-out documents depend on the sizes of all.
 """
 
+import codecs
 import dataclasses
 import gzip
 import os
+import shlex
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from dsmini.reading import listed, readable
+
+NAMED = 3
+"""Number of files that are named where some are left out."""
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
-# Tests, generated tables and packages that not every Python carries: out, so that the corpus is alike everywhere.
+# Tests, generated tables, and packages that some Pythons lack: without them the corpus is the same everywhere.
 _NOT_STDLIB = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"),
     *("encodings", "pydoc_data", "distutils", "__pycache__"),
 }
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Function that is told what is being done, and how many bytes on disk of how many are done."""
+"""Function that is told the name of the work, and the bytes on disk that are done, and their total."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -72,7 +79,7 @@ class Source:
     documents: list[Document]
 
     def describe(self, texts: int) -> str:
-        """Return a sentence that names the source, once it is known how many of its files are text."""
+        """Return a sentence that names the source and the number of its files that are text."""
         return f"{self.words} ({texts} files)" if self.kind == "folder" else self.words
 
 
@@ -101,7 +108,7 @@ class Piece:
 
 
 class Reader:
-    """Reads pieces one after the other, and tells how far it is."""
+    """Reads pieces one after the other, and reports its progress."""
 
     def __init__(self, pieces: Sequence[Piece], what: str, progress: ProgressCallback) -> None:
         self._what, self._progress = what, progress
@@ -118,8 +125,7 @@ class Reader:
 def find(path: Path | None, leave_out: Path | None = None) -> Source:
     """Find the files of a corpus: one file, or all visible ones below a folder.
 
-    Those below leave_out are not among them, nor those of training runs and tokenised corpora, which would change with
-    every run.
+    Files below leave_out are skipped, and so are training runs and tokenised corpora, which change with every run.
 
     Raises: ValueError for a path that is neither a file nor a folder.
     """
@@ -179,31 +185,87 @@ def _document(root: Path, path: Path) -> Document:
     return Document(name=name, path=path, stored=stat.st_size, modified=stat.st_mtime_ns)
 
 
-def measure(source: Source, progress: ProgressCallback = silent) -> list[Document]:
-    """Return the documents that are text, with their sizes.
+class LeftOut(NamedTuple):
+    """A file of a corpus that is not text."""
 
-    Raises: ValueError if there is none.
+    name: str
+    reason: str
+    """empty, binary, UTF-16 or UTF-32."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[LeftOut]]:
+    """Return the documents that are text, with their sizes, and the files that are not.
+
+    Raises: ValueError if none is.
     """
     total, done = sum(document.stored for document in source.documents), 0
-    texts = []
+    texts: list[Document] = []
+    left_out: list[LeftOut] = []
     for document in source.documents:
-        size, binary = 0, False
+        size, reason = 0, "empty"
         for chunk, stored in document.chunks():
+            reason = _why_not_text(chunk, first=size == 0) if source.kind != "library" else ""
             size += len(chunk)
             progress("reading", done + stored, total)
-            if b"\0" in chunk and source.kind != "library":
-                binary = True
+            if reason:
                 break
         done += document.stored
-        if source.kind == "file" and binary:
-            raise ValueError(f"data.path={document.path} holds NUL bytes, so it is not text; name a text file")
-        if source.kind == "file" and not size:
-            raise ValueError(f"data.path={document.path} is empty; name a file with text in it")
-        if source.kind == "library" or (size and not binary):
+        if source.kind == "library" or not reason:
             texts.append(dataclasses.replace(document, size=size))
+        else:
+            left_out.append(LeftOut(document.name, reason))
+    if source.kind == "file" and left_out:
+        raise ValueError(f"data.path={source.documents[0].path} {_fix(source.documents[0].path, left_out[0].reason)}")
     if not texts:
+        named = f": {listed(list(map(str, left_out)), NAMED)}" if left_out else ""
         raise ValueError(
-            f"data.path={source.root} has no text: {len(source.documents)} files, all empty or not text; "
+            f"data.path={source.root} has no text: {len(source.documents)} files, all empty or not text{named}; "
             "name a folder with text files"
         )
-    return texts
+    return texts, left_out
+
+
+def _why_not_text(chunk: bytes, first: bool) -> str:
+    """Return why these bytes are not UTF-8 text or a text of single bytes; "" if they may be. Text has no NUL byte.
+
+    Args:
+        first: they are the first of a file, where its encoding shows.
+    """
+    if b"\0" not in chunk:
+        return ""
+    if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    zeros = [chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1)]  # of ASCII every second byte
+    every_second = len(chunk) > 8 and max(zeros) > 0.3 and min(zeros) < 0.03
+    if first and (every_second or chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+        return "UTF-16"
+    return "binary"
+
+
+def left_out_in_words(first: Sequence[str], total: int) -> str:
+    """Return in words which files of a corpus are not text, and what to do about those in another encoding.
+
+    Args:
+        first: the first of them, each with the reason.
+        total: number of them all.
+    """
+    more = [f"and {total - len(first):,} more"] if total > len(first) else []
+    words = f"{total:,} left out: " + (", ".join([*map(readable, first), *more]) if first else "empty or not text")
+    if any(name.endswith("(UTF-16)") for name in first):
+        words += "; to include UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+    return words
+
+
+def _fix(path: Path, reason: str) -> str:
+    """Return what to do about a file that is not text, after its name."""
+    if reason == "empty":
+        return "is empty; name a file with text in it"
+    if reason == "binary":
+        return "holds NUL bytes, so it is not text; name a text file"
+    unpack, source = ("gzip -dc {} | ", "") if path.name.endswith(".gz") else ("", " {}")
+    new = path.with_name(f"{path.name.removesuffix('.gz')}.utf8")
+    command = f"{unpack}iconv -f {reason} -t UTF-8{source}".format(shlex.quote(str(path)))
+    return f"is {reason}, want UTF-8; convert it: {command} > {shlex.quote(str(new))}"

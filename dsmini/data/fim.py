@@ -13,15 +13,15 @@ import numpy as np
 from dsmini.text.tokenizer import Tokenizer
 
 LARGEST = 1 << 20
-"""Bytes of a document; larger ones are left as they are, for the end of one is far beyond any context."""
+"""Bytes of a document; larger ones are left as they are: their ends are far beyond any context."""
 
 
 def arrange(text: bytes, name: str, rate: float, seed: int, tokenizer: Tokenizer) -> list[bytes | int] | None:
     """Return a document's parts and the tokens between them; None if it stays as it is.
 
     It is chosen with probability `rate` and cut at two places, uniform over its character borders. Both depend on seed
-    and name alone, so a document's fate is the same in every corpus. A document that holds a marking token already
-    (bytes that are not UTF-8) stays as it is.
+    and name alone, so the choice for a document is the same in every corpus. A document that already holds a marking
+    token (bytes that are not UTF-8) stays as it is.
     """
     assert tokenizer.fim is not None, "load_corpus checks this"
     digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()

@@ -1,10 +1,12 @@
-"""The order of training: sequence number n of an endless stream, computed when it is asked for.
+"""The order of training: sequence number n of an endless stream, computed when it is needed.
 
 An epoch is a permutation of all windows of the text. Shuffling a list of them would take memory that grows with the
-text and a state to save; here the permutation is a function, so a position in the stream is one number and a run goes
-on anywhere. The function is a Feistel network: it cuts an index into two halves and adds to each in turn a hash of the
-other, which can be undone and so maps no two indices to one, whatever the hash. It permutes a power of four that is
-less than four times too large; a result that is no window is sent through again until it is one (cycle walking).
+text and a state to save. Here the permutation is a function, so a position in the stream is one number, and a run can
+continue anywhere.
+
+The function is a Feistel network: it cuts an index into two halves and adds to each in turn a hash of the other. That
+can be undone, so no two indices have the same image, whatever the hash. It permutes a power of four that is less than
+four times too large. A result that is not a window is permuted again until it is one (cycle walking).
 
 Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002. Not a cipher here: a shuffle.
 """

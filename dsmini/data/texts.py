@@ -1,4 +1,4 @@
-"""The texts of documents in small pieces, for whoever counts or measures them."""
+"""The texts of documents in small pieces, to count or measure them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ def read_texts(pieces: Sequence[Piece], what: str = "reading", progress: Progres
     """Yield the pieces of documents as texts of about SIZE bytes that end where a line or a word does.
 
     Args:
-        what: is done with them, for `progress`.
+        what: name of the work, for `progress`.
     """
     reader = Reader(pieces, what, progress)
     for piece in pieces:

@@ -7,12 +7,13 @@ from torch.optim import Optimizer
 
 
 class AdamWBF16(Optimizer):
-    """AdamW whose two moments are stored in BF16, computed in FP32. Half the optimizer's memory, as DeepSeek-V3 has it
-    (report, section 3.3.3).
+    """AdamW whose two moments are stored in BF16 and computed in FP32, as in DeepSeek-V3: half the optimizer's memory.
 
-    What is stored is rounded, what moves the parameters is not. The rounding errors, of at most u = 2^-8 each, fade as
-    the moments do: the second moment is wrong by at most u / (1 - beta2), 8 % at 0.95. With beta2 above 0.998 it would
-    never fall again: a step takes away less than BF16's half step.
+    The stored moments are rounded, the update is not. The rounding errors, of at most u = 2^-8 each, fade as the
+    moments do: the error of the second moment is at most u / (1 - beta2), 8 % at 0.95. With beta2 above 0.998 it could
+    never fall again: a step takes away less than half a BF16 step.
+
+    Source: DeepSeek-V3 report, section 3.3.3.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:

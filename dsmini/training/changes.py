@@ -6,18 +6,19 @@ from typing import Any
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import plain
 
-# --resume: with another of these the run would not be the same run; so too for every key of the model
+# --resume refuses a change of these and of every key of the model: it would not be the same run
 SAME_RUN = (
     *("data.val_fraction", "data.fim_rate", "data.document_mask"),
     *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "out"),
 )
 # these change how numbers are rounded or summed
 ROUNDING = ("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile")
-# and these neither the numbers nor the schedule: what is kept, shown and measured on the way, and where the text and
-# the tokenizer are (origin.py and start.py see to it that they are the same)
+# these change neither the numbers nor the schedule: what is stored, shown and measured, and where the text and the
+# tokenizer are (origin.py and start.py check that they are the same)
 BESIDE = (
     *("data.path", "data.tokenizer", "data.workers"),
     *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
+    "train.final_eval_tokens",
     *("train.save_every", "train.keep", "train.tensorboard", "train.sample_tokens", "train.sample_prompt"),
 )
 # --init: these decide which tensors a model has, and their shapes

@@ -1,4 +1,4 @@
-"""The history of a run: the records of its steps, and the totals over them."""
+"""The history of a run: the records of its steps and their totals."""
 
 import dataclasses
 
@@ -9,10 +9,10 @@ from dsmini.training.record import StepRecord
 
 
 class History:
-    """The records of a run's steps, those before a stop included, and what they come to.
+    """The records of a run's steps, those before a stop included, and their totals.
 
     Args:
-        steps: of the whole run.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, steps: int) -> None:
@@ -24,7 +24,7 @@ class History:
         self.skipped = 0
         """Number of steps whose gradient or loss was not finite."""
         self.skipped_in_a_row = 0
-        """Number of them at the end that no other step has followed."""
+        """Number of such steps since the last one that was not skipped."""
         self.best: tuple[float, int] | None = None
         """The lowest validation loss, and its step."""
 
@@ -40,8 +40,10 @@ class History:
         self.records[-1] = self.records[-1].validated(val_loss, **scores)
 
     def close_last(self) -> StepRecord:
-        """Return the last record, which is complete now, and let go of the loads of an old one: a long run has many,
-        and they are in metrics.jsonl."""
+        """Return the last record, which is complete now.
+
+        The loads of one old record are dropped from memory. They are in metrics.jsonl.
+        """
         last = self.records[-1]
         if last.val_loss is not None and (self.best is None or last.val_loss < self.best[0]):
             self.best = (last.val_loss, last.step)
@@ -51,11 +53,11 @@ class History:
         return last
 
     def restore(self, state: RunState, recorded: list[StepRecord], *, complete: bool) -> int:
-        """Go on from a saved state; return the number of steps whose records are lost.
+        """Restore a saved state; return the number of steps whose records are lost.
 
         Args:
-            recorded: the lines of metrics.jsonl.
-            complete: the state is that of the last step, which is due for a validation whatever was measured before.
+            recorded: lines of metrics.jsonl.
+            complete: the state is that of the last step, which is validated again in any case.
         """
         self.seconds, self.skipped, self.skipped_in_a_row = state.seconds, state.skipped, state.skipped_in_a_row
         if state.best_val_loss is not None and state.best_val_step is not None:

@@ -1,7 +1,7 @@
 """Muon, the optimizer of the matrices inside the blocks.
 
 Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) turns a matrix's momentum into the nearest matrix whose
-singular values are all 1, so that no direction of the update is lost beside a few large ones.
+singular values are all 1, so that no direction of the update is lost next to a few large ones.
 """
 
 from collections import defaultdict
@@ -20,11 +20,11 @@ class Muon(Optimizer):
     """Momentum, orthogonalised: each matrix [o, i] moves by -lr sqrt(max(1, o/i)) times the matrix nearest to its
     (Nesterov) momentum with singular values of about 1. A stack [e, o, i] is e matrices.
 
-    momentum <- mu momentum + (1 - mu) gradient; what is orthogonalised is mu momentum + (1 - mu) gradient (Nesterov).
-    Weight decay is decoupled, by lr times it. Matrices of one size, upright or lying, are iterated on together.
+    momentum <- mu momentum + (1 - mu) gradient. The orthogonalised matrix is mu momentum + (1 - mu) gradient.
+    Weight decay is decoupled and multiplied by lr. Matrices of one size, tall or wide, are iterated on together.
 
-    Only directions count, not sizes: of an expert that no token visited, any remainder of its momentum would become a
-    whole step. So in a stack a matrix whose gradient is zero does not move but for its decay (docs/log.md).
+    Only directions count, not sizes. The rest of the momentum of an expert that no token visited would become a whole
+    step. So in a stack a matrix whose gradient is zero only decays (docs/log.md).
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -70,8 +70,8 @@ class Muon(Optimizer):
 def orthogonalize(g: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Compute about U V^T for each matrix U S V^T in g [b, o, i], by Newton-Schulz iteration in g's dtype.
 
-    Singular values below some 1/1000 of the matrix's Frobenius norm are still on their way up: five steps multiply
-    a small one by at most 3.4445^5 = 485. A matrix of zeros stays one.
+    Singular values below about 1/1000 of the matrix's Frobenius norm do not reach 1: five steps multiply a small one
+    by at most 3.4445^5 = 485. A matrix of zeros stays one.
     """
     a, b, c = NEWTON_SCHULZ
     tall = g.shape[-2] > g.shape[-1]

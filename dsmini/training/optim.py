@@ -10,12 +10,12 @@ from dsmini.training.muon import Muon
 
 
 def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-    """Return the optimizers that together move every parameter once. The routing bias is a buffer: it is in none.
+    """Return the optimizers that together move every parameter once. The routing bias is a buffer, so none moves it.
 
-    Each group has a "peak_lr", its learning rate at the top of the schedule. Matrices decay; norms and gates do not.
+    Each group has a "peak_lr", its learning rate at the top of the schedule. Matrices decay, norms and gates do not.
 
     Args:
-        matmul_dtype: of Muon's matrix products.
+        matmul_dtype: dtype of Muon's matrix products.
     """
     named = list(model.named_parameters())
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
@@ -43,6 +43,9 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether Muon moves a parameter: a matrix, or a stack of experts' matrices, that maps one hidden state to
-    another. Embedding, head and gates are not such."""
+    """Return whether Muon moves a parameter.
+
+    It moves matrices, and stacks of experts' matrices, that map hidden states to hidden states: not the embedding, the
+    head and the gates.
+    """
     return parameter.dim() > 1 and name not in ("embed.weight", "head.weight") and not name.endswith("gate.weight")

@@ -1,4 +1,4 @@
-"""The state of the optimizers, parameter by parameter: taken, checked, and loaded again."""
+"""Save, check and load the state of the optimizers, parameter by parameter."""
 
 from collections.abc import Iterable, Mapping
 
@@ -52,7 +52,7 @@ def load_optimizer_state(
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             saved = {key: f"{names[p]}/{key}" for key in _kinds(optimizer, p)}
             state = {key: tensors[name] for key, name in saved.items() if name in tensors}
-            # a count of steps stays on the CPU, but for the fused AdamW
+            # the number of steps is a tensor on the CPU, except in the fused AdamW
             fused = optimizer.defaults.get("fused", False)
             if state:
                 optimizer.state[p] = {

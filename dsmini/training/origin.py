@@ -1,6 +1,6 @@
 """The origin of a run: nothing, another run's weights (--init), or where it stopped (--resume).
 
-The origin has the values that the command line may change, and it says which of the changes it allows.
+The origin has the values that the command line may change, and decides which of the changes are allowed.
 """
 
 import dataclasses
@@ -8,12 +8,39 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsmini.checkpoint.run_folder import run_config, tokenizer_file
-from dsmini.checkpoint.trained_model import model_checkpoint
-from dsmini.checkpoint.training_state import Checkpoint
-from dsmini.config import RunConfig
+from dsmini.config import DataConfig, RunConfig, TrainConfig
+from dsmini.reading import is_there, read_table
 from dsmini.training.changes import check_init, check_resume
+
+if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
+    from torch import Tensor
+
+FOLDER_SEQ_LEN = 512
+"""Default of train.seq_len for a model's folder with a longer context: published ones would fill the memory."""
+INIT = "init.json"
+"""Name of the file in a run's folder that says where its first weights are from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstWeights:
+    """The weights that a run starts from."""
+
+    folder: Path
+    """The checkpoint or the model's folder that they are from."""
+    step: int | None
+    """Step of the checkpoint; None for a model's folder."""
+    tensors: "dict[str, Tensor]"
+    """State dict of the model."""
+    run: RunConfig
+    """The model's config, its data and its tokenizer."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the content of init.json."""
+        folder = str(self.folder.resolve())
+        return {"folder": folder} if self.step is None else {"checkpoint": folder, "step": self.step}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +48,18 @@ class RunOrigin:
     """The beginning of a run, before the flags of the command line."""
 
     config: RunConfig
-    """The values for what no flag sets: those of the file, where it has none those of the run that is named, else the
-    defaults. Not resolved: "auto" may be in it, and no folder."""
+    """Values without flags: from the file, else from the run that is named, else the defaults. They may hold
+    "auto", and no folder."""
     name: str = "toy"
     """Name in a new run's folder, runs/NAME-001."""
     resume: Path | None = None
-    """The run to go on with."""
+    """The run to continue."""
     init: Path | None = None
-    """The run or checkpoint whose weights a new run starts from, as it was named."""
-    weights: Checkpoint | None = None
-    """Its checkpoint."""
+    """The run, checkpoint or folder whose weights a new run starts from, as it was named."""
+    weights: FirstWeights | None = None
+    """Its weights, or those that a run to continue from step 0 started from."""
     before: RunConfig | None = None
-    """The config of the run to go on with."""
+    """The config of the run to continue."""
 
     def accept(self, config: RunConfig) -> RunConfig:
         """Return the config that this origin allows, after all flags.
@@ -45,7 +72,7 @@ class RunOrigin:
             check_resume(self.before, config)
             _check_tokenizer(self.resume, self.before, config)
         elif self.weights is not None:
-            check_init(self.weights.config.model, config.model, str(self.init))
+            check_init(self.weights.run.model, config.model, str(self.init))
         return config
 
 
@@ -53,20 +80,20 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
     """Find where a run comes from.
 
     Args:
-        file: the config file, whose values go before those of the run that is named.
-        say: told about each damaged checkpoint that is passed over.
+        file: config file, whose values take precedence over those of the run that is named.
+        say: told about each damaged checkpoint that is skipped.
 
-    Raises: ValueError for what cannot go together, or is no run.
+    Raises: ValueError for what cannot go together, or is not a run.
     """
     if resume and init:
-        raise ValueError("--resume goes on with a run, --init starts a new one from its weights; use one of them")
+        raise ValueError("--resume continues a run, --init starts a new one from its weights; use one of them")
     if resume:
-        origin = _origin_of_stopped(resume)
+        origin = _origin_of_stopped(resume, say)
     elif init:
-        weights = model_checkpoint(init, say=say)
-        config = RunConfig(model=weights.config.model, data=weights.config.data)
-        name = re.sub(r"-\d+$", "", weights.folder.resolve().parent.parent.name)
-        origin = RunOrigin(config=config, name=name, init=init, weights=weights)
+        weights = _first_weights(init, say)
+        whole = weights.folder.resolve()
+        name = whole.name if weights.step is None else re.sub(r"-\d+$", "", whole.parent.parent.name)
+        origin = RunOrigin(config=weights.run, name=name or "model", init=init, weights=weights)
     else:
         origin = RunOrigin(config=RunConfig())
     if file is None:
@@ -74,15 +101,51 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
 
 
-def _origin_of_stopped(run: Path) -> RunOrigin:
+def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
+    """Read the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
+    from dsmini.checkpoint.initial_weights import is_model_folder, read_initial_weights
+    from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
+
+    if is_model_folder(path):
+        model, tensors, tokenizer = read_initial_weights(path)
+        train = TrainConfig(seq_len=min(model.max_seq_len, FOLDER_SEQ_LEN))
+        run = RunConfig(model=model, data=DataConfig(tokenizer=tokenizer), train=train)
+        return FirstWeights(folder=path, step=None, tensors=tensors, run=run)
+    found = model_checkpoint(path, say=say)
+    data = found.config.data
+    copy = found.folder.resolve().parent.parent / "tokenizer.json"
+    if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
+        data = dataclasses.replace(data, tokenizer=copy)
+    run = RunConfig(model=found.config.model, data=data)
+    return FirstWeights(folder=found.folder, step=found.state.step, tensors=model_tensors(found), run=run)
+
+
+def _first_weights_again(run: Path, say: Callable[[str], None]) -> FirstWeights | None:
+    """Read the weights that a run without a checkpoint started from; None if they were random."""
+    if not is_there(run / INIT):
+        return None
+    table = read_table(run / INIT)
+    folder = table.get("checkpoint", table.get("folder"))
+    if not isinstance(folder, str):
+        raise ValueError(f"{run / INIT} names no checkpoint or folder; start a new run with --init")
+    try:
+        return _first_weights(Path(folder), say)
+    except ValueError as error:
+        raise ValueError(f"{run} has no checkpoint, and the weights it started from cannot be read: {error}") from None
+
+
+def _origin_of_stopped(run: Path, say: Callable[[str], None]) -> RunOrigin:
     if run.resolve().parent.name == "checkpoints":
         whole = run.resolve().parent.parent
         raise ValueError(
-            f"{run} is a checkpoint, a run goes on from its last one: use --resume {whole}, or start a new run from "
+            f"{run} is a checkpoint, a run continues from its last one: use --resume {whole}, or start a new run from "
             f"this one's weights with --init {run}"
         )
+    from dsmini.checkpoint.training_state import checkpoint_folders
+
     before = dataclasses.replace(run_config(run), out=run)
-    return RunOrigin(config=before, resume=run, before=before)
+    weights = None if checkpoint_folders(run) else _first_weights_again(run, say)
+    return RunOrigin(config=before, resume=run, weights=weights, before=before)
 
 
 def _as_before(config: RunConfig, old: RunConfig) -> RunConfig:
@@ -104,7 +167,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
-    """Refuse another tokenizer than the run's own, which is the one that is used."""
+    """Refuse a tokenizer other than the run's own, which is used in any case."""
     own, given = tokenizer_file(run, config), config.data.tokenizer
     if own is None or given is None or given == old.data.tokenizer:
         return

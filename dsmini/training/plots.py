@@ -82,7 +82,7 @@ def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Seq
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """Save a whole picture or leave the one before, so that nobody sees half of one while the run goes on."""
+    """Save a whole picture or leave the one before, so that nobody sees half of one during the run."""
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 

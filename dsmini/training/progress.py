@@ -1,4 +1,4 @@
-"""The progress of a training run: its figures beside the bar, or in a line every so many steps."""
+"""The progress of a training run: its figures next to the bar, or in a line at regular steps."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ class TrainingProgress:
     """The progress bar of a training run.
 
     Args:
-        seq_len: tokens of a sequence, for the lines about validations.
+        seq_len: length of a sequence in tokens, for the lines about validations.
     """
 
     def __init__(self, console: Console, steps: int, seq_len: int) -> None:
@@ -41,10 +41,11 @@ class TrainingProgress:
             self.say(f"step {step.step}: the gradient was not finite; the step was skipped, nothing changed")
 
     def validated(self, step: int, nats: float, tokens: int) -> None:
-        """Say the result of a validation on the way."""
+        """Print the result of a validation on the way."""
         self.say(f"step {step}: validation {nats:.3f} nats ({tokens:,} held-out tokens, context {self.seq_len})")
 
-    def validating(self, how: str = "") -> AbstractContextManager[Callable[[float], None]]:
-        """Show a bar for the validation on the whole held-out split; its function takes the share that is done."""
-        self.say(f"validating on the whole held-out split{how}")
+    def validating(self, line: str = "") -> AbstractContextManager[Callable[[float], None]]:
+        """Show a bar for a validation, after a line about it; its function takes the share that is done."""
+        if line:
+            self.say(line)
         return self.bar.part("validation")

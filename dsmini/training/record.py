@@ -18,9 +18,9 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
-    """The record of an optimizer step: its StepResult as JSON can hold it, and what was measured after it.
+    """The record of an optimizer step: its StepResult as JSON can hold it, and the measurements after it.
 
-    None stands for a figure that is not finite or was not measured, and in a dense model for what only experts have.
+    None stands for a figure that is not finite or was not measured, and in a dense model for figures of experts.
     """
 
     step: int
@@ -56,12 +56,12 @@ class StepRecord:
     loads: list[list[int]] | None
     """Tokens that each expert received, for each MoE layer."""
     scores: Mapping[str, float | None] = field(default_factory=dict)
-    """Further validation losses of the last step, which only some runs ask for: val_loss_ema, with the average of the
-    parameters, and val_loss_at_eval_context. In metrics.jsonl they are keys like the others."""
+    """Optional validation losses of the last step: val_loss_ema, with the EMA of the parameters, and
+    val_loss_at_eval_context. In metrics.jsonl they are keys like the others."""
 
     @classmethod
     def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | None]) -> "StepRecord":
-        """Return the record of a step that has not been validated yet."""
+        """Return the record of a step before its validation."""
         counts = step.counts
         return cls(
             step=step.step,
@@ -84,7 +84,7 @@ class StepRecord:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "StepRecord":
-        """Return the record that `row` gave. Keys that are no fields are scores.
+        """Return the record of a line that `row` wrote. Keys other than the fields are scores.
 
         Raises: ValueError for a row that lacks a key or has a value of the wrong kind.
         """
@@ -95,7 +95,7 @@ class StepRecord:
         return cls(**known, scores={key: value for key, value in row.items() if key not in known})
 
     def row(self) -> dict[str, Any]:
-        """Return the record as a line of metrics.jsonl has it."""
+        """Return the record as a line of metrics.jsonl."""
         return {name: getattr(self, name) for name in KINDS} | dict(self.scores)
 
     def validated(self, val_loss: float, **scores: float) -> "StepRecord":
@@ -121,7 +121,7 @@ KINDS = {name: _kinds(hint) for name, hint in get_type_hints(StepRecord).items()
 
 
 def read_records(run: Path) -> list[StepRecord]:
-    """Read metrics.jsonl, leaving out a line that is torn or is no whole record."""
+    """Read metrics.jsonl, leaving out lines that are torn or incomplete."""
     path = run / METRICS
     records = []
     if not is_there(path):

@@ -1,4 +1,4 @@
-"""A whole training run: its steps and validations up to the end or a stop, and what is recorded and saved of them."""
+"""A whole training run: its steps and validations up to the end or a stop, recorded and saved."""
 
 import json
 import time
@@ -11,15 +11,17 @@ from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
+from dsmini.console.progress import patience
 from dsmini.machine import peak_memory
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import METRICS, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
-from dsmini.training.stopping import asked_to_stop
+from dsmini.training.stopping import StopAskedError, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
+from dsmini.training.validation import validate
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
@@ -45,13 +47,13 @@ class TrainingRun:
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of this run, which its saver `fits`."""
+        """Restore a checkpoint of this run that its saver `fits`."""
         if lost := self.saver.restore(checkpoint):
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
 
     def train(self) -> bool:
-        """Run all steps that are left, or those until Ctrl-C, and save the state; return whether it came to the end.
+        """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
 
         Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient; OSError, or rich's
             exit for a closed pipe, where something could not be written, after saving the state if that can be done.
@@ -65,7 +67,7 @@ class TrainingRun:
         except (OSError, SystemExit):
             records = self.history.records
             if records and records[-1].step == self._steps_done:
-                self.saver.save()
+                self._save()
             raise
         finally:
             if self.board is not None:
@@ -81,84 +83,72 @@ class TrainingRun:
         with asked_to_stop() as asked, self._metrics() as metrics, progress:
             if history.records:  # resumed: the last step may not have been validated yet
                 if history.records[-1].val_loss is None:
-                    self._validate(progress)
+                    self._validate(progress, asked)
                 self._record(metrics)
-            while self._steps_done < train.steps:
+            while self._steps_done < train.steps and not (asked and history.records):
                 step = self.trainer.step()
                 self._keep(step)
                 progress.show(step, history.tokens_per_s())
                 last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
-                stop = bool(asked)  # read once: Ctrl-C in the validation below stops after the next step
-                if last or stop or lost:
-                    self.saver.save()
+                if last or asked or lost:
+                    self._save()
                 elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                     self._save_if_possible(progress)
-                if not stop:
-                    self._validate(progress)
+                self._validate(progress, asked)
                 self._record(metrics)
-                if stop:
-                    return False
-                if not last and history.records[-1].val_loss is not None and history.seconds >= self.next_plot:
-                    self.plot()
                 if lost:
                     raise ArithmeticError(self._why_lost())
-        return True
+                validated = history.records[-1].val_loss is not None
+                if validated and not last and not asked and history.seconds >= self.next_plot:
+                    self.plot()
+            if asked:
+                self._save()  # if the signal came after the last save
+        return not asked
 
     def _metrics(self) -> TextIO:
-        """Open metrics.jsonl for the next line, with the lines of the steps before in it and no others."""
+        """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""
         path = self.folder / METRICS
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, want a file; remove it, and resume the run")
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 
     def _keep(self, step: StepResult) -> None:
-        """Take a step into the history."""
+        """Add a step to the history."""
         asked = {"val_loss_ema": self.trainer.average is not None}
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
         scores = {name: None for name, wanted in asked.items() if wanted}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
 
-    def _validate(self, progress: TrainingProgress) -> None:
-        """Validate the last step if that is due: on the way on a part of the held-out split, at the end on all of it,
-        at eval_context and with the average too."""
-        train, step = self.config.train, self.history.records[-1].step
-        if step == train.steps:
-            self.history.validated(**self._last_scores(progress))
-        elif step % train.eval_every == 0:
-            nats = self.trainer.validate(train.eval_tokens)
-            self.history.validated(nats)
-            windows = self.trainer.corpus.windows(self.config.seq_len, train.eval_tokens)
-            progress.validated(step, nats, windows.tokens)
-
-    def _last_scores(self, progress: TrainingProgress) -> dict[str, float]:
-        """Compute the validation losses at the end, by their keys in metrics.jsonl."""
-        trainer, context = self.trainer, self.config.train.eval_context
-        with progress.validating() as on_part:
-            scores = {"val_loss": trainer.validate(on_part=on_part)}
-        if context is not None:
-            with progress.validating(f" at context {context}") as on_part:
-                scores["val_loss_at_eval_context"] = trainer.validate(seq_len=context, on_part=on_part)
-        if trainer.average is not None:
-            with trainer.averaged(), progress.validating(", with the average of the parameters") as on_part:
-                scores["val_loss_ema"] = trainer.validate(on_part=on_part)
-        return scores
+    def _validate(self, progress: TrainingProgress, asked: list[int]) -> None:
+        """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
+        try:
+            if not asked and (scores := validate(self.trainer, progress, asked)):
+                self.history.validated(**scores)
+        except StopAskedError:
+            self._save()
 
     def _record(self, metrics: TextIO) -> None:
-        """Write the last step's record, which is complete now."""
+        """Write the record of the last step, which is complete now."""
         record = self.history.close_last()
         metrics.write(json.dumps(record.row()) + "\n")
         metrics.flush()
         if self.board is not None:
             self.board.add(record)
 
-    def _save_if_possible(self, progress: TrainingProgress) -> None:
-        """Save a checkpoint on the way: without it nothing is lost yet, so training goes on."""
-        try:
+    def _save(self) -> None:
+        with patience(self.console, "saving"):
             self.saver.save()
+
+    def _save_if_possible(self, progress: TrainingProgress) -> None:
+        """Save a checkpoint on the way. A failure is only reported: nothing is lost yet."""
+        try:
+            self._save()
         except NotSavedError as error:
-            progress.say(f"{error}; training goes on")
+            progress.say(f"{error}; training continues")
 
     def _why_lost(self) -> str:
-        """Say what happened, and from where a smaller learning rate may get further."""
+        """Return in words what happened, and where to continue with a smaller learning rate."""
         train, step, skipped = self.config.train, self._steps_done, self.history.skipped_in_a_row
         lower = f"--train.lr {train.lr / 2:g}"
         if train.optimizer == "muon":
@@ -166,26 +156,27 @@ class TrainingRun:
         before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
         further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
         return (
-            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or go on more slowly with "
-            f"--resume {self.folder} {lower}{further_back}"
+            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or continue more "
+            f"slowly with --resume {self.folder} {lower}{further_back}"
         )
 
     def plot(self) -> None:
-        """Draw what was recorded so far, and set in next_plot when drawing again is worth its time."""
+        """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
         start = time.perf_counter()
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}
-        plot_run(self.folder, self.history.records, loads)
+        with patience(self.console, "drawing"):
+            plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last of the run's files: with it the run is complete."""
+        """Write summary.json, the last file of a run: with it the run is complete."""
         write_json(self.folder / "summary.json", summary)
 
 
 def moe_layers(config: ModelConfig) -> list[str]:
-    """Return the names of the layers with experts, as people call them."""
+    """Return the names of the layers with experts, for people."""
     names = [f"block {i}" for i in range(config.n_layers) if config.is_moe(i)]
     return names + [f"MTP {k + 1}" for k in range(config.n_mtp_layers) if config.is_moe(config.n_layers + k)]

@@ -1,25 +1,35 @@
-"""A sample at the end of training: the model writes, on the screen as it comes."""
+"""The sample at the end of training, printed as the model writes it, and a prompt for more."""
+
+import shlex
 
 import torch
 
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.console.messages import say
+from dsmini.console.printable import printable
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.training.run import TrainingRun
 
 TEMPERATURE = 0.8
+PROMPT_WORDS = 3
+"""Maximum number of words in the prompt that a run offers."""
+PROMPT_CHARACTERS = 40
+"""Maximum number of characters in it."""
 
 
 def write_sample(run: TrainingRun) -> str:
-    """Let a trained model continue train.sample_prompt; return the whole text, "" if no sample is wanted."""
+    """Let a trained model continue train.sample_prompt; return the whole text, "" if no sample is wanted.
+
+    On the screen control characters are pictures. The text that is returned has them as they are.
+    """
     train, console = run.config.train, run.console
     if not train.sample_tokens:
         return ""
     tokenizer = run_tokenizer(run.folder, run.config)
     decoder, text = tokenizer.stream(), train.sample_prompt
     console.rule(f"a sample at temperature {TEMPERATURE}")
-    console.out(text, end="", highlight=False)
+    console.out(printable(text), end="", highlight=False)
     generation = Generation(
         run.trainer.model.eval(),
         [tokenizer.encode(text).tolist()],
@@ -31,11 +41,28 @@ def write_sample(run: TrainingRun) -> str:
     try:
         for (tokens,) in generation:
             piece = decoder.decode(tokens)
-            console.out(piece, end="", highlight=False)
+            console.out(printable(piece), end="", highlight=False)
             text += piece
     except ValueError as error:  # a model whose training failed has no finite logits
         say(console, f"no sample: {error}")
-    text += decoder.decode([], final=True)
-    console.print()
-    console.rule()
-    return text
+    finally:
+        console.print()
+        console.rule()
+    return text + decoder.decode([], final=True)
+
+
+def offered_prompt(run: TrainingRun) -> str:
+    """Return a prompt from the text that a run was trained on, as a shell takes it."""
+    if run.config.data.path is None:  # the source code of Python's library
+        return "'def '"
+    corpus = run.trainer.corpus
+    text = corpus.val if corpus.rearranged else corpus.train  # held-out text is never rearranged
+    tokens = text[:256].tolist()
+    first = tokens[: tokens.index(corpus.end_of_document)] if corpus.end_of_document in tokens else tokens
+    lines = run_tokenizer(run.folder, run.config).decode(first).splitlines()
+    for words in (line.split()[:PROMPT_WORDS] for line in lines):
+        prompt = " ".join(words)
+        fits = 0 < len(prompt) <= PROMPT_CHARACTERS and prompt.isprintable() and "\ufffd" not in prompt
+        if fits and not prompt.startswith("-"):  # else the command line takes it for a flag
+            return shlex.quote(prompt)
+    return "TEXT"

@@ -1,4 +1,4 @@
-"""The saved states of a run: what goes into its checkpoints, and how it goes on from one."""
+"""Save the state of a run in checkpoints, and restore it from one."""
 
 from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import Checkpoint, RunState, check_tensors, save_checkpoint
@@ -14,11 +14,10 @@ class NotSavedError(OSError):
 
 
 class Saver:
-    """Saves the state of a run, which is that of its Trainer, its History and the random number generators, and
-    restores it.
+    """Saves and restores the state of a run: its Trainer, its History and the random number generators.
 
     Args:
-        config: has the run's folder `out`.
+        config: config with the run's folder `out`.
     """
 
     def __init__(self, config: RunConfig, trainer: Trainer, history: History) -> None:
@@ -32,7 +31,7 @@ class Saver:
         return ["model", "optimizer", "rng", *([] if self.trainer.average is None else ["average"])]
 
     def fits(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that this run could not go on from; ValueError says why. Changes nothing."""
+        """Refuse a checkpoint that this run cannot continue from; ValueError says why. Changes nothing."""
         self.trainer.check(checkpoint.tensors)
         StepRecord.from_row(checkpoint.state.row)
         got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
@@ -41,7 +40,7 @@ class Saver:
         check_tensors(of_both[0], of_both[1], "rng.safetensors")
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Go on from a checkpoint of this run, which `fits`; return the number of steps whose records are lost."""
+        """Restore a checkpoint of this run that `fits`; return the number of steps whose records are lost."""
         state, train = checkpoint.state, self.config.train
         self.trainer.load(
             checkpoint.tensors,
@@ -52,20 +51,20 @@ class Saver:
         set_random_state(checkpoint.tensors["rng"], self.trainer.device)
         assert self.config.out is not None
         lost = self.history.restore(state, read_records(self.config.out), complete=state.step >= train.steps)
-        if state.skipped_in_a_row >= train.max_skipped:  # it gave up; who resumes all the same gets as many again
+        if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
             self.history.skipped_in_a_row = 0
         self.saved_at = state.step
         return lost
 
     def save(self) -> None:
-        """Save the state after the last step, unless it is saved; NotSavedError says what is there instead."""
+        """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint."""
         step, folder = self.trainer.steps_done, self.config.out
         assert folder is not None
         if self.saved_at == step:
             return
         tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
         try:
-            sync(folder / METRICS)  # the lines before the state's own must not be lost behind it
+            sync(folder / METRICS)  # the lines before the state's own must not be lost after it
             save_checkpoint(self.config, tensors, self._state())
         except OSError as error:
             there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"

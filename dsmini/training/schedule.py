@@ -1,7 +1,7 @@
 """Values that change over a run, as functions of the step: learning rate, batch size, routing bias speed, MTP weight.
 
-Everything is given in shares of the run's steps, so that a run of any length keeps the shape of the published one
-(DeepSeek-V3 report, section 4.2; configs/deepseek-v3.toml has it). Steps count from 0.
+Lengths are shares of the run's steps, so a run of any length has the shape of the published one (DeepSeek-V3 report,
+section 4.2, and configs/deepseek-v3.toml). Steps count from 0.
 """
 
 import math
@@ -13,8 +13,8 @@ from dsmini.config.lr_schedule import Phase, read_phases
 def learning_rate_share(step: int, config: TrainConfig) -> float:
     """Return the share of its peak that every learning rate has at this step.
 
-    A warm-up ends with the first step at the full peak. A decay starts at the level before it and ends at its own,
-    both included; of one step only the start is left. A phase too short for a step has none.
+    A warm-up ends with the first step at the full peak. A decay starts at the level before it and ends at its own, both
+    included. A decay of one step has the level before it. A phase may be too short for a step.
     """
     phases = read_phases(config.lr_schedule)
     level, start = 1.0, 0
@@ -28,7 +28,7 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
 def phase_ends(phases: tuple[Phase, ...], steps: int) -> list[int]:
     """Return for each phase the first step after it.
 
-    The shares before the phase that has none are added up from the start, those after it are taken off from the end.
+    Shares before the phase without one are added up from the start, those after it are subtracted from the end.
     """
     rest = next((i for i, phase in enumerate(phases) if phase.share is None), len(phases) - 1)
     ends, until = [], 0.0
@@ -58,7 +58,7 @@ def _share_within(phase: Phase, step: int, length: int, before: float) -> float:
 def batch_size(step: int, config: TrainConfig) -> int:
     """Return the number of sequences in this step.
 
-    It grows on a line from batch_start to batch_size, rounded down to multiples of grad_accum. The first step after the
+    It grows linearly from batch_start to batch_size, rounded down to multiples of grad_accum. The first step after the
     ramp has batch_size.
     """
     ramp = round(config.batch_ramp * config.steps)

@@ -1,8 +1,9 @@
-"""The start of a run: its config is resolved, its text read, its folder made and held, its model built or restored."""
+"""Start a run: resolve its config, read its text, make and lock its folder, build or restore its model."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dsmini import accounting
-from dsmini.atomic import write_bytes, write_json, write_text
+from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
@@ -20,16 +21,17 @@ from dsmini.checkpoint.run_folder import (
     sole_trainer,
     tokenizer_file,
 )
-from dsmini.checkpoint.trained_model import model_tensors
-from dsmini.checkpoint.training_state import Checkpoint, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.console.messages import say
-from dsmini.console.progress import Progress
+from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.documents import left_out_in_words
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
+from dsmini.reading import read_table
 from dsmini.training.changes import check_resume
-from dsmini.training.origin import RunOrigin, absolute
+from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
@@ -37,10 +39,10 @@ from dsmini.training.trainer import Trainer
 
 @contextmanager
 def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
-    """Yield a run that is ready to train, new or resumed, and hold its folder meanwhile.
+    """Yield a run that is ready to train, new or resumed, and lock its folder until the block ends.
 
     Args:
-        config: that of `origin`, with what the command line changes in it.
+        config: config of `origin` with the changes of the command line.
 
     Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
         folder that is taken, and a run that has no whole checkpoint, another corpus, or nothing left to do.
@@ -53,6 +55,10 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         torch.set_num_threads(config.train.threads)
     if not origin.resume:
         refuse_taken(config.out)
+    elif not os.access(origin.resume, os.W_OK):
+        raise ValueError(
+            f"cannot write into {origin.resume}; copy the run to a place that allows it, and resume it there"
+        )
     _refuse_too_large(config, device)
     corpus = _read_corpus(config, origin.resume, console)
     config = _resolved(config, device)
@@ -60,11 +66,19 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     config = dataclasses.replace(config, out=out)
     with sole_trainer(out):
         torch.manual_seed(config.train.seed)
-        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+        with patience(console, "making the model"):
+            model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
         if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
-            model.load_state_dict(model_tensors(origin.weights))
+            model.load_state_dict(origin.weights.tensors)
+            origin.weights.tensors.clear()  # a second copy of the model
         training = TrainingRun(config, Trainer(model, corpus, config, device), console)
-        more = _begin(training, origin.weights) if origin.resume is None else _resume(training)
+        if origin.resume is None:
+            refuse_taken(out)  # another run may have begun in it since it was looked at
+            more = _begin(training, origin.weights)
+        elif checkpoint_folders(out):
+            more = _resume(training)
+        else:
+            more = _restart(training, origin)
         for line in [*_introduction(config, corpus), *more]:
             say(console, line)
         yield training
@@ -85,24 +99,43 @@ def _refuse_too_large(config: RunConfig, device: torch.device) -> None:
     refuse_too_large(int(nbytes), "training this model with such a batch", device)
 
 
-def _begin(training: TrainingRun, weights: Checkpoint | None) -> list[str]:
-    """Write the first files of a new run's folder; return lines about the weights it starts from."""
+def _begin(training: TrainingRun, weights: FirstWeights | None) -> list[str]:
+    """Write the first files of a new run's folder; return lines about the weights it starts from.
+
+    config.toml is the last: with it the folder is a run, which can be resumed.
+    """
     config, folder = training.config, training.folder
-    write_text(folder / "config.toml", config.to_toml())
     write_json(folder / "corpus.json", training.trainer.corpus.describe())
     if config.data.tokenizer is not None:
         write_bytes(folder / "tokenizer.json", config.data.tokenizer.read_bytes())
-    if weights is None:
-        return []
-    write_json(folder / "init.json", {"checkpoint": str(weights.folder.resolve()), "step": weights.state.step})
-    return [f"weights {weights.folder}"]
+    if weights is not None:
+        write_json(folder / INIT, weights.describe())
+    write_text(folder / "config.toml", config.to_toml())
+    return [] if weights is None else [f"weights {weights.folder}"]
+
+
+def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
+    """Start a run again that was killed before its first checkpoint; return lines about what it does differently."""
+    config, folder = training.config, training.folder
+    assert origin.before is not None
+    before = None
+    with suppress(ValueError):  # the file is damaged
+        before = read_table(folder / "corpus.json").get("sha256")
+    if isinstance(before, str):
+        _check_corpus(config, before, training.trainer.corpus)
+    changes = check_resume(origin.before, config)
+    replace_config(folder, origin.before, config, 0)
+    return [*changes, f"starting again from step 0 of {config.train.steps}: there is no checkpoint yet"]
 
 
 def _resume(training: TrainingRun) -> list[str]:
     """Restore a run from its last checkpoint; return lines about what it does differently from here on."""
     config, folder, saver = training.config, training.folder, training.saver
-    checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
-    _check_unfinished(config, checkpoint, training.trainer.corpus)
+    with patience(training.console, "reading the checkpoint"):
+        checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
+    remove_leftovers(checkpoint.folder.parent)  # of a save that was killed
+    _check_corpus(config, checkpoint.state.corpus_sha256, training.trainer.corpus)
+    _check_unfinished(config, checkpoint)
     old = dataclasses.replace(checkpoint.config, out=folder)  # the folder may have been moved
     changes = check_resume(old, config)
     replace_config(folder, old, config, checkpoint.state.step)
@@ -110,16 +143,20 @@ def _resume(training: TrainingRun) -> list[str]:
     return [*changes, f"resuming after step {checkpoint.state.step} of {config.train.steps} from {checkpoint.folder}"]
 
 
-def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus) -> None:
-    """Refuse a run that has nothing left to do, or that would go on with another text."""
+def _check_corpus(config: RunConfig, before: str, corpus: Corpus) -> None:
+    """Refuse a run that would continue with another text."""
+    if before != corpus.sha256:
+        raise ValueError(
+            f"{config.out} was trained on a corpus with sha256 {before}, {corpus.source} now has "
+            f"{corpus.sha256}; restore that text, or name where it is now with --data.path, or start a new run from "
+            f"its weights with --init {config.out}"
+        )
+
+
+def _check_unfinished(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a run that has nothing left to do."""
     out, state, steps = config.out, checkpoint.state, config.train.steps
     assert out is not None
-    if state.corpus_sha256 != corpus.sha256:
-        raise ValueError(
-            f"{out} was trained on a corpus with sha256 {state.corpus_sha256}, {corpus.source} now has "
-            f"{corpus.sha256}; restore that text, or name where it is now with --data.path, or start a new run from "
-            f"its weights with --init {out}"
-        )
     if state.step > steps:
         raise ValueError(f"{out} has done {state.step} steps, train.steps={steps} is fewer; use more")
     if read_summary(out).get("steps") == state.step == steps:
@@ -127,8 +164,7 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint, corpus: Corpus)
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
-    """Read the run's corpus, tokenised into a folder next to the run unless it is there. A resumed run has its own
-    tokenizer."""
+    """Read the run's corpus, tokenised once into a folder next to the run. A resumed run has its own tokenizer."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
     cache = (config.out or Path("runs/new")).parent / "corpus"
     with Progress(console, label="the corpus", unit="bytes") as progress:
@@ -138,18 +174,18 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
 
 
 def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """Return the config with what was chosen for it: the device, dtype and threads in use."""
+    """Return the config with the device, dtype and threads in use."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
-    """Return in lines what is going to happen."""
+    """Return lines about what will be trained, on what, and where."""
     parameters = accounting.parameters(config.model)
-    left_out = f", {corpus.skipped} left out: empty or not text" if corpus.skipped else ""
     return [
-        f"corpus  {corpus.source}, {corpus.files} files{left_out}",
+        f"corpus  {corpus.source}, {corpus.files} files",
+        *([f"        {left_out_in_words(corpus.left_out, corpus.skipped)}"] if corpus.skipped else []),
         f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
         f"        {_tokens_of(config, corpus)}",
         f"        sha256 {corpus.sha256}",

@@ -6,11 +6,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class StopAskedError(Exception):
+    """Ends a phase that can be repeated, such as a validation, because a signal asked the run to stop."""
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """Yield a list that is empty until Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C interrupts at once.
+    """Yield a list of the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
 
-    The others come in numbers (a scheduler's warning and its end, a shell that passes them on), so none interrupts.
+    The others often come repeatedly (from a scheduler, then from a shell that passes them on), so none interrupts.
     """
     asked: list[int] = []
 
@@ -20,7 +24,7 @@ def asked_to_stop() -> Iterator[list[int]]:
         asked.append(number)
 
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-    hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants to go on
+    hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores it
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield asked

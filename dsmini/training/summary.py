@@ -1,4 +1,4 @@
-"""The summary of a finished run: its figures, and how they read."""
+"""The summary of a finished run: its figures, as numbers and in words."""
 
 import math
 import time
@@ -12,6 +12,7 @@ from rich.text import Text
 from dsmini import accounting
 from dsmini.machine import DTYPES, matmul_rate, peak_memory
 from dsmini.training.run import TrainingRun
+from dsmini.training.validation import final_windows
 
 
 def summarise(run: TrainingRun) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "eval_context": config.train.eval_context,
         "best_val_loss": best_val_loss,
         "best_val_step": best_val_step,
-        "val_tokens": (len(trainer.corpus.val) - 1) // config.seq_len * config.seq_len,
+        "val_tokens": final_windows(trainer).tokens,
+        "held_out_tokens": trainer.corpus.windows(config.seq_len).tokens,
         "seq_len": config.seq_len,
         "tokens": tokens,
         "train_seconds": history.seconds,
@@ -79,6 +81,8 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if s["val_loss"] is not None:
         where = f"{s['val_tokens']:,} held-out tokens: all whole windows of {s['seq_len']}"
+        if s["val_tokens"] < s["held_out_tokens"]:
+            where = f"{s['val_tokens']:,} of {s['held_out_tokens']:,} held-out tokens, in windows of {s['seq_len']}"
         lines.append(("validation", f"{s['val_loss']:.4f} nats, {s['val_bits_per_byte']:.4f} bits a byte ({where})"))
     if s["val_loss_at_eval_context"] is not None:
         lines.append(("at context", f"{s['val_loss_at_eval_context']:.4f} nats in windows of {s['eval_context']}"))

@@ -27,20 +27,20 @@ class TensorBoard:
     """Writes the records of steps as event files, for `tensorboard --logdir runs`.
 
     Args:
-        folder: is made.
+        folder: folder of the event files; made if missing.
         layers: names of the MoE layers, in the order of a record's `layer_max_vio` and `loads`.
-        steps_done: steps of the run before this process. What an earlier one wrote of later steps is not shown.
+        steps_done: number of the run's steps before this process. Later ones of an earlier process are not shown.
     """
 
     def __init__(self, folder: Path, layers: Sequence[str], steps_done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         self.layers = layers
-        purge_step = steps_done + 1 if steps_done else None
+        purge_step = steps_done + 1 if folder.exists() else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def add(self, record: StepRecord) -> None:
-        """Write a step. Figures that it has not are left out; histograms of the loads go with a validation."""
+        """Write a step. Missing figures are left out. Histograms of the loads come with each validation."""
         step = record.step
         for name in SCALARS:
             if (value := getattr(record, name)) is not None:
@@ -53,5 +53,5 @@ class TensorBoard:
                 self.writer.add_histogram(f"load/{layer}", counts / max(counts.mean(), 1.0), step)
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write all events that are still in memory."""
         self.writer.close()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
-from dsmini.data.corpus import Corpus, Loader
+from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, max_violation
 from dsmini.training.average import ParameterAverage
@@ -22,27 +22,27 @@ from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The results of one optimizer step as they were computed: losses may be NaN, loads are a tensor.
+    """The results of one optimizer step as computed: losses may be NaN, loads are a tensor.
 
-    Losses are in nats a token, before the update. StepRecord is what metrics.jsonl stores of it.
+    Losses are in nats a token, before the update. metrics.jsonl stores a step as a StepRecord.
     """
 
     step: int
-    """Steps done, this one included."""
+    """Number of steps done, this one included."""
     loss: float
     mtp_loss: float
     balance_loss: float
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     lr: float
     tokens: int
     seconds: float
     data_wait: float
-    """Share of the seconds spent waiting for the batch."""
+    """Share of the seconds spent on waiting for the batch."""
     counts: Tensor | None
-    """[MoE layers, experts]: tokens each expert received; None for a dense model."""
+    """[MoE layers, experts]: number of tokens each expert received; None for a dense model."""
     skipped: bool
-    """The gradient was or a loss was not finite: nothing was changed."""
+    """The gradient or a loss was not finite, so nothing was changed."""
 
     @property
     def max_vio(self) -> float | None:
@@ -62,7 +62,7 @@ class Trainer:
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
-        """Number of sequences taken from the corpus so far: where the data goes on."""
+        """Number of sequences taken from the corpus so far: the place where the data continues."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -73,14 +73,14 @@ class Trainer:
         return parts if self.average is None else {**parts, "average": self.average.tensors}
 
     def check(self, tensors: Tensors) -> None:
-        """Refuse tensors that `load` could not take; ValueError names the first. Changes nothing."""
+        """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
         check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
         check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
-        """Go on from what `tensors` gave, after so many steps. Everything is checked before anything changes."""
+        """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
         self.model.load_state_dict(tensors["model"])
         load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
@@ -130,8 +130,10 @@ class Trainer:
         )
 
     def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over the step's batch; return the mean losses [main, mtp, balance], the
-        summed loads, and the seconds until the batch was there."""
+        """Add up the gradients of the mean loss over the step's batch.
+
+        Return the mean losses [main, mtp, balance], the summed loads, and the seconds of waiting for the batch.
+        """
         train = self.config.train
         start = time.perf_counter()
         tokens, targets = self.loader.take(self._requests(rows))
@@ -156,11 +158,11 @@ class Trainer:
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        """Return the documents that are masked from each other; None where all is seen."""
+        """Return the documents to mask from each other; None without such a mask."""
         return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
-        """Return this step's sequences, and those of the steps that the workers may prepare meanwhile."""
+        """Return the sequences of this step, and of those that the workers prepare at the same time."""
         requests = [(self.sequences, rows)]
         for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
             first, before = requests[-1]
@@ -170,31 +172,30 @@ class Trainer:
     @torch.no_grad()
     def validate(
         self,
-        at_most: int | None = None,
-        seq_len: int | None = None,
+        windows: Windows | None = None,
         tokens_at_a_time: int = 8192,
         on_part: Callable[[float], None] = lambda done: None,
     ) -> float:
-        """Compute the cross-entropy in nats a token over the held-out split, or over about at_most of its tokens.
-
-        Changes nothing.
+        """Compute the cross-entropy in nats a token over the held-out split. Changes nothing.
 
         Args:
-            seq_len: of the windows; None: that of training.
-            on_part: told the share that is done.
+            windows: the part of it to score; None: all windows of the training's length.
+            on_part: told the share that is done. An exception that it raises ends the validation.
         """
-        seq_len = seq_len or self.config.seq_len
-        windows = self.corpus.windows(seq_len, at_most)
-        rows = max(1, tokens_at_a_time // seq_len)
+        windows = windows or self.corpus.windows(self.config.seq_len)
+        rows = max(1, tokens_at_a_time // windows.seq_len)
         total = torch.zeros((), dtype=torch.float64)
-        self.model.eval()
         done = 0
-        for tokens, targets in windows.blocks(rows):
-            hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
-            total += self.model.cross_entropy(hidden, targets.to(self.device).flatten()).double().cpu()
-            done += len(tokens)
-            on_part(done / len(windows))
-        self.model.train()
+        self.model.eval()
+        try:
+            for tokens, targets in windows.blocks(rows):
+                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
+                targets = targets.to(self.device).flatten()
+                total += self.model.cross_entropy(hidden, targets).double().cpu()
+                done += len(tokens)
+                on_part(done / len(windows))
+        finally:
+            self.model.train()
         return total.item() / windows.tokens
 
     @contextmanager

@@ -256,7 +256,7 @@ def test_full_disk_on_the_way_loses_nothing(
     assert training.train()
     assert names(tmp_path) == ["step-000002", "step-000008"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint of step 6: No space left on device; step 2 is still there; training goes on" in said
+    assert "checkpoint of step 6: No space left on device; step 2 is still there; training continues" in said
 
 
 def test_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

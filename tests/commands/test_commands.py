@@ -1,4 +1,4 @@
-"""The commands as a user runs them: what they print, what they keep, and how a mistake ends."""
+"""The commands as a user runs them: what they print and store, and how a mistake ends."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tests.helpers.commands import TINY, run, run_all, start
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, and a finished run of a tiny model on it."""
+    """Make a folder with a text, and a finished run of a tiny model on it."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
@@ -192,7 +192,7 @@ BAD += [("dsmini.generate", *pair) for pair in BAD_GENERATE.items()]
 
 @pytest.fixture(scope="module")
 def refusals(place: Path) -> dict[tuple[str, str], tuple[int, str]]:
-    """Status and words of every bad command; fails if any of them touched a file."""
+    """Return status and words of every bad command; fail if one of them touched a file."""
     (place / "empty.txt").write_text("")
     (place / "short.txt").write_text("short")
     (place / "typo.toml").write_text("[model]\nn_layer = 3\n")

@@ -18,7 +18,7 @@ from tests.helpers.commands import ROOT
 
 HEAVY = ("torch", "matplotlib", "tokenizers", "jinja2", "safetensors")
 # command lines that load none of them
-LIGHT = ["dsmini --help", "dsmini.generate --help", "dsmini.tokenize --help"]
+LIGHT = ["dsmini --help", "dsmini.train --help", "dsmini.generate --help", "dsmini.tokenize --help"]
 PROGRAM = """
 import contextlib, io, json, runpy, sys
 import dsmini

@@ -17,7 +17,7 @@ from dsmini.console.progress import Phases, Progress, patience
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the bar reads; a test sets them."""
+    """Return the seconds that the bar reads; a test sets them."""
     now = [100.0]
     monkeypatch.setattr("dsmini.console.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now

@@ -169,7 +169,7 @@ def test_too_short_corpus_is_not_stored(place: Path) -> None:
 
 def test_folder_that_cannot_be_made_is_named(place: Path) -> None:
     (place / "corpus").write_text("a file")
-    with pytest.raises(ValueError, match=r"cannot keep the tokenised corpus in .*corpus: .*; choose another"):
+    with pytest.raises(ValueError, match=r"cannot store the tokenised corpus in .*corpus: .*; choose another"):
         corpora.load(place)
 
 

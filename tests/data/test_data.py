@@ -1,6 +1,8 @@
 """The corpus: the same tokens every time, each trained on once an epoch, in an order that workers do not change."""
 
 import hashlib
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, Loader, load_corpus
-from dsmini.data.documents import Document
+from dsmini.data.documents import Document, left_out_in_words
 from dsmini.data.order import permute
 from dsmini.data.split import cut_once
 
@@ -57,8 +59,27 @@ def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
 def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50, ".e": b"e"}
     corpus = load(folder_of(tmp_path / "text", files), tmp_path)
-    assert (corpus.files, corpus.skipped) == (1, 2)
+    assert (corpus.files, corpus.skipped, corpus.left_out) == (1, 2, ("b.bin (binary)", "c.txt (empty)"))
     assert set(corpus.train.tobytes() + corpus.val.tobytes()) == set(b"text ")
+    again = load(tmp_path / "text", tmp_path)
+    assert "read from" in again.cache and again.left_out == corpus.left_out
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_another_encoding_is_named_with_the_command(tmp_path: Path, encoding: str) -> None:
+    text, name = "Ein \u00fcbler Text. " * 50, encoding.upper()[:6]
+    files = {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50}
+    corpus = load(folder_of(tmp_path / "d", files), tmp_path)
+    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(3)))
+    words = left_out_in_words(corpus.left_out, corpus.skipped)
+    assert words.startswith(f"5 left out: 0.txt ({name}), 1.txt ({name}), 2.txt ({name}), and 2 more")
+    assert ("iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE" in words) == (name == "UTF-16")
+    path = tmp_path / "d/0.txt"
+    with pytest.raises(ValueError, match=f"is {name}, want UTF-8; convert it: iconv -f ") as refused:
+        load(path, tmp_path)
+    if shutil.which("iconv") and encoding in ("utf-16", "utf-32"):  # with the mark that says the order of bytes
+        subprocess.run(str(refused.value).rpartition("convert it: ")[2], shell=True, check=True)
+        assert (tmp_path / "d/0.txt.utf8").read_text() == text
 
 
 def test_cache_inside_the_corpus_is_left_out(tmp_path: Path) -> None:
@@ -68,7 +89,7 @@ def test_cache_inside_the_corpus_is_left_out(tmp_path: Path) -> None:
 
 
 def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
-    """Else the corpus of a run in the current folder would change while it trains, and resuming be refused."""
+    """Otherwise the corpus of a run in the current folder would change during training, and be refused later."""
     kept = dict.fromkeys(("a.txt", "b/config.toml", "c/meta.json", "d/metrics.jsonl"), b"text " * 50)
     before = load(folder_of(tmp_path, kept), tmp_path / "corpus")
     assert before.files == 4
@@ -114,7 +135,7 @@ def test_hash_covers_all_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "cannot be a path")]
+    ("path", "message"), [("/dev/null", "neither a file nor a folder"), ("x" * 5000, "is too long for a path")]
 )
 def test_missing_or_special_file_is_refused(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -242,7 +263,11 @@ def test_every_held_out_token_is_scored_once(size: int, seq_len: int, rows: int)
         ({"a": b"x" * 40}, "a", "the held-out part of .* has 4 tokens"),
         ({"a": b"bin\0ary" * 50}, "a", "holds NUL bytes, so it is not text"),
         ({"a": b"x" * (3 << 20) + b"\0"}, "a", "holds NUL bytes, so it is not text"),
-        ({"d/a": b"", "d/b": b"\0"}, "d", "has no text: 2 files"),
+        (
+            {"d/a": b"", "d/b": b"\0"},
+            "d",
+            r"2 files, all empty or not text: a \(empty\), b \(binary\);",
+        ),
         ({"a.gz": b"no gzip"}, "a.gz", "a.gz is a damaged .gz file"),
     ],
 )

@@ -59,7 +59,7 @@ def test_nothing_passes_from_one_document_to_another(small_model: Model) -> None
         got = model.losses(x[:, :-1], targets, documents=within)
         return got.main.item(), got.mtp.item()
 
-    # other rows beside it in an expert's product may round a document's own differently
+    # other rows next to it in an expert's product may round a document's own differently
     assert losses(tokens, documents) == pytest.approx(losses(changed, documents), rel=1e-6)
     for before, after in zip(losses(tokens, None), losses(changed, None), strict=True):
         assert before != pytest.approx(after, rel=1e-4)

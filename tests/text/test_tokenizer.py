@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a text and a small tokenizer trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "book.txt").write_text(TEXT)
-    pieces = split(measure(find(folder / "book.txt")), 0.1, whole_characters=True).train
+    pieces = split(measure(find(folder / "book.txt"))[0], 0.1, whole_characters=True).train
     (folder / "tokenizer.json").write_text(train_bpe(read_texts(pieces), 340))
     return folder
 
@@ -230,7 +230,7 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
     command = f"dsmini.tokenize {trained / 'book.txt'} --vocab-size 300 --json"
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
-    pieces = split(measure(find(trained / "book.txt")), 0.1, whole_characters=True).train
+    pieces = split(measure(find(trained / "book.txt"))[0], 0.1, whole_characters=True).train
     assert (tmp_path / "tokenizer.json").read_text() == train_bpe(
         read_texts(pieces), 300
     )  # the same from another process

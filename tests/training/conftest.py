@@ -10,7 +10,7 @@ from tests.helpers.runs import RICH, calls, falling_behind, kill, new_run, stopp
 
 @pytest.fixture(scope="session")
 def never_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """Return all of a run that nothing stopped, and the folder of its twin that was stopped after step 4."""
+    """Return all of a run that nothing stopped, and the folder of an equal one that was stopped after step 4."""
     never, folder = (
         falling_behind(new_run(tmp_path_factory.mktemp("never"), **RICH)),
         tmp_path_factory.mktemp("stopped"),

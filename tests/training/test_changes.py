@@ -35,7 +35,13 @@ TRAIN: dict[str, tuple[Any, bool]] = {
         balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)
     ),
     **dict(recompute=(True, True), compile=(True, True), eval_every=(3, True), eval_tokens=(3, True)),
-    **dict(eval_context=(9, True), save_every=(3, True), keep=(3, True), tensorboard=(True, True)),
+    **dict(
+        final_eval_tokens=(9, True),
+        eval_context=(9, True),
+        save_every=(3, True),
+        keep=(3, True),
+        tensorboard=(True, True),
+    ),
     **dict(sample_tokens=(3, True), sample_prompt=("x", True), seed=(1, False), device=("cpu", True)),
     **dict(dtype=("float32", True), threads=(3, True)),
 }
@@ -50,7 +56,7 @@ def changed(part: str, **changes: Any) -> RunConfig:
 
 
 def test_every_key_is_judged_here() -> None:
-    """A new key must be thought about: may a run go on with another value of it?"""
+    """A new key must be thought about: may a run continue with another value of it?"""
     fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (ModelConfig, TrainConfig, DataConfig)}
     assert fields[ModelConfig] == MODEL.keys() | {"n_kv_heads", "precision"}
     assert fields[TrainConfig] == TRAIN.keys()

@@ -20,7 +20,7 @@ LONG: dict[str, dict[str, Any]] = {
     "shakespeare": {"steps": 1650, "warmup": 0.02, "decay": "linear", "lr_final": 0.0},
     "toy": {"steps": 1600, "warmup": 0.05},
 }
-"""What the files of configs/ said in the old keys."""
+"""The schedules of configs/ in the old keys."""
 
 
 def old_learning_rate_share(step: int, steps: int, config: OldSchedule) -> float:

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer moves, and how: each against its definition, written out with plain loops in FP64."""
+"""The optimizers, each against its definition, written out with plain loops in FP64."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def by_name(model: Transformer, params: list[Tensor]) -> list[str]:
 
 
 def is_plain(name: str) -> bool:
-    """Norms and gates: what does not decay."""
+    """Norms and gates do not decay."""
     return "norm" in name or "gate" in name
 
 
@@ -99,7 +99,7 @@ def orthogonal_by_hand(matrix: Tensor) -> Tensor:
 
 
 def muon_by_hand(start: Tensor, grads: list[Tensor], lr: float, mu: float, decay: float) -> Tensor:
-    """A matrix, or each matrix of a stack, after the steps."""
+    """Return a matrix, or each matrix of a stack, after the steps."""
     if start.dim() == 3:
         each = [muon_by_hand(s, [g[e] for g in grads], lr, mu, decay) for e, s in enumerate(start)]
         return torch.stack(each)
@@ -109,7 +109,7 @@ def muon_by_hand(start: Tensor, grads: list[Tensor], lr: float, mu: float, decay
         m = mu * m + (1 - mu) * g
         nesterov = mu * m + (1 - mu) * g
         w = w - lr * decay * w
-        if not g.any():  # an unvisited expert: the remains of its momentum are no direction
+        if not g.any():  # an unvisited expert: the remains of its momentum are not a direction
             continue
         w = w - lr * math.sqrt(max(1.0, w.shape[0] / w.shape[1])) * orthogonal_by_hand(nesterov)
     return w
@@ -124,7 +124,7 @@ def drifting_gradients(shape: tuple[int, ...], steps: int, dtype: torch.dtype) -
 
 
 def muon_steps(start: Tensor, grads: list[Tensor], dtype: torch.dtype, others: bool = True) -> Tensor:
-    """The shipped optimizer's result, among other matrices of the same and of other shapes."""
+    """Return the result of the shipped optimizer, among other matrices of the same and of other shapes."""
     p = nn.Parameter(start.clone())
     crowd = [nn.Parameter(torch.randn_like(start)), nn.Parameter(torch.randn(3, 2, dtype=start.dtype))]
     params = [crowd[0], p, crowd[1]] if others else [p]
@@ -166,7 +166,7 @@ def test_muon_in_fp32_differs_by_its_rounding(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 17), (17, 5), (63, 130), (130, 63), (3, 9, 5), (4, 5, 9)], ids=str)
 def test_first_step_of_muon_has_singular_values_near_1(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """In BF16 this is all that can be asked: its rounding errors grow as much as small singular values do."""
+    """In BF16 no more can be tested: its rounding errors grow as much as small singular values do."""
     start, grad = torch.zeros(shape), torch.randn(shape)
     moved = muon_steps(start, [grad], dtype) / (-0.07 * math.sqrt(max(1.0, shape[-2] / shape[-1])))
     for matrix, before in zip(moved.reshape(-1, *shape[-2:]), grad.reshape(-1, *shape[-2:]), strict=True):
@@ -215,7 +215,7 @@ def test_muon_ignores_gradient_size_and_other_matrices() -> None:
     start, grads = torch.randn(3, 6, 4), drifting_gradients((3, 6, 4), 3, torch.float32)
     alone = muon_steps(start, grads, torch.float32, others=False)
     scaled = [grad * torch.tensor([1.0, 64.0, 2.0**-6])[:, None, None] for grad in grads]  # each expert by its own
-    # the 1e-7 beside a norm of some 1/20 at least is 2e-6 of it
+    # the 1e-7 next to a norm of about 1/20 at least is 2e-6 of it
     assert relative_error(muon_steps(start, scaled, torch.float32), alone) < 1e-5
 
 

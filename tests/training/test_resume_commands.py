@@ -1,4 +1,4 @@
-"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and what is refused."""
+"""--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and refusals."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsmini import RunConfig
+from dsmini.checkpoint.run_folder import refuse_taken
 from dsmini.checkpoint.trained_model import load_run
 from tests.helpers.commands import TINY, run, run_all, start
 from tests.helpers.runs import TIMING
@@ -22,7 +23,7 @@ CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "average.safetensors
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, and a finished run of a tiny model on it."""
+    """Make a folder with a text, and a finished run of a tiny model on it."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     done = run(f"{TRAIN} --train.steps 12 --train.ema-decay 0.9 --out runs/x", folder)
@@ -78,7 +79,7 @@ def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) ->
     assert process.returncode == 130 and "Traceback" not in err
     done = len(rows(folder))
     (told,) = [line for line in out.splitlines() if "--resume" in line]
-    command = told.removeprefix("Go on with: python -m ")
+    command = told.removeprefix("Continue with: python -m ")
     again = run(f"{command} --train.steps {done + 2}", place)
     assert again.returncode == 0, again.stderr
     assert f"resuming after step {done} of {done + 2} from" in again.stdout
@@ -87,6 +88,93 @@ def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) ->
     assert [row["step"] for row in rows(folder)] == list(range(1, done + 3))
     assert RunConfig.from_file(folder / "config.toml").train.steps == done + 2
     assert RunConfig.from_file(folder / f"config-until-step-{done:06d}.toml").train.steps == 100000
+
+
+def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
+    """All is trained and saved; the resumed run writes the same figures and its sample."""
+    folder = place / "runs/sampling"
+    process = start(f"{TRAIN} --train.steps 4 --train.sample-tokens 1000000 --out runs/sampling", place)
+    wait_for(process, folder / "loss.png")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "", (out, err)
+    assert "stopped after step 4; saved in runs/sampling\nContinue with: python -m dsmini.train --resume" in out
+    assert not (folder / "summary.json").exists()
+    before = rows(folder)
+    again = run("dsmini.train --resume runs/sampling --train.sample-tokens 4", place)
+    assert again.returncode == 0, again.stderr
+    assert rows(folder) == before and (folder / "summary.json").exists()
+
+
+def unfinished(place: Path, name: str) -> Path:
+    """Copy the finished run as it was before its summary; return the folder."""
+    folder = place / "runs" / name
+    shutil.copytree(place / "runs/x", folder)
+    (folder / "summary.json").unlink()
+    (folder / "sample.txt").unlink()
+    return folder
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> None:
+    killed = unfinished(place, "early")
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "checkpoints/.step-000003.partial-1-0123abcd").mkdir(parents=True)
+    text = (place / "book.txt").read_text()
+    done = run("dsmini.train --resume runs/early", place)
+    assert done.returncode == 0, done.stderr
+    assert "starting again from step 0 of 12: there is no checkpoint yet" in done.stdout
+    assert rows(killed) == rows(place / "runs/x")
+    for name in CHECKPOINT:
+        at_the_end = [(one / "checkpoints/step-000012" / name).read_bytes() for one in (killed, place / "runs/x")]
+        assert at_the_end[0] == at_the_end[1], name
+    assert len(list((killed / "checkpoints").iterdir())) == 2
+    shutil.rmtree(killed / "checkpoints")
+    (place / "book.txt").write_text(text.replace("dog", "cat"))
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
+    (place / "book.txt").write_text(text)
+    assert status == 2 and "book.txt now has" in said
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_start(place: Path) -> None:
+    folder = unfinished(place, "leftover")
+    for kind in ("old", "partial"):
+        (folder / f"checkpoints/.step-000030.{kind}-1-0123abcd").mkdir()
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/leftover")], place)
+    assert status == 0, said
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+
+
+def test_folders_in_place_of_files_are_refused(place: Path) -> None:
+    for name in ("metrics.jsonl", ".lock"):
+        folder = unfinished(place, f"folder{name}")
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    early = unfinished(place, "folder-early")
+    shutil.rmtree(early / "checkpoints")
+    (early / "metrics.jsonl").unlink()
+    (early / "metrics.jsonl").mkdir()
+    names = ("foldermetrics.jsonl", "folder.lock", "folder-early")
+    answers = run_all([("dsmini.train", f"--resume runs/{name}") for name in names], place)
+    for (status, said), name in zip(answers, ("metrics.jsonl", ".lock", "metrics.jsonl"), strict=True):
+        assert status == 2 and name in said and len(said.strip().splitlines()[-1]) < 200, said
+    out = "--data.path book.txt --train.steps 2 --out"
+    answers = run_all([("dsmini.train", f"{out} {where}/x") for where in ("/proc", "/proc/self", "book.txt")], place)
+    for status, said in answers:
+        assert status == 2 and "choose another place with --out" in said, said
+
+
+def test_folder_of_a_run_killed_before_its_config_is_free(tmp_path: Path) -> None:
+    for name in (".lock", "corpus.json", "tokenizer.json", ".config.toml.partial-1-0123abcd"):
+        (tmp_path / name).touch()
+    refuse_taken(tmp_path)
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        refuse_taken(tmp_path)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        refuse_taken(tmp_path)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +189,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytes
         patch.setenv("EXTRA_PATH", str(place / "full_disk"))
         done = run("dsmini.train --resume runs/disk --train.steps 17", place)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "checkpoint of step 15" in done.stdout and "step 12 is still there; training goes on" in done.stdout
+    assert "checkpoint of step 15" in done.stdout and "step 12 is still there; training continues" in done.stdout
     assert "checkpoint of step 17" in done.stderr and "step 12 is still there" in done.stderr
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
     assert run("dsmini.train --resume runs/disk", place).returncode == 0
@@ -130,7 +218,7 @@ def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
 
 
 def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what the command imports once it runs: before that, Python answers."""
+    """The signal comes in a late import of the command. Before that, Python answers."""
     library = place / "library/dsmini_kernels/cpu"
     library.mkdir(parents=True)
     (library / "__init__.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
@@ -151,7 +239,7 @@ REFUSED = {
     "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
     "--resume runs/nothing": "there is no folder runs/nothing",
     "--resume runs": "is not a training run",
-    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
+    "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run continues from its last one: use --resume /",
     "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
     "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
     "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",

@@ -1,4 +1,4 @@
-"""The state that a resumed run restores: whatever is lost is noticed, and totals go on."""
+"""The state that a resumed run restores: losses of files are reported, and totals continue."""
 
 import dataclasses
 import json

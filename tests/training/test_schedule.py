@@ -39,7 +39,7 @@ V3 = RunConfig.from_file(CONFIGS / "deepseek-v3.toml").train
 
 @pytest.fixture(scope="module")
 def seen() -> list[int]:
-    """Tokens seen before each step of V3's run, and at its end."""
+    """Return the number of tokens seen before each step of V3's run, and at its end."""
     return list(accumulate((rows * 4096 for rows in batches(V3)), initial=0))
 
 
@@ -152,7 +152,7 @@ def test_shortest_runs_have_a_learning_rate(steps: int) -> None:
 
 @st.composite
 def recipes(draw: st.DrawFn) -> TrainConfig:
-    """Runs of 1 to 300 steps with phases of any length, none and all of the steps among them."""
+    """Draw runs of 1 to 300 steps with phases of any length, also of none and of all steps."""
     cuts = sorted(draw(st.lists(st.sampled_from([0.0, 0.05, 0.1, 1 / 3, 0.5, 0.7, 1.0]), min_size=4, max_size=4)))
     accum = draw(st.integers(1, 5))
     small, more = draw(st.integers(1, 9)), draw(st.integers(0, 60))

@@ -77,7 +77,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
 
 @pytest.fixture
 def without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a text, where Python finds no tensorboard."""
+    """Make a folder with a text, where Python finds no tensorboard."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide/sitecustomize.py").write_text(
         "import importlib.util as u, sys\n"

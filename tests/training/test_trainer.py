@@ -1,4 +1,4 @@
-"""The training loop: what a step does, and what validation and bad gradients leave alone."""
+"""The training loop: the effects of a step, and what validation and bad gradients leave unchanged."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.data.corpus import Corpus
 from dsmini.training.schedule import learning_rate_share
 from dsmini.training.trainer import Trainer
-from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
+from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, relative_error, rounding
 
 TRAIN = TrainConfig(optimizer="adamw", gate_lr=None, steps=20, batch_size=4, seq_len=16, lr=1e-2, bias_speed=0.01)
 NewTrainer = Callable[..., Trainer]
@@ -22,7 +22,7 @@ NewTrainer = Callable[..., Trainer]
 
 @pytest.fixture
 def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
-    """A trainer of a small model on a text with a pattern in it, always from the same seed."""
+    """Return a trainer of a small model on a text with a pattern in it, always from the same seed."""
 
     def build(model_changes: dict[str, Any] | None = None, **changes: Any) -> Trainer:
         train = dataclasses.replace(TRAIN, **changes)
@@ -36,7 +36,7 @@ def new_trainer(small_config: Callable[..., ModelConfig]) -> NewTrainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor that a step may change: parameters, biases, moments, the average, its count."""
+    """Return every tensor that a step may change: parameters, biases, moments, the average, its count."""
     tensors = {f"{part}/{name}": t.detach().clone() for part, ts in trainer.tensors().items() for name, t in ts.items()}
     return tensors if trainer.average is None else {**tensors, "updates": torch.tensor(trainer.average.updates)}
 
@@ -87,6 +87,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrai
         assert p.grad is not None
         assert q.grad is not None
         assert relative_error(q.grad, p.grad) < rounding(FP32_UNIT, terms=64, chained=30), name
+
+
+@pytest.mark.parametrize("grad_accum", [2, 4])
+def test_losses_of_a_step_are_means_over_all_its_parts(new_trainer: NewTrainer, grad_accum: int) -> None:
+    """Each loss is a mean of 4 * 16 tokens or fewer, in other groups: they differ by rounding alone."""
+    whole, parts = new_trainer().step(), new_trainer(grad_accum=grad_accum).step()
+    for name in ("loss", "mtp_loss", "balance_loss"):
+        want = getattr(whole, name)
+        assert want > 0 and getattr(parts, name) == pytest.approx(want, rel=FP32_MODEL + rounding(FP32_UNIT, 64)), name
 
 
 def test_the_optimizer_follows_the_schedule(new_trainer: NewTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,17 @@ from rich.console import Console
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import new_run_folder
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.data.corpus import Corpus
+from dsmini.console.progress import patience
+from dsmini.data.corpus import Corpus, Windows
 from dsmini.machine import peak_memory
+from dsmini.training.average import ParameterAverage
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
-from dsmini.training.record import StepRecord
+from dsmini.training.record import StepRecord, read_records
 from dsmini.training.run import TrainingRun
+from dsmini.training.summary import summarise, summary_lines
 from dsmini.training.trainer import Trainer
+from dsmini.training.validation import final_eval_tokens
 
 
 @pytest.fixture
@@ -56,11 +61,52 @@ def test_a_signal_at_any_moment_stops_after_a_step_and_saves(
     assert not training.train()
     assert signal.getsignal(number) == before
     done = training.trainer.steps_done
-    assert done == {"step": 1, "validate": 4}[moment]
+    assert done == {"step": 1, "validate": 3}[moment]
     assert len((training.folder / "metrics.jsonl").read_text().splitlines()) == done
     model, _ = load_run(training.folder)
     saved, live = model.state_dict(), training.trainer.model.state_dict()
     assert all(torch.equal(saved[name], live[name]) for name in live)
+
+
+@pytest.mark.parametrize("moment", ["validation on the way", "final validation", "average"])
+def test_signal_in_a_validation_ends_it_and_saves(
+    training: TrainingRun, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The first of six blocks is scored. The resumed run scores all of them again."""
+    real, blocks, calls = training.trainer.validate, [], []
+    due = {"validation on the way": 1, "final validation": 7, "average": 8}[moment]
+
+    def interrupted(windows: Windows, on_part: Callable[[float], None]) -> float:
+        def signalled(done: float) -> None:
+            if len(calls) == due:
+                blocks.append(done)
+                os.kill(os.getpid(), TERM)
+            on_part(done)
+
+        calls.append(windows)
+        return real(windows, tokens_at_a_time=16, on_part=signalled)
+
+    if moment == "average":
+        training.trainer.average = ParameterAverage(training.trainer.model.named_parameters(), 0.9)
+    live = training.trainer.model.state_dict()
+    monkeypatch.setattr(training.trainer, "validate", interrupted)
+    assert not training.train()
+    assert blocks == [1 / 6] and training.trainer.model.training
+    assert training.trainer.steps_done == training.saver.saved_at == (3 if due == 1 else 20)
+    assert read_records(training.folder)[-1].val_loss is None
+    saved, _ = load_run(training.folder)
+    assert all(torch.equal(tensor, live[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_long_saves_and_drawings_print_lines(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("dsmini.training.run.patience", partial(patience, seconds=0.1))
+    monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: time.sleep(0.3))
+    monkeypatch.setattr(training.saver, "save", lambda: time.sleep(0.3))
+    training._save()
+    training.plot()
+    said = training.console.file.getvalue()
+    assert "saving: 0 s so far" in said and "drawing: 0 s so far" in said
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -68,7 +114,7 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @pytest.fixture
 def hangups_count() -> Iterator[None]:
-    """Under nohup they are ignored, by a run too."""
+    """Make hangups stop a run: under nohup they are ignored, by a run too."""
     before = signal.signal(HUP, signal.SIG_DFL)
     yield
     signal.signal(HUP, before)
@@ -139,7 +185,30 @@ def test_validation_at_the_end_reads_the_whole_split(training: TrainingRun) -> N
     training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
     training.train()
     assert training.history.records[-1].val_loss == pytest.approx(training.trainer.validate(), rel=1e-6)
-    assert training.history.records[-1].val_loss != pytest.approx(training.trainer.validate(16), rel=1e-6)
+    part = training.trainer.validate(training.trainer.corpus.windows(16, 16))
+    assert training.history.records[-1].val_loss != pytest.approx(part, rel=1e-6)
+
+
+def test_validation_at_the_end_is_capped_on_request(training: TrainingRun) -> None:
+    short = dataclasses.replace(training.config.train, steps=1, final_eval_tokens=48, eval_context=8, ema_decay=0.5)
+    training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
+    training.console = Console(file=io.StringIO(), width=200)
+    training.train()
+    row, windows = training.history.records[-1].row(), training.trainer.corpus.windows
+    assert windows(16, 48).tokens == windows(8, 48).tokens == 48
+    assert row["val_loss"] == pytest.approx(training.trainer.validate(windows(16, 48)), rel=1e-6)
+    assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(windows(8, 48)), rel=1e-6)
+    said = training.console.file.getvalue()
+    assert "validating on 48 of 96 held-out tokens, spread evenly (all of them: --train.final-eval-tokens 96)" in said
+    summary = summarise(training)
+    assert (summary["val_tokens"], summary["held_out_tokens"]) == (48, 96)
+    assert "48 of 96 held-out tokens, in windows of 16" in dict(summary_lines(summary))["validation"]
+
+
+def test_final_validation_takes_half_the_trained_tokens_and_a_least_number() -> None:
+    assert final_eval_tokens(TrainConfig(), trained=1_638_400) == 819_200 > 785_920, "the whole split of the toy"
+    assert final_eval_tokens(TrainConfig(), trained=2048) == 131_072
+    assert final_eval_tokens(TrainConfig(final_eval_tokens=16), trained=1_638_400) == 16
 
 
 def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> None:
@@ -147,7 +216,9 @@ def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> Non
     training.config = training.trainer.config = dataclasses.replace(training.config, train=short)
     training.train()
     row = training.history.records[-1].row()
-    assert row["val_loss_at_eval_context"] == pytest.approx(training.trainer.validate(seq_len=5), rel=1e-6)
+    assert row["val_loss_at_eval_context"] == pytest.approx(
+        training.trainer.validate(training.trainer.corpus.windows(5)), rel=1e-6
+    )
     x, y = next(training.trainer.corpus.windows(5).blocks(1000))
     assert x.shape == (19, 5) and x.numel() == training.trainer.corpus.windows(5).tokens
     with torch.no_grad():
@@ -237,7 +308,7 @@ def test_a_picture_is_there_whole_or_not_at_all(
 
 
 def record_without_figures(lr: float) -> StepRecord:
-    """A first step whose losses and norm are not finite."""
+    """Return a first step whose losses and norm are not finite."""
     figures = dict.fromkeys(["loss", "tokens_per_s", "mtp_loss", "balance_loss", "grad_norm", "data_wait", "max_vio"])
     layers = dict.fromkeys(["layer_max_vio", "loads"])
     return StepRecord(step=1, lr=lr, skipped=True, memory=0, tokens=1, seconds=1.0, **figures, **layers)

@@ -1,0 +1,73 @@
+"""The sample at the end of training, and the prompt that a run offers."""
+
+import dataclasses
+import io
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dsmini import DataConfig
+from dsmini.training.run import TrainingRun
+from dsmini.training.sample import offered_prompt, write_sample
+from tests.helpers.runs import new_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TrainingRun:
+    """Make an untrained run whose tokens are bytes below 61: half of them are control characters."""
+    run = new_run(tmp_path, sample_tokens=60)
+    run.config = dataclasses.replace(run.config, data=DataConfig(path=tmp_path))
+    run.console = Console(file=io.StringIO(), width=80)
+    return run
+
+
+def test_sample_is_shown_without_control_characters(run: TrainingRun) -> None:
+    text = write_sample(run)
+    shown = run.console.file.getvalue()
+    controls = {character for character in text if ord(character) < 32} - set("\n\t")
+    assert len(controls) > 5 and not controls & set(shown)
+    assert all(chr(0x2400 + ord(character)) in shown for character in controls)
+
+
+def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = run.console.out, []
+
+    def interrupted(*args: object, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(run.console, "out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(run)
+    assert run.console.file.getvalue().endswith(f"\n{'─' * 80}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (b"It was a bright cold day in April", "'It was a'"),
+        (b"\n\n   Chapter\t1\nIt was", "'Chapter 1'"),
+        (b"don't stop", "'don'\"'\"'t stop'"),
+        (b"a\0second document", "a"),
+        (b"--flag\nthen a text", "'then a text'"),
+        ("\u00dcber allen Gipfeln".encode(), "'\u00dcber allen Gipfeln'"),
+        (b"\x1b[31mred\nplain", "plain"),
+        (b"\xff\xfe\n" + b"x" * 300, "TEXT"),
+    ],
+)
+def test_offered_prompt_is_the_first_words_of_the_text(run: TrainingRun, text: bytes, prompt: str) -> None:
+    tokens = np.frombuffer(text, np.uint8)
+    corpus = dataclasses.replace(run.trainer.corpus, train=tokens, val=tokens[::-1])
+    run.trainer.corpus = corpus
+    assert offered_prompt(run) == prompt
+    run.trainer.corpus = dataclasses.replace(corpus, train=tokens[::-1], val=tokens, rearranged=1)
+    assert offered_prompt(run) == prompt
+    run.config = dataclasses.replace(run.config, data=DataConfig())
+    assert offered_prompt(run) == "'def '"
