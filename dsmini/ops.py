@@ -16,9 +16,9 @@ A call then runs the first of these that can serve it:
     reference     only on request: DSMINI_BACKEND=reference, or `with ops.use("reference")`
 
 Each call chooses again. Kernels compute no gradients. So PyTorch code runs a call whose gradient is wanted, and a call
-under torch.compile, fake tensors, function transforms or a dispatch mode. An autograd function calls operations with
-gradients off, in forward and in backward: kernels can serve them. It stores the backend of the forward for backward:
-`backend = ops.chosen()`, later `with ops.use(backend)`.
+under torch.compile, fake tensors or a dispatch mode. Under the transforms of torch.func the reference runs. An autograd
+function calls operations with gradients off, in forward and in backward: kernels can serve them. It stores the backend
+of the forward for backward: `backend = ops.chosen()`, later `with ops.use(backend)`.
 
 `cost` returns the least that a call must move and compute. PyTorch cannot see into a kernel, so a counter of bytes
 (`ops.counting`) receives this cost for each call that a kernel served.
@@ -87,7 +87,8 @@ class Operation(Generic[P, R]):
         if torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         forced = _chosen.get() or os.environ.get(VARIABLE) or "auto"
-        if forced == "reference":
+        # eager versions have autograd functions of first derivatives only, which torch.func refuses
+        if forced == "reference" or is_transformed():
             return self.reference(*args, **kwargs)
         if forced == "eager":
             return self.plain(*args, **kwargs)
@@ -259,6 +260,16 @@ def _tensors_of(argument: Any) -> Sequence[Tensor]:
     return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
 
 
+def is_transformed() -> bool:
+    """Return True inside a transform of torch.func (grad, vjp, jvp, vmap)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def shows_numbers(tensor: Tensor) -> bool:
+    """Return True where a check may look at a tensor's numbers without a wait: in eager mode on a CPU."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def _is_watched(tensor: Tensor) -> bool:
     """Return True where torch must see each of its own operations, so that no kernel may run.
 
@@ -268,7 +279,7 @@ def _is_watched(tensor: Tensor) -> bool:
     return (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > (_counter.get() is not None)
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or is_transformed()
     )
 
 

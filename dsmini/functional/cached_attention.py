@@ -6,12 +6,13 @@ Expanded, every head has its own keys and values. Absorbed, all heads of MLA rea
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini import ops
@@ -23,6 +24,11 @@ KEY_STEP = 64
 """Step in which the number of keys grows."""
 SPLIT_FROM, PART = 32 << 20, 8 << 20
 """Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
+
+
+Mask = Callable[[Tensor, Tensor], Tensor]
+"""A function of the positions of queries [b, s, 1] and of keys [t]. It returns a bool tensor [b, s, t], True for keys
+that a query may not see. Keys after the query are hidden in any case. b is 1 where all rows have the same positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,34 @@ def keys_to_read(filled: int, room: int) -> int:
     return min(room, -(-filled // KEY_STEP) * KEY_STEP)
 
 
+def hidden_keys(mask: Mask, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
+    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that `mask` hides.
+
+    Raises: ValueError for a mask of another type or shape. In eager mode on a CPU also for a query that sees no key.
+    """
+    keys, positions = torch.arange(t, device=queries.device), queries[..., None]
+    hidden = mask(positions, keys)
+    shape = (*queries.shape, t)
+    if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or not _expands(hidden.shape, shape):
+        got = f"{hidden.dtype} {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(
+            f"mask returned {got}, want torch.bool {shape}, True for keys that a query may not see; compare the "
+            "positions that it is given"
+        )
+    hidden = hidden | (keys > positions)
+    if ops.shows_numbers(hidden) and bool((blind := hidden.all(-1)).any()):
+        raise ValueError(
+            f"mask hides all keys from the query at position {int(queries[blind][0])}; let each query see itself"
+        )
+    return hidden
+
+
+def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Return True if a tensor of this shape can be expanded to the wanted one."""
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in pairs)
+
+
 def _cost(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> ops.Cost:
     (b, h, s, d), (t, width) = q.shape, v.shape[2:]
     written = b * h * s * width * v.element_size()
@@ -109,6 +143,8 @@ def cached_attention(
 @cached_attention.eager
 def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Compute cached_attention for 128 queries at a time, with logits in q's dtype."""
+    if not q.numel() or not k.numel():
+        return cached_attention.reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
     blocks = []
     for start in range(0, s, BLOCK):

@@ -62,6 +62,8 @@ def causal_attention_eager(
             them. "sdpa" runs torch's flash attention. It needs q, k and v of equal width, so zeros are appended to the
             narrower ones. "auto" runs explicit for short sequences on a CPU, else sdpa.
     """
+    if not q.numel():
+        return causal_attention.reference(q, k, v, scale, documents)
     if method == "auto":
         method = "explicit" if q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype) else "sdpa"
     if method == "sdpa":

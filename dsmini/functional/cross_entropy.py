@@ -4,6 +4,7 @@ With a vocabulary of 129280 the FP32 logits of one 4096-token sequence take 2.1 
 a chunk of rows at a time, computes the gradient from them, and frees them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
+from dsmini.functional.recompute import recomputed
 
 IGNORE = -100
 """Target of a row that the loss leaves out, as in torch's cross_entropy."""
@@ -49,9 +51,29 @@ def linear_cross_entropy_eager(
     """Compute linear_cross_entropy chunk by chunk."""
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
-    rows = chunk_rows or max(1, 2**22 // weight.shape[0])
+    rows = chunk_rows or default_rows(weight.shape[0])
     # gradients are always off inside the function, so it gets the mode of the caller as an argument
     return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+
+
+def default_rows(vocab_size: int) -> int:
+    """Return the number of rows whose FP32 logits take about 16 MiB."""
+    return max(1, 2**22 // vocab_size)
+
+
+def chunked_cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int
+) -> Float[Tensor, ""]:
+    """Compute linear_cross_entropy of any head, a function from hidden states to logits.
+
+    Backward computes the logits of each chunk again.
+    """
+
+    def chunk(h: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_fp32(head(h)), target, ignore_index=IGNORE, reduction="sum")
+
+    parts = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    return torch.stack([recomputed(chunk, h, target) for h, target in parts]).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

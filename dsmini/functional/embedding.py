@@ -1,9 +1,10 @@
 """Embedding lookup: row weight[i] for token id i."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from dsmini import ops
 
 
 def embedding(tokens: Int[Tensor, "*batch"], weight: Float[Tensor, "v m"]) -> Float[Tensor, "*batch m"]:
@@ -20,7 +21,7 @@ def check_ids(what: str, ids: Int[Tensor, "*batch"], vocab_size: int) -> None:
 
     On an accelerator the check would wait for the device in every step. There the commands check their data once.
     """
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if ops.shows_numbers(ids) and ids.numel():
         low, high = (int(i) for i in ids.aminmax())
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high

@@ -115,7 +115,7 @@ class Generation:
         self.drafter = Drafter(model, self.cache, self.sampling, generator) if speculative else None
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
-        self._device = model.embed.weight.device
+        self._device = model.device
         self._prompt_tokens, self._new_tokens, self._steps = sum(map(len, prompts)), 0, 0
         self._prefill_seconds = self._seconds = 0.0
         self._started = False

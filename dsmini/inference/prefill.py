@@ -28,7 +28,7 @@ def prefill(
         drafter: is shown the same tokens.
         watch: called after each part with the number of tokens read so far and that of all.
     """
-    device = model.embed.weight.device
+    device = model.device
     lengths = torch.tensor([len(context) for context in contexts])
     last: Tensor | None = None
     for start in range(0, max(map(len, contexts)), PREFILL):

@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import cached_attention
+from dsmini.functional.cached_attention import Mask, cached_attention, hidden_keys
 from dsmini.functional.causal_attention import causal_attention
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.nn.cache import Past
-from dsmini.nn.fp8 import make_linear
+from dsmini.nn.fp8 import make_linear, quantize_once
 from dsmini.nn.linear import Linear
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
@@ -28,15 +28,46 @@ def output_linear(c: ModelConfig, width: int) -> Linear:
     return make_linear(c, width, c.dim, c.output_init_std, **options)
 
 
+def attend(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b g t v"],
+    scale: float,
+    *,
+    past: Past | None,
+    documents: Int[Tensor, "b s"] | None,
+    mask: Mask | None,
+) -> Float[Tensor, "b h s v"]:
+    """Attend causally: to the new tokens, or to all rows of a cache.
+
+    Args:
+        mask: hides more keys than those after a query.
+    """
+    if past is not None and not past.window.fresh:
+        hidden = past.window.mask if mask is None else past.window.masked(mask)
+    elif mask is not None:
+        hidden = hidden_keys(mask, torch.arange(q.shape[2], device=q.device)[None], q.shape[2])
+        if documents is not None:
+            hidden = hidden | (documents[:, :, None] != documents[:, None, :])
+    else:
+        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
+        return causal_attention(q, k, v, scale, documents)
+    return cached_attention(q, k, v, scale, hidden)
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary keys and queries: MLA's baseline.
 
     Heads are qk_nope_head_dim wide for q and k and v_head_dim for v, rotated over their whole width: with V3's sizes
     that is the MHA with 128-wide heads against which MLA's cache is 98.24 % smaller.
+
+    Args:
+        mask: as in MLA.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
+        self.mask = mask
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
         if c.attention == "mla":
             raise ValueError("attention='mla' is another module; use MLA, or attention='mha', 'gqa' or 'mqa'")
@@ -66,7 +97,7 @@ class Attention(nn.Module):
         """
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
-        x = self.wq.prepare(x)
+        x = quantize_once(x, self.wq, self.wk, self.wv)
         q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
         k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), table)
         if self.q_head_norm is not None and self.k_head_norm is not None:
@@ -76,12 +107,6 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.extend((k, v), q.dtype)
         # 3. attention: [b, h, s, v]
-        if past is None or past.window.fresh:
-            k, v = (self._heads(rows).repeat_interleave(self.n_heads // self.n_kv_heads, 1) for rows in (k, v))
-            y = causal_attention(q, k, v, self.scale, documents)
-        else:
-            y = cached_attention(q, self._heads(k), self._heads(v), self.scale, past.window.mask)
+        k, v = (rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads) for rows in (k, v))
+        y = attend(q, k, v, self.scale, past=past, documents=documents, mask=self.mask)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))
-
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads)

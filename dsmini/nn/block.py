@@ -1,5 +1,6 @@
 """A transformer block: attention, then a feed-forward or its mixture of experts, each normed first and added back."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -20,7 +21,8 @@ class Block(nn.Module):
 
     Args:
         attention_class: another attention, built from a config and called as MLA is. Its rows in a cache are as wide as
-            those of config.attention.
+            those of config.attention. `functools.partial(MLA, mask=...)` is MLA with another mask.
+        moe_class: another mixture of experts, such as `functools.partial(MoE, gate_class=...)`.
 
     Another residual rule is a subclass with another `forward`; Transformer(make_block=...) builds a model of it.
     """
@@ -31,7 +33,8 @@ class Block(nn.Module):
         /,
         layer: int = 0,
         *,
-        attention_class: type[nn.Module] | None = None,
+        attention_class: Callable[..., nn.Module] | None = None,
+        moe_class: Callable[..., nn.Module] = MoE,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = attention_class(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = MoE(c) if c.is_moe(layer) else FeedForward(c)
+        self.ffn = moe_class(c) if c.is_moe(layer) else FeedForward(c)
 
     def forward(
         self,
@@ -53,7 +56,7 @@ class Block(nn.Module):
         """Return the block's output and, from a MoE layer, its routing."""
         x = x + self.attn(self.attn_norm(x), table, documents, past)
         normed = self.ffn_norm(x)
-        if isinstance(self.ffn, MoE):
-            y, routing = self.ffn(normed)
-            return x + y, routing
-        return x + self.ffn(normed), None
+        if isinstance(self.ffn, FeedForward):
+            return x + self.ffn(normed), None
+        y, routing = self.ffn(normed)
+        return x + y, routing

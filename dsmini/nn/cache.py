@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.nn.positions import Window, last_valid
+from dsmini.nn.positions import Window, last_valid, whole_numbers
 from dsmini.numerics import SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
@@ -264,7 +264,7 @@ class Cache:
         Raises: ValueError for a length that is negative or longer than the row, and where multi-token prediction would
             have to forget: it can only begin again, from 0.
         """
-        wanted = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        wanted = whole_numbers(lengths, "truncate to")
         if wanted.dim() and wanted.shape != self.lengths.shape:
             raise ValueError(
                 f"truncate to {wanted.tolist()}; want one length for all {self.batch_size} sequences or each"
@@ -284,16 +284,9 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " n"] | list[int]) -> None:
         """Keep these rows, in this order. A row may be taken more than once."""
-        given = torch.as_tensor(rows)
-        index = given.to(torch.int64)
-        if (
-            given.dtype == torch.bool
-            or index.dim() != 1
-            or not len(index)
-            or int(index.min()) < 0
-            or int(index.max()) >= self.batch_size
-        ):
-            raise ValueError(f"select {given.tolist()} of {self.batch_size} sequences; want numbers of sequences")
+        index = whole_numbers(rows, "select")
+        if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= self.batch_size:
+            raise ValueError(f"select {index.tolist()} of {self.batch_size} sequences; want numbers of sequences")
         self.lengths = self.lengths[index]
         for store in self.stores:
             store.select(index)

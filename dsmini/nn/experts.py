@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.experts import experts
-from dsmini.numerics import QuantizedTensor
 
 
 class Experts(nn.Module):
     """All routed experts of a layer: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped."""
+
+    reads_codes = False
+    """True if x may be quantized already."""
 
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
         super().__init__()
@@ -28,10 +30,6 @@ class Experts(nn.Module):
         """Draw the weights from a normal distribution."""
         for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
             nn.init.normal_(weight, std=std, generator=generator)
-
-    def prepare(self, x: Tensor | QuantizedTensor) -> Any:
-        """Return an input that routed and shared experts read in the form that they multiply: here as it is."""
-        return x
 
     def forward(
         self,

@@ -49,6 +49,16 @@ def make_experts(c: ModelConfig) -> Experts:
     return FP8Experts(c) if c.precision == "fp8" else Experts(c)
 
 
+def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> Any:
+    """Return x quantized for all that read it, if each of them multiplies codes; else as it is.
+
+    Readers that are None do not count. Where another module takes the place of one of them, all get x itself, and the
+    others quantize it on their own, to the same codes.
+    """
+    every = all(getattr(reader, "reads_codes", False) for reader in readers if reader is not None)
+    return quantize(x) if every and isinstance(x, Tensor) else x
+
+
 def scale_names(module: nn.Module) -> Mapping[str, str]:
     """Return, for each parameter of a layer that may be held in FP8, the name of the buffer of its scales."""
     if isinstance(module, Linear):
@@ -84,7 +94,12 @@ class FP8Weights(nn.Module):
 
     @property
     def holds_fp8(self) -> bool:
-        return any(getattr(self, name) is not None for name in scale_names(self).values())
+        return any(self._buffers.get(name) is not None for name in scale_names(self).values())
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.holds_fp8:
+            raise ValueError("FP8 weights are codes that cannot be drawn; load them, or build the model again")
+        super().reset_parameters(generator)  # pyright: ignore[reportAttributeAccessIssue]
 
     def operand(self, name: str) -> Tensor | QuantizedTensor:
         """Return the parameter `name` as products take it: itself, or its codes."""
@@ -137,13 +152,15 @@ class QuantizedLinear(FP8Weights, Linear):
 
 
 class FP8Linear(FP8Weights, Linear):
-    """A Linear whose products are simulated FP8, forward and backward. x may be quantized already, by `prepare`.
+    """A Linear whose products are simulated FP8, forward and backward. x may be quantized already.
 
     Args:
         saved_format: format in which x is kept for backward.
 
     Source: DeepSeek-V3 report, section 3.3.
     """
+
+    reads_codes = True
 
     def __init__(
         self,
@@ -158,10 +175,6 @@ class FP8Linear(FP8Weights, Linear):
         super().__init__(in_features, out_features, init_std=init_std)
         self.register_buffer("scale", None)
         self.saved_format: Literal["e4m3", "e5m6"] = saved_format
-
-    def prepare(self, x: Tensor | QuantizedTensor) -> QuantizedTensor:
-        """Quantize an input that several Linears read, once for all."""
-        return quantize(x) if isinstance(x, Tensor) else x
 
     def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
         x = untrainable(x) if self.holds_fp8 else x
@@ -204,14 +217,12 @@ class FP8Experts(FP8Weights, Experts):
     Source: DeepSeek-V3 report, section 3.3.
     """
 
+    reads_codes = True
+
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
         super().__init__(layer_config(config, arguments))
         for buffer in EXPERTS_SCALES.values():
             self.register_buffer(buffer, None)
-
-    def prepare(self, x: Tensor | QuantizedTensor) -> QuantizedTensor:
-        """Quantize an input that routed and shared experts read, once for all."""
-        return quantize(x) if isinstance(x, Tensor) else x
 
     def forward(
         self,
@@ -220,10 +231,10 @@ class FP8Experts(FP8Weights, Experts):
         weights: Float[Tensor, "n k"],
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
-        x = self.prepare(x)
-        x = untrainable(x) if self.holds_fp8 else x
+        codes = quantize(x) if isinstance(x, Tensor) else x
+        codes = untrainable(codes) if self.holds_fp8 else codes
         w1, w2, w3 = (self.operand(name) for name in EXPERTS_SCALES)
-        return fp8_experts(x, indices, weights, counts, w1, w2, w3)
+        return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         w1, w2, w3 = (_as_multiplied(expert_of(self.operand(name), i), dtype) for name in EXPERTS_SCALES)

@@ -80,7 +80,7 @@ def route(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     # 4. load: [e]
     ones = torch.ones_like(indices).flatten()
-    counts = torch.zeros_like(scores[0], dtype=torch.int64).scatter_add(0, indices.flatten(), ones)
+    counts = scores.new_zeros(scores.shape[1], dtype=torch.int64).scatter_add(0, indices.flatten(), ones)
     return Routing(indices, weights * route_scale, scores, counts)
 
 
@@ -119,6 +119,15 @@ class Gate(FP32Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "n m"]) -> Routing:
+        """Choose experts for each token.
+
+        Raises: ValueError for an x that is not [n, dim].
+        """
+        if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"the gate got {tuple(x.shape)}; want [n, {self.weight.shape[1]}], a row for each token; use "
+                "x.flatten(0, -2)"
+            )
         # fp32: bf16 scores tie, and ties pick different experts on different devices
         x = at_least_fp32(x)
         return route(linear(x, self.weight), self.bias, **self.options)

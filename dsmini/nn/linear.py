@@ -1,6 +1,10 @@
-"""y = x W^T, in the compute dtype. nn/fp8.py has the same in simulated FP8, and with a weight held in FP8."""
+"""y = x W^T, in the compute dtype. nn/fp8.py has the same in simulated FP8, and with a weight held in FP8.
 
-from typing import Any
+Any Linear of a model may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass
+with a forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_direct` before.
+"""
+
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -8,11 +12,20 @@ from torch import Tensor, nn
 
 from dsmini.functional.linear import linear
 from dsmini.functional.swiglu import swiglu
-from dsmini.numerics import QuantizedTensor
 
 
 class Linear(nn.Module):
     """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in."""
+
+    direct = True
+    """True if `swiglu`, `dense` and the weight may stand in for forward: the same class says what they all do."""
+    reads_codes = False
+    """True if x may be quantized already."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__ and "dense" not in cls.__dict__:
+            cls.direct = cls.reads_codes = False
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
         super().__init__()
@@ -23,10 +36,6 @@ class Linear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
-
-    def prepare(self, x: Tensor | QuantizedTensor) -> Any:
-        """Return an input that several Linears read in the form that they multiply: here as it is."""
-        return x
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return linear(x, self.weight)
@@ -41,3 +50,30 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def is_direct(module: nn.Module) -> TypeGuard[Linear]:
+    """Return True for a Linear that does nothing but multiply by its own weight.
+
+    Return False for a module of another class, a subclass with a forward of its own, hooks (as of FSDP on this module
+    alone), and a weight that is computed (torch.nn.utils.parametrize).
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return isinstance(module, Linear) and module.direct and not hooked and "weight" in module._parameters
+
+
+def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+    """Return the matrix by which a module multiplies, in that dtype.
+
+    It is the output for the identity, which is exact: each sum has one term that is not zero.
+
+    Raises: ValueError for a module that adds a bias.
+    """
+    if is_direct(module):
+        return module.dense(dtype)
+    identity = torch.eye(in_features, dtype=dtype, device=next(module.parameters()).device)
+    if module(torch.zeros_like(identity[:1])).any():
+        raise ValueError(
+            f"a {type(module).__name__} adds a bias, which absorbed weights cannot hold; use form='expanded'"
+        )
+    return module(identity).T.to(dtype)

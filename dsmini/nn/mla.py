@@ -24,12 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import AttentionWork, absorbed_attention, cached_attention, count_work
-from dsmini.functional.causal_attention import causal_attention
+from dsmini.functional.cached_attention import AttentionWork, Mask, absorbed_attention, count_work
 from dsmini.functional.rope import Table, apply_rope
-from dsmini.nn.attention import output_linear
+from dsmini.nn.attention import attend, output_linear
 from dsmini.nn.cache import Past
-from dsmini.nn.fp8 import make_linear
+from dsmini.nn.fp8 import make_linear, quantize_once
+from dsmini.nn.linear import dense_weight, is_direct
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
 from dsmini.numerics import QuantizedTensor
@@ -40,11 +40,16 @@ class MLA(nn.Module):
 
     q_lora_rank None projects the query directly (V2-Lite). Arguments that are left out are the toy's.
 
+    Args:
+        mask: hides more keys than those after a query. `lambda q, k: q - k >= 4096` is a sliding window: a function of
+            the positions of queries and keys, True for keys that a query may not see.
+
     Source: DeepSeek-V3 report, section 2.1.1, equations 1 to 11.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
+        self.mask = mask
         c = layer_config(config, arguments)
         self.rope = Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_head_dim)
@@ -85,7 +90,7 @@ class MLA(nn.Module):
         if past is not None and self.form_for(x.shape[1], past) == "absorbed":
             return self.decode(x, table, past)
         # 1. queries: [b, s, h, n + r]
-        x = self.wkv_a.prepare(x)
+        x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
         q = self.queries(x, table)
         # 2. latent and rotary key, which are cached: [b, t, c] and [b, t, r]
         c_kv, k_rope = self.latents(x, table)
@@ -99,10 +104,7 @@ class MLA(nn.Module):
             q, k = self.q_head_norm(q), self.k_head_norm(k)
         # 4. attention: [b, h, s, v]
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        if past is None or past.window.fresh:
-            y = causal_attention(q, k, v, self.scale, documents)
-        else:
-            y = cached_attention(q, k, v, self.scale, past.window.mask)
+        y = attend(q, k, v, self.scale, past=past, documents=documents, mask=self.mask)
         return self.wo(rearrange(y, "b h s v -> b s (h v)"))
 
     def decode(self, x: Float[Tensor, "b s m"], table: Table, past: Past) -> Float[Tensor, "b s m"]:
@@ -115,14 +117,15 @@ class MLA(nn.Module):
         if self.q_head_norm is not None:
             raise ValueError("form='absorbed' with qk_norm: a normed head is no linear map of the latent; use expanded")
         # 1. queries: [b, s, h, n] and [b, s, h, r]
-        x = self.wkv_a.prepare(x)
+        x = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
         q_nope, q_rope = self.queries(x, table).tensor_split((self.qk_nope_head_dim,), -1)
         # 2. the cache with the new rows [latent | rotary key]: [b, t, c + r]
         past.append(self.latents(x, table))
         rows = past.store.read(past.window.end, q_nope.dtype)
         # 3. attention, W_UK moved to the queries and W_UV after the sum: [b, s, h v]
         w_uk, w_uv = self._absorbed_halves(q_nope.dtype, past)
-        return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, past.window.mask))
+        hidden = past.window.mask if self.mask is None else past.window.masked(self.mask)
+        return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, hidden))
 
     def queries(self, x: Float[Tensor, "b s m"] | QuantizedTensor, table: Table) -> Float[Tensor, "b s h d"]:
         """Return each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated."""
@@ -145,11 +148,14 @@ class MLA(nn.Module):
     def form_for(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
         """Return the form in which `forward` attends to this past: the one it asks for, or the cheaper one.
 
-        Normed heads have no absorbed form.
+        Normed heads have no absorbed form. A module in the place of wkv_b, such as a LoRA wrapper, is absorbed on
+        request alone: its weight is computed again in each call.
         """
         if past.form != "auto":
             return past.form
-        return "expanded" if self.q_head_norm is not None else self.work(queries, past.window.end).cheaper
+        if self.q_head_norm is not None or not is_direct(self.wkv_b):
+            return "expanded"
+        return self.work(queries, past.window.end).cheaper
 
     def work(self, queries: int, keys: int) -> AttentionWork:
         """Count both forms of attention of this many new tokens to this many cached ones, the new ones included."""
@@ -158,12 +164,17 @@ class MLA(nn.Module):
 
     def absorbed_halves(self, dtype: torch.dtype) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h c v"]]:
         """Take wkv_b apart for the absorbed form: W_UK and W_UV of every head, in dtype."""
-        w = rearrange(self.wkv_b.dense(dtype), "(h d) c -> h d c", h=self.n_heads)
+        w = rearrange(dense_weight(self.wkv_b, self.kv_lora_rank, dtype), "(h d) c -> h d c", h=self.n_heads)
         w_uk, w_uv = w.tensor_split((self.qk_nope_head_dim,), 1)
         return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
     def _absorbed_halves(self, dtype: torch.dtype, past: Past) -> tuple[Tensor, Tensor]:
-        """Return absorbed_halves, prepared once for a cache and again after a step, a load or a move of the weight."""
+        """Return absorbed_halves, prepared once for a cache and again after a step, a load or a move of the weight.
+
+        Nothing tells when the weight of another module changes, so it is prepared in each call.
+        """
+        if not is_direct(self.wkv_b):
+            return self.absorbed_halves(dtype)
         weight = self.wkv_b.weight
         version = None if weight.is_inference() else weight._version
         key = (id(weight), weight.data_ptr(), version, dtype)

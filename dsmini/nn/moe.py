@@ -1,13 +1,16 @@
 """DeepSeekMoE: many small routed experts, of which a token visits a few, and shared experts that all tokens visit."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.nn.fp8 import make_experts, make_linear
+from dsmini.functional.swiglu import swiglu
+from dsmini.nn.fp8 import make_experts, make_linear, quantize_once
 from dsmini.nn.gate import Gate, Routing
+from dsmini.nn.linear import is_direct
 from dsmini.numerics import QuantizedTensor
 
 
@@ -22,21 +25,35 @@ class FeedForward(nn.Module):
         self.w2 = make_linear(c, hidden, c.dim, c.output_init_std)
         self.w3 = make_linear(c, c.dim, hidden)
 
+    @property
+    def reads_codes(self) -> bool:
+        """True if x may be quantized already."""
+        return all(getattr(reader, "reads_codes", False) for reader in (self.w1, self.w3))
+
     def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
-        x = self.w1.prepare(x)
-        return self.w2.swiglu(self.w1(x), self.w3(x))
+        x = quantize_once(x, self)
+        gate, up = self.w1(x), self.w3(x)
+        return self.w2.swiglu(gate, up) if is_direct(self.w2) else self.w2(swiglu(gate, up))
 
 
 class MoE(nn.Module):
     """A DeepSeekMoE layer: the gate, its routed experts, and the shared experts. From a config or plain arguments.
 
+    Args:
+        gate_class: makes the gate from a config: a subclass of Gate, whose forward returns a Routing.
+
     Source: DeepSeek-V3 report, section 2.1.2, equation 12.
     """
 
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+    def __init__(
+        self, config: ModelConfig | None = None, /, *, gate_class: Callable[..., Gate] = Gate, **arguments: Any
+    ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        self.gate = Gate(c)
+        self.gate = gate_class(c)
+        if not isinstance(self.gate, Gate):
+            kind = type(self.gate).__name__
+            raise ValueError(f"gate_class makes a {kind}, want a Gate, whose bias training moves; derive it from Gate")
         self.experts = make_experts(c)
         shared = c.n_shared_experts * c.moe_inter_dim
         self.shared_experts = FeedForward(c, inter_dim=shared) if shared else None
@@ -46,7 +63,7 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
         # 2. the routed experts' weighted sum, and the shared experts: [n, m]
-        tokens = self.experts.prepare(tokens)
+        tokens = quantize_once(tokens, self.experts, self.shared_experts)
         y = self.experts(tokens, routing.indices, routing.weights, routing.counts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)

@@ -60,15 +60,18 @@ class MTP(nn.Module):
         table: Table | None = None,
         documents: Int[Tensor, "b s"] | None = None,
         past: Past | None = None,
-    ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
+        both: bool = False,
+    ) -> tuple[Float[Tensor, "b s m"] | tuple[Tensor, Tensor], Routing | None]:
         """Return the block's output before `norm`, and its routing.
 
         Args:
-            hidden: what the depth before knows at each position.
-            embedding: of the token that the depth before was to predict there.
+            hidden: hidden states of the depth before.
+            embedding: embeddings of the tokens that the depth before predicts.
+            both: return the output before and after `norm`, as a pair.
         """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        return self.block(x, table, documents, past)
+        x, routing = self.block(x, table, documents, past)
+        return (x, self.norm(x)) if both else x, routing
 
 
 class MTPChain(nn.ModuleList):
@@ -110,10 +113,9 @@ class MTPChain(nn.ModuleList):
             table = self.rope.table(torch.arange(n, device=tokens.device))
             within = None if documents is None else documents[:, :n]
             # 2. run the block: [b, s - k, m]
-            inputs = (hidden, embedding, table, within)
-            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
+            inputs = (hidden, embedding, table, within, None, True)
+            (x, normed), decided = recomputed(block, *inputs) if recompute else block(*inputs)
             # 3. the head reads the normed states; the next depth those before or after the norm
-            normed = block.norm(x)
             hidden = x if self.pre_norm else normed
             all_normed.append(normed)
             routing += [] if decided is None else [decided]
@@ -154,6 +156,5 @@ class MTPChain(nn.ModuleList):
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
         block, shifted = cast(MTP, self[k]), window.shifted(k + 1)
         past = Past(store=cache.stores[k], window=shifted, form=cache.form)
-        x, _ = block(before, embedding, self.rope.table(shifted.positions), None, past)
-        normed = block.norm(x)
+        (x, normed), _ = block(before, embedding, self.rope.table(shifted.positions), None, past, True)
         return normed, x if self.pre_norm else normed

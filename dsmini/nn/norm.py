@@ -17,7 +17,12 @@ class RMSNorm(FP32Module):
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the weight to 1; nothing is drawn."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         return rms_norm(x, self.weight, self.eps)

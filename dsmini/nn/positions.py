@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsmini.functional.cached_attention import keys_to_read
+from dsmini.functional.cached_attention import Mask, hidden_keys, keys_to_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Window:
         Raises: ValueError if they do not fit.
         """
         if new is not None:
-            new = torch.as_tensor(new).cpu().to(torch.int64)
+            new = whole_numbers(new, "lengths=")
             if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
                 raise ValueError(
                     f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
@@ -71,6 +72,11 @@ class Window:
         keys = torch.arange(self.end, device=self.positions.device)
         return keys > self.positions[..., None]
 
+    def masked(self, mask: Mask) -> Bool[Tensor, "#b s t"]:
+        """Return the mask with that of a layer added to it."""
+        queries = self.positions.clamp(max=self.end - 1)  # those of padding may lie after all keys
+        return hidden_keys(mask, queries, self.end)
+
     def shifted(self, depth: int) -> "Window":
         """Return the window of the multi-token prediction block of this depth.
 
@@ -88,6 +94,17 @@ class Window:
             real=None if start is not None else real.expand(len(self.lengths), -1),
             lengths=(self.lengths - depth).clamp(min=0),
         )
+
+
+def whole_numbers(given: Any, what: str) -> Int[Tensor, "..."]:
+    """Return numbers as an int64 tensor on the CPU.
+
+    Raises: ValueError for what is not a whole number, such as 2.7, True or NaN.
+    """
+    numbers = torch.as_tensor(given).cpu()
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(f"{what} {numbers.tolist()}: {numbers.dtype}; want whole numbers, such as int64")
+    return numbers.to(torch.int64)
 
 
 def last_valid(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
+from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, default_rows, linear_cross_entropy
 from dsmini.functional.embedding import check_ids, embedding
 from dsmini.functional.recompute import recomputed
 from dsmini.nn.balance import sequence_balance_loss
@@ -17,7 +17,7 @@ from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache, CacheDtype, Form
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.linear import Linear
+from dsmini.nn.linear import Linear, is_direct
 from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.norm import RMSNorm
@@ -98,24 +98,41 @@ class Transformer(nn.Module):
         self.mtp = MTPChain(c, make_block)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all matrices again, in the order of named_modules, and set norms to 1 and biases to 0."""
+        """Draw all matrices again, in the order of named_modules, and set norms to 1 and biases to 0.
+
+        A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
+        """
         for module in self.modules():
-            if isinstance(module, Embedding | Linear | Experts | Gate):
+            if isinstance(module, Embedding | Linear | Experts | Gate | RMSNorm):
                 module.reset_parameters(generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     def forward(
-        self, tokens: Int[Tensor, "b s"], cache: Cache | None = None, lengths: Int[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b s v"]:
-        """Return the logits of the next token at every position, in the compute dtype.
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: Cache | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        *,
+        targets: Int[Tensor, "b s"] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "b s v"] | Losses:
+        """Return the logits of the next token at every position, in the compute dtype, or the losses.
 
         Args:
             cache: of what came before; the tokens are appended to it. No gradients are made then.
             lengths: number of new tokens of each row, which is padded on the right; None: all columns are tokens.
+            targets, options: as in `losses`, whose result is returned where there are targets. Wrappers such as DDP and
+                FSDP know forward alone.
 
         Raises: ValueError for more than max_seq_len tokens, or (on a CPU) a token id outside the vocabulary.
         """
+        if targets is not None:
+            if cache is not None or lengths is not None:
+                raise ValueError("targets do not go with a cache or lengths; leave them out, or the targets")
+            return self.losses(tokens, targets, **options)
+        if options:
+            raise ValueError(f"{', '.join(options)}: these are options of the losses; give targets too")
         with nullcontext() if cache is None else torch.no_grad():
             return self.head(self.states(tokens, cache, lengths).normed)
 
@@ -161,13 +178,15 @@ class Transformer(nn.Module):
         Raises: ValueError as forward does.
         """
         if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; want int64 [batch, sequence]")
+            got = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens are {got}; want int64 [batch, sequence], one token or more")
         if tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than max_seq_len={self.config.max_seq_len}; "
                 "shorten it, or build the model with a longer context"
             )
-        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        x = self.embed(tokens)
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def hidden(
@@ -222,13 +241,13 @@ class Transformer(nn.Module):
         """
         if mtp and not len(self.mtp):
             raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
-        compute_dtype = self.compute_dtype or self.embed.weight.dtype
+        compute_dtype = self.compute_dtype or next(self.embed.parameters()).dtype
         return Cache(
             self.config,
             batch_size,
             self.config.max_seq_len if max_seq_len is None else max_seq_len,
             dtype or compute_dtype,
-            self.embed.weight.device,
+            self.device,
             mtp=mtp,
             form=form,
             hidden_dtype=compute_dtype,
@@ -262,8 +281,7 @@ class Transformer(nn.Module):
         counted = (targets != IGNORE).sum().clamp(min=1)
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
-            flat = hidden.flatten(0, 1)
-            return linear_cross_entropy(flat, self.head.weight, target.flatten(), chunk_rows) / counted
+            return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
 
         # 1. the next token, from hidden states [b, s, m]
         states = self.states(tokens, documents=documents, recompute=recompute)
@@ -280,6 +298,19 @@ class Transformer(nn.Module):
             parts = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
             balance = torch.stack(parts).sum().to(main.dtype)
         return Losses(main, mtp, balance, main + mtp_weight * mtp + balance_alpha * balance, routing)
+
+    def cross_entropy(
+        self, hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [n, vocab]."""
+        if is_direct(self.head):
+            return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
+        return chunked_cross_entropy(self.head, hidden, targets, chunk_rows or default_rows(self.config.vocab_size))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where token ids belong."""
+        return next(self.embed.parameters()).device
 
     def gates(self) -> list[Gate]:
         """Return the gates in the order of Output.routing."""

@@ -13,7 +13,7 @@ from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader
 from dsmini.machine import synchronize
-from dsmini.nn import Transformer, linear_cross_entropy, max_violation
+from dsmini.nn import Transformer, max_violation
 from dsmini.training.average import ParameterAverage
 from dsmini.training.optim import optimizers
 from dsmini.training.optimizer_state import check_optimizer_state, load_optimizer_state, optimizer_state
@@ -191,9 +191,7 @@ class Trainer:
         done = 0
         for tokens, targets in windows.blocks(rows):
             hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
-            total += (
-                linear_cross_entropy(hidden, self.model.head.weight, targets.to(self.device).flatten()).double().cpu()
-            )
+            total += self.model.cross_entropy(hidden, targets.to(self.device).flatten()).double().cpu()
             done += len(tokens)
             on_part(done / len(windows))
         self.model.train()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini import MLA, ModelConfig, Transformer
+from dsmini import MLA, Linear, ModelConfig, Transformer
 from dsmini.nn import Cache
 from dsmini.nn.cache import Past
 from tests.conftest import SMALL, randomise
@@ -237,10 +237,17 @@ def test_the_form_with_less_work_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(one).startswith("absorbed, for 1 queries and 100 keys: expanded 3.3 MFLOP, 3.3 of them to expand")
 
 
-def test_a_prefix_is_not_expanded_again_where_that_is_more_work(small_model: Model) -> None:
+def test_a_prefix_is_not_expanded_again_where_that_is_more_work(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, expanded = small_model(), []
-    for block in model.layers:
-        block.attn.wkv_b.register_forward_hook(lambda _, x, y: expanded.append(x[0].shape[1]))
+    wkv_b, real = [block.attn.wkv_b for block in model.layers], Linear.forward
+
+    def forward(linear: Linear, x: Tensor) -> Tensor:
+        expanded.extend([x.shape[1]] if linear in wkv_b else [])
+        return real(linear, x)
+
+    monkeypatch.setattr(Linear, "forward", forward)
     cache = model.new_cache(1, 32)
     model(tokens_of(1, 20), cache)
     assert expanded == [20, 20]

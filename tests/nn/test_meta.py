@@ -1,0 +1,67 @@
+"""A model built on the meta device and filled by the usual loop equals one that was built in the usual way."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dsmini import Transformer
+from tests.conftest import SMALL
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mla": {"embed_norm": True},
+    "without q_lora": {"q_lora_rank": None, "qk_norm": True},
+    "gqa": {"attention": "gqa", "n_kv_heads": 1, "qk_norm": True},
+    "fp8": {"precision": "fp8"},
+}
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_meta_model_is_filled_by_its_modules(changes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = Transformer(**SMALL | changes)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(torch.nan)
+    torch.manual_seed(5)
+    for module in model.modules():
+        if own_tensors(module):
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+    usual = Transformer(**SMALL | changes)
+    torch.manual_seed(5)
+    usual.reset_parameters()
+    want = usual.state_dict()
+    assert model.state_dict().keys() == want.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == want[name].dtype and torch.equal(tensor, want[name]), name
+        if "norm" in name:
+            assert (tensor == 1).all(), name
+        elif name.endswith("bias"):
+            assert (tensor == 0).all(), name
+        else:
+            assert 0.5 < tensor.std() / usual.config.init_std < 1.5 or name.endswith(("wo.weight", "w2", "w2.weight"))
+
+
+def test_whole_model_resets_modules_of_other_classes() -> None:
+    model = Transformer(**SMALL)
+    model.layers[0].attn.wo = nn.Linear(15, 24, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.fill_(torch.nan)
+    model.reset_parameters(torch.Generator().manual_seed(3))
+    assert all(tensor.isfinite().all() for tensor in model.parameters())
+
+
+def test_fp8_codes_are_not_drawn() -> None:
+    from dsmini.nn.fp8 import FP8Linear, hold_fp8
+
+    layer = FP8Linear(4, 4)
+    hold_fp8(layer, "weight", torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="codes that cannot be drawn"):
+        layer.reset_parameters()

@@ -1,0 +1,198 @@
+"""Children of a model replaced by LoRA wrappers, by nn.Linear, and by subclasses: all that reads a weight sees them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import dsmini
+from dsmini import Transformer
+from dsmini.nn import Embedding, FP8Linear, Linear
+from dsmini.nn.linear import dense_weight, is_direct
+from tests.conftest import SMALL, randomise
+from tests.helpers.tolerances import FP32_MODEL, relative_error
+
+
+class LoRA(nn.Module):
+    """The base and a product of rank 2: base(x) + B A x."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        o, i = base.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+        self.base = base
+        self.a, self.b = nn.Parameter(torch.randn(2, i) * i**-0.5), nn.Parameter(torch.randn(o, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+class LoRALinear(Linear):
+    """The same as a subclass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.a.T @ self.b.T  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LowRank(nn.Module):
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def as_subclass(lora: LoRA) -> nn.Module:
+    o, i = lora.base.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+    layer = LoRALinear(i, o)
+    layer.weight, layer.a, layer.b = lora.base.weight, lora.a, lora.b  # pyright: ignore[reportAttributeAccessIssue]
+    return layer
+
+
+def as_parametrization(lora: LoRA) -> nn.Module:
+    parametrize.register_parametrization(lora.base, "weight", LowRank(lora.a.detach(), lora.b.detach()))
+    return lora.base
+
+
+def as_torch_linear(lora: LoRA) -> nn.Module:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(merged(lora))
+    return layer
+
+
+def as_hook(lora: LoRA) -> nn.Module:
+    a, b = lora.a, lora.b
+    lora.base.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ a.T @ b.T)
+    return lora.base
+
+
+def merged(lora: LoRA) -> Tensor:
+    weight: Any = lora.base.weight
+    return (weight + lora.b @ lora.a).detach().clone()
+
+
+KINDS: dict[str, Callable[[LoRA], nn.Module]] = {
+    "wrapper": lambda lora: lora,
+    "subclass": as_subclass,
+    "parametrization": as_parametrization,
+    "hook": as_hook,
+    "nn.Linear": as_torch_linear,
+}
+
+
+def replace_all(model: Transformer, kind: Callable[[LoRA], nn.Module]) -> Transformer:
+    """Replace every Linear of the model, the head included, and return the model with merged weights."""
+    want = Transformer(model.config)
+    want.load_state_dict(model.state_dict())
+    linears = {name: module for name, module in model.named_modules() if type(module) in (Linear, FP8Linear)}
+    for name, module in linears.items():
+        lora = LoRA(module)
+        want.get_submodule(name).weight = nn.Parameter(merged(lora))
+        path, _, child = name.rpartition(".")
+        setattr(model.get_submodule(path), child, kind(lora))
+    return want
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mla": {},
+    "without q_lora": {"q_lora_rank": None},
+    "gqa": {"attention": "gqa", "n_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: str) -> None:
+    model = randomise(Transformer(**SMALL | CONFIGS[config]))
+    want = replace_all(model, KINDS[kind])
+    assert not is_direct(model.head) and not is_direct(model.layers[0].ffn.w2)
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 13))
+    expected = want(tokens)
+    assert relative_error(model(tokens), expected) < FP32_MODEL
+    forms: tuple[Any, ...] = ("auto",) if "attention" in CONFIGS[config] else ("auto", "expanded", "absorbed")
+    for form in forms:
+        cache = model.new_cache(2, form=form)
+        got = torch.cat([model(part, cache) for part in tokens.split((7, 1, 5), 1)], 1)
+        assert relative_error(got, expected) < FP32_MODEL, form
+    got, losses = (m.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=7) for m in (model, want))
+    assert torch.allclose(got.total, losses.total, rtol=FP32_MODEL)
+    prompts = [[1, 2, 3], [4]]
+    speculative = {"speculative": True, "max_new_tokens": 6}
+    assert dsmini.generate(model, prompts, **speculative).tokens.equal(
+        dsmini.generate(want, prompts, **speculative).tokens
+    )
+
+
+def test_replaced_head_and_embedding_get_gradients() -> None:
+    model = randomise(Transformer(**SMALL))
+    want = Transformer(model.config)
+    want.load_state_dict(model.state_dict())
+    model.head = nn.Linear(24, 61, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
+    model.embed = nn.Sequential(nn.Embedding(61, 24))  # pyright: ignore[reportAttributeAccessIssue]
+    model.head.weight, model.embed[0].weight = want.head.weight, want.embed.weight
+    tokens = torch.randint(0, 61, (2, 13))
+    grads = [
+        torch.autograd.grad(
+            m.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=5).total, [want.head.weight, want.embed.weight]
+        )
+        for m in (model, want)
+    ]
+    assert all(relative_error(a, b) < FP32_MODEL for a, b in zip(*grads, strict=True))
+    assert model.new_cache(1).nbytes == want.new_cache(1).nbytes and model.device == want.device
+
+
+def test_nothing_of_a_replaced_module_is_kept_in_the_cache() -> None:
+    model = randomise(Transformer(**SMALL))
+    lora = model.layers[0].attn.wkv_b = LoRA(model.layers[0].attn.wkv_b)
+    cache = model.new_cache(1, form="absorbed")
+    model(torch.tensor([[1, 2]]), cache)
+    with torch.no_grad():
+        lora.b.mul_(3)
+    got = model(torch.tensor([[3]]), cache)
+    fresh = model.new_cache(1, form="absorbed")
+    fresh.stores, fresh.lengths = [*cache.stores], cache.lengths.clone() - 1
+    for store in fresh.stores:
+        store._prepared = None
+    assert torch.equal(model(torch.tensor([[3]]), fresh), got)
+
+
+def test_bias_is_expanded_and_absorbed_refuses_it() -> None:
+    model = randomise(Transformer(**SMALL))
+    mla = model.layers[0].attn
+    mla.wkv_b = nn.Linear(10, 33)
+    tokens = torch.randint(0, 61, (1, 9))
+    want, cache = model(tokens), model.new_cache(1)
+    got = torch.cat([model(part, cache) for part in tokens.split((7, 1, 1), 1)], 1)
+    assert relative_error(got, want) < FP32_MODEL
+    with pytest.raises(ValueError, match=r"a Linear adds a bias, .*; use form='expanded'"):
+        model(tokens, model.new_cache(1, form="absorbed"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_of_another_module_is_exact(dtype: torch.dtype) -> None:
+    layer = nn.Linear(130, 63, bias=False).to(dtype)
+    assert torch.equal(dense_weight(layer, 130, dtype), layer.weight)
+
+
+def test_replaced_fp8_linears_quantize_on_their_own() -> None:
+    """A wrapper that adds nothing changes no bit, wherever it stands."""
+    model = randomise(Transformer(**SMALL, precision="fp8"))
+    tokens = torch.randint(0, 61, (2, 9))
+    want = model.losses(tokens[:, :-1], tokens[:, 1:])
+    linears = [name for name, module in model.named_modules() if type(module) is FP8Linear]
+    assert len(linears) > 30
+    for name in linears:
+        path, _, child = name.rpartition(".")
+        parent, base = model.get_submodule(path), model.get_submodule(name)
+        setattr(parent, child, nn.Sequential(base))
+        assert torch.equal(model.losses(tokens[:, :-1], tokens[:, 1:]).total, want.total), name
+        setattr(parent, child, base)
+
+
+def test_embedding_subclass_computes_in_its_own_dtype() -> None:
+    model = Transformer(**SMALL)
+    model.embed = Embedding(61, 24).double()
+    assert model.embedded(torch.tensor([[1]])).dtype == torch.float64
