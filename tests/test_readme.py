@@ -85,7 +85,8 @@ def test_links_and_test_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_linked_functions_are_in_their_files(page: Path) -> None:
     """A link [MLA.forward](../dsmini/nn/mla.py) names what that file defines."""
-    for label, link in re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]*dsmini/[^)#]+\.py)\)", page.read_text()):
+    links = re.findall(r"\[([\w.]+(?:,? (?:and )?[\w.]+)*)\]\(([^)#]*dsmini/[^)#]+\.py)\)", page.read_text())
+    for label, link in links:
         names = [name for name in re.split(r",? and |, ", label) if re.fullmatch(r"[\w.]+(?<!\.py)", name)]
         text = (page.parent / link).read_text()
         for name in names:
