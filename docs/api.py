@@ -13,6 +13,8 @@ from types import ModuleType
 import pdoc
 from markupsafe import Markup
 
+import dsmini
+
 HIDDEN = ("dsmini.__main__", "dsmini.generate")
 """Modules without a page: to import the command dsmini/generate.py would hide the function dsmini.generate."""
 
@@ -33,6 +35,8 @@ def equations_apart(docstring: str) -> str:
 def write_pages(folder: Path) -> list[str]:
     """Write the pages into a folder; return what pdoc warned of."""
     google, signature = pdoc.docstrings.google, pdoc.render.env.filters["format_signature"]
+    # dsmini imports a name when it is first used, and pdoc finds only those that are there
+    vars(dsmini).update({name: getattr(dsmini, name) for name in dsmini.__all__})
     pdoc.extract.iter_modules2 = children
     pdoc.docstrings.google = lambda docstring: google(equations_apart(docstring))
     # a shape reads better without the name of its package: Float[Tensor, 'b s m']

@@ -1,8 +1,8 @@
 """Write files and folders that are whole or not there. Every writer of dsmini goes through this module.
 
 The content is written under a hidden name next to the final one, forced to the disk, then renamed. A power cut, a kill
-or a full disk at any moment leaves what was there before, or the complete new content. A failed attempt cleans up
-behind itself and raises the system's own OSError. What a killed process left is removed by a later writing.
+or a full disk at any moment leaves either the old content or the complete new one. A failed attempt removes what it
+wrote and raises the system's own OSError. A later write removes what a killed process left.
 
 The one exception is a log that grows line by line: it is opened to append, and a reader ignores a torn last line.
 """
@@ -27,7 +27,7 @@ STOPPED = (Exception, KeyboardInterrupt, SystemExit)
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary file to write; `path` is that file once the block has ended without an error."""
+    """Yield the name of a temporary file to write; it becomes `path` when the block ends without an error."""
     _remove_leftovers_of(path)
     partial = _hidden_name(path, "partial")
     try:
@@ -64,11 +64,11 @@ def as_json(value: Any) -> str:
 
 @contextmanager
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write files into; it becomes `path` once the block has ended without an error.
+    """Yield an empty folder to write files into; it becomes `path` when the block ends without an error.
 
     Args:
-        replace: put a folder aside that is there already; between the two renames neither is there. Without it only
-            an empty one is replaced, and any other raises OSError.
+        replace: put an existing folder aside; between the two renames neither is there. Without it only an empty
+            folder is replaced, and any other raises OSError.
     """
     with partial_folder(path) as partial:
         yield partial
@@ -77,7 +77,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder next to `path`, for `finish_folder`; without that it is gone after the block."""
+    """Yield an empty folder next to `path`, for `finish_folder`; without that call it is removed after the block."""
     _remove_leftovers_of(path)
     partial = _hidden_name(path, "partial")
     try:
@@ -105,13 +105,13 @@ def finish_folder(partial: Path, path: Path, replace: bool = False) -> None:
 
 
 def remove_folders(folders: Iterable[Path]) -> None:
-    """Remove folders so that a kill in between leaves none of them half there under its name."""
+    """Remove folders; a kill meanwhile leaves none of them half removed under its name."""
     for folder in folders:
         shutil.rmtree(_put_aside(folder), ignore_errors=True)  # what stays is a leftover
 
 
 def remove_leftovers(parent: Path, older_than: float = 0.0) -> None:
-    """Remove what interrupted writings and removals left in a folder that belongs to dsmini alone.
+    """Remove what interrupted writes and removals left in a folder that belongs to dsmini alone.
 
     Args:
         older_than: seconds without a change; 0 only where no other process may be writing in `parent`.
@@ -122,7 +122,7 @@ def remove_leftovers(parent: Path, older_than: float = 0.0) -> None:
 
 
 def _remove_leftovers_of(path: Path) -> None:
-    """Remove what killed writers of one file or folder left next to it, in a folder that may hold anything else."""
+    """Remove what killed writers of one file or folder left next to it; other files stay."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-\d+-[0-9a-f]{{8}}")
     with suppress(OSError):  # a folder that is not there, or cannot be read, has none
         for other in path.parent.iterdir():
@@ -148,7 +148,7 @@ def _put_aside(folder: Path) -> Path:
 
 
 def _changed(path: Path) -> float:
-    """Return when a file, or a folder or anything directly in it, was last changed; now if it has just gone."""
+    """Return the time of the last change of a file, or of a folder and its entries; now if it has just gone."""
     try:
         return max(one.stat().st_mtime for one in (path, *(path.iterdir() if path.is_dir() else ())))
     except OSError:
@@ -156,7 +156,7 @@ def _changed(path: Path) -> float:
 
 
 def _hidden_name(path: Path, kind: str) -> Path:
-    """Return an unused name next to `path`, of its own for every writer: two may be at the same path."""
+    """Return an unused name next to `path`; two writers of the same path get different ones."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 

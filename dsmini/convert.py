@@ -46,13 +46,13 @@ class ConvertCommand:
     fp8: bool = False
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Type of all that is not FP8, but gates stay float32; stored: as it is in SRC, FP8 included."""
+    """Dtype of all that is not FP8, except gates, which stay float32; stored: as in SRC, FP8 included."""
     shard_size: str = "5GB"
-    """Largest size of a file, such as 5GB or 500MB."""
+    """Maximum size of a file, such as 5GB or 500MB."""
     average: bool = False
-    """Take the parameters' average over the steps of a run; it must have kept one, with --train.ema-decay."""
+    """Use the EMA of a run's parameters; the run must have one, by --train.ema-decay."""
     json: bool = False
-    """Print the figures as a line of JSON, and all else to the standard error."""
+    """Print the figures as a line of JSON, and everything else on the standard error."""
 
 
 HELP = Help(

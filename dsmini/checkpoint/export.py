@@ -1,4 +1,4 @@
-"""save_pretrained: a folder that transformers loads, and that is what was loaded if nothing changed in between."""
+"""save_pretrained: write a folder that transformers loads. An unchanged model gives the folder it was loaded from."""
 
 import dataclasses
 import re
@@ -67,21 +67,21 @@ def save_pretrained(
 ) -> Saved:
     """Write the model as a new Hugging Face folder: safetensors, config.json, and the small files it came with.
 
-    A loaded model's tensors are written as they were stored, whatever they are held in, so that a folder that is loaded
-    and saved comes out with the same tensors; its tokenizer and other small files are copied along. A model that
-    was not loaded is written as it is held. The folder is there whole or not at all.
+    The tensors of a loaded model are written in their stored dtypes, whatever they are held in, so a folder that is
+    loaded and saved has the same tensors. Its tokenizer and other small files are copied. A model that was not loaded
+    is written as it is held. The folder is written whole or not at all.
 
     Args:
         fp8: write the matrices of attention and feed-forwards as E4M3 codes with FP32 scales for 128x128 blocks.
-            Those that are held in FP8 are written as they are without it too.
+            Matrices held in FP8 are written as they are, also without it.
         dtype: dtype of all that is not FP8, except gates, which stay FP32; without `fp8` of all. None: see above.
-        shard_size: bytes, or a text such as "5GB" or "500MB", that no file shall exceed; a larger tensor has its own.
-        files: texts of further files, by name; instead of those copied, where both have one.
+        shard_size: maximum size of a file in bytes, or a text such as "5GB"; a larger tensor has a file of its own.
+        files: texts of further files, by name; they replace copied ones of the same name.
         config: further keys of config.json, such as eos_token_id.
         say: told how many bytes were written, and how fast. A long save shows a bar on the standard error.
 
-    Raises: ValueError if the folder holds anything already, if deepseek_v2 and deepseek_v3 do not describe the model,
-        or to quantize what is not finite.
+    Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
+        model, or if values to quantize are not finite.
     """
     path = Path(path)
     limit = parse_size(shard_size)
@@ -132,7 +132,7 @@ def refuse_filled(path: Path) -> None:
 
 
 def _described(model: Transformer) -> dict[str, Any]:
-    """Return a config.json that does not yet say how tensors are stored: the model's own, if that is still right."""
+    """Return a config.json without the dtypes of tensors: the one that was loaded, if it still fits the model."""
     origin = origin_of(model)
     if origin is None or not _describes(origin.raw, model.config):
         return {**UNKNOWN_IDS, **config_to_json(dataclasses.asdict(model.config))}
@@ -151,7 +151,7 @@ def _with_dtypes(raw: dict[str, Any], plan: SavePlan, shards: Mapping[str, Seque
 
 
 def _describes(raw: Mapping[str, Any], config: ModelConfig) -> bool:
-    """Return whether a config.json is still the model's, which may have been loaded without its MTP blocks."""
+    """Return whether a config.json fits the model, which may have been loaded without its MTP blocks."""
     if not is_hugging_face(raw):
         return False
     read = ModelConfig(**config_from_json(raw, "config.json"))
@@ -163,7 +163,7 @@ def _copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
         return
     if not origin.folder.is_dir():
         warnings.warn(
-            f"{origin.folder}, which the model was loaded from, is gone; its tokenizer is not copied along",
+            f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied",
             stacklevel=3,
         )
         return

@@ -1,4 +1,4 @@
-"""The plan of a load: which tensor of a folder goes where in a model, found from headers and shapes alone."""
+"""The plan of a load: the place in a model of each tensor of a folder, found from headers and shapes alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def plan_load(model: Transformer, tensors: Mapping[str, Stored], folder: Path, q
         model: may be on the meta device.
         quantized: the folder's config allows FP8 weights.
 
-    Raises: ValueError listing all that are missing, unknown, or do not fit.
+    Raises: ValueError listing all tensors that are missing or unknown, or do not fit.
     """
     n_layers = model.config.n_layers
     inference = is_inference_layout(folder)
@@ -100,7 +100,7 @@ def plan_load(model: Transformer, tensors: Mapping[str, Stored], folder: Path, q
 
 
 class _Search:
-    """A look-up among a folder's tensors that remembers all that is wrong with them."""
+    """A look-up in a folder's tensors that collects everything that is wrong with them."""
 
     def __init__(self, tensors: Mapping[str, Stored]) -> None:
         self.tensors = tensors
@@ -109,7 +109,7 @@ class _Search:
         self.wrong: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Stored | None:
-        """Return a tensor that is wanted in this shape and one of these stored dtypes; None if it is not there."""
+        """Return the tensor of this name, wanted in this shape and one of these dtypes; None if it is missing."""
         self.used.add(name)
         got = self.tensors.get(name)
         if got is None:

@@ -1,7 +1,7 @@
 """Folders with a checksum for every file.
 
-They are whole or not there (see dsmini/atomic.py). What breaks later, a lost file or a flipped bit, is found by
-`verify` before anything is read.
+A folder is written whole or not at all (see dsmini/atomic.py). Later damage, such as a lost file or a flipped bit, is
+found by `verify` before anything is read.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ FORMAT = 1
 def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
     """Make `folder` with these files and their manifest, all at once.
 
-    One that is there already is replaced. No other process may be writing in the folder above.
+    An existing folder is replaced. No other process may be writing in the folder above.
 
     Args:
         files: the writer of each file, by name.
 
-    Raises: OSError; nothing of the attempt is left then.
+    Raises: OSError; then nothing of the attempt is left.
     """
     remove_leftovers(folder.parent)
     with new_folder(folder, replace=True) as partial:

@@ -1,7 +1,7 @@
-"""load_pretrained: a DeepSeek model from a folder of safetensors files, as published, or as DeepSeek's code runs it.
+"""load_pretrained: a DeepSeek model from a folder of safetensors files, as published or for DeepSeek's inference code.
 
-All that is wrong with a folder is found first, from its headers and its config. Then the model is made without memory,
-on torch's meta device, and filled tensor by tensor from the mapped files. Nothing is unpickled, and no code is run.
+Headers and config are checked first. Then the model is made without memory, on torch's meta device, and filled tensor
+by tensor from the mapped files. Nothing is unpickled, and no code is run.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedOrigin:
-    """The source of a loaded model: what save_pretrained needs to write the same folder again."""
+    """The source of a loaded model, from which save_pretrained writes the same folder again."""
 
     folder: Path
     raw: Mapping[str, Any]
-    """Its config.json; empty if that was no Hugging Face one."""
+    """Content of its config.json; empty if that is not a Hugging Face one."""
     dtypes: Mapping[str, torch.dtype]
     """Stored dtype of each tensor by its Hugging Face name, the MTP blocks' copies of embedding and head too."""
     nbytes: int
@@ -57,7 +57,7 @@ ORIGIN = "pretrained_origin"
 
 
 def origin_of(model: Transformer) -> PretrainedOrigin | None:
-    """Return where a model was loaded from; None if it was not."""
+    """Return the source of a loaded model; None for a model that was not loaded."""
     return getattr(model, ORIGIN, None)
 
 
@@ -101,7 +101,7 @@ def read_pretrained(
     *,
     say: Callable[[str], None] | None = None,
 ) -> Transformer:
-    """Load a model that will not compute, only be written again. See load_pretrained."""
+    """Load a model without the warning about slow BF16, to write or train it. See load_pretrained."""
     folder = Path(folder)
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
@@ -156,9 +156,7 @@ def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
 
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError for a dtype that weights cannot have."""
-    require(
-        dtype is None or dtype in HELD, f"dtype={dtype} is no dtype of weights; use torch.bfloat16 or torch.float32"
-    )
+    require(dtype is None or dtype in HELD, f"dtype={dtype} is not for weights; use torch.bfloat16 or torch.float32")
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -207,7 +205,7 @@ def _held_bytes(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, k
 
 
 def _allocate(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool, device: torch.device) -> None:
-    """Give every parameter and buffer of a model on the meta device its memory, not yet its values."""
+    """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
     weights = fp8_weights(model)
     kinds = plan.kinds()
     for name, tensor in model.state_dict().items():
@@ -233,7 +231,7 @@ def _held(module: nn.Module, kinds: set[torch.dtype], dtype: torch.dtype | None)
 
 
 def _fill(model: Transformer, plan: LoadPlan, reader: SafetensorsReader, read: Callable[[int], None]) -> None:
-    """Copy the folder's tensors into the model, in the order of the files, letting go of each before the next."""
+    """Copy the folder's tensors into the model in the order of the files; free each before the next."""
     state, tensors = model.state_dict(), plan.tensors
 
     def place(item: tuple[Slot, str]) -> tuple[Path, int]:

@@ -1,4 +1,4 @@
-"""A quantized tensor in a safetensors file of its own: codes, scales, and their meaning in the metadata."""
+"""A quantized tensor in a safetensors file: codes and scales, with their format in the metadata."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def save_quantized(q: QuantizedTensor, path: str | Path) -> None:
 def load_quantized(path: str | Path, device: torch.device | str = "cpu") -> QuantizedTensor:
     """Read the file that `save_quantized` wrote.
 
-    Raises: ValueError for a safetensors file of something else.
+    Raises: ValueError for any other file.
     """
     try:
         reader = SafetensorsReader(Path(path))
@@ -41,7 +41,7 @@ def load_quantized(path: str | Path, device: torch.device | str = "cpu") -> Quan
         check_options(scale, AMAX_MIN, format=format)
         check_parts(codes, scales, shape, cast(Tile, tile), cast(FormatName, format))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is no file of save_quantized: {error}") from None
+        raise ValueError(f"{path} is not a file of save_quantized: {error}") from None
     return QuantizedTensor(
         codes=codes,
         scales=scales,

@@ -1,9 +1,9 @@
 """A training run's folder.
 
 runs/NAME/
-    config.toml           the whole config, with the device, dtype and threads that were really used
-    config-until-step-000030.toml     the one before, where the run continued with another
-    corpus.json           the corpus: size, hash, how the held-out part was chosen
+    config.toml           the whole config, with the device, dtype and threads that were used
+    config-until-step-000030.toml     the config until that step, if the run continued with another
+    corpus.json           the corpus: size, hash, choice of the held-out part
     tokenizer.json        a copy of the tokenizer, if it was not bytes
     init.json             the checkpoint whose weights it started from, if it did
     metrics.jsonl         one line per step
@@ -53,7 +53,7 @@ def refuse_taken(out: Path | None) -> None:
 
 
 def _next_folder(base: Path, name: str) -> Path:
-    """Make the folder with the first number after all taken ones; two runs that start at once get different ones."""
+    """Make the folder with the first free number; two runs that start at once get different ones."""
     while True:
         taken = [int(m[1]) for p in base.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
         out = base / f"{name}-{max(taken, default=0) + 1:03d}"
@@ -68,7 +68,7 @@ def _next_folder(base: Path, name: str) -> Path:
 
 @contextmanager
 def sole_trainer(run: Path) -> Iterator[None]:
-    """Hold a run's folder against other processes; the system lets go of it when this one ends, however it ends.
+    """Lock a run's folder against other processes; the system frees the lock when this process ends.
 
     Raises: ValueError if another process holds it.
     """
@@ -95,7 +95,7 @@ def run_config(run: Path) -> RunConfig:
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
     if not is_there(run / "config.toml"):
-        raise ValueError(f"{run} has no config.toml, so it is no training run; name a folder that dsmini.train wrote")
+        raise ValueError(f"{run} has no config.toml, so it is not a training run; name one that dsmini.train wrote")
     return RunConfig.from_file(run / "config.toml")
 
 
@@ -121,7 +121,7 @@ def tokenizer_file(run: Path, config: RunConfig) -> Path | None:
 
 
 def replace_config(run: Path, old: RunConfig, new: RunConfig, step: int) -> None:
-    """Store the config that holds from this step on; the one until then stays next to it."""
+    """Store the config that holds from this step; the config until then stays next to it."""
     until = run / f"config-until-step-{step:06d}.toml"
     if new != old and not until.exists():
         write_text(until, old.to_toml())

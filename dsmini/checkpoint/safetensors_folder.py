@@ -1,8 +1,8 @@
-"""Folders of safetensors files: which files there are, and which tensor is in which of them.
+"""Folders of safetensors files: their files, and the tensors in each.
 
 A folder of Hugging Face's layout has one file, model.safetensors, or several and an index. One of DeepSeek's inference
 layout has a file for each rank of a tensor-parallel group, model0-mp8.safetensors, model1-mp8.safetensors, ...; many of
-its tensors lie in pieces, one a rank. Nothing else is opened: a pickle can run code when it is read.
+its tensors are split into one piece for each rank. Nothing else is opened: a pickle can run code when it is read.
 """
 
 import re
@@ -97,7 +97,7 @@ def _inference_tensors(folder: Path) -> dict[str, Stored]:
     if missing := [name for name in ranks if name not in there]:
         raise ValueError(f"{folder} lacks {listed(missing)}; fetch what is missing")
     if extra := sorted(there - set(ranks)):
-        raise ValueError(f"{folder} has {listed(extra)}, of no rank of {len(ranks)}; remove what does not belong")
+        raise ValueError(f"{folder} has {listed(extra)}, which belong to none of the {len(ranks)} ranks; remove them")
     headers = [read_header(folder / name).tensors for name in ranks]
     lacking = []
     tensors: dict[str, Stored] = {}
@@ -131,7 +131,7 @@ def plan_shards(units: Iterable[Sequence[Entry]], shard_size: int) -> dict[str, 
     """Spread entries over files of at most shard_size bytes, unless one unit alone is larger.
 
     Args:
-        units: entries that stay in one file, such as a weight and its scales.
+        units: groups of entries that stay in one file, such as a weight and its scales.
     """
     shards: list[list[Entry]] = [[]]
     size = 0

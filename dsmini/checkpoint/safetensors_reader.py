@@ -14,8 +14,8 @@ from dsmini.reading import open_regular
 class SafetensorsReader:
     """The tensors of a file or folder, read from mapped files when they are asked for.
 
-    Opening it reads and checks all headers and no tensor. Nothing is unpickled. Memory holds what the caller keeps:
-    pages that were read go away with `release`.
+    Opening reads and checks all headers, but no tensor. Nothing is unpickled. `release` frees the pages of a tensor
+    that was read.
 
     Raises: ValueError naming every file that is missing or wrong, and what is wrong with it.
     """
@@ -31,7 +31,7 @@ class SafetensorsReader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU. Stored in a single piece it is a view of the file that copies when written to."""
+        """Return a tensor on the CPU; one in a single piece is a view of the file, with copy on write."""
         stored = self.tensors[name]
         dtype = DTYPES[stored.dtype]
         views = [self._view(piece, dtype) for piece in stored.pieces]
@@ -46,7 +46,7 @@ class SafetensorsReader:
         return {name: self.read(name) for name in self.tensors}
 
     def release(self, name: str) -> None:
-        """Let go of the memory of a tensor's pages. Views of it lose what was written to them."""
+        """Free the memory of a tensor's pages. Views of it lose what was written to them."""
         page = mmap.PAGESIZE
         for piece in self.tensors[name].pieces:
             start = piece.start // page * page

@@ -1,4 +1,4 @@
-"""The plan of a save: which tensors a model's folder has, and what each is written as."""
+"""The plan of a save: the tensors of a model's folder, and the dtype of each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -35,7 +35,7 @@ class SavePlan:
         self.gates = {f"{name}." for name, module in model.named_modules() if isinstance(module, Gate)}
         self.quantizes = fp8 and any(self.state[name].dtype != torch.float8_e4m3fn for name in self.weights)
         self.scales: dict[Slot, Tensor] = {}
-        """Scales of weights that are being quantized: made when they are written, needed once more for the codes."""
+        """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
     def units(self) -> Iterator[Sequence[Entry]]:
         """Yield the entries of the folder in the order of the model, a weight and its scales together."""
@@ -61,7 +61,7 @@ class SavePlan:
             return torch.float32 if gate else self.dtype
         stored = self.stored.get(theirs)
         held = self.state[ours].dtype
-        if stored == torch.float8_e4m3fn:  # and dequantised since
+        if stored == torch.float8_e4m3fn:  # and dequantized since
             return torch.bfloat16 if held == torch.float8_e4m3fn else held
         return stored or held
 
@@ -100,7 +100,7 @@ class SavePlan:
     def _new_scales(self, slot: Slot) -> Tensor:
         scales = tile_scales(self._value(slot), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
         if not scales.isfinite().all():
-            raise ValueError(f"{slot.name} holds infinities or NaN; E4M3 has no codes for them: save without fp8=True")
+            raise ValueError(f"{slot.name} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
         self.scales[slot] = scales
         return scales
 

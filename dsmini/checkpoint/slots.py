@@ -1,4 +1,4 @@
-"""A model seen as the tensors of a folder: experts one by one, and which matrices may be FP8."""
+"""The tensors of a model as a folder has them: experts one by one, and the matrices that may be FP8."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
 def fp8_weights(model: Transformer) -> dict[str, tuple[Linear | Experts, str]]:
     """Find the parameters that DeepSeek stores in FP8, by name, each with its module and its name there.
 
-    They are all of attention's and the feed-forwards' matrices: never embedding, head, norms, gates, or MTP's eh_proj.
+    They are the matrices of attention and the feed-forwards, not embedding, head, norms, gates or MTP's eh_proj.
     """
     out: dict[str, tuple[Linear | Experts, str]] = {}
     for path, module in model.named_modules():

@@ -2,7 +2,7 @@
 
 Ours are those of DeepSeek's inference code with two differences: the experts of a layer are stacked into one tensor,
 and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the last layer as layers N, N+1,
-...). No other file spells Hugging Face's.
+...). Hugging Face's names are in no other file.
 """
 
 import re
@@ -32,13 +32,13 @@ _EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 _STACKED = re.compile(r"(.+)ffn\.experts\.(w[123])(_scale)?")
-# DeepSeek's inference code cuts these over its ranks: rows of the ones, columns of the others
+# dimension in which DeepSeek's inference code splits these over its ranks: 0 rows, 1 columns
 _SPLIT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 _GATE_BIAS = ("ffn.gate.bias", "mlp.gate.e_score_correction_bias")
 
 
 def mtp_copies(n_layers: int, depths: Iterable[int]) -> dict[str, str]:
-    """Return the tensors in which MTP blocks repeat embedding and head, each with our name of the original."""
+    """Return the names of the MTP blocks' copies of embedding and head, each with our name of the original."""
     return {
         f"model.layers.{n_layers + depth}.{theirs}.weight": f"{ours}.weight"
         for depth in depths
@@ -47,17 +47,17 @@ def mtp_copies(n_layers: int, depths: Iterable[int]) -> dict[str, str]:
 
 
 def mtp_prefixes(n_layers: int, n_mtp_layers: int) -> tuple[str, ...]:
-    """Return what the names of a folder's MTP tensors begin with, block by block."""
+    """Return the prefix of the names of each MTP block's tensors in a folder."""
     return tuple(f"model.layers.{n_layers + depth}." for depth in range(n_mtp_layers))
 
 
 def is_derived(theirs: str) -> bool:
-    """Return whether a tensor only repeats what config.json says, as the rotary frequencies of old folders do."""
+    """Return whether a tensor repeats what config.json says, such as the rotary frequencies of old folders."""
     return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", theirs) is not None
 
 
 def is_stacked(name: str) -> bool:
-    """Return whether one of our tensors holds all experts of a layer, which folders have one by one."""
+    """Return whether one of our tensors holds all experts of a layer, which are single tensors in a folder."""
     return _STACKED.fullmatch(name) is not None
 
 
@@ -81,9 +81,9 @@ def inference_name(name: str, expert: int | None = None) -> str:
 
 
 def inference_split(theirs: str) -> int | None:
-    """Return the dimension in which DeepSeek's inference layout cuts a tensor over its ranks.
+    """Return the dimension in which DeepSeek's inference layout splits a tensor over its ranks.
 
-    None: each rank has the whole tensor; a routed expert's is whole in one rank.
+    None: each rank has the whole tensor, or one rank has a routed expert's.
     """
     if ".experts." in theirs:
         return None

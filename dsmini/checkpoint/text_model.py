@@ -1,4 +1,4 @@
-"""A model with its text side, from whatever people name: a training run, a checkpoint of it, or a model's folder."""
+"""A model with its text side, from a training run, one of its checkpoints, or a model's folder."""
 
 import warnings
 from functools import partial
@@ -29,7 +29,7 @@ def load_text_model(
     """Load a model; return it, its text side, and whether it is a training run's. The arguments are the flags of
     python -m dsmini.generate. Damaged checkpoints that are passed over and warnings are lines on the standard error.
 
-    Raises: ValueError for a path that is neither, and for a flag that is for the other.
+    Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
     """
     note = partial(say, Console(stderr=True))
     place = pick_device(device)

@@ -1,4 +1,4 @@
-"""The model that a training run has saved, to be evaluated or to start another run from."""
+"""The saved model of a training run, to evaluate it or to start another run."""
 
 import re
 import warnings
@@ -27,9 +27,9 @@ def load_run(
 
     Args:
         average: load the parameters' average over the steps instead of the last ones.
-        say: told about each checkpoint that is damaged, and passed over.
+        say: told about each damaged checkpoint that is passed over.
 
-    Raises: ValueError for a folder that is no run, has no checkpoint, or whose tensors are not the config's.
+    Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
     """
     checkpoint = model_checkpoint(path, average=average, say=say)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors["model"].values())
@@ -40,12 +40,12 @@ def load_run(
 
 
 def model_checkpoint(path: Path, *, average: bool = False, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
-    """Read the checkpoint that load_run takes, with no more tensors than a model needs. See load_run."""
+    """Read the checkpoint that load_run takes, with only the tensors of a model. See load_run."""
     check_path(path, "run")
     single = re.fullmatch(r"step-\d+", path.resolve().name) is not None and path.is_dir()
     parts = ["model", "average"] if average else ["model"]
     if average and run_config(path).train.ema_decay is None:
-        raise ValueError(f"{path} kept no average of its parameters; train with --train.ema-decay 0.99 to have one")
+        raise ValueError(f"{path} stored no average of its parameters; train with --train.ema-decay 0.99 to have one")
 
     def fits(checkpoint: Checkpoint) -> None:
         parts = sum(len(t) if t.dim() == 3 else 1 for t in checkpoint.tensors["model"].values())

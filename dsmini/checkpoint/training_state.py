@@ -1,4 +1,4 @@
-"""A training run's checkpoints: all that it needs to continue.
+"""Checkpoints of a training run: everything it needs to continue.
 
 runs/NAME/checkpoints/step-000030/
     model.safetensors       parameters and routing biases
@@ -6,7 +6,7 @@ runs/NAME/checkpoints/step-000030/
     average.safetensors     the parameters' average over the steps, if there is one
     rng.safetensors         the states of the random number generators
     config.toml             the run's config at that step
-    state.json              RunState: how far the run has come
+    state.json              RunState: the progress of the run
     manifest.json           size and checksum of the files above
 """
 
@@ -44,7 +44,7 @@ class RunState:
     skipped: int
     """Number of steps skipped because the loss or the gradient was not finite."""
     skipped_in_a_row: int
-    """Number of the last of them, which no other step has followed."""
+    """Number of skipped steps in a row at the end."""
     best_val_loss: float | None
     """Lowest validation loss so far, in nats."""
     best_val_step: int | None
@@ -54,7 +54,7 @@ class RunState:
     corpus_sha256: str
     """Hash of the corpus that was trained on."""
     row: dict
-    """Last step's line of metrics.jsonl; a validation that is due at this step is not yet in it."""
+    """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -73,8 +73,8 @@ class Checkpoint:
 def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Path:
     """Save a checkpoint whole or not at all; then remove all but the newest train.keep up to this one.
 
-    Later ones go too: the run did not continue from them because they are damaged. While steps are skipped all earlier
-    ones stay: this one has learned nothing new, and the run may have to go back further.
+    Later ones are removed too: they are damaged, since the run did not continue from them. While steps are skipped all
+    earlier ones stay, because the run may have to return to one of them.
 
     Raises: OSError; every earlier checkpoint is still there.
     """
@@ -104,11 +104,11 @@ def _save_text(text: str, path: Path) -> None:
 def last_checkpoint(
     run: Path, parts: Sequence[str], fits: Callable[[Checkpoint], None], say: Callable[[str], None]
 ) -> Checkpoint:
-    """Return the newest checkpoint that is whole and fits; name those that are not, with the reason.
+    """Return the newest checkpoint that is whole and fits; name newer ones with what is wrong with them.
 
     Args:
         parts: the stems of the tensor files to read.
-        fits: raises ValueError for tensors that are not wanted.
+        fits: raises ValueError for tensors that do not fit.
         say: told about each checkpoint that is passed over.
 
     Raises: ValueError if there is none, with all the reasons.
@@ -137,7 +137,7 @@ def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
     """Verify and read a checkpoint's folder.
 
     Args:
-        parts: the stems of the tensor files to read; the others are not looked at.
+        parts: the stems of the tensor files to read; other files are ignored.
 
     Raises: ValueError naming the file and what is wrong with it.
     """
@@ -162,7 +162,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors whose names, shapes or dtypes are not those of `want`; ValueError names the first."""
+    """Raise ValueError for the first tensor whose name, shape or dtype is not the one of `want`."""
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
             raise ValueError(f"{source} {'lacks' if name in want else 'has an unknown'} tensor {name}")

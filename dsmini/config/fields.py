@@ -1,4 +1,4 @@
-"""Checks of the fields of frozen dataclasses: names, types and ranges, with an error that says the fix."""
+"""Checks of the fields of frozen dataclasses: names, types and ranges, with an error that names the fix."""
 
 import dataclasses
 import difflib
@@ -40,7 +40,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
     """Make a config from parsed values: check names, read "none" as None, refuse wrong types.
 
     Args:
-        base: has the values that are left out; without it, the defaults.
+        base: config with the values that are left out; None: the defaults.
     """
     if not isinstance(values, dict):
         raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {brief(values)}, want a table [{prefix.rstrip('.')}]")
@@ -55,7 +55,7 @@ def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: 
 
 
 def _from_toml(value: Any, hint: Any) -> Any:
-    """Return None for "none" where None may be, and a path for a text where a path belongs: TOML has neither."""
+    """Return None for "none" and a path for a text, where the field has that type: TOML has neither."""
     choices = typing.get_args(hint)
     if value == "none" and type(None) in choices:
         return None
@@ -63,7 +63,7 @@ def _from_toml(value: Any, hint: Any) -> Any:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Refuse a value of the wrong type. An int where a float belongs becomes one, and a list where a tuple belongs."""
+    """Refuse a value of the wrong type. An int becomes a float, and a list a tuple, where the field has that type."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -129,7 +129,7 @@ def token_ids(value: Any, vocab_size: Any, where: str) -> tuple[int, ...]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as TOML can hold it: "none" for None, which it lacks, and the text of a path."""
+    """Return a value that TOML can hold: "none" for None, and the text of a path."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items() if not (key == "out" and inner is None)}
     if isinstance(value, tuple):

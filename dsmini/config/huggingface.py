@@ -45,7 +45,7 @@ _YARN = {
     "mscale_all_dim": "mscale_all_dim",
     "original_max_position_embeddings": "original_seq_len",
 }
-# keys whose only value dsmini can honour is the one given; any other value is refused
+# keys with the only value that dsmini can honour; any other value is refused
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -57,14 +57,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
     "ep_size": (1,),
 }
-# what dsmini can read of quantization_config
+# keys of quantization_config with the values that dsmini can read
 _FP8: dict[str, tuple[Any, ...]] = {
     "fmt": ("e4m3",),
     "weight_block_size": ([128, 128], (128, 128)),
     "scale_fmt": ("ue8m0", "float"),
     "expert_dtype": ("fp8",),
 }
-# keys that say nothing about what the model computes
+# keys that do not change the model's output
 _SILENT = {
     *("architectures", "model_type", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
     *("torch_dtype", "dtype", "transformers_version", "num_key_value_heads", "qk_head_dim", "head_dim"),
@@ -73,7 +73,7 @@ _SILENT = {
 }
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
-# DeepSeek's ModelArgs: what its inference JSON files leave out
+# defaults of DeepSeek's ModelArgs, for keys that its inference JSON files leave out
 _MODEL_ARGS = {
     "vocab_size": 102400,
     "dim": 2048,
@@ -155,14 +155,14 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
     out |= _yarn(raw, source)
-    # What a file leaves out is no reason to take another model's value.
+    # a missing size is not taken from another model
     missing = sorted(theirs for theirs, ours in _CONFIG.items() if ours not in out)
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
     heads = out["n_heads"]
     if raw.get("num_key_value_heads", heads) not in (heads, None):
         raise ValueError(
-            f"{source} has num_key_value_heads={brief(raw['num_key_value_heads'])}, but MLA has as many as heads; "
+            f"{source} has num_key_value_heads={brief(raw['num_key_value_heads'])}, but MLA has one for each head; "
             f"want {heads}"
         )
     return out
@@ -217,7 +217,7 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Hugging Face's config.json of a ModelConfig's fields, spelt as the released ones, without dtype and ids.
+    """Return the config.json of a ModelConfig's fields, spelled as in released ones, without dtype and token ids.
 
     Raises: ValueError for a model that neither deepseek_v3 nor deepseek_v2 describes, naming the field.
     """
@@ -264,7 +264,7 @@ def _yarn_to_json(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _fp8_to_json() -> dict[str, Any]:
-    """Return what config.json says of weights in FP8 with FP32 scales, as DeepSeek-V3's does."""
+    """Return the quantization_config of FP8 weights with FP32 scales, as DeepSeek-V3's."""
     return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -277,13 +277,13 @@ def with_mtp_layers(raw: Mapping[str, Any], n_mtp_layers: int) -> dict[str, Any]
 def with_dtypes(
     raw: Mapping[str, Any], dtype: str, replace: bool, fp8: bool, keep_quantization: bool
 ) -> dict[str, Any]:
-    """Return a config.json that says how its tensors are stored.
+    """Return a config.json with the dtypes of its tensors.
 
     Args:
         dtype: name of the dtype of what is not FP8, such as "bfloat16".
-        replace: write it even where another is stated.
-        fp8: some tensors are E4M3 codes.
-        keep_quantization: keep what is said of FP8; it need not be true of codes that are made anew.
+        replace: True to replace a dtype that is stated already.
+        fp8: True if some tensors are E4M3 codes.
+        keep_quantization: keep quantization_config; it may be wrong for codes that are made again.
     """
     out = dict(raw)
     key = "dtype" if "dtype" in out else "torch_dtype"

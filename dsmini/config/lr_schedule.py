@@ -1,15 +1,15 @@
-"""The phases of the learning rate, as a config writes them.
+"""The phases of the learning rate as written in a config.
 
     lr_schedule = ["warmup 0.05", "constant 0.5", "cosine to 0.1", "constant 0.1 at 0.03"]
 
     warmup SHARE                 up from 0 to the peak; only as the first phase
-    constant [SHARE]             flat, where the phase before ended: at the peak if there was no decay
+    constant [SHARE]             flat, at the end of the previous phase: at the peak if nothing decayed
     constant [SHARE] at LEVEL    flat, at another level
     cosine [SHARE] to LEVEL      along half a cosine
     linear [SHARE] to LEVEL      along a straight line
 
 SHARE is a share of the run's steps, LEVEL a share of the peak learning rate. One phase may leave out its share: it
-takes the steps that the others leave.
+takes the remaining steps.
 """
 
 import re
@@ -55,9 +55,9 @@ def number(value: float) -> str:
 
 @cache
 def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
-    """Read a schedule. Texts may hold several phases, or parts of one: a shell splits at spaces.
+    """Read a schedule. A text may hold several phases or a part of one, since a shell splits at spaces.
 
-    Raises: ValueError for what is not a phase, and for phases that do not fit together.
+    Raises: ValueError for a text that is not a phase, and for phases that do not fit together.
     """
     require(
         sum(map(len, texts)) <= LONGEST,
@@ -72,7 +72,7 @@ def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
     require(
         len(opened) <= 1,
         f"train.lr_schedule={written!r} leaves out the share of {' and of '.join(map(repr, opened))}; "
-        "only one phase can take the steps that are left",
+        "only one phase can take the remaining steps",
     )
     taken = sum(phase.share or 0.0 for phase in phases)
     require(
@@ -89,7 +89,7 @@ def read_phases(texts: tuple[str, ...]) -> tuple[Phase, ...]:
 
 
 def _split(texts: Iterable[str]) -> list[str]:
-    """Join the texts, and part them again before each kind of phase."""
+    """Join the texts, and split them again before each kind of phase."""
     phases: list[str] = []
     for word in " ".join(texts).replace(",", " ").split():
         if word in KINDS or not phases:

@@ -233,7 +233,7 @@ class ModelConfig:
 
 
 def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> ModelConfig:
-    """Return the config of a layer that stands alone: `config`, or the defaults, with plain arguments on top.
+    """Return the config of a single layer: `config` or the defaults, changed by plain arguments.
 
     Raises: ValueError for an unknown argument, with the nearest right one.
     """

@@ -1,4 +1,4 @@
-"""The learning-rate schedule in the keys of version 0.1.0, which old files, run folders and commands have.
+"""The learning-rate schedule in the keys of version 0.1.0, as in old files, run folders and commands.
 
     warmup | constant | decay: cosine or linear, down to lr_final | final, at lr_final | last, at lr_last
 
@@ -32,7 +32,7 @@ class OldSchedule:
     constant: float = 0.0
     """Share of the steps at the peak, after the warm-up."""
     decay: Literal["cosine", "linear"] = "cosine"
-    """Shape of the decay to lr_final; it takes the steps that are left."""
+    """Shape of the decay to lr_final; it takes the remaining steps."""
     lr_final: float = 0.1
     """Learning rate after the decay, as a share of the peak."""
     final: float = 0.0
@@ -59,7 +59,7 @@ class OldSchedule:
         """Return the old keys of a schedule.
 
         Args:
-            key: what is to be changed, for the error.
+            key: the key to change, for the error.
 
         Raises: ValueError for a schedule that the old keys cannot express.
         """
@@ -88,7 +88,7 @@ def with_phases(train: Any, base: tuple[str, ...], source: str) -> Any:
     """Return the keys of a file's section train, with lr_schedule in the place of the old keys.
 
     Args:
-        base: the schedule whose phases hold where the file has no key for them.
+        base: the schedule with the phases for which the file has no key.
         source: the name of the file, for errors.
 
     Raises: ValueError for old keys with a wrong value, next to lr_schedule, or on a schedule they do not fit.

@@ -53,7 +53,7 @@ class RunConfig:
         """Read a TOML file with the sections model, data and train.
 
         Args:
-            base: has the keys that the file leaves out; without it, the defaults.
+            base: config with the keys that the file leaves out; None: the defaults.
 
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """

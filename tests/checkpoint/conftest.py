@@ -20,14 +20,14 @@ def folder(tmp_path: Path, small_model: Build) -> Path:
 
 @pytest.fixture
 def fp8_model(small_model: Build) -> Build:
-    """A model with ragged blocks in every matrix: 576 rows in one of them, as the released kv_a_proj_with_mqa."""
+    """Return a model with ragged blocks in every matrix: 576 rows in one, as the released kv_a_proj_with_mqa."""
     sizes = {"dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "kv_lora_rank": 560, "qk_rope_head_dim": 16}
     return lambda **changes: small_model(**(sizes | {"n_mtp_layers": 1} | changes))
 
 
 @pytest.fixture
 def fp8_folder(tmp_path: Path, fp8_model: Build) -> tuple[Path, dict[str, Tensor]]:
-    """A folder in FP8, and what its tensors mean."""
+    """Write a folder in FP8; return it and the dequantized tensors."""
     model = fp8_model()
     tensors, meant = folders.in_fp8(folders.tensors_of(model))
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (5, 2)

@@ -30,7 +30,7 @@ FILES += ["config.toml", "state.json", MANIFEST]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints after steps 2 and 4."""
+    """Train a run with checkpoints after steps 2 and 4."""
     folder = tmp_path_factory.mktemp("trained")
     assert new_run(folder, **OPTIONS).train()
     return folder
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, to damage."""
+    """Copy the run, to damage it."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -58,7 +58,7 @@ def remove(path: Path, where: float) -> None:
 
 
 def swap(path: Path, where: float) -> None:
-    """The same file of the checkpoint before."""
+    """Put the same file of the earlier checkpoint there."""
     shutil.copy(path.parents[1] / "step-000002" / path.name, path)
 
 

@@ -23,7 +23,7 @@ Convert = Callable[[str, Path], tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on bytes."""
+    """Train a run of a few steps on bytes."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("to be or not to be, that is the question " * 200)
     done = commands.run(

@@ -124,7 +124,7 @@ def test_folder_without_a_model_is_refused(tmp_path: Path, folder: Path) -> None
 
 def test_wrong_arguments_are_refused(tmp_path: Path, folder: Path, small_model: Build) -> None:
     assert "fp8='int8' is unknown" in refusal(load_pretrained, folder, fp8="int8")
-    assert "dtype=torch.int8 is no dtype of weights" in refusal(load_pretrained, folder, dtype=torch.int8)
+    assert "dtype=torch.int8 is not for weights" in refusal(load_pretrained, folder, dtype=torch.int8)
     assert "device 'gpu' is unknown" in refusal(load_pretrained, folder, device="gpu")
     model = small_model()
     assert "holds files already" in refusal(save_pretrained, model, folder)

@@ -41,7 +41,7 @@ def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
     q = quantize(torch.randn(3, 130))
     save_file({"weight": torch.ones(3)}, path)
     said = "it holds ['weight'] and metadata of []; want codes, scales and tile"
-    assert refusal(load_quantized, path) == f"{path} is no file of save_quantized: {said}"
+    assert refusal(load_quantized, path) == f"{path} is not a file of save_quantized: {said}"
     save_file({"codes": q.codes, "scales": q.scales}, path, {"format": "pt"})
     assert "metadata of ['format']" in refusal(load_quantized, path)
     save_file({"codes": q.codes, "scales": q.scales, "more": q.scales.clone()}, path, {"tile": "[1, 128]"})
@@ -69,6 +69,6 @@ def test_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[s
     about = {"shape": "[3, 130]", "tile": "[1, 128]", "scale": "ue8m0", "format": "e4m3", "dtype": "float32"} | changes
     save_file({"codes": q.codes, "scales": q.scales}, path, {k: v for k, v in about.items() if v is not None})
     words = refusal(load_quantized, path)
-    assert words.startswith(f"{path} is no file of save_quantized: ") and said in words
+    assert words.startswith(f"{path} is not a file of save_quantized: ") and said in words
     path.write_bytes(b"not at all")
-    assert "is no file of save_quantized" in refusal(load_quantized, path)
+    assert "is not a file of save_quantized" in refusal(load_quantized, path)

@@ -76,7 +76,7 @@ def test_mtp_layers_are_read_from_either_key(tmp_path: Path, key: str) -> None:
             {k: v for k, v in yarn(40, 1.0).items() if k != "mscale"},
             "has mscale_all_dim=1.0 and no mscale; dsmini wants both or none",
         ),
-        ("num_key_value_heads", 8, "has num_key_value_heads=8, but MLA has as many as heads; want 128"),
+        ("num_key_value_heads", 8, "has num_key_value_heads=8, but MLA has one for each head; want 128"),
         (
             "quantization_config",
             {"quant_method": "awq"},

@@ -33,7 +33,7 @@ V3_INFERENCE = {
 
 
 def test_omitted_keys_take_model_args_defaults(tmp_path: Path) -> None:
-    """What DeepSeek's files leave out is what its ModelArgs say, not the toy's."""
+    """Keys that DeepSeek's files leave out take the defaults of its ModelArgs, not the toy's."""
     config = ModelConfig.from_file(written(tmp_path, {}))
     assert config.extended
     assert config == released("deepseek-v2-lite", max_seq_len=16384, mscale=1.0, mscale_all_dim=1.0)

@@ -81,7 +81,7 @@ def hold(
             named = any(part in said for part in (str(folder), Path(name).name, Path(name).parent.name or name))
             if not named or len(said) > 10_000 or not said.replace("\n", " ").isprintable():
                 unknown.append(f"seed {seed}, {name}: {said[:300]!r}")
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a panic of a library is not an Exception
             unknown.append(f"seed {seed}, {name}: {type(error).__name__}: {str(error)[:300]!r}")
         if time.process_time() - start > SECONDS:
             unknown.append(f"seed {seed}, {name}: {time.process_time() - start:.1f} s")
@@ -143,7 +143,7 @@ def test_toml(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run_files(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A run of two checkpoints."""
+    """Return the files of a run with two checkpoints."""
     place = tmp_path_factory.mktemp("run") / "x"
     place.mkdir()
     config = RunConfig(model=model.config, train=TrainConfig(steps=4, dtype="float32", device="cpu"), out=place)

@@ -153,7 +153,7 @@ BAD = {
     "runs/x --top-p 2": "top_p=2.0 is not above 0",
     "runs/x --min-p -1": "min_p=-1.0 is not from 0 to 1",
     "runs/x --repetition-penalty 0": "repetition_penalty=0.0 is not above 0",
-    "runs/x --average": "kept no average",
+    "runs/x --average": "stored no average",
 }
 
 

@@ -150,7 +150,7 @@ REFUSED = {
     "--resume runs/x --train.steps 20 --train.ema-decay None": "train.ema_decay (0.9 -> none)",
     "out.toml --resume runs/x --train.steps 20": "out (runs/x -> runs/y)",
     "--resume runs/nothing": "there is no folder runs/nothing",
-    "--resume runs": "is no training run",
+    "--resume runs": "is not a training run",
     "--resume runs/x/checkpoints/step-000012": "is a checkpoint, a run goes on from its last one: use --resume /",
     "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
     "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
