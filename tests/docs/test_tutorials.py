@@ -17,9 +17,10 @@ from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
 
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
+SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 SMALL = (
     "--model.dim 32 --model.inter-dim 48 --model.moe-inter-dim 16 --model.n-layers 2 --model.n-routed-experts 8 "
-    "--model.max-seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
+    f"--model.max-seq-len 32 {SMALL_TRAIN}"
 )
 """Flags that make a run of a page small. Its steps are divided by 100."""
 
@@ -31,7 +32,7 @@ def smaller(command: str) -> str:
         return command
     command = re.sub(r"--train\.steps (\d+)", lambda steps: f"--train.steps {int(steps[1]) // 100}", command)
     if command.startswith("python -m dsmini.train") and "--resume" not in command:
-        return f"{command} {SMALL}"
+        return f"{command} {SMALL if '--init' not in command else SMALL_TRAIN}"
     long = command.startswith("python -m dsmini.generate") and "--max-new-tokens" not in command
     return f"{command} --max-new-tokens 4" if long else command
 
