@@ -19,7 +19,9 @@ RULES = {
     "behind (after)": re.compile(r"\bbehind\b", re.I),
     "so many (this many)": re.compile(r"\b(?:so|as) many (?!as\b)", re.I),
     "anew (again)": re.compile(r"\banew\b", re.I),
-    "is no (is not a)": re.compile(r"\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|bigger\b|worse\b)", re.I),
+    "is no (is not a; there is no)": re.compile(
+        r"(?<!\bthere )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|bigger\b|worse\b)", re.I
+    ),
     "beside (next to, compared with)": re.compile(r"\bbeside\b", re.I),
     "twin (baseline)": re.compile(r"\btwins?\b", re.I),
     "go on (continue, run)": re.compile(r"\b(?:go|goes|going|went) on\b", re.I),
