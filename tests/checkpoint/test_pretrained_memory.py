@@ -15,7 +15,8 @@ from tests.helpers.commands import ROOT
 MEASURE = """
 import sys
 from pathlib import Path
-import dsmini, torch
+import torch
+from dsmini import load_pretrained  # by name: names of the package are imported when they are first used
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -24,7 +25,7 @@ def status(key):
 load, folder = sys.argv[1:]
 Path("/proc/self/clear_refs").write_text("5")
 base = status("VmRSS")
-model = dsmini.load_pretrained(folder, fp8=load)
+model = load_pretrained(folder, fp8=load)
 peak = status("VmHWM") - base
 print(peak, sum(t.nbytes for t in model.state_dict().values()))
 """
