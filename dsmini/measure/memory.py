@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dsmini.machine import peak_memory
 from dsmini.nn import Experts, FeedForward, Linear, Transformer
@@ -67,18 +68,20 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
             inside[pointer] = inside.get(pointer, False) or depth[0] > 0
         return t
 
-    def enter(*_: Any) -> None:
-        depth[0] += 1
-
-    def leave(*_: Any) -> None:
-        depth[0] -= 1
-
-    hooks = [
-        hook
+    multiplying = {
+        module
         for name, module in model.named_modules()
         if isinstance(module, Linear | FeedForward | Experts) and not name.endswith(("head", "eh_proj"))
-        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
-    ]
+    }
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        depth[0] += module in multiplying
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        depth[0] -= module in multiplying
+
+    # hooks of all modules: a Linear with a hook of its own would be computed, and saved, in another way
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.losses(tokens[:, :-1], tokens[:, 1:])
     for hook in hooks:

@@ -75,7 +75,7 @@ def test_number_keeps_its_bits_as_text(value: float) -> None:
         (
             ("constant", "cosine to 0"),
             "train.lr_schedule='constant, cosine to 0' leaves out the share of 'constant' and of 'cosine to 0'; "
-            "only one phase can take the steps that are left",
+            "only one phase can take the remaining steps",
         ),
         (
             ("warmup 0.7", "cosine to 0", "constant 0.6"),
