@@ -130,7 +130,7 @@ def step_flops(
 
     def amount(use: TensorUse, s: int) -> int:
         # Backward needs no result of the last product. Two results it needs: the routed experts', whose weights learn
-        # from them, and in FP8 SwiGLU's with the product after it, which are one function. MTP's blocks end with a norm.
+        # from them, and in FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm.
         last = use.name == "w2" and config.precision == "native" and not use.module.endswith("routed experts")
         last = last and not use.module.startswith("mtp")
         passes = once + (again and use.name != "head" and not last)
