@@ -17,20 +17,13 @@ def grouped_linear(
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
-        return _outside_the_graph(x, weight, ends)  # pyright: ignore[reportCallIssue]
+        from dsmini.numerics.uncompiled import grouped_linear_uncompiled
+
+        return grouped_linear_uncompiled(x, weight, ends)
     weight = weight.to(x.dtype)
     if _grouped_mm_serves(x, weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
     return grouped_linear_by_expert(x, weight, ends)
-
-
-@torch.compiler.disable
-def _outside_the_graph(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Compute grouped_linear in eager mode, between two compiled graphs.
-
-    torch cannot trace grouped_mm in FP32, nor products whose sizes are data.
-    """
-    return grouped_linear(x, weight, ends)
 
 
 def grouped_linear_by_expert(
@@ -46,17 +39,14 @@ def grouped_outer(
 ) -> Float[Tensor, "e o i"]:
     """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
-        return _outer_outside_the_graph(g, x, ends)  # pyright: ignore[reportCallIssue]
+        from dsmini.numerics.uncompiled import grouped_outer_uncompiled
+
+        return grouped_outer_uncompiled(g, x, ends)
     sizes = (g.shape[1], x.shape[1])
     if _grouped_mm_serves(x, sizes):
         return F.grouped_mm(g.T, x, offs=ends.int())
     groups = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     return torch.stack([a.T @ b for a, b in zip(g.split(groups), x.split(groups), strict=True)])
-
-
-@torch.compiler.disable
-def _outer_outside_the_graph(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return grouped_outer(g, x, ends)
 
 
 def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:

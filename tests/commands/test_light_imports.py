@@ -85,3 +85,12 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, monkeypatch: p
         )
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.stdout.splitlines() == list(asked.values()), done.stderr
+
+
+def test_layers_and_generation_load_no_compiler() -> None:
+    """torch._dynamo takes longer to import than all of dsmini."""
+    code = "import sys, dsmini; dsmini.Transformer, dsmini.generate; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
