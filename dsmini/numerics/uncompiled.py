@@ -4,9 +4,11 @@ torch cannot trace grouped_mm in FP32, nor products whose sizes are data. The mo
 compiled: torch.compiler.disable loads the compiler, for which nobody else should wait 1.5 seconds.
 """
 
+from typing import Any
+
 import torch
 
 from dsmini.numerics.products import grouped_linear, grouped_outer
 
-grouped_linear_uncompiled = torch.compiler.disable(grouped_linear)
-grouped_outer_uncompiled = torch.compiler.disable(grouped_outer)
+grouped_linear_uncompiled: Any = torch.compiler.disable(grouped_linear)
+grouped_outer_uncompiled: Any = torch.compiler.disable(grouped_outer)
