@@ -67,6 +67,8 @@ class Counter(Protocol):
     def kernel_ran(self, name: str, cost: Cost, result: Any, seconds: float) -> None: ...
 
 
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
+"""Return the innermost transform of torch.func, or None. torch.compile cannot trace the call."""
 _chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
 
@@ -98,7 +100,7 @@ class Operation(Generic[P, R]):
         # cheap checks first: decoding one token calls hundreds of operations, each a few microseconds long
         if torch.compiler.is_compiling():
             return self.static(*args, **kwargs) if torch.compiler.is_exporting() else self.plain(*args, **kwargs)
-        if is_transformed():  # torch.func refuses the autograd functions of eager versions
+        if _transform() is not None:  # torch.func refuses the autograd functions of eager versions
             return self.static(*args, **kwargs)
         forced = _chosen.get() or os.environ.get(VARIABLE) or "auto"
         if forced == "reference":
@@ -275,13 +277,12 @@ def _tensors_of(argument: Any) -> Sequence[Tensor]:
 
 def is_transformed() -> bool:
     """Return True inside a transform of torch.func (grad, vjp, jvp, vmap), in eager mode."""
-    stack: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return not torch.compiler.is_compiling() and stack.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and _transform() is not None
 
 
 def shows_numbers(tensor: Tensor) -> bool:
     """Return True where a check may look at a tensor's numbers without a wait: in eager mode on a CPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and _transform() is None
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -304,14 +305,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _is_watched(tensor: Tensor) -> bool:
     """Return True where torch must see each of its own operations, so that no kernel may run.
 
-    That holds for fake tensors, tensor subclasses, dispatch modes and function transforms. A counter is a dispatch mode
-    too, but kernels are reported to it.
+    That holds for fake tensors, tensor subclasses and dispatch modes. A counter is a dispatch mode too, but kernels are
+    reported to it.
     """
-    return (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > (_counter.get() is not None)
-        or is_transformed()
-    )
+    modes = torch._C._len_torch_dispatch_stack()
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or modes > (_counter.get() is not None)
 
 
 def _check(backend: Any, what: str) -> None:

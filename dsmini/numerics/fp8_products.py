@@ -13,7 +13,8 @@ Arguments of all of them:
     ends            row after each expert's last; None: one matrix for all rows
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,19 +60,20 @@ def _used(w: Tensor, ends: Tensor | None) -> float:
     return (torch.diff(ends, prepend=ends.new_zeros(1)) > 0).sum().item() / max(1, w.shape[0])
 
 
-def _weight_bytes(codes: Tensor, scales: Tensor, ends: Tensor | None) -> int:
-    return round(_used(codes, ends) * (codes.nbytes + scales.nbytes)) + (0 if ends is None else ends.nbytes)
+def _product_cost(*args: Any, by: int = -2) -> ops.Cost:
+    """Count a product of rows with weights, whose arguments end with w_codes, w_scales, ends and recipe.
+
+    Args:
+        by: dimension of the weights that the result has: -2 for o, -1 for k.
+    """
+    *rows_of, codes, scales, ends, recipe = args
+    weights = round(_used(codes, ends) * (codes.nbytes + scales.nbytes)) + (0 if ends is None else ends.nbytes)
+    (rows, inner), outer = rows_of[0].shape, codes.shape[by]
+    read = sum(t.nbytes for t in rows_of) + weights
+    return ops.Cost(read, rows * outer * recipe.out_dtype.itemsize, 2 * rows * outer * inner)
 
 
-def _fprop_cost(
-    x_codes: Tensor, x_scales: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
-) -> ops.Cost:
-    (rows, k), o = x_codes.shape, w_codes.shape[-2]
-    read = x_codes.nbytes + x_scales.nbytes + _weight_bytes(w_codes, w_scales, ends)
-    return ops.Cost(read, rows * o * recipe.out_dtype.itemsize, 2 * rows * o * k)
-
-
-@ops.operation("fp8_fprop", cost=_fprop_cost)
+@ops.operation("fp8_fprop", cost=_product_cost)
 def fp8_fprop(
     x_codes: Tensor,
     x_scales: Float[Tensor, "rows kt"],
@@ -98,15 +100,7 @@ def _(
     return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
 
 
-def _swiglu_cost(
-    gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
-) -> ops.Cost:
-    (rows, k), o = gate.shape, w_codes.shape[-2]
-    read = gate.nbytes + up.nbytes + _weight_bytes(w_codes, w_scales, ends)
-    return ops.Cost(read, rows * o * recipe.out_dtype.itemsize, 2 * rows * o * k)
-
-
-@ops.operation("fp8_swiglu_fprop", cost=_swiglu_cost)
+@ops.operation("fp8_swiglu_fprop", cost=_product_cost)
 def fp8_swiglu_fprop(
     gate: Float[Tensor, "rows k"],
     up: Float[Tensor, "rows k"],
@@ -128,13 +122,7 @@ def _(gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor 
     return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
 
 
-def _dgrad_cost(dy: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> ops.Cost:
-    (rows, o), k = dy.shape, w_codes.shape[-1]
-    written = rows * k * recipe.out_dtype.itemsize
-    return ops.Cost(dy.nbytes + _weight_bytes(w_codes, w_scales, ends), written, 2 * rows * o * k)
-
-
-@ops.operation("fp8_dgrad", cost=_dgrad_cost)
+@ops.operation("fp8_dgrad", cost=partial(_product_cost, by=-1))
 def fp8_dgrad(
     dy: Float[Tensor, "rows o"],
     w_codes: Tensor,

@@ -160,7 +160,7 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint) -> None:
     if state.step > steps:
         raise ValueError(f"{out} has done {state.step} steps, train.steps={steps} is fewer; use more")
     if read_summary(out).get("steps") == state.step == steps:
-        raise ValueError(f"{out} is finished: {steps} of {steps} steps; to go on raise --train.steps")
+        raise ValueError(f"{out} is finished: {steps} of {steps} steps; to continue raise --train.steps")
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:

@@ -230,7 +230,7 @@ def test_ctrl_c_while_a_command_starts_is_one_word(place: Path, monkeypatch: pyt
 
 
 REFUSED = {
-    "--resume runs/x": "runs/x is finished: 12 of 12 steps; to go on raise --train.steps",
+    "--resume runs/x": "runs/x is finished: 12 of 12 steps; to continue raise --train.steps",
     "--resume runs/x --train.steps 5": "has done 12 steps, train.steps=5 is fewer",
     "--resume runs/x --init runs/x": "use one of them",
     "--resume runs/x --out runs/y": "stays in its folder",
