@@ -48,16 +48,18 @@ def linear_cross_entropy_eager(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
     """Compute linear_cross_entropy chunk by chunk."""
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
-    rows = chunk_rows or default_rows(weight.shape[0])
+    rows = rows_at_a_time(chunk_rows, weight.shape[0])
     # gradients are always off inside the function, so it gets the mode of the caller as an argument
     return _LinearCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
-def default_rows(vocab_size: int) -> int:
-    """Return the number of rows whose FP32 logits take about 16 MiB."""
-    return max(1, 2**22 // vocab_size)
+def rows_at_a_time(chunk_rows: int | None, vocab_size: int) -> int:
+    """Return chunk_rows, which must be 1 or more; for None the number of rows whose FP32 logits take about 16 MiB."""
+    if chunk_rows is None:
+        return max(1, 2**22 // vocab_size)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} is less than 1; use 1 or more, or leave it out")
+    return chunk_rows
 
 
 def chunked_cross_entropy(

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsmini.numerics.tiles import group_sizes
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -230,5 +232,5 @@ def _unused_matrices(inputs: Sequence[Tensor]) -> int:
     if inputs[1].dim() != 3 or len(inputs) < 3:
         return 0
     ends = inputs[2].long()
-    empty = int((torch.diff(ends, prepend=ends.new_zeros(1)) == 0).sum())
+    empty = int((group_sizes(ends) == 0).sum())
     return empty * inputs[1][0].numel() * inputs[1].element_size()

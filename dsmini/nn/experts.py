@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.experts import experts
+from dsmini.nn.initialization import draw_normal
 
 
 class Experts(nn.Module):
@@ -29,7 +30,7 @@ class Experts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights from a normal distribution."""
         for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
-            nn.init.normal_(weight, std=std, generator=generator)
+            draw_normal(weight, std, generator)
 
     def forward(
         self,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig, layer_config
+from dsmini.config import ModelConfig
 from dsmini.functional.experts import expert_of, fp8_experts, quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.nn.experts import Experts
@@ -74,11 +74,13 @@ def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor)
     Raises: ValueError for a subclass of Linear or Experts, whose own forward would be lost.
     """
     if not isinstance(module, FP8Weights):
+        base = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
         if type(module) not in (Linear, Experts):
-            kind = type(module).__name__
-            raise ValueError(f"a {kind} has a forward of its own; to hold FP8 codes, derive it from QuantizedLinear")
+            raise ValueError(
+                f"a {type(module).__name__} has a forward of its own; to hold FP8 codes, derive it from {base.__name__}"
+            )
         plain: Any = module
-        plain.__class__ = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
+        plain.__class__ = base
         for buffer in scale_names(module).values():
             module.register_buffer(buffer, None)
     setattr(module, name, nn.Parameter(codes, requires_grad=False))
@@ -91,6 +93,11 @@ class FP8Weights(nn.Module):
     Codes and scales keep their dtypes under `.to(torch.bfloat16)`, which would make numbers of the codes and lose the
     scales; moves between devices work as usual. Codes are read only: a layer that holds some refuses to be trained.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for buffer in scale_names(self).values():
+            self.register_buffer(buffer, None)
 
     @property
     def holds_fp8(self) -> bool:
@@ -137,10 +144,6 @@ class FP8Weights(nn.Module):
 class QuantizedLinear(FP8Weights, Linear):
     """A Linear that holds its weight as FP8 codes, and dequantizes it to x's dtype when it is used."""
 
-    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
-        super().__init__(in_features, out_features, init_std=init_std)
-        self.register_buffer("scale", None)
-
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         weight = self.operand("weight")
         multiply: Any = linear if isinstance(weight, Tensor) else quantized_linear
@@ -173,7 +176,6 @@ class FP8Linear(FP8Weights, Linear):
         if saved_format not in ("e4m3", "e5m6"):
             raise ValueError(f"saved_format={saved_format!r} is unknown; use 'e4m3' or 'e5m6'")
         super().__init__(in_features, out_features, init_std=init_std)
-        self.register_buffer("scale", None)
         self.saved_format: Literal["e4m3", "e5m6"] = saved_format
 
     def forward(self, x: Float[Tensor, "*batch i"] | QuantizedTensor) -> Float[Tensor, "*batch o"]:
@@ -189,11 +191,6 @@ class FP8Linear(FP8Weights, Linear):
 
 class QuantizedExperts(FP8Weights, Experts):
     """Experts that hold matrices as FP8 codes. Only those that a token chose are dequantized, one after the other."""
-
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
-        super().__init__(layer_config(config, arguments))
-        for buffer in EXPERTS_SCALES.values():
-            self.register_buffer(buffer, None)
 
     def forward(
         self,
@@ -218,11 +215,6 @@ class FP8Experts(FP8Weights, Experts):
     """
 
     reads_codes = True
-
-    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
-        super().__init__(layer_config(config, arguments))
-        for buffer in EXPERTS_SCALES.values():
-            self.register_buffer(buffer, None)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from dsmini.functional.fp32 import at_least_fp32, without_autocast
 from dsmini.functional.linear import linear
 from dsmini.functional.topk import stable_topk
 from dsmini.nn.fp32 import FP32Module
+from dsmini.nn.initialization import draw_normal
 
 ScoreFunc = Callable[[Tensor], Tensor]
 SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
@@ -114,7 +115,7 @@ class Gate(FP32Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution; the bias starts at zero."""
-        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
+        draw_normal(self.weight, self.init_std, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dsmini.functional.linear import linear
 from dsmini.functional.swiglu import swiglu
+from dsmini.nn.initialization import draw_normal
 
 
 class Linear(nn.Module):
@@ -35,7 +36,7 @@ class Linear(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
-        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
+        draw_normal(self.weight, self.init_std, generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return linear(x, self.weight)
@@ -58,8 +59,9 @@ def is_direct(module: nn.Module) -> TypeGuard[Linear]:
     Return False for a module of another class, a subclass with a forward of its own, hooks (as of FSDP on this module
     alone), and a weight that is computed (torch.nn.utils.parametrize).
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return isinstance(module, Linear) and module.direct and not hooked and "weight" in module._parameters
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    replaced = any(hooks) or "forward" in module.__dict__
+    return isinstance(module, Linear) and module.direct and not replaced and "weight" in module._parameters
 
 
 def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:

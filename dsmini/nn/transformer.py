@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, default_rows, linear_cross_entropy
+from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
 from dsmini.functional.embedding import check_ids, embedding
 from dsmini.functional.recompute import recomputed
 from dsmini.nn.balance import sequence_balance_loss
@@ -17,6 +17,7 @@ from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache, CacheDtype, Form
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
+from dsmini.nn.initialization import draw_normal
 from dsmini.nn.linear import Linear, is_direct
 from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTPChain
@@ -35,7 +36,7 @@ class Embedding(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
-        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
+        draw_normal(self.weight, self.init_std, generator)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
         return embedding(tokens, self.weight)
@@ -305,7 +306,7 @@ class Transformer(nn.Module):
         """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [n, vocab]."""
         if is_direct(self.head):
             return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
-        return chunked_cross_entropy(self.head, hidden, targets, chunk_rows or default_rows(self.config.vocab_size))
+        return chunked_cross_entropy(self.head, hidden, targets, rows_at_a_time(chunk_rows, self.config.vocab_size))
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
 from dsmini.numerics.products import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import ACTIVATION_TILE, AMAX_MIN, SMALLEST_AMAX, TOKEN_TILE, WEIGHT_TILE
-from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, quantize_tiles, round_tiles
+from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, group_sizes, quantize_tiles, round_tiles
 
 BLOCK = 128
 """Terms of a sum that are added before the sum so far: N_C of the report, section 3.3.2."""
@@ -57,7 +57,7 @@ def _used(w: Tensor, ends: Tensor | None) -> float:
     """Return the share of the experts that have rows."""
     if ends is None:
         return 1.0
-    return (torch.diff(ends, prepend=ends.new_zeros(1)) > 0).sum().item() / max(1, w.shape[0])
+    return (group_sizes(ends) > 0).sum().item() / max(1, w.shape[0])
 
 
 def _product_cost(*args: Any, by: int = -2) -> ops.Cost:
@@ -203,7 +203,7 @@ def _add_blocks(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], recipe: Recipe
 
 def _rows_of(x: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
     """Return the rows of each expert."""
-    return (x,) if ends is None else x.split(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
+    return (x,) if ends is None else x.split(group_sizes(ends).tolist())
 
 
 def _matrices(w: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,11 +1,8 @@
 """Multiply matrices in the FP8 of DeepSeek-V3, simulated: forward, input gradient and weight gradient.
 
-For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6):
-
-    fprop   y  = Q(x) Q(W)^T       x in 1x128 tiles, W in 128x128 blocks: both along k, which is summed over
-    dgrad   dx = Q(dy) Q(W)        dy in 1x128 tiles along o
-    wgrad   dW = Q(dy)^T Q(x)      summed over tokens, so both in 128x1 tiles: dy from its own values, x from the codes
-                                   that forward saved; with power-of-two scales normal numbers lose nothing
+For y = x W^T with x [n, k] and W [o, k], all operands are E4M3 with a scale for every tile (report, figure 6). The
+three products are in fp8_products.py. wgrad takes dy from its own values and x from the codes that forward saved; with
+power-of-two scales normal numbers lose nothing.
 
 Tensors for backward are saved as FP8 codes and scales: W, and x once, however many products read it.
 
@@ -237,7 +234,7 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
             raise ValueError(f"x is on {x.device} and {name} on {other.device}; move one of them")
     if ops.is_transformed():
         raise ValueError("FP8 products do not work inside torch.func; use backward(), or a model without FP8")
-    if ends is not None and ends.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ends is not None and ops.shows_numbers(ends):
         cuts = [0, *ends.tolist()]
         if ends.is_floating_point() or cuts != sorted(cuts) or cuts[-1] != x.shape[0]:
             raise ValueError(

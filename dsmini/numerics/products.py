@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsmini.numerics.tiles import group_sizes
+
 
 def grouped_linear(
     x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
@@ -16,7 +18,7 @@ def grouped_linear(
     Args:
         ends: the row after each group's last; the last of them is the number of rows. Groups may be empty.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
+    if _breaks_the_graph(x):
         from dsmini.numerics.uncompiled import grouped_linear_uncompiled
 
         return grouped_linear_uncompiled(x, weight, ends)
@@ -30,7 +32,7 @@ def grouped_linear_by_expert(
     x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "rows o"]:
     """Compute grouped_linear as a loop over the experts, for any dtype and stride. Waits for the device's sizes."""
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    sizes = group_sizes(ends).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
 
 
@@ -38,15 +40,20 @@ def grouped_outer(
     g: Float[Tensor, "rows o"], x: Float[Tensor, "rows i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "e o i"]:
     """Compute g_j^T x_j for each group of rows, the gradient of grouped_linear's weight. An empty group gives zeros."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16:
+    if _breaks_the_graph(x):
         from dsmini.numerics.uncompiled import grouped_outer_uncompiled
 
         return grouped_outer_uncompiled(g, x, ends)
     sizes = (g.shape[1], x.shape[1])
     if _grouped_mm_serves(x, sizes):
         return F.grouped_mm(g.T, x, offs=ends.int())
-    groups = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    groups = group_sizes(ends).tolist()
     return torch.stack([a.T @ b for a, b in zip(g.split(groups), x.split(groups), strict=True)])
+
+
+def _breaks_the_graph(x: Tensor) -> bool:
+    """Return True while torch compiles a product that it cannot trace."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype != torch.bfloat16
 
 
 def _grouped_mm_serves(x: Tensor, sizes: Sequence[int]) -> bool:

@@ -167,6 +167,11 @@ def _scales(amax: Tensor, scale: Scale, format: FormatName, amax_min: float) -> 
     return torch.where(amax.isfinite(), scales, torch.nan)
 
 
+def group_sizes(ends: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
+    """Return the number of rows of each group, from the row after the last of each."""
+    return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
 def _round_groups(
     x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
 ) -> Tensor:
@@ -176,7 +181,7 @@ def _round_groups(
     """
     rows, e = x.shape[0], ends.shape[0]
     ends = ends.long()
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+    sizes = group_sizes(ends)
     tiles = (sizes + tile[0] - 1) // tile[0]
     row = torch.arange(rows, device=x.device)
     group = torch.searchsorted(ends, row, right=True)

@@ -217,8 +217,14 @@ def test_holding_fp8_keeps_a_subclass_from_losing_its_forward() -> None:
             return 2 * super().forward(x)
 
     q = quantize(torch.randn(130, 200), WEIGHT_TILE)
-    with pytest.raises(ValueError, match="a Doubled has a forward of its own"):
+    with pytest.raises(ValueError, match=r"a Doubled has a forward of its own; .* derive it from QuantizedLinear"):
         hold_fp8(Doubled(200, 130), "weight", q.codes, q.scales)
+
+    class OtherExperts(Experts):
+        pass
+
+    with pytest.raises(ValueError, match=r"a OtherExperts has .* derive it from QuantizedExperts"):
+        hold_fp8(OtherExperts(), "w1", q.codes, q.scales)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

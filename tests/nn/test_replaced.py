@@ -196,3 +196,25 @@ def test_embedding_subclass_computes_in_its_own_dtype() -> None:
     model = Transformer(**SMALL)
     model.embed = Embedding(61, 24).double()
     assert model.embedded(torch.tensor([[1]])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["head", "layers.0.attn.wkv_b", "layers.0.ffn.w2"])
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_backward_hook_of_a_linear_is_called(name: str, precision: str) -> None:
+    model = Transformer(**SMALL, precision=precision)
+    seen: list[int] = []
+    model.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(1))
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 12))
+    model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    assert seen
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("chunk_rows", [0, -1])
+def test_chunk_rows_below_one_are_refused(own_head: bool, chunk_rows: int) -> None:
+    model = Transformer(**SMALL)
+    if not own_head:
+        model.head = nn.Linear(SMALL["dim"], SMALL["vocab_size"], bias=False)
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 12))
+    with pytest.raises(ValueError, match=f"chunk_rows={chunk_rows} is less than 1"):
+        model.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=chunk_rows)

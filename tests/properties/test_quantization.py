@@ -141,7 +141,7 @@ def test_a_matrix_of_many_strips() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Return the number of elements of the largest FP32 tensor that is computed inside."""
+    """Number of elements of the largest FP32 tensor that is computed inside."""
 
     numel = 0
 
