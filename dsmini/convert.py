@@ -3,31 +3,28 @@
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
-from dsmini import accounting, ops
-from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
-from dsmini.checkpoint.pretrained import origin_of, read_pretrained
+from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.tensor_names import mtp_prefixes
-from dsmini.checkpoint.trained_model import load_run
 from dsmini.config import RunConfig
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
-from dsmini.nn import Transformer
 from dsmini.reading import check_path, is_there, parse_json, read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from dsmini.nn import Transformer
+
 BEGIN_TOKEN = "<｜begin▁of▁sentence｜>"
 
 
@@ -69,40 +66,31 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(ConvertCommand, "convert", args, help=HELP)
+    # what loads torch is imported after --help
+    import torch
+
+    from dsmini import accounting, ops
+    from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
+
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
-    files: dict[str, str] = {}
-    ids: dict[str, Any] = {}
-    start = time.monotonic()
-    check_path(command.src, "SRC")
-    if is_there(command.src / "config.toml"):
-        model, config = load_run(command.src, average=command.average, say=tell)
-        nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
-        files, ids = _tokenizer_files(command.src, config)
-    else:
-        if command.average:
-            raise ValueError(f"--average is for a training run, and {command.src} is not one; leave it out")
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: tell(str(message))
-            model = read_pretrained(command.src, fp8="keep")
-        origin = origin_of(model)
-        assert origin is not None
-        nbytes, seconds = origin.nbytes, origin.seconds
+    model, nbytes, seconds, files, ids = _read(command, tell)
     tell(rate("read", nbytes, seconds))
     saved = save_pretrained(
         model,
         command.dst,
         command.fp8,
-        dtype=DTYPES[command.dtype],
+        dtype=None if command.dtype == "stored" else getattr(torch, command.dtype),
         shard_size=command.shard_size,
         files=files,
         config=ids,
         say=tell,
     )
+    n_parameters = accounting.parameters(model.config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
-    tell(f"{command.dst}: {written} with {_count(model):,} parameters, for dsmini and transformers")
+    tell(f"{command.dst}: {written} with {n_parameters:,} parameters, for dsmini and transformers")
     if prefixes := mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers):
         tell(
             f"transformers will list the tensors of {', '.join(prefix[:-1] for prefix in prefixes)} as unexpected and "
@@ -112,7 +100,7 @@ def main(args: Sequence[str]) -> int:
         figures = {
             "src": str(command.src),
             "dst": str(command.dst),
-            "parameters": _count(model),
+            "parameters": n_parameters,
             "bytes_read": nbytes,
             "read_seconds": seconds,
             "bytes_written": saved.nbytes,
@@ -123,8 +111,27 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _count(model: Transformer) -> int:
-    return accounting.parameters(model.config).total
+def _read(
+    command: ConvertCommand, tell: Callable[[str], None]
+) -> "tuple[Transformer, int, float, dict[str, str], dict[str, Any]]":
+    """Read SRC; return its model, the bytes and seconds of that, and a run's tokenizer files and special ids."""
+    from dsmini.checkpoint.pretrained import origin_of, read_pretrained
+    from dsmini.checkpoint.trained_model import load_run
+
+    start = time.monotonic()
+    check_path(command.src, "SRC")
+    if is_there(command.src / "config.toml"):
+        model, config = load_run(command.src, average=command.average, say=tell)
+        nbytes, seconds = sum(t.nbytes for t in model.state_dict().values()), time.monotonic() - start
+        return model, nbytes, seconds, *_tokenizer_files(command.src, config)
+    if command.average:
+        raise ValueError(f"--average is for a training run, and {command.src} is not one; leave it out")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: tell(str(message))
+        model = read_pretrained(command.src, fp8="keep")
+    origin = origin_of(model)
+    assert origin is not None
+    return model, origin.nbytes, origin.seconds, {}, {}
 
 
 def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict[str, Any]]:
@@ -140,11 +147,12 @@ def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict
     if isinstance(tokenizer, BPETokenizer):
         content = read_text(tokenizer.path)
         about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
-        named = {token["content"]: token["id"] for token in parse_json(content, "it").get("added_tokens", [])}
+        added = parse_json(content, str(tokenizer.path)).get("added_tokens", [])
+        named = {token["content"]: token["id"] for token in added}
         if BEGIN_TOKEN in named:
             about["bos_token"] = BEGIN_TOKEN
             ids["bos_token_id"] = named[BEGIN_TOKEN]
-    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}, ids
+    return {"tokenizer.json": content, "tokenizer_config.json": as_json(about)}, ids
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import dsmini
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.plan"}
+COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert"}
 BY_ALL = {"dsmini.reading"}
 """The reader of JSON and TOML, which imports nothing of dsmini."""
 # for each module or package the parts of dsmini that it may import; a package includes its modules
@@ -54,13 +54,14 @@ MAY_IMPORT = {
     "dsmini.generate": {"dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"},
     "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.convert": {
-        *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.nn", "dsmini.ops"),
+        *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console"),
+        *("dsmini.nn", "dsmini.ops"),
         "dsmini.text",
     },
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
-        *("dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.training"),
+        *("dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.text.tokenizer", "dsmini.training"),
     },
     "dsmini.training.optim": {"dsmini.config", "dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},

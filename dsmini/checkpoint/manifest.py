@@ -5,6 +5,7 @@ found by `verify` before anything is read.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def verify(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         if name not in listed:
             raise ValueError(f"{MANIFEST} does not list {name}")
-        want, got = listed[name], _fingerprint_if_there(folder / name)
-        if got is None:
+        if not is_there(folder / name):
             raise ValueError(f"{name} is missing")
+        want, got = listed[name], _fingerprint(folder / name)
         if got["bytes"] != want["bytes"]:
             raise ValueError(f"{name} has {got['bytes']} bytes, {MANIFEST} says {want['bytes']}")
         if got["sha256"] != want["sha256"]:
@@ -72,14 +73,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _fingerprint_if_there(path: Path) -> dict[str, Any] | None:
-    if not is_there(path):
-        return None
     try:
-        return _fingerprint(path)
+        with open_regular(path) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            return {"bytes": nbytes, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
         raise ValueError(f"cannot read {path.name}: {error.strerror}") from None

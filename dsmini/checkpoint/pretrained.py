@@ -118,8 +118,10 @@ def read_pretrained(
         plan.refuse_mixed_stacks()
     for scales in plan.scales.values():
         refuse_bad_scales(f"{folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
-    refuse_too_large(_held_bytes(model, plan, dtype, fp8 == "keep"), f"the model of {folder}", place)
-    _allocate(model, plan, dtype, fp8 == "keep", place)
+    held = _held_dtypes(model, plan, dtype, fp8 == "keep")
+    nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
+    refuse_too_large(nbytes, f"the model of {folder}", place)
+    _allocate(model, held, place)
     with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
     origin = PretrainedOrigin(
@@ -194,31 +196,30 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     return dataclasses.replace(config, n_mtp_layers=0)
 
 
-def _held_bytes(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool) -> int:
-    """Return the bytes that `_allocate` takes, without the scales of FP8 weights."""
-    kinds, total = plan.kinds(), 0
-    for name, tensor in model.state_dict().items():
-        module = model.get_submodule(name.rpartition(".")[0])
+def _held_dtypes(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool) -> dict[str, torch.dtype]:
+    """Return the dtype in which each tensor of a model is held, by its name: that of E4M3 for weights kept in FP8."""
+    kinds, held = plan.kinds(), {}
+    for name in model.state_dict():
         codes = keep and torch.float8_e4m3fn in kinds[name]
-        total += tensor.numel() * (1 if codes else _held(module, kinds[name], dtype).itemsize)
-    return total
+        module = model.get_submodule(name.rpartition(".")[0])
+        held[name] = torch.float8_e4m3fn if codes else _held(module, kinds[name], dtype)
+    return held
 
 
-def _allocate(model: Transformer, plan: LoadPlan, dtype: torch.dtype | None, keep: bool, device: torch.device) -> None:
+def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
     weights = fp8_weights(model)
-    kinds = plan.kinds()
     for name, tensor in model.state_dict().items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        if keep and torch.float8_e4m3fn in kinds[name]:
+        if held_dtypes[name] == torch.float8_e4m3fn:
             holder, attribute = weights[name]
             blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape
             codes = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=device)
             scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
             hold_fp8(holder, attribute, codes, scales)
             continue
-        held = torch.empty(tensor.shape, dtype=_held(module, kinds[name], dtype), device=device)
+        held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
         is_parameter = attribute in dict(module.named_parameters(recurse=False))
         setattr(module, attribute, nn.Parameter(held) if is_parameter else held)
 

@@ -49,15 +49,18 @@ def refuse_taken(out: Path | None) -> None:
 
     What a run left that was killed before it had a config.toml does not count.
     """
+    if out is None:
+        return
     try:
-        taken = out is not None and out.exists() and (not out.is_dir() or _is_taken(out))
+        taken = out.exists() and (not out.is_dir() or _is_taken(out))
     except OSError as error:
         raise ValueError(f"cannot make the folder {out}: {error.strerror}; choose another with --out") from None
-    if out is not None and taken:
-        if not out.is_dir():
-            raise ValueError(f"--out {out} is not a folder; choose a new one")
-        held = "another run" if (out / "config.toml").exists() else "other files"
-        raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+    if not taken:
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder; choose a new one")
+    held = "another run" if (out / "config.toml").exists() else "other files"
+    raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
 
 
 def _is_taken(folder: Path) -> bool:

@@ -34,8 +34,10 @@ def load_run(
     checkpoint = model_checkpoint(path, average=average, say=say)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors["model"].values())
     refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
-    model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
-    model.load_state_dict(model_tensors(checkpoint))
+    with torch.device("meta"):  # weights that are drawn first would be overwritten
+        model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
+    # copies, because the tensors are views of the file
+    model.load_state_dict({name: tensor.clone() for name, tensor in model_tensors(checkpoint).items()}, assign=True)
     return model.eval(), checkpoint.config
 
 

@@ -16,15 +16,13 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from dsmini import Transformer, load_pretrained  # by name: the package imports a name when it is first used
+from dsmini import load_pretrained  # by name: the package imports a name when it is first used
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 load, folder = sys.argv[1:]
-with torch.device("meta"):  # the first random number there makes torch import its compiler
-    Transformer()
 Path("/proc/self/clear_refs").write_text("5")
 base = status("VmRSS")
 model = load_pretrained(folder, fp8=load)

@@ -14,11 +14,12 @@ import pytest
 
 import dsmini
 from dsmini.__main__ import main
+from tests.conftest import SMALL
 from tests.helpers.commands import ROOT
 
 HEAVY = ("torch", "matplotlib", "tokenizers", "jinja2", "safetensors")
 # command lines that load none of them
-LIGHT = ["dsmini --help", "dsmini.train --help", "dsmini.generate --help", "dsmini.tokenize --help"]
+LIGHT = ["dsmini --help", *(f"dsmini.{name} --help" for name in ("train", "generate", "tokenize", "convert"))]
 PROGRAM = """
 import contextlib, io, json, runpy, sys
 import dsmini
@@ -87,10 +88,14 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, monkeypatch: p
     assert done.stdout.splitlines() == list(asked.values()), done.stderr
 
 
-def test_layers_and_generation_load_no_compiler() -> None:
+def test_layers_and_loading_load_no_compiler(tmp_path: Path) -> None:
     """torch._dynamo takes longer to import than all of dsmini."""
-    code = "import sys, dsmini; dsmini.Transformer, dsmini.generate; print('torch._dynamo' in sys.modules)"
+    dsmini.save_pretrained(dsmini.Transformer(**SMALL), tmp_path / "m")
+    code = f"import sys, dsmini; dsmini.generate, dsmini.load_pretrained({str(tmp_path / 'm')!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", f"{code}; print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() == "False", done.stdout + done.stderr
