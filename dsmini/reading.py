@@ -189,7 +189,7 @@ def parse_json(text: str, source: str) -> Any:
     if text.count("{") + text.count("[") > DEEPEST:
         _refuse_deep(value, source)
     if bad:
-        raise ValueError(f"{source}: {_place(value, bad[0])} is {bad[0].words}; want a finite number")
+        raise ValueError(f"{source}: {readable(_place(value, bad[0]))} is {bad[0].words}; want a finite number")
     return value
 
 
@@ -197,8 +197,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises: ValueError naming the file and what is wrong with it."""
     text = read_text(path, LARGEST_TOML)
     # dotted keys take tomllib a time that grows with the square of their parts
-    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', "", text)
-    if any(line.count(".") > 10 * DEEPEST for line in bare.splitlines()):
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*', "", text)
+    if any(part.count(".") > 10 * DEEPEST for line in bare.splitlines() for part in line.split(",")):
         raise ValueError(_too_deep(f"{path}"))
     try:
         value = tomllib.loads(text)
@@ -211,6 +211,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     _refuse_deep(value, f"{path}")
     for key, number in _numbers(value):
         if number.bit_length() > 1024:
+            key = readable(key)
             raise ValueError(f"{path}: {key} is a number of hundreds of digits; want one that a float can hold")
     return value
 

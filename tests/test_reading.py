@@ -28,11 +28,13 @@ def test_json_values_are_the_librarys() -> None:
         ('{"a": -Infinity}', "x: a is -Infinity; want a finite number"),
         ('{"a": 1e999}', "x: a is 1e999, which is beyond any float; want a finite number"),
         ('{"a": ' + "9" * 5000 + "}", "x: a is a number of 5,000 digits; want a finite number"),
+        ('{"a\\u001b": 1e999}', r"x: 'a\x1b' is 1e999, which is beyond any float"),
+        ('{"' + "a" * 20_000 + '": 1e999}', "x: '" + "a" * 299 + "... is 1e999, which is beyond any float"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "x names 'c' twice; keep one of the two"),
         ("{", "x is not JSON: Expecting property name"),
         ("", "x is not JSON: Expecting value"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_json_that_no_caller_can_use_is_refused(text: str, sentence: str) -> None:
     assert refusal(parse_json, text, "x").startswith(sentence)
@@ -58,8 +60,8 @@ def test_toml_that_no_caller_can_use_is_refused(tmp_path: Path, text: str, sente
 
 
 def test_dots_inside_texts_are_no_nesting(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text(f'a = "{"." * 5000}"\nb = 1.5\n')
-    assert read_toml(tmp_path / "x.toml") == {"a": "." * 5000, "b": 1.5}
+    (tmp_path / "x.toml").write_text(f'a = "{"." * 5000}"\nb = 1.5  # {"." * 5000}\nc = [{"1.5, " * 5000}]\n')
+    assert read_toml(tmp_path / "x.toml") == {"a": "." * 5000, "b": 1.5, "c": [1.5] * 5000}
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

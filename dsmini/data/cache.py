@@ -28,7 +28,7 @@ from dsmini.data import fim
 from dsmini.data.documents import NAMED, LeftOut, ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
-from dsmini.reading import read_table
+from dsmini.reading import read_bytes, read_table
 from dsmini.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -111,7 +111,7 @@ class CorpusCache:
             "root": str(self.source.root.resolve()),  # two folders may hold files of equal names, sizes and times
             "files": files,
             "val_fraction": self.config.val_fraction,
-            "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+            "tokenizer": None if tokenizer is None else hashlib.sha256(read_bytes(tokenizer)).hexdigest(),
             "fim": [self.config.fim_rate, self.seed] if self.config.fim_rate else None,
         }
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]

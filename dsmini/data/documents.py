@@ -8,6 +8,7 @@ import codecs
 import dataclasses
 import gzip
 import os
+import re
 import shlex
 import sysconfig
 import zlib
@@ -190,7 +191,7 @@ class LeftOut(NamedTuple):
 
     name: str
     reason: str
-    """empty, binary, UTF-16 or UTF-32."""
+    """empty, binary, UTF-32, UTF-16, or UTF-16LE or UTF-16BE for a text without a byte order mark."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -238,10 +239,11 @@ def _why_not_text(chunk: bytes, first: bool) -> str:
         return ""
     if first and chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
-    zeros = [chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1)]  # of ASCII every second byte
-    every_second = len(chunk) > 8 and max(zeros) > 0.3 and min(zeros) < 0.03
-    if first and (every_second or chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+    if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
+    even, odd = (chunk[start:4096:2].count(0) / len(chunk[:4096]) for start in (0, 1))  # of ASCII every second byte
+    if first and len(chunk) > 8 and max(even, odd) > 0.3 and min(even, odd) < 0.03:
+        return "UTF-16BE" if even > odd else "UTF-16LE"
     return "binary"
 
 
@@ -254,8 +256,9 @@ def left_out_in_words(first: Sequence[str], total: int) -> str:
     """
     more = [f"and {total - len(first):,} more"] if total > len(first) else []
     words = f"{total:,} left out: " + (", ".join([*map(readable, first), *more]) if first else "empty or not text")
-    if any(name.endswith("(UTF-16)") for name in first):
-        words += "; to include UTF-16 text: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+    found = {match for name in first for match in re.findall(r"\((UTF-\d+(?:LE|BE)?)\)$", name)}
+    for encoding in sorted(found):
+        words += f"; to include {encoding} text: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
     return words
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsmini.checkpoint.run_folder import run_config, tokenizer_file
 from dsmini.config import DataConfig, RunConfig, TrainConfig
-from dsmini.reading import is_there, read_table
+from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.training.changes import check_init, check_resume
 
 if TYPE_CHECKING:  # what reads weights loads torch, so it is imported where it is used: --help is instant
@@ -173,7 +173,7 @@ def _check_tokenizer(run: Path, old: RunConfig, config: RunConfig) -> None:
         return
     if not given.is_file():
         raise ValueError(f"there is no file {given}; leave --data.tokenizer out: {own} is used")
-    if given.read_bytes() != own.read_bytes():
+    if read_bytes(given) != read_bytes(own):
         raise ValueError(
             f"{run} was trained with {own}, {given} is another tokenizer; leave --data.tokenizer out, "
             "or start a new run"

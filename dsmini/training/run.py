@@ -2,17 +2,20 @@
 
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
+from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
 from dsmini.machine import peak_memory
+from dsmini.text.tokenizer import Tokenizer
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
@@ -104,6 +107,11 @@ class TrainingRun:
             if asked:
                 self._save()  # if the signal came after the last save
         return not asked
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in the run's folder, or that of bytes."""
+        return run_tokenizer(self.folder, self.config)
 
     def _metrics(self) -> TextIO:
         """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""

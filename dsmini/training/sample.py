@@ -4,7 +4,6 @@ import shlex
 
 import torch
 
-from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.console.messages import say
 from dsmini.console.printable import printable
 from dsmini.inference.generation import Generation
@@ -26,7 +25,7 @@ def write_sample(run: TrainingRun) -> str:
     train, console = run.config.train, run.console
     if not train.sample_tokens:
         return ""
-    tokenizer = run_tokenizer(run.folder, run.config)
+    tokenizer = run.tokenizer
     decoder, text = tokenizer.stream(), train.sample_prompt
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)
@@ -59,7 +58,7 @@ def offered_prompt(run: TrainingRun) -> str:
     text = corpus.val if corpus.rearranged else corpus.train  # held-out text is never rearranged
     tokens = text[:256].tolist()
     first = tokens[: tokens.index(corpus.end_of_document)] if corpus.end_of_document in tokens else tokens
-    lines = run_tokenizer(run.folder, run.config).decode(first).splitlines()
+    lines = run.tokenizer.decode(first).splitlines()
     for words in (line.split()[:PROMPT_WORDS] for line in lines):
         prompt = " ".join(words)
         fits = 0 < len(prompt) <= PROMPT_CHARACTERS and prompt.isprintable() and "\ufffd" not in prompt

@@ -29,7 +29,7 @@ from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.reading import read_table
+from dsmini.reading import read_bytes, read_table
 from dsmini.training.changes import check_resume
 from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
 from dsmini.training.run import TrainingRun
@@ -107,7 +107,7 @@ def _begin(training: TrainingRun, weights: FirstWeights | None) -> list[str]:
     config, folder = training.config, training.folder
     write_json(folder / "corpus.json", training.trainer.corpus.describe())
     if config.data.tokenizer is not None:
-        write_bytes(folder / "tokenizer.json", config.data.tokenizer.read_bytes())
+        write_bytes(folder / "tokenizer.json", read_bytes(config.data.tokenizer))
     if weights is not None:
         write_json(folder / INIT, weights.describe())
     write_text(folder / "config.toml", config.to_toml())
