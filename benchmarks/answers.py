@@ -40,7 +40,7 @@ def report(
 
 def busy_warnings(results: Results, names: Iterable[str]) -> list[str]:
     """Return one sentence if the machine was not steady while any of these questions was measured."""
-    busy = [name for name, finished in results.of_questions(names).items() if finished.unsteady(name)]
+    busy = results.unsteady(names)
     if not busy:
         return []
     return [
@@ -116,7 +116,7 @@ def warnings_of_changes(names: Iterable[str], old: Results, new: Results) -> lis
         if before != now:
             said.append(f"The settings differ: {before} before, {now} now.")
     for when, results in (("before", old), ("now", new)):
-        if busy := [name for name, finished in results.of_questions(names).items() if finished.unsteady(name)]:
+        if busy := results.unsteady(names):
             said.append(f"The machine was not steady {when} in {', '.join(busy)}.")
     return said
 

@@ -1,6 +1,6 @@
 """Show results: tables in the terminal, and the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from benchmarks import answers
 from benchmarks.questions import Question
 from dsmini.atomic import write_text
 from dsmini.console.messages import say
-from dsmini.report import Section, comparison
+from dsmini.report import Figure, Section, comparison
 from dsmini.report.results import Finished, Results
 from dsmini.report.rows import case_words
 from dsmini.report.terminal import show_question, show_table
@@ -40,11 +40,10 @@ class Display:
 
     def show_all(self, results: Results) -> int:
         """Show the tables and the page. Return the exit status."""
-        having = results.of_questions(self.names)
-        for name, finished in having.items():
+        for name, finished in results.of_questions(self.names).items():
             self.show(self.known[name], finished)
         self.draw(results)
-        return 1 if sum([self.unequal(finished) for finished in having.values()]) else 0
+        return 1 if self.unequal(results.figures(self.names)) else 0
 
     def show(self, question: Question, finished: Finished) -> None:
         """Print the figures of a question, its warning and its finding."""
@@ -76,9 +75,9 @@ class Display:
             say(self.console, warning, style="yellow")
         self.draw(results, answers.changes_section(self.changes, str(path), warnings))
 
-    def unequal(self, finished: Finished) -> int:
+    def unequal(self, figures: Iterable[Figure]) -> int:
         """Return the number of counts that differ from their prediction, and name each."""
-        wrong = [figure for name in self.names for figure in finished.figures(name) if figure.equal is False]
+        wrong = [figure for figure in figures if figure.equal is False]
         for f in wrong:
             said = f"{human(f.measured, f.unit, True)}, predicted: {human(f.predicted, f.unit, True)}"
             say(self.console, f"{f.question} {case_words(f)}: {words(f.metric)} is {said}", style="bold red")

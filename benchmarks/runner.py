@@ -23,7 +23,7 @@ from benchmarks.session import Session
 from dsmini import ops
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
-from dsmini.machine import pick_device, pick_dtype
+from dsmini.machine import faster_dtype, pick_device, pick_dtype
 from dsmini.measure import calibration
 from dsmini.measure.rates import Roofs
 from dsmini.report import provenance
@@ -153,7 +153,6 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
 
 def _pick_dtype(name: str, device: torch.device, roofs: Roofs) -> torch.dtype:
     """Pick as dsmini.machine.pick_dtype does, but from stored rates if possible, so that a rerun picks the same."""
-    peak = roofs.peak
-    if name == "auto" and {"float32", "bfloat16"} <= set(peak):
-        return torch.bfloat16 if peak["bfloat16"] > 1.2 * peak["float32"] else torch.float32
+    if name == "auto" and {"float32", "bfloat16"} <= set(roofs.peak):
+        return faster_dtype(roofs.peak["float32"], roofs.peak["bfloat16"])
     return pick_dtype(name, device)

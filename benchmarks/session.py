@@ -80,7 +80,8 @@ class Session:
         if failed:
             said = f"{plural(failed, 'case')} failed; tracebacks are in {self.display.path}"
             say(self.display.console, said, style="bold red")
-        return 1 if self.display.unequal(finished) or failed else 0
+        figures = [figure for name in self.display.names for figure in finished.figures(name)]
+        return 1 if self.display.unequal(figures) or failed else 0
 
     def _spent(self) -> float:
         return time.monotonic() - self.began

@@ -60,7 +60,7 @@ def load_or_measure(
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
             return from_json(stored[key])
     roofs = measure(device, on_part)
-    stored = {**(stored if isinstance(stored, dict) else {}), key: asdict(roofs)}
+    stored[key] = asdict(roofs)
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_text(keep, json.dumps(stored))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dsmini.measure.counting import Count, CountedOperation, count
 from dsmini.measure.rates import Roofs, flops_rate, point_seconds, product_rate
 
-CLASSES = {"scatter": "gather", "other": "pointwise"}
+CLASSES = {"scatter": "gather", "optimizer": "pointwise"}
 """Classes for the kinds of operations that have no rate of their own."""
 
 
@@ -49,13 +49,12 @@ def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
 
 
 def by_kind(operations: Iterable[CountedOperation], roofs: Roofs) -> dict[str, dict[str, float]]:
-    """Return the sums of calls, FLOPs, bytes, measured and predicted seconds of each kind of operation."""
+    """Return the sums of calls, FLOPs, measured and predicted seconds of each kind of operation."""
     totals: dict[str, dict[str, float]] = {}
     for op in operations:
-        total = totals.setdefault(op.kind, dict.fromkeys(("calls", "flops", "bytes", "measured", "predicted"), 0.0))
+        total = totals.setdefault(op.kind, dict.fromkeys(("calls", "flops", "measured", "predicted"), 0.0))
         total["calls"] += 1
         total["flops"] += op.flops
-        total["bytes"] += op.bytes
         total["measured"] += op.seconds
         total["predicted"] += operation_seconds(op, roofs)
     return totals
@@ -71,4 +70,4 @@ def _class(op: CountedOperation) -> str:
         return "softmax"
     if op.name == "_to_copy":
         return "cast"
-    return CLASSES.get(op.kind, "pointwise" if op.kind == "optimizer" else op.kind)
+    return CLASSES.get(op.kind, op.kind)

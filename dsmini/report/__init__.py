@@ -1,6 +1,6 @@
 """Figures, tables, plots, one HTML page, results with provenance, and the comparison of two runs.
 
-Benchmarks, plan and diagnose share this look. Start with Report.
+Start with Report.
 """
 
 from dsmini.report.figures import Figure, Plot, Series, Table, Value, pick, values

@@ -148,6 +148,10 @@ class Results:
         """Return the latest figures of these questions."""
         return [figure for name, finished in self.of_questions(names).items() for figure in finished.figures(name)]
 
+    def unsteady(self, names: Iterable[str]) -> list[str]:
+        """Return those of these questions during which the machine was not steady."""
+        return [name for name, finished in self.of_questions(names).items() if finished.unsteady(name)]
+
     def seconds(self, question: str, key: str, quick: bool) -> float | None:
         """Return the seconds of the last run of a case with the same quick, under any fingerprint."""
         having = [f for f in self.by_fingerprint.values() if (question, key) in f.done and f.run.quick == quick]
