@@ -138,11 +138,6 @@ class Writer:
         return Answers(rows=answers, stats=generation.stats, interrupted=interrupted)
 
     def _generation(self, prompts: Sequence[list[int]]) -> Generation:
-        longest, context = max(map(len, prompts)), self.model.config.max_seq_len
-        if self.context is None and longest > context:
-            raise ValueError(
-                f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it"
-            )
         return Generation(
             self.model,
             prompts,

@@ -65,15 +65,12 @@ class ChatTemplate:
 
 
 class Chat:
-    """Encodes conversations by a template and a tokenizer.
+    """Encodes conversations by a template and a tokenizer."""
 
-    Raises: ValueError for a tokenizer.json that BPETokenizer refuses.
-    """
-
-    def __init__(self, template: ChatTemplate, tokenizer_file: Path) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: BPETokenizer) -> None:
         self._template = template
-        markup = [token for token in BPETokenizer(tokenizer_file).added if template.writes(token)]
-        self.tokenizer = BPETokenizer(tokenizer_file, markup=[token for token in markup if _is_markup(token)])
+        markup = [token for token in tokenizer.added if template.writes(token) and _is_markup(token)]
+        self.tokenizer = BPETokenizer(tokenizer.path, markup=markup)
         """The folder's tokenizer, in which the tokens that the template writes are markup: no text can spell them."""
         self._tokens = self.tokenizer.markup
         longest_first = sorted(self._tokens, key=len, reverse=True)  # as the library matches

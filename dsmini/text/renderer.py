@@ -104,9 +104,9 @@ class Renderer:
 
     def _why(self, status: int) -> str:
         """Return the reason for which the process ended without an answer."""
-        if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
+        if status == -signal.SIGPROF:
             return f"it takes more than {self._seconds:g} s of CPU time"
-        if hasattr(signal, "SIGKILL") and status == -signal.SIGKILL:
+        if status == -signal.SIGKILL:
             return f"it takes more than {PATIENCE:g} s, or more memory than there is"
         return f"it crashes its process, with status {status}"
 

@@ -13,6 +13,7 @@ This file imports nothing of dsmini, so that the process starts quickly.
 """
 
 import json
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -87,9 +88,7 @@ class Worker:
 
 def _limit_memory(nbytes: int) -> None:
     """Limit the memory of this process, where the system can (Linux), and forbid writing to files."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
@@ -97,8 +96,7 @@ def _limit_memory(nbytes: int) -> None:
 
 def _limit_seconds(seconds: float) -> None:
     """Let the system end this process after so much CPU time from now, even inside an expression; 0 ends the limit."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _sentence(error: Exception, memory: int) -> str:

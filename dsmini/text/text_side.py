@@ -58,7 +58,7 @@ def read_text_side(folder: Path, *, tokenizer: str | None = None, chat: bool = F
         tokenizer=bpe,
         begin=_begin(bpe, config),
         ends=_ends(folder, config, bpe.added),
-        chat=None if template is None else Chat(template, path),
+        chat=None if template is None else Chat(template, bpe),
     )
 
 

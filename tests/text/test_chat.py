@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsmini.text.chat import MARK, Chat, ChatTemplate, Message
 from dsmini.text.text_side import read_text_side
+from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.text_folders import ASSISTANT, BOS, EOS, TEMPLATE, USER, save_text_side, save_tokenizer
 
 
@@ -29,7 +30,7 @@ def chat(folder: Path) -> Chat:
 
 def chat_of(folder: Path, source: str) -> Chat:
     template = ChatTemplate(source, Path("t.jinja"), {"bos_token": BOS, "eos_token": EOS})
-    return Chat(template, folder / "tokenizer.json")
+    return Chat(template, BPETokenizer(folder / "tokenizer.json"))
 
 
 def user(chat: Chat, *contents: str) -> list[Message]:

@@ -233,7 +233,7 @@ def _try(library: Path, compiler: tuple[str, ...]) -> None:
     (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
     if done.returncode == 0:
         return
-    why = _last_line(done)
+    why = _lines(done)[-1]
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         why = f"it ends a process by {name}" + (", as code for another CPU does" if name == "SIGILL" else "")
@@ -248,13 +248,13 @@ def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]
 
 
 def _first_error(done: Done) -> str:
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"status {done.returncode}")
+    lines = _lines(done)
+    return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
-def _last_line(done: Done) -> str:
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return lines[-1] if lines else f"status {done.returncode}"
+def _lines(done: Done) -> list[str]:
+    """Return the lines that a program printed, or its exit status if there are none."""
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"status {done.returncode}"]
 
 
 def _gomp_parallel() -> int:
