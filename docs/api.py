@@ -16,7 +16,7 @@ from markupsafe import Markup
 import dsmini
 
 HIDDEN = ("dsmini.__main__", "dsmini.generate")
-"""Modules without a page: to import the command dsmini/generate.py would hide the function dsmini.generate."""
+"""Modules without a page. The command dsmini/generate.py has the name of the function dsmini.generate."""
 
 
 def children(module: ModuleType) -> dict[str, pkgutil.ModuleInfo]:

@@ -79,7 +79,9 @@ def test_links_and_test_names_exist(page: Path) -> None:
         assert (page.parent / link).exists(), link
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for name in set(re.findall(r"\btest_\w+\b(?!\.py)", text)):
-        assert f"def {name}(" in tests or list((ROOT / "tests").rglob(f"{name}.py")) or f"{name}.py" in text, name
+        assert f"def {name}(" in tests or list((ROOT / "tests").rglob(f"{name}.py")), name
+    for path in re.findall(r"\btests/[\w/]+\.py\b", text):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
