@@ -109,7 +109,7 @@ def _plot(step: str, found: list[Figure], shares: list[Figure], memory: float, a
     at = [float(f.case["intensity"]) for f in found]
     low, high = min(at) / 2, max(4 * ridge, 2 * max(at))
     series = [Series(label="roof", x=[low, ridge, high], y=[low * memory, arithmetic, arithmetic], dashed=True)]
-    seconds = {str(f.case["kind"]): 0.0 for f in found}
+    seconds = {str(f.case["kind"]): 0.0 for f in (*found, *shares)}
     for f in shares:
         seconds[str(f.case["kind"])] += f.measured or 0.0
     kinds = sorted(seconds, key=lambda kind: -seconds[kind])

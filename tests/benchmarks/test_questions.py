@@ -161,6 +161,14 @@ def test_findings_and_plots_are_made_of_what_there_is(answers: dict[str, list[Fi
                 assert series.dashed or plot.labels is None or max(series.x) < len(plot.labels)
 
 
+def test_the_roofline_is_drawn_without_the_rates_of_a_kind(answers: dict[str, list[Figure]]) -> None:
+    figures = answers["roofline"]
+    for kind in {str(f.case["kind"]) for f in pick(figures, "flop_rate")}:
+        some = [f for f in figures if f.metric != "flop_rate" or f.case["kind"] != kind]
+        drawn = [series.label for plot in QUESTIONS["roofline"].plots(some) for series in plot.series]
+        assert "roof" in drawn and kind not in drawn
+
+
 def test_keys_of_cases_differ_between_quick_and_full() -> None:
     for question in QUESTIONS.values():
         cases = [question.cases(dataclasses.replace(setting(), quick=quick)) for quick in (True, False)]
