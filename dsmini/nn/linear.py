@@ -34,6 +34,14 @@ class Linear(nn.Module):
         self.init_std = init_std
         self.reset_parameters()
 
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
         draw_normal(self.weight, self.init_std, generator)
@@ -50,7 +58,7 @@ class Linear(nn.Module):
         return self.weight.to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+        return f"{self.in_features}, {self.out_features}"
 
 
 def is_direct(module: nn.Module) -> TypeGuard[Linear]:

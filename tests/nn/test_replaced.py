@@ -11,17 +11,18 @@ from torch.nn.utils import parametrize
 import dsmini
 from dsmini import Transformer
 from dsmini.nn import Embedding, FP8Linear, Linear
+from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
 from dsmini.nn.linear import dense_weight, is_direct
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
 class LoRA(nn.Module):
-    """The base and a product of rank 2: base(x) + B A x."""
+    """The base and a product of rank 2: base(x) + B A x. It asks for the sizes by the names of nn.Linear."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
-        o, i = base.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+        o, i = base.out_features, base.in_features
         self.base = base
         self.a, self.b = nn.Parameter(torch.randn(2, i) * i**-0.5), nn.Parameter(torch.randn(o, 2))
 
@@ -46,8 +47,7 @@ class LowRank(nn.Module):
 
 
 def as_subclass(lora: LoRA) -> nn.Module:
-    o, i = lora.base.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
-    layer = LoRALinear(i, o)
+    layer = LoRALinear(lora.base.in_features, lora.base.out_features)
     layer.weight, layer.a, layer.b = lora.base.weight, lora.a, lora.b  # pyright: ignore[reportAttributeAccessIssue]
     return layer
 
@@ -124,6 +124,13 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
     assert dsmini.generate(model, prompts, **speculative).tokens.equal(
         dsmini.generate(want, prompts, **speculative).tokens
     )
+
+
+def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
+    layer: Any = Linear(130, 3)
+    hold_fp8(layer, "weight", torch.zeros(3, 130).to(torch.float8_e4m3fn), torch.ones(1, 2))
+    assert type(layer) is QuantizedLinear and (layer.in_features, layer.out_features) == (130, 3)
+    assert (FP8Linear(130, 3).in_features, FP8Linear(130, 3).out_features) == (130, 3)
 
 
 def test_replaced_head_and_embedding_get_gradients() -> None:
