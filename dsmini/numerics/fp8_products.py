@@ -25,7 +25,15 @@ from dsmini import ops
 from dsmini.numerics.accumulation import Accumulator
 from dsmini.numerics.products import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import ACTIVATION_TILE, AMAX_MIN, SMALLEST_AMAX, TOKEN_TILE, WEIGHT_TILE
-from dsmini.numerics.tiles import FormatName, Scale, dequantize_tiles, group_sizes, quantize_tiles, round_tiles
+from dsmini.numerics.tiles import (
+    FormatName,
+    Scale,
+    dequantize_tiles,
+    group_sizes,
+    listed_sizes,
+    quantize_tiles,
+    round_tiles,
+)
 
 BLOCK = 128
 """Terms of a sum that are added before the sum so far: N_C of the report, section 3.3.2."""
@@ -203,7 +211,7 @@ def _add_blocks(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], recipe: Recipe
 
 def _rows_of(x: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
     """Return the rows of each expert."""
-    return (x,) if ends is None else x.split(group_sizes(ends).tolist())
+    return (x,) if ends is None else x.split(listed_sizes(ends, x.shape[0]))
 
 
 def _matrices(w: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:

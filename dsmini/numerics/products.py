@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsmini.numerics.tiles import group_sizes
+from dsmini.numerics.tiles import listed_sizes
 
 
 def grouped_linear(
@@ -32,7 +32,7 @@ def grouped_linear_by_expert(
     x: Float[Tensor, "rows i"], weight: Float[Tensor, "e o i"], ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "rows o"]:
     """Compute grouped_linear as a loop over the experts, for any dtype and stride. Waits for the device's sizes."""
-    sizes = group_sizes(ends).tolist()
+    sizes = listed_sizes(ends, x.shape[0])
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
 
 
@@ -47,7 +47,7 @@ def grouped_outer(
     sizes = (g.shape[1], x.shape[1])
     if _grouped_mm_serves(x, sizes):
         return F.grouped_mm(g.T, x, offs=ends.int())
-    groups = group_sizes(ends).tolist()
+    groups = listed_sizes(ends, x.shape[0])
     return torch.stack([a.T @ b for a, b in zip(g.split(groups), x.split(groups), strict=True)])
 
 

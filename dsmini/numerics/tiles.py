@@ -172,6 +172,11 @@ def group_sizes(ends: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
     return torch.diff(ends, prepend=ends.new_zeros(1))
 
 
+def listed_sizes(ends: Int[Tensor, " e"], rows: int) -> list[int]:
+    """Return group_sizes as numbers, for which the host waits. On the meta device the first group has all rows."""
+    return [rows, *[0] * (ends.shape[0] - 1)] if ends.is_meta else group_sizes(ends).tolist()
+
+
 def _round_groups(
     x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float, dtype: torch.dtype, ends: Tensor
 ) -> Tensor:

@@ -48,6 +48,18 @@ def test_meta_model_is_filled_by_its_modules(changes: dict[str, Any]) -> None:
             assert 0.5 < tensor.std() / usual.config.init_std < 1.5 or name.endswith(("wo.weight", "w2", "w2.weight"))
 
 
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_meta_model_gives_the_shapes_of_its_outputs(changes: dict[str, Any]) -> None:
+    model, tokens = Transformer(**SMALL | changes), torch.zeros(2, 13, dtype=torch.int64)
+    want = model.run(tokens, mtp=True)
+    model, tokens = model.to("meta"), tokens.to("meta")
+    got = model.run(tokens, mtp=True)
+    assert got.logits.is_meta and got.logits.shape == want.logits.shape
+    assert [r.indices.shape for r in got.routing] == [r.indices.shape for r in want.routing]
+    model.losses(tokens, tokens).total.backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_whole_model_resets_modules_of_other_classes() -> None:
     model = Transformer(**SMALL)
     model.layers[0].attn.wo = nn.Linear(15, 24, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
