@@ -27,6 +27,25 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
         raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}; use {choice}")
 
 
+def mask_function(given: C) -> C:
+    """Return the mask of an attention; raise ValueError unless it is a function or None."""
+    require(
+        given is None or callable(given),
+        f"mask is a {type(given).__name__}, want a function of the positions of queries and keys; use lambda q, k: "
+        "hidden[q, k] for a tensor that is True for hidden keys",
+    )
+    return given
+
+
+def require_subclass(name: str, given: Any, base: type) -> None:
+    """Raise ValueError for a class that is not derived from the base. A function that makes modules may be anything."""
+    require(
+        callable(given) and (not isinstance(given, type) or issubclass(given, base)),
+        f"{name} is {given.__name__ if isinstance(given, type) else brief(given)}, want {base.__name__}, a class "
+        "derived from it, or a function that makes one",
+    )
+
+
 def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix: str) -> None:
     """Raise ValueError for the first key that is not known, with the nearest known one."""
     for key in given:

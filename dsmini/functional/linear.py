@@ -20,13 +20,13 @@ def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
 @ops.operation("linear", cost=_cost)
 def linear(x: Float[Tensor, "*batch i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*batch o"]:
     """Return x W^T, computed in x's dtype. The weight may have another dtype."""
-    _refuse_codes(x, weight)
+    _check(x, weight)
     return einsum(x, weight.to(x.dtype), "... i, o i -> ... o")
 
 
 @linear.eager
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    _refuse_codes(x, weight)
+    _check(x, weight)
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -51,10 +51,10 @@ def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> An
     return quantize(x) if every and isinstance(x, Tensor) else x
 
 
-def _refuse_codes(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor) -> None:
     for name, given in (("x", x), ("weight", weight)):
         if not isinstance(given, Tensor):
-            raise ValueError(
-                f"{name} is a {type(given).__name__}, want a tensor; multiply codes by nn.FP8Linear, or "
-                f"{name}.dequantize()"
-            )
+            fix = f"multiply codes by nn.FP8Linear, or {name}.dequantize()"
+            raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
+    if x.shape[-1:] != weight.shape[-1:]:
+        raise ValueError(f"x is {tuple(x.shape)}, want [..., {weight.shape[-1]}], as wide as the layer's input")

@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig, layer_config
+from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.functional.cached_attention import Mask
 from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table, apply_rope
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask = mask_function(mask)
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
         if c.attention == "mla":
             raise ValueError("attention='mla' is another module; use MLA, or attention='mha', 'gqa' or 'mqa'")

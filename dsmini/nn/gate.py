@@ -124,11 +124,10 @@ class Gate(FP32Module):
 
         Raises: ValueError for an x that is not [n, dim].
         """
-        if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
-            raise ValueError(
-                f"the gate got {tuple(x.shape)}; want [n, {self.weight.shape[1]}], a row for each token; use "
-                "x.flatten(0, -2)"
-            )
+        m = self.weight.shape[1]
+        if x.dim() != 2 or x.shape[1] != m:
+            fix = "; use x.flatten(0, -2)" if x.shape[-1:] == (m,) else ""
+            raise ValueError(f"the gate got {tuple(x.shape)}; want [n, {m}], a row for each token{fix}")
         # fp32: bf16 scores tie, and ties pick different experts on different devices
         with without_autocast(x):
             logits = linear(at_least_fp32(x), self.weight)

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig, layer_config
+from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.functional.cached_attention import (
     AttentionWork,
     Mask,
@@ -83,7 +83,7 @@ class MLA(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask = mask_function(mask)
         c = layer_config(config, arguments)
         self.rope = Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_head_dim)

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig, layer_config
+from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.functional.linear import quantize_once
 from dsmini.functional.swiglu import swiglu
 from dsmini.nn.fp8 import make_experts, make_linear
@@ -46,6 +46,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         c = layer_config(config, arguments)
+        require_subclass("gate_class", gate_class, Gate)
         self.gate = gate_class(c)
         if not isinstance(self.gate, Gate):
             kind = type(self.gate).__name__

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig, layer_config
+from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
 from dsmini.functional.embedding import check_ids, embedding
 from dsmini.functional.recompute import recomputed
@@ -90,6 +90,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = layer_config(config, arguments)
         self.compute_dtype = compute_dtype
+        require_subclass("make_block", make_block, Block)
         self.rope = Rope.from_config(c)
         self.embed = Embedding(c.vocab_size, c.dim, init_std=c.init_std)
         self.embed_norm = RMSNorm(c.dim, c.norm_eps) if c.embed_norm else None
@@ -278,6 +279,9 @@ class Transformer(nn.Module):
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
         """
+        if targets.shape != tokens.shape:
+            got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
+            raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
         counted = (targets != IGNORE).sum().clamp(min=1)
 

@@ -216,16 +216,37 @@ def model_with_gate(gate_class: Any) -> Transformer:
     return Transformer(**SMALL, make_block=functools.partial(Block, moe_class=moe_class))
 
 
-def test_gate_class_must_make_a_gate() -> None:
-    with pytest.raises(ValueError, match="gate_class makes a Identity, want a Gate"):
-        model_with_gate(nn.Identity)
+@pytest.mark.parametrize("layer", [MLA, Attention])
+def test_tensor_as_a_mask_is_refused_by_the_constructor(layer: Any) -> None:
+    unchecked: Any = inspect.unwrap(layer.__init__)  # without the type checks of these tests
+    with pytest.raises(ValueError, match=r"mask is a Tensor, want a function .*; use lambda q, k: hidden\[q, k\]"):
+        unchecked(layer.__new__(layer), mask=torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("gate_class", "words"),
+    [
+        (nn.Linear, "gate_class is Linear, want Gate, a class derived from it, or a function that makes one"),
+        (lambda config: nn.Identity(), "gate_class makes a Identity, want a Gate"),
+    ],
+)
+def test_gate_class_must_make_a_gate(gate_class: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        model_with_gate(gate_class)
+
+
+@pytest.mark.parametrize("make_block", [MLA, nn.Linear])
+def test_make_block_must_make_a_block(make_block: Any) -> None:
+    with pytest.raises(ValueError, match=r"make_block is (MLA|Linear), want Block, a class derived from it, or"):
+        Transformer(**SMALL, make_block=make_block)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 24), (5, 23), (24,)], ids=str)
 def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
     unchecked: Any = inspect.unwrap(Gate.forward)  # without the type checks of these tests
-    with pytest.raises(ValueError, match=r"the gate got \(.*\); want \[n, 24\], a row for each token"):
+    with pytest.raises(ValueError, match=r"the gate got \(.*\); want \[n, 24\], a row for each token") as refused:
         unchecked(Gate(**SMALL), torch.zeros(shape))
+    assert ("flatten" in str(refused.value)) == (shape[-1] == 24), "which does not change the width"
 
 
 def test_another_gate_is_handed_to_transformer() -> None:

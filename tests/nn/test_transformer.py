@@ -1,5 +1,6 @@
 """The whole model: causality, its losses, dtypes, errors, and that two models or two runs leave each other alone."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, ModelConfig, MoE, RMSNorm, Transformer
+from dsmini import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, ModelConfig, MoE, RMSNorm, Transformer, ops
 from dsmini.nn import Embedding, Losses
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, MOVED, UNMOVED, relative_error, rounding
 
@@ -240,6 +241,21 @@ def test_layers_run_alone() -> None:
     assert MoE()(x)[0].shape == Block(layer=0)(x)[0].shape == MTP()(x, x)[0].shape == x.shape
     assert Gate()(x[0]).indices.shape == (9, 4)
     assert Embedding(7, 192)(torch.tensor([[0, 6]])).shape == (1, 2, 192)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kind", [MLA, Attention, FeedForward])
+def test_input_of_the_wrong_width_is_refused(kind: Any, backend: str | None) -> None:
+    forward: Any = inspect.unwrap(kind.forward)  # without the type checks of these tests
+    with ops.use(backend), pytest.raises(ValueError, match=r"x is \(1, 4, 32\), want \[\.\.\., 64\]"):
+        forward(kind(dim=64), torch.randn(1, 4, 32))
+
+
+def test_losses_ask_for_a_target_for_each_token(small_model: Model) -> None:
+    model, x = small_model(), torch.zeros(2, 9, dtype=torch.int64)
+    losses: Any = inspect.unwrap(type(model).losses)  # without the type checks of these tests
+    with pytest.raises(ValueError, match=r"targets are \(2, 9\), tokens \(2, 8\); want a target for each token"):
+        losses(model, x[:, :-1], x)
 
 
 def test_routing_bias_is_saved_and_never_optimised(small_model: Model) -> None:
