@@ -16,7 +16,7 @@ from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
-from dsmini.data.documents import NAMED, find, left_out_in_words, measure
+from dsmini.data.documents import find, left_out_in_words, measure, not_utf8_in_words
 from dsmini.data.split import split
 from dsmini.data.texts import read_first, read_texts
 from dsmini.text.bpe import SMALLEST, SPECIAL_TOKENS, train_bpe
@@ -74,9 +74,14 @@ def main(args: Sequence[str]) -> int:
         "held_out_bytes": sum(map(len, held_out)),
         "held_out_tokens": tokens,
         "bytes_per_token": sum(map(len, held_out)) / tokens,
+        "left_out": list(map(str, left_out)),
+        "not_utf8": [document.name for document in documents if not document.utf8],
     }
-    if left_out:
-        say(console, left_out_in_words(list(map(str, left_out[:NAMED])), len(left_out)))
+    where = "the figures of --json"
+    if figures["left_out"]:
+        say(console, left_out_in_words(figures["left_out"], where))
+    if figures["not_utf8"]:
+        say(console, not_utf8_in_words(figures["not_utf8"], where, as_bytes=False))
     _show(console, source.describe(len(documents)), figures, config)
     if command.json:
         print(json.dumps(figures))

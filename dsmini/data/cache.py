@@ -25,13 +25,13 @@ from dsmini.atomic import STALE_AFTER, as_json, finish_folder, partial_folder, r
 from dsmini.config import DataConfig
 from dsmini.config.fields import check_types
 from dsmini.data import fim
-from dsmini.data.documents import NAMED, LeftOut, ProgressCallback, Reader, Source, measure
+from dsmini.data.documents import LeftOut, ProgressCallback, Reader, Source, measure
 from dsmini.data.split import Split, split
 from dsmini.data.tokenising import Tokenising, token_dtype
 from dsmini.reading import read_bytes, read_table
 from dsmini.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of an entry; changes whenever the same corpus would be written otherwise."""
 _HASHED_ON_LOAD = 256 << 20
 """Bytes of the largest entry whose tokens are hashed each time: that takes less than a second."""
@@ -46,7 +46,9 @@ class Meta:
     skipped: int
     """Number of files that are empty or not text."""
     left_out: tuple[str, ...] = ()
-    """The first of them, each with the reason."""
+    """Their names, each with the reason."""
+    not_utf8: tuple[str, ...] = ()
+    """Names of the texts that are not UTF-8."""
     split: str
     train_tokens: int
     val_tokens: int
@@ -132,7 +134,8 @@ class CorpusCache:
                     "choose another place with --out"
                 ) from None
             try:
-                meta = self._write(partial, left_out, parts, progress)
+                not_utf8 = tuple(document.name for document in texts if not document.utf8)
+                meta = self._write(partial, left_out, not_utf8, parts, progress)
                 check(meta.train_tokens, meta.val_tokens)
                 (partial / "meta.json").write_text(as_json(asdict(meta)), encoding="utf-8")
                 self._keep(partial)
@@ -155,7 +158,14 @@ class CorpusCache:
             if _damage(self.entry) is not None:
                 finish_folder(partial, self.entry, replace=True)
 
-    def _write(self, folder: Path, left_out: Sequence[LeftOut], parts: Split, progress: ProgressCallback) -> Meta:
+    def _write(
+        self,
+        folder: Path,
+        left_out: Sequence[LeftOut],
+        not_utf8: tuple[str, ...],
+        parts: Split,
+        progress: ProgressCallback,
+    ) -> Meta:
         """Write the tokens of both parts into a folder, and return the content of its meta.json."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         digest = hashlib.sha256()
@@ -176,7 +186,8 @@ class CorpusCache:
             format=FORMAT,
             files=len(self.source.documents) - len(left_out),
             skipped=len(left_out),
-            left_out=tuple(map(str, left_out[:NAMED])),
+            left_out=tuple(map(str, left_out)),
+            not_utf8=not_utf8,
             split=parts.words,
             train_tokens=tokens["train"],
             val_tokens=tokens["val"],

@@ -34,7 +34,9 @@ class Corpus:
     skipped: int
     """Number of files of a folder that were left out because they are not text."""
     left_out: Sequence[str] = ()
-    """The first of them, each with the reason."""
+    """Their names, each with the reason."""
+    not_utf8: Sequence[str] = ()
+    """Names of the texts that are not UTF-8."""
     split: str
     """Sentence that says how the held-out part was chosen."""
     sha256: str
@@ -55,6 +57,7 @@ class Corpus:
             "files": self.files,
             "skipped": self.skipped,
             "left_out": list(self.left_out),
+            "not_utf8": list(self.not_utf8),
             "split": self.split,
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
@@ -198,6 +201,7 @@ def load_corpus(
         files=entry.meta.files,
         skipped=entry.meta.skipped,
         left_out=entry.meta.left_out,
+        not_utf8=entry.meta.not_utf8,
         split=entry.meta.split,
         sha256=entry.meta.sha256,
         end_of_document=tokenizer.end_of_document,

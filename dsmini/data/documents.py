@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dsmini.reading import listed, readable
+from dsmini.reading import listed
 
 NAMED = 3
 """Number of files that are named where some are left out."""
@@ -51,6 +51,8 @@ class Document:
     """Time of the last change, in nanoseconds."""
     size: int = 0
     """Bytes of text, once measured."""
+    utf8: bool = True
+    """True if the text is UTF-8, once measured."""
 
     def chunks(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
         """Yield the text from byte `start` on, and with each chunk how many bytes on disk were read so far.
@@ -206,16 +208,17 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
     texts: list[Document] = []
     left_out: list[LeftOut] = []
     for document in source.documents:
-        size, reason = 0, "empty"
+        size, reason, utf8 = 0, "empty", _UTF8Check()
         for chunk, stored in document.chunks():
             reason = _why_not_text(chunk, first=size == 0) if source.kind != "library" else ""
             size += len(chunk)
+            utf8.see(chunk)
             progress("reading", done + stored, total)
             if reason:
                 break
         done += document.stored
         if source.kind == "library" or not reason:
-            texts.append(dataclasses.replace(document, size=size))
+            texts.append(dataclasses.replace(document, size=size, utf8=source.kind == "library" or utf8.holds()))
         else:
             left_out.append(LeftOut(document.name, reason))
     if source.kind == "file" and left_out:
@@ -227,6 +230,26 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
             "name a folder with text files"
         )
     return texts, left_out
+
+
+class _UTF8Check:
+    """A check of a text that comes in chunks."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._valid = True
+
+    def see(self, chunk: bytes, final: bool = False) -> None:
+        try:
+            self._decoder.decode(chunk if self._valid else b"", final)
+        except UnicodeDecodeError:
+            self._valid = False
+            self._decoder.reset()
+
+    def holds(self) -> bool:
+        """Return True if all chunks together are UTF-8."""
+        self.see(b"", final=True)
+        return self._valid
 
 
 def _why_not_text(chunk: bytes, first: bool) -> str:
@@ -247,19 +270,39 @@ def _why_not_text(chunk: bytes, first: bool) -> str:
     return "binary"
 
 
-def left_out_in_words(first: Sequence[str], total: int) -> str:
+def left_out_in_words(names: Sequence[str], where: str) -> str:
     """Return in words which files of a corpus are not text, and what to do about those in another encoding.
 
     Args:
-        first: the first of them, each with the reason.
-        total: number of them all.
+        names: all of them, each with the reason.
+        where: place that names all, for a list that is cut.
     """
-    more = [f"and {total - len(first):,} more"] if total > len(first) else []
-    words = f"{total:,} left out: " + (", ".join([*map(readable, first), *more]) if first else "empty or not text")
-    found = {match for name in first for match in re.findall(r"\((UTF-\d+(?:LE|BE)?)\)$", name)}
+    words = f"{len(names):,} left out: {_first_of(names, where)}"
+    found = {match for name in names for match in re.findall(r"\((UTF-\d+(?:LE|BE)?)\)$", name)}
     for encoding in sorted(found):
         words += f"; to include {encoding} text: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
     return words
+
+
+def not_utf8_in_words(names: Sequence[str], where: str, as_bytes: bool) -> str:
+    """Return in words which texts of a corpus are not UTF-8, how they are read, and what to do.
+
+    Bytes hold any text of single bytes, so such files are read, but a model learns two spellings of one letter.
+
+    Args:
+        names: all of them.
+        where: place that names all, for a list that is cut.
+        as_bytes: a token is a byte; False: a tokenizer reads characters.
+    """
+    how = "read byte by byte as they are" if as_bytes else "read with U+FFFD for each other byte"
+    return (
+        f"{len(names):,} not UTF-8, {how}: {_first_of(names, where)}; to convert Latin-1: "
+        "iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
+    )
+
+
+def _first_of(names: Sequence[str], where: str) -> str:
+    return listed(names, NAMED) + (f" (all are in {where})" if len(names) > NAMED else "")
 
 
 def _fix(path: Path, reason: str) -> str:

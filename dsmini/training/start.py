@@ -26,7 +26,7 @@ from dsmini.config import RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import left_out_in_words
+from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
@@ -185,7 +185,7 @@ def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
     parameters = accounting.parameters(config.model)
     return [
         f"corpus  {corpus.source}, {corpus.files} files",
-        *([f"        {left_out_in_words(corpus.left_out, corpus.skipped)}"] if corpus.skipped else []),
+        *(f"        {note}" for note in _notes(config, corpus)),
         f"        {len(corpus.train):,} training tokens, {len(corpus.val):,} held out ({corpus.split})",
         f"        {_tokens_of(config, corpus)}",
         f"        sha256 {corpus.sha256}",
@@ -193,6 +193,14 @@ def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
         f"model   {parameters.total:,} parameters, {parameters.active:,} active for a token",
         f"run     {config.out}, {config.train.dtype} on {config.train.device}, threads: {config.train.threads}",
     ]
+
+
+def _notes(config: RunConfig, corpus: Corpus) -> list[str]:
+    """Return lines about the files that are not text, or not UTF-8."""
+    where = f"{config.out}/corpus.json"
+    left_out = [left_out_in_words(corpus.left_out, where)] if corpus.left_out else []
+    as_bytes = config.data.tokenizer is None
+    return left_out + ([not_utf8_in_words(corpus.not_utf8, where, as_bytes)] if corpus.not_utf8 else [])
 
 
 def _tokens_of(config: RunConfig, corpus: Corpus) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, Loader, load_corpus
-from dsmini.data.documents import Document, left_out_in_words
+from dsmini.data.documents import CHUNK, Document, left_out_in_words, not_utf8_in_words
 from dsmini.data.order import permute
 from dsmini.data.split import cut_once
 
@@ -71,9 +71,11 @@ def test_text_in_another_encoding_is_named_with_the_command(tmp_path: Path, enco
     name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
     files = {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50}
     corpus = load(folder_of(tmp_path / "d", files), tmp_path)
-    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(3)))
-    words = left_out_in_words(corpus.left_out, corpus.skipped)
-    assert words.startswith(f"5 left out: 0.txt ({name}), 1.txt ({name}), 2.txt ({name}), and 2 more")
+    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(5)))
+    assert corpus.describe()["left_out"] == list(corpus.left_out)
+    words = left_out_in_words(corpus.left_out, "runs/x/corpus.json")
+    named = f"0.txt ({name}), 1.txt ({name}), 2.txt ({name}), and 2 more (all are in runs/x/corpus.json)"
+    assert words.startswith(f"5 left out: {named}; to include ")
     assert words.endswith(f"; to include {name} text: iconv -f {name} -t UTF-8 FILE > NEW_FILE")
     path = tmp_path / "d/0.txt"
     with pytest.raises(ValueError, match=f"is {name}, want UTF-8; convert it: iconv -f ") as refused:
@@ -81,6 +83,24 @@ def test_text_in_another_encoding_is_named_with_the_command(tmp_path: Path, enco
     if shutil.which("iconv"):
         subprocess.run(str(refused.value).rpartition("convert it: ")[2], shell=True, check=True)
         assert (tmp_path / "d/0.txt.utf8").read_text() == text
+
+
+def test_encodings_beyond_the_names_that_are_shown_have_advice_too() -> None:
+    words = left_out_in_words([*(f"{i}.bin (binary)" for i in range(3)), "x (UTF-16)", "y (UTF-32)"], "corpus.json")
+    assert "UTF-16)" not in words and words.count("iconv") == 2
+
+
+def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:
+    """A multi-byte character may lie across two chunks, and the last one of a file may be cut."""
+    long = ("a" * (CHUNK - 1) + "\u00fc").encode()
+    files = {"a.txt": "Gr\u00f6\u00dfe ".encode("latin-1") * 50, "b.txt": long, "c.txt": long[:-1], "d.txt": b"text"}
+    corpus = load(folder_of(tmp_path / "d", files), tmp_path)
+    assert (corpus.files, corpus.skipped, corpus.not_utf8) == (4, 0, ("a.txt", "c.txt"))
+    assert corpus.describe()["not_utf8"] == ["a.txt", "c.txt"]
+    assert 0xF6 in corpus.train.tobytes() + corpus.val.tobytes(), "a token is a byte, whatever it means"
+    words = not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=True)
+    assert words.startswith("2 not UTF-8, read byte by byte as they are: a.txt, c.txt; to convert Latin-1: iconv -f ")
+    assert "U+FFFD for each other byte: a.txt" in not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=False)
 
 
 def test_cache_inside_the_corpus_is_left_out(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
         read_texts(pieces), 300
     )  # the same from another process
     figures = json.loads(done.stdout)
+    assert figures["left_out"] == figures["not_utf8"] == []
     assert figures["vocab_size"] == 300 and figures["documents"] == 1 and figures["bytes"] == len(TEXT.encode())
     assert figures["bytes_per_token"] == figures["held_out_bytes"] / figures["held_out_tokens"] > 1
     assert BPETokenizer(tmp_path / "tokenizer.json").fim is not None
