@@ -77,7 +77,8 @@ class TrainConfig:
     """Number of held-out tokens in a validation on the way."""
     final_eval_tokens: int | None = None
     """Maximum number of held-out tokens in the validation at the end; left out: half the number of trained tokens,
-    about a tenth of the training time, and at least 131072. A large number takes the whole held-out split."""
+    about a tenth of the training time, but at least 131072 tokens, which take longer after a short training. A large
+    number takes the whole held-out split."""
     eval_context: int | None = None
     """Shorter context in tokens at which the final validation is repeated; left out: no repetition."""
     save_every: int = 400

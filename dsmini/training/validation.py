@@ -16,8 +16,8 @@ def final_eval_tokens(train: TrainConfig, trained: int) -> int:
     """Return the maximum number of held-out tokens in the validation at the end.
 
     The default is half the number of trained tokens. A forward without multi-token prediction costs about a quarter of
-    a training step, so this takes about a tenth of the training time. A time limit would make the loss depend on the
-    machine.
+    a training step, so this takes about a tenth of the training time, and more of a short one, for which
+    LEAST_AT_THE_END holds. A time limit would make the loss depend on the machine.
     """
     if train.final_eval_tokens is not None:
         return train.final_eval_tokens
