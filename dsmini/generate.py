@@ -25,7 +25,7 @@ class GenerateCommand:
     """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")]
-    """A training run, one of its checkpoints, or a folder with config.json and safetensors."""
+    """A training run or a folder with config.json, or one of a run's checkpoints."""
     prompt: tuple[str, ...] = ()
     """Texts to continue, all at once; - reads one from standard input. Left out: a new line."""
     prompt_file: tuple[Path, ...] = ()

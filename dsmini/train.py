@@ -36,8 +36,8 @@ class TrainCommand(RunConfig):
     resume: Path | None = None
     """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
     init: Path | None = None
-    """Start a new run from the weights of this run, checkpoint, or DeepSeek or Hugging Face folder, with its model and
-    tokenizer, and the usual recipe. FP8 weights are dequantized."""
+    """Start from a DeepSeek or Hugging Face folder or a run, or one of its checkpoints. The new run has its weights,
+    model and tokenizer, and the usual recipe. FP8 weights are dequantized."""
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 

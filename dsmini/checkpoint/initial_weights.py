@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini.checkpoint.pretrained import read_pretrained
 from dsmini.config import ModelConfig
-from dsmini.reading import check_path, is_there, read_text
+from dsmini.reading import is_there, read_text
 from dsmini.text.tokenizer import byte_tokenizer_json
 
 
@@ -21,12 +21,6 @@ class InitialWeights(NamedTuple):
     """State dict of Transformer(config) in FP32; FP8 weights are dequantized."""
     tokenizer: Path | None
     """The folder's tokenizer.json; None if it has none, or that of bytes, which dsmini.convert writes."""
-
-
-def is_model_folder(path: Path) -> bool:
-    """Return whether a path is a DeepSeek or Hugging Face folder, and not a training run or a checkpoint of one."""
-    check_path(path, "folder")
-    return path.is_dir() and not is_there(path / "config.toml") and any(path.glob("config*.json"))
 
 
 def read_initial_weights(folder: Path) -> InitialWeights:

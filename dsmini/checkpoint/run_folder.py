@@ -116,6 +116,27 @@ def run_config(run: Path) -> RunConfig:
     return RunConfig.from_file(run / "config.toml")
 
 
+def is_model_folder(path: Path) -> bool:
+    """Return True for a DeepSeek or Hugging Face folder, False for a training run or a checkpoint of one.
+
+    Raises: ValueError for a path that is none of them.
+    """
+    check_path(path, "path")
+    if not path.is_dir():
+        raise ValueError(
+            f"there is no folder {path}; name a training run, such as runs/toy-001, one of its checkpoints, or a "
+            "DeepSeek or Hugging Face folder with config.json"
+        )
+    if is_there(path / "config.toml"):
+        return False
+    if not any(path.glob("config*.json")):
+        raise ValueError(
+            f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; name one "
+            "that has"
+        )
+    return True
+
+
 def run_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
     """Return the tokenizer that a run was trained with: its tokenizer.json, or bytes.
 

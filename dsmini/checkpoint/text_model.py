@@ -8,12 +8,11 @@ from typing import Literal
 from rich.console import Console
 
 from dsmini.checkpoint.pretrained import load_pretrained
-from dsmini.checkpoint.run_folder import run_tokenizer
+from dsmini.checkpoint.run_folder import is_model_folder, run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.console.messages import say
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.reading import check_path, is_there
 from dsmini.text.text_side import TextSide, read_text_side
 
 
@@ -33,13 +32,7 @@ def load_text_model(
     """
     note = partial(say, Console(stderr=True))
     place = pick_device(device)
-    check_path(path, "path")
-    if path.is_dir() and not is_there(path / "config.toml"):
-        if not any(path.glob("config*.json")):
-            raise ValueError(
-                f"{path} has neither the config.toml of a training run nor the config.json of a model's folder; "
-                "name one that has"
-            )
+    if is_model_folder(path):
         if average:
             raise ValueError(f"--average is for a training run, and {path} is a model's folder; leave it out")
         side = read_text_side(path, tokenizer=tokenizer, chat=chat)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmini.checkpoint.run_folder import run_config, tokenizer_file
+from dsmini.checkpoint.run_folder import is_model_folder, run_config, tokenizer_file
 from dsmini.config import DataConfig, RunConfig, TrainConfig
 from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.training.changes import check_init, check_resume
@@ -103,7 +103,7 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
 
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
     """Read the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
-    from dsmini.checkpoint.initial_weights import is_model_folder, read_initial_weights
+    from dsmini.checkpoint.initial_weights import read_initial_weights
     from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
 
     if is_model_folder(path):

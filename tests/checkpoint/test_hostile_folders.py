@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained
-from dsmini.checkpoint.initial_weights import is_model_folder, read_initial_weights
+from dsmini.checkpoint.initial_weights import read_initial_weights
 from dsmini.checkpoint.memory import free_bytes, refuse_too_large
-from dsmini.checkpoint.run_folder import new_run_folder, read_summary, sole_trainer
+from dsmini.checkpoint.run_folder import is_model_folder, new_run_folder, read_summary, sole_trainer
 from dsmini.text.text_side import read_text_side
 from dsmini.training.record import read_records
 from tests.helpers import folders

@@ -175,7 +175,8 @@ BAD_TRAIN = {
     "section.toml": "did you mean 'train'?",
 }
 BAD_GENERATE = {
-    "runs/nothing": "there is no folder runs/nothing",
+    "runs/nothing": "there is no folder runs/nothing; name a training run, such as runs/toy-001, one of",
+    "nothing": "or a DeepSeek or Hugging Face folder with config.json",
     "full": "full has neither the config.toml of a training run nor the config.json",
     "runs/x --prompt ''": "prompt 0 is empty",
     "runs/x --temperature -1": "temperature=-1.0 is not 0 or more",
@@ -247,6 +248,7 @@ def help_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], s
 def test_help_fits_a_screen(help_of: dict[tuple[str, str], str], command: str) -> None:
     said = help_of[f"dsmini.{command}", "--help"]
     assert said == help_of[f"dsmini.{command}", "-h"]
+    assert "Hugging Face folder" in said, "--init and --help name what they take, however short"
     assert len(said.splitlines()) <= 24 and max(map(len, said.splitlines())) <= 80
     assert f"usage: python -m dsmini.{command} " in said and f"python -m dsmini.{command} --help-all" in said
 

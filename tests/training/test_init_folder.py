@@ -94,5 +94,5 @@ def test_a_bad_folder_gets_the_sentence_of_load_pretrained(place: Path) -> None:
     answers = run_all([("dsmini.train", arguments) for arguments in commands], place)
     assert [status for status, _ in answers] == [2, 2, 2], answers
     assert str(refused.value).replace(str(place / "bad"), "bad")[:200] in answers[0][1]
-    assert "nothing has no checkpoint" in answers[1][1]
+    assert "nothing has neither the config.toml of a training run nor" in answers[1][1]
     assert "the weights of float32 do not fit model.dim=64 (there 24)" in answers[2][1]

@@ -243,8 +243,8 @@ REFUSED = {
     "--resume --train.steps 3": "--resume needs a folder, got --train.steps; use --resume runs/toy-001",
     "--train.steps 3 --init": "--init needs a folder, got nothing; use --init runs/toy-001",
     "--init runs/x --model.dim 64 --model.n-layers 3": "model.dim=64 (there 32), model.n_layers=3 (there 2)",
-    "--init runs/nothing": "there is no folder runs/nothing",
-    "--init runs": "has no checkpoint",
+    "--init runs/nothing": "or a DeepSeek or Hugging Face folder with config.json",
+    "--init runs": "runs has neither the config.toml of a training run nor the config.json of a model's folder",
 }
 
 
