@@ -3,15 +3,19 @@
 import ast
 import difflib
 import importlib
+import io
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Union
 
 from dsmini.console.command import run
 
 COMMANDS = ("train", "generate", "tokenize", "convert")
+SHELLS = ("bash", "zsh", "fish")
+"""Shells for which tyro writes completions on its own."""
 
 
 def main() -> None:
@@ -24,6 +28,9 @@ def _main(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"dsmini {importlib.import_module('dsmini').__version__}")
+        return 0
     if args[0].startswith("--tyro-"):
         return _complete(args)
     name, *rest = args
@@ -45,8 +52,8 @@ def _help() -> str:
             "",
             *(f"  {name:{width}}{_about(name)}" for name in COMMANDS),
             "",
-            "Flags of a command: dsmini COMMAND --help",
-            "Completion in bash, or likewise in zsh: dsmini --tyro-write-completion bash FILE, then source FILE",
+            "Flags of a command: dsmini COMMAND --help; the version: dsmini --version",
+            "Completion in bash, and likewise in zsh and fish: dsmini --tyro-write-completion bash FILE; source FILE",
         ]
     )
 
@@ -58,7 +65,27 @@ def _about(name: str) -> str:
 
 
 def _complete(args: Sequence[str]) -> int:
-    """Write the completion of all commands for a shell, by the flags that tyro has for it."""
+    """Write or print the completion of all commands for a shell, by the flags that tyro has for it."""
+    flag, *rest = args
+    want = {"--tyro-write-completion": 2, "--tyro-print-completion": 1}.get(flag)
+    if want != len(rest) or rest[0] not in SHELLS:
+        raise ValueError(
+            f"'{' '.join(args)}' is not complete; use dsmini --tyro-write-completion SHELL FILE, where SHELL is "
+            f"one of {', '.join(SHELLS)}"
+        )
+    script = _completion(rest[0])
+    if want == 1:
+        print(script)
+    else:
+        Path(rest[1]).write_text(script, encoding="utf-8")
+    return 0
+
+
+def _completion(shell: str) -> str:
+    """Return tyro's completion script, with descriptions of one line each.
+
+    A shell takes each line that the script prints for a candidate, so a line break in a description would offer words.
+    """
     import tyro
 
     kinds = [
@@ -69,8 +96,14 @@ def _complete(args: Sequence[str]) -> int:
         for name in COMMANDS
     ]
     every: Any = Union[tuple(kinds)]  # noqa: UP007
-    tyro.cli(every, prog="dsmini", args=list(args))
-    return 0
+    with redirect_stdout(io.StringIO()) as out:
+        try:
+            tyro.cli(every, prog="dsmini", args=["--tyro-print-completion", shell])
+        except SystemExit as stop:
+            if stop.code:
+                raise
+    lines = out.getvalue().rstrip("\n").split("\n")
+    return "\n".join(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
 
 
 if __name__ == "__main__":

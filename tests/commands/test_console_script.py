@@ -10,9 +10,19 @@ import dsmini
 from dsmini.__main__ import COMMANDS, main
 from tests.helpers.commands import ROOT, run_all
 
+BAD = {
+    "trian": "unknown command 'trian'; did you mean 'train'?",
+    "zzz": f"unknown command 'zzz'; there are {', '.join(COMMANDS)}",
+    **{
+        f"--tyro-{arguments}": f"'--tyro-{arguments}' is not complete; use dsmini --tyro-write-completion SHELL FILE, "
+        "where SHELL is one of bash, zsh, fish"
+        for arguments in ("write-completion", "write-completion bash", "write-completion csh c", "x")
+    },
+}
+
 
 def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
-    asked = ["--help", "-h", "", "trian", "zzz", *(f"{name} --help" for name in COMMANDS)]
+    asked = ["--help", "-h", "", "--version", *BAD, *(f"{name} --help" for name in COMMANDS)]
     alone = [(f"dsmini.{name}", "--help") for name in COMMANDS]
     answers = run_all([*(("dsmini", arguments) for arguments in asked), *alone], tmp_path)
     said = dict(zip(asked, answers, strict=False))
@@ -21,8 +31,9 @@ def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
     for name in COMMANDS:
         (line,) = [line for line in lines if line.startswith(f"  {name} ")]
         assert 20 < len(line) <= 120
-    assert said["trian"] == (2, "error: unknown command 'trian'; did you mean 'train'?\n")
-    assert said["zzz"] == (2, f"error: unknown command 'zzz'; there are {', '.join(COMMANDS)}\n")
+    assert said["--version"] == (0, f"dsmini {dsmini.__version__}\n")
+    for arguments, sentence in BAD.items():
+        assert said[arguments] == (2, f"error: {sentence}\n")
     assert answers[-2 * len(COMMANDS) : -len(COMMANDS)] == answers[-len(COMMANDS) :]
 
 

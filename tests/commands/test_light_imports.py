@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,11 +74,14 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, monkeypatch: p
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
+    descriptions = re.findall(r"'description': ('.*?'|\".*?\"), 'type'", (tmp_path / "c").read_text())
+    assert len(descriptions) > 100 and not [text for text in descriptions if "\\n" in text], "a line is a candidate"
     asked = {
         "dsmini ge": "generate",
         "dsmini generate --max": "--max-new-tokens",
         "dsmini generate --eos i": "ignore",
         "dsmini train --train.optimizer m": "muon",
+        "dsmini train --train.lr": "--train.lr --train.lr-schedule",
     }
     lines = [f"source {tmp_path / 'c'}"]
     for line in asked:
