@@ -52,10 +52,10 @@ def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(TokenizeCommand, "tokenize", args)
     console = Console(stderr=command.json)
-    _check(command)
     config = DataConfig(path=command.corpus, val_fraction=command.val_fraction)
+    source = find(config.path)
+    _check(command)
     with Progress(console, label="the corpus", unit="bytes") as progress:
-        source = find(config.path)
         documents, left_out = measure(source, progress.stage)
         parts = split(documents, config.val_fraction, whole_characters=True)
         texts = read_texts(parts.train, "counting pairs in", progress.stage)

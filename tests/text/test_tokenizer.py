@@ -263,6 +263,7 @@ def test_a_tokenizer_is_trained_and_trained_with(trained: Path, tmp_path: Path) 
 
 BAD = {
     "nothing.txt": "does not exist",
+    "nothing.txt --out there.json": "does not exist",
     "book.txt --vocab-size 100": "--vocab-size 100 is not from 262",
     "book.txt --out there.json": "--out there.json exists; choose a new name, or remove it",
     "book.txt --out no/there.json": "there is no folder no for --out",
