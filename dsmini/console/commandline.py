@@ -6,10 +6,10 @@ import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -66,6 +66,7 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     if help is not None and {"-h", "--help"} & set(args):
         print(short_help(kind, prog, help, default))
         sys.exit(0)
+    _refuse_bare(args, set(_lists(kind)))
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
@@ -73,6 +74,25 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         if stop.code and help is not None:  # tyro names --help alone
             print(f"Every flag: {prog} --help-all", file=sys.stderr)
         raise
+
+
+def _refuse_bare(args: Sequence[str], flags: Collection[str]) -> None:
+    """Raise ValueError for one of the flags without a value, which tyro reads as a list of none."""
+    for i, word in enumerate(args):
+        following = args[i + 1] if i + 1 < len(args) else None
+        if word.replace("_", "-") in flags and (following is None or following.startswith("--")):
+            got = "nothing" if following is None else following
+            raise ValueError(f"{word} needs a value, got {got}; give it one, or leave the flag out")
+
+
+def _lists(kind: type, prefix: str = "--") -> Iterator[str]:
+    """Yield the flags of a command that take a list of values, those of inner dataclasses included."""
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _lists(hint, f"{flag}.")
+        elif get_origin(hint) is tuple:
+            yield flag
 
 
 def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:
