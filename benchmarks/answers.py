@@ -10,6 +10,7 @@ from dsmini.report.provenance import Run
 from dsmini.report.results import Finished, Results
 from dsmini.report.units import human, words
 
+UNSTEADY = "Times and ratios are unreliable, the machine was not steady: "
 FACTS = ("date", "command", "commit", "code", "versions", "device", "dtype", "threads", "quick", "machine")
 
 
@@ -67,7 +68,7 @@ def section(question: Question, finished: Finished, latest: Run) -> Section:
     return Section(
         name=question.name,
         title=question.title,
-        finding=finding(question, figures),
+        finding=finding(question, finished),
         figures=figures,
         plots=plots(question, figures),
         about=question.about,
@@ -77,10 +78,11 @@ def section(question: Question, finished: Finished, latest: Run) -> Section:
     )
 
 
-def finding(question: Question, figures: Sequence[Figure]) -> str:
-    """Return the question's finding; the figures so far may not be enough for it."""
+def finding(question: Question, finished: Finished) -> str:
+    """Return the question's finding, marked where the machine was busy; the figures may not be enough for it."""
+    figures, mark = finished.figures(question.name), UNSTEADY if finished.unsteady(question.name) else ""
     try:
-        return question.finding(list(figures)) if figures else NOTHING
+        return f"{mark}{question.finding(figures)}" if figures else NOTHING
     except Exception as error:  # a missing case or a defect of one question must not spoil the page
         return f"No finding yet: {type(error).__name__}: {error}"
 

@@ -49,7 +49,8 @@ class Display:
         """Print the figures of a question, its warning and its finding."""
         figures = finished.figures(question.name)
         warnings = [finished.unsteady(question.name)]
-        show_question(self.console, question.title, answers.finding(question, figures), figures, filter(None, warnings))
+        said = answers.finding(question, finished)
+        show_question(self.console, question.title, said, figures, filter(None, warnings))
 
     def draw(self, results: Results, changed: Section | None = None) -> None:
         """Write the page. A full disk does not stop the measurements."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import runner
+from benchmarks.answers import UNSTEADY
 from benchmarks.case import Figure
 from benchmarks.command_line import listed, parse
 from benchmarks.questions import questions_here
@@ -164,10 +165,11 @@ def test_a_busy_machine_is_told(
     if said:
         assert said in err and said in page
         assert page.index(TOP) < page.index('class="numbers"'), "at the top of the page"
-        assert err.index(said) < err.index("At context 8,192"), "before the finding"
+        assert err.index(said) < err.index(f"{UNSTEADY}At context 8,192"), "before the finding, which is marked"
+        assert f"{UNSTEADY}At context 8,192" in page
         assert err.rstrip().splitlines()[-3].startswith(TOP), "and next to the last line"
     else:
-        assert "the rates that predictions rest on" not in err + page and TOP not in err + page
+        assert all(words not in err + page for words in ("the rates that predictions rest on", TOP, UNSTEADY))
     lowest = min(min(shares[i : i + 2]) for i in range(0, 8, 2))
     assert json.loads(out)["steadiness"] == {"fake_decode": lowest}
 
