@@ -230,12 +230,12 @@ def finding(figures: list[Figure]) -> str:
     told, shares = [], {label: f.measured or 0.0 for label, f in _shares(figures).items()}
     for what, metric in TIMES.items():
         step = "decoding step" if metric == "decode_ratio" else "training step"
-        parts = [f"{what} in {shares[what]:.0%} of the bytes"] if what in shares else []
+        stored = f"{what} in {shares[what]:.0%} of the bytes" if what in shares else what
         slower = [f for f in pick(figures, metric, **_case(what)) if f.measured is not None]
-        parts += [compared(f, words=f"the time of a {step}") for f in slower]
-        parts += [f"logits off by {x:.1%}" for x in values(figures, "logit_error", **_case(what))]
-        if parts:
-            told.append(" with ".join(filter(None, [parts[0], " and ".join(parts[1:])])))
+        parts = [f"a {step} takes {compared(f, words='as long')}" for f in slower]
+        parts += [f"logits are off by {x:.1%}" for x in values(figures, "logit_error", **_case(what))]
+        if parts or what in shares:
+            told.append(f"{stored} ({', '.join(parts)})" if parts else stored)
     return f"Simulated FP8 stores {'; '.join(told)}." if told else ""
 
 

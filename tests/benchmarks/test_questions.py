@@ -288,6 +288,13 @@ def test_findings_hedge_what_spreads_wider_than_it_differs() -> None:
     assert told[0.5].endswith("at context 4,096 its layer decodes 0.7 to 2.0 times as fast (unclear).")
 
 
+def test_fp8_says_how_long_a_step_takes() -> None:
+    figures = [fp8.figure("bytes", fp8._case("weights", kind), size) for kind, size in (("fp8", 6), ("bfloat16", 10))]
+    figures.append(fp8.figure("decode_ratio", fp8._case("weights"), [1.7, 1.71, 1.72]))
+    want = "Simulated FP8 stores weights in 60% of the bytes (a decoding step takes 1.71 times as long)."
+    assert fp8.finding(figures) == want
+
+
 def test_moe_or_dense_withholds_what_its_interval_does_not_show() -> None:
     def told(*gains: float) -> str:
         return moe_or_dense.finding([moe_or_dense.figure("gain", {"seed": i}, gain) for i, gain in enumerate(gains)])
