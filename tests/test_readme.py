@@ -41,6 +41,11 @@ def smaller(module: str, arguments: str) -> str:
     return f"{arguments.replace('FILE_OR_FOLDER', 'book.txt')}{text} --train.steps 2 {TINY}"
 
 
+def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
+    pages = [page for page in PAGES if any("dsmini.tokenize" in block for block in blocks(page, "bash"))]
+    assert len(pages) >= 2 and [page.name for page in pages if "[bpe]'" not in page.read_text()] == []
+
+
 def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 100)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
