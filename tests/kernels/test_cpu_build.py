@@ -200,6 +200,21 @@ def test_new_library_is_tried_in_another_process(
     assert not list((tmp_path / "dsmini" / "kernels").iterdir())
 
 
+@pytest.mark.parametrize("first_line", ["", '[ "$1" = --version ] && exit 0'], ids=["version", "compile"])
+def test_compiler_that_prints_without_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_door: None, first_line: str
+) -> None:
+    script = tmp_path / "cxx"
+    script.write_text(f"#!/bin/sh\n{first_line}\necho $$ >> {tmp_path}/printers\nexec yes\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "VERSION_SECONDS", 2.0)
+    monkeypatch.setattr(build, "BUILD_SECONDS", 2.0)
+    assert re.fullmatch(r".*/cxx( --version)? failed: it prints more than 1,000,000 bytes", cpu.why_not() or "")
+    assert not [process for process in (tmp_path / "printers").read_text().split() if is_running(process)]
+
+
 def is_running(process: str) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
