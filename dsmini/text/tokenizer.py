@@ -6,26 +6,20 @@ sentence, gets the tokens of those characters; it cannot end a document or open 
 
 import codecs
 import json
-import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini.reading import is_there, read_table
-
-if TYPE_CHECKING:
-    import tokenizers
+from dsmini.text.library import load, named
 
 # the token that ends a document, by the names of published tokenizers; the first of these that a file has
 END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
-
-
-NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
+QUIET = 1 << 20
+"""Largest size in bytes of texts during whose encoding the standard error waits."""
 
 
 class Fim(NamedTuple):
@@ -125,13 +119,13 @@ class BPETokenizer:
         markup: more added tokens that no text may spell. The file's special tokens, those that end documents or mark
             fill-in-the-middle, and all of the form <｜...｜> are always markup.
 
-    Raises: ValueError for a file that is missing, not a regular file, or unreadable, if the tokenizers library is not
-        installed, and in each method for a text or ids that the file's tokenizer fails on.
+    Raises: ValueError for a file that is missing, not a regular file, unreadable, or of unbounded cost, if the
+        tokenizers library is not installed, and in each method for a text or ids that the file's tokenizer fails on.
     """
 
     def __init__(self, path: Path, *, markup: Collection[str] = ()) -> None:
         self.path = path
-        self._tokenizer = _read(path, markup)
+        self._tokenizer = load(path, (*END_TOKENS, *markup))
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self._ends = [ids[name] for name in END_TOKENS if name in ids]
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
@@ -164,7 +158,7 @@ class BPETokenizer:
     @property
     def beginning(self) -> list[int]:
         """The ids that the file itself puts before every text."""
-        with _named(self.path, "fails on the text 'a'"):
+        with named(self.path, "fails on the text 'a'", quiet=True):
             encoding = self._tokenizer.encode("a", add_special_tokens=True)
         at = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return encoding.ids[:at]
@@ -176,12 +170,12 @@ class BPETokenizer:
         # a str from a command line may hold bytes that are not UTF-8, as lone surrogates
         raw = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
         clean = [text.decode("utf-8", errors="replace") for text in raw]
-        with _named(self.path, "fails on a text"):
+        with named(self.path, "fails on a text", quiet=sum(map(len, raw)) <= QUIET):
             encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        with _named(self.path, "fails on token ids"):
+        with named(self.path, "fails on token ids"):
             return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def stream(self) -> TextStream:
@@ -261,42 +255,3 @@ def byte_tokenizer_json() -> str:
         },
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
-    try:
-        from tokenizers import Tokenizer as Library
-    except ImportError:
-        raise ValueError(
-            f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
-        ) from None
-    if not is_there(path):
-        raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
-    try:
-        content = read_table(path)
-        for token in content.get("added_tokens", []):
-            # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
-            name = token["content"]
-            token["special"] |= name in (*END_TOKENS, *markup) or re.fullmatch("<｜.*｜>", name) is not None
-        content = json.dumps(content)
-    except Exception as error:  # whatever a foreign file makes of the lines above
-        raise ValueError(f"{path} {NOT_A_TOKENIZER}: {error}; name one such as DeepSeek publishes") from None
-    with _named(path, NOT_A_TOKENIZER):
-        library = Library.from_str(content)
-    library.encode_special_tokens = True
-    library.no_truncation()
-    library.no_padding()
-    return library
-
-
-@contextmanager
-def _named(path: Path, fault: str) -> Iterator[None]:
-    """Raise ValueError with the file's name for an error of the tokenizers library, its panics included."""
-    try:
-        yield
-    except BaseException as error:
-        # a panic of Rust code is a BaseException whose class cannot be imported
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path} {fault}: {said}; name another tokenizer.json, such as DeepSeek publishes") from None

@@ -23,12 +23,13 @@ from dsmini.checkpoint.trained_model import load_run
 from dsmini.checkpoint.training_state import RunState, save_checkpoint
 from dsmini.data.cache import _damage
 from dsmini.text.text_side import read_text_side
+from dsmini.text.tokenizer import BPETokenizer
 from dsmini.training.record import StepRecord, read_records
 from tests.conftest import randomise
 from tests.helpers import folders
 from tests.helpers.commands import run_all
 from tests.helpers.mutations import damaged, edited, edited_toml, with_edited_header
-from tests.helpers.text_folders import save_text_side
+from tests.helpers.text_folders import save_text_side, save_tokenizer
 
 SIZES = {
     **{"vocab_size": 13, "dim": 8, "inter_dim": 8, "moe_inter_dim": 4, "n_layers": 2, "n_heads": 1, "q_lora_rank": 4},
@@ -133,6 +134,23 @@ def test_text_side(tmp_path: Path) -> None:
     side = lambda folder: read_text_side(folder, tokenizer="bytes")  # noqa: E731
     hold(files, names, tmp_path / "m", range(50), side)
     hold(files, ["tokenizer_config.json"], tmp_path / "m", range(12), lambda folder: read_text_side(folder, chat=True))
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer.json", 300, bos=True)
+    files = files_of(tmp_path)
+    content = json.loads(files["tokenizer.json"])
+    content["model"] |= {"vocab": dict(list(content["model"]["vocab"].items())[:9]), "merges": []}
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "a+"}, "content": "b"}
+    small = {"tokenizer.json": json.dumps(content).encode()}  # in which most damage meets a step
+
+    def use(folder: Path) -> None:
+        tokenizer = BPETokenizer(folder / "tokenizer.json")
+        tokenizer.decode(tokenizer.encode("Hello <｜User｜> wörld").tolist())
+        assert len(tokenizer.beginning) < 10
+
+    hold(files, list(files), tmp_path, range(40), use)
+    hold(small, list(small), tmp_path, range(200), use)
 
 
 def test_toml(tmp_path: Path) -> None:
