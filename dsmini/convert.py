@@ -21,6 +21,7 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
 from dsmini.reading import check_path, is_there, parse_json, read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
+from dsmini.text.tokenizer_file import MOST_VALUES
 
 if TYPE_CHECKING:
     from dsmini.nn import Transformer
@@ -147,7 +148,7 @@ def _tokenizer_files(src: Path, config: RunConfig) -> tuple[dict[str, str], dict
     if isinstance(tokenizer, BPETokenizer):
         content = read_text(tokenizer.path)
         about["eos_token"] = tokenizer.decode([tokenizer.end_of_document])
-        added = parse_json(content, str(tokenizer.path)).get("added_tokens", [])
+        added = parse_json(content, str(tokenizer.path), MOST_VALUES).get("added_tokens", [])
         named = {token["content"]: token["id"] for token in added}
         if BEGIN_TOKEN in named:
             about["bos_token"] = BEGIN_TOKEN

@@ -17,6 +17,9 @@ from typing import Any
 
 LARGEST = 100_000_000
 """Maximum size of a JSON file in bytes. The largest useful ones, tokenizers and headers, have a tenth of it."""
+MOST_VALUES = 2_000_000
+"""Maximum number of values in a JSON file; an index of 100,000 tensors has 100,000, the header of them all 700,000. A
+value takes up to 150 bytes of memory, and two in the file."""
 LARGEST_TOML = 1_000_000
 """Maximum size of a TOML file in bytes."""
 DEEPEST = 64
@@ -136,27 +139,32 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
         raise ValueError(f"cannot read {path}: {error}; want a text in UTF-8") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = MOST_VALUES) -> Any:
     """Return the value of a JSON file. Raises: ValueError naming the file and what is wrong with it."""
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path), str(path), most)
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path, most: int = MOST_VALUES) -> dict[str, Any]:
     """Return the keys of a JSON file. Raises: ValueError for one that cannot be read, or holds something else."""
-    value = read_json(path)
+    value = read_json(path, most)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, want a table of keys")
     return value
 
 
-def parse_json(text: str, source: str) -> Any:
+def parse_json(text: str, source: str, most: int = MOST_VALUES) -> Any:
     """Return the value of a JSON text.
 
     Args:
         source: name of the file or place, for errors.
+        most: maximum number of values, counted by commas and brackets, before any is made.
 
-    Raises: ValueError for no JSON, a key given twice, NaN, a number beyond a float, and too deep nesting.
+    Raises: ValueError for no JSON, a key given twice, NaN, a number beyond a float, too many values, and too deep
+        nesting.
     """
+    values = sum(map(text.count, ",[{"))
+    if values > most:
+        raise ValueError(f"{source} holds about {values:,} values, want {most:,} or fewer; name another file")
     bad: list[_Refused] = []
 
     def refused(words: str) -> _Refused:

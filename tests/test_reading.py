@@ -1,12 +1,25 @@
 """The reader of JSON and TOML: what it gives, and what it refuses in a sentence."""
 
 import os
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmini.reading import DEEPEST, check_path, listed, open_regular, parse_json, read_bytes, read_table, read_toml
+from dsmini.reading import (
+    DEEPEST,
+    MOST_VALUES,
+    check_path,
+    listed,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_table,
+    read_toml,
+)
 from tests.helpers.configs import refusal
 
 DEEP = 100_000
@@ -38,6 +51,20 @@ def test_json_values_are_the_librarys() -> None:
 )
 def test_json_that_no_caller_can_use_is_refused(text: str, sentence: str) -> None:
     assert refusal(parse_json, text, "x").startswith(sentence)
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", "0"])
+def test_number_of_json_values_is_bounded_before_parsing(tmp_path: Path, unit: str) -> None:
+    (tmp_path / "x").write_text("[" + ",".join([unit] * (MOST_VALUES + 1)) + "]")
+    tracemalloc.start()
+    try:
+        for read in (read_json, read_table):
+            assert re.search(r"x holds about \d,\d{3},\d{3} values, want 2,000,000", refusal(read, tmp_path / "x"))
+        assert tracemalloc.get_traced_memory()[1] < 4 * (tmp_path / "x").stat().st_size
+    finally:
+        tracemalloc.stop()
+    many = ", ".join(f'"{i}": 0' for i in range(200_000))  # tensors of an index, twice the largest in use
+    assert len(parse_json(f"{{{many}}}", "x")) == 200_000
 
 
 @pytest.mark.parametrize(

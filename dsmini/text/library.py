@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from dsmini.reading import is_there, read_table, readable
-from dsmini.text.tokenizer_file import fault_of
+from dsmini.text.tokenizer_file import MOST_VALUES, fault_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -42,7 +42,7 @@ def load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
     if not is_there(path):
         raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
     try:
-        content = read_table(path)
+        content = read_table(path, MOST_VALUES)
         for token in content.get("added_tokens", []):
             # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
             name = token["content"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from dsmini.reading import brief
 
+MOST_VALUES = 6_000_000
+"""Largest number of values in a file; one with a million tokens and a million merges has four million."""
 GROWTH = 1_000
 """Largest number of characters that all steps together may make of one; published files make 2 to 100."""
 MOST_STEPS = 1_000

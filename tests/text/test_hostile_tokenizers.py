@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from dsmini.text.library import named
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
+from dsmini.text.tokenizer_file import MOST_VALUES
 from tests.helpers.text_folders import save_text_side
 
 
@@ -96,6 +97,19 @@ def test_steps_that_published_files_have_are_taken(tmp_path: Path) -> None:
     }
     for parts in (sentencepiece, others):
         assert BPETokenizer(with_steps(tmp_path / "t.json", **parts)).encode("ba").tolist() == [1, 0]
+
+
+def test_vocabulary_of_any_published_size_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = json.loads(with_steps(tmp_path / "t.json").read_text())
+    names = [f"{i:b}".replace("0", "a").replace("1", "b") for i in range(2, 2000)]
+    content["model"]["vocab"] |= {name: id for id, name in enumerate(names, 2)}
+    content["model"]["merges"] = [[name[:-1], name[-1]] for name in names]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    monkeypatch.setattr("dsmini.text.library.MOST_VALUES", MOST_VALUES // 500)  # of 2,000 tokens
+    assert BPETokenizer(tmp_path / "t.json").vocab_size == 2000
+    monkeypatch.setattr("dsmini.text.library.MOST_VALUES", 2000)
+    with pytest.raises(ValueError, match=r"t\.json holds about .* values, want 2,000 or fewer"):
+        BPETokenizer(tmp_path / "t.json")
 
 
 def test_step_that_hides_its_type_is_refused(tmp_path: Path) -> None:
