@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsmini.reading import parse_json
+from dsmini.reading import is_there, parse_json, read_bytes, refuse_special
 from dsmini.report.figures import Figure, plain
 from dsmini.report.provenance import Run
 
@@ -195,13 +195,12 @@ class Results:
 def read(path: Path) -> Results:
     """Return the contents of a file of results, empty without a file. Skip a half-written last line.
 
-    Raises: ValueError that names the damaged line.
+    Raises: ValueError that names the damaged line, or a file that is not a regular one.
     """
     results = Results()
-    try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-    except FileNotFoundError:
+    if not is_there(path):
         return results
+    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             value = parse_json(line, f"line {number} of {path}")
@@ -238,6 +237,7 @@ class ResultsWriter:
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_special(path)  # opening a FIFO to append would wait
             self.file = path.open("ab+")
         except OSError as error:
             why = error.strerror or error

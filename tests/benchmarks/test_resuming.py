@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,16 @@ def test_unwritable_folder_is_refused_before_measuring(tmp_path: Path) -> None:
     watch = Watch()
     with pytest.raises(ValueError, match=r"cannot be written: .*choose another folder by --out"):
         go(tmp_path / "file" / "out", known=watch.known)
+    assert watch.seen == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_results_that_are_no_file_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "results.jsonl")
+    watch = Watch()
+    for flags in ((), ("--report-only",)):
+        with pytest.raises(ValueError, match=r"results\.jsonl: it is a (FIFO|folder), want a regular file"):
+            go(tmp_path, *flags, known=watch.known)
     assert watch.seen == []
 
 
