@@ -40,6 +40,13 @@ def new_file(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def try_writing(path: Path) -> None:
+    """Make a temporary file next to `path` and remove it, as a later write will. Raises: OSError if it fails."""
+    partial = _hidden_name(path, "partial")
+    partial.touch()
+    partial.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or leave the old one."""
     with new_file(path) as partial:

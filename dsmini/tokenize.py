@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dsmini.atomic import write_text
+from dsmini.atomic import try_writing, write_text
 from dsmini.config import DataConfig
 from dsmini.console.command import interruptible, run
 from dsmini.console.commandline import parse
@@ -19,6 +19,7 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.documents import find, left_out_in_words, measure, not_utf8_in_words
 from dsmini.data.split import split
 from dsmini.data.texts import read_first, read_texts
+from dsmini.reading import is_there
 from dsmini.text.bpe import SMALLEST, SPECIAL_TOKENS, train_bpe
 from dsmini.text.tokenizer import BPETokenizer
 
@@ -94,10 +95,14 @@ def _check(command: TokenizeCommand) -> None:
             f"--vocab-size {command.vocab_size} is not from {SMALLEST} (the bytes and {len(SPECIAL_TOKENS)} special "
             f"tokens) to {LARGEST}; use for example 4096"
         )
-    if command.out.exists():
+    if is_there(command.out):
         raise ValueError(f"--out {command.out} exists; choose a new name, or remove it")
     if not command.out.parent.is_dir():
         raise ValueError(f"there is no folder {command.out.parent} for --out {command.out}; make it first")
+    try:
+        try_writing(command.out)
+    except OSError as error:
+        raise ValueError(f"--out {command.out} cannot be written: {error.strerror}; choose another place") from None
 
 
 def _show(console: Console, source: str, figures: dict[str, Any], config: DataConfig) -> None:

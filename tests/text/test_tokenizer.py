@@ -267,6 +267,7 @@ BAD = {
     "book.txt --vocab-size 100": "--vocab-size 100 is not from 262",
     "book.txt --out there.json": "--out there.json exists; choose a new name, or remove it",
     "book.txt --out no/there.json": "there is no folder no for --out",
+    "book.txt --out /proc/there.json": "--out /proc/there.json cannot be written: ",
     "book.txt --val-fraction 2": "is not between 0 and 1",
     "book.txt --vocab 300": "--vocab",
 }
