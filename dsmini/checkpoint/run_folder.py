@@ -24,6 +24,10 @@ from dsmini.config import RunConfig
 from dsmini.reading import check_path, is_there, read_table
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
+FILES = ("config.toml", "metrics.jsonl", "summary.json", "sample.txt", "loss.png", "expert_load.png")
+"""Files of a run, with those of BEFORE_CONFIG."""
+FOLDERS = ("checkpoints", "tensorboard")
+"""Folders in a run's folder."""
 BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
 """Files of a new run that are written before its config.toml."""
 
@@ -61,6 +65,16 @@ def refuse_taken(out: Path | None) -> None:
         raise ValueError(f"--out {out} is not a folder; choose a new one")
     held = "another run" if (out / "config.toml").exists() else "other files"
     raise ValueError(f"--out {out} holds {held}; choose a new folder, or remove that one")
+
+
+def refuse_misplaced(run: Path) -> None:
+    """Raise ValueError if a folder is in the place of a file that training writes, or the other way round."""
+    for name in (*BEFORE_CONFIG, *FILES):
+        if os.path.isdir(run / name):
+            raise ValueError(f"{run / name} is a folder, want a file; remove it, and start the command again")
+    for name in FOLDERS:
+        if os.path.lexists(run / name) and not os.path.isdir(run / name):
+            raise ValueError(f"{run / name} is not a folder, want one; remove it, and start the command again")
 
 
 def _is_taken(folder: Path) -> bool:

@@ -116,8 +116,6 @@ class TrainingRun:
     def _metrics(self) -> TextIO:
         """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""
         path = self.folder / METRICS
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder, want a file; remove it, and resume the run")
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
+    refuse_misplaced,
     refuse_taken,
     replace_config,
     sole_trainer,
@@ -59,6 +60,8 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         raise ValueError(
             f"cannot write into {origin.resume}; copy the run to a place that allows it, and resume it there"
         )
+    if place := origin.resume or config.out:
+        refuse_misplaced(place)
     _refuse_too_large(config, device)
     corpus = _read_corpus(config, origin.resume, console)
     config = _resolved(config, device)

@@ -1,6 +1,7 @@
 """--resume and --init as a user runs them: kill -9, Ctrl-C, a full disk, changed settings, and refusals."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dsmini import RunConfig
-from dsmini.checkpoint.run_folder import refuse_taken
+from dsmini.checkpoint.run_folder import BEFORE_CONFIG, FILES, FOLDERS, refuse_misplaced, refuse_taken
 from dsmini.checkpoint.trained_model import load_run
 from tests.helpers.commands import TINY, run, run_all, start
 from tests.helpers.runs import TIMING
@@ -145,18 +146,43 @@ def test_what_a_killed_save_left_is_removed_by_the_next_start(place: Path) -> No
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
 
 
+@pytest.mark.parametrize("name", [*FILES, *BEFORE_CONFIG])
+def test_folder_in_place_of_a_file_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loss.png").touch()
+    (tmp_path / "checkpoints").mkdir()
+    refuse_misplaced(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a folder, want a file; remove it, and start the command again"):
+        refuse_misplaced(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_file_in_place_of_a_folder_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    for make in (os.mkfifo, Path.touch, lambda path: path.symlink_to("nothing")):
+        make(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a folder, want one; remove it, and start"):
+            refuse_misplaced(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_folders_in_place_of_files_are_refused(place: Path) -> None:
-    for name in ("metrics.jsonl", ".lock"):
+    new = place / "new-run"  # as one that was killed early leaves it
+    (new / "corpus.json").mkdir(parents=True)
+    (new / ".lock").touch()
+    for name in ("metrics.jsonl", ".lock", "summary.json"):
         folder = unfinished(place, f"folder{name}")
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
         (folder / name).mkdir()
     early = unfinished(place, "folder-early")
     shutil.rmtree(early / "checkpoints")
     (early / "metrics.jsonl").unlink()
     (early / "metrics.jsonl").mkdir()
-    names = ("foldermetrics.jsonl", "folder.lock", "folder-early")
-    answers = run_all([("dsmini.train", f"--resume runs/{name}") for name in names], place)
-    for (status, said), name in zip(answers, ("metrics.jsonl", ".lock", "metrics.jsonl"), strict=True):
+    names = ("foldermetrics.jsonl", "folder.lock", "folder-early", "foldersummary.json")
+    commands = [f"--resume runs/{name}" for name in names] + ["--data.path book.txt --train.steps 2 --out new-run"]
+    answers = run_all([("dsmini.train", command) for command in commands], place)
+    found = ("metrics.jsonl", ".lock", "metrics.jsonl", "summary.json", "corpus.json")
+    for (status, said), name in zip(answers, found, strict=True):
         assert status == 2 and name in said and len(said.strip().splitlines()[-1]) < 200, said
     out = "--data.path book.txt --train.steps 2 --out"
     answers = run_all([("dsmini.train", f"{out} {where}/x") for where in ("/proc", "/proc/self", "book.txt")], place)
