@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dsmini.reading import listed
+from dsmini.reading import listed, open_regular
 
 NAMED = 3
 """Number of files that are named where some are left out."""
@@ -60,7 +60,7 @@ class Document:
         Raises: ValueError for a file that cannot be read, or is a damaged .gz.
         """
         try:
-            with self.path.open("rb") as stored:
+            with open_regular(self.path) as stored:
                 text = gzip.GzipFile(fileobj=stored) if self.path.name.endswith(".gz") else stored
                 text.seek(start)
                 while chunk := text.read(CHUNK):
@@ -130,7 +130,7 @@ def find(path: Path | None, leave_out: Path | None = None) -> Source:
 
     Files below leave_out are skipped, and so are training runs and tokenised corpora, which change with every run.
 
-    Raises: ValueError for a path that is neither a file nor a folder.
+    Raises: ValueError for a path that is neither a file nor a folder, and for a folder that may not be looked into.
     """
     if path is None:
         return _standard_library()
@@ -150,13 +150,23 @@ def find(path: Path | None, leave_out: Path | None = None) -> Source:
 
 
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root, onerror=_refuse_unreadable):
         here = Path(folder)
         if here != root and _made_by_training({*inner, *names}):
             inner.clear()
             continue
         inner[:] = [name for name in inner if not name.startswith(".") and (here / name).resolve() != leave_out]
-        yield from (here / name for name in names if not name.startswith(".") and (here / name).is_file())
+        try:
+            yield from [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
+        except OSError as error:
+            _refuse_unreadable(error)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """Refuse a corpus with a part that may not be looked at: without it the same command trains on another text."""
+    raise ValueError(
+        f"cannot look at {error.filename}: {error.strerror}; check the permissions of its folder, or move it away"
+    ) from None
 
 
 def _made_by_training(names: set[str]) -> bool:

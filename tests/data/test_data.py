@@ -1,6 +1,7 @@
 """The corpus: the same tokens every time, each trained on once an epoch, in an order that workers do not change."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -300,14 +301,35 @@ def test_bad_corpus_is_refused_with_the_reason(
     assert not (tmp_path / "cache").exists()
 
 
-def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+def refuse(path: object, *_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied", str(path))
 
+
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder_of(tmp_path, {"a": b"text"}) / "a"
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("dsmini.reading.os.open", refuse)
     with pytest.raises(ValueError, match=f"cannot read {path}: Permission denied"):
         load(path, tmp_path, 16)
+
+
+@pytest.mark.parametrize("call", ["os.scandir", "Path.is_file"])
+def test_folder_that_may_not_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Refuse, as root may look everywhere: scandir fails without the right to read, is_file without that to enter."""
+    path = folder_of(tmp_path, {"a": b"text", "d/a": b"text"})
+    real = getattr(*{"os.scandir": (os, "scandir"), "Path.is_file": (Path, "is_file")}[call])
+    below = lambda at, *args: refuse(at) if "d" in Path(at).parts else real(at, *args)  # noqa: E731
+    monkeypatch.setattr("dsmini.data.documents." + call, below)
+    with pytest.raises(ValueError, match=rf"cannot look at {path}/d.*: Permission denied; check the permissions"):
+        load(path, tmp_path, 16)
+
+
+def test_document_that_became_special_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    document = Document(name="a", path=tmp_path / "a", stored=1, modified=0)
+    with pytest.raises(ValueError, match="it is a FIFO, want a regular file"):
+        list(document.chunks())
 
 
 @pytest.mark.parametrize("vocab_size", [100, 400])
