@@ -55,13 +55,16 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """Return the conversation as text, up to where the assistant's answer begins.
 
-        Raises: ValueError for a conversation that the template refuses, and for a template that needs more time or
-            memory than it may.
+        Raises: ValueError for a conversation that the template refuses or leaves empty, and for a template that needs
+            more time or memory than it may.
         """
         try:
-            return self._renderer.render(messages, self._tokens)
+            text = self._renderer.render(messages, self._tokens)
         except ValueError as error:
             raise ValueError(f"the chat template of {self._path} refuses the conversation: {error}") from None
+        if not text:
+            raise ValueError(f"the chat template of {self._path} renders nothing; mend it, or leave out --chat")
+        return text
 
 
 class Chat:

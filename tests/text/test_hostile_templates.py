@@ -1,12 +1,18 @@
 """Chat templates that would crash, hang or fill the memory: each is refused in a sentence, within limits."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from dsmini.text import renderer as module
 from dsmini.text.chat import MARK, ChatTemplate, read_template
-from dsmini.text.renderer import LONGEST, Renderer
+from dsmini.text.renderer import LONGEST, PROGRAM, Renderer
 from dsmini.text.template_worker import _sentence
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -74,6 +80,35 @@ def test_process_is_started_once_and_ends_with_its_renderer() -> None:
     assert renderer._process is process and process.poll() is None
     del renderer
     assert process.wait(timeout=10) != 0
+
+
+def test_process_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer("x")
+    assert renderer._process is not None
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    late = threading.Timer(20, renderer._process.kill)  # else the test would wait for ever
+    late.start()
+    os.kill(renderer._process.pid, signal.SIGSTOP)  # no limit of CPU time ends it
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^it takes more than 0\.3 s, or more memory than there is$"):
+        renderer.render([], {})
+    late.cancel()
+    assert time.monotonic() - start < 15
+    assert renderer.render([], {}) == "x"
+
+
+def test_process_cannot_write_files(tmp_path: Path) -> None:
+    """Write as no template can: the limit is a second wall behind the sandbox."""
+    code = "import sys; import template_worker as w; {}open(sys.argv[1], 'wb', 0).write(b'x')"
+    for limit, status in (("", 0), ("w._limit_memory(1 << 30); ", 1)):
+        command = [sys.executable, "-c", code.format(limit), str(tmp_path / "x")]
+        done = subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+    assert "File too large" in done.stderr and (tmp_path / "x").stat().st_size == 0
+
+
+def test_template_that_renders_nothing_is_named() -> None:
+    assert refusal("{# nothing #}") == "the chat template of t.jinja renders nothing; mend it, or leave out --chat"
 
 
 def test_sandbox_hides_objects_files_and_state() -> None:
