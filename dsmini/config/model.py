@@ -15,6 +15,8 @@ MOST_LAYERS = 10_000
 """Maximum number of blocks."""
 LARGEST_SIZE = 2**31 - 1
 """Maximum value of every other whole number of a model."""
+LARGEST_FLOATS = {"norm_eps": 1.0, "init_std": 10.0}
+"""Maximum values of numbers that add to or draw the model's own; of all other numbers it is 1e30."""
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
@@ -132,7 +134,9 @@ class ModelConfig:
             value = getattr(self, f.name)
             most = MOST_LAYERS if f.name in ("n_layers", "n_dense_layers", "n_mtp_layers") else LARGEST_SIZE
             require(not isinstance(value, int) or value <= most, f"{f.name}={value} is too large; use {most:,} or less")
-            require(not isinstance(value, float) or value <= 1e30, f"{f.name}={value} is too large; use 1e30 or less")
+            if isinstance(value, float):
+                most = LARGEST_FLOATS.get(f.name, 1e30)
+                require(value <= most, f"{f.name}={value} is too large; use {most:g} or less")
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
         widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank)

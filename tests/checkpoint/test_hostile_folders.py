@@ -38,7 +38,8 @@ def with_config(folder: Path, **changes: Any) -> str:
         ({"n_routed_experts": 2**20}, "experts of its config; use the model's own"),
         ({"eos_token_id": 10**30}, f"eos_token_id in {{folder}}/config.json is {10**30}, but the model has 61 tokens"),
         ({"eos_token_id": [3, 61]}, "is [3, 61], but the model has 61 tokens; want ids below that"),
-        ({"rope_theta": 10**40}, "rope_theta=1e+40 is too large; use 1e30 or less"),
+        ({"rms_norm_eps": 1e22}, "norm_eps=1e+22 is too large; use 1 or less"),
+        ({"rope_theta": 10**40}, "rope_theta=1e+40 is too large; use 1e+30 or less"),
         ({"rope_scaling": {"type": ["yarn"]}}, "has rope type [['yarn']], which dsmini cannot honour"),
     ],
 )

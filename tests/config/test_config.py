@@ -163,6 +163,14 @@ def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
         ({"n_layers": 0}, "n_layers=0 is not positive; use 1 or more"),
         ({"kv_lora_rank": -4}, "kv_lora_rank=-4 is not positive; use 1 or more"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 is negative; use 0 or more"),
+        ({"norm_eps": 1e22}, "norm_eps=1e+22 is too large; use 1 or less"),
+        ({"init_std": 1e22}, "init_std=1e+22 is too large; use 10 or less"),
+        ({"rope_theta": 1e31}, "rope_theta=1e+31 is too large; use 1e+30 or less"),
+        (
+            {"vocab_size": 2**26, "dim": 2**25},
+            "dim=33554432, inter_dim=512, n_heads=4 and the other sizes make a matrix of 2,251,799,813,685,248 "
+            "numbers; use smaller ones, which make at most 1,125,899,906,842,624",
+        ),
         ({"mscale": -0.5}, "mscale=-0.5 is negative; use 0 or more"),
         (
             {"n_dense_layers": 6},
@@ -213,6 +221,7 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], sentence: st
 @pytest.mark.parametrize(
     "changes",
     [
+        {"vocab_size": 2**26, "dim": 2**24},
         {"n_dense_layers": 5},
         {"n_activated_experts": 8},
         {"n_limited_groups": 4, "n_activated_experts": 16},
