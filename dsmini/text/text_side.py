@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmini.config.fields import token_ids
-from dsmini.reading import is_there, read_table
+from dsmini.reading import brief, is_there, read_table
 from dsmini.text.chat import Chat, read_template, spelled
 from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
@@ -67,6 +67,8 @@ def _begin(tokenizer: BPETokenizer, config: Mapping[str, Any]) -> tuple[int, ...
     wanted = config.get("add_bos_token")
     if wanted is None:
         return tuple(tokenizer.beginning)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"add_bos_token in tokenizer_config.json is {brief(wanted)}, want true or false")
     if not wanted:
         return ()
     name = spelled(config.get("bos_token"))

@@ -222,6 +222,10 @@ def test_what_begins_a_text(tmp_path: Path) -> None:
     assert read_text_side(folder).begin == ()
     save_tokenizer(folder / "tokenizer.json", bos=True)
     assert read_text_side(folder).begin == bos[1]
+    for wanted in ("yes", 1, [], ""):
+        save_text_side(folder, add_bos_token=wanted)
+        with pytest.raises(ValueError, match=r"add_bos_token in tokenizer_config.json is .*, want true or false"):
+            read_text_side(folder)
     save_text_side(folder, bos_token="<nothing>")
     with pytest.raises(ValueError, match=r"wants texts to begin with '<nothing>', which .*tokenizer.json lacks"):
         read_text_side(folder)
