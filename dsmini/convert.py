@@ -79,16 +79,18 @@ def main(args: Sequence[str]) -> int:
     parse_size(command.shard_size)
     model, nbytes, seconds, files, ids = _read(command, tell)
     tell(rate("read", nbytes, seconds))
-    saved = save_pretrained(
-        model,
-        command.dst,
-        command.fp8,
-        dtype=None if command.dtype == "stored" else getattr(torch, command.dtype),
-        shard_size=command.shard_size,
-        files=files,
-        config=ids,
-        say=tell,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: tell(str(message))
+        saved = save_pretrained(
+            model,
+            command.dst,
+            command.fp8,
+            dtype=None if command.dtype == "stored" else getattr(torch, command.dtype),
+            shard_size=command.shard_size,
+            files=files,
+            config=ids,
+            say=tell,
+        )
     n_parameters = accounting.parameters(model.config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
     tell(f"{command.dst}: {written} with {n_parameters:,} parameters, for dsmini and transformers")

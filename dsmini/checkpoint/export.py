@@ -80,6 +80,8 @@ def save_pretrained(
         config: further keys of config.json, such as eos_token_id.
         say: told how many bytes were written, and how fast. A long save shows a bar on the standard error.
 
+    Warns: if a tensor holds infinities or NaN; the first one is named.
+
     Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
         model, or if values to quantize are not finite.
     """
@@ -105,6 +107,8 @@ def save_pretrained(
         texts |= {INDEX: as_json(index_of(shards))} if len(shards) > 1 else {}
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+    if plan.not_finite is not None:
+        warnings.warn(f"{path} has infinities or NaN in {plan.not_finite}, as the model has; check it", stacklevel=2)
     if say is not None:
         say(rate("wrote", total, progress.seconds))
     return Saved(total, progress.seconds, list(shards))

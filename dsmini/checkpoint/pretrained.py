@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsmini.checkpoint.load_plan import LoadPlan, plan_load
 from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader, refuse_bad_scales
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader, refuse_bad_bias, refuse_bad_scales
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot
 from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
@@ -31,6 +31,7 @@ from dsmini.machine import pick_device, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.nn.fp8 import hold_fp8
 from dsmini.nn.fp32 import FP32Module
+from dsmini.nn.gate import Gate
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
 from dsmini.reading import check_path, is_there, listed, read_table
 
@@ -118,6 +119,10 @@ def read_pretrained(
         plan.refuse_mixed_stacks()
     for scales in plan.scales.values():
         refuse_bad_scales(f"{folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
+    for slot, name in plan.names.items():
+        module, _, attribute = slot.name.rpartition(".")
+        if attribute == "bias" and isinstance(model.get_submodule(module), Gate):
+            refuse_bad_bias(f"{folder}: {name}", reader.read(name))
     held = _held_dtypes(model, plan, dtype, fp8 == "keep")
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {folder}", place)

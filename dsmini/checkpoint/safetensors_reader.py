@@ -66,6 +66,13 @@ class SafetensorsReader:
         return raw.view(dtype).view(piece.shape)
 
 
+def refuse_bad_bias(name: str, bias: Tensor) -> None:
+    """Raise ValueError for a selection bias that is infinite or NaN: top-k ranks the same experts first every time."""
+    if not bool(bias.isfinite().all()):
+        worst = float(bias[~bias.isfinite()][0])
+        raise ValueError(f"{name} has the selection bias {worst}; want finite ones: fetch the file again")
+
+
 def refuse_bad_scales(name: str, scales: Tensor) -> None:
     """Raise ValueError for scales of FP8 codes that are zero, negative, infinite or NaN: codes have no meaning then."""
     values = scales.float()

@@ -1,5 +1,6 @@
 """The plan of a save: the tensors of a model's folder, and the dtype of each."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -34,6 +35,8 @@ class SavePlan:
         self.loaded = origin is not None
         self.gates = {f"{name}." for name, module in model.named_modules() if isinstance(module, Gate)}
         self.quantizes = fp8 and any(self.state[name].dtype != torch.float8_e4m3fn for name in self.weights)
+        self.not_finite: str | None = None
+        """Name of the first written tensor with infinities or NaN."""
         self.scales: dict[Slot, Tensor] = {}
         """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
 
@@ -66,7 +69,15 @@ class SavePlan:
         return stored or held
 
     def _entry(self, theirs: str, value: Tensor, dtype: torch.dtype) -> Entry:
-        return Entry(theirs, dtype, tuple(value.shape), partial(value.to, dtype))
+        return Entry(theirs, dtype, tuple(value.shape), partial(self._converted, theirs, value, dtype))
+
+    def _converted(self, theirs: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        self._look_at(theirs, value)
+        return value.to(dtype)
+
+    def _look_at(self, theirs: str, value: Tensor) -> None:
+        if self.not_finite is None and not _is_finite(value):
+            self.not_finite = theirs
 
     def _plain(self, slot: Slot) -> Entry:
         theirs = self._name(slot)
@@ -95,6 +106,7 @@ class SavePlan:
         return [self._plain(slot)]
 
     def _dequantized(self, slot: Slot, scale: Slot, dtype: torch.dtype) -> Tensor:
+        self._look_at(self._name(slot), self._value(slot))
         return dequantize_tiles(self._value(slot), self._value(scale).float(), WEIGHT_TILE, "e4m3", dtype)
 
     def _new_scales(self, slot: Slot) -> Tensor:
@@ -107,3 +119,11 @@ class SavePlan:
     def _codes(self, slot: Slot) -> Tensor:
         # scales are the wider type, so that they come first in a file
         return encode_tiles(self._value(slot), self.scales.pop(slot), WEIGHT_TILE)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither infinities nor NaN, without a copy of it."""
+    if tensor.dtype == torch.float8_e4m3fn:  # its largest code, with either sign, is NaN
+        return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
+    least, most = torch.aminmax(tensor)
+    return math.isfinite(least) and math.isfinite(most)

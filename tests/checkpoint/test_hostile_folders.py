@@ -99,6 +99,16 @@ def test_fp8_scale_that_is_not_above_0_is_refused(
     assert said == f"{folder}: {name} has the FP8 scale {value}; want finite ones above 0: fetch the file again"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_selection_bias_that_is_not_finite_is_refused(folder: Path, value: float) -> None:
+    tensors = folders.read(folder)
+    name = next(name for name in tensors if name.endswith("e_score_correction_bias"))
+    tensors[name][-1] = value
+    folders.write(folder, tensors, folders.config_of(folder))
+    said = refusal(load_pretrained, folder)
+    assert said == f"{folder}: {name} has the selection bias {value}; want finite ones: fetch the file again"
+
+
 def test_end_token_that_the_model_lacks_is_refused(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 61]}')
     said = refusal(read_text_side, folder, tokenizer="bytes")
