@@ -50,7 +50,7 @@ ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 CALL = Struct("=23qdq")
 """struct Call of tiles.h."""
-VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 240.0, 60.0
+VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
 
