@@ -39,7 +39,12 @@ def load_text_model(
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             stored_or = None if dtype == "auto" else DTYPES[dtype]
-            return load_pretrained(path, dtype=stored_or, fp8=fp8, device=place), side, False
+            model = load_pretrained(path, dtype=stored_or, fp8=fp8, device=place)
+        got, want = side.tokenizer.vocab_size, model.config.vocab_size
+        if got > want:
+            file = tokenizer or path / "tokenizer.json"
+            note(f"{file} has token ids up to {got - 1}, the model of {path} only to {want - 1}")
+        return model, side, False
     for flag, wanted in (("--chat", chat), ("--tokenizer", tokenizer), ("--fp8 keep", fp8 == "keep")):
         if wanted:
             raise ValueError(

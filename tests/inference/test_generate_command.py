@@ -14,7 +14,7 @@ from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
 from tests.helpers.commands import TINY, run, run_all, start
-from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side
+from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -267,5 +267,10 @@ def test_mistakes_with_a_folder_are_sentences(folder: Path) -> None:
     answers = run_all([("dsmini.generate", arguments) for arguments in bad], folder)
     for (arguments, message), (status, said) in zip(bad.items(), answers, strict=True):
         assert status == 2 and message in said and "Traceback" not in said, (arguments, said)
+    tokenizer = save_tokenizer(folder / "larger.json")
+    tokenizer.add_tokens([f"<{i}>" for i in range(99)])
+    tokenizer.save(str(folder / "larger.json"))
+    ((_, said),) = run_all([("dsmini.generate", "m --tokenizer larger.json --max-new-tokens 1")], folder)
+    assert f"larger.json has token ids up to {tokenizer.get_vocab_size() - 1}, the model of m only to 399" in said
     (answer,) = ask(folder, "--tokenizer bytes --prompt é", model="bare")
     assert answer["prompt_tokens"] == 2
