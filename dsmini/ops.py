@@ -127,7 +127,7 @@ class Operation(Generic[P, R]):
         try:
             return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
         except kernels.Unserved as reason:
-            return self._without(forced, str(reason), *args, **kwargs)
+            return self._without(forced, str(reason) or None, *args, **kwargs)
 
     def _without(self, forced: str | None, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run PyTorch code, or raise ValueError if the backend is forced and gave a reason."""

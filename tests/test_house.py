@@ -34,7 +34,10 @@ MAY_IMPORT = {
     "dsmini.checkpoint.manifest": {"dsmini.atomic"},
     "dsmini.inference.sampling": {"dsmini.config.fields"},
     "dsmini.console": {"dsmini.console"},
-    "dsmini.inference": {"dsmini.config.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"},
+    "dsmini.inference": {
+        *("dsmini.config.fields", "dsmini.nn", "dsmini.text", "dsmini.inference"),
+        *("dsmini.functional.decoding", "dsmini.numerics", "dsmini.ops"),
+    },
     "dsmini.text": {"dsmini.config.fields", "dsmini.console.printable", "dsmini.text"},
     "dsmini.text.tokenizer": {"dsmini.text.library"},
     "dsmini.text.library": {"dsmini.text.tokenizer_file"},
@@ -232,8 +235,8 @@ FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
     "benchmarks": 3375,
     "dsmini/accounting": 1300,
-    "dsmini/functional": 1070,
-    "dsmini/inference": 970,
+    "dsmini/functional": 1240,
+    "dsmini/inference": 1150,
     "dsmini/measure": 1140,
     "dsmini/nn": 2180,
     "dsmini/report": 1490,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dsmini.inference.decoding import Decoder
 from dsmini.inference.prefill import padded, prefill
 from dsmini.inference.prompts import check_request, check_room, rows_of
 from dsmini.inference.sampling import Sampling, draw
@@ -112,6 +113,7 @@ class Generation:
         self._left = [max_new_tokens] * len(prompts)
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
+        self.decoder = Decoder(model)
         self.drafter = Drafter(model, self.cache, self.sampling, generator) if speculative else None
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
@@ -188,7 +190,7 @@ class Generation:
         tokens = torch.cat((last, guesses), 1)
         # 2. the model's distribution after each of them: [b, s, v]
         start = self.cache.lengths
-        states = self.model.states(tokens, self.cache, None if bool(live.all()) else live * tokens.shape[1])
+        states = self.decoder.states(tokens, self.cache, None if bool(live.all()) else live * tokens.shape[1])
         p = self._probabilities(self.model.head(states.normed), guesses)
         # 3. the accepted guesses of each row, and one more token
         picked = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]

@@ -1,6 +1,6 @@
 """Drive the sanitizer build of the CPU kernels with buffers of exact sizes, for tests/kernels/test_cpu_bounds.py.
 
-    python sanitized.py LIBRARY STRUCT [overflow]
+    python sanitized.py LIBRARY STRUCT STRUCT STRUCT STRUCT [overflow]
 
 It does not import torch, which takes long under a sanitizer. With `overflow` one call gets a size beyond its buffer.
 """
@@ -9,9 +9,13 @@ import ctypes
 import itertools
 import random
 import sys
+from pathlib import Path
 from struct import Struct
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/dsmini_kernels/cpu"))
+import trial
 
 QUANTIZE, DEQUANTIZE, BOTH = range(3)
 SIZES = (4, 2, 2)
@@ -22,8 +26,8 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def main(path: str, layout: str, overflow: bool) -> None:
-    library, call = ctypes.CDLL(path), Struct(layout)
+def main(path: str, layouts: list[str], overflow: bool) -> None:
+    library, call = ctypes.CDLL(path), Struct(layouts[0])
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -71,8 +75,29 @@ def main(path: str, layout: str, overflow: bool) -> None:
             for buffer in buffers:
                 libc.free(buffer)
             count += 1
-    print(f"{count} calls")
+    print(f"{count + steps(library, libc, isas, layouts)} calls")
+
+
+def steps(library: ctypes.CDLL, libc: ctypes.CDLL, isas: list[int], layouts: list[str]) -> int:
+    """Run the calls of trial.py in buffers of exact sizes; return their number."""
+    count, buffers = 0, []
+
+    def memory(size: int) -> int:
+        buffers.append(libc.malloc(size))
+        ctypes.memset(buffers[-1], 0, size)
+        return buffers[-1]
+
+    for isa in isas:
+        for name, fields in trial.step_calls(isa, memory):
+            struct = Struct(layouts[trial.ENTRIES.index(name)])
+            entry = getattr(library, f"dsmini_{name}")
+            entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+            assert entry(struct.pack(*fields), struct.size) == 0, (name, fields)
+            while buffers:
+                libc.free(buffers.pop())
+            count += 1
+    return count
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], "overflow" in sys.argv[3:])
+    main(sys.argv[1], sys.argv[2:6], "overflow" in sys.argv[6:])

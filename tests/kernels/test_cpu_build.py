@@ -87,7 +87,7 @@ def test_cache_is_used_and_damaged_files_are_rebuilt(own_cache: Path, monkeypatc
         path.write_bytes(damaged)
         assert build.find_or_build().read_bytes() == whole
     assert len(builds) == 3
-    monkeypatch.setattr(build, "SOURCES", build.SOURCES[:2])
+    monkeypatch.setattr(build, "HEADERS", build.HEADERS[:2])
     key = build._key(build.find_compiler(), build.FLAGS)
     assert not path.name.startswith(key), "sources are part of the key"
     assert key != build._key(build.find_compiler(), (*build.FLAGS, "-g")), "flags are part of the key"
@@ -171,12 +171,13 @@ def test_built_library_is_private_under_any_umask(
     assert {p.stat().st_mode & 0o777 for p in (path, path.parent, path.parent.parent)} == {0o700}
 
 
+OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in ("tiles", "linear", "attention", "feed_forward"))
 BROKEN = {
-    "trap at a call": ("long dsmini_isa(long i) { __builtin_trap(); } long dsmini_tiles() { return 0; }", "SIG"),
+    "trap at a call": ("long dsmini_isa(long i) { __builtin_trap(); } " + OTHERS, "SIG"),
     "trap at load": ("__attribute__((constructor)) void f() { __builtin_trap(); }", "it ends a process by SIG"),
     "no such function": ("int f;", "it cannot be loaded: "),
-    "wrong values": ("long dsmini_isa(long i) { return i; } long dsmini_tiles() { return 0; }", "wrong values"),
-    "no end": ("long dsmini_isa(long i) { for (;;); } long dsmini_tiles() { return 0; }", "did not end within 1 s"),
+    "wrong values": ("long dsmini_isa(long i) { return i; } " + OTHERS, "wrong values"),
+    "no end": ("long dsmini_isa(long i) { for (;;); } " + OTHERS, "did not end within 1 s"),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini import MLA, Linear, ModelConfig, Transformer
+from dsmini import MLA, Linear, ModelConfig, Transformer, ops
 from dsmini.nn import Cache
 from dsmini.nn.cache import Past
 from tests.conftest import SMALL, randomise
@@ -169,11 +169,12 @@ def test_selected_rows_keep_their_mtp_cache(small_model: Model) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
 @pytest.mark.parametrize("form", FORMS)
 def test_low_precision_cache_agrees_in_all_forms_and_chunks(small_model: Model, dtype: Any, form: Any) -> None:
-    """All read what was rounded, a prompt's own tokens too."""
+    """All read what was rounded, a prompt's own tokens too. A kernel's sums may be rounded to another BF16 number."""
     model, tokens = small_model(n_mtp_layers=0), tokens_of(2, 20)
-    want = model(tokens, model.new_cache(2, 20, dtype, form="expanded"))
-    cache = model.new_cache(2, 20, dtype, form=form)
-    got = torch.cat([model(part, cache) for part in tokens.split((7, 6, 1, 6), 1)], 1)
+    with ops.use("eager"):
+        want = model(tokens, model.new_cache(2, 20, dtype, form="expanded"))
+        cache = model.new_cache(2, 20, dtype, form=form)
+        got = torch.cat([model(part, cache) for part in tokens.split((7, 6, 1, 6), 1)], 1)
     assert relative_error(got, want) < FP32_MODEL
 
 

@@ -208,7 +208,8 @@ def test_quantized_layers_are_built_and_used_like_plain_ones() -> None:
     assert torch.equal(quantized.to(torch.float32).train()(x), plain(x))
     q = quantize(plain.weight.detach(), WEIGHT_TILE)
     hold_fp8(quantized, "weight", q.codes, q.scales)
-    assert torch.equal(quantized.eval()(x), torch.nn.functional.linear(x, q.dequantize()))
+    with ops.use("eager"):  # a kernel adds in another order
+        assert torch.equal(quantized.eval()(x), torch.nn.functional.linear(x, q.dequantize()))
 
 
 def test_holding_fp8_keeps_a_subclass_from_losing_its_forward() -> None:

@@ -2,17 +2,25 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.steps import attention_step, feed_forward_step, linear, quantized_linear
 from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
 
-OPERATIONS = ("quantize", "dequantize", "quantize_dequantize")
+OPERATIONS = (
+    *("quantize", "dequantize", "quantize_dequantize"),
+    *("linear", "quantized_linear", "attention_step", "feed_forward_step"),
+)
 __all__ = [
     "OPERATIONS",
     "Unserved",
+    "attention_step",
     "dequantize",
     "describe",
     "expected",
+    "feed_forward_step",
+    "linear",
     "quantize",
     "quantize_dequantize",
+    "quantized_linear",
     "why_not",
 ]
 

@@ -13,6 +13,7 @@ runs in one thread.
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -38,18 +39,33 @@ from dsmini_kernels.cpu.folder import (
 from dsmini_kernels.cpu.processes import Done, run_together
 
 HERE = Path(__file__).parent
-SOURCES = ("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "tiles.cpp", "library.cpp")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
+ROUNDING = ("-O2", "-ffp-contract=off")
+"""Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
+PRODUCTS = ("-O3", "-ffp-contract=fast")
+FOR_EACH_ISA = {
+    "tiles.cpp": ROUNDING,
+    "linear.cpp": PRODUCTS,
+    "attention.cpp": PRODUCTS,
+    "feed_forward.cpp": PRODUCTS,
+}
+"""Sources that are compiled once for each instruction set, and their flags."""
+ONCE = ("library.cpp", "steps.cpp")
+HEADERS = (
+    *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
+    *("dots.h", "activations.h", "attention.h"),
+)
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISA_FLAGS = {
-    "portable": ("-DWORK=work_portable", "-DBYTES=16"),
-    "avx2": ("-DWORK=work_avx2", "-DBYTES=32", "-mavx2", "-mf16c"),
-    "avx512": ("-DWORK=work_avx512", "-DBYTES=64", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c"),
+    "portable": ("-DBYTES=16",),
+    "avx2": ("-DBYTES=32", "-mavx2", "-mf16c", "-mfma"),
+    "avx512": ("-DBYTES=64", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mfma"),
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL = Struct("=23qdq")
-"""struct Call of tiles.h."""
+CALL, LINEAR, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=18q", "=74q4d", "=80q2d"))
+"""struct Call of tiles.h, and the calls of steps.h."""
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, ATTENTION, FEED_FORWARD)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -58,7 +74,7 @@ class BuildError(Exception):
     """A missing or failing compiler; the message is one sentence."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Library:
     path: Path
     isa: int
@@ -66,7 +82,12 @@ class Library:
     isa_name: str
     parallel: int
     """Address of GOMP_parallel, or 0."""
+    threads: int
+    """Address of omp_get_num_threads, or 0."""
     tiles: "ctypes._NamedFuncPointer"
+    linear: "ctypes._NamedFuncPointer"
+    attention: "ctypes._NamedFuncPointer"
+    feed_forward: "ctypes._NamedFuncPointer"
 
 
 @functools.cache
@@ -79,7 +100,9 @@ def library() -> Library:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
-        loaded.dsmini_tiles.argtypes, loaded.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+        entries = [getattr(loaded, f"dsmini_{name}") for name in ("tiles", "linear", "attention", "feed_forward")]
+        for entry in entries:
+            entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     except (OSError, AttributeError) as error:  # a folder from which no code may be run
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
     wanted = os.environ.get(ISA_VARIABLE) or "best"
@@ -89,7 +112,8 @@ def library() -> Library:
     if isa == 0:
         raise ValueError(f"{ISA_VARIABLE}={wanted!r} asks for instructions that this CPU lacks; unset it")
     name = next(n for n, number in ISA_NUMBERS.items() if number == isa)
-    return Library(path=path, isa=isa, isa_name=name, parallel=_gomp_parallel(), tiles=loaded.dsmini_tiles)
+    parallel, threads = _openmp()
+    return Library(path, isa, name, parallel, threads, *entries)
 
 
 def find_or_build(sanitize: bool = False) -> Path:
@@ -161,9 +185,12 @@ def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
-    parts = [repr((compiler, flags, _isas())), version.stdout, platform.machine(), _cpu_flags()]
+    parts = [repr((compiler, flags, ROUNDING, PRODUCTS, _isas())), version.stdout, platform.machine(), _cpu_flags()]
     hashed = hashlib.sha256()
-    for part in [*(p.encode() for p in parts), *((HERE / name).read_bytes() for name in SOURCES)]:
+    for part in [
+        *(p.encode() for p in parts),
+        *((HERE / name).read_bytes() for name in (*HEADERS, *ONCE, *FOR_EACH_ISA)),
+    ]:
         hashed.update(len(part).to_bytes(8, "little") + part)
     return hashed.hexdigest()[:24]
 
@@ -208,10 +235,11 @@ def _name(key: str, content: bytes) -> str:
 def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, trial: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         built = Path(scratch) / "library.so"
-        jobs = {name: [*more, str(HERE / "tiles.cpp")] for name, more in _isas().items()}
-        jobs["library"] = [str(HERE / "library.cpp")]
-        objects = [f"{scratch}/{name}.o" for name in jobs]
-        compiles = [[*compiler, *flags, "-c", *job, "-o", o] for job, o in zip(jobs.values(), objects, strict=True)]
+        jobs = [[*ROUNDING, *flags, str(HERE / source)] for source in ONCE]
+        for (source, more), (isa, of_isa) in itertools.product(FOR_EACH_ISA.items(), _isas().items()):
+            jobs.append([*more, *flags, f"-DISA={isa}", *of_isa, str(HERE / source)])
+        objects = [f"{scratch}/{i}.o" for i in range(len(jobs))]
+        compiles = [[*compiler, "-c", *job, "-o", o] for job, o in zip(jobs, objects, strict=True)]
         for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
             if done.returncode != 0:
                 raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
@@ -229,7 +257,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
 
 def _try(library: Path, compiler: tuple[str, ...]) -> None:
     """Run the library in a process of its own, which it may end."""
-    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), CALL.format]
+    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *LAYOUTS]
     (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
     if done.returncode == 0:
         return
@@ -257,8 +285,12 @@ def _lines(done: Done) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"status {done.returncode}"]
 
 
-def _gomp_parallel() -> int:
+def _openmp() -> tuple[int, int]:
+    """Return the addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch has loaded, or zeros."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+        found = ctypes.CDLL(None)
+        entries = (ctypes.cast(f, ctypes.c_void_p).value for f in (found.GOMP_parallel, found.omp_get_num_threads))
+        parallel, threads = (entry or 0 for entry in entries)
     except AttributeError:
-        return 0
+        return 0, 0
+    return parallel, threads

@@ -1,4 +1,5 @@
-// Vectors of BYTES bytes, the numbers of a format, and the types of inputs and outputs: for tiles.cpp alone.
+// Vectors of BYTES bytes, the numbers of a format, and the types of inputs and outputs: for what is compiled once for
+// each instruction set.
 
 #pragma once
 
@@ -10,6 +11,12 @@
 #include <immintrin.h>
 #define X86 1
 #endif
+
+// Names of functions with linkage end with the instruction set. Everything else has none, so that no linker can pick an
+// AVX-512 version for a machine without.
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define OF_ISA(name) JOIN(name, ISA)
 
 namespace {
 

@@ -51,7 +51,7 @@ int64_t best() {
   static const int64_t isa = [] {  // asked once: a virtual machine may take microseconds to answer
     unsigned a, b, c, d;
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & (1u << 29);
-    if (!__builtin_cpu_supports("avx2") || !f16c) return PORTABLE;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return PORTABLE;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
                ? AVX512

@@ -1,7 +1,7 @@
 // Quantize, dequantize, and both at once, tile by tile. dsmini/numerics/tiles.py defines the results, to the bit.
 //
-// One source for all instruction sets: it is compiled once for each, with WORK naming the entry and BYTES the width of
-// a vector. Everything else has no linkage, so that no linker can pick an AVX-512 version for a machine without.
+// One source for all instruction sets: it is compiled once for each, with ISA as its name and BYTES as the width of a
+// vector.
 //
 // A chunk is passed over twice: magnitudes.h finds the scales, rows.h rounds. lanes.h has vectors and types.
 
@@ -173,7 +173,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
 
 }  // namespace
 
-void WORK(Plan& plan) {
+void OF_ISA(work)(Plan& plan) {
   const Call& c = plan.call;
   const bool spread = c.tile_columns < c.columns && c.tile_columns % PAIR != 0;
   const Row run = pick(plan, spread);

@@ -61,6 +61,8 @@ struct Plan {
 inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 using Work = void (*)(Plan&);  // fetch spans until none is left
+extern "C" int64_t dsmini_isa(int64_t wanted);  // a set of instructions that this CPU has, or 0
+
 void work_portable(Plan&);
 void work_avx2(Plan&);
 void work_avx512(Plan&);

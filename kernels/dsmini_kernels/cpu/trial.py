@@ -1,4 +1,4 @@
-"""Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT
+"""Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT STRUCT STRUCT STRUCT
 
 A compiler may have been told to write for another CPU. The first such instruction ends a process, so it is this one.
 Every operation runs on every instruction set, with all types, formats and kinds of tiles. Imports neither torch nor
@@ -8,7 +8,9 @@ this package: it takes a few hundredths of a second.
 import ctypes
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from struct import Struct
+from typing import Any
 
 ROWS, COLUMNS = 3, 130
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
@@ -17,15 +19,38 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
+ENTRIES = ("tiles", "linear", "attention", "feed_forward")
+WEIGHT_SIZES = (4, 2, 1)
+"""Bytes of a number in FP32, BF16 and E4M3."""
+Memory = Callable[[int], int]
+"""Returns the address of this many bytes, all zero."""
 
 
-def main(path: str, layout: str) -> None:
-    library, struct = ctypes.CDLL(path), Struct(layout)
+def main(path: str, *layouts: str) -> None:
+    library = ctypes.CDLL(path)
     library.dsmini_isa.argtypes, library.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
-    library.dsmini_tiles.argtypes, library.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+    structs = [Struct(layout) for layout in layouts]
+    for name in ENTRIES:
+        entry = getattr(library, f"dsmini_{name}")
+        entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+    isas = [isa for isa in (1, 2, 3) if library.dsmini_isa(isa)]
+    try_tiles(library, structs[0], isas)
+    kept: list[Any] = []
+
+    def memory(size: int) -> int:
+        kept.append(ctypes.create_string_buffer(size + 1))
+        return ctypes.addressof(kept[-1])
+
+    for isa in isas:
+        for name, call in step_calls(isa, memory):
+            struct = structs[ENTRIES.index(name)]
+            if error := getattr(library, f"dsmini_{name}")(struct.pack(*call), struct.size):
+                sys.exit(f"a call of {name} ended with error {error}")
+
+
+def try_tiles(library: ctypes.CDLL, struct: Struct, isas: list[int]) -> None:
     x, scales = (ctypes.c_float * len(VALUES))(*VALUES), (ctypes.c_float * len(VALUES))(*[1.0] * len(VALUES))
     out = (ctypes.c_float * len(VALUES))()
-    isas = [isa for isa in (1, 2, 3) if library.dsmini_isa(isa)]
     every = itertools.product(isas, range(3), range(3), range(2), range(3), range(3), TILES)
     for isa, operation, format, powers, in_type, out_type, tile in every:
         tiles = -(-ROWS // tile[0]) * -(-COLUMNS // tile[1])
@@ -45,6 +70,72 @@ def main(path: str, layout: str) -> None:
 def check(values: list[float]) -> None:
     if any(abs(got - want) > 1e-6 for got, want in zip(values, VALUES, strict=True)):
         sys.exit("it computes wrong values")
+
+
+def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Yield calls of products and decoding steps with sizes that no vector divides: entry, and fields of its struct."""
+    for weight, n in itertools.product(range(3), (1, 2, 7)):
+        for bf16 in range(2):
+            yield "linear", linear_call(isa, memory, n, 37, 131, weight, bf16)
+        for experts in (0, 6):
+            yield "feed_forward", feed_forward_call(isa, memory, n, weight, experts)
+    for weight, cache, (b, s), q_rank in itertools.product(range(3), range(3), ((1, 1), (2, 3)), (0, 19)):
+        yield "attention", attention_call(isa, memory, b, s, weight, cache, q_rank)
+
+
+def linear_call(isa: int, memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
+    size = 2 if bf16 else 4
+    x, y = _spans(memory, n * i * size, n * o * size)
+    return (isa, 1, 0, 0, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
+
+
+def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
+    dim, heads, nope, rope, latent, value, room = 45, 3, 21, 6, 133, 13, 150
+    row = ((latent + rope) * 4, (latent + rope) * 2, latent + 8 + 2 * rope)[cache]
+    angles = s * rope // 2 * 4
+    x, y, norm, q_norm, kv_norm, cos, sin, rows, starts = _spans(
+        memory, *[b * s * dim * 4] * 2, dim * 4, q_rank * 4, latent * 4, angles, angles, b * room * row, b * 8
+    )
+    ctypes.memmove(starts[0], Struct(f"={b}q").pack(*(room - s - 40 * i for i in range(b))), 8 * b)
+    wq_a = _matrix(memory, q_rank, dim, weight) if q_rank else (0,) * 8
+    shapes = ((heads * (nope + rope), q_rank or dim), (latent + rope, dim), (heads * (nope + value), latent))
+    matrices = [number for shape in (*shapes, (dim, heads * value)) for number in _matrix(memory, *shape, weight)]
+    return (
+        *(isa, 1, 0, 0, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
+        *(norm[0], q_norm[0], kv_norm[0], norm[1], q_norm[1], kv_norm[1], cos[0], sin[0], angles, 1),
+        *(*rows, cache, row, room, *starts, *wq_a, *matrices, 0.1, 1e-6, 1e-6, 1e-6),
+    )
+
+
+def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: int) -> tuple[float, ...]:
+    dim, inter, f, k = 45, 0 if experts and n == 2 else 131, 19 if experts else 0, 3 if experts else 0
+    x, y, norm, gate, bias, indices, weights, scores, counts = _spans(
+        *(memory, n * dim * 4, n * dim * 4, dim * 4, experts * dim * 4, experts * 4),
+        *(n * k * 8, n * k * 4, n * experts * 4, experts * 8),
+    )
+    dense = [(inter, dim, 1), (dim, inter, 1), (inter, dim, 1)]
+    stacks = [(f, dim, experts), (dim, f, experts), (f, dim, experts)]
+    there = [shape if shape[0] and shape[1] else None for shape in (*dense, *stacks)]
+    matrices = [
+        i for shape in there for i in ((0,) * 8 if shape is None else _matrix(memory, *shape[:2], weight, shape[2]))
+    ]
+    out = (indices, weights, scores, counts)
+    return (
+        *(isa, 1, 0, 0, n, dim, inter, experts, f, k, 2, 2, n % 2, 1, *x, *y),
+        *(norm[0], gate[0], bias[0], norm[1], gate[1], bias[1], *(a for a, _ in out), *(size for _, size in out)),
+        *(*matrices, 1e-6, 1.0),
+    )
+
+
+def _matrix(memory: Memory, rows: int, columns: int, weight: int, count: int = 1) -> tuple[int, ...]:
+    stride = columns * WEIGHT_SIZES[weight]
+    scales = count * -(-rows // 128) * -(-columns // 128) * 4 if weight == 2 else 0
+    data, scales_at = _spans(memory, count * rows * stride, scales)
+    return (*data, weight, count * rows, columns, stride, *scales_at)
+
+
+def _spans(memory: Memory, *sizes: int) -> list[tuple[int, int]]:
+    return [(memory(size), size) if size else (0, 0) for size in sizes]
 
 
 if __name__ == "__main__":

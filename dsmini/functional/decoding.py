@@ -1,0 +1,168 @@
+"""The two halves of a block in a decoding step, each with its norm and residual: attention, and the feed-forward.
+
+They are the operations of nn/ in one call each, so that a kernel can run a layer in two calls. `inference/decoding.py`
+takes the parts from a model's modules and calls them. Numbers between the operations are x's dtype, FP32 in decoding.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.cached_attention import absorbed_attention
+from dsmini.functional.experts import quantized_experts
+from dsmini.functional.linear import linear, quantized_linear
+from dsmini.functional.rms_norm import rms_norm
+from dsmini.functional.rope import Table, apply_rope
+from dsmini.functional.swiglu import swiglu
+from dsmini.numerics import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionPart:
+    """The weights of MLA and of the norm before it. wq_a None: wq_b projects the query directly."""
+
+    norm: Float[Tensor, " m"]
+    wq_a: Weight | None
+    q_norm: Float[Tensor, " q"] | None
+    wq_b: Weight
+    wkv_a: Weight
+    kv_norm: Float[Tensor, " c"]
+    wkv_b: Weight
+    wo: Weight
+    n_heads: int
+    nope: int
+    rope: int
+    value: int
+    scale: float
+    eps: float
+    q_eps: float
+    kv_eps: float
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend makes of the weights, by its name."""
+
+    @property
+    def latent(self) -> int:
+        """kv_lora_rank."""
+        return self.kv_norm.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
+        return sum(w.nbytes for w in weights if w is not None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeedForwardPart:
+    """The weights of a feed-forward and of the norm before it: dense, or of a gate, its experts and the shared ones."""
+
+    norm: Float[Tensor, " m"]
+    eps: float
+    w1: Weight | None
+    w2: Weight | None
+    w3: Weight | None
+    gate: Float[Tensor, "e m"] | None = None
+    bias: Float[Tensor, " e"] | None = None
+    e1: Weight | None = None
+    e2: Weight | None = None
+    e3: Weight | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `nn.route`."""
+    route: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """From logits to indices, weights, scores and counts."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend makes of the weights, by its name."""
+
+
+def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
+    b, s, _ = x.shape
+    h, c, keys = part.n_heads, part.latent, int(starts.sum()) + b * s
+    data = past.store.data
+    row = data.shape[2] * data.element_size()
+    weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
+    products = sum(w.shape[0] * w.shape[1] for w in weights if w is not None)
+    attention = 2 * s * keys * h * (2 * c + part.rope)
+    return ops.Cost(x.nbytes + part.nbytes + keys * row, x.nbytes + b * s * row, 2 * b * s * products + attention)
+
+
+@ops.operation("attention_step", cost=_attention_cost)
+def attention_step(
+    x: Float[Tensor, "b s m"], part: AttentionPart, past: Any, table: Table, starts: Int[Tensor, " b"]
+) -> Float[Tensor, "b s m"]:
+    """Return x + MLA(norm(x)) for new tokens, absorbed, and append their rows to the cache.
+
+    Args:
+        past: the layer's part of the cache (nn.cache.Past). All its new columns are tokens.
+        starts: position of each sequence's first new token.
+
+    Source: DeepSeek-V2 report, section 2.1.2.
+    """
+    # 1. queries: [b, s, h, n] and [b, s, h, r]
+    normed = rms_norm(x, part.norm, part.eps)
+    q = normed
+    if part.wq_a is not None and part.q_norm is not None:
+        q = rms_norm(multiply(normed, part.wq_a), part.q_norm, part.q_eps)
+    q = rearrange(multiply(q, part.wq_b), "b s (h d) -> b s h d", h=part.n_heads)
+    q_nope, q_rope = q.tensor_split((part.nope,), -1)
+    # 2. the cache with the new rows: [b, t, c + r]
+    c_kv, k_rope = multiply(normed, part.wkv_a).tensor_split((part.latent,), -1)
+    k_rope = apply_rope(k_rope.unsqueeze(2), table).squeeze(2)
+    past.append((rms_norm(c_kv, part.kv_norm, part.kv_eps), k_rope))
+    rows = past.store.read(past.window.end, x.dtype)
+    # 3. attention, W_UK moved to the queries and W_UV after the sum: [b, s, h v]
+    w = rearrange(dense(part.wkv_b, x.dtype), "(h d) c -> h d c", h=part.n_heads)
+    w_uk, w_uv = w.tensor_split((part.nope,), 1)
+    q_rope = apply_rope(q_rope, table)
+    y = absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv.transpose(1, 2), part.scale, past.window.mask)
+    return x + multiply(y, part.wo)
+
+
+def _feed_forward_cost(x: Tensor, part: FeedForwardPart) -> ops.Cost:
+    dense_weights = [w for w in (part.w1, part.w2, part.w3) if w is not None]
+    read = x.nbytes + part.norm.nbytes + sum(w.nbytes for w in dense_weights)
+    products = sum(w.shape[0] * w.shape[1] for w in dense_weights)
+    if part.gate is not None:
+        e, k = part.gate.shape[0], part.options["n_activated_experts"]
+        experts = [w for w in (part.e1, part.e2, part.e3) if w is not None]
+        visited = min(e, x.shape[0] * k)  # the most that the tokens can choose
+        read += part.gate.nbytes + sum(w.nbytes for w in experts) * visited // e
+        products += part.gate.numel() + k * sum(w.shape[1] * w.shape[2] for w in experts)
+    return ops.Cost(read, x.nbytes, 2 * x.shape[0] * products)
+
+
+@ops.operation("feed_forward_step", cost=_feed_forward_cost)
+def feed_forward_step(x: Float[Tensor, "n m"], part: FeedForwardPart) -> tuple[Tensor, ...]:
+    """Return x + FFN(norm(x)), and the routing: indices and weights [n, k], scores [n, e] and counts [e].
+
+    Without a gate the four tensors of the routing are empty.
+
+    Source: DeepSeek-V3 report, section 2.1.2.
+    """
+    normed = rms_norm(x, part.norm, part.eps)
+    y, routing = x, (x.new_empty(0, 0, dtype=torch.int64), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0))
+    if part.w1 is not None and part.w2 is not None and part.w3 is not None:
+        y = y + multiply(swiglu(multiply(normed, part.w1), multiply(normed, part.w3)), part.w2)
+    if part.gate is not None and part.route is not None:
+        routing = part.route(linear(normed.float(), part.gate))
+        indices, weights, _, counts = routing
+        experts: Any = (part.e1, part.e2, part.e3)
+        y = y + quantized_experts(normed, indices, weights, counts, *experts)
+    return (y, *routing)
+
+
+def multiply(x: Tensor, weight: Weight) -> Tensor:
+    """Return x W^T in x's dtype."""
+    return linear(x, weight) if isinstance(weight, Tensor) else quantized_linear(x, weight)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weight's numbers in dtype."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

@@ -1,0 +1,209 @@
+// A layer's attention in a decoding step, from the residual stream to the residual stream: MLA in its absorbed form.
+
+#include "attention.h"
+#include "steps.h"
+
+namespace {
+
+int64_t keys_of(const AttentionCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
+int64_t parts_of(const AttentionCall& c, int64_t sequence) {
+  const int64_t keys = keys_of(c, sequence), length = part_length(keys);
+  return (keys + length - 1) / length;
+}
+
+// The memory of a call; sizes in numbers.
+struct Buffers {
+  int64_t tokens, q_width, kv_width, q_stride, sums_stride, parts;
+  int64_t own;  // of each thread
+  float *plain, *normed, *q_a, *kv, *q_in, *q, *query, *attended, *merged, *high, *total, *sums, *owned;
+  int64_t all;
+
+  Buffers(const AttentionCall& c, float* memory) {
+    tokens = c.b * c.s;
+    q_width = c.q_rank ? c.q_rank : c.dim, kv_width = c.latent + c.rope;
+    sums_stride = round_up(c.latent, ALIGNED);
+    q_stride = round_up(kv_width, ALIGNED);
+    parts = 0;
+    for (int64_t i = 0; i < c.b; ++i) parts += parts_of(c, i);
+    const int64_t rows = c.s * c.heads;
+    own = round_up(KEYS * q_stride + (rows + 4) * (KEYS + 1) + 2 * rows, 16);
+    all = 0;
+    const auto take = [&](int64_t numbers) {
+      float* at = memory == nullptr ? nullptr : memory + all;
+      all += round_up(numbers, 16);
+      return at;
+    };
+    plain = take(tokens * c.dim);
+    normed = take(tokens * 2 * padded(c.dim));
+    q_a = take(tokens * round_up(q_width, 16));
+    kv = take(tokens * kv_width);
+    q_in = take(tokens * padded(q_width));
+    q = take(tokens * c.heads * (c.nope + c.rope));
+    query = take(tokens * c.heads * q_stride);
+    attended = take(tokens * c.heads * c.value);
+    merged = take(tokens * padded(c.heads * c.value));
+    high = take(parts * rows);
+    total = take(parts * rows);
+    sums = take(parts * rows * sums_stride);
+    owned = take(c.place.threads * own);
+  }
+};
+
+// Stores a token's row in the cache.
+void write_row(const AttentionCall& c, const float* row, char* to) {
+  const int64_t all = c.latent + c.rope;
+  if (c.cache_type == CACHE_FP32) {
+    memcpy(to, row, all * 4);
+    return;
+  }
+  if (c.cache_type == CACHE_BF16) {
+    for (int64_t i = 0; i < all; ++i) store(to + 2 * i, rounded_bf16(row[i]));
+    return;
+  }
+  const Grid grid(FORMATS[0]);
+  char* scales = to + c.latent;
+  for (int64_t at = 0, tile = 0; at < c.latent; at += BLOCK, ++tile) {
+    const int64_t n = least(BLOCK, c.latent - at);
+    int32_t top = 0;  // as integers, magnitudes of NaN are above infinity
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t magnitude = load<int32_t>(row + at + i) & MAGNITUDE;
+      top = magnitude > top ? magnitude : top;
+    }
+    const float amax = load<float>(&top);
+    const float scale = top >= EXPONENT ? load<float>(&QUIET_NAN) : (amax > 0x1p-100f ? amax : 0x1p-100f) / 448.0f;
+    store(scales + 4 * tile, scale);
+    each_vector(row + at, n, [&](F v, int64_t i) {
+      const F y = v / splat(scale);
+      const I code = (y != y ? grid.nan : grid.code(grid.limit(y))) | (((I)y >> 24) & 0x80);
+      const B bytes = narrow(code, uint8_t());
+      memcpy(to + at + i, &bytes, least(LANES, n - i));
+    });
+  }
+  char* key = scales + 4 * ((c.latent + BLOCK - 1) / BLOCK);
+  for (int64_t i = 0; i < c.rope; ++i) store(key + 2 * i, rounded_bf16(row[c.latent + i]));
+}
+
+// Products of all tokens with rows of a weight, 16 rows an item.
+constexpr int64_t ROWS = 16;
+int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+template <class Put>
+void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
+  const int64_t from = item * ROWS, to = least(w.rows, from + ROWS);
+  with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
+}
+
+void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
+  const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = c.s * c.heads;
+  const bool q_order = (c.q_rank ? c.wq_a : c.wq_b).type == WEIGHT_BF16, kv_order = c.wkv_a.type == WEIGHT_BF16;
+  const float* for_kv = m.normed + m.tokens * dim_stride;
+  // 1. the normed x, in the order of each weight that reads it
+  team.each(m.tokens, [&](int64_t i) {
+    float* normed = m.plain + i * c.dim;
+    rms_norm(c.x + i * c.dim, c.attn_norm, c.dim, c.attn_eps, normed);
+    arrange(normed, c.dim, q_order, m.normed + i * dim_stride);
+    arrange(normed, c.dim, kv_order, m.normed + (m.tokens + i) * dim_stride);
+  });
+  // 2. down: the query's latent, and [c_kv | k_rope]
+  const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
+  team.each(q_items + items_of(c.wkv_a), [&](int64_t item) {
+    if (item >= q_items) {
+      product_item(c.wkv_a, item - q_items, for_kv, dim_stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.kv[n * m.kv_width + row] = value; });
+    } else if (c.q_rank) {
+      product_item(c.wq_a, item, m.normed, dim_stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.q_a[n * round_up(m.q_width, 16) + row] = value; });
+    } else {
+      product_item(c.wq_b, item, m.normed, dim_stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
+    }
+  });
+  // 3. norms, the key's rotation, the cache's new row
+  team.each(m.tokens, [&](int64_t i) {
+    const int64_t sequence = i / c.s, token = i % c.s, angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.rope / 2);
+    float* kv = m.kv + i * m.kv_width;
+    rms_norm(kv, c.kv_norm, c.latent, c.kv_eps, kv);
+    rotate(kv + c.latent, c.rope / 2, c.cos + angles, c.sin + angles);
+    write_row(c, kv, c.cache + ((sequence * c.room) + c.starts[sequence] + token) * c.cache_row);
+    if (!c.q_rank) return;
+    float* q_a = m.q_a + i * round_up(m.q_width, 16);
+    rms_norm(q_a, c.q_norm, c.q_rank, c.q_eps, q_a);
+    arrange(q_a, c.q_rank, c.wq_b.type == WEIGHT_BF16, m.q_in + i * padded(m.q_width));
+  });
+  // 4. up: queries of all heads
+  if (c.q_rank)
+    team.each(items_of(c.wq_b), [&](int64_t item) {
+      product_item(c.wq_b, item, m.q_in, padded(m.q_width), m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
+    });
+  // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item
+  const int64_t pieces = (c.latent + WIDEST - 1) / WIDEST;
+  team.each(m.tokens * c.heads * pieces, [&](int64_t item) {
+    const int64_t piece = item % pieces, h = item / pieces % c.heads, i = item / pieces / c.heads;
+    const int64_t sequence = i / c.s, token = i % c.s, first = piece * WIDEST;
+    float* q = m.q + (i * c.heads + h) * head;
+    float* out = m.query + ((sequence * c.s + token) * c.heads + h) * m.q_stride;
+    float all[WIDEST];
+    const int64_t n = least(WIDEST, c.latent - first);
+    with_decoder(c.wkv_b.type, [&](auto decoder) {
+      weighted_rows<decltype(decoder)>(c.wkv_b, h * (c.nope + c.value), c.nope, q, first, n, all);
+    });
+    for (int64_t k = 0; k < n; ++k) out[first + k] = all[k] * float(c.scale);
+    if (piece != 0) return;
+    const int64_t angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.rope / 2);
+    rotate(q + c.nope, c.rope / 2, c.cos + angles, c.sin + angles);
+    for (int64_t k = 0; k < c.rope; ++k) out[c.latent + k] = q[c.nope + k] * float(c.scale);
+    memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
+  });
+  // 6. attention to parts of the context
+  team.each(m.parts, [&](int64_t item) {
+    int64_t sequence = 0, part = item;
+    while (part >= parts_of(c, sequence)) part -= parts_of(c, sequence++);
+    const int64_t keys = keys_of(c, sequence), length = part_length(keys);
+    const Rows stored{c.cache + sequence * c.room * c.cache_row, c.cache_type, c.cache_row, c.latent, c.rope};
+    int64_t* last = reinterpret_cast<int64_t*>(own);
+    for (int64_t r = 0; r < rows; ++r) last[r] = c.starts[sequence] + r / c.heads;
+    attend_part(stored, part * length, least(keys, (part + 1) * length), m.query + sequence * rows * m.q_stride,
+                m.q_stride, rows, last, m.high + item * rows, m.total + item * rows, m.sums + item * rows * m.sums_stride,
+                m.sums_stride, own + 2 * rows);
+  });
+  // 7. values: the merged latent of each head, times W_UV
+  team.each(m.tokens * c.heads, [&](int64_t item) {
+    const int64_t h = item % c.heads, i = item / c.heads, sequence = i / c.s, r = i % c.s * c.heads + h;
+    int64_t first = 0;
+    for (int64_t k = 0; k < sequence; ++k) first += parts_of(c, k);
+    float* latent = m.query + item * m.q_stride;  // read by the phase before
+    const int64_t at = first * rows + r;
+    merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, parts_of(c, sequence), rows,
+                rows * m.sums_stride, c.latent, latent);
+    arrange(latent, c.latent, c.wkv_b.type == WEIGHT_BF16, own);
+    with_decoder(c.wkv_b.type, [&](auto decoder) {
+      const int64_t from = h * (c.nope + c.value) + c.nope;
+      products<decltype(decoder)>(c.wkv_b, from, from + c.value, own, 0, 1, [&](int64_t row, int64_t, float value) {
+        m.attended[item * c.value + row - from] = value;
+      });
+    });
+  });
+  // 8. out, and the residual
+  const int64_t width = c.heads * c.value;
+  team.each(m.tokens, [&](int64_t i) {
+    arrange(m.attended + i * width, width, c.wo.type == WEIGHT_BF16, m.merged + i * padded(width));
+  });
+  team.each(items_of(c.wo), [&](int64_t item) {
+    product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
+      c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
+    });
+  });
+}
+
+}  // namespace
+
+bool OF_ISA(attention)(const AttentionCall& c) {
+  float* memory = scratch_of(Buffers(c, nullptr).all);
+  if (memory == nullptr) return false;
+  const Buffers buffers(c, memory);
+  std::atomic<int64_t> slots{0};
+  as_team(c.place.parallel, c.place.count, c.place.threads, [&](Team& team) {
+    step(c, buffers, team, buffers.owned + slots.fetch_add(1) * buffers.own);
+  });
+  return true;
+}

@@ -1,0 +1,234 @@
+// Dot products of rows of a weight with a few rows of x, and sums of weight rows. Weights are decoded in registers.
+//
+// A weight's numbers come in units of two vectors. BF16 gives first the even and then the odd numbers of a unit,
+// because a shift and a mask of the same 32 bits make FP32 numbers of both. x is put in the same order beforehand
+// (`arrange`). Sums have one order, whatever the thread: that of the loops below.
+
+#pragma once
+
+#include "lanes.h"
+#include "matrix.h"
+
+#include <type_traits>
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+constexpr int64_t UNIT = 2 * LANES;
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t padded(int64_t columns) { return round_up(columns, UNIT); }
+
+struct DecodeFp32 {
+  static constexpr int64_t SIZE = 4;
+  static constexpr bool SCALED = false, EVEN_ODD = false;
+  static void get(const char* p, F (&v)[2]) { v[0] = load<F>(p), v[1] = load<F>(p + BYTES); }
+};
+struct DecodeBf16 {
+  static constexpr int64_t SIZE = 2;
+  static constexpr bool SCALED = false, EVEN_ODD = true;
+  static void get(const char* p, F (&v)[2]) {
+    const I both = load<I>(p);
+    v[0] = (F)(both << 16), v[1] = (F)(both & HIGH_HALF);
+  }
+};
+// An E4M3 number is an FP16 number times 2^-8, subnormal numbers too, when its bits are put in FP16's places. The
+// scale of a block makes up for that.
+struct DecodeE4m3 {
+  static constexpr int64_t SIZE = 1;
+  static constexpr bool SCALED = true, EVEN_ODD = false;
+  static constexpr float FACTOR = 256.0f;
+  static void get(const char* p, F (&v)[2]) {
+#if BYTES == 64
+    const __m512i code = _mm512_cvtepu8_epi16(load<__m256i>(p));
+    const __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(code, 7), _mm512_set1_epi16(0x3F80));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x3F80));
+    const __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(code, 7), 15);
+    const __m512i half = _mm512_mask_blend_epi16(nan, _mm512_or_si512(magnitude, sign), _mm512_set1_epi16(0x7E00));
+    v[0] = (F)_mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    v[1] = (F)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+#elif BYTES == 32
+    const __m256i code = _mm256_cvtepu8_epi16(load<__m128i>(p));
+    const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(code, 7), _mm256_set1_epi16(0x3F80));
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3F80));
+    const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(code, 7), 15);
+    const __m256i half = _mm256_or_si256(_mm256_or_si256(magnitude, sign), _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
+    v[0] = (F)_mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    v[1] = (F)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+#else
+    for (int k = 0; k < 2; ++k) {
+      const I code = widen(load<B>(p + k * LANES)), magnitude = code & 0x7F;
+      const I subnormal = magnitude < 8, bits = (magnitude << 20) + (112 << 23);
+      const F small = (F)(bits + (1 << 23)) - (F)splat(113 << 23);
+      const F value = magnitude == 0x7F ? (F)splat(QUIET_NAN) : subnormal ? small : (F)bits;
+      v[k] = (F)((I)value | ((code & 0x80) << 24));
+    }
+#endif
+  }
+};
+
+// Calls body(decoder) with the decoder of a weight's type.
+template <class Body>
+inline void with_decoder(int64_t type, Body body) {
+  switch (type) {
+    case WEIGHT_FP32: return body(DecodeFp32());
+    case WEIGHT_BF16: return body(DecodeBf16());
+    default: return body(DecodeE4m3());
+  }
+}
+
+// Calls body(place, vectors of a unit) along `columns` numbers at p; numbers after the end are zero.
+template <class W, class Body>
+inline void along_units(const char* p, int64_t columns, Body body) {
+  F v[2];
+  int64_t i = 0;
+  for (; i + UNIT <= columns; i += UNIT) {
+    W::get(p + i * W::SIZE, v);
+    body(i, v);
+  }
+  if (i < columns) {
+    char rest[UNIT * W::SIZE] = {};
+    memcpy(rest, p + i * W::SIZE, (columns - i) * W::SIZE);
+    W::get(rest, v);
+    body(i, v);
+  }
+}
+
+// Copies x in the order of a weight's units, with zeros after its end: padded(columns) numbers.
+inline void arrange(const float* x, int64_t columns, bool even_odd, float* out) {
+  const int64_t all = padded(columns);
+  if (!even_odd) {
+    memcpy(out, x, columns * 4);
+    memset(out + columns, 0, (all - columns) * 4);
+    return;
+  }
+  for (int64_t i = 0; i < all; i += UNIT)
+    for (int64_t k = 0; k < LANES; ++k) {
+      out[i + k] = i + 2 * k < columns ? x[i + 2 * k] : 0.0f;
+      out[i + LANES + k] = i + 2 * k + 1 < columns ? x[i + 2 * k + 1] : 0.0f;
+    }
+}
+
+inline uint16_t rounded_bf16(float x) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float sum(F v) {
+  float total[LANES];
+  store(total, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) total[k] += total[k + width];
+  return total[0];
+}
+
+// R rows of the weight from `row` on, times N rows of x (arranged, `stride` numbers apart): out[r * N + n].
+template <class W, int R, int N>
+inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
+  F total[R][N] = {};
+  const char* p = w.row(row);
+  for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
+    const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
+    F part[R][N] = {};
+    int64_t i = at;
+    const auto add = [&](const char* const* from, int64_t to) {
+      F xs[N][2];
+      UNROLL for (int n = 0; n < N; ++n) xs[n][0] = load<F>(x + n * stride + to), xs[n][1] = load<F>(x + n * stride + to + LANES);
+      UNROLL for (int r = 0; r < R; ++r) {
+        F v[2];
+        W::get(from[r], v);
+        UNROLL for (int n = 0; n < N; ++n) part[r][n] += v[0] * xs[n][0], part[r][n] += v[1] * xs[n][1];
+      }
+    };
+    for (; i + UNIT <= end; i += UNIT) {
+      const char* from[R];
+      UNROLL for (int r = 0; r < R; ++r) from[r] = p + r * w.stride + i * W::SIZE;
+      add(from, i);
+    }
+    if (i < end) {
+      char rest[R][UNIT * W::SIZE] = {};
+      const char* from[R];
+      UNROLL for (int r = 0; r < R; ++r) {
+        memcpy(rest[r], p + r * w.stride + i * W::SIZE, (end - i) * W::SIZE);
+        from[r] = rest[r];
+      }
+      add(from, i);
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+      if constexpr (W::SCALED) {
+        const F scale = splat(w.scales_of(row + r)[at / BLOCK] * DecodeE4m3::FACTOR);
+        UNROLL for (int n = 0; n < N; ++n) total[r][n] += part[r][n] * scale;
+      } else {
+        UNROLL for (int n = 0; n < N; ++n) total[r][n] = part[r][n];
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) out[r * N + n] = sum(total[r][n]);
+}
+
+// Calls put(row, n, value) for rows [from, to) of the weight times `n` rows of x.
+template <class W, class Put>
+inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, Put put) {
+  constexpr int R = 4;
+  float out[R * 4];
+  const auto some = [&](auto count, int64_t at) {
+    constexpr int N = decltype(count)::value;
+    const float* rows = x + at * stride;
+    int64_t i = from;
+    for (; i + R <= to; i += R) {
+      dots<W, R, N>(w, i, rows, stride, out);
+      for (int r = 0; r < R; ++r)
+        for (int k = 0; k < N; ++k) put(i + r, at + k, out[r * N + k]);
+    }
+    for (; i < to; ++i) {
+      dots<W, 1, N>(w, i, rows, stride, out);
+      for (int k = 0; k < N; ++k) put(i, at + k, out[k]);
+    }
+  };
+  int64_t at = 0;
+  for (; at + 4 <= n; at += 4) some(Constant<4>(), at);
+  if (at + 2 <= n) some(Constant<2>(), at), at += 2;
+  if (at < n) some(Constant<1>(), at);
+}
+
+// The sum over rows [from, from + count) of factor * row, for columns [first, first + width): width <= WIDEST, and
+// `first` is a multiple of UNIT. `out` has room for WIDEST numbers.
+constexpr int UNITS = 4;
+constexpr int64_t WIDEST = UNITS * UNIT;
+template <class W>
+inline void weighted_rows(const Matrix& w, int64_t from, int64_t count, const float* factors, int64_t first,
+                          int64_t width, float* out) {
+  F total[2 * UNITS] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const char* p = w.row(from + j) + first * W::SIZE;
+    const float* scales = W::SCALED ? w.scales_of(from + j) : nullptr;
+    const auto add = [&](int u, const F(&v)[2]) {
+      F factor = splat(factors[j]);
+      if constexpr (W::SCALED) factor = splat(factors[j] * scales[(first + u * UNIT) / BLOCK] * DecodeE4m3::FACTOR);
+      total[2 * u] += v[0] * factor, total[2 * u + 1] += v[1] * factor;
+    };
+    if (width == WIDEST) {
+      UNROLL for (int u = 0; u < UNITS; ++u) {
+        F v[2];
+        W::get(p + u * UNIT * W::SIZE, v);
+        add(u, v);
+      }
+    } else {
+      along_units<W>(p, width, [&](int64_t i, const F(&v)[2]) { add(i / UNIT, v); });
+    }
+  }
+  for (int u = 0; u < UNITS; ++u) {
+    float pair[UNIT];
+    store(pair, total[2 * u]), store(pair + LANES, total[2 * u + 1]);
+    for (int64_t k = 0; k < LANES; ++k) {
+      out[u * UNIT + (W::EVEN_ODD ? 2 * k : k)] = pair[k];
+      out[u * UNIT + (W::EVEN_ODD ? 2 * k + 1 : LANES + k)] = pair[LANES + k];
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,212 @@
+// A layer's feed-forward in a decoding step, from the residual stream to the residual stream: a dense SwiGLU, or the
+// gate, the routed experts that the tokens chose, and the shared experts.
+
+#include "activations.h"
+#include "dots.h"
+#include "steps.h"
+
+namespace {
+
+constexpr int64_t ROWS = 16;  // of a weight, an item
+int64_t items_for(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+
+// Place of number i in the order of a weight that is BF16.
+int64_t place_of(int64_t i, bool even_odd) {
+  return even_odd ? i / UNIT * UNIT + i % 2 * LANES + i % UNIT / 2 : i;
+}
+
+// The matrices of one expert in a stack.
+Matrix expert_of(const Matrix& stack, int64_t expert, int64_t rows) {
+  Matrix one = stack;
+  one.data += expert * rows * stack.stride, one.bytes -= expert * rows * stack.stride, one.rows = rows;
+  if (stack.type == WEIGHT_E4M3) one.scales += expert * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
+  return one;
+}
+
+// The memory of a call; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
+struct Buffers {
+  int64_t wide, inter, expert_inter, slots;
+  float *plain, *natural, *even_odd, *hidden, *rows, *expert_hidden, *slot_weight;
+  int64_t *slot_token, *first_slot, *visited, *n_visited;
+  int64_t all;
+
+  Buffers(const FeedForwardCall& c, float* memory) {
+    wide = padded(c.dim), inter = padded(c.inter), expert_inter = padded(c.expert_inter), slots = c.n * c.k;
+    all = 0;
+    const auto take = [&](int64_t numbers) {
+      float* at = memory == nullptr ? nullptr : memory + all;
+      all += round_up(numbers, 16);
+      return at;
+    };
+    const auto take_whole = [&](int64_t numbers) { return reinterpret_cast<int64_t*>(take(2 * numbers)); };
+    plain = take(c.n * c.dim);
+    natural = take(c.n * wide);
+    even_odd = take(c.n * wide);
+    hidden = take(c.n * inter);
+    rows = take(slots * wide);
+    expert_hidden = take(slots * expert_inter);
+    slot_weight = take(slots);
+    slot_token = take_whole(slots);
+    first_slot = take_whole(c.experts + 1);
+    visited = take_whole(c.experts);
+    n_visited = take_whole(1);
+  }
+};
+
+// True if a comes before b in descending order: NaN first, as torch sorts.
+bool before(float a, float b) { return a > b || (a != a && b == b); }
+
+// The places of the k first of n numbers, the lower place first among equals. `taken` is [n].
+void top(const float* x, int64_t n, int64_t k, bool* taken, int64_t* out) {
+  for (int64_t j = 0; j < k; ++j) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < n; ++i)
+      if (!taken[i] && (best < 0 || before(x[i], x[best]))) best = i;
+    taken[best] = true, out[j] = best;
+  }
+}
+
+// Chooses a token's experts from its logits, which lie in `scores` and become scores.
+void route(const FeedForwardCall& c, float* scores, int64_t* indices, float* weights) {
+  const int64_t e = c.experts, size = e / c.groups;
+  if (c.score == SIGMOID) {
+    for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + expf(-scores[i]));
+  } else {
+    float high = -INFINITY, total = 0;
+    for (int64_t i = 0; i < e; ++i) high = scores[i] > high ? scores[i] : high;
+    for (int64_t i = 0; i < e; ++i) scores[i] = expf(scores[i] - high), total += scores[i];
+    for (int64_t i = 0; i < e; ++i) scores[i] /= total;
+  }
+  float choice[MOST_EXPERTS], group[MOST_EXPERTS];
+  bool taken[MOST_EXPERTS] = {};
+  for (int64_t i = 0; i < e; ++i) choice[i] = c.bias == nullptr ? scores[i] : scores[i] + c.bias[i];
+  if (c.groups > 1) {
+    for (int64_t g = 0; g < c.groups; ++g) {
+      int64_t best[2];
+      bool seen[MOST_EXPERTS] = {};
+      top(choice + g * size, size, c.bias == nullptr ? 1 : 2, seen, best);
+      group[g] = choice[g * size + best[0]];
+      if (c.bias != nullptr) group[g] += choice[g * size + best[1]];
+    }
+    int64_t kept[MOST_EXPERTS];
+    bool in[MOST_EXPERTS] = {};
+    top(group, c.groups, c.kept_groups, in, kept);
+    for (int64_t i = 0; i < e; ++i) taken[i] = !in[i / size];
+  }
+  top(choice, e, c.k, taken, indices);
+  float total = 0;
+  for (int64_t j = 0; j < c.k; ++j) weights[j] = scores[indices[j]], total += weights[j];
+  for (int64_t j = 0; j < c.k; ++j) {
+    if (c.normed) weights[j] /= total + 1e-20f;
+    weights[j] *= float(c.route_scale);
+  }
+}
+
+// Gives each visit a slot, in the order of experts and of tokens within an expert.
+void sort_visits(const FeedForwardCall& c, const Buffers& m) {
+  memset(c.counts, 0, c.experts * 8);
+  for (int64_t i = 0; i < m.slots; ++i) ++c.counts[c.indices[i]];
+  int64_t slot = 0;
+  *m.n_visited = 0;
+  for (int64_t e = 0; e < c.experts; ++e) {
+    m.first_slot[e] = slot;
+    if (c.counts[e] == 0) continue;
+    m.visited[(*m.n_visited)++] = e;
+    for (int64_t i = 0; i < m.slots; ++i)
+      if (c.indices[i] == e) m.slot_token[slot] = i / c.k, m.slot_weight[slot++] = c.weights[i];
+  }
+  m.first_slot[c.experts] = slot;
+}
+
+// hidden = silu(w1 x) * (w3 x) for ROWS rows of both weights and n rows of x. `out` is in the order of w2.
+void gated(const Matrix& w1, const Matrix& w3, int64_t item, const float* x1, const float* x3, int64_t stride, int64_t n,
+           bool even_odd, float* out, int64_t out_stride) {
+  const int64_t from = item * ROWS, to = least(w1.rows, from + ROWS);
+  alignas(64) float gate[MOST_TOKENS * ROWS] = {}, up[MOST_TOKENS * ROWS] = {};
+  const auto multiply = [&](const Matrix& w, const float* x, float* y) {
+    with_decoder(w.type, [&](auto decoder) {
+      products<decltype(decoder)>(w, from, to, x, stride, n,
+                                  [&](int64_t row, int64_t k, float value) { y[k * ROWS + row - from] = value; });
+    });
+  };
+  multiply(w1, x1, gate), multiply(w3, x3, up);
+  for (int64_t i = 0; i < n * ROWS; i += LANES) store(gate + i, silu(load<F>(gate + i)) * load<F>(up + i));
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t row = from; row < to; ++row) out[k * out_stride + place_of(row, even_odd)] = gate[k * ROWS + row - from];
+}
+
+void step(const FeedForwardCall& c, const Buffers& m, Team& team) {
+  const auto order = [&](const Matrix& w) { return w.type == WEIGHT_BF16 ? m.even_odd : m.natural; };
+  const Matrix gate{reinterpret_cast<const char*>(c.gate), c.gate_bytes, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, nullptr, 0};
+  // 1. the normed x, in both orders
+  team.each(c.n, [&](int64_t i) {
+    float* normed = m.plain + i * c.dim;
+    rms_norm(c.x + i * c.dim, c.norm, c.dim, c.eps, normed);
+    arrange(normed, c.dim, false, m.natural + i * m.wide);
+    arrange(normed, c.dim, true, m.even_odd + i * m.wide);
+    memset(m.hidden + i * m.inter, 0, m.inter * 4);
+  });
+  // 2. logits of the gate, and the hidden numbers of the dense or shared experts
+  const int64_t gate_items = items_for(c.experts);
+  team.each(gate_items + items_for(c.inter), [&](int64_t item) {
+    if (item < gate_items) {
+      const int64_t from = item * ROWS, to = least(c.experts, from + ROWS);
+      products<DecodeFp32>(gate, from, to, m.natural, m.wide, c.n,
+                           [&](int64_t row, int64_t n, float value) { c.scores[n * c.experts + row] = value; });
+    } else {
+      gated(c.w1, c.w3, item - gate_items, order(c.w1), order(c.w3), m.wide, c.n, c.w2.type == WEIGHT_BF16, m.hidden, m.inter);
+    }
+  });
+  if (c.experts) {
+    // 3. the experts of each token, and the slots of all visits
+    team.each(1, [&](int64_t) {
+      for (int64_t i = 0; i < c.n; ++i) route(c, c.scores + i * c.experts, c.indices + i * c.k, c.weights + i * c.k);
+      sort_visits(c, m);
+    });
+    team.each(m.slots, [&](int64_t slot) {
+      memcpy(m.rows + slot * m.wide, order(c.e1) + m.slot_token[slot] * m.wide, m.wide * 4);
+      memset(m.expert_hidden + slot * m.expert_inter, 0, m.expert_inter * 4);
+    });
+    // 4. the hidden numbers of the visited experts
+    const int64_t across = items_for(c.expert_inter);
+    team.each(*m.n_visited * across, [&](int64_t item) {
+      const int64_t e = m.visited[item / across], slot = m.first_slot[e];
+      const float* x = m.rows + slot * m.wide;
+      gated(expert_of(c.e1, e, c.expert_inter), expert_of(c.e3, e, c.expert_inter), item % across, x, x, m.wide, c.counts[e],
+            c.e2.type == WEIGHT_BF16, m.expert_hidden + slot * m.expert_inter, m.expert_inter);
+    });
+  }
+  // 5. out: shared experts, then the routed ones in their order, and the residual
+  team.each(items_for(c.dim), [&](int64_t item) {
+    const int64_t from = item * ROWS, to = least(c.dim, from + ROWS);
+    float total[MOST_TOKENS * ROWS];
+    for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * ROWS, c.x + n * c.dim + from, (to - from) * 4);
+    if (c.inter)
+      with_decoder(c.w2.type, [&](auto decoder) {
+        products<decltype(decoder)>(c.w2, from, to, m.hidden, m.inter, c.n,
+                                    [&](int64_t row, int64_t n, float value) { total[n * ROWS + row - from] += value; });
+      });
+    for (int64_t v = 0; c.experts && v < *m.n_visited; ++v) {
+      const int64_t e = m.visited[v], slot = m.first_slot[e];
+      const Matrix w = expert_of(c.e2, e, c.dim);
+      with_decoder(w.type, [&](auto decoder) {
+        products<decltype(decoder)>(
+            w, from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e],
+            [&](int64_t row, int64_t k, float value) {
+              total[m.slot_token[slot + k] * ROWS + row - from] += m.slot_weight[slot + k] * value;
+            });
+      });
+    }
+    for (int64_t n = 0; n < c.n; ++n) memcpy(c.y + n * c.dim + from, total + n * ROWS, (to - from) * 4);
+  });
+}
+
+}  // namespace
+
+bool OF_ISA(feed_forward)(const FeedForwardCall& c) {
+  float* memory = scratch_of(Buffers(c, nullptr).all);
+  if (memory == nullptr) return false;
+  const Buffers buffers(c, memory);
+  as_team(c.place.parallel, c.place.count, c.place.threads, [&](Team& team) { step(c, buffers, team); });
+  return true;
+}

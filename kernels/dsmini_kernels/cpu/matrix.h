@@ -1,0 +1,46 @@
+// A weight as it lies in memory, and its check. matrix.py packs it, field by field.
+
+#pragma once
+
+#include <cstdint>
+
+enum WeightType : int64_t { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_E4M3, WEIGHT_TYPES };
+constexpr int64_t BLOCK = 128;  // rows and columns that share a scale, in E4M3
+
+// Inlined always: a function with linkage that was compiled for AVX-512 might be linked for a CPU without it.
+#define INLINE __attribute__((always_inline)) inline
+
+struct Matrix {
+  const char* data;
+  int64_t bytes;  // of memory from `data` on
+  int64_t type;
+  int64_t rows, columns;
+  int64_t stride;  // bytes from a row to the next
+  const float* scales;  // [rows / BLOCK, columns / BLOCK], rounded up, contiguous; of E4M3 only
+  int64_t scales_bytes;
+
+  INLINE bool none() const { return data == nullptr && rows == 0; }
+  INLINE const char* row(int64_t i) const { return data + i * stride; }
+  INLINE const float* scales_of(int64_t i) const { return scales + i / BLOCK * ((columns + BLOCK - 1) / BLOCK); }
+
+  // True if this is a matrix of that shape, and all of it lies within its memory.
+  INLINE bool fits(int64_t want_rows, int64_t want_columns) const { return fits_stack(1, want_rows, want_columns); }
+
+  // True if this is `count` matrices of that shape, one after the other, each with scales of its own.
+  INLINE bool fits_stack(int64_t count, int64_t want_rows, int64_t want_columns) const {
+    int64_t want;
+    if (__builtin_mul_overflow(count, want_rows, &want)) return false;
+    if (type < 0 || type >= WEIGHT_TYPES || rows != want || columns != want_columns) return false;
+    if (rows < 0 || columns < 0 || stride < 0) return false;
+    if (rows == 0 || columns == 0) return true;
+    constexpr int64_t SIZES[] = {4, 2, 1};
+    int64_t last, row, end, all;
+    if (__builtin_mul_overflow(rows - 1, stride, &last) || __builtin_mul_overflow(columns, SIZES[type], &row) ||
+        __builtin_add_overflow(last, row, &end) || stride < row || data == nullptr || end > bytes)
+      return false;
+    if (type != WEIGHT_E4M3) return true;
+    const int64_t down = count * ((want_rows - 1) / BLOCK + 1), across = (columns - 1) / BLOCK + 1;
+    return !__builtin_mul_overflow(down, across, &all) && !__builtin_mul_overflow(all, int64_t{4}, &all) &&
+           scales != nullptr && all <= scales_bytes;
+  }
+};

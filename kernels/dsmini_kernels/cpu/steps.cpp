@@ -1,0 +1,148 @@
+// The entries of products and decoding steps: check a call against the memory that its pointers have, and run it.
+
+#include "steps.h"
+#include "tiles.h"
+
+#include <cstdlib>
+#include <initializer_list>
+#include <sched.h>
+
+namespace {
+
+struct Scratch {
+  float* memory = nullptr;
+  int64_t numbers = 0;
+  ~Scratch() { free(memory); }
+};
+
+constexpr int64_t MOST = int64_t{1} << 40;  // of a size, so that products of three stay in 64 bits when checked
+
+// True if `count` elements of `size` bytes lie within the memory of a pointer.
+bool within(const void* p, int64_t bytes, int64_t size, int64_t a, int64_t b = 1, int64_t c = 1, int64_t d = 1) {
+  int64_t all = size;
+  for (int64_t factor : {a, b, c, d})
+    if (factor < 0 || __builtin_mul_overflow(all, factor, &all)) return false;
+  return all <= bytes && (all == 0 || p != nullptr);
+}
+
+int64_t check_place(Place& place) {
+  if (place.threads < 1 || place.threads > 4096) return BAD_CALL;
+  place.isa = place.isa == BEST ? dsmini_isa(BEST) : dsmini_isa(place.isa);
+  return place.isa == 0 ? NO_SUCH_ISA : FINE;
+}
+
+bool sizes(std::initializer_list<int64_t> all) {
+  for (int64_t size : all)
+    if (size < 0 || size > MOST) return false;
+  return true;
+}
+
+int64_t check(const AttentionCall& c) {
+  if (!sizes({c.b, c.s, c.dim, c.heads, c.nope, c.rope, c.latent, c.value, c.q_rank, c.room, c.cache_row})) return BAD_SHAPE;
+  if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.heads < 1 || c.nope < 1 || c.rope % 2 != 0 ||
+      c.latent < 1 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+    return BAD_SHAPE;
+  int64_t queries, kv_up, width;
+  if (__builtin_mul_overflow(c.heads, c.nope + c.rope, &queries) || __builtin_mul_overflow(c.heads, c.nope + c.value, &kv_up) ||
+      __builtin_mul_overflow(c.heads, c.value, &width))
+    return BAD_SHAPE;
+  const int64_t q_in = c.q_rank ? c.q_rank : c.dim;
+  if ((c.q_rank ? !c.wq_a.fits(c.q_rank, c.dim) : !c.wq_a.none()) || !c.wq_b.fits(queries, q_in) ||
+      !c.wkv_a.fits(c.latent + c.rope, c.dim) || !c.wkv_b.fits(kv_up, c.latent) || !c.wo.fits(c.dim, width))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
+      !within(c.attn_norm, c.attn_norm_bytes, 4, c.dim) || !within(c.q_norm, c.q_norm_bytes, 4, c.q_rank) ||
+      !within(c.kv_norm, c.kv_norm_bytes, 4, c.latent) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.rope / 2) ||
+      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.rope / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+    return OUT_OF_BOUNDS;
+  const int64_t numbers = c.latent + c.rope, tiles = (c.latent + BLOCK - 1) / BLOCK;
+  const int64_t row = c.cache_type == 0 ? 4 * numbers : c.cache_type == 1 ? 2 * numbers : c.latent + 4 * tiles + 2 * c.rope;
+  if (c.cache_type < 0 || c.cache_type > 2 || c.cache_row != row || !within(c.cache, c.cache_bytes, row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.b; ++i)
+    if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+int64_t check(const FeedForwardCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;
+  if (c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.experts > MOST_EXPERTS) return BAD_SHAPE;
+  if (c.score < 0 || c.score >= SCORES) return BAD_CALL;
+  if (c.inter ? !c.w1.fits(c.inter, c.dim) || !c.w3.fits(c.inter, c.dim) || !c.w2.fits(c.dim, c.inter)
+              : !c.w1.none() || !c.w2.none() || !c.w3.none())
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.n, c.dim) || !within(c.y, c.y_bytes, 4, c.n, c.dim) ||
+      !within(c.norm, c.norm_bytes, 4, c.dim))
+    return OUT_OF_BOUNDS;
+  if (c.experts == 0) return c.k == 0 && c.expert_inter == 0 ? FINE : BAD_SHAPE;
+  if (c.groups < 1 || c.experts % c.groups != 0 || c.kept_groups < 1 || c.kept_groups > c.groups || c.k < 1 ||
+      c.k > c.experts / c.groups * c.kept_groups || c.expert_inter < 1)
+    return BAD_SHAPE;
+  if (c.groups > 1 && c.bias != nullptr && c.experts / c.groups < 2) return BAD_SHAPE;
+  if (!c.e1.fits_stack(c.experts, c.expert_inter, c.dim) || !c.e3.fits_stack(c.experts, c.expert_inter, c.dim) ||
+      !c.e2.fits_stack(c.experts, c.dim, c.expert_inter) || c.e1.type != c.e3.type)
+    return OUT_OF_BOUNDS;
+  if (!within(c.gate, c.gate_bytes, 4, c.experts, c.dim) || (c.bias != nullptr && !within(c.bias, c.bias_bytes, 4, c.experts)) ||
+      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k) ||
+      !within(c.scores, c.scores_bytes, 4, c.n, c.experts) || !within(c.counts, c.counts_bytes, 8, c.experts))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+int64_t check(const LinearCall& c) {
+  if (!sizes({c.n, c.w.rows, c.w.columns}) || c.n < 1 || c.n > MOST_TOKENS || c.bf16 < 0 || c.bf16 > 1) return BAD_SHAPE;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, c.x_bytes, size, c.n, c.w.columns) ||
+      !within(c.y, c.y_bytes, size, c.n, c.w.rows))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+template <class Call>
+using Run = bool (*)(const Call&);
+
+template <class Call>
+int64_t enter(const Call* given, int64_t bytes, Run<Call> portable, Run<Call> avx2, Run<Call> avx512) {
+  if (bytes != sizeof(Call)) return BAD_CALL;
+  Call call = *given;
+  if (const int64_t error = check_place(call.place)) return error;
+  if (const int64_t error = check(call)) return error;
+  const Run<Call> run = call.place.isa == AVX512 ? avx512 : call.place.isa == AVX2 ? avx2 : portable;
+  return run(call) ? FINE : NO_MEMORY;
+}
+
+}  // namespace
+
+float* scratch_of(int64_t numbers) {
+  static thread_local Scratch kept;
+  if (numbers > kept.numbers) {
+    free(kept.memory);
+    void* memory = nullptr;
+    const bool fine = numbers < MOST && posix_memalign(&memory, 64, numbers * 4) == 0;
+    kept.memory = fine ? static_cast<float*>(memory) : nullptr;
+    kept.numbers = fine ? numbers : 0;
+  }
+  return kept.memory;
+}
+
+void Team::pause(int64_t spins) {
+#if defined(__x86_64__)
+  if (spins < 4096) return _mm_pause();
+#endif
+  if (spins > 64) sched_yield();
+}
+
+#if defined(__x86_64__)
+#define ENTRY(name, Call)                                                                            \
+  extern "C" __attribute__((visibility("default"))) int64_t dsmini_##name(const Call* call, int64_t bytes) { \
+    return enter<Call>(call, bytes, name##_portable, name##_avx2, name##_avx512);                    \
+  }
+#else
+#define ENTRY(name, Call)                                                                            \
+  extern "C" __attribute__((visibility("default"))) int64_t dsmini_##name(const Call* call, int64_t bytes) { \
+    return enter<Call>(call, bytes, name##_portable, name##_portable, name##_portable);              \
+  }
+#endif
+ENTRY(linear, LinearCall)
+ENTRY(attention, AttentionCall)
+ENTRY(feed_forward, FeedForwardCall)

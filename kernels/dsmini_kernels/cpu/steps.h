@@ -1,0 +1,78 @@
+// The calls of products and of the parts of a decoding step, as they come from Python, which packs them field by field
+// (steps.py). `*_bytes` is the memory from each pointer on. All numbers are FP32 but those of weights and caches.
+
+#pragma once
+
+#include "matrix.h"
+#include "team.h"
+
+constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512;
+
+struct Place {
+  int64_t isa, threads;
+  Parallel parallel;
+  Threads count;
+};
+
+// y[n, rows] = x[n, columns] w^T; x and y are contiguous, FP32 or BF16.
+struct LinearCall {
+  Place place;
+  int64_t n, bf16;
+  const char* x;
+  int64_t x_bytes;
+  char* y;
+  int64_t y_bytes;
+  Matrix w;
+};
+
+// x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
+struct AttentionCall {
+  Place place;
+  int64_t b, s, dim, heads, nope, rope, latent, value, q_rank;  // q_rank 0: wq_b reads the normed x
+  const float* x;
+  int64_t x_bytes;
+  float* y;
+  int64_t y_bytes;
+  const float *attn_norm, *q_norm, *kv_norm;
+  int64_t attn_norm_bytes, q_norm_bytes, kv_norm_bytes;
+  const float *cos, *sin;  // [tables, s, rope / 2], of every sequence or of all
+  int64_t table_bytes, tables;
+  char* cache;  // rows of `cache_row` bytes; a sequence has room for `room`
+  int64_t cache_bytes, cache_type, cache_row, room;
+  const int64_t* starts;  // [b]: position of the first new token
+  int64_t starts_bytes;
+  Matrix wq_a, wq_b, wkv_a, wkv_b, wo;
+  double scale, attn_eps, q_eps, kv_eps;
+};
+
+enum Score : int64_t { SIGMOID, SOFTMAX, SCORES };
+
+// x + FFN(norm(x)) for n tokens: the dense or shared experts (w1, w2, w3; none if inter is 0), and where `experts` is
+// not 0 the routed ones. Routing comes back in indices, weights [n, k], scores [n, experts] and counts [experts].
+struct FeedForwardCall {
+  Place place;
+  int64_t n, dim, inter, experts, expert_inter, k, groups, kept_groups, score, normed;
+  const float* x;
+  int64_t x_bytes;
+  float* y;
+  int64_t y_bytes;
+  const float *norm, *gate, *bias;  // bias may be null
+  int64_t norm_bytes, gate_bytes, bias_bytes;
+  int64_t* indices;
+  float *weights, *scores;
+  int64_t* counts;
+  int64_t indices_bytes, weights_bytes, scores_bytes, counts_bytes;
+  Matrix w1, w2, w3, e1, e2, e3;  // e1 and e3: [experts * expert_inter, dim]; e2: [experts * dim, expert_inter]
+  double eps, route_scale;
+};
+
+#define FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512)
+#define DECLARE(isa)                                   \
+  bool linear_##isa(const LinearCall&);                \
+  bool attention_##isa(const AttentionCall&);          \
+  bool feed_forward_##isa(const FeedForwardCall&);
+FOR_EACH_ISA(DECLARE)
+#undef DECLARE
+
+// Memory of a thread that calls, kept from call to call. Null if there is none left.
+float* scratch_of(int64_t numbers);

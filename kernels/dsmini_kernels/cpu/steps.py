@@ -1,0 +1,208 @@
+"""Products for a few rows, and the parts of a decoding step: checks, and the description of a call for the C++.
+
+A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 blocks. It is read where it lies.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, LINEAR, Library, library
+from dsmini_kernels.cpu.tiles import ERRORS
+
+MOST_TOKENS = 32
+"""Number of tokens up to which a product reads each weight once and is bound by memory. torch multiplies more."""
+SMALL = 1 << 16
+"""Number of weights below which a call of torch's product costs less."""
+THREADED = 1 << 16
+"""Number of multiplications from which two threads are faster than one."""
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+SCORES = {"sigmoid": 0, "softmax": 1}
+NONE = (0,) * 8
+"""A Matrix that is not there."""
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T for up to 32 rows of x. Sums are FP32."""
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        raise Unserved("codes in the place of a tensor")
+    if x.dtype == weight.dtype and (weight.numel() < SMALL or _torch_is_faster(x)):
+        raise Unserved
+    return quantized_linear(x, weight)
+
+
+def quantized_linear(x: Tensor, weight: Any) -> Tensor:
+    """Return x W^T for up to 32 rows of x, with a weight that may be codes. Sums are FP32."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.dim():
+        raise Unserved(f"x of {x.dtype}")
+    rows = x.shape[:-1].numel()
+    if not 1 <= rows <= MOST_TOKENS:
+        raise Unserved
+    x = detached(x).contiguous()
+    w = matrix(weight)
+    if x.shape[-1] != w[4] or len(weight.shape) != 2:
+        raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
+    y = torch.empty((*x.shape[:-1], w[3]), dtype=x.dtype, device="cpu")
+    lib = library()
+    isa, threads, *start = place(lib)
+    call = (isa, threads if weight.shape.numel() * rows >= THREADED else 1, *start)
+    run(lib.linear, LINEAR, (*call, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
+    return y
+
+
+def _torch_is_faster(x: Tensor) -> bool:
+    """Return True where torch multiplies these rows in BF16 faster, by the CPU's BF16 units (kernels/README.md)."""
+    return x.dtype == torch.bfloat16 and x.shape[:-1].numel() > 4 and _has_bf16_units()
+
+
+@functools.cache
+def _has_bf16_units() -> bool:
+    """Return True if torch can use AVX-512's BF16 products; ONEDNN_MAX_CPU_ISA may forbid it."""
+    return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
+    """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
+    data = past.store.data
+    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS or data.dtype not in CACHE_TYPES:
+        raise Unserved(f"{list(x.shape)} tokens of {x.dtype} and a cache of {data.dtype}")
+    if not data.is_contiguous() or not data.is_cpu:
+        raise Unserved("a cache that is not contiguous in main memory")
+    b, s, m = x.shape
+    x = detached(x).contiguous()
+    cos, sin = (detached(t).float().contiguous() for t in table)
+    starts = starts.to(torch.int64).contiguous()
+    q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
+    sizes = (b, s, m, part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
+    norms = tuple(span(norm) for norm in (part.norm, part.q_norm, part.kv_norm))
+    y = torch.empty_like(x)
+    lib = library()
+    call = (
+        *place(lib),
+        *sizes,
+        *span(x),
+        *span(y),
+        *(norm[0] for norm in norms),
+        *(norm[1] for norm in norms),
+        *(cos.data_ptr(), sin.data_ptr(), min(cos.nbytes, sin.nbytes), cos.shape[0] if cos.dim() == 3 else 1),
+        *span(data),
+        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1]),
+        *span(starts),
+        *_packed(part, ("wq_a", "wq_b", "wkv_a", "wkv_b", "wo")),
+        *(part.scale, part.eps, part.q_eps, part.kv_eps),
+    )
+    run(lib.attention, ATTENTION, call)
+    return y
+
+
+def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
+    """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
+    if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
+        raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
+    n, m = x.shape
+    x = detached(x).contiguous()
+    e, k = (0, 0) if part.gate is None else (part.gate.shape[0], part.options["n_activated_experts"])
+    options = part.options
+    if e and options["score_func"] not in SCORES:
+        raise Unserved("a score function of its own")
+    routing = (
+        torch.empty(n, k, dtype=torch.int64),
+        torch.empty(n, k),
+        torch.empty(n, e),
+        torch.empty(e, dtype=torch.int64),
+    )
+    routed = (options["n_expert_groups"], options["n_limited_groups"]) if e else (1, 1)
+    score = (SCORES[options["score_func"]], int(options["norm_topk_prob"])) if e else (0, 0)
+    spans = [span(t) for t in (part.norm, part.gate, part.bias)]
+    outs = [span(t) for t in routing]
+    y = torch.empty_like(x)
+    lib = library()
+    inter = 0 if part.w1 is None else part.w1.shape[0]
+    call = (
+        *place(lib),
+        *(n, m, inter, e, part.e1.shape[1] if e else 0, k, *routed, *score),
+        *span(x),
+        *span(y),
+        *(one[0] for one in spans),
+        *(one[1] for one in spans),
+        *(one[0] for one in outs),
+        *(one[1] for one in outs),
+        *_packed(part, ("w1", "w2", "w3", "e1", "e2", "e3")),
+        *(part.eps, options["route_scale"] if e else 1.0),
+    )
+    run(lib.feed_forward, FEED_FORWARD, call)
+    return (y, *routing)
+
+
+def _packed(part: Any, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the descriptions of a part's weights, made once: the part keeps the weights where they are."""
+    if (packed := part.prepared.get("cpu")) is None:
+        weights = (getattr(part, name) for name in names)
+        packed = tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
+        part.prepared["cpu"] = packed
+    return packed
+
+
+def place(lib: Library) -> tuple[int, int, int, int]:
+    """Return the instruction set, the number of threads, and how to start them."""
+    return lib.isa, torch.get_num_threads(), lib.parallel, lib.threads
+
+
+def span(x: Tensor | None) -> tuple[int, int]:
+    """Return the address of a contiguous tensor, and the bytes from there on."""
+    return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
+
+
+def matrix(weight: Any) -> tuple[int, ...]:
+    """Describe a weight [o, i], or a stack of weights [e, o, i] as one of e * o rows.
+
+    Raises: Unserved for another dtype, tile or layout.
+    """
+    data = weight if isinstance(weight, Tensor) else weight.codes
+    scales = None if isinstance(weight, Tensor) else weight.scales
+    if data.dtype not in WEIGHT_TYPES or not data.is_cpu or data.layout is not torch.strided:
+        raise Unserved(f"a weight of {data.dtype} on {data.device}")
+    if (scales is None) == (data.dtype == torch.float8_e4m3fn):
+        raise Unserved(f"a weight of {data.dtype} {'without' if scales is None else 'with'} scales")
+    if scales is not None and (
+        weight.tile != (128, 128) or scales.dtype != torch.float32 or not scales.is_contiguous()
+    ):
+        raise Unserved(f"scales of {scales.dtype} for tiles of {weight.tile}")
+    rows = data.numel() // max(1, data.shape[-1])
+    if data.dim() < 2 or data.stride(-1) != 1 or (data.dim() > 2 and not data.is_contiguous()):
+        raise Unserved(f"a weight with strides {list(data.stride())}")
+    size = data.element_size()
+    stride = size * (data.stride(-2) if data.shape[-2] > 1 else data.shape[-1])
+    memory = int(data.untyped_storage().nbytes() - data.storage_offset() * size)
+    return (data.data_ptr(), memory, WEIGHT_TYPES[data.dtype], rows, data.shape[-1], stride, *span(scales))
+
+
+def detached(x: Tensor) -> Tensor:
+    """Return x as numbers in main memory.
+
+    Raises: Unserved where that is not all that it is.
+    """
+    if not x.is_cpu or x.layout is not torch.strided:
+        raise Unserved(f"a tensor on {x.device}")
+    if torch.is_autocast_enabled("cpu"):
+        raise Unserved("autocast, which changes dtypes")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise Unserved("kernels have no gradients, and this tensor wants one")
+    return x.resolve_neg()
+
+
+def run(entry: Any, struct: Struct, call: Sequence[Any]) -> None:
+    """Call the C++.
+
+    Raises: RuntimeError where it refuses.
+    """
+    error = entry(struct.pack(*call), struct.size)
+    if error:
+        raise RuntimeError(ERRORS[error])

@@ -1,0 +1,67 @@
+"""Models for decoding steps, whose weights are held in FP32, BF16 or FP8 codes, and their caches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini import ModelConfig, Transformer
+from dsmini.nn import Cache
+from dsmini.nn.fp8 import hold_fp8, scale_names
+from dsmini.numerics import WEIGHT_TILE, quantize
+from tests.conftest import SMALL, randomise
+
+WEIGHTS = ("float32", "bfloat16", "fp8")
+CACHES = (torch.float32, torch.bfloat16, "fp8")
+ROOM = 400
+ODD = SMALL | {"n_mtp_layers": 0, "max_seq_len": ROOM}
+"""Sizes that no vector divides."""
+BLOCKS: dict[str, Any] = ODD | {
+    "dim": 200,
+    "inter_dim": 150,
+    "moe_inter_dim": 136,
+    "kv_lora_rank": 130,
+    "q_lora_rank": 144,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 33,
+}
+"""Sizes that cut 128x128 blocks, and rows and units of vectors."""
+GREEDY = {"score_func": "softmax", "topk_method": "greedy", "n_expert_groups": 1, "n_limited_groups": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "odd": ODD,
+    "blocks": BLOCKS,
+    "direct query, no shared experts": ODD | {"q_lora_rank": None, "n_shared_experts": 0},
+    "softmax, greedy": ODD | GREEDY | {"norm_topk_prob": False},
+    "every expert": ODD | {"n_expert_groups": 1, "n_limited_groups": 1, "n_activated_experts": 8},
+    "wide": ODD | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_heads": 5},
+}
+
+
+def model_of(name: str, weights: str = "float32") -> Transformer:
+    """Make a model whose matrices are held so; it computes in FP32."""
+    model = randomise(Transformer(ModelConfig(**MODELS[name]), compute_dtype=torch.float32)).eval()
+    if weights == "bfloat16":
+        return model.to(torch.bfloat16)
+    for module in [*model.layers.modules()] if weights == "fp8" else []:
+        for parameter in scale_names(module):
+            q = quantize(getattr(module, parameter).detach(), WEIGHT_TILE)
+            hold_fp8(module, parameter, q.codes, q.scales)  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
+    """Return a cache whose rows have these lengths and random content."""
+    cache = model.new_cache(len(lengths), ROOM, dtype)
+    numbers = torch.randn(
+        len(model.layers), len(lengths), ROOM, model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    )
+    for store, rows in zip(cache.stores, numbers, strict=True):
+        store.data.copy_(store._encode(rows))
+    cache.lengths = torch.tensor(lengths)
+    return cache
+
+
+def rows_of(cache: Cache) -> list[Tensor]:
+    """Return what each layer stores, as FP32 numbers."""
+    return [store.read(cache.max_seq_len, torch.float32) for store in cache.stores]

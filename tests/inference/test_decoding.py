@@ -1,0 +1,179 @@
+"""Decoding in few calls: states, cache and texts are those of the model, and some blocks run as they are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dsmini import MLA, ModelConfig, Transformer, generate, ops
+from dsmini.inference.decoding import Decoder
+from dsmini.nn import Block, Cache, MoE
+from dsmini.nn.gate import Gate
+from tests.conftest import SMALL, randomise
+from tests.helpers.decoding import MODELS, model_of
+from tests.helpers.tolerances import FP32_MODEL, relative_error
+
+Model = Callable[..., Transformer]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    if ops.serving("cpu") != "cpu":
+        pytest.skip("no cpu kernels here")
+
+
+def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | None = None) -> list[Any]:
+    """Return the states and the cache after a step: by the model as the reference, and by a decoder."""
+    results = []
+    for backend in ("reference", None):
+        with ops.use(backend), torch.no_grad():
+            cache = model.new_cache(len(lengths), dtype=torch.float32)
+            prompt = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) % 61
+            model(prompt, cache, torch.tensor(lengths))
+            tokens = torch.arange(len(lengths) * s).view(-1, s) % 61
+            step = model.states if backend else Decoder(model).states
+            results.append((step(tokens, cache, new), cache))
+    return results
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
+    model = model_of(name, weights)
+    assert None not in Decoder(model).parts
+    for lengths, s in (([70], 1), ([9, 66, 1], 3)):
+        (want, a), (got, b) = both(model, lengths, s)
+        assert relative_error(got.normed, want.normed) < FP32_MODEL * 4  # sums of 512 terms
+        assert relative_error(got.given, want.given) < FP32_MODEL * 4
+        assert torch.equal(a.lengths, b.lengths)
+        for x, y in zip(got.routing, want.routing, strict=True):
+            assert torch.equal(x.indices, y.indices) and torch.equal(x.counts, y.counts)
+            assert relative_error(x.weights, y.weights) < FP32_MODEL * 4
+
+
+def test_rows_that_have_ended_keep_their_cache(small_model: Model) -> None:
+    model = small_model(n_mtp_layers=0)
+    lengths, new = [9, 20, 4], torch.tensor([2, 0, 2])
+    (want, a), (got, b) = both(model, lengths, 2, new)
+    live = new > 0
+    assert relative_error(got.normed[live], want.normed[live]) < FP32_MODEL
+    assert a.lengths.tolist() == b.lengths.tolist() == [11, 20, 6]
+    for x, y in zip(a.stores, b.stores, strict=True):
+        for i, length in enumerate(a.lengths.tolist()):
+            assert relative_error(y.data[i, :length], x.data[i, :length]) < FP32_MODEL
+
+
+@pytest.mark.parametrize("new", [torch.tensor([1, 2]), torch.tensor([0, 2])])
+def test_other_lengths_run_the_model_itself(small_model: Model, new: torch.Tensor) -> None:
+    """Padding between rows, and an ended row whose place is the end of the cache."""
+    model = small_model(n_mtp_layers=0)
+    (want, a), (got, b) = both(model, [32, 8] if new[0] == 0 else [9, 8], 2, new)
+    assert torch.equal(a.lengths, b.lengths)
+    assert relative_error(got.normed[1], want.normed[1]) < FP32_MODEL
+
+
+class Half(nn.Module):
+    """A wrapper as LoRA's, which changes what a Linear returns."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) / 2
+
+
+class OtherGate(Gate):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(-x)
+
+
+class Doubled(Block):
+    def forward(self, x: torch.Tensor, *more: Any) -> Any:
+        y, routing = super().forward(x, *more)
+        return 2 * y, routing
+
+
+def _wrap(path: str) -> Callable[[Transformer], None]:
+    def change(model: Transformer) -> None:
+        *parents, name = path.split(".")
+        parent = model.layers[1].get_submodule(".".join(parents))
+        setattr(parent, name, Half(parent.get_submodule(name)))
+
+    return change
+
+
+def _hook(path: str) -> Callable[[Transformer], None]:
+    def change(model: Transformer) -> None:
+        model.layers[1].get_submodule(path).register_forward_hook(lambda module, args, out: out * 0.5)
+
+    return change
+
+
+def _score(model: Transformer) -> None:
+    model.layers[1].ffn.gate.options["score_func"] = torch.tanh
+
+
+CHANGES: dict[str, tuple[dict[str, Any], Callable[[Transformer], None] | None]] = {
+    **{f"wrapped {path}": ({}, _wrap(path)) for path in ("attn.wkv_b", "attn.wo", "ffn.shared_experts.w2")},
+    **{f"hook on {path}": ({}, _hook(path)) for path in ("attn", "attn.kv_norm", "attn_norm", "attn.wq_a")},
+    "score function": ({}, _score),
+    "mask": ({"make_block": partial(Block, attention_class=partial(MLA, mask=lambda q, k: q - k >= 4))}, None),
+    "gate": ({"make_block": partial(Block, moe_class=partial(MoE, gate_class=OtherGate))}, None),
+    "block": ({"make_block": Doubled}, None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_model_is_heeded(name: str) -> None:
+    options, change = CHANGES[name]
+    model = randomise(Transformer(ModelConfig(**(SMALL | {"n_mtp_layers": 0})), **options)).eval()
+    if change is not None:
+        change(model)
+    (want, _), (got, _) = both(model, [9, 20], 1)
+    assert relative_error(got.normed, want.normed) < FP32_MODEL
+
+
+@pytest.mark.parametrize("changes", [{"attention": "gqa", "n_kv_heads": 1, "n_mtp_layers": 0}, {"qk_norm": True}])
+def test_other_attention_runs_as_it_is(small_model: Model, changes: dict[str, Any]) -> None:
+    model = small_model(**({"n_mtp_layers": 0} | changes))
+    (want, _), (got, _) = both(model, [9, 20], 1)
+    assert relative_error(got.normed, want.normed) < FP32_MODEL
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_forced_backends_run_the_model_itself(small_model: Model, backend: str) -> None:
+    with ops.use(backend):
+        assert set(Decoder(small_model()).parts) == {None}
+
+
+def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> None:
+    model = small_model(n_mtp_layers=0)
+    decoder, tokens = Decoder(model), torch.arange(8)[None]
+
+    def step() -> torch.Tensor:
+        cache = Cache(model.config, 1, 16, torch.float32, torch.device("cpu"))
+        for number, store in enumerate(cache.stores):
+            store.data.copy_(torch.linspace(-1, 1, store.data.numel()).view_as(store.data) * (number + 1))
+        cache.lengths[:] = 9
+        with torch.no_grad():
+            return decoder.states(tokens[:, :2], cache).normed
+
+    before = step()
+    for parameter in model.layers.parameters():
+        parameter.data = torch.full_like(parameter, torch.nan)
+    assert torch.equal(step(), before)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_texts_are_those_of_plain_torch(speculative: bool) -> None:
+    model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256})))).eval()
+    prompts = [[5, 3, 8], [1], [7] * 20]
+    with ops.use("eager"):
+        want = generate(model, prompts, 200, speculative=speculative)
+    got = generate(model, prompts, 200, speculative=speculative)
+    assert torch.equal(got.tokens, want.tokens)
