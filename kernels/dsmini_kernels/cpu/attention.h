@@ -12,7 +12,8 @@
 namespace {
 
 enum CacheType : int64_t { CACHE_FP32, CACHE_BF16, CACHE_FP8, CACHE_TYPES };
-constexpr int64_t KEYS = 32;                        // decoded at a time
+constexpr int64_t KEYS = 16;                        // decoded at a time, which stay in the first-level cache
+constexpr int QUERIES = BYTES == 64 ? 4 : 2;        // rows whose logits are computed at a time
 constexpr int COLUMNS = BYTES == 64 ? 4 : 2;        // vectors of a value's columns at a time
 constexpr int64_t ALIGNED = COLUMNS * LANES;        // decoded rows and sums are padded to this
 inline int64_t part_length(int64_t keys) { return keys <= 2048 ? 64 : 256; }
@@ -54,7 +55,7 @@ inline void decode_row(const Rows& rows, int64_t t, float* out) {
   }
 }
 
-// Logits of 4 query rows (or 1) and 4 keys: vectors along the row, then a sum.
+// Logits of Q query rows and 4 keys: vectors along the row, then a sum.
 template <int Q>
 inline void logits_of(const float* q, int64_t q_stride, const float* keys, int64_t stride, int64_t n, float* out) {
   F total[Q][4] = {};
@@ -104,17 +105,19 @@ inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float*
   const int64_t width = rows.latent + rows.rope, padded_width = round_up(width, LANES);
   for (int64_t at = from; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
-    for (int64_t t = 0; t < some; ++t) decode_row(rows, at + t, keys + t * q_stride);
+    for (int64_t t = 0; t < some; ++t) {
+      const char* next = rows.data + (at + t + KEYS) * rows.stride;
+      for (int64_t line = 0; line < rows.stride; line += 64) __builtin_prefetch(next + line);
+      decode_row(rows, at + t, keys + t * q_stride);
+    }
     // keys from `some` on are those of the turn before: their logits are not read
-    for (int64_t r = 0; r < n; r += 4)
-      for (int64_t t = 0; t < some; t += 4) {
-        if (r + 4 <= n) {
-          logits_of<4>(q + r * q_stride, q_stride, keys + t * q_stride, q_stride, padded_width, logits + r * KEYS + t);
-        } else {
-          for (int64_t k = r; k < n; ++k)
-            logits_of<1>(q + k * q_stride, q_stride, keys + t * q_stride, q_stride, padded_width, logits + k * KEYS + t);
-        }
-      }
+    for (int64_t t = 0; t < some; t += 4) {
+      const float* four = keys + t * q_stride;
+      int64_t r = 0;
+      for (; r + QUERIES <= n; r += QUERIES)
+        logits_of<QUERIES>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
+      for (; r < n; ++r) logits_of<1>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
+    }
     for (int64_t r = 0; r < n; ++r) {
       float* row = logits + r * KEYS;
       const int64_t seen = least(some, last[r] + 1 - at);

@@ -118,13 +118,21 @@ inline uint16_t rounded_bf16(float x) {  // to nearest even
   return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// The sum of a vector's numbers: halves are added until one number is left.
+#if BYTES >= 32
 inline float sum(F v) {
-  float total[LANES];
-  store(total, v);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) total[k] += total[k + width];
-  return total[0];
+#if BYTES == 64
+  const __m256 w = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 w = (__m256)v;
+#endif
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+#else
+inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
 
 // R rows of the weight from `row` on, times N rows of x (arranged, `stride` numbers apart): out[r * N + n].
 template <class W, int R, int N>
@@ -140,6 +148,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
       UNROLL for (int n = 0; n < N; ++n) xs[n][0] = load<F>(x + n * stride + to), xs[n][1] = load<F>(x + n * stride + to + LANES);
       UNROLL for (int r = 0; r < R; ++r) {
         F v[2];
+        if constexpr (R > 1) __builtin_prefetch(from[r] + R * w.stride);  // processors look ahead less than this
         W::get(from[r], v);
         UNROLL for (int n = 0; n < N; ++n) part[r][n] += v[0] * xs[n][0], part[r][n] += v[1] * xs[n][1];
       }
@@ -189,9 +198,10 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
       for (int k = 0; k < N; ++k) put(i, at + k, out[k]);
     }
   };
+  constexpr int MOST = BYTES == 64 ? 4 : 2;  // of x, so that sums and operands stay in registers
   int64_t at = 0;
-  for (; at + 4 <= n; at += 4) some(Constant<4>(), at);
-  if (at + 2 <= n) some(Constant<2>(), at), at += 2;
+  for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
+  if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
   if (at < n) some(Constant<1>(), at);
 }
 
@@ -206,6 +216,7 @@ inline void weighted_rows(const Matrix& w, int64_t from, int64_t count, const fl
   for (int64_t j = 0; j < count; ++j) {
     const char* p = w.row(from + j) + first * W::SIZE;
     const float* scales = W::SCALED ? w.scales_of(from + j) : nullptr;
+    for (int64_t line = 0; line < width * W::SIZE; line += 64) __builtin_prefetch(p + 8 * w.stride + line);
     const auto add = [&](int u, const F(&v)[2]) {
       F factor = splat(factors[j]);
       if constexpr (W::SCALED) factor = splat(factors[j] * scales[(first + u * UNIT) / BLOCK] * DecodeE4m3::FACTOR);

@@ -77,26 +77,16 @@ def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor]
         raise Unserved("a cache that is not contiguous in main memory")
     b, s, m = x.shape
     x = detached(x).contiguous()
-    cos, sin = (detached(t).float().contiguous() for t in table)
+    cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
-    q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
-    sizes = (b, s, m, part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
-    norms = tuple(span(norm) for norm in (part.norm, part.q_norm, part.kv_norm))
+    sizes, norms, weights = part.prepared.get("cpu") or _prepared_attention(part)
     y = torch.empty_like(x)
     lib = library()
     call = (
-        *place(lib),
-        *sizes,
-        *span(x),
-        *span(y),
-        *(norm[0] for norm in norms),
-        *(norm[1] for norm in norms),
-        *(cos.data_ptr(), sin.data_ptr(), min(cos.nbytes, sin.nbytes), cos.shape[0] if cos.dim() == 3 else 1),
-        *span(data),
-        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1]),
-        *span(starts),
-        *_packed(part, ("wq_a", "wq_b", "wkv_a", "wkv_b", "wo")),
-        *(part.scale, part.eps, part.q_eps, part.kv_eps),
+        *(*place(lib), b, s, m, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
+        *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
+        *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
+        *(*weights, part.scale, part.eps, part.q_eps, part.kv_eps),
     )
     run(lib.attention, ATTENTION, call)
     return y
@@ -108,46 +98,62 @@ def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
         raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
     n, m = x.shape
     x = detached(x).contiguous()
-    e, k = (0, 0) if part.gate is None else (part.gate.shape[0], part.options["n_activated_experts"])
-    options = part.options
-    if e and options["score_func"] not in SCORES:
-        raise Unserved("a score function of its own")
+    sizes, inputs, weights = part.prepared.get("cpu") or _prepared_feed_forward(part)
+    (_, e, _, k, *_), eps, route_scale = sizes, part.eps, part.options.get("route_scale", 1.0)
+    y = torch.empty_like(x)
     routing = (
-        torch.empty(n, k, dtype=torch.int64),
-        torch.empty(n, k),
-        torch.empty(n, e),
+        *(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty(n, e)),
         torch.empty(e, dtype=torch.int64),
     )
-    routed = (options["n_expert_groups"], options["n_limited_groups"]) if e else (1, 1)
-    score = (SCORES[options["score_func"]], int(options["norm_topk_prob"])) if e else (0, 0)
-    spans = [span(t) for t in (part.norm, part.gate, part.bias)]
-    outs = [span(t) for t in routing]
-    y = torch.empty_like(x)
+    outs = (8 * n * k, 4 * n * k, 4 * n * e, 8 * e)
     lib = library()
-    inter = 0 if part.w1 is None else part.w1.shape[0]
     call = (
-        *place(lib),
-        *(n, m, inter, e, part.e1.shape[1] if e else 0, k, *routed, *score),
-        *span(x),
-        *span(y),
-        *(one[0] for one in spans),
-        *(one[1] for one in spans),
-        *(one[0] for one in outs),
-        *(one[1] for one in outs),
-        *_packed(part, ("w1", "w2", "w3", "e1", "e2", "e3")),
-        *(part.eps, options["route_scale"] if e else 1.0),
+        *(*place(lib), n, m, *sizes, *span(x), *span(y), *inputs),
+        *(*(t.data_ptr() for t in routing), *outs, *weights, eps, route_scale),
     )
     run(lib.feed_forward, FEED_FORWARD, call)
     return (y, *routing)
 
 
-def _packed(part: Any, names: Sequence[str]) -> tuple[int, ...]:
-    """Return the descriptions of a part's weights, made once: the part keeps the weights where they are."""
-    if (packed := part.prepared.get("cpu")) is None:
-        weights = (getattr(part, name) for name in names)
-        packed = tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
-        part.prepared["cpu"] = packed
-    return packed
+Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Sizes, addresses and bytes of vectors, and matrices. The part keeps the tensors where they are."""
+
+
+def _prepared_attention(part: Any) -> Prepared:
+    """Describe a part to the C++, once."""
+    q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
+    sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
+    weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
+    part.prepared["cpu"] = sizes, _vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights)
+    return part.prepared["cpu"]
+
+
+def _prepared_feed_forward(part: Any) -> Prepared:
+    """Describe a part to the C++, once."""
+    options, gated = part.options, part.gate is not None
+    if gated and options["score_func"] not in SCORES:
+        raise Unserved("a score function of its own")
+    sizes = (0 if part.w1 is None else part.w1.shape[0], 0, 0, 0, 1, 1, 0, 0)
+    if gated:
+        groups = (options["n_expert_groups"], options["n_limited_groups"])
+        how = (*groups, SCORES[options["score_func"]], int(options["norm_topk_prob"]))
+        sizes = (sizes[0], part.gate.shape[0], part.e1.shape[1], options["n_activated_experts"], *how)
+    weights = (part.w1, part.w2, part.w3, part.e1, part.e2, part.e3)
+    part.prepared["cpu"] = sizes, _vectors(part.norm, part.gate, part.bias), _matrices(weights)
+    return part.prepared["cpu"]
+
+
+def _vectors(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Return the addresses of FP32 tensors, and then their bytes."""
+    for x in tensors:
+        if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):
+            raise Unserved(f"a norm or gate in {x.dtype} on {x.device}")
+    spans = [span(x) for x in tensors]
+    return (*(at for at, _ in spans), *(size for _, size in spans))
+
+
+def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
 
 
 def place(lib: Library) -> tuple[int, int, int, int]:
