@@ -64,7 +64,9 @@ class Cost(NamedTuple):
 class Counter(Protocol):
     """Receiver of the work of kernels, such as `Count` of dsmini.measure."""
 
-    def kernel_ran(self, name: str, cost: Cost, result: Any, seconds: float) -> None: ...
+    def kernel_ran(
+        self, name: str, cost: Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
+    ) -> None: ...
 
 
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,9 +79,15 @@ class Operation(Generic[P, R]):
     """An operation with several implementations. Call it like its reference; make it with `operation`."""
 
     def __init__(
-        self, name: str, reference: Callable[P, R], cost: Callable[..., Cost], differentiable: bool = True
+        self,
+        name: str,
+        reference: Callable[P, R],
+        cost: Callable[..., Cost],
+        differentiable: bool = True,
+        cost_of_result: bool = False,
     ) -> None:
         functools.update_wrapper(self, reference)
+        self.cost_of_result = cost_of_result
         self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
         self.plain = reference
         """Version in plain PyTorch that runs where no kernel does."""
@@ -145,12 +153,15 @@ class Operation(Generic[P, R]):
         with torch._C._DisableTorchDispatch():
             result = kernel(*args, **kwargs)
         seconds = time.perf_counter() - start
-        counter.kernel_ran(self.name, self.cost(*args, **kwargs), result, seconds)
+        cost: Any = self.cost
+        more = {"result": result} if self.cost_of_result else {}
+        operands = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
+        counter.kernel_ran(self.name, cost(*args, **kwargs, **more), result, seconds, operands)
         return result
 
 
 def operation(
-    name: str, *, cost: Callable[..., Cost], differentiable: bool = True
+    name: str, *, cost: Callable[..., Cost], differentiable: bool = True, cost_of_result: bool = False
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Declare an operation on its reference. A kernel of that name takes the same arguments.
 
@@ -158,8 +169,9 @@ def operation(
         cost: function of the arguments of a call that returns its lower bound.
         differentiable: if True, PyTorch code runs a call whose gradient is wanted. If False, kernels get such calls too
             and must refuse them.
+        cost_of_result: cost also depends on the result of the call, and takes it as `result`.
     """
-    return lambda reference: Operation(name, reference, cost, differentiable)
+    return lambda reference: Operation(name, reference, cost, differentiable, cost_of_result)
 
 
 @contextmanager

@@ -233,10 +233,10 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3375,
+    "benchmarks": 3380,
     "dsmini/accounting": 1300,
-    "dsmini/functional": 1240,
-    "dsmini/inference": 1150,
+    "dsmini/functional": 1250,
+    "dsmini/inference": 1160,
     "dsmini/measure": 1140,
     "dsmini/nn": 2180,
     "dsmini/report": 1490,

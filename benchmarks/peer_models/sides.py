@@ -13,6 +13,7 @@ from benchmarks.case import Setting
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from dsmini import ModelConfig, Transformer
 from dsmini.config.huggingface import config_to_json
+from dsmini.inference.decoding import Decoder
 from dsmini.measure.workloads import random_model
 
 
@@ -34,12 +35,13 @@ class Ours:
 
     def __init__(self, config: ModelConfig, setting: Setting) -> None:
         self.model = random_model(config, setting.device, setting.dtype)
+        self.decoder = Decoder(self.model)
 
     def start(self, room: int) -> None:
         self.cache = self.model.new_cache(1, room)
 
     def feed(self, tokens: Tensor) -> None:
-        self.model(tokens, self.cache)
+        self.decoder.logits(tokens, self.cache)
 
     def bytes_per_token(self) -> float:
         return self.cache.nbytes_per_token

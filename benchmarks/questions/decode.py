@@ -16,11 +16,12 @@ from benchmarks import shapes
 from benchmarks.case import Case, Figure, Plot, Setting, cases_over, pick
 from benchmarks.steps import distinct_experts, over_bound, step_figures
 from dsmini import Transformer, accounting
+from dsmini.inference.decoding import Decoder
 from dsmini.measure.counting import count
 from dsmini.measure.memory import reset_peak
 from dsmini.measure.timing import times
 from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
-from dsmini.nn import Cache
+from dsmini.nn.transformer import States
 from dsmini.report.charts import lines
 
 NAME = "decode"
@@ -35,23 +36,25 @@ def cases(setting: Setting) -> list[Case]:
     return cases_over("batch={} context={}", points, seconds, partial(measure, setting))
 
 
-def decoding_step(
-    setting: Setting, batch: int, context: int
-) -> tuple[Transformer, Cache, Callable[[Tensor | None], None]]:
+def decoding_step(setting: Setting, batch: int, context: int) -> tuple[Transformer, Callable[[Tensor | None], States]]:
     """Return a model, a cache of random rows, and a step that decodes the given tokens or random ones."""
     model = random_model(shapes.decoded(setting.quick), setting.device, setting.dtype)
     cache = random_cache(model, batch, context, 64)  # rows are read in multiples of 64
+    decoder = Decoder(model)
 
-    def step(tokens: Tensor | None) -> None:
+    def step(tokens: Tensor | None) -> States:
         cache.truncate(context)
-        model(random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens, cache)
+        drawn = random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens
+        states = decoder.states(drawn, cache)
+        model.head(states.normed)
+        return states
 
-    return model, cache, step
+    return model, step
 
 
 @torch.no_grad()
 def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
-    model, cache, step = decoding_step(setting, batch, context)
+    model, step = decoding_step(setting, batch, context)
     drawn = [random_tokens(model.config, batch, 1, setting.device) for _ in range(STEPS)]
     reset_peak()
     step(None)
@@ -60,8 +63,7 @@ def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
     moved, experts = [], []
     for tokens in drawn:
         moved.append(count(partial(step, tokens)).bytes / batch)
-        cache.truncate(context)
-        experts.append(distinct_experts(model.run(tokens, cache=cache).routing) or 0.0)
+        experts.append(distinct_experts(step(tokens).routing) or 0.0)
     new = {"context": context + 1, "batch": batch, "dtype": dtype_name(setting.dtype)}
     least = accounting.decode_bytes_per_token(model.config, **new, experts=statistics.fmean(experts) or None)
     flops = accounting.decode_flops_per_token(model.config, context=context + 1)

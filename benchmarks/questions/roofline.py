@@ -33,7 +33,7 @@ figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roo
 
 def cases(setting: Setting) -> list[Case]:
     steps = {
-        "decode": lambda: partial(decoding_step(setting, 1, 1024)[2], None),
+        "decode": lambda: partial(decoding_step(setting, 1, 1024)[1], None),
         "prefill": lambda: reading_step(setting, 1, 512)[1],
         "train": lambda: _train(setting),
     }

@@ -54,10 +54,9 @@ class AttentionPart:
         return self.kv_norm.shape[0]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
+    def tensors(self) -> tuple[Tensor, ...]:
         weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
-        return sum(w.nbytes for w in weights if w is not None)
+        return _tensors_of(weights)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +80,17 @@ class FeedForwardPart:
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend makes of the weights, by its name."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        experts = (self.gate, self.bias, self.e1, self.e2, self.e3)
+        return _tensors_of((self.norm, self.w1, self.w2, self.w3, *experts))
+
+
+def _tensors_of(weights: tuple[Weight | None, ...]) -> tuple[Tensor, ...]:
+    """Return all tensors of some weights: those of codes are codes and scales."""
+    there = [w for w in weights if w is not None]
+    return tuple(t for w in there for t in ((w,) if isinstance(w, Tensor) else w.parts))
+
 
 def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
     b, s, _ = x.shape
@@ -90,7 +100,8 @@ def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, sta
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
     products = sum(w.shape[0] * w.shape[1] for w in weights if w is not None)
     attention = 2 * s * keys * h * (2 * c + part.rope)
-    return ops.Cost(x.nbytes + part.nbytes + keys * row, x.nbytes + b * s * row, 2 * b * s * products + attention)
+    read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
+    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + attention)
 
 
 @ops.operation("attention_step", cost=_attention_cost)
@@ -125,20 +136,20 @@ def attention_step(
     return x + multiply(y, part.wo)
 
 
-def _feed_forward_cost(x: Tensor, part: FeedForwardPart) -> ops.Cost:
+def _feed_forward_cost(x: Tensor, part: FeedForwardPart, result: tuple[Tensor, ...]) -> ops.Cost:
     dense_weights = [w for w in (part.w1, part.w2, part.w3) if w is not None]
     read = x.nbytes + part.norm.nbytes + sum(w.nbytes for w in dense_weights)
     products = sum(w.shape[0] * w.shape[1] for w in dense_weights)
     if part.gate is not None:
         e, k = part.gate.shape[0], part.options["n_activated_experts"]
         experts = [w for w in (part.e1, part.e2, part.e3) if w is not None]
-        visited = min(e, x.shape[0] * k)  # the most that the tokens can choose
+        visited = int((result[-1] > 0).sum())  # matrices that nobody chose stay where they are
         read += part.gate.nbytes + sum(w.nbytes for w in experts) * visited // e
         products += part.gate.numel() + k * sum(w.shape[1] * w.shape[2] for w in experts)
     return ops.Cost(read, x.nbytes, 2 * x.shape[0] * products)
 
 
-@ops.operation("feed_forward_step", cost=_feed_forward_cost)
+@ops.operation("feed_forward_step", cost=_feed_forward_cost, cost_of_result=True)
 def feed_forward_step(x: Float[Tensor, "n m"], part: FeedForwardPart) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the routing: indices and weights [n, k], scores [n, e] and counts [e].
 

@@ -41,6 +41,11 @@ class Decoder:
         self.parts: list[Parts | None] = [parts_of(block) if fast else None for block in model.layers]
         """The parts of each block, or None for one that runs as it is."""
 
+    def logits(self, tokens: Int[Tensor, "b s"], cache: Cache) -> Float[Tensor, "b s v"]:
+        """Append tokens to the cache and return the logits after each, as the model does."""
+        with torch.no_grad():
+            return self.model.head(self.states(tokens, cache).normed)
+
     def states(self, tokens: Int[Tensor, "b s"], cache: Cache, lengths: Int[Tensor, " b"] | None = None) -> States:
         """Do what Transformer.states does with a cache. normed is FP32 where all blocks are taken apart."""
         model, starts = self.model, cache.lengths

@@ -92,11 +92,13 @@ class Count(TorchDispatchMode):
         dtype = next((t.dtype for t in [*tensors_in(out), *work.touched] if t.is_floating_point()), torch.int64)
         self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
 
-    def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float) -> None:
-        """Count a kernel by the declared cost of its operation."""
+    def kernel_ran(
+        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
+    ) -> None:
+        """Count a kernel by the declared cost of its operation. What is read beyond the operands is cold."""
         results = tensors_in(result)
-        moved = cost.read + cost.written
-        cold = min(moved, cost.read + sum(self.cache.touch(t, size_of(t)) for t in results))
+        warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
+        cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
         kind, rows = ("product", 1) if cost.flops else ("move", 0)
         work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
         self._add(name, work, cold, results[0].dtype, results, max(1e-7, seconds))

@@ -163,8 +163,8 @@ class Ledger:
     def __init__(self) -> None:
         self.told: list[tuple[str, ops.Cost, Any]] = []
 
-    def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float) -> None:
-        assert seconds > 0
+    def kernel_ran(self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Any = ()) -> None:
+        assert seconds > 0 and operands[0] is X
         self.told.append((name, cost, result))
 
 

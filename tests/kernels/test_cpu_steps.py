@@ -145,7 +145,7 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
     assert part is not None
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(steps, "place", lambda lib, n=threads: (lib.isa, n, lib.parallel, lib.threads))
+        monkeypatch.setattr(steps, "place", lambda lib, n=threads: (lib.isa, n))
         results.append(
             [
                 *attended(cpu.attention_step, model, [300, 7], 2, torch.bfloat16),
@@ -170,6 +170,20 @@ def test_stored_rows_have_the_bits_of_the_cache(every_isa: str) -> None:
                 cpu.attention_step(x, attention, past, table, starts)
             for store, rows in zip(cache.stores, exact, strict=True):
                 assert torch.equal(store.data[:, 7:9].view(torch.uint8), store._encode(rows[:, 7:9]).view(torch.uint8))
+
+
+def test_tiny_numbers_keep_the_eps_and_the_scales(every_isa: str) -> None:
+    """A norm divides by sqrt(eps) there, and a tile of the cache is stored with a scale of its own."""
+    model = model_of("blocks")
+    for attention, feed_forward, past, table, starts in layers(model, filled(model, [9], "fp8"), 1):
+        x = torch.randn(1, 1, model.config.dim) * 1e-4
+        with ops.use("reference"):
+            want = feed_forward_step(x[0], feed_forward)[0]
+        assert relative_error(cpu.feed_forward_step(x[0], feed_forward)[0] - x[0], want - x[0]) < STEP
+        attention.kv_norm.mul_(1e-9)
+        cpu.attention_step(x, attention, past, table, starts)
+        rows = past.store.read(10, torch.float32)[:, 9, : attention.latent]
+        assert 0 < rows.abs().max() < 1e-8 and len(rows.unique()) > attention.latent // 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

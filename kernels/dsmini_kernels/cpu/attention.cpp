@@ -92,12 +92,13 @@ void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride,
   with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
 }
 
-void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
+void step(const AttentionCall& c, const Buffers& m) {
+  Team team(c.place.threads);
   const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = c.s * c.heads;
   const bool q_order = (c.q_rank ? c.wq_a : c.wq_b).type == WEIGHT_BF16, kv_order = c.wkv_a.type == WEIGHT_BF16;
   const float* for_kv = m.normed + m.tokens * dim_stride;
   // 1. the normed x, in the order of each weight that reads it
-  team.each(m.tokens, [&](int64_t i) {
+  team.each(m.tokens, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
     rms_norm(c.x + i * c.dim, c.attn_norm, c.dim, c.attn_eps, normed);
     arrange(normed, c.dim, q_order, m.normed + i * dim_stride);
@@ -105,7 +106,7 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
   });
   // 2. down: the query's latent, and [c_kv | k_rope]
   const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
-  team.each(q_items + items_of(c.wkv_a), [&](int64_t item) {
+  team.each(q_items + items_of(c.wkv_a), [&](int64_t item, int64_t) {
     if (item >= q_items) {
       product_item(c.wkv_a, item - q_items, for_kv, dim_stride, m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.kv[n * m.kv_width + row] = value; });
@@ -118,7 +119,7 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
     }
   });
   // 3. norms, the key's rotation, the cache's new row
-  team.each(m.tokens, [&](int64_t i) {
+  team.each(m.tokens, [&](int64_t i, int64_t) {
     const int64_t sequence = i / c.s, token = i % c.s, angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.rope / 2);
     float* kv = m.kv + i * m.kv_width;
     rms_norm(kv, c.kv_norm, c.latent, c.kv_eps, kv);
@@ -131,13 +132,13 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
   });
   // 4. up: queries of all heads
   if (c.q_rank)
-    team.each(items_of(c.wq_b), [&](int64_t item) {
+    team.each(items_of(c.wq_b), [&](int64_t item, int64_t) {
       product_item(c.wq_b, item, m.q_in, padded(m.q_width), m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
     });
   // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item
   const int64_t pieces = (c.latent + WIDEST - 1) / WIDEST;
-  team.each(m.tokens * c.heads * pieces, [&](int64_t item) {
+  team.each(m.tokens * c.heads * pieces, [&](int64_t item, int64_t) {
     const int64_t piece = item % pieces, h = item / pieces % c.heads, i = item / pieces / c.heads;
     const int64_t sequence = i / c.s, token = i % c.s, first = piece * WIDEST;
     float* q = m.q + (i * c.heads + h) * head;
@@ -155,7 +156,8 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
     memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
   });
   // 6. attention to parts of the context
-  team.each(m.parts, [&](int64_t item) {
+  team.each(m.parts, [&](int64_t item, int64_t thread) {
+    float* own = m.owned + thread * m.own;
     int64_t sequence = 0, part = item;
     while (part >= parts_of(c, sequence)) part -= parts_of(c, sequence++);
     const int64_t keys = keys_of(c, sequence), length = part_length(keys);
@@ -167,7 +169,8 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
                 m.sums_stride, own + 2 * rows);
   });
   // 7. values: the merged latent of each head, times W_UV
-  team.each(m.tokens * c.heads, [&](int64_t item) {
+  team.each(m.tokens * c.heads, [&](int64_t item, int64_t thread) {
+    float* own = m.owned + thread * m.own;
     const int64_t h = item % c.heads, i = item / c.heads, sequence = i / c.s, r = i % c.s * c.heads + h;
     int64_t first = 0;
     for (int64_t k = 0; k < sequence; ++k) first += parts_of(c, k);
@@ -185,10 +188,10 @@ void step(const AttentionCall& c, const Buffers& m, Team& team, float* own) {
   });
   // 8. out, and the residual
   const int64_t width = c.heads * c.value;
-  team.each(m.tokens, [&](int64_t i) {
+  team.each(m.tokens, [&](int64_t i, int64_t) {
     arrange(m.attended + i * width, width, c.wo.type == WEIGHT_BF16, m.merged + i * padded(width));
   });
-  team.each(items_of(c.wo), [&](int64_t item) {
+  team.each(items_of(c.wo), [&](int64_t item, int64_t) {
     product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
       c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
     });
@@ -201,9 +204,6 @@ bool OF_ISA(attention)(const AttentionCall& c) {
   float* memory = scratch_of(Buffers(c, nullptr).all);
   if (memory == nullptr) return false;
   const Buffers buffers(c, memory);
-  std::atomic<int64_t> slots{0};
-  as_team(c.place.parallel, c.place.count, c.place.threads, [&](Team& team) {
-    step(c, buffers, team, buffers.owned + slots.fetch_add(1) * buffers.own);
-  });
+  step(c, buffers);
   return true;
 }

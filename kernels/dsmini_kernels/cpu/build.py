@@ -6,8 +6,8 @@ to its place, tried in a process of its own (trial.py), then moved. So processes
 killed build leaves nothing that counts. A file whose content does not hash to its name is damaged, and built again.
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
-loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere the library
-runs in one thread.
+loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere kernels of
+tiles run in one thread. Decoding steps have threads of their own (team.h), which wait for nobody.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ FOR_EACH_ISA = {
     "feed_forward.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
-ONCE = ("library.cpp", "steps.cpp")
+ONCE = ("library.cpp", "steps.cpp", "team.cpp")
 HEADERS = (
     *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
     *("dots.h", "activations.h", "attention.h"),
@@ -63,7 +63,7 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=18q", "=74q4d", "=80q2d"))
+CALL, LINEAR, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=16q", "=72q4d", "=78q2d"))
 """struct Call of tiles.h, and the calls of steps.h."""
 LAYOUTS = [struct.format for struct in (CALL, LINEAR, ATTENTION, FEED_FORWARD)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
@@ -82,8 +82,6 @@ class Library:
     isa_name: str
     parallel: int
     """Address of GOMP_parallel, or 0."""
-    threads: int
-    """Address of omp_get_num_threads, or 0."""
     tiles: "ctypes._NamedFuncPointer"
     linear: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
@@ -112,8 +110,7 @@ def library() -> Library:
     if isa == 0:
         raise ValueError(f"{ISA_VARIABLE}={wanted!r} asks for instructions that this CPU lacks; unset it")
     name = next(n for n, number in ISA_NUMBERS.items() if number == isa)
-    parallel, threads = _openmp()
-    return Library(path, isa, name, parallel, threads, *entries)
+    return Library(path, isa, name, _gomp_parallel(), *entries)
 
 
 def find_or_build(sanitize: bool = False) -> Path:
@@ -285,12 +282,8 @@ def _lines(done: Done) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"status {done.returncode}"]
 
 
-def _openmp() -> tuple[int, int]:
-    """Return the addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch has loaded, or zeros."""
+def _gomp_parallel() -> int:
     try:
-        found = ctypes.CDLL(None)
-        entries = (ctypes.cast(f, ctypes.c_void_p).value for f in (found.GOMP_parallel, found.omp_get_num_threads))
-        parallel, threads = (entry or 0 for entry in entries)
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
     except AttributeError:
-        return 0, 0
-    return parallel, threads
+        return 0

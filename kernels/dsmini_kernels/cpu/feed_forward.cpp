@@ -135,11 +135,12 @@ void gated(const Matrix& w1, const Matrix& w3, int64_t item, const float* x1, co
     for (int64_t row = from; row < to; ++row) out[k * out_stride + place_of(row, even_odd)] = gate[k * ROWS + row - from];
 }
 
-void step(const FeedForwardCall& c, const Buffers& m, Team& team) {
+void step(const FeedForwardCall& c, const Buffers& m) {
+  Team team(c.place.threads);
   const auto order = [&](const Matrix& w) { return w.type == WEIGHT_BF16 ? m.even_odd : m.natural; };
   const Matrix gate{reinterpret_cast<const char*>(c.gate), c.gate_bytes, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, nullptr, 0};
   // 1. the normed x, in both orders
-  team.each(c.n, [&](int64_t i) {
+  team.each(c.n, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
     rms_norm(c.x + i * c.dim, c.norm, c.dim, c.eps, normed);
     arrange(normed, c.dim, false, m.natural + i * m.wide);
@@ -148,7 +149,7 @@ void step(const FeedForwardCall& c, const Buffers& m, Team& team) {
   });
   // 2. logits of the gate, and the hidden numbers of the dense or shared experts
   const int64_t gate_items = items_for(c.experts);
-  team.each(gate_items + items_for(c.inter), [&](int64_t item) {
+  team.each(gate_items + items_for(c.inter), [&](int64_t item, int64_t) {
     if (item < gate_items) {
       const int64_t from = item * ROWS, to = least(c.experts, from + ROWS);
       products<DecodeFp32>(gate, from, to, m.natural, m.wide, c.n,
@@ -159,17 +160,17 @@ void step(const FeedForwardCall& c, const Buffers& m, Team& team) {
   });
   if (c.experts) {
     // 3. the experts of each token, and the slots of all visits
-    team.each(1, [&](int64_t) {
+    team.each(1, [&](int64_t, int64_t) {
       for (int64_t i = 0; i < c.n; ++i) route(c, c.scores + i * c.experts, c.indices + i * c.k, c.weights + i * c.k);
       sort_visits(c, m);
     });
-    team.each(m.slots, [&](int64_t slot) {
+    team.each(m.slots, [&](int64_t slot, int64_t) {
       memcpy(m.rows + slot * m.wide, order(c.e1) + m.slot_token[slot] * m.wide, m.wide * 4);
       memset(m.expert_hidden + slot * m.expert_inter, 0, m.expert_inter * 4);
     });
     // 4. the hidden numbers of the visited experts
     const int64_t across = items_for(c.expert_inter);
-    team.each(*m.n_visited * across, [&](int64_t item) {
+    team.each(*m.n_visited * across, [&](int64_t item, int64_t) {
       const int64_t e = m.visited[item / across], slot = m.first_slot[e];
       const float* x = m.rows + slot * m.wide;
       gated(expert_of(c.e1, e, c.expert_inter), expert_of(c.e3, e, c.expert_inter), item % across, x, x, m.wide, c.counts[e],
@@ -177,7 +178,7 @@ void step(const FeedForwardCall& c, const Buffers& m, Team& team) {
     });
   }
   // 5. out: shared experts, then the routed ones in their order, and the residual
-  team.each(items_for(c.dim), [&](int64_t item) {
+  team.each(items_for(c.dim), [&](int64_t item, int64_t) {
     const int64_t from = item * ROWS, to = least(c.dim, from + ROWS);
     float total[MOST_TOKENS * ROWS];
     for (int64_t n = 0; n < c.n; ++n) memcpy(total + n * ROWS, c.x + n * c.dim + from, (to - from) * 4);
@@ -207,6 +208,6 @@ bool OF_ISA(feed_forward)(const FeedForwardCall& c) {
   float* memory = scratch_of(Buffers(c, nullptr).all);
   if (memory == nullptr) return false;
   const Buffers buffers(c, memory);
-  as_team(c.place.parallel, c.place.count, c.place.threads, [&](Team& team) { step(c, buffers, team); });
+  step(c, buffers);
   return true;
 }

@@ -20,8 +20,8 @@ bool OF_ISA(linear)(const LinearCall& c) {
     arrange(row, in, c.w.type == WEIGHT_BF16, x + n * width);
   }
   constexpr int64_t ROWS = 32;
-  as_team(c.place.parallel, c.place.count, c.place.threads, [&](Team& team) {
-    team.each((c.w.rows + ROWS - 1) / ROWS, [&](int64_t item) {
+  Team team(c.place.threads);
+  team.each((c.w.rows + ROWS - 1) / ROWS, [&](int64_t item, int64_t) {
       const int64_t from = item * ROWS, to = least(c.w.rows, from + ROWS);
       with_decoder(c.w.type, [&](auto decoder) {
         products<decltype(decoder)>(c.w, from, to, x, width, c.n, [&](int64_t row, int64_t n, float value) {
@@ -33,6 +33,5 @@ bool OF_ISA(linear)(const LinearCall& c) {
         });
       });
     });
-  });
   return true;
 }

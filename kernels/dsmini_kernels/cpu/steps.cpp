@@ -5,7 +5,6 @@
 
 #include <cstdlib>
 #include <initializer_list>
-#include <sched.h>
 
 namespace {
 
@@ -26,7 +25,7 @@ bool within(const void* p, int64_t bytes, int64_t size, int64_t a, int64_t b = 1
 }
 
 int64_t check_place(Place& place) {
-  if (place.threads < 1 || place.threads > 4096) return BAD_CALL;
+  if (place.threads < 1 || place.threads > 256) return BAD_CALL;
   place.isa = place.isa == BEST ? dsmini_isa(BEST) : dsmini_isa(place.isa);
   return place.isa == 0 ? NO_SUCH_ISA : FINE;
 }
@@ -123,13 +122,6 @@ float* scratch_of(int64_t numbers) {
     kept.numbers = fine ? numbers : 0;
   }
   return kept.memory;
-}
-
-void Team::pause(int64_t spins) {
-#if defined(__x86_64__)
-  if (spins < 4096) return _mm_pause();
-#endif
-  if (spins > 64) sched_yield();
 }
 
 #if defined(__x86_64__)

@@ -10,8 +10,6 @@ constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512;
 
 struct Place {
   int64_t isa, threads;
-  Parallel parallel;
-  Threads count;
 };
 
 // y[n, rows] = x[n, columns] w^T; x and y are contiguous, FP32 or BF16.

@@ -51,9 +51,9 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
     y = torch.empty((*x.shape[:-1], w[3]), dtype=x.dtype, device="cpu")
     lib = library()
-    isa, threads, *start = place(lib)
-    call = (isa, threads if weight.shape.numel() * rows >= THREADED else 1, *start)
-    run(lib.linear, LINEAR, (*call, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
+    isa, threads = place(lib)
+    threads = threads if weight.shape.numel() * rows >= THREADED else 1
+    run(lib.linear, LINEAR, (isa, threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
     return y
 
 
@@ -156,9 +156,9 @@ def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
     return tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
 
 
-def place(lib: Library) -> tuple[int, int, int, int]:
-    """Return the instruction set, the number of threads, and how to start them."""
-    return lib.isa, torch.get_num_threads(), lib.parallel, lib.threads
+def place(lib: Library) -> tuple[int, int]:
+    """Return the instruction set and the number of threads."""
+    return lib.isa, torch.get_num_threads()
 
 
 def span(x: Tensor | None) -> tuple[int, int]:

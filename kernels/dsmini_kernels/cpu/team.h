@@ -1,68 +1,37 @@
-// A team of threads that goes through phases together. In a phase each thread fetches items until none is left; no
-// thread begins a phase before all have ended the one before.
+// A team of threads that shares the items of a phase. The thread that calls posts a phase and takes items until none is
+// left. The others take items too if they are awake: nobody waits for a thread that has not begun. So a call costs no
+// more than on one thread where other processes hold the cores.
 //
 // Which thread computes an item is chance, so an item must be the same arithmetic wherever it runs, and no two items
 // may write the same number. Results then do not depend on the number of threads.
 
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
-using Threads = int (*)();                                             // omp_get_num_threads
-
+// A call's hold of the team. While another thread of the process holds it, the call runs alone.
 class Team {
  public:
-  __attribute__((always_inline)) explicit Team(Threads threads) : threads_(threads) {}
+  __attribute__((always_inline)) explicit Team(int64_t threads) : held_(threads > 1 && hold(threads)) {}
+  __attribute__((always_inline)) ~Team() {
+    if (held_) release();
+  }
+  Team(const Team&) = delete;
 
-  // Calls body(item) for items 0 to count - 1, and waits until all of them are done. All threads must call it.
+  // Calls body(item, thread) for items 0 to count - 1, and returns when all are done. Threads have numbers from 0 on.
   template <class Body>
   void each(int64_t count, Body body) {
-    const int64_t size = threads_ == nullptr ? 1 : threads_();
-    if (size == 1) {
-      for (int64_t i = 0; i < count; ++i) body(i);
+    if (!held_ || count < 2) {
+      for (int64_t i = 0; i < count; ++i) body(i, 0);
       return;
     }
-    const int64_t phase = phase_.load(std::memory_order_acquire);
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
+    share([](void* p, int64_t item, int64_t thread) { (*static_cast<Body*>(p))(item, thread); }, &body, count);
   }
 
  private:
-  static void pause(int64_t spins);
+  static bool hold(int64_t threads);
+  static void release();
+  static void share(void (*run)(void*, int64_t, int64_t), void* body, int64_t count);
 
-  const Threads threads_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> phase_{0};
+  const bool held_;
 };
-
-// Runs body on up to `threads` threads at once, as one team.
-template <class Body>
-void as_team(Parallel parallel, Threads count, int64_t threads, Body body) {
-  if (parallel == nullptr || count == nullptr || threads == 1) {
-    Team alone(nullptr);
-    body(alone);
-    return;
-  }
-  struct Both {
-    Team team;
-    Body& body;
-  } both{Team(count), body};
-  parallel(
-      [](void* p) {
-        Both& given = *static_cast<Both*>(p);
-        given.body(given.team);
-      },
-      &both, static_cast<unsigned>(threads), 0);
-}

@@ -86,7 +86,7 @@ def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...
 def linear_call(isa: int, memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
     size = 2 if bf16 else 4
     x, y = _spans(memory, n * i * size, n * o * size)
-    return (isa, 1, 0, 0, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
+    return (isa, 1, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
 
 
 def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
@@ -101,7 +101,7 @@ def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache:
     shapes = ((heads * (nope + rope), q_rank or dim), (latent + rope, dim), (heads * (nope + value), latent))
     matrices = [number for shape in (*shapes, (dim, heads * value)) for number in _matrix(memory, *shape, weight)]
     return (
-        *(isa, 1, 0, 0, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
+        *(isa, 1, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
         *(norm[0], q_norm[0], kv_norm[0], norm[1], q_norm[1], kv_norm[1], cos[0], sin[0], angles, 1),
         *(*rows, cache, row, room, *starts, *wq_a, *matrices, 0.1, 1e-6, 1e-6, 1e-6),
     )
@@ -121,7 +121,7 @@ def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: in
     ]
     out = (indices, weights, scores, counts)
     return (
-        *(isa, 1, 0, 0, n, dim, inter, experts, f, k, 2, 2, n % 2, 1, *x, *y),
+        *(isa, 1, n, dim, inter, experts, f, k, 2, 2, n % 2, 1, *x, *y),
         *(norm[0], gate[0], bias[0], norm[1], gate[1], bias[1], *(a for a, _ in out), *(size for _, size in out)),
         *(*matrices, 1e-6, 1.0),
     )
