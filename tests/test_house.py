@@ -233,7 +233,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3380,
+    "benchmarks": 3400,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1250,
     "dsmini/inference": 1160,

@@ -103,7 +103,7 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
         (f"peak {name}", lambda most, dtype=dtype: matmul_rate(device, dtype, most)) for name, dtype in DTYPES.items()
     ]
     jobs += [
-        ("bandwidth", lambda most: _bandwidth(device)),
+        ("bandwidth", lambda most: read_bandwidth(device)),
         ("copy", lambda most: _copy(device)),
         ("call", lambda most: _call(device)),
         ("probes", lambda most: probes(device)),
@@ -144,7 +144,7 @@ def seconds_of(
     return statistics.median(times)
 
 
-def _bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Return the highest rate of operations that only read: a sum, and matrix-vector products in both dtypes."""
     x = torch.ones(LARGE // 4, device=device)
     rates = [LARGE / seconds_of(lambda: x.sum(), device, 3)]

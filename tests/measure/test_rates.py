@@ -137,7 +137,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         monkeypatch.setattr(calibration, "PRODUCTS", dict.fromkeys(calibration.PRODUCTS, make))
         monkeypatch.setattr(calibration, "_rotating", lambda run, inputs: run)
         monkeypatch.setattr(calibration, "matmul_rate", lambda device, dtype, seconds: 1.0)
-        for name in ("_bandwidth", "_copy", "_call"):
+        for name in ("read_bandwidth", "_copy", "_call"):
             monkeypatch.setattr(calibration, name, lambda device: 1.0)
         monkeypatch.setattr(calibration, "probes", lambda device: {})
         monkeypatch.setattr(calibration.time, "perf_counter", clock.perf_counter)

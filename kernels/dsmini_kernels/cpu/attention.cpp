@@ -84,7 +84,7 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
 }
 
 // Products of all tokens with rows of a weight, 16 rows an item.
-constexpr int64_t ROWS = 16;
+constexpr int64_t ROWS = 32;
 int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
 template <class Put>
 void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {

@@ -179,6 +179,39 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) out[r * N + n] = sum(total[r][n]);
 }
 
+// One row of the weight times one row of x (arranged). Rows that are read one after the other, and somewhat ahead, come
+// from memory at three quarters to all of the rate of plain reading; four at a time at two thirds (docs/log.md).
+template <class W>
+inline float dot(const Matrix& w, int64_t row, const float* x) {
+  constexpr int PARTS = 4;
+  constexpr int64_t STEP = PARTS * UNIT, AHEAD = 1024;
+  const char* p = w.row(row);
+  F total{};
+  for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
+    const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
+    F part[PARTS] = {};
+    int64_t i = at;
+    for (; i + STEP <= end; i += STEP) {
+      UNROLL for (int u = 0; u < PARTS; ++u) {
+        const int64_t to = i + u * UNIT;
+        F v[2];
+        __builtin_prefetch(p + to * W::SIZE + AHEAD);
+        W::get(p + to * W::SIZE, v);
+        part[u] += v[0] * load<F>(x + to), part[u] += v[1] * load<F>(x + to + LANES);
+      }
+    }
+    along_units<W>(p + i * W::SIZE, end - i, [&](int64_t k, const F(&v)[2]) {
+      part[0] += v[0] * load<F>(x + i + k), part[0] += v[1] * load<F>(x + i + k + LANES);
+    });
+    const F all = (part[0] + part[1]) + (part[2] + part[3]);
+    if constexpr (W::SCALED)
+      total += all * splat(w.scales_of(row)[at / BLOCK] * DecodeE4m3::FACTOR);
+    else
+      total = all;
+  }
+  return sum(total);
+}
+
 // Calls put(row, n, value) for rows [from, to) of the weight times `n` rows of x.
 template <class W, class Put>
 inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, Put put) {
@@ -202,7 +235,8 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
   int64_t at = 0;
   for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
   if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
-  if (at < n) some(Constant<1>(), at);
+  for (; at < n; ++at)
+    for (int64_t i = from; i < to; ++i) put(i, at, dot<W>(w, i, x + at * stride));
 }
 
 // The sum over rows [from, from + count) of factor * row, for columns [first, first + width): width <= WIDEST, and

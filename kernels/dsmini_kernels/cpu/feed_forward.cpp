@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 16;  // of a weight, an item
+constexpr int64_t ROWS = 32;  // of a weight, an item
 int64_t items_for(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 // Place of number i in the order of a weight that is BF16.
