@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import steps
 from benchmarks.case import Setting
 from benchmarks.shapes import QUICK
-from benchmarks import steps
 from benchmarks.steps import check_bandwidth, step_figures
 from dsmini import ModelConfig, Transformer, accounting, ops, quantize
 from dsmini.functional import causal_attention
