@@ -126,6 +126,18 @@ def test_linear_agrees(every_isa: str, weights: str) -> None:
             assert relative_error(got, x.double() @ dense.double().T) < rounding(2.0**-9) + rounding(FP32_UNIT, terms=i)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_size_of_x_loses_nothing(every_isa: str, weights: str) -> None:
+    x, weight = torch.randn(3, 200), torch.randn(130, 200)
+    held: Any = {"float32": weight, "bfloat16": weight.bfloat16(), "fp8": quantize(weight, WEIGHT_TILE)}[weights]
+    want = cpu.quantized_linear(x, held)
+    for power in (-110.0, -60.0, 60.0, 110.0):
+        factor = torch.tensor(2.0**power)
+        got = cpu.quantized_linear(x * torch.tensor([[1.0], [1.0], [0.0]]) * factor, held)
+        assert torch.equal(got[:2], want[:2] * factor) and not got[2].any()
+    assert cpu.quantized_linear(torch.full((1, 200), math.inf), held).isfinite().logical_not().all()
+
+
 def test_every_code_is_decoded(every_isa: str) -> None:
     codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).expand(16, 256).contiguous()
     model = model_of("blocks", "fp8")
@@ -197,6 +209,19 @@ def test_a_bad_number_stays_visible(every_isa: str, bad: float) -> None:
         past.store.data[0, 5] = bad
         y = cpu.attention_step(torch.randn(1, 1, model.config.dim), attention, past, table, starts)
         assert y.isnan().all()
+
+
+@pytest.mark.parametrize("column", [5, 129])
+def test_a_code_of_nan_stays_visible(every_isa: str, column: int) -> None:
+    """Both where whole vectors are read and in the rest of a row."""
+    model = model_of("blocks", "fp8")
+    for row in (0, model.config.qk_nope_head_dim):  # of W_UK, and of W_UV
+        module = model.layers[0].attn.wkv_b
+        codes = module.weight.data.view(torch.uint8)
+        before, codes[row, column] = codes[row, column].clone(), 0xFF
+        attention, _, past, table, starts = next(layers(model, filled(model, [70], torch.float32), 1))
+        assert cpu.attention_step(torch.randn(1, 1, model.config.dim), attention, past, table, starts).isnan().all()
+        codes[row, column] = before
 
 
 def test_hidden_rows_do_not_matter(every_isa: str) -> None:

@@ -95,14 +95,13 @@ void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride,
 void step(const AttentionCall& c, const Buffers& m) {
   Team team(c.place.threads);
   const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = c.s * c.heads;
-  const bool q_order = (c.q_rank ? c.wq_a : c.wq_b).type == WEIGHT_BF16, kv_order = c.wkv_a.type == WEIGHT_BF16;
   const float* for_kv = m.normed + m.tokens * dim_stride;
   // 1. the normed x, in the order of each weight that reads it
   team.each(m.tokens, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
     rms_norm(c.x + i * c.dim, c.attn_norm, c.dim, c.attn_eps, normed);
-    arrange(normed, c.dim, q_order, m.normed + i * dim_stride);
-    arrange(normed, c.dim, kv_order, m.normed + (m.tokens + i) * dim_stride);
+    arrange(normed, c.dim, (c.q_rank ? c.wq_a : c.wq_b).type, m.normed + i * dim_stride);
+    arrange(normed, c.dim, c.wkv_a.type, m.normed + (m.tokens + i) * dim_stride);
   });
   // 2. down: the query's latent, and [c_kv | k_rope]
   const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
@@ -128,7 +127,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     if (!c.q_rank) return;
     float* q_a = m.q_a + i * round_up(m.q_width, 16);
     rms_norm(q_a, c.q_norm, c.q_rank, c.q_eps, q_a);
-    arrange(q_a, c.q_rank, c.wq_b.type == WEIGHT_BF16, m.q_in + i * padded(m.q_width));
+    arrange(q_a, c.q_rank, c.wq_b.type, m.q_in + i * padded(m.q_width));
   });
   // 4. up: queries of all heads
   if (c.q_rank)
@@ -178,7 +177,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     const int64_t at = first * rows + r;
     merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, parts_of(c, sequence), rows,
                 rows * m.sums_stride, c.latent, latent);
-    arrange(latent, c.latent, c.wkv_b.type == WEIGHT_BF16, own);
+    arrange(latent, c.latent, c.wkv_b.type, own);
     with_decoder(c.wkv_b.type, [&](auto decoder) {
       const int64_t from = h * (c.nope + c.value) + c.nope;
       products<decltype(decoder)>(c.wkv_b, from, from + c.value, own, 0, 1, [&](int64_t row, int64_t, float value) {
@@ -189,7 +188,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   // 8. out, and the residual
   const int64_t width = c.heads * c.value;
   team.each(m.tokens, [&](int64_t i, int64_t) {
-    arrange(m.attended + i * width, width, c.wo.type == WEIGHT_BF16, m.merged + i * padded(width));
+    arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
   team.each(items_of(c.wo), [&](int64_t item, int64_t) {
     product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {

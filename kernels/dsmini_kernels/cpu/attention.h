@@ -44,11 +44,12 @@ inline void decode_row(const Rows& rows, int64_t t, float* out) {
   } else {
     const char* scales = p + rows.latent;
     for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
-      const F scale = splat(load<float>(scales + 4 * tile) * DecodeE4m3::FACTOR);
+      const F up = splat(0x1p120f), scale = splat(load<float>(scales + 4 * tile));
       const int64_t n = least(BLOCK, rows.latent - at);
-      along_units<DecodeE4m3>(p + at, n, [&](int64_t i, const F(&v)[2]) {
-        store_some(out + at + i, v[0] * scale, n - i);
-        if (n - i > LANES) store_some(out + at + i + LANES, v[1] * scale, n - i - LANES);
+      Watch<DecodeE4m3> unused;  // a tile with NaN has NaN as its scale
+      along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {
+        store_some(out + at + i, v[0] * up * scale, n - i);
+        if (n - i > LANES) store_some(out + at + i + LANES, v[1] * up * scale, n - i - LANES);
       });
     }
     decode_bf16(scales + 4 * ((rows.latent + BLOCK - 1) / BLOCK), rows.rope, out + rows.latent);

@@ -20,27 +20,39 @@ using Constant = std::integral_constant<int, N>;
 
 constexpr int64_t UNIT = 2 * LANES;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t padded(int64_t columns) { return round_up(columns, UNIT); }
+// Numbers of a row of x in the order of a weight: zeros follow the last, then what products must be multiplied by.
+inline int64_t padded(int64_t columns) { return round_up(columns, UNIT) + LANES; }
 
 struct DecodeFp32 {
   static constexpr int64_t SIZE = 4;
-  static constexpr bool SCALED = false, EVEN_ODD = false;
+  static constexpr bool SCALED = false, EVEN_ODD = false, WATCHED = false;
   static void get(const char* p, F (&v)[2]) { v[0] = load<F>(p), v[1] = load<F>(p + BYTES); }
 };
 struct DecodeBf16 {
   static constexpr int64_t SIZE = 2;
-  static constexpr bool SCALED = false, EVEN_ODD = true;
+  static constexpr bool SCALED = false, EVEN_ODD = true, WATCHED = false;
   static void get(const char* p, F (&v)[2]) {
     const I both = load<I>(p);
     v[0] = (F)(both << 16), v[1] = (F)(both & HIGH_HALF);
   }
 };
-// An E4M3 number is an FP16 number times 2^-8, subnormal numbers too, when its bits are put in FP16's places. The
-// scale of a block makes up for that.
+// An E4M3 number is an FP32 number that is 2^120 times smaller, subnormal numbers too, when its bits are put in FP32's
+// places. x is UP times larger for such a weight, and FACTOR, in the scale of a block, makes up for the rest. The codes
+// of NaN become numbers: whoever uses this looks for them (Watch).
+constexpr float UP = 0x1p60f;
 struct DecodeE4m3 {
   static constexpr int64_t SIZE = 1;
-  static constexpr bool SCALED = true, EVEN_ODD = false;
-  static constexpr float FACTOR = 256.0f;
+  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = true;
+  static constexpr float FACTOR = UP;
+  static void get(const char* p, F (&v)[2]) {
+    for (int k = 0; k < 2; ++k) v[k] = (F)((widen_signed(p + k * LANES) << 20) & int32_t(0x87F00000));
+  }
+};
+// The same with NaN, by way of FP16: there the number is 2^8 times smaller.
+struct DecodeE4m3WithNan {
+  static constexpr int64_t SIZE = 1;
+  static constexpr bool SCALED = true, EVEN_ODD = false, WATCHED = false;
+  static constexpr float FACTOR = UP * 0x1p-112f;
   static void get(const char* p, F (&v)[2]) {
 #if BYTES == 64
     const __m512i code = _mm512_cvtepu8_epi16(load<__m256i>(p));
@@ -80,36 +92,75 @@ inline void with_decoder(int64_t type, Body body) {
   }
 }
 
+// A power of two that makes the largest of n numbers about `UP`, so that none is lost when a weight is 2^120 smaller.
+inline float factor_for(const float* x, int64_t n) {
+  int32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t magnitude = load<int32_t>(x + i) & MAGNITUDE;
+    top = magnitude > top ? magnitude : top;
+  }
+  const int32_t exponent = top >> 23;  // with its bias; 255 for infinity and NaN
+  if (exponent == 255) return UP;
+  const int32_t wanted = 127 + 60 + 127 - (exponent > 1 ? exponent : 1), bits = (wanted < 254 ? wanted : 254) << 23;
+  return load<float>(&bits);
+}
+
+// Copies x in the order of a weight of that type: padded(columns) numbers.
+inline void arrange(const float* x, int64_t columns, int64_t type, float* out) {
+  const int64_t all = round_up(columns, UNIT);
+  out[all] = 1.0f;
+  if (type == WEIGHT_BF16) {
+    for (int64_t i = 0; i < all; i += UNIT)
+      for (int64_t k = 0; k < LANES; ++k) {
+        out[i + k] = i + 2 * k < columns ? x[i + 2 * k] : 0.0f;
+        out[i + LANES + k] = i + 2 * k + 1 < columns ? x[i + 2 * k + 1] : 0.0f;
+      }
+    return;
+  }
+  const float factor = type == WEIGHT_E4M3 ? factor_for(x, columns) : 1.0f;
+  for (int64_t i = 0; i < columns; ++i) out[i] = x[i] * factor;
+  memset(out + columns, 0, (all - columns) * 4);
+  if (type == WEIGHT_E4M3) out[all] = UP / factor;
+}
+
+// Looks for the codes of NaN among those that are read.
+template <class W>
+class Watch {
+ public:
+  void see(const char* p) {
+    if constexpr (W::WATCHED) top_ = larger(top_, load<Codes>(p) & 0x7F);
+  }
+  bool nan() const {
+    if constexpr (!W::WATCHED) return false;
+    const Codes found = (Codes)(top_ == 0x7F);
+    uint64_t words[sizeof(Codes) / 8], any = 0;
+    memcpy(words, &found, sizeof words);
+    for (uint64_t word : words) any |= word;
+    return any != 0;
+  }
+
+ private:
+  typedef uint8_t Codes __attribute__((vector_size(UNIT)));
+  Codes top_{};
+};
+
 // Calls body(place, vectors of a unit) along `columns` numbers at p; numbers after the end are zero.
 template <class W, class Body>
-inline void along_units(const char* p, int64_t columns, Body body) {
+inline void along_units(const char* p, int64_t columns, Watch<W>& watch, Body body) {
   F v[2];
   int64_t i = 0;
   for (; i + UNIT <= columns; i += UNIT) {
+    watch.see(p + i * W::SIZE);
     W::get(p + i * W::SIZE, v);
     body(i, v);
   }
   if (i < columns) {
     char rest[UNIT * W::SIZE] = {};
     memcpy(rest, p + i * W::SIZE, (columns - i) * W::SIZE);
+    watch.see(rest);
     W::get(rest, v);
     body(i, v);
   }
-}
-
-// Copies x in the order of a weight's units, with zeros after its end: padded(columns) numbers.
-inline void arrange(const float* x, int64_t columns, bool even_odd, float* out) {
-  const int64_t all = padded(columns);
-  if (!even_odd) {
-    memcpy(out, x, columns * 4);
-    memset(out + columns, 0, (all - columns) * 4);
-    return;
-  }
-  for (int64_t i = 0; i < all; i += UNIT)
-    for (int64_t k = 0; k < LANES; ++k) {
-      out[i + k] = i + 2 * k < columns ? x[i + 2 * k] : 0.0f;
-      out[i + LANES + k] = i + 2 * k + 1 < columns ? x[i + 2 * k + 1] : 0.0f;
-    }
 }
 
 inline uint16_t rounded_bf16(float x) {  // to nearest even
@@ -138,6 +189,7 @@ inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 template <class W, int R, int N>
 inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
   F total[R][N] = {};
+  Watch<W> watch;
   const char* p = w.row(row);
   for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
     const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
@@ -149,6 +201,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
       UNROLL for (int r = 0; r < R; ++r) {
         F v[2];
         if constexpr (R > 1) __builtin_prefetch(from[r] + R * w.stride);  // processors look ahead less than this
+        watch.see(from[r]);
         W::get(from[r], v);
         UNROLL for (int n = 0; n < N; ++n) part[r][n] += v[0] * xs[n][0], part[r][n] += v[1] * xs[n][1];
       }
@@ -169,47 +222,44 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
     }
     UNROLL for (int r = 0; r < R; ++r) {
       if constexpr (W::SCALED) {
-        const F scale = splat(w.scales_of(row + r)[at / BLOCK] * DecodeE4m3::FACTOR);
+        const F scale = splat(w.scales_of(row + r)[at / BLOCK] * W::FACTOR);
         UNROLL for (int n = 0; n < N; ++n) total[r][n] += part[r][n] * scale;
       } else {
         UNROLL for (int n = 0; n < N; ++n) total[r][n] = part[r][n];
       }
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) out[r * N + n] = sum(total[r][n]);
+  if constexpr (W::WATCHED)
+    if (watch.nan()) return dots<DecodeE4m3WithNan, R, N>(w, row, x, stride, out);
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) {
+    out[r * N + n] = sum(total[r][n]);
+    if constexpr (W::SCALED) out[r * N + n] *= x[n * stride + round_up(w.columns, UNIT)];
+  }
 }
 
-// One row of the weight times one row of x (arranged). Rows that are read one after the other, and somewhat ahead, come
-// from memory at three quarters to all of the rate of plain reading; four at a time at two thirds (docs/log.md).
+// One row of a weight without scales times one row of x (arranged). Rows that are read one after the other, and somewhat
+// ahead, come from memory faster than four at a time (docs/log.md).
 template <class W>
 inline float dot(const Matrix& w, int64_t row, const float* x) {
   constexpr int PARTS = 4;
   constexpr int64_t STEP = PARTS * UNIT, AHEAD = 1024;
   const char* p = w.row(row);
-  F total{};
-  for (int64_t at = 0; at < w.columns; at += W::SCALED ? BLOCK : w.columns) {
-    const int64_t end = W::SCALED ? least(w.columns, at + BLOCK) : w.columns;
-    F part[PARTS] = {};
-    int64_t i = at;
-    for (; i + STEP <= end; i += STEP) {
-      UNROLL for (int u = 0; u < PARTS; ++u) {
-        const int64_t to = i + u * UNIT;
-        F v[2];
-        __builtin_prefetch(p + to * W::SIZE + AHEAD);
-        W::get(p + to * W::SIZE, v);
-        part[u] += v[0] * load<F>(x + to), part[u] += v[1] * load<F>(x + to + LANES);
-      }
+  F part[PARTS] = {};
+  int64_t i = 0;
+  for (; i + STEP <= w.columns; i += STEP) {
+    UNROLL for (int u = 0; u < PARTS; ++u) {
+      const int64_t to = i + u * UNIT;
+      F v[2];
+      __builtin_prefetch(p + to * W::SIZE + AHEAD);
+      W::get(p + to * W::SIZE, v);
+      part[u] += v[0] * load<F>(x + to), part[u] += v[1] * load<F>(x + to + LANES);
     }
-    along_units<W>(p + i * W::SIZE, end - i, [&](int64_t k, const F(&v)[2]) {
-      part[0] += v[0] * load<F>(x + i + k), part[0] += v[1] * load<F>(x + i + k + LANES);
-    });
-    const F all = (part[0] + part[1]) + (part[2] + part[3]);
-    if constexpr (W::SCALED)
-      total += all * splat(w.scales_of(row)[at / BLOCK] * DecodeE4m3::FACTOR);
-    else
-      total = all;
   }
-  return sum(total);
+  Watch<W> nothing;
+  along_units<W>(p + i * W::SIZE, w.columns - i, nothing, [&](int64_t k, const F(&v)[2]) {
+    part[0] += v[0] * load<F>(x + i + k), part[0] += v[1] * load<F>(x + i + k + LANES);
+  });
+  return sum((part[0] + part[1]) + (part[2] + part[3]));
 }
 
 // Calls put(row, n, value) for rows [from, to) of the weight times `n` rows of x.
@@ -235,8 +285,12 @@ inline void products(const Matrix& w, int64_t from, int64_t to, const float* x, 
   int64_t at = 0;
   for (; at + MOST <= n; at += MOST) some(Constant<MOST>(), at);
   if (MOST > 2 && at + 2 <= n) some(Constant<2>(), at), at += 2;
-  for (; at < n; ++at)
-    for (int64_t i = from; i < to; ++i) put(i, at, dot<W>(w, i, x + at * stride));
+  for (; at < n; ++at) {
+    if constexpr (W::SCALED)  // decoding takes longer than reading, and rows share what is loaded of x
+      some(Constant<1>(), at);
+    else
+      for (int64_t i = from; i < to; ++i) put(i, at, dot<W>(w, i, x + at * stride));
+  }
 }
 
 // The sum over rows [from, from + count) of factor * row, for columns [first, first + width): width <= WIDEST, and
@@ -247,28 +301,33 @@ template <class W>
 inline void weighted_rows(const Matrix& w, int64_t from, int64_t count, const float* factors, int64_t first,
                           int64_t width, float* out) {
   F total[2 * UNITS] = {};
+  Watch<W> watch;
   for (int64_t j = 0; j < count; ++j) {
     const char* p = w.row(from + j) + first * W::SIZE;
     const float* scales = W::SCALED ? w.scales_of(from + j) : nullptr;
     for (int64_t line = 0; line < width * W::SIZE; line += 64) __builtin_prefetch(p + 8 * w.stride + line);
     const auto add = [&](int u, const F(&v)[2]) {
       F factor = splat(factors[j]);
-      if constexpr (W::SCALED) factor = splat(factors[j] * scales[(first + u * UNIT) / BLOCK] * DecodeE4m3::FACTOR);
+      if constexpr (W::SCALED) factor = splat(factors[j] * scales[(first + u * UNIT) / BLOCK] * W::FACTOR);
       total[2 * u] += v[0] * factor, total[2 * u + 1] += v[1] * factor;
     };
     if (width == WIDEST) {
       UNROLL for (int u = 0; u < UNITS; ++u) {
         F v[2];
+        watch.see(p + u * UNIT * W::SIZE);
         W::get(p + u * UNIT * W::SIZE, v);
         add(u, v);
       }
     } else {
-      along_units<W>(p, width, [&](int64_t i, const F(&v)[2]) { add(i / UNIT, v); });
+      along_units<W>(p, width, watch, [&](int64_t i, const F(&v)[2]) { add(i / UNIT, v); });
     }
   }
+  if constexpr (W::WATCHED)
+    if (watch.nan()) return weighted_rows<DecodeE4m3WithNan>(w, from, count, factors, first, width, out);
   for (int u = 0; u < UNITS; ++u) {
     float pair[UNIT];
-    store(pair, total[2 * u]), store(pair + LANES, total[2 * u + 1]);
+    const F up = splat(W::SCALED ? UP : 1.0f);
+    store(pair, total[2 * u] * up), store(pair + LANES, total[2 * u + 1] * up);
     for (int64_t k = 0; k < LANES; ++k) {
       out[u * UNIT + (W::EVEN_ODD ? 2 * k : k)] = pair[k];
       out[u * UNIT + (W::EVEN_ODD ? 2 * k + 1 : LANES + k)] = pair[LANES + k];

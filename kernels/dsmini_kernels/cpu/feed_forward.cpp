@@ -10,11 +10,6 @@ namespace {
 constexpr int64_t ROWS = 32;  // of a weight, an item
 int64_t items_for(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
-// Place of number i in the order of a weight that is BF16.
-int64_t place_of(int64_t i, bool even_odd) {
-  return even_odd ? i / UNIT * UNIT + i % 2 * LANES + i % UNIT / 2 : i;
-}
-
 // The matrices of one expert in a stack.
 Matrix expert_of(const Matrix& stack, int64_t expert, int64_t rows) {
   Matrix one = stack;
@@ -26,7 +21,7 @@ Matrix expert_of(const Matrix& stack, int64_t expert, int64_t rows) {
 // The memory of a call; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
 struct Buffers {
   int64_t wide, inter, expert_inter, slots;
-  float *plain, *natural, *even_odd, *hidden, *rows, *expert_hidden, *slot_weight;
+  float *plain, *for_gate, *for_dense, *for_experts, *gated, *hidden, *rows, *expert_gated, *expert_hidden, *slot_weight;
   int64_t *slot_token, *first_slot, *visited, *n_visited;
   int64_t all;
 
@@ -40,10 +35,13 @@ struct Buffers {
     };
     const auto take_whole = [&](int64_t numbers) { return reinterpret_cast<int64_t*>(take(2 * numbers)); };
     plain = take(c.n * c.dim);
-    natural = take(c.n * wide);
-    even_odd = take(c.n * wide);
+    for_gate = take(c.n * wide);
+    for_dense = take(c.n * wide);
+    for_experts = take(c.n * wide);
+    gated = take(c.n * c.inter);
     hidden = take(c.n * inter);
     rows = take(slots * wide);
+    expert_gated = take(slots * c.expert_inter);
     expert_hidden = take(slots * expert_inter);
     slot_weight = take(slots);
     slot_token = take_whole(slots);
@@ -118,44 +116,41 @@ void sort_visits(const FeedForwardCall& c, const Buffers& m) {
   m.first_slot[c.experts] = slot;
 }
 
-// hidden = silu(w1 x) * (w3 x) for ROWS rows of both weights and n rows of x. `out` is in the order of w2.
-void gated(const Matrix& w1, const Matrix& w3, int64_t item, const float* x1, const float* x3, int64_t stride, int64_t n,
-           bool even_odd, float* out, int64_t out_stride) {
+// out = silu(w1 x) * (w3 x) for ROWS rows of both weights and n rows of x.
+void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t item, const float* x, int64_t stride, int64_t n, float* out) {
   const int64_t from = item * ROWS, to = least(w1.rows, from + ROWS);
   alignas(64) float gate[MOST_TOKENS * ROWS] = {}, up[MOST_TOKENS * ROWS] = {};
-  const auto multiply = [&](const Matrix& w, const float* x, float* y) {
+  const auto multiply = [&](const Matrix& w, float* y) {
     with_decoder(w.type, [&](auto decoder) {
       products<decltype(decoder)>(w, from, to, x, stride, n,
                                   [&](int64_t row, int64_t k, float value) { y[k * ROWS + row - from] = value; });
     });
   };
-  multiply(w1, x1, gate), multiply(w3, x3, up);
+  multiply(w1, gate), multiply(w3, up);
   for (int64_t i = 0; i < n * ROWS; i += LANES) store(gate + i, silu(load<F>(gate + i)) * load<F>(up + i));
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t row = from; row < to; ++row) out[k * out_stride + place_of(row, even_odd)] = gate[k * ROWS + row - from];
+  for (int64_t k = 0; k < n; ++k) memcpy(out + k * w1.rows + from, gate + k * ROWS, (to - from) * 4);
 }
 
 void step(const FeedForwardCall& c, const Buffers& m) {
   Team team(c.place.threads);
-  const auto order = [&](const Matrix& w) { return w.type == WEIGHT_BF16 ? m.even_odd : m.natural; };
   const Matrix gate{reinterpret_cast<const char*>(c.gate), c.gate_bytes, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, nullptr, 0};
-  // 1. the normed x, in both orders
+  // 1. the normed x, in the order of the weights that read it
   team.each(c.n, [&](int64_t i, int64_t) {
     float* normed = m.plain + i * c.dim;
     rms_norm(c.x + i * c.dim, c.norm, c.dim, c.eps, normed);
-    arrange(normed, c.dim, false, m.natural + i * m.wide);
-    arrange(normed, c.dim, true, m.even_odd + i * m.wide);
-    memset(m.hidden + i * m.inter, 0, m.inter * 4);
+    arrange(normed, c.dim, WEIGHT_FP32, m.for_gate + i * m.wide);
+    arrange(normed, c.dim, c.w1.type, m.for_dense + i * m.wide);
+    arrange(normed, c.dim, c.e1.type, m.for_experts + i * m.wide);
   });
   // 2. logits of the gate, and the hidden numbers of the dense or shared experts
   const int64_t gate_items = items_for(c.experts);
   team.each(gate_items + items_for(c.inter), [&](int64_t item, int64_t) {
     if (item < gate_items) {
       const int64_t from = item * ROWS, to = least(c.experts, from + ROWS);
-      products<DecodeFp32>(gate, from, to, m.natural, m.wide, c.n,
+      products<DecodeFp32>(gate, from, to, m.for_gate, m.wide, c.n,
                            [&](int64_t row, int64_t n, float value) { c.scores[n * c.experts + row] = value; });
     } else {
-      gated(c.w1, c.w3, item - gate_items, order(c.w1), order(c.w3), m.wide, c.n, c.w2.type == WEIGHT_BF16, m.hidden, m.inter);
+      gate_and_up(c.w1, c.w3, item - gate_items, m.for_dense, m.wide, c.n, m.gated);
     }
   });
   if (c.experts) {
@@ -165,18 +160,23 @@ void step(const FeedForwardCall& c, const Buffers& m) {
       sort_visits(c, m);
     });
     team.each(m.slots, [&](int64_t slot, int64_t) {
-      memcpy(m.rows + slot * m.wide, order(c.e1) + m.slot_token[slot] * m.wide, m.wide * 4);
-      memset(m.expert_hidden + slot * m.expert_inter, 0, m.expert_inter * 4);
+      memcpy(m.rows + slot * m.wide, m.for_experts + m.slot_token[slot] * m.wide, m.wide * 4);
     });
     // 4. the hidden numbers of the visited experts
     const int64_t across = items_for(c.expert_inter);
     team.each(*m.n_visited * across, [&](int64_t item, int64_t) {
       const int64_t e = m.visited[item / across], slot = m.first_slot[e];
-      const float* x = m.rows + slot * m.wide;
-      gated(expert_of(c.e1, e, c.expert_inter), expert_of(c.e3, e, c.expert_inter), item % across, x, x, m.wide, c.counts[e],
-            c.e2.type == WEIGHT_BF16, m.expert_hidden + slot * m.expert_inter, m.expert_inter);
+      gate_and_up(expert_of(c.e1, e, c.expert_inter), expert_of(c.e3, e, c.expert_inter), item % across,
+                  m.rows + slot * m.wide, m.wide, c.counts[e], m.expert_gated + slot * c.expert_inter);
     });
   }
+  team.each((c.inter ? c.n : 0) + m.slots, [&](int64_t i, int64_t) {
+    const int64_t slot = i - (c.inter ? c.n : 0);
+    if (slot < 0)
+      arrange(m.gated + i * c.inter, c.inter, c.w2.type, m.hidden + i * m.inter);
+    else
+      arrange(m.expert_gated + slot * c.expert_inter, c.expert_inter, c.e2.type, m.expert_hidden + slot * m.expert_inter);
+  });
   // 5. out: shared experts, then the routed ones in their order, and the residual
   team.each(items_for(c.dim), [&](int64_t item, int64_t) {
     const int64_t from = item * ROWS, to = least(c.dim, from + ROWS);

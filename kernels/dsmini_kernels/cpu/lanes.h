@@ -94,6 +94,16 @@ inline H narrow(I x, uint16_t) { return __builtin_convertvector(x, H); }
 inline B narrow(I x, uint8_t) { return __builtin_convertvector(x, B); }
 inline F smaller(F a, F b) { return a < b ? a : b; }
 #endif
+inline I widen_signed(const void* p) {  // of bytes
+#if BYTES == 64
+  return (I)_mm512_cvtepi8_epi32(load<__m128i>(p));
+#elif BYTES == 32
+  return (I)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(p)));
+#else
+  typedef int8_t S __attribute__((vector_size(BYTES / 4)));
+  return __builtin_convertvector(load<S>(p), I);
+#endif
+}
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Constants of a format, one for each lane.

@@ -17,7 +17,7 @@ bool OF_ISA(linear)(const LinearCall& c) {
       }
       row = plain;
     }
-    arrange(row, in, c.w.type == WEIGHT_BF16, x + n * width);
+    arrange(row, in, c.w.type, x + n * width);
   }
   constexpr int64_t ROWS = 32;
   Team team(c.place.threads);

@@ -67,6 +67,7 @@ int64_t check(const FeedForwardCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;
   if (c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.experts > MOST_EXPERTS) return BAD_SHAPE;
   if (c.score < 0 || c.score >= SCORES) return BAD_CALL;
+  if (c.w1.type != c.w3.type) return BAD_CALL;
   if (c.inter ? !c.w1.fits(c.inter, c.dim) || !c.w3.fits(c.inter, c.dim) || !c.w2.fits(c.dim, c.inter)
               : !c.w1.none() || !c.w2.none() || !c.w3.none())
     return OUT_OF_BOUNDS;

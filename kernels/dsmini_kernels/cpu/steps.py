@@ -139,6 +139,9 @@ def _prepared_feed_forward(part: Any) -> Prepared:
         how = (*groups, SCORES[options["score_func"]], int(options["norm_topk_prob"]))
         sizes = (sizes[0], part.gate.shape[0], part.e1.shape[1], options["n_activated_experts"], *how)
     weights = (part.w1, part.w2, part.w3, part.e1, part.e2, part.e3)
+    for first, third in ((part.w1, part.w3), (part.e1, part.e3)):
+        if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
+            raise Unserved("w1 and w3 of different types")
     part.prepared["cpu"] = sizes, _vectors(part.norm, part.gate, part.bias), _matrices(weights)
     return part.prepared["cpu"]
 
