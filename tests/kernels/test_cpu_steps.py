@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -167,6 +170,34 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_threads_of_python_share_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one call holds the team, others run alone, with the same bits."""
+    monkeypatch.setattr(steps, "place", lambda lib: (lib.isa, 2))
+    x, weight = torch.randn(1, 700), torch.randn(900, 700)
+    want = cpu.linear(x, weight)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(lambda: [cpu.linear(x, weight) for _ in range(50)]) for _ in range(8)]
+        assert all(torch.equal(y, want) for future in futures for y in future.result())
+
+
+def test_a_child_after_a_fork_has_threads_of_its_own() -> None:
+    """The parent's threads are lost in a fork, and nobody waits for them."""
+    code = """
+import os, torch
+from dsmini_kernels import cpu
+torch.set_num_threads(2)
+x, weight = torch.randn(1, 700), torch.randn(900, 700)
+want = cpu.linear(x, weight)
+child = os.fork()
+same = all(torch.equal(cpu.linear(x, weight), want) for _ in range(200))
+if child == 0:
+    os._exit(not same)
+print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "True 0\n", done.stderr
 
 
 def test_stored_rows_have_the_bits_of_the_cache(every_isa: str) -> None:
