@@ -124,14 +124,16 @@ class Operation(Generic[P, R]):
 
     def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the backend's kernel for this call, or PyTorch code where it cannot serve the call."""
-        forced, kernels = chosen(), _load(backend)
+        forced = chosen()
         tensors = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
         if _is_watched(tensors[0]):
             return self.plain(*args, **kwargs)
-        if not isinstance(kernels, ModuleType):
-            return self._without(forced, kernels, *args, **kwargs)
+        # asked before kernels are loaded, which may compile them: training must not wait for what it does not use
         if self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return self.plain(*args, **kwargs)
+        kernels = _load(backend)
+        if not isinstance(kernels, ModuleType):
+            return self._without(forced, kernels, *args, **kwargs)
         try:
             return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
         except kernels.Unserved as reason:

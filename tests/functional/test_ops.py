@@ -54,6 +54,15 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_load", lambda name: backend(name) if name == "cpu" else "no GPU here")
 
 
+def test_a_call_whose_gradient_is_wanted_loads_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have to be compiled first, and training does not use them."""
+    loaded: list[str] = []
+    monkeypatch.setattr(ops, "_load", loaded.append)
+    assert speak(torch.zeros(2, requires_grad=True)) == "eager" and not loaded
+    with torch.no_grad():
+        assert speak(torch.zeros(2, requires_grad=True)) == "eager" and loaded == ["cpu"]
+
+
 X = torch.zeros(2)
 FORCED = (
     ("reference", "reference", "reference"),
