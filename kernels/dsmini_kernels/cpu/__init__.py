@@ -45,5 +45,5 @@ def expected() -> bool:
 def describe() -> str:
     """Return the instruction set, the threads and the library's path."""
     loaded = library()
-    threads = "on torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
-    return f"{loaded.isa_name}, {threads}, {loaded.path}"
+    tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
+    return f"{loaded.isa_name}, tiles on {tiles}, products and steps on a team of their own, {loaded.path}"
