@@ -64,11 +64,7 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
   char* scales = to + c.latent;
   for (int64_t at = 0, tile = 0; at < c.latent; at += BLOCK, ++tile) {
     const int64_t n = least(BLOCK, c.latent - at);
-    int32_t top = 0;  // as integers, magnitudes of NaN are above infinity
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t magnitude = load<int32_t>(row + at + i) & MAGNITUDE;
-      top = magnitude > top ? magnitude : top;
-    }
+    const int32_t top = largest_magnitude(row + at, n);
     const float amax = load<float>(&top);
     const float scale = top >= EXPONENT ? load<float>(&QUIET_NAN) : (amax > 0x1p-100f ? amax : 0x1p-100f) / 448.0f;
     store(scales + 4 * tile, scale);
@@ -83,7 +79,7 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
   for (int64_t i = 0; i < c.rope; ++i) store(key + 2 * i, rounded_bf16(row[c.latent + i]));
 }
 
-// Products of all tokens with rows of a weight, 16 rows an item.
+// Products of all tokens with rows of a weight; ROWS rows are an item.
 constexpr int64_t ROWS = 32;
 int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
 template <class Put>

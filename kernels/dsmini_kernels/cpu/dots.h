@@ -92,14 +92,19 @@ inline void with_decoder(int64_t type, Body body) {
   }
 }
 
-// A power of two that makes the largest of n numbers about `UP`, so that none is lost when a weight is 2^120 smaller.
-inline float factor_for(const float* x, int64_t n) {
+// The bits of the largest magnitude of n numbers. NaN is above infinity.
+inline int32_t largest_magnitude(const float* x, int64_t n) {
   int32_t top = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = load<int32_t>(x + i) & MAGNITUDE;
     top = magnitude > top ? magnitude : top;
   }
-  const int32_t exponent = top >> 23;  // with its bias; 255 for infinity and NaN
+  return top;
+}
+
+// A power of two that makes the largest of n numbers about `UP`, so that none is lost when a weight is 2^120 smaller.
+inline float factor_for(const float* x, int64_t n) {
+  const int32_t exponent = largest_magnitude(x, n) >> 23;  // with its bias; 255 for infinity and NaN
   if (exponent == 255) return UP;
   const int32_t wanted = 127 + 60 + 127 - (exponent > 1 ? exponent : 1), bits = (wanted < 254 ? wanted : 254) << 23;
   return load<float>(&bits);

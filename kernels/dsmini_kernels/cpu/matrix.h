@@ -1,4 +1,4 @@
-// A weight as it lies in memory, and its check. matrix.py packs it, field by field.
+// A weight as it lies in memory, and its check. steps.py packs it, field by field.
 
 #pragma once
 
