@@ -21,12 +21,12 @@ struct Buffers {
   Buffers(const AttentionCall& c, float* memory) {
     tokens = c.b * c.s;
     q_width = c.q_rank ? c.q_rank : c.dim, kv_width = c.latent + c.rope;
-    sums_stride = round_up(c.latent, ALIGNED);
-    q_stride = round_up(kv_width, ALIGNED);
+    sums_stride = round_up(c.latent, UNIT);
+    q_stride = round_up(kv_width, UNIT);
     parts = 0;
     for (int64_t i = 0; i < c.b; ++i) parts += parts_of(c, i);
     const int64_t rows = c.s * c.heads;
-    own = round_up(KEYS * q_stride + (rows + 4) * (KEYS + 1) + 2 * rows, 16);
+    own = round_up(scratch_for(rows, q_stride) + 2 * rows, 16);
     all = 0;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;

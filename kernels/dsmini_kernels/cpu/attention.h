@@ -12,10 +12,8 @@
 namespace {
 
 enum CacheType : int64_t { CACHE_FP32, CACHE_BF16, CACHE_FP8, CACHE_TYPES };
-constexpr int64_t KEYS = 16;                        // decoded at a time, which stay in the first-level cache
-constexpr int QUERIES = BYTES == 64 ? 4 : 2;        // rows whose logits are computed at a time
-constexpr int COLUMNS = BYTES == 64 ? 4 : 2;        // vectors of a value's columns at a time
-constexpr int64_t ALIGNED = COLUMNS * LANES;        // decoded rows and sums are padded to this
+constexpr int64_t KEYS = 32;                  // decoded at a time
+constexpr int QUERIES = BYTES == 64 ? 8 : 4;  // rows that share a key's numbers, whose sums stay in registers
 inline int64_t part_length(int64_t keys) { return keys <= 2048 ? 64 : 256; }
 
 // The rows [latent | rotary key] of a sequence. In FP8: codes, FP32 scales of 128 numbers each, BF16 rotary key.
@@ -36,115 +34,120 @@ inline void decode_bf16(const char* p, int64_t n, float* out) {
 
 inline void decode_row(const Rows& rows, int64_t t, float* out) {
   const char* p = rows.data + t * rows.stride;
-  const int64_t all = rows.latent + rows.rope;
   if (rows.type == CACHE_FP32) {
-    memcpy(out, p, all * 4);
-  } else if (rows.type == CACHE_BF16) {
-    decode_bf16(p, all, out);
-  } else {
-    const char* scales = p + rows.latent;
-    for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
-      const F up = splat(0x1p120f), scale = splat(load<float>(scales + 4 * tile));
-      const int64_t n = least(BLOCK, rows.latent - at);
-      Watch<DecodeE4m3> unused;  // a tile with NaN has NaN as its scale
-      along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {
-        store_some(out + at + i, v[0] * up * scale, n - i);
-        if (n - i > LANES) store_some(out + at + i + LANES, v[1] * up * scale, n - i - LANES);
-      });
-    }
-    decode_bf16(scales + 4 * ((rows.latent + BLOCK - 1) / BLOCK), rows.rope, out + rows.latent);
+    memcpy(out, p, (rows.latent + rows.rope) * 4);
+    return;
   }
-}
-
-// Logits of Q query rows and 4 keys: vectors along the row, then a sum.
-template <int Q>
-inline void logits_of(const float* q, int64_t q_stride, const float* keys, int64_t stride, int64_t n, float* out) {
-  F total[Q][4] = {};
-  for (int64_t i = 0; i < n; i += LANES) {
-    F k[4];
-    UNROLL for (int j = 0; j < 4; ++j) k[j] = load<F>(keys + j * stride + i);
-    UNROLL for (int r = 0; r < Q; ++r) {
-      const F v = load<F>(q + r * q_stride + i);
-      UNROLL for (int j = 0; j < 4; ++j) total[r][j] += v * k[j];
-    }
-  }
-  UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int j = 0; j < 4; ++j) out[r * KEYS + j] = sum(total[r][j]);
-}
-
-// out[r] = out[r] * keep[r] + sum over keys of weights[r] * values, for Q rows.
-template <int Q>
-inline void add_values(const float* weights, const float* keep, const float* values, int64_t stride, int64_t keys,
-                       int64_t n, float* out, int64_t out_stride) {
-  for (int64_t i = 0; i < n; i += ALIGNED) {
-    F total[Q][COLUMNS];
-    UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int c = 0; c < COLUMNS; ++c)
-        total[r][c] = load<F>(out + r * out_stride + i + c * LANES) * splat(keep[r]);
-    for (int64_t t = 0; t < keys; ++t) {
-      F v[COLUMNS];
-      UNROLL for (int c = 0; c < COLUMNS; ++c) v[c] = load<F>(values + t * stride + i + c * LANES);
-      UNROLL for (int r = 0; r < Q; ++r) {
-        const F weight = splat(weights[r * KEYS + t]);
-        UNROLL for (int c = 0; c < COLUMNS; ++c) total[r][c] += weight * v[c];
+  if (rows.type == CACHE_BF16) return decode_bf16(p, rows.latent + rows.rope, out);
+  const char* scales = p + rows.latent;
+  for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
+    const F up = splat(0x1p120f), scale = splat(load<float>(scales + 4 * tile));
+    const int64_t n = least(BLOCK, rows.latent - at);
+    Watch<DecodeE4m3> unused;  // a tile with NaN has NaN as its scale
+    along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {
+      float* to = out + at + i;
+      if (i + UNIT <= n) {
+        store(to, v[0] * up * scale), store(to + LANES, v[1] * up * scale);
+      } else {
+        store_some(to, v[0] * up * scale, n - i);
+        if (n - i > LANES) store_some(to + LANES, v[1] * up * scale, n - i - LANES);
       }
+    });
+  }
+  decode_bf16(scales + 4 * ((rows.latent + BLOCK - 1) / BLOCK), rows.rope, out + rows.latent);
+}
+
+// Calls body(count as a Constant, first row) for all of n query rows: QUERIES at a time, then half as many, and so on.
+template <int Q = QUERIES, class Body>
+inline void each_group(int64_t n, Body body, int64_t at = 0) {
+  for (; at + Q <= n; at += Q) body(Constant<Q>(), at);
+  if constexpr (Q > 1) each_group<Q / 2>(n, body, at);
+}
+
+// logits[r, t] of n query rows and `some` decoded keys.
+inline void logits_of(const float* q, int64_t q_stride, int64_t n, const Matrix& keys, int64_t some, float* logits) {
+  each_group(n, [&](auto count, int64_t r) {
+    constexpr int Q = decltype(count)::value;
+    float out[2 * Q];
+    const auto put = [&](int64_t t, int64_t number) {
+      for (int64_t j = 0; j < number; ++j)
+        for (int k = 0; k < Q; ++k) logits[(r + k) * KEYS + t + j] = out[j * Q + k];
+    };
+    int64_t t = 0;
+    for (; t + 2 <= some; t += 2) dots<DecodeFp32, 2, Q>(keys, t, q + r * q_stride, q_stride, out), put(t, 2);
+    if (t < some) dots<DecodeFp32, 1, Q>(keys, t, q + r * q_stride, q_stride, out), put(t, 1);
+  });
+}
+
+// out[r] = out[r] * keep[r] + sum over keys of weights[r] * values, for n rows and `columns` numbers, rounded up to UNIT.
+inline void add_values(const float* weights, const float* keep, int64_t n, const float* values, int64_t stride, int64_t some,
+                       int64_t columns, float* out, int64_t out_stride) {
+  each_group(n, [&](auto count, int64_t row) {
+    constexpr int Q = decltype(count)::value;
+    for (int64_t i = 0; i < columns; i += UNIT) {
+      float* to = out + row * out_stride + i;
+      F total[Q][2];
+      UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int k = 0; k < 2; ++k)
+          total[r][k] = load<F>(to + r * out_stride + k * LANES) * splat(keep[row + r]);
+      for (int64_t t = 0; t < some; ++t) {
+        const F v[2] = {load<F>(values + t * stride + i), load<F>(values + t * stride + i + LANES)};
+        UNROLL for (int r = 0; r < Q; ++r) {
+          const F weight = splat(weights[(row + r) * KEYS + t]);
+          UNROLL for (int k = 0; k < 2; ++k) total[r][k] += weight * v[k];
+        }
+      }
+      UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int k = 0; k < 2; ++k) store(to + r * out_stride + k * LANES, total[r][k]);
     }
-    UNROLL for (int r = 0; r < Q; ++r) UNROLL for (int c = 0; c < COLUMNS; ++c)
-        store(out + r * out_stride + i + c * LANES, total[r][c]);
+  });
+}
+
+// The weights of `some` keys from `at` on, in the place of their logits, and what the sums so far must be multiplied by.
+inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const int64_t* last, float* high, float* total,
+                       float* keep) {
+  for (int64_t r = 0; r < n; ++r) {
+    float* row = logits + r * KEYS;
+    const int64_t seen = least(some, last[r] + 1 - at);
+    if (seen <= 0) {
+      keep[r] = 1;
+      memset(row, 0, KEYS * 4);
+      continue;
+    }
+    float top = high[r];
+    for (int64_t t = 0; t < seen; ++t) top = row[t] > top ? row[t] : top;
+    for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
+    keep[r] = total[r] == 0 && high[r] == -INFINITY ? 0 : expf(high[r] - top);
+    F sums{};
+    for (int64_t t = 0; t < KEYS; t += LANES) {
+      const F p = exponential(load<F>(row + t) - splat(top));
+      store(row + t, p);
+      sums += p;
+    }
+    for (int64_t t = seen; t < KEYS; ++t) row[t] = 0;  // NaN - NaN of hidden keys
+    total[r] = total[r] * keep[r] + sum(sums), high[r] = top;
   }
 }
 
 // The part of the context [from, to) for `n` query rows of one sequence. Row r sees keys up to last[r], included.
-// q: rows of `q_stride` numbers, zero after latent + rope, scaled. high, total: [n]; out: [n, out_stride], out_stride =
-// latent rounded up to ALIGNED. Scratch: KEYS * q_stride + (n + 4) * (KEYS + 1) numbers.
+// q: rows of `q_stride` numbers, scaled, zero after latent + rope. high, total: [n]; out: [n, out_stride], out_stride =
+// latent rounded up to UNIT. Scratch: scratch_for(n, q_stride) numbers.
+inline int64_t scratch_for(int64_t n, int64_t q_stride) { return KEYS * q_stride + n * (KEYS + 1); }
 inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float* q, int64_t q_stride, int64_t n,
                         const int64_t* last, float* high, float* total, float* out, int64_t out_stride, float* scratch) {
-  float* keys = scratch;
-  float* logits = keys + KEYS * q_stride;
-  float* keep = logits + (n + 4) * KEYS;
-  memset(keys, 0, KEYS * q_stride * 4);
+  float *decoded = scratch, *logits = decoded + KEYS * q_stride, *keep = logits + n * KEYS;
+  const Matrix keys{reinterpret_cast<const char*>(decoded), 0, WEIGHT_FP32, KEYS, q_stride, q_stride * 4, nullptr, 0};
+  memset(decoded, 0, KEYS * q_stride * 4);
   memset(out, 0, n * out_stride * 4);
   for (int64_t r = 0; r < n; ++r) high[r] = -INFINITY, total[r] = 0;
-  const int64_t width = rows.latent + rows.rope, padded_width = round_up(width, LANES);
   for (int64_t at = from; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
     for (int64_t t = 0; t < some; ++t) {
-      const char* next = rows.data + (at + t + KEYS) * rows.stride;
-      for (int64_t line = 0; line < rows.stride; line += 64) __builtin_prefetch(next + line);
-      decode_row(rows, at + t, keys + t * q_stride);
+      const char* soon = rows.data + (at + t + 8) * rows.stride;  // processors look ahead less than this
+      for (int64_t line = 0; line < rows.stride; line += 64) __builtin_prefetch(soon + line);
+      decode_row(rows, at + t, decoded + t * q_stride);
     }
-    // keys from `some` on are those of the turn before: their logits are not read
-    for (int64_t t = 0; t < some; t += 4) {
-      const float* four = keys + t * q_stride;
-      int64_t r = 0;
-      for (; r + QUERIES <= n; r += QUERIES)
-        logits_of<QUERIES>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
-      for (; r < n; ++r) logits_of<1>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
-    }
-    for (int64_t r = 0; r < n; ++r) {
-      float* row = logits + r * KEYS;
-      const int64_t seen = least(some, last[r] + 1 - at);
-      if (seen <= 0) {
-        keep[r] = 1;
-        memset(row, 0, KEYS * 4);
-        continue;
-      }
-      float top = high[r];
-      for (int64_t t = 0; t < seen; ++t) top = row[t] > top ? row[t] : top;
-      for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
-      keep[r] = total[r] == 0 && high[r] == -INFINITY ? 0 : expf(high[r] - top);
-      F sums{};
-      for (int64_t t = 0; t < KEYS; t += LANES) {
-        const F p = exponential(load<F>(row + t) - splat(top));
-        store(row + t, p);
-        sums += p;
-      }
-      for (int64_t t = seen; t < KEYS; ++t) row[t] = 0;  // NaN - NaN of hidden keys
-      total[r] = total[r] * keep[r] + sum(sums), high[r] = top;
-    }
-    int64_t r = 0;
-    for (; r + 4 <= n; r += 4)
-      add_values<4>(logits + r * KEYS, keep + r, keys, q_stride, some, rows.latent, out + r * out_stride, out_stride);
-    for (; r < n; ++r)
-      add_values<1>(logits + r * KEYS, keep + r, keys, q_stride, some, rows.latent, out + r * out_stride, out_stride);
+    logits_of(q, q_stride, n, keys, some, logits);
+    weights_of(logits, n, at, some, last, high, total, keep);
+    add_values(logits, keep, n, decoded, q_stride, some, rows.latent, out, out_stride);
   }
 }
 

@@ -190,9 +190,13 @@ inline float sum(F v) {
 inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #endif
 
+constexpr int64_t AHEAD = 8192;  // bytes
+
 // R rows of the weight from `row` on, times N rows of x (arranged, `stride` numbers apart): out[r * N + n].
 template <class W, int R, int N>
 inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
+  // processors look ahead less than this, and not from one page of memory into the next
+  const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
   F total[R][N] = {};
   Watch<W> watch;
   const char* p = w.row(row);
@@ -205,7 +209,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
       UNROLL for (int n = 0; n < N; ++n) xs[n][0] = load<F>(x + n * stride + to), xs[n][1] = load<F>(x + n * stride + to + LANES);
       UNROLL for (int r = 0; r < R; ++r) {
         F v[2];
-        if constexpr (R > 1) __builtin_prefetch(from[r] + R * w.stride);  // processors look ahead less than this
+        if constexpr (R > 1) __builtin_prefetch(from[r] + ahead);
         watch.see(from[r]);
         W::get(from[r], v);
         UNROLL for (int n = 0; n < N; ++n) part[r][n] += v[0] * xs[n][0], part[r][n] += v[1] * xs[n][1];
@@ -247,7 +251,7 @@ inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, f
 template <class W>
 inline float dot(const Matrix& w, int64_t row, const float* x) {
   constexpr int PARTS = 4;
-  constexpr int64_t STEP = PARTS * UNIT, AHEAD = 1024;
+  constexpr int64_t STEP = PARTS * UNIT, NEAR = 1024;
   const char* p = w.row(row);
   F part[PARTS] = {};
   int64_t i = 0;
@@ -255,7 +259,7 @@ inline float dot(const Matrix& w, int64_t row, const float* x) {
     UNROLL for (int u = 0; u < PARTS; ++u) {
       const int64_t to = i + u * UNIT;
       F v[2];
-      __builtin_prefetch(p + to * W::SIZE + AHEAD);
+      __builtin_prefetch(p + to * W::SIZE + NEAR);
       W::get(p + to * W::SIZE, v);
       part[u] += v[0] * load<F>(x + to), part[u] += v[1] * load<F>(x + to + LANES);
     }
