@@ -26,6 +26,7 @@ from dsmini.console.progress import Progress
 from dsmini.machine import faster_dtype, pick_device, pick_dtype
 from dsmini.measure import calibration
 from dsmini.measure.rates import Roofs
+from dsmini.ops.explanation import instruction_set
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
 from dsmini.report.results import Results, ResultsWriter, read
@@ -140,7 +141,7 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
         command=provenance.command(["benchmarks", *args]),
         commit=provenance.commit(),
         code=provenance.code(),
-        versions=provenance.versions() | {"kernels": ops.serving("cpu")},
+        versions=provenance.versions() | {"kernels": f"{ops.serving('cpu')} {instruction_set()}".strip()},
         quick=options.quick,
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),

@@ -129,6 +129,11 @@ def _aligned(table: list[Implementations]) -> Iterator[str]:
 
 
 def _heading(backend: str) -> str:
-    """Return the name of a backend, with the instruction set of kernels that are ready."""
+    instructions = instruction_set(backend)
+    return f"{backend} ({instructions})" if instructions else backend
+
+
+def instruction_set(backend: str = "cpu") -> str:
+    """Return the instruction set of a backend's kernels, such as "avx512"; "" if they cannot run here."""
     kernels = _kernels(backend)[0] if backend in FOR_DEVICE.values() else None
-    return f"{backend} ({kernels.describe().partition(',')[0]})" if isinstance(kernels, ModuleType) else backend
+    return kernels.describe().partition(",")[0] if isinstance(kernels, ModuleType) else ""
