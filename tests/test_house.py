@@ -237,7 +237,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4000,
+    "benchmarks": 4060,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1250,
     "dsmini/inference": 1250,
