@@ -3,10 +3,11 @@
 Each kernel runs at the shapes of a model with DeepSeek's widths of heads. First its result is compared with the
 reference, bit for bit where it rounds. Predicted is the roof: the bytes that the operation must move over the measured
 bandwidth, or its FLOPs over the measured matrix peak, whichever takes longer. Each call takes other weights, so that no
-cache holds them, as in decoding. Kernel, plain PyTorch (eager) and the reference take turns. DSMINI_CPU_ISA forces a
-narrower instruction set.
+cache holds them, as in decoding. Kernel, plain PyTorch (eager), the reference and a plain read of memory take turns.
+DSMINI_CPU_ISA forces a narrower instruction set.
 """
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import kernel_calls
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick, values
 from benchmarks.kernel_calls import CALLS, Calls
 from benchmarks.questions.quantize import freed_memory_kept, why_not
@@ -71,13 +73,15 @@ def measure(setting: Setting, name: str) -> Iterator[Figure]:
         yield figure.left_out("share_of_roof", {"kernel": name}, reason)
         return
     torch.manual_seed(0)
+    plain = torch.ones(int(kernel_calls.CACHES * setting.roofs.cache_bytes) // 4)
     with freed_memory_kept():
         for calls in CALLS[name](setting):
             case = {"kernel": name, "operands": calls.operands, "rows": calls.rows, "instructions": instruction_set()}
-            yield from _measured(operations()[name], case, calls, setting)
+            yield from _measured(operations()[name], case, calls, setting, plain)
 
 
-def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setting) -> Iterator[Figure]:
+def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setting, plain: Tensor) -> Iterator[Figure]:
+    """Yield the figures of some calls. `plain` is memory to read in the same rounds: a stored roof may be too low."""
     work = Work()
     check(operation, calls.turns[0])
     with ops.counting(work), ops.use("cpu"):
@@ -86,7 +90,9 @@ def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setti
     if len(work.costs) < len(calls.turns):
         yield figure.left_out("share_of_roof", case, "plain PyTorch serves these calls")
         return
-    taken = _timed(operation, calls.turns, setting)
+    taken = _timed(operation, calls.turns, setting, plain)
+    read = max(setting.roofs.bandwidth, plain.nbytes / min(taken.pop("read")))
+    setting = dataclasses.replace(setting, roofs=dataclasses.replace(setting.roofs, bandwidth=read))
     seconds = statistics.median(taken["kernel"])
     roof = roof_seconds(" ".join(map(str, case.values())), *work.mean(), calls.turns[0], seconds, setting)
     yield figure("seconds", case, taken["kernel"], predicted=roof, bound=True, note="of a call; predicted: the roof")
@@ -98,8 +104,11 @@ def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setti
             )
 
 
-def _timed(operation: Any, turns: Sequence[tuple[Any, ...]], setting: Setting) -> dict[str, list[float]]:
-    """Return the seconds of a call by implementation; each takes the operands that were not used for longest."""
+def _timed(operation: Any, turns: Sequence[tuple[Any, ...]], setting: Setting, plain: Tensor) -> dict[str, list[float]]:
+    """Return the seconds of a call by implementation; each takes the operands that were not used for longest.
+
+    "read" has the seconds of a sum over `plain`.
+    """
     following = itertools.cycle(turns)
     kept: list[object] = [None] * len(turns)  # results, so that they are not written into a cache either
 
@@ -118,9 +127,10 @@ def _timed(operation: Any, turns: Sequence[tuple[Any, ...]], setting: Setting) -
         repeats[name] = max(1, min(len(turns), math.ceil(least / once(partial(run, backend, 1), CPU))))
     runs = {name: partial(run, backend, repeats[name]) for name, backend in names.items()}
     taken = interleaved(runs, CPU, SLOW_ROUNDS, SLOW_SECONDS)
-    for name, more in interleaved({"kernel": runs["kernel"]}, CPU, QUICK_ROUNDS if setting.quick else ROUNDS).items():
-        taken[name] += more
-    return {name: [t / repeats[name] for t in seconds] for name, seconds in taken.items()}
+    fast = {"kernel": runs["kernel"], "read": plain.sum}
+    for name, more in interleaved(fast, CPU, QUICK_ROUNDS if setting.quick else ROUNDS).items():
+        taken.setdefault(name, []).extend(more)
+    return {name: [t / repeats.get(name, 1) for t in seconds] for name, seconds in taken.items()}
 
 
 def roof_seconds(
