@@ -142,7 +142,8 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
         command=provenance.command(["benchmarks", *args]),
         commit=provenance.commit(),
         code=provenance.code(),
-        versions=provenance.versions() | {"kernels": f"{ops.serving('cpu')} {instruction_set()}".strip()},
+        versions=provenance.versions()
+        | {"kernels": f"cpu {instruction_set()}" if ops.serving("cpu") == "cpu" else ops.serving("cpu")},
         quick=options.quick,
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),

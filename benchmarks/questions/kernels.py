@@ -63,7 +63,7 @@ class Work:
 
 
 def cases(setting: Setting) -> list[Case]:
-    seconds = 5.0 if setting.quick else 25.0
+    seconds = 1.0 if setting.quick else 25.0
     return cases_over("kernel={}", [(name,) for name in CALLS], seconds, partial(measure, setting))
 
 

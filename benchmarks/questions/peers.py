@@ -111,7 +111,7 @@ def _of_shape(
     for context in size.contexts:
         key, run = f"decode context={context}{with_whom}", partial(decode, context, setting, config, make, shape)
         # the first case makes the models and the engines' files
-        seconds = (2 + context / 170) * (1 + len(found)) + (8 if quick else 60) * (context == size.contexts[0])
+        seconds = 2 + context / 170 + (0 if quick else 60) * (context == size.contexts[0])
         out.append(Case(key=key, seconds=seconds, flops=reading(context), run=run))
     key, seconds = f"prefill tokens={PROMPT}{with_whom}", 3 if quick else 10
     return [*out, Case(key=key, seconds=seconds, flops=rounds * reading(PROMPT), run=read)]
