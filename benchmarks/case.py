@@ -35,6 +35,8 @@ class Setting:
     """Measured rates of this machine."""
     text: Path | None = None
     """File that --text names, for the questions that read one."""
+    peer_pythons: tuple[Path, ...] = ()
+    """Pythons that --peer-python names, which may have other implementations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ def parse(args: Sequence[str], known: Mapping[str, Question]) -> argparse.Namesp
     add("--dtype", default="auto", choices=dtypes, help="(default: auto, the faster of the two here)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--text", type=Path, metavar="FILE", help="text for the question shakespeare: tinyshakespeare.txt")
+    python = "another Python that has llama-cpp-python or ik-llama-cpp-python, for the question peers; may be repeated"
+    add("--peer-python", type=Path, action="append", default=[], metavar="PYTHON", help=python)
     add("--compare", type=Path, metavar="OLD.jsonl", help="show what changed since another results.jsonl")
     add("--list", action="store_true", help="list the questions and end")
     add("--report-only", action="store_true", help="measure nothing; draw the report from saved figures")
@@ -46,6 +48,9 @@ def parse(args: Sequence[str], known: Mapping[str, Question]) -> argparse.Namesp
         raise ValueError(f"--text: there is no file {options.text}")
     if options.compare and not options.compare.is_file():
         raise ValueError(f"--compare: there is no file {options.compare}; name the results.jsonl of another run")
+    for python in options.peer_python:
+        if not python.is_file():
+            raise ValueError(f"--peer-python: there is no file {python}; name a Python, such as venv/bin/python")
     for name in ("fresh", "quick", "threads", "device", "dtype", "text") if options.report_only else ():
         if getattr(options, name) != parser.get_default(name):
             raise ValueError(f"--report-only measures nothing, but --{name} is about measuring; leave one of them out")

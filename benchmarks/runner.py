@@ -26,6 +26,7 @@ from dsmini.console.progress import Progress
 from dsmini.machine import faster_dtype, pick_device, pick_dtype
 from dsmini.measure import calibration
 from dsmini.measure.rates import Roofs
+from dsmini.ops.explanation import instruction_set
 from dsmini.report import provenance
 from dsmini.report.provenance import Run
 from dsmini.report.results import Results, ResultsWriter, read
@@ -130,7 +131,8 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
     with Progress(console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
         roofs = measure(device, on_part=bar.update, fresh=options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
-    return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, text=options.text)
+    more = {"text": options.text, "peer_pythons": tuple(options.peer_python)}
+    return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, **more)
 
 
 def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> Run:
@@ -140,7 +142,8 @@ def _run(args: Sequence[str], options: argparse.Namespace, setting: Setting) -> 
         command=provenance.command(["benchmarks", *args]),
         commit=provenance.commit(),
         code=provenance.code(),
-        versions=provenance.versions() | {"kernels": ops.serving("cpu")},
+        versions=provenance.versions()
+        | {"kernels": f"cpu {instruction_set()}" if ops.serving("cpu") == "cpu" else ops.serving("cpu")},
         quick=options.quick,
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),

@@ -29,6 +29,11 @@ BIG = ModelConfig(
 QUICK = dataclasses.replace(BIG, vocab_size=8192, n_layers=3, n_routed_experts=32)
 """85M parameters, 170 MB in BF16."""
 
+WIDE = dataclasses.replace(BIG, n_heads=8, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+"""The same size with DeepSeek's own widths of heads and latent: 449M parameters."""
+
+QUICK_WIDE = dataclasses.replace(WIDE, vocab_size=8192, n_layers=3, n_routed_experts=32)
+
 TRAINED = ModelConfig(
     dim=256,
     inter_dim=704,
@@ -50,3 +55,8 @@ TRAINED = ModelConfig(
 def decoded(quick: bool) -> ModelConfig:
     """Return the model for decoding and prefill."""
     return QUICK if quick else BIG
+
+
+def wide(quick: bool) -> ModelConfig:
+    """Return the model whose heads and latent are as wide as DeepSeek's."""
+    return QUICK_WIDE if quick else WIDE

@@ -15,7 +15,7 @@ import torch
 import dsmini
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert"}
+COMMANDS = {"dsmini.train", "dsmini.generate", "dsmini.tokenize", "dsmini.convert", "dsmini.explain"}
 BY_ALL = {"dsmini.reading"}
 """The reader of JSON and TOML, which imports nothing of dsmini."""
 # for each module or package the parts of dsmini that it may import; a package includes its modules
@@ -56,13 +56,17 @@ MAY_IMPORT = {
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
     "dsmini.train": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"},
-    "dsmini.generate": {"dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"},
+    "dsmini.generate": {
+        *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"),
+        *("dsmini.machine", "dsmini.measure.calibration"),
+    },
     "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.convert": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console"),
         *("dsmini.nn", "dsmini.ops"),
         "dsmini.text",
     },
+    "dsmini.explain": {"dsmini.console", "dsmini.ops"},
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
@@ -79,7 +83,7 @@ MAY_IMPORT = {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
         *("dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops"),
     },
-    "dsmini.ops": set(),
+    "dsmini.ops": {"dsmini.ops"},
     "dsmini.report": {"dsmini.report", "dsmini.console"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
     "dsmini.functional": {"dsmini.functional", "dsmini.numerics", "dsmini.ops"},
@@ -233,11 +237,11 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 3400,
+    "benchmarks": 4060,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1250,
-    "dsmini/inference": 1160,
-    "dsmini/measure": 1140,
+    "dsmini/inference": 1250,
+    "dsmini/measure": 1180,
     "dsmini/nn": 2180,
     "dsmini/report": 1490,
 }

@@ -16,7 +16,8 @@ def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
     """Write a model with MLA, compressed queries and V3's routing as a GGUF file without a tokenizer.
 
     Args:
-        kind: type of the matrices, BF16 or F32. Norms and gates are FP32.
+        kind: type of the matrices, BF16, F32 or Q8_0. Norms and gates are FP32. Q8_0 needs rows of whole blocks of 32
+            numbers; other matrices are BF16.
     """
     import gguf  # pyright: ignore[reportMissingImports]
 
@@ -28,6 +29,8 @@ def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
 
     def put(name: str, t: Tensor, exact: bool = False) -> None:
         type_ = gguf.GGMLQuantizationType.F32 if exact or t.dim() == 1 else matrix
+        if kind == "Q8_0" and type_ == matrix and t.shape[-1] % 32:
+            type_ = gguf.GGMLQuantizationType.BF16
         values = t.detach().float().cpu().contiguous().numpy()
         writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from benchmarks.case import Case, Setting
     from dsmini.report import Figure, Plot
 
-MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "quantize")
-MODULES += ("shakespeare", "moe_or_dense")
+MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "kernels")
+MODULES += ("quantize", "shakespeare", "moe_or_dense")
 """Modules in the order of the report."""
 ON_REQUEST = {"shakespeare", "moe_or_dense"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}

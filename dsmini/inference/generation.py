@@ -14,6 +14,7 @@ from dsmini.inference.prompts import check_request, check_room, rows_of
 from dsmini.inference.sampling import Sampling, draw
 from dsmini.inference.speculative import Drafter, accept
 from dsmini.inference.stats import Stats
+from dsmini.inference.traffic import StepTraffic
 from dsmini.nn import Transformer
 from dsmini.nn.cache import CacheDtype
 
@@ -114,11 +115,12 @@ class Generation:
         self._begin = [0] * len(prompts)  # first token of each row that is in the cache
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
         self.decoder = Decoder(model)
+        self.traffic = StepTraffic(model, self.cache)
         self.drafter = Drafter(model, self.cache, self.sampling, generator) if speculative else None
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
         self._device = model.device
-        self._prompt_tokens, self._new_tokens, self._steps = sum(map(len, prompts)), 0, 0
+        self._prompt_tokens, self._new_tokens, self._steps, self._batches = sum(map(len, prompts)), 0, 0, 0
         self._prefill_seconds = self._seconds = 0.0
         self._started = False
 
@@ -136,6 +138,8 @@ class Generation:
             cache_bytes=self.cache.nbytes + self.cache.mtp_nbytes,
             cache_bytes_per_token=self.cache.nbytes_per_token,
             rows=len(self.rows),
+            moved_bytes=self.traffic.total,
+            batches=self._batches,
         )
 
     def end(self, row: int) -> None:
@@ -198,6 +202,8 @@ class Generation:
             kept = torch.tensor([len(tokens) for tokens in picked]) * live
             self.drafter.settle(start, padded(picked).to(self._device), kept, states.given)
         self._steps += int(live.sum())
+        self._batches += 1
+        self.traffic.add(start, tokens.shape[1], states.routing)
         return picked
 
     def _probabilities(self, logits: Float[Tensor, "b s v"], guesses: Int[Tensor, "b n"]) -> Float[Tensor, "b s v"]:

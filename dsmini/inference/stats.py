@@ -25,11 +25,26 @@ class Stats:
     """Size of one token in all layers in bytes, measured from the storage, without multi-token prediction."""
     rows: int
     """Number of prompts."""
+    moved_bytes: float = 0.0
+    """Bytes that the decoding steps had to move, as StepTraffic counts them."""
+    batches: int = 0
+    """Number of decoding steps, each for all rows together."""
 
     @property
     def tokens_per_s(self) -> float:
         """New tokens per second of decoding. The first token of each row belongs to the prefill."""
         return max(0, self.new_tokens - self.rows) / self.seconds if self.seconds else 0.0
+
+    @property
+    def moved_bytes_per_token(self) -> float:
+        """Bytes that decoding had to move for each new token."""
+        decoded = self.new_tokens - self.rows
+        return self.moved_bytes / decoded if decoded > 0 else 0.0
+
+    @property
+    def moved_bytes_per_s(self) -> float:
+        """Rate at which decoding moved these bytes, in bytes per second."""
+        return self.moved_bytes / self.seconds if self.seconds else 0.0
 
     @property
     def acceptance_rate(self) -> float:

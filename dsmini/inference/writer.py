@@ -61,6 +61,8 @@ class Answers:
     stats: Stats
     interrupted: bool
     """True if Ctrl-C or SIGTERM ended the generation."""
+    device: torch.device
+    """Device of the model."""
 
 
 class Writer:
@@ -135,7 +137,7 @@ class Writer:
             )
             for prompt, before, row, tokens in zip(prompts, shown, rows, generation.rows, strict=True)
         ]
-        return Answers(rows=answers, stats=generation.stats, interrupted=interrupted)
+        return Answers(rows=answers, stats=generation.stats, interrupted=interrupted, device=self.model.device)
 
     def _generation(self, prompts: Sequence[list[int]]) -> Generation:
         return Generation(
@@ -244,19 +246,38 @@ def finish(row: Continuation, max_new_tokens: int) -> str:
 def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
-    names += ["cache_bytes_per_token", "cache_bytes"]
+    names += ["cache_bytes_per_token", "cache_bytes", "moved_bytes_per_token"]
     names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step"] if speculative else []
     return {name: getattr(stats, name) for name in names}
 
 
-def figures_in_words(stats: Stats, speculative: bool) -> str:
-    """Return the figures of a generation in a line, without a speed where nothing was decoded."""
-    speed = f"{stats.tokens_per_s:.0f}" if stats.tokens_per_s >= 10 else f"{stats.tokens_per_s:.2g}"
-    parts = [
-        f"{stats.new_tokens} new tokens" + (f", {speed} tokens/s" if stats.tokens_per_s else ""),
-        f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s",
-        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {stats.cache_bytes:,} in all",
+def figures_in_words(stats: Stats, speculative: bool, bandwidth: float | None = None) -> str:
+    """Return the figures of a generation in lines of at most 80 columns. The last has the tokens and bytes of decoding.
+
+    Its share of the roof is the rate of these bytes over that of reading memory. Without a decoded token there is none.
+
+    Args:
+        bandwidth: bytes per second at which this machine reads memory; None says nothing of it.
+    """
+    lines = [
+        f"prompt {stats.prompt_tokens} tokens, {stats.prefill_seconds:.2f} s; "
+        f"cache {stats.cache_bytes_per_token:,.0f} bytes a token, {_size(stats.cache_bytes)} in all"
     ]
     if speculative and stats.drafted:
-        parts.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
-    return "; ".join(parts)
+        lines.append(f"{stats.acceptance_rate:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens a step")
+    last = f"{stats.new_tokens} new tokens"
+    if stats.tokens_per_s:
+        speed = f"{stats.tokens_per_s:.0f}" if stats.tokens_per_s >= 10 else f"{stats.tokens_per_s:.2g}"
+        last += f", {speed} tokens/s, {_size(stats.moved_bytes_per_token)} a token"
+        if bandwidth:
+            last += f", {stats.moved_bytes_per_s / bandwidth:.0%} of the roof ({_size(bandwidth)}/s)"
+    return "\n".join([*lines, last])
+
+
+def _size(nbytes: float) -> str:
+    """Return bytes in three digits."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * size:
+            value = nbytes / size
+            return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    return f"{nbytes:.0f} bytes"

@@ -49,13 +49,7 @@ def load_or_measure(
         on_part: called with the share that is done and the name of the next part.
         fresh: measure even if roofs are stored.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    keep = keep or cache / "dsmini" / "roofs.json"
-    key = json.dumps([VERSION, card(device)], sort_keys=True)
-    try:
-        stored = read_table(keep)
-    except ValueError:
-        stored = {}
+    keep, key, stored = _stored(device, keep)
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
             return from_json(stored[key])
@@ -65,6 +59,37 @@ def load_or_measure(
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_text(keep, json.dumps(stored))
     return roofs
+
+
+def _stored(device: torch.device, keep: Path | None) -> tuple[Path, str, dict[str, Any]]:
+    """Return the file of stored roofs, this machine's key in it, and its contents."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    keep = keep or cache / "dsmini" / "roofs.json"
+    try:
+        stored = read_table(keep)
+    except ValueError:
+        stored = {}
+    return keep, json.dumps([VERSION, card(device)], sort_keys=True), stored
+
+
+def quick_bandwidth(device: torch.device, reached: float, keep: Path | None = None) -> float | None:
+    """Return the bytes per second of reading memory: the stored roof, or one measured now in a tenth of a second.
+
+    Args:
+        reached: rate that something reached. A stored roof below it is measured again.
+        keep: as in load_or_measure. Nothing is stored: a command that has other work to do is no calibration.
+
+    Returns None where there is no memory left to measure it.
+    """
+    _, key, stored = _stored(device, keep)
+    with suppress(KeyError, TypeError, AttributeError, ValueError):
+        if (roof := from_json(stored[key]).bandwidth) >= reached:
+            return roof
+    size = min(LARGE, max(LARGE // 4, 2 * last_level_cache(device)))
+    try:
+        return read_bandwidth(device, size, 2)
+    except (RuntimeError, MemoryError):
+        return None
 
 
 def measure(
@@ -144,14 +169,18 @@ def seconds_of(
     return statistics.median(times)
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Return the highest rate of operations that only read: a sum, and matrix-vector products in both dtypes."""
-    x = torch.ones(LARGE // 4, device=device)
-    rates = [LARGE / seconds_of(lambda: x.sum(), device, 3)]
+def read_bandwidth(device: torch.device, size: int = LARGE, rounds: int = 3) -> float:
+    """Return the highest rate of operations that only read: a sum, and matrix-vector products in both dtypes.
+
+    Args:
+        size: bytes to read, a multiple of 16,384 that fits into no cache.
+    """
+    x = torch.ones(size // 4, device=device)
+    rates = [size / seconds_of(lambda: x.sum(), device, rounds)]
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = x.view(dtype)[: LARGE // 4].view(-1, 4096)
+        matrix = x.view(dtype)[: size // 4].view(-1, 4096)
         vector = torch.ones(1, 4096, dtype=dtype, device=device)
-        rates.append(matrix.nbytes / seconds_of(lambda m=matrix, v=vector: F.linear(v, m), device, 3))
+        rates.append(matrix.nbytes / seconds_of(lambda m=matrix, v=vector: F.linear(v, m), device, rounds))
     return max(rates)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import shapes, steps, trained
+from benchmarks import kernel_calls, shapes, steps, trained
 from benchmarks.case import Figure, Setting, pick
 from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
@@ -19,6 +19,7 @@ from benchmarks.questions import (
     decode,
     fp8,
     fp8_error,
+    kernels,
     kv_cache,
     moe_or_dense,
     mtp,
@@ -29,11 +30,11 @@ from benchmarks.questions import (
 )
 from dsmini import RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.measure import timing as measuring
-from dsmini.measure.rates import Curve, why_unusable
+from dsmini.measure.rates import why_unusable
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY, made_up_roofs
+from tests.helpers.questions import TINY, setting
 from tests.helpers.tolerances import relative_error
 
 SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
@@ -59,6 +60,7 @@ METRICS = {
     },
     "mtp": {"acceptance", "tokens_per_step", "speedup", "tokens_per_s", "same_continuations"},
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
+    "kernels": {"seconds", "share_of_roof", "over_eager", "over_reference"},
     "quantize": {"bandwidth", "share_of_copy", "over_eager", "call_seconds"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
@@ -73,6 +75,7 @@ PREDICTED = {
     "fp8": {"bytes", "error", "kept_ratio", "bytes_per_token"},
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
+    "kernels": {"seconds"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
 PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
@@ -83,13 +86,6 @@ EXACT = {
     "peers": {"cache_bytes_per_token"},
 }
 QUESTIONS = questions_here()
-
-
-def setting() -> Setting:
-    """Return a quick setting on an invented machine."""
-    point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
-    roofs = made_up_roofs(point, product, cache_bytes=32 << 20)
-    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +104,17 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     ]
     changes += [(peers, "QUICK", peers.Size((16, 24), rounds=2, batch=1)), (peers, "PROMPT", 16)]
     changes += [(quantize, "QUICK_SHAPE", (64, 256)), (quantize, "CALLS", 10)]
+    wide = dataclasses.replace(LONG, inter_dim=1024, vocab_size=1152)  # smaller ones are left to torch
+    changes += [(shapes, "QUICK_WIDE", wide), (kernel_calls, "CACHES", 0.01)]
+    changes += [(kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
     changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)
-        yield {name: run(question) for name, question in QUESTIONS.items()}
+        # kernels may read such small weights from a cache
+        yield {n: run(q, setting(bandwidth=1e12 if n == "kernels" else 2e10)) for n, q in QUESTIONS.items()}
 
 
 def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
@@ -123,9 +123,9 @@ def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any
     return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
 
 
-def run(question: Question) -> list[Figure]:
+def run(question: Question, here: Setting) -> list[Figure]:
     assert question.needs is None
-    return [figure for case in question.cases(setting()) for figure in case.run()]
+    return [figure for case in question.cases(here) for figure in case.run()]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

@@ -14,13 +14,13 @@ from types import ModuleType
 import pytest
 
 import dsmini
-from dsmini.__main__ import main
+from dsmini.__main__ import COMMANDS, main
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT
 
 HEAVY = ("torch", "matplotlib", "tokenizers", "jinja2", "safetensors")
 # command lines that load none of them
-LIGHT = ["dsmini --help", *(f"dsmini.{name} --help" for name in ("train", "generate", "tokenize", "convert"))]
+LIGHT = ["dsmini --help", *(f"dsmini.{name} --help" for name in COMMANDS)]
 PROGRAM = """
 import contextlib, io, json, runpy, sys
 import dsmini

@@ -1,5 +1,7 @@
 """Which backend serves a call: what is forced, by whom, and what is said about it."""
 
+import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
+from dsmini.ops import explanation
+from tests.helpers.commands import ROOT
 from tests.helpers.configs import refusal
+
+KNOWN = "use one of reference, eager, cpu, triton, or auto"
 
 
 class Unserved(Exception):  # noqa: N818, as backends spell it
@@ -26,7 +32,7 @@ def backend(name: str) -> ModuleType:
         return name
 
     kernels.speak, kernels.Unserved = speak, Unserved
-    kernels.OPERATIONS, kernels.describe = ("speak", "sing"), lambda: f"made of {name}"
+    kernels.OPERATIONS, kernels.describe = ("speak", "sing"), lambda: f"made of {name}, with care"
     return kernels
 
 
@@ -116,29 +122,77 @@ def test_a_forced_backend_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_unknown_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = "use one of reference, eager, cpu, triton, or auto"
-    with pytest.raises(ValueError, match=f"backend='cuda' is unknown; {known}"):
+    with pytest.raises(ValueError, match=f"backend='cuda' is unknown; {KNOWN}"):
         ops.use("cuda").__enter__()
     monkeypatch.setenv(ops.VARIABLE, "gpu")
-    assert refusal(ops.chosen) == f"{ops.VARIABLE}='gpu' is unknown; {known}"
+    assert refusal(ops.chosen) == f"{ops.VARIABLE}='gpu' is unknown; {KNOWN}"
     assert "'gpu' is unknown" in refusal(speak, X)
 
 
-def test_what_explain_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rest = [
-        "reference: the equations; eager: tuned PyTorch, serves everything",
-        "cpu, for tensors on cpu: speak, sing; made of cpu",
-        "triton, for tensors on cuda: nothing, eager serves instead: no GPU here",
-    ]
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, list[str]]]:
+    """Return a function that explains two operations: the cells by operation, in the order of ops.BACKENDS."""
+    monkeypatch.setattr(explanation, "operations", lambda: {"speak": speak, "whisper": whisper})
+    return lambda: {row.operation: [row.cells[name] for name in ops.BACKENDS] for row in explanation.rows("cpu")}
+
+
+def test_explain_prints_an_aligned_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], explained: object
+) -> None:
+    monkeypatch.delenv(explanation.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = ops.explain()
-    assert text.splitlines() == ["DSMINI_BACKEND: not set; forced here: nothing", *rest]
     assert capsys.readouterr().out == text + "\n"
-    monkeypatch.setenv(ops.VARIABLE, "cpu")
-    assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: cpu", *rest]
+    want = """
+DSMINI_BACKEND: not set; forced here: nothing
+DSMINI_CPU_ISA: not set
+cpu: ready: made of cpu, with care
+triton: not here: no GPU here
+
+tensors on cpu  triton        cpu (made of cpu)  eager     reference
+speak           other device  runs               gradient  on request
+whisper         no kernel     no kernel          none      runs
+"""
+    assert text.startswith(want.strip())
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_explain_names_what_each_implementation_does(
+    monkeypatch: pytest.MonkeyPatch, explained: Callable[[], dict[str, list[str]]]
+) -> None:
+    """Compare the cells with what calls do: reference, eager, cpu, triton."""
+    whisper_runs = ["runs", "none", "no kernel", "no kernel"]
+    assert explained() == {"speak": ["on request", "gradient", "runs", "other device"], "whisper": whisper_runs}
+    with ops.use("eager"):
+        assert explained() == {"speak": ["on request", "runs", "forced away", "forced away"], "whisper": whisper_runs}
     with ops.use("reference"):
-        assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: reference", *rest]
-    with ops.use(None):
-        assert ops.explain().splitlines() == ["DSMINI_BACKEND: cpu; forced here: nothing", *rest]
+        away = ["runs", "forced away", "forced away", "forced away"]
+        assert explained() == {"speak": away, "whisper": whisper_runs}
+    with ops.use("triton"):
+        assert explained()["speak"] == ["on request", "gradient", "forced away", "raises"]
+        assert "no GPU here" in refusal(speak, X)
+    monkeypatch.setattr(ops, "_load", lambda name: "no compiler")
+    assert explained()["speak"] == ["on request", "runs", "not here", "other device"] and speak(X) == "eager"
+
+    def load(name: str) -> ModuleType:
+        raise ValueError("DSMINI_CPU_ISA asks for what this CPU lacks")
+
+    monkeypatch.setattr(ops, "_load", load)
+    assert explained()["speak"] == ["on request", "gradient", "raises", "other device"]
+    assert "DSMINI_CPU_ISA" in refusal(speak, X) and "cpu: not here: DSMINI_CPU_ISA asks" in ops.explain()
+    monkeypatch.setenv(ops.VARIABLE, "gpu")
+    assert ops.explain() == f"{ops.VARIABLE}: {ops.VARIABLE}='gpu' is unknown; {KNOWN}"
+
+
+def test_every_declared_operation_is_explained() -> None:
+    declared = {
+        name
+        for folder in ("functional", "numerics")
+        for path in (ROOT / "dsmini" / folder).glob("*.py")
+        for name in re.findall(r'^@ops\.operation\("(\w+)"', path.read_text(), re.MULTILINE)
+    }
+    assert len(declared) > 15 and set(explanation.operations()) == declared
+    assert explanation.REASONS.keys() >= {cell for row in explanation.rows("cpu") for cell in row.cells.values()}
 
 
 def test_wanted_gradient_runs_pytorch_code() -> None:

@@ -2,7 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+
+from benchmarks.case import Setting
 from dsmini import ModelConfig
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
@@ -44,3 +48,14 @@ def made_up_roofs(point: Curve, product: Curve, cold: float = 1.0, **given: obje
 
 def _slower(curve: Curve, by: float) -> Curve:
     return Curve(sizes=curve.sizes, costs=[cost * by for cost in curve.costs])
+
+
+def setting(**given: object) -> Setting:
+    """Return a quick setting on an invented machine.
+
+    Args:
+        given: fields of Roofs that differ.
+    """
+    point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
+    roofs = made_up_roofs(point, product, **({"cache_bytes": 32 << 20} | given))  # pyright: ignore[reportArgumentType]
+    return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))

@@ -1,7 +1,10 @@
 """python -m dsmini.generate as a user runs it, on a run and on a model's folder."""
 
+import dataclasses
+import importlib
 import io
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,10 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, save_pretrained
+from dsmini.inference.stats import Stats
+from dsmini.inference.writer import Answers
+from dsmini.machine import last_level_cache
+from dsmini.measure import calibration
 from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
@@ -90,7 +97,7 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(place: Path) -> None:
 def test_answer_that_stops_at_once_has_no_speed(place: Path) -> None:
     anything = " ".join(f"'{chr(code)}'" for code in range(1, 127) if chr(code) not in "'\n") + " �"
     ((status, said),) = run_all([("dsmini.generate", f"runs/x --prompt T --max-new-tokens 9 --stop {anything}")], place)
-    assert status == 0 and "1 new tokens; prompt 1 tokens" in said and "tokens/s" not in said
+    assert status == 0 and said.splitlines()[-1] == "1 new tokens" and "prompt 1 tokens" in said
 
 
 def test_prompts_come_from_standard_input_and_files(place: Path) -> None:
@@ -110,8 +117,29 @@ def test_texts_stream_under_headings_and_figures_come_last(place: Path) -> None:
     places = [said.index(heading) for heading in headings]
     assert places == sorted(places) and places[0] == 0
     last = said.splitlines()[-1]
-    assert last.startswith("15 new tokens, ") and "tokens/s" in last and "bytes a token" in last
+    assert re.fullmatch(r"15 new tokens, [\d.]+ tokens/s, [\d.]+ kB a token", last), "short: no roof is measured"
     assert "drafts" not in last
+
+
+def test_no_new_token_is_said_without_speed(place: Path) -> None:
+    ((status, said),) = run_all([("dsmini.generate", "runs/x --prompt One --max-new-tokens 0")], place)
+    assert status == 0 and said.splitlines()[-1] == "0 new tokens" and "bytes a token" in said
+
+
+def test_roof_is_asked_for_only_after_steps_that_read_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a second of decoding, and steps larger than the last-level cache, as enough."""
+    command = importlib.import_module("dsmini.generate")
+    monkeypatch.setattr(calibration, "quick_bandwidth", lambda device, reached: 4e10)
+    cpu = torch.device("cpu")
+    enough = {"seconds": 1.0, "batches": 10, "moved_bytes": 10.0 * last_level_cache(cpu)}
+
+    def asked(interrupted: bool = False, **given: float) -> float | None:
+        zeros = {f.name: 0 for f in dataclasses.fields(Stats)}
+        stats = Stats(**(zeros | enough | given))  # pyright: ignore[reportArgumentType]
+        return command._bandwidth(Answers(rows=[], stats=stats, interrupted=interrupted, device=cpu))
+
+    assert asked() == 4e10
+    assert asked(seconds=0.9) is None and asked(batches=11) is None and asked(interrupted=True) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

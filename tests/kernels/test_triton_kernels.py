@@ -265,7 +265,7 @@ def test_unsupported_calls_raise_unserved() -> None:
     for reason, call in refused:
         with ops.use("triton"), pytest.raises(ValueError, match=rf"'triton' is forced and cannot run .*{reason}"):
             call()
-    assert "dequantize" in backend.OPERATIONS and "quantize_dequantize; Triton" in ops.explain()
+    assert "dequantize" in backend.OPERATIONS and "triton: ready: Triton " in ops.explain()
 
 
 @outside_the_interpreter

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from dsmini import machine
 from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
 from dsmini.measure import calibration, timing
 from dsmini.measure.calibration import seconds_of
+from dsmini.measure.rates import Curve
+from tests.helpers.questions import made_up_roofs
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -161,3 +164,25 @@ def test_a_slow_machine_gets_shorter_curves_in_time(calibrated: Callable[..., An
     assert took < 2 * 60.0
     lengths = [len(curve.sizes) for curve in roofs.curves.values()]
     assert min(lengths) >= 1 and sum(lengths) < 2 * 13 * 2 * 6
+
+
+def test_quick_bandwidth_is_the_stored_roof_unless_something_was_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu, keep, asked = torch.device("cpu"), tmp_path / "roofs.json", []
+
+    def read(device: torch.device, size: int, rounds: int) -> float:
+        asked.append((size, rounds))
+        if len(asked) == 2:
+            raise RuntimeError("not enough memory")
+        return 5e10
+
+    monkeypatch.setattr(calibration, "read_bandwidth", read)
+    assert calibration.quick_bandwidth(cpu, 1e9, keep) == 5e10
+    assert calibration.quick_bandwidth(cpu, 1e9, keep) is None and not keep.exists()
+    curve = Curve(sizes=(1.0,), costs=(1.0,))
+    monkeypatch.setattr(calibration, "measure", lambda *_: made_up_roofs(curve, curve))
+    calibration.load_or_measure(cpu, keep)
+    assert calibration.quick_bandwidth(cpu, 2e10, keep) == 2e10 and len(asked) == 2
+    assert calibration.quick_bandwidth(cpu, 2.1e10, keep) == 5e10
+    assert all(1 << 26 <= size <= 1 << 28 and not size % 16384 and rounds == 2 for size, rounds in asked)

@@ -238,24 +238,12 @@ def serving(device: str) -> str:
 
 
 def explain() -> str:
-    """Print and return which backend would run for tensors on each device, and why."""
-    try:
-        forced = f"forced here: {chosen() or 'nothing'}"
-    except ValueError as error:
-        forced = f"{error}"
-    lines = [f"{VARIABLE}: {os.environ.get(VARIABLE, 'not set')}; {forced}"]
-    lines.append("reference: the equations; eager: tuned PyTorch, serves everything")
-    for device, backend in FOR_DEVICE.items():
-        try:
-            kernels = _load(backend)
-        except ValueError as error:  # a variable that asks for what is not here
-            kernels = f"{error}"
-        what = f"{backend}, for tensors on {device}: "
-        if isinstance(kernels, ModuleType):
-            lines.append(f"{what}{', '.join(kernels.OPERATIONS)}; {kernels.describe()}")
-        else:
-            lines.append(f"{what}nothing, eager serves instead: {kernels}")
-    text = "\n".join(lines)
+    """Print and return which implementation of each operation would run on this machine, and why no other.
+
+    The first lines say what is forced and which backends are ready. Then a table has a row for each operation and a
+    column for each implementation. Its last lines say what the cells mean. `python -m dsmini.explain` prints the same.
+    """
+    text = "\n".join(importlib.import_module("dsmini.ops.explanation").lines())
     print(text)
     return text
 

@@ -1,0 +1,193 @@
+"""Calls of the CPU kernels as a real model makes them, with operands that take turns, so that no cache holds them."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import shapes
+from benchmarks.case import Setting
+from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
+from dsmini.inference.decoding import parts_of
+from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn.cache import CacheDtype
+from dsmini.numerics import AMAX_MIN, WEIGHT_TILE
+
+CACHES = 4
+"""Total size of the operands that take turns, as a multiple of the last-level cache."""
+MOST_BYTES = 2 << 30
+"""Limit of that size, for machines with very large caches."""
+ACTIVATIONS, QUICK_ACTIVATIONS = (2048, 7168), (512, 7168)
+"""Shapes of the matrices to quantize, as wide as DeepSeek-V3's hidden states."""
+BATCH = 8
+"""Rows of the calls with several rows, as 8 sequences decode together."""
+NAMES: Mapping[Any, str] = {torch.float32: "FP32", torch.bfloat16: "BF16", "fp8": "FP8"}
+Operands = Sequence[tuple[Any, ...]]
+
+
+class Calls(NamedTuple):
+    """Calls of one operation that differ in their numbers alone."""
+
+    operands: str
+    """Description, such as "BF16 2816x1024"."""
+    rows: int
+    """Number of rows or tokens."""
+    turns: Operands
+    """Arguments of each call. The next call takes the next ones."""
+
+
+def turns(setting: Setting, nbytes: int) -> int:
+    """Return the number of operands of this size that no cache holds together: at least two."""
+    return max(2, math.ceil(min(CACHES * setting.roofs.cache_bytes, MOST_BYTES) / nbytes))
+
+
+def linear(setting: Setting) -> Iterator[Calls]:
+    """Yield products of FP32 rows with weights in FP32 and BF16, as a decoding step makes them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in _matrices(setting):
+            n = turns(setting, math.prod(shape) * dtype.itemsize)
+            weight = torch.randn(shape).div_(shape[1] ** 0.5).to(dtype)
+            yield from _products(NAMES[dtype], shape, [_copy(weight) for _ in range(n)])
+
+
+def quantized_linear(setting: Setting) -> Iterator[Calls]:
+    """Yield products of FP32 rows with weights in FP8."""
+    for shape in _matrices(setting):
+        n = turns(setting, math.prod(shape))
+        weight = quantize(torch.randn(shape) / shape[1] ** 0.5, WEIGHT_TILE, "fp32")
+        yield from _products(NAMES["fp8"], shape, [_copy(weight) for _ in range(n)])
+
+
+def _matrices(setting: Setting) -> list[tuple[int, int]]:
+    """Return the shapes [o, i] of a feed-forward's w1 and of the head."""
+    config = shapes.wide(setting.quick)
+    return [(config.inter_dim, config.dim), (config.vocab_size, config.dim)]
+
+
+def _products(name: str, shape: tuple[int, int], weights: Sequence[Any]) -> Iterator[Calls]:
+    for rows in (1, BATCH):
+        yield Calls(f"{name} {shape[0]}x{shape[1]}", rows, [(torch.randn(rows, shape[1]), w) for w in weights])
+
+
+def attention_step(setting: Setting) -> Iterator[Calls]:
+    """Yield attention of one and of several sequences to caches in BF16 and FP8."""
+    far = 1024 if setting.quick else 8192
+    config = dataclasses.replace(shapes.wide(setting.quick), vocab_size=128, n_layers=1, inter_dim=128)
+    model = random_model(config, setting.device, torch.bfloat16)
+    for weights in (torch.bfloat16, "fp8"):
+        part = _part(model, 0, weights)
+        parts = _copies(part, turns(setting, sum(t.nbytes for t in part.tensors)))
+        for batch, context in ((1, 128), (1, far), (BATCH, 1024)):
+            calls = [(torch.randn(batch, 1, config.dim), p, *_place(model, batch, context, weights)) for p in parts]
+            yield Calls(f"{NAMES[weights]}, context {context}", batch, calls)
+
+
+def _place(model: Transformer, batch: int, context: int, dtype: CacheDtype) -> tuple[Any, ...]:
+    """Return a layer's filled cache, the rotary table of a new token, and its positions."""
+    cache = random_cache(model, batch, context, 64, dtype)
+    window = cache.place(model.config, random_tokens(model.config, batch, 1, model.device), None)
+    return cache.pasts(window)[0], model.rope.table(window.positions), cache.lengths
+
+
+def feed_forward_step(setting: Setting) -> Iterator[Calls]:
+    """Yield dense and routed feed-forwards for one and for several tokens."""
+    for name, dense in (("dense", 1), ("MoE", 0)):
+        config = dataclasses.replace(shapes.wide(setting.quick), vocab_size=128, n_layers=1, n_dense_layers=dense)
+        model = random_model(config, setting.device, torch.bfloat16)
+        for weights in (torch.bfloat16, "fp8"):
+            part = _part(model, 1, weights)
+            parts = _copies(part, turns(setting, _visited_bytes(part, config)))
+            for rows in (1, BATCH):
+                # more than one x for each copy: other tokens choose other experts
+                every = [
+                    (torch.randn(rows, config.dim), p) for _, p in itertools.product(range(1 if dense else 4), parts)
+                ]
+                yield Calls(f"{NAMES[weights]} {name}", rows, every)
+
+
+def _part(model: Transformer, which: int, weights: CacheDtype) -> Any:
+    """Return the weights of a model's first block as a call takes them.
+
+    Args:
+        which: 0 for attention, 1 for the feed-forward.
+        weights: "fp8" quantizes the matrices, except the gate.
+    """
+    parts = parts_of(model.layers[0])  # pyright: ignore[reportArgumentType]
+    assert parts is not None, "a plain block"
+    if weights != "fp8":
+        return parts[which]
+    matrices = {name: w for name, w in _fields(parts[which]).items() if w.dim() > 1 and name != "gate"}
+    quantized = {name: quantize(w, WEIGHT_TILE, "fp32") for name, w in matrices.items()}
+    return dataclasses.replace(parts[which], **quantized)
+
+
+def _copies(part: Any, n: int) -> list[Any]:
+    """Return the same weights n times, in memory of their own."""
+    fields = _fields(part)
+    return [dataclasses.replace(part, prepared={}, **{k: _copy(w) for k, w in fields.items()}) for _ in range(n)]
+
+
+def _copy(weight: Any) -> Any:
+    if isinstance(weight, Tensor):
+        return weight.clone()
+    return dataclasses.replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    """Return the weights of a part by name."""
+    held = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor | QuantizedTensor)}
+
+
+def _visited_bytes(part: Any, config: ModelConfig) -> int:
+    """Return the bytes of a feed-forward that a token reads: of the routed experts, those that it visits."""
+    routed = sum(w.nbytes for w in (part.e1, part.e2, part.e3) if w is not None)
+    whole = sum(t.nbytes for t in part.tensors)
+    return whole - routed + routed * config.n_activated_experts // config.n_routed_experts
+
+
+def _activations(setting: Setting) -> list[Tensor]:
+    """Return matrices of activations as wide as DeepSeek-V3, in BF16."""
+    shape = QUICK_ACTIVATIONS if setting.quick else ACTIVATIONS
+    return [torch.randn(shape).bfloat16() for _ in range(turns(setting, 2 * math.prod(shape)))]
+
+
+def quantize_tiles(setting: Setting) -> Iterator[Calls]:
+    """Yield the quantization of activations and of weights."""
+    xs = _activations(setting)
+    for tile in ((1, 128), (128, 128)):
+        yield Calls(f"BF16, {tile[0]}x{tile[1]}", len(xs[0]), [(x, tile, "fp32", "e4m3", AMAX_MIN) for x in xs])
+
+
+def dequantize_tiles(setting: Setting) -> Iterator[Calls]:
+    """Yield the dequantization of activations and of weights to BF16."""
+    xs = _activations(setting)
+    for tile in ((1, 128), (128, 128)):
+        made = [quantize(x, tile, "fp32") for x in xs]
+        yield Calls(
+            f"BF16, {tile[0]}x{tile[1]}", len(xs[0]), [(q.codes, q.scales, tile, "e4m3", torch.bfloat16) for q in made]
+        )
+
+
+def round_tiles(setting: Setting) -> Iterator[Calls]:
+    """Yield the rounding of activations and of weights, as simulated FP8 does it."""
+    xs = _activations(setting)
+    for tile, scale in (((1, 128), "ue8m0"), ((128, 128), "fp32")):
+        calls = [(x, tile, scale, "e4m3", AMAX_MIN, torch.bfloat16) for x in xs]
+        yield Calls(f"BF16, {tile[0]}x{tile[1]}", len(xs[0]), calls)
+
+
+CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
+    "linear": linear,
+    "quantized_linear": quantized_linear,
+    "attention_step": attention_step,
+    "feed_forward_step": feed_forward_step,
+    "quantize": quantize_tiles,
+    "dequantize": dequantize_tiles,
+    "quantize_dequantize": round_tiles,
+}
+"""Calls of each kernel of dsmini_kernels.cpu, by the name of its operation."""

@@ -1,0 +1,39 @@
+"""python -m dsmini.explain: show which implementation of each operation runs on this machine, and why no other."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainCommand:
+    """Show which implementation of each operation runs on this machine: kernels, tuned PyTorch, or the equations.
+
+    Kernels in C++ are compiled if this machine has not done so yet. DSMINI_BACKEND and DSMINI_CPU_ISA choose others.
+    """
+
+    json: bool = False
+    """Print a line of JSON instead: for each operation its implementations."""
+
+
+HELP = Help(usage="[FLAGS]", examples=("",), main=("json",))
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    command = parse(ExplainCommand, "explain", args, help=HELP)
+    from dsmini import ops
+    from dsmini.ops import explanation
+
+    if command.json:
+        print(json.dumps({row.operation: row.cells for row in explanation.rows("cpu")}))
+    else:
+        ops.explain()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,62 @@
+"""Bytes that the decoding steps of a generation must move, counted from the storage of the weights and of the cache.
+
+A step reads each weight once, for all rows and tokens together. Of the routed experts it reads those that some token
+chose. Of the cache it reads the rows of the context and writes those of the new tokens. That is a lower bound: the
+activations are left out, which are small (dsmini.accounting.traffic counts them from a config).
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from dsmini.nn import Cache, Routing, Transformer
+from dsmini.nn.experts import Experts
+
+
+class StepTraffic:
+    """The bytes of all decoding steps so far."""
+
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        experts = _experts(model.layers)
+        self._once = _nbytes(model.layers) + _nbytes(model.norm) + _nbytes(model.head) - sum(map(_nbytes, experts))
+        self._expert = sum(map(_nbytes, experts)) / (model.config.n_routed_experts * len(experts)) if experts else 0.0
+        self._row = cache.nbytes_per_token
+        self._embedding = model.embed.weight[0].nbytes
+        self._draft = _draft_bytes(model) if cache.mtp is not None else 0
+        self._draft_row = self._row / len(cache.stores) * len(model.mtp) if cache.mtp is not None else 0.0
+        self.total = 0.0
+
+    def add(self, start: Int[Tensor, " b"], new: int, routing: Sequence[Routing]) -> None:
+        """Add a step.
+
+        Args:
+            start: valid length of each row of the cache before the step.
+            new: number of tokens of each row in the step, guesses included.
+            routing: the decisions of each layer with experts.
+        """
+        tokens, context = len(start) * new, float(start.sum())
+        visited = int((torch.cat([each.counts for each in routing]) > 0).sum()) if routing else 0
+        self.total += self._once + visited * self._expert + tokens * self._embedding
+        self.total += (context + 2 * tokens) * self._row + self._draft + context * self._draft_row
+
+
+def _draft_bytes(model: Transformer) -> int:
+    """Return the least bytes of weights for a step's guesses: depth k runs k times, with the experts of one token."""
+    total = 0
+    for k, block in enumerate(cast(list[nn.Module], list(model.mtp)), 1):
+        experts = sum(map(_nbytes, _experts(block)))
+        config = model.config
+        chosen = experts * config.n_activated_experts // config.n_routed_experts if experts else 0
+        total += k * (_nbytes(block) - experts + chosen) + _nbytes(model.head)
+    return total
+
+
+def _experts(module: nn.Module) -> list[Experts]:
+    return [part for part in module.modules() if isinstance(part, Experts)]
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,139 @@
+"""Say which implementation of each operation runs on this machine, and why the others do not."""
+
+import importlib
+import os
+import pkgutil
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from dsmini import ops
+from dsmini.ops import BACKENDS, FOR_DEVICE, VARIABLE, Operation
+
+ISA_VARIABLE = "DSMINI_CPU_ISA"
+ROOMS = ("dsmini.numerics", "dsmini.functional")
+"""Packages whose modules declare operations."""
+RUNS = "runs"
+REASONS = {
+    RUNS: "this implementation serves a call",
+    "gradient": "it serves a wanted gradient, torch.compile, and calls that the kernel does not serve",
+    "on request": f"it serves under {VARIABLE}=reference, or `with dsmini.ops.use('reference')`",
+    "forced away": f"{VARIABLE} or ops.use forces another backend",
+    "not here": "the backend cannot run here, for the reason above",
+    "raises": "the environment asks for what cannot run here: a call raises the reason above",
+    "other device": "it serves tensors on another device",
+    "no kernel": "the backend has none for this operation",
+    "none": "there is no tuned version: the reference runs in its place",
+}
+"""Meaning of each cell of the table."""
+
+
+class Implementations(NamedTuple):
+    """An operation, and what each implementation does with a call: a key of REASONS by the name of the backend."""
+
+    operation: str
+    device: str
+    cells: dict[str, str]
+
+
+def operations() -> dict[str, Operation]:
+    """Return the operations of dsmini by name."""
+    found: dict[str, Operation] = {}
+    for room in ROOMS:
+        for module in pkgutil.iter_modules(importlib.import_module(room).__path__):
+            parts = vars(importlib.import_module(f"{room}.{module.name}")).values()
+            found |= {part.name: part for part in parts if isinstance(part, Operation)}
+    return dict(sorted(found.items()))
+
+
+def rows(device: str) -> list[Implementations]:
+    """Return a row for each operation on tensors of a device type, "cpu" or "cuda".
+
+    Raises: ValueError if DSMINI_BACKEND is unknown.
+    """
+    forced = ops.chosen()
+    wanted = forced or FOR_DEVICE.get(device, "eager")
+    return [
+        Implementations(name, device, _cells(operation, device, forced, wanted))
+        for name, operation in operations().items()
+    ]
+
+
+def _cells(operation: Operation, device: str, forced: str | None, wanted: str) -> dict[str, str]:
+    is_tuned = operation.plain is not operation.reference
+    cells = {backend: _kernel_cell(operation.name, backend, device, forced) for backend in FOR_DEVICE.values()}
+    by_kernel = {RUNS, "raises"} & set(cells.values())
+    plain = "forced away" if wanted == "reference" else "gradient" if by_kernel else RUNS
+    if is_tuned:
+        return {"reference": RUNS if wanted == "reference" else "on request", "eager": plain, **cells}
+    return {"reference": RUNS if wanted == "reference" else plain, "eager": "none", **cells}
+
+
+def _kernel_cell(name: str, backend: str, device: str, forced: str | None) -> str:
+    if name not in (ops._operations(backend) or ()):
+        return "no kernel"
+    if forced not in (None, backend):
+        return "forced away"
+    if forced is None and FOR_DEVICE.get(device) != backend:
+        return "other device"
+    kernels, is_error = _kernels(backend)
+    if isinstance(kernels, ModuleType):
+        return RUNS
+    return "raises" if forced or is_error else "not here"
+
+
+def _kernels(backend: str) -> tuple[ModuleType | str, bool]:
+    """Return a backend's kernels, or the reason why there are none, and True if a call would raise it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the reason is shown
+            return ops._load(backend), False
+    except ValueError as error:  # a variable that asks for what is not here
+        return f"{error}", True
+
+
+def lines() -> Iterator[str]:
+    """Yield the backends with their state, a table of the operations for each device, and what its cells mean."""
+    try:
+        forced = f"forced here: {ops.chosen() or 'nothing'}"
+    except ValueError as error:
+        yield f"{VARIABLE}: {error}"
+        return
+    yield f"{VARIABLE}: {os.environ.get(VARIABLE) or 'not set'}; {forced}"
+    yield f"{ISA_VARIABLE}: {os.environ.get(ISA_VARIABLE) or 'not set'}"
+    for backend in FOR_DEVICE.values():
+        kernels, _ = _kernels(backend)
+        state = f"ready: {kernels.describe()}" if isinstance(kernels, ModuleType) else f"not here: {kernels}"
+        yield f"{backend}: {state}"
+    met: set[str] = set()
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        table = rows(device)
+        met |= {cell for row in table for cell in row.cells.values()}
+        yield from ("", *_aligned(table))
+    yield ""
+    wide = max(map(len, met))
+    yield from (f"{cell:{wide}}  {meaning}" for cell, meaning in REASONS.items() if cell in met)
+
+
+def _aligned(table: list[Implementations]) -> Iterator[str]:
+    """Yield a table's head and rows, in columns."""
+    columns = [*reversed(BACKENDS)]
+    cells = [(f"tensors on {table[0].device}", *map(_heading, columns))]
+    cells += [(row.operation, *(row.cells[backend] for backend in columns)) for row in table]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()
+
+
+def _heading(backend: str) -> str:
+    instructions = instruction_set(backend)
+    return f"{backend} ({instructions})" if instructions else backend
+
+
+def instruction_set(backend: str = "cpu") -> str:
+    """Return the instruction set of a backend's kernels, such as "avx512"; "" if they cannot run here."""
+    kernels = _kernels(backend)[0] if backend in FOR_DEVICE.values() else None
+    return kernels.describe().partition(",")[0] if isinstance(kernels, ModuleType) else ""

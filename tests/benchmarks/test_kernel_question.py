@@ -1,0 +1,85 @@
+"""python -m benchmarks kernels: every kernel is measured, correct, and below its roof."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import kernel_calls, shapes, steps
+from benchmarks.case import pick
+from benchmarks.questions import kernels, questions_here
+from dsmini import ops
+from dsmini.ops.explanation import instruction_set, operations
+from tests.helpers.questions import TINY, setting
+
+
+def test_every_kernel_has_calls_to_measure() -> None:
+    """Add a function to CALLS of benchmarks/kernel_calls.py for a new kernel."""
+    cpu = pytest.importorskip("dsmini_kernels.cpu")
+    assert set(kernel_calls.CALLS) == set(cpu.OPERATIONS) <= set(operations())
+
+
+def test_every_call_is_measured_with_its_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_calls, "CACHES", 0.01)
+    monkeypatch.setattr(kernel_calls, "QUICK_ACTIVATIONS", (64, 256))
+    monkeypatch.setattr(kernels, "QUICK_TURN", 0.0)
+    monkeypatch.setattr(shapes, "QUICK_WIDE", dataclasses.replace(TINY, max_seq_len=32768, inter_dim=1024))
+    figures = [figure for case in kernels.cases(setting(bandwidth=1e12)) for figure in case.run()]
+    shares = [f for f in pick(figures, "share_of_roof") if f.measured is not None]
+    assert {f.case["kernel"] for f in shares} == set(kernel_calls.CALLS)
+    assert {f.case["instructions"] for f in shares} == {instruction_set()}
+    told = questions_here()["kernels"].finding(figures)
+    assert told.startswith(f"With {instruction_set()}, kernels reach these shares of the roof: linear ")
+    for f in shares:
+        (seconds,) = pick(figures, "seconds", **f.case)
+        assert f.measured and seconds.predicted and seconds.measured
+        assert f.measured == pytest.approx(seconds.predicted / seconds.measured, rel=0.5), "medians of the same turns"
+    (left,) = {f.note for f in pick(figures, "share_of_roof") if f.measured is None}
+    assert left == "left out: plain PyTorch serves these calls", "a head in FP32 is small here"
+
+
+def test_kernels_that_cannot_be_built_are_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "why_not", lambda: "there is no C++ compiler")
+    figures = [figure for case in kernels.cases(setting()) for figure in case.run()]
+    assert len(figures) == len(kernel_calls.CALLS)
+    assert {(f.measured, f.note) for f in figures} == {(None, "left out: there is no C++ compiler")}
+    assert questions_here()["kernels"].finding(figures) == "Nothing was measured yet." and kernels.plots(figures) == []
+
+
+def test_kernel_above_a_roof_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expect 20 GB/s and 100 GFLOP/s in FP32, 300 in BF16, of the invented machine."""
+    monkeypatch.setattr(steps, "read_bandwidth", lambda device: 2e10)
+    fp32, bf16 = torch.ones(1), torch.ones(1, dtype=torch.bfloat16)
+    assert kernels.roof_seconds("x", 2e10, 0, [fp32], 1.0, setting()) == 1
+    assert kernels.roof_seconds("x", 1e10, 1e11, [fp32], 1.0, setting()) == 1
+    assert kernels.roof_seconds("x", 1e10, 1e11, [fp32, bf16], 1.0, setting()) == 0.5
+    with pytest.raises(ValueError, match=r"kernels x: 26.0 GB/s from memory is above the roof of 20.0"):
+        kernels.roof_seconds("x", 2.6e10, 0, [fp32], 1.0, setting())
+    with pytest.raises(ValueError, match="kernels x: 130 GFLOP/s are above the measured matrix peak"):
+        kernels.roof_seconds("x", 1, 1.3e11, [fp32], 1.0, setting())
+
+
+def test_kernel_that_differs_from_the_reference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @ops.operation("linear", cost=lambda x: ops.Cost(0, 0, 0))
+    def off(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.01 if ops.chosen() == "reference" else 1.0)
+
+    @ops.operation("quantize", cost=lambda x: ops.Cost(0, 0, 0))
+    def flips(x: torch.Tensor) -> torch.Tensor:
+        return x + (2**-23 if ops.chosen() == "reference" else 0)
+
+    for operation, words in ((off, "differs from the reference by 0.0099"), (flips, "bits are not the reference's")):
+        monkeypatch.setattr(operation, "_try_kernel", lambda backend, x, f=operation: f.reference(x))
+        with pytest.raises(AssertionError, match=words):
+            kernels.check(operation, [torch.ones(2, 2)])
+
+
+def test_operands_that_take_turns_fit_into_no_cache() -> None:
+    here = setting()
+    for name in ("linear", "attention_step"):
+        for calls in kernel_calls.CALLS[name](here):
+            weights = {}
+            for _, part, *_ in calls.turns:
+                tensors = (part,) if isinstance(part, torch.Tensor) else part.tensors
+                weights |= {t.data_ptr(): t.nbytes for t in tensors}
+            assert sum(weights.values()) >= kernel_calls.CACHES * here.roofs.cache_bytes
