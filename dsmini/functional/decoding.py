@@ -1,12 +1,14 @@
 """The two halves of a block in a decoding step, each with its norm and residual: attention, and the feed-forward.
 
-They are the operations of nn/ in one call each, so that a kernel can run a layer in two calls. `inference/decoding.py`
-takes the parts from a model's modules and calls them. Numbers between the operations are x's dtype, FP32 in decoding.
+They are the operations of nn/ in one call each, so that a kernel can run a layer in two calls. `inference/parts.py`
+takes the parts from a model's modules, and `inference/decoding.py` calls the operations. Numbers between them are x's
+dtype, FP32 in decoding.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,6 +25,13 @@ from dsmini.functional.swiglu import swiglu
 from dsmini.numerics import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
+
+
+class NormPart(NamedTuple):
+    """An RMSNorm."""
+
+    weight: Float[Tensor, " m"]
+    eps: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +62,7 @@ class AttentionPart:
         """kv_lora_rank."""
         return self.kv_norm.shape[0]
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
         return _tensors_of(weights)
@@ -80,7 +89,7 @@ class FeedForwardPart:
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend makes of the weights, by its name."""
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         experts = (self.gate, self.bias, self.e1, self.e2, self.e3)
         return _tensors_of((self.norm, self.w1, self.w2, self.w3, *experts))
@@ -90,6 +99,25 @@ def _tensors_of(weights: tuple[Weight | None, ...]) -> tuple[Tensor, ...]:
     """Return all tensors of some weights: those of codes are codes and scales."""
     there = [w for w in weights if w is not None]
     return tuple(t for w in there for t in ((w,) if isinstance(w, Tensor) else w.parts))
+
+
+def _normed_cost(x: Tensor, norm: NormPart, y: Tensor | None = None, y_norm: NormPart | None = None) -> ops.Cost:
+    inputs = 1 if y is None else 2
+    return ops.Cost(inputs * (x.nbytes + norm.weight.nbytes), inputs * x.nbytes, 0)
+
+
+@ops.operation("normed", cost=_normed_cost)
+def normed(
+    x: Float[Tensor, "*b m"], norm: NormPart, y: Float[Tensor, "*b m"] | None = None, y_norm: NormPart | None = None
+) -> Float[Tensor, "*b n"]:
+    """Return norm(x), or norm(x) and y_norm(y) side by side: the input of a multi-token prediction block.
+
+    Source: DeepSeek-V3 report, section 2.2, equation 21.
+    """
+    normed_x = rms_norm(x, norm.weight, norm.eps)
+    if y is None or y_norm is None:
+        return normed_x
+    return torch.cat((normed_x, rms_norm(y, y_norm.weight, y_norm.eps)), -1)
 
 
 def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:

@@ -38,12 +38,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str, weights: str = "float32") -> Transformer:
-    """Make a model whose matrices are held so; it computes in FP32."""
-    model = randomise(Transformer(ModelConfig(**MODELS[name]), compute_dtype=torch.float32)).eval()
+def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer:
+    """Make a model, with changes of its config, whose matrices are held so; it computes in FP32."""
+    model = randomise(Transformer(ModelConfig(**(MODELS[name] | changes)), compute_dtype=torch.float32)).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)
-    for module in [*model.layers.modules()] if weights == "fp8" else []:
+    for module in [*model.layers.modules(), *model.mtp.modules()] if weights == "fp8" else []:
         for parameter in scale_names(module):
             q = quantize(getattr(module, parameter).detach(), WEIGHT_TILE)
             hold_fp8(module, parameter, q.codes, q.scales)  # pyright: ignore[reportArgumentType]

@@ -98,6 +98,16 @@ int64_t check(const LinearCall& c) {
   return FINE;
 }
 
+int64_t check(const NormsCall& c) {
+  if (!sizes({c.n, c.dim}) || c.n < 1 || c.n > MOST_TOKENS || c.dim < 1) return BAD_SHAPE;
+  const bool two = c.second != nullptr;
+  if (!within(c.first, c.first_bytes, 4, c.n, c.dim) || !within(c.first_norm, c.first_norm_bytes, 4, c.dim) ||
+      (two && (!within(c.second, c.second_bytes, 4, c.n, c.dim) || !within(c.second_norm, c.second_norm_bytes, 4, c.dim))) ||
+      !within(c.y, c.y_bytes, 4, c.n, two ? 2 : 1, c.dim))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 template <class Call>
 using Run = bool (*)(const Call&);
 
@@ -137,5 +147,6 @@ float* scratch_of(int64_t numbers) {
   }
 #endif
 ENTRY(linear, LinearCall)
+ENTRY(norms, NormsCall)
 ENTRY(attention, AttentionCall)
 ENTRY(feed_forward, FeedForwardCall)

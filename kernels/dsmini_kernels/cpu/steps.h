@@ -23,6 +23,19 @@ struct LinearCall {
   Matrix w;
 };
 
+// y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
+struct NormsCall {
+  Place place;
+  int64_t n, dim;
+  const float *first, *second;
+  int64_t first_bytes, second_bytes;
+  const float *first_norm, *second_norm;
+  int64_t first_norm_bytes, second_norm_bytes;
+  float* y;
+  int64_t y_bytes;
+  double first_eps, second_eps;
+};
+
 // x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
 struct AttentionCall {
   Place place;
@@ -67,6 +80,7 @@ struct FeedForwardCall {
 #define FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512)
 #define DECLARE(isa)                                   \
   bool linear_##isa(const LinearCall&);                \
+  bool norms_##isa(const NormsCall&);                  \
   bool attention_##isa(const AttentionCall&);          \
   bool feed_forward_##isa(const FeedForwardCall&);
 FOR_EACH_ISA(DECLARE)

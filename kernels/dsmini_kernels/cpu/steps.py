@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, LINEAR, Library, library
+from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, LINEAR, NORMS, Library, library
 from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32
 """Number of tokens up to which a product reads each weight once and is bound by memory. torch multiplies more."""
-SMALL = 1 << 16
-"""Number of weights below which a call of torch's product costs less."""
+SMALL = 1 << 15
+"""Number of weights below which a call of torch's product costs less, where its threads find their cores free."""
 THREADED = 1 << 16
 """Number of multiplications from which two threads are faster than one."""
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
@@ -49,7 +49,7 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     w = matrix(weight)
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
-    y = torch.empty((*x.shape[:-1], w[3]), dtype=x.dtype, device="cpu")
+    y = x.new_empty(*x.shape[:-1], w[3])
     lib = library()
     isa, threads = place(lib)
     threads = threads if weight.shape.numel() * rows >= THREADED else 1
@@ -66,6 +66,27 @@ def _torch_is_faster(x: Tensor) -> bool:
 def _has_bf16_units() -> bool:
     """Return True if torch can use AVX-512's BF16 products; ONEDNN_MAX_CPU_ISA may forbid it."""
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
+    """Return norm(x), or norm(x) and y_norm(y) side by side."""
+    rows = x.shape[:-1].numel()
+    if x.dtype != torch.float32 or not 1 <= rows <= MOST_TOKENS:
+        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}")
+    if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
+        raise Unserved(f"{list(y.shape)} numbers of {y.dtype} next to {list(x.shape)} of {x.dtype}")
+    x, y = detached(x).contiguous(), None if y is None else detached(y).contiguous()
+    inputs = 1 if y is None else 2
+    out = x.new_empty(*x.shape[:-1], inputs * x.shape[-1])
+    (a, x_bytes), (b, y_bytes) = span(x), span(y)
+    weights = _vectors(norm.weight, None if y is None else y_norm.weight)
+    lib = library()
+    call = (
+        *(*place(lib), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
+        *(norm.eps, 0.0 if y is None else y_norm.eps),
+    )
+    run(lib.norms, NORMS, call)
+    return out
 
 
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
