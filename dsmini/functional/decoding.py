@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.cached_attention import absorbed_attention
+from dsmini.functional.cached_attention import absorbed_attention, cached_attention
 from dsmini.functional.experts import quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.functional.rms_norm import rms_norm
@@ -66,6 +66,27 @@ class AttentionPart:
     def tensors(self) -> tuple[Tensor, ...]:
         weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
         return _tensors_of(weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedAttentionPart:
+    """The weights of MHA, GQA or MQA and of the norm before it."""
+
+    norm: Float[Tensor, " m"]
+    eps: float
+    wq: Weight
+    wk: Weight
+    wv: Weight
+    wo: Weight
+    n_heads: int
+    n_kv_heads: int
+    scale: float
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend makes of the weights, by its name."""
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return _tensors_of((self.norm, self.wq, self.wk, self.wv, self.wo))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,6 +183,40 @@ def attention_step(
     q_rope = apply_rope(q_rope, table)
     y = absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv.transpose(1, 2), part.scale, past.window.mask)
     return x + multiply(y, part.wo)
+
+
+def _grouped_cost(x: Tensor, part: GroupedAttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
+    b, s, _ = x.shape
+    keys, data = int(starts.sum()) + b * s, past.store.data
+    row = data.shape[2] * data.element_size()
+    products = sum(w.shape[0] * w.shape[1] for w in (part.wq, part.wk, part.wv, part.wo))
+    widths = part.wq.shape[0] + part.wo.shape[1]  # of all heads: a key's, and a value's
+    read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
+    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + 2 * s * keys * widths)
+
+
+@ops.operation("grouped_attention_step", cost=_grouped_cost)
+def grouped_attention_step(
+    x: Float[Tensor, "b s m"], part: GroupedAttentionPart, past: Any, table: Table, starts: Int[Tensor, " b"]
+) -> Float[Tensor, "b s m"]:
+    """Return x + Attention(norm(x)) for new tokens, and append their rows to the cache: MHA, GQA and MQA.
+
+    Args:
+        past, starts: as in attention_step.
+
+    Source: Ainslie et al. 2023, for groups of heads that share keys and values.
+    """
+    # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
+    normed = rms_norm(x, part.norm, part.eps)
+    q = apply_rope(rearrange(multiply(normed, part.wq), "b s (h d) -> b s h d", h=part.n_heads), table)
+    k = apply_rope(rearrange(multiply(normed, part.wk), "b s (g d) -> b s g d", g=part.n_kv_heads), table).flatten(2)
+    # 2. the cache with the new rows: [b, t, g d] and [b, t, g v]
+    past.append((k, multiply(normed, part.wv)))
+    rows = past.store.read(past.window.end, x.dtype).tensor_split((k.shape[-1],), -1)
+    # 3. attention: [b, h, s, v]
+    keys, values = (rearrange(each, "b t (g d) -> b g t d", g=part.n_kv_heads) for each in rows)
+    y = cached_attention(q.transpose(1, 2), keys, values, part.scale, past.window.mask)
+    return x + multiply(rearrange(y, "b h s v -> b s (h v)"), part.wo)
 
 
 def _feed_forward_cost(x: Tensor, part: FeedForwardPart, result: tuple[Tensor, ...]) -> ops.Cost:

@@ -10,7 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.decoding import attention_step, feed_forward_step, multiply, normed
+from dsmini.functional.decoding import (
+    GroupedAttentionPart,
+    attention_step,
+    feed_forward_step,
+    grouped_attention_step,
+    multiply,
+    normed,
+)
 from dsmini.inference.parts import Parts, mtp_parts_of, norm_of, parts_of
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import MTPCache, Past
@@ -121,7 +128,11 @@ def _block(
     x: Float[Tensor, "b s m"], parts: Parts, past: Past, table: tuple[Tensor, Tensor], starts: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
     """Run a block that is taken apart."""
-    x = attention_step(x, parts[0], past, table, starts)
+    attention = parts[0]
+    if isinstance(attention, GroupedAttentionPart):
+        x = grouped_attention_step(x, attention, past, table, starts)
+    else:
+        x = attention_step(x, attention, past, table, starts)
     y, *decided = feed_forward_step(x.flatten(0, 1), parts[1])
     return y.view(x.shape), None if parts[1].gate is None else Routing(*decided)
 

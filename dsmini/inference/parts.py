@@ -11,14 +11,15 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsmini.functional.decoding import AttentionPart, FeedForwardPart, NormPart, Weight
+from dsmini.functional.decoding import AttentionPart, FeedForwardPart, GroupedAttentionPart, NormPart, Weight
 from dsmini.nn import MLA, MTP, Block, FeedForward, MoE, RMSNorm
+from dsmini.nn.attention import Attention
 from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, route
 from dsmini.nn.linear import Linear
 
-Parts = tuple[AttentionPart, FeedForwardPart]
+Parts = tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,11 @@ class MTPParts:
 
 def parts_of(block: nn.Module) -> Parts | None:
     """Take a block apart, or return None if some module of it must run as it is."""
-    if not (isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, MLA)):
+    if not (isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, MLA, Attention)):
         return None
+    take_apart = _attention_part if isinstance(block.attn, MLA) else _grouped_part
     attention, feed_forward = (
-        _attention_part(block.attn, block.attn_norm),
+        take_apart(block.attn, block.attn_norm),
         _feed_forward_part(block.ffn, block.ffn_norm),
     )
     return None if attention is None or feed_forward is None else (attention, feed_forward)
@@ -95,6 +97,23 @@ def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
         eps=_eps(norm),
         q_eps=0.0 if attn.q_norm is None else _eps(attn.q_norm),
         kv_eps=_eps(attn.kv_norm),
+    )
+
+
+def _grouped_part(attn: Any, norm: nn.Module) -> GroupedAttentionPart | None:
+    fine = attn.mask is None and attn.q_head_norm is None and is_plain(norm, RMSNorm)
+    if not fine or not all(is_plain(w, Linear, QuantizedLinear) for w in (attn.wq, attn.wk, attn.wv, attn.wo)):
+        return None
+    return GroupedAttentionPart(
+        norm=_weight(norm),
+        eps=_eps(norm),
+        wq=_operand(attn.wq),
+        wk=_operand(attn.wk),
+        wv=_operand(attn.wv),
+        wo=_operand(attn.wo),
+        n_heads=attn.n_heads,
+        n_kv_heads=attn.n_kv_heads,
+        scale=attn.scale,
     )
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from dsmini import MLA, ModelConfig, Transformer, generate, ops
 from dsmini.inference.decoding import Decoder
 from dsmini.nn import MTP, Block, Cache, MoE
+from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
 from dsmini.nn.mtp import MTPChain
 from tests.conftest import SMALL, randomise
-from tests.helpers.decoding import MODELS, model_of
+from tests.helpers.decoding import GROUPED, MODELS, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
@@ -42,7 +43,7 @@ def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | Non
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | GROUPED)
 def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     model = model_of(name, weights)
     assert None not in Decoder(model).parts
@@ -122,6 +123,7 @@ def test_drafts_agree_with_the_modules(weights: str, mtp_input: str) -> None:
     check_drafts(model, [70], 1)
     check_drafts(model, [9, 66, 5], 3)
     check_drafts(model, [9, 66, 5], 3, [2, 0, 3])
+    check_drafts(model_of("gqa", weights, n_mtp_layers=2, mtp_input=mtp_input), [9, 66, 5], 3, [2, 0, 3])
 
 
 def test_drafts_at_the_ends_of_a_cache_agree_with_the_modules(small_model: Model) -> None:
@@ -223,22 +225,34 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Transformer], None] | None]] 
     "mask": ({"make_block": partial(Block, attention_class=partial(MLA, mask=lambda q, k: q - k >= 4))}, None),
     "gate": ({"make_block": partial(Block, moe_class=partial(MoE, gate_class=OtherGate))}, None),
     "block": ({"make_block": Doubled}, None),
+    "mask of mha": (
+        {
+            "attention": "mha",
+            "make_block": partial(Block, attention_class=partial(Attention, mask=lambda q, k: q - k >= 4)),
+        },
+        None,
+    ),
+    "hook on wk of mha": ({"attention": "mha"}, _hook("attn.wk")),
+    "wrapped wv of mha": ({"attention": "mha"}, _wrap("attn.wv")),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_is_heeded(name: str) -> None:
     options, change = CHANGES[name]
-    model = randomise(Transformer(ModelConfig(**(SMALL | {"n_mtp_layers": 0})), **options)).eval()
+    modules = {key: value for key, value in options.items() if key != "attention"}
+    config = ModelConfig(**(SMALL | {"n_mtp_layers": 0, "attention": options.get("attention", "mla")}))
+    model = randomise(Transformer(config, **modules)).eval()
     if change is not None:
         change(model)
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
 
-@pytest.mark.parametrize("changes", [{"attention": "gqa", "n_kv_heads": 1, "n_mtp_layers": 0}, {"qk_norm": True}])
-def test_other_attention_runs_as_it_is(small_model: Model, changes: dict[str, Any]) -> None:
-    model = small_model(**({"n_mtp_layers": 0} | changes))
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_normed_heads_run_as_they_are(small_model: Model, attention: str) -> None:
+    model = small_model(n_mtp_layers=0, attention=attention, qk_norm=True)
+    assert set(Decoder(model).parts) == {None}
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
@@ -268,8 +282,9 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
 
 
 @pytest.mark.parametrize("speculative", [False, True])
-def test_texts_are_those_of_plain_torch(speculative: bool) -> None:
-    model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256})))).eval()
+@pytest.mark.parametrize("attention", ["mla", "mqa"])
+def test_texts_are_those_of_plain_torch(speculative: bool, attention: str) -> None:
+    model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256, "attention": attention})))).eval()
     prompts = [[5, 3, 8], [1], [7] * 20]
     for ends in (None, [3, 19]):  # rows that end early leave the cache
         with ops.use("eager"):

@@ -18,24 +18,13 @@ from dsmini.inference.parts import parts_of
 from dsmini.nn import Cache
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import build, steps
-from tests.helpers.cpu_kernels import LIBRARY
+from dsmini_kernels.cpu import steps
 from tests.helpers.decoding import CACHES, MODELS, ROOM, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
 """Eight products follow each other in a step; the longest sum has 512 terms."""
 LENGTHS = ([1], [63], [64, 65, 1], [129], [300, 7])
-
-
-@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
-def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    number = build.ISA_NUMBERS[request.param]
-    if number > LIBRARY.isa:
-        pytest.skip(f"this CPU has no {request.param}")
-    forced = dataclasses.replace(LIBRARY, isa=number)
-    monkeypatch.setattr(steps, "library", lambda: forced)
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -34,13 +34,24 @@ inline void decode_bf16(const char* p, int64_t n, float* out) {
   }
 }
 
+// Numbers of a cache in FP32 or BF16.
+inline void decode_numbers(int64_t type, const char* p, int64_t n, float* out) {
+  if (type == CACHE_FP32)
+    memcpy(out, p, n * 4);
+  else
+    decode_bf16(p, n, out);
+}
+inline void encode_numbers(int64_t type, const float* x, int64_t n, char* to) {
+  if (type == CACHE_FP32)
+    memcpy(to, x, n * 4);
+  else
+    for (int64_t i = 0; i < n; ++i) store(to + 2 * i, rounded_bf16(x[i]));
+}
+
 inline void decode_row(const Rows& rows, int64_t t, float* out) {
   const char* p = rows.data + t * rows.stride;
-  const int64_t all = rows.latent + rows.rope;
-  if (rows.type == CACHE_FP32) {
-    memcpy(out, p, all * 4);
-  } else if (rows.type == CACHE_BF16) {
-    decode_bf16(p, all, out);
+  if (rows.type != CACHE_FP8) {
+    decode_numbers(rows.type, p, rows.latent + rows.rope, out);
   } else {
     const char* scales = p + rows.latent;
     for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
@@ -92,60 +103,92 @@ inline void add_values(const float* weights, const float* keep, const float* val
   }
 }
 
-// The part of the context [from, to) for `n` query rows of one sequence. Row r sees keys up to last[r], included.
-// q: rows of `q_stride` numbers, zero after latent + rope, scaled. high, total: [n]; out: [n, out_stride], out_stride =
-// latent rounded up to ALIGNED. Scratch: KEYS * q_stride + (n + 4) * (KEYS + 1) numbers.
+// What `n` query rows of one sequence see of the keys [at, at + some), some <= KEYS. Row r sees keys up to last[r],
+// included. q: rows of `stride` numbers, scaled, zero after `width`, as keys are; values: rows of `v_stride` numbers, of
+// which `value` count. high, total: [n]; out: [n, out_stride]. All strides are multiples of ALIGNED.
+// logits: (n + 4) * KEYS numbers; keep: n numbers.
+inline void attend_block(int64_t at, int64_t some, const float* keys, int64_t stride, int64_t width, const float* values,
+                         int64_t v_stride, int64_t value, const float* q, int64_t n, const int64_t* last, float* high,
+                         float* total, float* out, int64_t out_stride, float* logits, float* keep) {
+  const int64_t padded_width = round_up(width, LANES);
+  // keys from `some` on are those of the turn before: their logits are not read
+  for (int64_t t = 0; t < some; t += 4) {
+    const float* four = keys + t * stride;
+    int64_t r = 0;
+    for (; r + QUERIES <= n; r += QUERIES)
+      logits_of<QUERIES>(q + r * stride, stride, four, stride, padded_width, logits + r * KEYS + t);
+    for (; r < n; ++r) logits_of<1>(q + r * stride, stride, four, stride, padded_width, logits + r * KEYS + t);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    float* row = logits + r * KEYS;
+    const int64_t seen = least(some, last[r] + 1 - at);
+    if (seen <= 0) {
+      keep[r] = 1;
+      memset(row, 0, KEYS * 4);
+      continue;
+    }
+    float top = high[r];
+    for (int64_t t = 0; t < seen; ++t) top = row[t] > top ? row[t] : top;
+    for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
+    keep[r] = total[r] == 0 && high[r] == -INFINITY ? 0 : expf(high[r] - top);
+    F sums{};
+    for (int64_t t = 0; t < KEYS; t += LANES) {
+      const F p = exponential(load<F>(row + t) - splat(top));
+      store(row + t, p);
+      sums += p;
+    }
+    for (int64_t t = seen; t < KEYS; ++t) row[t] = 0;  // NaN - NaN of hidden keys
+    total[r] = total[r] * keep[r] + sum(sums), high[r] = top;
+  }
+  int64_t r = 0;
+  for (; r + 4 <= n; r += 4)
+    add_values<4>(logits + r * KEYS, keep + r, values, v_stride, some, value, out + r * out_stride, out_stride);
+  for (; r < n; ++r)
+    add_values<1>(logits + r * KEYS, keep + r, values, v_stride, some, value, out + r * out_stride, out_stride);
+}
+
+// Makes `n` query rows ready for the first block of a part.
+inline void begin_part(int64_t n, float* high, float* total, float* out, int64_t out_stride) {
+  memset(out, 0, n * out_stride * 4);
+  for (int64_t r = 0; r < n; ++r) high[r] = -INFINITY, total[r] = 0;
+}
+
+inline void prefetch(const char* p, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line);
+}
+
+// The part of the context [from, to) for `n` query rows of one sequence, whose keys are rows of latents and whose values
+// are the latents. Arguments as of attend_block. Scratch: KEYS * q_stride + (n + 4) * (KEYS + 1) numbers.
 inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float* q, int64_t q_stride, int64_t n,
                         const int64_t* last, float* high, float* total, float* out, int64_t out_stride, float* scratch) {
   float* keys = scratch;
   float* logits = keys + KEYS * q_stride;
-  float* keep = logits + (n + 4) * KEYS;
   memset(keys, 0, KEYS * q_stride * 4);
-  memset(out, 0, n * out_stride * 4);
-  for (int64_t r = 0; r < n; ++r) high[r] = -INFINITY, total[r] = 0;
-  const int64_t width = rows.latent + rows.rope, padded_width = round_up(width, LANES);
+  begin_part(n, high, total, out, out_stride);
   for (int64_t at = from; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
     for (int64_t t = 0; t < some; ++t) {
-      const char* next = rows.data + (at + t + KEYS) * rows.stride;
-      for (int64_t line = 0; line < rows.stride; line += 64) __builtin_prefetch(next + line);
+      prefetch(rows.data + (at + t + KEYS) * rows.stride, rows.stride);
       decode_row(rows, at + t, keys + t * q_stride);
     }
-    // keys from `some` on are those of the turn before: their logits are not read
-    for (int64_t t = 0; t < some; t += 4) {
-      const float* four = keys + t * q_stride;
-      int64_t r = 0;
-      for (; r + QUERIES <= n; r += QUERIES)
-        logits_of<QUERIES>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
-      for (; r < n; ++r) logits_of<1>(q + r * q_stride, q_stride, four, q_stride, padded_width, logits + r * KEYS + t);
-    }
-    for (int64_t r = 0; r < n; ++r) {
-      float* row = logits + r * KEYS;
-      const int64_t seen = least(some, last[r] + 1 - at);
-      if (seen <= 0) {
-        keep[r] = 1;
-        memset(row, 0, KEYS * 4);
-        continue;
-      }
-      float top = high[r];
-      for (int64_t t = 0; t < seen; ++t) top = row[t] > top ? row[t] : top;
-      for (int64_t t = seen; t < KEYS; ++t) row[t] = -INFINITY;
-      keep[r] = total[r] == 0 && high[r] == -INFINITY ? 0 : expf(high[r] - top);
-      F sums{};
-      for (int64_t t = 0; t < KEYS; t += LANES) {
-        const F p = exponential(load<F>(row + t) - splat(top));
-        store(row + t, p);
-        sums += p;
-      }
-      for (int64_t t = seen; t < KEYS; ++t) row[t] = 0;  // NaN - NaN of hidden keys
-      total[r] = total[r] * keep[r] + sum(sums), high[r] = top;
-    }
-    int64_t r = 0;
-    for (; r + 4 <= n; r += 4)
-      add_values<4>(logits + r * KEYS, keep + r, keys, q_stride, some, rows.latent, out + r * out_stride, out_stride);
-    for (; r < n; ++r)
-      add_values<1>(logits + r * KEYS, keep + r, keys, q_stride, some, rows.latent, out + r * out_stride, out_stride);
+    attend_block(at, some, keys, q_stride, rows.latent + rows.rope, keys, q_stride, rows.latent, q, n, last, high, total,
+                 out, out_stride, logits, logits + (n + 4) * KEYS);
   }
+}
+
+// The parts that a context is cut into.
+inline int64_t parts_of(int64_t keys) {
+  const int64_t length = part_length(keys);
+  return (keys + length - 1) / length;
+}
+
+// Products of all tokens with rows of a weight; ROWS rows are an item.
+constexpr int64_t ROWS = 32;
+inline int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+template <class Put>
+inline void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
+  const int64_t from = item * ROWS, to = least(w.rows, from + ROWS);
+  with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
 }
 
 // The weighted mean of values over all parts, of one query row: high, total and out of a part are `stride` numbers

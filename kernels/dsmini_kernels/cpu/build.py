@@ -47,6 +47,7 @@ FOR_EACH_ISA = {
     "linear.cpp": PRODUCTS,
     "norms.cpp": PRODUCTS,
     "attention.cpp": PRODUCTS,
+    "grouped_attention.cpp": PRODUCTS,
     "feed_forward.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
@@ -64,11 +65,13 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, NORMS, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=78q2d"))
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD = (
+    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d")
+)
 """struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "feed_forward")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward")
 """Functions of the library, in the order of Library's fields."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, FEED_FORWARD)]
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -89,6 +92,7 @@ class Library:
     linear: "ctypes._NamedFuncPointer"
     norms: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
+    grouped: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
 
 
