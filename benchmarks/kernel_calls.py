@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.case import Setting
 from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
-from dsmini.inference.decoding import parts_of
+from dsmini.functional.decoding import NormPart
+from dsmini.inference.parts import parts_of
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn.cache import CacheDtype
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE
@@ -109,6 +110,30 @@ def feed_forward_step(setting: Setting) -> Iterator[Calls]:
                 yield Calls(f"{NAMES[weights]} {name}", rows, every)
 
 
+def grouped_attention_step(setting: Setting) -> Iterator[Calls]:
+    """Yield attention of one sequence with a key and a value for each head, and for each group of two."""
+    wide = shapes.wide(setting.quick)
+    for kind, key_heads in (("mha", None), ("gqa", wide.n_heads // 2)):
+        one = {"vocab_size": 128, "n_layers": 1, "inter_dim": 128, "q_lora_rank": None}
+        config = dataclasses.replace(wide, attention=kind, n_kv_heads=key_heads, **one)
+        model = random_model(config, setting.device, torch.bfloat16)
+        part = _part(model, 0, torch.bfloat16)
+        parts = _copies(part, turns(setting, sum(t.nbytes for t in part.tensors)))
+        for context in (128, 1024 if setting.quick else 8192):
+            calls = [(torch.randn(1, 1, config.dim), p, *_place(model, 1, context, torch.bfloat16)) for p in parts]
+            yield Calls(f"{kind.upper()} in BF16, context {context}", 1, calls)
+
+
+def normed(setting: Setting) -> Iterator[Calls]:
+    """Yield the norm of one and of several states, and of two side by side as multi-token prediction joins them."""
+    dim = shapes.wide(setting.quick).dim
+    norm = NormPart(torch.ones(dim), 1e-6)
+    for rows in (1, BATCH):
+        xs = [torch.randn(2, rows, dim) for _ in range(turns(setting, 8 * rows * dim))]
+        yield Calls("FP32", rows, [(x[0], norm) for x in xs])
+        yield Calls("FP32, two of them", rows, [(x[0], norm, x[1], norm) for x in xs])
+
+
 def _part(model: Transformer, which: int, weights: CacheDtype) -> Any:
     """Return the weights of a model's first block as a call takes them.
 
@@ -184,7 +209,9 @@ def round_tiles(setting: Setting) -> Iterator[Calls]:
 CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "linear": linear,
     "quantized_linear": quantized_linear,
+    "normed": normed,
     "attention_step": attention_step,
+    "grouped_attention_step": grouped_attention_step,
     "feed_forward_step": feed_forward_step,
     "quantize": quantize_tiles,
     "dequantize": dequantize_tiles,

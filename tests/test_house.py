@@ -237,10 +237,10 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4060,
+    "benchmarks": 4090,
     "dsmini/accounting": 1300,
-    "dsmini/functional": 1250,
-    "dsmini/inference": 1250,
+    "dsmini/functional": 1380,
+    "dsmini/inference": 1450,
     "dsmini/measure": 1180,
     "dsmini/nn": 2180,
     "dsmini/report": 1490,

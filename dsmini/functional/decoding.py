@@ -1,12 +1,14 @@
 """The two halves of a block in a decoding step, each with its norm and residual: attention, and the feed-forward.
 
-They are the operations of nn/ in one call each, so that a kernel can run a layer in two calls. `inference/decoding.py`
-takes the parts from a model's modules and calls them. Numbers between the operations are x's dtype, FP32 in decoding.
+They are the operations of nn/ in one call each, so that a kernel can run a layer in two calls. `inference/parts.py`
+takes the parts from a model's modules, and `inference/decoding.py` calls the operations. Numbers between them are x's
+dtype, FP32 in decoding.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.cached_attention import absorbed_attention
+from dsmini.functional.cached_attention import absorbed_attention, cached_attention
 from dsmini.functional.experts import quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.functional.rms_norm import rms_norm
@@ -23,6 +25,13 @@ from dsmini.functional.swiglu import swiglu
 from dsmini.numerics import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
+
+
+class NormPart(NamedTuple):
+    """An RMSNorm."""
+
+    weight: Float[Tensor, " m"]
+    eps: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,10 +62,31 @@ class AttentionPart:
         """kv_lora_rank."""
         return self.kv_norm.shape[0]
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
         return _tensors_of(weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedAttentionPart:
+    """The weights of MHA, GQA or MQA and of the norm before it."""
+
+    norm: Float[Tensor, " m"]
+    eps: float
+    wq: Weight
+    wk: Weight
+    wv: Weight
+    wo: Weight
+    n_heads: int
+    n_kv_heads: int
+    scale: float
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend makes of the weights, by its name."""
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return _tensors_of((self.norm, self.wq, self.wk, self.wv, self.wo))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +110,7 @@ class FeedForwardPart:
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend makes of the weights, by its name."""
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         experts = (self.gate, self.bias, self.e1, self.e2, self.e3)
         return _tensors_of((self.norm, self.w1, self.w2, self.w3, *experts))
@@ -90,6 +120,25 @@ def _tensors_of(weights: tuple[Weight | None, ...]) -> tuple[Tensor, ...]:
     """Return all tensors of some weights: those of codes are codes and scales."""
     there = [w for w in weights if w is not None]
     return tuple(t for w in there for t in ((w,) if isinstance(w, Tensor) else w.parts))
+
+
+def _normed_cost(x: Tensor, norm: NormPart, y: Tensor | None = None, y_norm: NormPart | None = None) -> ops.Cost:
+    inputs = 1 if y is None else 2
+    return ops.Cost(inputs * (x.nbytes + norm.weight.nbytes), inputs * x.nbytes, 0)
+
+
+@ops.operation("normed", cost=_normed_cost)
+def normed(
+    x: Float[Tensor, "*b m"], norm: NormPart, y: Float[Tensor, "*b m"] | None = None, y_norm: NormPart | None = None
+) -> Float[Tensor, "*b n"]:
+    """Return norm(x), or norm(x) and y_norm(y) side by side: the input of a multi-token prediction block.
+
+    Source: DeepSeek-V3 report, section 2.2, equation 21.
+    """
+    normed_x = rms_norm(x, norm.weight, norm.eps)
+    if y is None or y_norm is None:
+        return normed_x
+    return torch.cat((normed_x, rms_norm(y, y_norm.weight, y_norm.eps)), -1)
 
 
 def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
@@ -134,6 +183,40 @@ def attention_step(
     q_rope = apply_rope(q_rope, table)
     y = absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv.transpose(1, 2), part.scale, past.window.mask)
     return x + multiply(y, part.wo)
+
+
+def _grouped_cost(x: Tensor, part: GroupedAttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
+    b, s, _ = x.shape
+    keys, data = int(starts.sum()) + b * s, past.store.data
+    row = data.shape[2] * data.element_size()
+    products = sum(w.shape[0] * w.shape[1] for w in (part.wq, part.wk, part.wv, part.wo))
+    widths = part.wq.shape[0] + part.wo.shape[1]  # of all heads: a key's, and a value's
+    read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
+    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + 2 * s * keys * widths)
+
+
+@ops.operation("grouped_attention_step", cost=_grouped_cost)
+def grouped_attention_step(
+    x: Float[Tensor, "b s m"], part: GroupedAttentionPart, past: Any, table: Table, starts: Int[Tensor, " b"]
+) -> Float[Tensor, "b s m"]:
+    """Return x + Attention(norm(x)) for new tokens, and append their rows to the cache: MHA, GQA and MQA.
+
+    Args:
+        past, starts: as in attention_step.
+
+    Source: Ainslie et al. 2023, for groups of heads that share keys and values.
+    """
+    # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
+    normed = rms_norm(x, part.norm, part.eps)
+    q = apply_rope(rearrange(multiply(normed, part.wq), "b s (h d) -> b s h d", h=part.n_heads), table)
+    k = apply_rope(rearrange(multiply(normed, part.wk), "b s (g d) -> b s g d", g=part.n_kv_heads), table).flatten(2)
+    # 2. the cache with the new rows: [b, t, g d] and [b, t, g v]
+    past.append((k, multiply(normed, part.wv)))
+    rows = past.store.read(past.window.end, x.dtype).tensor_split((k.shape[-1],), -1)
+    # 3. attention: [b, h, s, v]
+    keys, values = (rearrange(each, "b t (g d) -> b g t d", g=part.n_kv_heads) for each in rows)
+    y = cached_attention(q.transpose(1, 2), keys, values, part.scale, past.window.mask)
+    return x + multiply(rearrange(y, "b h s v -> b s (h v)"), part.wo)
 
 
 def _feed_forward_cost(x: Tensor, part: FeedForwardPart, result: tuple[Tensor, ...]) -> ops.Cost:

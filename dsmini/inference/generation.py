@@ -11,8 +11,8 @@ from torch import Tensor
 from dsmini.inference.decoding import Decoder
 from dsmini.inference.prefill import padded, prefill
 from dsmini.inference.prompts import check_request, check_room, rows_of
-from dsmini.inference.sampling import Sampling, draw
-from dsmini.inference.speculative import Drafter, accept
+from dsmini.inference.sampling import Sampling, draw, likeliest
+from dsmini.inference.speculative import Drafter, accept, agreed
 from dsmini.inference.stats import Stats
 from dsmini.inference.traffic import StepTraffic
 from dsmini.nn import Transformer
@@ -116,7 +116,7 @@ class Generation:
         self.cache = model.new_cache(len(prompts), room, cache_dtype, mtp=speculative)
         self.decoder = Decoder(model)
         self.traffic = StepTraffic(model, self.cache)
-        self.drafter = Drafter(model, self.cache, self.sampling, generator) if speculative else None
+        self.drafter = Drafter(self.decoder, self.cache, self.sampling, generator) if speculative else None
         self._active = list(range(len(prompts)))
         """The row that each sequence of the cache belongs to."""
         self._device = model.device
@@ -185,23 +185,28 @@ class Generation:
 
     def _step(self) -> list[list[int]]:
         """Run one decoding step of all rows; return the new tokens of each."""
-        last = torch.tensor([self.rows[row][-1:] for row in self._active], device=self._device)
-        live = self._live()
+        tokens = torch.tensor([self.rows[row][-1:] for row in self._active], device=self._device)
+        live = [self._left[row] > 0 for row in self._active]
         # 1. the last token of each row and its guesses: [b, s]
-        guesses, q = last[:, :0], []
+        guesses, q = tokens[:, :0], []
         if self.drafter is not None:
-            guesses, q = self.drafter.guess(last, live, self._seen())
-        tokens = torch.cat((last, guesses), 1)
-        # 2. the model's distribution after each of them: [b, s, v]
+            guesses, q = self.drafter.guess(tokens, live, self._seen())
+            tokens = torch.cat((tokens, guesses), 1)
+        # 2. the model's logits after each of them: [b, s, v]
         start = self.cache.lengths
-        states = self.decoder.states(tokens, self.cache, None if bool(live.all()) else live * tokens.shape[1])
-        p = self._probabilities(self.model.head(states.normed), guesses)
+        new = None if all(live) else torch.tensor(live) * tokens.shape[1]
+        states = self.decoder.states(tokens, self.cache, new)
+        logits = self.model.head(states.normed)
         # 3. the accepted guesses of each row, and one more token
-        picked = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
+        if self.sampling.greedy:
+            picked = [agreed(*row) for row in zip(guesses.tolist(), likeliest(logits).tolist(), strict=True)]
+        else:
+            p = self._probabilities(logits, guesses)
+            picked = [accept(guesses[i].tolist(), [d[i] for d in q], p[i], self.generator) for i in range(len(p))]
         if self.drafter is not None:
-            kept = torch.tensor([len(tokens) for tokens in picked]) * live
+            kept = [len(tokens) * is_live for tokens, is_live in zip(picked, live, strict=True)]
             self.drafter.settle(start, padded(picked).to(self._device), kept, states.given)
-        self._steps += int(live.sum())
+        self._steps += sum(live)
         self._batches += 1
         self.traffic.add(start, tokens.shape[1], states.routing)
         return picked
@@ -224,10 +229,6 @@ class Generation:
             seen[i, self.rows[row]] = True
         return seen.to(self._device)
 
-    def _live(self) -> Bool[Tensor, " b"]:
-        """Return which sequences of the cache have not ended."""
-        return torch.tensor([self._left[row] > 0 for row in self._active])
-
     def _drop_ended(self) -> None:
         """Free the cache of the rows that have ended, once they are at least half of all rows."""
         live = [i for i, row in enumerate(self._active) if self._left[row]]
@@ -244,10 +245,12 @@ class Generation:
         The cache of multi-token prediction can only start again for all rows, so then all rows are read again.
         """
         room = self.cache.max_seq_len
-        full = self._live() & (self.cache.lengths >= room)
-        if not bool(full.any()):
+        lengths = self.cache.lengths.tolist()
+        live = [self._left[row] > 0 for row in self._active]
+        full = [is_live and n >= room for is_live, n in zip(live, lengths, strict=True)]
+        if not any(full):
             return
-        again = full if self.drafter is None else torch.ones_like(full)
+        again = torch.tensor(full) | (self.drafter is not None)
         self.cache.truncate(torch.where(again, 0, self.cache.lengths))
         contexts: list[list[int]] = []
         for i, row in enumerate(self._active):

@@ -52,6 +52,11 @@ class Sampling:
         )
         require(_is_number(r) and r > 0, f"repetition_penalty={r} is not above 0; use 1 for none, 1.1 for a mild one")
 
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is taken, whatever the row holds."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def probabilities(self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None) -> Tensor:
         """Return the FP32 distribution [b, v] of the next token of each row.
 
@@ -82,13 +87,24 @@ class Sampling:
         return scores.softmax(-1)
 
 
+def likeliest(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
+    """Return the token of the largest logit, the lowest id among equals.
+
+    Raises: ValueError for logits that are not finite.
+    """
+    _require_finite(logits)
+    return logits.argmax(-1)
+
+
 def draw(probabilities: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
     """Draw one token for each row with a probability proportional to its weight.
 
     The draw is on the generator's device, so that a seed gives the same tokens on every device of the model.
     """
     device = probabilities.device if generator is None else generator.device
-    drawn = torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(1)
+    p = probabilities.to(device)
+    # a race of exponential waiting times, as torch.multinomial runs it for one draw, without its checks
+    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
     return drawn.to(probabilities.device)
 
 
@@ -106,12 +122,12 @@ def _top_p(probabilities: Tensor, p: float) -> Tensor:
     return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < p)
 
 
-def _require_finite(scores: Tensor) -> None:
-    broken = ~scores.isfinite()
-    if broken.any():
-        row, token = (int(i) for i in broken.nonzero()[0])
+def _require_finite(scores: Float[Tensor, "*b v"]) -> None:
+    """Raise ValueError for a logit that is NaN or infinite."""
+    if not all(map(math.isfinite, map(float, scores.aminmax()))):  # NaN is the smallest and the largest number then
+        row, *_, token = at = tuple(int(i) for i in (~scores.isfinite()).nonzero()[0])
         raise ValueError(
-            f"row {row}: the model gives token {token} the logit {scores[row, token].item()}, which is not finite; "
+            f"row {row}: the model gives token {token} the logit {scores[at].item()}, which is not finite; "
             "its weights are damaged, or too large for this dtype: try float32"
         )
 

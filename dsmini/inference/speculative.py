@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsmini.inference.sampling import Sampling, draw
-from dsmini.nn import Cache, Transformer
+from dsmini.inference.decoding import Decoder
+from dsmini.inference.sampling import Sampling, draw, likeliest
+from dsmini.nn import Cache
 from dsmini.nn.positions import last_valid
 
 
@@ -25,15 +26,15 @@ class Drafter:
     """
 
     def __init__(
-        self, model: Transformer, cache: Cache, sampling: Sampling, generator: torch.Generator | None = None
+        self, decoder: Decoder, cache: Cache, sampling: Sampling, generator: torch.Generator | None = None
     ) -> None:
         assert cache.mtp is not None, "the cache was made with mtp=True"
-        self.model, self.sampling, self.generator = model, sampling, generator
+        self.decoder, self.model, self.sampling, self.generator = decoder, decoder.model, sampling, generator
         self.cache, self.mtp = cache, cache.mtp
-        self.depths = len(model.mtp)
+        self.depths = len(self.model.mtp)
         self.drafted = self.accepted = 0
         """Number of guesses, and number of accepted ones."""
-        self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._unseen: tuple[Tensor, Tensor, list[int]] | None = None
         """Tokens that the blocks have not seen [b, n], the hidden state before each [b, n, m], and their number in each
         row [b]. None stands for the one token after those that were read."""
 
@@ -47,13 +48,15 @@ class Drafter:
             lengths: number of tokens in each row; None: all columns.
         """
         before = self.mtp.shift(0, given, lengths)
-        self.model.mtp.decode(self.model.embedded(tokens), before, self.mtp, lengths)
+        self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, lengths)
         self._unseen = None
 
     def guess(
-        self, last: Int[Tensor, "b 1"], live: Bool[Tensor, " b"], seen: Bool[Tensor, "b v"] | None
+        self, last: Int[Tensor, "b 1"], live: list[bool], seen: Bool[Tensor, "b v"] | None
     ) -> tuple[Int[Tensor, "b depths"], list[Float[Tensor, "b v"]]]:
         """Return a guess of each depth and the distributions of the guesses; no guess if the cache has no room.
+
+        There are no distributions in greedy decoding.
 
         Args:
             last: the last token of each row.
@@ -61,10 +64,11 @@ class Drafter:
             seen: tokens that each row holds, for the repetition penalty; the guesses are added.
         """
         # 1. show the certain tokens to all depths; each then has a state for the next token: [b, m]
-        tokens, before, new = self._unseen or (last, self.mtp.last[0][:, None], torch.ones_like(self.mtp.lengths))
-        new = new * live
+        tokens, before, kept = self._unseen or (last, self.mtp.last[0][:, None], [1] * len(last))
+        whole = all(live) and all(n == tokens.shape[1] for n in kept)
+        new = None if whole else torch.tensor(kept) * torch.tensor(live)
         has_room = int(self.cache.lengths.max()) + 1 + self.depths <= self.cache.max_seq_len
-        normed = self.model.mtp.decode(self.model.embedded(tokens), before, self.mtp, new)
+        normed = self.decoder.mtp(self.model.embedded(tokens), before, self.mtp, new)
         if not has_room:
             return last[:, :0], []
         states = [last_valid(hidden, new, hidden[:, 0]) for hidden in normed]
@@ -73,8 +77,12 @@ class Drafter:
         guesses: list[Tensor] = []
         distributions: list[Tensor] = []
         for k in range(self.depths):
-            distributions.append(self.sampling.probabilities(self.model.head(states[k]), seen))
-            guesses.append(draw(distributions[k], self.generator))
+            logits = self.model.head(states[k])
+            if self.sampling.greedy:
+                guesses.append(likeliest(logits))
+            else:
+                distributions.append(self.sampling.probabilities(logits, seen))
+                guesses.append(draw(distributions[k], self.generator))
             if seen is not None:
                 seen.scatter_(1, guesses[k][:, None], True)
             self._show(k, guesses[k], states, given)
@@ -89,7 +97,7 @@ class Drafter:
             return
         embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.window(1, ahead=k), list(given)
         for deeper in range(k + 1, self.depths):
-            normed, gives = self.model.mtp.decode_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
+            normed, gives = self.decoder.mtp_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
             states[deeper] = normed[:, 0]
             if deeper + 1 < self.depths:
                 given[deeper + 1] = gives[:, 0]
@@ -98,7 +106,7 @@ class Drafter:
         self,
         start: Int[Tensor, " b"],
         picked: Int[Tensor, "b n"],
-        kept: Int[Tensor, " b"],
+        kept: list[int],
         given: Float[Tensor, "b s m"],
     ) -> None:
         """Drop the rejected guesses from the cache, and store the tokens that the blocks see next.
@@ -110,17 +118,28 @@ class Drafter:
             given: the model's hidden states at the last token and the guesses, States.given.
         """
         guesses = given.shape[1] - 1
-        if guesses:
-            self.cache.truncate(start + kept)
+        live = [n > 0 for n in kept]
+        if any(0 < n <= guesses for n in kept):
+            self.cache.truncate(start + torch.tensor(kept))
         self._unseen = (picked, given[:, : picked.shape[1]], kept)
-        self.drafted += guesses * int((kept > 0).sum())
-        self.accepted += int((kept - 1).clamp(min=0).sum())
+        self.drafted += guesses * sum(live)
+        self.accepted += sum(kept) - sum(live)
 
     def select(self, rows: list[int]) -> None:
         """Select these rows, in this order. The cache's owner selects the rows of the cache."""
         if self._unseen is not None:
             tokens, before, new = self._unseen
-            self._unseen = (tokens[rows], before[rows], new[rows])
+            self._unseen = (tokens[rows], before[rows], [new[row] for row in rows])
+
+
+def agreed(guesses: list[int], likeliest: list[int]) -> list[int]:
+    """Return what greedy decoding takes of one row: the guesses that are the model's own tokens, and one more token.
+
+    Args:
+        likeliest: the model's tokens after the last one and after each guess.
+    """
+    same = [guess == token for guess, token in zip(guesses, likeliest, strict=False)]
+    return likeliest[: [*same, False].index(False) + 1]
 
 
 def accept(

@@ -248,7 +248,7 @@ class Cache:
 
         Raises: ValueError if the cache is of another model or number of rows, or if they do not fit.
         """
-        if self.config != config:
+        if self.config is not config and self.config != config:
             raise ValueError("the cache was made by a model of another config; use this model's new_cache")
         if len(tokens) != self.batch_size:
             raise ValueError(f"{len(tokens)} rows of tokens for a cache of {self.batch_size} sequences; want as many")

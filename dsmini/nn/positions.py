@@ -44,21 +44,22 @@ class Window:
                     f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
                 )
         lengths = before + (s if new is None else new)
-        if (most := int(lengths.max())) > max_seq_len:
+        starts, most = before.tolist(), int(lengths.max())
+        if most > max_seq_len:
             raise ValueError(
                 f"the cache holds {max_seq_len} tokens a sequence, and this call would make {most}; "
                 "make it with a larger max_seq_len, or truncate it"
             )
         columns = torch.arange(s)
-        alike = bool((before == before[0]).all()) and (new is None or bool((new == s).all()))
+        alike = min(starts) == max(starts) and (new is None or bool((new == s).all()))
         positions = (before[:1] if alike else before)[:, None] + columns
         real = None
         if not alike:
             real = columns < lengths[:, None] - before[:, None]
         return cls(
             positions=positions.to(device),
-            start=int(before[0]) if alike else None,
-            fresh=not bool(before.any()),
+            start=starts[0] if alike else None,
+            fresh=not any(starts),
             end=keys_to_read(most, max_seq_len),
             real=None if real is None else real.to(device),
             lengths=lengths,
@@ -82,18 +83,14 @@ class Window:
 
         Its entry for a token lies `depth` positions before the token. The first `depth` tokens of a row have none.
         """
-        positions = self.positions - depth
+        positions, lengths = self.positions - depth, (self.lengths - depth).clamp(min=0)
+        if self.start is not None and self.start >= depth:
+            start = self.start - depth
+            return Window(positions=positions, start=start, fresh=False, end=self.end, real=None, lengths=lengths)
         there = positions >= 0
-        real = there if self.real is None else self.real & there
-        start = None if self.start is None or self.start < depth else self.start - depth
-        return Window(
-            positions=positions.clamp(min=0),
-            start=start,
-            fresh=False,
-            end=self.end,
-            real=None if start is not None else real.expand(len(self.lengths), -1),
-            lengths=(self.lengths - depth).clamp(min=0),
-        )
+        real = (there if self.real is None else self.real & there).expand(len(lengths), -1)
+        positions = positions.clamp(min=0)
+        return Window(positions=positions, start=None, fresh=False, end=self.end, real=real, lengths=lengths)
 
 
 def whole_numbers(given: Any, what: str) -> Int[Tensor, "..."]:

@@ -124,23 +124,24 @@ class Operation(Generic[P, R]):
 
     def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the backend's kernel for this call, or PyTorch code where it cannot serve the call."""
-        forced = chosen()
-        tensors = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
-        if _is_watched(tensors[0]):
+        every = (*args, *kwargs.values())
+        if _is_watched(every[0] if isinstance(every[0], Tensor) else next(t for a in every for t in _tensors_of(a))):
             return self.plain(*args, **kwargs)
         # asked before kernels are loaded, which may compile them: training must not wait for what it does not use
-        if self.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        wanted = self.differentiable and torch.is_grad_enabled()
+        if wanted and any(t.requires_grad for a in every for t in _tensors_of(a)):
             return self.plain(*args, **kwargs)
         kernels = _load(backend)
         if not isinstance(kernels, ModuleType):
-            return self._without(forced, kernels, *args, **kwargs)
+            return self._without(kernels, *args, **kwargs)
         try:
             return self._run_kernel(getattr(kernels, self.name), *args, **kwargs)
         except kernels.Unserved as reason:
-            return self._without(forced, str(reason) or None, *args, **kwargs)
+            return self._without(str(reason) or None, *args, **kwargs)
 
-    def _without(self, forced: str | None, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _without(self, reason: str | None, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run PyTorch code, or raise ValueError if the backend is forced and gave a reason."""
+        forced = chosen()
         if forced is not None and reason is not None:
             raise ValueError(
                 f"backend {forced!r} is forced and cannot run {self.name}: {reason}; use another, or 'auto'"

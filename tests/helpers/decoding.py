@@ -36,14 +36,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "every expert": ODD | {"n_expert_groups": 1, "n_limited_groups": 1, "n_activated_experts": 8},
     "wide": ODD | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_heads": 5},
 }
+GROUPED: dict[str, dict[str, Any]] = {
+    "mha": ODD | {"attention": "mha"},
+    "gqa": ODD | {"attention": "gqa", "n_heads": 6, "n_kv_heads": 2},
+    "mqa": ODD | {"attention": "mqa", "n_heads": 5},
+    "gqa, blocks": BLOCKS | {"attention": "gqa", "n_heads": 9, "n_kv_heads": 3},
+    "gqa, wide": ODD | {"attention": "gqa", "n_heads": 8, "n_kv_heads": 2, "qk_nope_head_dim": 128, "v_head_dim": 64},
+}
+"""Models of MHA, GQA and MQA."""
 
 
-def model_of(name: str, weights: str = "float32") -> Transformer:
-    """Make a model whose matrices are held so; it computes in FP32."""
-    model = randomise(Transformer(ModelConfig(**MODELS[name]), compute_dtype=torch.float32)).eval()
+def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer:
+    """Make a model, with changes of its config, whose matrices are held so; it computes in FP32."""
+    model = randomise(
+        Transformer(ModelConfig(**((MODELS | GROUPED)[name] | changes)), compute_dtype=torch.float32)
+    ).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)
-    for module in [*model.layers.modules()] if weights == "fp8" else []:
+    for module in [*model.layers.modules(), *model.mtp.modules()] if weights == "fp8" else []:
         for parameter in scale_names(module):
             q = quantize(getattr(module, parameter).detach(), WEIGHT_TILE)
             hold_fp8(module, parameter, q.codes, q.scales)  # pyright: ignore[reportArgumentType]
@@ -53,9 +63,10 @@ def model_of(name: str, weights: str = "float32") -> Transformer:
 def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
     """Return a cache whose rows have these lengths and random content."""
     cache = model.new_cache(len(lengths), ROOM, dtype)
-    numbers = torch.randn(
-        len(model.layers), len(lengths), ROOM, model.config.kv_lora_rank + model.config.qk_rope_head_dim
-    )
+    c = model.config
+    grouped = c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    width = c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else grouped
+    numbers = torch.randn(len(model.layers), len(lengths), ROOM, width)
     for store, rows in zip(cache.stores, numbers, strict=True):
         store.data.copy_(store._encode(rows))
     cache.lengths = torch.tensor(lengths)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmini.inference.sampling import draw
-from dsmini.inference.speculative import accept
+from dsmini.inference.speculative import accept, agreed
 
 N = 20_000
 SIGMAS = 4.5
@@ -50,3 +50,11 @@ def test_tokens_follow_the_model_and_guesses_are_kept_as_often_as_possible(case:
     for i in range(2):
         rate = torch.minimum(p[i], q[i]).sum().item()
         check(len(at_depth[i + 1]), len(at_depth[i]), rate, f"acceptance at {i}")
+
+
+@pytest.mark.parametrize(
+    ("guesses", "likeliest", "want"),
+    [([], [4], [4]), ([4], [4, 7], [4, 7]), ([5], [4, 7], [4]), ([4, 6, 9], [4, 7, 9, 1], [4, 7])],
+)
+def test_greedy_takes_guesses_up_to_the_first_other(guesses: list[int], likeliest: list[int], want: list[int]) -> None:
+    assert agreed(guesses, likeliest) == want

@@ -10,10 +10,12 @@ from torch import nn
 
 from dsmini import MLA, ModelConfig, Transformer, generate, ops
 from dsmini.inference.decoding import Decoder
-from dsmini.nn import Block, Cache, MoE
+from dsmini.nn import MTP, Block, Cache, MoE
+from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
+from dsmini.nn.mtp import MTPChain
 from tests.conftest import SMALL, randomise
-from tests.helpers.decoding import MODELS, model_of
+from tests.helpers.decoding import GROUPED, MODELS, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
@@ -41,7 +43,7 @@ def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | Non
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | GROUPED)
 def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     model = model_of(name, weights)
     assert None not in Decoder(model).parts
@@ -68,12 +70,110 @@ def test_rows_that_have_ended_keep_their_cache(small_model: Model) -> None:
 
 
 @pytest.mark.parametrize("new", [torch.tensor([1, 2]), torch.tensor([0, 2])])
-def test_other_lengths_run_the_model_itself(small_model: Model, new: torch.Tensor) -> None:
-    """Padding between rows, and an ended row whose place is the end of the cache."""
+def test_other_lengths_agree_with_the_model(small_model: Model, new: torch.Tensor) -> None:
+    """Padding between rows, and an ended row whose place is the end of the cache: that runs the model itself."""
     model = small_model(n_mtp_layers=0)
     (want, a), (got, b) = both(model, [32, 8] if new[0] == 0 else [9, 8], 2, new)
     assert torch.equal(a.lengths, b.lengths)
     assert relative_error(got.normed[1], want.normed[1]) < FP32_MODEL
+
+
+def drafted(
+    model: Transformer, lengths: list[int], s: int, new: list[int] | None, decoder: Decoder | None
+) -> tuple[list[torch.Tensor], Cache]:
+    """Return the states of multi-token prediction after s tokens, and the cache: of the modules, or of a decoder."""
+    torch.manual_seed(5)
+    cache = model.new_cache(len(lengths), dtype=torch.float32, mtp=True)
+    assert cache.mtp is not None
+    with torch.no_grad(), ops.use("reference"):
+        prompt = torch.randint(61, (len(lengths), max(lengths)))
+        model.run(prompt, cache, mtp=True, lengths=torch.tensor(lengths))
+    with torch.no_grad(), ops.use("reference" if decoder is None else None):
+        embedding = model.embedded(torch.randint(61, (len(lengths), s)))
+        before = torch.randn(embedding.shape).to(embedding.dtype)
+        count = None if new is None else torch.tensor(new)
+        decode = model.mtp.decode if decoder is None else decoder.mtp
+        return decode(embedding, before, cache.mtp, count), cache
+
+
+def check_drafts(
+    model: Transformer, lengths: list[int], s: int, new: list[int] | None = None, tolerance: float = FP32_MODEL * 4
+) -> None:
+    want, a = drafted(model, lengths, s, new, None)
+    got, b = drafted(model, lengths, s, new, Decoder(model))
+    assert a.mtp is not None and b.mtp is not None
+    assert torch.equal(a.mtp.lengths, b.mtp.lengths)
+    valid = [s] * len(lengths) if new is None else new
+    for x, y in zip(got, want, strict=True):
+        for row, n in enumerate(valid):
+            assert not n or relative_error(x[row, :n], y[row, :n]) < tolerance
+    for k, (x, y) in enumerate(zip(b.mtp.stores, a.mtp.stores, strict=True), 1):
+        for row, length in enumerate(a.mtp.lengths.tolist()):
+            filled = max(0, length - k)
+            assert not filled or relative_error(x.data[row, :filled], y.data[row, :filled]) < tolerance
+    for x, y in zip(b.mtp.last, a.mtp.last, strict=True):
+        assert relative_error(x, y) < tolerance
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("mtp_input", ["pre_norm", "post_norm"])
+def test_drafts_agree_with_the_modules(weights: str, mtp_input: str) -> None:
+    model = model_of("blocks", weights, n_mtp_layers=2, mtp_input=mtp_input)
+    assert None not in Decoder(model).mtp_parts
+    check_drafts(model, [70], 1)
+    check_drafts(model, [9, 66, 5], 3)
+    check_drafts(model, [9, 66, 5], 3, [2, 0, 3])
+    check_drafts(model_of("gqa", weights, n_mtp_layers=2, mtp_input=mtp_input), [9, 66, 5], 3, [2, 0, 3])
+
+
+def test_drafts_at_the_ends_of_a_cache_agree_with_the_modules(small_model: Model) -> None:
+    """The first tokens of a row have no entry at a depth, and an ended row has no room for padding."""
+    model = small_model(n_mtp_layers=2)
+    for lengths, s, new in (([1, 9], 1, None), ([2, 9], 2, None), ([9, 32], 2, [2, 0]), ([30], 2, None)):
+        check_drafts(model, lengths, s, new, FP32_MODEL)
+
+
+class DoubledMTP(MTP):
+    def forward(self, *args: Any) -> Any:
+        (x, normed), routing = super().forward(*args)
+        return (2 * x, 2 * normed), routing
+
+
+def _hooked_block(model: Transformer) -> None:
+    model.mtp[1].block.ffn_norm.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def _hooked_norm(model: Transformer) -> None:
+    model.mtp[0].hnorm.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def _hooked(model: Transformer) -> None:
+    model.mtp[0].register_forward_hook(lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1]))
+
+
+def _subclassed(model: Transformer) -> None:
+    model.mtp[0].__class__ = DoubledMTP
+
+
+def _wrapped(model: Transformer) -> None:
+    model.mtp[1].eh_proj = Half(model.mtp[1].eh_proj)
+
+
+def _chain(model: Transformer) -> None:
+    class Twice(MTPChain):
+        def decode_depth(self, *args: Any) -> Any:
+            normed, given = super().decode_depth(*args)
+            return normed * 2, given * 2
+
+    model.mtp.__class__ = Twice
+
+
+@pytest.mark.parametrize("change", [_hooked_block, _hooked_norm, _hooked, _subclassed, _wrapped, _chain])
+def test_a_change_of_a_prediction_block_is_heeded(small_model: Model, change: Callable[[Transformer], None]) -> None:
+    model = small_model(n_mtp_layers=2)
+    change(model)
+    assert None in Decoder(model).mtp_parts
+    check_drafts(model, [9, 20], 2, tolerance=FP32_MODEL)
 
 
 class Half(nn.Module):
@@ -125,22 +225,34 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Transformer], None] | None]] 
     "mask": ({"make_block": partial(Block, attention_class=partial(MLA, mask=lambda q, k: q - k >= 4))}, None),
     "gate": ({"make_block": partial(Block, moe_class=partial(MoE, gate_class=OtherGate))}, None),
     "block": ({"make_block": Doubled}, None),
+    "mask of mha": (
+        {
+            "attention": "mha",
+            "make_block": partial(Block, attention_class=partial(Attention, mask=lambda q, k: q - k >= 4)),
+        },
+        None,
+    ),
+    "hook on wk of mha": ({"attention": "mha"}, _hook("attn.wk")),
+    "wrapped wv of mha": ({"attention": "mha"}, _wrap("attn.wv")),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_is_heeded(name: str) -> None:
     options, change = CHANGES[name]
-    model = randomise(Transformer(ModelConfig(**(SMALL | {"n_mtp_layers": 0})), **options)).eval()
+    modules = {key: value for key, value in options.items() if key != "attention"}
+    config = ModelConfig(**(SMALL | {"n_mtp_layers": 0, "attention": options.get("attention", "mla")}))
+    model = randomise(Transformer(config, **modules)).eval()
     if change is not None:
         change(model)
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
 
-@pytest.mark.parametrize("changes", [{"attention": "gqa", "n_kv_heads": 1, "n_mtp_layers": 0}, {"qk_norm": True}])
-def test_other_attention_runs_as_it_is(small_model: Model, changes: dict[str, Any]) -> None:
-    model = small_model(**({"n_mtp_layers": 0} | changes))
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_normed_heads_run_as_they_are(small_model: Model, attention: str) -> None:
+    model = small_model(n_mtp_layers=0, attention=attention, qk_norm=True)
+    assert set(Decoder(model).parts) == {None}
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
@@ -170,10 +282,13 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
 
 
 @pytest.mark.parametrize("speculative", [False, True])
-def test_texts_are_those_of_plain_torch(speculative: bool) -> None:
-    model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256})))).eval()
+@pytest.mark.parametrize("attention", ["mla", "mqa"])
+def test_texts_are_those_of_plain_torch(speculative: bool, attention: str) -> None:
+    model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256, "attention": attention})))).eval()
     prompts = [[5, 3, 8], [1], [7] * 20]
-    with ops.use("eager"):
-        want = generate(model, prompts, 200, speculative=speculative)
-    got = generate(model, prompts, 200, speculative=speculative)
-    assert torch.equal(got.tokens, want.tokens)
+    for ends in (None, [3, 19]):  # rows that end early leave the cache
+        with ops.use("eager"):
+            want = generate(model, prompts, 200, eos_token_id=ends)
+        got = generate(model, prompts, 200, eos_token_id=ends, speculative=speculative)
+        assert torch.equal(got.tokens, want.tokens)
+        assert ends is None or len(set(got.lengths.tolist())) > 1

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini.inference.sampling import Sampling, draw
+from dsmini.inference.sampling import Sampling, draw, likeliest
 
 # few levels, so that equal logits are common
 LOGITS = st.lists(st.sampled_from([-8.0, -1.5, 0.0, 0.25, 1.0, 2.0, 7.0]), min_size=1, max_size=9)
@@ -192,3 +192,22 @@ def test_logits_that_are_not_finite_raise(bad: float, sampling: Sampling) -> Non
 def test_value_outside_its_range_raises(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_draw_is_that_of_torch() -> None:
+    """The same seed gives the tokens of torch.multinomial."""
+    weights = torch.rand(5, 40) * (torch.rand(5, 40) < 0.5)
+    weights[:, 7] += 0.1
+    for seed in range(20):
+        want = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+        assert torch.equal(draw(weights, torch.Generator().manual_seed(seed)), want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_likeliest_refuses_what_is_not_finite(bad: float) -> None:
+    logits = torch.randn(2, 3, 9)
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert likeliest(torch.zeros(1, 4)).tolist() == [0], "the lowest id among equals"
+    logits[1, 2, 4] = bad
+    with pytest.raises(ValueError, match=f"row 1: .* token 4 the logit {bad}, which is not finite"):
+        likeliest(logits)

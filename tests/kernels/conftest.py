@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini_kernels.cpu import build
+from dsmini_kernels.cpu import build, steps
 from dsmini_kernels.cpu import tiles as wrapper
+from tests.helpers.cpu_kernels import LIBRARY
 
 
 @pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
@@ -21,6 +22,17 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"this CPU has no {request.param}")
     forced = dataclasses.replace(library, isa=number, isa_name=request.param)
     monkeypatch.setattr(wrapper, "library", lambda: forced)
+    return request.param
+
+
+@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
+def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Do the same for products and steps."""
+    number = build.ISA_NUMBERS[request.param]
+    if number > LIBRARY.isa:
+        pytest.skip(f"this CPU has no {request.param}")
+    forced = dataclasses.replace(LIBRARY, isa=number)
+    monkeypatch.setattr(steps, "library", lambda: forced)
     return request.param
 
 

@@ -13,29 +13,18 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.functional.decoding import attention_step, feed_forward_step
-from dsmini.inference.decoding import parts_of
+from dsmini.functional.decoding import NormPart, attention_step, feed_forward_step, normed
+from dsmini.inference.parts import parts_of
 from dsmini.nn import Cache
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import build, steps
-from tests.helpers.cpu_kernels import LIBRARY
+from dsmini_kernels.cpu import steps
 from tests.helpers.decoding import CACHES, MODELS, ROOM, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
 """Eight products follow each other in a step; the longest sum has 512 terms."""
 LENGTHS = ([1], [63], [64, 65, 1], [129], [300, 7])
-
-
-@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
-def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    number = build.ISA_NUMBERS[request.param]
-    if number > LIBRARY.isa:
-        pytest.skip(f"this CPU has no {request.param}")
-    forced = dataclasses.replace(LIBRARY, isa=number)
-    monkeypatch.setattr(steps, "library", lambda: forced)
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +116,19 @@ def test_linear_agrees(every_isa: str, weights: str) -> None:
             got = cpu.quantized_linear(x, weight)
             assert got.dtype == torch.bfloat16
             assert relative_error(got, x.double() @ dense.double().T) < rounding(2.0**-9) + rounding(FP32_UNIT, terms=i)
+
+
+def test_normed_agrees(every_isa: str) -> None:
+    for dim, n in ((1, 1), (31, 2), (200, 7), (513, 32)):
+        x, y = torch.randn(n, dim), torch.randn(n, 2 * dim)[:, ::2]  # y is not contiguous
+        one, two = NormPart(torch.randn(dim), 1e-6), NormPart(torch.randn(dim), 0.5)
+        with ops.use("reference"):
+            want, pair = normed(x, one), normed(x, one, y, two)
+        assert relative_error(cpu.normed(x, one), want) < rounding(FP32_UNIT, terms=dim)
+        assert relative_error(cpu.normed(x, one, y, two), pair) < rounding(FP32_UNIT, terms=dim)
+    x[0, 3], y[1, 2] = math.nan, math.inf
+    assert cpu.normed(x, one, y, two).isnan().any(-1).tolist() == [True, True, *[False] * 30]
+    assert cpu.normed(x, one).isnan().all(-1).tolist() == [True, *[False] * 31]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -267,13 +269,16 @@ def test_hidden_rows_do_not_matter(every_isa: str) -> None:
 
 def test_what_is_not_served_says_why() -> None:
     model = model_of("odd", "fp8")
-    x = torch.randn(1, 1, 24)
+    x, one = torch.randn(1, 1, 24), NormPart(torch.ones(24), 0.0)
     cache = filled(model, [3], torch.float32)
     attention, feed_forward, past, table, starts = next(layers(model, cache, 1))
     for call, reason in (
         (lambda: cpu.attention_step(x.double(), attention, past, table, starts), "tokens of torch.float64"),
         (lambda: cpu.attention_step(x.expand(1, 33, 24), attention, past, table, starts), r"\[1, 33, 24\] tokens"),
         (lambda: cpu.feed_forward_step(x[0].expand(33, 24), feed_forward), "33 tokens"),
+        (lambda: cpu.normed(x.half(), one), "numbers of torch.float16"),
+        (lambda: cpu.normed(x, NormPart(torch.ones(24).double(), 0.0)), "a norm or gate in torch.float64"),
+        (lambda: cpu.normed(x, one, x[0], one), r"\[1, 24\] numbers of torch.float32 next to"),
         (lambda: cpu.linear(x.half(), torch.randn(300, 300)), "x of torch.float16"),
         (lambda: cpu.linear(torch.randn(1, 300), torch.randn(300, 301).half()), "a weight of torch.float16"),
         (lambda: cpu.linear(torch.randn(1, 300), torch.randn(300, 301)), r"x of shape \[1, 300\] for a weight"),

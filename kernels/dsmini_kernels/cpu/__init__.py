@@ -2,12 +2,20 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
-from dsmini_kernels.cpu.steps import attention_step, feed_forward_step, linear, quantized_linear
+from dsmini_kernels.cpu.steps import (
+    attention_step,
+    feed_forward_step,
+    grouped_attention_step,
+    linear,
+    normed,
+    quantized_linear,
+)
 from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
 
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
-    *("linear", "quantized_linear", "attention_step", "feed_forward_step"),
+    *("linear", "quantized_linear", "normed"),
+    *("attention_step", "grouped_attention_step", "feed_forward_step"),
 )
 __all__ = [
     "OPERATIONS",
@@ -17,7 +25,9 @@ __all__ = [
     "describe",
     "expected",
     "feed_forward_step",
+    "grouped_attention_step",
     "linear",
+    "normed",
     "quantize",
     "quantize_dequantize",
     "quantized_linear",

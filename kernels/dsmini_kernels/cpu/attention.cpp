@@ -6,10 +6,7 @@
 namespace {
 
 int64_t keys_of(const AttentionCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
-int64_t parts_of(const AttentionCall& c, int64_t sequence) {
-  const int64_t keys = keys_of(c, sequence), length = part_length(keys);
-  return (keys + length - 1) / length;
-}
+int64_t parts_of(const AttentionCall& c, int64_t sequence) { return parts_of(keys_of(c, sequence)); }
 
 // The memory of a call; sizes in numbers.
 struct Buffers {
@@ -51,13 +48,8 @@ struct Buffers {
 
 // Stores a token's row in the cache.
 void write_row(const AttentionCall& c, const float* row, char* to) {
-  const int64_t all = c.latent + c.rope;
-  if (c.cache_type == CACHE_FP32) {
-    memcpy(to, row, all * 4);
-    return;
-  }
-  if (c.cache_type == CACHE_BF16) {
-    for (int64_t i = 0; i < all; ++i) store(to + 2 * i, rounded_bf16(row[i]));
+  if (c.cache_type != CACHE_FP8) {
+    encode_numbers(c.cache_type, row, c.latent + c.rope, to);
     return;
   }
   const Grid grid(FORMATS[0]);
@@ -77,15 +69,6 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
   }
   char* key = scales + 4 * ((c.latent + BLOCK - 1) / BLOCK);
   for (int64_t i = 0; i < c.rope; ++i) store(key + 2 * i, rounded_bf16(row[c.latent + i]));
-}
-
-// Products of all tokens with rows of a weight; ROWS rows are an item.
-constexpr int64_t ROWS = 32;
-int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
-template <class Put>
-void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
-  const int64_t from = item * ROWS, to = least(w.rows, from + ROWS);
-  with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
 }
 
 void step(const AttentionCall& c, const Buffers& m) {

@@ -32,13 +32,23 @@ inline void decode_bf16(const char* p, int64_t n, float* out) {
   }
 }
 
+// Numbers of a cache in FP32 or BF16.
+inline void decode_numbers(int64_t type, const char* p, int64_t n, float* out) {
+  if (type == CACHE_FP32)
+    memcpy(out, p, n * 4);
+  else
+    decode_bf16(p, n, out);
+}
+inline void encode_numbers(int64_t type, const float* x, int64_t n, char* to) {
+  if (type == CACHE_FP32)
+    memcpy(to, x, n * 4);
+  else
+    for (int64_t i = 0; i < n; ++i) store(to + 2 * i, rounded_bf16(x[i]));
+}
+
 inline void decode_row(const Rows& rows, int64_t t, float* out) {
   const char* p = rows.data + t * rows.stride;
-  if (rows.type == CACHE_FP32) {
-    memcpy(out, p, (rows.latent + rows.rope) * 4);
-    return;
-  }
-  if (rows.type == CACHE_BF16) return decode_bf16(p, rows.latent + rows.rope, out);
+  if (rows.type != CACHE_FP8) return decode_numbers(rows.type, p, rows.latent + rows.rope, out);
   const char* scales = p + rows.latent;
   for (int64_t at = 0, tile = 0; at < rows.latent; at += BLOCK, ++tile) {
     const F up = splat(0x1p120f), scale = splat(load<float>(scales + 4 * tile));
@@ -127,28 +137,62 @@ inline void weights_of(float* logits, int64_t n, int64_t at, int64_t some, const
   }
 }
 
-// The part of the context [from, to) for `n` query rows of one sequence. Row r sees keys up to last[r], included.
-// q: rows of `q_stride` numbers, scaled, zero after latent + rope. high, total: [n]; out: [n, out_stride], out_stride =
-// latent rounded up to UNIT. Scratch: scratch_for(n, q_stride) numbers.
+// What `n` query rows of one sequence see of the keys [at, at + some), some <= KEYS. Row r sees keys up to last[r],
+// included. q: rows of `stride` numbers, scaled, zero after their width, as keys are; values: rows of `v_stride` numbers,
+// of which `value` count. high, total: [n]; out: [n, out_stride]. All strides are multiples of UNIT.
+// logits: n * KEYS numbers; keep: n numbers.
+inline void attend_block(int64_t at, int64_t some, const float* keys, int64_t stride, const float* values, int64_t v_stride,
+                         int64_t value, const float* q, int64_t n, const int64_t* last, float* high, float* total,
+                         float* out, int64_t out_stride, float* logits, float* keep) {
+  logits_of(q, stride, n, {reinterpret_cast<const char*>(keys), 0, WEIGHT_FP32, some, stride, stride * 4, nullptr, 0}, some, logits);
+  weights_of(logits, n, at, some, last, high, total, keep);
+  add_values(logits, keep, n, values, v_stride, some, value, out, out_stride);
+}
+
+// Makes `n` query rows ready for the first block of a part.
+inline void begin_part(int64_t n, float* high, float* total, float* out, int64_t out_stride) {
+  memset(out, 0, n * out_stride * 4);
+  for (int64_t r = 0; r < n; ++r) high[r] = -INFINITY, total[r] = 0;
+}
+
+// Asks memory for a row that is read soon: processors look ahead less than this.
+constexpr int64_t SOON = 8;  // rows
+inline void prefetch(const char* p, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line);
+}
+
+// The part of the context [from, to) for `n` query rows of one sequence, whose keys are rows of latents and whose values
+// are the latents. Arguments as of attend_block. Scratch: scratch_for(n, q_stride) numbers.
 inline int64_t scratch_for(int64_t n, int64_t q_stride) { return KEYS * q_stride + n * (KEYS + 1); }
 inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float* q, int64_t q_stride, int64_t n,
                         const int64_t* last, float* high, float* total, float* out, int64_t out_stride, float* scratch) {
-  float *decoded = scratch, *logits = decoded + KEYS * q_stride, *keep = logits + n * KEYS;
-  const Matrix keys{reinterpret_cast<const char*>(decoded), 0, WEIGHT_FP32, KEYS, q_stride, q_stride * 4, nullptr, 0};
-  memset(decoded, 0, KEYS * q_stride * 4);
-  memset(out, 0, n * out_stride * 4);
-  for (int64_t r = 0; r < n; ++r) high[r] = -INFINITY, total[r] = 0;
+  float *keys = scratch, *logits = keys + KEYS * q_stride;
+  memset(keys, 0, KEYS * q_stride * 4);
+  begin_part(n, high, total, out, out_stride);
   for (int64_t at = from; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
     for (int64_t t = 0; t < some; ++t) {
-      const char* soon = rows.data + (at + t + 8) * rows.stride;  // processors look ahead less than this
-      for (int64_t line = 0; line < rows.stride; line += 64) __builtin_prefetch(soon + line);
-      decode_row(rows, at + t, decoded + t * q_stride);
+      prefetch(rows.data + (at + t + SOON) * rows.stride, rows.stride);
+      decode_row(rows, at + t, keys + t * q_stride);
     }
-    logits_of(q, q_stride, n, keys, some, logits);
-    weights_of(logits, n, at, some, last, high, total, keep);
-    add_values(logits, keep, n, decoded, q_stride, some, rows.latent, out, out_stride);
+    attend_block(at, some, keys, q_stride, keys, q_stride, rows.latent, q, n, last, high, total, out, out_stride, logits,
+                 logits + n * KEYS);
   }
+}
+
+// The parts that a context is cut into.
+inline int64_t parts_of(int64_t keys) {
+  const int64_t length = part_length(keys);
+  return (keys + length - 1) / length;
+}
+
+// Products of all tokens with rows of a weight; ROWS rows are an item.
+constexpr int64_t ROWS = 32;
+inline int64_t items_of(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+template <class Put>
+inline void product_item(const Matrix& w, int64_t item, const float* x, int64_t stride, int64_t n, Put put) {
+  const int64_t from = item * ROWS, to = least(w.rows, from + ROWS);
+  with_decoder(w.type, [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); });
 }
 
 // The weighted mean of values over all parts, of one query row: high, total and out of a part are `stride` numbers

@@ -45,7 +45,9 @@ PRODUCTS = ("-O3", "-ffp-contract=fast")
 FOR_EACH_ISA = {
     "tiles.cpp": ROUNDING,
     "linear.cpp": PRODUCTS,
+    "norms.cpp": PRODUCTS,
     "attention.cpp": PRODUCTS,
+    "grouped_attention.cpp": PRODUCTS,
     "feed_forward.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
@@ -63,9 +65,13 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=16q", "=72q4d", "=78q2d"))
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD = (
+    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d")
+)
 """struct Call of tiles.h, and the calls of steps.h."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, ATTENTION, FEED_FORWARD)]
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward")
+"""Functions of the library, in the order of Library's fields."""
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -84,7 +90,9 @@ class Library:
     """Address of GOMP_parallel, or 0."""
     tiles: "ctypes._NamedFuncPointer"
     linear: "ctypes._NamedFuncPointer"
+    norms: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
+    grouped: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
 
 
@@ -98,7 +106,7 @@ def library() -> Library:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
-        entries = [getattr(loaded, f"dsmini_{name}") for name in ("tiles", "linear", "attention", "feed_forward")]
+        entries = [getattr(loaded, f"dsmini_{name}") for name in ENTRIES]
         for entry in entries:
             entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     except (OSError, AttributeError) as error:  # a folder from which no code may be run

@@ -63,6 +63,30 @@ int64_t check(const AttentionCall& c) {
   return FINE;
 }
 
+int64_t check(const GroupedCall& c) {
+  if (!sizes({c.b, c.s, c.dim, c.key_heads, c.group, c.width, c.value, c.room, c.cache_row})) return BAD_SHAPE;
+  if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.key_heads < 1 || c.group < 1 || c.width < 2 ||
+      c.width % 2 != 0 || c.value < 1 || (c.tables != 1 && c.tables != c.b))
+    return BAD_SHAPE;
+  int64_t heads, queries, keys, values, width;
+  if (__builtin_mul_overflow(c.key_heads, c.group, &heads) || __builtin_mul_overflow(heads, c.width, &queries) ||
+      __builtin_mul_overflow(c.key_heads, c.width, &keys) || __builtin_mul_overflow(c.key_heads, c.value, &values) ||
+      __builtin_mul_overflow(heads, c.value, &width))
+    return BAD_SHAPE;
+  if (!c.wq.fits(queries, c.dim) || !c.wk.fits(keys, c.dim) || !c.wv.fits(values, c.dim) || !c.wo.fits(c.dim, width))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, 4, c.b, c.s, c.dim) || !within(c.y, c.y_bytes, 4, c.b, c.s, c.dim) ||
+      !within(c.norm, c.norm_bytes, 4, c.dim) || !within(c.cos, c.table_bytes, 4, c.tables, c.s, c.width / 2) ||
+      !within(c.sin, c.table_bytes, 4, c.tables, c.s, c.width / 2) || !within(c.starts, c.starts_bytes, 8, c.b))
+    return OUT_OF_BOUNDS;
+  if (c.cache_type < 0 || c.cache_type > 1 || c.cache_row != (c.cache_type == 0 ? 4 : 2) * (keys + values) ||
+      !within(c.cache, c.cache_bytes, c.cache_row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.b; ++i)
+    if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 int64_t check(const FeedForwardCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;
   if (c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.experts > MOST_EXPERTS) return BAD_SHAPE;
@@ -94,6 +118,16 @@ int64_t check(const LinearCall& c) {
   const int64_t size = c.bf16 ? 2 : 4;
   if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, c.x_bytes, size, c.n, c.w.columns) ||
       !within(c.y, c.y_bytes, size, c.n, c.w.rows))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+int64_t check(const NormsCall& c) {
+  if (!sizes({c.n, c.dim}) || c.n < 1 || c.n > MOST_TOKENS || c.dim < 1) return BAD_SHAPE;
+  const bool two = c.second != nullptr;
+  if (!within(c.first, c.first_bytes, 4, c.n, c.dim) || !within(c.first_norm, c.first_norm_bytes, 4, c.dim) ||
+      (two && (!within(c.second, c.second_bytes, 4, c.n, c.dim) || !within(c.second_norm, c.second_norm_bytes, 4, c.dim))) ||
+      !within(c.y, c.y_bytes, 4, c.n, two ? 2 : 1, c.dim))
     return OUT_OF_BOUNDS;
   return FINE;
 }
@@ -137,5 +171,7 @@ float* scratch_of(int64_t numbers) {
   }
 #endif
 ENTRY(linear, LinearCall)
+ENTRY(norms, NormsCall)
 ENTRY(attention, AttentionCall)
+ENTRY(grouped, GroupedCall)
 ENTRY(feed_forward, FeedForwardCall)

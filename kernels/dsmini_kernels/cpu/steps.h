@@ -23,6 +23,19 @@ struct LinearCall {
   Matrix w;
 };
 
+// y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
+struct NormsCall {
+  Place place;
+  int64_t n, dim;
+  const float *first, *second;
+  int64_t first_bytes, second_bytes;
+  const float *first_norm, *second_norm;
+  int64_t first_norm_bytes, second_norm_bytes;
+  float* y;
+  int64_t y_bytes;
+  double first_eps, second_eps;
+};
+
 // x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
 struct AttentionCall {
   Place place;
@@ -41,6 +54,26 @@ struct AttentionCall {
   int64_t starts_bytes;
   Matrix wq_a, wq_b, wkv_a, wkv_b, wo;
   double scale, attn_eps, q_eps, kv_eps;
+};
+
+// x + Attention(norm(x)) for s tokens of each of b sequences: MHA, GQA or MQA. `group` query heads share a key head.
+struct GroupedCall {
+  Place place;
+  int64_t b, s, dim, key_heads, group, width, value;  // width: numbers of a query or key of one head
+  const float* x;
+  int64_t x_bytes;
+  float* y;
+  int64_t y_bytes;
+  const float* norm;
+  int64_t norm_bytes;
+  const float *cos, *sin;  // [tables, s, width / 2], of every sequence or of all
+  int64_t table_bytes, tables;
+  char* cache;  // rows [keys of all heads | values of all heads], FP32 or BF16; a sequence has room for `room`
+  int64_t cache_bytes, cache_type, cache_row, room;
+  const int64_t* starts;  // [b]: position of the first new token
+  int64_t starts_bytes;
+  Matrix wq, wk, wv, wo;
+  double scale, eps;
 };
 
 enum Score : int64_t { SIGMOID, SOFTMAX, SCORES };
@@ -67,7 +100,9 @@ struct FeedForwardCall {
 #define FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512)
 #define DECLARE(isa)                                   \
   bool linear_##isa(const LinearCall&);                \
+  bool norms_##isa(const NormsCall&);                  \
   bool attention_##isa(const AttentionCall&);          \
+  bool grouped_##isa(const GroupedCall&);              \
   bool feed_forward_##isa(const FeedForwardCall&);
 FOR_EACH_ISA(DECLARE)
 #undef DECLARE

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, LINEAR, Library, library
+from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, GROUPED, LINEAR, NORMS, Library, library
 from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32
 """Number of tokens up to which a product reads each weight once and is bound by memory. torch multiplies more."""
-SMALL = 1 << 16
-"""Number of weights below which a call of torch's product costs less."""
+SMALL = 1 << 15
+"""Number of weights below which a call of torch's product costs less, where its threads find their cores free."""
 THREADED = 1 << 16
 """Number of multiplications from which two threads are faster than one."""
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
@@ -49,7 +49,7 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     w = matrix(weight)
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
-    y = torch.empty((*x.shape[:-1], w[3]), dtype=x.dtype, device="cpu")
+    y = x.new_empty(*x.shape[:-1], w[3])
     lib = library()
     isa, threads = place(lib)
     threads = threads if weight.shape.numel() * rows >= THREADED else 1
@@ -68,27 +68,71 @@ def _has_bf16_units() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
+def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
+    """Return norm(x), or norm(x) and y_norm(y) side by side."""
+    rows = x.shape[:-1].numel()
+    if x.dtype != torch.float32 or not 1 <= rows <= MOST_TOKENS:
+        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}")
+    if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
+        raise Unserved(f"{list(y.shape)} numbers of {y.dtype} next to {list(x.shape)} of {x.dtype}")
+    x, y = detached(x).contiguous(), None if y is None else detached(y).contiguous()
+    inputs = 1 if y is None else 2
+    out = x.new_empty(*x.shape[:-1], inputs * x.shape[-1])
+    (a, x_bytes), (b, y_bytes) = span(x), span(y)
+    weights = _vectors(norm.weight, None if y is None else y_norm.weight)
+    lib = library()
+    call = (
+        *(*place(lib), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
+        *(norm.eps, 0.0 if y is None else y_norm.eps),
+    )
+    run(lib.norms, NORMS, call)
+    return out
+
+
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
+    described = part.prepared.get("cpu") or _prepared_attention(part)
+    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps)
+    return _attend("attention", ATTENTION, x, described, numbers, past.store.data, table, starts)
+
+
+def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
+    """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
     data = past.store.data
+    if data.dtype == torch.uint8:
+        raise Unserved("keys and values in FP8")
+    described = part.prepared.get("cpu") or _prepared_grouped(part)
+    return _attend("grouped", GROUPED, x, described, (part.scale, part.eps), data, table, starts)
+
+
+def _attend(
+    entry: str,
+    struct: Struct,
+    x: Tensor,
+    described: "Prepared",
+    numbers: tuple[float, ...],
+    data: Tensor,
+    table: tuple[Tensor, Tensor],
+    starts: Tensor,
+) -> Tensor:
+    """Run an attention of the C++ on new tokens x and a cache's data."""
     if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS or data.dtype not in CACHE_TYPES:
         raise Unserved(f"{list(x.shape)} tokens of {x.dtype} and a cache of {data.dtype}")
     if not data.is_contiguous() or not data.is_cpu:
         raise Unserved("a cache that is not contiguous in main memory")
-    b, s, m = x.shape
     x = detached(x).contiguous()
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
-    sizes, norms, weights = part.prepared.get("cpu") or _prepared_attention(part)
+    sizes, norms, weights = described
     y = torch.empty_like(x)
     lib = library()
     call = (
-        *(*place(lib), b, s, m, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
+        *(*place(lib), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
         *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
-        *(*weights, part.scale, part.eps, part.q_eps, part.kv_eps),
+        *(*weights, *numbers),
     )
-    run(lib.attention, ATTENTION, call)
+    run(getattr(lib, entry), struct, call)
     return y
 
 
@@ -125,6 +169,15 @@ def _prepared_attention(part: Any) -> Prepared:
     sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
     part.prepared["cpu"] = sizes, _vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights)
+    return part.prepared["cpu"]
+
+
+def _prepared_grouped(part: Any) -> Prepared:
+    """Describe a part to the C++, once."""
+    heads, groups = part.n_heads, part.n_kv_heads
+    sizes = (groups, heads // groups, part.wk.shape[0] // groups, part.wv.shape[0] // groups)
+    weights = (part.wq, part.wk, part.wv, part.wo)
+    part.prepared["cpu"] = sizes, _vectors(part.norm), _matrices(weights)
     return part.prepared["cpu"]
 
 

@@ -1,4 +1,4 @@
-"""Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT STRUCT STRUCT STRUCT
+"""Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT ...
 
 A compiler may have been told to write for another CPU. The first such instruction ends a process, so it is this one.
 Every operation runs on every instruction set, with all types, formats and kinds of tiles. Imports neither torch nor
@@ -19,7 +19,7 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = ("tiles", "linear", "attention", "feed_forward")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward")
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -77,16 +77,26 @@ def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...
     for weight, n in itertools.product(range(3), (1, 2, 7)):
         for bf16 in range(2):
             yield "linear", linear_call(isa, memory, n, 37, 131, weight, bf16)
+        for inputs in (1, 2):
+            yield "norms", norms_call(isa, memory, n, 131, inputs)
         for experts in (0, 6):
             yield "feed_forward", feed_forward_call(isa, memory, n, weight, experts)
     for weight, cache, (b, s), q_rank in itertools.product(range(3), range(3), ((1, 1), (2, 3)), (0, 19)):
         yield "attention", attention_call(isa, memory, b, s, weight, cache, q_rank)
+    for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
+        yield "grouped", grouped_call(isa, memory, b, s, weight, cache, group)
 
 
 def linear_call(isa: int, memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
     size = 2 if bf16 else 4
     x, y = _spans(memory, n * i * size, n * o * size)
     return (isa, 1, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
+
+
+def norms_call(isa: int, memory: Memory, n: int, dim: int, inputs: int) -> tuple[float, ...]:
+    size, two = n * dim * 4, inputs - 1
+    x, z, norm, z_norm, y = _spans(memory, size, two * size, dim * 4, two * dim * 4, inputs * size)
+    return (isa, 1, n, dim, x[0], z[0], x[1], z[1], norm[0], z_norm[0], norm[1], z_norm[1], *y, 1e-6, 1e-6)
 
 
 def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
@@ -104,6 +114,22 @@ def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache:
         *(isa, 1, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
         *(norm[0], q_norm[0], kv_norm[0], norm[1], q_norm[1], kv_norm[1], cos[0], sin[0], angles, 1),
         *(*rows, cache, row, room, *starts, *wq_a, *matrices, 0.1, 1e-6, 1e-6, 1e-6),
+    )
+
+
+def grouped_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, group: int) -> tuple[float, ...]:
+    dim, key_heads, width, value, room = 45, 2, 22, 13, 150
+    row, angles = key_heads * (width + value) * (4, 2)[cache], s * width // 2 * 4
+    x, y, norm, cos, sin, rows, starts = _spans(
+        memory, *[b * s * dim * 4] * 2, dim * 4, angles, angles, b * room * row, b * 8
+    )
+    ctypes.memmove(starts[0], Struct(f"={b}q").pack(*(room - s - 40 * i for i in range(b))), 8 * b)
+    heads = key_heads * group
+    shapes = ((heads * width, dim), (key_heads * width, dim), (key_heads * value, dim), (dim, heads * value))
+    matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight)]
+    return (
+        *(isa, 1, b, s, dim, key_heads, group, width, value, *x, *y, *norm, cos[0], sin[0], angles, 1),
+        *(*rows, cache, row, room, *starts, *matrices, 0.1, 1e-6),
     )
 
 

@@ -1,0 +1,155 @@
+// A layer's attention in a decoding step, from the residual stream to the residual stream: MHA, GQA and MQA.
+
+#include "attention.h"
+#include "steps.h"
+
+namespace {
+
+int64_t keys_of(const GroupedCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
+
+// The memory of a call; sizes in numbers. Query rows of a sequence have the order [key head, token, head of the group],
+// so that those that share a key follow each other.
+struct Buffers {
+  int64_t tokens, heads, rows, keys_width, values_width, stride, v_stride, parts;
+  int64_t own;  // of each thread
+  float *plain, *for_q, *for_k, *for_v, *q, *kv, *query, *attended, *merged, *high, *total, *sums, *owned;
+  int64_t all;
+
+  Buffers(const GroupedCall& c, float* memory) {
+    tokens = c.b * c.s, heads = c.key_heads * c.group, rows = heads * c.s;
+    keys_width = c.key_heads * c.width, values_width = c.key_heads * c.value;
+    stride = round_up(c.width, UNIT), v_stride = round_up(c.value, UNIT);
+    parts = 0;
+    for (int64_t i = 0; i < c.b; ++i) parts += parts_of(keys_of(c, i));
+    const int64_t n = c.group * c.s;
+    own = round_up(2 * n, 16) + round_up(KEYS * (stride + v_stride) + n * (KEYS + 1), 16);
+    all = 0;
+    const auto take = [&](int64_t numbers) {
+      float* at = memory == nullptr ? nullptr : memory + all;
+      all += round_up(numbers, 16);
+      return at;
+    };
+    plain = take(tokens * c.dim);
+    for_q = take(tokens * padded(c.dim));
+    for_k = take(tokens * padded(c.dim));
+    for_v = take(tokens * padded(c.dim));
+    q = take(tokens * heads * c.width);
+    kv = take(tokens * (keys_width + values_width));
+    query = take(c.b * rows * stride);
+    attended = take(tokens * heads * c.value);
+    merged = take(tokens * padded(heads * c.value));
+    high = take(parts * rows);
+    total = take(parts * rows);
+    sums = take(parts * rows * v_stride);
+    owned = take(c.place.threads * own);
+  }
+};
+
+// Attention of all heads to a part of a sequence's context. Blocks of keys are outside and heads inside: rows of the
+// cache, which hold all heads, are then read one after the other.
+void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
+  const int64_t keys = keys_of(c, sequence), length = part_length(keys), n = c.group * c.s;
+  const int64_t size = c.cache_type == CACHE_FP32 ? 4 : 2, to = least(keys, (part + 1) * length);
+  const char* cache = c.cache + sequence * c.room * c.cache_row;
+  float *high = m.high + item * m.rows, *total = m.total + item * m.rows, *sums = m.sums + item * m.rows * m.v_stride;
+  int64_t* last = reinterpret_cast<int64_t*>(own);
+  float* key = own + round_up(2 * n, 16);
+  float *value = key + KEYS * m.stride, *logits = value + KEYS * m.v_stride;
+  for (int64_t r = 0; r < n; ++r) last[r] = c.starts[sequence] + r / c.group;
+  memset(key, 0, KEYS * (m.stride + m.v_stride) * 4);
+  begin_part(m.rows, high, total, sums, m.v_stride);
+  for (int64_t at = part * length; at < to; at += KEYS) {
+    const int64_t some = least(KEYS, to - at);
+    for (int64_t g = 0; g < c.key_heads; ++g) {
+      for (int64_t t = 0; t < some; ++t) {
+        const char* k = cache + (at + t) * c.cache_row + g * c.width * size;
+        const char* v = cache + (at + t) * c.cache_row + (m.keys_width + g * c.value) * size;
+        prefetch(k + SOON * c.cache_row, c.width * size);
+        prefetch(v + SOON * c.cache_row, c.value * size);
+        decode_numbers(c.cache_type, k, c.width, key + t * m.stride);
+        decode_numbers(c.cache_type, v, c.value, value + t * m.v_stride);
+      }
+      const int64_t first = g * n;
+      attend_block(at, some, key, m.stride, value, m.v_stride, c.value,
+                   m.query + (sequence * m.rows + first) * m.stride, n, last, high + first, total + first,
+                   sums + first * m.v_stride, m.v_stride, logits, logits + n * KEYS);
+    }
+  }
+}
+
+void step(const GroupedCall& c, const Buffers& m) {
+  Team team(c.place.threads);
+  const int64_t stride = padded(c.dim), kv_width = m.keys_width + m.values_width;
+  // 1. the normed x, in the order of each weight that reads it
+  team.each(m.tokens, [&](int64_t i, int64_t) {
+    float* normed = m.plain + i * c.dim;
+    rms_norm(c.x + i * c.dim, c.norm, c.dim, c.eps, normed);
+    arrange(normed, c.dim, c.wq.type, m.for_q + i * stride);
+    arrange(normed, c.dim, c.wk.type, m.for_k + i * stride);
+    arrange(normed, c.dim, c.wv.type, m.for_v + i * stride);
+  });
+  // 2. queries, keys and values
+  const int64_t q_items = items_of(c.wq), k_items = items_of(c.wk);
+  team.each(q_items + k_items + items_of(c.wv), [&](int64_t item, int64_t) {
+    if (item < q_items)
+      product_item(c.wq, item, m.for_q, stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.q[n * m.heads * c.width + row] = value; });
+    else if (item < q_items + k_items)
+      product_item(c.wk, item - q_items, m.for_k, stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.kv[n * kv_width + row] = value; });
+    else
+      product_item(c.wv, item - q_items - k_items, m.for_v, stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.kv[n * kv_width + m.keys_width + row] = value; });
+  });
+  // 3. rotations, the cache's new row, and the scaled queries in their order
+  team.each(m.tokens, [&](int64_t i, int64_t) {
+    const int64_t sequence = i / c.s, token = i % c.s;
+    const int64_t angles = ((c.tables == 1 ? 0 : sequence) * c.s + token) * (c.width / 2);
+    float *kv = m.kv + i * kv_width, *q = m.q + i * m.heads * c.width;
+    for (int64_t g = 0; g < c.key_heads; ++g) rotate(kv + g * c.width, c.width / 2, c.cos + angles, c.sin + angles);
+    encode_numbers(c.cache_type, kv, kv_width, c.cache + (sequence * c.room + c.starts[sequence] + token) * c.cache_row);
+    for (int64_t h = 0; h < m.heads; ++h) {
+      float* head = q + h * c.width;
+      const int64_t row = (h / c.group * c.s + token) * c.group + h % c.group;
+      float* out = m.query + (sequence * m.rows + row) * m.stride;
+      rotate(head, c.width / 2, c.cos + angles, c.sin + angles);
+      for (int64_t k = 0; k < c.width; ++k) out[k] = head[k] * float(c.scale);
+      memset(out + c.width, 0, (m.stride - c.width) * 4);
+    }
+  });
+  // 4. attention to parts of the context
+  team.each(m.parts, [&](int64_t item, int64_t thread) {
+    int64_t sequence = 0, part = item;
+    while (part >= parts_of(keys_of(c, sequence))) part -= parts_of(keys_of(c, sequence++));
+    attend(c, m, sequence, part, item, m.owned + thread * m.own);
+  });
+  // 5. the merged values of each head
+  team.each(m.tokens * m.heads, [&](int64_t item, int64_t) {
+    const int64_t h = item % m.heads, i = item / m.heads, sequence = i / c.s;
+    int64_t first = 0;
+    for (int64_t k = 0; k < sequence; ++k) first += parts_of(keys_of(c, k));
+    const int64_t at = first * m.rows + (h / c.group * c.s + i % c.s) * c.group + h % c.group;
+    merge_parts(m.high + at, m.total + at, m.sums + at * m.v_stride, parts_of(keys_of(c, sequence)), m.rows,
+                m.rows * m.v_stride, c.value, m.attended + item * c.value);
+  });
+  // 6. out, and the residual
+  const int64_t width = m.heads * c.value;
+  team.each(m.tokens, [&](int64_t i, int64_t) {
+    arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
+  });
+  team.each(items_of(c.wo), [&](int64_t item, int64_t) {
+    product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
+      c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
+    });
+  });
+}
+
+}  // namespace
+
+bool OF_ISA(grouped)(const GroupedCall& c) {
+  float* memory = scratch_of(Buffers(c, nullptr).all);
+  if (memory == nullptr) return false;
+  const Buffers buffers(c, memory);
+  step(c, buffers);
+  return true;
+}
