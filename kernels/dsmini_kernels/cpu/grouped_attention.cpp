@@ -45,6 +45,16 @@ struct Buffers {
   }
 };
 
+// An item of a product into rows of `out_stride` numbers, with x added where it is given. One function for all weights:
+// each copy of the products takes long to compile.
+void product(const Matrix& w, int64_t item, const float* rows, int64_t stride, int64_t n, float* out, int64_t out_stride,
+             const float* x) {
+  product_item(w, item, rows, stride, n, [&](int64_t row, int64_t token, float value) {
+    const int64_t at = token * out_stride + row;
+    out[at] = x == nullptr ? value : x[at] + value;
+  });
+}
+
 // Attention of all heads to a part of a sequence's context. Blocks of keys are outside and heads inside: rows of the
 // cache, which hold all heads, are then read one after the other.
 void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
@@ -92,14 +102,11 @@ void step(const GroupedCall& c, const Buffers& m) {
   const int64_t q_items = items_of(c.wq), k_items = items_of(c.wk);
   team.each(q_items + k_items + items_of(c.wv), [&](int64_t item, int64_t) {
     if (item < q_items)
-      product_item(c.wq, item, m.for_q, stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.q[n * m.heads * c.width + row] = value; });
+      product(c.wq, item, m.for_q, stride, m.tokens, m.q, m.heads * c.width, nullptr);
     else if (item < q_items + k_items)
-      product_item(c.wk, item - q_items, m.for_k, stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.kv[n * kv_width + row] = value; });
+      product(c.wk, item - q_items, m.for_k, stride, m.tokens, m.kv, kv_width, nullptr);
     else
-      product_item(c.wv, item - q_items - k_items, m.for_v, stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.kv[n * kv_width + m.keys_width + row] = value; });
+      product(c.wv, item - q_items - k_items, m.for_v, stride, m.tokens, m.kv + m.keys_width, kv_width, nullptr);
   });
   // 3. rotations, the cache's new row, and the scaled queries in their order
   team.each(m.tokens, [&](int64_t i, int64_t) {
@@ -138,9 +145,7 @@ void step(const GroupedCall& c, const Buffers& m) {
     arrange(m.attended + i * width, width, c.wo.type, m.merged + i * padded(width));
   });
   team.each(items_of(c.wo), [&](int64_t item, int64_t) {
-    product_item(c.wo, item, m.merged, padded(width), m.tokens, [&](int64_t row, int64_t n, float value) {
-      c.y[n * c.dim + row] = c.x[n * c.dim + row] + value;
-    });
+    product(c.wo, item, m.merged, padded(width), m.tokens, c.y, c.dim, c.x);
   });
 }
 
