@@ -89,9 +89,15 @@ def attention_step(setting: Setting) -> Iterator[Calls]:
 
 def _place(model: Transformer, batch: int, context: int, dtype: CacheDtype) -> tuple[Any, ...]:
     """Return a layer's filled cache, the rotary table of a new token, and its positions."""
+    pasts, table, starts = _cache(model, batch, context, dtype)
+    return pasts[0], table, starts
+
+
+def _cache(model: Transformer, batch: int, context: int, dtype: CacheDtype) -> tuple[Any, ...]:
+    """Do the same for all layers."""
     cache = random_cache(model, batch, context, 64, dtype)
     window = cache.place(model.config, random_tokens(model.config, batch, 1, model.device), None)
-    return cache.pasts(window)[0], model.rope.table(window.positions), cache.lengths
+    return cache.pasts(window), model.rope.table(window.positions), cache.lengths
 
 
 def feed_forward_step(setting: Setting) -> Iterator[Calls]:
@@ -108,6 +114,20 @@ def feed_forward_step(setting: Setting) -> Iterator[Calls]:
                     (torch.randn(rows, config.dim), p) for _, p in itertools.product(range(1 if dense else 4), parts)
                 ]
                 yield Calls(f"{NAMES[weights]} {name}", rows, every)
+
+
+def blocks_step(setting: Setting) -> Iterator[Calls]:
+    """Yield all blocks of a decoding step of one sequence, with context 128."""
+    config = dataclasses.replace(shapes.wide(setting.quick), vocab_size=128, n_layers=2)
+    model = random_model(config, setting.device, torch.bfloat16)
+    for weights in (torch.bfloat16, "fp8"):
+        pairs = [tuple(_part(model, which, weights, block) for which in (0, 1)) for block in range(2)]
+        size = sum(sum(t.nbytes for t in a.tensors) + _visited_bytes(f, config) for a, f in pairs)
+        cache, table, starts = _cache(model, 1, 128, weights)
+        copies = [_copies(part, turns(setting, size)) for pair in pairs for part in pair]
+        every = [((a, b), (c, d)) for a, b, c, d in zip(*copies, strict=True)]
+        calls = [(torch.randn(1, 1, config.dim), blocks, cache, table, starts) for blocks in every]
+        yield Calls(f"{NAMES[weights]}, dense and MoE", 1, calls)
 
 
 def grouped_attention_step(setting: Setting) -> Iterator[Calls]:
@@ -134,14 +154,14 @@ def normed(setting: Setting) -> Iterator[Calls]:
         yield Calls("FP32, two of them", rows, [(x[0], norm, x[1], norm) for x in xs])
 
 
-def _part(model: Transformer, which: int, weights: CacheDtype) -> Any:
-    """Return the weights of a model's first block as a call takes them.
+def _part(model: Transformer, which: int, weights: CacheDtype, block: int = 0) -> Any:
+    """Return the weights of a model's block as a call takes them.
 
     Args:
         which: 0 for attention, 1 for the feed-forward.
         weights: "fp8" quantizes the matrices, except the gate.
     """
-    parts = parts_of(model.layers[0])  # pyright: ignore[reportArgumentType]
+    parts = parts_of(model.layers[block])  # pyright: ignore[reportArgumentType]
     assert parts is not None, "a plain block"
     if weights != "fp8":
         return parts[which]
@@ -213,6 +233,7 @@ CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "attention_step": attention_step,
     "grouped_attention_step": grouped_attention_step,
     "feed_forward_step": feed_forward_step,
+    "blocks_step": blocks_step,
     "quantize": quantize_tiles,
     "dequantize": dequantize_tiles,
     "quantize_dequantize": round_tiles,

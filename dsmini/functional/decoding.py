@@ -5,9 +5,10 @@ takes the parts from a model's modules, and `inference/decoding.py` calls the op
 dtype, FP32 in decoding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -250,6 +251,41 @@ def feed_forward_step(x: Float[Tensor, "n m"], part: FeedForwardPart) -> tuple[T
         experts: Any = (part.e1, part.e2, part.e3)
         y = y + quantized_experts(normed, indices, weights, counts, *experts)
     return (y, *routing)
+
+
+Blocks = Sequence[tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]]
+
+
+def _blocks_cost(
+    x: Tensor, blocks: Blocks, pasts: Sequence[Any], table: Table, starts: Tensor, result: tuple[Tensor, ...]
+) -> ops.Cost:
+    routing, total = iter(result[1:]), ops.Cost(0, 0, 0)
+    for (attention, feed_forward), past in zip(blocks, pasts, strict=True):
+        decided = tuple(islice(routing, 4)) if feed_forward.gate is not None else ()
+        attend: Any = _grouped_cost if isinstance(attention, GroupedAttentionPart) else _attention_cost
+        costs = attend(x, attention, past, table, starts), _feed_forward_cost(x.flatten(0, 1), feed_forward, decided)
+        total = ops.Cost(*(sum(each) for each in zip(total, *costs, strict=True)))
+    return total
+
+
+@ops.operation("blocks_step", cost=_blocks_cost, cost_of_result=True)
+def blocks_step(
+    x: Float[Tensor, "b s m"], blocks: Blocks, pasts: Sequence[Any], table: Table, starts: Int[Tensor, " b"]
+) -> tuple[Tensor, ...]:
+    """Return x after all blocks, then the four tensors of feed_forward_step's routing for each block with a gate.
+
+    Args:
+        pasts: each layer's part of the cache.
+        starts: as in attention_step.
+    """
+    routing: list[Tensor] = []
+    for (attention, feed_forward), past in zip(blocks, pasts, strict=True):
+        attend: Any = grouped_attention_step if isinstance(attention, GroupedAttentionPart) else attention_step
+        y = attend(x, attention, past, table, starts)
+        z, *decided = feed_forward_step(y.flatten(0, 1), feed_forward)
+        x = z.view(x.shape)
+        routing += decided if feed_forward.gate is not None else []
+    return (x, *routing)
 
 
 def multiply(x: Tensor, weight: Weight) -> Tensor:

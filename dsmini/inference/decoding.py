@@ -1,23 +1,18 @@
-"""Decoding steps in few calls: two operations a block, in place of the thirty of its modules.
+"""Decoding steps in few calls: one operation for all blocks, in place of the thirty of each block's modules.
 
 A model is taken apart into its weights once for each generation (`parts.py`). If one of its layers is not plain, all
 run as they are. A multi-token prediction block that is not plain runs as it is. Numbers between layers are FP32.
 Weights and the cache stay as they are stored.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.decoding import (
-    GroupedAttentionPart,
-    attention_step,
-    feed_forward_step,
-    grouped_attention_step,
-    multiply,
-    normed,
-)
+from dsmini.functional.decoding import blocks_step, multiply, normed
 from dsmini.inference.parts import Parts, mtp_parts_of, norm_of, parts_of
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import MTPCache, Past
@@ -69,12 +64,8 @@ class Decoder:
             # 2. positions, and the place in the cache
             window = cache.place(model.config, tokens, lengths)
             table = self._angles.at(window)
-            # 3. the blocks: two calls each
-            routing: list[Routing] = []
-            for parts, past in zip(self.parts, cache.pasts(window), strict=True):
-                assert parts is not None
-                x, decided = _block(x, parts, past, table, starts)
-                routing += [] if decided is None else [decided]
+            # 3. the blocks, in one call
+            x, routing = _run(x, [parts for parts in self.parts if parts], cache.pasts(window), table, starts)
             cache.lengths = window.lengths
             # 4. the final norm: [b, s, m]
             states = model.norm(x) if self._norm is None else normed(x, self._norm)
@@ -119,22 +110,22 @@ class Decoder:
             # 2. the block and its norm
             shifted = window.shifted(depth)
             past = Past(store=cache.stores[k], window=shifted, form=cache.form)
-            x, _ = _block(x, parts.block, past, self._angles.at(shifted), starts)
+            x, _ = _run(x, [parts.block], [past], self._angles.at(shifted), starts)
             states = normed(x, parts.norm)
             return states, x if chain.pre_norm else states
 
 
-def _block(
-    x: Float[Tensor, "b s m"], parts: Parts, past: Past, table: tuple[Tensor, Tensor], starts: Int[Tensor, " b"]
-) -> tuple[Float[Tensor, "b s m"], Routing | None]:
-    """Run a block that is taken apart."""
-    attention = parts[0]
-    if isinstance(attention, GroupedAttentionPart):
-        x = grouped_attention_step(x, attention, past, table, starts)
-    else:
-        x = attention_step(x, attention, past, table, starts)
-    y, *decided = feed_forward_step(x.flatten(0, 1), parts[1])
-    return y.view(x.shape), None if parts[1].gate is None else Routing(*decided)
+def _run(
+    x: Float[Tensor, "b s m"],
+    blocks: list[Parts],
+    pasts: Sequence[Past],
+    table: tuple[Tensor, Tensor],
+    starts: Int[Tensor, " b"],
+) -> tuple[Float[Tensor, "b s m"], list[Routing]]:
+    """Run blocks that are taken apart. A counter of work sees each operation of theirs."""
+    run = blocks_step.reference if ops.is_counting() else blocks_step
+    x, *decided = run(x, blocks, pasts, table, starts)
+    return x, [Routing(*decided[i : i + 4]) for i in range(0, len(decided), 4)]
 
 
 def _is_step(x: Tensor, starts: Int[Tensor, " b"], room: int) -> bool:

@@ -229,6 +229,11 @@ def counting(counter: Counter) -> Iterator[None]:
         _counter.reset(token)
 
 
+def is_counting() -> bool:
+    """Return True inside `counting`."""
+    return _counter.get() is not None
+
+
 def serving(device: str) -> str:
     """Return the backend whose kernels serve tensors on this device type now, else "reference" or "eager"."""
     forced = chosen()

@@ -23,7 +23,9 @@ def test_every_call_is_measured_with_its_instruction_set(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernel_calls, "CACHES", 0.01)
     monkeypatch.setattr(kernel_calls, "QUICK_ACTIVATIONS", (64, 256))
     monkeypatch.setattr(kernels, "QUICK_TURN", 0.0)
-    monkeypatch.setattr(shapes, "QUICK_WIDE", dataclasses.replace(TINY, max_seq_len=32768, inter_dim=1024))
+    monkeypatch.setattr(
+        shapes, "QUICK_WIDE", dataclasses.replace(TINY, max_seq_len=32768, inter_dim=1024, vocab_size=256)
+    )
     figures = [figure for case in kernels.cases(setting(bandwidth=1e12)) for figure in case.run()]
     shares = [f for f in pick(figures, "share_of_roof") if f.measured is not None]
     assert {f.case["kernel"] for f in shares} == set(kernel_calls.CALLS)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.functional.decoding import NormPart, attention_step, feed_forward_step, normed
+from dsmini.functional.decoding import NormPart, attention_step, blocks_step, feed_forward_step, normed
 from dsmini.inference.parts import parts_of
 from dsmini.nn import Cache
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import steps
-from tests.helpers.decoding import CACHES, MODELS, ROOM, WEIGHTS, filled, model_of, rows_of
+from dsmini_kernels.cpu import build, steps
+from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
@@ -153,6 +153,35 @@ def test_every_code_is_decoded(every_isa: str) -> None:
     got = cpu.quantized_linear(torch.eye(16)[:1], weight)
     want = codes[0].float() * torch.tensor([1.0, 3.0]).repeat_interleave(128)
     assert torch.equal(got[0].nan_to_num(nan=7e7), want.nan_to_num(nan=7e7))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *GROUPED])
+def test_one_call_for_all_blocks_has_the_bits_of_many(every_isa: str, name: str) -> None:
+    model = model_of(name, "bfloat16")
+    results = []
+    for run in (cpu.blocks_step, blocks_step.reference):
+        torch.manual_seed(3)
+        cache = filled(model, [70, 9], torch.bfloat16)
+        attentions, feed_forwards, pasts, tables, starts = zip(*layers(model, cache, 2), strict=True)
+        blocks = list(zip(attentions, feed_forwards, strict=True))
+        with ops.use("cpu"):
+            out = run(torch.randn(2, 2, model.config.dim), blocks, pasts, tables[0], starts[0])
+        results.append([*out, *rows_of(cache)])
+    assert len(results[0]) == len(results[1]) > 1 + len(model.layers)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_blocks_that_are_not_whole_calls_are_refused() -> None:
+    model, run = model_of("wide"), build.library().blocks
+    attention, _, past, table, starts = next(layers(model, filled(model, [9], torch.float32), 1))
+    call, _ = steps._attention_call(torch.randn(1, 1, model.config.dim), attention, past, table, starts)
+    header, packed = steps._packed("attention", call)
+    whole = header + packed
+    assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
+    for wrong in (whole[:-1], whole[:7], whole + b"x", whole + header, header):
+        assert run(wrong, len(wrong)) != 0
+    for number, size in ((0, len(packed)), (4, len(packed)), (6, len(packed)), (3, len(packed) - 8), (3, -1)):
+        assert run(build.HEADER.pack(number, size) + packed, len(whole)) != 0
 
 
 def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.steps import (
     attention_step,
+    blocks_step,
     feed_forward_step,
     grouped_attention_step,
     linear,
@@ -15,12 +16,13 @@ from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "normed"),
-    *("attention_step", "grouped_attention_step", "feed_forward_step"),
+    *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
 )
 __all__ = [
     "OPERATIONS",
     "Unserved",
     "attention_step",
+    "blocks_step",
     "dequantize",
     "describe",
     "expected",

@@ -69,8 +69,10 @@ CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD = (
     Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "blocks")
 """Functions of the library, in the order of Library's fields."""
+HEADER = Struct("=2q")
+"""Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
 LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
@@ -94,6 +96,7 @@ class Library:
     attention: "ctypes._NamedFuncPointer"
     grouped: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
+    blocks: "ctypes._NamedFuncPointer"
 
 
 @functools.cache

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import ATTENTION, FEED_FORWARD, GROUPED, LINEAR, NORMS, Library, library
+from dsmini_kernels.cpu.build import (
+    ATTENTION,
+    ENTRIES,
+    FEED_FORWARD,
+    GROUPED,
+    HEADER,
+    LINEAR,
+    NORMS,
+    Library,
+    library,
+)
 from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32
@@ -91,84 +101,118 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
 
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
-    described = part.prepared.get("cpu") or _prepared_attention(part)
-    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps)
-    return _attend("attention", ATTENTION, x, described, numbers, past.store.data, table, starts)
+    call, y = _attention_call(x, part, past, table, starts)
+    run(library().attention, ATTENTION, call)
+    return y
 
 
 def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
+    call, y = _attention_call(x, part, past, table, starts)
+    run(library().grouped, GROUPED, call)
+    return y
+
+
+def blocks_step(
+    x: Tensor, blocks: Sequence[Any], pasts: Sequence[Any], table: tuple[Tensor, Tensor], starts: Tensor
+) -> tuple[Tensor, ...]:
+    """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
+    packed: list[bytes] = []
+    held: list[Tensor] = [x]
+    routing: list[Tensor] = []
+    for (attention, feed_forward), past in zip(blocks, pasts, strict=True):
+        call, y = _attention_call(x, attention, past, table, starts)
+        packed += _packed("grouped" if _is_grouped(attention) else "attention", call)
+        call, (z, *decided) = _feed_forward_call(y.flatten(0, 1), feed_forward)
+        packed += _packed("feed_forward", call)
+        held += [y, z, *decided]
+        routing += decided if feed_forward.gate is not None else []
+        x = z.view(x.shape)
+    calls = b"".join(packed)
+    if error := library().blocks(calls, len(calls)):
+        raise RuntimeError(ERRORS[error])
+    return (x, *routing)
+
+
+STRUCTS = {"attention": ATTENTION, "grouped": GROUPED, "feed_forward": FEED_FORWARD}
+
+
+def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
+    """Return a call as `dsmini_blocks` reads it: which entry, how many bytes, and these."""
+    struct = STRUCTS[entry]
+    return HEADER.pack(ENTRIES.index(entry), struct.size), struct.pack(*call)
+
+
+def _attention_call(
+    x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Describe an attention to new tokens x, of any kind, to the C++; return the call and its result's memory."""
     data = past.store.data
-    if data.dtype == torch.uint8:
-        raise Unserved("keys and values in FP8")
-    described = part.prepared.get("cpu") or _prepared_grouped(part)
-    return _attend("grouped", GROUPED, x, described, (part.scale, part.eps), data, table, starts)
-
-
-def _attend(
-    entry: str,
-    struct: Struct,
-    x: Tensor,
-    described: "Prepared",
-    numbers: tuple[float, ...],
-    data: Tensor,
-    table: tuple[Tensor, Tensor],
-    starts: Tensor,
-) -> Tensor:
-    """Run an attention of the C++ on new tokens x and a cache's data."""
+    sizes, norms, weights, numbers = part.prepared.get("cpu") or _prepared_attention(part)
     if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS or data.dtype not in CACHE_TYPES:
         raise Unserved(f"{list(x.shape)} tokens of {x.dtype} and a cache of {data.dtype}")
     if not data.is_contiguous() or not data.is_cpu:
         raise Unserved("a cache that is not contiguous in main memory")
+    if data.dtype == torch.uint8 and _is_grouped(part):
+        raise Unserved("keys and values in FP8")
     x = detached(x).contiguous()
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
-    sizes, norms, weights = described
     y = torch.empty_like(x)
     lib = library()
-    call = (
+    return (
         *(*place(lib), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
         *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
         *(*weights, *numbers),
-    )
-    run(getattr(lib, entry), struct, call)
-    return y
+    ), y
 
 
 def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
+    call, results = _feed_forward_call(x, part)
+    run(library().feed_forward, FEED_FORWARD, call)
+    return results
+
+
+def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Describe a feed-forward to the C++; return the call and the memory of its results."""
     if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
         raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
     n, m = x.shape
     x = detached(x).contiguous()
-    sizes, inputs, weights = part.prepared.get("cpu") or _prepared_feed_forward(part)
-    (_, e, _, k, *_), eps, route_scale = sizes, part.eps, part.options.get("route_scale", 1.0)
+    sizes, inputs, weights, numbers = part.prepared.get("cpu") or _prepared_feed_forward(part)
+    _, e, _, k, *_ = sizes
     y = torch.empty_like(x)
     routing = (
         *(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty(n, e)),
         torch.empty(e, dtype=torch.int64),
     )
     outs = (8 * n * k, 4 * n * k, 4 * n * e, 8 * e)
-    lib = library()
     call = (
-        *(*place(lib), n, m, *sizes, *span(x), *span(y), *inputs),
-        *(*(t.data_ptr() for t in routing), *outs, *weights, eps, route_scale),
+        *(*place(library()), n, m, *sizes, *span(x), *span(y), *inputs),
+        *(*(t.data_ptr() for t in routing), *outs, *weights, *numbers),
     )
-    run(lib.feed_forward, FEED_FORWARD, call)
-    return (y, *routing)
+    return call, (y, *routing)
 
 
-Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Sizes, addresses and bytes of vectors, and matrices. The part keeps the tensors where they are."""
+def _is_grouped(part: Any) -> bool:
+    return hasattr(part, "wk")
+
+
+Prepared = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float, ...]]
+"""Sizes, addresses and bytes of vectors, matrices, and numbers. The part keeps the tensors where they are."""
 
 
 def _prepared_attention(part: Any) -> Prepared:
     """Describe a part to the C++, once."""
+    if _is_grouped(part):
+        return _prepared_grouped(part)
     q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
     sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
-    part.prepared["cpu"] = sizes, _vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights)
+    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps)
+    part.prepared["cpu"] = sizes, _vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights), numbers
     return part.prepared["cpu"]
 
 
@@ -177,7 +221,7 @@ def _prepared_grouped(part: Any) -> Prepared:
     heads, groups = part.n_heads, part.n_kv_heads
     sizes = (groups, heads // groups, part.wk.shape[0] // groups, part.wv.shape[0] // groups)
     weights = (part.wq, part.wk, part.wv, part.wo)
-    part.prepared["cpu"] = sizes, _vectors(part.norm), _matrices(weights)
+    part.prepared["cpu"] = sizes, _vectors(part.norm), _matrices(weights), (part.scale, part.eps)
     return part.prepared["cpu"]
 
 
@@ -195,7 +239,8 @@ def _prepared_feed_forward(part: Any) -> Prepared:
     for first, third in ((part.w1, part.w3), (part.e1, part.e3)):
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
-    part.prepared["cpu"] = sizes, _vectors(part.norm, part.gate, part.bias), _matrices(weights)
+    numbers = (part.eps, options.get("route_scale", 1.0))
+    part.prepared["cpu"] = sizes, _vectors(part.norm, part.gate, part.bias), _matrices(weights), numbers
     return part.prepared["cpu"]
 
 

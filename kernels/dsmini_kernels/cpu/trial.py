@@ -19,7 +19,7 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "blocks")
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -43,8 +43,13 @@ def main(path: str, *layouts: str) -> None:
 
     for isa in isas:
         for name, call in step_calls(isa, memory):
-            struct = structs[ENTRIES.index(name)]
-            if error := getattr(library, f"dsmini_{name}")(struct.pack(*call), struct.size):
+            number = ENTRIES.index(name)
+            packed = structs[number].pack(*call)
+            error = getattr(library, f"dsmini_{name}")(packed, len(packed))
+            if name in ("attention", "grouped", "feed_forward"):
+                twice = 2 * (Struct("=2q").pack(number, len(packed)) + packed)
+                error = error or library.dsmini_blocks(twice, len(twice))
+            if error:
                 sys.exit(f"a call of {name} ended with error {error}")
 
 
