@@ -1,6 +1,6 @@
 """Drive the sanitizer build of the CPU kernels with buffers of exact sizes, for tests/kernels/test_cpu_bounds.py.
 
-    python sanitized.py LIBRARY STRUCT STRUCT STRUCT STRUCT [overflow]
+    python sanitized.py LIBRARY STRUCT ... [overflow]
 
 It does not import torch, which takes long under a sanitizer. With `overflow` one call gets a size beyond its buffer.
 """
@@ -100,4 +100,4 @@ def steps(library: ctypes.CDLL, libc: ctypes.CDLL, isas: list[int], layouts: lis
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:6], "overflow" in sys.argv[6:])
+    main(sys.argv[1], [word for word in sys.argv[2:] if word != "overflow"], "overflow" in sys.argv)

@@ -29,7 +29,14 @@ TRAIN: dict[str, tuple[Any, bool]] = {
     **dict(steps=(99, True), batch_size=(8, True), batch_start=(3, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
     **dict(seq_len=(99, False), optimizer=("adamw", False), lr=(1.0, True), muon_lr=(1.0, True), gate_lr=(1.0, True)),
     **dict(lr_schedule=(("linear to 0",), True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False)),
-    **dict(muon_momentum=(0.5, True), weight_decay=(0.2, True), grad_clip=(2.0, True), ema_decay=(0.5, False)),
+    **dict(
+        muon_momentum=(0.5, True),
+        newton_schulz=("polar-express", True),
+        weight_decay=(0.2, True),
+        grad_clip=(2.0, True),
+        ema_decay=(0.5, False),
+    ),
+    **dict(newton_schulz=("polar-express", True)),
     **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
     **dict(
         balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
+from dsmini.functional.muon import orthogonalize
 from dsmini.training.adamw import AdamWBF16
 from dsmini.training.average import ParameterAverage
-from dsmini.training.muon import Muon, orthogonalize
+from dsmini.training.muon import Muon
 from dsmini.training.optim import optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 

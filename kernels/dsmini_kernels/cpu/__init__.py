@@ -2,12 +2,14 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.steps import attention_step, feed_forward_step, linear, quantized_linear
 from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize
 
 OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "attention_step", "feed_forward_step"),
+    "muon_update",
 )
 __all__ = [
     "OPERATIONS",
@@ -18,6 +20,7 @@ __all__ = [
     "expected",
     "feed_forward_step",
     "linear",
+    "muon_update",
     "quantize",
     "quantize_dequantize",
     "quantized_linear",

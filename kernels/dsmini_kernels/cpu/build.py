@@ -47,6 +47,7 @@ FOR_EACH_ISA = {
     "linear.cpp": PRODUCTS,
     "attention.cpp": PRODUCTS,
     "feed_forward.cpp": PRODUCTS,
+    "muon.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
 ONCE = ("library.cpp", "steps.cpp", "team.cpp")
@@ -63,9 +64,10 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, ATTENTION, FEED_FORWARD = (Struct(s) for s in ("=23qdq", "=16q", "=72q4d", "=78q2d"))
+CALL, LINEAR, ATTENTION, FEED_FORWARD, MUON = (Struct(s) for s in ("=23qdq", "=16q", "=72q4d", "=78q2d", "=10q3d"))
 """struct Call of tiles.h, and the calls of steps.h."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, ATTENTION, FEED_FORWARD)]
+ENTRIES = ("tiles", "linear", "attention", "feed_forward", "muon")
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, ATTENTION, FEED_FORWARD, MUON)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -86,6 +88,7 @@ class Library:
     linear: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
+    muon: "ctypes._NamedFuncPointer"
 
 
 @functools.cache
@@ -98,7 +101,7 @@ def library() -> Library:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
-        entries = [getattr(loaded, f"dsmini_{name}") for name in ("tiles", "linear", "attention", "feed_forward")]
+        entries = [getattr(loaded, f"dsmini_{name}") for name in ENTRIES]
         for entry in entries:
             entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     except (OSError, AttributeError) as error:  # a folder from which no code may be run
