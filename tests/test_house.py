@@ -66,8 +66,8 @@ MAY_IMPORT = {
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
-        *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.text.tokenizer"),
-        "dsmini.training",
+        *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.ops"),
+        *("dsmini.text.tokenizer", "dsmini.training"),
     },
     "dsmini.training.optim": {
         *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.checkpoint.run_folder import run_config
 from dsmini.config.fields import plain
 from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 
@@ -148,3 +149,15 @@ def test_a_file_changes_a_base(tmp_path: Path) -> None:
     assert config == RunConfig(
         model=ModelConfig(dim=64, max_seq_len=1024), train=TrainConfig(steps=3, lr=0.5), out=Path("y")
     )
+
+
+def test_a_run_from_before_the_choice_of_coefficients_keeps_jordans(tmp_path: Path) -> None:
+    """Its config.toml lacks the key. In a recipe a missing key is the default of today."""
+    for value in ("jordan", "polar-express"):
+        text = RunConfig(train=TrainConfig(newton_schulz=value)).to_toml()  # pyright: ignore[reportArgumentType]
+        (tmp_path / "config.toml").write_text(text)
+        assert run_config(tmp_path).train.newton_schulz == value
+        (tmp_path / "config.toml").write_text(text.replace(f'newton_schulz = "{value}"\n', ""))
+        assert run_config(tmp_path).train.newton_schulz == "jordan"
+        assert RunConfig.from_file(tmp_path / "config.toml").train.newton_schulz == TrainConfig().newton_schulz
+    assert run_config(Path(__file__).parents[1] / "golden/old_run/run").train.newton_schulz == "jordan"
