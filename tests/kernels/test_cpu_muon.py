@@ -117,7 +117,7 @@ def test_bf16_update_is_as_exact_as_torchs(every_isa: str, shapes: list[tuple[in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matrices_stay_apart(every_isa: str, dtype: torch.dtype) -> None:
     """A matrix moves as it does alone, bit for bit, whatever is next to it and however many threads there are."""
-    shapes = [(3, 33, 40), (33, 40), (40, 33), (2, 40, 33)]
+    shapes = [(3, 65, 96), (65, 96), (96, 65), (40, 96, 65)]  # enough for all threads to join
     given = matrices_of(shapes)
     together = updated(given, POLAR_EXPRESS, dtype=dtype)
     threads = torch.get_num_threads()
