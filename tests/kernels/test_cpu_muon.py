@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.functional.muon import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.measure.counting import count
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build
 from dsmini_kernels.cpu import muon as wrapper
@@ -182,6 +183,14 @@ def test_size_of_the_gradient_does_not_matter(every_isa: str, size: float) -> No
         assert got.norm() < want.norm()
     else:
         assert relative_error(got, want) < 1e-3
+
+
+def test_a_counter_gets_the_cost() -> None:
+    given = copy_of(matrices_of([(3, 5, 9), (9, 5)]))
+    counted = count(lambda: muon_update(given, JORDAN, **HOW, matmul_dtype=torch.float32))
+    (one,) = (op for op in counted.operations if op.name == "muon_update")
+    cost = muon_update.cost(given, JORDAN, **HOW, matmul_dtype=torch.float32)
+    assert (one.read, one.written, one.flops) == cost
 
 
 def test_what_is_not_served_says_why() -> None:
