@@ -13,6 +13,7 @@ from benchmarks import shapes
 from benchmarks.case import Setting
 from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
 from dsmini.functional.decoding import NormPart
+from dsmini.functional.muon import JORDAN, MuonMatrices
 from dsmini.inference.parts import parts_of
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn.cache import CacheDtype
@@ -39,6 +40,9 @@ class Calls(NamedTuple):
     """Number of rows or tokens."""
     turns: Operands
     """Arguments of each call. The next call takes the next ones."""
+    keywords: Mapping[str, Any] = {}
+    in_place: bool = False
+    """True for calls that change their operands and return nothing."""
 
 
 def turns(setting: Setting, nbytes: int) -> int:
@@ -226,6 +230,20 @@ def round_tiles(setting: Setting) -> Iterator[Calls]:
         yield Calls(f"BF16, {tile[0]}x{tile[1]}", len(xs[0]), calls)
 
 
+def muon_update(setting: Setting) -> Iterator[Calls]:
+    """Yield updates of the experts of a small model, with products in FP32 and BF16."""
+    experts, o, i = (4, 64, 96) if setting.quick else (16, 128, 192)
+    options = {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.01}
+    made = turns(setting, 12 * experts * o * i)
+    for dtype in (torch.float32, torch.bfloat16):
+        every = [
+            MuonMatrices(params=[a], grads=[b], momenta=[c]) for a, b, c in torch.randn(made, 3, experts, o, i).unbind()
+        ]
+        calls = [(matrices, JORDAN) for matrices in every]
+        name = f"{experts} of {o}x{i}, products in {NAMES[dtype]}"
+        yield Calls(name, experts * o, calls, {**options, "matmul_dtype": dtype}, in_place=True)
+
+
 CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "linear": linear,
     "quantized_linear": quantized_linear,
@@ -234,6 +252,7 @@ CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "grouped_attention_step": grouped_attention_step,
     "feed_forward_step": feed_forward_step,
     "blocks_step": blocks_step,
+    "muon_update": muon_update,
     "quantize": quantize_tiles,
     "dequantize": dequantize_tiles,
     "quantize_dequantize": round_tiles,

@@ -70,12 +70,15 @@ MAY_IMPORT = {
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
-        *("dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.text.tokenizer", "dsmini.training"),
+        *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.ops"),
+        *("dsmini.text.tokenizer", "dsmini.training"),
     },
-    "dsmini.training.optim": {"dsmini.config", "dsmini.training.adamw", "dsmini.training.muon"},
+    "dsmini.training.optim": {
+        *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon"),
+    },
     "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.adamw": set(),
-    "dsmini.training.muon": set(),
+    "dsmini.training.muon": {"dsmini.functional.muon"},
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.machine": set(),
@@ -237,10 +240,10 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4090,
+    "benchmarks": 4140,
     "dsmini/accounting": 1300,
-    "dsmini/functional": 1380,
-    "dsmini/inference": 1450,
+    "dsmini/functional": 1530,
+    "dsmini/inference": 1430,
     "dsmini/measure": 1180,
     "dsmini/nn": 2180,
     "dsmini/report": 1490,

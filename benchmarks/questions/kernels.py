@@ -7,6 +7,7 @@ cache holds them, as in decoding. Kernel, plain PyTorch (eager), the reference a
 DSMINI_CPU_ISA forces a narrower instruction set.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -83,14 +84,14 @@ def measure(setting: Setting, name: str) -> Iterator[Figure]:
 def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setting, plain: Tensor) -> Iterator[Figure]:
     """Yield the figures of some calls. `plain` is memory to read in the same rounds: a stored roof may be too low."""
     work = Work()
-    check(operation, calls.turns[0])
+    check(operation, calls)
     with ops.counting(work), ops.use("cpu"):
         for arguments in calls.turns:
-            operation(*arguments)
+            operation(*arguments, **calls.keywords)
     if len(work.costs) < len(calls.turns):
         yield figure.left_out("share_of_roof", case, "plain PyTorch serves these calls")
         return
-    taken = _timed(operation, calls.turns, setting, plain)
+    taken = _timed(operation, calls, setting, plain)
     read = max(setting.roofs.bandwidth, plain.nbytes / min(taken.pop("read")))
     setting = dataclasses.replace(setting, roofs=dataclasses.replace(setting.roofs, bandwidth=read))
     seconds = statistics.median(taken["kernel"])
@@ -104,18 +105,19 @@ def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setti
             )
 
 
-def _timed(operation: Any, turns: Sequence[tuple[Any, ...]], setting: Setting, plain: Tensor) -> dict[str, list[float]]:
+def _timed(operation: Any, calls: Calls, setting: Setting, plain: Tensor) -> dict[str, list[float]]:
     """Return the seconds of a call by implementation; each takes the operands that were not used for longest.
 
     "read" has the seconds of a sum over `plain`.
     """
+    turns = calls.turns
     following = itertools.cycle(turns)
     kept: list[object] = [None] * len(turns)  # results, so that they are not written into a cache either
 
     def run(backend: str, n: int) -> None:
         with ops.use(backend):
             for i in range(n):
-                kept[i % len(kept)] = operation(*next(following))
+                kept[i % len(kept)] = operation(*next(following), **calls.keywords)
 
     names = {"kernel": "cpu", "eager": "eager", "reference": "reference"}
     if operation.plain is operation.reference:
@@ -154,13 +156,22 @@ def roof_seconds(
     return max(memory, arithmetic)
 
 
-def check(operation: Any, arguments: Sequence[Any]) -> None:
-    """Compare the kernel's result with the reference: bit for bit where it rounds, else within CLOSE."""
+def check(operation: Any, calls: Calls) -> None:
+    """Compare the kernel's result with the reference: bit for bit where it rounds, else within CLOSE.
+
+    The result of a call that returns none is what it made of copies of its operands.
+    """
     results: list[list[Tensor]] = []
     for backend in ("cpu", "reference"):
         with ops.use(backend):
-            got = operation(*arguments)
-            results.append([got] if isinstance(got, Tensor) else list(got))
+            arguments = copy.deepcopy(calls.turns[0]) if calls.in_place else calls.turns[0]
+            got = operation(*arguments, **calls.keywords)
+            changed = (
+                [w - v for w, v in zip(arguments[0].tensors, calls.turns[0][0].tensors, strict=True)]
+                if got is None
+                else got
+            )
+            results.append([changed] if isinstance(changed, Tensor) else list(changed))
     if operation.name in ROUNDING:
         pairs = zip(*([t.view(torch.uint8) for t in result] for result in results), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), f"{operation.name}: the kernel's bits are not the reference's"

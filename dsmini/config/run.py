@@ -73,6 +73,11 @@ class RunConfig:
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 
+    @classmethod
+    def from_run(cls, path: str | Path) -> "RunConfig":
+        """Read the config.toml that a run saved. A key that is younger than the run means what the run did."""
+        return cls.from_file(path, cls(train=TrainConfig(newton_schulz="jordan")))
+
     def to_toml(self) -> str:
         """Return the whole config, defaults included, as the text of a TOML file that from_file reads."""
         return tomli_w.dumps(plain(dataclasses.asdict(self)))

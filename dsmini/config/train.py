@@ -43,6 +43,9 @@ class TrainConfig:
     """Dtype in which AdamW's moments are stored (V3: bfloat16)."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum per step (Nesterov)."""
+    newton_schulz: Literal["jordan", "polar-express"] = "jordan"
+    """Coefficients of Muon's Newton-Schulz iterations: five times the same, or four times the best for what the
+    iteration before leaves."""
     weight_decay: float = 0.01
     """Coefficient of the decoupled weight decay, on matrices only (V3: 0.1)."""
     grad_clip: float = 1.0

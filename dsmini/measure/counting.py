@@ -96,7 +96,7 @@ class Count(TorchDispatchMode):
         self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
     ) -> None:
         """Count a kernel by the declared cost of its operation. What is read beyond the operands is cold."""
-        results = tensors_in(result)
+        results = tensors_in(result) or list(operands)  # no result: it changes its operands
         warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
         cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
         kind, rows = ("product", 1) if cost.flops else ("move", 0)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
+from dsmini.functional.muon import NEWTON_SCHULZ
 from dsmini.training.adamw import AdamWBF16
 from dsmini.training.muon import Muon
 
@@ -39,7 +40,8 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
     if not muon:
         return [adamw]
     inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
-    return [Muon([inner], lr=config.muon_lr, momentum=config.muon_momentum, matmul_dtype=matmul_dtype), adamw]
+    steps = NEWTON_SCHULZ[config.newton_schulz]
+    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps), adamw]
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dsmini import accounting
+from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
@@ -71,6 +71,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         torch.manual_seed(config.train.seed)
         with patience(console, "making the model"):
             model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
+        if config.train.optimizer == "muon":  # its kernel may have to be compiled
+            with patience(console, "preparing kernels"):
+                ops.serving(device.type)
         if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
             model.load_state_dict(origin.weights.tensors)
             origin.weights.tensors.clear()  # a second copy of the model

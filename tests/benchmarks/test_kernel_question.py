@@ -9,6 +9,7 @@ from benchmarks import kernel_calls, shapes, steps
 from benchmarks.case import pick
 from benchmarks.questions import kernels, questions_here
 from dsmini import ops
+from dsmini.functional.muon import MuonMatrices
 from dsmini.ops.explanation import instruction_set, operations
 from tests.helpers.questions import TINY, setting
 
@@ -26,7 +27,11 @@ def test_every_call_is_measured_with_its_instruction_set(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         shapes, "QUICK_WIDE", dataclasses.replace(TINY, max_seq_len=32768, inter_dim=1024, vocab_size=256)
     )
-    figures = [figure for case in kernels.cases(setting(bandwidth=1e12)) for figure in case.run()]
+    figures = [
+        figure
+        for case in kernels.cases(setting(bandwidth=1e12, peak={"float32": 1e12, "bfloat16": 1e13}))
+        for figure in case.run()
+    ]
     shares = [f for f in pick(figures, "share_of_roof") if f.measured is not None]
     assert {f.case["kernel"] for f in shares} == set(kernel_calls.CALLS)
     assert {f.case["instructions"] for f in shares} == {instruction_set()}
@@ -73,7 +78,19 @@ def test_kernel_that_differs_from_the_reference_is_an_error(monkeypatch: pytest.
     for operation, words in ((off, "differs from the reference by 0.0099"), (flips, "bits are not the reference's")):
         monkeypatch.setattr(operation, "_try_kernel", lambda backend, x, f=operation: f.reference(x))
         with pytest.raises(AssertionError, match=words):
-            kernels.check(operation, [torch.ones(2, 2)])
+            kernels.check(operation, kernel_calls.Calls("ones", 2, [(torch.ones(2, 2),)]))
+
+
+def test_wrong_update_in_place_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @ops.operation("muon_update", cost=lambda x: ops.Cost(0, 0, 0))
+    def off(x: MuonMatrices) -> None:
+        x.params[0].mul_(1.51 if ops.chosen() == "reference" else 1.5)
+
+    monkeypatch.setattr(off, "_try_kernel", lambda backend, x: off.reference(x))
+    ones = [torch.ones(2, 2)]
+    calls = kernel_calls.Calls("ones", 2, [(MuonMatrices(params=ones, grads=ones, momenta=ones),)], in_place=True)
+    with pytest.raises(AssertionError, match="differs from the reference by 0.02"):
+        kernels.check(off, calls)
 
 
 def test_operands_that_take_turns_fit_into_no_cache() -> None:

@@ -22,7 +22,8 @@ ROOT = HERE.parents[1]
 TEXT = HERE / "old_run/text.txt"
 
 # --data.val-fraction: the validation at the end reads the whole held-out part, a tenth of 8 MB by default
-EVERY = f"--train.device cpu --train.threads {THREADS} --train.sample-tokens 0"
+# --train.newton-schulz: version 0.1.0 had these coefficients alone
+EVERY = f"--train.device cpu --train.threads {THREADS} --train.sample-tokens 0 --train.newton-schulz jordan"
 TRAIN = {
     "default": "--train.steps 20 --train.batch-size 2 --train.dtype float32 --data.val-fraction 0.0002",
     "fp8": f"{HERE}/configs/fp8.toml --data.path book.txt --train.dtype float32",

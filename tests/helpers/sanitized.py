@@ -100,4 +100,4 @@ def steps(library: ctypes.CDLL, libc: ctypes.CDLL, isas: list[int], layouts: lis
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [a for a in sys.argv[2:] if a != "overflow"], "overflow" in sys.argv)
+    main(sys.argv[1], [word for word in sys.argv[2:] if word != "overflow"], "overflow" in sys.argv)

@@ -171,7 +171,7 @@ def test_built_library_is_private_under_any_umask(
     assert {p.stat().st_mode & 0o777 for p in (path, path.parent, path.parent.parent)} == {0o700}
 
 
-OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in ("tiles", "linear", "attention", "feed_forward"))
+OTHERS = " ".join(f"long dsmini_{name}() {{ return 0; }}" for name in build.ENTRIES)
 BROKEN = {
     "trap at a call": ("long dsmini_isa(long i) { __builtin_trap(); } " + OTHERS, "SIG"),
     "trap at load": ("__attribute__((constructor)) void f() { __builtin_trap(); }", "it ends a process by SIG"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.checkpoint.run_folder import run_config
 from dsmini.config.fields import plain
 from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 
@@ -29,7 +30,14 @@ TRAIN: dict[str, tuple[Any, bool]] = {
     **dict(steps=(99, True), batch_size=(8, True), batch_start=(3, True), batch_ramp=(0.1, True), grad_accum=(2, True)),
     **dict(seq_len=(99, False), optimizer=("adamw", False), lr=(1.0, True), muon_lr=(1.0, True), gate_lr=(1.0, True)),
     **dict(lr_schedule=(("linear to 0",), True), beta1=(0.5, True), beta2=(0.5, True), moments=("bfloat16", False)),
-    **dict(muon_momentum=(0.5, True), weight_decay=(0.2, True), grad_clip=(2.0, True), ema_decay=(0.5, False)),
+    **dict(
+        muon_momentum=(0.5, True),
+        newton_schulz=("polar-express", True),
+        weight_decay=(0.2, True),
+        grad_clip=(2.0, True),
+        ema_decay=(0.5, False),
+    ),
+    **dict(newton_schulz=("polar-express", True)),
     **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
     **dict(
         balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)
@@ -141,3 +149,15 @@ def test_a_file_changes_a_base(tmp_path: Path) -> None:
     assert config == RunConfig(
         model=ModelConfig(dim=64, max_seq_len=1024), train=TrainConfig(steps=3, lr=0.5), out=Path("y")
     )
+
+
+def test_a_run_from_before_the_choice_of_coefficients_keeps_jordans(tmp_path: Path) -> None:
+    """Its config.toml lacks the key. In a recipe a missing key is the default of today."""
+    for value in ("jordan", "polar-express"):
+        text = RunConfig(train=TrainConfig(newton_schulz=value)).to_toml()  # pyright: ignore[reportArgumentType]
+        (tmp_path / "config.toml").write_text(text)
+        assert run_config(tmp_path).train.newton_schulz == value
+        (tmp_path / "config.toml").write_text(text.replace(f'newton_schulz = "{value}"\n', ""))
+        assert run_config(tmp_path).train.newton_schulz == "jordan"
+        assert RunConfig.from_file(tmp_path / "config.toml").train.newton_schulz == TrainConfig().newton_schulz
+    assert run_config(Path(__file__).parents[1] / "golden/old_run/run").train.newton_schulz == "jordan"

@@ -2,6 +2,7 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.steps import (
     attention_step,
     blocks_step,
@@ -17,6 +18,7 @@ OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
+    "muon_update",
 )
 __all__ = [
     "OPERATIONS",
@@ -29,6 +31,7 @@ __all__ = [
     "feed_forward_step",
     "grouped_attention_step",
     "linear",
+    "muon_update",
     "normed",
     "quantize",
     "quantize_dequantize",

@@ -49,6 +49,7 @@ FOR_EACH_ISA = {
     "attention.cpp": PRODUCTS,
     "grouped_attention.cpp": PRODUCTS,
     "feed_forward.cpp": PRODUCTS,
+    "muon.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
 ONCE = ("library.cpp", "steps.cpp", "team.cpp")
@@ -65,15 +66,15 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD = (
-    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d")
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON = (
+    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "blocks")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "blocks")
 """Functions of the library, in the order of Library's fields."""
 HEADER = Struct("=2q")
 """Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD)]
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -96,6 +97,7 @@ class Library:
     attention: "ctypes._NamedFuncPointer"
     grouped: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
+    muon: "ctypes._NamedFuncPointer"
     blocks: "ctypes._NamedFuncPointer"
 
 

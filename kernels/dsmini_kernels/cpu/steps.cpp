@@ -1,4 +1,4 @@
-// The entries of products and decoding steps: check a call against the memory that its pointers have, and run it.
+// The entries of products, decoding steps and Muon: check a call against the memory that its pointers have, and run it.
 
 #include "steps.h"
 #include "tiles.h"
@@ -133,6 +133,24 @@ int64_t check(const NormsCall& c) {
   return FINE;
 }
 
+int64_t check(const MuonCall& c) {
+  if (!sizes({c.pieces, c.steps}) || c.steps < 1 || c.steps > 100) return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.by_gram < 0 || c.by_gram > 1) return BAD_CALL;
+  if (!within(c.piece, c.piece_bytes, sizeof(MuonPiece), c.pieces) ||
+      !within(c.coefficients, c.coefficients_bytes, 24, c.steps))
+    return OUT_OF_BOUNDS;
+  for (int64_t k = 0; k < c.pieces; ++k) {
+    const MuonPiece& piece = c.piece[k];
+    if (piece.count < 0 || piece.rows < 1 || piece.columns < 1 || piece.rows > MOST_SIDE || piece.columns > MOST_SIDE)
+      return BAD_SHAPE;
+    if (!within(piece.p, piece.p_bytes, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.g, piece.g_bytes, 4, piece.count, piece.rows, piece.columns) ||
+        !within(piece.m, piece.m_bytes, 4, piece.count, piece.rows, piece.columns))
+      return OUT_OF_BOUNDS;
+  }
+  return FINE;
+}
+
 template <class Call>
 using Run = bool (*)(const Call&);
 
@@ -176,6 +194,7 @@ ENTRY(norms, NormsCall)
 ENTRY(attention, AttentionCall)
 ENTRY(grouped, GroupedCall)
 ENTRY(feed_forward, FeedForwardCall)
+ENTRY(muon, MuonCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
 // What Python does between two calls is slow, as the weights of a block drive it out of the caches.

@@ -1,4 +1,4 @@
-// The calls of products and of the parts of a decoding step, as they come from Python, which packs them field by field
+// The calls of products, of the parts of a decoding step, and of Muon, as they come from Python, which packs them field by field
 // (steps.py). `*_bytes` is the memory from each pointer on. All numbers are FP32 but those of weights and caches.
 
 #pragma once
@@ -6,7 +6,7 @@
 #include "matrix.h"
 #include "team.h"
 
-constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512;
+constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_SIDE = 1 << 16;
 
 struct Place {
   int64_t isa, threads;
@@ -97,13 +97,37 @@ struct FeedForwardCall {
   double eps, route_scale;
 };
 
+// `count` matrices [rows, columns] that lie one after the other: parameters, gradients, momenta.
+struct MuonPiece {
+  float* p;
+  int64_t p_bytes;
+  const float* g;
+  int64_t g_bytes;
+  float* m;
+  int64_t m_bytes;
+  int64_t count, rows, columns, stacked;  // of a stack those without gradient only decay
+};
+
+// A step of Muon. An iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, with FP32 sums of FP32 or BF16 numbers. X is
+// first divided by its Frobenius norm, and with `by_gram` then by the root of that of X X^T.
+struct MuonCall {
+  Place place;
+  int64_t bf16, by_gram, pieces, steps;
+  const MuonPiece* piece;
+  int64_t piece_bytes;
+  const double* coefficients;  // [steps, 3]
+  int64_t coefficients_bytes;
+  double lr, momentum, decay;
+};
+
 #define FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512)
 #define DECLARE(isa)                                   \
   bool linear_##isa(const LinearCall&);                \
   bool norms_##isa(const NormsCall&);                  \
   bool attention_##isa(const AttentionCall&);          \
   bool grouped_##isa(const GroupedCall&);              \
-  bool feed_forward_##isa(const FeedForwardCall&);
+  bool feed_forward_##isa(const FeedForwardCall&);     \
+  bool muon_##isa(const MuonCall&);
 FOR_EACH_ISA(DECLARE)
 #undef DECLARE
 

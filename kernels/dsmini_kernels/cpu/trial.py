@@ -19,7 +19,7 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "blocks")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "blocks")
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -90,6 +90,8 @@ def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...
         yield "attention", attention_call(isa, memory, b, s, weight, cache, q_rank)
     for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
         yield "grouped", grouped_call(isa, memory, b, s, weight, cache, group)
+    for bf16, by_gram in itertools.product(range(2), range(2)):
+        yield "muon", muon_call(isa, memory, bf16, by_gram)
 
 
 def linear_call(isa: int, memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
@@ -156,6 +158,19 @@ def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: in
         *(norm[0], gate[0], bias[0], norm[1], gate[1], bias[1], *(a for a, _ in out), *(size for _, size in out)),
         *(*matrices, 1e-6, 1.0),
     )
+
+
+def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
+    pieces = b""
+    for count, rows, columns in ((3, 37, 70), (1, 70, 37), (2, 1, 1)):
+        spans = _spans(memory, *[count * rows * columns * 4] * 3)
+        for at, _ in spans:
+            ctypes.memset(at + 1, 0x3D, 2)  # not all are zero
+        pieces += Struct("=10q").pack(*(i for pair in spans for i in pair), count, rows, columns, count > 1)
+    table, coefficients = _spans(memory, len(pieces), 2 * 24)
+    ctypes.memmove(table[0], pieces, len(pieces))
+    ctypes.memmove(coefficients[0], Struct("=6d").pack(*[1.5, -0.5, 0.0] * 2), 48)
+    return (isa, 1, bf16, by_gram, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
 
 
 def _matrix(memory: Memory, rows: int, columns: int, weight: int, count: int = 1) -> tuple[int, ...]:

@@ -1,0 +1,183 @@
+"""Newton-Schulz iterations: the coefficients are the best ones, and the versions of the update agree."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.muon import (
+    JORDAN,
+    LEAST,
+    POLAR_EXPRESS,
+    ROOM,
+    MuonMatrices,
+    NewtonSchulz,
+    muon_update,
+    orthogonalize,
+)
+from tests.helpers.tolerances import FP64_UNIT, relative_error, rounding
+
+Triple = tuple[float, float, float]
+
+
+def quintic(coefficients: Triple, x: Tensor) -> Tensor:
+    a, b, c = coefficients
+    return a * x + b * x**3 + c * x**5
+
+
+def best_quintic(low: float, high: float) -> tuple[Triple, float]:
+    """Return the odd quintic that is closest to 1 on [low, high], and its largest error, by Remez' algorithm."""
+    inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
+    a = b = c = error = 0.0
+    for _ in range(60):
+        points = torch.tensor([low, *inner, high], dtype=torch.float64)
+        errors = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        system = torch.stack([points, points**3, points**5, errors], 1)
+        a, b, c, error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        root = math.sqrt(9 * b * b - 20 * a * c)  # of the derivative, a quadratic in x^2
+        inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+    return (a, b, c), abs(error)
+
+
+def best_chain(low: float, steps: int) -> tuple[list[Triple], float]:
+    """Return the quintics of an iteration whose every step is the best for what the step before left."""
+    high, chain, error = 1.0, [], 0.0
+    for _ in range(steps):
+        coefficients, error = best_quintic(low, high)
+        chain.append(coefficients)
+        low, high = 1 - error, 1 + error
+    return chain, error
+
+
+def without_room(steps: NewtonSchulz) -> list[Triple]:
+    """Return the quintics that take numbers up to 1, not up to ROOM above it."""
+    *first, last = steps.coefficients
+    return [*((a * ROOM, b * ROOM**3, c * ROOM**5) for a, b, c in first), last]
+
+
+def test_coefficients_are_the_best_of_each_step() -> None:
+    chain, _ = best_chain(LEAST, len(POLAR_EXPRESS.coefficients))
+    got = torch.tensor(without_room(POLAR_EXPRESS))
+    assert torch.allclose(got, torch.tensor(chain), rtol=2e-6, atol=0), chain
+
+
+def test_error_of_each_step_alternates_four_times() -> None:
+    """By Chebyshev's theorem no other odd quintic is then closer to 1."""
+    low, high = LEAST, 1.0
+    for coefficients in without_room(POLAR_EXPRESS):
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64)
+        error = quintic(coefficients, x) - 1
+        most = error.abs().max().item()
+        # six decimals of the steps before move the ends of the interval
+        extreme = error[(error.abs() > most * (1 - 1e-3))].sign().tolist()
+        assert 1 + sum(a != b for a, b in itertools.pairwise(extreme)) == 4
+        low, high = 1 - most, 1 + most
+
+
+def test_no_change_of_a_coefficient_comes_closer() -> None:
+    def error(chain: list[Triple]) -> float:
+        x = torch.logspace(math.log10(LEAST), 0, 20_001, dtype=torch.float64)
+        for coefficients in chain:
+            x = quintic(coefficients, x)
+        return (x - 1).abs().max().item()
+
+    best = without_room(POLAR_EXPRESS)
+    least = error(best)
+    for step in range(len(best)):
+        for place in range(3):
+            for factor in (0.98, 1.02):
+                changed = [list(each) for each in best]
+                changed[step][place] *= factor
+                assert error([tuple(each) for each in changed]) > least  # pyright: ignore[reportArgumentType]
+
+
+def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the singular values that the steps make of these."""
+    n = len(values)
+    u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2))
+    g = ((u * values) @ v).to(dtype)
+    return torch.linalg.svdvals(orthogonalize(g[None], steps)[0].double())
+
+
+def below_one(low: float) -> Tensor:
+    """Return 40 singular values from `low` on, whose squares add up to 1."""
+    small = torch.logspace(math.log10(low), -1, 39, dtype=torch.float64)
+    return torch.cat([small, (1 - small.square().sum()).sqrt()[None]])
+
+
+def test_jordans_steps_bring_singular_values_near_1() -> None:
+    values = spectrum(JORDAN, below_one(0.0021))
+    assert values.min() >= 0.68 and values.max() <= 1.21
+
+
+def test_four_steps_come_as_close_to_1_as_jordans_five() -> None:
+    jordan, express = (spectrum(steps, below_one(LEAST)) for steps in (JORDAN, POLAR_EXPRESS))
+    assert jordan.min() >= 0.68 and jordan.max() <= 1.21
+    assert express.min() >= 0.79 and express.max() <= 1.21
+    assert len(POLAR_EXPRESS.coefficients) < len(JORDAN.coefficients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_singular_values_stay_equal(dtype: torch.dtype) -> None:
+    """All at the upper end of the interval, where polynomials are steepest: rounding needs room above 1."""
+    one = torch.cat([torch.ones(1), torch.full((39,), 1e-3)]).double()
+    for values in (torch.ones(40, dtype=torch.float64), one):
+        got = spectrum(POLAR_EXPRESS, values, dtype)
+        assert got.max() <= 1.3
+
+
+SIZES = [(1, 1), (1, 7), (7, 1), (5, 17), (17, 5), (63, 130), (3, 9, 5), (4, 5, 9), (1, 6, 6)]
+
+
+def moved(backend: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, steps: NewtonSchulz) -> list[Tensor]:
+    """Return parameters and momenta after three updates from the same numbers, with an expert without gradient."""
+    draw = torch.Generator().manual_seed(3)
+    params, momenta = ([torch.randn(s, generator=draw, dtype=dtype) for s in shapes] for _ in range(2))
+    for k in range(3):
+        grads = [torch.randn(s, generator=draw, dtype=dtype) for s in shapes]
+        for grad in grads:
+            if grad.dim() > 2 and k:
+                grad[0] = 0
+        with ops.use(backend):
+            muon_update(
+                MuonMatrices(params=params, grads=grads, momenta=momenta),
+                *(steps,),
+                **dict[str, Any](lr=0.07, momentum=0.9, weight_decay=0.3, matmul_dtype=dtype),
+            )
+    return [*params, *momenta]
+
+
+@pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan", "polar express"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_eager_update_is_the_reference(size: tuple[int, ...], steps: NewtonSchulz) -> None:
+    *stack, o, i = size
+    shapes = [size, (*stack, i, o), (i, o)]
+    # three updates of 0.07, each of at most 15 products, which magnify an error by at most 485
+    tolerance = 3 * 0.07 * 485 * rounding(FP64_UNIT, terms=max(o, i), chained=15) + rounding(FP64_UNIT, chained=8)
+    for got, want in zip(*(moved(b, shapes, torch.float64, steps) for b in ("eager", "reference")), strict=True):
+        assert relative_error(got, want) <= tolerance
+
+
+@pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS], ids=["jordan", "polar express"])
+def test_zeros_and_tiny_numbers_stay_finite(steps: NewtonSchulz) -> None:
+    for size in (0.0, 1e-30, 1e-12, 1e12):
+        g = size * torch.randn(2, 3, 4)
+        got = orthogonalize(g, steps)
+        assert got.isfinite().all()
+        assert bool(got.any()) == bool(size)
+
+
+def test_cost_counts_half_of_the_symmetric_products() -> None:
+    p = torch.zeros(2, 5, 3)
+    cost = muon_update.cost(
+        MuonMatrices(params=[p], grads=[p], momenta=[p]),
+        NewtonSchulz(((1.0, 0.0, 0.0),)),
+        **dict[str, Any](lr=0.1, momentum=0.9, weight_decay=0.0, matmul_dtype=torch.float32),
+    )
+    # 3 x 3 entries, 6 of them different: sums of 5 and of 3 terms; then 3 x 5 sums of 3
+    assert cost.flops == 2 * 2 * (6 * 5 + 6 * 3 + 15 * 3)
+    assert (cost.read, cost.written) == (3 * p.nbytes, 2 * p.nbytes)

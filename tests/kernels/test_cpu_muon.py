@@ -1,0 +1,235 @@
+"""Muon's update in C++ agrees with its reference, on every instruction set."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.muon import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.measure.counting import count
+from dsmini_kernels import Unserved, cpu
+from dsmini_kernels.cpu import build
+from dsmini_kernels.cpu import muon as wrapper
+from tests.helpers.cpu_kernels import LIBRARY
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+
+STEPS = {"jordan": JORDAN, "polar express": POLAR_EXPRESS}
+ONES: list[list[tuple[int, ...]]] = [[(1, 1)], [(1, 7)], [(7, 1)], [(5, 17)], [(17, 5)], [(64, 64)], [(33, 65)]]
+SHAPES: list[list[tuple[int, ...]]] = [
+    *ONES,
+    [(63, 130), (130, 63), (2, 63, 130), (3, 130, 63)],
+    [(4, 40, 16), (16, 40), (1, 16, 40), (40, 16)],
+]
+Update = dict[str, Any]
+HOW: Update = {"lr": 0.07, "momentum": 0.9, "weight_decay": 0.3}
+
+
+@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
+def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    number = build.ISA_NUMBERS[request.param]
+    if number > LIBRARY.isa:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(wrapper, "library", lambda: dataclasses.replace(LIBRARY, isa=number))
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def matrices_of(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, k: int = 0) -> MuonMatrices:
+    """Return matrices whose singular values spread over two powers of ten; in the k-th a stack has an idle expert."""
+    draw = torch.Generator().manual_seed(k)
+
+    def numbers(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=draw) * torch.logspace(0, -2, shape[-1])
+
+    grads = [numbers(shape) for shape in shapes]
+    for grad in grads:
+        if grad.dim() > 2 and len(grad) > 1:
+            grad[k % len(grad)] = 0
+    params, momenta = ([numbers(shape).to(dtype) for shape in shapes] for _ in range(2))
+    return MuonMatrices(params=params, grads=[grad.to(dtype) for grad in grads], momenta=momenta)
+
+
+def copy_of(given: MuonMatrices, dtype: torch.dtype | None = None) -> MuonMatrices:
+    def copies(all_of: Any) -> list[Tensor]:
+        return [x.clone().to(dtype or x.dtype) for x in all_of]
+
+    return MuonMatrices(params=copies(given.params), grads=copies(given.grads), momenta=copies(given.momenta))
+
+
+def updated(
+    given: MuonMatrices,
+    steps: NewtonSchulz,
+    backend: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    of: torch.dtype | None = None,
+) -> MuonMatrices:
+    """Return the matrices after one update, in products of `dtype` and numbers of `of`."""
+    new = copy_of(given, of)
+    with ops.use(backend):
+        muon_update(new, steps, **HOW, matmul_dtype=dtype)
+    return new
+
+
+def exactly(given: MuonMatrices, steps: NewtonSchulz) -> MuonMatrices:
+    return updated(given, steps, "reference", torch.float64, of=torch.float64)
+
+
+def moves(after: MuonMatrices, before: MuonMatrices) -> list[Tensor]:
+    return [a.double() - b.double() * (1 - 0.07 * 0.3) for a, b in zip(after.params, before.params, strict=True)]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_fp32_update_is_the_reference(every_isa: str, shapes: list[tuple[int, ...]], steps: str) -> None:
+    given = matrices_of(shapes)
+    got, want = updated(given, STEPS[steps]), exactly(given, STEPS[steps])
+    # five iterations are 15 products, and small singular values are magnified by at most 485, errors with them
+    products = 485 * rounding(FP32_UNIT, terms=max(max(shape[-2:]) for shape in shapes), chained=15)
+    for a, b in zip(moves(got, given), moves(want, given), strict=True):
+        assert relative_error(a, b) <= products
+    for m, wanted in zip(got.momenta, want.momenta, strict=True):
+        assert relative_error(m, wanted) <= rounding(FP32_UNIT, chained=3)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shapes", [s for s in SHAPES if min(s[0]) > 1], ids=str)
+def test_bf16_update_is_as_exact_as_torchs(every_isa: str, shapes: list[tuple[int, ...]], steps: str) -> None:
+    """Its operands are BF16, or FP32 where the CPU multiplies no BF16. Matrices of one row are too few numbers for
+    comparing errors, which are chance.
+    """
+    given = matrices_of(shapes)
+    want = moves(exactly(given, STEPS[steps]), given)
+    got = moves(updated(given, STEPS[steps], dtype=torch.bfloat16), given)
+    torchs = moves(updated(given, STEPS[steps], "eager", torch.bfloat16), given)
+    for a, b, wanted in zip(got, torchs, want, strict=True):
+        assert relative_error(a, wanted) <= 2 * relative_error(b, wanted) + rounding(BF16_UNIT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_stay_apart(every_isa: str, dtype: torch.dtype) -> None:
+    """A matrix moves as it does alone, bit for bit, whatever is next to it and however many threads there are."""
+    shapes = [(3, 65, 96), (65, 96), (96, 65), (40, 96, 65)]  # enough for all threads to join
+    given = matrices_of(shapes)
+    together = updated(given, POLAR_EXPRESS, dtype=dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        shared = updated(given, POLAR_EXPRESS, dtype=dtype)
+    finally:
+        torch.set_num_threads(threads)
+    for j, shape in enumerate(shapes):
+        lone = MuonMatrices(params=[given.params[j]], grads=[given.grads[j]], momenta=[given.momenta[j]])
+        alone = updated(lone, POLAR_EXPRESS, dtype=dtype)
+        assert torch.equal(alone.params[0], together.params[j]) and torch.equal(shared.params[j], together.params[j])
+        assert torch.equal(alone.momenta[0], together.momenta[j])
+        assert torch.equal(given.grads[j], together.grads[j]), shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_number_spoils_its_matrix_alone(every_isa: str, bad: float, dtype: torch.dtype) -> None:
+    given = matrices_of([(3, 33, 40), (40, 33)], k=2)
+    before = updated(given, POLAR_EXPRESS, dtype=dtype)
+    given.grads[0][1, 32, 39] = bad
+    got = updated(given, POLAR_EXPRESS, dtype=dtype)
+    assert not got.params[0][1].isfinite().any()
+    for where in ((0, 0), (0, 2)):
+        assert torch.equal(got.params[0][where[1]], before.params[0][where[1]])
+    assert torch.equal(got.params[1], before.params[1])
+
+
+def test_a_nan_with_all_its_bits_set_stays_one(every_isa: str) -> None:
+    given = matrices_of([(33, 40)])
+    given.grads[0].view(torch.int32)[3, 4] = 0x7FFFFFFF
+    for dtype in (torch.float32, torch.bfloat16):
+        assert updated(given, JORDAN, dtype=dtype).params[0].isnan().all()
+
+
+def test_zeros_move_nothing(every_isa: str) -> None:
+    """A matrix of its own without gradient and momentum, and experts of a stack without gradient."""
+    zero = MuonMatrices(params=[torch.randn(5, 9)], grads=[torch.zeros(5, 9)], momenta=[torch.zeros(5, 9)])
+    idle = MuonMatrices(params=[torch.randn(2, 5, 9)], grads=[torch.zeros(2, 5, 9)], momenta=[torch.randn(2, 5, 9)])
+    for given in (zero, idle):
+        got = updated(given, POLAR_EXPRESS)
+        assert relative_error(got.params[0], given.params[0] * (1 - 0.07 * 0.3)) <= rounding(FP32_UNIT, chained=2)
+        assert relative_error(got.momenta[0], given.momenta[0] * 0.9) <= rounding(FP32_UNIT, chained=2)
+
+
+def test_a_rest_of_momentum_moves_a_matrix_of_its_own(every_isa: str) -> None:
+    given = MuonMatrices(params=[torch.randn(5, 9)], grads=[torch.zeros(5, 9)], momenta=[torch.randn(5, 9)])
+    assert moves(updated(given, JORDAN), given)[0].norm() > 0.07
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_size_of_the_gradient_does_not_matter(every_isa: str, size: float) -> None:
+    given = matrices_of([(16, 40)])
+    for m in given.momenta:
+        m.zero_()
+    want = moves(updated(given, POLAR_EXPRESS), given)[0]
+    other = copy_of(given)
+    other.grads[0].mul_(size)
+    got = moves(updated(other, POLAR_EXPRESS), given)[0]
+    if size < 1e-20:  # 1e-7 next to the norm makes it smaller
+        assert got.norm() < want.norm()
+    else:
+        assert relative_error(got, want) < 1e-3
+
+
+def test_a_counter_gets_the_cost() -> None:
+    given = copy_of(matrices_of([(3, 5, 9), (9, 5)]))
+    counted = count(lambda: muon_update(given, JORDAN, **HOW, matmul_dtype=torch.float32))
+    (one,) = (op for op in counted.operations if op.name == "muon_update")
+    cost = muon_update.cost(given, JORDAN, **HOW, matmul_dtype=torch.float32)
+    assert (one.read, one.written, one.flops) == cost
+
+
+def test_what_is_not_served_says_why() -> None:
+    def call(dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32, **changes: Any) -> None:
+        given = matrices_of([(4, 6)], dtype)
+        cpu.muon_update(dataclasses.replace(given, **changes), JORDAN, **HOW, matmul_dtype=products)
+
+    call()
+    with pytest.raises(Unserved, match=r"products in torch.float64"):
+        call(products=torch.float64)
+    with pytest.raises(Unserved, match=r"torch.float64 on cpu"):
+        call(dtype=torch.float64)
+    with pytest.raises(Unserved, match=r"not contiguous"):
+        call(grads=[torch.randn(6, 4).T])
+    with pytest.raises(Unserved, match=r"shape \[4, 5\] for a parameter of \[4, 6\]"):
+        call(momenta=[torch.randn(4, 5)])
+    large = torch.zeros(513, 512)
+    with pytest.raises(Unserved, match=r"^$"):
+        call(params=[large], grads=[large], momenta=[large])
+
+
+def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
+    x = torch.zeros(3, 4, 6)
+    room = x.nbytes
+
+    def error(threads: int = 1, steps: int = 2, gram: int = 0, pieces: int = 1, **piece: int) -> int:
+        fields = dict.fromkeys(("p", "g", "m"), x.data_ptr()) | dict.fromkeys(("p_bytes", "g_bytes", "m_bytes"), room)
+        fields |= {"count": 3, "rows": 4, "columns": 6} | piece
+        order = ("p", "p_bytes", "g", "g_bytes", "m", "m_bytes", "count", "rows", "columns")
+        table = torch.frombuffer(bytearray(wrapper.PIECE.pack(*(fields[k] for k in order), 1)), dtype=torch.uint8)
+        numbers = torch.ones(2, 3, dtype=torch.float64)
+        spans = (table.data_ptr(), table.nbytes, numbers.data_ptr(), numbers.nbytes)
+        return LIBRARY.muon(build.MUON.pack(0, threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0), build.MUON.size)
+
+    assert error() == 0
+    for changes in (
+        *({"threads": 0}, {"gram": 2}, {"steps": 0}, {"steps": 3}, {"steps": -1}, {"pieces": 2}, {"pieces": -1}),
+        *({"count": 4}, {"count": -1}, {"count": 2**61}, {"rows": 0}, {"rows": 5}, {"columns": 7}, {"columns": 2**62}),
+        *({"p": 0}, {"g": 0}, {"m": 0}, {"p_bytes": room - 1}, {"g_bytes": room - 1}, {"m_bytes": room - 1}),
+    ):
+        assert error(**changes) != 0, changes
+    assert LIBRARY.muon(bytes(build.MUON.size), build.MUON.size - 8) == 1
