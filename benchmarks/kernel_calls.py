@@ -43,6 +43,9 @@ class Calls(NamedTuple):
     keywords: Mapping[str, Any] = {}
     in_place: bool = False
     """True for calls that change their operands and return nothing."""
+    close: float = 1e-3
+    """Largest relative error of a result that is not bit-equal. Sums run in another order, in FP32, and a code of an
+    FP8 cache's new row may flip."""
 
 
 def turns(setting: Setting, nbytes: int) -> int:
@@ -241,7 +244,9 @@ def muon_update(setting: Setting) -> Iterator[Calls]:
         ]
         calls = [(matrices, JORDAN) for matrices in every]
         name = f"{experts} of {o}x{i}, products in {NAMES[dtype]}"
-        yield Calls(name, experts * o, calls, {**options, "matmul_dtype": dtype}, in_place=True)
+        # BF16 rounds in each of 15 products: both sides are off by one or two per cent
+        close = 1e-3 if dtype == torch.float32 else 0.05
+        yield Calls(name, experts * o, calls, {**options, "matmul_dtype": dtype}, in_place=True, close=close)
 
 
 CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {

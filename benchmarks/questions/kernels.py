@@ -38,9 +38,6 @@ TURN, QUICK_TURN = 0.01, 0.003
 """Least seconds of a turn."""
 SLOW_ROUNDS, SLOW_SECONDS = 3, 2.0
 """Rounds with plain PyTorch, and seconds after which no such round begins."""
-CLOSE = 1e-3
-"""Largest relative error of a result that is not bit-equal. Sums run in another order, in FP32, and a code of an FP8
-cache's new row may flip."""
 ROUNDING = ("quantize", "dequantize", "quantize_dequantize")
 
 figure = Figures(NAME, higher={"share_of_roof": "", "over_eager": "x", "over_reference": "x"}, lower={"seconds": "s"})
@@ -157,7 +154,7 @@ def roof_seconds(
 
 
 def check(operation: Any, calls: Calls) -> None:
-    """Compare the kernel's result with the reference: bit for bit where it rounds, else within CLOSE.
+    """Compare the kernel's result with the reference: bit for bit where it rounds, else within calls.close.
 
     The result of a call that returns none is what it made of copies of its operands.
     """
@@ -178,7 +175,9 @@ def check(operation: Any, calls: Calls) -> None:
         return
     a, b = (result[0].float() for result in results)
     error = float((a - b).norm() / b.norm())
-    assert error <= CLOSE, f"{operation.name}: the kernel differs from the reference by {error:.2g}, want {CLOSE}"
+    assert error <= calls.close, (
+        f"{operation.name}: the kernel differs from the reference by {error:.2g}, want {calls.close}"
+    )
 
 
 def finding(figures: list[Figure]) -> str:
