@@ -16,8 +16,9 @@ from dsmini.measure.workloads import dtype_name, random_cache
 from dsmini.nn import Cache, Routing
 from dsmini.report.verdicts import compared
 
-FASTEST = 1.25
-"""Rate of the best kernels over that of the plain reading which is the roof (docs/log.md)."""
+FASTEST = 1.7
+"""Rate over that of the plain reading which is the roof, from which bytes must be counted wrong. The best kernels reach
+1.25, and 1.5 where other programs ran during the reading alone (docs/log.md)."""
 HIGHER = {"tokens_per_s": "tokens/s", "useful_share": ""}
 LOWER = {"bytes_per_token": "bytes", "peak_memory": "bytes"}
 NEITHER = {"flops_per_token": "FLOP", "bandwidth": "bytes/s", "flop_rate": "FLOP/s", "seconds_by_kind": "s"}

@@ -164,8 +164,10 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(every_isa: str, name: str)
         cache = filled(model, [70, 9], torch.bfloat16)
         attentions, feed_forwards, pasts, tables, starts = zip(*layers(model, cache, 2), strict=True)
         blocks = list(zip(attentions, feed_forwards, strict=True))
+        # copies that a call needs must live until it has run
+        x, table = torch.randn(2, 2, model.config.dim)[:, ::2].expand(2, 2, -1), tuple(t.double() for t in tables[0])
         with ops.use("cpu"):
-            out = run(torch.randn(2, 2, model.config.dim), blocks, pasts, tables[0], starts[0])
+            out = run(x, blocks, pasts, table, starts[0].to(torch.int32))
         results.append([*out, *rows_of(cache)])
     assert len(results[0]) == len(results[1]) > 1 + len(model.layers)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -174,7 +176,7 @@ def test_one_call_for_all_blocks_has_the_bits_of_many(every_isa: str, name: str)
 def test_blocks_that_are_not_whole_calls_are_refused() -> None:
     model, run = model_of("wide"), build.library().blocks
     attention, _, past, table, starts = next(layers(model, filled(model, [9], torch.float32), 1))
-    call, _ = steps._attention_call(torch.randn(1, 1, model.config.dim), attention, past, table, starts)
+    call, held = steps._attention_call(torch.randn(1, 1, model.config.dim), attention, past, table, starts)
     header, packed = steps._packed("attention", call)
     whole = header + packed
     assert run(whole, len(whole)) == 0 and run(b"", 0) == 0
@@ -182,6 +184,7 @@ def test_blocks_that_are_not_whole_calls_are_refused() -> None:
         assert run(wrong, len(wrong)) != 0
     for number, size in ((0, len(packed)), (4, len(packed)), (6, len(packed)), (3, len(packed) - 8), (3, -1)):
         assert run(build.HEADER.pack(number, size) + packed, len(whole)) != 0
+    assert held[0].isfinite().all()
 
 
 def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,16 +101,16 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
 
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + MLA(norm(x)), absorbed, and append the new rows to the cache."""
-    call, y = _attention_call(x, part, past, table, starts)
+    call, held = _attention_call(x, part, past, table, starts)
     run(library().attention, ATTENTION, call)
-    return y
+    return held[0]
 
 
 def grouped_attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Return x + Attention(norm(x)) of MHA, GQA or MQA, and append the new rows to the cache."""
-    call, y = _attention_call(x, part, past, table, starts)
+    call, held = _attention_call(x, part, past, table, starts)
     run(library().grouped, GROUPED, call)
-    return y
+    return held[0]
 
 
 def blocks_step(
@@ -118,16 +118,17 @@ def blocks_step(
 ) -> tuple[Tensor, ...]:
     """Return x after all blocks, and the four tensors of the routing of each block with a gate."""
     packed: list[bytes] = []
-    held: list[Tensor] = [x]
+    kept: list[tuple[Tensor, ...]] = []
     routing: list[Tensor] = []
     for (attention, feed_forward), past in zip(blocks, pasts, strict=True):
-        call, y = _attention_call(x, attention, past, table, starts)
+        call, held = _attention_call(x, attention, past, table, starts)
+        kept.append(held)
         packed += _packed("grouped" if _is_grouped(attention) else "attention", call)
-        call, (z, *decided) = _feed_forward_call(y.flatten(0, 1), feed_forward)
+        call, held = _feed_forward_call(held[0].flatten(0, 1), feed_forward)
+        kept.append(held)
         packed += _packed("feed_forward", call)
-        held += [y, z, *decided]
-        routing += decided if feed_forward.gate is not None else []
-        x = z.view(x.shape)
+        routing += held[1:5] if feed_forward.gate is not None else ()
+        x = held[0].view(x.shape)
     calls = b"".join(packed)
     if error := library().blocks(calls, len(calls)):
         raise RuntimeError(ERRORS[error])
@@ -145,8 +146,11 @@ def _packed(entry: str, call: Sequence[Any]) -> tuple[bytes, bytes]:
 
 def _attention_call(
     x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor
-) -> tuple[tuple[Any, ...], Tensor]:
-    """Describe an attention to new tokens x, of any kind, to the C++; return the call and its result's memory."""
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Describe an attention to new tokens x, of any kind, to the C++.
+
+    Returns: the call, and the tensors that must stay until it has run, its result first.
+    """
     data = past.store.data
     sizes, norms, weights, numbers = part.prepared.get("cpu") or _prepared_attention(part)
     if x.dtype != torch.float32 or x.shape[0] * x.shape[1] > MOST_TOKENS or data.dtype not in CACHE_TYPES:
@@ -165,18 +169,21 @@ def _attention_call(
         *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
         *(*weights, *numbers),
-    ), y
+    ), (y, x, cos, sin, starts)
 
 
 def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
     """Return x + FFN(norm(x)), and the indices, weights, scores and counts of the routing."""
-    call, results = _feed_forward_call(x, part)
+    call, held = _feed_forward_call(x, part)
     run(library().feed_forward, FEED_FORWARD, call)
-    return results
+    return held[:5]
 
 
 def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """Describe a feed-forward to the C++; return the call and the memory of its results."""
+    """Describe a feed-forward to the C++.
+
+    Returns: the call, and the tensors that must stay until it has run, its five results first.
+    """
     if x.dtype != torch.float32 or x.shape[0] > MOST_TOKENS:
         raise Unserved(f"{x.shape[0]} tokens of {x.dtype}")
     n, m = x.shape
@@ -193,7 +200,7 @@ def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Ten
         *(*place(library()), n, m, *sizes, *span(x), *span(y), *inputs),
         *(*(t.data_ptr() for t in routing), *outs, *weights, *numbers),
     )
-    return call, (y, *routing)
+    return call, (y, *routing, x)
 
 
 def _is_grouped(part: Any) -> bool:
