@@ -92,7 +92,8 @@ def _measured(operation: Any, case: dict[str, Any], calls: Calls, setting: Setti
     read = max(setting.roofs.bandwidth, plain.nbytes / min(taken.pop("read")))
     setting = dataclasses.replace(setting, roofs=dataclasses.replace(setting.roofs, bandwidth=read))
     seconds = statistics.median(taken["kernel"])
-    roof = roof_seconds(" ".join(map(str, case.values())), *work.mean(), calls.turns[0], seconds, setting)
+    operands = (*calls.turns[0], *calls.keywords.values())
+    roof = roof_seconds(" ".join(map(str, case.values())), *work.mean(), operands, seconds, setting)
     yield figure("seconds", case, taken["kernel"], predicted=roof, bound=True, note="of a call; predicted: the roof")
     yield figure("share_of_roof", case, [roof / t for t in taken["kernel"]], note="the roof's time over the kernel's")
     for other in ("eager", "reference"):
@@ -137,13 +138,15 @@ def roof_seconds(
 ) -> float:
     """Return the least seconds of a call on this machine.
 
-    The matrix peak is that of FP32, or of BF16 where an operand is BF16 and the machine multiplies it faster.
+    The matrix peak is that of FP32, or of BF16 where an operand is BF16, or multiplied as such, and the machine multiplies
+    it faster.
 
     Raises: ValueError for a call that took clearly less, which can only be an error of counting.
     """
     memory = moved / check_bandwidth(f"{NAME} {what}", moved / seconds, setting)
     tensors = [t for a in arguments for t in ((a,) if isinstance(a, Tensor) else getattr(a, "tensors", ()))]
-    dtypes = {"float32", *(str(t.dtype).removeprefix("torch.") for t in tensors)}
+    found = [*(t.dtype for t in tensors), *(a for a in arguments if isinstance(a, torch.dtype))]
+    dtypes = {"float32", *(str(dtype).removeprefix("torch.") for dtype in found)}
     arithmetic = flops / max(rate for name, rate in setting.roofs.peak.items() if name in dtypes)
     if arithmetic > FASTEST * seconds:
         raise ValueError(

@@ -113,8 +113,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)
-        # kernels may read such small weights from a cache
-        yield {n: run(q, setting(bandwidth=1e12 if n == "kernels" else 2e10)) for n, q in QUESTIONS.items()}
+        # kernels may read such small weights from a cache, and are faster than the invented machine
+        fast: dict[str, Any] = {"bandwidth": 1e12, "peak": {"float32": 1e12, "bfloat16": 1e13}}
+        yield {n: run(q, setting(**fast if n == "kernels" else {"bandwidth": 2e10})) for n, q in QUESTIONS.items()}
 
 
 def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
