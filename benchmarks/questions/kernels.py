@@ -138,8 +138,8 @@ def roof_seconds(
 ) -> float:
     """Return the least seconds of a call on this machine.
 
-    The matrix peak is that of FP32, or of BF16 where an operand is BF16, or multiplied as such, and the machine multiplies
-    it faster.
+    The matrix peak is that of FP32, or of BF16 where an operand is BF16, or multiplied as such, and the machine
+    multiplies it faster.
 
     Raises: ValueError for a call that took clearly less, which can only be an error of counting.
     """
