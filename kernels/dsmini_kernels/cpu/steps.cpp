@@ -197,7 +197,6 @@ ENTRY(feed_forward, FeedForwardCall)
 ENTRY(muon, MuonCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
-// What Python does between two calls is slow, as the weights of a block drive it out of the caches.
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {
   enum Entry : int64_t { ATTENTION = 3, GROUPED = 4, FEED_FORWARD = 5 };
   const auto run = [&](auto call, auto entry, int64_t size) -> int64_t {
