@@ -175,7 +175,7 @@ def test_documents_of_tokens_are_rearranged_whole(trained: Path, tmp_path: Path,
 
 def test_pieces_of_a_large_text_have_its_tokens(bpe: BPETokenizer) -> None:
     text = Path(__file__).read_bytes()
-    text *= 2 * CHUNK // len(text)
+    text *= 5 * CHUNK // (4 * len(text))
     pieces = list(lines(text[i : i + CHUNK] for i in range(0, len(text), CHUNK)))
     assert len(pieces) > 1
     assert np.array_equal(np.concatenate(bpe.encode_all(pieces)), bpe.encode(text))
