@@ -186,7 +186,7 @@ class Generation:
     def _step(self) -> list[list[int]]:
         """Run one decoding step of all rows; return the new tokens of each."""
         tokens = torch.tensor([self.rows[row][-1:] for row in self._active], device=self._device)
-        live = [self._left[row] > 0 for row in self._active]
+        live = self._live()
         # 1. the last token of each row and its guesses: [b, s]
         guesses, q = tokens[:, :0], []
         if self.drafter is not None:
@@ -229,6 +229,10 @@ class Generation:
             seen[i, self.rows[row]] = True
         return seen.to(self._device)
 
+    def _live(self) -> list[bool]:
+        """Return which sequences of the cache have not ended."""
+        return [self._left[row] > 0 for row in self._active]
+
     def _drop_ended(self) -> None:
         """Free the cache of the rows that have ended, once they are at least half of all rows."""
         live = [i for i, row in enumerate(self._active) if self._left[row]]
@@ -245,9 +249,7 @@ class Generation:
         The cache of multi-token prediction can only start again for all rows, so then all rows are read again.
         """
         room = self.cache.max_seq_len
-        lengths = self.cache.lengths.tolist()
-        live = [self._left[row] > 0 for row in self._active]
-        full = [is_live and n >= room for is_live, n in zip(live, lengths, strict=True)]
+        full = [is_live and n >= room for is_live, n in zip(self._live(), self.cache.lengths.tolist(), strict=True)]
         if not any(full):
             return
         again = torch.tensor(full) | (self.drafter is not None)

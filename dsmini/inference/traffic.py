@@ -37,8 +37,8 @@ class StepTraffic:
             new: number of tokens of each row in the step, guesses included.
             routing: the decisions of each layer with experts.
         """
-        tokens, context = len(start) * new, float(start.sum())
-        visited = int((torch.cat([each.counts for each in routing]) > 0).sum()) if routing else 0
+        tokens, context = len(start) * new, sum(start.tolist())
+        visited = int(torch.cat([each.counts for each in routing]).count_nonzero()) if routing else 0
         self.total += self._once + visited * self._expert + tokens * self._embedding
         self.total += (context + 2 * tokens) * self._row + self._draft + context * self._draft_row
 

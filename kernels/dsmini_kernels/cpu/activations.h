@@ -31,13 +31,8 @@ template <class Body>
 inline void each_vector(const float* x, int64_t n, Body body) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) body(load<F>(x + i), i);
-  if (i < n) {
-    F rest{};
-    memcpy(&rest, x + i, (n - i) * 4);
-    body(rest, i);
-  }
+  if (i < n) body(load_some(x + i, n - i), i);
 }
-inline void store_some(float* p, F v, int64_t n) { memcpy(p, &v, (n < LANES ? n : LANES) * 4); }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; x and out may be the same.
 inline void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
@@ -49,9 +44,7 @@ inline void rms_norm(const float* x, const float* weight, int64_t n, double eps,
   for (float one : all) total += one;
   const F inverse = splat(float(1 / sqrt(total / n + eps)));
   each_vector(x, n, [&](F v, int64_t i) {
-    F w{};
-    memcpy(&w, weight + i, least(n - i, LANES) * 4);
-    store_some(out + i, v * inverse * w, n - i);
+    store_some(out + i, v * inverse * load_some(weight + i, n - i), n - i);
   });
 }
 

@@ -178,10 +178,4 @@ void step(const AttentionCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(attention)(const AttentionCall& c) {
-  float* memory = scratch_of(Buffers(c, nullptr).all);
-  if (memory == nullptr) return false;
-  const Buffers buffers(c, memory);
-  step(c, buffers);
-  return true;
-}
+bool OF_ISA(attention)(const AttentionCall& c) { return with_memory<Buffers>(c, step); }

@@ -56,12 +56,8 @@ inline void decode_row(const Rows& rows, int64_t t, float* out) {
     Watch<DecodeE4m3> unused;  // a tile with NaN has NaN as its scale
     along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {
       float* to = out + at + i;
-      if (i + UNIT <= n) {
-        store(to, v[0] * up * scale), store(to + LANES, v[1] * up * scale);
-      } else {
-        store_some(to, v[0] * up * scale, n - i);
-        if (n - i > LANES) store_some(to + LANES, v[1] * up * scale, n - i - LANES);
-      }
+      store_some(to, v[0] * up * scale, n - i);
+      if (n - i > LANES) store_some(to + LANES, v[1] * up * scale, n - i - LANES);
     });
   }
   decode_bf16(scales + 4 * ((rows.latent + BLOCK - 1) / BLOCK), rows.rope, out + rows.latent);

@@ -204,10 +204,4 @@ void step(const FeedForwardCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(feed_forward)(const FeedForwardCall& c) {
-  float* memory = scratch_of(Buffers(c, nullptr).all);
-  if (memory == nullptr) return false;
-  const Buffers buffers(c, memory);
-  step(c, buffers);
-  return true;
-}
+bool OF_ISA(feed_forward)(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }

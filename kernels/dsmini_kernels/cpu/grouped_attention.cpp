@@ -151,10 +151,4 @@ void step(const GroupedCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(grouped)(const GroupedCall& c) {
-  float* memory = scratch_of(Buffers(c, nullptr).all);
-  if (memory == nullptr) return false;
-  const Buffers buffers(c, memory);
-  step(c, buffers);
-  return true;
-}
+bool OF_ISA(grouped)(const GroupedCall& c) { return with_memory<Buffers>(c, step); }

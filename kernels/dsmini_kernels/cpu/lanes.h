@@ -40,6 +40,17 @@ template <class V>
 void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// The first n numbers, a vector at most; zeros follow.
+inline F load_some(const float* p, int64_t n) {
+  if (n >= LANES) return load<F>(p);
+  F v{};
+  memcpy(&v, p, n * 4);
+  return v;
+}
+inline void store_some(float* p, F v, int64_t n) {
+  if (n >= LANES) return store(p, v);
+  memcpy(p, &v, n * 4);
+}
 // A store, or one past the cache, for which p must be a multiple of the vector's size.
 template <class V>
 inline void emit(void* p, V v, bool past) {

@@ -84,18 +84,6 @@ struct Bf16Word {
 };
 #endif
 
-// The first n numbers, 1 to LANES of them; zeros follow.
-inline F load_some(const float* p, int64_t n) {
-  if (n == LANES) return load<F>(p);
-  F v{};
-  memcpy(&v, p, n * 4);
-  return v;
-}
-inline void store_some(float* p, F v, int64_t n) {
-  if (n == LANES) return store(p, v);
-  memcpy(p, &v, n * 4);
-}
-
 // a0 b0 a1 b1 ..., in two vectors.
 inline void interleave(F a, F b, F* out) {
 #if BYTES == 64

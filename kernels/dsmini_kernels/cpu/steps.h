@@ -133,3 +133,12 @@ FOR_EACH_ISA(DECLARE)
 
 // Memory of a thread that calls, kept from call to call. Null if there is none left.
 float* scratch_of(int64_t numbers);
+
+// Runs step(call, buffers) with the memory that Buffers asks for. False if there is none left.
+template <class Buffers, class Call>
+INLINE bool with_memory(const Call& c, void (*step)(const Call&, const Buffers&)) {
+  float* memory = scratch_of(Buffers(c, nullptr).all);
+  if (memory == nullptr) return false;
+  step(c, Buffers(c, memory));
+  return true;
+}
