@@ -171,20 +171,25 @@ def test_a_bandwidth_far_above_the_roof_is_an_error(monkeypatch: pytest.MonkeyPa
     machine = dataclasses.replace(roofs(), bandwidth=10e9, copy=8e9)
     setting = Setting(quick=True, device=torch.device("cpu"), dtype=torch.float32, roofs=machine)
     assert check_bandwidth("x", 9.9e9, setting) == 10e9
-    assert check_bandwidth("x", 16.9e9, setting) == 10e9, "a kernel may read faster than a sum"
-    with pytest.raises(ValueError, match=r"x: 17.1 GB/s from memory is above the roof of 10.0: .* --fresh"):
-        check_bandwidth("x", 17.1e9, setting)
+    assert check_bandwidth("x", 12.4e9, setting) == 10e9, "a kernel may read faster than a sum"
+    with pytest.raises(ValueError, match=r"x: 12.6 GB/s from memory is above the roof of 10.0: .* --fresh"):
+        check_bandwidth("x", 12.6e9, setting)
     now = 20e9
     assert check_bandwidth("x", 19e9, setting) == now, "the stored roof was measured on a busy machine"
+    slowed = iter([10e9, 11e9, 19e9])
+    monkeypatch.setattr(steps, "read_bandwidth", lambda device: next(slowed))
+    assert check_bandwidth("x", 20e9, setting) == 19e9, "other programs slowed the first readings"
+    assert not [*slowed], "a reading that is enough is the last"
+    monkeypatch.setattr(steps, "read_bandwidth", lambda device: now)
     now = 9e9
-    assert check_bandwidth("x", 16.9e9, setting) == 10e9
+    assert check_bandwidth("x", 12.4e9, setting) == 10e9
     counted = count(lambda: torch.rand(1 << 16) * 2, 1 << 10)
     moved = sum(op.cold for op in counted.operations)
     figures = {f.metric: f for f in step_figures("q", {}, counted, [moved / 9e9] * 3, 2, setting, flops_bound=50.0)}
     assert figures["bandwidth"].measured == pytest.approx(9e9) and figures["bandwidth"].bound
     assert figures["useful_share"].measured == pytest.approx(50.0 * 2 / (moved / 9e9) / 1e11)
     with pytest.raises(ValueError, match="above the roof"):
-        list(step_figures("q", {}, counted, [moved / 18e9] * 3, 2, setting, flops_bound=50.0))
+        list(step_figures("q", {}, counted, [moved / 13e9] * 3, 2, setting, flops_bound=50.0))
 
 
 CONFIG = ModelConfig(
