@@ -86,6 +86,10 @@ MAY_IMPORT = {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
         *("dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops"),
     },
+    "dsmini.planner": {
+        *("dsmini.accounting", "dsmini.config", "dsmini.console.commandline", "dsmini.machine", "dsmini.measure"),
+        *("dsmini.planner", "dsmini.report"),
+    },
     "dsmini.ops": {"dsmini.ops"},
     "dsmini.report": {"dsmini.report", "dsmini.console"},
     "dsmini.numerics": {"dsmini.numerics", "dsmini.ops"},
