@@ -2,6 +2,7 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.panels import experts, quantized_experts
 from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.steps import (
     attention_step,
@@ -18,7 +19,7 @@ OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
-    "muon_update",
+    *("experts", "quantized_experts", "muon_update"),
 )
 __all__ = [
     "OPERATIONS",
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize",
     "describe",
     "expected",
+    "experts",
     "feed_forward_step",
     "grouped_attention_step",
     "linear",
@@ -35,6 +37,7 @@ __all__ = [
     "normed",
     "quantize",
     "quantize_dequantize",
+    "quantized_experts",
     "quantized_linear",
     "why_not",
 ]

@@ -50,12 +50,13 @@ FOR_EACH_ISA = {
     "grouped_attention.cpp": PRODUCTS,
     "feed_forward.cpp": PRODUCTS,
     "muon.cpp": PRODUCTS,
+    "experts.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
 ONCE = ("library.cpp", "steps.cpp", "team.cpp")
 HEADERS = (
     *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
-    *("dots.h", "activations.h", "attention.h"),
+    *("dots.h", "activations.h", "attention.h", "panels.h"),
 )
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -66,15 +67,15 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON = (
-    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d")
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS = (
+    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d", "=40q")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "blocks")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "experts", "blocks")
 """Functions of the library, in the order of Library's fields."""
 HEADER = Struct("=2q")
 """Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON)]
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -98,6 +99,7 @@ class Library:
     grouped: "ctypes._NamedFuncPointer"
     feed_forward: "ctypes._NamedFuncPointer"
     muon: "ctypes._NamedFuncPointer"
+    experts: "ctypes._NamedFuncPointer"
     blocks: "ctypes._NamedFuncPointer"
 
 

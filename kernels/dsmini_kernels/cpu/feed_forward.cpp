@@ -10,14 +10,6 @@ namespace {
 constexpr int64_t ROWS = 32;  // of a weight, an item
 int64_t items_for(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
-// The matrices of one expert in a stack.
-Matrix expert_of(const Matrix& stack, int64_t expert, int64_t rows) {
-  Matrix one = stack;
-  one.data += expert * rows * stack.stride, one.bytes -= expert * rows * stack.stride, one.rows = rows;
-  if (stack.type == WEIGHT_E4M3) one.scales += expert * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
-  return one;
-}
-
 // The memory of a call; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
 struct Buffers {
   int64_t wide, inter, expert_inter, slots;
@@ -166,7 +158,7 @@ void step(const FeedForwardCall& c, const Buffers& m) {
     const int64_t across = items_for(c.expert_inter);
     team.each(*m.n_visited * across, [&](int64_t item, int64_t) {
       const int64_t e = m.visited[item / across], slot = m.first_slot[e];
-      gate_and_up(expert_of(c.e1, e, c.expert_inter), expert_of(c.e3, e, c.expert_inter), item % across,
+      gate_and_up(part_of(c.e1, e, c.expert_inter), part_of(c.e3, e, c.expert_inter), item % across,
                   m.rows + slot * m.wide, m.wide, c.counts[e], m.expert_gated + slot * c.expert_inter);
     });
   }
@@ -189,7 +181,7 @@ void step(const FeedForwardCall& c, const Buffers& m) {
       });
     for (int64_t v = 0; c.experts && v < *m.n_visited; ++v) {
       const int64_t e = m.visited[v], slot = m.first_slot[e];
-      const Matrix w = expert_of(c.e2, e, c.dim);
+      const Matrix w = part_of(c.e2, e, c.dim);
       with_decoder(w.type, [&](auto decoder) {
         products<decltype(decoder)>(
             w, from, to, m.expert_hidden + slot * m.expert_inter, m.expert_inter, c.counts[e],

@@ -18,6 +18,13 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define OF_ISA(name) JOIN(name, ISA)
 
+// 1 where the compiler can write for AVX-512's products of BF16 numbers. The CPU is asked at run time.
+#if BYTES == 64 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define BF16_UNITS 1
+#else
+#define BF16_UNITS 0
+#endif
+
 namespace {
 
 constexpr int LANES = BYTES / 4;
@@ -115,6 +122,30 @@ inline I widen_signed(const void* p) {  // of bytes
   return __builtin_convertvector(load<S>(p), I);
 #endif
 }
+// a0 b0 a1 b1 ..., in two vectors.
+inline void interleave(F a, F b, F* out) {
+#if BYTES == 64
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  out[0] = (F)_mm512_permutex2var_ps((__m512)a, low, (__m512)b);
+  out[1] = (F)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), (__m512)b);
+#elif BYTES == 32
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  out[0] = (F)_mm256_permute2f128_ps(low, high, 0x20), out[1] = (F)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+  out[0] = F{a[0], b[0], a[1], b[1]}, out[1] = F{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+// Turns rows into columns. Each time a row is interleaved with the one half the rows further on, two bits of the place
+// move: after as many times as LANES has bits, rows are columns.
+inline void transpose(F (&rows)[LANES]) {
+  F mixed[LANES];
+  _Pragma("GCC unroll 16") for (int bit = 1; bit < LANES; bit *= 2) {
+    _Pragma("GCC unroll 16") for (int r = 0; r < LANES / 2; ++r) interleave(rows[r], rows[r + LANES / 2], mixed + 2 * r);
+    _Pragma("GCC unroll 16") for (int r = 0; r < LANES; ++r) rows[r] = mixed[r];
+  }
+}
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Constants of a format, one for each lane.

@@ -44,3 +44,11 @@ struct Matrix {
            scales != nullptr && all <= scales_bytes;
   }
 };
+
+// Matrix number `index` of a stack of matrices with `rows` rows each.
+INLINE Matrix part_of(const Matrix& stack, int64_t index, int64_t rows) {
+  Matrix one = stack;
+  one.data += index * rows * stack.stride, one.bytes -= index * rows * stack.stride, one.rows = rows;
+  if (stack.type == WEIGHT_E4M3) one.scales += index * ((rows + BLOCK - 1) / BLOCK) * ((stack.columns + BLOCK - 1) / BLOCK);
+  return one;
+}

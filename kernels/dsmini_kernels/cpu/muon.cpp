@@ -12,12 +12,6 @@
 
 #include <math.h>
 
-#if BYTES == 64 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
-#define BF16_UNITS 1
-#else
-#define BF16_UNITS 0
-#endif
-
 namespace {
 
 constexpr int64_t SIDE = 2 * LANES, AREA = SIDE * SIDE;
@@ -84,31 +78,12 @@ struct Bf16Word {
 };
 #endif
 
-// a0 b0 a1 b1 ..., in two vectors.
-inline void interleave(F a, F b, F* out) {
-#if BYTES == 64
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  out[0] = (F)_mm512_permutex2var_ps((__m512)a, low, (__m512)b);
-  out[1] = (F)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), (__m512)b);
-#elif BYTES == 32
-  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
-  out[0] = (F)_mm256_permute2f128_ps(low, high, 0x20), out[1] = (F)_mm256_permute2f128_ps(low, high, 0x31);
-#else
-  out[0] = F{a[0], b[0], a[1], b[1]}, out[1] = F{a[2], b[2], a[3], b[3]};
-#endif
-}
-
-// Of LANES x LANES numbers, each time a row is interleaved with the one half the rows further on, two bits of the place
-// move: after as many times as LANES has bits, rows are columns.
 void transpose(const float* block, float* out) {
   for (int64_t down = 0; down < SIDE; down += LANES)
     for (int64_t across = 0; across < SIDE; across += LANES) {
-      F rows[LANES], mixed[LANES];
+      F rows[LANES];
       UNROLL for (int r = 0; r < LANES; ++r) rows[r] = load<F>(block + (down + r) * SIDE + across);
-      UNROLL for (int bit = 1; bit < LANES; bit *= 2) {
-        UNROLL for (int r = 0; r < LANES / 2; ++r) interleave(rows[r], rows[r + LANES / 2], mixed + 2 * r);
-        UNROLL for (int r = 0; r < LANES; ++r) rows[r] = mixed[r];
-      }
+      transpose(rows);
       UNROLL for (int r = 0; r < LANES; ++r) store(out + (across + r) * SIDE + down, rows[r]);
     }
 }

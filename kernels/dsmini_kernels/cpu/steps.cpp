@@ -133,6 +133,22 @@ int64_t check(const NormsCall& c) {
   return FINE;
 }
 
+int64_t check(const ExpertsCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.w1.type != c.w3.type || c.w1.type != c.w2.type) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
+      !c.w2.fits_stack(c.experts, c.dim, c.inter))
+    return OUT_OF_BOUNDS;
+  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.y, c.y_bytes, size, c.n, c.dim) ||
+      !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k))
+    return OUT_OF_BOUNDS;
+  for (int64_t i = 0; i < c.n * c.k; ++i)
+    if (c.indices[i] < 0 || c.indices[i] >= c.experts) return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 int64_t check(const MuonCall& c) {
   if (!sizes({c.pieces, c.steps}) || c.steps < 1 || c.steps > 100) return BAD_SHAPE;
   if (c.bf16 < 0 || c.bf16 > 1 || c.by_gram < 0 || c.by_gram > 1) return BAD_CALL;
@@ -195,6 +211,7 @@ ENTRY(attention, AttentionCall)
 ENTRY(grouped, GroupedCall)
 ENTRY(feed_forward, FeedForwardCall)
 ENTRY(muon, MuonCall)
+ENTRY(experts, ExpertsCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {

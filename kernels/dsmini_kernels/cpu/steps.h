@@ -6,7 +6,7 @@
 #include "matrix.h"
 #include "team.h"
 
-constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_SIDE = 1 << 16;
+constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
 
 struct Place {
   int64_t isa, threads;
@@ -97,6 +97,21 @@ struct FeedForwardCall {
   double eps, route_scale;
 };
 
+// y[n] = the sum over a token's k experts of weight * w2 (silu(w1 x) * (w3 x)). x and y are FP32 or BF16, contiguous.
+struct ExpertsCall {
+  Place place;
+  int64_t n, dim, inter, experts, k, bf16;
+  const char* x;
+  int64_t x_bytes;
+  char* y;
+  int64_t y_bytes;
+  const int64_t* indices;  // [n, k]
+  int64_t indices_bytes;
+  const float* weights;  // [n, k]
+  int64_t weights_bytes;
+  Matrix w1, w2, w3;  // w1 and w3: [experts * inter, dim]; w2: [experts * dim, inter]
+};
+
 // `count` matrices [rows, columns] that lie one after the other: parameters, gradients, momenta.
 struct MuonPiece {
   float* p;
@@ -127,6 +142,7 @@ struct MuonCall {
   bool attention_##isa(const AttentionCall&);          \
   bool grouped_##isa(const GroupedCall&);              \
   bool feed_forward_##isa(const FeedForwardCall&);     \
+  bool experts_##isa(const ExpertsCall&);              \
   bool muon_##isa(const MuonCall&);
 FOR_EACH_ISA(DECLARE)
 #undef DECLARE

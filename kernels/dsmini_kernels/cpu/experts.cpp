@@ -1,0 +1,177 @@
+// The routed experts for any number of tokens, whose routing is known. Panels of an expert's tokens go through w1 and w3
+// to hidden numbers, which are panels again; then each part of the columns of y sums over all experts, in their order.
+
+#include "activations.h"
+#include "panels.h"
+#include "steps.h"
+
+namespace {
+
+constexpr int64_t MOST_HIDDEN = 8 << 20;  // numbers of memory for hidden panels: more tokens are computed in turns
+constexpr int64_t HALF = ROWS_AT_ONCE / 2;
+constexpr int64_t WIDEST_PART = 64;  // columns of y that an item sums
+
+// Tokens of one expert, and their hidden numbers.
+struct Panel {
+  int64_t expert, slot, count, vectors;
+  float* hidden;
+};
+
+// The memory of `n` tokens; sizes in numbers. Slots are the visits (token, choice), sorted by expert.
+template <class Words>
+struct Buffers {
+  int64_t all = 0, threads, panel_numbers, inter_words, each;
+  int64_t *slot_token, *first_slot, *counts;
+  float *slot_weight, *hidden, *of_threads;
+  Panel* panels;
+
+  Buffers(const ExpertsCall& c, int64_t n, float* memory) {
+    const int64_t slots = n * c.k;
+    threads = c.place.threads;
+    const auto take = [&](int64_t numbers) {
+      float* at = memory == nullptr ? nullptr : memory + all;
+      all += round_up(numbers, 16);
+      return at;
+    };
+    slot_token = reinterpret_cast<int64_t*>(take(2 * slots));
+    slot_weight = take(slots);
+    first_slot = reinterpret_cast<int64_t*>(take(2 * (c.experts + 1)));
+    counts = reinterpret_cast<int64_t*>(take(2 * c.experts));
+    panels = reinterpret_cast<Panel*>(take(most_panels(c, n) * int64_t(sizeof(Panel) / 4)));
+    inter_words = words_of<Words>(round_up(c.inter, HALF));
+    hidden = take(most_vectors(c, n) * LANES * inter_words);
+    panel_numbers = MOST_VECTORS * LANES * words_of<Words>(c.dim);
+    const int64_t longest = c.dim > c.inter ? c.dim : c.inter;
+    each = panel_numbers + ROWS_AT_ONCE * FourRows<Words>::converted(longest) + n * WIDEST_PART;
+    each = round_up(each, 16);
+    of_threads = take(threads * each);
+  }
+  static int64_t most_panels(const ExpertsCall& c, int64_t n) {
+    return n * c.k / (MOST_VECTORS * LANES) + least(c.experts, n * c.k);
+  }
+  // A panel of Cut has less than a vector more than its tokens need, and less than a vector each in rounding.
+  static int64_t most_vectors(const ExpertsCall& c, int64_t n) { return n * c.k / LANES + 2 * most_panels(c, n); }
+};
+
+// Sorts the visits of n tokens by expert, and cuts each expert's into panels. Returns the number of panels.
+template <class Words>
+int64_t sort_visits(const ExpertsCall& c, const Buffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
+  memset(m.counts, 0, c.experts * 8);
+  for (int64_t i = 0; i < n * c.k; ++i) ++m.counts[indices[i]];
+  int64_t slot = 0, panels = 0;
+  float* hidden = m.hidden;
+  for (int64_t e = 0; e < c.experts; ++e) {
+    m.first_slot[e] = slot;
+    const Cut cut(m.counts[e]);
+    for (int64_t from = 0; from < m.counts[e]; from += cut.tokens) {
+      const int64_t count = least(cut.tokens, m.counts[e] - from), vectors = divide_up(count, LANES);
+      m.panels[panels++] = {e, slot + from, count, vectors, hidden};
+      hidden += vectors * LANES * m.inter_words;
+    }
+    slot += m.counts[e];
+  }
+  for (int64_t i = 0; i < n * c.k; ++i) {
+    const int64_t to = m.first_slot[indices[i]]++;
+    m.slot_token[to] = i / c.k, m.slot_weight[to] = weights[i];
+  }
+  return panels;
+}
+
+// Hidden numbers [from, to) of a panel: silu(w1 x) * (w3 x). `from` is a multiple of HALF.
+template <class Words>
+void gate_and_up(const ExpertsCall& c, const Panel& p, const float* x, int64_t from, int64_t to, float* memory) {
+  const Matrix w1 = part_of(c.w1, p.expert, c.inter), w3 = part_of(c.w3, p.expert, c.inter);
+  const int64_t width = p.vectors * LANES;
+  for (int64_t row = from; row < to; row += HALF) {
+    float both[ROWS_AT_ONCE * MOST_VECTORS * LANES];
+    const FourRows<Words> rows(w1, w3, row, HALF, memory);
+    multiply<Words>(rows, x, p.vectors, c.dim, HALF * w1.stride, both);
+    for (int64_t i = 0; i < width; i += LANES) {
+      F h[HALF];
+      for (int64_t r = 0; r < HALF; ++r) {
+        const F up = load<F>(both + (HALF + r) * width + i);
+        h[r] = row + r < c.inter ? silu(load<F>(both + r * width + i)) * up : F{};
+      }
+      if constexpr (Words::NUMBERS == 2) {
+        for (F& v : h) v = v != v ? (F)splat(QUIET_NAN) : v;
+        store(p.hidden + row / 2 * width + i,
+              (Bf16::rounded(h[0], false) >> 16) | (Bf16::rounded(h[1], false) & uint32_t(HIGH_HALF)));
+      } else {
+        for (int64_t r = 0; r < HALF; ++r) store(p.hidden + (row + r) * width + i, h[r]);
+      }
+    }
+  }
+}
+
+// Adds columns [from, to) of w2 hidden, times the weight of each visit, to total [tokens, WIDEST_PART].
+template <class Words>
+void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int64_t from, int64_t to, float* total,
+              float* memory) {
+  const Matrix w2 = part_of(c.w2, p.expert, c.dim);
+  const int64_t width = p.vectors * LANES;
+  float out[LANES * MOST_VECTORS * LANES];
+  for (int64_t column = from; column < to; column += LANES) {
+    for (int64_t r = 0; r < LANES; r += ROWS_AT_ONCE) {
+      const FourRows<Words> rows(w2, w2, column + r, ROWS_AT_ONCE, memory);
+      multiply<Words>(rows, p.hidden, p.vectors, c.inter, ROWS_AT_ONCE * w2.stride, out + r * width);
+    }
+    for (int64_t v = 0; v < p.vectors; ++v) {
+      F block[LANES];
+      for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + r * width + v * LANES);
+      transpose(block);
+      for (int64_t t = 0; t < least(LANES, p.count - v * LANES); ++t) {
+        const int64_t slot = p.slot + v * LANES + t;
+        float* sum = total + m.slot_token[slot] * WIDEST_PART + column - from;
+        store(sum, load<F>(sum) + block[t] * splat(m.slot_weight[slot]));
+      }
+    }
+  }
+}
+
+template <class Words>
+void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first, int64_t n) {
+  const int64_t size = c.bf16 ? 2 : 4;
+  const int64_t panels = sort_visits(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
+  const auto memory_of = [&](int64_t thread) { return m.of_threads + thread * m.each; };
+  // 1. hidden numbers of all panels; few panels are shared by parts, each of which packs x once more
+  const int64_t wanted = m.threads > 1 && panels < 4 * m.threads ? divide_up(4 * m.threads, panels ? panels : 1) : 1;
+  const int64_t part = round_up(divide_up(c.inter, wanted), 32), parts = divide_up(c.inter, part);
+  team.each(panels * parts, [&](int64_t item, int64_t thread) {
+    const Panel& p = m.panels[item / parts];
+    float* x = memory_of(thread);
+    const char* rows = c.x + first * c.dim * size;
+    pack<Words>(c.bf16, c.dim, p.count, p.vectors,
+                [&](int64_t token) { return rows + m.slot_token[p.slot + token] * c.dim * size; }, x);
+    const int64_t from = item % parts * part;
+    gate_and_up<Words>(c, p, x, from, least(c.inter, from + part), x + m.panel_numbers);
+  });
+  // 2. y, a part of its columns at a time
+  team.each(divide_up(c.dim, WIDEST_PART), [&](int64_t item, int64_t thread) {
+    const int64_t from = item * WIDEST_PART, to = least(c.dim, from + WIDEST_PART);
+    float* total = memory_of(thread);
+    float* memory = total + n * WIDEST_PART;
+    memset(total, 0, n * WIDEST_PART * 4);
+    for (int64_t i = 0; i < panels; ++i) add_down<Words>(c, m, m.panels[i], from, to, total, memory);
+    for (int64_t t = 0; t < n; ++t)
+      put_row(c.bf16, total + t * WIDEST_PART, to - from, c.y + ((first + t) * c.dim + from) * size);
+  });
+}
+
+}  // namespace
+
+bool OF_ISA(experts)(const ExpertsCall& c) {
+  bool fine = true;
+  with_words(c.bf16 != 0, c.w1.type, [&](auto words) {
+    using Words = decltype(words);
+    const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
+    float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);
+    if (memory == nullptr) return void(fine = false);
+    Team team(c.place.threads);
+    for (int64_t first = 0; first < c.n; first += some) {
+      const int64_t n = least(some, c.n - first);
+      Buffers<Words> m(c, n, memory);
+      compute<Words>(c, m, team, first, n);
+    }
+  });
+  return fine;
+}

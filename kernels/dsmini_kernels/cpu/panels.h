@@ -1,0 +1,229 @@
+// Products of rows of a weight with panels of tokens: for tens of rows of x and more, where a weight's row in registers
+// serves many tokens.
+//
+// A panel holds up to MOST_VECTORS vectors of tokens, transposed: [words of the sum][tokens]. A word is an FP32 number,
+// or two BF16 numbers of one token for CPUs that multiply those. A weight is read where it lies, a word at a time, which
+// is multiplied with all tokens of the panel. So nothing of a weight is packed or copied, but for rows of another type,
+// which are converted four at a time. The result comes out transposed: [rows of the weight][tokens]. In this form the
+// hidden numbers of a feed-forward are the panel of its second product.
+
+#pragma once
+
+#include "dots.h"
+
+namespace {
+
+constexpr int MOST_VECTORS = BYTES == 64 ? 6 : 3;  // of a panel: sums and operands stay in registers
+constexpr int ROWS_AT_ONCE = 4;                    // of a weight
+
+// How a panel's words and a weight's rows lie: NUMBERS of a word, bytes of a number in a row.
+struct Fp32Words {
+  static constexpr int64_t NUMBERS = 1, SIZE = 4;
+  static constexpr WeightType TYPE = WEIGHT_FP32;
+  template <int V>
+  static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
+    F sums[ROWS_AT_ONCE][V] = {};
+    for (int64_t i = 0; i < k; ++i, panel += V * LANES) {
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+        if (i % 16 == 0) __builtin_prefetch(rows[r] + i * 4 + ahead);
+        const F w = splat(load<float>(rows[r] + i * 4));
+        UNROLL for (int v = 0; v < V; ++v) sums[r][v] += w * load<F>(panel + v * LANES);
+      }
+    }
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
+      UNROLL for (int v = 0; v < V; ++v) store(out + (r * V + v) * LANES, sums[r][v]);
+  }
+};
+
+// Rows in BF16, whose numbers become FP32 in registers.
+struct WidenedWords {
+  static constexpr int64_t NUMBERS = 1, SIZE = 2;
+  static constexpr WeightType TYPE = WEIGHT_BF16;
+  template <int V>
+  static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
+    F sums[ROWS_AT_ONCE][V] = {};
+    const auto add = [&](int r, I both) {
+      const F even = (F)(both << 16), odd = (F)(both & HIGH_HALF);
+      UNROLL for (int v = 0; v < V; ++v) {
+        sums[r][v] += even * load<F>(panel + v * LANES);
+        sums[r][v] += odd * load<F>(panel + (V + v) * LANES);
+      }
+    };
+    int64_t i = 0;
+    for (; i + 2 <= k; i += 2, panel += 2 * V * LANES) {
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+        if (i % 32 == 0) __builtin_prefetch(rows[r] + i * 2 + ahead);
+        add(r, splat(load<int32_t>(rows[r] + i * 2)));
+      }
+    }
+    if (i < k) {
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+        const F last = (F)splat(int32_t(load<uint16_t>(rows[r] + i * 2)) << 16);
+        UNROLL for (int v = 0; v < V; ++v) sums[r][v] += last * load<F>(panel + v * LANES);
+      }
+    }
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
+      UNROLL for (int v = 0; v < V; ++v) store(out + (r * V + v) * LANES, sums[r][v]);
+  }
+};
+
+#if BF16_UNITS
+#define UNITS_FUNCTION __attribute__((target("avx512bf16"), always_inline)) static inline
+// Pairs of BF16 numbers, which the CPU multiplies, with sums in FP32. It takes subnormal numbers as zeros.
+struct Bf16Words {
+  static constexpr int64_t NUMBERS = 2, SIZE = 2;
+  static constexpr WeightType TYPE = WEIGHT_BF16;
+  template <int V>
+  UNITS_FUNCTION void get(const float* panel, __m512bh (&x)[V]) {
+    UNROLL for (int v = 0; v < V; ++v) x[v] = (__m512bh)_mm512_loadu_si512(panel + v * LANES);
+  }
+  template <int V>
+  UNITS_FUNCTION void add(__m512 (&sums)[V], int32_t word, const __m512bh (&x)[V]) {
+    const __m512bh w = (__m512bh)_mm512_set1_epi32(word);
+    UNROLL for (int v = 0; v < V; ++v) sums[v] = _mm512_dpbf16_ps(sums[v], w, x[v]);
+  }
+  template <int V>
+  __attribute__((target("avx512bf16"))) static void tile(const char* const* rows, const float* panel, int64_t k,
+                                                         int64_t ahead, float* out) {
+    __m512 sums[ROWS_AT_ONCE][V] = {};
+    __m512bh x[V];
+    const char* from[ROWS_AT_ONCE] = {rows[0], rows[1], rows[2], rows[3]};
+    const int64_t pairs = k / 2;
+    for (int64_t i = 0; i < pairs; ++i, panel += V * LANES) {
+      get<V>(panel, x);
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+        if (i % 16 == 0) __builtin_prefetch(from[r] + 4 * i + ahead);
+        add<V>(sums[r], load<int32_t>(from[r] + 4 * i), x);
+      }
+    }
+    if (k % 2 != 0) {
+      get<V>(panel, x);
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) add<V>(sums[r], load<uint16_t>(from[r] + 4 * pairs), x);
+    }
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
+      UNROLL for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + (r * V + v) * LANES, sums[r][v]);
+  }
+};
+#endif
+
+// Calls body(Words) for rows of x in BF16 or FP32 and a weight of a type.
+template <class Body>
+void with_words([[maybe_unused]] bool bf16, int64_t type, Body body) {
+#if BF16_UNITS
+  if (bf16 && __builtin_cpu_supports("avx512bf16")) return body(Bf16Words());
+#endif
+  if (type == WEIGHT_BF16) return body(WidenedWords());
+  body(Fp32Words());
+}
+
+// Four rows of a weight as a tile reads them. Rows beyond the last are the last once more.
+template <class Words>
+struct FourRows {
+  const char* at[ROWS_AT_ONCE];
+
+  static int64_t converted(int64_t columns) { return round_up(columns, UNIT); }  // numbers of memory for a row
+
+  // Half of them from one weight and half from another, or all from one.
+  FourRows(const Matrix& first, const Matrix& second, int64_t row, int64_t each, float* memory) {
+    for (int64_t r = 0; r < ROWS_AT_ONCE; ++r) {
+      const Matrix& w = r < each ? first : second;
+      at[r] = get(w, least(row + r % each, w.rows - 1), memory + r * converted(w.columns));
+    }
+  }
+
+  static const char* get(const Matrix& w, int64_t row, float* memory) {
+    if (w.type == Words::TYPE) return w.row(row);
+    char* out = reinterpret_cast<char*>(memory);
+    const auto put = [&](F v, int64_t i) {
+      if constexpr (Words::SIZE == 4)
+        store(out + 4 * i, v);
+      else
+        store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
+    };
+    const auto convert = [&](auto decoder, auto scale_at) {
+      using Decoder = decltype(decoder);
+      Watch<Decoder> nothing;
+      along_units<Decoder>(w.row(row), w.columns, nothing, [&](int64_t i, const F(&v)[2]) {
+        put(v[0] * scale_at(i), i), put(v[1] * scale_at(i), i + LANES);
+      });
+    };
+    if (w.type == WEIGHT_FP32) {
+      convert(DecodeFp32(), [](int64_t) { return splat(1.0f); });
+    } else {  // E4M3: BF16 rows are read as they are
+      const float* scales = w.scales_of(row);
+      convert(DecodeE4m3WithNan(), [&](int64_t i) { return splat(scales[i / BLOCK] * 0x1p8f); });
+    }
+    return out;
+  }
+};
+
+// out[ROWS_AT_ONCE][vectors * LANES] = four rows times the tokens of a panel.
+template <class Words>
+void multiply(const FourRows<Words>& rows, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
+  const auto run = [&](auto count) { Words::template tile<decltype(count)::value>(rows.at, panel, k, ahead, out); };
+  switch (vectors) {
+    case 1: return run(Constant<1>());
+    case 2: return run(Constant<2>());
+#if BYTES == 64
+    case 4: return run(Constant<4>());
+    case 5: return run(Constant<5>());
+    case 6: return run(Constant<6>());
+#endif
+    default: return run(Constant<3>());
+  }
+}
+
+template <class Words>
+int64_t words_of(int64_t numbers) {
+  return divide_up(numbers, Words::NUMBERS);
+}
+
+// Fills a panel with the rows of `count` tokens of x, which row_of(token) finds. Zeros follow the last token.
+template <class Words, class RowOf>
+void pack(bool bf16, int64_t columns, int64_t count, int64_t vectors, RowOf row_of, float* panel) {
+  const int64_t size = bf16 ? 2 : 4, row_bytes = columns * size, width = vectors * LANES;
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int64_t at = 0; at < row_bytes; at += BYTES) {
+      F words[LANES];
+      UNROLL for (int t = 0; t < LANES; ++t) {
+        const int64_t token = v * LANES + t, left = row_bytes - at;
+        words[t] = F{};
+        if (token >= count) continue;
+        if (left >= BYTES)
+          words[t] = load<F>(row_of(token) + at);
+        else
+          memcpy(&words[t], row_of(token) + at, left);
+      }
+      transpose(words);
+      const int64_t numbers = least(BYTES, row_bytes - at) / size, first = at / size;
+      const auto put = [&](int64_t word, F x) { store(panel + word * width + v * LANES, x); };
+      if constexpr (Words::NUMBERS == 2) {
+        for (int64_t i = 0; 2 * i < numbers; ++i) put(first / 2 + i, words[i]);
+      } else if (bf16) {
+        for (int64_t i = 0; i < numbers; ++i)
+          put(first + i, i % 2 ? (F)((I)words[i / 2] & HIGH_HALF) : (F)((I)words[i / 2] << 16));
+      } else {
+        for (int64_t i = 0; i < numbers; ++i) put(first + i, words[i]);
+      }
+    }
+}
+
+// A row of FP32 numbers to where it stays, in FP32 or BF16.
+inline void put_row(bool bf16, const float* x, int64_t n, char* out) {
+  if (!bf16) return void(memcpy(out, x, n * 4));
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const F v = load<F>(x + i);
+    store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
+  }
+  for (; i < n; ++i) store(out + 2 * i, rounded_bf16(x[i]));
+}
+
+// How `count` tokens are cut into panels of about one size.
+struct Cut {
+  int64_t panels, tokens;  // of each panel but the last
+  explicit Cut(int64_t count)
+      : panels(divide_up(count, MOST_VECTORS * LANES)), tokens(panels ? round_up(divide_up(count, panels), LANES) : 0) {}
+};
+
+}  // namespace
