@@ -123,6 +123,32 @@ def feed_forward_step(setting: Setting) -> Iterator[Calls]:
                 yield Calls(f"{NAMES[weights]} {name}", rows, every)
 
 
+def experts(setting: Setting) -> Iterator[Calls]:
+    """Yield routed experts in BF16 for the tokens of a short and of a longer prompt."""
+    yield from _experts(setting, torch.bfloat16)
+
+
+def quantized_experts(setting: Setting) -> Iterator[Calls]:
+    """Yield routed experts in FP8 for the tokens of prompts."""
+    yield from _experts(setting, "fp8")
+
+
+def _experts(setting: Setting, weights: CacheDtype) -> Iterator[Calls]:
+    c = dataclasses.replace(shapes.wide(setting.quick), vocab_size=128, n_layers=1, n_dense_layers=0)
+    model = random_model(c, setting.device, torch.bfloat16)
+    part = _part(model, 1, weights)
+    matrices = [(p.e1, p.e2, p.e3) for p in _copies(part, turns(setting, sum(t.nbytes for t in part.tensors)))]
+    gate = model.layers[0].ffn.gate
+    for rows in (64, 512):
+        every: list[tuple[Any, ...]] = []
+        for w in matrices:
+            x = torch.randn(rows, c.dim).bfloat16()
+            chosen = gate(x)
+            every.append((x, chosen.indices, chosen.weights, chosen.counts, *w))
+        # the plain version rounds hidden numbers three times to BF16, the kernel once
+        yield Calls(NAMES[weights], rows, every, close=0.02)
+
+
 def blocks_step(setting: Setting) -> Iterator[Calls]:
     """Yield all blocks of a decoding step of one sequence, with context 128."""
     config = dataclasses.replace(shapes.wide(setting.quick), vocab_size=128, n_layers=2)
@@ -257,6 +283,8 @@ CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "grouped_attention_step": grouped_attention_step,
     "feed_forward_step": feed_forward_step,
     "blocks_step": blocks_step,
+    "experts": experts,
+    "quantized_experts": quantized_experts,
     "muon_update": muon_update,
     "quantize": quantize_tiles,
     "dequantize": dequantize_tiles,

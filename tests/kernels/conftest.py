@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini_kernels.cpu import build, steps
+from dsmini_kernels.cpu import build, panels, steps
 from dsmini_kernels.cpu import tiles as wrapper
 from tests.helpers.cpu_kernels import LIBRARY
 
@@ -32,7 +32,8 @@ def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if number > LIBRARY.isa:
         pytest.skip(f"this CPU has no {request.param}")
     forced = dataclasses.replace(LIBRARY, isa=number)
-    monkeypatch.setattr(steps, "library", lambda: forced)
+    for module in (steps, panels):
+        monkeypatch.setattr(module, "library", lambda: forced)
     return request.param
 
 

@@ -2,8 +2,8 @@
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
-from dsmini_kernels.cpu.panels import experts, quantized_experts
 from dsmini_kernels.cpu.muon import muon_update
+from dsmini_kernels.cpu.panels import experts, quantized_experts
 from dsmini_kernels.cpu.steps import (
     attention_step,
     blocks_step,

@@ -85,7 +85,7 @@ void gate_and_up(const ExpertsCall& c, const Panel& p, const float* x, int64_t f
   for (int64_t row = from; row < to; row += HALF) {
     float both[ROWS_AT_ONCE * MOST_VECTORS * LANES];
     const FourRows<Words> rows(w1, w3, row, HALF, memory);
-    multiply<Words>(rows, x, p.vectors, c.dim, HALF * w1.stride, both);
+    multiply<Words>(rows.at, x, p.vectors, c.dim, HALF * w1.stride, both);
     for (int64_t i = 0; i < width; i += LANES) {
       F h[HALF];
       for (int64_t r = 0; r < HALF; ++r) {
@@ -113,7 +113,7 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int
   for (int64_t column = from; column < to; column += LANES) {
     for (int64_t r = 0; r < LANES; r += ROWS_AT_ONCE) {
       const FourRows<Words> rows(w2, w2, column + r, ROWS_AT_ONCE, memory);
-      multiply<Words>(rows, p.hidden, p.vectors, c.inter, ROWS_AT_ONCE * w2.stride, out + r * width);
+      multiply<Words>(rows.at, p.hidden, p.vectors, c.inter, ROWS_AT_ONCE * w2.stride, out + r * width);
     }
     for (int64_t v = 0; v < p.vectors; ++v) {
       F block[LANES];
@@ -153,7 +153,8 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
     memset(total, 0, n * WIDEST_PART * 4);
     for (int64_t i = 0; i < panels; ++i) add_down<Words>(c, m, m.panels[i], from, to, total, memory);
     for (int64_t t = 0; t < n; ++t)
-      put_row(c.bf16, total + t * WIDEST_PART, to - from, c.y + ((first + t) * c.dim + from) * size);
+      for (int64_t i = from; i < to; i += LANES)
+        put(c.bf16, load<F>(total + t * WIDEST_PART + i - from), least(LANES, to - i), c.y + ((first + t) * c.dim + i) * size);
   });
 }
 
@@ -161,7 +162,8 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
 
 bool OF_ISA(experts)(const ExpertsCall& c) {
   bool fine = true;
-  with_words(c.bf16 != 0, c.w1.type, [&](auto words) {
+  const bool one_type = c.w1.type == c.w2.type && c.w1.type == c.w3.type;
+  with_words(c.bf16 != 0, one_type ? c.w1.type : int64_t{WEIGHT_FP32}, [&](auto words) {
     using Words = decltype(words);
     const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
     float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);

@@ -1,9 +1,15 @@
-// y = x w^T for a few rows of x: every weight is read once, and decoded in registers.
+// y = x w^T. For a few rows of x every weight is read once, and decoded in registers; for more, rows of the weight are
+// multiplied with panels of x.
 
-#include "dots.h"
+#include "panels.h"
 #include "steps.h"
 
-bool OF_ISA(linear)(const LinearCall& c) {
+namespace {
+
+constexpr int64_t FEW = 16;  // rows of x: from here on panels are as fast
+constexpr int64_t MOST_WORDS = 4 << 20;  // of memory for panels: more rows of x are computed in turns
+
+bool few_rows(const LinearCall& c) {
   const int64_t width = padded(c.w.columns), in = c.w.columns;
   float* x = scratch_of(c.n * (width + in));
   if (x == nullptr) return false;
@@ -22,16 +28,71 @@ bool OF_ISA(linear)(const LinearCall& c) {
   constexpr int64_t ROWS = 32;
   Team team(c.place.threads);
   team.each((c.w.rows + ROWS - 1) / ROWS, [&](int64_t item, int64_t) {
-      const int64_t from = item * ROWS, to = least(c.w.rows, from + ROWS);
-      with_decoder(c.w.type, [&](auto decoder) {
-        products<decltype(decoder)>(c.w, from, to, x, width, c.n, [&](int64_t row, int64_t n, float value) {
-          const int64_t at = n * c.w.rows + row;
-          if (c.bf16)
-            store(c.y + 2 * at, rounded_bf16(value));
-          else
-            store(c.y + 4 * at, value);
-        });
+    const int64_t from = item * ROWS, to = least(c.w.rows, from + ROWS);
+    with_decoder(c.w.type, [&](auto decoder) {
+      products<decltype(decoder)>(c.w, from, to, x, width, c.n, [&](int64_t row, int64_t n, float value) {
+        const int64_t at = n * c.w.rows + row;
+        if (c.bf16)
+          store(c.y + 2 * at, rounded_bf16(value));
+        else
+          store(c.y + 4 * at, value);
       });
     });
+  });
   return true;
 }
+
+// LANES rows of the weight, from `row` on, times all panels.
+template <class Words>
+void strip(const LinearCall& c, const Cut& cut, int64_t first, int64_t n, int64_t row, const float* panels, float* memory) {
+  constexpr int64_t PARTS = LANES / ROWS_AT_ONCE;
+  const int64_t size = c.bf16 ? 2 : 4, columns = least(LANES, c.w.rows - row), k = c.w.columns;
+  const char* rows[PARTS][ROWS_AT_ONCE];
+  for (int64_t r = 0; r < LANES; ++r)
+    rows[r / ROWS_AT_ONCE][r % ROWS_AT_ONCE] =
+        FourRows<Words>::get(c.w, least(row + r, c.w.rows - 1), memory + r * FourRows<Words>::converted(k));
+  float out[LANES * MOST_VECTORS * LANES];
+  for (int64_t from = 0; from < n; from += cut.tokens) {
+    const int64_t count = least(cut.tokens, n - from), vectors = divide_up(count, LANES), width = vectors * LANES;
+    for (int64_t part = 0; part < PARTS; ++part)
+      multiply<Words>(rows[part], panels + from * words_of<Words>(k), vectors, k, LANES * c.w.stride,
+                      out + part * ROWS_AT_ONCE * width);
+    for (int64_t v = 0; v < vectors; ++v) {
+      F block[LANES];
+      for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + r * width + v * LANES);
+      transpose(block);
+      for (int64_t t = v * LANES; t < least((v + 1) * LANES, count); ++t)
+        put(c.bf16, block[t % LANES], columns, c.y + ((first + from + t) * c.w.rows + row) * size);
+    }
+  }
+}
+
+bool many_rows(const LinearCall& c) {
+  bool fine = true;
+  with_words(c.bf16 != 0, c.w.type, [&](auto kind) {
+    using Words = decltype(kind);
+    const int64_t k = c.w.columns, words = words_of<Words>(k), size = c.bf16 ? 2 : 4;
+    const int64_t room = MOST_WORDS / (words ? words : 1), some = least(c.n, room < 512 ? 512 : room);
+    const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * FourRows<Words>::converted(k);
+    float* memory = scratch_of(panels + c.place.threads * each);
+    if (memory == nullptr) return void(fine = false);
+    Team team(c.place.threads);
+    for (int64_t first = 0; first < c.n; first += some) {
+      const int64_t n = least(some, c.n - first);
+      const Cut cut(n);
+      team.each(cut.panels, [&](int64_t item, int64_t) {
+        const int64_t from = item * cut.tokens, count = least(cut.tokens, n - from);
+        pack<Words>(c.bf16, k, count, divide_up(count, LANES),
+                    [&](int64_t token) { return c.x + (first + from + token) * k * size; }, memory + from * words);
+      });
+      team.each(divide_up(c.w.rows, LANES), [&](int64_t item, int64_t thread) {
+        strip<Words>(c, cut, first, n, item * LANES, memory, memory + panels + thread * each);
+      });
+    }
+  });
+  return fine;
+}
+
+}  // namespace
+
+bool OF_ISA(linear)(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c); }

@@ -16,22 +16,46 @@ namespace {
 constexpr int MOST_VECTORS = BYTES == 64 ? 6 : 3;  // of a panel: sums and operands stay in registers
 constexpr int ROWS_AT_ONCE = 4;                    // of a weight
 
-// How a panel's words and a weight's rows lie: NUMBERS of a word, bytes of a number in a row.
+// Sums of a tile: with a single vector of tokens, even and odd words have their own, so that one addition need not wait
+// for the other.
+template <int V>
+constexpr int PARTS = V == 1 ? 2 : 1;
+template <int V>
+struct Sums {
+  F of[PARTS<V>][ROWS_AT_ONCE][V] = {};
+  void put(float* out) const {
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
+      UNROLL for (int v = 0; v < V; ++v) {
+        F all = of[0][r][v];
+        if (PARTS<V> == 2) all += of[PARTS<V> - 1][r][v];
+        store(out + (r * V + v) * LANES, all);
+      }
+  }
+};
+
+// sums += a word of each row times the tokens of a panel: how both lie. NUMBERS of a word, bytes of a number in a row.
 struct Fp32Words {
   static constexpr int64_t NUMBERS = 1, SIZE = 4;
   static constexpr WeightType TYPE = WEIGHT_FP32;
   template <int V>
   static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
-    F sums[ROWS_AT_ONCE][V] = {};
-    for (int64_t i = 0; i < k; ++i, panel += V * LANES) {
+    Sums<V> sums;
+    const auto add = [&](int64_t i, F(&into)[ROWS_AT_ONCE][V]) {
+      F tokens[V];
+      UNROLL for (int v = 0; v < V; ++v) tokens[v] = load<F>(panel + (i * V + v) * LANES);
       UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        if (i % 16 == 0) __builtin_prefetch(rows[r] + i * 4 + ahead);
         const F w = splat(load<float>(rows[r] + i * 4));
-        UNROLL for (int v = 0; v < V; ++v) sums[r][v] += w * load<F>(panel + v * LANES);
+        UNROLL for (int v = 0; v < V; ++v) into[r][v] += w * tokens[v];
       }
+    };
+    int64_t i = 0;
+    for (; i + 2 <= k; i += 2) {
+      if (i % 16 == 0)
+        for (int r = 0; r < ROWS_AT_ONCE; ++r) __builtin_prefetch(rows[r] + i * 4 + ahead);
+      add(i, sums.of[0]), add(i + 1, sums.of[PARTS<V> - 1]);
     }
-    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
-      UNROLL for (int v = 0; v < V; ++v) store(out + (r * V + v) * LANES, sums[r][v]);
+    if (i < k) add(i, sums.of[0]);
+    sums.put(out);
   }
 };
 
@@ -41,72 +65,62 @@ struct WidenedWords {
   static constexpr WeightType TYPE = WEIGHT_BF16;
   template <int V>
   static void tile(const char* const* rows, const float* panel, int64_t k, int64_t ahead, float* out) {
-    F sums[ROWS_AT_ONCE][V] = {};
-    const auto add = [&](int r, I both) {
-      const F even = (F)(both << 16), odd = (F)(both & HIGH_HALF);
-      UNROLL for (int v = 0; v < V; ++v) {
-        sums[r][v] += even * load<F>(panel + v * LANES);
-        sums[r][v] += odd * load<F>(panel + (V + v) * LANES);
+    Sums<V> sums;
+    // a row's words are read once for the even and once for the odd numbers, so that a panel's vectors are read once
+    const auto add = [&](int64_t i, F(&into)[ROWS_AT_ONCE][V], auto number_of) {
+      F tokens[V];
+      UNROLL for (int v = 0; v < V; ++v) tokens[v] = load<F>(panel + (i * V + v) * LANES);
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+        const F w = number_of(rows[r]);
+        UNROLL for (int v = 0; v < V; ++v) into[r][v] += w * tokens[v];
       }
     };
     int64_t i = 0;
-    for (; i + 2 <= k; i += 2, panel += 2 * V * LANES) {
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        if (i % 32 == 0) __builtin_prefetch(rows[r] + i * 2 + ahead);
-        add(r, splat(load<int32_t>(rows[r] + i * 2)));
-      }
+    for (; i + 2 <= k; i += 2) {
+      if (i % 32 == 0)
+        for (int r = 0; r < ROWS_AT_ONCE; ++r) __builtin_prefetch(rows[r] + i * 2 + ahead);
+      add(i, sums.of[0], [&](const char* row) { return (F)(splat(load<int32_t>(row + i * 2)) << 16); });
+      add(i + 1, sums.of[PARTS<V> - 1], [&](const char* row) { return (F)(splat(load<int32_t>(row + i * 2)) & HIGH_HALF); });
     }
-    if (i < k) {
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const F last = (F)splat(int32_t(load<uint16_t>(rows[r] + i * 2)) << 16);
-        UNROLL for (int v = 0; v < V; ++v) sums[r][v] += last * load<F>(panel + v * LANES);
-      }
-    }
-    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
-      UNROLL for (int v = 0; v < V; ++v) store(out + (r * V + v) * LANES, sums[r][v]);
+    if (i < k) add(i, sums.of[0], [&](const char* row) { return (F)splat(int32_t(load<uint16_t>(row + i * 2)) << 16); });
+    sums.put(out);
   }
 };
 
 #if BF16_UNITS
-#define UNITS_FUNCTION __attribute__((target("avx512bf16"), always_inline)) static inline
 // Pairs of BF16 numbers, which the CPU multiplies, with sums in FP32. It takes subnormal numbers as zeros.
 struct Bf16Words {
   static constexpr int64_t NUMBERS = 2, SIZE = 2;
   static constexpr WeightType TYPE = WEIGHT_BF16;
-  template <int V>
-  UNITS_FUNCTION void get(const float* panel, __m512bh (&x)[V]) {
-    UNROLL for (int v = 0; v < V; ++v) x[v] = (__m512bh)_mm512_loadu_si512(panel + v * LANES);
+  template <int V, class Word>
+  __attribute__((target("avx512bf16"), always_inline)) static inline void add(const char* const* rows, const float* panel,
+                                                                              int64_t i, F (&into)[ROWS_AT_ONCE][V], Word) {
+    __m512bh tokens[V];
+    UNROLL for (int v = 0; v < V; ++v) tokens[v] = (__m512bh)_mm512_loadu_si512(panel + (i * V + v) * LANES);
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+      const __m512bh w = (__m512bh)_mm512_set1_epi32(load<Word>(rows[r] + i * 4));
+      UNROLL for (int v = 0; v < V; ++v) into[r][v] = (F)_mm512_dpbf16_ps((__m512)into[r][v], w, tokens[v]);
+    }
   }
   template <int V>
-  UNITS_FUNCTION void add(__m512 (&sums)[V], int32_t word, const __m512bh (&x)[V]) {
-    const __m512bh w = (__m512bh)_mm512_set1_epi32(word);
-    UNROLL for (int v = 0; v < V; ++v) sums[v] = _mm512_dpbf16_ps(sums[v], w, x[v]);
-  }
-  template <int V>
-  __attribute__((target("avx512bf16"))) static void tile(const char* const* rows, const float* panel, int64_t k,
+  __attribute__((target("avx512bf16"))) static void tile(const char* const* given, const float* panel, int64_t k,
                                                          int64_t ahead, float* out) {
-    __m512 sums[ROWS_AT_ONCE][V] = {};
-    __m512bh x[V];
-    const char* from[ROWS_AT_ONCE] = {rows[0], rows[1], rows[2], rows[3]};
-    const int64_t pairs = k / 2;
-    for (int64_t i = 0; i < pairs; ++i, panel += V * LANES) {
-      get<V>(panel, x);
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        if (i % 16 == 0) __builtin_prefetch(from[r] + 4 * i + ahead);
-        add<V>(sums[r], load<int32_t>(from[r] + 4 * i), x);
-      }
+    Sums<V> sums;
+    const char* rows[ROWS_AT_ONCE] = {given[0], given[1], given[2], given[3]};
+    int64_t i = 0;
+    for (; 2 * i + 4 <= k; i += 2) {
+      if (i % 16 == 0)
+        for (const char* row : rows) __builtin_prefetch(row + i * 4 + ahead);
+      add<V>(rows, panel, i, sums.of[0], int32_t()), add<V>(rows, panel, i + 1, sums.of[PARTS<V> - 1], int32_t());
     }
-    if (k % 2 != 0) {
-      get<V>(panel, x);
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r) add<V>(sums[r], load<uint16_t>(from[r] + 4 * pairs), x);
-    }
-    UNROLL for (int r = 0; r < ROWS_AT_ONCE; ++r)
-      UNROLL for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + (r * V + v) * LANES, sums[r][v]);
+    for (; 2 * i + 2 <= k; ++i) add<V>(rows, panel, i, sums.of[0], int32_t());
+    if (2 * i < k) add<V>(rows, panel, i, sums.of[0], uint16_t());
+    sums.put(out);
   }
 };
 #endif
 
-// Calls body(Words) for rows of x in BF16 or FP32 and a weight of a type.
+// Calls body(Words) for rows of x in BF16 or FP32, and a weight of a type or, if there are several, FP32.
 template <class Body>
 void with_words([[maybe_unused]] bool bf16, int64_t type, Body body) {
 #if BF16_UNITS
@@ -144,14 +158,19 @@ struct FourRows {
       using Decoder = decltype(decoder);
       Watch<Decoder> nothing;
       along_units<Decoder>(w.row(row), w.columns, nothing, [&](int64_t i, const F(&v)[2]) {
-        put(v[0] * scale_at(i), i), put(v[1] * scale_at(i), i + LANES);
+        F both[2] = {v[0], v[1]};
+        if constexpr (Decoder::EVEN_ODD) interleave(v[0], v[1], both);
+        put(both[0] * scale_at(i), i), put(both[1] * scale_at(i), i + LANES);
       });
     };
-    if (w.type == WEIGHT_FP32) {
-      convert(DecodeFp32(), [](int64_t) { return splat(1.0f); });
-    } else {  // E4M3: BF16 rows are read as they are
+    const auto plain = [](int64_t) { return splat(1.0f); };
+    if (w.type == WEIGHT_E4M3) {
       const float* scales = w.scales_of(row);
       convert(DecodeE4m3WithNan(), [&](int64_t i) { return splat(scales[i / BLOCK] * 0x1p8f); });
+    } else if (w.type == WEIGHT_BF16) {
+      convert(DecodeBf16(), plain);
+    } else {
+      convert(DecodeFp32(), plain);
     }
     return out;
   }
@@ -159,8 +178,8 @@ struct FourRows {
 
 // out[ROWS_AT_ONCE][vectors * LANES] = four rows times the tokens of a panel.
 template <class Words>
-void multiply(const FourRows<Words>& rows, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
-  const auto run = [&](auto count) { Words::template tile<decltype(count)::value>(rows.at, panel, k, ahead, out); };
+void multiply(const char* const* rows, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
+  const auto run = [&](auto count) { Words::template tile<decltype(count)::value>(rows, panel, k, ahead, out); };
   switch (vectors) {
     case 1: return run(Constant<1>());
     case 2: return run(Constant<2>());
@@ -208,15 +227,12 @@ void pack(bool bf16, int64_t columns, int64_t count, int64_t vectors, RowOf row_
     }
 }
 
-// A row of FP32 numbers to where it stays, in FP32 or BF16.
-inline void put_row(bool bf16, const float* x, int64_t n, char* out) {
-  if (!bf16) return void(memcpy(out, x, n * 4));
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    const F v = load<F>(x + i);
-    store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
-  }
-  for (; i < n; ++i) store(out + 2 * i, rounded_bf16(x[i]));
+// The first n numbers of a vector to where they stay, in FP32 or BF16.
+inline void put(bool bf16, F v, int64_t n, char* out) {
+  if (!bf16) return store_some(reinterpret_cast<float*>(out), v, n);
+  const H rounded = Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false);
+  if (n == LANES) return store(out, rounded);
+  memcpy(out, &rounded, 2 * n);
 }
 
 // How `count` tokens are cut into panels of about one size.

@@ -18,7 +18,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
 
     A CPU without products of BF16 numbers takes them as FP32. Hidden numbers are rounded to BF16 once, or not at all.
 
-    Raises: Unserved for other dtypes and layouts, for matrices of different dtypes, and for little work.
+    Raises: Unserved for other dtypes and layouts, and for little work.
     """
     if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
         raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
@@ -26,8 +26,6 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
     matrices = [matrix(detached_weight(w)) for w in (w1, w2, w3)]
-    if len({w[2] for w in matrices}) > 1:
-        raise Unserved("w1, w2 and w3 of different dtypes")
     x, weights = detached(x).contiguous(), detached(weights).contiguous()
     indices = indices.to(torch.int64).contiguous()
     y = torch.empty_like(x)

@@ -27,7 +27,9 @@ from dsmini_kernels.cpu.build import (
 from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32
-"""Number of tokens up to which a product reads each weight once and is bound by memory. torch multiplies more."""
+"""Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
+MOST_ROWS = 1024
+"""Number of rows up to which a product is at least as fast as torch's."""
 SMALL = 1 << 15
 """Number of weights below which a call of torch's product costs less, where its threads find their cores free."""
 THREADED = 1 << 16
@@ -40,7 +42,7 @@ NONE = (0,) * 8
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T for up to 32 rows of x. Sums are FP32."""
+    """Return x W^T. Sums are FP32."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         raise Unserved("codes in the place of a tensor")
     if x.dtype == weight.dtype and (weight.numel() < SMALL or _torch_is_faster(x)):
@@ -49,14 +51,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantized_linear(x: Tensor, weight: Any) -> Tensor:
-    """Return x W^T for up to 32 rows of x, with a weight that may be codes. Sums are FP32."""
+    """Return x W^T, with a weight that may be codes. Sums are FP32."""
     if x.dtype not in (torch.float32, torch.bfloat16) or not x.dim():
         raise Unserved(f"x of {x.dtype}")
     rows = x.shape[:-1].numel()
-    if not 1 <= rows <= MOST_TOKENS:
+    if rows < 1:
         raise Unserved
     x = detached(x).contiguous()
-    w = matrix(weight)
+    w = matrix(detached(weight) if isinstance(weight, Tensor) else weight)
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
     y = x.new_empty(*x.shape[:-1], w[3])
@@ -68,8 +70,10 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
 
 
 def _torch_is_faster(x: Tensor) -> bool:
-    """Return True where torch multiplies these rows in BF16 faster, by the CPU's BF16 units (kernels/README.md)."""
-    return x.dtype == torch.bfloat16 and x.shape[:-1].numel() > 4 and _has_bf16_units()
+    """Return True where torch multiplies these rows with a weight of their dtype faster (kernels/README.md)."""
+    rows = x.shape[:-1].numel()
+    few = x.dtype == torch.bfloat16 and 4 < rows < 16 and _has_bf16_units()
+    return few or rows > MOST_ROWS
 
 
 @functools.cache

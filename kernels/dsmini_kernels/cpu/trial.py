@@ -19,7 +19,7 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "blocks")
+ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "experts", "blocks")
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -90,6 +90,8 @@ def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...
         yield "attention", attention_call(isa, memory, b, s, weight, cache, q_rank)
     for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
         yield "grouped", grouped_call(isa, memory, b, s, weight, cache, group)
+    for weight, bf16, n in itertools.product(range(3), range(2), (1, 40)):
+        yield "experts", experts_call(isa, memory, n, weight, bf16)
     for bf16, by_gram in itertools.product(range(2), range(2)):
         yield "muon", muon_call(isa, memory, bf16, by_gram)
 
@@ -158,6 +160,14 @@ def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: in
         *(norm[0], gate[0], bias[0], norm[1], gate[1], bias[1], *(a for a, _ in out), *(size for _, size in out)),
         *(*matrices, 1e-6, 1.0),
     )
+
+
+def experts_call(isa: int, memory: Memory, n: int, weight: int, bf16: int) -> tuple[float, ...]:
+    dim, inter, experts, k, size = 45, 37, 3, 2, (4, 2)[bf16]
+    x, y, indices, weights = _spans(memory, n * dim * size, n * dim * size, n * k * 8, n * k * 4)
+    shapes = ((inter, dim), (dim, inter), (inter, dim))
+    matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight, experts)]
+    return (isa, 1, n, dim, inter, experts, k, bf16, *x, *y, *indices, *weights, *matrices)
 
 
 def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
