@@ -42,7 +42,7 @@ struct Buffers {
     hidden = take(most_vectors(c, n) * LANES * inter_words);
     panel_numbers = MOST_VECTORS * LANES * words_of<Words>(c.dim);
     const int64_t longest = c.dim > c.inter ? c.dim : c.inter;
-    each = panel_numbers + ROWS_AT_ONCE * FourRows<Words>::converted(longest) + n * WIDEST_PART;
+    each = panel_numbers + LANES * converted(longest) + n * WIDEST_PART;
     each = round_up(each, 16);
     of_threads = take(threads * each);
   }
@@ -84,8 +84,10 @@ void gate_and_up(const ExpertsCall& c, const Panel& p, const float* x, int64_t f
   const int64_t width = p.vectors * LANES;
   for (int64_t row = from; row < to; row += HALF) {
     float both[ROWS_AT_ONCE * MOST_VECTORS * LANES];
-    const FourRows<Words> rows(w1, w3, row, HALF, memory);
-    multiply<Words>(rows.at, x, p.vectors, c.dim, HALF * w1.stride, both);
+    const char* rows[ROWS_AT_ONCE];
+    for (int64_t r = 0; r < ROWS_AT_ONCE; ++r)
+      rows[r] = get_row<Words>(r < HALF ? w1 : w3, least(row + r % HALF, c.inter - 1), memory + r * converted(c.dim));
+    multiply<Words>(rows, x, p.vectors, c.dim, HALF * w1.stride, both);
     for (int64_t i = 0; i < width; i += LANES) {
       F h[HALF];
       for (int64_t r = 0; r < HALF; ++r) {
@@ -93,9 +95,7 @@ void gate_and_up(const ExpertsCall& c, const Panel& p, const float* x, int64_t f
         h[r] = row + r < c.inter ? silu(load<F>(both + r * width + i)) * up : F{};
       }
       if constexpr (Words::NUMBERS == 2) {
-        for (F& v : h) v = v != v ? (F)splat(QUIET_NAN) : v;
-        store(p.hidden + row / 2 * width + i,
-              (Bf16::rounded(h[0], false) >> 16) | (Bf16::rounded(h[1], false) & uint32_t(HIGH_HALF)));
+        store(p.hidden + row / 2 * width + i, word_of(h[0], h[1]));
       } else {
         for (int64_t r = 0; r < HALF; ++r) store(p.hidden + (row + r) * width + i, h[r]);
       }
@@ -108,17 +108,15 @@ template <class Words>
 void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel& p, int64_t from, int64_t to, float* total,
               float* memory) {
   const Matrix w2 = part_of(c.w2, p.expert, c.dim);
-  const int64_t width = p.vectors * LANES;
   float out[LANES * MOST_VECTORS * LANES];
   for (int64_t column = from; column < to; column += LANES) {
-    for (int64_t r = 0; r < LANES; r += ROWS_AT_ONCE) {
-      const FourRows<Words> rows(w2, w2, column + r, ROWS_AT_ONCE, memory);
-      multiply<Words>(rows.at, p.hidden, p.vectors, c.inter, ROWS_AT_ONCE * w2.stride, out + r * width);
-    }
+    const auto row_of = [&](int64_t r) {
+      return get_row<Words>(w2, least(column + r, c.dim - 1), memory + r * converted(c.inter));
+    };
+    strip<Words>(row_of, p.hidden, p.vectors, c.inter, LANES * w2.stride, out);
     for (int64_t v = 0; v < p.vectors; ++v) {
       F block[LANES];
-      for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + r * width + v * LANES);
-      transpose(block);
+      turn(out, p.vectors, v, block);
       for (int64_t t = 0; t < least(LANES, p.count - v * LANES); ++t) {
         const int64_t slot = p.slot + v * LANES + t;
         float* sum = total + m.slot_token[slot] * WIDEST_PART + column - from;

@@ -44,23 +44,18 @@ bool few_rows(const LinearCall& c) {
 
 // LANES rows of the weight, from `row` on, times all panels.
 template <class Words>
-void strip(const LinearCall& c, const Cut& cut, int64_t first, int64_t n, int64_t row, const float* panels, float* memory) {
-  constexpr int64_t PARTS = LANES / ROWS_AT_ONCE;
+void columns_of_y(const LinearCall& c, const Cut& cut, int64_t first, int64_t n, int64_t row, const float* panels,
+                  float* memory) {
   const int64_t size = c.bf16 ? 2 : 4, columns = least(LANES, c.w.rows - row), k = c.w.columns;
-  const char* rows[PARTS][ROWS_AT_ONCE];
-  for (int64_t r = 0; r < LANES; ++r)
-    rows[r / ROWS_AT_ONCE][r % ROWS_AT_ONCE] =
-        FourRows<Words>::get(c.w, least(row + r, c.w.rows - 1), memory + r * FourRows<Words>::converted(k));
+  const char* rows[LANES];
+  for (int64_t r = 0; r < LANES; ++r) rows[r] = get_row<Words>(c.w, least(row + r, c.w.rows - 1), memory + r * converted(k));
   float out[LANES * MOST_VECTORS * LANES];
   for (int64_t from = 0; from < n; from += cut.tokens) {
-    const int64_t count = least(cut.tokens, n - from), vectors = divide_up(count, LANES), width = vectors * LANES;
-    for (int64_t part = 0; part < PARTS; ++part)
-      multiply<Words>(rows[part], panels + from * words_of<Words>(k), vectors, k, LANES * c.w.stride,
-                      out + part * ROWS_AT_ONCE * width);
+    const int64_t count = least(cut.tokens, n - from), vectors = divide_up(count, LANES);
+    strip<Words>([&](int64_t r) { return rows[r]; }, panels + from * words_of<Words>(k), vectors, k, LANES * c.w.stride, out);
     for (int64_t v = 0; v < vectors; ++v) {
       F block[LANES];
-      for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + r * width + v * LANES);
-      transpose(block);
+      turn(out, vectors, v, block);
       for (int64_t t = v * LANES; t < least((v + 1) * LANES, count); ++t)
         put(c.bf16, block[t % LANES], columns, c.y + ((first + from + t) * c.w.rows + row) * size);
     }
@@ -73,7 +68,7 @@ bool many_rows(const LinearCall& c) {
     using Words = decltype(kind);
     const int64_t k = c.w.columns, words = words_of<Words>(k), size = c.bf16 ? 2 : 4;
     const int64_t room = MOST_WORDS / (words ? words : 1), some = least(c.n, room < 512 ? 512 : room);
-    const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * FourRows<Words>::converted(k);
+    const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * converted(k);
     float* memory = scratch_of(panels + c.place.threads * each);
     if (memory == nullptr) return void(fine = false);
     Team team(c.place.threads);
@@ -86,7 +81,7 @@ bool many_rows(const LinearCall& c) {
                     [&](int64_t token) { return c.x + (first + from + token) * k * size; }, memory + from * words);
       });
       team.each(divide_up(c.w.rows, LANES), [&](int64_t item, int64_t thread) {
-        strip<Words>(c, cut, first, n, item * LANES, memory, memory + panels + thread * each);
+        columns_of_y<Words>(c, cut, first, n, item * LANES, memory, memory + panels + thread * each);
       });
     }
   });

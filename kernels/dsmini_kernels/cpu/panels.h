@@ -130,51 +130,39 @@ void with_words([[maybe_unused]] bool bf16, int64_t type, Body body) {
   body(Fp32Words());
 }
 
-// Four rows of a weight as a tile reads them. Rows beyond the last are the last once more.
+inline int64_t converted(int64_t columns) { return round_up(columns, UNIT); }  // numbers of memory for a row
+
+// A row of a weight as a tile reads it: where it lies, or converted into `memory`.
 template <class Words>
-struct FourRows {
-  const char* at[ROWS_AT_ONCE];
-
-  static int64_t converted(int64_t columns) { return round_up(columns, UNIT); }  // numbers of memory for a row
-
-  // Half of them from one weight and half from another, or all from one.
-  FourRows(const Matrix& first, const Matrix& second, int64_t row, int64_t each, float* memory) {
-    for (int64_t r = 0; r < ROWS_AT_ONCE; ++r) {
-      const Matrix& w = r < each ? first : second;
-      at[r] = get(w, least(row + r % each, w.rows - 1), memory + r * converted(w.columns));
-    }
+const char* get_row(const Matrix& w, int64_t row, float* memory) {
+  if (w.type == Words::TYPE) return w.row(row);
+  char* out = reinterpret_cast<char*>(memory);
+  const auto put = [&](F v, int64_t i) {
+    if constexpr (Words::SIZE == 4)
+      store(out + 4 * i, v);
+    else
+      store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
+  };
+  const auto convert = [&](auto decoder, auto scale_at) {
+    using Decoder = decltype(decoder);
+    Watch<Decoder> nothing;
+    along_units<Decoder>(w.row(row), w.columns, nothing, [&](int64_t i, const F(&v)[2]) {
+      F both[2] = {v[0], v[1]};
+      if constexpr (Decoder::EVEN_ODD) interleave(v[0], v[1], both);
+      put(both[0] * scale_at(i), i), put(both[1] * scale_at(i), i + LANES);
+    });
+  };
+  const auto plain = [](int64_t) { return splat(1.0f); };
+  if (w.type == WEIGHT_E4M3) {
+    const float* scales = w.scales_of(row);
+    convert(DecodeE4m3WithNan(), [&](int64_t i) { return splat(scales[i / BLOCK] * 0x1p8f); });
+  } else if (w.type == WEIGHT_BF16) {
+    convert(DecodeBf16(), plain);
+  } else {
+    convert(DecodeFp32(), plain);
   }
-
-  static const char* get(const Matrix& w, int64_t row, float* memory) {
-    if (w.type == Words::TYPE) return w.row(row);
-    char* out = reinterpret_cast<char*>(memory);
-    const auto put = [&](F v, int64_t i) {
-      if constexpr (Words::SIZE == 4)
-        store(out + 4 * i, v);
-      else
-        store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
-    };
-    const auto convert = [&](auto decoder, auto scale_at) {
-      using Decoder = decltype(decoder);
-      Watch<Decoder> nothing;
-      along_units<Decoder>(w.row(row), w.columns, nothing, [&](int64_t i, const F(&v)[2]) {
-        F both[2] = {v[0], v[1]};
-        if constexpr (Decoder::EVEN_ODD) interleave(v[0], v[1], both);
-        put(both[0] * scale_at(i), i), put(both[1] * scale_at(i), i + LANES);
-      });
-    };
-    const auto plain = [](int64_t) { return splat(1.0f); };
-    if (w.type == WEIGHT_E4M3) {
-      const float* scales = w.scales_of(row);
-      convert(DecodeE4m3WithNan(), [&](int64_t i) { return splat(scales[i / BLOCK] * 0x1p8f); });
-    } else if (w.type == WEIGHT_BF16) {
-      convert(DecodeBf16(), plain);
-    } else {
-      convert(DecodeFp32(), plain);
-    }
-    return out;
-  }
-};
+  return out;
+}
 
 // out[ROWS_AT_ONCE][vectors * LANES] = four rows times the tokens of a panel.
 template <class Words>
@@ -233,6 +221,27 @@ inline void put(bool bf16, F v, int64_t n, char* out) {
   const H rounded = Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false);
   if (n == LANES) return store(out, rounded);
   memcpy(out, &rounded, 2 * n);
+}
+
+// Two BF16 numbers as a word: those of a in the low halves.
+inline U word_of(F a, F b) {
+  a = a != a ? (F)splat(QUIET_NAN) : a, b = b != b ? (F)splat(QUIET_NAN) : b;
+  return (Bf16::rounded(a, false) >> 16) | (Bf16::rounded(b, false) & uint32_t(HIGH_HALF));
+}
+
+// LANES rows, row_of(0) and on, times a panel: out[LANES][vectors * LANES].
+template <class Words, class RowOf>
+void strip(RowOf row_of, const float* panel, int64_t vectors, int64_t k, int64_t ahead, float* out) {
+  for (int64_t r = 0; r < LANES; r += ROWS_AT_ONCE) {
+    const char* rows[ROWS_AT_ONCE] = {row_of(r), row_of(r + 1), row_of(r + 2), row_of(r + 3)};
+    multiply<Words>(rows, panel, vectors, k, ahead, out + r * vectors * LANES);
+  }
+}
+
+// Columns v * LANES and on of a strip's result, transposed: LANES tokens by LANES rows.
+inline void turn(const float* out, int64_t vectors, int64_t v, F (&block)[LANES]) {
+  for (int64_t r = 0; r < LANES; ++r) block[r] = load<F>(out + (r * vectors + v) * LANES);
+  transpose(block);
 }
 
 // How `count` tokens are cut into panels of about one size.
