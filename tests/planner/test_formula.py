@@ -1,7 +1,6 @@
 """Formulas: walked through once, computed again, and differentiated."""
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 
@@ -14,56 +13,14 @@ from dsmini.planner.quantity import (
     SECONDS,
     Anything,
     Count,
-    exponential,
-    geometric_mean,
     largest,
-    power,
     rounded_down,
     rounded_up,
-    smallest,
-    total,
 )
+from tests.helpers.random_figures import SMOOTH, drawn, random_figure
 
-ONE = COUNT(1)
 STEP = 1e-5
 """Relative step of a difference. A central one errs by its square, 1e-10, and by rounding, 1e-16 / 1e-5."""
-
-
-def bounded(x: Count) -> Count:
-    """Return a smooth function of x between -1/2 and 1/2."""
-    return x / (ONE + x * x)
-
-
-SMOOTH: Mapping[str, Callable[[Count, Count], Count]] = {
-    "+": lambda x, y: x + y,
-    "-": lambda x, y: x - y,
-    "*": lambda x, y: x * y,
-    "/": lambda x, y: x / (ONE + y * y),
-    "max": largest,
-    "min": smallest,
-    "**": lambda x, y: power(ONE + bounded(x), ONE + bounded(y)),
-    "exp": lambda x, y: exponential(bounded(x)) * y,
-    "sqrt": lambda x, y: geometric_mean(ONE + x * x, ONE + y * y),
-    "name": lambda x, y: (x + y).named("part", "Part"),
-    "shared": lambda x, y: x * x * y + x,
-}
-"""Operations without jumps, in terms that stay in their domain whatever x and y are."""
-
-
-def random_figure(seed: str, values: Mapping[str, float]) -> Count:
-    """Return a figure of 40 operations on these inputs; the seed alone decides on the operations."""
-    rng = random.Random(seed)
-    known = [COUNT(value, name, name) for name, value in values.items()]
-    for _ in range(40):
-        # a product of the largest ones again and again would grow without bound
-        x, y = (bounded(a) if rng.random() < 0.5 else a for a in rng.sample(known, 2))
-        known = [*known[-8:], SMOOTH[rng.choice(sorted(SMOOTH))](x, y)]
-    return total(known)
-
-
-def drawn(seed: str) -> dict[str, float]:
-    rng = random.Random(seed)
-    return {name: rng.uniform(0.5, 2) for name in "abcde"}
 
 
 def slope(figure: Anything, name: str, value: float) -> float:
@@ -102,7 +59,7 @@ def test_gradient_is_the_slope_of_each_operation(op: str) -> None:
 
 
 def test_every_operation_is_tried() -> None:
-    assert RULES.keys() - SMOOTH.keys() == {"ceil", "floor"}
+    assert RULES.keys() - SMOOTH.keys() == {"ceil", "floor", "name"}
     x, y = COUNT(2.0, "x", "x"), COUNT(3.0, "y", "y")
     assert all(op in {node.op for node in walk(make(x, y))} for op, make in SMOOTH.items() if op != "shared")
 
