@@ -123,7 +123,7 @@ def text(explanation: Explanation, width: int = 100) -> str:
         lines += _filled(f"{step.name}: {step.title}", width, "", "  ")
         for formula in dict.fromkeys((step.formula, step.numbers)):
             lines += wrapped(formula, width, "  = ", "    ")
-        lines += [line for choice in step.choices for line in _filled(choice, width, "    ", "      ")]
+        lines += [line for choice in step.choices for line in wrapped(choice, width, "    ", "      ")]
         lines += _filled(step.value if step.value == step.exact else f"{step.value} ({step.exact})", width, "  = ")
         lines += _filled(f"source: {step.source}", width, "  ", "    ") if step.source else []
         lines.append("")
