@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.functional.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
+from dsmini.functional.trained_experts import train_experts
 from dsmini.numerics import QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, grouped_linear
 
 Weight = Float[Tensor, "e o i"] | QuantizedTensor
@@ -73,6 +74,8 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w
 def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     if not torch.is_grad_enabled() and few(x, indices, counts):
         return visit(x, indices, weights, counts, lambda i, rows: _swiglu(rows, w1[i], w2[i], w3[i]))
+    if torch.is_grad_enabled() and (y := train_experts(x, indices, weights, counts, w1, w2, w3)) is not None:
+        return y
     slots = sort_by_expert(indices, counts, row_alignment(x, indices, counts))
     return combine(_grouped_swiglu(dispatch(x, slots), w1, w2, w3, slots.ends), weights, slots)
 

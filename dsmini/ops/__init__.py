@@ -243,6 +243,14 @@ def serving(device: str) -> str:
     return backend if backend is not None and isinstance(_load(backend), ModuleType) else "eager"
 
 
+def serves(name: str, tensor: Tensor) -> bool:
+    """Return True where a call of the operation with this tensor, gradients off, would be given to a kernel now."""
+    if torch.compiler.is_compiling() or _transform() is not None or _is_watched(tensor):
+        return False
+    backend = serving(tensor.device.type)
+    return backend in FOR_DEVICE.values() and name in (_operations(backend) or ())
+
+
 def explain() -> str:
     """Print and return which implementation of each operation would run on this machine, and why no other.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.functional.experts import experts, quantized_experts
+from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, panels, steps
@@ -140,6 +141,72 @@ def test_experts_of_a_model_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
             call = a_call(50, 40, 20, 4, 2, torch.bfloat16, weights)
             assert relative_error(op(*call), exact(*call)) < tolerance(torch.bfloat16, 40)
     assert called == ["experts", "quantized_experts"]
+
+
+def gradients(call: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    """Return y and the gradients of x, weights, w1, w2 and w3 in FP64, by autograd from the reference."""
+    x, indices, weights, counts, *matrices = call
+    leaves = [t.detach().double().requires_grad_() for t in (x, weights, *matrices)]
+    with torch.enable_grad():
+        y = experts.reference(leaves[0], indices, leaves[1], counts, *leaves[2:])
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (500, 100, 40, 2, 1)])
+def test_trained_experts_agree(every_isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    call = a_call(*shape, dtype, "float32")  # pyright: ignore[reportArgumentType]
+    grad = torch.randn(call[0].shape).to(dtype)
+    y, gate, up = cpu.trained_experts(*call)
+    got = [y, *cpu.trained_experts_gradients(grad, *call[:4], gate, up, *call[4:])]
+    want = gradients(call, grad)
+    # sums are over the model's width, the expert's or the tokens; g and u are kept in x's dtype and rounded once more
+    limit = tolerance(dtype, max(shape[:3])) + (dtype == torch.bfloat16) * rounding(BF16_UNIT, chained=2)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < limit
+    for a, b in zip(got[3:], want[3:], strict=True):  # an expert with few tokens, or none, by itself
+        for i in range(len(a)):
+            assert relative_error(a[i], b[i]) < 4 * limit
+    assert got[0].dtype == got[1].dtype == dtype and all(t.dtype == torch.float32 for t in got[2:])
+
+
+def test_trained_experts_agree_with_their_references() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = a_call(70, 33, 20, 5, 2, dtype, "float32")
+        grad, limit = torch.randn(70, 33).to(dtype), 2 * tolerance(dtype, 70)
+        y, *kept = cpu.trained_experts(*call)
+        for a, b in zip((y, *kept), trained_experts.reference(*call), strict=True):
+            assert relative_error(a, b) < limit
+        arguments = (grad, *call[:4], *kept, *call[4:])
+        want = trained_experts_gradients.reference(*arguments)
+        for a, b in zip(cpu.trained_experts_gradients(*arguments), want, strict=True):
+            assert relative_error(a, b) < limit
+        for a, b in zip((y, *want), gradients(call, grad), strict=True):
+            assert relative_error(a, b) < 2 * limit
+
+
+def test_training_reaches_the_kernel_and_its_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmini.functional.trained_experts.LEAST", 0)
+    call = a_call(90, 40, 20, 4, 2, torch.bfloat16, "float32")
+    leaves = [call[0], call[2], *call[4:]]
+    for t in leaves:
+        t.requires_grad_()
+    grad, results = torch.randn(90, 40).bfloat16(), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(panels, "place", lambda lib, n=threads: (lib.isa, n))
+        with torch.enable_grad():
+            y = experts(*call)
+        assert "TrainedExperts" in type(y.grad_fn).__name__
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    with ops.use("eager"), torch.enable_grad():
+        y = experts(*call)
+        want = [y, *torch.autograd.grad(y, leaves, grad)]
+    for a, b in zip(results[0], want, strict=True):
+        assert relative_error(a, b) < 4 * tolerance(torch.bfloat16, 90)
+    with torch.enable_grad(), pytest.raises(ValueError, match="second derivatives"):
+        torch.autograd.grad(experts(*call), leaves, grad, create_graph=True)
 
 
 def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.muon import muon_update
-from dsmini_kernels.cpu.panels import experts, quantized_experts
+from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
 from dsmini_kernels.cpu.steps import (
     attention_step,
     blocks_step,
@@ -19,7 +19,7 @@ OPERATIONS = (
     *("quantize", "dequantize", "quantize_dequantize"),
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
-    *("experts", "quantized_experts", "muon_update"),
+    *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
 )
 __all__ = [
     "OPERATIONS",
@@ -39,6 +39,8 @@ __all__ = [
     "quantize_dequantize",
     "quantized_experts",
     "quantized_linear",
+    "trained_experts",
+    "trained_experts_gradients",
     "why_not",
 ]
 

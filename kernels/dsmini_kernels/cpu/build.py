@@ -51,6 +51,7 @@ FOR_EACH_ISA = {
     "feed_forward.cpp": PRODUCTS,
     "muon.cpp": PRODUCTS,
     "experts.cpp": PRODUCTS,
+    "trained_experts.cpp": PRODUCTS,
 }
 """Sources that are compiled once for each instruction set, and their flags."""
 ONCE = ("library.cpp", "steps.cpp", "team.cpp")
@@ -67,15 +68,26 @@ ISA_FLAGS = {
 }
 ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS = (
-    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d", "=40q")
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED = (
+    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d", "=40q", "=57q")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "experts", "blocks")
+ENTRIES = (
+    "tiles",
+    "linear",
+    "norms",
+    "attention",
+    "grouped",
+    "feed_forward",
+    "muon",
+    "experts",
+    "trained_experts",
+    "blocks",
+)
 """Functions of the library, in the order of Library's fields."""
 HEADER = Struct("=2q")
 """Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS)]
+LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 120.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -100,6 +112,7 @@ class Library:
     feed_forward: "ctypes._NamedFuncPointer"
     muon: "ctypes._NamedFuncPointer"
     experts: "ctypes._NamedFuncPointer"
+    trained_experts: "ctypes._NamedFuncPointer"
     blocks: "ctypes._NamedFuncPointer"
 
 
@@ -113,6 +126,7 @@ def library() -> Library:
         path = find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
+        loaded.dsmini_borrow.argtypes, loaded.dsmini_borrow.restype = [ctypes.c_void_p], None
         entries = [getattr(loaded, f"dsmini_{name}") for name in ENTRIES]
         for entry in entries:
             entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
@@ -125,7 +139,9 @@ def library() -> Library:
     if isa == 0:
         raise ValueError(f"{ISA_VARIABLE}={wanted!r} asks for instructions that this CPU lacks; unset it")
     name = next(n for n, number in ISA_NUMBERS.items() if number == isa)
-    return Library(path, isa, name, _gomp_parallel(), *entries)
+    parallel = _gomp_parallel()
+    loaded.dsmini_borrow(parallel or None)
+    return Library(path, isa, name, parallel, *entries)
 
 
 def find_or_build(sanitize: bool = False) -> Path:

@@ -166,7 +166,7 @@ bool OF_ISA(experts)(const ExpertsCall& c) {
     const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
     float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);
     if (memory == nullptr) return void(fine = false);
-    Team team(c.place.threads);
+    Team team(c.place.threads, Team::LONG);
     for (int64_t first = 0; first < c.n; first += some) {
       const int64_t n = least(some, c.n - first);
       Buffers<Words> m(c, n, memory);

@@ -71,7 +71,7 @@ bool many_rows(const LinearCall& c) {
     const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * converted(k);
     float* memory = scratch_of(panels + c.place.threads * each);
     if (memory == nullptr) return void(fine = false);
-    Team team(c.place.threads);
+    Team team(c.place.threads, Team::LONG);
     for (int64_t first = 0; first < c.n; first += some) {
       const int64_t n = least(some, c.n - first);
       const Cut cut(n);

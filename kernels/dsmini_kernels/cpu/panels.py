@@ -1,12 +1,13 @@
 """The routed experts for any number of tokens: checks, and the description of a call for the C++."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import EXPERTS, library
+from dsmini_kernels.cpu.build import EXPERTS, TRAINED, library
 from dsmini_kernels.cpu.steps import detached, matrix, place, run, span
 
 LEAST = 1 << 20
@@ -39,6 +40,69 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
 
 
 quantized_experts = experts
+
+
+def trained_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `experts`, and the results of w1 and w3 for each visit, sorted by expert."""
+    call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3))
+    y, gate, up = torch.empty_like(x), *(x.new_empty(indices.numel(), w1.shape[1]) for _ in range(2))
+    _run_trained(call, (x, y, None, indices, weights), (gate, up), None, (None,) * 4, (w1, w2, w3))
+    return y, gate, up
+
+
+def trained_experts_gradients(
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weights, w1, w2 and w3."""
+    call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3), backward=True)
+    if grad.dtype != x.dtype or grad.shape != x.shape:
+        raise Unserved(f"a gradient of {grad.dtype} and {list(grad.shape)}")
+    grad, gate, up = (detached(t).contiguous() for t in (grad, gate, up))
+    out = torch.empty_like(x), torch.empty_like(weights), *(torch.empty_like(w) for w in (w1, w2, w3))
+    _run_trained(call, (x, None, grad, indices, weights), (gate, up), out[0], out[1:], (w1, w2, w3))
+    return out
+
+
+def _trained_call(
+    x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Tensor], backward: bool = False
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
+    """Return the numbers that a call for training begins with, and x, indices and weights as the C++ reads them."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
+        raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
+    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in matrices):
+        raise Unserved("matrices that are not contiguous FP32")
+    (n, m), (e, f, _) = x.shape, matrices[0].shape
+    if 3 * indices.numel() * f * m < LEAST:
+        raise Unserved
+    made = detached(x).contiguous(), indices.to(torch.int64).contiguous(), detached(weights).contiguous()
+    return (*place(library()), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16, backward), made
+
+
+def _run_trained(
+    call: Sequence[int],
+    inputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    dx: Tensor | None,
+    grads: Sequence[Tensor | None],
+    matrices: Sequence[Tensor],
+) -> None:
+    def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+        spans = [span(t) for t in tensors]
+        return (*(at for at, _ in spans), *(size for _, size in spans))
+
+    numbers = (*call, *(i for t in inputs for i in span(t)), *addresses(kept), *span(dx), *addresses(grads))
+    run(library().trained_experts, TRAINED, (*numbers, *(i for w in matrices for i in matrix(detached(w)))))
 
 
 def detached_weight(weight: Any) -> Any:

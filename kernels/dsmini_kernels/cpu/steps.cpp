@@ -133,6 +133,12 @@ int64_t check(const NormsCall& c) {
   return FINE;
 }
 
+bool indices_fit(const int64_t* indices, int64_t count, int64_t experts) {
+  for (int64_t i = 0; i < count; ++i)
+    if (indices[i] < 0 || indices[i] >= experts) return false;
+  return true;
+}
+
 int64_t check(const ExpertsCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
     return BAD_SHAPE;
@@ -144,9 +150,31 @@ int64_t check(const ExpertsCall& c) {
   if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.y, c.y_bytes, size, c.n, c.dim) ||
       !within(c.indices, c.indices_bytes, 8, c.n, c.k) || !within(c.weights, c.weights_bytes, 4, c.n, c.k))
     return OUT_OF_BOUNDS;
-  for (int64_t i = 0; i < c.n * c.k; ++i)
-    if (c.indices[i] < 0 || c.indices[i] >= c.experts) return OUT_OF_BOUNDS;
-  return FINE;
+  return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
+}
+
+int64_t check(const TrainedCall& c) {
+  if (!sizes({c.n, c.dim, c.inter, c.experts, c.k}) || c.dim < 1 || c.inter < 1 || c.k < 1 || c.experts > MOST_STACK)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || c.backward < 0 || c.backward > 1) return BAD_CALL;
+  for (const Matrix* w : {&c.w1, &c.w2, &c.w3})
+    if (w->type != WEIGHT_FP32 || w->stride != 4 * w->columns) return BAD_CALL;
+  if (!c.w1.fits_stack(c.experts, c.inter, c.dim) || !c.w3.fits_stack(c.experts, c.inter, c.dim) ||
+      !c.w2.fits_stack(c.experts, c.dim, c.inter))
+    return OUT_OF_BOUNDS;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.x, c.x_bytes, size, c.n, c.dim) || !within(c.indices, c.indices_bytes, 8, c.n, c.k) ||
+      !within(c.weights, c.weights_bytes, 4, c.n, c.k) || !within(c.gate, c.gate_bytes, size, c.n, c.k, c.inter) ||
+      !within(c.up, c.up_bytes, size, c.n, c.k, c.inter))
+    return OUT_OF_BOUNDS;
+  if (c.backward ? !within(c.dy, c.dy_bytes, size, c.n, c.dim) || !within(c.dx, c.dx_bytes, size, c.n, c.dim) ||
+                       !within(c.dweights, c.dweights_bytes, 4, c.n, c.k) ||
+                       !within(c.dw1, c.dw1_bytes, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw2, c.dw2_bytes, 4, c.experts, c.inter, c.dim) ||
+                       !within(c.dw3, c.dw3_bytes, 4, c.experts, c.inter, c.dim)
+                 : !within(c.y, c.y_bytes, size, c.n, c.dim))
+    return OUT_OF_BOUNDS;
+  return indices_fit(c.indices, c.n * c.k, c.experts) ? FINE : OUT_OF_BOUNDS;
 }
 
 int64_t check(const MuonCall& c) {
@@ -212,6 +240,7 @@ ENTRY(grouped, GroupedCall)
 ENTRY(feed_forward, FeedForwardCall)
 ENTRY(muon, MuonCall)
 ENTRY(experts, ExpertsCall)
+ENTRY(trained_experts, TrainedCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {

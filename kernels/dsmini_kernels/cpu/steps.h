@@ -112,6 +112,30 @@ struct ExpertsCall {
   Matrix w1, w2, w3;  // w1 and w3: [experts * inter, dim]; w2: [experts * dim, inter]
 };
 
+// The same for training. Forward writes y, gate and up; backward reads dy, gate and up, and writes all gradients. x, y,
+// dy, dx, gate and up are FP32 or BF16; gate and up are [n k, inter], sorted by expert. Everything is contiguous.
+struct TrainedCall {
+  Place place;
+  int64_t n, dim, inter, experts, k, bf16, backward;
+  const char* x;
+  int64_t x_bytes;
+  char* y;
+  int64_t y_bytes;
+  const char* dy;
+  int64_t dy_bytes;
+  const int64_t* indices;  // [n, k]
+  int64_t indices_bytes;
+  const float* weights;  // [n, k]
+  int64_t weights_bytes;
+  char *gate, *up;
+  int64_t gate_bytes, up_bytes;
+  char* dx;
+  int64_t dx_bytes;
+  float *dweights, *dw1, *dw2, *dw3;
+  int64_t dweights_bytes, dw1_bytes, dw2_bytes, dw3_bytes;
+  Matrix w1, w2, w3;  // FP32
+};
+
 // `count` matrices [rows, columns] that lie one after the other: parameters, gradients, momenta.
 struct MuonPiece {
   float* p;
@@ -143,6 +167,7 @@ struct MuonCall {
   bool grouped_##isa(const GroupedCall&);              \
   bool feed_forward_##isa(const FeedForwardCall&);     \
   bool experts_##isa(const ExpertsCall&);              \
+  bool trained_experts_##isa(const TrainedCall&);      \
   bool muon_##isa(const MuonCall&);
 FOR_EACH_ISA(DECLARE)
 #undef DECLARE

@@ -83,6 +83,23 @@ void* work(void* number) {
   return nullptr;
 }
 
+// Torch's GOMP_parallel, or null.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Parallel> torch_parallel{nullptr};
+
+struct Borrowed {
+  void (*run)(void*, int64_t, int64_t);
+  void* body;
+  int64_t count;
+  std::atomic<int64_t> next{0}, thread{0};
+};
+
+void take_borrowed(void* p) {
+  Borrowed& work = *static_cast<Borrowed*>(p);
+  const int64_t thread = work.thread.fetch_add(1);
+  for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.run(work.body, i, thread);
+}
+
 // A child has one thread, and what the others held is nobody's.
 void forget() {
   phase = 0, next = 0, inside = 0, asleep = 0, busy = false, size = 1, made = 1;
@@ -99,6 +116,15 @@ bool make_threads(int64_t threads) {
 }
 
 }  // namespace
+
+bool Team::can_borrow() { return torch_parallel.load() != nullptr; }
+
+void Team::borrow(void (*run)(void*, int64_t, int64_t), void* body, int64_t count, int64_t threads) {
+  Borrowed work{run, body, count};
+  torch_parallel.load()(take_borrowed, &work, unsigned(threads), 0);
+}
+
+extern "C" __attribute__((visibility("default"))) void dsmini_borrow(Parallel parallel) { torch_parallel = parallel; }
 
 bool Team::hold(int64_t threads) {
   if (busy.exchange(true)) return false;

@@ -19,7 +19,18 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = ("tiles", "linear", "norms", "attention", "grouped", "feed_forward", "muon", "experts", "blocks")
+ENTRIES = (
+    "tiles",
+    "linear",
+    "norms",
+    "attention",
+    "grouped",
+    "feed_forward",
+    "muon",
+    "experts",
+    "trained_experts",
+    "blocks",
+)
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -92,6 +103,8 @@ def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...
         yield "grouped", grouped_call(isa, memory, b, s, weight, cache, group)
     for weight, bf16, n in itertools.product(range(3), range(2), (1, 40)):
         yield "experts", experts_call(isa, memory, n, weight, bf16)
+    for bf16, backward in itertools.product(range(2), range(2)):
+        yield "trained_experts", trained_experts_call(isa, memory, bf16, backward)
     for bf16, by_gram in itertools.product(range(2), range(2)):
         yield "muon", muon_call(isa, memory, bf16, by_gram)
 
@@ -168,6 +181,18 @@ def experts_call(isa: int, memory: Memory, n: int, weight: int, bf16: int) -> tu
     shapes = ((inter, dim), (dim, inter), (inter, dim))
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight, experts)]
     return (isa, 1, n, dim, inter, experts, k, bf16, *x, *y, *indices, *weights, *matrices)
+
+
+def trained_experts_call(isa: int, memory: Memory, bf16: int, backward: int) -> tuple[float, ...]:
+    n, dim, inter, experts, k, size = 40, 45, 37, 3, 2, (4, 2)[bf16]
+    rows, kept, grads = n * dim * size, n * k * inter * size, experts * inter * dim * 4
+    x, y, dy, indices, weights = _spans(memory, rows, rows, rows, n * k * 8, n * k * 4)
+    pair = zip(*_spans(memory, kept, kept), strict=True)
+    (dx,), four = _spans(memory, rows), zip(*_spans(memory, n * k * 4, grads, grads, grads), strict=True)
+    shapes = ((inter, dim), (dim, inter), (inter, dim))
+    matrices = [number for shape in shapes for number in _matrix(memory, *shape, 0, experts)]
+    parts = (*x, *y, *dy, *indices, *weights, *itertools.chain(*pair), *dx, *itertools.chain(*four))
+    return (isa, 1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
 
 
 def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:

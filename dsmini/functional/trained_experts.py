@@ -1,0 +1,141 @@
+"""The routed experts in training, with a backward of their own: two operations, which kernels can serve.
+
+Forward keeps what w1 and w3 made of each visit, g and u. Of a visit with weight p and the gradient dy of its token:
+
+    h  = silu(g) u,    dh = p w2^T dy,    dg = dh u silu'(g),    du = dh silu(g)
+    dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T
+
+dx is summed over a token's visits, the weights' gradients over an expert's. experts.py takes this way where a kernel
+serves it; elsewhere autograd differentiates the eager version, which is as fast in plain PyTorch.
+"""
+
+import itertools
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.functional.dispatch import sort_by_expert
+
+LEAST = 1 << 20
+"""Number of multiplications of a forward below which autograd's operations cost no more."""
+W1 = Float[Tensor, "e f m"]
+W2 = Float[Tensor, "e m f"]
+
+
+def _cost(products: int, read: tuple[Tensor, ...], written: int, visits: int, w1: Tensor) -> ops.Cost:
+    return ops.Cost(sum(t.nbytes for t in read), written, products * 2 * visits * w1[0].numel())
+
+
+@ops.operation(
+    "trained_experts",
+    cost=lambda x, indices, weights, counts, w1, w2, w3: _cost(
+        3,
+        (x, indices, weights, counts, w1, w2, w3),
+        x.nbytes + 2 * indices.numel() * w1.shape[1] * x.element_size(),
+        indices.numel(),
+        w1,
+    ),
+)
+def trained_experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: W1,
+    w2: W2,
+    w3: W1,
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n*k f"], Float[Tensor, "n*k f"]]:
+    """Return y, and g and u of each visit, in the order of experts, and of tokens within an expert."""
+    token, slot, ends = sort_by_expert(indices, counts)
+    y = torch.zeros_like(x)
+    gate, up = (x.new_empty(token.shape[0], w1.shape[1]) for _ in range(2))
+    share = torch.empty_like(weights.flatten()).scatter(0, slot.flatten(), weights.flatten()).to(x.dtype)
+    for i, visits in _groups(ends):
+        rows = x[token[visits]]
+        gate[visits], up[visits] = rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T
+        out = (F.silu(gate[visits]) * up[visits]) @ w2[i].to(x.dtype).T
+        y = y.index_add(0, token[visits], share[visits, None] * out)
+    return y, gate, up
+
+
+@ops.operation(
+    "trained_experts_gradients",
+    cost=lambda grad, x, indices, weights, counts, gate, up, w1, w2, w3: _cost(
+        6,
+        (grad, x, indices, weights, counts, gate, up, w1, w2, w3),
+        x.nbytes + weights.nbytes + w1.nbytes + w2.nbytes + w3.nbytes,
+        indices.numel(),
+        w1,
+    ),
+)
+def trained_experts_gradients(
+    grad: Float[Tensor, "n m"],
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    gate: Float[Tensor, "n*k f"],
+    up: Float[Tensor, "n*k f"],
+    w1: W1,
+    w2: W2,
+    w3: W1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weights, w1, w2 and w3. An expert that nobody chose has gradients of zero."""
+    token, slot, ends = sort_by_expert(indices, counts)
+    share = torch.empty_like(weights.flatten()).scatter(0, slot.flatten(), weights.flatten()).to(x.dtype)
+    dx, dp = torch.zeros_like(x), torch.empty_like(share)
+    dw1, dw2, dw3 = (torch.zeros_like(w) for w in (w1, w2, w3))
+    for i, visits in _groups(ends):
+        dy, rows, g, u = grad[token[visits]], x[token[visits]], gate[visits], up[visits]
+        sigmoid = g.sigmoid()
+        swish = g * sigmoid
+        dh = dy @ w2[i].to(x.dtype)
+        dp[visits] = (dh * swish * u).sum(-1)
+        dh = share[visits, None] * dh
+        dg, du = dh * u * (sigmoid + swish * (1 - sigmoid)), dh * swish
+        dx = dx.index_add(0, token[visits], dg @ w1[i].to(x.dtype) + du @ w3[i].to(x.dtype))
+        dw1[i], dw3[i], dw2[i] = dg.T @ rows, du.T @ rows, (share[visits, None] * dy).T @ (swish * u)
+    return dx, dp[slot].to(weights.dtype), dw1, dw2, dw3
+
+
+def _groups(ends: Tensor) -> list[tuple[int, slice]]:
+    """Return the experts with visits, each with their slots."""
+    bounds = [0, *ends.tolist()]
+    return [(i, slice(a, b)) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
+
+
+class TrainedExperts(torch.autograd.Function):
+    """`experts` by the two operations. First derivatives only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+    ) -> Tensor:
+        y, gate, up = trained_experts(x, indices, weights, counts, w1, w2, w3)
+        ctx.save_for_backward(x, indices, weights, counts, gate, up, w1, w2, w3)
+        ctx.backend = ops.chosen()
+        return y
+
+    @staticmethod
+    @ops.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with ops.use(ctx.backend):
+            dx, dp, dw1, dw2, dw3 = trained_experts_gradients(grad, *ctx.saved_tensors)
+        return dx, None, dp, None, dw1, dw2, dw3
+
+
+def train_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> Tensor | None:
+    """Return `experts` by a kernel with a backward of its own, or None where none serves this call."""
+    plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in (w1, w2, w3))
+    known = plain and weights.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
+    if not known or 3 * indices.numel() * w1[0].numel() < LEAST or torch.is_autocast_enabled(x.device.type):
+        return None
+    if not ops.serves("trained_experts", x):
+        return None
+    return cast(Tensor, TrainedExperts.apply(x, indices, weights, counts, w1, w2, w3))
