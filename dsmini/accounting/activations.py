@@ -9,7 +9,7 @@ storage once, however many operations saved it. For each of n tokens, in numbers
                        kernel (flash attention) needs to make the softmax again
     SwiGLU             both results of the products, silu of one, and their product
     gate               scores, their order, the chosen weights
-    routed experts     a row for each visit: its input and its result
+    routed experts     a row for each visit: its input and its result; with kernels only both results of the products
 
 In FP8 the inputs of products are codes and scales, and SwiGLU is made again from its two inputs.
 
@@ -34,7 +34,13 @@ STATE = "residual stream and norms"
 
 
 def activation_bytes(
-    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", recompute: bool = False
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: Dtype = "bfloat16",
+    recompute: bool = False,
+    kernels: bool = False,
 ) -> Bytes:
     """Return the bytes of activations that Transformer.losses saves for backward, multi-token prediction's included.
 
@@ -51,21 +57,23 @@ def activation_bytes(
         dtype: of activations.
         recompute: only the blocks' inputs are saved, and, when backward is in it, the activations of one block, the
             largest.
+        kernels: routed experts are trained by a CPU's kernels, which save less than plain PyTorch
+            (functional/trained_experts.py); they do not serve simulated FP8.
 
     Raises: ValueError for sizes below 1, and sequences too short for the depths of multi-token prediction.
     """
     check_dtype(dtype, ("float32", "bfloat16"))
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     check_depths(config, seq_len)
-    saved = _Saved(config, batch_size, dtype)
+    saved = _Saved(config, batch_size, dtype, kernels and config.precision == "native")
     return Bytes.of(saved.recomputed(seq_len) if recompute else saved.whole(seq_len))
 
 
 class _Saved:
     """Bytes for one config, batch and dtype; sequence lengths differ between depths of multi-token prediction."""
 
-    def __init__(self, config: ModelConfig, batch_size: int, dtype: Dtype) -> None:
-        self.c, self.b = config, batch_size
+    def __init__(self, config: ModelConfig, batch_size: int, dtype: Dtype, kernels: bool) -> None:
+        self.c, self.b, self.kernels = config, batch_size, kernels
         self.e, self.fp8 = SIZES[dtype], config.precision == "fp8"
 
     def whole(self, s: int) -> Amounts:
@@ -134,12 +142,15 @@ class _Saved:
             return
         # the gate reads FP32: a copy unless x is FP32, in which case experts read the same x
         yield "gates", (n * c.dim * 4 if self.e < 4 else 0) + self.gate(n)
-        rows = (
-            n * c.n_activated_experts
-        )  # their inputs and results, which token a row is of, and where a visit's row is
-        yield "routed experts", rows * (self.read(c.dim) + c.dim * self.e + 8 + 8)
-        yield from self.swiglu("routed experts", rows, c.moe_inter_dim)
-        if c.n_shared_experts or (self.e == 4 and not self.fp8):
+        rows = n * c.n_activated_experts
+        if self.kernels:
+            yield "routed experts", rows * 2 * c.moe_inter_dim * self.e
+        else:
+            # their inputs and results, which token a row is of, and where a visit's row is
+            yield "routed experts", rows * (self.read(c.dim) + c.dim * self.e + 8 + 8)
+            yield from self.swiglu("routed experts", rows, c.moe_inter_dim)
+        reads_x = self.kernels or (self.e == 4 and not self.fp8)
+        if c.n_shared_experts or reads_x:
             yield "shared experts" if c.n_shared_experts else "gates", n * self.read(c.dim)
         if self.e == 4 and self.fp8:
             yield "gates", n * c.dim * 4

@@ -87,6 +87,7 @@ def training_bytes(
     optimizer: Optimizer = "adamw",
     moments: Dtype = "float32",
     recompute: bool = False,
+    kernels: bool = False,
 ) -> Bytes:
     """Return the bytes that are held at the end of a forward in training: a lower bound, as activation_bytes is.
 
@@ -96,32 +97,34 @@ def training_bytes(
 
     Args:
         batch_size: sequences that go through the model at a time: with gradient accumulation a part of the step's.
-        dtype, recompute: as in activation_bytes.
+        dtype, recompute, kernels: as in activation_bytes.
         optimizer, moments: as in optimizer_bytes.
     """
-    activations = activation_bytes(config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, recompute=recompute)
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    activations = activation_bytes(config, **sizes, dtype=dtype, recompute=recompute, kernels=kernels)
     return Bytes.of(
         [
             ("parameters", weight_bytes(config, "float32").total),
             ("gradients", gradient_bytes(config).total),
             ("optimizer", optimizer_bytes(config, optimizer, moments).total),
             ("activations", activations.total),
-            ("weights kept for backward", sum(_saved_copy(config, use, dtype) for use in tensors(config))),
+            ("weights kept for backward", sum(_saved_copy(config, use, dtype, kernels) for use in tensors(config))),
             ("the head's gradient", 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim),
         ]
     )
 
 
-def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype) -> int:
+def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> int:
     """Return the bytes of the copy of a weight that autograd saves, besides the FP32 parameter itself.
 
     Matrices are saved in the dtype they were multiplied in; experts' w1 and w3 also in FP32, where they are joined.
     """
     if use.form == "fp8" and c.precision == "fp8":
         return use.parameters + 4 * use.scales
-    if use.form != "fp8" and use.name != "eh_proj":
+    routed = use.module.endswith("routed experts")
+    if (use.form != "fp8" and use.name != "eh_proj") or (kernels and routed):
         return 0
-    joined = use.module.endswith("routed experts") and use.name != "w2"
+    joined = routed and use.name != "w2"
     return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
 
 

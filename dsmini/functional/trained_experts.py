@@ -26,20 +26,30 @@ W1 = Float[Tensor, "e f m"]
 W2 = Float[Tensor, "e m f"]
 
 
-def _cost(products: int, read: tuple[Tensor, ...], written: int, visits: int, w1: Tensor) -> ops.Cost:
-    return ops.Cost(sum(t.nbytes for t in read), written, products * 2 * visits * w1[0].numel())
+def _forward_cost(
+    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> ops.Cost:
+    kept = 2 * indices.numel() * w1.shape[1] * x.element_size()
+    read = sum(t.nbytes for t in (x, indices, weights, counts, w1, w2, w3))
+    return ops.Cost(read, x.nbytes + kept, 6 * indices.numel() * w1[0].numel())
 
 
-@ops.operation(
-    "trained_experts",
-    cost=lambda x, indices, weights, counts, w1, w2, w3: _cost(
-        3,
-        (x, indices, weights, counts, w1, w2, w3),
-        x.nbytes + 2 * indices.numel() * w1.shape[1] * x.element_size(),
-        indices.numel(),
-        w1,
-    ),
-)
+def _backward_cost(
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *matrices: Tensor,
+) -> ops.Cost:
+    held = sum(w.nbytes for w in matrices)
+    read = sum(t.nbytes for t in (grad, x, indices, weights, counts, gate, up)) + held
+    return ops.Cost(read, x.nbytes + weights.nbytes + held, 12 * indices.numel() * matrices[0][0].numel())
+
+
+@ops.operation("trained_experts", cost=_forward_cost)
 def trained_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
@@ -62,16 +72,7 @@ def trained_experts(
     return y, gate, up
 
 
-@ops.operation(
-    "trained_experts_gradients",
-    cost=lambda grad, x, indices, weights, counts, gate, up, w1, w2, w3: _cost(
-        6,
-        (grad, x, indices, weights, counts, gate, up, w1, w2, w3),
-        x.nbytes + weights.nbytes + w1.nbytes + w2.nbytes + w3.nbytes,
-        indices.numel(),
-        w1,
-    ),
-)
+@ops.operation("trained_experts_gradients", cost=_backward_cost)
 def trained_experts_gradients(
     grad: Float[Tensor, "n m"],
     x: Float[Tensor, "n m"],

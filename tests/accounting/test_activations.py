@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, Transformer
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import activation_bytes
 from dsmini.measure.memory import saved_for_backward
 from tests.helpers.accounting import DTYPES, fused_attention
@@ -34,23 +34,25 @@ TOY: dict[str, dict[str, Any]] = {
 FUSED = [case for case in TOY if "values" not in case]
 
 
-def saved(config: ModelConfig, b: int, s: int, dtype: Dtype) -> int:
+def saved(config: ModelConfig, b: int, s: int, dtype: Dtype, kernels: bool = False) -> int:
     model = Transformer(config, compute_dtype=DTYPES[dtype])
-    return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1)))[1]
+    with ops.use("cpu" if kernels else "eager"):
+        return saved_for_backward(model, torch.randint(0, config.vocab_size, (b, s + 1)))[1]
 
 
-def counted(config: ModelConfig, b: int, s: int, dtype: Dtype) -> float:
-    return activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype).total
+def counted(config: ModelConfig, b: int, s: int, dtype: Dtype, kernels: bool = False) -> float:
+    return activation_bytes(config, batch_size=b, seq_len=s, dtype=dtype, kernels=kernels).total
 
 
-def check_fused(config: ModelConfig, b: int, s: int, dtype: Dtype) -> None:
+def check_fused(config: ModelConfig, b: int, s: int, dtype: Dtype, kernels: bool = False) -> None:
     """Count what is saved exactly where keys are as wide as values. Grouped heads repeat keys and values."""
     width = config.qk_head_dim if config.attention == "mla" else config.qk_nope_head_dim
     config = dataclasses.replace(config, v_head_dim=width)
     positions = b * (config.n_layers * s + sum(s - depth for depth in range(1, config.n_mtp_layers + 1)))
     repeated = positions * (config.n_heads - config.kv_heads) * 2 * width * DTYPES[dtype].itemsize
     with fused_attention():
-        assert counted(config, b, s, dtype) + repeated == pytest.approx(saved(config, b, s, dtype), rel=1e-3)
+        want = pytest.approx(saved(config, b, s, dtype, kernels), rel=1e-3)
+        assert counted(config, b, s, dtype, kernels) + repeated == want
 
 
 def check_bound(config: ModelConfig, b: int, s: int, dtype: Dtype, most: float) -> None:
@@ -64,6 +66,14 @@ def check_bound(config: ModelConfig, b: int, s: int, dtype: Dtype, most: float) 
 def test_activations_are_those_saved(case: str, precision: Any, dtype: Dtype) -> None:
     """No number of rows is a width of the model, by which a copy of a weight would be known."""
     check_fused(ModelConfig(n_layers=2, precision=precision, **TOY[case]), 2, 110, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", FUSED)
+def test_activations_with_kernels_are_those_saved(case: str, dtype: Dtype) -> None:
+    if ops.serving("cpu") != "cpu":
+        pytest.skip("no kernels here")
+    check_fused(ModelConfig(n_layers=2, **TOY[case]), 2, 110, dtype, kernels=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

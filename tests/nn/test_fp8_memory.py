@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmini import Transformer
+from dsmini import Transformer, ops
 from dsmini.measure.memory import saved_for_backward
 from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
 from dsmini.numerics import quantization
@@ -102,7 +102,8 @@ def test_fp8_linears_save_at_most_0_6_of_bf16_bytes() -> None:
     kept = {}
     for precision in ("native", "fp8"):
         model = Transformer(dataclasses.replace(config, precision=precision), compute_dtype=torch.bfloat16)
-        kept[precision] = saved_for_backward(model, tokens)
+        with ops.use("eager"):  # kernels save less of BF16 experts
+            kept[precision] = saved_for_backward(model, tokens)
     share, whole = (fp8 / bf16 for fp8, bf16 in zip(kept["fp8"], kept["native"], strict=True))
     assert 0.25 < share < 0.6, kept
     assert whole < 0.75, kept

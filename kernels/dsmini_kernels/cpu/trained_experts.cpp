@@ -331,10 +331,7 @@ bool run_all(const TrainedCall& c) {
   Team team(c.place.threads, Team::LONG);
   team.each(c.experts, [&](int64_t e, int64_t thread) {
     const Expert<Words> expert(c, s, most, memory + sizes.all + thread * each);
-    if (c.backward)
-      expert.backward(e);
-    else
-      expert.forward(e);
+    c.backward ? expert.backward(e) : expert.forward(e);
   });
   combine(c, s, team, !c.backward, c.backward ? c.dx : c.y);
   if (c.backward)
