@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.case import Setting
 from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
+from dsmini.functional import trained_experts as training
 from dsmini.functional.decoding import NormPart
 from dsmini.functional.muon import JORDAN, MuonMatrices
 from dsmini.inference.parts import parts_of
@@ -147,6 +148,38 @@ def _experts(setting: Setting, weights: CacheDtype) -> Iterator[Calls]:
             every.append((x, chosen.indices, chosen.weights, chosen.counts, *w))
         # the plain version rounds hidden numbers three times to BF16, the kernel once
         yield Calls(NAMES[weights], rows, every, close=0.02)
+
+
+def trained_experts(setting: Setting) -> Iterator[Calls]:
+    """Yield routed experts in the forward of training, with rows in BF16."""
+    for calls in _trained(setting):
+        yield Calls("BF16", len(calls[0][0]), calls, close=0.02)
+
+
+def trained_experts_gradients(setting: Setting) -> Iterator[Calls]:
+    """Yield the gradients of the same."""
+    for calls in _trained(setting):
+        every: list[tuple[Any, ...]] = []
+        for call in calls:
+            _, *kept = training.trained_experts(*call)
+            every.append((torch.randn_like(call[0]), *call[:4], *kept, *call[4:]))
+        yield Calls("BF16", len(calls[0][0]), every, close=0.02)
+
+
+def _trained(setting: Setting) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield calls with the experts of a small model, in FP32, and rows of two sizes of a batch."""
+    c = dataclasses.replace(shapes.TRAINED, n_layers=1, n_dense_layers=0)
+    model = random_model(c, setting.device, torch.float32)
+    gate, held = model.layers[0].ffn.gate, model.layers[0].ffn.experts
+    matrices = [w.detach() for w in (held.w1, held.w2, held.w3)]
+    for rows in (256,) if setting.quick else (256, 2048):
+        every: list[tuple[Any, ...]] = []
+        for _ in range(turns(setting, sum(w.nbytes for w in matrices))):
+            x = torch.randn(rows, c.dim)
+            chosen = gate(x)
+            weights = chosen.weights.detach()
+            every.append((x.bfloat16(), chosen.indices, weights, chosen.counts, *map(_copy, matrices)))
+        yield every
 
 
 def blocks_step(setting: Setting) -> Iterator[Calls]:
@@ -285,6 +318,8 @@ CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
     "blocks_step": blocks_step,
     "experts": experts,
     "quantized_experts": quantized_experts,
+    "trained_experts": trained_experts,
+    "trained_experts_gradients": trained_experts_gradients,
     "muon_update": muon_update,
     "quantize": quantize_tiles,
     "dequantize": dequantize_tiles,

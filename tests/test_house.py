@@ -244,7 +244,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4180,
+    "benchmarks": 4220,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1680,
     "dsmini/inference": 1430,
