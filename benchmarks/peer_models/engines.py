@@ -25,9 +25,12 @@ WORKER = Path(__file__).with_name("llama_worker.py")
 def engines(pythons: Sequence[Path]) -> dict[str, str]:
     """Return the Python that runs each engine, by its name: this one, or the first of `pythons` that has it.
 
-    Raises: ValueError for a Python that does not run, or that has none of them.
+    Raises: ValueError for a Python that does not run, or that has none of them, and if gguf is missing here, which
+        writes the file.
     """
     if not find_spec("gguf"):
+        if pythons:
+            raise ValueError("--peer-python needs gguf in this Python, to write the file: pip install gguf")
         return {}
     found = {name: sys.executable for name, package in PACKAGES.items() if find_spec(package)}
     for python in pythons:
