@@ -9,9 +9,9 @@
 Numbers are 2 bytes, or 4 in FP32. With FP8 the inputs of matrix products are FP8 rows, that of the one after attention
 E5M6. A routed expert's rows are counted at perfect balance: k rows for each token.
 
-Worked example, a MoE layer of DeepSeek-V3 in FP8, selective: inputs of the norms 2 * 14,336; latents 3072 + 1024 + 128;
-attention's result 24,576 + 512 and a number a head, 512; scores and order 256 * 12 and 8 weights; 8 rows of
-7392 + 16 and of SwiGLU's inputs 2 * 2112; the shared expert's 4224: 163 KB a token, 0.67 GB for 4096 tokens.
+Worked example, a MoE layer of DeepSeek-V3 in FP8, selective: inputs of the norms 2 * 14,336; latents
+3072 + 1024 + 128; attention's result 24,576 + 512, and a number a head, 512; scores 1028, their order 2048, weights 68;
+8 rows of 7392 + 16 + 2 * 2112; the shared expert's 4224: 158,920 bytes a token, 0.65 GB for 4096 tokens.
 
 Source: DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
 """
