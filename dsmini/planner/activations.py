@@ -18,11 +18,24 @@ Source: DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
 
 from dataclasses import dataclass
 
+from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Precision, Recompute
 from dsmini.planner.matrices import key_width, kv_heads
 from dsmini.planner.quantity import TOKENS, Bytes, BytesPerToken, Count, per, total
 from dsmini.planner.sizes import BF16, FP32, INDEX, e5m6_row, fp8_row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationFigures(Figures):
+    """Bytes of activations of a token by part of the model."""
+
+    dense_layer: BytesPerToken
+    moe_layer: BytesPerToken
+    embedding: BytesPerToken
+    head: BytesPerToken
+    mtp: BytesPerToken
+    """One depth of multi-token prediction without its block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +45,17 @@ class Activations:
     m: ModelInputs
     precision: Precision
     recompute: Recompute
+
+    def figures(self) -> ActivationFigures:
+        """Return all parts as named figures."""
+        source = "V3, section 3.2.3"
+        return ActivationFigures(
+            dense_layer=self.dense_layer().named("activations_dense", "Activations of a token, dense layer", source),
+            moe_layer=self.moe_layer().named("activations_moe", "Activations of a token, MoE layer", source),
+            embedding=self.embedding().named("activations_embedding", "Activations of a token, embedding", source),
+            head=self.head().named("activations_head", "Activations of a token, head", source),
+            mtp=self.mtp_inputs().named("activations_mtp", "Activations of a token, MTP without its block", source),
+        )
 
     def dense_layer(self) -> BytesPerToken:
         """Return the bytes of a dense layer."""

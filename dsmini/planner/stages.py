@@ -4,24 +4,29 @@ Layers are placed as evenly as they divide, the first stages one more. The first
 the head, multi-token prediction and its copy of the embedding. DualPipe needs no copy, because the first and the last
 stage are on one GPU.
 
+Only some GPUs can hold most: the first, the second with dense layers that the first has no room for, one in the middle
+with as many MoE layers as there can be, and the last. With DualPipe each holds two stages.
+
 In flight, with PP stages and s of them after a GPU's own: 1F1B s + 1, ZB1P PP, DualPipe PP + 1 in both stages together
-(V3, table 2): PP of a pipeline's first stage and 1 of its last, on a middle GPU half of each.
+(V3, table 2): PP of a pipeline's first stage and 1 of its last, on the GPUs between half in each stage. A middle GPU
+counts as the second one.
 
 Worked example, DeepSeek-V3, 61 layers in 16 stages: 13 stages of 4 layers, then 3 of 3, the last with the MTP block.
 
 Source: DeepSeek-V3 report, sections 2.2 and 3.2.1, table 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, LayoutFigures
 from dsmini.planner.matrices import attention_matrices, parameters_of
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.quantity import COUNT, Count, largest, smallest
+from dsmini.planner.quantity import COUNT, Count, largest, smallest, total
 
-Kind = Literal["only", "first", "middle", "last"]
+Kind = Literal["only", "first", "second", "middle", "last"]
 """Kind of GPU by its place in the pipeline."""
 
 
@@ -40,6 +45,16 @@ class Stage:
     in_flight: Count
     first: bool = False
     last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalLayers(Figures):
+    """Parameters of a layer on one GPU, without gate and norms."""
+
+    dense: Count
+    moe: Count
+    """Attention and shared experts."""
+    experts: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +81,8 @@ def stages_of_gpus(
         return [("only", [only])]
     shared = layout.schedule == "dualpipe" or not m.config.n_mtp_layers  # one copy of the embedding
     dense_first = smallest(layer.dense_layers, most)
-    dense_middle = smallest(layer.dense_layers - dense_first, most)
+    dense_second = smallest(layer.dense_layers - dense_first, most)
+    moe_middle = smallest(layer.moe_layers, most)
     dense_last = largest(none, layer.dense_layers - (m.n_layers - least))
     first = Stage(dense=dense_first, moe=most - dense_first, vocabularies=one, mtp=none, in_flight=pipeline, first=True)
     last = Stage(
@@ -78,34 +94,48 @@ def stages_of_gpus(
         last=True,
     )
     flight = {"1f1b": pipeline - one, "zb1p": pipeline, "dualpipe": (pipeline + one) / COUNT(2)}[layout.schedule]
-    middle = Stage(dense=dense_middle, moe=most - dense_middle, vocabularies=none, mtp=none, in_flight=flight)
-    inner: list[tuple[Kind, list[Stage]]] = [] if layout.pipeline == 2 else [("middle", [middle])]
+    second = Stage(dense=dense_second, moe=most - dense_second, vocabularies=none, mtp=none, in_flight=flight)
+    middle = replace(second, dense=most - moe_middle, moe=moe_middle)
+    inner: list[tuple[Kind, list[Stage]]] = []
+    if layout.pipeline > 2:
+        inner = [("second", [second, middle])] if m.config.n_dense_layers > 1 else []
+        inner.append(("middle", [middle, middle]))
     if layout.schedule == "dualpipe":
-        return [("first", [first, last]), *((kind, 2 * stages) for kind, stages in inner)]
-    return [("first", [first]), *inner, ("last", [last])]
+        return [("first", [first, last]), *inner]
+    return [("first", [first]), *((kind, stages[:1]) for kind, stages in inner), ("last", [last])]
 
 
-def stage_parameters(stage: Stage, m: ModelInputs, model: ModelFigures, sizes: LayoutFigures) -> StageParameters:
-    """Return the parameters of a stage on one GPU."""
-    layer, t = model.layer, sizes.tensor
-    layers = stage.dense + stage.moe
-    matrices = attention_matrices(m)
-    by_head = parameters_of(matrices.by_head)
-    attention = by_head / t + parameters_of(matrices.whole) if matrices.whole else by_head / t
-    divided = stage.dense * layer.dense_parameters + stage.moe * layer.shared_parameters
-    norms = layers * layer.norm_parameters + 3 * stage.mtp * m.dim
-    if stage.last:
-        norms = norms + m.dim
-    if stage.first and m.config.embed_norm:
-        norms = norms + m.dim
-    plain = (
-        stage.vocabularies * model.parameters.vocabulary_parameters / t
-        + stage.moe * layer.gate_parameters
-        + norms
-        + stage.mtp * (2 * m.dim * m.dim)
+def local_layers(m: ModelInputs, model: ModelFigures, sizes: LayoutFigures) -> LocalLayers:
+    """Return the parameters of a layer on one GPU."""
+    layer, t, matrices = model.layer, sizes.tensor, attention_matrices(m)
+    attention = parameters_of(matrices.by_head) / t
+    if matrices.whole:
+        attention = attention + parameters_of(matrices.whole)
+    return LocalLayers(
+        dense=(attention + layer.dense_parameters / t).named("local_dense", "Matrices of a dense layer on a GPU"),
+        moe=(attention + layer.shared_parameters / t).named(
+            "local_moe", "Matrices of a MoE layer on a GPU, shared part"
+        ),
+        experts=(sizes.experts_per_gpu * layer.expert_parameters).named(
+            "local_experts", "Routed experts of a MoE layer on a GPU", "V3, section 3.2"
+        ),
     )
+
+
+def stage_parameters(
+    stage: Stage, m: ModelInputs, model: ModelFigures, sizes: LayoutFigures, local: LocalLayers
+) -> StageParameters:
+    """Return the parameters of a stage on one GPU."""
+    layer = model.layer
+    plain = [(stage.dense + stage.moe) * layer.norm_parameters, stage.moe * layer.gate_parameters]
+    if stage.first or stage.last:
+        plain.append(stage.vocabularies * model.parameters.vocabulary_parameters / sizes.tensor)
+    if stage.last:
+        plain += [total([m.dim]), stage.mtp * (3 * m.dim + 2 * m.dim * m.dim)]
+    if stage.first and m.config.embed_norm:
+        plain.append(total([m.dim]))
     return StageParameters(
-        matrices=layers * attention + divided / t,
-        plain=plain,
-        experts=stage.moe * sizes.experts_per_gpu * layer.expert_parameters,
+        matrices=stage.dense * local.dense + stage.moe * local.moe,
+        plain=total(plain),
+        experts=stage.moe * local.experts,
     )

@@ -12,8 +12,7 @@ moments. ZeRO divides a matrix by `data`, an expert by `data * tensor / expert`.
 more, because the two halves of a pipeline hold the same stages. `tensor` divides no norms, no gates and none of MLA's
 projections to latents.
 
-stages.py has the layers and the micro-batches in flight of the GPUs that may hold most: the first, a middle one and the
-last.
+stages.py has the layers and the micro-batches in flight of the GPUs that may hold most.
 
 Lower bound: buffers of communication, fragments, temporary results of the operation at work are left out.
 Estimates: dividing activations by `tensor` takes sequence parallelism; experts are perfectly balanced; layers are
@@ -28,7 +27,7 @@ Source: DeepSeek-V3 report, sections 3.2 and 3.3.3, table 2; ZeRO (arXiv 1910.02
 
 from dataclasses import dataclass
 
-from dsmini.planner.activations import Activations
+from dsmini.planner.activations import ActivationFigures, Activations
 from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, LayoutFigures
@@ -36,7 +35,15 @@ from dsmini.planner.model import ModelFigures
 from dsmini.planner.one_process import block_at_work
 from dsmini.planner.quantity import COUNT, Bytes, BytesPerToken, Count, Tokens, largest, total
 from dsmini.planner.sizes import BF16, FP8, FP8_TILE, FP32
-from dsmini.planner.stages import Kind, Stage, stage_parameters, stages_of_gpus
+from dsmini.planner.stages import (
+    Kind,
+    LocalLayers,
+    Stage,
+    StageParameters,
+    local_layers,
+    stage_parameters,
+    stages_of_gpus,
+)
 
 ZERO3_GATHERED = 2
 """Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
@@ -76,6 +83,8 @@ class TrainingMemory(Figures):
     """Memory of the GPUs of a layout. A lower bound."""
 
     state: StateSizes
+    activations: ActivationFigures
+    local: LocalLayers
     micro_batch_tokens: Tokens
     """Tokens of a micro-batch on one GPU."""
     gpus: tuple[GpuMemory, ...]
@@ -104,37 +113,38 @@ def state_sizes(layout: Layout) -> StateSizes:
 
 def training_memory(m: ModelInputs, model: ModelFigures, layout: Layout, sizes: LayoutFigures) -> TrainingMemory:
     """Return the memory of the GPUs of a layout by part."""
-    state = state_sizes(layout)
-    tokens = (sizes.micro_batch * model.seq_len / sizes.tensor).named(
-        "micro_batch_tokens", "Tokens of a micro-batch on a GPU"
-    )
-    gpus = tuple(
-        _gpu(kind, stages, m=m, model=model, layout=layout, sizes=sizes, state=state, tokens=tokens)
-        for kind, stages in stages_of_gpus(m, model, layout, sizes)
-    )
+    state, local = state_sizes(layout), local_layers(m, model, sizes)
+    tokens = sizes.micro_batch * model.seq_len / sizes.tensor
+    tokens = tokens.named("micro_batch_tokens", "Tokens of a micro-batch on a GPU")
+    act = Activations(m=m, precision=layout.precision, recompute=layout.recompute).figures()
+    working = _working(m, model, layout, sizes, local, state, tokens)
+    gpus: list[GpuMemory] = []
+    for kind, stages in stages_of_gpus(m, model, layout, sizes):
+        held = [stage_parameters(stage, m, model, sizes, local) for stage in stages]
+        activations = total(_in_flight(stage, act) for stage in stages) * tokens
+        gpus.append(_gpu(kind, held, activations, working, layout, sizes, state))
     whole = [gpu.total for gpu in gpus]
     needed = whole[0] if len(whole) == 1 else largest(*whole)
     return TrainingMemory(
         state=state,
+        activations=act,
+        local=local,
         micro_batch_tokens=tokens,
-        gpus=gpus,
+        gpus=tuple(gpus),
         memory_needed=needed.named("memory_needed", "Memory of the GPU that holds most", "V3, section 3.2"),
     )
 
 
 def _gpu(
     kind: Kind,
-    stages: list[Stage],
-    *,
-    m: ModelInputs,
-    model: ModelFigures,
+    held: list[StageParameters],
+    activations: Bytes,
+    working: Bytes,
     layout: Layout,
     sizes: LayoutFigures,
     state: StateSizes,
-    tokens: Tokens,
 ) -> GpuMemory:
-    """Return the memory of a GPU with these stages."""
-    held = [stage_parameters(stage, m, model, sizes) for stage in stages]
+    """Return the memory of a GPU that holds the parameters of some stages."""
     matrices, plain = total(part.matrices for part in held), total(part.plain for part in held)
     experts = total(part.experts for part in held)
     copies = COUNT(layout.copies)
@@ -148,14 +158,13 @@ def _gpu(
         return rest / replicas + experts * of_matrices / expert_replicas
 
     plain_moments = 2 * (FP32 if layout.moments == "float32" else BF16)
-    act = Activations(m=m, precision=layout.precision, recompute=layout.recompute)
     parts = {
         "weights": share(3, state.weight, FP32 if layout.precision == "fp32" else BF16),
         "gradients": share(2, state.gradient, state.gradient),
         "master": share(1, state.master, state.master),
         "moments": share(1, state.moments, plain_moments),
-        "activations": total(_in_flight(stage, act) * tokens for stage in stages),
-        "working": _working(m, model, layout, sizes, state, tokens),
+        "activations": activations,
+        "working": working,
     }
     titles = {
         "weights": "weights for products",
@@ -165,7 +174,7 @@ def _gpu(
         "activations": "activations of the micro-batches in flight",
         "working": "what is made again or gathered for a layer",
     }
-    where = {"only": "Each GPU", "first": "First GPU", "middle": "Middle GPU", "last": "Last GPU"}[kind]
+    where = f"{kind.capitalize()} GPU"
     source = "V3, section 3.2"
     named = {
         name: part.named(f"memory_{name}_{kind}", f"{where}: {titles[name]}", source) for name, part in parts.items()
@@ -179,31 +188,31 @@ def _gpu(
     )
 
 
-def _in_flight(stage: Stage, act: Activations) -> BytesPerToken:
+def _in_flight(stage: Stage, act: ActivationFigures) -> BytesPerToken:
     """Return the bytes of a token in all micro-batches in flight of a stage."""
-    parts = [stage.dense * act.dense_layer() + stage.moe * act.moe_layer()]
+    parts = [stage.dense * act.dense_layer, stage.moe * act.moe_layer]
     if stage.first:
-        parts.append(act.embedding())
+        parts.append(act.embedding)
     if stage.last:
-        parts += [act.head(), stage.mtp * act.mtp_inputs()]
+        parts += [act.head, stage.mtp * act.mtp]
     return stage.in_flight * total(parts)
 
 
 def _working(
-    m: ModelInputs, model: ModelFigures, layout: Layout, sizes: LayoutFigures, state: StateSizes, tokens: Tokens
+    m: ModelInputs,
+    model: ModelFigures,
+    layout: Layout,
+    sizes: LayoutFigures,
+    local: LocalLayers,
+    state: StateSizes,
+    tokens: Tokens,
 ) -> Bytes:
     """Return the bytes of a block that is made again, and of layers whose weights are gathered."""
     parts = [0 * state.weight]
     if layout.recompute == "full":
         parts.append(block_at_work(m, layout) * tokens)
     if layout.zero == 3:
-        layer, t = model.layer, sizes.tensor
-        experts = sizes.experts_per_gpu * layer.expert_parameters + layer.shared_parameters / t
-        widest = largest(layer.dense_parameters / t, experts) if layer_is_moe(m) else layer.dense_parameters / t
-        parts.append(ZERO3_GATHERED * (layer.attention_parameters / t + widest) * state.weight)
+        has_moe = m.config.n_dense_layers < m.config.n_layers + m.config.n_mtp_layers
+        widest = largest(local.dense, local.moe + local.experts) if has_moe else local.dense
+        parts.append(ZERO3_GATHERED * widest * state.weight)
     return total(parts)
-
-
-def layer_is_moe(m: ModelInputs) -> bool:
-    """Return True if the model has MoE layers."""
-    return m.config.n_dense_layers < m.config.n_layers + m.config.n_mtp_layers
