@@ -3,7 +3,7 @@
 layout_table.py evaluates all sizes of parallelism with all choices of schedule, ZeRO, recomputation and precision. For
 each sizes the fastest choice that fits remains.
 
-Worked example, DeepSeek-V3 on 2048 H800 with BF16 moments: 24,000 layouts in 2 seconds. The fastest has 32 stages and
+Worked example, DeepSeek-V3 on 2048 H800 with BF16 moments: 35,000 layouts in 2 seconds. The fastest has 32 stages and
 experts over 16 GPUs, 19.3 s a step; the published one, 16 stages and experts over 64, takes 20.0 s and is the ninth.
 
 Estimates: the time is that of step.py. Memory is a lower bound: a layout that fills it will not run.
@@ -37,7 +37,9 @@ class Candidate:
     layout: Layout
     plan: TrainingPlan
     binds: Binding
-    """Longest part of the step. "memory": choices that would be faster at the same sizes do not fit."""
+    """Longest part of the step; "memory" if the memory's limit costs more than each part but computing."""
+    memory_costs: float
+    """Seconds by which another choice would be faster at the same sizes, if it fitted."""
 
 
 def search(
@@ -130,19 +132,21 @@ def _fits(problem: Problem) -> bool:
 def _candidate(problem: Problem, table: Table, row: int) -> Candidate:
     layout = layout_of(problem, table.sizes[row], table.choices[int(table.choice[row])])
     plan = training_plan(problem.m, problem.hardware, layout, problem.workload, problem.assumptions)
-    limited = bool(table.fastest[row] < table.best[row])
-    return Candidate(layout=layout, plan=plan, binds="memory" if limited else binding(plan.step, layout))
+    costs = float(table.best[row] - table.fastest[row])
+    return Candidate(layout=layout, plan=plan, binds=binding(plan.step, layout, costs), memory_costs=costs)
 
 
-def binding(step: StepFigures, layout: Layout) -> Binding:
-    """Return the longest part of a step; a pair of DualPipe that waits for its rows counts as all-to-all."""
-    hidden = layout.schedule == "dualpipe" and step.compute_to_dispatch is not None
-    waits = hidden and step.compute_to_dispatch is not None and step.compute_to_dispatch.value < 1
+def binding(step: StepFigures, layout: Layout, memory_costs: float = 0.0) -> Binding:
+    """Return what binds a step; a pair of DualPipe that waits for its rows counts as all-to-all."""
+    ratio = step.compute_to_dispatch
+    waits = layout.schedule == "dualpipe" and ratio is not None and ratio.value < 1
     parts: dict[Binding, float] = {
-        "compute": step.computing.value * (not waits),
         "all-to-all": step.dispatching.value + step.computing.value * waits,
         "bubble": step.bubble.value,
         "gradients": step.exchange.value + step.update.value,
         "tensor": step.reducing.value,
     }
-    return max(parts, key=lambda part: parts[part])
+    longest = max(parts, key=lambda part: parts[part])
+    if memory_costs > parts[longest]:
+        return "memory"
+    return longest if waits or parts[longest] > step.computing.value else "compute"
