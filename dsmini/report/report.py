@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dsmini.console.messages import say
 from dsmini.report import plots, terminal
-from dsmini.report.figures import Figure, Plot, Table
+from dsmini.report.figures import Detail, Figure, Plot, Table
+from dsmini.report.heat_map import HeatMap
 from dsmini.report.rows import Group, groups
 from dsmini.report.units import words
 
@@ -33,6 +34,11 @@ class Section:
     """The answer, in one sentence."""
     figures: Sequence[Figure] = ()
     plots: Sequence[Plot] = ()
+    heat_maps: Sequence[HeatMap] = ()
+    prose: Sequence[tuple[str, str]] = ()
+    """Paragraphs, each with its heading."""
+    details: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
+    """Numbers that show their computation on a click, by heading."""
     tables: Sequence[Table] = ()
     """Tables of anything that is not a figure."""
     about: str = ""
@@ -101,6 +107,9 @@ class Report:
     """Warnings that a reader must see before all sections."""
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Cards of names and values, such as the machine and the versions, by title."""
+    facts_title: str = "Where and when"
+    highlights: Sequence[tuple[str, str]] = ()
+    """Numbers at the top, each with its name; without any, `numbers` counts questions, figures and good predictions."""
     command: str = ""
     """Command that made the report."""
 
@@ -110,7 +119,9 @@ class Report:
             say(console, warning, style="yellow")
         for section in self.sections:
             terminal.show_question(console, section.title, section.finding, section.figures, section.warnings)
-            for table in section.tables:
+            for heading, details in section.details.items():
+                terminal.show_details(console, heading, details)
+            for table in [*section.tables, *(heat_map.table() for heat_map in section.heat_maps)]:
                 terminal.show_table(console, table)
 
     def html(self) -> str:
@@ -120,7 +131,8 @@ class Report:
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
         environment.filters |= {"svg": Markup, "words": words}  # safe: we draw the SVG and escape its labels
         page = environment.get_template("page.html.j2")
-        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES))
+        names = {d.name for section in self.sections for group in section.details.values() for d in group}
+        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES), names=names)
 
     def json_lines(self) -> Iterator[str]:
         """Yield a line for each finding, and one for each of its figures."""
@@ -132,6 +144,8 @@ class Report:
     @property
     def numbers(self) -> list[tuple[str, str]]:
         """Up to four numbers that summarize the report, each with its name."""
+        if self.highlights:
+            return list(self.highlights)
         asked = [section for section in self.sections if section.figures or section.errors]
         figures = [figure for section in asked for figure in section.figures]
         equal = [figure.equal for figure in figures if figure.equal is not None]

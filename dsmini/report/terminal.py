@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dsmini.console.messages import say
-from dsmini.report.figures import Figure, Table
+from dsmini.report.figures import Detail, Figure, Table
 from dsmini.report.rows import Row, case_words, shared
 from dsmini.report.units import shown, words
 
@@ -39,6 +39,13 @@ def show_question(
     for warning in warnings:
         say(console, warning, style="yellow")
     say(console, finding, style="bold cyan")
+
+
+def show_details(console: Console, title: str, details: Sequence[Detail]) -> None:
+    """Print numbers with their names, by which their computation can be asked for."""
+    console.print()
+    rows = [(d.title, d.value, d.name) for d in details]
+    _print(console, Text(title, style="bold"), ("figure", "value", "name"), ("value",), rows)
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
