@@ -13,7 +13,7 @@ Data, Algorithm and Machine are three words for what to change, and two vocabula
     waiting       Data         Data         both: the data do not arrive
     memory        Machine      Data         article: the bandwidth of the hardware is the limit;
                                             textbook: moving bytes over a bandwidth is the data term of the iron law
-    links         Machine      Machine      both: communication belongs to the machine
+    links         Machine      Machine      both: communication belongs to the machine, in a node and between nodes
     compute       Algorithm    Machine      article: the algorithm asks for this many operations;
                                             textbook: an accelerator that is saturated is at the machine's limit
     latency       Machine      Algorithm    article: the hardware is the limit;
@@ -29,9 +29,10 @@ Source of the textbook's words: Machine Learning Systems (Harvard, CS249r), appe
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import combinations
 
 from dsmini.planner.figures import Figures
-from dsmini.planner.quantity import Count, Seconds
+from dsmini.planner.quantity import Count, Seconds, largest, smallest
 
 
 class Resource(Enum):
@@ -39,7 +40,8 @@ class Resource(Enum):
 
     WAITING = "waiting for data"
     MEMORY = "memory traffic"
-    LINKS = "links"
+    LINKS_BETWEEN = "links between nodes"
+    LINKS_WITHIN = "links within a node"
     COMPUTE = "compute"
     LATENCY = "latency"
 
@@ -63,14 +65,16 @@ AXES = {
     Vocabulary.ARTICLE: {
         Resource.WAITING: Axis.DATA,
         Resource.MEMORY: Axis.MACHINE,
-        Resource.LINKS: Axis.MACHINE,
+        Resource.LINKS_BETWEEN: Axis.MACHINE,
+        Resource.LINKS_WITHIN: Axis.MACHINE,
         Resource.COMPUTE: Axis.ALGORITHM,
         Resource.LATENCY: Axis.MACHINE,
     },
     Vocabulary.TEXTBOOK: {
         Resource.WAITING: Axis.DATA,
         Resource.MEMORY: Axis.DATA,
-        Resource.LINKS: Axis.MACHINE,
+        Resource.LINKS_BETWEEN: Axis.MACHINE,
+        Resource.LINKS_WITHIN: Axis.MACHINE,
         Resource.COMPUTE: Axis.MACHINE,
         Resource.LATENCY: Axis.ALGORITHM,
     },
@@ -106,7 +110,7 @@ class Binding(Figures):
         """Return the verdict in both vocabularies, with the ratio and the second resource."""
         article, textbook = (self.axis(vocabulary).value for vocabulary in Vocabulary)
         words = article if article == textbook else f"{article} (article) or {textbook} (textbook)"
-        verb = "bind" if self.first.resource is Resource.LINKS else "binds"
+        verb = "bind" if self.first.resource in (Resource.LINKS_BETWEEN, Resource.LINKS_WITHIN) else "binds"
         verdict = f"{words}: {self.first.resource.value} {verb}"
         if self.second is None or self.ratio is None:
             return f"{verdict}, and nothing else takes time."
@@ -126,10 +130,11 @@ def binding(demands: Sequence[Demand], name: str) -> Binding:
         raise ValueError(f"{len(demands)} demands and no time in them; give at least one time above 0 s")
     if len(real) == 1:
         return Binding(first=real[0], second=None, ratio=None)
-    first, second = real[:2]
-    ratio = (first.time / second.time).named(
-        f"{name}binding_ratio",
-        f"Time of {first.resource.value} over the time of {second.resource.value}",
-        "largest over second largest",
+    times = [demand.time for demand in real]
+    # not first over second: with other inputs other demands are the largest two
+    smaller = [smallest(a, b) for a, b in combinations(times, 2)]
+    second = largest(*smaller) if len(smaller) > 1 else smaller[0]
+    ratio = (largest(*times) / second).named(
+        f"{name}binding_ratio", "Largest time over the second largest", "the larger of a pair, and the smaller"
     )
-    return Binding(first=first, second=second, ratio=ratio)
+    return Binding(first=real[0], second=real[1], ratio=ratio)

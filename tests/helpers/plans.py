@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
+from dsmini.planner.deployment import Deployment, ServingWorkload, serving_workload
 from dsmini.planner.figures import Figures
 from dsmini.planner.formula import evaluate, gradient, inputs, walk
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.quantity import BYTES, BYTES_PER_SECOND, COUNT, FLOPS_PER_SECOND, Anything
+from dsmini.planner.quantity import BYTES, BYTES_PER_SECOND, COUNT, FLOPS_PER_SECOND, Anything, Quantity
 from tests.helpers.configs import released
 
 V3 = released("deepseek-v3")
@@ -29,7 +30,7 @@ CHANGES: dict[str, Any] = {
     "qk_nope_head_dim": 96,
     "qk_rope_head_dim": 48,
     "v_head_dim": 100,
-    "n_routed_experts": 512,
+    "n_routed_experts": 576,
     "n_shared_experts": 2,
     "n_activated_experts": 10,
     "n_limited_groups": 3,
@@ -157,3 +158,68 @@ def check_sources(figures: Iterable[Anything]) -> None:
 
 def changed(config: ModelConfig, name: str, value: Any) -> ModelConfig:
     return dataclasses.replace(config, **{name: value})
+
+
+SETTINGS: dict[str, float] = {
+    "bf16_peak": 500e12,
+    "fp8_peak": 900e12,
+    "memory": 141e9,
+    "memory_bandwidth": 2e12,
+    "gpus_per_node": 16,
+    "fast_link": 90e9,
+    "slow_link": 20e9,
+}
+"""Another value for each number of h800."""
+DEPLOYED: dict[str, float] = {
+    "tensor_parallel": 2,
+    "expert_parallel": 16,
+    "redundant_experts": 64,
+    "micro_batches": 3,
+    "imbalance": 1.5,
+    "dispatch_number": 2,
+    "combine_number": 3,
+}
+"""Another value for each number of a Deployment, by field; replaced one by one in a plan of tests."""
+SERVED: dict[str, float] = {
+    "sequences": 50,
+    "context": 3000,
+    "prompts": 3,
+    "prompt": 1000,
+    "drafts": 2,
+    "acceptance": 0.7,
+}
+"""Another value for each number of a ServingWorkload."""
+
+
+def with_numbers(made: Any, values: Mapping[str, float]) -> Any:
+    """Return a dataclass of inputs with other values of some of them, by the names of the inputs."""
+    fields = {}
+    for field in dataclasses.fields(made):
+        old = getattr(made, field.name)
+        if isinstance(old, Quantity) and old.name in values:
+            fields[field.name] = Quantity(values[old.name], old.unit, "input", (), (old.name, old.title, old.source))
+    return dataclasses.replace(made, **fields)
+
+
+def planner_of(
+    plan: Callable[..., Figures], made: Deployment, workload: ServingWorkload | None = None
+) -> Callable[..., Figures]:
+    """Return what makes V3's plan on h800 again, with inputs that are changed by name."""
+
+    def build(**change: Any) -> Figures:
+        sizes = {name: value for name, value in change.items() if name in CHANGES}
+        rates = {name: value for name, value in change.items() if name in SETTINGS}
+        return plan(
+            model_of(dataclasses.replace(V3, **sizes)),
+            h800(**rates),
+            with_numbers(workload or serving_workload(), change),
+            with_numbers(made, change),
+        )
+
+    return build
+
+
+def all_changes(made: Deployment, **other: float) -> dict[str, Any]:
+    """Return the changes of a config, hardware, a workload and this deployment, with other values for some."""
+    deployed = {f"{made.stage}_{name}": value for name, value in DEPLOYED.items()}
+    return {**CHANGES, **SETTINGS, **SERVED, **deployed, **other}

@@ -12,13 +12,17 @@ def demand(resource: Resource, seconds: float) -> Demand:
 
 
 def test_largest_time_binds_and_second_is_next() -> None:
-    found = binding([demand(Resource.COMPUTE, 2), demand(Resource.LINKS, 14), demand(Resource.MEMORY, 7)], "step_")
-    assert found.first.resource is Resource.LINKS
+    found = binding(
+        [demand(Resource.COMPUTE, 2), demand(Resource.LINKS_BETWEEN, 14), demand(Resource.MEMORY, 7)], "step_"
+    )
+    assert found.first.resource is Resource.LINKS_BETWEEN
     assert found.second is not None and found.second.resource is Resource.MEMORY
     assert found.ratio is not None and found.ratio.value == 2
     assert found.ratio.name == "step_binding_ratio"
     assert evaluate(found.ratio, {"memory": 3.5}) == 4
-    assert found.sentence() == "Machine: links bind, 2 times memory traffic, which is next."
+    assert evaluate(found.ratio, {"memory": 1}) == 7, "compute is second then"
+    assert evaluate(found.ratio, {"memory": 28}) == 2, "memory binds then"
+    assert found.sentence() == "Machine: links between nodes bind, 2 times memory traffic, which is next."
     assert [figure.name for figure in found.figures()] == ["step_binding_ratio"]
 
 
@@ -27,7 +31,8 @@ def test_largest_time_binds_and_second_is_next() -> None:
     [
         (Resource.WAITING, Axis.DATA, Axis.DATA),
         (Resource.MEMORY, Axis.MACHINE, Axis.DATA),
-        (Resource.LINKS, Axis.MACHINE, Axis.MACHINE),
+        (Resource.LINKS_BETWEEN, Axis.MACHINE, Axis.MACHINE),
+        (Resource.LINKS_WITHIN, Axis.MACHINE, Axis.MACHINE),
         (Resource.COMPUTE, Axis.ALGORITHM, Axis.MACHINE),
         (Resource.LATENCY, Axis.MACHINE, Axis.ALGORITHM),
     ],
@@ -54,14 +59,14 @@ def test_memory_binds_in_both_vocabularies() -> None:
 
 
 def test_one_demand_has_no_second() -> None:
-    found = binding([demand(Resource.COMPUTE, 4), demand(Resource.LINKS, 0)], "step_")
+    found = binding([demand(Resource.COMPUTE, 4), demand(Resource.LINKS_BETWEEN, 0)], "step_")
     assert found.second is None and found.ratio is None
     assert found.sentence() == "Algorithm (article) or Machine (textbook): compute binds, and nothing else takes time."
 
 
 def test_equal_demands_bind_in_their_order() -> None:
-    found = binding([demand(Resource.LINKS, 4), demand(Resource.COMPUTE, 4)], "step_")
-    assert found.first.resource is Resource.LINKS
+    found = binding([demand(Resource.LINKS_BETWEEN, 4), demand(Resource.COMPUTE, 4)], "step_")
+    assert found.first.resource is Resource.LINKS_BETWEEN
     assert found.ratio is not None and found.ratio.value == 1
 
 
