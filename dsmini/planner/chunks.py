@@ -5,8 +5,8 @@
     W                           as much as forward without attention over the context, whose factors are no weights
     backward                    2 forwards; "full" runs the layers again, "selective" MLA's up-projections
 
-Worked example, DeepSeek-V3 in FP8: a MoE layer takes 2 * 0.585e9 FP8 operations a token and 0.084e9 * 2 of attention in
-BF16. All stages together take 184 ns a token forward, a stage of 16 with 4096 tokens 47 ms.
+Worked example, DeepSeek-V3 in FP8: a MoE layer takes 1.17 GFLOP of FP8 a token, and 0.17 of attention in
+BF16. All stages together take 184 us a token forward, a stage of 16 with 4096 tokens 47 ms.
 
 Source: DeepSeek-V3 report, sections 3.2.2 and 3.3.1.
 """

@@ -55,7 +55,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class LayoutTable:
     """Best choice for each sizes: arrays of one row for each."""
 
     sizes: list[Sizes]
@@ -74,7 +74,7 @@ class Table:
     """Number of the choice with the least memory."""
 
 
-def evaluate_layouts(problem: Problem, on_part: Callable[[float, str], None] | None = None) -> Table:
+def evaluate_layouts(problem: Problem, on_part: Callable[[float, str], None] | None = None) -> LayoutTable:
     """Return the best choice for each sizes of parallelism that the GPUs allow."""
     p = problem
     model = model_figures(p.m, p.workload.seq_len)
@@ -82,7 +82,7 @@ def evaluate_layouts(problem: Problem, on_part: Callable[[float, str], None] | N
     given = p.choices
     choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
     infinite, nothing = np.full(len(sizes), np.inf), np.zeros(len(sizes))
-    table = Table(
+    table = LayoutTable(
         sizes=sizes,
         choices=choices,
         best=infinite,
@@ -150,7 +150,7 @@ def _groups(problem: Problem, schedule: Schedule, sizes: list[Sizes]) -> list[li
     return list(groups.values())
 
 
-def _add(problem: Problem, model: ModelFigures, table: Table, number: int, rows: list[int]) -> None:
+def _add(problem: Problem, model: ModelFigures, table: LayoutTable, number: int, rows: list[int]) -> None:
     """Evaluate a choice for a group of rows, and note where it is better than those before."""
     choice, p = table.choices[number], problem
     copies = 2 if choice[0] == "dualpipe" else 1

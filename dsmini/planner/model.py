@@ -8,7 +8,7 @@
 N are the active parameters, m is the model's width, f a hidden width, T the tokens of a sequence.
 
 Worked example, DeepSeek-V3 at T = 4096: an expert has 3 * 7168 * 2048 = 44,040,192 parameters, attention 187,105,280 a
-layer, all together 671,026,404,352, of which 36,624,531,456 are active. Training takes
+layer, all together 671,026,404,352, of which 36,624,596,992 are active. Training takes
 6 * 36.62e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 250.4 GFLOP a token, printed as 250.
 
 Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2.

@@ -2,8 +2,8 @@
 
     printed                                    from the printed step of 19.926 s
     272.80B tokens a day                       15360 * 4096 / 19.926 * 86400 = 272.80B
-    385 TFLOP/s, MFU 38.94 % (causal)          386.0, 39.03 %
-    432 TFLOP/s, MFU 43.73 % (not causal)      433.3, 43.82 %
+    385 TFLOP/s, MFU 38.94 % (causal)          386.1, 39.04 %
+    432 TFLOP/s, MFU 43.73 % (not causal)      433.5, 43.83 %
     180K GPU-hours a trillion, 3.7 days        180.2K, 3.67
     2664K GPU-hours of pre-training            2667K
     2788K GPU-hours in all, $5.576M            2664 + 119 + 5, at $2

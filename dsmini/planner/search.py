@@ -19,7 +19,7 @@ from dsmini.planner.assumptions import Assumptions
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout
-from dsmini.planner.layout_table import Choices, Problem, Table, evaluate_layouts, layout_of
+from dsmini.planner.layout_table import Choices, LayoutTable, Problem, evaluate_layouts, layout_of
 from dsmini.planner.step import StepFigures
 from dsmini.planner.training_plan import TrainingPlan, training_plan
 from dsmini.planner.workload import Workload
@@ -81,7 +81,7 @@ def search(
     return [_candidate(problem, table, row) for row in rows]
 
 
-def what_would_fit(problem: Problem, table: Table) -> str:
+def what_would_fit(problem: Problem, table: LayoutTable) -> str:
     """Return one sentence for a problem that no layout fits: the least memory there is, and what would fit."""
     capacity, gpus = problem.hardware.memory.value, problem.gpus
     if not np.isfinite(table.least).any():
@@ -129,7 +129,7 @@ def _fits(problem: Problem) -> bool:
     return bool(np.isfinite(evaluate_layouts(replace(problem, choices=least)).best).any())
 
 
-def _candidate(problem: Problem, table: Table, row: int) -> Candidate:
+def _candidate(problem: Problem, table: LayoutTable, row: int) -> Candidate:
     layout = layout_of(problem, table.sizes[row], table.choices[int(table.choice[row])])
     plan = training_plan(problem.m, problem.hardware, layout, problem.workload, problem.assumptions)
     costs = float(table.best[row] - table.fastest[row])

@@ -9,7 +9,7 @@ Operations are 6 N + 3 L H (d_qk + d_v) T a token, without multi-token predictio
 BF16 also where products are FP8. DeepSeek counts both like this.
 
 Worked example, DeepSeek-V3 on 2048 H800 at 38.94 %: a step takes 15360 * 4096 * 250.4e9 / (2048 * 989e12 * 0.3894) =
-19.98 s, so a day has 272.1B tokens. A trillion tokens take 180.6K GPU-hours and 3.68 days; 14.8T take 2673K GPU-hours
+19.98 s, so a day has 272.1B tokens. A trillion tokens take 180.6K GPU-hours and 3.68 days; 14.8T take 2674K GPU-hours
 and $5.35M.
 
 Source: DeepSeek-V3 report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 4.

@@ -80,7 +80,7 @@ CONFIG = {
     "n_mtp_layers": 2,
 }
 """Other values of a model, one at a time."""
-LAYOUT = {"gpus": 4096, "pipeline": 8, "expert": 32, "tensor": 4, "micro_batch": 2}
+LAYOUT = {"gpus": 4096, "pipeline": 32, "expert": 32, "tensor": 4, "micro_batch": 2}
 WORKLOAD = ("seq_len", "batch", "tokens")
 HARDWARE = ("memory", "memory_bandwidth", "gpus_per_node", "fast_link", "slow_link", "price")
 ASSUMED = [field.name for field in dataclasses.fields(Assumptions)]

@@ -7,6 +7,7 @@ import pytest
 from dsmini.planner.assumptions import Assumptions
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.published_training import published_training
+from dsmini.planner.quantity import D, N, Quantity
 from dsmini.planner.training_plan import TrainingPlan, training_plan
 from tests.helpers.configs import refusal, released
 from tests.helpers.v3_training import H800, V3_LAYOUT, V3_WORKLOAD
@@ -106,6 +107,21 @@ def test_dualpipe_hides_the_rows_of_experts() -> None:
         assert dual.dispatching.value == pytest.approx(16 * 2 * dual.chunk_dispatch.value)
         assert dual.roof_step.value < other.step.roof_step.value
     assert plans["zb1p"].step.bubble.value < plans["1f1b"].step.bubble.value
+
+
+def test_rows_that_take_longer_than_computing_are_not_hidden() -> None:
+    """At a twentieth of the link's rate a pair of DualPipe takes as long as its rows: 120 micro-batches, two passes."""
+    assert H800.slow_link is not None
+    slow = dataclasses.replace(H800, slow_link=again(H800.slow_link, 1 / 20))
+    step = training_plan(M, slow, V3_LAYOUT, V3_WORKLOAD).step
+    alone, rows = 16 * step.computing.value / 120, 120 * 2 * step.chunk_dispatch.value
+    assert step.compute_to_dispatch is not None and step.compute_to_dispatch.value < 1
+    assert step.computing.value + step.dispatching.value == pytest.approx(alone + rows)
+
+
+def again(figure: Quantity[N, D], factor: float) -> Quantity[N, D]:
+    """Return an input with another value."""
+    return Quantity(figure.value * factor, figure.unit, "input", (), (figure.name, figure.title, figure.source))
 
 
 def test_zero_exchanges_more_from_two_on() -> None:
