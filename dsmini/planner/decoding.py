@@ -29,7 +29,7 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import CachePlan, cache_plan
 from dsmini.planner.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, per
-from dsmini.planner.serving_step import Setting, StepTimes, Work, main_blocks, step_times
+from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_blocks, step_times
 from dsmini.planner.weights import weights
 
 
@@ -119,7 +119,7 @@ def setting_of(model: ModelInputs, hardware: Hardware, deployment: Deployment) -
     )
 
 
-def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, positions: Count) -> Work:
+def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, positions: Count) -> StepWork:
     """Return the work of a GPU in a micro-batch whose sequences each bring this many tokens: 1, or drafts to verify.
 
     The tokens of a sequence share one read of its cache.
@@ -129,7 +129,7 @@ def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, p
     if mla and config.qk_norm:
         raise ValueError("qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
     rows = workload.sequences * positions
-    return Work(
+    return StepWork(
         rows=rows,
         logits=rows,
         pairs=rows * number_of(workload.context) * context_products(setting.model),

@@ -16,6 +16,8 @@ FP8 = BYTES(1, "fp8_bytes", "Number in FP8", "V3, section 3.3: E4M3")
 FP4 = BYTES(0.5, "fp4_bytes", "Number in FP4", "V4, section 2.3: E2M1, two in a byte")
 E8M0 = BYTES(1, "e8m0_bytes", "Scale that is a power of two", "V4 config.json: scale_fmt ue8m0")
 TILE = COUNT(128, "scale_tile", "Numbers in a row, or rows and columns of a block, with one FP32 scale", "V3, 3.3.2")
+BF16_COST = COUNT(2, "bf16_cost", "Operations in FP8 that take the time of one in BF16", "V4, figure 1: FP8 FLOPs")
+FP4_COST = COUNT(0.5, "fp4_cost", "Operations in FP8 that take the time of one in FP4", "V4, figure 1: FP8 FLOPs")
 SIZES = {"float32": FP32, "bfloat16": BF16}
 """Bytes of a number of each dtype that has no scales."""
 
