@@ -21,7 +21,7 @@ parameters as printed, 49, 13 and 37 billion, 3.77 and 10.07. The report prints 
 V4.1 shares entries between layers and keeps them in FP4: 256 + 32 = 288 bytes with an indexer's entry of 68. Three
 sources with an entry for every 2 tokens and one with an entry for each make 3 * 356 / 2 + 356 = 890 bytes a token.
 
-Source: DeepSeek-V4 report (arXiv 2606.19348), section 2.3 and figure 1; DeepSeek-V4.1 report (arXiv 2609.19969).
+Source: DeepSeek-V4 report (arXiv 2606.19348), section 2.3; DeepSeek-V4.1 report (arXiv 2609.19969).
 """
 
 from dataclasses import dataclass
@@ -186,5 +186,7 @@ def shared_cache(sizes: SharedSizes) -> BytesPerToken:
     index = sizes.index_head_dim * FP4 + sizes.index_head_dim / sizes.index_scale_group * E8M0
     stored = sizes.encoder_sources / sizes.encoder_ratio + sizes.decoder_sources / sizes.decoder_ratio
     return per(stored * (entry + index), TOKENS).named(
-        f"{sizes.prefix}cache_per_token", f"{sizes.title}: cache of a token, all layers", "V4.1, section 2"
+        f"{sizes.prefix}cache_per_token",
+        f"{sizes.title}: cache of a token, all layers",
+        "V4.1 report (arXiv 2609.19969)",
     )

@@ -10,7 +10,7 @@ computes, and exchanges tokens between experts. serving_step says how these four
 Worked example, DeepSeek-V3 on 320 H800, two micro-batches of 32 sequences a GPU, context 4096, 50 GB/s between nodes:
 a GPU sends 58 * 2 * 32 * 9 * 7168 * 3 * 312/320 = 0.70 GB, which takes 14.0 ms. It reads 16.9 GB of weights and 73.7 GB
 of cache in 27.0 ms, since in its group of four every GPU reads the latents of all. Memory binds at this length, links
-below 1670 tokens of context. The paper's limit, in which only links take time, is 14.76 ms (exchange_limit).
+below 1670 tokens of context. The paper's limit, in which only links take time, is 15.11 ms (exchange.py).
 
 MLA runs absorbed: wkv_b as two halves in BF16, and 2 kv_lora_rank + qk_rope_head_dim multiply-adds for each head and
 cached token.

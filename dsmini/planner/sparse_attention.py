@@ -26,7 +26,7 @@ from dsmini.planner.quantity import FLOPS, TOKENS, Bytes, BytesPerToken, Count, 
 from dsmini.planner.sizes import FOLDER, read_sizes
 from dsmini.planner.weights import weights
 
-SOURCE = "V3.2, section 2"
+SOURCE = "V3.2 report (arXiv 2512.02556)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -132,7 +132,7 @@ def test_windows_are_held_once() -> None:
     ("name", "counted", "rounded", "printed"), [("pro", 3.78, 3.77, 3.7), ("flash", 10.03, 10.07, 9.8)]
 )
 def test_operations_of_v4_as_printed(name: str, counted: float, rounded: float, printed: float) -> None:
-    """V4 report, figure 1: 3.7 and 9.8 times fewer than V3.2 at a million tokens, in FP8 units."""
+    """V4 report: 3.7 and 9.8 times fewer than V3.2 at a million tokens, in FP8 units."""
     plan = v4(name)
     assert plan.flops_ratio.value == pytest.approx(counted, abs=0.005)
     assert plan.rounded_ratio.value == pytest.approx(rounded, abs=0.005)
