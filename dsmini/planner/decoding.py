@@ -10,7 +10,7 @@ computes, and exchanges tokens between experts. serving_step says how these four
 Worked example, DeepSeek-V3 on 320 H800, two micro-batches of 32 sequences a GPU, context 4096, 50 GB/s between nodes:
 a GPU sends 58 * 2 * 32 * 9 * 7168 * 3 * 312/320 = 0.70 GB, which takes 14.0 ms. It reads 16.9 GB of weights and 73.7 GB
 of cache in 27.0 ms, since in its group of four every GPU reads the latents of all. Memory binds at this length, links
-below 1670 tokens of context. The paper's limit, in which only links take time, is 14.76 ms (exchange_limit).
+below 1670 tokens of context. The paper's limit, in which only links take time, is 15.11 ms (exchange.py).
 
 MLA runs absorbed: wkv_b as two halves in BF16, and 2 kv_lora_rank + qk_rope_head_dim multiply-adds for each head and
 cached token.
@@ -29,7 +29,7 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import CachePlan, cache_plan
 from dsmini.planner.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, per
-from dsmini.planner.serving_step import Setting, StepTimes, Work, main_blocks, step_times
+from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_blocks, step_times
 from dsmini.planner.weights import weights
 
 
@@ -119,7 +119,7 @@ def setting_of(model: ModelInputs, hardware: Hardware, deployment: Deployment) -
     )
 
 
-def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, positions: Count) -> Work:
+def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, positions: Count) -> StepWork:
     """Return the work of a GPU in a micro-batch whose sequences each bring this many tokens: 1, or drafts to verify.
 
     The tokens of a sequence share one read of its cache.
@@ -129,7 +129,7 @@ def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, p
     if mla and config.qk_norm:
         raise ValueError("qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
     rows = workload.sequences * positions
-    return Work(
+    return StepWork(
         rows=rows,
         logits=rows,
         pairs=rows * number_of(workload.context) * context_products(setting.model),

@@ -8,7 +8,7 @@ Worked example, DeepSeek-V3 in decode on 320 GPUs: one expert of 58 blocks is 2.
 A group of 4 has 4 * 64 sequences of 4096 tokens: 73.7 GB of cache on each GPU. Of the 64 sequences of a GPU 61 fit into
 80 GB, or all of them with 3966 tokens each.
 
-Left out: activations, buffers of exchanges, the runtime, fragments.
+Left out: activations, buffers of exchanges, the runtime, fragments, and wkv_b's two halves in BF16 next to its FP8.
 
 Source: DeepSeek-V3 report, section 3.4.
 """

@@ -56,7 +56,7 @@ def cache_plan(model: ModelInputs, dtype: CacheDtype) -> CachePlan:
 
     Raises: ValueError for "fp8" where attention is not MLA, and for an unknown dtype.
     """
-    row = cache_row(model, dtype)
+    row = cache_row(model, dtype).named("cache_row", "Cache of a token in one layer", SOURCE)
     per_token = all_layers(model, row).named("cache_per_token", "Cache of a token, all layers", SOURCE)
     head = model.qk_nope_head_dim + model.v_head_dim
     number = SIZES.get(dtype, BF16)
@@ -96,12 +96,10 @@ def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:
             raise ValueError(
                 f"dtype='fp8' is the layout of MLA's latent, not of attention={model.config.attention!r}; use bfloat16"
             )
-        row = scaled_row(model.kv_lora_rank) + model.qk_rope_head_dim * BF16
-    elif dtype in SIZES:
-        row = row_numbers(model) * SIZES[dtype]
-    else:
+        return scaled_row(model.kv_lora_rank) + model.qk_rope_head_dim * BF16
+    if dtype not in SIZES:
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
-    return row.named("cache_row", "Cache of a token in one layer", SOURCE)
+    return row_numbers(model) * SIZES[dtype]
 
 
 def all_layers(model: ModelInputs, row: Bytes) -> BytesPerToken:

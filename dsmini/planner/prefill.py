@@ -25,7 +25,7 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import cache_plan
 from dsmini.planner.quantity import Count, Seconds, TokensPerSecond
-from dsmini.planner.serving_step import Setting, StepTimes, Work, main_blocks, step_times
+from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_blocks, step_times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +66,10 @@ def prefill_plan(
     )
 
 
-def _work(setting: Setting, workload: ServingWorkload) -> Work:
+def _work(setting: Setting, workload: ServingWorkload) -> StepWork:
     tokens = number_of(workload.prompt)
     rows = workload.prompts * tokens
-    return Work(
+    return StepWork(
         rows=rows,
         logits=workload.prompts,
         pairs=rows * tokens / 2 * _expanded_products(setting.model),

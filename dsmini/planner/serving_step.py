@@ -49,7 +49,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class StepWork:
     """Work of a GPU in one micro-batch."""
 
     rows: Count
@@ -108,7 +108,7 @@ def gpu_weights(setting: Setting, blocks: Blocks, experts: Count, up: Part) -> B
     return blocks.layers * attention + blocks.dense * held.dense.bytes + blocks.moe * moe + outside
 
 
-def step_times(setting: Setting, blocks: Blocks, work: Work, stage: str) -> StepTimes:
+def step_times(setting: Setting, blocks: Blocks, work: StepWork, stage: str) -> StepTimes:
     """Return the times of a step.
 
     Args:
@@ -145,16 +145,7 @@ def step_times(setting: Setting, blocks: Blocks, work: Work, stage: str) -> Step
     compute_time = named(compute, "compute_time", "Time of a step in matrix products")
     slow = sent.slow and named(sent.slow / slow_link(hardware), "slow_link_time", "Time of a step between nodes")
     fast = sent.fast and named(sent.fast / fast_link(hardware), "fast_link_time", "Time of a step within a node")
-    demands = [
-        Demand(resource=resource, time=time)
-        for resource, time in [
-            (Resource.MEMORY, memory_time),
-            (Resource.COMPUTE, compute_time),
-            (Resource.LINKS_BETWEEN, slow),
-            (Resource.LINKS_WITHIN, fast),
-        ]
-        if time is not None
-    ]
+    demands = _demands(memory_time, compute_time, slow, fast)
     return StepTimes(
         experts_read=chosen,
         weights_read=read,
@@ -176,6 +167,12 @@ def step_times(setting: Setting, blocks: Blocks, work: Work, stage: str) -> Step
     )
 
 
+def _demands(memory: Seconds, compute: Seconds, slow: Seconds | None, fast: Seconds | None) -> list[Demand]:
+    resources = (Resource.MEMORY, Resource.COMPUTE, Resource.LINKS_BETWEEN, Resource.LINKS_WITHIN)
+    times = zip(resources, (memory, compute, slow, fast), strict=True)
+    return [Demand(resource=resource, time=time) for resource, time in times if time is not None]
+
+
 def _chosen(setting: Setting, rows: Count, stage: str) -> Count:
     """Return the expected number of its experts in a block that a GPU reads: those that any token chose."""
     model, deployment = setting.model, setting.deployment
@@ -185,7 +182,7 @@ def _chosen(setting: Setting, rows: Count, stage: str) -> Count:
     )
 
 
-def _flops(setting: Setting, blocks: Blocks, work: Work, stage: str) -> tuple[Flops, Flops]:
+def _flops(setting: Setting, blocks: Blocks, work: StepWork, stage: str) -> tuple[Flops, Flops]:
     """Return the operations of a GPU in a step: in the weights' dtype, and in the compute dtype."""
     model, held, deployment = setting.model, setting.weights, setting.deployment
     experts = model.n_activated_experts * deployment.imbalance * held.expert.products + held.shared.products

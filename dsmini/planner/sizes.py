@@ -1,11 +1,12 @@
 """Sizes that no ModelConfig can express, read from data/*.toml, where every number names its source.
 
+    title = "DeepSeek-V4-Flash"
     prefix = "flash_"
     [sizes]
-    n_layers = { value = 43, source = "config.json: num_hidden_layers" }
+    dim = { value = 4096, source = "config.json: hidden_size" }
 
 A dataclass says which sizes a model has, and its docstrings are the titles. The prefix keeps the names of two models
-apart in one formula: flash_n_layers and n_layers.
+apart in one formula: flash_dim and dim.
 """
 
 import dataclasses
@@ -23,14 +24,17 @@ S = TypeVar("S")
 
 
 def read_sizes(kind: type[S], path: Path) -> S:
-    """Return the sizes of a file as a dataclass whose fields are Counts or Bytes.
+    """Return the sizes of a file as a dataclass with the fields title and prefix, and Counts or Bytes.
 
     Raises: ValueError for a size that is missing, unknown, or without a value or a source.
     """
     content = read_toml(path)
-    hints = get_type_hints(kind)
+    words = {"title", "prefix"}
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in words}
     titles = field_docstrings(kind)
-    given = content.get("sizes", {})
+    given = content.get("sizes")
+    if not isinstance(given, dict) or not all(isinstance(content.get(word), str) for word in words):
+        raise ValueError(f"{path.name} has no title, prefix or [sizes]; write all three")
     if given.keys() != hints.keys():
         odd = ", ".join(sorted(given.keys() ^ hints.keys()))
         raise ValueError(f"[sizes] of {path.name} and {kind.__name__} differ in {odd}; give each size once")
@@ -41,9 +45,9 @@ def read_sizes(kind: type[S], path: Path) -> S:
         if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(source, str) or not source:
             raise ValueError(f"sizes.{name} of {path.name} is {entry!r}; write {{ value = 1, source = '...' }}")
         unit = BYTES if hints[name] == Bytes else COUNT
-        return unit(value, f"{content.get('prefix', '')}{name}", titles[name].partition(".")[0], source)
+        return unit(value, f"{content['prefix']}{name}", titles[name].partition(".")[0], source)
 
-    return kind(**{name: size(name) for name in hints})
+    return kind(**{word: content[word] for word in words}, **{name: size(name) for name in hints})
 
 
 def renamed(model: ModelInputs, prefix: str) -> ModelInputs:

@@ -70,6 +70,8 @@ class Weights(Figures):
     """Projection and norms of a multi-token prediction block."""
     total: Bytes
     """Bytes of the model without multi-token prediction."""
+    active: Count
+    """Multiply-adds of a token with all of its matrices, without multi-token prediction."""
 
 
 def weights(model: ModelInputs, dtype: WeightDtype) -> Weights:
@@ -108,6 +110,7 @@ def weights(model: ModelInputs, dtype: WeightDtype) -> Weights:
         moe_blocks=moe_blocks,
         **parts,
         total=_total(model, dense_blocks, moe_blocks, parts),
+        active=_active(model, dense_blocks, moe_blocks, parts),
     )
 
 
@@ -119,6 +122,14 @@ def _total(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: di
     return (blocks + 2 * size["vocabulary"] + size["final_norms"]).named(
         "model_bytes", "Weights of the model without multi-token prediction", SOURCE
     )
+
+
+def _active(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: dict[str, Part]) -> Count:
+    met = {name: part.products for name, part in parts.items()}
+    block = met["head_matrices"] + met["latent_up"] + met["latent_down"]
+    experts = model.n_activated_experts * met["expert"] + met["shared"] + met["gate"]
+    blocks = model.n_layers * block + dense_blocks * met["dense"] + moe_blocks * experts
+    return (blocks + met["vocabulary"]).named("active_products", "Multiply-adds of a token with all matrices", SOURCE)
 
 
 def _head_matrices(model: ModelInputs) -> list[Shape]:

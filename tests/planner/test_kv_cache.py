@@ -81,7 +81,7 @@ def test_v2_saves_the_printed_share_of_deepseek_67b() -> None:
     """DeepSeek-V2 report, abstract: 93.3 % less than DeepSeek 67B, with numbers of 6 bits on average."""
     v2 = model_of(released("deepseek-v2"))
     older = renamed(model_of(gqa(95, 64)), "older_")
-    bits = BYTES(0.75, "v2_cache_number", "Number in V2's cache: 6 bits", "V2, section 3.2.2")
+    bits = BYTES(0.75, "v2_cache_number", "Number in V2's cache: 6 bits", "V2 report: 6 bits an element on average")
     saved = cache_saving(all_layers(v2, row_numbers(v2) * bits), cache_plan(older, "bfloat16").per_token)
     assert saved.value == pytest.approx(0.933, abs=0.001)
     assert {"n_layers", "older_n_layers", "older_n_kv_heads"} <= inputs(saved).keys()
