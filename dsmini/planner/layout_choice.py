@@ -20,7 +20,7 @@ from dsmini.planner.assumptions import Assumptions
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, Recompute, Zero, check_layout
-from dsmini.planner.layout_table import Choices, Problem, Table, evaluate_layouts, layout_of
+from dsmini.planner.layout_table import Choices, LayoutTable, Problem, evaluate_layouts, layout_of
 from dsmini.planner.references import reference, same_sizes
 from dsmini.planner.search import what_would_fit
 from dsmini.planner.training_plan import training_plan
@@ -160,7 +160,7 @@ def _leanest(defaults: Layout, given: dict[str, Any], gpus: int) -> Choices:
     return replace(longer, schedules=longer.schedules[:1], zeros=zeros, recomputes=longer.recomputes[-1:])
 
 
-def _rows(table: Table, given: dict[str, Any]) -> list[int]:
+def _rows(table: LayoutTable, given: dict[str, Any]) -> list[int]:
     """Return the rows of a table that have the given sizes."""
     found = (dict(zip(PLACES, sizes, strict=True)) for sizes in table.sizes)
     return [
@@ -168,7 +168,7 @@ def _rows(table: Table, given: dict[str, Any]) -> list[int]:
     ]
 
 
-def _fastest(table: Table, given: dict[str, Any]) -> tuple[int, int] | None:
+def _fastest(table: LayoutTable, given: dict[str, Any]) -> tuple[int, int] | None:
     """Return row and choice of the fastest layout that fits."""
     rows = [row for row in _rows(table, given) if np.isfinite(table.best[row])]
     if not rows:
@@ -177,12 +177,12 @@ def _fastest(table: Table, given: dict[str, Any]) -> tuple[int, int] | None:
     return row, int(table.choice[row])
 
 
-def _layout(cluster: Cluster, problem: Problem, table: Table, row: int, choice: int) -> Layout:
+def _layout(cluster: Cluster, problem: Problem, table: LayoutTable, row: int, choice: int) -> Layout:
     layout = layout_of(problem, table.sizes[row], table.choices[choice])
     return replace(layout, optimizer=cluster.defaults.optimizer)
 
 
-def _that_does_not_fit(cluster: Cluster, given: dict[str, Any], problem: Problem, table: Table) -> ChosenLayout:
+def _that_does_not_fit(cluster: Cluster, given: dict[str, Any], problem: Problem, table: LayoutTable) -> ChosenLayout:
     """Return the layout that needs least memory, or raise the error of one that cannot be."""
     rows = [row for row in _rows(table, given) if np.isfinite(table.least[row])]
     if not rows:
