@@ -58,6 +58,8 @@ KOK = "Kokolis et al. (arXiv 2410.21680)"
 class ReliabilityPlan(Figures):
     """Failures of a run, and what they leave of its time."""
 
+    running: Seconds
+    """Time of the whole run without failures."""
     failure_rate: PerSecond
     mean_time: Seconds
     checkpoint_bytes: Bytes
@@ -97,6 +99,7 @@ def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: Failu
     elapsed = (running / share).named("elapsed_time", "Time of the whole run with failures and checkpoints", KOK)
     price, power = hardware.price, hardware.power
     return ReliabilityPlan(
+        running=running,
         failure_rate=failure_rate(gpus, failures),
         mean_time=mean,
         checkpoint_bytes=size,

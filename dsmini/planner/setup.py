@@ -45,6 +45,12 @@ class Model:
     run: RunConfig | None = None
     """Recipe, where the file has the section [train]."""
 
+    @property
+    def name(self) -> str:
+        """Name for people: of the file, or of its folder for a config.json."""
+        path = Path(self.source)
+        return path.resolve().parent.name if path.name == "config.json" else path.stem
+
     @classmethod
     def from_file(cls, path: Path) -> "Model":
         """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json."""
@@ -72,6 +78,10 @@ class Setup:
     """Reason why nothing is planned of serving, in one sentence; "" if it is."""
     failures: FailureInputs
 
+    def with_layout(self, layout: Layout, how: str) -> "Setup":
+        """Return the same with another layout."""
+        return dataclasses.replace(self, layout=ChosenLayout(layout=layout, how=how))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
@@ -88,10 +98,9 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
     Raises: ValueError for choices that the model or the hardware cannot have, and if nothing fits what was chosen.
     """
     m = ModelInputs.of(model.config, model.source)
-    nominal = _with_price(hardware, request.price)
-    reached = with_reached_links(nominal)
+    nominal, reached = hardware_of(request, hardware)
     precision = _precision(m, nominal)
-    workload = _workload(request, model)
+    workload = workload_of(request, model)
     measured = request.utilization
     assumptions = Assumptions.of(measured, USER) if measured is not None else Assumptions.of()
     defaults = _default_layout(model, precision)
@@ -99,7 +108,7 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
     layout = choose_layout(cluster, request.layout_fields)
     serving, unserved = None, ""
     try:
-        serving = _serving(request, m, reached, request.weight_dtype or DTYPES[precision])
+        serving = serve(request, m, reached, DTYPES[precision])
     except ValueError as error:
         if request.serving_fields:
             raise
@@ -114,7 +123,7 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
         assumptions=assumptions,
         serving=serving,
         unserved=unserved,
-        failures=_failures(request),
+        failures=failures_of(request),
     )
 
 
@@ -125,6 +134,12 @@ def with_reached_links(hardware: Hardware) -> Hardware:
         fast_link=hardware.fast_link_effective or hardware.fast_link,
         slow_link=hardware.slow_link_effective or hardware.slow_link,
     )
+
+
+def hardware_of(request: PlanRequest, hardware: Hardware) -> tuple[Hardware, Hardware]:
+    """Return hardware at the request's price, with links as on data sheets, and as reached."""
+    nominal = _with_price(hardware, request.price)
+    return nominal, with_reached_links(nominal)
 
 
 def _with_price(hardware: Hardware, dollars_an_hour: float | None) -> Hardware:
@@ -151,7 +166,8 @@ def _default_layout(model: Model, precision: Precision) -> Layout:
     return Layout(precision=precision, optimizer=train.optimizer, moments=train.moments)
 
 
-def _workload(request: PlanRequest, model: Model) -> Workload:
+def workload_of(request: PlanRequest, model: Model) -> Workload:
+    """Return the training's sequences, steps and tokens."""
     r, source = request, V3_SOURCE
     seq_len, batch, tokens = min(V3_SEQ_LEN, model.config.max_seq_len), V3_BATCH, V3_TOKENS
     if model.run is not None:
@@ -173,8 +189,12 @@ def _workload(request: PlanRequest, model: Model) -> Workload:
     )
 
 
-def _serving(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dtype: WeightDtype) -> Served:
-    """Return both deployments and the workload; as many sequences as fit where the user leaves them open."""
+def serve(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dtype: WeightDtype) -> Served:
+    """Return both deployments and the workload; as many sequences as fit where the user leaves them open.
+
+    Args:
+        weight_dtype: where the user leaves it open.
+    """
     r, longest = request, m.config.max_seq_len
     for name in ("context", "prompt"):
         tokens = getattr(r, name)
@@ -202,7 +222,8 @@ def _serving(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dt
     return Served(decode=decode, prefill=prefill, workload=asked)
 
 
-def _failures(request: PlanRequest) -> FailureInputs:
+def failures_of(request: PlanRequest) -> FailureInputs:
+    """Return the failures of nodes and their costs."""
     r = request
     return FailureInputs(
         failures_per_node_day=NODE_FAILURES
