@@ -65,7 +65,7 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(PlanCommand, "plan", args, help=HELP)
-    _refuse(command)
+    _refuse(command, args)
     console = Console(stderr=command.json)
     answer = _answer(command, args, console)
     answer.show(console)
@@ -77,8 +77,10 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _refuse(command: PlanCommand) -> None:
+def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
     """Raise ValueError for questions that contradict each other."""
+    if sum(arg.partition("=")[0] == "--vary" for arg in args) > 1:
+        raise ValueError("--vary is given twice; write both after one: --vary kv_lora_rank=256,512 hardware=h100,h800")
     alone = [name for name in ("explain", "search", "vary", "published") if getattr(command, name)]
     if len(alone) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")

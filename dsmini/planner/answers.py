@@ -76,9 +76,9 @@ def planned(setup: Setup, command: str) -> PlanAnswer:
 def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
     """Return the layouts that fit, fastest first, and the plan of the fastest on the page."""
     found = search_layouts(setup, request.layout_fields, on_part)
-    section = search_section(found)
+    shown_there, on_page = (search_section(found, full=full) for full in (False, True))
     plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
-    return _answer(plan, {"layouts": record.search_record(found)}, (section,), command)
+    return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))
 
 
 def varied(
@@ -86,7 +86,8 @@ def varied(
 ) -> PlanAnswer:
     """Return the plans of all values of one thing or of two."""
     found = vary(setup, request, [read_axis(axis) for axis in axes], names, on_part)
-    return _answer(whole_plan(setup), record.variation_record(found), (variation_section(found),), command)
+    shown_there, on_page = (variation_section(found, full=full) for full in (False, True))
+    return _answer(whole_plan(setup), record.variation_record(found), (shown_there,), command, on_page=(on_page,))
 
 
 def published() -> PlanAnswer:
@@ -112,14 +113,27 @@ def explained(setup: Setup, name: str, width: int) -> PlanAnswer:
     return PlanAnswer(record=record.figures_record(every), report=Report(title="Figures", sections=[section]))
 
 
-def _answer(plan: Plan, found: Any, more: Sequence[Section], command: str, hint: str = "") -> PlanAnswer:
-    """Return an answer that prints the plan, or only the sections that were asked for, and a page with both."""
+def _answer(
+    plan: Plan,
+    found: Any,
+    more: Sequence[Section],
+    command: str,
+    *,
+    on_page: Sequence[Section] | None = None,
+    hint: str = "",
+) -> PlanAnswer:
+    """Return an answer that prints the plan, or only the sections that were asked for, and a page with both.
+
+    Args:
+        more: sections that were asked for.
+        on_page: the same as a page shows them, if it does so in another way.
+    """
     sections = more or plan_report(plan, full=False).sections
     return PlanAnswer(
         record=found,
         lines=_heading(plan),
         report=Report(title="", sections=sections),
-        page=lambda: plan_report(plan, full=True, more=more, command=command),
+        page=lambda: plan_report(plan, full=True, more=on_page or more, command=command),
         hint=hint,
     )
 

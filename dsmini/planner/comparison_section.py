@@ -3,48 +3,58 @@
 from collections.abc import Iterator, Sequence
 
 from dsmini.planner.explanation import shown
+from dsmini.planner.layout import Layout
 from dsmini.planner.quantity import Anything
 from dsmini.planner.search import Candidate
-from dsmini.planner.vary import VariedAxis, Variation
+from dsmini.planner.vary import Variation, VariedAxis
 from dsmini.report import HeatMap, Plot, Section, Series, Table
 
 MOST_PLOTS, MOST_HEAT_MAPS = 8, 8
 """Most figures of a variation that are drawn; the table has all."""
+BAR = 12
+"""Length of the longest bar of a terminal, in characters."""
 WIDE = 20.0
 """Ratio of the largest to the smallest value from which on an axis is logarithmic."""
 
 
-def variation_section(variation: Variation) -> Section:
-    """Return the section of a variation."""
+def variation_section(variation: Variation, *, full: bool) -> Section:
+    """Return the section of a variation.
+
+    Args:
+        full: for a page, with plots and a wide table; else for a terminal, with a line and a bar for each value.
+    """
     axes = variation.axes
     one = len(axes) == 1
     return Section(
         name="variation_section",
         title=f"What changes with {' and '.join(axis.name for axis in axes)}?",
         finding=_finding(variation),
-        plots=list(_plots(variation)) if one else (),
+        plots=list(_plots(variation)) if one and full else (),
         heat_maps=() if one else list(_heat_maps(variation)),
-        tables=[_table(variation)] if one else (),
+        tables=[_table(variation) if full else _bars(variation)] if one else (),
         warnings=[f"{_at(axes, place)}: {reason}" for place, reason in variation.problems.items()],
         about="All else is as in the plan: layout, deployments, sequences and context stay.",
     )
 
 
-def search_section(candidates: Sequence[Candidate]) -> Section:
-    """Return the section of a search: layouts that fit, fastest first."""
-    columns = ("pipeline", "expert", "tensor", "ZeRO", "recompute", "precision", "micro-batch", "schedule")
-    rows = [
-        (
-            str(number),
-            *(str(value) for value in _choices(found)),
-            shown(found.plan.memory_needed),
-            shown(found.plan.step.roof_step),
-            shown(found.plan.step.roof_utilization),
-            found.binds,
-        )
-        for number, found in enumerate(candidates, 1)
-    ]
+def search_section(candidates: Sequence[Candidate], *, full: bool) -> Section:
+    """Return the section of a search: layouts that fit, fastest first.
+
+    Args:
+        full: for a page, with a column for each choice; else for a terminal, with the layout in one.
+    """
     best = candidates[0]
+    names = ("pipeline", "expert", "tensor", "zero", "recompute", "precision", "micro_batch", "schedule")
+    layouts = [[str(getattr(found.layout, name)) for name in names] for found in candidates]
+    if not full:
+        layouts = [[_in_short(found.layout)] for found in candidates]
+    results = [
+        (shown(c.plan.step.roof_step), c.binds, shown(c.plan.memory_needed), shown(c.plan.step.roof_utilization))
+        for c in candidates
+    ]
+    rows = [(str(i + 1), *found, *layout) for i, (layout, found) in enumerate(zip(layouts, results, strict=True))]
+    columns = ("", "step", "binds", "memory", "MFU", *(names if full else ("layout",)))
+    numeric = ("", "pipeline", "expert", "tensor", "zero", "micro_batch", "memory", "step", "MFU")
     return Section(
         name="search_section",
         title=f"Which layouts fit {best.layout.gpus:,} GPUs?",
@@ -52,21 +62,15 @@ def search_section(candidates: Sequence[Candidate]) -> Section:
             f"The fastest takes {shown(best.plan.step.roof_step)} a step with {shown(best.plan.memory_needed)} on the "
             f"fullest GPU; {best.binds} binds it."
         ),
-        tables=[
-            Table(
-                columns=("", *columns, "memory", "step", "MFU", "binds"),
-                rows=rows,
-                numeric=("", "pipeline", "expert", "tensor", "ZeRO", "micro-batch", "memory", "step", "MFU"),
-            )
-        ],
+        tables=[Table(columns=columns, rows=rows, numeric=numeric)],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
     )
 
 
-def _choices(found: Candidate) -> tuple[object, ...]:
-    layout = found.layout
-    sizes = (layout.pipeline, layout.expert, layout.tensor, layout.zero)
-    return (*sizes, layout.recompute, layout.precision, layout.micro_batch, layout.schedule)
+def _in_short(layout: Layout) -> str:
+    """Return a layout as the options that ask for it."""
+    sizes = f"pipeline {layout.pipeline}, expert {layout.expert}, tensor {layout.tensor}, zero {layout.zero}"
+    return f"{sizes}, micro-batch {layout.micro_batch}, {layout.schedule}, {layout.recompute}, {layout.precision}"
 
 
 def _finding(variation: Variation) -> str:
@@ -97,6 +101,20 @@ def _table(variation: Variation) -> Table:
         for name in variation.names
     ]
     return Table(columns=(axis.name, *axis.labels), rows=rows, numeric=axis.labels)
+
+
+def _bars(variation: Variation) -> Table:
+    """Return a line for each figure and value, with a bar."""
+    (axis,) = variation.axes
+    rows: list[tuple[str, ...]] = []
+    for name in variation.names:
+        found = [variation.figure(name, (i,)) for i in range(len(axis.values))]
+        largest = max((abs(figure.value) for figure in found if figure is not None), default=0.0) or 1.0
+        for i, figure in enumerate(found):
+            title = _any(variation, name).title if i == 0 else ""
+            bar = "" if figure is None else "█" * round(BAR * abs(figure.value) / largest)
+            rows.append((title, axis.labels[i], variation.cell(name, (i,)), bar))
+    return Table(columns=("figure", axis.name, "value", ""), rows=rows, numeric=(axis.name, "value"))
 
 
 def _plots(variation: Variation) -> Iterator[Plot]:

@@ -15,6 +15,7 @@ from dsmini.planner.sections import SectionOfPlan, sections
 from dsmini.planner.whole import Plan
 from dsmini.planner.why import why
 from dsmini.report import Detail, Report, Section, Table
+from dsmini.report.units import plural
 
 LEAD = "Predicted from sizes and data sheets. Nothing was measured. Each number opens its formula."
 
@@ -46,14 +47,14 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
 
 
 def _section(section: SectionOfPlan, known: dict[str, Step], full: bool) -> Section:
-    groups = {"" if full else section.title: [_detail(f, known) for f in section.headlines.values()]}
-    if full and section.others:
-        groups["All other figures"] = [_detail(f, known) for f in section.others.values()]
+    first = [_detail(f, known) for f in section.headlines.values()]
+    others = [_detail(f, known) for f in section.others.values()] if full else []
     return Section(
         name=f"{section.name}_section",
         title=section.title,
         finding=section.finding,
-        details=groups if section.headlines else {},
+        details={"" if full else section.title: first} if first else {},
+        folded={f"{plural(len(others), 'other figure')}": others} if others else {},
         warnings=section.warnings,
     )
 
@@ -94,7 +95,8 @@ def _rest(plan: Plan, found: Iterable[SectionOfPlan], known: dict[str, Step]) ->
         name="inputs_section",
         title="What is it computed from?",
         finding=f"{len(inputs)} inputs, each with its source, give {len(every) - len(inputs)} figures.",
-        details={"Inputs": inputs} | ({"Steps between": steps} if steps else {}),
+        folded={plural(len(inputs), "input"): inputs}
+        | ({plural(len(steps), "step") + " between": steps} if steps else {}),
     )
 
 
@@ -117,7 +119,7 @@ def _binds(plan: Plan) -> Section:
     return Section(
         name="binding_section",
         title="What binds?",
-        finding=" ".join(f"{stage.capitalize()}: {found.sentence()}" for stage, found in stages.items()),
+        finding=" ".join(f"{stage.capitalize()}: {found.first.resource.value}." for stage, found in stages.items()),
         tables=[Table(columns=columns, rows=rows, numeric=("times",))],
         about=(
             "Making what binds faster gains at most this many times, then the next binds. The parts of serving "

@@ -65,7 +65,7 @@ def sections(plan: Plan) -> Iterator[SectionOfPlan]:
     """Yield the sections that a plan has figures for, or a reason why not."""
     answers = {"model": _model, "training": _training, "inference": _inference, "reliability": _reliability}
     for name, figures in plan.sections.items():
-        headlines = {key: figures[key] for key in HEADLINES[name] if key in figures}
+        headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
         warnings = {"training": _training_warnings, "inference": _serving_warnings}.get(name)
         yield SectionOfPlan(
@@ -98,7 +98,7 @@ def _training(plan: Plan) -> str:
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
-    return f"{gpus} {running}{cost} for {shown(t.workload.tokens)}. {needs}"
+    return f"{gpus} {running}{cost} for {_words(t.workload.tokens)} tokens. {needs}"
 
 
 def _inference(plan: Plan) -> str:

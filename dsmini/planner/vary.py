@@ -234,10 +234,19 @@ def _found(plan: Plan, name: str) -> Anything | None:
 
 
 def _that_differ(variation: Variation) -> tuple[str, ...]:
-    """Return the figures of COMPARED that are not the same in all plans."""
-    found = []
-    for name in COMPARED:
-        values = {figure.value for place in variation.plans if (figure := variation.figure(name, place)) is not None}
-        if len(values) > 1:
-            found.append(name)
-    return tuple(found) or COMPARED[:1]
+    """Return the figures of COMPARED that are not the same in all plans: first those that differ along every axis."""
+    along = {name: sum(_differs(variation, name, axis) for axis in range(len(variation.axes))) for name in COMPARED}
+    found = sorted((name for name in COMPARED if along[name]), key=lambda name: -along[name])
+    return tuple(
+        found or [name for name in COMPARED if any(variation.figure(name, place) for place in variation.plans)]
+    )
+
+
+def _differs(variation: Variation, name: str, axis: int) -> bool:
+    """Return True if a figure has several values along an axis, all else equal."""
+    values: dict[tuple[int, ...], set[float]] = {}
+    for place in variation.plans:
+        figure = variation.figure(name, place)
+        if figure is not None:
+            values.setdefault(place[:axis] + place[axis + 1 :], set()).add(figure.value)
+    return any(len(found) > 1 for found in values.values())

@@ -134,10 +134,11 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 def _tokens(plan: Plan) -> Iterator[str]:
     t = plan.training
+    tokens = 1 * t.workload.tokens  # computed, so shown in three digits
     machines = "one GPU reads" if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs read"
     yield (
         f"At {shown(t.time.step_seconds)} a step {machines} {shown(t.time.tokens_per_day)} a day. So "
-        f"{shown(t.workload.tokens)} take {shown(plan.reliability.running)}."
+        f"{shown(tokens)} take {shown(plan.reliability.running)}."
     )
     if t.time.cost is not None:
         yield f"They cost {shown(t.time.cost / t.workload.tokens)}."
@@ -154,7 +155,7 @@ def _sparsity(plan: Plan) -> Iterator[str]:
         products = ops.training_flops - 3 * ops.attention_flops
         dense = products * whole + 3 * ops.attention_flops
         fewer = dense / ops.training_flops
-        tokens = plan.training.workload.tokens
+        tokens = 1 * plan.training.workload.tokens
         yield (
             f"A token meets {shown(m.n_activated_experts)} of {shown(m.n_routed_experts)} routed experts: "
             f"{shown(ops.training_flops)} instead of {shown(dense)} with all of them."

@@ -39,6 +39,8 @@ class Section:
     """Paragraphs, each with its heading."""
     details: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
     """Numbers that show their computation on a click, by heading."""
+    folded: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
+    """More of them, that a page shows after a click on their heading, and a terminal not at all."""
     tables: Sequence[Table] = ()
     """Tables of anything that is not a figure."""
     about: str = ""
@@ -121,8 +123,10 @@ class Report:
             terminal.show_question(console, section.title, section.finding, section.figures, section.warnings)
             for heading, details in section.details.items():
                 terminal.show_details(console, heading, details)
-            for table in [*section.tables, *(heat_map.table() for heat_map in section.heat_maps)]:
+            for table in section.tables:
                 terminal.show_table(console, table)
+            for heat_map in section.heat_maps:
+                terminal.show_table(console, heat_map.table(), heat_map.title)
 
     def html(self) -> str:
         """Return the page, which needs no other file: read it offline, print it, or send it."""
@@ -131,7 +135,8 @@ class Report:
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
         environment.filters |= {"svg": Markup, "words": words}  # safe: we draw the SVG and escape its labels
         page = environment.get_template("page.html.j2")
-        names = {d.name for section in self.sections for group in section.details.values() for d in group}
+        groups = [g for s in self.sections for part in (s.details, s.folded) for g in part.values()]
+        names = {detail.name for group in groups for detail in group}
         return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES), names=names)
 
     def json_lines(self) -> Iterator[str]:
