@@ -33,6 +33,7 @@ CHANGES: dict[str, Any] = {
     "n_routed_experts": 576,
     "n_shared_experts": 2,
     "n_activated_experts": 10,
+    "n_expert_groups": 16,
     "n_limited_groups": 3,
 }
 """Another valid value for each number of a ModelConfig that a figure of V3 may depend on."""
@@ -96,14 +97,6 @@ def _hardware(name: str, numbers: Mapping[str, float]) -> Hardware:
     )
 
 
-def by_name(plan: Figures) -> dict[str, Anything]:
-    """Return the figures of a plan by name, each of which is in it once."""
-    figures = list(plan.figures())
-    named = {figure.name: figure for figure in figures}
-    assert len(named) == len(figures), "two figures of one name"
-    return named
-
-
 def check_inputs_act(build: Callable[..., Figures], changes: Mapping[str, Any], least: int) -> None:
     """Check that a figure's formula gives what a plan from changed inputs gives, for each changed input.
 
@@ -111,10 +104,10 @@ def check_inputs_act(build: Callable[..., Figures], changes: Mapping[str, Any], 
         build: makes the plan, from one changed input by name or from none.
         least: how many of the changes some figure must depend on.
     """
-    plan = by_name(build())
+    plan = build().figures()
     acting = set()
     for name, value in changes.items():
-        again = by_name(build(**{name: value}))
+        again = build(**{name: value}).figures()
         assert again.keys() == plan.keys()
         for key, figure in plan.items():
             predicted = evaluate(figure, {name: value})
