@@ -22,8 +22,8 @@ from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Precision, Recompute
 from dsmini.planner.matrices import key_width, kv_heads
-from dsmini.planner.number_formats import BF16, FP32, INDEX, e5m6_row, scaled_row
 from dsmini.planner.quantity import TOKENS, Bytes, BytesPerToken, Count, per, total
+from dsmini.planner.sizes import BF16, FP32, INDEX, e5m6_row, fp8_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class Activations:
 
     def read(self, width: Count) -> Bytes:
         """Return the bytes that are saved of a row that a product reads."""
-        return scaled_row(width) if self.precision == "fp8" else self.row(width)
+        return fp8_row(width) if self.precision == "fp8" else self.row(width)
 
     def normed(self, width: Count) -> Bytes:
         """Return the bytes of a norm's input, and of the inverse of its root mean square unless it is made again."""
@@ -140,7 +140,7 @@ class Activations:
     def _swiglu(self, hidden: Count) -> Bytes:
         """Return the bytes between SwiGLU's products: its two inputs; in BF16 without recomputation four rows."""
         if self.precision == "fp8":
-            return 2 * scaled_row(hidden)
+            return 2 * fp8_row(hidden)
         return (4 if self.recompute == "none" else 2) * self.row(hidden)
 
     def _scores(self) -> Bytes:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 from dsmini.planner.compressed_parameters import CompressedParameters, CompressedSizes, compressed_parameters
 from dsmini.planner.figures import Figures
-from dsmini.planner.gpu_memory import number_of
-from dsmini.planner.number_formats import BF16, BF16_COST, E8M0, FP4, FP4_COST, FP8
+from dsmini.planner.number_formats import BF16_COST, E8M0, FP4, FP4_COST
+from dsmini.planner.published_sizes import FOLDER, read_sizes
 from dsmini.planner.quantity import (
     FLOPS,
     TOKENS,
@@ -44,7 +44,8 @@ from dsmini.planner.quantity import (
     per,
     smallest,
 )
-from dsmini.planner.sizes import FOLDER, read_sizes
+from dsmini.planner.serving_memory import number_of
+from dsmini.planner.sizes import BF16, FP8
 from dsmini.planner.sparse_attention import SparseAttention
 
 SOURCE = "V4, section 2.3"

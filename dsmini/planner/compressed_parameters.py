@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmini.planner.figures import Figures
+from dsmini.planner.published_sizes import FOLDER, read_sizes
 from dsmini.planner.quantity import COUNT, Bytes, Count
-from dsmini.planner.sizes import FOLDER, read_sizes
 
 SOURCE = "shapes of the released checkpoints"
 ONE = COUNT(1)

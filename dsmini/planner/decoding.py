@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from dsmini.planner.deployment import Deployment, ServingWorkload
 from dsmini.planner.exchange import ExchangeLimit, exchange_limit
 from dsmini.planner.figures import Figures
-from dsmini.planner.gpu_memory import GpuMemory, cache_of, gpu_memory, number_of
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import CachePlan, cache_plan
 from dsmini.planner.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, per
+from dsmini.planner.serving_memory import ServingMemory, cache_of, number_of, serving_memory
 from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_blocks, step_times
 from dsmini.planner.weights import weights
 
@@ -38,7 +38,7 @@ class DecodePlan(Figures):
     """Decoding of a model on a deployment."""
 
     cache: CachePlan
-    memory: GpuMemory
+    memory: ServingMemory
     times: StepTimes
     limit: ExchangeLimit | None
     """Limit of the links alone, as the paper counts it; None on one GPU."""
@@ -66,7 +66,7 @@ def decode_plan(
     rate = TOKENS(1) / times.step
     return DecodePlan(
         cache=cache,
-        memory=gpu_memory(setting, cache, mine, workload.context),
+        memory=serving_memory(setting, cache, mine, workload.context),
         times=times,
         limit=exchange_limit(model, hardware, deployment, workload.sequences),
         time_per_token=per(times.step, TOKENS).named(

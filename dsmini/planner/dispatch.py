@@ -25,7 +25,6 @@ from typing import Literal
 from dsmini.planner.figures import Figures
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.number_formats import BF16, scaled_row
 from dsmini.planner.quantity import (
     COUNT,
     TOKENS,
@@ -38,6 +37,7 @@ from dsmini.planner.quantity import (
     power,
     smallest,
 )
+from dsmini.planner.sizes import BF16, fp8_row
 
 DispatchDtype = Literal["bf16", "fp8"]
 
@@ -90,7 +90,7 @@ def dispatch_figures(
     gpus = _distinct(expert, k).named("gpus_reached", "GPUs of a token's experts", source)
     inside = smallest(expert, hardware.gpus_per_node)
     fast_copies = (gpus * (one - one / inside)).named("fast_copies", "Rows of a token over the fast link", source)
-    row = scaled_row(m.dim) if dispatch == "fp8" else m.dim * BF16
+    row = fp8_row(m.dim) if dispatch == "fp8" else m.dim * BF16
     row = row.named("dispatch_row", "Row on its way to an expert", "V3, section 3.3.3")
     back = (m.dim * BF16).named("combine_row", "Row on its way back", "V3, section 3.3.3")
     both = per(row + back, TOKENS)

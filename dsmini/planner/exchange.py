@@ -10,8 +10,8 @@ paper rounds the width to 7000 and prints 120.96 us and 14.76 ms; GB200's 900 GB
 
 That limit counts every layer, and every copy as if it left the node. A plan's own time counts the MoE blocks, of which
 V3 has 58, and only the share that leaves. A token's copies go to its experts one by one, or in two hops: once to each
-chosen node, then once to each chosen GPU within it. k even choices hit n (1 - (1 - 1/n)^k) of n nodes, at most
-n_limited_groups: 3.6 of 4 nodes with 8 experts.
+chosen node, then once to each chosen GPU within it. k even choices hit n (1 - (1 - 1/n)^k) of n nodes, at most those
+of n_limited_groups: 3.6 of 4 nodes with 8 experts.
 
 Tensor parallelism gathers a group's hidden states before attention and scatters sums after it, in BF16, over the fast
 link: 2 (tp - 1) rows for each row of the GPU.
@@ -25,7 +25,6 @@ from dsmini.planner.deployment import Deployment
 from dsmini.planner.figures import Figures
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.number_formats import BF16
 from dsmini.planner.quantity import (
     COUNT,
     TOKENS,
@@ -34,10 +33,12 @@ from dsmini.planner.quantity import (
     Count,
     Seconds,
     TokensPerSecond,
+    largest,
     power,
     smallest,
     total,
 )
+from dsmini.planner.sizes import BF16
 
 ONE = COUNT(1)
 
@@ -155,6 +156,6 @@ def _hit(model: ModelInputs, places: Count) -> Count:
 
 
 def _reached(model: ModelInputs, nodes: Count) -> Count:
-    """Return the expected number of nodes that a token's experts are on."""
-    whole_groups = model.n_expert_groups.value >= nodes.value  # a group is on one node, so groups limit nodes
-    return smallest(_hit(model, nodes), model.n_limited_groups) if whole_groups else _hit(model, nodes)
+    """Return the expected number of nodes that a token's experts are on; large groups span several nodes each."""
+    limit = model.n_limited_groups * largest(ONE, nodes / model.n_expert_groups)
+    return smallest(_hit(model, nodes), limit)

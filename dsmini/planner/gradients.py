@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Layout, LayoutFigures
 from dsmini.planner.quantity import COUNT, SECONDS, Bytes, Count, D, N, Quantity, Seconds, largest
-from dsmini.planner.training_memory import TrainingGpu, TrainingMemory
+from dsmini.planner.training_memory import GpuMemory, TrainingMemory
 
 
 def exchange_seconds(
@@ -70,14 +70,14 @@ def _replicas(layout: Layout, sizes: LayoutFigures) -> tuple[Count, Count]:
     return sizes.data * copies, sizes.expert_data * copies
 
 
-def _sent(layout: Layout, sizes: LayoutFigures, gpu: TrainingGpu, size: Bytes) -> Bytes:
+def _sent(layout: Layout, sizes: LayoutFigures, gpu: GpuMemory, size: Bytes) -> Bytes:
     """Return the bytes that a GPU sends when a number of `size` for each parameter is reduced or gathered once."""
     one, (replicas, expert_replicas) = COUNT(1), _replicas(layout, sizes)
     rest = (gpu.parameters - gpu.experts) * (one - one / replicas)
     return (rest + gpu.experts * (one - one / expert_replicas)) * size
 
 
-def _owned(layout: Layout, sizes: LayoutFigures, gpu: TrainingGpu) -> Count:
+def _owned(layout: Layout, sizes: LayoutFigures, gpu: GpuMemory) -> Count:
     """Return the parameters that a GPU updates."""
     if layout.zero == 0:
         return gpu.parameters

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.number_formats import BF16, SIZES, scaled_row
+from dsmini.planner.number_formats import SIZES
 from dsmini.planner.quantity import (
     BYTES,
     COUNT,
@@ -31,6 +31,7 @@ from dsmini.planner.quantity import (
     per,
     rounded_down,
 )
+from dsmini.planner.sizes import BF16, fp8_row
 
 SOURCE = "V2, table 1; INS, table 1"
 
@@ -96,7 +97,7 @@ def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:
             raise ValueError(
                 f"dtype='fp8' is the layout of MLA's latent, not of attention={model.config.attention!r}; use bfloat16"
             )
-        return scaled_row(model.kv_lora_rank) + model.qk_rope_head_dim * BF16
+        return fp8_row(model.kv_lora_rank) + model.qk_rope_head_dim * BF16
     if dtype not in SIZES:
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     return row_numbers(model) * SIZES[dtype]

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.number_formats import TILE
 from dsmini.planner.quantity import Count, rounded_up, total
+from dsmini.planner.sizes import FP8_TILE
 
 Matrix = tuple[Count, Count]
 
@@ -69,4 +69,4 @@ def parameters_of(matrices: Iterable[Matrix]) -> Count:
 
 def scales_of(matrices: Iterable[Matrix]) -> Count:
     """Return the number of 128x128 blocks of one or more matrices, each of which has a scale in FP8."""
-    return total(rounded_up(o / TILE) * rounded_up(i / TILE) for o, i in matrices)
+    return total(rounded_up(o / FP8_TILE) * rounded_up(i / FP8_TILE) for o, i in matrices)

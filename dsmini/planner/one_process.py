@@ -24,8 +24,8 @@ from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout
 from dsmini.planner.matrices import attention_matrices, scales_of, swiglu_matrices
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.number_formats import BF16, FP8, FP32
 from dsmini.planner.quantity import COUNT, TOKENS, Bytes, BytesPerToken, Count, Tokens, largest, total
+from dsmini.planner.sizes import BF16, FP8, FP32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

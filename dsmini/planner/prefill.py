@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from dsmini.planner.decoding import setting_of
 from dsmini.planner.deployment import Deployment, ServingWorkload
 from dsmini.planner.figures import Figures
-from dsmini.planner.gpu_memory import GpuMemory, gpu_memory, number_of
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import cache_plan
 from dsmini.planner.quantity import Count, Seconds, TokensPerSecond
+from dsmini.planner.serving_memory import ServingMemory, number_of, serving_memory
 from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_blocks, step_times
 
 
@@ -32,7 +32,7 @@ from dsmini.planner.serving_step import Setting, StepTimes, StepWork, main_block
 class PrefillPlan(Figures):
     """Prefill of prompts on a deployment."""
 
-    memory: GpuMemory
+    memory: ServingMemory
     """Memory with the cache of the prompts of one step."""
     times: StepTimes
     time_to_first_token: Seconds
@@ -55,7 +55,7 @@ def prefill_plan(
     mine = workload.prompts * deployment.micro_batches
     cache = cache_plan(model, deployment.cache_dtype)
     return PrefillPlan(
-        memory=gpu_memory(setting, cache, mine, workload.prompt),
+        memory=serving_memory(setting, cache, mine, workload.prompt),
         times=times,
         time_to_first_token=times.step.named(
             f"{stage}_time_to_first_token", "Time from a step's start to the first token", source

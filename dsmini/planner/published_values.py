@@ -19,6 +19,7 @@ from dsmini.planner.layout import Schedule
 from dsmini.planner.layout_choice import V3_LAYOUT
 from dsmini.planner.model import ModelFigures, dense_training_flops, model_figures
 from dsmini.planner.outcome import WRITE_RATE, checkpoint_bytes
+from dsmini.planner.published_sizes import renamed
 from dsmini.planner.published_training import PublishedTraining, published_training
 from dsmini.planner.quantity import COUNT, TOKENS, Anything, BytesPerSecond, Count, Seconds, rounded_up, total
 from dsmini.planner.references import reference
@@ -30,7 +31,6 @@ from dsmini.planner.reliability import (
     mean_time_to_failure,
 )
 from dsmini.planner.setup import V3_BATCH, V3_SEQ_LEN, V3_SOURCE, V3_TOKENS, with_reached_links
-from dsmini.planner.sizes import renamed
 from dsmini.planner.speculation import accepted_tokens
 from dsmini.planner.training_plan import LinkLoad, TrainingPlan, training_plan
 from dsmini.planner.workload import Workload

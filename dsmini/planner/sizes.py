@@ -1,63 +1,30 @@
-"""Sizes that no ModelConfig can express, read from data/*.toml, where every number names its source.
+"""Sizes of numbers in memory and on links, as inputs of a plan.
 
-    title = "DeepSeek-V4-Flash"
-    prefix = "flash_"
-    [sizes]
-    dim = { value = 4096, source = "config.json: hidden_size" }
+    FP32    4 bytes                     BF16    2 bytes
+    FP8     1 byte, and an FP32 scale for each tile of 128 numbers (activations) or block of 128x128 (weights)
+    E5M6    12 bits: 12 bytes hold 8 numbers; V3 saves the input of the matrix after attention in it
 
-A dataclass says which sizes a model has, and its docstrings are the titles. The prefix keeps the names of two models
-apart in one formula: flash_dim and dim.
+A row of V3's hidden state, 7168 numbers, is 14,336 bytes in BF16 and 7168 + 4 * 56 = 7392 bytes in FP8.
+
+Source: DeepSeek-V3 report, sections 3.3.2 and 3.3.3.
 """
 
-import dataclasses
-from pathlib import Path
-from typing import TypeVar, get_type_hints
+from dsmini.planner.quantity import BYTES, COUNT, Bytes, Count, rounded_up
 
-from dsmini.config import ModelConfig
-from dsmini.console.commandline import field_docstrings
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.quantity import BYTES, COUNT, Anything, Bytes, Quantity
-from dsmini.reading import read_toml
-
-FOLDER = Path(__file__).parent / "data"
-S = TypeVar("S")
+FP32 = BYTES(4, "fp32_size", "Size of an FP32 number", "IEEE 754")
+BF16 = BYTES(2, "bf16_size", "Size of a BF16 number", "bfloat16 format")
+FP8 = BYTES(1, "fp8_size", "Size of an FP8 number", "V3, section 3.3.1")
+INDEX = BYTES(8, "index_size", "Size of an index", "int64 of PyTorch")
+FP8_TILE = COUNT(128, "fp8_tile", "Numbers that share an FP8 scale, in a row", "V3, section 3.3.2")
+E5M6_GROUP = COUNT(8, "e5m6_group", "Numbers of E5M6 that are packed together", "12 bits a number")
+E5M6_GROUP_SIZE = BYTES(12, "e5m6_group_size", "Size of packed numbers of E5M6", "12 bits a number")
 
 
-def read_sizes(kind: type[S], path: Path) -> S:
-    """Return the sizes of a file as a dataclass with the fields title and prefix, and Counts or Bytes.
-
-    Raises: ValueError for a size that is missing, unknown, or without a value or a source.
-    """
-    content = read_toml(path)
-    words = {"title", "prefix"}
-    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in words}
-    titles = field_docstrings(kind)
-    given = content.get("sizes")
-    if not isinstance(given, dict) or not all(isinstance(content.get(word), str) for word in words):
-        raise ValueError(f"{path.name} has no title, prefix or [sizes]; write all three")
-    if given.keys() != hints.keys():
-        odd = ", ".join(sorted(given.keys() ^ hints.keys()))
-        raise ValueError(f"[sizes] of {path.name} and {kind.__name__} differ in {odd}; give each size once")
-
-    def size(name: str) -> Anything:
-        entry = given[name]
-        value, source = (entry.get(key) if isinstance(entry, dict) else None for key in ("value", "source"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(source, str) or not source:
-            raise ValueError(f"sizes.{name} of {path.name} is {entry!r}; write {{ value = 1, source = '...' }}")
-        unit = BYTES if hints[name] == Bytes else COUNT
-        return unit(value, f"{content['prefix']}{name}", titles[name].partition(".")[0], source)
-
-    return kind(**{word: content[word] for word in words}, **{name: size(name) for name in hints})
+def fp8_row(width: Count) -> Bytes:
+    """Return the bytes of a row of FP8 activations: codes, and a scale for each tile."""
+    return width * FP8 + rounded_up(width / FP8_TILE) * FP32
 
 
-def renamed(model: ModelInputs, prefix: str) -> ModelInputs:
-    """Return the inputs of a model under names with a prefix, for a formula that compares two models."""
-
-    def input_of(name: str) -> Anything:
-        old = getattr(model, name)
-        assert isinstance(old, Quantity)
-        return COUNT(old.value, f"{prefix}{old.name}", old.title, old.source)
-
-    names = [field.name for field in dataclasses.fields(model) if field.name != "config"]
-    config: ModelConfig = model.config
-    return ModelInputs(config=config, **{name: input_of(name) for name in names})
+def e5m6_row(width: Count) -> Bytes:
+    """Return the bytes of a row of E5M6 activations: packed codes, and a scale for each tile."""
+    return rounded_up(width / E5M6_GROUP) * E5M6_GROUP_SIZE + rounded_up(width / FP8_TILE) * FP32

@@ -18,12 +18,13 @@ Source: DeepSeek-V3.2 report (arXiv 2512.02556); released inference code.
 from dataclasses import dataclass
 
 from dsmini.planner.figures import Figures
-from dsmini.planner.gpu_memory import number_of
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import all_layers, cache_row
-from dsmini.planner.number_formats import BF16_COST, scaled_row
+from dsmini.planner.number_formats import BF16_COST
+from dsmini.planner.published_sizes import FOLDER, read_sizes
 from dsmini.planner.quantity import FLOPS, TOKENS, Bytes, BytesPerToken, Count, D, Flops, N, Quantity, Tokens, smallest
-from dsmini.planner.sizes import FOLDER, read_sizes
+from dsmini.planner.serving_memory import number_of
+from dsmini.planner.sizes import fp8_row
 from dsmini.planner.weights import weights
 
 SOURCE = "V3.2 report (arXiv 2512.02556)"
@@ -95,7 +96,7 @@ def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) ->
     cached = number_of(context)
     chosen = smallest(cached, sizes.index_topk)
     row = _named(cache_row(model, "fp8"), "row", "Cache of a token for attention, one layer")
-    index_row = _named(scaled_row(sizes.index_head_dim), "index_row", "Cache of a token for the indexer, one layer")
+    index_row = _named(fp8_row(sizes.index_head_dim), "index_row", "Cache of a token for the indexer, one layer")
     per_token = _named(all_layers(model, row + index_row), "cache_per_token", "Cache of a token, all layers")
     score = FLOPS(2) * (sizes.index_n_heads * sizes.index_head_dim)
     attend = FLOPS(2) * (model.n_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim))

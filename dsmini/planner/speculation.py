@@ -22,11 +22,11 @@ from dsmini.planner.decoding import decode_plan, decode_work, setting_of
 from dsmini.planner.deployment import Deployment, ServingWorkload
 from dsmini.planner.exchange import ONE
 from dsmini.planner.figures import Figures
-from dsmini.planner.gpu_memory import cache_of
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import CachePlan, cache_plan
 from dsmini.planner.quantity import COUNT, TOKENS, Count, Seconds, TokensPerSecond, per, power
+from dsmini.planner.serving_memory import cache_of
 from dsmini.planner.serving_step import Blocks, Setting, StepTimes, main_blocks, step_times
 
 

@@ -31,8 +31,8 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, LayoutFigures
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.number_formats import BF16
 from dsmini.planner.quantity import COUNT, SECONDS, TOKENS, Count, Seconds, largest, per
+from dsmini.planner.sizes import BF16
 from dsmini.planner.training_memory import TrainingMemory
 from dsmini.planner.training_time import TrainingTime, model_peak
 

@@ -32,9 +32,9 @@ from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, LayoutFigures
 from dsmini.planner.model import ModelFigures
-from dsmini.planner.number_formats import BF16, FP8, FP32, TILE
 from dsmini.planner.one_process import block_at_work
 from dsmini.planner.quantity import COUNT, Bytes, BytesPerToken, Count, Tokens, largest, total
+from dsmini.planner.sizes import BF16, FP8, FP8_TILE, FP32
 from dsmini.planner.stages import (
     Kind,
     LocalLayers,
@@ -61,7 +61,7 @@ class StateSizes(Figures):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingGpu(Figures):
+class GpuMemory(Figures):
     """Bytes of one kind of GPU, and the parameters it holds."""
 
     title: str
@@ -87,7 +87,7 @@ class TrainingMemory(Figures):
     local: LocalLayers
     micro_batch_tokens: Tokens
     """Tokens of a micro-batch on one GPU."""
-    gpus: tuple[TrainingGpu, ...]
+    gpus: tuple[GpuMemory, ...]
     memory_needed: Bytes
     """Memory of the GPU that holds most."""
 
@@ -95,7 +95,7 @@ class TrainingMemory(Figures):
 def state_sizes(layout: Layout) -> StateSizes:
     """Return the bytes of a matrix's parameter: 18 in BF16, 13 as V3 trains, 16 in FP32."""
     source = "V3, section 3.3.3"
-    weight = {"fp32": FP32, "bf16": BF16, "fp8": FP8 + FP32 / (TILE * TILE)}[layout.precision]
+    weight = {"fp32": FP32, "bf16": BF16, "fp8": FP8 + FP32 / (FP8_TILE * FP8_TILE)}[layout.precision]
     master = 0 * FP32 if layout.precision == "fp32" else total([FP32])  # in FP32 the weight is its own master
     moment = FP32 if layout.moments == "float32" else BF16
     moments = 2 * moment if layout.optimizer == "adamw" else total([FP32])
@@ -118,7 +118,7 @@ def training_memory(m: ModelInputs, model: ModelFigures, layout: Layout, sizes: 
     tokens = tokens.named("micro_batch_tokens", "Tokens of a micro-batch on a GPU")
     act = Activations(m=m, precision=layout.precision, recompute=layout.recompute).figures()
     working = _working(m, model, layout, sizes, local, state, tokens)
-    gpus: list[TrainingGpu] = []
+    gpus: list[GpuMemory] = []
     for kind, stages in stages_of_gpus(m, model, layout, sizes):
         held = [stage_parameters(stage, m, model, sizes, local) for stage in stages]
         activations = total(_in_flight(stage, act) for stage in stages) * tokens
@@ -143,7 +143,7 @@ def _gpu(
     layout: Layout,
     sizes: LayoutFigures,
     state: StateSizes,
-) -> TrainingGpu:
+) -> GpuMemory:
     """Return the memory of a GPU that holds the parameters of some stages."""
     matrices, plain = total(part.matrices for part in held), total(part.plain for part in held)
     experts = total(part.experts for part in held)
@@ -179,7 +179,7 @@ def _gpu(
     named = {
         name: part.named(f"memory_{name}_{kind}", f"{where}: {titles[name]}", source) for name, part in parts.items()
     }
-    return TrainingGpu(
+    return GpuMemory(
         title=where,
         parameters=(matrices + plain + experts).named(f"parameters_{kind}", f"{where}: parameters"),
         experts=experts.named(f"expert_parameters_{kind}", f"{where}: parameters of routed experts"),

@@ -2,7 +2,7 @@
 
     >>> plan = training_plan(model, hardware, Layout(gpus=2048, pipeline=16, expert=64, ...), workload)
     >>> plan.memory_needed, plan.time.days, plan.step.bubble
-    >>> by_name(plan)["training_gpu_hours"]       # every figure by name
+    >>> plan.figures()["training_gpu_hours"]        # every figure by name
 
 One GPU is planned as dsmini itself trains (one_process.py); more GPUs as DeepSeek-V3 was trained.
 """

@@ -18,8 +18,9 @@ from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.figures import Figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.kv_cache import kv_heads
-from dsmini.planner.number_formats import BF16, FP32, SIZES, scaled_matrix
+from dsmini.planner.number_formats import SIZES, scaled_matrix
 from dsmini.planner.quantity import BYTES, COUNT, Bytes, Count, smallest, total
+from dsmini.planner.sizes import BF16, FP32
 
 SOURCE = "shapes of the released checkpoints"
 Shape = tuple[Count, Count]

@@ -1,7 +1,7 @@
 """Whole plan: all figures of a model on hardware, in sections.
 
     >>> plan = whole_plan(setup(PlanRequest(hardware="h800"), Model.from_file(path), load_hardware("h800")))
-    >>> plan.by_name["training_cost"]
+    >>> plan.all["training_cost"]
 
 Sections: model, training, inference, reliability. What binds is told of the steps of training, decode and prefill.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dsmini.planner.binding import Binding, Demand, Resource, binding
 from dsmini.planner.decoding import DecodePlan, decode_plan
 from dsmini.planner.exchange import exchange_limit
-from dsmini.planner.figures import Figures, by_name
+from dsmini.planner.figures import Figures
 from dsmini.planner.kv_cache import CachePlan, cache_plan
 from dsmini.planner.outcome import ReliabilityPlan, ServingCost, reliability_plan, serving_cost
 from dsmini.planner.prefill import PrefillPlan, prefill_plan
@@ -60,7 +60,7 @@ class Plan(Figures):
         seen: set[str] = set()
         found: dict[str, dict[str, Anything]] = {}
         for name, plans in parts.items():
-            named = {key: figure for plan in plans if plan is not None for key, figure in by_name(plan).items()}
+            named = {key: figure for plan in plans if plan is not None for key, figure in plan.figures().items()}
             found[name] = {key: figure for key, figure in named.items() if key not in seen}
             seen |= named.keys()
         return found

@@ -23,7 +23,7 @@ def test_largest_time_binds_and_second_is_next() -> None:
     assert evaluate(found.ratio, {"memory": 1}) == 7, "compute is second then"
     assert evaluate(found.ratio, {"memory": 28}) == 2, "memory binds then"
     assert found.sentence() == "Machine: links between nodes bind, 2 times memory traffic, which is next."
-    assert [figure.name for figure in found.figures()] == ["step_binding_ratio"]
+    assert [figure.name for figure in found.figures().values()] == ["step_binding_ratio"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 
 from dsmini.planner.bubbles import ChunkTimes, bubble_seconds, dualpipe_counts, published_bubble, schedule_seconds
-from dsmini.planner.figures import by_name
 from dsmini.planner.layout import Schedule
 from dsmini.planner.quantity import COUNT, SECONDS
 
@@ -127,4 +126,4 @@ def test_published_bubble_leaves_half_open() -> None:
     assert found.bubble.value == pytest.approx(1.09, abs=0.005)
     assert found.residual.value == pytest.approx(2.06 - 1.09, abs=0.005)
     assert found.pair.value == pytest.approx(13.95 / 97)
-    assert set(by_name(found)) >= {"published_bubble", "bubble_residual", "table_bubble"}
+    assert set(found.figures()) >= {"published_bubble", "bubble_residual", "table_bubble"}

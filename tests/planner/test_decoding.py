@@ -14,12 +14,11 @@ from dsmini.planner.decoding import decode_grid, decode_plan
 from dsmini.planner.deployment import deployment, serving_workload, v3_decode
 from dsmini.planner.formula import evaluate, inputs
 from dsmini.planner.quantity import FLOPS_PER_SECOND
-from tests.helpers.plans import (
+from tests.helpers.serving_plans import (
     CHANGES,
     SETTINGS,
     V3,
     all_changes,
-    by_name,
     check_gradients,
     check_inputs_act,
     check_numbers_are_small,
@@ -174,26 +173,26 @@ def test_every_input_of_decoding_acts(context: int) -> None:
     build = planner_of(decode_plan, v3_decode(), serving_workload(context=context))
     other = {"decode_expert_parallel": 160, "decode_redundant_experts": 384}
     changes = all_changes(v3_decode(), **other)
-    idle = {"prompts", "prompt", "drafts", "acceptance", "n_limited_groups"}
+    idle = {"prompts", "prompt", "drafts", "acceptance", "n_limited_groups", "n_expert_groups"}
     check_inputs_act(build, changes, least=len(changes.keys() - idle))
-    figures = list(build().figures())
+    figures = list(build().figures().values())
     check_gradients(figures)
     check_numbers_are_small(figures)
     check_sources(figures)
 
 
 def test_headline_figures_depend_on_what_they_must() -> None:
-    figures = by_name(decode_plan(model_of(V3), h800(), serving_workload(), v3_decode()))
+    figures = decode_plan(model_of(V3), h800(), serving_workload(), v3_decode()).figures()
 
     def needs(name: str) -> set[str]:
         return set(inputs(figures[name]))
 
     step = needs("decode_time_per_token")
-    assert CHANGES.keys() - {"n_limited_groups"} <= step
+    assert CHANGES.keys() - {"n_limited_groups", "n_expert_groups"} <= step
     assert SETTINGS.keys() - {"memory"} <= step
     deployed = {"tensor_parallel", "expert_parallel", "redundant_experts", "micro_batches", "imbalance"}
     assert {f"decode_{name}" for name in deployed} <= step
-    assert {"sequences", "context", "bf16_bytes", "fp8_bytes", "fp32_bytes", "scale_tile"} <= step
+    assert {"sequences", "context", "bf16_size", "fp8_size", "fp32_size", "fp8_tile"} <= step
     assert needs("decode_exchange_limit") == {
         *("dim", "n_layers", "n_activated_experts", "n_shared_experts", "sequences", "slow_link"),
         *("decode_dispatch_number", "decode_combine_number", "decode_micro_batches"),

@@ -9,7 +9,7 @@ from dsmini.planner.decoding import DecodePlan, decode_plan
 from dsmini.planner.deployment import Deployment, deployment, serving_workload, v3_decode, v3_prefill
 from dsmini.planner.formula import evaluate
 from dsmini.planner.prefill import prefill_plan
-from tests.helpers.plans import V3, h800, model_of
+from tests.helpers.serving_plans import V3, h800, model_of
 
 
 def decoded(made: Deployment, **workload: Any) -> DecodePlan:

@@ -9,7 +9,7 @@ from dsmini.planner.dispatch import DispatchFigures, dispatch_figures
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.quantity import COUNT
 from tests.helpers.configs import refusal, released
-from tests.helpers.v3_training import H800
+from tests.helpers.plans import H800
 
 V3 = released("deepseek-v3")
 

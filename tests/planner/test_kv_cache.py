@@ -18,10 +18,10 @@ from dsmini.planner.kv_cache import (
     row_numbers,
     sequences_that_fit,
 )
+from dsmini.planner.published_sizes import renamed
 from dsmini.planner.quantity import BYTES, COUNT, TOKENS
-from dsmini.planner.sizes import renamed
 from tests.helpers.configs import CONFIGS, released
-from tests.helpers.plans import (
+from tests.helpers.serving_plans import (
     CHANGES,
     V3,
     changed,
@@ -116,12 +116,12 @@ def test_every_input_of_the_cache_acts(dtype: Any) -> None:
         return cache_plan(model_of(config), dtype)
 
     check_inputs_act(build, CHANGES, least=6)
-    figures = list(build().figures())
+    figures = list(build().figures().values())
     check_gradients(figures)
     check_numbers_are_small(figures)
     check_sources(figures)
-    size = {"float32": {"fp32_bytes"}, "bfloat16": {"bf16_bytes"}, "fp8": {"fp8_bytes", "bf16_bytes", "fp32_bytes"}}
-    sizes = {"n_layers", "kv_lora_rank", "qk_rope_head_dim", *size[dtype], *(["scale_tile"] if dtype == "fp8" else [])}
+    size = {"float32": {"fp32_size"}, "bfloat16": {"bf16_size"}, "fp8": {"fp8_size", "bf16_size", "fp32_size"}}
+    sizes = {"n_layers", "kv_lora_rank", "qk_rope_head_dim", *size[dtype], *(["fp8_tile"] if dtype == "fp8" else [])}
     assert inputs(build().per_token).keys() == sizes
 
 

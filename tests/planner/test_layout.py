@@ -9,7 +9,7 @@ from dsmini import ModelConfig
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, check_layout, layout_figures
 from tests.helpers.configs import refusal, released
-from tests.helpers.v3_training import V3_LAYOUT, V3_WORKLOAD
+from tests.helpers.plans import V3_LAYOUT, V3_WORKLOAD
 
 V3 = released("deepseek-v3")
 

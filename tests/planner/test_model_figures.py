@@ -7,7 +7,6 @@ from hypothesis import given
 
 from dsmini import ModelConfig
 from dsmini.accounting import flops_per_token, parameters
-from dsmini.planner.figures import by_name
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.model import ModelFigures, dense_training_flops, model_figures
 from dsmini.planner.quantity import COUNT, TOKENS
@@ -90,6 +89,6 @@ def test_training_flops_of_llama_as_printed() -> None:
 
 
 def test_every_figure_of_a_model_is_named_once() -> None:
-    found = by_name(figures_of(released("deepseek-v3")))
+    found = figures_of(released("deepseek-v3")).figures()
     assert len(found) == 1 + 10 + 11 + 6
     assert all(figure.title and figure.op in ("name", "input") for figure in found.values())

@@ -19,7 +19,7 @@ from dsmini.planner.search import Candidate, binding, search
 from dsmini.planner.training_plan import TrainingPlan, training_plan
 from dsmini.planner.workload import Workload
 from tests.helpers.configs import refusal, released
-from tests.helpers.v3_training import H800, V3_LAYOUT, V3_WORKLOAD
+from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 
 V3 = ModelInputs.of(released("deepseek-v3"), "configs/deepseek-v3.toml")
 LITE = ModelInputs.of(released("deepseek-v2-lite"), "configs/deepseek-v2-lite.toml")

@@ -11,7 +11,7 @@ from dsmini.planner.prefill import prefill_plan
 from dsmini.planner.quantity import TOKENS, Anything
 from dsmini.planner.sparse_attention import SparseSizes, sparse_attention
 from dsmini.planner.speculation import speculation_plan
-from tests.helpers.plans import V3, check_numbers_are_small, check_sources, h800, model_of
+from tests.helpers.serving_plans import V3, check_numbers_are_small, check_sources, h800, model_of
 
 
 def all_figures() -> list[Anything]:
@@ -28,7 +28,7 @@ def all_figures() -> list[Anything]:
             for name in ("flash", "pro")
         ),
     ]
-    return [figure for plan in plans for figure in plan.figures()] + [shared_cache(SharedSizes.published())]
+    return [figure for plan in plans for figure in plan.figures().values()] + [shared_cache(SharedSizes.published())]
 
 
 def test_every_figure_has_a_name_of_its_own() -> None:

@@ -9,10 +9,9 @@ from dsmini.planner.decoding import decode_plan
 from dsmini.planner.deployment import deployment, serving_workload, v3_decode
 from dsmini.planner.formula import evaluate, inputs
 from dsmini.planner.speculation import accepted_tokens, speculation_plan
-from tests.helpers.plans import (
+from tests.helpers.serving_plans import (
     V3,
     all_changes,
-    by_name,
     check_gradients,
     check_inputs_act,
     check_numbers_are_small,
@@ -111,11 +110,11 @@ def test_every_input_of_speculation_acts(context: int) -> None:
     build = planner_of(speculation_plan, v3_decode(), serving_workload(context=context))
     other = {"decode_expert_parallel": 160, "decode_redundant_experts": 384}
     changes = all_changes(v3_decode(), **other)
-    idle = {"prompts", "prompt", "n_limited_groups", "memory"}
+    idle = {"prompts", "prompt", "n_limited_groups", "n_expert_groups", "memory"}
     check_inputs_act(build, changes, least=len(changes.keys() - idle))
-    figures = list(build().figures())
+    figures = list(build().figures().values())
     check_gradients(figures)
     check_numbers_are_small(figures)
     check_sources(figures)
-    gain: Any = by_name(build())["speculation_gain"]
+    gain: Any = build().figures()["speculation_gain"]
     assert {"acceptance", "drafts", "context", "slow_link", "memory_bandwidth", "vocab_size"} <= inputs(gain).keys()

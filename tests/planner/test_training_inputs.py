@@ -9,7 +9,6 @@ import pytest
 from dsmini import ModelConfig
 from dsmini.planner.assumptions import Assumptions
 from dsmini.planner.bubbles import published_bubble
-from dsmini.planner.figures import by_name
 from dsmini.planner.formula import evaluate, gradient, inputs, walk
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.inputs import ModelInputs
@@ -19,7 +18,7 @@ from dsmini.planner.quantity import Anything, Quantity
 from dsmini.planner.training_plan import TrainingPlan, training_plan
 from dsmini.planner.workload import Workload
 from tests.helpers.configs import released
-from tests.helpers.v3_training import H800, V3_LAYOUT, V3_WORKLOAD
+from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +126,9 @@ def changes(case: Case) -> Iterator[tuple[str, float, Case]]:
 def test_plan_made_again_equals_its_formulas(name: str) -> None:
     """Compare every figure of the plan, and see that the change acts on some of them."""
     case = CASES[name]
-    before = by_name(case.plan())
+    before = case.plan().figures()
     for changed, value, other in changes(case):
-        after, acts = by_name(other.plan()), False
+        after, acts = other.plan().figures(), False
         assert after.keys() == before.keys(), changed
         for key, figure in before.items():
             assert evaluate(figure, {changed: value}) == pytest.approx(after[key].value, rel=1e-12, abs=1e-12), (
@@ -148,14 +147,14 @@ MODEL = {
 WORK = MODEL - {"n_mtp_layers"}
 DEPENDS = {
     "memory_needed": MODEL
-    | {"gpus", "pipeline", "expert", "micro_batch", "tensor", "seq_len", "scale_tile", "fp32_bytes", "bf16_bytes"}
-    | {"fp8_bytes", "index_bytes", "e5m6_group", "e5m6_group_bytes"},
+    | {"gpus", "pipeline", "expert", "micro_batch", "tensor", "seq_len", "fp8_tile", "fp32_size", "bf16_size"}
+    | {"fp8_size", "index_size", "e5m6_group", "e5m6_group_size"},
     "step_seconds": WORK | {"gpus", "batch", "seq_len", "bf16_peak", "utilization"},
     "training_cost": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "hour", "price"},
     "training_days": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "day"},
     "dispatch_seconds": {
         *("dim", "n_activated_experts", "n_expert_groups", "n_limited_groups", "expert", "gpus_per_node"),
-        *("fast_link", "slow_link", "fp8_bytes", "fp32_bytes", "bf16_bytes", "scale_tile"),
+        *("fast_link", "slow_link", "fp8_size", "fp32_size", "bf16_size", "fp8_tile"),
     },
     "computing_seconds": MODEL
     | {"gpus", "pipeline", "tensor", "micro_batch", "batch", "seq_len", "bf16_peak", "fp8_peak", "bf16_efficiency"}
@@ -166,7 +165,7 @@ DEPENDS = {
 
 @pytest.mark.parametrize("name", DEPENDS)
 def test_main_figures_depend_on_their_inputs_alone(name: str) -> None:
-    assert set(inputs(by_name(CASES["published"].plan())[name])) == DEPENDS[name]
+    assert set(inputs(CASES["published"].plan().figures()[name])) == DEPENDS[name]
 
 
 def test_time_of_a_step_depends_on_memory_and_links_too() -> None:
@@ -191,7 +190,7 @@ def all_figures() -> dict[str, Anything]:
     found: dict[str, Anything] = {}
     m = ModelInputs.of(V3, "a test")
     for part in (published_training(m, H800, V3_WORKLOAD), *(case.plan() for case in CASES.values())):
-        found |= by_name(part)
+        found |= part.figures()
     return found
 
 

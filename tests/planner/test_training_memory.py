@@ -12,9 +12,9 @@ from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.layout import Layout, layout_figures
 from dsmini.planner.model import model_figures
 from dsmini.planner.one_process import process_activations
-from dsmini.planner.training_memory import TrainingGpu, TrainingMemory, state_sizes, training_memory
+from dsmini.planner.training_memory import GpuMemory, TrainingMemory, state_sizes, training_memory
 from tests.helpers.configs import released
-from tests.helpers.v3_training import V3_LAYOUT, V3_WORKLOAD
+from tests.helpers.plans import V3_LAYOUT, V3_WORKLOAD
 
 V3 = released("deepseek-v3")
 
@@ -24,7 +24,7 @@ def memory_of(layout: Layout, config: ModelConfig = V3) -> TrainingMemory:
     return training_memory(m, model_figures(m, V3_WORKLOAD.seq_len), layout, layout_figures(layout, m, V3_WORKLOAD))
 
 
-def gpu_of(layout: Layout, kind: str, config: ModelConfig = V3) -> TrainingGpu:
+def gpu_of(layout: Layout, kind: str, config: ModelConfig = V3) -> GpuMemory:
     (found,) = [gpu for gpu in memory_of(layout, config).gpus if gpu.total.name == f"memory_{kind}"]
     return found
 

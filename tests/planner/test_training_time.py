@@ -10,7 +10,7 @@ from dsmini.planner.published_training import published_training
 from dsmini.planner.quantity import D, N, Quantity
 from dsmini.planner.training_plan import TrainingPlan, training_plan
 from tests.helpers.configs import refusal, released
-from tests.helpers.v3_training import H800, V3_LAYOUT, V3_WORKLOAD
+from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 
 V3 = released("deepseek-v3")
 M = ModelInputs.of(V3, "configs/deepseek-v3.toml")

@@ -10,7 +10,7 @@ from dsmini.accounting import parameters, weight_bytes
 from dsmini.planner.formula import inputs
 from dsmini.planner.weights import weights
 from tests.helpers.configs import CONFIGS, released
-from tests.helpers.plans import (
+from tests.helpers.serving_plans import (
     CHANGES,
     V3,
     changed,
@@ -61,11 +61,11 @@ def test_every_input_of_the_weights_acts(dtype: Any) -> None:
         return weights(model_of(config), dtype)
 
     check_inputs_act(build, CHANGES, least=15)
-    figures = list(build().figures())
+    figures = list(build().figures().values())
     check_gradients([build().total])
     check_numbers_are_small(figures)
     check_sources(figures)
-    sizes = {"n_activated_experts", "n_limited_groups"}
+    sizes = {"n_activated_experts", "n_limited_groups", "n_expert_groups"}
     assert "n_activated_experts" in inputs(build().active)
     assert CHANGES.keys() - sizes <= inputs(build().total).keys()
 

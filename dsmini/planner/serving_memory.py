@@ -28,7 +28,7 @@ from dsmini.planner.serving_step import Setting, gpu_weights, main_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GpuMemory(Figures):
+class ServingMemory(Figures):
     """Bytes that one GPU holds, and what fits."""
 
     data_parallel: Count
@@ -46,7 +46,7 @@ class GpuMemory(Figures):
     """Longest context that the GPU's sequences can have."""
 
 
-def gpu_memory(setting: Setting, cache: CachePlan, sequences: Count, context: Tokens) -> GpuMemory:
+def serving_memory(setting: Setting, cache: CachePlan, sequences: Count, context: Tokens) -> ServingMemory:
     """Return the memory of a GPU that has this many sequences of its own in all micro-batches."""
     stage, source = setting.deployment.stage, "V3, section 3.4"
     experts = setting.deployment.gpu_experts(setting.model)
@@ -57,7 +57,7 @@ def gpu_memory(setting: Setting, cache: CachePlan, sequences: Count, context: To
     stored = (sequences * (context * per_token)).named(f"{stage}_gpu_cache", "Cache that a GPU holds", source)
     used = (weights + stored).named(f"{stage}_gpu_memory", "Weights and cache that a GPU holds", source)
     left = memory_left(setting.hardware.memory, weights)
-    return GpuMemory(
+    return ServingMemory(
         data_parallel=setting.deployment.data_parallel(),
         experts=experts,
         weights=weights,
