@@ -1,6 +1,6 @@
 """Choice of the deployments that a user leaves open: how many GPUs decode and read prompts together.
 
-A model with DeepSeek-V3's sizes takes the deployments of its report. Another one takes the fewest GPUs whose memory
+A model with DeepSeek-V3's sizes takes the deployments of its report if they fit. Else it is the fewest GPUs whose memory
 holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that divide them, without experts GPUs of a node that divide
 its matrices. Redundant experts are as many as make the experts divide.
 """
@@ -51,7 +51,9 @@ def choose_deployment(
     """
     linked = serving.hardware.slow_link is not None and serving.hardware.fast_link is not None
     if is_v3(serving.m) and linked and gpus is None and tensor is None and redundant is None:
-        return ChosenDeployment(deployment=_as_v3(serving, stage), how="as DeepSeek-V3 is served")
+        published = _as_v3(serving, stage)
+        if _fits(serving, stage, published):
+            return ChosenDeployment(deployment=published, how="as DeepSeek-V3 is served")
     if gpus is not None:
         return ChosenDeployment(deployment=_made(serving, stage, gpus, tensor or 1, redundant), how="as chosen")
     made = None

@@ -1,6 +1,6 @@
 """Choice of the training layout that a user leaves open, wholly or in part.
 
-A model with DeepSeek-V3's sizes takes the layout of its report. Another one takes the fastest layout that fits its
+A model with DeepSeek-V3's sizes takes the layout of its report if it fits. Else it is the fastest layout that fits the
 GPUs, and without a number of GPUs the fewest that fit: 1, 2, 4, ... up to a node, then 1, 2, 4, ... nodes.
 
 Fastest means of a short list: ZeRO 1, without or with recomputation. If none of it fits, ZeRO 3 and whole blocks are

@@ -46,7 +46,7 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
     """Print numbers with their names, by which their computation can be asked for."""
     console.print()
     rows = [(d.title, d.value, d.name) for d in details]
-    _print(console, Text(title, style="bold"), ("figure", "value", "name"), ("value",), rows)
+    _print(console, Text(title, style="bold"), ("figure", "value", "name"), ("value",), rows, whole=("name",))
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
@@ -57,12 +57,19 @@ def show_table(console: Console, table: Table, title: str = "") -> None:
 
 
 def _print(
-    console: Console, title: Text, columns: Sequence[str], numeric: Sequence[str], rows: Sequence[Sequence[str | Text]]
+    console: Console,
+    title: Text,
+    columns: Sequence[str],
+    numeric: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    whole: Sequence[str] = (),
 ) -> None:
+    """Print a table; numeric columns and `whole` ones are not wrapped."""
     table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in columns:
         right = name in numeric
-        table.add_column(name, header_style="dim", justify="right" if right else "left", no_wrap=right, overflow="fold")
+        kept = right or name in whole
+        table.add_column(name, header_style="dim", justify="right" if right else "left", no_wrap=kept, overflow="fold")
     for cells in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     console.print(table)
