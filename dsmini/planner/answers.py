@@ -17,7 +17,8 @@ from dsmini.planner.page import coverage, facts, plan_report
 from dsmini.planner.published import published_figures
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
-from dsmini.planner.vary import read_axis, vary
+from dsmini.planner.varied_axis import read_axis
+from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
 from dsmini.report import Report, Section, Table
 

@@ -6,7 +6,8 @@ from dsmini.planner.explanation import shown
 from dsmini.planner.layout import Layout
 from dsmini.planner.quantity import Anything
 from dsmini.planner.search import Candidate
-from dsmini.planner.vary import Variation, VariedAxis
+from dsmini.planner.varied_axis import VariedAxis
+from dsmini.planner.vary import Variation
 from dsmini.report import HeatMap, Plot, Section, Series, Table
 
 MOST_PLOTS, MOST_HEAT_MAPS = 8, 8

@@ -1,6 +1,6 @@
 """Choice of the deployments that a user leaves open: how many GPUs decode and read prompts together.
 
-A model with DeepSeek-V3's sizes takes the deployments of its report if they fit. Else it is the fewest GPUs whose memory
+A model with DeepSeek-V3's sizes takes the deployments of its report if they fit, else the fewest GPUs whose memory
 holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that divide them, without experts GPUs of a node that divide
 its matrices. Redundant experts are as many as make the experts divide.
 """
@@ -51,7 +51,8 @@ def choose_deployment(
     """
     linked = serving.hardware.slow_link is not None and serving.hardware.fast_link is not None
     if is_v3(serving.m) and linked and gpus is None and tensor is None and redundant is None:
-        published = _as_v3(serving, stage)
+        published = v3_decode() if stage == "decode" else v3_prefill()
+        published = in_dtypes(published, serving.weight_dtype, serving.cache_dtype)
         if _fits(serving, stage, published):
             return ChosenDeployment(deployment=published, how="as DeepSeek-V3 is served")
     if gpus is not None:
@@ -68,20 +69,20 @@ def choose_deployment(
     return ChosenDeployment(deployment=made, how="the most GPUs that were tried, since fewer do not hold it")
 
 
-def _as_v3(serving: Serving, stage: Stage) -> Deployment:
-    """Return V3's deployment in other dtypes."""
-    published = v3_decode() if stage == "decode" else v3_prefill()
+def in_dtypes(made: Deployment, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> Deployment:
+    """Return a deployment in other dtypes; tokens go to experts in that of the weights."""
     return deployment(
-        stage,
-        tensor_parallel=round(published.tensor_parallel.value),
-        expert_parallel=round(published.expert_parallel.value),
-        redundant_experts=round(published.redundant_experts.value),
-        micro_batches=round(published.micro_batches.value),
-        shared_remote=published.shared_remote,
-        two_hop=published.two_hop,
-        weight_dtype=serving.weight_dtype,
-        cache_dtype=serving.cache_dtype,
-        source=published.expert_parallel.source,
+        made.stage,
+        tensor_parallel=round(made.tensor_parallel.value),
+        expert_parallel=round(made.expert_parallel.value),
+        redundant_experts=round(made.redundant_experts.value),
+        micro_batches=round(made.micro_batches.value),
+        imbalance=made.imbalance.value,
+        shared_remote=made.shared_remote,
+        two_hop=made.two_hop,
+        weight_dtype=weight_dtype,
+        cache_dtype=cache_dtype,
+        source=made.expert_parallel.source,
     )
 
 

@@ -195,31 +195,39 @@ def serve(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dtype
     Args:
         weight_dtype: where the user leaves it open.
     """
+    r = request
+    asked = served_workload(r, m, r.sequences or 1)
+    serving = Serving(
+        m=m,
+        hardware=hardware,
+        workload=asked,
+        weight_dtype=r.weight_dtype or weight_dtype,
+        cache_dtype=r.cache_dtype,
+    )
+    decode = choose_deployment(serving, "decode", r.decode_gpus, r.decode_tensor, r.decode_redundant)
+    prefill = choose_deployment(serving, "prefill", r.prefill_gpus, r.prefill_tensor, r.prefill_redundant)
+    if r.sequences is None:
+        made = decode.deployment
+        fit = decode_plan(m, hardware, asked, made).memory.sequences.value / made.micro_batches.value
+        asked = served_workload(r, m, max(1, min(SEQUENCES, int(fit))))
+    return Served(decode=decode, prefill=prefill, workload=asked)
+
+
+def served_workload(request: PlanRequest, m: ModelInputs, sequences: int) -> ServingWorkload:
+    """Return what is served. Raises: ValueError for a context or a prompt that is longer than the model takes."""
     r, longest = request, m.config.max_seq_len
     for name in ("context", "prompt"):
         tokens = getattr(r, name)
         if tokens is not None and tokens > longest:
             raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     context = r.context or min(CONTEXT, longest)
-
-    def workload(sequences: int) -> ServingWorkload:
-        return serving_workload(
-            sequences=sequences,
-            context=context,
-            prompt=r.prompt or context,
-            drafts=r.drafts or 1,
-            acceptance=r.acceptance,
-        )
-
-    asked = workload(r.sequences or 1)
-    serving = Serving(m=m, hardware=hardware, workload=asked, weight_dtype=weight_dtype, cache_dtype=r.cache_dtype)
-    decode = choose_deployment(serving, "decode", r.decode_gpus, r.decode_tensor, r.decode_redundant)
-    prefill = choose_deployment(serving, "prefill", r.prefill_gpus, r.prefill_tensor, r.prefill_redundant)
-    if r.sequences is None:
-        made = decode.deployment
-        fit = decode_plan(m, hardware, asked, made).memory.sequences.value / made.micro_batches.value
-        asked = workload(max(1, min(SEQUENCES, int(fit))))
-    return Served(decode=decode, prefill=prefill, workload=asked)
+    return serving_workload(
+        sequences=sequences,
+        context=context,
+        prompt=r.prompt or context,
+        drafts=r.drafts or 1,
+        acceptance=r.acceptance,
+    )
 
 
 def failures_of(request: PlanRequest) -> FailureInputs:

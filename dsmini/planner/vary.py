@@ -12,15 +12,12 @@ Worked example: kv_lora_rank=256,512 gives a cache of (256 + 64) * 61 * 2 = 39,0
 """
 
 import dataclasses
-import difflib
 import itertools
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmini.config import ModelConfig
+from dsmini.planner.deployment_choice import ChosenDeployment, Serving, Stage, choose_deployment, in_dtypes
 from dsmini.planner.explanation import find, shown
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.inputs import ModelInputs
@@ -28,30 +25,12 @@ from dsmini.planner.layout import Layout
 from dsmini.planner.quantity import Anything
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.sections import COMPARED
-from dsmini.planner.setup import Setup, failures_of, hardware_of, serve, workload_of
+from dsmini.planner.setup import Served, Setup, failures_of, hardware_of, served_workload, workload_of
+from dsmini.planner.varied_axis import VariedAxis
 from dsmini.planner.whole import Plan, whole_plan
-from dsmini.reading import brief
 
 MOST_VALUES = 400
 """Most plans of a variation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VariedAxis:
-    """One thing that is varied."""
-
-    name: str
-    values: tuple[Any, ...]
-
-    @property
-    def labels(self) -> list[str]:
-        """Values in words."""
-        return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in self.values]
-
-    @property
-    def numeric(self) -> bool:
-        """True if all values are numbers."""
-        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,27 +56,6 @@ class Variation:
         """Return a figure at a place in words; "" without one."""
         figure = self.figure(name, place)
         return "" if figure is None else shown(figure)
-
-
-def read_axis(text: str) -> VariedAxis:
-    """Read an axis such as "kv_lora_rank=128,256,512".
-
-    Raises: ValueError for a text without values, an unknown name with the nearest known ones, and a value of a wrong
-        type.
-    """
-    name, equals, rest = text.partition("=")
-    name = name.strip().replace("-", "_")
-    words = [word.strip() for word in rest.split(",") if word.strip()]
-    if not equals or not words:
-        raise ValueError(f"--vary {brief(text)} has no values; write it like kv_lora_rank=128,256,512")
-    hints = _fields()
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=3)
-        fix = (
-            f"did you mean {' or '.join(near)}?" if near else "vary hardware, or a field of the model or of --help-all"
-        )
-        raise ValueError(f"unknown --vary name {brief(name)}; {fix}")
-    return VariedAxis(name=name, values=tuple(dict.fromkeys(_value(name, word, hints[name]) for word in words)))
 
 
 def vary(
@@ -159,8 +117,8 @@ def changed(setup: Setup, request: PlanRequest, changes: Mapping[str, Any]) -> S
         s = replace(s, nominal=nominal, hardware=reached)
     if of_layout := {name: value for name, value in of_request.items() if name in _names(Layout)}:
         s = s.with_layout(replace(s.layout.layout, **of_layout), s.layout.how)
-    if s.serving is not None and of_request.keys() & _SERVING:
-        s = replace(s, serving=serve(again, s.m, s.hardware, s.serving.decode.deployment.weight_dtype))
+    if s.serving is not None:
+        s = replace(s, serving=_served(s, s.serving, again, of_request))
     utilization = again.utilization
     assumptions = s.assumptions if utilization is None else s.assumptions.of(utilization, "--vary")
     return replace(s, workload=workload_of(again, s.model), assumptions=assumptions, failures=failures_of(again))
@@ -176,54 +134,26 @@ def _settled(s: Setup, request: PlanRequest) -> PlanRequest:
     return replace(request, **whole, tokens=s.workload.tokens.value)
 
 
-_SERVING = frozenset(
-    (
-        *("context", "sequences", "prompt", "weight_dtype", "cache_dtype", "drafts", "acceptance"),
-        *(f"{stage}_{name}" for stage in ("decode", "prefill") for name in ("gpus", "tensor", "redundant")),
-    )
-)
+def _served(s: Setup, served: Served, again: PlanRequest, changes: Mapping[str, Any]) -> Served:
+    """Return what is served after some changes; deployments stay but for what was changed of them."""
+
+    def stage(name: Stage, made: ChosenDeployment) -> ChosenDeployment:
+        old = made.deployment
+        weight, cache = again.weight_dtype or old.weight_dtype, changes.get("cache_dtype", old.cache_dtype)
+        sizes = [changes.get(f"{name}_{size}") for size in ("gpus", "tensor", "redundant")]
+        if not any(size is not None for size in sizes):
+            return replace(made, deployment=in_dtypes(old, weight, cache))
+        gpus = sizes[0] or round(old.expert_parallel.value)
+        tensor = sizes[1] or round(old.tensor_parallel.value)
+        serving = Serving(m=s.m, hardware=s.hardware, workload=served.workload, weight_dtype=weight, cache_dtype=cache)
+        return choose_deployment(serving, name, gpus, tensor, sizes[2])
+
+    workload = served_workload(again, s.m, again.sequences or round(served.workload.sequences.value))
+    return Served(decode=stage("decode", served.decode), prefill=stage("prefill", served.prefill), workload=workload)
 
 
 def _names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
-
-
-def _fields() -> dict[str, Any]:
-    """Return what can be varied, with the types of values. `precision` is that of the request."""
-    return typing.get_type_hints(ModelConfig) | typing.get_type_hints(PlanRequest)
-
-
-def _value(name: str, word: str, hint: Any) -> Any:
-    """Return a word as a value of a type."""
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in choices and word == "none":
-        return None
-    for choice in choices:
-        if typing.get_origin(choice) is typing.Literal:
-            options = {str(option): option for option in typing.get_args(choice)}
-            if word in options:
-                return options[word]
-        elif choice is bool:
-            if word in ("true", "false"):
-                return word == "true"
-        elif choice in (int, float):
-            try:
-                return choice(word) if choice is float else _whole(word)
-            except ValueError:
-                continue
-        elif choice is str:
-            return word
-    allowed = [str(o) for c in choices if typing.get_origin(c) is typing.Literal for o in typing.get_args(c)]
-    fix = f"use one of {', '.join(allowed)}" if allowed else "use numbers like 128"
-    raise ValueError(f"--vary {name} has the value {brief(word)}, which it cannot have; {fix}")
-
-
-def _whole(word: str) -> int:
-    """Return a whole number, also written like 1e6."""
-    number = float(word)
-    if not number.is_integer():
-        raise ValueError(f"{word} is not whole")
-    return int(word) if word.lstrip("+-").isdigit() else int(number)
 
 
 def _found(plan: Plan, name: str) -> Anything | None:
