@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dsmini.planner.decoding import decode_plan
-from dsmini.planner.deployment import serving_workload, v3_decode, v3_prefill
-from dsmini.planner.deployment_choice import Serving, choose_deployment
+from dsmini.planner.deployment import Deployment, serving_workload, v3_decode, v3_prefill
+from dsmini.planner.deployment_choice import Serving, Stage, choose_deployment
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.inputs import ModelInputs
 from dsmini.planner.references import reference
@@ -38,7 +38,8 @@ def numbers(found: Any) -> tuple[float, ...]:
 
 def test_v3_takes_its_own_deployments() -> None:
     serving = serving_of(model("deepseek-v3"), weight_dtype="fp8")
-    for stage, published in (("decode", v3_decode()), ("prefill", v3_prefill())):
+    stages: list[tuple[Stage, Deployment]] = [("decode", v3_decode()), ("prefill", v3_prefill())]
+    for stage, published in stages:
         made = choose_deployment(serving, stage, None, None, None).deployment
         for field in dataclasses.fields(made):
             mine, theirs = getattr(made, field.name), getattr(published, field.name)
