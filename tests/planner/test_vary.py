@@ -127,6 +127,12 @@ def test_value_without_a_plan_is_told(v3: Setup) -> None:
     assert section.warnings == [f"pipeline=7: {found.problems[1,]}"]
 
 
+def test_lengths_of_the_plan_stay_with_another_model(v3: Setup) -> None:
+    found = varied(v3, "max_seq_len=2048,8192")
+    assert found.problems[0,].startswith("context=4096 is longer than the model's max_seq_len=2048")
+    assert found.plans[1,].training.workload.seq_len.value == 4096
+
+
 def test_no_plan_at_all_is_an_error(v3: Setup) -> None:
     assert "do not divide gpus=2048" in refusal(varied, v3, "pipeline=7,9")
 
@@ -148,11 +154,11 @@ def test_figures_that_differ_along_both_axes_come_first(v3: Setup) -> None:
 
 
 def test_one_axis_makes_a_table_and_plots(v3: Setup) -> None:
-    section = variation_section(varied(v3, "context=1024,4096", names=("decode_gpu_cache", "decode_cost")), full=True)
+    section = variation_section(varied(v3, "context=4096,1024", names=("decode_gpu_cache", "decode_cost")), full=True)
     assert [plot.title for plot in section.plots] == ["Cache that a GPU holds", "Rent of an output token"]
     (series,) = section.plots[0].series
     assert list(series.x) == [1024, 4096] and series.y[1] == pytest.approx(4 * series.y[0])
-    assert section.tables[0].columns == ("context", "1,024", "4,096")
+    assert section.tables[0].columns == ("context", "4,096", "1,024"), "as asked, and the line from left to right"
     bars = variation_section(varied(v3, "hardware=h100,h800", names=("roof_step_seconds",)), full=True).plots[0]
     assert bars.labels == ["h100", "h800"] and bars.series[0].kind == "bars"
 
