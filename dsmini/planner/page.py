@@ -215,7 +215,7 @@ def facts(plan: Plan) -> dict[str, dict[str, str]]:
         w = s.serving.workload
         cards["Serving"] = {
             **{
-                stage: f"{made.deployment.expert_parallel.value:,.0f} GPUs, {made.how}"
+                stage: f"{plural(round(made.deployment.expert_parallel.value), 'GPU')}, {made.how}"
                 for stage, made in (("decode", s.serving.decode), ("prefill", s.serving.prefill))
             },
             "weights": s.serving.decode.deployment.weight_dtype,

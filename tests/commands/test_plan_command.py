@@ -184,6 +184,12 @@ def test_mistake_is_a_sentence_and_status_2(refusals: dict[str, tuple[int, str]]
     assert status == 2 and sentence in output and "Traceback" not in output, output
 
 
+def test_help_names_the_choices_of_a_flag_without_a_default(place: Path) -> None:
+    ((status, output),) = run_all([("dsmini.plan", "--help")], place, columns=120)
+    assert status == 0 and "--recompute none|selective|full" in output and "--zero 0|1|2|3" in output
+    assert "--gpus INT" in output and "LITERAL" not in output
+
+
 def test_plan_loads_no_torch(place: Path) -> None:
     """Importing torch alone takes longer than a plan may."""
     code = (
