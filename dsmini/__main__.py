@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 
 from dsmini.console.command import run
 
-COMMANDS = ("train", "generate", "tokenize", "convert", "explain")
+COMMANDS = ("train", "generate", "tokenize", "convert", "explain", "plan")
 SHELLS = ("bash", "zsh", "fish")
 """Shells for which tyro writes completions on its own."""
 

@@ -155,7 +155,8 @@ def _typed(path: str, value: Any, hint: Any) -> str:
     if value == ():
         return f"{flag} {get_args(hint)[0].__name__.upper()} ..."  # of tuple[str, ...]
     if value is None:
-        return f"{flag} {get_args(hint)[0].__name__.upper()}"  # of int | None
+        kind = get_args(hint)[0]  # of int | None, or of Literal["none", "full"] | None
+        return f"{flag} {'|'.join(map(str, get_args(kind))) or kind.__name__.upper()}"
     text = str(value)
     return f"{flag} {text}" if text and text.isprintable() else f"{flag} {value!r}"
 

@@ -3,7 +3,8 @@
 Start with Report.
 """
 
-from dsmini.report.figures import Figure, Plot, Series, Table, Value, pick, values
+from dsmini.report.figures import Detail, Figure, Plot, Series, Table, Value, pick, values
+from dsmini.report.heat_map import HeatMap
 from dsmini.report.report import Report, Section
 
-__all__ = ["Figure", "Plot", "Report", "Section", "Series", "Table", "Value", "pick", "values"]
+__all__ = ["Detail", "Figure", "HeatMap", "Plot", "Report", "Section", "Series", "Table", "Value", "pick", "values"]

@@ -110,6 +110,23 @@ class Table:
     """Columns that are aligned on the right."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Detail:
+    """Number whose computation is read on a click."""
+
+    name: str
+    """Target of links, unique in the report."""
+    title: str
+    value: str
+    """Value in words."""
+    lines: Sequence[str] = ()
+    """Computation in lines, such as a formula in names and in numbers."""
+    note: str = ""
+    """Sentence below, such as the source."""
+    needs: Sequence[str] = ()
+    """Names of the numbers that it was computed from. Those that the report has become links."""
+
+
 def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:
     """Return the figures of a metric whose cases have these values."""
     return [f for f in figures if f.metric == metric and all(f.case.get(k) == v for k, v in case.items())]

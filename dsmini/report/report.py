@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dsmini.console.messages import say
 from dsmini.report import plots, terminal
-from dsmini.report.figures import Figure, Plot, Table
+from dsmini.report.figures import Detail, Figure, Plot, Table
+from dsmini.report.heat_map import HeatMap
 from dsmini.report.rows import Group, groups
 from dsmini.report.units import words
 
@@ -33,6 +34,13 @@ class Section:
     """The answer, in one sentence."""
     figures: Sequence[Figure] = ()
     plots: Sequence[Plot] = ()
+    heat_maps: Sequence[HeatMap] = ()
+    prose: Sequence[tuple[str, str]] = ()
+    """Paragraphs, each with its heading."""
+    details: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
+    """Numbers that show their computation on a click, by heading."""
+    folded: Mapping[str, Sequence[Detail]] = field(default_factory=dict)
+    """More of them, that a page shows after a click on their heading, and a terminal not at all."""
     tables: Sequence[Table] = ()
     """Tables of anything that is not a figure."""
     about: str = ""
@@ -101,6 +109,9 @@ class Report:
     """Warnings that a reader must see before all sections."""
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Cards of names and values, such as the machine and the versions, by title."""
+    facts_title: str = "Where and when"
+    highlights: Sequence[tuple[str, str]] = ()
+    """Numbers at the top, each with its name; without any, `numbers` counts questions, figures and good predictions."""
     command: str = ""
     """Command that made the report."""
 
@@ -110,8 +121,12 @@ class Report:
             say(console, warning, style="yellow")
         for section in self.sections:
             terminal.show_question(console, section.title, section.finding, section.figures, section.warnings)
+            for heading, details in section.details.items():
+                terminal.show_details(console, heading, details)
             for table in section.tables:
                 terminal.show_table(console, table)
+            for heat_map in section.heat_maps:
+                terminal.show_table(console, heat_map.table(), heat_map.title)
 
     def html(self) -> str:
         """Return the page, which needs no other file: read it offline, print it, or send it."""
@@ -120,7 +135,9 @@ class Report:
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
         environment.filters |= {"svg": Markup, "words": words}  # safe: we draw the SVG and escape its labels
         page = environment.get_template("page.html.j2")
-        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES))
+        groups = [g for s in self.sections for part in (s.details, s.folded) for g in part.values()]
+        names = {detail.name for group in groups for detail in group}
+        return page.render(report=self, themes=plots.THEMES, tones=set(terminal.STYLES), names=names)
 
     def json_lines(self) -> Iterator[str]:
         """Yield a line for each finding, and one for each of its figures."""
@@ -132,6 +149,8 @@ class Report:
     @property
     def numbers(self) -> list[tuple[str, str]]:
         """Up to four numbers that summarize the report, each with its name."""
+        if self.highlights:
+            return list(self.highlights)
         asked = [section for section in self.sections if section.figures or section.errors]
         figures = [figure for section in asked for figure in section.figures]
         equal = [figure.equal for figure in figures if figure.equal is not None]

@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dsmini.console.messages import say
-from dsmini.report.figures import Figure, Table
+from dsmini.report.figures import Detail, Figure, Table
 from dsmini.report.rows import Row, case_words, shared
 from dsmini.report.units import shown, words
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
-STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow"}
+STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
+STYLES |= {"misses": "red", "misprint": "yellow"}
 LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 
@@ -41,6 +42,13 @@ def show_question(
     say(console, finding, style="bold cyan")
 
 
+def show_details(console: Console, title: str, details: Sequence[Detail]) -> None:
+    """Print numbers with their names, by which their computation can be asked for."""
+    console.print()
+    rows = [(d.title, d.value, d.name) for d in details]
+    _print(console, Text(title, style="bold"), ("figure", "value", "name"), ("value",), rows, whole=("name",))
+
+
 def show_table(console: Console, table: Table, title: str = "") -> None:
     """Print a table of words, and colour cells that are names of colours, such as "worse"."""
     console.print()
@@ -49,12 +57,19 @@ def show_table(console: Console, table: Table, title: str = "") -> None:
 
 
 def _print(
-    console: Console, title: Text, columns: Sequence[str], numeric: Sequence[str], rows: Sequence[Sequence[str | Text]]
+    console: Console,
+    title: Text,
+    columns: Sequence[str],
+    numeric: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    whole: Sequence[str] = (),
 ) -> None:
+    """Print a table; numeric columns and `whole` ones are not wrapped."""
     table = rich.table.Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in columns:
         right = name in numeric
-        table.add_column(name, header_style="dim", justify="right" if right else "left", no_wrap=right, overflow="fold")
+        kept = right or name in whole
+        table.add_column(name, header_style="dim", justify="right" if right else "left", no_wrap=kept, overflow="fold")
     for cells in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     console.print(table)

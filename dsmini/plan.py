@@ -1,0 +1,125 @@
+"""python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import say
+from dsmini.console.progress import Progress
+from dsmini.planner.request import PlanRequest
+
+if TYPE_CHECKING:
+    from dsmini.planner.answers import PlanAnswer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand(PlanRequest):
+    """Predict memory, time, traffic, cost and failures of a model on hardware, from its config alone.
+
+    CONFIG is a TOML file, Hugging Face's config.json or DeepSeek's inference JSON. Nothing is built or measured.
+    """
+
+    config: Annotated[Path | None, tyro.conf.Positional] = None
+    """The config of the model: .toml or .json."""
+    search: bool = False
+    """Search all layouts for the GPUs of --gpus: those that fit, fastest first, each with what binds it."""
+    vary: tuple[str, ...] = ()
+    """Values of one thing or of two to compare, such as kv_lora_rank=128,256,512 or hardware=h100,h800."""
+    of: tuple[str, ...] = ()
+    """Names of the figures that --vary compares; left out: the main ones that differ."""
+    explain: str | None = None
+    """Name of a figure to explain: formula, numbers and sources, down to the inputs. list: all names."""
+    published: bool = False
+    """Show published figures next to ours, with residuals; needs no CONFIG."""
+    out: Path | None = None
+    """Folder for plan.html, a page to read offline with all figures, and plan.json."""
+    json: bool = False
+    """Print the figures as a line of JSON, and everything else on the standard error."""
+
+
+HELP = Help(
+    usage="CONFIG [FLAGS]",
+    examples=(
+        "configs/deepseek-v3.toml --hardware h800",
+        "configs/deepseek-v3.toml --gpus 1024 --search",
+        "configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan",
+        "configs/toy.toml --hardware this --explain list",
+        "--published",
+    ),
+    main=(
+        *("hardware", "gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "batch", "seq_len"),
+        *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "search", "vary", "explain"),
+        *("published", "out", "json"),
+    ),
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    command = parse(PlanCommand, "plan", args, help=HELP)
+    _refuse(command, args)
+    console = Console(stderr=command.json)
+    answer = _answer(command, args, console)
+    answer.show(console)
+    if command.out is not None:
+        for path in answer.write(command.out):
+            say(console, f"written  {path}")
+    if command.json:
+        print(json.dumps(answer.record))
+    return 0
+
+
+def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
+    """Raise ValueError for questions that contradict each other."""
+    if sum(arg.partition("=")[0] == "--vary" for arg in args) > 1:
+        raise ValueError("--vary is given twice; write both after one: --vary kv_lora_rank=256,512 hardware=h100,h800")
+    alone = [name for name in ("explain", "search", "vary", "published") if getattr(command, name)]
+    if len(alone) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")
+    if command.config is None and not command.published:
+        raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
+    if command.of and not command.vary:
+        raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
+    if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.layout_fields.keys()):
+        raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
+    if command.out is not None and command.explain is not None:
+        raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
+
+
+def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "PlanAnswer":
+    # what loads numpy and jinja2 is imported after --help
+    from dsmini.planner import answers
+    from dsmini.planner.hardware import load_hardware
+    from dsmini.planner.setup import Model, setup
+
+    def progress(label: str) -> Progress:
+        return Progress(console, 1.0, label, delay=2.0)
+
+    if command.published:
+        return answers.published()
+    assert command.config is not None, "a plan without a config is refused"
+    model = Model.from_file(command.config)
+    with progress("measuring this machine") as bar:
+        made = setup(command, model, load_hardware(command.hardware, bar.update))
+    if command.explain is not None:
+        return answers.explained(made, command.explain, console.width)
+    line = shlex.join(["python", "-m", "dsmini.plan", *args])
+    if command.search:
+        with progress("searching layouts") as bar:
+            return answers.searched(made, command, line, bar.update)
+    if command.vary:
+        with progress("varying the plan") as bar:
+            return answers.varied(made, command, command.vary, command.of, line, bar.update)
+    return answers.planned(made, line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,155 @@
+"""Answers of the command: what it prints, what --json prints, and the page that --out writes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dsmini.atomic import write_json, write_text
+from dsmini.console.messages import say
+from dsmini.planner import record
+from dsmini.planner.comparison_section import search_section, variation_section
+from dsmini.planner.explanation import explain, find, named, shown, text
+from dsmini.planner.layout_search import search_layouts
+from dsmini.planner.page import coverage, facts, plan_report
+from dsmini.planner.published import published_figures
+from dsmini.planner.request import PlanRequest
+from dsmini.planner.setup import Setup
+from dsmini.planner.varied_axis import read_axis
+from dsmini.planner.vary import vary
+from dsmini.planner.whole import Plan, whole_plan
+from dsmini.report import Report, Section, Table
+
+OnPart = Callable[[float, str], None]
+HINT = "Ask for any figure by its name: --explain cache_per_token. All names: --explain list. A page: --out plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAnswer:
+    """PlanAnswer to one question."""
+
+    record: Any
+    """PlanAnswer as JSON."""
+    lines: Sequence[str] = ()
+    """Lines to print before the report."""
+    report: Report | None = None
+    """What a terminal shows."""
+    page: Callable[[], Report] | None = None
+    """What a page shows; made on demand, since its formulas and plots take longer than a plan."""
+    hint: str = ""
+
+    def show(self, console: Console) -> None:
+        """Print the answer."""
+        for line in self.lines:
+            say(console, line)
+        if self.report is not None:
+            self.report.show(console)
+        if self.hint:
+            say(console)
+            say(console, self.hint, style="dim")
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write plan.html and plan.json into a folder, which is made if it is not there; return their paths.
+
+        Raises: ValueError for a folder that cannot be written.
+        """
+        made = self.page or (lambda: self.report)
+        report = made()
+        assert report is not None, "an answer without a report has no page"
+        paths = [folder / "plan.html", folder / "plan.json"]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(paths[0], report.html())
+            write_json(paths[1], self.record)
+        except OSError as error:
+            raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
+        return paths
+
+
+def planned(setup: Setup, command: str) -> PlanAnswer:
+    """Return the whole plan."""
+    plan = whole_plan(setup)
+    return _answer(plan, record.plan_record(plan), (), command, hint=HINT)
+
+
+def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
+    """Return the layouts that fit, fastest first, and the plan of the fastest on the page."""
+    found = search_layouts(setup, request.layout_fields, on_part)
+    shown_there, on_page = (search_section(found, full=full) for full in (False, True))
+    plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
+    return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))
+
+
+def varied(
+    setup: Setup, request: PlanRequest, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart
+) -> PlanAnswer:
+    """Return the plans of all values of one thing or of two."""
+    found = vary(setup, request, [read_axis(axis) for axis in axes], names, on_part)
+    shown_there, on_page = (variation_section(found, full=full) for full in (False, True))
+    return _answer(whole_plan(setup), record.variation_record(found), (shown_there,), command, on_page=(on_page,))
+
+
+def published() -> PlanAnswer:
+    """Return the published figures next to ours."""
+    figures = published_figures()
+    report = Report(title="Published figures, and ours", sections=[coverage(figures)])
+    return PlanAnswer(record=record.published_record(figures), report=report)
+
+
+def explained(setup: Setup, name: str, width: int) -> PlanAnswer:
+    """Return the explanation of a figure, or all names for "list".
+
+    Raises: ValueError for an unknown figure, with the nearest known ones.
+    """
+    figures = whole_plan(setup).all
+    if name != "list":
+        found = explain(find(figures.values(), name))
+        return PlanAnswer(record=record.explanation_record(found), lines=[text(found, width).rstrip()])
+    every = named(figures.values())
+    rows = [(key, shown(figure), figure.title) for key, figure in every.items()]
+    table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
+    section = Section(name="names", title="Figures", finding=f"{len(every)} figures and inputs.", tables=[table])
+    return PlanAnswer(record=record.figures_record(every), report=Report(title="Figures", sections=[section]))
+
+
+def _answer(
+    plan: Plan,
+    found: Any,
+    more: Sequence[Section],
+    command: str,
+    *,
+    on_page: Sequence[Section] | None = None,
+    hint: str = "",
+) -> PlanAnswer:
+    """Return an answer that prints the plan, or only the sections that were asked for, and a page with both.
+
+    Args:
+        more: sections that were asked for.
+        on_page: the same as a page shows them, if it does so in another way.
+    """
+    sections = more or plan_report(plan, full=False).sections
+    return PlanAnswer(
+        record=found,
+        lines=_heading(plan),
+        report=Report(title="", sections=sections),
+        page=lambda: plan_report(plan, full=True, more=on_page or more, command=command),
+        hint=hint,
+    )
+
+
+def _heading(plan: Plan) -> list[str]:
+    """Return what is planned in a few lines."""
+    cards = facts(plan)
+    lines = [f"{plan.setup.model.name} on {plan.setup.hardware.title}"]
+    layout = plan.training.layout
+    sizes = ", ".join(
+        f"{name} {getattr(layout, name)}"
+        for name in ("gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "schedule")
+    )
+    lines.append(f"training  {sizes}; {plan.setup.layout.how}")
+    if "Serving" in cards:
+        serving = cards["Serving"]
+        lines.append(f"serving   decode on {serving['decode']}; prefill on {serving['prefill']}")
+    return lines

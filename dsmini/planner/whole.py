@@ -1,0 +1,118 @@
+"""Whole plan: all figures of a model on hardware, in sections.
+
+    >>> plan = whole_plan(setup(PlanRequest(hardware="h800"), Model.from_file(path), load_hardware("h800")))
+    >>> plan.all["training_cost"]
+
+Sections: model, training, inference, reliability. What binds is told of the steps of training, decode and prefill.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dsmini.planner.binding import Binding, Demand, Resource, binding
+from dsmini.planner.decoding import DecodePlan, decode_plan
+from dsmini.planner.exchange import exchange_limit
+from dsmini.planner.figures import Figures
+from dsmini.planner.kv_cache import CachePlan, cache_plan
+from dsmini.planner.outcome import ReliabilityPlan, ServingCost, reliability_plan, serving_cost
+from dsmini.planner.prefill import PrefillPlan, prefill_plan
+from dsmini.planner.quantity import Anything
+from dsmini.planner.setup import Served, Setup
+from dsmini.planner.speculation import SpeculationPlan, speculation_plan
+from dsmini.planner.training_plan import TrainingPlan, training_plan
+from dsmini.planner.weights import Weights, weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingPlan(Figures):
+    """All figures of serving."""
+
+    decode: DecodePlan
+    prefill: PrefillPlan
+    speculation: SpeculationPlan | None
+    """Decoding with drafts; None for a model without multi-token prediction."""
+    cost: ServingCost | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(Figures):
+    """All figures of a plan."""
+
+    setup: Setup
+    cache: CachePlan
+    weights: Weights
+    training: TrainingPlan
+    training_binding: Binding
+    serving: ServingPlan | None
+    """None where the setup says why not."""
+    reliability: ReliabilityPlan
+
+    @property
+    def sections(self) -> Mapping[str, dict[str, Anything]]:
+        """Figures by name in each section: model, training, inference, reliability. Each figure is in one."""
+        parts: dict[str, tuple[Figures | None, ...]] = {
+            "model": (self.training.model, self.cache, self.weights),
+            "training": (self.training, self.training_binding),
+            "inference": (self.serving,),
+            "reliability": (self.reliability,),
+        }
+        seen: set[str] = set()
+        found: dict[str, dict[str, Anything]] = {}
+        for name, plans in parts.items():
+            named = {key: figure for plan in plans if plan is not None for key, figure in plan.figures().items()}
+            found[name] = {key: figure for key, figure in named.items() if key not in seen}
+            seen |= named.keys()
+        return found
+
+    @property
+    def all(self) -> dict[str, Anything]:
+        """All figures by name."""
+        return {name: figure for section in self.sections.values() for name, figure in section.items()}
+
+
+def whole_plan(setup: Setup) -> Plan:
+    """Return the plan of a setup.
+
+    Raises: ValueError with one sentence for what the model or the hardware cannot have.
+    """
+    s = setup
+    training = training_plan(s.m, s.hardware, s.layout.layout, s.workload, s.assumptions)
+    served = s.serving
+    weight_dtype = served.decode.deployment.weight_dtype if served else "bfloat16"
+    cache_dtype = served.decode.deployment.cache_dtype if served else "bfloat16"
+    return Plan(
+        setup=s,
+        cache=cache_plan(s.m, cache_dtype),
+        weights=weights(s.m, weight_dtype),
+        training=training,
+        training_binding=binding(list(_demands(training)), "training_"),
+        serving=_serving(s, served) if served else None,
+        reliability=reliability_plan(training, s.hardware, s.failures),
+    )
+
+
+def _demands(training: TrainingPlan) -> Iterator[Demand]:
+    """Yield the parts of a step by resource. They run one after the other, so the largest is what to shorten first."""
+    step = training.step
+    yield Demand(resource=Resource.COMPUTE, time=step.computing)
+    yield Demand(resource=Resource.LINKS_BETWEEN, time=step.dispatching + step.exchange)
+    yield Demand(resource=Resource.LINKS_WITHIN, time=step.reducing)
+    yield Demand(resource=Resource.LATENCY, time=step.bubble)
+    yield Demand(resource=Resource.MEMORY, time=step.update)
+
+
+def _serving(s: Setup, served: Served) -> ServingPlan:
+    made, read, workload = served.decode.deployment, served.prefill.deployment, served.workload
+    decode = decode_plan(s.m, s.hardware, workload, made)
+    # the published limit counts links as on data sheets
+    limit = exchange_limit(s.m, s.nominal, made, workload.sequences)
+    decode = dataclasses.replace(decode, limit=limit)
+    prefill = prefill_plan(s.m, s.hardware, workload, read)
+    drafts = s.m.config.n_mtp_layers > 0
+    return ServingPlan(
+        decode=decode,
+        prefill=prefill,
+        speculation=speculation_plan(s.m, s.hardware, workload, made) if drafts else None,
+        cost=serving_cost(decode, prefill, s.hardware),
+    )

@@ -1,0 +1,214 @@
+"""python -m dsmini.plan as a user runs it: answers, JSON, pages, and mistakes in one sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.commands import ROOT, run_all, start
+from tests.helpers.configs import CONFIGS
+from tests.helpers.released_configs import HF_V3
+
+V3 = CONFIGS / "deepseek-v3.toml"
+ASKED = {
+    "plan": f"{V3}",
+    "json": f"{V3} --json",
+    "hf": "config.json --json",
+    "explain": f"{V3} --explain cache_per_token",
+    "explain json": f"{V3} --explain cache_per_token --json",
+    "list": f"{V3} --explain list",
+    "published": "--published",
+    "published json": "--published --json",
+    "vary": f"{V3} --vary kv_lora_rank=128,512",
+    "heat map": f"{V3} --vary kv_lora_rank=128,512 hardware=h100,h800 --of cache_per_token --json",
+    "search": f"{V3} --gpus 256 --schedule 1f1b --recompute full --search --json",
+    "page": f"{CONFIGS / 'toy.toml'} --out page",
+    "page of a variation": f"{CONFIGS / 'toy.toml'} --vary batch=4,8 --out varied",
+    "own hardware": f"{CONFIGS / 'toy.toml'} --hardware mine.toml --json",
+}
+BAD = [
+    ("", "a plan needs a config; name a .toml or .json"),
+    ("nothing.toml", "there is no file nothing.toml"),
+    ("llama.json", "llama.json"),
+    ("broken.toml", "broken.toml"),
+    (f"{V3} --hardware h9000", "unknown hardware 'h9000'; use one of"),
+    (f"{V3} --gpus 8", "no layout on gpus=8 fits 80 GB a GPU"),
+    (f"{V3} --gpus 8 --search", "no layout on gpus=8 fits 80 GB a GPU"),
+    (f"{V3} --gpus 2048 --pipeline 7", "pipeline=7 does not divide gpus=2048"),
+    (f"{V3} --gpus 2048 --pipeline 64", "pipeline=64 is more than n_layers=61"),
+    (f"{V3} --gpus 1 --zero 1", "zero=1 divides the state over GPUs, of which there is one"),
+    (f"{V3} --vary kv_lora=1", "unknown --vary name 'kv_lora'; did you mean kv_lora_rank"),
+    (f"{V3} --vary kv_lora_rank=x", "--vary kv_lora_rank has the value 'x', which it cannot have"),
+    (f"{V3} --vary", "--vary needs a value, got nothing"),
+    (f"{V3} --vary batch=1 --vary batch=2", "--vary is given twice"),
+    (f"{V3} --explain kv", "unknown figure 'kv'"),
+    (f"{V3} --search --vary batch=1", "--search and --vary are different questions"),
+    (f"{V3} --search --pipeline 4", "--search chooses pipeline"),
+    (f"{V3} --of cache_per_token", "--of names the figures that --vary compares"),
+    (f"{V3} --explain list --out page", "--explain prints one figure, and --out writes a page"),
+    (f"{V3} --context 1000000", "context=1000000 is longer than the model's max_seq_len=163840"),
+    (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
+    (f"{V3} --out taken", "--out taken cannot be written"),
+]
+MINE = """
+title = "My own GPU"
+peaks.bfloat16 = { value = 100, unit = "TFLOP/s", source = "measured" }
+memory = { value = 24, unit = "GB", source = "data sheet" }
+memory_bandwidth = { value = 1, unit = "TB/s", source = "data sheet" }
+gpus_per_node = { value = 1, source = "one of them" }
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "config.json").write_text(json.dumps(HF_V3))
+    (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
+    (folder / "broken.toml").write_text("[model\n")
+    (folder / "taken").write_text("")
+    (folder / "mine.toml").write_text(MINE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(place: Path) -> dict[str, str]:
+    """Run all commands once; each must end with status 0."""
+    answers = run_all([("dsmini.plan", line) for line in ASKED.values()], place, columns=120)
+    assert [status for status, _ in answers] == [0] * len(ASKED), answers
+    return dict(zip(ASKED, (output for _, output in answers), strict=True))
+
+
+def record(output: str) -> Any:
+    return json.loads(output.splitlines()[-1])
+
+
+def test_plan_answers_each_question_in_a_sentence(said: dict[str, str]) -> None:
+    for words in (
+        "deepseek-v3 on NVIDIA H800 SXM",
+        "as DeepSeek-V3 was trained",
+        "671 billion parameters, of which a token meets 36.6 billion",
+        "2,048 GPUs take 54.4 days and $5.34 million for 14.8 trillion tokens",
+        "A sequence gets 39.0 tokens/s",
+        "A failure every 14.4 h",
+        "Training: compute. Decode: memory traffic.",
+        "--explain list",
+    ):
+        assert words in said["plan"], words
+
+
+def test_json_has_every_figure_in_base_units(said: dict[str, str]) -> None:
+    found = record(said["json"])
+    assert found["figures"]["model"]["cache_per_token"] == {
+        "value": 70272,
+        "unit": "B/token",
+        "title": "Cache of a token, all layers",
+        "source": "V2, table 1; INS, table 1",
+    }
+    assert found["layout"]["pipeline"] == 16 and found["hardware"] == "h800" and found["fits"]
+    assert found["binds"] == {"training": "compute", "decode": "memory traffic", "prefill": "links between nodes"}
+    assert sum(map(len, found["figures"].values())) > 200
+
+
+def test_hugging_face_config_is_the_same_model(said: dict[str, str]) -> None:
+    ours, theirs = record(said["json"])["figures"], record(said["hf"])["figures"]
+    assert {n: f["value"] for n, f in ours["model"].items()} == {n: f["value"] for n, f in theirs["model"].items()}
+
+
+def test_explanation_goes_down_to_inputs_with_sources(said: dict[str, str]) -> None:
+    for words in ("= n_layers × cache_row", "70.3 kB/token (70,272 B/token)", "kv_lora_rank = 512", "deepseek-v3.toml"):  # noqa: RUF001
+        assert words in said["explain"], words
+    found = record(said["explain json"])
+    assert found["steps"][0]["name"] == "cache_per_token"
+    assert "kv_lora_rank" in {line["name"] for line in found["inputs"]}
+
+
+def test_list_names_every_figure(said: dict[str, str]) -> None:
+    named = {line.split()[0] for line in said["list"].splitlines() if line.strip()}
+    figures = record(said["json"])["figures"]
+    assert {name for section in figures.values() for name in section} <= named
+
+
+def test_published_figures_are_shown_without_a_config(said: dict[str, str]) -> None:
+    assert "60 are reproduced, 3 are missed" in said["published"]
+    rows = {row["name"]: row for row in record(said["published json"])}
+    assert rows["v3_parameters"]["ours"] == 671_026_404_352
+    assert rows["v3_bubble"]["status"] == "misses" and rows["v3_bubble"]["residual"] == pytest.approx(-0.4726, abs=1e-4)
+
+
+def test_variation_shows_values_and_bars(said: dict[str, str]) -> None:
+    assert "23.4 kB/token" in said["vary"] and "70.3 kB/token" in said["vary"] and "████" in said["vary"]
+    places = record(said["heat map"])["plans"]
+    assert [(p["kv_lora_rank"], p["hardware"], p["cache_per_token"]) for p in places] == [
+        (128, "h100", 23_424),
+        (128, "h800", 23_424),
+        (512, "h100", 70_272),
+        (512, "h800", 70_272),
+    ]
+
+
+def test_search_finds_layouts_with_what_binds_them(said: dict[str, str]) -> None:
+    layouts = record(said["search"])["layouts"]
+    times = [layout["step_seconds"] for layout in layouts]
+    assert times == sorted(times) and all(layout["gpus"] == 256 and layout["binds"] for layout in layouts)
+    assert all(layout["memory"] <= 80e9 for layout in layouts)
+
+
+def test_out_writes_a_page_and_json(said: dict[str, str], place: Path) -> None:
+    for folder in ("page", "varied"):
+        assert f"written  {folder}/plan.html" in said["page" if folder == "page" else "page of a variation"]
+        assert (place / folder / "plan.html").read_text().startswith("<!DOCTYPE html>")
+        assert json.loads((place / folder / "plan.json").read_text())
+    assert "<svg" in (place / "varied" / "plan.html").read_text()
+
+
+def test_own_hardware_file(said: dict[str, str]) -> None:
+    found = record(said["own hardware"])
+    assert found["hardware"] == "mine" and found["layout"]["gpus"] == 1
+
+
+@pytest.fixture(scope="module")
+def refusals(place: Path) -> dict[str, tuple[int, str]]:
+    lines = [line for line, _ in BAD]
+    return dict(zip(lines, run_all([("dsmini.plan", line) for line in lines], place), strict=True))
+
+
+@pytest.mark.parametrize(("line", "sentence"), BAD)
+def test_mistake_is_a_sentence_and_status_2(refusals: dict[str, tuple[int, str]], line: str, sentence: str) -> None:
+    status, output = refusals[line]
+    output = " ".join(output.replace("│", " ").split())
+    assert status == 2 and sentence in output and "Traceback" not in output, output
+
+
+def test_help_names_the_choices_of_a_flag_without_a_default(place: Path) -> None:
+    ((status, output),) = run_all([("dsmini.plan", "--help")], place, columns=120)
+    assert status == 0 and "--recompute none|selective|full" in output and "--zero 0|1|2|3" in output
+    assert "--gpus INT" in output and "LITERAL" not in output
+
+
+def test_plan_loads_no_torch(place: Path) -> None:
+    """Importing torch alone takes longer than a plan may."""
+    code = (
+        "import sys, contextlib, io\n"
+        f"sys.argv = ['plan', {str(V3)!r}, '--json']\n"
+        "from dsmini.plan import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "    main(sys.argv[1:])\n"
+        "print(sorted({'torch', 'matplotlib', 'safetensors'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_ctrl_c_ends_a_search_cleanly(place: Path) -> None:
+    process = start(f"dsmini.plan {V3} --gpus 16384 --batch 16384 --search", place)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    if process.returncode == 0:
+        pytest.skip("the search ended before the signal")
+    assert process.returncode == 130 and "stopped" in err and "Traceback" not in out + err

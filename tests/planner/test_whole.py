@@ -1,0 +1,87 @@
+"""Whole plans: every figure in one section, with an explanation, a source and no number of its own."""
+
+import pytest
+
+from dsmini.planner.explanation import explain, named
+from dsmini.planner.formula import walk
+from dsmini.planner.hardware import known_hardware, load_hardware
+from dsmini.planner.request import PlanRequest
+from dsmini.planner.sections import COMPARED, HEADLINES, sections
+from dsmini.planner.setup import Model, setup
+from dsmini.planner.whole import Plan, whole_plan
+from tests.helpers.configs import CONFIGS
+
+NUMBERS = {0, 1, 2, 3, 4, 6, 86400}
+"""Numbers that formulas may contain without a name: structural ones, and the seconds of a day."""
+
+
+def plan_of(name: str, hardware: str = "h800", **chosen: object) -> Plan:
+    request = PlanRequest(hardware=hardware, **chosen)  # pyright: ignore[reportArgumentType]
+    return whole_plan(setup(request, Model.from_file(CONFIGS / f"{name}.toml"), load_hardware(hardware)))
+
+
+@pytest.fixture(scope="module")
+def v3() -> Plan:
+    return plan_of("deepseek-v3")
+
+
+def test_every_figure_is_in_one_section(v3: Plan) -> None:
+    found = [name for section in v3.sections.values() for name in section]
+    assert len(found) == len(set(found)) == len(v3.all) > 200
+    assert list(v3.sections) == ["model", "training", "inference", "reliability"]
+
+
+def test_every_figure_has_a_name_a_title_and_an_explanation(v3: Plan) -> None:
+    for figure in named(v3.all.values()).values():
+        assert figure.name.isidentifier() and figure.name == figure.name.lower(), figure
+        assert figure.title and figure.title[0].isupper(), figure
+        if figure.op != "input":
+            assert explain(figure).steps[0].name == figure.name
+        else:
+            assert figure.source, figure
+
+
+def test_no_figure_has_a_typed_number(v3: Plan) -> None:
+    numbers = {node.value for figure in v3.all.values() for node in walk(figure) if node.op == "number"}
+    assert numbers <= NUMBERS
+
+
+def test_headlines_and_compared_figures_exist_somewhere() -> None:
+    """Each is in V3's plan or in one of a single process, so that no name is misspelt."""
+    known = plan_of("deepseek-v3").all.keys() | plan_of("toy").all.keys()
+    assert {name for names in HEADLINES.values() for name in names} <= known
+    assert set(COMPARED) <= known
+
+
+@pytest.mark.parametrize("hardware", known_hardware())
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "toy", "toy-dense", "toy-mha", "shakespeare"])
+def test_every_model_is_planned_on_every_hardware(name: str, hardware: str) -> None:
+    plan = plan_of(name, hardware)
+    found = {section.name: section for section in sections(plan)}
+    for section in found.values():
+        assert section.finding.endswith(".") and "None" not in section.finding, section.finding
+    assert plan.training.fits != any("does not fit" in warning for warning in found["training"].warnings)
+
+
+def test_what_does_not_fit_is_a_warning() -> None:
+    plan = plan_of("deepseek-v2-lite", "laptop")
+    said = [warning for section in sections(plan) for warning in section.warnings]
+    assert len(said) == 3 and all("does not fit" in warning for warning in said)
+
+
+def test_figures_that_agree_with_each_other(v3: Plan) -> None:
+    """The same number from two sides: layers, blocks, products and parameters."""
+    figures = v3.all
+    assert figures["dense_blocks"].value == figures["dense_layers"].value
+    assert figures["expert_products"].value == figures["expert_parameters"].value
+    assert figures["decode_gpu_tokens_per_second"].value == pytest.approx(
+        60 * figures["decode_tokens_per_second"].value
+    )
+    assert v3.cache.per_token.value == 70_272
+    assert v3.training.model.parameters.parameters_main.value == 671_026_404_352
+
+
+def test_published_limit_counts_nominal_links(v3: Plan) -> None:
+    assert v3.serving is not None and v3.serving.decode.limit is not None
+    per_block = v3.serving.decode.limit.block_time.value
+    assert per_block == pytest.approx(3 * 30 * 9 * 7168 / 50e9)
