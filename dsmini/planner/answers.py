@@ -10,20 +10,20 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
-from dsmini.planner.comparison_section import search_section, variation_section
-from dsmini.planner.explanation import explain, find, named, shown, text
-from dsmini.planner.layout_search import search_layouts
-from dsmini.planner.page import coverage, facts, plan_report
-from dsmini.planner.published import published_figures
+from dsmini.planner.pages.comparison import search_section, variation_section
+from dsmini.planner.pages.page import coverage, facts, plan_report
+from dsmini.planner.published.published import published_figures
+from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
+from dsmini.planner.training.layout_search import search_layouts
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
 from dsmini.report import Report, Section, Table
 
 OnPart = Callable[[float, str], None]
-HINT = "Ask for any figure by its name: --explain cache_per_token. All names: --explain list. A page: --out plan"
+HINT = "Ask for any figure by its name: --explain kv_cache. All names: --explain list. A page: --out plan"
 
 
 @dataclass(frozen=True, kw_only=True)

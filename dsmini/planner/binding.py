@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import combinations
 
-from dsmini.planner.figures import Figures
-from dsmini.planner.quantity import Count, Seconds, largest, smallest
+from dsmini.planner.quantities.figures import Figures
+from dsmini.planner.quantities.quantity import Count, Seconds, largest, smallest
 
 
 class Resource(Enum):

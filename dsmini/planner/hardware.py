@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from dsmini.config.fields import refuse_unknown
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     COUNT,

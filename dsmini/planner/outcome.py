@@ -14,11 +14,9 @@ Sources: Kokolis et al. (arXiv 2410.21680); Fire-Flyer (arXiv 2408.14158) for th
 
 from dataclasses import dataclass
 
-from dsmini.planner.decoding import DecodePlan
-from dsmini.planner.figures import Figures
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.prefill import PrefillPlan
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.figures import Figures
+from dsmini.planner.quantities.quantity import (
     BYTES_PER_SECOND,
     Byte,
     Bytes,
@@ -45,8 +43,10 @@ from dsmini.planner.reliability import (
     first_order_error,
     mean_time_to_failure,
 )
-from dsmini.planner.training_memory import state_sizes
-from dsmini.planner.training_plan import TrainingPlan
+from dsmini.planner.serving.decoding import DecodePlan
+from dsmini.planner.serving.prefill import PrefillPlan
+from dsmini.planner.training.memory import state_sizes
+from dsmini.planner.training.training_plan import TrainingPlan
 
 WRITE_RATE = BYTES_PER_SECOND(
     10 * 2**30, "checkpoint_rate", "Bytes of a checkpoint that a node writes in a second", "FF: over 10 GiB/s"

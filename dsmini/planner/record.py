@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsmini.planner.explanation import Explanation
-from dsmini.planner.published import PublishedFigure
-from dsmini.planner.quantity import Anything
-from dsmini.planner.search import Candidate
+from dsmini.planner.published.published import PublishedFigure
+from dsmini.planner.quantities.explanation import Explanation
+from dsmini.planner.quantities.quantity import Anything
+from dsmini.planner.training.search import Candidate
 from dsmini.planner.vary import Variation
 from dsmini.planner.whole import Plan
 from dsmini.report.figures import plain

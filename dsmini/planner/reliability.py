@@ -25,7 +25,7 @@ Sources: Kokolis et al. (arXiv 2410.21680) for the rate and the share, Young (19
 import math
 from dataclasses import dataclass, fields
 
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.quantity import (
     COUNT,
     SECONDS,
     Bytes,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.memory import WeightDtype
-from dsmini.planner.layout import Moments, Optimizer, Precision, Recompute, Schedule, Zero
+from dsmini.planner.training.layout import Moments, Optimizer, Precision, Recompute, Schedule, Zero
 from dsmini.reading import brief
 
 LARGEST = 1e18

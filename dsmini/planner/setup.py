@@ -13,18 +13,18 @@ from pathlib import Path
 
 from dsmini.accounting.memory import WeightDtype
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.planner.assumptions import Assumptions
-from dsmini.planner.decoding import decode_plan
-from dsmini.planner.deployment import ServingWorkload, serving_workload
-from dsmini.planner.deployment_choice import ChosenDeployment, Serving, choose_deployment
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout, Precision
-from dsmini.planner.layout_choice import ChosenLayout, Cluster, choose_layout, is_v3
-from dsmini.planner.quantity import COUNT, DOLLARS_PER_SECOND, SECONDS
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import COUNT, DOLLARS_PER_SECOND, SECONDS
 from dsmini.planner.reliability import HALT, NODE_FAILURES, RESTART, FailureInputs
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.workload import Workload
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment import ServingWorkload, serving_workload
+from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment
+from dsmini.planner.training.assumptions import Assumptions
+from dsmini.planner.training.layout import Layout, Precision
+from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout, is_v3
+from dsmini.planner.training.workload import Workload
 from dsmini.reading import read_toml
 
 USER = "the command line"

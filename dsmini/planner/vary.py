@@ -17,15 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmini.planner.deployment_choice import ChosenDeployment, Serving, Stage, choose_deployment, in_dtypes
-from dsmini.planner.explanation import find, shown
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout
-from dsmini.planner.quantity import Anything
+from dsmini.planner.pages.sections import COMPARED
+from dsmini.planner.quantities.explanation import find, shown
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.sections import COMPARED
+from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, Stage, choose_deployment, in_dtypes
 from dsmini.planner.setup import Served, Setup, failures_of, hardware_of, served_workload, workload_of
+from dsmini.planner.training.layout import Layout
 from dsmini.planner.varied_axis import VariedAxis
 from dsmini.planner.whole import Plan, whole_plan
 

@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dsmini.planner.binding import Binding, Demand, Resource, binding
-from dsmini.planner.decoding import DecodePlan, decode_plan
-from dsmini.planner.exchange import exchange_limit
-from dsmini.planner.figures import Figures
-from dsmini.planner.kv_cache import CachePlan, cache_plan
+from dsmini.planner.model.kv_cache import CachePlan, cache_plan
+from dsmini.planner.model.weights import Weights, weights
 from dsmini.planner.outcome import ReliabilityPlan, ServingCost, reliability_plan, serving_cost
-from dsmini.planner.prefill import PrefillPlan, prefill_plan
-from dsmini.planner.quantity import Anything
+from dsmini.planner.quantities.figures import Figures
+from dsmini.planner.quantities.quantity import Anything
+from dsmini.planner.serving.decoding import DecodePlan, decode_plan
+from dsmini.planner.serving.exchange import exchange_limit
+from dsmini.planner.serving.prefill import PrefillPlan, prefill_plan
+from dsmini.planner.serving.speculation import SpeculationPlan, speculation_plan
 from dsmini.planner.setup import Served, Setup
-from dsmini.planner.speculation import SpeculationPlan, speculation_plan
-from dsmini.planner.training_plan import TrainingPlan, training_plan
-from dsmini.planner.weights import Weights, weights
+from dsmini.planner.training.training_plan import TrainingPlan, training_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

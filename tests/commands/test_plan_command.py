@@ -19,13 +19,13 @@ ASKED = {
     "plan": f"{V3}",
     "json": f"{V3} --json",
     "hf": "config.json --json",
-    "explain": f"{V3} --explain cache_per_token",
-    "explain json": f"{V3} --explain cache_per_token --json",
+    "explain": f"{V3} --explain kv_cache",
+    "explain json": f"{V3} --explain kv_cache --json",
     "list": f"{V3} --explain list",
     "published": "--published",
     "published json": "--published --json",
     "vary": f"{V3} --vary kv_lora_rank=128,512",
-    "heat map": f"{V3} --vary kv_lora_rank=128,512 hardware=h100,h800 --of cache_per_token --json",
+    "heat map": f"{V3} --vary kv_lora_rank=128,512 hardware=h100,h800 --of kv_cache --json",
     "search": f"{V3} --gpus 256 --schedule 1f1b --recompute full --search --json",
     "page": f"{CONFIGS / 'toy.toml'} --out page",
     "page of a variation": f"{CONFIGS / 'toy.toml'} --vary batch=4,8 --out varied",
@@ -49,7 +49,7 @@ BAD = [
     (f"{V3} --explain kv", "unknown figure 'kv'"),
     (f"{V3} --search --vary batch=1", "--search and --vary are different questions"),
     (f"{V3} --search --pipeline 4", "--search chooses pipeline"),
-    (f"{V3} --of cache_per_token", "--of names the figures that --vary compares"),
+    (f"{V3} --of kv_cache", "--of names the figures that --vary compares"),
     (f"{V3} --explain list --out page", "--explain prints one figure, and --out writes a page"),
     (f"{V3} --context 1000000", "context=1000000 is longer than the model's max_seq_len=163840"),
     (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
@@ -103,7 +103,7 @@ def test_plan_answers_each_question_in_a_sentence(said: dict[str, str]) -> None:
 
 def test_json_has_every_figure_in_base_units(said: dict[str, str]) -> None:
     found = record(said["json"])
-    assert found["figures"]["model"]["cache_per_token"] == {
+    assert found["figures"]["model"]["kv_cache"] == {
         "value": 70272,
         "unit": "B/token",
         "title": "Cache of a token, all layers",
@@ -123,7 +123,7 @@ def test_explanation_goes_down_to_inputs_with_sources(said: dict[str, str]) -> N
     for words in ("= n_layers × cache_row", "70.3 kB/token (70,272 B/token)", "kv_lora_rank = 512", "deepseek-v3.toml"):  # noqa: RUF001
         assert words in said["explain"], words
     found = record(said["explain json"])
-    assert found["steps"][0]["name"] == "cache_per_token"
+    assert found["steps"][0]["name"] == "kv_cache"
     assert "kv_lora_rank" in {line["name"] for line in found["inputs"]}
 
 
@@ -143,7 +143,7 @@ def test_published_figures_are_shown_without_a_config(said: dict[str, str]) -> N
 def test_variation_shows_values_and_bars(said: dict[str, str]) -> None:
     assert "23.4 kB/token" in said["vary"] and "70.3 kB/token" in said["vary"] and "████" in said["vary"]
     places = record(said["heat map"])["plans"]
-    assert [(p["kv_lora_rank"], p["hardware"], p["cache_per_token"]) for p in places] == [
+    assert [(p["kv_lora_rank"], p["hardware"], p["kv_cache"]) for p in places] == [
         (128, "h100", 23_424),
         (128, "h800", 23_424),
         (512, "h100", 70_272),

@@ -1,8 +1,7 @@
 """DeepSeek-V3's training as inputs of a plan, for tests: the cluster, the layout and the workload of its report."""
 
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.layout import Layout
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     COUNT,
@@ -11,7 +10,8 @@ from dsmini.planner.quantity import (
     SECONDS,
     WATTS,
 )
-from dsmini.planner.workload import Workload
+from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.workload import Workload
 
 H800 = Hardware(
     name="h800",

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.quantity import (
     COUNT,
     Count,
     exponential,

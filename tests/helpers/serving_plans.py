@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.planner.deployment import Deployment, ServingWorkload, serving_workload
-from dsmini.planner.figures import Figures
-from dsmini.planner.formula import evaluate, gradient, inputs, walk
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.quantity import BYTES, BYTES_PER_SECOND, COUNT, FLOPS_PER_SECOND, Anything, Quantity
+from dsmini.planner.quantities.figures import Figures
+from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import BYTES, BYTES_PER_SECOND, COUNT, FLOPS_PER_SECOND, Anything, Quantity
+from dsmini.planner.serving.deployment import Deployment, ServingWorkload, serving_workload
 from tests.helpers.configs import released
 
 V3 = released("deepseek-v3")

@@ -3,8 +3,8 @@
 import pytest
 
 from dsmini.planner.binding import AXES, Axis, Demand, Resource, Vocabulary, binding
-from dsmini.planner.formula import evaluate
-from dsmini.planner.quantity import SECONDS
+from dsmini.planner.quantities.formula import evaluate
+from dsmini.planner.quantities.quantity import SECONDS
 
 
 def demand(resource: Resource, seconds: float) -> Demand:

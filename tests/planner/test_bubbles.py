@@ -5,9 +5,15 @@ from collections.abc import Callable
 
 import pytest
 
-from dsmini.planner.bubbles import ChunkTimes, bubble_seconds, dualpipe_counts, published_bubble, schedule_seconds
-from dsmini.planner.layout import Schedule
-from dsmini.planner.quantity import COUNT, SECONDS
+from dsmini.planner.quantities.quantity import COUNT, SECONDS
+from dsmini.planner.training.bubbles import (
+    ChunkTimes,
+    bubble_seconds,
+    dualpipe_counts,
+    published_bubble,
+    schedule_seconds,
+)
+from dsmini.planner.training.layout import Schedule
 
 TIMES = [(1.0, 2.0, 1.0, 3.0), (1.0, 2.0, 0.5, 3.0), (1.0, 2.5, 0.75, 2.5), (0.0491, 0.1074, 0.032, 0.1438)]
 """Times F, B, W, F&B."""

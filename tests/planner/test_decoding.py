@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig
 from dsmini.accounting import decode_bytes_per_token, decode_flops_per_token, expected_experts
 from dsmini.planner.binding import Resource
-from dsmini.planner.decoding import decode_grid, decode_plan
-from dsmini.planner.deployment import deployment, serving_workload, v3_decode
-from dsmini.planner.formula import evaluate, inputs
-from dsmini.planner.quantity import FLOPS_PER_SECOND
+from dsmini.planner.quantities.formula import evaluate, inputs
+from dsmini.planner.quantities.quantity import FLOPS_PER_SECOND
+from dsmini.planner.serving.decoding import decode_grid, decode_plan
+from dsmini.planner.serving.deployment import deployment, serving_workload, v3_decode
 from tests.helpers.serving_plans import (
     CHANGES,
     SETTINGS,

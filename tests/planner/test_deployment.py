@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.decoding import DecodePlan, decode_plan
-from dsmini.planner.deployment import Deployment, deployment, serving_workload, v3_decode, v3_prefill
-from dsmini.planner.formula import evaluate
-from dsmini.planner.prefill import prefill_plan
+from dsmini.planner.quantities.formula import evaluate
+from dsmini.planner.serving.decoding import DecodePlan, decode_plan
+from dsmini.planner.serving.deployment import Deployment, deployment, serving_workload, v3_decode, v3_prefill
+from dsmini.planner.serving.prefill import prefill_plan
 from tests.helpers.serving_plans import V3, h800, model_of
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.decoding import decode_plan
-from dsmini.planner.deployment import Deployment, serving_workload, v3_decode, v3_prefill
-from dsmini.planner.deployment_choice import Serving, Stage, choose_deployment
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.references import reference
+from dsmini.planner.published.references import reference
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment import Deployment, serving_workload, v3_decode, v3_prefill
+from dsmini.planner.serving.deployment_choice import Serving, Stage, choose_deployment
 from tests.helpers.configs import refusal, released
 
 H800 = load_hardware("h800")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.dispatch import DispatchFigures, dispatch_figures
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.quantity import COUNT
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import COUNT
+from dsmini.planner.training.dispatch import DispatchFigures, dispatch_figures
 from tests.helpers.configs import refusal, released
 from tests.helpers.plans import H800
 

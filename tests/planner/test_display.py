@@ -2,8 +2,8 @@
 
 import pytest
 
-from dsmini.planner.display import exactly, shown
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.display import exactly, shown
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     BYTES_PER_TOKEN,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.explanation import Explanation, explain, find, named, text, wrapped
-from dsmini.planner.formula import inputs, walk
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.explanation import Explanation, explain, find, named, text, wrapped
+from dsmini.planner.quantities.formula import inputs, walk
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     BYTES_PER_TOKEN,

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dsmini.planner.formula import evaluate, gradient, inputs, walk
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     COUNT,

@@ -15,7 +15,7 @@ import torch
 from dsmini.measure import calibration
 from dsmini.measure.rates import Roofs
 from dsmini.planner.hardware import MACHINES, Hardware, known_hardware, load_hardware
-from dsmini.planner.quantity import Quantity
+from dsmini.planner.quantities.quantity import Quantity
 
 FULL = """
 title = "My machine"

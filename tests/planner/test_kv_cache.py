@@ -8,8 +8,7 @@ from hypothesis import given
 
 from dsmini import ModelConfig
 from dsmini.accounting import kv_bytes_per_token, mha_kv_bytes_per_token
-from dsmini.planner.formula import evaluate, gradient, inputs
-from dsmini.planner.kv_cache import (
+from dsmini.planner.model.kv_cache import (
     all_layers,
     cache_plan,
     cache_saving,
@@ -18,8 +17,9 @@ from dsmini.planner.kv_cache import (
     row_numbers,
     sequences_that_fit,
 )
-from dsmini.planner.published_sizes import renamed
-from dsmini.planner.quantity import BYTES, COUNT, TOKENS
+from dsmini.planner.model.sizes_files import renamed
+from dsmini.planner.quantities.formula import evaluate, gradient, inputs
+from dsmini.planner.quantities.quantity import BYTES, COUNT, TOKENS
 from tests.helpers.configs import CONFIGS, released
 from tests.helpers.serving_plans import (
     CHANGES,

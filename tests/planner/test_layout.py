@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout, check_layout, layout_figures
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.training.layout import Layout, check_layout, layout_figures
 from tests.helpers.configs import refusal, released
 from tests.helpers.plans import V3_LAYOUT, V3_WORKLOAD
 

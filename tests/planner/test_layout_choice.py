@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.planner.assumptions import Assumptions
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout
-from dsmini.planner.layout_choice import V3_LAYOUT, ChosenLayout, Cluster, choose_layout
-from dsmini.planner.layout_search import search_layouts
-from dsmini.planner.layout_table import Choices
+from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.search import search
 from dsmini.planner.setup import Model, setup, with_reached_links
-from dsmini.planner.training_plan import training_plan
-from dsmini.planner.workload import Workload
+from dsmini.planner.training.assumptions import Assumptions
+from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.layout_choice import V3_LAYOUT, ChosenLayout, Cluster, choose_layout
+from dsmini.planner.training.layout_search import search_layouts
+from dsmini.planner.training.layout_table import Choices
+from dsmini.planner.training.search import search
+from dsmini.planner.training.training_plan import training_plan
+from dsmini.planner.training.workload import Workload
 from tests.helpers.configs import CONFIGS, refusal, released
 
 H800 = with_reached_links(load_hardware("h800"))

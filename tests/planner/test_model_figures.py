@@ -7,9 +7,9 @@ from hypothesis import given
 
 from dsmini import ModelConfig
 from dsmini.accounting import flops_per_token, parameters
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.model import ModelFigures, dense_training_flops, model_figures
-from dsmini.planner.quantity import COUNT, TOKENS
+from dsmini.planner.model.parameters import ModelFigures, dense_training_flops, model_figures
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import COUNT, TOKENS
 from tests.helpers.configs import CONFIGS, released
 from tests.helpers.strategies import model_configs
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig
 from dsmini.accounting import training_bytes
 from dsmini.accounting.tensors import tensors
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout
-from dsmini.planner.model import model_figures
-from dsmini.planner.one_process import OneProcessMemory, one_process_memory
-from dsmini.planner.quantity import COUNT, TOKENS
+from dsmini.planner.model.parameters import model_figures
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import COUNT, TOKENS
+from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.one_process import OneProcessMemory, one_process_memory
 from tests.helpers.configs import CONFIGS, released
 from tests.helpers.strategies import model_configs
 

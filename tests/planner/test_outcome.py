@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from dsmini.planner.formula import inputs
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.outcome import reliability_plan
+from dsmini.planner.quantities.formula import inputs
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, setup
 from dsmini.planner.whole import Plan, whole_plan

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 
 from dsmini.planner import answers
-from dsmini.planner.explanation import named, shown
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.page import plan_report
+from dsmini.planner.pages.page import plan_report
+from dsmini.planner.pages.why import why
+from dsmini.planner.quantities.explanation import named, shown
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, Setup, setup
 from dsmini.planner.whole import Plan, whole_plan
-from dsmini.planner.why import why
 from tests.helpers.chromium import BROWSER, Chromium
 from tests.helpers.configs import CONFIGS
 
@@ -57,7 +57,7 @@ def test_every_link_leads_to_a_figure_or_a_section(page: Path) -> None:
 
 def test_figure_shows_its_formula_in_names_and_numbers(page: Path) -> None:
     text = page.read_text()
-    block = text[text.index('<div id="cache_per_token">') :]
+    block = text[text.index('<div id="kv_cache">') :]
     block = block[: block.index("</details>")]
     for said in ("n_layers × cache_row", "61 × 1.15 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
         assert said in block, said
@@ -134,7 +134,7 @@ def test_terminal_shows_headlines_alone(plan: Plan) -> None:
     out = io.StringIO()
     plan_report(plan, full=False).show(Console(file=out, width=80))
     text = out.getvalue()
-    for said in ("cache_per_token", "65.0 GB", "What does training take?", "Decode: memory traffic."):
+    for said in ("kv_cache", "65.0 GB", "What does training take?", "Decode: memory traffic."):
         assert said in text, said
     assert "gate_parameters" not in text and "Coverage" not in text
     assert "decode_gpu_tokens_per_second" in text, "names are not wrapped in 80 columns"

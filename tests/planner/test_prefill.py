@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig
 from dsmini.accounting import prefill_bytes_per_token, step_flops
 from dsmini.planner.binding import Resource
-from dsmini.planner.deployment import deployment, serving_workload, v3_prefill
-from dsmini.planner.formula import inputs
-from dsmini.planner.prefill import prefill_plan
+from dsmini.planner.quantities.formula import inputs
+from dsmini.planner.serving.deployment import deployment, serving_workload, v3_prefill
+from dsmini.planner.serving.prefill import prefill_plan
 from tests.helpers.serving_plans import (
     CHANGES,
     V3,

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from dsmini.planner import published_values
-from dsmini.planner.formula import inputs, walk
-from dsmini.planner.published import PublishedFigure, published_figures, rounding
-from dsmini.planner.quantity import COUNT
-from dsmini.planner.references import known_models, reference, same_sizes
+from dsmini.planner.published import values as published_values
+from dsmini.planner.published.published import PublishedFigure, published_figures, rounding
+from dsmini.planner.published.references import known_models, reference, same_sizes
+from dsmini.planner.quantities.formula import inputs, walk
+from dsmini.planner.quantities.quantity import COUNT
 from tests.helpers.configs import CONFIGS, released
 
 FIGURES = {figure.name: figure for figure in published_figures()}

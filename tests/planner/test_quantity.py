@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmini.planner.quantity import (
+from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
     COUNT,
@@ -161,8 +161,8 @@ ACCEPTED = {
     "rate of tokens": "-> SecondsPerToken: per(s, TOKENS)",
     "named": "-> Bytes: (rate * s).named('a', 'b')",
 }
-HEADER = """from dsmini.planner.quantity import *
-from dsmini.planner.quantity import Bytes, BytesPerSecond, Count, PerSecond, Seconds, SecondsPerToken
+HEADER = """from dsmini.planner.quantities.quantity import *
+from dsmini.planner.quantities.quantity import Bytes, BytesPerSecond, Count, PerSecond, Seconds, SecondsPerToken
 b, s, n, rate = BYTES(2), SECONDS(2), COUNT(2), BYTES_PER_SECOND(2)
 """
 

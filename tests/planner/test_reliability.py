@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
-from dsmini.planner.explanation import explain
-from dsmini.planner.formula import evaluate, gradient, inputs, walk
-from dsmini.planner.quantity import BYTES, BYTES_PER_SECOND, COUNT, SECONDS, Count, Seconds
+from dsmini.planner.quantities.explanation import explain
+from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
+from dsmini.planner.quantities.quantity import BYTES, BYTES_PER_SECOND, COUNT, SECONDS, Count, Seconds
 from dsmini.planner.reliability import (
     FailureInputs,
     best_interval,

@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmini.planner.grid import evaluate_many
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout
-from dsmini.planner.layout_table import Choices
-from dsmini.planner.quantity import BYTES, COUNT, exponential, geometric_mean, largest, power, rounded_up, smallest
-from dsmini.planner.search import Candidate, binding, search
-from dsmini.planner.training_plan import TrainingPlan, training_plan
-from dsmini.planner.workload import Workload
+from dsmini.planner.quantities.grid import evaluate_many
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import (
+    BYTES,
+    COUNT,
+    exponential,
+    geometric_mean,
+    largest,
+    power,
+    rounded_up,
+    smallest,
+)
+from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.layout_table import Choices
+from dsmini.planner.training.search import Candidate, binding, search
+from dsmini.planner.training.training_plan import TrainingPlan, training_plan
+from dsmini.planner.training.workload import Workload
 from tests.helpers.configs import refusal, released
 from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 

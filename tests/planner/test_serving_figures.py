@@ -2,15 +2,15 @@
 
 import time
 
-from dsmini.planner.compressed_attention import SharedSizes, compressed_attention, shared_cache
-from dsmini.planner.compressed_parameters import CompressedSizes
-from dsmini.planner.decoding import decode_plan
-from dsmini.planner.deployment import serving_workload, v3_decode, v3_prefill
-from dsmini.planner.formula import walk
-from dsmini.planner.prefill import prefill_plan
-from dsmini.planner.quantity import TOKENS, Anything
-from dsmini.planner.sparse_attention import SparseSizes, sparse_attention
-from dsmini.planner.speculation import speculation_plan
+from dsmini.planner.model.compressed_attention import SharedSizes, compressed_attention, shared_cache
+from dsmini.planner.model.compressed_parameters import CompressedSizes
+from dsmini.planner.model.sparse_attention import SparseSizes, sparse_attention
+from dsmini.planner.quantities.formula import walk
+from dsmini.planner.quantities.quantity import TOKENS, Anything
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment import serving_workload, v3_decode, v3_prefill
+from dsmini.planner.serving.prefill import prefill_plan
+from dsmini.planner.serving.speculation import speculation_plan
 from tests.helpers.serving_plans import V3, check_numbers_are_small, check_sources, h800, model_of
 
 

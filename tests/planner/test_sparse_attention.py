@@ -8,17 +8,17 @@ import pytest
 
 from dsmini import ModelConfig
 from dsmini.accounting import kv_bytes_per_token, parameters
-from dsmini.planner.compressed_attention import (
+from dsmini.planner.model.compressed_attention import (
     CompressedAttention,
     SharedSizes,
     compressed_attention,
     shared_cache,
 )
-from dsmini.planner.compressed_parameters import CompressedSizes, compressed_parameters
-from dsmini.planner.formula import evaluate, inputs
-from dsmini.planner.published_sizes import FOLDER, read_sizes
-from dsmini.planner.quantity import TOKENS, Quantity, Tokens
-from dsmini.planner.sparse_attention import SparseAttention, SparseSizes, sparse_attention
+from dsmini.planner.model.compressed_parameters import CompressedSizes, compressed_parameters
+from dsmini.planner.model.sizes_files import FOLDER, read_sizes
+from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
+from dsmini.planner.quantities.formula import evaluate, inputs
+from dsmini.planner.quantities.quantity import TOKENS, Quantity, Tokens
 from tests.helpers.configs import refusal, written
 from tests.helpers.serving_plans import (
     CHANGES,
@@ -53,7 +53,7 @@ def test_cache_of_v32() -> None:
     plan = v32(MILLION)
     assert plan.row.value == 656
     assert plan.index_row.value == 132
-    assert plan.cache_per_token.value == 48_068 == kv_bytes_per_token(V3, dtype="fp8") + 61 * 132
+    assert plan.kv_cache.value == 48_068 == kv_bytes_per_token(V3, dtype="fp8") + 61 * 132
     assert plan.cache.value == pytest.approx(50.4e9, rel=1e-3)
 
 
@@ -115,7 +115,7 @@ def test_cache_of_v4_as_printed(
     """V4 report: 9.5 and 13.7 times less than V3.2, and about 2 % of GQA with 8 groups in BF16."""
     plan = v4(name)
     assert plan.entry.value == 584 and plan.index_entry.value == 68
-    assert plan.cache_per_token.value == pytest.approx(per_token, abs=0.05)
+    assert plan.kv_cache.value == pytest.approx(per_token, abs=0.05)
     assert plan.cache_ratio.value == pytest.approx(ratio, abs=0.005)
     assert plan.cache_ratio.value == pytest.approx(printed, rel=0.01)
     assert plan.baseline_share.value == pytest.approx(share, abs=5e-5)
@@ -208,7 +208,7 @@ def test_headline_figures_depend_on_what_they_must() -> None:
         *("flash_rope_head_dim", "flash_scale_group", "flash_index_head_dim", "flash_index_scale_group"),
         *("flash_entry_pad", "fp8_size", "bf16_size", "fp4_size", "e8m0_size"),
     }
-    assert inputs(plan.cache_per_token).keys() == needs
+    assert inputs(plan.kv_cache).keys() == needs
     assert {"n_layers", "kv_lora_rank", "v32_index_head_dim", *needs} <= inputs(plan.cache_ratio).keys()
     assert {"flash_index_topk", "flash_activated", "v32_activated", "context"} <= inputs(plan.rounded_ratio).keys()
     assert "flash_activated" not in inputs(plan.flops_ratio)

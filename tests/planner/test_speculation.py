@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.decoding import decode_plan
-from dsmini.planner.deployment import deployment, serving_workload, v3_decode
-from dsmini.planner.formula import evaluate, inputs
-from dsmini.planner.speculation import accepted_tokens, speculation_plan
+from dsmini.planner.quantities.formula import evaluate, inputs
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment import deployment, serving_workload, v3_decode
+from dsmini.planner.serving.speculation import accepted_tokens, speculation_plan
 from tests.helpers.serving_plans import (
     V3,
     all_changes,

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.planner.assumptions import Assumptions
-from dsmini.planner.bubbles import published_bubble
-from dsmini.planner.formula import evaluate, gradient, inputs, walk
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout
-from dsmini.planner.published_training import published_training
-from dsmini.planner.quantity import Anything, Quantity
-from dsmini.planner.training_plan import TrainingPlan, training_plan
-from dsmini.planner.workload import Workload
+from dsmini.planner.published.v3_training import published_training
+from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import Anything, Quantity
+from dsmini.planner.training.assumptions import Assumptions
+from dsmini.planner.training.bubbles import published_bubble
+from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.training_plan import TrainingPlan, training_plan
+from dsmini.planner.training.workload import Workload
 from tests.helpers.configs import released
 from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 

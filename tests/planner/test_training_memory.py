@@ -7,12 +7,12 @@ import pytest
 
 from dsmini import ModelConfig
 from dsmini.accounting import parameters
-from dsmini.planner.activations import Activations
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.layout import Layout, layout_figures
-from dsmini.planner.model import model_figures
-from dsmini.planner.one_process import process_activations
-from dsmini.planner.training_memory import GpuMemory, TrainingMemory, state_sizes, training_memory
+from dsmini.planner.model.parameters import model_figures
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.training.activations import Activations
+from dsmini.planner.training.layout import Layout, layout_figures
+from dsmini.planner.training.memory import GpuMemory, TrainingMemory, state_sizes, training_memory
+from dsmini.planner.training.one_process import process_activations
 from tests.helpers.configs import released
 from tests.helpers.plans import V3_LAYOUT, V3_WORKLOAD
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from dsmini.planner.assumptions import Assumptions
-from dsmini.planner.inputs import ModelInputs
-from dsmini.planner.published_training import published_training
-from dsmini.planner.quantity import D, N, Quantity
-from dsmini.planner.training_plan import TrainingPlan, training_plan
+from dsmini.planner.published.v3_training import published_training
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import D, N, Quantity
+from dsmini.planner.training.assumptions import Assumptions
+from dsmini.planner.training.training_plan import TrainingPlan, training_plan
 from tests.helpers.configs import refusal, released
 from tests.helpers.plans import H800, V3_LAYOUT, V3_WORKLOAD
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.planner.comparison_section import variation_section
 from dsmini.planner.hardware import load_hardware
+from dsmini.planner.pages.comparison import variation_section
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, Setup, setup
 from dsmini.planner.varied_axis import read_axis
@@ -80,7 +80,7 @@ def test_size_of_the_model_changes_what_depends_on_it_alone(v3: Setup) -> None:
     assert {plan.training.layout for plan in found.plans.values()} == {v3.layout.layout}
     sequences = {plan.setup.serving.workload.sequences.value for plan in found.plans.values() if plan.setup.serving}
     assert sequences == {30}, "as many as in the plan"
-    assert "cache_per_token" in found.names and "decode_cost" in found.names
+    assert "kv_cache" in found.names and "decode_cost" in found.names
 
 
 def test_value_of_the_plan_itself_changes_nothing(v3: Setup) -> None:
@@ -103,7 +103,7 @@ def test_value_of_the_plan_itself_changes_nothing(v3: Setup) -> None:
         ("utilization=0.7788", "step_seconds", 0.5),
         ("context=8192", "decode_gpu_cache", 2),
         ("sequences=15", "decode_gpu_cache", 0.5),
-        ("cache_dtype=fp8", "cache_per_token", 656 / 1152),
+        ("cache_dtype=fp8", "kv_cache", 656 / 1152),
         ("failures_per_node_day=0.013", "mean_time_to_failure", 0.5),
     ],
 )
@@ -150,7 +150,7 @@ def test_two_axes_make_a_heat_map(v3: Setup) -> None:
 
 def test_figures_that_differ_along_both_axes_come_first(v3: Setup) -> None:
     names = varied(v3, "kv_lora_rank=128,512", "context=1024,16384").names
-    assert names.index("decode_time_per_token") < names.index("cache_per_token")
+    assert names.index("decode_time_per_token") < names.index("kv_cache")
 
 
 def test_one_axis_makes_a_table_and_plots(v3: Setup) -> None:

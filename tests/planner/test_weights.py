@@ -7,8 +7,8 @@ from hypothesis import given
 
 from dsmini import ModelConfig
 from dsmini.accounting import parameters, weight_bytes
-from dsmini.planner.formula import inputs
-from dsmini.planner.weights import weights
+from dsmini.planner.model.weights import weights
+from dsmini.planner.quantities.formula import inputs
 from tests.helpers.configs import CONFIGS, released
 from tests.helpers.serving_plans import (
     CHANGES,

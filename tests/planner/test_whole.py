@@ -2,11 +2,11 @@
 
 import pytest
 
-from dsmini.planner.explanation import explain, named
-from dsmini.planner.formula import walk
 from dsmini.planner.hardware import known_hardware, load_hardware
+from dsmini.planner.pages.sections import COMPARED, HEADLINES, sections
+from dsmini.planner.quantities.explanation import explain, named
+from dsmini.planner.quantities.formula import walk
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.sections import COMPARED, HEADLINES, sections
 from dsmini.planner.setup import Model, setup
 from dsmini.planner.whole import Plan, whole_plan
 from tests.helpers.configs import CONFIGS

@@ -1,0 +1,72 @@
+"""Matrices of a layer by their sizes (outputs, inputs).
+
+    MLA                 wq_a (q, m)  wq_b (h d, q)  wkv_a (c + r, m)  wkv_b (h (d_nope + d_v), c)  wo (m, h d_v)
+    MLA, whole query    wq (h d, m)  wkv_a  wkv_b  wo
+    MHA, GQA, MQA       wq (h d, m)  wk (h_kv d, m)  wv (h_kv d_v, m)  wo
+    SwiGLU              w1 (f, m)  w3 (f, m)  w2 (m, f)
+
+DeepSeek-V3's wkv_b is (128 * (128 + 128), 512) = 16,777,216 parameters.
+
+Source: DeepSeek-V2 report, section 2.1; the shapes of the released checkpoints.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import Count, rounded_up, total
+from dsmini.planner.quantities.sizes import FP8_TILE
+
+Matrix = tuple[Count, Count]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMatrices:
+    """Matrices of an attention layer, by how tensor parallelism divides them."""
+
+    whole: tuple[Matrix, ...]
+    """Projections to latents that all heads share: each GPU holds them whole."""
+    by_head: tuple[Matrix, ...]
+    """Projections of heads, divided by heads."""
+
+    @property
+    def all(self) -> tuple[Matrix, ...]:
+        return (*self.whole, *self.by_head)
+
+
+def key_width(m: ModelInputs) -> Count:
+    """Return the width of a head's query and key, of MLA in its expanded form."""
+    return m.qk_nope_head_dim + m.qk_rope_head_dim if m.config.attention == "mla" else m.qk_nope_head_dim
+
+
+def kv_heads(m: ModelInputs) -> Count:
+    """Return the number of heads of keys and values that a layer computes."""
+    return m.n_heads if m.config.attention in ("mla", "mha") else m.n_kv_heads
+
+
+def attention_matrices(m: ModelInputs) -> AttentionMatrices:
+    """Return the matrices of an attention layer."""
+    queries, output = m.n_heads * key_width(m), (m.dim, m.n_heads * m.v_head_dim)
+    if m.config.attention != "mla":
+        keys, values = (kv_heads(m) * key_width(m), m.dim), (kv_heads(m) * m.v_head_dim, m.dim)
+        return AttentionMatrices(whole=(), by_head=((queries, m.dim), keys, values, output))
+    down = (m.kv_lora_rank + m.qk_rope_head_dim, m.dim)
+    up = (m.n_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)
+    if m.config.q_lora_rank is None:
+        return AttentionMatrices(whole=(down,), by_head=((queries, m.dim), up, output))
+    return AttentionMatrices(whole=((m.q_lora_rank, m.dim), down), by_head=((queries, m.q_lora_rank), up, output))
+
+
+def swiglu_matrices(m: ModelInputs, hidden: Count) -> tuple[Matrix, ...]:
+    """Return the three matrices of a feed-forward or an expert with this hidden width."""
+    return ((hidden, m.dim), (hidden, m.dim), (m.dim, hidden))
+
+
+def parameters_of(matrices: Iterable[Matrix]) -> Count:
+    """Return the number of parameters of one or more matrices."""
+    return total(o * i for o, i in matrices)
+
+
+def scales_of(matrices: Iterable[Matrix]) -> Count:
+    """Return the number of 128x128 blocks of one or more matrices, each of which has a scale in FP8."""
+    return total(rounded_up(o / FP8_TILE) * rounded_up(i / FP8_TILE) for o, i in matrices)

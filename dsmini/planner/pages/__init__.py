@@ -1,0 +1,1 @@
+"""A plan in words, as sections of a report."""

@@ -1,0 +1,155 @@
+"""Sections of a plan in words: the question of each, its answer in one sentence, and the figures to show first.
+
+A figure that a plan lacks, such as the cost on hardware without a price, is left out of headlines and sentences.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dsmini.planner.quantities.explanation import shown
+from dsmini.planner.quantities.quantity import Anything
+from dsmini.planner.whole import Plan
+
+TITLES = {
+    "model": "What is the model?",
+    "training": "What does training take?",
+    "inference": "What does serving take?",
+    "reliability": "What do failures cost?",
+}
+HEADLINES: Mapping[str, tuple[str, ...]] = {
+    "model": (
+        *("parameters_main", "mtp_parameters", "parameters_active", "training_flops", "kv_cache"),
+        *("mha_kv_cache", "cache_saving", "equal_gqa_groups", "model_bytes"),
+    ),
+    "training": (
+        *("memory_needed", "memory_free", "process_memory", "state_parameter", "step_seconds", "roof_step_seconds"),
+        *("computing_seconds", "dispatching_seconds", "reducing_seconds", "bubble_seconds", "exchange_seconds"),
+        *("update_seconds", "roof_utilization", "slow_bytes", "slow_link_share", "nodes_reached"),
+        *("training_tokens_per_day", "training_gpu_hours", "training_days", "training_cost"),
+    ),
+    "inference": (
+        *("decode_gpu_weights", "decode_gpu_cache", "decode_memory_share", "decode_sequences_that_fit"),
+        *("decode_longest_context", "decode_time_per_token", "decode_tokens_per_second"),
+        *("decode_gpu_tokens_per_second", "decode_exchange_limit", "decode_slow_bytes", "speculation_gain"),
+        *("decode_cost", "prefill_time_to_first_token", "prefill_gpu_tokens_per_second", "prefill_cost"),
+    ),
+    "reliability": (
+        *("mean_time_to_failure", "failures", "checkpoint_bytes", "checkpoint_write_time", "checkpoint_interval"),
+        *("effective_share_at_any_rate", "elapsed_time", "elapsed_cost", "training_energy"),
+    ),
+}
+"""Names of the figures that a section shows first, in their order."""
+NARROW = 0.05
+"""Share of the memory below which what is left is worth a warning."""
+COMPARED = (
+    *("parameters_main", "parameters_active", "kv_cache", "memory_needed", "process_memory", "step_seconds"),
+    *("roof_step_seconds", "training_days", "training_cost", "decode_time_per_token", "decode_gpu_tokens_per_second"),
+    *("decode_sequences_that_fit", "decode_cost", "prefill_time_to_first_token", "elapsed_time"),
+)
+"""Figures that are compared where a plan is varied."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SectionOfPlan:
+    """One section in words."""
+
+    name: str
+    title: str
+    finding: str
+    headlines: dict[str, Anything]
+    others: dict[str, Anything]
+    warnings: tuple[str, ...]
+
+
+def sections(plan: Plan) -> Iterator[SectionOfPlan]:
+    """Yield the sections that a plan has figures for, or a reason why not."""
+    answers = {"model": _model, "training": _training, "inference": _inference, "reliability": _reliability}
+    for name, figures in plan.sections.items():
+        headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
+        others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
+        warnings = {"training": _training_warnings, "inference": _serving_warnings}.get(name)
+        yield SectionOfPlan(
+            name=name,
+            title=TITLES[name],
+            finding=answers[name](plan),
+            headlines=headlines,
+            others=others,
+            warnings=tuple(warnings(plan)) if warnings else (),
+        )
+
+
+def percent(share: Anything) -> str:
+    """Return a share in percent, in three digits."""
+    return f"{100 * share.value:.3g} %"
+
+
+def _model(plan: Plan) -> str:
+    p, ops = plan.training.model.parameters, plan.training.model.operations
+    saved = f", {percent(plan.cache.saving)} less than multi-head attention" if plan.cache.saving.value > 0 else ""
+    return (
+        f"{_words(p.parameters_main)} parameters, of which a token meets {_words(p.parameters_active)}: "
+        f"{shown(ops.training_flops)} in training. A token's cache takes {_bytes(plan.cache.per_token)}{saved}."
+    )
+
+
+def _training(plan: Plan) -> str:
+    t, time = plan.training, plan.training.time
+    gpus = "One GPU takes" if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
+    cost = f" and {shown(time.cost)}" if time.cost is not None else ""
+    needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
+    running = shown(plan.reliability.running)
+    return f"{gpus} {running}{cost} for {_words(t.workload.tokens)} tokens. {needs}"
+
+
+def _inference(plan: Plan) -> str:
+    if plan.serving is None:
+        return f"It is not planned: {plan.setup.unserved}."
+    d, p = plan.serving.decode, plan.serving.prefill
+    cost = plan.serving.cost
+    rent = f", {shown(cost.decode)}" if cost is not None else ""
+    return (
+        f"A sequence gets {shown(d.tokens_per_second)} and a GPU gives {shown(d.gpu_tokens_per_second)}{rent}. "
+        f"The first token of a prompt comes after {shown(p.time_to_first_token)}."
+    )
+
+
+def _reliability(plan: Plan) -> str:
+    r = plan.reliability
+    return (
+        f"A failure every {shown(r.mean_time)}: {percent(r.share)} of the time trains, with a checkpoint every "
+        f"{shown(r.interval)}. The whole run takes {shown(r.elapsed)}."
+    )
+
+
+def _training_warnings(plan: Plan) -> Iterator[str]:
+    t, memory = plan.training, plan.setup.hardware.memory
+    if not t.fits:
+        yield (
+            f"This does not fit: the fullest GPU needs {shown(t.memory_needed)}, and has {shown(memory)}. "
+            "Use more GPUs, ZeRO, recomputation, or --search."
+        )
+    elif t.memory_free.value < NARROW * memory.value:
+        yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {shown(memory)} are left."
+
+
+def _serving_warnings(plan: Plan) -> Iterator[str]:
+    if plan.serving is None:
+        return
+    for stage, memory in (("decode", plan.serving.decode.memory), ("prefill", plan.serving.prefill.memory)):
+        if memory.share.value > 1:
+            yield (
+                f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
+                f"{shown(plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
+            )
+
+
+def _words(count: Anything) -> str:
+    """Return a large count in words, such as 671 billion."""
+    for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if count.value >= size:
+            return f"{count.value / size:.3g}{name}"
+    return f"{count.value:,.0f}"
+
+
+def _bytes(rate: Anything) -> str:
+    return shown(rate).partition("/")[0]

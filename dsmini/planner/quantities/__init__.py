@@ -1,0 +1,1 @@
+"""Numbers with a unit that know how they were computed. Start with quantity."""

@@ -1,0 +1,1 @@
+"""Serving: deployments, prefill, decoding, speculation, and the memory that they take."""

@@ -1,0 +1,119 @@
+"""Choice of the deployments that a user leaves open: how many GPUs decode and read prompts together.
+
+A model with DeepSeek-V3's sizes takes the deployments of its report if they fit, else the fewest GPUs whose memory
+holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that divide them, without experts GPUs of a node that divide
+its matrices. Redundant experts are as many as make the experts divide.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dsmini.accounting.kv_cache import CacheDtype
+from dsmini.accounting.memory import WeightDtype
+from dsmini.planner.hardware import Hardware
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment import Deployment, ServingWorkload, deployment, v3_decode, v3_prefill
+from dsmini.planner.serving.prefill import prefill_plan
+from dsmini.planner.training.layout_choice import is_v3
+
+Stage = Literal["decode", "prefill"]
+NODES = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of nodes to try."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenDeployment:
+    """A deployment, and how it was chosen, in words."""
+
+    deployment: Deployment
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """All that a deployment is chosen for."""
+
+    m: ModelInputs
+    hardware: Hardware
+    workload: ServingWorkload
+    weight_dtype: WeightDtype
+    cache_dtype: CacheDtype
+
+
+def choose_deployment(
+    serving: Serving, stage: Stage, gpus: int | None, tensor: int | None, redundant: int | None
+) -> ChosenDeployment:
+    """Return the deployment with the given numbers, and what is best for the others.
+
+    Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
+    """
+    linked = serving.hardware.slow_link is not None and serving.hardware.fast_link is not None
+    if is_v3(serving.m) and linked and gpus is None and tensor is None and redundant is None:
+        published = v3_decode() if stage == "decode" else v3_prefill()
+        published = in_dtypes(published, serving.weight_dtype, serving.cache_dtype)
+        if _fits(serving, stage, published):
+            return ChosenDeployment(deployment=published, how="as DeepSeek-V3 is served")
+    if gpus is not None:
+        return ChosenDeployment(deployment=_made(serving, stage, gpus, tensor or 1, redundant), how="as chosen")
+    made = None
+    for count, shared in _counts(serving, tensor):
+        made = _made(serving, stage, count, shared, redundant)
+        if _fits(serving, stage, made):
+            return ChosenDeployment(deployment=made, how="the fewest GPUs that hold weights and cache")
+    if made is None:
+        raise ValueError(
+            f"{stage}_tensor={tensor} needs as many GPUs with a link, which {serving.hardware.title} lacks; use 1"
+        )
+    return ChosenDeployment(deployment=made, how="the most GPUs that were tried, since fewer do not hold it")
+
+
+def in_dtypes(made: Deployment, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> Deployment:
+    """Return a deployment in other dtypes; tokens go to experts in that of the weights."""
+    return deployment(
+        made.stage,
+        tensor_parallel=round(made.tensor_parallel.value),
+        expert_parallel=round(made.expert_parallel.value),
+        redundant_experts=round(made.redundant_experts.value),
+        micro_batches=round(made.micro_batches.value),
+        imbalance=made.imbalance.value,
+        shared_remote=made.shared_remote,
+        two_hop=made.two_hop,
+        weight_dtype=weight_dtype,
+        cache_dtype=cache_dtype,
+        source=made.expert_parallel.source,
+    )
+
+
+def _made(serving: Serving, stage: Stage, gpus: int, tensor: int, redundant: int | None) -> Deployment:
+    return deployment(
+        stage,
+        tensor_parallel=tensor,
+        expert_parallel=gpus,
+        redundant_experts=-serving.m.config.n_routed_experts % gpus if redundant is None else redundant,
+        micro_batches=1 if gpus == 1 else 2,
+        two_hop=stage == "prefill",
+        weight_dtype=serving.weight_dtype,
+        cache_dtype=serving.cache_dtype,
+    )
+
+
+def _counts(serving: Serving, tensor: int | None) -> Iterator[tuple[int, int]]:
+    """Yield numbers of GPUs to try, and how many of them share heads."""
+    hardware, config = serving.hardware, serving.m.config
+    node, moe = round(hardware.gpus_per_node.value), config.n_dense_layers < config.n_layers
+    most = node if hardware.fast_link is not None else 1
+    if moe and most > 1 and hardware.slow_link is not None:
+        most = max(node, config.n_routed_experts)
+    counts = [2**i for i in range(node.bit_length()) if 2**i < node] + [node * nodes for nodes in NODES]
+    for count in counts:
+        shared = tensor or (1 if moe else count)
+        divides = count % shared == 0 and shared <= node and config.n_heads % shared == 0
+        if count <= most and divides:
+            yield count, shared
+
+
+def _fits(serving: Serving, stage: Stage, made: Deployment) -> bool:
+    plan = decode_plan if stage == "decode" else prefill_plan
+    return plan(serving.m, serving.hardware, serving.workload, made).memory.share.value <= 1
