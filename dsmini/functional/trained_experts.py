@@ -124,7 +124,8 @@ class TrainedExperts(torch.autograd.Function):
     @staticmethod
     @ops.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with ops.use(ctx.backend):
+        # forward ran outside of autocast, or another version would have
+        with ops.use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
             dx, dp, dw1, dw2, dw3 = trained_experts_gradients(grad, *ctx.saved_tensors)
         return dx, None, dp, None, dw1, dw2, dw3
 
@@ -133,10 +134,14 @@ def train_experts(
     x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor | None:
     """Return `experts` by a kernel with a backward of its own, or None where none serves this call."""
-    plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in (w1, w2, w3))
+    matrices, forward = (w1, w2, w3), 3 * indices.numel() * w1[0].numel()
+    plain = all(w.dtype == torch.float32 and w.is_contiguous() for w in matrices)
     known = plain and weights.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
-    if not known or 3 * indices.numel() * w1[0].numel() < LEAST or torch.is_autocast_enabled(x.device.type):
+    if not known or forward < LEAST or not all(w.requires_grad for w in matrices):
         return None
-    if not ops.serves("trained_experts", x):
+    # an expert is computed by one thread; frozen ones want no gradients, which the kernel would make
+    if w1.shape[0] < 2 * torch.get_num_threads() or not ops.serves("trained_experts", x):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
         return None
     return cast(Tensor, TrainedExperts.apply(x, indices, weights, counts, w1, w2, w3))

@@ -38,6 +38,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
@@ -127,7 +128,7 @@ class Operation(Generic[P, R]):
         every = (*args, *kwargs.values())
         if _is_watched(every[0] if isinstance(every[0], Tensor) else next(t for a in every for t in _tensors_of(a))):
             return self.plain(*args, **kwargs)
-        # asked before kernels are loaded, which may compile them: training must not wait for what it does not use
+        # asked before kernels are loaded, which may compile them
         wanted = self.differentiable and torch.is_grad_enabled()
         if wanted and any(t.requires_grad for a in every for t in _tensors_of(a)):
             return self.plain(*args, **kwargs)
@@ -321,10 +322,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _is_watched(tensor: Tensor) -> bool:
     """Return True where torch must see each of its own operations, so that no kernel may run.
 
-    That holds for fake tensors, tensor subclasses and dispatch modes. A counter is a dispatch mode too, but kernels are
-    reported to it.
+    That holds for fake tensors, tensor subclasses, dispatch modes and derivatives in forward mode. A counter is a
+    dispatch mode too, but kernels are reported to it.
     """
     modes = torch._C._len_torch_dispatch_stack()
+    if forward_ad._current_level >= 0:  # a dual tensor has a tangent, which kernels do not see
+        return True
     return type(tensor) not in (Tensor, torch.nn.Parameter) or modes > (_counter.get() is not None)
 
 

@@ -1,24 +1,23 @@
 """Products of many rows in C++ agree with their references, on every instruction set."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmini import ops
 from dsmini.functional.experts import experts, quantized_experts
-from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
+from dsmini.functional.linear import linear
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, panels, steps
 from tests.helpers.decoding import WEIGHTS
+from tests.helpers.expert_calls import SHAPES, a_call, dense, exact, tolerance, weight_in
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
-
-SHAPES = ((1, 33, 7, 4, 2), (40, 130, 63, 8, 3), (300, 64, 65, 5, 2), (130, 257, 31, 40, 4), (7, 1, 1, 1, 1))
-"""Tokens, widths of the model and of an expert, experts, and those that a token chooses."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,35 +26,6 @@ def _serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Itera
     monkeypatch.setattr(panels, "LEAST", 0)
     with torch.no_grad():
         yield
-
-
-def weight_in(dtype: str, *shape: int) -> Any:
-    w = torch.randn(shape) / shape[-1] ** 0.5
-    return quantize(w, WEIGHT_TILE) if dtype == "fp8" else w.to(getattr(torch, dtype))
-
-
-def dense(w: Any) -> Tensor:
-    return w.double() if isinstance(w, Tensor) else w.dequantize().double()
-
-
-def a_call(n: int, m: int, f: int, e: int, k: int, dtype: torch.dtype, weights: str) -> tuple[Any, ...]:
-    """Return the arguments of `experts`; with four experts or more the last is chosen by nobody."""
-    chosen = torch.stack([torch.randperm(e - (e > 3))[:k] for _ in range(n)])
-    matrices = (weight_in(weights, e, *shape) for shape in ((f, m), (m, f), (f, m)))
-    return (
-        *(torch.randn(n, m).to(dtype), chosen, torch.rand(n, k) - 0.3),
-        *(chosen.flatten().bincount(minlength=e), *matrices),
-    )
-
-
-def exact(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, *matrices: Any) -> Tensor:
-    return experts.reference(x.double(), indices, weights.double(), counts, *map(dense, matrices))
-
-
-def tolerance(dtype: torch.dtype, terms: int) -> float:
-    """Return the error of three chained products, whose operands and results are rounded once each."""
-    sums = rounding(FP32_UNIT, terms=terms, chained=3)
-    return sums if dtype == torch.float32 else sums + rounding(BF16_UNIT, chained=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,11 +70,12 @@ def test_more_tokens_than_memory_take_turns(every_isa: str) -> None:
 
 def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, weights in ((torch.bfloat16, "bfloat16"), (torch.float32, "fp8")):
-        call, w, results = a_call(150, 96, 70, 6, 2, dtype, weights), weight_in("bfloat16", 70, 96), []
+        call, results = a_call(150, 96, 70, 6, 2, dtype, weights), []
+        held = [weight_in(kind, 370, 96) for kind in WEIGHTS]  # rows of some are converted, in memory of the thread
         for threads in (1, 2, 3):
             for module in (panels, steps):
                 monkeypatch.setattr(module, "place", lambda lib, n=threads: (lib.isa, n))
-            results.append((cpu.experts(*call), cpu.quantized_linear(call[0], w)))
+            results.append((cpu.experts(*call), *(cpu.quantized_linear(call[0], w) for w in held)))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -118,6 +89,26 @@ def test_a_bad_number_stays_with_its_token(every_isa: str, bad: float) -> None:
         assert rows.sum() == 59 and not rows[17]
         rows = cpu.quantized_linear(call[0], weight_in("bfloat16", 9, 40)).isfinite().all(-1)
         assert rows.sum() == 59 and not rows[17]
+
+
+def test_a_row_ends_where_it_ends(every_isa: str) -> None:
+    """With an odd width the numbers after a row's last are the next row's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = list(a_call(60, 41, 21, 4, 2, dtype, str(dtype).removeprefix("torch.")))
+        call[4][:, 9], call[5][:, 9] = math.nan, math.inf
+        x, w = call[0], call[4][0]
+        assert cpu.quantized_linear(x, w).isfinite().all(0).tolist() == [i != 9 for i in range(21)]
+        call[4][:, 9] = 0
+        assert cpu.experts(*call).isfinite().all(0).tolist() == [i != 9 for i in range(41)]
+
+
+def test_nan_of_a_weight_stays_where_it_is(every_isa: str) -> None:
+    """Also in rows that are converted to BF16, and NaN of any sign and payload."""
+    w = torch.randn(20, 40)
+    w.view(torch.int32)[7, 3], w.view(torch.int32)[9, 5] = 0x7FFFFFFF, -1
+    for dtype in (torch.float32, torch.bfloat16):
+        bad = cpu.quantized_linear(torch.ones(40, 40, dtype=dtype), w).isnan().all(0)
+        assert bad.nonzero().flatten().tolist() == [7, 9]
 
 
 def test_every_code_is_decoded_for_many_rows(every_isa: str) -> None:
@@ -143,75 +134,11 @@ def test_experts_of_a_model_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
     assert called == ["experts", "quantized_experts"]
 
 
-def gradients(call: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
-    """Return y and the gradients of x, weights, w1, w2 and w3 in FP64, by autograd from the reference."""
-    x, indices, weights, counts, *matrices = call
-    leaves = [t.detach().double().requires_grad_() for t in (x, weights, *matrices)]
-    with torch.enable_grad():
-        y = experts.reference(leaves[0], indices, leaves[1], counts, *leaves[2:])
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES, (500, 100, 40, 2, 1)])
-def test_trained_experts_agree(every_isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    call = a_call(*shape, dtype, "float32")  # pyright: ignore[reportArgumentType]
-    grad = torch.randn(call[0].shape).to(dtype)
-    y, gate, up = cpu.trained_experts(*call)
-    got = [y, *cpu.trained_experts_gradients(grad, *call[:4], gate, up, *call[4:])]
-    want = gradients(call, grad)
-    # sums are over the model's width, the expert's or the tokens; g and u are kept in x's dtype and rounded once more
-    limit = tolerance(dtype, max(shape[:3])) + (dtype == torch.bfloat16) * rounding(BF16_UNIT, chained=2)
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape and relative_error(a, b) < limit
-    for a, b in zip(got[3:], want[3:], strict=True):  # an expert with few tokens, or none, by itself
-        for i in range(len(a)):
-            assert relative_error(a[i], b[i]) < 4 * limit
-    assert got[0].dtype == got[1].dtype == dtype and all(t.dtype == torch.float32 for t in got[2:])
-
-
-def test_trained_experts_agree_with_their_references() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        call = a_call(70, 33, 20, 5, 2, dtype, "float32")
-        grad, limit = torch.randn(70, 33).to(dtype), 2 * tolerance(dtype, 70)
-        y, *kept = cpu.trained_experts(*call)
-        for a, b in zip((y, *kept), trained_experts.reference(*call), strict=True):
-            assert relative_error(a, b) < limit
-        arguments = (grad, *call[:4], *kept, *call[4:])
-        want = trained_experts_gradients.reference(*arguments)
-        for a, b in zip(cpu.trained_experts_gradients(*arguments), want, strict=True):
-            assert relative_error(a, b) < limit
-        for a, b in zip((y, *want), gradients(call, grad), strict=True):
-            assert relative_error(a, b) < 2 * limit
-
-
-def test_training_reaches_the_kernel_and_its_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmini.functional.trained_experts.LEAST", 0)
-    call = a_call(90, 40, 20, 4, 2, torch.bfloat16, "float32")
-    leaves = [call[0], call[2], *call[4:]]
-    for t in leaves:
-        t.requires_grad_()
-    grad, results = torch.randn(90, 40).bfloat16(), []
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(panels, "place", lambda lib, n=threads: (lib.isa, n))
-        with torch.enable_grad():
-            y = experts(*call)
-        assert "TrainedExperts" in type(y.grad_fn).__name__
-        results.append([y, *torch.autograd.grad(y, leaves, grad)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    with ops.use("eager"), torch.enable_grad():
-        y = experts(*call)
-        want = [y, *torch.autograd.grad(y, leaves, grad)]
-    for a, b in zip(results[0], want, strict=True):
-        assert relative_error(a, b) < 4 * tolerance(torch.bfloat16, 90)
-    with torch.enable_grad(), pytest.raises(ValueError, match="second derivatives"):
-        torch.autograd.grad(experts(*call), leaves, grad, create_graph=True)
-
-
 def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x, chosen, weights, counts, w1, w2, w3 = a_call(20, 40, 20, 4, 2, torch.float32, "float32")
     for call, reason in (
+        ((x, chosen, weights, counts, w1, torch._neg_view(w2), w3), "sign"),
+        ((x, chosen, weights, counts, w1[:, :1].expand(w1.shape), w2, w3), "strides"),
         ((x.half(), chosen, weights, counts, w1, w2, w3), "x of torch.float16"),
         ((x, chosen, weights.double(), counts, w1, w2, w3), "weights of torch.float64"),
         ((x, chosen, weights, counts, w1.mT.contiguous().mT, w2, w3), "strides"),
@@ -224,6 +151,48 @@ def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panels, "LEAST", 0)
     with torch.enable_grad(), pytest.raises(Unserved, match="gradient"):
         cpu.experts(x, chosen, weights, counts, w1.requires_grad_(), w2, w3)
+
+
+def test_tangents_of_forward_mode_are_not_lost() -> None:
+    x, w = torch.randn(20, 300), torch.randn(300, 300)
+    with forward_ad.dual_level(), torch.no_grad():
+        tangent = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), w)).tangent
+    assert tangent is not None and relative_error(tangent, x @ w.T) < rounding(FP32_UNIT, terms=300)
+
+
+def test_weights_that_are_not_their_memory_run_in_torch() -> None:
+    x, w = torch.randn(20, 300), torch.randn(300, 300)
+    for odd in (torch._neg_view(w), w[:1].expand(300, 300)):
+        assert relative_error(linear(x, odd), x @ odd.T) < rounding(FP32_UNIT, terms=300)
+    assert not linear(torch.randn(20, 0), torch.randn(5, 0).bfloat16()).any()
+
+
+def test_more_threads_than_a_team_has_are_fewer() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(300)
+        x, w = torch.randn(40, 300), torch.randn(300, 300)
+        assert relative_error(linear(x, w), x @ w.T) < rounding(FP32_UNIT, terms=300)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_child_after_a_fork_multiplies_many_rows() -> None:
+    """Torch's threads, which the parent borrows, are lost in a fork."""
+    code = """
+import os, torch
+from dsmini_kernels import cpu
+torch.set_num_threads(2)
+x, weight = torch.randn(64, 700), torch.randn(300, 700)
+want = cpu.linear(x, weight)
+child = os.fork()
+same = all(torch.equal(cpu.linear(x, weight), want) for _ in range(20))
+if child == 0:
+    os._exit(not same)
+print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "True 0\n", done.stderr
 
 
 def test_wrong_calls_are_refused_before_memory_is_touched() -> None:

@@ -7,7 +7,8 @@ killed build leaves nothing that counts. A file whose content does not hash to i
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
 loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere kernels of
-tiles run in one thread. Decoding steps have threads of their own (team.h), which wait for nobody.
+tiles run in one thread. Products of many rows run on it too. Decoding steps have threads of their own (team.h), which
+wait for nobody.
 """
 
 import ctypes

@@ -4,7 +4,7 @@
 // A panel holds up to MOST_VECTORS vectors of tokens, transposed: [words of the sum][tokens]. A word is an FP32 number,
 // or two BF16 numbers of one token for CPUs that multiply those. A weight is read where it lies, a word at a time, which
 // is multiplied with all tokens of the panel. So nothing of a weight is packed or copied, but for rows of another type,
-// which are converted four at a time. The result comes out transposed: [rows of the weight][tokens]. In this form the
+// which are converted a strip at a time. The result comes out transposed: [rows of the weight][tokens]. In this form the
 // hidden numbers of a feed-forward are the panel of its second product.
 
 #pragma once

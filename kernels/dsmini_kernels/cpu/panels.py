@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import EXPERTS, TRAINED, library
-from dsmini_kernels.cpu.steps import detached, matrix, place, run, span
+from dsmini_kernels.cpu.steps import detached, place, run, span, weight_matrix
 
 LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
@@ -26,7 +26,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
     (n, m), (e, f, _) = x.shape, w1.shape
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
-    matrices = [matrix(detached_weight(w)) for w in (w1, w2, w3)]
+    matrices = [weight_matrix(w) for w in (w1, w2, w3)]
     x, weights = detached(x).contiguous(), detached(weights).contiguous()
     indices = indices.to(torch.int64).contiguous()
     y = torch.empty_like(x)
@@ -102,9 +102,4 @@ def _run_trained(
         return (*(at for at, _ in spans), *(size for _, size in spans))
 
     numbers = (*call, *(i for t in inputs for i in span(t)), *addresses(kept), *span(dx), *addresses(grads))
-    run(library().trained_experts, TRAINED, (*numbers, *(i for w in matrices for i in matrix(detached(w)))))
-
-
-def detached_weight(weight: Any) -> Any:
-    """Return the weight, if nobody asks for its gradient."""
-    return detached(weight) if isinstance(weight, Tensor) else weight
+    run(library().trained_experts, TRAINED, (*numbers, *(i for w in matrices for i in weight_matrix(w))))

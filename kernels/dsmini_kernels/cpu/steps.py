@@ -1,4 +1,4 @@
-"""Products for a few rows, and the parts of a decoding step: checks, and the description of a call for the C++.
+"""Products, and the parts of a decoding step: checks, and the description of a call for the C++.
 
 A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 blocks. It is read where it lies.
 """
@@ -28,6 +28,7 @@ from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32
 """Number of tokens of a decoding step up to which a product reads each weight once and is bound by memory."""
+MOST_THREADS = 256
 MOST_ROWS = 1024
 """Number of rows up to which a product is at least as fast as torch's."""
 SMALL = 1 << 15
@@ -58,7 +59,9 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     if rows < 1:
         raise Unserved
     x = detached(x).contiguous()
-    w = matrix(detached(weight) if isinstance(weight, Tensor) else weight)
+    w = weight_matrix(weight)
+    if x.shape[-1] == 0:
+        raise Unserved
     if x.shape[-1] != w[4] or len(weight.shape) != 2:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
     y = x.new_empty(*x.shape[:-1], w[3])
@@ -270,12 +273,24 @@ def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
 
 def place(lib: Library) -> tuple[int, int]:
     """Return the instruction set and the number of threads."""
-    return lib.isa, torch.get_num_threads()
+    return lib.isa, min(torch.get_num_threads(), MOST_THREADS)
 
 
 def span(x: Tensor | None) -> tuple[int, int]:
     """Return the address of a contiguous tensor, and the bytes from there on."""
     return (0, 0) if x is None else (x.data_ptr(), x.numel() * x.element_size())
+
+
+def weight_matrix(weight: Any) -> tuple[int, ...]:
+    """Describe a weight whose gradient nobody asks for.
+
+    Raises: Unserved as `matrix` does, and for a weight that is not the numbers in its memory.
+    """
+    if isinstance(weight, Tensor):
+        if weight.is_neg():  # its numbers would be a copy, which nobody holds while the C++ runs
+            raise Unserved("a weight whose sign is not in its memory")
+        detached(weight)
+    return matrix(weight)
 
 
 def matrix(weight: Any) -> tuple[int, ...]:
@@ -285,8 +300,9 @@ def matrix(weight: Any) -> tuple[int, ...]:
     """
     data = weight if isinstance(weight, Tensor) else weight.codes
     scales = None if isinstance(weight, Tensor) else weight.scales
-    if data.dtype not in WEIGHT_TYPES or not data.is_cpu or data.layout is not torch.strided:
-        raise Unserved(f"a weight of {data.dtype} on {data.device}")
+    plain = type(data) in (Tensor, torch.nn.Parameter) and data.layout is torch.strided
+    if data.dtype not in WEIGHT_TYPES or not data.is_cpu or not plain:
+        raise Unserved(f"a weight of {data.dtype} on {data.device}, a {type(data).__name__}")
     if (scales is None) == (data.dtype == torch.float8_e4m3fn):
         raise Unserved(f"a weight of {data.dtype} {'without' if scales is None else 'with'} scales")
     if scales is not None and (
@@ -294,7 +310,8 @@ def matrix(weight: Any) -> tuple[int, ...]:
     ):
         raise Unserved(f"scales of {scales.dtype} for tiles of {weight.tile}")
     rows = data.numel() // max(1, data.shape[-1])
-    if data.dim() < 2 or data.stride(-1) != 1 or (data.dim() > 2 and not data.is_contiguous()):
+    apart = data.dim() >= 2 and (data.shape[-2] < 2 or data.stride(-2) >= data.shape[-1])
+    if not apart or data.stride(-1) != 1 or (data.dim() > 2 and not data.is_contiguous()):
         raise Unserved(f"a weight with strides {list(data.stride())}")
     size = data.element_size()
     stride = size * (data.stride(-2) if data.shape[-2] > 1 else data.shape[-1])

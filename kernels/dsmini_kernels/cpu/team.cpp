@@ -100,13 +100,18 @@ void take_borrowed(void* p) {
   for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.run(work.body, i, thread);
 }
 
-// A child has one thread, and what the others held is nobody's.
+// A child has one thread, and what the others held is nobody's. It has lost torch's threads too.
 void forget() {
-  phase = 0, next = 0, inside = 0, asleep = 0, busy = false, size = 1, made = 1;
+  phase = 0, next = 0, inside = 0, asleep = 0, busy = false, size = 1, made = 1, torch_parallel = nullptr;
+}
+
+bool watch_forks() {
+  static const bool watched = pthread_atfork(nullptr, nullptr, forget) == 0;
+  return watched;
 }
 
 bool make_threads(int64_t threads) {
-  static const bool watched = pthread_atfork(nullptr, nullptr, forget) == 0;
+  const bool watched = watch_forks();
   for (; watched && made < threads; ++made) {
     pthread_t thread;
     if (pthread_create(&thread, nullptr, work, reinterpret_cast<void*>(made)) != 0) break;
@@ -124,7 +129,9 @@ void Team::borrow(void (*run)(void*, int64_t, int64_t), void* body, int64_t coun
   torch_parallel.load()(take_borrowed, &work, unsigned(threads), 0);
 }
 
-extern "C" __attribute__((visibility("default"))) void dsmini_borrow(Parallel parallel) { torch_parallel = parallel; }
+extern "C" __attribute__((visibility("default"))) void dsmini_borrow(Parallel parallel) {
+  torch_parallel = watch_forks() ? parallel : nullptr;
+}
 
 bool Team::hold(int64_t threads) {
   if (busy.exchange(true)) return false;

@@ -91,8 +91,8 @@ def check(values: list[float]) -> None:
 def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
     """Yield calls of products and decoding steps with sizes that no vector divides: entry, and fields of its struct."""
     for weight, n in itertools.product(range(3), (1, 2, 7)):
-        for bf16 in range(2):
-            yield "linear", linear_call(isa, memory, n, 37, 131, weight, bf16)
+        for bf16, rows in itertools.product(range(2), (n, 40 * n)):
+            yield "linear", linear_call(isa, memory, rows, 37, 131, weight, bf16)
         for inputs in (1, 2):
             yield "norms", norms_call(isa, memory, n, 131, inputs)
         for experts in (0, 6):
@@ -178,15 +178,17 @@ def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: in
 def experts_call(isa: int, memory: Memory, n: int, weight: int, bf16: int) -> tuple[float, ...]:
     dim, inter, experts, k, size = 45, 37, 3, 2, (4, 2)[bf16]
     x, y, indices, weights = _spans(memory, n * dim * size, n * dim * size, n * k * 8, n * k * 4)
+    _choose(indices[0], n * k, experts)
     shapes = ((inter, dim), (dim, inter), (inter, dim))
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight, experts)]
     return (isa, 1, n, dim, inter, experts, k, bf16, *x, *y, *indices, *weights, *matrices)
 
 
 def trained_experts_call(isa: int, memory: Memory, bf16: int, backward: int) -> tuple[float, ...]:
-    n, dim, inter, experts, k, size = 40, 45, 37, 3, 2, (4, 2)[bf16]
+    n, dim, inter, experts, k, size = 143, 45, 37, 4, 2, (4, 2)[bf16]
     rows, kept, grads = n * dim * size, n * k * inter * size, experts * inter * dim * 4
     x, y, dy, indices, weights = _spans(memory, rows, rows, rows, n * k * 8, n * k * 4)
+    _choose(indices[0], n * k, experts)
     pair = zip(*_spans(memory, kept, kept), strict=True)
     (dx,), four = _spans(memory, rows), zip(*_spans(memory, n * k * 4, grads, grads, grads), strict=True)
     shapes = ((inter, dim), (dim, inter), (inter, dim))
@@ -206,6 +208,12 @@ def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float,
     ctypes.memmove(table[0], pieces, len(pieces))
     ctypes.memmove(coefficients[0], Struct("=6d").pack(*[1.5, -0.5, 0.0] * 2), 48)
     return (isa, 1, bf16, by_gram, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
+
+
+def _choose(at: int, visits: int, experts: int) -> None:
+    """Let most visits choose the first expert, an odd number the last, and none the one before."""
+    chosen = [experts - 1 if i % 7 == 3 else i % 3 % (experts - 2) for i in range(visits)]
+    ctypes.memmove(at, Struct(f"={visits}q").pack(*chosen), 8 * visits)
 
 
 def _matrix(memory: Memory, rows: int, columns: int, weight: int, count: int = 1) -> tuple[int, ...]:
