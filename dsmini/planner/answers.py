@@ -94,7 +94,7 @@ def varied(
 def published() -> PlanAnswer:
     """Return the published figures next to ours."""
     figures = published_figures()
-    report = Report(title="Published figures, and ours", sections=[coverage(figures)])
+    report = Report(title="Published figures, and ours", sections=[coverage(figures, full=False)])
     return PlanAnswer(record=record.published_record(figures), report=report)
 
 

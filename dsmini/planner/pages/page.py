@@ -138,8 +138,12 @@ def _why(plan: Plan) -> Section:
     )
 
 
-def coverage(figures: Sequence[PublishedFigure] | None = None) -> Section:
-    """Return the published figures next to ours: coverage next to error."""
+def coverage(figures: Sequence[PublishedFigure] | None = None, *, full: bool = True) -> Section:
+    """Return the published figures next to ours: coverage next to error.
+
+    Args:
+        full: with sources and notes, which a terminal has no room for.
+    """
     figures = published_figures() if figures is None else figures
     rows = [
         (
@@ -154,6 +158,8 @@ def coverage(figures: Sequence[PublishedFigure] | None = None) -> Section:
         )
         for f in figures
     ]
+    columns = ("fact", "figure", "printed", "ours", "residual", "status", "source", "note")
+    shown_columns = len(columns) if full else columns.index("source")
     counts = {status: sum(f.status == status for f in figures) for status in ("reproduced", "misses", "misprint")}
     left = len(figures) - sum(counts.values())
     return Section(
@@ -165,9 +171,9 @@ def coverage(figures: Sequence[PublishedFigure] | None = None) -> Section:
         ),
         tables=[
             Table(
-                columns=("fact", "figure", "printed", "ours", "ours / printed", "status", "source", "note"),
-                rows=rows,
-                numeric=("fact", "printed", "ours", "ours / printed"),
+                columns=columns[:shown_columns],
+                rows=[row[:shown_columns] for row in rows],
+                numeric=("fact", "printed", "ours", "residual"),
             )
         ],
         about="Residuals are of unrounded values. Known misses are shown, and no constant is fitted to hide them.",
