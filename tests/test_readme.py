@@ -33,7 +33,7 @@ def smaller(module: str, arguments: str) -> str:
         return f"{arguments} --max-new-tokens 4"
     if module == "dsmini.tokenize":
         return arguments.replace("FILE_OR_FOLDER", "book.txt")
-    if module in ("dsmini.convert", "dsmini.explain"):
+    if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
         return arguments
     if "--resume" in arguments:  # the only setting that differs from the run it goes on with
         return re.sub(r"--train.steps \d+", "--train.steps 4", arguments)

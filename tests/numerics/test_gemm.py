@@ -37,6 +37,15 @@ def test_many_tokens(m: int, n: int, k: int) -> None:
     check_product(m, n, k)
 
 
+def weights(n: int, k: int, kind: str) -> Tensor:
+    """Return a weight in FP32, or a large one in BF16, made in parts that need little memory."""
+    large = 4 * n * k > 2**28
+    out = torch.empty(n, k, dtype=torch.bfloat16 if large else torch.float32)
+    for i, part in enumerate(out.split(1024 if large else n)):
+        part.copy_(varied(*part.shape, seed=2 + i) if kind == "varied" else torch.randn(part.shape))
+    return out
+
+
 def check_product(m: int, n: int, k: int) -> None:
     """Check a sample of rows and columns, since FP64 is slow.
 
@@ -48,8 +57,7 @@ def check_product(m: int, n: int, k: int) -> None:
     columns = torch.cat([tiles[i] for i in torch.randperm(len(tiles))[:2].sort().values])
     for kind in ("varied", "normal"):
         x = varied(m, k, dtype=torch.bfloat16, seed=1) if kind == "varied" else torch.randn(m, k).bfloat16()
-        w = varied(n, k, seed=2) if kind == "varied" else torch.randn(n, k)
-        w = w.bfloat16() if w.nbytes > 2**28 else w
+        w = weights(n, k, kind)
         y = fp8_matmul(x, w)
         assert y.shape == (m, n)
         assert y.dtype == torch.bfloat16

@@ -13,7 +13,14 @@ struct Scratch {
   float* memory = nullptr;
   int64_t numbers = 0;
   ~Scratch() { free(memory); }
+  void give_back() {
+    free(memory);
+    memory = nullptr, numbers = 0;
+  }
 };
+thread_local Scratch kept;
+
+constexpr int64_t MOST_KEPT = 1 << 24;  // numbers of memory that a thread keeps for its next call
 
 constexpr int64_t MOST = int64_t{1} << 40;  // of a size, so that products of three stay in 64 bits when checked
 
@@ -205,15 +212,16 @@ int64_t enter(const Call* given, int64_t bytes, Run<Call> portable, Run<Call> av
   if (const int64_t error = check_place(call.place)) return error;
   if (const int64_t error = check(call)) return error;
   const Run<Call> run = call.place.isa == AVX512 ? avx512 : call.place.isa == AVX2 ? avx2 : portable;
-  return run(call) ? FINE : NO_MEMORY;
+  const bool fine = run(call);
+  if (kept.numbers > MOST_KEPT) kept.give_back();
+  return fine ? FINE : NO_MEMORY;
 }
 
 }  // namespace
 
 float* scratch_of(int64_t numbers) {
-  static thread_local Scratch kept;
   if (numbers > kept.numbers) {
-    free(kept.memory);
+    kept.give_back();
     void* memory = nullptr;
     const bool fine = numbers < MOST && posix_memalign(&memory, 64, numbers * 4) == 0;
     kept.memory = fine ? static_cast<float*>(memory) : nullptr;

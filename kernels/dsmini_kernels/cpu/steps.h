@@ -172,7 +172,7 @@ struct MuonCall {
 FOR_EACH_ISA(DECLARE)
 #undef DECLARE
 
-// Memory of a thread that calls, kept from call to call. Null if there is none left.
+// Memory of a thread that calls, kept from call to call unless it is large. Null if there is none left.
 float* scratch_of(int64_t numbers);
 
 // Runs step(call, buffers) with the memory that Buffers asks for. False if there is none left.
