@@ -6,7 +6,7 @@ Forward keeps what w1 and w3 made of each visit, g and u. Of a visit with weight
     dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T
 
 dx is summed over a token's visits, the weights' gradients over an expert's. experts.py takes this way where a kernel
-serves it; elsewhere autograd differentiates the eager version, which is as fast in plain PyTorch.
+serves it; elsewhere autograd differentiates the eager version.
 """
 
 import itertools

@@ -52,7 +52,7 @@ FOR_EACH_ISA = {
     "feed_forward.cpp": PRODUCTS,
     "muon.cpp": PRODUCTS,
     "experts.cpp": PRODUCTS,
-    "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # as fast, and compiled in half the time
+    "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
 }
 """Sources that are compiled once for each instruction set, and their flags."""
 ONCE = ("library.cpp", "steps.cpp", "team.cpp")
