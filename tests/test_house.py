@@ -87,6 +87,25 @@ MAY_IMPORT = {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
         *("dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops"),
     },
+    **{
+        f"dsmini.planner.{room}": {
+            *(
+                "dsmini.accounting",
+                "dsmini.config",
+                "dsmini.console.commandline",
+                "dsmini.report",
+                "dsmini.planner.hardware",
+            ),
+            *(f"dsmini.planner.{other}" for other in (*below, room)),
+        }
+        for room, below in {
+            "quantities": (),
+            "model": ("quantities",),
+            "training": ("quantities", "model", "setup"),
+            "serving": ("quantities", "model", "binding"),
+            "published": ("quantities", "model", "training", "serving", "reliability", "outcome", "setup"),
+        }.items()
+    },
     "dsmini.planner": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.machine", "dsmini.measure"),
         *("dsmini.planner", "dsmini.report"),

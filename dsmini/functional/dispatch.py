@@ -59,6 +59,11 @@ def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots:
     return cast(Tensor, _Combine.apply(rows, weights, slots.token, slots.slot))
 
 
+def weight_of_slots(weights: Tensor, slot: Int[Tensor, "n k"], rows: Tensor) -> Float[Tensor, " rows"]:
+    """Return the weight of the visit in each slot, in the rows' dtype; 0 in padding."""
+    return rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
+
+
 def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
     """Return the rows of `dispatch` as codes and scales, which take half the bytes.
 
@@ -123,5 +128,4 @@ class _Combine(torch.autograd.Function):
         grad_rows = grad.index_select(0, token)
         per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
         grad_weights = per_slot[slot].to(weights.dtype)
-        weight_of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
-        return grad_rows.mul_(weight_of_slot[:, None]), grad_weights, None, None
+        return grad_rows.mul_(weight_of_slots(weights, slot, rows)[:, None]), grad_weights, None, None

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.dispatch import sort_by_expert
+from dsmini.functional.dispatch import sort_by_expert, weight_of_slots
 
 LEAST = 1 << 20
 """Number of multiplications of a forward below which autograd's operations cost no more."""
@@ -63,7 +63,7 @@ def trained_experts(
     token, slot, ends = sort_by_expert(indices, counts)
     y = torch.zeros_like(x)
     gate, up = (x.new_empty(token.shape[0], w1.shape[1]) for _ in range(2))
-    share = torch.empty_like(weights.flatten()).scatter(0, slot.flatten(), weights.flatten()).to(x.dtype)
+    share = weight_of_slots(weights, slot, gate)
     for i, visits in _groups(ends):
         rows = x[token[visits]]
         gate[visits], up[visits] = rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T
@@ -87,7 +87,7 @@ def trained_experts_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weights, w1, w2 and w3. An expert that nobody chose has gradients of zero."""
     token, slot, ends = sort_by_expert(indices, counts)
-    share = torch.empty_like(weights.flatten()).scatter(0, slot.flatten(), weights.flatten()).to(x.dtype)
+    share = weight_of_slots(weights, slot, gate)
     dx, dp = torch.zeros_like(x), torch.empty_like(share)
     dw1, dw2, dw3 = (torch.zeros_like(w) for w in (w1, w2, w3))
     for i, visits in _groups(ends):

@@ -14,6 +14,7 @@ from pathlib import Path
 from dsmini.accounting.memory import WeightDtype
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, DOLLARS_PER_SECOND, SECONDS
 from dsmini.planner.reliability import HALT, NODE_FAILURES, RESTART, FailureInputs
@@ -23,7 +24,7 @@ from dsmini.planner.serving.deployment import ServingWorkload, serving_workload
 from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Precision
-from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout, is_v3
+from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
 from dsmini.planner.training.workload import Workload
 from dsmini.reading import read_toml
 

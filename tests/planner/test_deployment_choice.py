@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.published.references import reference
+from dsmini.planner.model.references import reference
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import Deployment, serving_workload, v3_decode, v3_prefill

@@ -20,9 +20,11 @@ from dsmini.planner.model.kv_cache import (
 from dsmini.planner.model.sizes_files import renamed
 from dsmini.planner.quantities.formula import evaluate, gradient, inputs
 from dsmini.planner.quantities.quantity import BYTES, COUNT, TOKENS
-from tests.helpers.configs import CONFIGS, released
+from tests.helpers.configs import released
 from tests.helpers.serving_plans import (
+    ALL,
     CHANGES,
+    DTYPES,
     V3,
     changed,
     check_gradients,
@@ -32,9 +34,6 @@ from tests.helpers.serving_plans import (
     model_of,
 )
 from tests.helpers.strategies import model_configs
-
-DTYPES: list[Any] = ["float32", "bfloat16", "fp8"]
-ALL = [released(path.stem) for path in sorted(CONFIGS.glob("*.toml"))]
 
 
 def check_counts(config: ModelConfig) -> None:

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from dsmini.planner.model.references import known_models, reference, same_sizes
 from dsmini.planner.published import values as published_values
 from dsmini.planner.published.published import PublishedFigure, published_figures, rounding
-from dsmini.planner.published.references import known_models, reference, same_sizes
 from dsmini.planner.quantities.formula import inputs, walk
 from dsmini.planner.quantities.quantity import COUNT
 from tests.helpers.configs import CONFIGS, released

@@ -9,9 +9,10 @@ from dsmini import ModelConfig
 from dsmini.accounting import parameters, weight_bytes
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.formula import inputs
-from tests.helpers.configs import CONFIGS, released
 from tests.helpers.serving_plans import (
+    ALL,
     CHANGES,
+    DTYPES,
     V3,
     changed,
     check_gradients,
@@ -21,9 +22,6 @@ from tests.helpers.serving_plans import (
     model_of,
 )
 from tests.helpers.strategies import model_configs
-
-DTYPES: list[Any] = ["float32", "bfloat16", "fp8"]
-ALL = [released(path.stem) for path in sorted(CONFIGS.glob("*.toml"))]
 
 
 def check_counts(config: ModelConfig) -> None:

@@ -42,11 +42,11 @@ from dsmini.planner.quantities.quantity import (
     N,
     Quantity,
     Tokens,
+    number_of,
     per,
     smallest,
 )
 from dsmini.planner.quantities.sizes import BF16, FP8
-from dsmini.planner.serving.memory import number_of
 
 SOURCE = "V4, section 2.3"
 

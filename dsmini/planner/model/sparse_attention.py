@@ -34,10 +34,10 @@ from dsmini.planner.quantities.quantity import (
     N,
     Quantity,
     Tokens,
+    number_of,
     smallest,
 )
 from dsmini.planner.quantities.sizes import fp8_row
-from dsmini.planner.serving.memory import number_of
 
 SOURCE = "V3.2 report (arXiv 2512.02556)"
 

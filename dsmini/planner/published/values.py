@@ -12,9 +12,9 @@ from typing import Any
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.model.kv_cache import all_layers, cache_plan, cache_saving, row_numbers
 from dsmini.planner.model.parameters import ModelFigures, dense_training_flops, model_figures
+from dsmini.planner.model.references import reference
 from dsmini.planner.model.sizes_files import renamed
 from dsmini.planner.outcome import WRITE_RATE, checkpoint_bytes
-from dsmini.planner.published.references import reference
 from dsmini.planner.published.v3_training import PublishedTraining, published_training
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (

@@ -258,6 +258,11 @@ def per(value: Quantity[N, One], unit: Unit[M, One]) -> Quantity[N, M]:
     return cast("Quantity[N, M]", _apply("/", value, Quantity(1, unit.exponents, "number")))
 
 
+def number_of(tokens: Tokens) -> Count:
+    """Return tokens as a count."""
+    return tokens / TOKENS(1)
+
+
 # Each operation: its value, its partial derivatives, and its unit.
 Rule = tuple[
     Callable[..., float],

@@ -26,10 +26,10 @@ from dsmini.planner.model.kv_cache import CachePlan, cache_plan
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, per
+from dsmini.planner.quantities.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, number_of, per
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload
 from dsmini.planner.serving.exchange import ExchangeLimit, exchange_limit
-from dsmini.planner.serving.memory import ServingMemory, cache_of, number_of, serving_memory
+from dsmini.planner.serving.memory import ServingMemory, cache_of, serving_memory
 from dsmini.planner.serving.step import Setting, StepTimes, StepWork, main_blocks, step_times
 
 

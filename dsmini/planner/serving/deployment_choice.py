@@ -12,11 +12,11 @@ from typing import Literal
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload, deployment, v3_decode, v3_prefill
 from dsmini.planner.serving.prefill import prefill_plan
-from dsmini.planner.training.layout_choice import is_v3
 
 Stage = Literal["decode", "prefill"]
 NODES = (1, 2, 4, 8, 16, 32, 64)

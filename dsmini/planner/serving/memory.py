@@ -23,7 +23,7 @@ from dsmini.planner.model.kv_cache import (
     sequences_that_fit,
 )
 from dsmini.planner.quantities.figures import Figures
-from dsmini.planner.quantities.quantity import TOKENS, Bytes, Count, Tokens, smallest
+from dsmini.planner.quantities.quantity import Bytes, Count, Tokens, smallest
 from dsmini.planner.serving.step import Setting, gpu_weights, main_blocks
 
 
@@ -86,8 +86,3 @@ def cache_copies(setting: Setting) -> Count:
 def cache_of(setting: Setting, cache: CachePlan, sequences: Count, context: Tokens) -> Bytes:
     """Return the bytes that attention reads on a GPU for this many sequences of its own."""
     return sequences * (context * (cache.per_token * cache_copies(setting)))
-
-
-def number_of(tokens: Tokens) -> Count:
-    """Return tokens as a count."""
-    return tokens / TOKENS(1)

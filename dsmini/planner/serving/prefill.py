@@ -21,10 +21,10 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.kv_cache import cache_plan
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import Count, Seconds, TokensPerSecond
+from dsmini.planner.quantities.quantity import Count, Seconds, TokensPerSecond, number_of
 from dsmini.planner.serving.decoding import setting_of
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload
-from dsmini.planner.serving.memory import ServingMemory, number_of, serving_memory
+from dsmini.planner.serving.memory import ServingMemory, serving_memory
 from dsmini.planner.serving.step import Setting, StepTimes, StepWork, main_blocks, step_times
 
 

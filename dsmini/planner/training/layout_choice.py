@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.published.references import reference, same_sizes
+from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Recompute, Zero, check_layout
@@ -78,11 +78,6 @@ class Cluster:
         """Raise ValueError for a layout that the model, the nodes or the batch cannot have."""
         node, batch = round(self.hardware.gpus_per_node.value), round(self.workload.batch.value)
         check_layout(layout, self.m.config, node, batch)
-
-
-def is_v3(m: ModelInputs) -> bool:
-    """Return True for a model with DeepSeek-V3's sizes."""
-    return same_sizes(m, reference("deepseek-v3"))
 
 
 def choose_layout(cluster: Cluster, given: dict[str, Any]) -> ChosenLayout:

@@ -37,3 +37,8 @@ def same_sizes(a: ModelInputs, b: ModelInputs) -> bool:
     names = [field.name for field in dataclasses.fields(a) if field.name != "config"]
     equal = all(getattr(a, name).value == getattr(b, name).value for name in names)
     return equal and a.config.attention == b.config.attention
+
+
+def is_v3(m: ModelInputs) -> bool:
+    """Return True for a model with DeepSeek-V3's sizes."""
+    return same_sizes(m, reference("deepseek-v3"))
