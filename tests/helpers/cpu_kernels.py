@@ -1,5 +1,6 @@
 """Shared helpers of the tests of the C++ kernels: numbers of all kinds, the plain code, bitwise equality."""
 
+import functools
 import math
 from typing import Any
 
@@ -27,7 +28,16 @@ SCALES = ("ue8m0", "fp32")
 TILES = ((1, 128), (128, 1), (128, 128), (1, 1), (3, 5), (2, 16), (1, 100), (999, 999))
 SHAPES = ((1, 1), (1, 63), (3, 64), (127, 130), (129, 576), (2, 3, 130, 63))
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, -3e38, 2.0**-126, 448.0, 447.99997, 464.0)
-ISAS = [name for name, number in build.ISA_NUMBERS.items() if number and number <= LIBRARY.isa]
+ISAS = [isa for isa in build.isas_here() if list(build.ISAS).index(isa) <= list(build.ISAS).index(LIBRARY.isa)]
+"""Instruction sets of this CPU, up to the one that DSMINI_CPU_ISA names."""
+
+
+@functools.cache
+def library_of(isa: str) -> build.Library:
+    """Return a library, or skip the test if this CPU lacks the instructions."""
+    if isa not in ISAS:
+        pytest.skip(f"this CPU has no {isa}")
+    return build.load(isa)
 
 
 def wild(*shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02) -> Tensor:

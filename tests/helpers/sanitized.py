@@ -32,13 +32,11 @@ def main(path: str, layouts: list[str], overflow: bool) -> None:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     library.dsmini_tiles.argtypes, library.dsmini_tiles.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    library.dsmini_isa.argtypes, library.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
     choose = random.Random(0)
-    isas = [isa for isa in (1, 2, 3) if library.dsmini_isa(isa)]
     shapes = [(1, 1), (1, 63), (2, 130), (127, 9), (129, 576), (5, 2100), (300, 17), (0, 5), (5, 0)]
     tiles = [(1, 128), (128, 1), (128, 128), (3, 5), (1, 1), (2, 16), (9999, 9999), (1, 100)]
     count = 0
-    for isa, operation, format, powers, tile in itertools.product(isas, range(3), range(3), range(2), tiles):
+    for operation, format, powers, tile in itertools.product(range(3), range(3), range(2), tiles):
         large = [(2100, 2051)] if operation == BOTH and format == powers == 0 and 128 in tile else []  # past the cache
         for r, c in choose.sample(shapes, 4) + large:
             kind, out_kind, batch = choose.randrange(3), choose.randrange(3), choose.choice((1, 1, 3))
@@ -63,7 +61,7 @@ def main(path: str, layouts: list[str], overflow: bool) -> None:
             columns = c + 64 if overflow else c
             error = library.dsmini_tiles(
                 call.pack(
-                    *(operation, isa, 1, kind, out_kind, format, powers, batch, r, columns, *tile),
+                    *(operation, 1, kind, out_kind, format, powers, batch, r, columns, *tile),
                     *(buffers[0], in_bytes + told * r, r * (in_row + gap) // element, (in_row + gap) // element),
                     *(buffers[1], out_bytes + told * r, buffers[2], scale_bytes + told * r),
                     *((buffers[3], ends.nbytes, len(ends)) if grouped else (0, 0, 0)),
@@ -71,14 +69,14 @@ def main(path: str, layouts: list[str], overflow: bool) -> None:
                 ),
                 call.size,
             )
-            assert error == 0, (error, operation, isa, format, tile, r, c)
+            assert error == 0, (error, operation, format, tile, r, c)
             for buffer in buffers:
                 libc.free(buffer)
             count += 1
-    print(f"{count + steps(library, libc, isas, layouts)} calls")
+    print(f"{count + steps(library, libc, layouts)} calls")
 
 
-def steps(library: ctypes.CDLL, libc: ctypes.CDLL, isas: list[int], layouts: list[str]) -> int:
+def steps(library: ctypes.CDLL, libc: ctypes.CDLL, layouts: list[str]) -> int:
     """Run the calls of trial.py in buffers of exact sizes; return their number."""
     count, buffers = 0, []
 
@@ -87,15 +85,14 @@ def steps(library: ctypes.CDLL, libc: ctypes.CDLL, isas: list[int], layouts: lis
         ctypes.memset(buffers[-1], 0, size)
         return buffers[-1]
 
-    for isa in isas:
-        for name, fields in trial.step_calls(isa, memory):
-            struct = Struct(layouts[trial.ENTRIES.index(name)])
-            entry = getattr(library, f"dsmini_{name}")
-            entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-            assert entry(struct.pack(*fields), struct.size) == 0, (name, fields)
-            while buffers:
-                libc.free(buffers.pop())
-            count += 1
+    for name, fields in trial.step_calls(memory):
+        struct = Struct(layouts[trial.ENTRIES.index(name)])
+        entry = getattr(library, f"dsmini_{name}")
+        entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+        assert entry(struct.pack(*fields), struct.size) == 0, (name, fields)
+        while buffers:
+            libc.free(buffers.pop())
+        count += 1
     return count
 
 

@@ -1,6 +1,5 @@
 """Fixtures for the tests of C++ kernels; nothing is built before a test needs it."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,27 +10,21 @@ from torch import Tensor
 from dsmini import ops
 from dsmini_kernels.cpu import build, panels, steps
 from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.cpu_kernels import LIBRARY
+from tests.helpers.cpu_kernels import library_of
 
 
-@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
+@pytest.fixture(params=list(build.ISAS))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force each instruction set that this CPU has, one after the other."""
-    library, number = build.library(), build.ISA_NUMBERS[request.param]
-    if number > library.isa:
-        pytest.skip(f"this CPU has no {request.param}")
-    forced = dataclasses.replace(library, isa=number, isa_name=request.param)
+    forced = library_of(request.param)
     monkeypatch.setattr(wrapper, "library", lambda: forced)
     return request.param
 
 
-@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
+@pytest.fixture(params=list(build.ISAS))
 def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Do the same for products and steps."""
-    number = build.ISA_NUMBERS[request.param]
-    if number > LIBRARY.isa:
-        pytest.skip(f"this CPU has no {request.param}")
-    forced = dataclasses.replace(LIBRARY, isa=number)
+    forced = library_of(request.param)
     for module in (steps, panels):
         monkeypatch.setattr(module, "library", lambda: forced)
     return request.param

@@ -22,7 +22,7 @@ def raw(**changes: Any) -> int:
     """Return the C function's answer for a small valid call with some arguments changed."""
     x, out = torch.zeros(4, 128), torch.zeros(4, 128)
     arguments = {
-        **dict.fromkeys(("operation", "isa", "threads", "in", "out_type", "format", "powers"), 0),
+        **dict.fromkeys(("operation", "threads", "in", "out_type", "format", "powers"), 0),
         **{"batch": 1, "rows": 4, "columns": 128, "tile_rows": 1, "tile_columns": 128},
         **{"x": x.data_ptr(), "x_bytes": x.nbytes, "batch_stride": 0, "row_stride": 128},
         **{"out": out.data_ptr(), "out_bytes": out.nbytes, "scales": 0, "scales_bytes": 0},
@@ -46,8 +46,6 @@ def test_wrong_arguments_are_refused_before_memory_is_touched() -> None:
         ("malformed", {"out_type": -1}),
         ("malformed", {"format": 3}),
         ("malformed", {"threads": 0}),
-        ("lacks", {"isa": 4}),
-        ("lacks", {"isa": -1}),
         ("size", {"rows": -1}),
         ("size", {"columns": huge}),
         ("size", {"tile_rows": 0}),
@@ -76,7 +74,7 @@ def test_wrong_arguments_are_refused_before_memory_is_touched() -> None:
     for word, changes in wrong:
         error = raw(**changes)
         assert error and word in wrapper.ERRORS[error], (changes, error)
-    assert LIBRARY.tiles(wrapper.CALL.pack(*range(23), 0.0, 0), wrapper.CALL.size - 8) == 1
+    assert LIBRARY.tiles(wrapper.CALL.pack(*range(22), 0.0, 0), wrapper.CALL.size - 8) == 1
 
 
 def test_error_codes_of_c_raise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,20 +84,23 @@ def test_error_codes_of_c_raise(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu.quantize(torch.randn(3, 4), (1, 128), "ue8m0", "e4m3", 1e-4)
 
 
-def test_sanitizers_find_no_memory_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isa", list(build.ISAS))
+def test_sanitizers_find_no_memory_error(isa: str) -> None:
     """Run all operations under AddressSanitizer and UndefinedBehaviorSanitizer, in buffers of exact sizes."""
+    if isa not in ISAS:
+        pytest.skip(f"this CPU has no {isa}")
     command = build.find_compiler()
     found = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(found):
         pytest.skip(f"{command[0]} has no libasan.so")
     try:
-        path = build.find_or_build(sanitize=True)
+        path = build.find_or_build(isa, sanitize=True)
     except build.BuildError as error:
         pytest.skip(f"no sanitizer build: {error}")
     env = os.environ | {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     driver = [sys.executable, str(ROOT / "tests" / "helpers" / "sanitized.py"), str(path), *build.LAYOUTS]
     run = subprocess.run(driver, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[0]) > 500 * len(ISAS)
+    assert int(run.stdout.split()[0]) > 500
     caught = subprocess.run([*driver, "overflow"], capture_output=True, text=True, env=env)
-    assert caught.returncode != 0 and "heap-buffer-overflow" in caught.stderr
+    assert caught.returncode != 0 and "ERROR: AddressSanitizer" in caught.stderr

@@ -32,7 +32,7 @@ def test_kernels_run_by_default(monkeypatch: pytest.MonkeyPatch, fresh_door: Non
     monkeypatch.setenv(ops.VARIABLE, "cpu")
     quantize(x)
     assert len(calls) == before + 1
-    assert LIBRARY.isa_name in ops.explain()
+    assert LIBRARY.isa in ops.explain()
 
 
 def test_unsupported_calls_raise_unserved() -> None:

@@ -120,7 +120,7 @@ def test_private_folder_serves_instead_and_a_warning_says_so(base: Path) -> None
     shared.mkdir(mode=0o700)
     want = _copy_library(shared)
     with pytest.warns(UserWarning, match=rf"stored in {shared}, because others can write to {base} .*go-w") as caught:
-        assert build.find_or_build() == want
+        assert build.find_or_build(LIBRARY.isa) == want
     assert len(caught) == 1
     shared.chmod(0o777)
     with pytest.raises(folder.UntrustedFolderError):
@@ -133,14 +133,14 @@ def test_no_private_folder_at_all_is_reported(base: Path) -> None:
     for path in (base, base.parent / "tmp"):
         path.chmod(0o777)
     with pytest.raises(build.BuildError, match=r"no folder .* can be written; others can write to"):
-        build.find_or_build()
+        build.find_or_build(LIBRARY.isa)
     assert not [p for p in (base.parent / "tmp").iterdir() if p.name != f"dsmini-kernels-{os.geteuid()}"]
 
 
 @pytest.mark.parametrize("planted", ["group-writable", "link", "pipe", "folder", "foreign"])
 def test_planted_file_is_not_loaded(base: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
     path = base / "dsmini" / "kernels" / LIBRARY.path.name
-    assert build.find_or_build() == path
+    assert build.find_or_build(LIBRARY.isa) == path
     path.rename(base / "good.so")
     if planted == "group-writable":
         _copy_library(path.parent, 0o770)
@@ -155,7 +155,7 @@ def test_planted_file_is_not_loaded(base: Path, monkeypatch: pytest.MonkeyPatch,
     else:
         pytest.skip("only root can give a file away")
     monkeypatch.setattr(build, "_build", lambda *_, **__: base / "built")
-    assert build.find_or_build() == base / "built"
+    assert build.find_or_build(LIBRARY.isa) == base / "built"
 
 
 def test_cache_that_cannot_be_written_is_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_cache_that_cannot_be_written_is_read(base: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "_build", lambda *_, **__: pytest.fail("a library was built"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.find_or_build() == base / "dsmini" / "kernels" / LIBRARY.path.name
+        assert build.find_or_build(LIBRARY.isa) == base / "dsmini" / "kernels" / LIBRARY.path.name
 
 
 def test_cache_that_cannot_be_made_gives_way_to_a_temporary_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +173,6 @@ def test_cache_that_cannot_be_made_gives_way_to_a_temporary_folder(base: Path, m
     monkeypatch.setattr(build, "_build", lambda _c, _f, place, _k, **_: used.append(place) or place)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build.find_or_build()
+        build.find_or_build(LIBRARY.isa)
     assert used == [base.parent / "tmp" / f"dsmini-kernels-{os.geteuid()}"]
     assert used[0].stat().st_mode & 0o777 == 0o700

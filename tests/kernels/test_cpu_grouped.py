@@ -92,7 +92,7 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
     model = model_of("gqa, wide", "bfloat16")
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(steps, "place", lambda lib, n=threads: (lib.isa, n))
+        monkeypatch.setattr(steps, "n_threads", lambda n=threads: n)
         results.append(attended(cpu.grouped_attention_step, model, [300, 7], 2, torch.bfloat16))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -15,7 +15,7 @@ from dsmini.measure.counting import count
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build
 from dsmini_kernels.cpu import muon as wrapper
-from tests.helpers.cpu_kernels import LIBRARY
+from tests.helpers.cpu_kernels import LIBRARY, library_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 STEPS = {"jordan": JORDAN, "polar express": POLAR_EXPRESS}
@@ -29,12 +29,10 @@ Update = dict[str, Any]
 HOW: Update = {"lr": 0.07, "momentum": 0.9, "weight_decay": 0.3}
 
 
-@pytest.fixture(params=[name for name, number in build.ISA_NUMBERS.items() if number])
+@pytest.fixture(params=list(build.ISAS))
 def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    number = build.ISA_NUMBERS[request.param]
-    if number > LIBRARY.isa:
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(wrapper, "library", lambda: dataclasses.replace(LIBRARY, isa=number))
+    forced = library_of(request.param)
+    monkeypatch.setattr(wrapper, "library", lambda: forced)
     return request.param
 
 
@@ -223,7 +221,7 @@ def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
         table = torch.frombuffer(bytearray(wrapper.PIECE.pack(*(fields[k] for k in order), 1)), dtype=torch.uint8)
         numbers = torch.ones(2, 3, dtype=torch.float64)
         spans = (table.data_ptr(), table.nbytes, numbers.data_ptr(), numbers.nbytes)
-        return LIBRARY.muon(build.MUON.pack(0, threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0), build.MUON.size)
+        return LIBRARY.muon(build.MUON.pack(threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0), build.MUON.size)
 
     assert error() == 0
     for changes in (

@@ -74,7 +74,7 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
         held = [weight_in(kind, 370, 96) for kind in WEIGHTS]  # rows of some are converted, in memory of the thread
         for threads in (1, 2, 3):
             for module in (panels, steps):
-                monkeypatch.setattr(module, "place", lambda lib, n=threads: (lib.isa, n))
+                monkeypatch.setattr(module, "n_threads", lambda n=threads: n)
             results.append((cpu.experts(*call), *(cpu.quantized_linear(call[0], w) for w in held)))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -201,7 +201,7 @@ def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
 
     def raw(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, w1: tuple[int, ...] = matrices[0]) -> int:
         spans = [number for t in (x, y, chosen, weights) for number in (steps.span(t)[0], steps.span(t)[1] - less)]
-        call = (0, 1, *sizes, *spans, *w1, *matrices[1], *matrices[2])
+        call = (1, *sizes, *spans, *w1, *matrices[1], *matrices[2])
         return build.library().experts(build.EXPERTS.pack(*call), build.EXPERTS.size)
 
     assert raw() == 0

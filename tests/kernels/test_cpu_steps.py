@@ -194,7 +194,7 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
     assert part is not None
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(steps, "place", lambda lib, n=threads: (lib.isa, n))
+        monkeypatch.setattr(steps, "n_threads", lambda n=threads: n)
         results.append(
             [
                 *attended(cpu.attention_step, model, [300, 7], 2, torch.bfloat16),
@@ -208,7 +208,7 @@ def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_threads_of_python_share_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one call holds the team, others run alone, with the same bits."""
-    monkeypatch.setattr(steps, "place", lambda lib: (lib.isa, 2))
+    monkeypatch.setattr(steps, "n_threads", lambda: 2)
     x, weight = torch.randn(1, 700), torch.randn(900, 700)
     want = cpu.linear(x, weight)
     with ThreadPoolExecutor(4) as pool:

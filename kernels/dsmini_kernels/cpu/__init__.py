@@ -66,4 +66,4 @@ def describe() -> str:
     """Return the instruction set, the threads and the library's path."""
     loaded = library()
     tiles = "torch's own threads" if loaded.parallel else "one thread, as torch has no GOMP_parallel here"
-    return f"{loaded.isa_name}, tiles and many rows on {tiles}, steps on a team of their own, {loaded.path}"
+    return f"{loaded.isa}, tiles and many rows on {tiles}, steps on a team of their own, {loaded.path}"

@@ -42,7 +42,7 @@ struct Buffers {
     high = take(parts * rows);
     total = take(parts * rows);
     sums = take(parts * rows * sums_stride);
-    owned = take(c.place.threads * own);
+    owned = take(c.threads * own);
   }
 };
 
@@ -72,7 +72,7 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
 }
 
 void step(const AttentionCall& c, const Buffers& m) {
-  Team team(c.place.threads);
+  Team team(c.threads);
   const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = c.s * c.heads;
   const float* for_kv = m.normed + m.tokens * dim_stride;
   // 1. the normed x, in the order of each weight that reads it
@@ -178,4 +178,4 @@ void step(const AttentionCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(attention)(const AttentionCall& c) { return with_memory<Buffers>(c, step); }
+bool attention(const AttentionCall& c) { return with_memory<Buffers>(c, step); }

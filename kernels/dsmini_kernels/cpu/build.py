@@ -1,9 +1,12 @@
 """Compile the C++ once, and load it.
 
-The library is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user
-can write there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next
-to its place, tried in a process of its own (trial.py), then moved. So processes may build at the same time, and a
-killed build leaves nothing that counts. A file whose content does not hash to its name is damaged, and built again.
+A library has one instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
+
+It is stored in ${XDG_CACHE_HOME:-~/.cache}/dsmini/kernels as <key>-<sha256 of the file>.so, if only this user can write
+there (folder.py). The key hashes sources, flags, compiler and machine. The library is built in a folder next to its
+place, tried in a process of its own (trial.py), then moved. A killed build leaves nothing that counts. Processes that
+want the same library wait for the one that builds it, where the folder has locks; elsewhere each builds its own. A file
+whose content does not hash to its name is damaged, and built again.
 
 No OpenMP is linked: two runtimes in a process spin on the same cores. The library calls the runtime that torch has
 loaded, through the address of its `GOMP_parallel`. libgomp has it, and LLVM's libomp on Linux. Elsewhere kernels of
@@ -11,7 +14,9 @@ tiles run in one thread. Products of many rows run on it too. Decoding steps hav
 wait for nobody.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -23,11 +28,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
+
+import torch
 
 from dsmini_kernels.cpu.folder import (
     UntrustedFolderError,
@@ -43,7 +51,8 @@ HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
 PRODUCTS = ("-O3", "-ffp-contract=fast")
-FOR_EACH_ISA = {
+SOURCES = {
+    **dict.fromkeys(("library.cpp", "steps.cpp", "team.cpp"), ROUNDING),
     "tiles.cpp": ROUNDING,
     "linear.cpp": PRODUCTS,
     "norms.cpp": PRODUCTS,
@@ -54,23 +63,22 @@ FOR_EACH_ISA = {
     "experts.cpp": PRODUCTS,
     "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
 }
-"""Sources that are compiled once for each instruction set, and their flags."""
-ONCE = ("library.cpp", "steps.cpp", "team.cpp")
+"""Sources and their flags."""
 HEADERS = (
     *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
     *("dots.h", "activations.h", "attention.h", "panels.h"),
 )
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-ISA_FLAGS = {
+ISAS = {
     "portable": ("-DBYTES=16",),
     "avx2": ("-DBYTES=32", "-mavx2", "-mf16c", "-mfma"),
     "avx512": ("-DBYTES=64", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mfma"),
 }
-ISA_NUMBERS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
+"""Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED = (
-    Struct(layout) for layout in ("=23qdq", "=16q", "=14q2d", "=72q4d", "=58q2d", "=78q2d", "=10q3d", "=40q", "=57q")
+    Struct(layout) for layout in ("=22qdq", "=15q", "=13q2d", "=71q4d", "=57q2d", "=77q2d", "=9q3d", "=39q", "=56q")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
 ENTRIES = (
@@ -100,9 +108,8 @@ class BuildError(Exception):
 @dataclass(frozen=True)
 class Library:
     path: Path
-    isa: int
-    """Instruction set of calls, by ISA_NUMBERS: the best of this CPU, or the one that DSMINI_CPU_ISA names."""
-    isa_name: str
+    isa: str
+    """Instruction set, of ISAS."""
     parallel: int
     """Address of GOMP_parallel, or 0."""
     tiles: "ctypes._NamedFuncPointer"
@@ -123,30 +130,43 @@ def library() -> Library:
 
     Raises: BuildError, and ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
+    named = os.environ.get(ISA_VARIABLE)
+    if named and named not in ISAS:
+        raise ValueError(f"{ISA_VARIABLE}={named!r} is unknown; use avx512, avx2 or portable")
+    if named and named not in isas_here():
+        raise ValueError(f"{ISA_VARIABLE}={named!r} asks for instructions that this CPU lacks; unset it")
+    return load(named or isas_here()[-1])
+
+
+def isas_here() -> list[str]:
+    """Return the instruction sets that this CPU has, the best last."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["portable"]
+    has = {"portable": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
+    return list(itertools.takewhile(has.__getitem__, ISAS))
+
+
+def load(isa: str) -> Library:
+    """Load the library of an instruction set, from the cache or built now.
+
+    Raises: BuildError.
+    """
     try:
-        path = find_or_build()
+        path = find_or_build(isa)
         loaded = ctypes.CDLL(str(path))
-        loaded.dsmini_isa.argtypes, loaded.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
         loaded.dsmini_borrow.argtypes, loaded.dsmini_borrow.restype = [ctypes.c_void_p], None
         entries = [getattr(loaded, f"dsmini_{name}") for name in ENTRIES]
         for entry in entries:
             entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     except (OSError, AttributeError) as error:  # a folder from which no code may be run
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
-    wanted = os.environ.get(ISA_VARIABLE) or "best"
-    if wanted not in ISA_NUMBERS:
-        raise ValueError(f"{ISA_VARIABLE}={wanted!r} is unknown; use avx512, avx2 or portable")
-    isa = loaded.dsmini_isa(ISA_NUMBERS[wanted])
-    if isa == 0:
-        raise ValueError(f"{ISA_VARIABLE}={wanted!r} asks for instructions that this CPU lacks; unset it")
-    name = next(n for n, number in ISA_NUMBERS.items() if number == isa)
     parallel = _gomp_parallel()
     loaded.dsmini_borrow(parallel or None)
-    return Library(path, isa, name, parallel, *entries)
+    return Library(path, isa, parallel, *entries)
 
 
-def find_or_build(sanitize: bool = False) -> Path:
-    """Return the path of the library, built now if it is not in a cache.
+def find_or_build(isa: str, sanitize: bool = False) -> Path:
+    """Return the path of the library of an instruction set, built now if it is not in a cache.
 
     A cache that others can change is not used, and a warning says so; one that cannot be written is read all the same.
 
@@ -158,18 +178,41 @@ def find_or_build(sanitize: bool = False) -> Path:
     if sys.byteorder != "little" or sys.maxsize < 2**32 or os.name != "posix":
         raise BuildError(f"the C++ is written for little-endian 64-bit POSIX systems, not {platform.platform()}")
     compiler = find_compiler()
-    flags = FLAGS + (SANITIZE if sanitize else ())
+    flags = (*FLAGS, *ISAS[isa], *(SANITIZE if sanitize else ()))
     key = _key(compiler, flags)
     refused: list[str] = []
     for folder in _folders(refused):
         path = _find(folder, key)
         if path is None and can_write(folder):
-            path = _build(compiler, flags, folder, key, trial=not sanitize)
+            with _lock(folder):
+                path = _find(folder, key) or _build(compiler, flags, folder, key, trial=not sanitize)
         if path is not None:
             if refused:
                 _warn_of_folders(refused, folder)
             return path
     raise BuildError(f"no folder for the compiled library can be written{''.join(f'; {why}' for why in refused)}")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Wait for another process that builds in this folder, but not longer than a build may take.
+
+    The lock ends with the process that holds it. Where folders have no locks, do not wait.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    deadline = time.monotonic() + BUILD_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _folders(refused: list[str]) -> Iterator[Path]:
@@ -214,19 +257,14 @@ def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     (version,) = _run(f"{shlex.join(compiler)} --version", [[*compiler, "--version"]], VERSION_SECONDS)
     if version.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} --version failed: {_first_error(version)}")
-    parts = [repr((compiler, flags, ROUNDING, FOR_EACH_ISA, _isas())), version.stdout, platform.machine(), _cpu_flags()]
+    parts = [repr((compiler, flags, SOURCES)), version.stdout, platform.machine(), _cpu_flags()]
     hashed = hashlib.sha256()
     for part in [
         *(p.encode() for p in parts),
-        *((HERE / name).read_bytes() for name in (*HEADERS, *ONCE, *FOR_EACH_ISA)),
+        *((HERE / name).read_bytes() for name in (*HEADERS, *SOURCES)),
     ]:
         hashed.update(len(part).to_bytes(8, "little") + part)
     return hashed.hexdigest()[:24]
-
-
-def _isas() -> dict[str, tuple[str, ...]]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return {name: flags for name, flags in ISA_FLAGS.items() if x86 or name == "portable"}
 
 
 def _cpu_flags() -> str:
@@ -264,11 +302,11 @@ def _name(key: str, content: bytes) -> str:
 def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key: str, trial: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         built = Path(scratch) / "library.so"
-        jobs = [[*ROUNDING, *flags, str(HERE / source)] for source in ONCE]
-        for (source, more), (isa, of_isa) in itertools.product(FOR_EACH_ISA.items(), _isas().items()):
-            jobs.append([*more, *flags, f"-DISA={isa}", *of_isa, str(HERE / source)])
-        objects = [f"{scratch}/{i}.o" for i in range(len(jobs))]
-        compiles = [[*compiler, "-c", *job, "-o", o] for job, o in zip(jobs, objects, strict=True)]
+        objects = [f"{scratch}/{Path(source).stem}.o" for source in SOURCES]
+        compiles = [
+            [*compiler, "-c", *more, *flags, str(HERE / source), "-o", made]
+            for (source, more), made in zip(SOURCES.items(), objects, strict=True)
+        ]
         for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
             if done.returncode != 0:
                 raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")

@@ -27,7 +27,7 @@ struct Buffers {
 
   Buffers(const ExpertsCall& c, int64_t n, float* memory) {
     const int64_t slots = n * c.k;
-    threads = c.place.threads;
+    threads = c.threads;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
@@ -158,7 +158,7 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
 
 }  // namespace
 
-bool OF_ISA(experts)(const ExpertsCall& c) {
+bool experts(const ExpertsCall& c) {
   bool fine = true;
   const bool one_type = c.w1.type == c.w2.type && c.w1.type == c.w3.type;
   with_words(c.bf16 != 0, one_type ? c.w1.type : int64_t{WEIGHT_FP32}, [&](auto words) {
@@ -166,7 +166,7 @@ bool OF_ISA(experts)(const ExpertsCall& c) {
     const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
     float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);
     if (memory == nullptr) return void(fine = false);
-    Team team(c.place.threads, Team::LONG);
+    Team team(c.threads, Team::LONG);
     for (int64_t first = 0; first < c.n; first += some) {
       const int64_t n = least(some, c.n - first);
       Buffers<Words> m(c, n, memory);

@@ -124,7 +124,7 @@ void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t item, const float* 
 }
 
 void step(const FeedForwardCall& c, const Buffers& m) {
-  Team team(c.place.threads);
+  Team team(c.threads);
   const Matrix gate{reinterpret_cast<const char*>(c.gate), c.gate_bytes, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, nullptr, 0};
   // 1. the normed x, in the order of the weights that read it
   team.each(c.n, [&](int64_t i, int64_t) {
@@ -196,4 +196,4 @@ void step(const FeedForwardCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(feed_forward)(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }
+bool feed_forward(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }

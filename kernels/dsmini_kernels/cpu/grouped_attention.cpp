@@ -41,7 +41,7 @@ struct Buffers {
     high = take(parts * rows);
     total = take(parts * rows);
     sums = take(parts * rows * v_stride);
-    owned = take(c.place.threads * own);
+    owned = take(c.threads * own);
   }
 };
 
@@ -88,7 +88,7 @@ void attend(const GroupedCall& c, const Buffers& m, int64_t sequence, int64_t pa
 }
 
 void step(const GroupedCall& c, const Buffers& m) {
-  Team team(c.place.threads);
+  Team team(c.threads);
   const int64_t stride = padded(c.dim), kv_width = m.keys_width + m.values_width;
   // 1. the normed x, in the order of each weight that reads it
   team.each(m.tokens, [&](int64_t i, int64_t) {
@@ -151,4 +151,4 @@ void step(const GroupedCall& c, const Buffers& m) {
 
 }  // namespace
 
-bool OF_ISA(grouped)(const GroupedCall& c) { return with_memory<Buffers>(c, step); }
+bool grouped(const GroupedCall& c) { return with_memory<Buffers>(c, step); }

@@ -1,5 +1,5 @@
-// Vectors of BYTES bytes, the numbers of a format, and the types of inputs and outputs: for what is compiled once for
-// each instruction set.
+// Vectors of BYTES bytes, the numbers of a format, and the types of inputs and outputs: of the instruction set that the
+// library is compiled for.
 
 #pragma once
 
@@ -11,12 +11,6 @@
 #include <immintrin.h>
 #define X86 1
 #endif
-
-// Names of functions with linkage end with the instruction set. Everything else has none, so that no linker can pick an
-// AVX-512 version for a machine without.
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#define OF_ISA(name) JOIN(name, ISA)
 
 // 1 where the compiler can write for AVX-512's products of BF16 numbers. The CPU is asked at run time.
 #if BYTES == 64 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)

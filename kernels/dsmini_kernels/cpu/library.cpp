@@ -4,9 +4,6 @@
 
 #include <cstddef>
 #include <cstdlib>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace {
 
@@ -46,38 +43,9 @@ int64_t check_ends(const Call& c) {
   return (c.groups == 0 ? 0 : c.ends[c.groups - 1]) == c.rows ? FINE : BAD_ENDS;
 }
 
-int64_t best() {
-#if defined(__x86_64__)
-  static const int64_t isa = [] {  // asked once: a virtual machine may take microseconds to answer
-    unsigned a, b, c, d;
-    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & (1u << 29);
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return PORTABLE;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-               ? AVX512
-               : AVX2;
-  }();
-  return isa;
-#else
-  return PORTABLE;
-#endif
-}
-
-// Each set includes those before it.
-bool has(int64_t isa) { return isa >= PORTABLE && isa <= best(); }
-
-Work work_of(int64_t isa) {
-#if defined(__x86_64__)
-  if (isa == AVX512) return work_avx512;
-  if (isa == AVX2) return work_avx2;
-#endif
-  return work_portable;
-}
-
 int64_t check(const Call& c) {
   if (c.operation < 0 || c.operation >= OPERATIONS || c.format < 0 || c.format > 2 || c.threads < 1) return BAD_CALL;
   if (c.in < 0 || c.in >= TYPES || c.out_type < 0 || c.out_type >= TYPES) return BAD_CALL;
-  if (c.isa < 0 || c.isa >= ISAS || (c.isa != BEST && !has(c.isa))) return NO_SUCH_ISA;
   if (c.batch < 0 || c.rows < 0 || c.columns < 0 || c.tile_rows < 1 || c.tile_columns < 1) return BAD_SHAPE;
   if (c.columns > (INT64_MAX >> 8)) return BAD_SHAPE;
   if (c.batch_stride < 0 || c.row_stride < 0) return BAD_STRIDE;
@@ -121,25 +89,19 @@ void cut(Plan& plan, bool packed) {
 
 int64_t run(Plan& plan) {
   Call& c = plan.call;
-  const Work work = work_of(c.isa == BEST ? best() : c.isa);
   const int64_t items = c.batch * plan.bands * plan.chunks;
   const bool alone = c.threads == 1 || c.parallel == nullptr || items == 1;
   plan.spans = alone ? 1 : least(items, c.threads * 4);
   if (alone)
     work(plan);
   else
-    c.parallel([](void* p) { work_of(static_cast<Plan*>(p)->call.isa)(*static_cast<Plan*>(p)); }, &plan,
-               static_cast<unsigned>(c.threads), 0);
+    c.parallel([](void* p) { work(*static_cast<Plan*>(p)); }, &plan, static_cast<unsigned>(c.threads), 0);
   return plan.failed ? NO_MEMORY : FINE;
 }
 
 }  // namespace
 
 extern "C" {
-
-__attribute__((visibility("default"))) int64_t dsmini_isa(int64_t wanted) {
-  return wanted == BEST ? best() : wanted > 0 && wanted < ISAS && has(wanted) ? wanted : 0;
-}
 
 // `bytes` is the size of the caller's struct. Returns an Error.
 __attribute__((visibility("default"))) int64_t dsmini_tiles(const Call* call, int64_t bytes) {
@@ -148,7 +110,6 @@ __attribute__((visibility("default"))) int64_t dsmini_tiles(const Call* call, in
   plan.call = *call;
   Call& c = plan.call;
   if (const int64_t error = check(c)) return error;
-  if (c.isa == BEST) c.isa = best();
   plan.format = FORMATS[c.format];
   constexpr int64_t SIZES[] = {4, 2, 2};
   const bool packed = plan.format.bits == 12 && c.operation != QUANTIZE_DEQUANTIZE;

@@ -26,7 +26,7 @@ bool few_rows(const LinearCall& c) {
     arrange(row, in, c.w.type, x + n * width);
   }
   constexpr int64_t ROWS = 32;
-  Team team(c.place.threads);
+  Team team(c.threads);
   team.each((c.w.rows + ROWS - 1) / ROWS, [&](int64_t item, int64_t) {
     const int64_t from = item * ROWS, to = least(c.w.rows, from + ROWS);
     with_decoder(c.w.type, [&](auto decoder) {
@@ -69,9 +69,9 @@ bool many_rows(const LinearCall& c) {
     const int64_t k = c.w.columns, words = words_of<Words>(k), size = c.bf16 ? 2 : 4;
     const int64_t room = MOST_WORDS / (words ? words : 1), some = least(c.n, room < 512 ? 512 : room);
     const int64_t panels = round_up(some + MOST_VECTORS * LANES, LANES) * words, each = LANES * converted(k);
-    float* memory = scratch_of(panels + c.place.threads * each);
+    float* memory = scratch_of(panels + c.threads * each);
     if (memory == nullptr) return void(fine = false);
-    Team team(c.place.threads, Team::LONG);
+    Team team(c.threads, Team::LONG);
     for (int64_t first = 0; first < c.n; first += some) {
       const int64_t n = least(some, c.n - first);
       const Cut cut(n);
@@ -90,4 +90,4 @@ bool many_rows(const LinearCall& c) {
 
 }  // namespace
 
-bool OF_ISA(linear)(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c); }
+bool linear(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c); }

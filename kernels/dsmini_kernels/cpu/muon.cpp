@@ -286,7 +286,7 @@ bool run_all(const MuonCall& c) {
     const int64_t numbers = Iteration<Word>(c, c.piece[k], 0, nullptr).numbers;
     each = numbers > each ? numbers : each, matrices += c.piece[k].count;
   }
-  const int64_t threads = least(c.place.threads, matrices);
+  const int64_t threads = least(c.threads, matrices);
   float* memory = scratch_of(threads * each);
   if (memory == nullptr) return false;
   Team team(threads);
@@ -300,7 +300,7 @@ bool run_all(const MuonCall& c) {
 
 }  // namespace
 
-bool OF_ISA(muon)(const MuonCall& c) {
+bool muon(const MuonCall& c) {
 #if BF16_UNITS
   if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Word>(c);
 #endif

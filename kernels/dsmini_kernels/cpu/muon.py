@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import MUON, library
-from dsmini_kernels.cpu.steps import place, run, span
+from dsmini_kernels.cpu.steps import n_threads, run, span
 
 PIECE = Struct("=10q")
 """struct MuonPiece of steps.h."""
@@ -37,7 +37,7 @@ def muon_update(
     coefficients = Struct(f"={len(flat)}d").pack(*flat)
     held = torch.frombuffer(pieces, dtype=torch.uint8), torch.frombuffer(bytearray(coefficients), dtype=torch.uint8)
     call = (
-        *(*place(lib), matmul_dtype == torch.bfloat16, steps.by_gram, len(matrices.params), len(steps.coefficients)),
+        *(n_threads(), matmul_dtype == torch.bfloat16, steps.by_gram, len(matrices.params), len(steps.coefficients)),
         *(*span(held[0]), *span(held[1]), lr, momentum, weight_decay),
     )
     run(lib.muon, MUON, call)

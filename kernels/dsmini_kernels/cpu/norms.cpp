@@ -3,7 +3,7 @@
 #include "activations.h"
 #include "steps.h"
 
-bool OF_ISA(norms)(const NormsCall& c) {
+bool norms(const NormsCall& c) {
   const int64_t width = c.second == nullptr ? c.dim : 2 * c.dim;
   for (int64_t i = 0; i < c.n; ++i) {
     rms_norm(c.first + i * c.dim, c.first_norm, c.dim, c.first_eps, c.y + i * width);

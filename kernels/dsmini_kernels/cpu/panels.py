@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import EXPERTS, TRAINED, library
-from dsmini_kernels.cpu.steps import detached, place, run, span, weight_matrix
+from dsmini_kernels.cpu.steps import detached, n_threads, run, span, weight_matrix
 
 LEAST = 1 << 20
 """Number of multiplications below which torch's calls cost no more."""
@@ -31,7 +31,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Any
     indices = indices.to(torch.int64).contiguous()
     y = torch.empty_like(x)
     call = (
-        *(*place(library()), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16),
+        *(n_threads(), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16),
         *(*span(x), *span(y), *span(indices), *span(weights)),
         *(number for w in matrices for number in w),
     )
@@ -86,7 +86,7 @@ def _trained_call(
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
     made = detached(x).contiguous(), indices.to(torch.int64).contiguous(), detached(weights).contiguous()
-    return (*place(library()), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16, backward), made
+    return (n_threads(), n, m, f, e, indices.shape[1], x.dtype == torch.bfloat16, backward), made
 
 
 def _run_trained(

@@ -32,12 +32,6 @@ bool within(const void* p, int64_t bytes, int64_t size, int64_t a, int64_t b = 1
   return all <= bytes && (all == 0 || p != nullptr);
 }
 
-int64_t check_place(Place& place) {
-  if (place.threads < 1 || place.threads > 256) return BAD_CALL;
-  place.isa = place.isa == BEST ? dsmini_isa(BEST) : dsmini_isa(place.isa);
-  return place.isa == 0 ? NO_SUCH_ISA : FINE;
-}
-
 bool sizes(std::initializer_list<int64_t> all) {
   for (int64_t size : all)
     if (size < 0 || size > MOST) return false;
@@ -203,15 +197,11 @@ int64_t check(const MuonCall& c) {
 }
 
 template <class Call>
-using Run = bool (*)(const Call&);
-
-template <class Call>
-int64_t enter(const Call* given, int64_t bytes, Run<Call> portable, Run<Call> avx2, Run<Call> avx512) {
+int64_t enter(const Call* given, int64_t bytes, bool (*run)(const Call&)) {
   if (bytes != sizeof(Call)) return BAD_CALL;
-  Call call = *given;
-  if (const int64_t error = check_place(call.place)) return error;
+  const Call call = *given;
+  if (call.threads < 1 || call.threads > 256) return BAD_CALL;
   if (const int64_t error = check(call)) return error;
-  const Run<Call> run = call.place.isa == AVX512 ? avx512 : call.place.isa == AVX2 ? avx2 : portable;
   const bool fine = run(call);
   if (kept.numbers > MOST_KEPT) kept.give_back();
   return fine ? FINE : NO_MEMORY;
@@ -230,17 +220,10 @@ float* scratch_of(int64_t numbers) {
   return kept.memory;
 }
 
-#if defined(__x86_64__)
-#define ENTRY(name, Call)                                                                            \
+#define ENTRY(name, Call)                                                                                    \
   extern "C" __attribute__((visibility("default"))) int64_t dsmini_##name(const Call* call, int64_t bytes) { \
-    return enter<Call>(call, bytes, name##_portable, name##_avx2, name##_avx512);                    \
+    return enter<Call>(call, bytes, name);                                                                   \
   }
-#else
-#define ENTRY(name, Call)                                                                            \
-  extern "C" __attribute__((visibility("default"))) int64_t dsmini_##name(const Call* call, int64_t bytes) { \
-    return enter<Call>(call, bytes, name##_portable, name##_portable, name##_portable);              \
-  }
-#endif
 ENTRY(linear, LinearCall)
 ENTRY(norms, NormsCall)
 ENTRY(attention, AttentionCall)

@@ -8,13 +8,9 @@
 
 constexpr int64_t MOST_TOKENS = 32, MOST_EXPERTS = 512, MOST_STACK = 1 << 16, MOST_SIDE = 1 << 16;
 
-struct Place {
-  int64_t isa, threads;
-};
-
 // y[n, rows] = x[n, columns] w^T; x and y are contiguous, FP32 or BF16.
 struct LinearCall {
-  Place place;
+  int64_t threads;
   int64_t n, bf16;
   const char* x;
   int64_t x_bytes;
@@ -25,7 +21,7 @@ struct LinearCall {
 
 // y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
 struct NormsCall {
-  Place place;
+  int64_t threads;
   int64_t n, dim;
   const float *first, *second;
   int64_t first_bytes, second_bytes;
@@ -38,7 +34,7 @@ struct NormsCall {
 
 // x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
 struct AttentionCall {
-  Place place;
+  int64_t threads;
   int64_t b, s, dim, heads, nope, rope, latent, value, q_rank;  // q_rank 0: wq_b reads the normed x
   const float* x;
   int64_t x_bytes;
@@ -58,7 +54,7 @@ struct AttentionCall {
 
 // x + Attention(norm(x)) for s tokens of each of b sequences: MHA, GQA or MQA. `group` query heads share a key head.
 struct GroupedCall {
-  Place place;
+  int64_t threads;
   int64_t b, s, dim, key_heads, group, width, value;  // width: numbers of a query or key of one head
   const float* x;
   int64_t x_bytes;
@@ -81,7 +77,7 @@ enum Score : int64_t { SIGMOID, SOFTMAX, SCORES };
 // x + FFN(norm(x)) for n tokens: the dense or shared experts (w1, w2, w3; none if inter is 0), and where `experts` is
 // not 0 the routed ones. Routing comes back in indices, weights [n, k], scores [n, experts] and counts [experts].
 struct FeedForwardCall {
-  Place place;
+  int64_t threads;
   int64_t n, dim, inter, experts, expert_inter, k, groups, kept_groups, score, normed;
   const float* x;
   int64_t x_bytes;
@@ -99,7 +95,7 @@ struct FeedForwardCall {
 
 // y[n] = the sum over a token's k experts of weight * w2 (silu(w1 x) * (w3 x)). x and y are FP32 or BF16, contiguous.
 struct ExpertsCall {
-  Place place;
+  int64_t threads;
   int64_t n, dim, inter, experts, k, bf16;
   const char* x;
   int64_t x_bytes;
@@ -115,7 +111,7 @@ struct ExpertsCall {
 // The same for training. Forward writes y, gate and up; backward reads dy, gate and up, and writes all gradients. x, y,
 // dy, dx, gate and up are FP32 or BF16; gate and up are [n k, inter], sorted by expert. Everything is contiguous.
 struct TrainedCall {
-  Place place;
+  int64_t threads;
   int64_t n, dim, inter, experts, k, bf16, backward;
   const char* x;
   int64_t x_bytes;
@@ -150,7 +146,7 @@ struct MuonPiece {
 // A step of Muon. An iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, with FP32 sums of FP32 or BF16 numbers. X is
 // first divided by its Frobenius norm, and with `by_gram` then by the root of that of X X^T.
 struct MuonCall {
-  Place place;
+  int64_t threads;
   int64_t bf16, by_gram, pieces, steps;
   const MuonPiece* piece;
   int64_t piece_bytes;
@@ -159,18 +155,15 @@ struct MuonCall {
   double lr, momentum, decay;
 };
 
-#define FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512)
-#define DECLARE(isa)                                   \
-  bool linear_##isa(const LinearCall&);                \
-  bool norms_##isa(const NormsCall&);                  \
-  bool attention_##isa(const AttentionCall&);          \
-  bool grouped_##isa(const GroupedCall&);              \
-  bool feed_forward_##isa(const FeedForwardCall&);     \
-  bool experts_##isa(const ExpertsCall&);              \
-  bool trained_experts_##isa(const TrainedCall&);      \
-  bool muon_##isa(const MuonCall&);
-FOR_EACH_ISA(DECLARE)
-#undef DECLARE
+// False if there is no memory left.
+bool linear(const LinearCall&);
+bool norms(const NormsCall&);
+bool attention(const AttentionCall&);
+bool grouped(const GroupedCall&);
+bool feed_forward(const FeedForwardCall&);
+bool experts(const ExpertsCall&);
+bool trained_experts(const TrainedCall&);
+bool muon(const MuonCall&);
 
 // Memory of a thread that calls, kept from call to call unless it is large. Null if there is none left.
 float* scratch_of(int64_t numbers);

@@ -21,7 +21,6 @@ from dsmini_kernels.cpu.build import (
     HEADER,
     LINEAR,
     NORMS,
-    Library,
     library,
 )
 from dsmini_kernels.cpu.tiles import ERRORS
@@ -66,9 +65,9 @@ def quantized_linear(x: Tensor, weight: Any) -> Tensor:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
     y = x.new_empty(*x.shape[:-1], w[3])
     lib = library()
-    isa, threads = place(lib)
+    threads = n_threads()
     threads = threads if weight.shape.numel() * rows >= THREADED else 1
-    run(lib.linear, LINEAR, (isa, threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
+    run(lib.linear, LINEAR, (threads, rows, x.dtype == torch.bfloat16, *span(x), *span(y), *w))
     return y
 
 
@@ -99,7 +98,7 @@ def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) ->
     weights = _vectors(norm.weight, None if y is None else y_norm.weight)
     lib = library()
     call = (
-        *(*place(lib), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
+        *(n_threads(), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
         *(norm.eps, 0.0 if y is None else y_norm.eps),
     )
     run(lib.norms, NORMS, call)
@@ -170,9 +169,8 @@ def _attention_call(
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
     y = torch.empty_like(x)
-    lib = library()
     return (
-        *(*place(lib), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
+        *(n_threads(), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
         *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
         *(*weights, *numbers),
@@ -204,7 +202,7 @@ def _feed_forward_call(x: Tensor, part: Any) -> tuple[tuple[Any, ...], tuple[Ten
     )
     outs = (8 * n * k, 4 * n * k, 4 * n * e, 8 * e)
     call = (
-        *(*place(library()), n, m, *sizes, *span(x), *span(y), *inputs),
+        *(n_threads(), n, m, *sizes, *span(x), *span(y), *inputs),
         *(*(t.data_ptr() for t in routing), *outs, *weights, *numbers),
     )
     return call, (y, *routing, x)
@@ -271,9 +269,9 @@ def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
     return tuple(number for w in weights for number in (NONE if w is None else matrix(w)))
 
 
-def place(lib: Library) -> tuple[int, int]:
-    """Return the instruction set and the number of threads."""
-    return lib.isa, min(torch.get_num_threads(), MOST_THREADS)
+def n_threads() -> int:
+    """Return torch's number of threads, or what the C++ takes at most."""
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def span(x: Tensor | None) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 // Quantize, dequantize, and both at once, tile by tile. dsmini/numerics/tiles.py defines the results, to the bit.
 //
-// One source for all instruction sets: it is compiled once for each, with ISA as its name and BYTES as the width of a
-// vector.
+// BYTES is the width of a vector of the instruction set.
 //
 // A chunk is passed over twice: magnitudes.h finds the scales, rows.h rounds. lanes.h has vectors and types.
 
@@ -173,7 +172,7 @@ void do_chunk(const Plan& plan, Row run, bool spread, int64_t batch, int64_t ban
 
 }  // namespace
 
-void OF_ISA(work)(Plan& plan) {
+void work(Plan& plan) {
   const Call& c = plan.call;
   const bool spread = c.tile_columns < c.columns && c.tile_columns % PAIR != 0;
   const Row run = pick(plan, spread);

@@ -1,4 +1,4 @@
-// Shared by library.cpp and the kernels of each instruction set: a call as it comes from Python, and its plan.
+// Shared by library.cpp and tiles.cpp: a call as it comes from Python, and its plan.
 
 #pragma once
 
@@ -7,13 +7,12 @@
 
 enum Operation : int64_t { QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE, OPERATIONS };
 enum Type : int64_t { FP32, BF16, FP16, TYPES };
-enum Isa : int64_t { BEST, PORTABLE, AVX2, AVX512, ISAS };
-enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_SUCH_ISA, NO_MEMORY };
+enum Error : int64_t { FINE, BAD_CALL, BAD_SHAPE, BAD_STRIDE, BAD_ENDS, OUT_OF_BOUNDS, NO_MEMORY };
 
 // x [batch, rows, columns] with strides in elements; out and scales are contiguous. For dequantize x holds codes and
 // its strides are bytes. `*_bytes` is the memory from each pointer on. tiles.py packs this, field by field.
 struct Call {
-  int64_t operation, isa, threads, in, out_type, format, powers_of_two;
+  int64_t operation, threads, in, out_type, format, powers_of_two;
   int64_t batch, rows, columns, tile_rows, tile_columns;
   const char* x;
   int64_t x_bytes, batch_stride, row_stride;
@@ -60,9 +59,4 @@ struct Plan {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-using Work = void (*)(Plan&);  // fetch spans until none is left
-extern "C" int64_t dsmini_isa(int64_t wanted);  // a set of instructions that this CPU has, or 0
-
-void work_portable(Plan&);
-void work_avx2(Plan&);
-void work_avx512(Plan&);
+void work(Plan&);  // fetch spans until none is left

@@ -24,8 +24,7 @@ ERRORS = {
     3: "a stride is negative",
     4: "`ends` must not fall, and must end with the number of rows",
     5: "the tensors reach beyond their memory",
-    6: "this CPU lacks the instructions",
-    7: "there is no memory left",
+    6: "there is no memory left",
 }
 THREADED = 1 << 17
 """Number of elements from which two threads are faster than one."""
@@ -140,7 +139,6 @@ def _call(
     error = lib.tiles(
         CALL.pack(
             operation,
-            lib.isa,
             torch.get_num_threads() if out.numel() >= THREADED else 1,
             in_type,
             out_type,

@@ -324,11 +324,11 @@ bool run_all(const TrainedCall& c) {
   if (memory == nullptr) return false;
   const int64_t most = most_visits(c, reinterpret_cast<int64_t*>(memory + sizes.all));
   const int64_t each = round_up(Expert<Words>(c, sizes, most, nullptr).all, 16);
-  memory = scratch_of(sizes.all + c.place.threads * each);
+  memory = scratch_of(sizes.all + c.threads * each);
   if (memory == nullptr) return false;
   Slots s(c, memory);
   s.sort(c);
-  Team team(c.place.threads, Team::LONG);
+  Team team(c.threads, Team::LONG);
   team.each(c.experts, [&](int64_t e, int64_t thread) {
     const Expert<Words> expert(c, s, most, memory + sizes.all + thread * each);
     c.backward ? expert.backward(e) : expert.forward(e);
@@ -341,7 +341,7 @@ bool run_all(const TrainedCall& c) {
 
 }  // namespace
 
-bool OF_ISA(trained_experts)(const TrainedCall& c) {
+bool trained_experts(const TrainedCall& c) {
 #if BF16_UNITS
   if (c.bf16 && __builtin_cpu_supports("avx512bf16")) return run_all<Bf16Words>(c);
 #endif

@@ -1,7 +1,7 @@
 """Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT ...
 
 A compiler may have been told to write for another CPU. The first such instruction ends a process, so it is this one.
-Every operation runs on every instruction set, with all types, formats and kinds of tiles. Imports neither torch nor
+Every operation runs with all types, formats and kinds of tiles. Imports neither torch nor
 this package: it takes a few hundredths of a second.
 """
 
@@ -39,42 +39,39 @@ Memory = Callable[[int], int]
 
 def main(path: str, *layouts: str) -> None:
     library = ctypes.CDLL(path)
-    library.dsmini_isa.argtypes, library.dsmini_isa.restype = [ctypes.c_int64], ctypes.c_int64
     structs = [Struct(layout) for layout in layouts]
     for name in ENTRIES:
         entry = getattr(library, f"dsmini_{name}")
         entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    isas = [isa for isa in (1, 2, 3) if library.dsmini_isa(isa)]
-    try_tiles(library, structs[0], isas)
+    try_tiles(library, structs[0])
     kept: list[Any] = []
 
     def memory(size: int) -> int:
         kept.append(ctypes.create_string_buffer(size + 1))
         return ctypes.addressof(kept[-1])
 
-    for isa in isas:
-        for name, call in step_calls(isa, memory):
-            number = ENTRIES.index(name)
-            packed = structs[number].pack(*call)
-            error = getattr(library, f"dsmini_{name}")(packed, len(packed))
-            if name in ("attention", "grouped", "feed_forward"):
-                twice = 2 * (Struct("=2q").pack(number, len(packed)) + packed)
-                error = error or library.dsmini_blocks(twice, len(twice))
-            if error:
-                sys.exit(f"a call of {name} ended with error {error}")
+    for name, call in step_calls(memory):
+        number = ENTRIES.index(name)
+        packed = structs[number].pack(*call)
+        error = getattr(library, f"dsmini_{name}")(packed, len(packed))
+        if name in ("attention", "grouped", "feed_forward"):
+            twice = 2 * (Struct("=2q").pack(number, len(packed)) + packed)
+            error = error or library.dsmini_blocks(twice, len(twice))
+        if error:
+            sys.exit(f"a call of {name} ended with error {error}")
 
 
-def try_tiles(library: ctypes.CDLL, struct: Struct, isas: list[int]) -> None:
+def try_tiles(library: ctypes.CDLL, struct: Struct) -> None:
     x, scales = (ctypes.c_float * len(VALUES))(*VALUES), (ctypes.c_float * len(VALUES))(*[1.0] * len(VALUES))
     out = (ctypes.c_float * len(VALUES))()
-    every = itertools.product(isas, range(3), range(3), range(2), range(3), range(3), TILES)
-    for isa, operation, format, powers, in_type, out_type, tile in every:
+    every = itertools.product(range(3), range(3), range(2), range(3), range(3), TILES)
+    for operation, format, powers, in_type, out_type, tile in every:
         tiles = -(-ROWS // tile[0]) * -(-COLUMNS // tile[1])
         codes = COLUMNS if format != PACKED else -(-COLUMNS // 8) * 12
         in_row = codes if operation == DEQUANTIZE else COLUMNS
         out_bytes = ROWS * codes if operation == QUANTIZE else ROWS * COLUMNS * SIZES[out_type]
         scales_at = (0, 0) if operation == QUANTIZE_DEQUANTIZE else (ctypes.addressof(scales), 4 * tiles)
-        call = (operation, isa, 1, in_type, out_type, format, powers, 1, ROWS, COLUMNS, *tile)
+        call = (operation, 1, in_type, out_type, format, powers, 1, ROWS, COLUMNS, *tile)
         pointers = (ctypes.addressof(x), ctypes.sizeof(x), 0, in_row, ctypes.addressof(out), out_bytes, *scales_at)
         error = library.dsmini_tiles(struct.pack(*call, *pointers, 0, 0, 0, 1e-4, 0), struct.size)
         if error:
@@ -88,40 +85,40 @@ def check(values: list[float]) -> None:
         sys.exit("it computes wrong values")
 
 
-def step_calls(isa: int, memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
+def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
     """Yield calls of products and decoding steps with sizes that no vector divides: entry, and fields of its struct."""
     for weight, n in itertools.product(range(3), (1, 2, 7)):
         for bf16, rows in itertools.product(range(2), (n, 40 * n)):
-            yield "linear", linear_call(isa, memory, rows, 37, 131, weight, bf16)
+            yield "linear", linear_call(memory, rows, 37, 131, weight, bf16)
         for inputs in (1, 2):
-            yield "norms", norms_call(isa, memory, n, 131, inputs)
+            yield "norms", norms_call(memory, n, 131, inputs)
         for experts in (0, 6):
-            yield "feed_forward", feed_forward_call(isa, memory, n, weight, experts)
+            yield "feed_forward", feed_forward_call(memory, n, weight, experts)
     for weight, cache, (b, s), q_rank in itertools.product(range(3), range(3), ((1, 1), (2, 3)), (0, 19)):
-        yield "attention", attention_call(isa, memory, b, s, weight, cache, q_rank)
+        yield "attention", attention_call(memory, b, s, weight, cache, q_rank)
     for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
-        yield "grouped", grouped_call(isa, memory, b, s, weight, cache, group)
+        yield "grouped", grouped_call(memory, b, s, weight, cache, group)
     for weight, bf16, n in itertools.product(range(3), range(2), (1, 40)):
-        yield "experts", experts_call(isa, memory, n, weight, bf16)
+        yield "experts", experts_call(memory, n, weight, bf16)
     for bf16, backward in itertools.product(range(2), range(2)):
-        yield "trained_experts", trained_experts_call(isa, memory, bf16, backward)
+        yield "trained_experts", trained_experts_call(memory, bf16, backward)
     for bf16, by_gram in itertools.product(range(2), range(2)):
-        yield "muon", muon_call(isa, memory, bf16, by_gram)
+        yield "muon", muon_call(memory, bf16, by_gram)
 
 
-def linear_call(isa: int, memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
+def linear_call(memory: Memory, n: int, o: int, i: int, weight: int, bf16: int) -> tuple[float, ...]:
     size = 2 if bf16 else 4
     x, y = _spans(memory, n * i * size, n * o * size)
-    return (isa, 1, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
+    return (1, n, bf16, *x, *y, *_matrix(memory, o, i, weight))
 
 
-def norms_call(isa: int, memory: Memory, n: int, dim: int, inputs: int) -> tuple[float, ...]:
+def norms_call(memory: Memory, n: int, dim: int, inputs: int) -> tuple[float, ...]:
     size, two = n * dim * 4, inputs - 1
     x, z, norm, z_norm, y = _spans(memory, size, two * size, dim * 4, two * dim * 4, inputs * size)
-    return (isa, 1, n, dim, x[0], z[0], x[1], z[1], norm[0], z_norm[0], norm[1], z_norm[1], *y, 1e-6, 1e-6)
+    return (1, n, dim, x[0], z[0], x[1], z[1], norm[0], z_norm[0], norm[1], z_norm[1], *y, 1e-6, 1e-6)
 
 
-def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
+def attention_call(memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
     dim, heads, nope, rope, latent, value, room = 45, 3, 21, 6, 133, 13, 150
     row = ((latent + rope) * 4, (latent + rope) * 2, latent + 8 + 2 * rope)[cache]
     angles = s * rope // 2 * 4
@@ -133,13 +130,13 @@ def attention_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache:
     shapes = ((heads * (nope + rope), q_rank or dim), (latent + rope, dim), (heads * (nope + value), latent))
     matrices = [number for shape in (*shapes, (dim, heads * value)) for number in _matrix(memory, *shape, weight)]
     return (
-        *(isa, 1, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
+        *(1, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
         *(norm[0], q_norm[0], kv_norm[0], norm[1], q_norm[1], kv_norm[1], cos[0], sin[0], angles, 1),
         *(*rows, cache, row, room, *starts, *wq_a, *matrices, 0.1, 1e-6, 1e-6, 1e-6),
     )
 
 
-def grouped_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: int, group: int) -> tuple[float, ...]:
+def grouped_call(memory: Memory, b: int, s: int, weight: int, cache: int, group: int) -> tuple[float, ...]:
     dim, key_heads, width, value, room = 45, 2, 22, 13, 150
     row, angles = key_heads * (width + value) * (4, 2)[cache], s * width // 2 * 4
     x, y, norm, cos, sin, rows, starts = _spans(
@@ -150,12 +147,12 @@ def grouped_call(isa: int, memory: Memory, b: int, s: int, weight: int, cache: i
     shapes = ((heads * width, dim), (key_heads * width, dim), (key_heads * value, dim), (dim, heads * value))
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight)]
     return (
-        *(isa, 1, b, s, dim, key_heads, group, width, value, *x, *y, *norm, cos[0], sin[0], angles, 1),
+        *(1, b, s, dim, key_heads, group, width, value, *x, *y, *norm, cos[0], sin[0], angles, 1),
         *(*rows, cache, row, room, *starts, *matrices, 0.1, 1e-6),
     )
 
 
-def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: int) -> tuple[float, ...]:
+def feed_forward_call(memory: Memory, n: int, weight: int, experts: int) -> tuple[float, ...]:
     dim, inter, f, k = 45, 0 if experts and n == 2 else 131, 19 if experts else 0, 3 if experts else 0
     x, y, norm, gate, bias, indices, weights, scores, counts = _spans(
         *(memory, n * dim * 4, n * dim * 4, dim * 4, experts * dim * 4, experts * 4),
@@ -169,22 +166,22 @@ def feed_forward_call(isa: int, memory: Memory, n: int, weight: int, experts: in
     ]
     out = (indices, weights, scores, counts)
     return (
-        *(isa, 1, n, dim, inter, experts, f, k, 2, 2, n % 2, 1, *x, *y),
+        *(1, n, dim, inter, experts, f, k, 2, 2, n % 2, 1, *x, *y),
         *(norm[0], gate[0], bias[0], norm[1], gate[1], bias[1], *(a for a, _ in out), *(size for _, size in out)),
         *(*matrices, 1e-6, 1.0),
     )
 
 
-def experts_call(isa: int, memory: Memory, n: int, weight: int, bf16: int) -> tuple[float, ...]:
+def experts_call(memory: Memory, n: int, weight: int, bf16: int) -> tuple[float, ...]:
     dim, inter, experts, k, size = 45, 37, 3, 2, (4, 2)[bf16]
     x, y, indices, weights = _spans(memory, n * dim * size, n * dim * size, n * k * 8, n * k * 4)
     _choose(indices[0], n * k, experts)
     shapes = ((inter, dim), (dim, inter), (inter, dim))
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, weight, experts)]
-    return (isa, 1, n, dim, inter, experts, k, bf16, *x, *y, *indices, *weights, *matrices)
+    return (1, n, dim, inter, experts, k, bf16, *x, *y, *indices, *weights, *matrices)
 
 
-def trained_experts_call(isa: int, memory: Memory, bf16: int, backward: int) -> tuple[float, ...]:
+def trained_experts_call(memory: Memory, bf16: int, backward: int) -> tuple[float, ...]:
     n, dim, inter, experts, k, size = 143, 45, 37, 4, 2, (4, 2)[bf16]
     rows, kept, grads = n * dim * size, n * k * inter * size, experts * inter * dim * 4
     x, y, dy, indices, weights = _spans(memory, rows, rows, rows, n * k * 8, n * k * 4)
@@ -194,10 +191,10 @@ def trained_experts_call(isa: int, memory: Memory, bf16: int, backward: int) -> 
     shapes = ((inter, dim), (dim, inter), (inter, dim))
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, 0, experts)]
     parts = (*x, *y, *dy, *indices, *weights, *itertools.chain(*pair), *dx, *itertools.chain(*four))
-    return (isa, 1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
+    return (1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
 
 
-def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
+def muon_call(memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
     pieces = b""
     for count, rows, columns in ((3, 37, 70), (1, 70, 37), (2, 1, 1)):
         spans = _spans(memory, *[count * rows * columns * 4] * 3)
@@ -207,7 +204,7 @@ def muon_call(isa: int, memory: Memory, bf16: int, by_gram: int) -> tuple[float,
     table, coefficients = _spans(memory, len(pieces), 2 * 24)
     ctypes.memmove(table[0], pieces, len(pieces))
     ctypes.memmove(coefficients[0], Struct("=6d").pack(*[1.5, -0.5, 0.0] * 2), 48)
-    return (isa, 1, bf16, by_gram, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
+    return (1, bf16, by_gram, 3, 2, *table, *coefficients, 0.1, 0.9, 0.1)
 
 
 def _choose(at: int, visits: int, experts: int) -> None:
