@@ -14,9 +14,7 @@ tiles run in one thread. Products of many rows run on it too. Decoding steps hav
 wait for nobody.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -28,7 +26,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +36,7 @@ import torch
 
 from dsmini_kernels.cpu.folder import (
     UntrustedFolderError,
+    alone_in,
     can_write,
     is_private_file,
     new_temporary,
@@ -184,35 +182,13 @@ def find_or_build(isa: str, sanitize: bool = False) -> Path:
     for folder in _folders(refused):
         path = _find(folder, key)
         if path is None and can_write(folder):
-            with _lock(folder):
+            with alone_in(folder, BUILD_SECONDS):
                 path = _find(folder, key) or _build(compiler, flags, folder, key, trial=not sanitize)
         if path is not None:
             if refused:
                 _warn_of_folders(refused, folder)
             return path
     raise BuildError(f"no folder for the compiled library can be written{''.join(f'; {why}' for why in refused)}")
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Wait for another process that builds in this folder, but not longer than a build may take.
-
-    The lock ends with the process that holds it. Where folders have no locks, do not wait.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    deadline = time.monotonic() + BUILD_SECONDS
-    try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _folders(refused: list[str]) -> Iterator[Path]:

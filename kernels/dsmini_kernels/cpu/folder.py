@@ -9,9 +9,12 @@ next check cannot be raced, and neither can the use of the path afterwards.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LINKS = 40
@@ -119,3 +122,25 @@ def _check(folder: Path, found: os.stat_result, others_may_add: bool) -> None:
         raise UntrustedFolderError(f"{folder} belongs to user {found.st_uid}")
     if found.st_mode & 0o022 and not (others_may_add and found.st_mode & stat.S_ISVTX):
         raise UntrustedFolderError(f"others can write to {folder} (mode {stat.S_IMODE(found.st_mode):o})")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, seconds: float) -> Iterator[None]:
+    """Wait at most this long for other processes that do the same with the folder.
+
+    The lock ends with the process that holds it. Where folders have no locks, nobody waits.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
