@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
                 return out
         device = next((t.device for t in tensors_in([*args, *kwargs.values()])), torch.device("cpu"))
         start = time.perf_counter()
-        out = func(*args, **kwargs)
+        out = self._execute(func, args, kwargs)
         synchronize(device)
         seconds = max(1e-7, time.perf_counter() - start - self.overhead)
         if is_free(func):
@@ -83,6 +83,9 @@ class Count(TorchDispatchMode):
         else:
             self._torch_ran(func, args, kwargs, out, seconds)
         return out
+
+    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
         work = work_of(func, args, kwargs, out)
