@@ -144,7 +144,17 @@ def _empty(t: Tensor) -> Tensor:
     return made.fill_(t.dtype == torch.bool) if t.dtype in INDEX_DTYPES else made
 
 
-def dry_run(run: Callable[[], object], counted: Dry) -> None:
-    """Count what a function would run here."""
+def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 << 20) -> Dry:
+    """Return the count of the second step that `make` returns, as the first fills caches and makes optimizer states.
+
+    `peak` is the most that existed in any step, with what `make` made and no step before; `held` what a step leaves.
+    """
+    counted = Dry(cache_bytes)
     with ops.counting(counted), ops.without_running(counted.fill), counted:
-        run()
+        step = make()
+        counted.peak = counted.held
+        step()
+        counted.operations.clear()
+        counted.views = 0
+        step()
+    return counted
