@@ -13,7 +13,7 @@ Simulated: experts are chosen at random, each token's distinct, all alike likely
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,28 +25,63 @@ from dsmini.measure.torch_operations import is_free, name_of, tensors_in
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
 """Dtypes of numbers that shapes depend on."""
+H = TypeVar("H", bound="Holding")
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-class Dry(Count):
+class Holding(Count):
+    """Counter that also knows which results exist, and the most bytes that they took at a time."""
+
+    def __init__(self, cache_bytes: int = 32 << 20) -> None:
+        super().__init__(cache_bytes)
+        self.held = self.peak = 0
+        """Bytes of all results that exist, and the most that existed at a time."""
+        self._known: set[int] = set()
+
+    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        out = self._result(func, args, kwargs)
+        for t in tensors_in(out):
+            self._hold(t)
+        return out
+
+    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def kernel_ran(
+        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
+    ) -> None:
+        """Count a kernel as Count does, and hold its results."""
+        super().kernel_ran(name, cost, result, seconds, operands)
+        for t in tensors_in(result):
+            self._hold(t)
+
+    def _hold(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._change(storage.nbytes())
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+class Dry(Holding):
     """Counter of operations that do not run, and of the memory that their results would take."""
 
     def __init__(self, cache_bytes: int = 32 << 20) -> None:
         super().__init__(cache_bytes)
         self.generator = torch.Generator().manual_seed(0)
-        self.held = self.peak = 0
-        """Bytes of all results that exist, and the most that existed at a time."""
-        self._known: set[int] = set()
 
     def _measured_overhead(self) -> float:
         return 0.0
-
-    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Return what the operation would return, with memory that nobody has written."""
-        out = self._result(func, args, kwargs)
-        for t in tensors_in(out):
-            self._hold(t)
-        return out
 
     def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
@@ -75,31 +110,6 @@ class Dry(Count):
         """Return distinct random places in each row, as sorting random numbers gives them."""
         drawn = torch.rand(*places.shape[:-1], choices, generator=self.generator)
         return drawn.argsort(-1)[..., : places.shape[-1]].contiguous()
-
-    def _hold(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._change(storage.nbytes())
-        weakref.finalize(storage, self._release, key, storage.nbytes())
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._change(-size)
-
-    def _change(self, size: int) -> None:
-        self.held += size
-        self.peak = max(self.peak, self.held)
-
-    def kernel_ran(
-        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None:
-        """Count a kernel as Count does, and hold its results."""
-        super().kernel_ran(name, cost, result, seconds, operands)
-        for t in tensors_in(result):
-            self._hold(t)
 
     def fill(self, name: str, result: Any) -> None:
         """Choose experts for the tokens of a kernel that would have chosen them."""
@@ -145,12 +155,18 @@ def _empty(t: Tensor) -> Tensor:
 
 
 def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 << 20) -> Dry:
-    """Return the count of the second step that `make` returns, as the first fills caches and makes optimizer states.
+    """Return the count of the second step of those that `make` returns: the first fills caches and optimizer states.
 
-    `peak` is the most that existed in any step, with what `make` made and no step before; `held` what a step leaves.
+    `peak` is the most that existed in a step, with all that `make` made; `held` is what a step leaves.
     """
     counted = Dry(cache_bytes)
-    with ops.counting(counted), ops.without_running(counted.fill), counted:
+    with ops.without_running(counted.fill):
+        return counted_twice(make, counted)
+
+
+def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:
+    """Make a step, run it twice, and return the count of the second time and the bytes of both."""
+    with ops.counting(counted), counted:
         step = make()
         counted.peak = counted.held
         step()

@@ -40,6 +40,8 @@ class Forecast:
     """Bytes of all tensors after a step: weights, and gradients or optimizer state or the cache."""
     peak: int
     """The most bytes that tensors take at a time in a step, `held` included."""
+    process: int
+    """Resident bytes of a process at its peak: `peak`, and what Python, torch and its buffers take."""
 
 
 def forecast(shape: StepShape, rates: Rates) -> Forecast:
@@ -61,6 +63,7 @@ def forecast(shape: StepShape, rates: Rates) -> Forecast:
         bytes=counted.bytes,
         held=counted.held,
         peak=counted.peak,
+        process=counted.peak + rates.process,
     )
 
 

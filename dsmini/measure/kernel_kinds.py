@@ -30,7 +30,7 @@ WIDTH, EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN = 1024, 16, 512, 256
 MUON_NUMBERS = 1 << 19
 MLA: Mapping[str, Any] = {
     **{"n_heads": 16, "q_lora_rank": 32, "kv_lora_rank": 256},
-    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_mtp_layers": 0},
 }
 
 
@@ -134,7 +134,7 @@ def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
 
 def _cached_attention(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
     """Return a decoding step of one attention whose weights are small next to its cache."""
-    config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, n_mtp_layers=0, max_seq_len=keys + 64, **MLA)
+    config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **MLA)
     model = random_model(config, device, dtype)
     cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
     window = cache.place(config, token, None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -23,8 +23,10 @@ from dsmini.atomic import write_text
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.measure.calibration import load_or_measure, stored_roofs
 from dsmini.measure.counting import CountedOperation, count
+from dsmini.measure.dry import dry_count
 from dsmini.measure.kernel_kinds import KERNEL_CURVES
 from dsmini.measure.prediction import operation_seconds
+from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import Roofs
 from dsmini.measure.timing import times
 from dsmini.measure.workloads import StepDtype, StepShape, Work
@@ -120,6 +122,8 @@ class Rates:
     roofs: Roofs
     steps: Mapping[str, StepRates]
     """Rates by work and dtype, such as "training bfloat16"."""
+    process: int = 0
+    """Bytes that a process takes besides the tensors of its steps: Python, torch, buffers of products."""
 
 
 def class_of(op: CountedOperation) -> str:
@@ -138,17 +142,37 @@ def load_or_measure_rates(
     Args: as of calibration.load_or_measure.
     """
     roofs = load_or_measure(device, keep, lambda done, what: on_part(done / 2, what), fresh)
+    return rates_beyond(roofs, device, keep, lambda done, what: on_part(0.5 + done / 2, what), fresh)
+
+
+def rates_beyond(
+    roofs: Roofs,
+    device: torch.device,
+    keep: Path | None = None,
+    on_part: Callable[[float, str], None] = lambda done, what: None,
+    fresh: bool = False,
+) -> Rates:
+    """Return these roofs with this machine's rates of steps, stored or measured now. Args: as of load_or_measure."""
     keep, key, stored = stored_roofs(device, keep)
     key = json.dumps(["steps", VERSION, key])
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-            return Rates(roofs=roofs, steps={name: StepRates(**raw) for name, raw in stored[key].items()})
-    steps = measure_steps(roofs, device, lambda done, what: on_part(0.5 + done / 2, what))
-    stored[key] = {name: asdict(rates) for name, rates in steps.items()}
+            kept = stored[key]
+            steps = {name: StepRates(**raw) for name, raw in kept["steps"].items()}
+            return Rates(roofs=roofs, steps=steps, process=kept["process"])
+    rates = Rates(roofs=roofs, steps=measure_steps(roofs, device, on_part), process=measure_process())
+    stored[key] = {"steps": {name: asdict(each) for name, each in rates.steps.items()}, "process": rates.process}
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_text(keep, json.dumps(stored))
-    return Rates(roofs=roofs, steps=steps)
+    return rates
+
+
+def measure_process() -> int:
+    """Return the bytes of a training process of a small model besides its tensors."""
+    (config, batch, tokens), *_ = SHAPES["training"]
+    shape = StepShape(work="training", config=config, dtype="bfloat16", batch=batch, tokens=tokens)
+    return peak_of_process(shape) - dry_count(lambda: shape.make(torch.device("cpu"))).peak
 
 
 def measure_steps(
