@@ -31,7 +31,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -60,6 +60,12 @@ class Cost(NamedTuple):
     """Bytes."""
     flops: int
     """Floating-point operations of products. A multiply-add counts as two."""
+    rows: float = 1.0
+    """Rows that share a matrix, the mean over all numbers of the matrices; for Muon, the smaller side of a matrix."""
+    dtype: torch.dtype | None = None
+    """Dtype of the matrices, or of the products where it is another, if not that of the result."""
+    attention: int = 0
+    """Part of the FLOPs that multiplies with rows of a cache."""
 
 
 class Counter(Protocol):
@@ -74,6 +80,9 @@ _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # py
 """Return the innermost transform of torch.func, or None. torch.compile cannot trace the call."""
 _chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
+Fill = Callable[[str, Any], None]
+"""Receiver of a kernel's name and of its results, which it may write into."""
+_fill: ContextVar[Fill | None] = ContextVar("fill", default=None)
 
 
 class Operation(Generic[P, R]):
@@ -157,10 +166,15 @@ class Operation(Generic[P, R]):
         with torch._C._DisableTorchDispatch():
             result = kernel(*args, **kwargs)
         seconds = time.perf_counter() - start
-        cost: Any = self.cost
+        if (fill := _fill.get()) is not None:
+            with torch._C._DisableTorchDispatch():
+                fill(self.name, result)
+        declared: Any = self.cost
         more = {"result": result} if self.cost_of_result else {}
         operands = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
-        counter.kernel_ran(self.name, cost(*args, **kwargs, **more), result, seconds, operands)
+        with torch._C._DisableTorchDispatch():  # operations of the cost are no work of the call
+            cost = declared(*args, **kwargs, **more)
+        counter.kernel_ran(self.name, cost, result, seconds, operands)
         return result
 
 
@@ -228,6 +242,22 @@ def counting(counter: Counter) -> Iterator[None]:
         yield
     finally:
         _counter.reset(token)
+
+
+@contextmanager
+def without_running(fill: Fill) -> Iterator[None]:
+    """Let kernels on CPUs check their calls and make their results, but compute nothing.
+
+    Args:
+        fill: receives the name and the unwritten results of each counted kernel. It writes those on which shapes
+            depend.
+    """
+    kernels, token = _load("cpu"), _fill.set(fill)
+    try:
+        with kernels.without_running() if isinstance(kernels, ModuleType) else nullcontext():
+            yield
+    finally:
+        _fill.reset(token)
 
 
 def is_counting() -> bool:
