@@ -151,13 +151,14 @@ class Loader:
         raised by the call that takes its batch.
         """
         if self._pool is None:
-            return self._batch(requests[0])
+            return self.prepared(requests[0])
         self._started = {
-            request: self._started.get(request) or self._pool.submit(self._batch, request) for request in requests
+            request: self._started.get(request) or self._pool.submit(self.prepared, request) for request in requests
         }
         return self._started.pop(requests[0]).result()
 
-    def _batch(self, request: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def prepared(self, request: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Prepare a batch now."""
         return self.corpus.batch(*request, self.seq_len, self.seed)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -27,7 +27,7 @@ from dsmini.measure.dry import dry_count
 from dsmini.measure.kernel_kinds import KERNEL_CURVES
 from dsmini.measure.prediction import operation_seconds
 from dsmini.measure.process import peak_of_process
-from dsmini.measure.rates import Roofs
+from dsmini.measure.rates import Roofs, from_json
 from dsmini.measure.timing import times
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 
@@ -145,6 +145,14 @@ def load_or_measure_rates(
     return rates_beyond(roofs, device, keep, lambda done, what: on_part(0.5 + done / 2, what), fresh)
 
 
+def stored_rates(device: torch.device, keep: Path | None = None) -> Rates | None:
+    """Return this machine's rates if they are stored, else None. Measures nothing."""
+    _, key, stored = stored_roofs(device, keep)
+    with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
+        return _from_json(stored[_steps_key(key)], from_json(stored[key]))
+    return None
+
+
 def rates_beyond(
     roofs: Roofs,
     device: torch.device,
@@ -154,18 +162,25 @@ def rates_beyond(
 ) -> Rates:
     """Return these roofs with this machine's rates of steps, stored or measured now. Args: as of load_or_measure."""
     keep, key, stored = stored_roofs(device, keep)
-    key = json.dumps(["steps", VERSION, key])
+    key = _steps_key(key)
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
-            kept = stored[key]
-            steps = {name: StepRates(**raw) for name, raw in kept["steps"].items()}
-            return Rates(roofs=roofs, steps=steps, process=kept["process"])
+            return _from_json(stored[key], roofs)
     rates = Rates(roofs=roofs, steps=measure_steps(roofs, device, on_part), process=measure_process())
     stored[key] = {"steps": {name: asdict(each) for name, each in rates.steps.items()}, "process": rates.process}
     with suppress(OSError):  # measured again next time
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_text(keep, json.dumps(stored))
     return rates
+
+
+def _steps_key(key: str) -> str:
+    return json.dumps(["steps", VERSION, key])
+
+
+def _from_json(raw: Mapping[str, Any], roofs: Roofs) -> Rates:
+    steps = {name: StepRates(**of_step) for name, of_step in raw["steps"].items()}
+    return Rates(roofs=roofs, steps=steps, process=raw["process"])
 
 
 def measure_process() -> int:

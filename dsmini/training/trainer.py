@@ -97,7 +97,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
         rows = batch_size(self.steps_done, train)
-        sums, counts, waited = self._accumulate(rows)
+        sums, counts, waited = self.forward_backward(rows)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
         finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
         if finite:
@@ -129,7 +129,7 @@ class Trainer:
             skipped=not finite,
         )
 
-    def _accumulate(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
+    def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
         """Add up the gradients of the mean loss over the step's batch.
 
         Return the mean losses [main, mtp, balance], the summed loads, and the seconds of waiting for the batch.

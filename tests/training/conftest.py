@@ -19,6 +19,6 @@ def never_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     want = whole(never)  # now: the random state in it is the process's
     training = falling_behind(new_run(folder, **RICH))
     with pytest.MonkeyPatch.context() as patch:
-        kill(patch, training.trainer, "_accumulate", calls(training, 4, 0), False)
+        kill(patch, training.trainer, "forward_backward", calls(training, 4, 0), False)
         stopped(training)
     return want, folder

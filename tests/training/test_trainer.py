@@ -81,8 +81,8 @@ def test_bias_moves_once_a_step_by_counts_of_the_whole_batch(
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(new_trainer: NewTrainer) -> None:
     whole, parts = new_trainer(), new_trainer(grad_accum=4)
-    whole._accumulate(4)
-    parts._accumulate(4)
+    whole.forward_backward(4)
+    parts.forward_backward(4)
     for (name, p), (_, q) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
@@ -170,7 +170,7 @@ def spoil_gradient(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyP
     """One entry of one parameter's gradient is not finite."""
 
     def spoil(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
-        real = trainer._accumulate
+        real = trainer.forward_backward
 
         def accumulate(rows: int) -> Any:
             out = real(rows)
@@ -179,7 +179,7 @@ def spoil_gradient(name: str, value: float) -> Callable[[Trainer, pytest.MonkeyP
             grad.view(-1)[-1] = value
             return out
 
-        patch.setattr(trainer, "_accumulate", accumulate)
+        patch.setattr(trainer, "forward_backward", accumulate)
 
     return spoil
 

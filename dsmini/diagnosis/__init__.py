@@ -1,0 +1,1 @@
+"""Which of Data, Algorithm and Machine binds a run, proved by experiment."""

@@ -1,0 +1,68 @@
+"""Contention: what other programs take of this machine while the steps run.
+
+Two things are watched. The operating system says how much CPU time others got. Probes, a product and a read of memory,
+say how much slower they run now than when this machine's rates were measured. A program may hold a core without slowing
+the step, and a probe may be slow for a moment, so that the step's loss is taken as the smaller of both:
+
+    loss = min(CPU time of others / (seconds * cores), 1 - rate of the probes now / their stored rate)
+
+It is an estimate: other programs cannot be stopped to see.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsmini.diagnosis.interventions.machine import cores
+from dsmini.measure.calibration import steadiness
+from dsmini.measure.rates import Roofs
+
+STAT = Path("/proc/stat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contention:
+    """What others took of the machine during a turn."""
+
+    others: float
+    """Cores that other programs, or other guests of the host, kept busy."""
+    steadiness: float
+    """Rate of the probes now over their stored rate; 1 without stored rates."""
+
+    @property
+    def loss(self) -> float:
+        """Share of a step's time that others cost, estimated."""
+        return max(0.0, min(self.others / cores(), 1 - self.steadiness))
+
+
+class Watch:
+    """Watches the machine during turns. Without stored rates, only the CPU time of others."""
+
+    def __init__(self, roofs: Roofs | None, device: torch.device) -> None:
+        self.roofs, self.device = roofs, device
+        self._since = 0.0
+        self._busy = self._own = 0.0
+
+    def begin(self) -> None:
+        """Begin a turn."""
+        self._since, self._busy, self._own = time.perf_counter(), _busy_seconds(), sum(os.times()[:2])
+
+    def end(self) -> Contention:
+        """End it, and run the probes."""
+        passed = max(1e-3, time.perf_counter() - self._since)
+        others = (_busy_seconds() - self._busy) - (sum(os.times()[:2]) - self._own)
+        steady = 1.0 if self.roofs is None or self.device.type != "cpu" else steadiness(self.roofs, self.device)
+        return Contention(others=max(0.0, others / passed), steadiness=min(1.0, steady))
+
+
+def _busy_seconds() -> float:
+    """Return the CPU seconds of all programs since the machine's start, stolen ones too; 0 where nobody tells."""
+    try:
+        fields = [float(f) for f in STAT.read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

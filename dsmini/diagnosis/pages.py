@@ -1,0 +1,140 @@
+"""A diagnosis as a report: the verdict first, then the evidence, then what to try."""
+
+from dsmini.diagnosis.diagnosis import ACTIONS, AXES, WORDS, Diagnosis
+from dsmini.report import Figure, Plot, Report, Section, Series, Table
+
+VOCABULARIES = (
+    ("Data", "the next batch is not there", "Data", "Data"),
+    ("Algorithm", "more work, or smaller pieces, than the result needs", "Algorithm", "Algorithm"),
+    ("Machine", "cores, dtype or other programs give less than this machine has", "Machine", "Machine"),
+    ("", "memory traffic of the step itself", "Machine", "Data"),
+)
+"""Axis, what is meant here, the article's word, the textbook's."""
+
+
+def report_of(found: Diagnosis, title: str, facts: dict[str, dict[str, str]], command: str) -> Report:
+    """Return the report of a diagnosis."""
+    return Report(
+        title=title,
+        lead=found.sentence,
+        sections=[_verdict(found), _evidence(found), _step(found), _findings(found)],
+        warnings=["It was interrupted, and rests on the rounds until then."] if found.stopped else [],
+        highlights=[
+            (_percent(found.gains[name].value), f"{axis.value}: gain of {name}") for axis, name in found.best.items()
+        ],
+        facts_title="What was diagnosed",
+        facts=facts,
+        command=command,
+    )
+
+
+def _verdict(found: Diagnosis) -> Section:
+    rows = [
+        [axis.value, str(found.gains[name]), name, ACTIONS[name]]
+        for axis, name in sorted(found.best.items(), key=lambda item: -found.gains[item[1]].low)
+    ]
+    finding = found.sentence + (f" {found.verdict.decides}" if found.verdict.decides else "")
+    table = Table(columns=("axis", "gain", "by", "what to do where it gains"), rows=rows)
+    words = Table(columns=("here", "meaning", "article", "textbook"), rows=VOCABULARIES)
+    return Section(
+        name="verdict",
+        title="What binds?",
+        finding=finding,
+        tables=[table, words],
+        prose=[
+            (
+                "Two vocabularies",
+                "Both agree that waiting for a batch is Data. They differ on memory traffic: the article counts it to "
+                "the Machine, whose bandwidth is the limit; the textbook to Data, whose bytes must move.",
+            )
+        ],
+    )
+
+
+def _evidence(found: Diagnosis) -> Section:
+    figures = [
+        Figure(
+            question="evidence",
+            case={"intervention": name, "axis": AXES[name].value},
+            metric="gain",
+            unit="",
+            measured=g.value,
+            low=g.low,
+            high=g.high,
+            predicted=_predicted(found, name),
+            note=f"{name}: {WORDS[name]}.",
+        )
+        for name, g in found.gains.items()
+    ]
+    names = [str(f.case["intervention"]) for f in figures]
+    measured = [f.measured or 0.0 for f in figures]
+    bars = [
+        Series(
+            label="measured",
+            x=(),
+            y=measured,
+            low=[f.low or 0.0 for f in figures],
+            high=[f.high or 0.0 for f in figures],
+            kind="bars",
+        )
+    ]
+    if found.prediction is not None:
+        predicted = [f.predicted or 0.0 for f in figures]
+        bars.append(Series(label="predicted", x=(), y=predicted, kind="bars", dashed=True, of="measured"))
+    plot = Plot(title="Share of a step that would go", x="what is made free", y="gain", series=bars, labels=names)
+    missing = [[name, why] for name, why in found.not_tried.items()]
+    return Section(
+        name="evidence",
+        title="What gains how much, predicted first and then measured?",
+        finding=f"{found.measured.rounds} rounds in turns; a plain step takes {1e3 * found.measured.seconds:.1f} ms"
+        + (f", {1e3 * found.prediction.plain:.1f} ms were predicted." if found.prediction else "."),
+        figures=figures,
+        plots=[plot],
+        tables=[Table(columns=("not tried", "why"), rows=missing)] if missing else [],
+    )
+
+
+def _step(found: Diagnosis) -> Section:
+    wait = [step.data_wait * step.seconds for step in found.measured.steps]
+    waited = sorted(wait)[len(wait) // 2]
+    if found.prediction is None:
+        return Section(
+            name="step",
+            title="What does a step consist of?",
+            finding=f"{1e3 * waited:.1f} of {1e3 * found.measured.seconds:.1f} ms wait for the batch.",
+        )
+    parts = {"waiting for the batch": waited} | dict(found.prediction.forecast.by_class)
+    figures = [
+        Figure(question="step", case={"part": name}, metric="seconds", unit="s", predicted=seconds)
+        for name, seconds in parts.items()
+    ]
+    bars = Series(label="forecast", x=(), y=[1e3 * s for s in parts.values()], kind="bars", dashed=True)
+    plot = Plot(title="Parts of a step", x="class of operations", y="ms", series=[bars], labels=list(parts))
+    largest = max(parts, key=lambda name: parts[name])
+    share = parts[largest] / sum(parts.values())
+    return Section(
+        name="step",
+        title="What does a step consist of?",
+        finding=f"Most of it, {share:.0%}, is {largest}, by the forecast of this machine's rates.",
+        figures=figures,
+        plots=[plot],
+    )
+
+
+def _findings(found: Diagnosis) -> Section:
+    faults = [finding for finding in found.findings if finding.is_fault]
+    words = "; ".join(finding.fix for finding in faults) if faults else "Nothing of it needs an action."
+    rows = [
+        [finding.axis, finding.name, "fault" if finding.is_fault else "fine", finding.sentence]
+        for finding in found.findings
+    ]
+    table = Table(columns=("axis", "name", "state", "what was seen"), rows=rows)
+    return Section(name="findings", title="What else was seen?", finding=words, tables=[table])
+
+
+def _predicted(found: Diagnosis, name: str) -> float | None:
+    return None if found.prediction is None else found.prediction.gain(name)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,142 @@
+"""Predictions, made before any step runs: the seconds of a plain step, and of one with each thing made free.
+
+The forecast of this machine prices the operations that a step would run. A batch is timed alone, without the model.
+What the loader adds follows from both:
+
+    wait = max(0, seconds of a batch / workers - seconds of computing),   or the whole batch without workers
+    T    = computing + wait
+
+    replay           computing
+    uniform routing  T: in one process all experts run on the same cores, so that only their sum counts
+    dense            T - (forward and backward with experts - forward and backward without)
+    fastest dtype    the forecast in that dtype, + wait
+    all threads      products by the ratio of their rates, memory by the ratio of bandwidths, calls as they are
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+
+from dsmini.config import RunConfig
+from dsmini.diagnosis.interventions.machine import cores
+from dsmini.diagnosis.subject import Subject
+from dsmini.machine import matmul_rate, pick_dtype
+from dsmini.measure.calibration import read_bandwidth
+from dsmini.measure.dry import dry_count
+from dsmini.measure.forecast import Forecast, forecast
+from dsmini.measure.step_rates import Rates
+from dsmini.measure.workloads import StepDtype, StepShape, random_tokens
+from dsmini.nn import Block, FeedForward, Routing, Transformer
+
+BATCHES = 5
+MOVED = ("move", "copy", "pointwise", "reduce", "gather", "scatter", "softmax", "cast", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds of a plain step, and with each thing made free."""
+
+    plain: float
+    free: Mapping[str, float]
+    batch: float
+    """Seconds to prepare a batch."""
+    forecast: Forecast
+
+    def gain(self, name: str) -> float | None:
+        """Return the predicted gain of an intervention; None if it was not predicted."""
+        return None if name not in self.free else 1 - self.free[name] / self.plain
+
+
+def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
+    """Predict a subject's steps with each of the interventions named."""
+    config = subject.config
+    shape = _shape(config, subject.rows, config.train.dtype)
+    computing = forecast(shape, rates)
+    batch = batch_seconds(subject)
+    wait = _wait(batch, computing.seconds, config.data.workers)
+    plain = computing.seconds + wait
+    free: dict[str, float] = {}
+    if "replay" in names:
+        free["replay"] = free["waiting"] = computing.seconds
+    if "uniform_routing" in names:
+        free["uniform_routing"] = plain
+    if "dense_active" in names:
+        free["dense_active"] = plain - _cost_of_routing(shape, rates)
+    if "fastest_dtype" in names:
+        fastest = str(pick_dtype("auto", subject.trainer.device)).removeprefix("torch.")
+        free["fastest_dtype"] = forecast(_shape(config, subject.rows, fastest), rates).seconds + wait
+    if "all_threads" in names:
+        free["all_threads"] = _with_all_threads(computing, subject) + wait
+    return Prediction(plain=plain, free=free, batch=batch, forecast=computing)
+
+
+def batch_seconds(subject: Subject) -> float:
+    """Return the median seconds to prepare a batch, with nothing else at work."""
+    taken = []
+    for i in range(BATCHES):
+        start = time.perf_counter()
+        subject.trainer.loader.prepared((subject.trainer.sequences + i * subject.rows, subject.rows))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _wait(batch: float, computing: float, workers: int) -> float:
+    return batch if workers == 0 else max(0.0, batch / workers - computing)
+
+
+def _shape(config: RunConfig, rows: int, dtype: str) -> StepShape:
+    name: StepDtype = "float32" if dtype == "float32" else "bfloat16"
+    if config.model.precision == "fp8":
+        name = "fp8"
+    return StepShape(
+        work="training", config=config.model, dtype=name, batch=rows, tokens=config.seq_len, train=config.train
+    )
+
+
+def _cost_of_routing(shape: StepShape, rates: Rates) -> float:
+    """Return the predicted seconds of a forward and backward with experts over those of a dense twin."""
+    name = f"{shape.work} {shape.dtype}"
+    seconds = []
+    for dense in (False, True):
+        counted = dry_count(lambda dense=dense: _forward_backward(shape, dense), rates.roofs.cache_bytes)
+        seconds.append(sum(rates.steps[name].seconds(counted.operations, counted.views, rates.roofs).values()))
+    return seconds[0] - seconds[1]
+
+
+def _forward_backward(shape: StepShape, dense: bool):
+    c = dataclasses.replace(shape.config, precision="fp8") if shape.dtype == "fp8" else shape.config
+    model = Transformer(c, compute_dtype=torch.float32 if shape.dtype == "float32" else torch.bfloat16)
+    if dense:
+        width = (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim
+        for block in [m for m in model.modules() if isinstance(m, Block) and hasattr(m.ffn, "gate")]:
+            block.ffn = FeedForward(c, inter_dim=width)
+    text = random_tokens(c, shape.batch, shape.tokens + 1, torch.device("cpu"))
+
+    def step() -> list[Routing]:
+        for part in text.chunk(shape.train.grad_accum):
+            model.losses(part[:, :-1], part[:, 1:], recompute=shape.train.recompute).total.backward()
+        for p in model.parameters():
+            p.grad = None
+        return []
+
+    return step
+
+
+def _with_all_threads(now: Forecast, subject: Subject) -> float:
+    """Return the predicted seconds of computing on all cores, from the rates of products and memory with both."""
+    device, before = subject.trainer.device, torch.get_num_threads()
+    dtype = torch.float32 if subject.config.train.dtype == "float32" else torch.bfloat16
+    rates = []
+    for threads in (before, cores()):
+        torch.set_num_threads(threads)
+        rates.append((matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)))
+    torch.set_num_threads(before)
+    (product, memory), (products, memories) = rates
+    faster = {"calls": 1.0}
+    return sum(
+        seconds / faster.get(name, memories / memory if name in MOVED else products / product)
+        for name, seconds in now.by_class.items()
+    )
