@@ -1,10 +1,12 @@
 """Predictions, made before any step runs: the seconds of a plain step, and of one with each thing made free.
 
-The forecast of this machine prices the operations that a step would run. A batch is timed alone, without the model.
-What the loader adds follows from both:
+The forecast of this machine prices the operations that a step would run. A batch is timed alone, without the model: its
+seconds, and the CPU seconds among them. A thread that prepares batches takes these from the products, whose threads all
+wait for the one that shares its core. What the loader adds follows:
 
-    wait = max(0, seconds of a batch / workers - seconds of computing),   or the whole batch without workers
-    T    = computing + wait
+    busy = computing + CPU seconds of a batch, where products use all cores; else computing
+    T    = max(busy, seconds of a batch / workers),   or computing + seconds of a batch without workers
+    wait = T - computing
 
     replay           computing
     uniform routing  T: in one process all experts run on the same cores, so that only their sum counts
@@ -41,8 +43,7 @@ class Prediction:
 
     plain: float
     free: Mapping[str, float]
-    batch: float
-    """Seconds to prepare a batch."""
+    batch: "BatchTime"
     forecast: Forecast
 
     def gain(self, name: str) -> float | None:
@@ -55,7 +56,7 @@ def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
     config = subject.config
     shape = _shape(config, subject.rows, config.train.dtype)
     computing = forecast(shape, rates)
-    batch = batch_seconds(subject)
+    batch = time_batches(subject)
     wait = _wait(batch, computing.seconds, config.data.workers)
     plain = computing.seconds + wait
     free: dict[str, float] = {}
@@ -73,18 +74,31 @@ def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
     return Prediction(plain=plain, free=free, batch=batch, forecast=computing)
 
 
-def batch_seconds(subject: Subject) -> float:
-    """Return the median seconds to prepare a batch, with nothing else at work."""
-    taken = []
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchTime:
+    """Time to prepare a batch, with nothing else at work."""
+
+    seconds: float
+    cpu: float
+    """Seconds in which it keeps a core busy."""
+
+
+def time_batches(subject: Subject) -> BatchTime:
+    """Return the medians of a few batches."""
+    seconds, cpu = [], []
     for i in range(BATCHES):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.thread_time()
         subject.trainer.loader.prepared((subject.trainer.sequences + i * subject.rows, subject.rows))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.thread_time() - busy)
+    return BatchTime(seconds=statistics.median(seconds), cpu=statistics.median(cpu))
 
 
-def _wait(batch: float, computing: float, workers: int) -> float:
-    return batch if workers == 0 else max(0.0, batch / workers - computing)
+def _wait(batch: BatchTime, computing: float, workers: int) -> float:
+    if workers == 0:
+        return batch.seconds
+    shared = torch.get_num_threads() >= cores()
+    return max(batch.cpu if shared else 0.0, batch.seconds / workers - computing)
 
 
 def _shape(config: RunConfig, rows: int, dtype: str) -> StepShape:
@@ -135,7 +149,7 @@ def _with_all_threads(now: Forecast, subject: Subject) -> float:
         rates.append((matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)))
     torch.set_num_threads(before)
     (product, memory), (products, memories) = rates
-    faster = {"calls": 1.0}
+    faster: dict[str, float] = {"calls": 1.0}
     return sum(
         seconds / faster.get(name, memories / memory if name in MOVED else products / product)
         for name, seconds in now.by_class.items()

@@ -1,0 +1,44 @@
+"""A small subject whose steps take milliseconds."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.diagnosis.subject import Subject
+from dsmini.training.trainer import Trainer
+from tests.helpers.corpora import TEXTS, load
+
+MODEL = ModelConfig(
+    dim=32,
+    inter_dim=40,
+    moe_inter_dim=16,
+    n_layers=2,
+    n_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=8,
+    n_activated_experts=2,
+    n_expert_groups=1,
+    n_limited_groups=1,
+    n_mtp_layers=1,
+    max_seq_len=8,
+)
+
+
+@pytest.fixture
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """Return a subject of the small model, with multi-token prediction, in FP32."""
+    place = tmp_path_factory.mktemp("subject")
+    (place / "texts").mkdir()
+    for name, text in TEXTS.items():
+        (place / "texts" / name).write_bytes(text)
+    torch.manual_seed(0)
+    config = RunConfig(model=MODEL, train=TrainConfig(batch_size=4, dtype="float32", device="cpu"))
+    trainer = Trainer(Transformer(MODEL, compute_dtype=torch.float32), load(place), config, torch.device("cpu"))
+    yield Subject(trainer)
+    trainer.loader.close()
