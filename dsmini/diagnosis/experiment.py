@@ -65,7 +65,7 @@ def run_in_turns(
         spent = time.perf_counter() - start
         if measured.rounds >= least and spent > seconds:
             break
-        on_round(max(measured.rounds / rounds, min(0.99, spent / seconds)), measured)
+        on_round(max(measured.rounds / rounds, min(0.99, spent / max(seconds, spent, 1e-9))), measured)
         _round(subject, interventions, watch, measured)
     on_round(1.0, measured)
     return measured

@@ -143,14 +143,16 @@ def _with_all_threads(now: Forecast, subject: Subject) -> float:
     """Return the predicted seconds of computing on all cores, from the rates of products and memory with both."""
     device, before = subject.trainer.device, torch.get_num_threads()
     dtype = torch.float32 if subject.config.train.dtype == "float32" else torch.bfloat16
-    rates = []
+    rates: list[tuple[float, float]] = []
     for threads in (before, cores()):
         torch.set_num_threads(threads)
         rates.append((matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)))
     torch.set_num_threads(before)
     (product, memory), (products, memories) = rates
-    faster: dict[str, float] = {"calls": 1.0}
-    return sum(
-        seconds / faster.get(name, memories / memory if name in MOVED else products / product)
-        for name, seconds in now.by_class.items()
-    )
+
+    def faster(name: str) -> float:
+        if name == "calls":
+            return 1.0
+        return memories / memory if name in MOVED else products / product
+
+    return sum(seconds / faster(name) for name, seconds in now.by_class.items())

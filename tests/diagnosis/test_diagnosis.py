@@ -98,7 +98,8 @@ def test_whole_diagnosis_of_a_small_run(subject: Subject) -> None:
     assert "uniform_routing" in page and found.verdict.sentence.split(":")[0] in page
     with Console(record=True, width=80) as console:
         report.show(console)
-    assert "What binds?" in console.export_text()
+    shown = console.export_text()
+    assert "dense_active" in shown and "rounds in turns" in shown and "idle_experts" in shown
 
 
 def test_interrupted_diagnosis_keeps_its_whole_rounds(subject: Subject) -> None:

@@ -44,8 +44,8 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
     counted = [step.counts for step in steps if step.counts is not None]
     if not counted:
         return None
-    loads = torch.stack(counted).sum(0).double()
-    idle = (loads < IDLE_LOAD * loads.mean(1, keepdim=True)).double().mean().item()
+    loads = torch.stack(counted).sum(0)
+    idle = (loads < IDLE_LOAD * loads.double().mean(1, keepdim=True)).double().mean().item()
     vio = max_violation(loads).mean().item()
     fault = idle > MOST_IDLE
     return Finding(
