@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from dsmini.planner.model.compressed_parameters import CompressedParameters, CompressedSizes, compressed_parameters
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
-from dsmini.planner.model.sparse_attention import SparseAttention
+from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.number_formats import BF16_COST, E8M0, FP4, FP4_COST
 from dsmini.planner.quantities.quantity import (
@@ -82,11 +82,13 @@ class CompressedAttention(Figures):
     """The same, both with the activated parameters as printed."""
 
 
-def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseAttention) -> CompressedAttention:
+def compressed_attention(
+    sizes: CompressedSizes, context: Tokens, older: SparseAttention, older_sizes: SparseSizes
+) -> CompressedAttention:
     """Return the figures of a token that sees this many tokens.
 
     Args:
-        older: V3.2 at the same context.
+        older: V3.2 at the same context, and its sizes.
     """
 
     def named(figure: Quantity[N, D], name: str, title: str) -> Quantity[N, D]:
@@ -107,6 +109,7 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
     rounded = named(
         FLOPS(2) * sizes.activated + attend + index, "rounded_flops", "the same with activated parameters as printed"
     )
+    older_rounded = FLOPS(2) * older_sizes.activated + older.layers_flops
     return CompressedAttention(
         parameters=counted,
         entry=entry,
@@ -123,9 +126,7 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
         token_flops=flops,
         rounded_flops=rounded,
         flops_ratio=named(older.token_flops / flops, "flops_ratio", "V3.2's operations of a token over its own"),
-        rounded_ratio=named(
-            older.rounded_flops / rounded, "rounded_ratio", "the same with activated parameters as printed"
-        ),
+        rounded_ratio=named(older_rounded / rounded, "rounded_ratio", "the same with activated parameters as printed"),
     )
 
 

@@ -1,7 +1,6 @@
 """Published figures next to what the planner gives: coverage next to error.
 
-Each figure of data/published.toml has a printed value and a source. published_values.py computes the same figure by the
-functions that every plan uses, from configs and hardware files. The two make a residual, ours over printed less one.
+Each figure of published.toml has a printed value and a source. values.py computes the same figure by the functions that every plan uses, from configs and hardware files. The two make a residual, ours over printed less one.
 
     reproduced       within the error to hold: what the file says, or half a unit of the last printed digit
     misses           not, and nobody knows why or a formula of sizes cannot: the residual is shown, never fitted away
