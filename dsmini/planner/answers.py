@@ -11,7 +11,8 @@ from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
 from dsmini.planner.pages.comparison import search_section, variation_section
-from dsmini.planner.pages.page import coverage, facts, plan_report
+from dsmini.planner.pages.coverage import coverage
+from dsmini.planner.pages.page import facts, plan_report
 from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
