@@ -119,7 +119,7 @@ def checkpoint_write_time(size: Bytes, nodes: Count, rate: BytesPerSecond) -> Se
     Args:
         rate: bytes per second that one node writes.
     """
-    title = "Time to write a checkpoint from all nodes at once"
+    title = "Time to write a checkpoint"
     return (size / (nodes * rate)).named("checkpoint_write_time", title)
 
 
@@ -155,7 +155,7 @@ def effective_share_at_any_rate(mttf: Seconds, interval: Seconds, inputs: Failur
     """Return the share of the time that trains if failures also interrupt restarts and writes."""
     cycle = exponential((interval + inputs.write_time) / mttf) - COUNT(1)
     share = interval / (mttf * exponential(inputs.restart_time / mttf) * cycle)
-    title = "Share of the time that trains, at any rate of failures"
+    title = "Time that trains, at any rate"
     return share.named("effective_share_at_any_rate", title, "Daly (2006): the complete cost function")
 
 

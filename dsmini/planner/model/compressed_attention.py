@@ -99,7 +99,7 @@ def compressed_attention(
     scales = sizes.index_head_dim / sizes.index_scale_group * E8M0
     index_entry = named(sizes.index_head_dim * FP4 + scales, "index_entry", "an indexer's entry")
     growing = sizes.csa_layers * (entry + index_entry) / sizes.csa_ratio + sizes.hca_layers * entry / sizes.hca_ratio
-    per_token = named(per(growing, TOKENS), "kv_cache", "cache of a token, all layers")
+    per_token = named(per(growing, TOKENS), "kv_cache", "cache of a token")
     window = named(counted.layers * sizes.window * entry, "window_cache", "windows of a sequence, all layers")
     attend = named(_attention(sizes, context), "attention_flops", "attention of a token in FP8 units")
     scored = number_of(context) / sizes.csa_ratio
@@ -117,7 +117,7 @@ def compressed_attention(
         kv_cache=per_token,
         window=window,
         cache=named(context * per_token + window, "cache", "cache of a sequence"),
-        cache_ratio=named(older.kv_cache / per_token, "cache_ratio", "V3.2's bytes a token over its own"),
+        cache_ratio=named(older.kv_cache / per_token, "cache_ratio", "times less cache than V3.2"),
         baseline_share=named(
             per_token / _baseline(sizes, counted.layers), "baseline_share", "share of the bytes of GQA in BF16"
         ),
@@ -125,7 +125,7 @@ def compressed_attention(
         index_flops=index,
         token_flops=flops,
         rounded_flops=rounded,
-        flops_ratio=named(older.token_flops / flops, "flops_ratio", "V3.2's operations of a token over its own"),
+        flops_ratio=named(older.token_flops / flops, "flops_ratio", "times fewer FLOPs than V3.2"),
         rounded_ratio=named(older_rounded / rounded, "rounded_ratio", "the same with activated parameters as printed"),
     )
 
@@ -189,6 +189,6 @@ def shared_cache(sizes: SharedSizes) -> BytesPerToken:
     stored = sizes.encoder_sources / sizes.encoder_ratio + sizes.decoder_sources / sizes.decoder_ratio
     return per(stored * (entry + index), TOKENS).named(
         f"{sizes.prefix}kv_cache",
-        f"{sizes.title}: cache of a token, all layers",
+        f"{sizes.title}: cache of a token",
         "V4.1 report (arXiv 2609.19969)",
     )

@@ -62,15 +62,13 @@ def cache_plan(model: ModelInputs, dtype: CacheDtype) -> CachePlan:
     head = model.qk_nope_head_dim + model.v_head_dim
     number = SIZES.get(dtype, BF16)
     baseline = all_layers(model, model.n_heads * head * number)
-    baseline = baseline.named("mha_kv_cache", "Cache of a token with multi-head attention, all layers", SOURCE)
+    baseline = baseline.named("mha_kv_cache", "Cache of a token with MHA, all layers", SOURCE)
     groups = row_numbers(model) / head
     return CachePlan(
         row=row,
         per_token=per_token,
         baseline=baseline,
-        saving=cache_saving(per_token, baseline).named(
-            "cache_saving", "Share of the cache of multi-head attention that is saved", SOURCE
-        ),
+        saving=cache_saving(per_token, baseline).named("cache_saving", "Share of MHA's cache that is saved", SOURCE),
         groups=groups.named("equal_gqa_groups", "Groups of GQA with as large a cache", "V2, table 1"),
     )
 

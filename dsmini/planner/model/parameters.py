@@ -173,7 +173,7 @@ def _parameters(m: ModelInputs, a: LayerFigures) -> ParameterFigures:
     main = main.named("parameters_main", "Parameters without MTP", source)
     own = mtp.named("mtp_parameters_without_projection", "MTP: parameters without projections", "V3's README")
     mtp_all = (own + projection).named("mtp_parameters", "MTP: parameters of its own", "V3, section 2.2")
-    active = (active + vocabulary).named("parameters_active", "Active parameters with head, without embedding", source)
+    active = (active + vocabulary).named("parameters_active", "Active parameters, without embedding", source)
     moe = a.moe_layers + a.mtp_moe_layers
     biases = moe * m.n_routed_experts if m.config.topk_method == "noaux_tc" else moe * 0
     return ParameterFigures(

@@ -121,8 +121,8 @@ def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) ->
     score = FLOPS(2) * (sizes.index_n_heads * sizes.index_head_dim)
     attend = FLOPS(2) * (model.n_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim))
     index = _named(score * cached, "index_flops", "Scores of a token, one layer")
-    sparse = _named(attend * chosen, "attention_flops", "Attention of a token to the chosen ones, one layer")
-    dense = _named(attend * cached, "dense_flops", "Attention of a token to all cached ones, one layer")
+    sparse = _named(attend * chosen, "attention_flops", "Attention to chosen tokens, one layer")
+    dense = _named(attend * cached, "dense_flops", "Attention to all cached tokens, one layer")
     read = _named(index_row * cached + row * chosen, "read", "Cache that a token reads, one layer")
     dense_read = _named(row * cached, "dense_read", "Cache that a token reads in dense MLA, one layer")
     indexer = _named(_indexer(model, sizes), "indexer_parameters", "Parameters of an indexer")
@@ -140,12 +140,12 @@ def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) ->
         attention_flops=sparse,
         dense_flops=dense,
         flops_ratio=_named(dense / (index + sparse), "flops_ratio", "Operations of dense attention over sparse"),
-        crossover=_named(crossover, "crossover", "Context from which on sparse attention computes less")
+        crossover=_named(crossover, "crossover", "Context from which on it computes less")
         if crossover is not None
         else None,
         read=read,
         dense_read=dense_read,
-        read_ratio=_named(dense_read / read, "read_ratio", "Bytes that dense attention reads over sparse"),
+        read_ratio=_named(dense_read / read, "read_ratio", "Bytes read by dense attention over sparse"),
         indexer_parameters=indexer,
         layers_flops=layers,
         token_flops=_named(FLOPS(2) * active + layers, "token_flops", "Operations of a token in FP8 units"),

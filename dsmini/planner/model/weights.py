@@ -121,7 +121,7 @@ def _total(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: di
     experts = model.n_routed_experts * size["expert"] + size["shared"] + size["gate"]
     blocks = model.n_layers * block + dense_blocks * size["dense"] + moe_blocks * experts
     return (blocks + 2 * size["vocabulary"] + size["final_norms"]).named(
-        "model_bytes", "Weights of the model without multi-token prediction", SOURCE
+        "model_bytes", "Weights of the model without MTP", SOURCE
     )
 
 

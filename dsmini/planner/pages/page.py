@@ -11,6 +11,7 @@ from dsmini.planner.binding import Binding, Vocabulary
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.sections import SectionOfPlan, sections
 from dsmini.planner.pages.why import why
+from dsmini.planner.quantities.display import short
 from dsmini.planner.quantities.explanation import Explanation, Step, explain, named, shown
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.whole import Plan
@@ -48,6 +49,8 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
 
 def _section(section: SectionOfPlan, known: dict[str, Step], full: bool) -> Section:
     first = [_detail(f, known) for f in section.headlines.values()]
+    if not full:
+        first = [Detail(name=f.name, title=f.title, value=short(f)) for f in section.headlines.values()]
     others = [_detail(f, known) for f in section.others.values()] if full else []
     return Section(
         name=f"{section.name}_section",

@@ -69,13 +69,9 @@ def decode_plan(
         memory=serving_memory(setting, cache, mine, workload.context),
         times=times,
         limit=exchange_limit(model, hardware, deployment, workload.sequences),
-        time_per_token=per(times.step, TOKENS).named(
-            f"{stage}_time_per_token", "Time of an output token of a sequence", source
-        ),
-        tokens_per_second=rate.named(f"{stage}_tokens_per_second", "Output tokens/s of a sequence", source),
-        gpu_tokens_per_second=(mine * rate).named(
-            f"{stage}_gpu_tokens_per_second", "Output tokens/s of a GPU, all its sequences", source
-        ),
+        time_per_token=per(times.step, TOKENS).named(f"{stage}_time_per_token", "Time of an output token", source),
+        tokens_per_second=rate.named(f"{stage}_tokens_per_second", "Tokens/s of a sequence", source),
+        gpu_tokens_per_second=(mine * rate).named(f"{stage}_gpu_tokens_per_second", "Tokens/s of a GPU", source),
     )
 
 

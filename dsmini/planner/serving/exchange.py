@@ -99,9 +99,7 @@ def exchange(
     if tp.value > 1:
         fast += [layers * block * BF16 * (2 * (tp - ONE))]
     return Exchange(
-        slow=total(slow).named(f"{stage}_slow_bytes", "Bytes that a GPU sends to other nodes in a step", "V3, 3.4")
-        if slow
-        else None,
+        slow=total(slow).named(f"{stage}_slow_bytes", "Bytes to other nodes, a step", "V3, 3.4") if slow else None,
         fast=total(fast).named(f"{stage}_fast_bytes", "Bytes that a GPU sends in its node in a step", "V3, 3.4")
         if fast
         else None,
@@ -119,7 +117,7 @@ def exchange_limit(model: ModelInputs, hardware: Hardware, deployment: Deploymen
         f"{stage}_block_exchange_time", "Dispatch and combine of a micro-batch in one layer", source
     )
     token = (deployment.micro_batches * model.n_layers * block).named(
-        f"{stage}_exchange_limit", "Time of an output token if only links took time", source
+        f"{stage}_exchange_limit", "Time of a token, links alone", source
     )
     rate = TOKENS(1) / token
     return ExchangeLimit(

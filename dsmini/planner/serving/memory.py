@@ -63,14 +63,12 @@ def serving_memory(setting: Setting, cache: CachePlan, sequences: Count, context
         weights=weights,
         cache=stored,
         used=used,
-        share=(used / setting.hardware.memory).named(
-            f"{stage}_memory_share", "Share of a GPU's memory that is used", source
-        ),
+        share=(used / setting.hardware.memory).named(f"{stage}_memory_share", "Share of memory used", source),
         sequences=sequences_that_fit(left, context, per_token).named(
-            f"{stage}_sequences_that_fit", "Sequences of a GPU that fit beside its weights", source
+            f"{stage}_sequences_that_fit", "Sequences that fit", source
         ),
         context=longest_context(left, sequences, per_token).named(
-            f"{stage}_longest_context", "Longest context that fits beside the weights", source
+            f"{stage}_longest_context", "Longest context that fits", source
         ),
     )
 

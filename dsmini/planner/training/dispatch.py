@@ -94,7 +94,7 @@ def dispatch_figures(
     row = row.named("dispatch_row", "Row on its way to an expert", "V3, section 3.3.3")
     back = (m.dim * BF16).named("combine_row", "Row on its way back", "V3, section 3.3.3")
     both = per(row + back, TOKENS)
-    slow = (slow_copies * both).named("slow_bytes", "Slow link: bytes of a token, a layer and pass", source)
+    slow = (slow_copies * both).named("slow_bytes", "Slow link: bytes of a token and layer", source)
     fast = (fast_copies * both).named("fast_bytes", "Fast link: bytes of a token, a layer and pass", source)
     return DispatchFigures(
         expert_nodes=nodes,
