@@ -74,11 +74,13 @@ class LayoutTable:
     """Number of the choice with the least memory."""
 
 
-def evaluate_layouts(problem: Problem, on_part: Callable[[float, str], None] | None = None) -> LayoutTable:
-    """Return the best choice for each sizes of parallelism that the GPUs allow."""
+def evaluate_layouts(
+    problem: Problem, on_part: Callable[[float, str], None] | None = None, sizes: list[Sizes] | None = None
+) -> LayoutTable:
+    """Return the best choice for each sizes of parallelism; without `sizes`, for all that the GPUs allow."""
     p = problem
     model = model_figures(p.m, p.workload.seq_len)
-    sizes = list(all_sizes(p))
+    sizes = list(all_sizes(p)) if sizes is None else sizes
     given = p.choices
     choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
     infinite, nothing = np.full(len(sizes), np.inf), np.zeros(len(sizes))
