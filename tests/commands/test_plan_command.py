@@ -53,6 +53,18 @@ BAD = [
     (f"{V3} --context 1000000", "context=1000000 is longer than the model's max_seq_len=163840"),
     (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
     (f"{V3} --out taken", "--out taken cannot be written"),
+    (f"{V3} --gpus x", "error: --gpus 'x' is not a whole number; change it, or leave the flag out"),
+    (f"{V3} --tokens=many", "error: --tokens 'many' is not a number; change it"),
+    (f"{V3} --zero 7", "error: --zero '7' is not one of 0, 1, 2, 3; change it"),
+    (f"{V3} --gpus", "error: --gpus needs a value, got nothing; give it one"),
+    (f"{V3} --gpus --search", "error: --gpus needs a value, got --search"),
+    (f"{V3} --gpus 0", "error: gpus=0 is out of range; use more than 0"),
+    (f"{V3} --drafts -1", "error: drafts=-1 is out of range; use 0 or more"),
+    (
+        f"{V3} --batchs 3",
+        "error: unknown flag '--batchs'; did you mean --batch? Every flag: python -m dsmini.plan --help-all",
+    ),
+    (f"{V3} --zzz 3", "error: unknown flag '--zzz'. Every flag: python -m dsmini.plan --help-all"),
 ]
 MINE = """
 title = "My own GPU"
