@@ -101,7 +101,7 @@ MAY_IMPORT = {
         for room, below in {
             "quantities": (),
             "model": ("quantities",),
-            "training": ("quantities", "model", "setup"),
+            "training": ("quantities", "model"),
             "serving": ("quantities", "model", "binding"),
             "published": ("quantities", "model", "training", "serving", "reliability", "outcome", "setup"),
         }.items()

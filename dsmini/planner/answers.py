@@ -10,6 +10,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
+from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
@@ -17,7 +18,6 @@ from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
-from dsmini.planner.training.layout_search import search_layouts
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan

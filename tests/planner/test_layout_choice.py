@@ -7,6 +7,7 @@ import pytest
 
 from dsmini import ModelConfig
 from dsmini.planner.hardware import Hardware, load_hardware
+from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, setup, with_reached_links
@@ -14,7 +15,6 @@ from dsmini.planner.training import layout_choice, layout_table
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.layout_choice import V3_LAYOUT, ChosenLayout, Cluster, choose_layout
-from dsmini.planner.training.layout_search import search_layouts
 from dsmini.planner.training.layout_table import Choices
 from dsmini.planner.training.search import search
 from dsmini.planner.training.training_plan import plan_unchecked, training_plan
