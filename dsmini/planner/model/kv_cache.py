@@ -16,12 +16,12 @@ Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its K
 from dataclasses import dataclass
 
 from dsmini.accounting.kv_cache import CacheDtype
+from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.number_formats import SIZES
 from dsmini.planner.quantities.quantity import (
     BYTES,
-    COUNT,
     TOKENS,
     Bytes,
     BytesPerToken,
@@ -78,11 +78,6 @@ def row_numbers(model: ModelInputs) -> Count:
     if model.config.attention == "mla":
         return model.kv_lora_rank + model.qk_rope_head_dim
     return kv_heads(model) * (model.qk_nope_head_dim + model.v_head_dim)
-
-
-def kv_heads(model: ModelInputs) -> Count:
-    """Return how many key-value heads a baseline has: for MHA the number of query heads itself, not a copy of it."""
-    return {"mha": model.n_heads, "mqa": COUNT(1)}.get(model.config.attention, model.n_kv_heads)
 
 
 def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:

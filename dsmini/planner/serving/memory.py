@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from dsmini.planner.model.kv_cache import (
     CachePlan,
-    kv_heads,
     longest_context,
     memory_left,
     sequences_that_fit,
 )
+from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Bytes, Count, Tokens, smallest
 from dsmini.planner.serving.step import Setting, gpu_weights, main_blocks
