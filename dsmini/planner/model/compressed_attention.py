@@ -30,7 +30,6 @@ from dsmini.planner.model.compressed_parameters import CompressedParameters, Com
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes
 from dsmini.planner.quantities.figures import Figures
-from dsmini.planner.quantities.number_formats import BF16_COST, E8M0, FP4, FP4_COST
 from dsmini.planner.quantities.quantity import (
     FLOPS,
     TOKENS,
@@ -46,7 +45,7 @@ from dsmini.planner.quantities.quantity import (
     per,
     smallest,
 )
-from dsmini.planner.quantities.sizes import BF16, FP8
+from dsmini.planner.quantities.sizes import BF16, BF16_COST, E8M0, FP4, FP4_COST, FP8
 
 SOURCE = "V4, section 2.3"
 

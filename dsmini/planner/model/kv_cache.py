@@ -19,7 +19,6 @@ from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import SIZES
 from dsmini.planner.quantities.quantity import (
     BYTES,
     TOKENS,
@@ -31,7 +30,7 @@ from dsmini.planner.quantities.quantity import (
     per,
     rounded_down,
 )
-from dsmini.planner.quantities.sizes import BF16, fp8_row
+from dsmini.planner.quantities.sizes import BF16, SIZES, fp8_row
 
 SOURCE = "V2, table 1; INS, table 1"
 

@@ -25,7 +25,6 @@ from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import BF16_COST
 from dsmini.planner.quantities.quantity import (
     FLOPS,
     TOKENS,
@@ -40,7 +39,7 @@ from dsmini.planner.quantities.quantity import (
     number_of,
     smallest,
 )
-from dsmini.planner.quantities.sizes import fp8_row
+from dsmini.planner.quantities.sizes import BF16_COST, fp8_row
 
 SOURCE = "V3.2 report (arXiv 2512.02556)"
 

@@ -18,9 +18,8 @@ from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.model.matrices import Matrix, attention_matrices, block_norms, swiglu_matrices
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import SIZES, scaled_matrix
 from dsmini.planner.quantities.quantity import BYTES, COUNT, Bytes, Count, smallest, total
-from dsmini.planner.quantities.sizes import BF16, FP32
+from dsmini.planner.quantities.sizes import BF16, FP32, SIZES, scaled_matrix
 
 SOURCE = "shapes of the released checkpoints"
 
