@@ -1,5 +1,6 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes."""
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ class PlanAnswer:
         assert report is not None, "an answer without a report has no page"
         paths = [folder / "plan.html", folder / "plan.json"]
         try:
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
             folder.mkdir(parents=True, exist_ok=True)
             write_text(paths[0], report.html())
             write_json(paths[1], self.record)

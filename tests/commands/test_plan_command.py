@@ -52,7 +52,10 @@ BAD = [
     (f"{V3} --explain list --out page", "--explain prints one figure, and --out writes a page"),
     (f"{V3} --context 1000000", "context=1000000 is longer than the model's max_seq_len=163840"),
     (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
-    (f"{V3} --out taken", "--out taken cannot be written"),
+    (f"{V3} --out taken", "--out taken cannot be written: it is a file; choose another folder"),
+    (f"{V3} --published", "--published compares published runs, and takes no config; leave out"),
+    (".", ". is a folder; name the config in it, such as config.json"),
+    ("notes.md", "notes.md is no .toml or .json; name a config"),
     (f"{V3} --gpus x", "error: --gpus 'x' is not a whole number; change it, or leave the flag out"),
     (f"{V3} --tokens=many", "error: --tokens 'many' is not a number; change it"),
     (f"{V3} --zero 7", "error: --zero '7' is not one of 0, 1, 2, 3; change it"),
@@ -82,6 +85,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
+    (folder / "notes.md").write_text("# Notes\n")
     (folder / "mine.toml").write_text(MINE)
     return folder
 
