@@ -6,6 +6,7 @@ A figure that a plan lacks, such as the cost on hardware without a price, is lef
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dsmini.planner.quantities.display import in_words
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import COUNT, Anything
 from dsmini.planner.whole import Plan
@@ -101,7 +102,7 @@ def _model(plan: Plan) -> str:
     p, ops = plan.training.model.parameters, plan.training.model.operations
     saved = f", {percent(plan.cache.saving)} less than multi-head attention" if plan.cache.saving.value > 0 else ""
     return (
-        f"{_words(p.parameters_main)} parameters, of which a token meets {_words(p.parameters_active)}: "
+        f"{in_words(p.parameters_main)} parameters, of which a token meets {in_words(p.parameters_active)}: "
         f"{shown(ops.training_flops)} in training. A token's cache takes {_bytes(plan.cache.per_token)}{saved}."
     )
 
@@ -112,7 +113,7 @@ def _training(plan: Plan) -> str:
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
-    return f"{gpus} {running}{cost} for {_words(t.workload.tokens)} tokens. {needs}"
+    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens. {needs}"
 
 
 def _inference(plan: Plan) -> str:
@@ -170,14 +171,6 @@ def _serving_warnings(plan: Plan) -> Iterator[str]:
                 f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
                 f"{shown(plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
             )
-
-
-def _words(count: Anything) -> str:
-    """Return a large count in words, such as 671 billion."""
-    for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
-        if count.value >= size:
-            return f"{count.value / size:.3g}{name}"
-    return f"{count.value:,.0f}"
 
 
 def _bytes(rate: Anything) -> str:

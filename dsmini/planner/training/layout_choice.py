@@ -21,7 +21,15 @@ from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Recompute, Zero, check_layout
-from dsmini.planner.training.layout_table import Choices, LayoutTable, Problem, Sizes, evaluate_layouts, layout_of
+from dsmini.planner.training.layout_table import (
+    SIZES,
+    Choices,
+    LayoutTable,
+    Problem,
+    Sizes,
+    evaluate_layouts,
+    layout_of,
+)
 from dsmini.planner.training.search import what_would_fit
 from dsmini.planner.training.training_plan import training_plan
 from dsmini.planner.training.workload import Workload
@@ -42,8 +50,6 @@ LEAST_STATE = 8.0
 MOST_GPUS = 2**20
 SLACK = 1.5
 """Memory that sizes may need with the leanest choice, over what there is: for some sizes another choice is leaner."""
-PLACES = ("pipeline", "tensor", "expert", "micro_batch")
-"""Sizes of a row of the table of layouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,9 +172,9 @@ def _hopeful(cluster: Cluster, table: LayoutTable) -> list[Sizes]:
 
 def _rows(table: LayoutTable, given: dict[str, Any]) -> list[int]:
     """Return the rows of a table that have the given sizes."""
-    found = (dict(zip(PLACES, sizes, strict=True)) for sizes in table.sizes)
+    found = (dict(zip(SIZES, sizes, strict=True)) for sizes in table.sizes)
     return [
-        row for row, sizes in enumerate(found) if all(given.get(name, sizes[name]) == sizes[name] for name in PLACES)
+        row for row, sizes in enumerate(found) if all(given.get(name, sizes[name]) == sizes[name] for name in SIZES)
     ]
 
 
@@ -192,7 +198,7 @@ def _that_does_not_fit(cluster: Cluster, given: dict[str, Any], problem: Problem
     if not rows:
         layout = replace(cluster.defaults, **{"gpus": problem.gpus} | given)  # raises what contradicts itself
         cluster.check(layout)
-    if not rows or given.keys() & {"gpus", *PLACES} == {"gpus"}:
+    if not rows or given.keys() & {"gpus", *SIZES} == {"gpus"}:
         raise ValueError(what_would_fit(problem, table))
     row = min(rows, key=lambda row: table.least[row])
     layout = _layout(cluster, problem, table, row, int(table.leanest[row]))
