@@ -110,7 +110,7 @@ def test_status_follows_the_residual() -> None:
 
 def test_wrong_formula_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {**published_values.COMPUTED, "v3_cache": lambda s: s.cache("deepseek-v3") * COUNT(1.001)}
-    monkeypatch.setattr(published_values, "COMPUTED", wrong)
+    monkeypatch.setattr("dsmini.planner.published.published.COMPUTED", wrong)
     found: dict[str, PublishedFigure] = {figure.name: figure for figure in published_figures()}
     assert found["v3_cache"].status == "misses"
 

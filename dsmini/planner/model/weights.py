@@ -11,14 +11,14 @@ Worked example, one routed expert of DeepSeek-V3 in FP8: 3 * 7168 * 2048 = 44,04
 Source: the shapes of the released checkpoints, as in dsmini.accounting.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.model.matrices import Matrix, attention_matrices, block_norms, swiglu_matrices
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import BYTES, COUNT, Bytes, Count, smallest, total
+from dsmini.planner.quantities.quantity import COUNT, Bytes, Count, smallest, total
 from dsmini.planner.quantities.sizes import BF16, FP32, SIZES, scaled_matrix
 
 SOURCE = "shapes of the released checkpoints"
@@ -132,9 +132,9 @@ def _active(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: d
 
 def _part(shapes: Sequence[Matrix], dtype: WeightDtype, name: str, title: str) -> Part:
     """Return matrices that are FP8 in FP8 models."""
-    if dtype != "fp8":
-        return _numbers(shapes, SIZES[dtype], name, title)
-    return _named(total_bytes(scaled_matrix(o, i) for o, i in shapes), _products(shapes), name, title)
+    if dtype != "fp8" or not shapes:
+        return _numbers(shapes, SIZES.get(dtype, BF16), name, title)
+    return _named(total(scaled_matrix(o, i) for o, i in shapes), _products(shapes), name, title)
 
 
 def _numbers(shapes: Sequence[Matrix], number: Bytes, name: str, title: str) -> Part:
@@ -161,12 +161,6 @@ def _projection(model: ModelInputs, plain: Bytes) -> Part:
 def _products(shapes: Sequence[Matrix]) -> Count:
     counts = [o * i for o, i in shapes]
     return total(counts) if counts else COUNT(0)
-
-
-def total_bytes(parts: Iterable[Bytes]) -> Bytes:
-    """Return the sum of any number of amounts, of none zero bytes."""
-    amounts = list(parts)
-    return total(amounts) if amounts else BYTES(0)
 
 
 def _named(held: Bytes, products: Count, name: str, title: str) -> Part:

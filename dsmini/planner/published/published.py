@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsmini.config.fields import refuse_unknown
+from dsmini.planner.published.values import COMPUTED, Sources
 from dsmini.planner.quantities.quantity import (
     BYTES,
     BYTES_PER_SECOND,
@@ -94,8 +95,6 @@ class PublishedFigure:
 
 def published_figures() -> Sequence[PublishedFigure]:
     """Return all figures of the file, in its order."""
-    from dsmini.planner.published.values import COMPUTED, Sources
-
     raw = read_toml(FILE)
     refuse_unknown(raw, ["inputs", "figures"], FILE.name, "")
     entries = raw["figures"]
@@ -111,9 +110,7 @@ def _inputs(raw: dict[str, Any]) -> dict[str, Anything]:
     }
 
 
-def _figure(entry: dict[str, Any], sources: Any) -> PublishedFigure:
-    from dsmini.planner.published.values import COMPUTED
-
+def _figure(entry: dict[str, Any], sources: Sources) -> PublishedFigure:
     refuse_unknown(entry, KEYS, FILE.name, "figures.")
     name, printed = entry["name"], entry["printed"]
     unit = UNITS[entry.get("unit", "")]

@@ -15,12 +15,7 @@ Source: DeepSeek-V3 report, section 3.4.
 
 from dataclasses import dataclass
 
-from dsmini.planner.model.kv_cache import (
-    CachePlan,
-    longest_context,
-    memory_left,
-    sequences_that_fit,
-)
+from dsmini.planner.model.kv_cache import CachePlan, longest_context, memory_left, sequences_that_fit
 from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Bytes, Count, Tokens, smallest

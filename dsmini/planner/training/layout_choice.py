@@ -21,15 +21,7 @@ from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Recompute, Zero, check_layout
-from dsmini.planner.training.layout_table import (
-    SIZES,
-    Choices,
-    LayoutTable,
-    Problem,
-    Sizes,
-    evaluate_layouts,
-    layout_of,
-)
+from dsmini.planner.training.layout_table import SIZES, Choices, LayoutTable, Problem, evaluate_layouts, layout_of
 from dsmini.planner.training.search import what_would_fit
 from dsmini.planner.training.training_plan import training_plan
 from dsmini.planner.training.workload import Workload
@@ -101,7 +93,7 @@ def choose_layout(cluster: Cluster, given: dict[str, Any]) -> ChosenLayout:
     for gpus in [given["gpus"]] if "gpus" in given else _gpu_counts(cluster):
         problem = cluster.problem(gpus, _leanest(cluster.defaults, given, gpus))
         table = evaluate_layouts(problem)
-        hopeful = _hopeful(cluster, table)
+        hopeful = table.sizes_below(SLACK * cluster.hardware.memory.value)
         for choices in _lists(cluster.defaults, given) if _fastest(table, given) else ():
             problem = cluster.problem(gpus, choices)
             table = evaluate_layouts(problem, sizes=hopeful)
@@ -162,12 +154,6 @@ def _leanest(defaults: Layout, given: dict[str, Any], gpus: int) -> Choices:
     longer = list(_lists(defaults, given))[-1]
     zeros: tuple[Zero, ...] = longer.zeros[-1:] if gpus > 1 else longer.zeros[:1]
     return replace(longer, schedules=longer.schedules[:1], zeros=zeros, recomputes=longer.recomputes[-1:])
-
-
-def _hopeful(cluster: Cluster, table: LayoutTable) -> list[Sizes]:
-    """Return the sizes of a table that may fit with another choice, which saves the time to look at the others."""
-    most = SLACK * cluster.hardware.memory.value
-    return [sizes for sizes, memory in zip(table.sizes, table.least, strict=True) if memory <= most]
 
 
 def _rows(table: LayoutTable, given: dict[str, Any]) -> list[int]:

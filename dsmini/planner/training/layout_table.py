@@ -73,6 +73,10 @@ class LayoutTable:
     leanest: Values
     """Number of the choice with the least memory."""
 
+    def sizes_below(self, memory: float) -> list[Sizes]:
+        """Return the sizes that some choice needs at most this memory for."""
+        return [sizes for sizes, least in zip(self.sizes, self.least, strict=True) if least <= memory]
+
 
 def evaluate_layouts(
     problem: Problem, on_part: Callable[[float, str], None] | None = None, sizes: list[Sizes] | None = None
