@@ -86,12 +86,24 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")
     if command.config is None and not command.published:
         raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
+    if command.config is not None:
+        _refuse_config(command.config, command.published)
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.layout_fields.keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
     if command.out is not None and command.explain is not None:
         raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
+
+
+def _refuse_config(config: Path, published: bool) -> None:
+    """Raise ValueError for a config beside --published, and for a path that cannot be a config."""
+    if published:
+        raise ValueError(f"--published compares published runs, and takes no config; leave out {config} or --published")
+    if config.is_dir():
+        raise ValueError(f"{config} is a folder; name the config in it, such as {config / 'config.json'}")
+    if config.exists() and config.suffix not in (".toml", ".json"):
+        raise ValueError(f"{config} is no .toml or .json; name a config, such as configs/deepseek-v3.toml")
 
 
 def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "PlanAnswer":

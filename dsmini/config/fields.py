@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -81,9 +82,14 @@ def _from_toml(value: Any, hint: Any) -> Any:
     return Path(value) if isinstance(value, str) and Path in choices else value
 
 
+@functools.cache  # a search makes thousands of one kind
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def check_types(config: Any, prefix: str = "") -> None:
     """Refuse a value of the wrong type. An int becomes a float, and a list a tuple, where the field has that type."""
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

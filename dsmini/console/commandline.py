@@ -1,17 +1,24 @@
 """Read the command line: flags from the fields of a dataclass, and a help screen that fits a terminal."""
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import inspect
+import io
+import itertools
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from dsmini.reading import brief
 
 C = TypeVar("C")
 
@@ -66,33 +73,71 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     if help is not None and {"-h", "--help"} & set(args):
         print(short_help(kind, prog, help, default))
         sys.exit(0)
-    _refuse_bare(args, set(_lists(kind)))
+    _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}
+    said = io.StringIO()
     try:
-        return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
     except SystemExit as stop:
+        reason = stop.__context__
+        if stop.code and isinstance(reason, ValueError):  # a check of the dataclass
+            raise ValueError(str(reason)) from None
+        print(said.getvalue(), end="", file=sys.stderr)
         if stop.code and help is not None:  # tyro names --help alone
             print(f"Every flag: {prog} --help-all", file=sys.stderr)
         raise
 
 
-def _refuse_bare(args: Sequence[str], flags: Collection[str]) -> None:
-    """Raise ValueError for one of the flags without a value, which tyro reads as a list of none."""
-    for i, word in enumerate(args):
-        following = args[i + 1] if i + 1 < len(args) else None
-        if word.replace("_", "-") in flags and (following is None or following.startswith("--")):
-            got = "nothing" if following is None else following
-            raise ValueError(f"{word} needs a value, got {got}; give it one, or leave the flag out")
+def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> None:
+    """Raise ValueError for an unknown flag, one without a value, and a value of the wrong type.
+
+    Args:
+        kinds: the type of each flag.
+        more: a sentence that names all flags.
+    """
+    for word, following in itertools.zip_longest(args, args[1:]):
+        typed, equals, value = word.partition("=")
+        flag = typed.replace("_", "-")
+        if not flag.startswith("--") or flag in ("--", "--help", "--help-all") or flag.startswith("--tyro-"):
+            continue
+        hint = kinds.get(flag, kinds.get(f"--{flag.removeprefix('--no-')}"))
+        if hint is None:
+            near = difflib.get_close_matches(flag, kinds, n=1, cutoff=0.7)
+            fix = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"unknown flag {brief(typed)}{fix} {more}")
+        value = value if equals else following
+        if hint is not bool and (value is None or (not equals and value.startswith("--"))):
+            raise ValueError(f"{typed} needs a value, got {value or 'nothing'}; give it one, or leave the flag out")
+        if hint is not bool and (want := _wanted(value, hint)):
+            raise ValueError(f"{typed} {brief(value)} is not {want}; change it, or leave the flag out")
 
 
-def _lists(kind: type, prefix: str = "--") -> Iterator[str]:
-    """Yield the flags of a command that take a list of values, those of inner dataclasses included."""
-    for name, hint in get_type_hints(kind).items():
+def _wanted(value: str, hint: Any) -> str:
+    """Return in words what a value should be; "" for one that is right, and for types that are checked later."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value == "None" and type(None) in choices:
+        return ""
+    for choice in choices:
+        if get_origin(choice) is Literal:
+            allowed = [str(one) for one in get_args(choice)]
+            return "" if value in allowed else f"one of {', '.join(allowed)}"
+        if choice in (int, float):
+            try:
+                choice(value)
+            except ValueError:
+                return "a whole number" if choice is int else "a number"
+    return ""
+
+
+def _types(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Yield the flags of a command with their types, those of inner dataclasses included."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
         flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _lists(hint, f"{flag}.")
-        elif get_origin(hint) is tuple:
-            yield flag
+            yield from _types(hint, f"{flag}.")
+        elif get_origin(hint) is not Annotated:  # that one is no flag, but known by its position
+            yield flag, hint
 
 
 def short_help(kind: type, prog: str, help: Help, default: Any = None, width: int | None = None) -> str:

@@ -1,5 +1,6 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes."""
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
 from dsmini.planner.here import record_here, section_here, steps_here
+from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.pages.comparison import search_section, variation_section
-from dsmini.planner.pages.page import coverage, facts, plan_report
+from dsmini.planner.pages.coverage import coverage
+from dsmini.planner.pages.page import facts, plan_report
 from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
-from dsmini.planner.training.layout_search import search_layouts
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
@@ -61,6 +63,8 @@ class PlanAnswer:
         assert report is not None, "an answer without a report has no page"
         paths = [folder / "plan.html", folder / "plan.json"]
         try:
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
             folder.mkdir(parents=True, exist_ok=True)
             write_text(paths[0], report.html())
             write_json(paths[1], self.record)

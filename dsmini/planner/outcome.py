@@ -96,7 +96,7 @@ def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: Failu
     nodes = rounded_up(gpus / hardware.gpus_per_node)
     interval = best_interval(failures.write_time, mean)
     share = effective_share_at_any_rate(mean, interval, failures)
-    elapsed = (running / share).named("elapsed_time", "Time of the whole run with failures and checkpoints", KOK)
+    elapsed = (running / share).named("elapsed_time", "Time of the run with failures", KOK)
     price, power = hardware.price, hardware.power
     return ReliabilityPlan(
         running=running,
@@ -110,8 +110,8 @@ def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: Failu
         first_order_error=first_order_error(mean, interval, failures),
         failures=failures_over(elapsed, mean),
         elapsed=elapsed,
-        elapsed_cost=price and (gpus * elapsed * price).named("elapsed_cost", "Rent of the whole run with failures"),
-        energy=power and (gpus * power * elapsed).named("training_energy", "Energy of the whole run with failures"),
+        elapsed_cost=price and (gpus * elapsed * price).named("elapsed_cost", "Rent of the run with failures"),
+        energy=power and (gpus * power * elapsed).named("training_energy", "Energy of the run with failures"),
     )
 
 
@@ -131,4 +131,4 @@ def checkpoint_bytes(training: TrainingPlan) -> Bytes:
     state = state_sizes(training.layout)
     weights = state.weight if training.layout.precision == "fp32" else state.master  # in FP32 there is no other copy
     size: Quantity[Byte, One] = training.model.parameters.parameters_total * total([weights, state.moments])
-    return size.named("checkpoint_bytes", "Checkpoint of FP32 weights and moments", "V3, section 3.3.3")
+    return size.named("checkpoint_bytes", "Checkpoint: weights and moments", "V3, section 3.3.3")

@@ -19,7 +19,8 @@ The formula is of first order: no failure meets the recovery from another one, a
 however long that is. At Young's interval it is within 2 % of a simulation while u0 + D + w is below a sixth of M. On
 131,072 GPUs, where M is 13.5 minutes, it says 51 % where 59 % remain; use effective_share_at_any_rate there.
 
-Sources: Kokolis et al. (arXiv 2410.21680) for the rate and the share, Young (1974) and Daly (2006) for the interval.
+Sources: Kokolis et al. (arXiv 2410.21680) for the rate and the share, Young (1974) for the interval, Daly (2006) for
+the share at any rate.
 """
 
 import math
@@ -36,7 +37,6 @@ from dsmini.planner.quantities.quantity import (
     exponential,
     geometric_mean,
     largest,
-    power,
 )
 
 DAY = SECONDS(86400)
@@ -97,19 +97,6 @@ def failures_over(duration: Seconds, mttf: Seconds) -> Count:
     return (duration / mttf).named("failures", "Failures expected over the run")
 
 
-def mean_time_between(duration: Seconds, failures: Count) -> Seconds:
-    """Return the mean time between failures that were counted over a time."""
-    return (duration / failures).named(
-        "counted_time_between_failures", "Mean time between the failures that were counted"
-    )
-
-
-def counted_per_node_day(duration: Seconds, failures: Count, nodes: Count) -> Count:
-    """Return the failures of a node in a day, from those that were counted: a value for FailureInputs."""
-    rate = failures / (nodes * (duration / DAY))
-    return rate.named("counted_failures_per_node_day", "Failures of a node in a day that were counted")
-
-
 # --- checkpoints
 
 
@@ -119,7 +106,7 @@ def checkpoint_write_time(size: Bytes, nodes: Count, rate: BytesPerSecond) -> Se
     Args:
         rate: bytes per second that one node writes.
     """
-    title = "Time to write a checkpoint from all nodes at once"
+    title = "Time to write a checkpoint"
     return (size / (nodes * rate)).named("checkpoint_write_time", title)
 
 
@@ -127,17 +114,6 @@ def best_interval(write: Seconds, mttf: Seconds) -> Seconds:
     """Return the time of training between two checkpoints that keeps most of it, to first order."""
     interval = geometric_mean(2 * write, mttf)
     return interval.named("checkpoint_interval", "Best time between checkpoints", "Young (1974): sqrt(2 w M)")
-
-
-def best_interval_daly(write: Seconds, mttf: Seconds) -> Seconds:
-    """Return the best time between two checkpoints where a write is not short compared with the time to failure."""
-    half = write / (2 * mttf)
-    if half.value < 1:
-        interval = geometric_mean(2 * write, mttf) * (COUNT(1) + power(half, 0.5) / 3 + half / 9) - write
-    else:
-        interval = mttf
-    title = "Best time between checkpoints, to higher order"
-    return interval.named("checkpoint_interval_daly", title, "Daly (2006)")
 
 
 # --- the share of the time that trains
@@ -155,7 +131,7 @@ def effective_share_at_any_rate(mttf: Seconds, interval: Seconds, inputs: Failur
     """Return the share of the time that trains if failures also interrupt restarts and writes."""
     cycle = exponential((interval + inputs.write_time) / mttf) - COUNT(1)
     share = interval / (mttf * exponential(inputs.restart_time / mttf) * cycle)
-    title = "Share of the time that trains, at any rate of failures"
+    title = "Time that trains, at any rate"
     return share.named("effective_share_at_any_rate", title, "Daly (2006): the complete cost function")
 
 
@@ -164,29 +140,3 @@ def first_order_error(mttf: Seconds, interval: Seconds, inputs: FailureInputs) -
     exact = effective_share_at_any_rate(mttf, interval, inputs)
     error = effective_share(mttf, interval, inputs) / exact - COUNT(1)
     return error.named("first_order_error", "Relative error of the first-order share")
-
-
-def simulate(
-    mttf: Seconds,
-    interval: Seconds,
-    inputs: FailureInputs,
-    *,
-    seed: int,
-    failures: int = 100_000,
-    in_recovery: bool = True,
-) -> float:
-    """Return the share of the time that trains in a run with this many random failures.
-
-    Each time between two failures is drawn from an exponential distribution. It begins with the restart, and then
-    trains and writes in turns. The work since the last complete checkpoint is lost.
-
-    Args:
-        in_recovery: failures also happen during a restart; else the clock of failures stands still.
-    """
-    import numpy as np
-
-    time = np.random.default_rng(seed).exponential(mttf.value, failures)
-    restart = inputs.restart_time.value
-    running = np.maximum(time - restart, 0.0) if in_recovery else time
-    trained = np.floor(running / (interval.value + inputs.write_time.value)) * interval.value
-    return float(trained.sum() / (time.sum() + (0.0 if in_recovery else failures * restart)))

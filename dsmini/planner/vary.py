@@ -19,7 +19,8 @@ from typing import Any
 
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.pages.sections import COMPARED
-from dsmini.planner.quantities.explanation import find, shown
+from dsmini.planner.quantities.display import short
+from dsmini.planner.quantities.explanation import find
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.request import PlanRequest
@@ -55,7 +56,7 @@ class Variation:
     def cell(self, name: str, place: tuple[int, ...]) -> str:
         """Return a figure at a place in words; "" without one."""
         figure = self.figure(name, place)
-        return "" if figure is None else shown(figure)
+        return "" if figure is None else short(figure)
 
 
 def vary(
@@ -94,8 +95,9 @@ def vary(
         on_part((done + 1) / len(places), f"{done + 1} of {len(places)} plans")
     if not plans:
         raise ValueError(next(iter(problems.values())))
+    every = [figure for plan in plans.values() for figure in plan.all.values()]
     for name in names:
-        find(next(iter(plans.values())).all.values(), name)
+        find(every, name)
     made = Variation(axes=tuple(axes), plans=plans, problems=problems, names=tuple(names))
     return made if names else replace(made, names=_that_differ(made))
 

@@ -3,7 +3,7 @@
     >>> plan = whole_plan(setup(PlanRequest(hardware="h800"), Model.from_file(path), load_hardware("h800")))
     >>> plan.all["training_cost"]
 
-Sections: model, training, inference, reliability. What binds is told of the steps of training, decode and prefill.
+Sections: model, training, inference, attention, reliability. Training, decode and prefill each tell what binds.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dsmini.planner.binding import Binding, Demand, Resource, binding
+from dsmini.planner.model.attention_savings import AttentionSavings, attention_savings
 from dsmini.planner.model.kv_cache import CachePlan, cache_plan
 from dsmini.planner.model.weights import Weights, weights
 from dsmini.planner.outcome import ReliabilityPlan, ServingCost, reliability_plan, serving_cost
@@ -46,15 +47,18 @@ class Plan(Figures):
     training_binding: Binding
     serving: ServingPlan | None
     """None where the setup says why not."""
+    savings: AttentionSavings | None
+    """None for attention that is not MLA."""
     reliability: ReliabilityPlan
 
     @property
     def sections(self) -> Mapping[str, dict[str, Anything]]:
-        """Figures by name in each section: model, training, inference, reliability. Each figure is in one."""
+        """Figures by name in each section, of which each figure is in one."""
         parts: dict[str, tuple[Figures | None, ...]] = {
             "model": (self.training.model, self.cache, self.weights),
             "training": (self.training, self.training_binding),
             "inference": (self.serving,),
+            "attention": (self.savings,),
             "reliability": (self.reliability,),
         }
         seen: set[str] = set()
@@ -88,6 +92,7 @@ def whole_plan(setup: Setup) -> Plan:
         training=training,
         training_binding=binding(list(_demands(training)), "training_"),
         serving=_serving(s, served) if served else None,
+        savings=attention_savings(s.m, served.workload.context if served else s.workload.seq_len),
         reliability=reliability_plan(training, s.hardware, s.failures),
     )
 

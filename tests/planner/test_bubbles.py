@@ -126,6 +126,14 @@ def test_one_stage_has_no_bubble() -> None:
         assert bubble_seconds(schedule, COUNT(1), chunk_times(1, 2, 1, 3)).value == 0
 
 
+def test_times_of_the_table_are_its_step() -> None:
+    """Six times rounded to 0.01 s make the printed step within 6 times 0.005 s, so none is mistyped."""
+    found = published_bubble()
+    forwards, optimizer, step = 1.13, 0.29, 19.926
+    parts = (found.table_pairs, found.table_backward, found.table_weights, found.table_bubble)
+    assert sum(part.value for part in parts) + forwards + optimizer == pytest.approx(step, abs=6 * 0.005)
+
+
 def test_published_bubble_leaves_half_open() -> None:
     """1.09 s by the formula and the table's times, where the table prints 2.06 s: shown, not fitted."""
     found = published_bubble()

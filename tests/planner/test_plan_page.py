@@ -39,6 +39,19 @@ def page(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "toy", "kimi-k2"])
+def test_few_titles_wrap_in_80_columns(name: str) -> None:
+    """Of the tables of figures at most one line in ten is the rest of a title."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    found = whole_plan(made(name))
+    answers.PlanAnswer(record={}, report=plan_report(found, full=False)).show(console)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    ends = tuple(f"  {key}" for key in found.all)
+    rows = [i for i, line in enumerate(lines) if line.endswith(ends)]
+    wrapped = [lines[i + 1] for i in rows if lines[i + 1] and i + 1 not in rows]
+    assert len(rows) > 40 and len(wrapped) <= 0.1 * len(rows), wrapped
+
+
 # --- contents
 
 

@@ -24,7 +24,9 @@ def all_figures() -> list[Anything]:
         speculation_plan(model, hardware, workload, v3_decode()),
         sparse,
         *(
-            compressed_attention(CompressedSizes.published(f"deepseek-v4-{name}"), context, sparse)
+            compressed_attention(
+                CompressedSizes.published(f"deepseek-v4-{name}"), context, sparse, SparseSizes.published()
+            )
             for name in ("flash", "pro")
         ),
     ]

@@ -8,6 +8,7 @@ import pytest
 
 from dsmini import ModelConfig
 from dsmini.accounting import kv_bytes_per_token, parameters
+from dsmini.planner.model.attention_savings import attention_savings
 from dsmini.planner.model.compressed_attention import (
     CompressedAttention,
     SharedSizes,
@@ -19,7 +20,7 @@ from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
 from dsmini.planner.quantities.formula import evaluate, inputs
 from dsmini.planner.quantities.quantity import TOKENS, Quantity, Tokens
-from tests.helpers.configs import refusal, written
+from tests.helpers.configs import refusal, released, written
 from tests.helpers.serving_plans import (
     CHANGES,
     V3,
@@ -43,7 +44,8 @@ def v32(context: float, config: ModelConfig = V3, **change: float) -> SparseAtte
 
 
 def v4(name: str, context: float = MILLION) -> CompressedAttention:
-    return compressed_attention(CompressedSizes.published(f"deepseek-v4-{name}"), tokens(context), v32(context))
+    sizes = CompressedSizes.published(f"deepseek-v4-{name}")
+    return compressed_attention(sizes, tokens(context), v32(context), SparseSizes.published())
 
 
 # --- V3.2
@@ -68,7 +70,9 @@ def test_sparse_attention_at_128k() -> None:
 
 
 def test_sparse_attention_pays_from_2176_tokens_on() -> None:
-    assert v32(1000).crossover.value == pytest.approx(2176, rel=1e-12)
+    crossover = v32(1000).crossover
+    assert crossover is not None
+    assert crossover.value == pytest.approx(2176, rel=1e-12)
     assert v32(2176).flops_ratio.value == pytest.approx(1, rel=1e-12)
     assert v32(2175).flops_ratio.value < 1 < v32(2177).flops_ratio.value
 
@@ -81,6 +85,31 @@ def test_short_contexts_are_read_whole() -> None:
 
 def test_indexer_has_as_many_parameters_as_the_released_tensors() -> None:
     assert v32(1000).indexer_parameters.value == 8192 * 1536 + 128 * 7168 + 64 * 7168 + 256 == 13_959_424
+
+
+def test_indexer_of_a_small_model_never_pays() -> None:
+    """Its 64 heads of 128 cost more than attention of 4 heads at any length."""
+    small = v32(1000, released("toy"))
+    assert small.crossover is None and small.flops_ratio.value < 0.1
+    assert v32(10**9, released("toy")).flops_ratio.value < 1
+
+
+def test_indexer_without_a_compressed_query_reads_the_hidden_state() -> None:
+    config = released("moonlight")
+    assert config.q_lora_rank is None
+    m = config.dim
+    assert v32(1000, config).indexer_parameters.value == 8192 * m + 128 * m + 64 * m + 256
+
+
+def test_v4_is_compared_with_v3_alone() -> None:
+    def prefixes(name: str) -> set[str]:
+        savings = attention_savings(model_of(released(name)), tokens(4096))
+        assert savings is not None
+        return {key.partition("_")[0] for key in savings.figures()} - {"context"}
+
+    assert prefixes("deepseek-v3") == {"v32", "pro", "flash", "v41"}
+    assert prefixes("kimi-k2") == {"v32"}
+    assert attention_savings(model_of(released("toy-mha")), tokens(4096)) is None
 
 
 def test_operations_of_a_token_at_a_million() -> None:
@@ -177,7 +206,7 @@ def test_every_input_of_v32_acts(context: int) -> None:
         return v32(length, config, **change)
 
     changes = {**CHANGES, **doubled(SparseSizes.published()), "context": 3 * context}
-    check_inputs_act(build, changes, least=len(changes) - 2)
+    check_inputs_act(build, changes, least=len(changes) - 3)
     figures = list(build().figures().values())
     check_gradients(figures)
     check_numbers_are_small(figures)
@@ -191,7 +220,8 @@ def test_every_input_of_v4_acts(name: str, context: int) -> None:
 
     def build(**change: Any) -> Any:
         length = change.get("context", context)
-        return compressed_attention(with_numbers(published, change), tokens(length), v32(length))
+        sizes = with_numbers(published, change)
+        return compressed_attention(sizes, tokens(length), v32(length), SparseSizes.published())
 
     changes = {**doubled(published), "context": 3 * context}
     check_inputs_act(build, changes, least=len(changes))

@@ -28,7 +28,7 @@ def v3() -> Plan:
 def test_every_figure_is_in_one_section(v3: Plan) -> None:
     found = [name for section in v3.sections.values() for name in section]
     assert len(found) == len(set(found)) == len(v3.all) > 200
-    assert list(v3.sections) == ["model", "training", "inference", "reliability"]
+    assert list(v3.sections) == ["model", "training", "inference", "attention", "reliability"]
 
 
 def test_every_figure_has_a_name_a_title_and_an_explanation(v3: Plan) -> None:
@@ -67,6 +67,16 @@ def test_what_does_not_fit_is_a_warning() -> None:
     plan = plan_of("deepseek-v2-lite", "laptop")
     said = [warning for section in sections(plan) for warning in section.warnings]
     assert len(said) == 3 and all("does not fit" in warning for warning in said)
+
+
+def test_attention_of_v32_is_planned_at_the_served_context(v3: Plan) -> None:
+    finding = next(section.finding for section in sections(v3) if section.name == "attention")
+    for said in ("At 4,096 tokens", "638 MFLOP", "1.14 GFLOP", "2,176 tokens", "48.1 kB", "20.1 % larger"):
+        assert said in finding, finding
+    longer = plan_of("deepseek-v3", context=131072, sequences=1).all
+    assert longer["v32_flops_ratio"].value == pytest.approx(13.4, abs=0.05)
+    assert longer["v32_kv_cache"].value == 48_068
+    assert [section.name for section in sections(plan_of("toy-mha"))].count("attention") == 0
 
 
 def test_figures_that_agree_with_each_other(v3: Plan) -> None:

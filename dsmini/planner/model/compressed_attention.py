@@ -28,9 +28,8 @@ from dataclasses import dataclass
 
 from dsmini.planner.model.compressed_parameters import CompressedParameters, CompressedSizes, compressed_parameters
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
-from dsmini.planner.model.sparse_attention import SparseAttention
+from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes
 from dsmini.planner.quantities.figures import Figures
-from dsmini.planner.quantities.number_formats import BF16_COST, E8M0, FP4, FP4_COST
 from dsmini.planner.quantities.quantity import (
     FLOPS,
     TOKENS,
@@ -46,7 +45,7 @@ from dsmini.planner.quantities.quantity import (
     per,
     smallest,
 )
-from dsmini.planner.quantities.sizes import BF16, FP8
+from dsmini.planner.quantities.sizes import BF16, BF16_COST, E8M0, FP4, FP4_COST, FP8
 
 SOURCE = "V4, section 2.3"
 
@@ -82,11 +81,13 @@ class CompressedAttention(Figures):
     """The same, both with the activated parameters as printed."""
 
 
-def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseAttention) -> CompressedAttention:
+def compressed_attention(
+    sizes: CompressedSizes, context: Tokens, older: SparseAttention, older_sizes: SparseSizes
+) -> CompressedAttention:
     """Return the figures of a token that sees this many tokens.
 
     Args:
-        older: V3.2 at the same context.
+        older: V3.2 at the same context, and its sizes.
     """
 
     def named(figure: Quantity[N, D], name: str, title: str) -> Quantity[N, D]:
@@ -97,7 +98,7 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
     scales = sizes.index_head_dim / sizes.index_scale_group * E8M0
     index_entry = named(sizes.index_head_dim * FP4 + scales, "index_entry", "an indexer's entry")
     growing = sizes.csa_layers * (entry + index_entry) / sizes.csa_ratio + sizes.hca_layers * entry / sizes.hca_ratio
-    per_token = named(per(growing, TOKENS), "kv_cache", "cache of a token, all layers")
+    per_token = named(per(growing, TOKENS), "kv_cache", "cache of a token")
     window = named(counted.layers * sizes.window * entry, "window_cache", "windows of a sequence, all layers")
     attend = named(_attention(sizes, context), "attention_flops", "attention of a token in FP8 units")
     scored = number_of(context) / sizes.csa_ratio
@@ -107,6 +108,7 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
     rounded = named(
         FLOPS(2) * sizes.activated + attend + index, "rounded_flops", "the same with activated parameters as printed"
     )
+    older_rounded = FLOPS(2) * older_sizes.activated + older.layers_flops
     return CompressedAttention(
         parameters=counted,
         entry=entry,
@@ -114,7 +116,7 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
         kv_cache=per_token,
         window=window,
         cache=named(context * per_token + window, "cache", "cache of a sequence"),
-        cache_ratio=named(older.kv_cache / per_token, "cache_ratio", "V3.2's bytes a token over its own"),
+        cache_ratio=named(older.kv_cache / per_token, "cache_ratio", "times less cache than V3.2"),
         baseline_share=named(
             per_token / _baseline(sizes, counted.layers), "baseline_share", "share of the bytes of GQA in BF16"
         ),
@@ -122,10 +124,8 @@ def compressed_attention(sizes: CompressedSizes, context: Tokens, older: SparseA
         index_flops=index,
         token_flops=flops,
         rounded_flops=rounded,
-        flops_ratio=named(older.token_flops / flops, "flops_ratio", "V3.2's operations of a token over its own"),
-        rounded_ratio=named(
-            older.rounded_flops / rounded, "rounded_ratio", "the same with activated parameters as printed"
-        ),
+        flops_ratio=named(older.token_flops / flops, "flops_ratio", "times fewer FLOPs than V3.2"),
+        rounded_ratio=named(older_rounded / rounded, "rounded_ratio", "the same with activated parameters as printed"),
     )
 
 
@@ -188,6 +188,6 @@ def shared_cache(sizes: SharedSizes) -> BytesPerToken:
     stored = sizes.encoder_sources / sizes.encoder_ratio + sizes.decoder_sources / sizes.decoder_ratio
     return per(stored * (entry + index), TOKENS).named(
         f"{sizes.prefix}kv_cache",
-        f"{sizes.title}: cache of a token, all layers",
+        f"{sizes.title}: cache of a token",
         "V4.1 report (arXiv 2609.19969)",
     )

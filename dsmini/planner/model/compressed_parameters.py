@@ -15,7 +15,6 @@ Source: DeepSeek-V4 report (arXiv 2606.19348), section 2; shapes of the released
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.quantities.figures import Figures
@@ -101,12 +100,7 @@ class CompressedSizes:
         known = sorted(path.stem for path in FOLDER.glob("deepseek-v4-*.toml"))
         if name not in known:
             raise ValueError(f"sizes of {name!r} are not published here; use {' or '.join(known)}")
-        return cls.of(FOLDER / f"{name}.toml")
-
-    @classmethod
-    def of(cls, path: Path) -> "CompressedSizes":
-        """Return the sizes of a file."""
-        return read_sizes(cls, path)
+        return read_sizes(cls, FOLDER / f"{name}.toml")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

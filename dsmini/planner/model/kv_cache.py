@@ -16,12 +16,11 @@ Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its K
 from dataclasses import dataclass
 
 from dsmini.accounting.kv_cache import CacheDtype
+from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import SIZES
 from dsmini.planner.quantities.quantity import (
     BYTES,
-    COUNT,
     TOKENS,
     Bytes,
     BytesPerToken,
@@ -31,7 +30,7 @@ from dsmini.planner.quantities.quantity import (
     per,
     rounded_down,
 )
-from dsmini.planner.quantities.sizes import BF16, fp8_row
+from dsmini.planner.quantities.sizes import BF16, SIZES, fp8_row
 
 SOURCE = "V2, table 1; INS, table 1"
 
@@ -62,15 +61,13 @@ def cache_plan(model: ModelInputs, dtype: CacheDtype) -> CachePlan:
     head = model.qk_nope_head_dim + model.v_head_dim
     number = SIZES.get(dtype, BF16)
     baseline = all_layers(model, model.n_heads * head * number)
-    baseline = baseline.named("mha_kv_cache", "Cache of a token with multi-head attention, all layers", SOURCE)
+    baseline = baseline.named("mha_kv_cache", "Cache of a token with MHA, all layers", SOURCE)
     groups = row_numbers(model) / head
     return CachePlan(
         row=row,
         per_token=per_token,
         baseline=baseline,
-        saving=cache_saving(per_token, baseline).named(
-            "cache_saving", "Share of the cache of multi-head attention that is saved", SOURCE
-        ),
+        saving=cache_saving(per_token, baseline).named("cache_saving", "Share of MHA's cache that is saved", SOURCE),
         groups=groups.named("equal_gqa_groups", "Groups of GQA with as large a cache", "V2, table 1"),
     )
 
@@ -80,11 +77,6 @@ def row_numbers(model: ModelInputs) -> Count:
     if model.config.attention == "mla":
         return model.kv_lora_rank + model.qk_rope_head_dim
     return kv_heads(model) * (model.qk_nope_head_dim + model.v_head_dim)
-
-
-def kv_heads(model: ModelInputs) -> Count:
-    """Return how many key-value heads a baseline has: for MHA the number of query heads itself, not a copy of it."""
-    return {"mha": model.n_heads, "mqa": COUNT(1)}.get(model.config.attention, model.n_kv_heads)
 
 
 def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import Count, rounded_up, total
+from dsmini.planner.quantities.quantity import COUNT, Count, rounded_up, total
 from dsmini.planner.quantities.sizes import FP8_TILE
 
 Matrix = tuple[Count, Count]
@@ -26,8 +26,15 @@ class AttentionMatrices:
 
     whole: tuple[Matrix, ...]
     """Projections to latents that all heads share: each GPU holds them whole."""
-    by_head: tuple[Matrix, ...]
+    heads: tuple[Matrix, ...]
     """Projections of heads, divided by heads."""
+    up: tuple[Matrix, ...] = ()
+    """MLA's wkv_b, which makes keys and values of the latent; divided by heads."""
+
+    @property
+    def by_head(self) -> tuple[Matrix, ...]:
+        """All that is divided by heads."""
+        return (*self.heads, *self.up)
 
     @property
     def all(self) -> tuple[Matrix, ...]:
@@ -40,8 +47,18 @@ def key_width(m: ModelInputs) -> Count:
 
 
 def kv_heads(m: ModelInputs) -> Count:
-    """Return the number of heads of keys and values that a layer computes."""
-    return m.n_heads if m.config.attention in ("mla", "mha") else m.n_kv_heads
+    """Return the number of heads of keys and values: for MLA and MHA that of query heads itself, not a copy of it."""
+    return {"mla": m.n_heads, "mha": m.n_heads, "mqa": COUNT(1)}.get(m.config.attention, m.n_kv_heads)
+
+
+def block_norms(m: ModelInputs) -> Count:
+    """Return the parameters of a block's norms."""
+    widths = [2 * m.dim]
+    if m.config.attention == "mla":
+        widths += [m.kv_lora_rank, *([] if m.config.q_lora_rank is None else [m.q_lora_rank])]
+    if m.config.qk_norm:
+        widths.append(2 * key_width(m))
+    return total(widths)
 
 
 def attention_matrices(m: ModelInputs) -> AttentionMatrices:
@@ -49,12 +66,12 @@ def attention_matrices(m: ModelInputs) -> AttentionMatrices:
     queries, output = m.n_heads * key_width(m), (m.dim, m.n_heads * m.v_head_dim)
     if m.config.attention != "mla":
         keys, values = (kv_heads(m) * key_width(m), m.dim), (kv_heads(m) * m.v_head_dim, m.dim)
-        return AttentionMatrices(whole=(), by_head=((queries, m.dim), keys, values, output))
+        return AttentionMatrices(whole=(), heads=((queries, m.dim), keys, values, output))
     down = (m.kv_lora_rank + m.qk_rope_head_dim, m.dim)
     up = (m.n_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)
     if m.config.q_lora_rank is None:
-        return AttentionMatrices(whole=(down,), by_head=((queries, m.dim), up, output))
-    return AttentionMatrices(whole=((m.q_lora_rank, m.dim), down), by_head=((queries, m.q_lora_rank), up, output))
+        return AttentionMatrices(whole=(down,), heads=((queries, m.dim), output), up=(up,))
+    return AttentionMatrices(whole=((m.q_lora_rank, m.dim), down), heads=((queries, m.q_lora_rank), output), up=(up,))
 
 
 def swiglu_matrices(m: ModelInputs, hidden: Count) -> tuple[Matrix, ...]:

@@ -16,7 +16,7 @@ Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (arXiv 2505
 
 from dataclasses import dataclass
 
-from dsmini.planner.model.matrices import attention_matrices, key_width, parameters_of, swiglu_matrices
+from dsmini.planner.model.matrices import attention_matrices, block_norms, key_width, parameters_of, swiglu_matrices
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (
@@ -125,7 +125,7 @@ def layer_figures(m: ModelInputs) -> LayerFigures:
         expert_parameters=expert.named("expert_parameters", "One routed expert", source),
         shared_parameters=(m.n_shared_experts * expert).named("shared_parameters", "Shared experts, a layer", source),
         gate_parameters=(m.n_routed_experts * m.dim).named("gate_parameters", "Gate of a MoE layer", source),
-        norm_parameters=_block_norms(m).named("norm_parameters", "Norms of a block", source),
+        norm_parameters=block_norms(m).named("norm_parameters", "Norms of a block", source),
         dense_layers=dense_layers,
         moe_layers=(m.n_layers - dense_layers).named("moe_layers", "MoE layers of the main model"),
         mtp_dense_layers=mtp_dense,
@@ -140,17 +140,6 @@ def dense_training_flops(parameters: Count, tokens: Tokens) -> Flops:
     """
     found = parameters * FLOPS_PER_TOKEN(6) * tokens
     return found.named("dense_training_flops", "Operations of training a dense model", "LL3, section 3.2.1")
-
-
-def _block_norms(m: ModelInputs) -> Count:
-    norms = [2 * m.dim]
-    if m.config.attention == "mla":
-        norms.append(m.kv_lora_rank)
-        if m.config.q_lora_rank is not None:
-            norms.append(m.q_lora_rank)
-    if m.config.qk_norm:
-        norms.append(2 * key_width(m))
-    return total(norms)
 
 
 def _parameters(m: ModelInputs, a: LayerFigures) -> ParameterFigures:
@@ -173,7 +162,7 @@ def _parameters(m: ModelInputs, a: LayerFigures) -> ParameterFigures:
     main = main.named("parameters_main", "Parameters without MTP", source)
     own = mtp.named("mtp_parameters_without_projection", "MTP: parameters without projections", "V3's README")
     mtp_all = (own + projection).named("mtp_parameters", "MTP: parameters of its own", "V3, section 2.2")
-    active = (active + vocabulary).named("parameters_active", "Active parameters with head, without embedding", source)
+    active = (active + vocabulary).named("parameters_active", "Active parameters, without embedding", source)
     moe = a.moe_layers + a.mtp_moe_layers
     biases = moe * m.n_routed_experts if m.config.topk_method == "noaux_tc" else moe * 0
     return ParameterFigures(

@@ -19,11 +19,6 @@ from dsmini.reading import read_toml
 MODELS = Path(__file__).parent / "models"
 
 
-def known_models() -> list[str]:
-    """Return the names of the models of published figures."""
-    return sorted(path.stem for path in MODELS.glob("*.toml"))
-
-
 @cache
 def reference(name: str) -> ModelInputs:
     """Return a model of published figures by name."""

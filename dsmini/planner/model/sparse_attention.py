@@ -12,17 +12,19 @@ fewer. From t = k / (1 - 16384 / 278528) = 2176 tokens on, scores and k tokens a
 The cache grows: a row is 512 codes, 4 FP32 scales and 64 BF16 numbers, 656 bytes; the indexer's key is 128 codes and
 a scale, 132. 61 layers make 48,068 bytes a token, 50.4 GB at 1M tokens. So it saves reading, not memory.
 
+Where scores cost more than attention, as in a model with few narrow heads, the indexer never computes less.
+
 Source: DeepSeek-V3.2 report (arXiv 2512.02556); released inference code.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from dsmini.planner.model.kv_cache import all_layers, cache_row
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import BF16_COST
 from dsmini.planner.quantities.quantity import (
     FLOPS,
     TOKENS,
@@ -37,7 +39,7 @@ from dsmini.planner.quantities.quantity import (
     number_of,
     smallest,
 )
-from dsmini.planner.quantities.sizes import fp8_row
+from dsmini.planner.quantities.sizes import BF16_COST, fp8_row
 
 SOURCE = "V3.2 report (arXiv 2512.02556)"
 
@@ -58,6 +60,7 @@ class SparseSizes:
     """Activated parameters as printed."""
 
     @classmethod
+    @cache
     def published(cls) -> "SparseSizes":
         """Return the sizes of DeepSeek-V3.2."""
         return read_sizes(cls, FOLDER / "deepseek-v3.2.toml")
@@ -67,11 +70,15 @@ class SparseSizes:
 class SparseAttention(Figures):
     """Cache of a token, and what a token at some context reads and computes."""
 
+    context: Tokens
+    """Cached tokens that the token sees."""
     row: Bytes
     """Bytes of a token in one layer for attention."""
     index_row: Bytes
     """Bytes of a token in one layer for the indexer."""
     kv_cache: BytesPerToken
+    cache_ratio: Count
+    """Cache with the indexer's keys over that without."""
     cache: Bytes
     """Bytes of a sequence of this context."""
     index_flops: Flops
@@ -82,8 +89,8 @@ class SparseAttention(Figures):
     """Attention to all cached tokens, one layer."""
     flops_ratio: Count
     """Dense over sparse, operations of FP8 and BF16 alike."""
-    crossover: Tokens
-    """Context from which on sparse attention computes less."""
+    crossover: Tokens | None
+    """Context from which on sparse attention computes less; None if there is none."""
     read: Bytes
     """Bytes read in one layer."""
     dense_read: Bytes
@@ -91,17 +98,17 @@ class SparseAttention(Figures):
     """Dense over sparse."""
     indexer_parameters: Count
     """Parameters of one layer's indexer."""
+    layers_flops: Flops
+    """Attention and scores of all layers in FP8 units: an operation in BF16 counts twice."""
     token_flops: Flops
-    """All operations of a token in FP8 units: one in BF16 counts twice. Matrices count as FP8."""
-    rounded_flops: Flops
-    """The same with the activated parameters as printed."""
+    """All operations of a token in FP8 units. Matrices count as FP8."""
 
 
 def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) -> SparseAttention:
     """Return the figures of a decoded token that sees this many cached tokens.
 
     Args:
-        model: the config of DeepSeek-V3, which has the same sizes but for the indexer.
+        model: a model with MLA. DeepSeek-V3's config makes it V3.2, which has the same sizes but for the indexer.
 
     Raises: ValueError for attention that is not MLA.
     """
@@ -109,39 +116,38 @@ def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) ->
     chosen = smallest(cached, sizes.index_topk)
     row = _named(cache_row(model, "fp8"), "row", "Cache of a token for attention, one layer")
     index_row = _named(fp8_row(sizes.index_head_dim), "index_row", "Cache of a token for the indexer, one layer")
-    per_token = _named(all_layers(model, row + index_row), "kv_cache", "Cache of a token, all layers")
+    per_token = _named(all_layers(model, row + index_row), "kv_cache", "Cache of a token with an indexer, FP8")
     score = FLOPS(2) * (sizes.index_n_heads * sizes.index_head_dim)
     attend = FLOPS(2) * (model.n_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim))
     index = _named(score * cached, "index_flops", "Scores of a token, one layer")
-    sparse = _named(attend * chosen, "attention_flops", "Attention of a token to the chosen ones, one layer")
-    dense = _named(attend * cached, "dense_flops", "Attention of a token to all cached ones, one layer")
+    sparse = _named(attend * chosen, "attention_flops", "Attention to chosen tokens, one layer")
+    dense = _named(attend * cached, "dense_flops", "Attention to all cached tokens, one layer")
     read = _named(index_row * cached + row * chosen, "read", "Cache that a token reads, one layer")
     dense_read = _named(row * cached, "dense_read", "Cache that a token reads in dense MLA, one layer")
     indexer = _named(_indexer(model, sizes), "indexer_parameters", "Parameters of an indexer")
     active = weights(model, "fp8").active + model.n_layers * indexer
-    layers = model.n_layers * (index + BF16_COST * sparse)
+    layers = _named(model.n_layers * (index + BF16_COST * sparse), "layers_flops", "Scores and attention, all layers")
+    crossover = sizes.index_topk * (attend / (attend - score)) * TOKENS(1) if score < attend else None
     return SparseAttention(
+        context=context,
         row=row,
         index_row=index_row,
         kv_cache=per_token,
-        cache=_named(context * per_token, "cache", "Cache of a sequence"),
+        cache_ratio=_named((row + index_row) / row, "cache_ratio", "Cache with an indexer over that without"),
+        cache=_named(context * per_token, "cache", "Cache of a sequence with an indexer"),
         index_flops=index,
         attention_flops=sparse,
         dense_flops=dense,
         flops_ratio=_named(dense / (index + sparse), "flops_ratio", "Operations of dense attention over sparse"),
-        crossover=_named(
-            sizes.index_topk * (attend / (attend - score)) * TOKENS(1),
-            "crossover",
-            "Context from which on sparse attention computes less",
-        ),
+        crossover=_named(crossover, "crossover", "Context from which on it computes less")
+        if crossover is not None
+        else None,
         read=read,
         dense_read=dense_read,
-        read_ratio=_named(dense_read / read, "read_ratio", "Bytes that dense attention reads over sparse"),
+        read_ratio=_named(dense_read / read, "read_ratio", "Bytes read by dense attention over sparse"),
         indexer_parameters=indexer,
+        layers_flops=layers,
         token_flops=_named(FLOPS(2) * active + layers, "token_flops", "Operations of a token in FP8 units"),
-        rounded_flops=_named(
-            FLOPS(2) * sizes.activated + layers, "rounded_flops", "The same with activated parameters as printed"
-        ),
     )
 
 
@@ -150,6 +156,10 @@ def _named(figure: Quantity[N, D], name: str, title: str) -> Quantity[N, D]:
 
 
 def _indexer(model: ModelInputs, sizes: SparseSizes) -> Count:
-    """Return wq_b, wk, weights_proj, and the weight and bias of the key's norm."""
-    queries = sizes.index_n_heads * sizes.index_head_dim * model.q_lora_rank
+    """Return wq_b, wk, weights_proj, and the weight and bias of the key's norm.
+
+    Queries are made of MLA's compressed query, or of the hidden state where MLA does not compress it.
+    """
+    query = model.dim if model.config.q_lora_rank is None else model.q_lora_rank
+    queries = sizes.index_n_heads * sizes.index_head_dim * query
     return queries + sizes.index_head_dim * model.dim + sizes.index_n_heads * model.dim + 2 * sizes.index_head_dim

@@ -11,20 +11,17 @@ Worked example, one routed expert of DeepSeek-V3 in FP8: 3 * 7168 * 2048 = 44,04
 Source: the shapes of the released checkpoints, as in dsmini.accounting.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsmini.accounting.memory import WeightDtype
-from dsmini.planner.model.kv_cache import kv_heads
+from dsmini.planner.model.matrices import Matrix, attention_matrices, block_norms, swiglu_matrices
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.number_formats import SIZES, scaled_matrix
-from dsmini.planner.quantities.quantity import BYTES, COUNT, Bytes, Count, smallest, total
-from dsmini.planner.quantities.sizes import BF16, FP32
+from dsmini.planner.quantities.quantity import COUNT, Bytes, Count, smallest, total
+from dsmini.planner.quantities.sizes import BF16, FP32, SIZES, scaled_matrix
 
 SOURCE = "shapes of the released checkpoints"
-Shape = tuple[Count, Count]
-"""Rows and columns of a matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,18 +85,18 @@ def weights(model: ModelInputs, dtype: WeightDtype) -> Weights:
     plain = SIZES.get(dtype, BF16)
     m, f = model.dim, model.moe_inter_dim
     shared = model.n_shared_experts * f
-    up = _latent_up(model)
+    attention = attention_matrices(model)
     dense = smallest(model.n_dense_layers, model.n_layers)
     parts = {
-        "head_matrices": _part(_head_matrices(model), dtype, "head_matrices", "matrices of heads in one block"),
-        "latent_up": _part(up, dtype, "latent_up", "projection out of the latent in one block"),
-        "absorbed": _numbers(up, plain, "absorbed", "projection out of the latent in two halves, one block"),
-        "latent_down": _part(_latent_down(model), dtype, "latent_down", "projections into latents in one block"),
-        "dense": _part(_swiglu(m, model.inter_dim), dtype, "dense_ffn", "one dense feed-forward"),
-        "expert": _part(_swiglu(m, f), dtype, "expert", "one routed expert"),
-        "shared": _part(_swiglu(m, shared), dtype, "shared_experts", "the shared experts of a block"),
+        "head_matrices": _part(attention.heads, dtype, "head_matrices", "matrices of heads in one block"),
+        "latent_up": _part(attention.up, dtype, "latent_up", "projection out of the latent in one block"),
+        "absorbed": _numbers(attention.up, plain, "absorbed", "projection out of the latent in two halves, one block"),
+        "latent_down": _part(attention.whole, dtype, "latent_down", "projections into latents in one block"),
+        "dense": _part(swiglu_matrices(model, model.inter_dim), dtype, "dense_ffn", "one dense feed-forward"),
+        "expert": _part(swiglu_matrices(model, f), dtype, "expert", "one routed expert"),
+        "shared": _part(swiglu_matrices(model, shared), dtype, "shared_experts", "the shared experts of a block"),
         "gate": _gate(model),
-        "norms": _norms(_block_norms(model), "block_norms", "the norms of a block"),
+        "norms": _norms(block_norms(model), "block_norms", "the norms of a block"),
         "vocabulary": _numbers([(model.vocab_size, m)], plain, "vocabulary", "the embedding, or the head"),
         "final_norms": _norms(m * (2 if model.config.embed_norm else 1), "final_norms", "the norms outside blocks"),
         "projection": _projection(model, plain),
@@ -121,7 +118,7 @@ def _total(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: di
     experts = model.n_routed_experts * size["expert"] + size["shared"] + size["gate"]
     blocks = model.n_layers * block + dense_blocks * size["dense"] + moe_blocks * experts
     return (blocks + 2 * size["vocabulary"] + size["final_norms"]).named(
-        "model_bytes", "Weights of the model without multi-token prediction", SOURCE
+        "model_bytes", "Weights of the model without MTP", SOURCE
     )
 
 
@@ -133,51 +130,14 @@ def _active(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: d
     return (blocks + met["vocabulary"]).named("active_products", "Multiply-adds of a token with all matrices", SOURCE)
 
 
-def _head_matrices(model: ModelInputs) -> list[Shape]:
-    m, h, v = model.dim, model.n_heads, model.v_head_dim
-    output = (m, h * v)
-    if model.config.attention != "mla":
-        d, g = model.qk_nope_head_dim, kv_heads(model)
-        return [(h * d, m), (g * d, m), (g * v, m), output]
-    queries = h * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-    return [(queries, m if model.config.q_lora_rank is None else model.q_lora_rank), output]
-
-
-def _latent_up(model: ModelInputs) -> list[Shape]:
-    if model.config.attention != "mla":
-        return []
-    return [(model.n_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)]
-
-
-def _latent_down(model: ModelInputs) -> list[Shape]:
-    if model.config.attention != "mla":
-        return []
-    keys = [(model.kv_lora_rank + model.qk_rope_head_dim, model.dim)]
-    return keys if model.config.q_lora_rank is None else [(model.q_lora_rank, model.dim), *keys]
-
-
-def _swiglu(m: Count, f: Count) -> list[Shape]:
-    return [(f, m), (m, f), (f, m)]
-
-
-def _block_norms(model: ModelInputs) -> Count:
-    widths = [2 * model.dim]
-    if model.config.attention == "mla":
-        widths += [model.kv_lora_rank, *([] if model.config.q_lora_rank is None else [model.q_lora_rank])]
-    if model.config.qk_norm:
-        rope = [model.qk_rope_head_dim] if model.config.attention == "mla" else []
-        widths += [2 * total([model.qk_nope_head_dim, *rope])]
-    return total(widths)
-
-
-def _part(shapes: Sequence[Shape], dtype: WeightDtype, name: str, title: str) -> Part:
+def _part(shapes: Sequence[Matrix], dtype: WeightDtype, name: str, title: str) -> Part:
     """Return matrices that are FP8 in FP8 models."""
-    if dtype != "fp8":
-        return _numbers(shapes, SIZES[dtype], name, title)
-    return _named(total_bytes(scaled_matrix(o, i) for o, i in shapes), _products(shapes), name, title)
+    if dtype != "fp8" or not shapes:
+        return _numbers(shapes, SIZES.get(dtype, BF16), name, title)
+    return _named(total(scaled_matrix(o, i) for o, i in shapes), _products(shapes), name, title)
 
 
-def _numbers(shapes: Sequence[Shape], number: Bytes, name: str, title: str) -> Part:
+def _numbers(shapes: Sequence[Matrix], number: Bytes, name: str, title: str) -> Part:
     return _named(_products(shapes) * number, _products(shapes), name, title)
 
 
@@ -198,15 +158,9 @@ def _projection(model: ModelInputs, plain: Bytes) -> Part:
     return _named(held, products, "mtp_projection", "the projection and norms of a multi-token prediction block")
 
 
-def _products(shapes: Sequence[Shape]) -> Count:
+def _products(shapes: Sequence[Matrix]) -> Count:
     counts = [o * i for o, i in shapes]
     return total(counts) if counts else COUNT(0)
-
-
-def total_bytes(parts: Iterable[Bytes]) -> Bytes:
-    """Return the sum of any number of amounts, of none zero bytes."""
-    amounts = list(parts)
-    return total(amounts) if amounts else BYTES(0)
 
 
 def _named(held: Bytes, products: Count, name: str, title: str) -> Part:

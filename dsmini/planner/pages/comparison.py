@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from dsmini.planner.quantities.display import short
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.training.layout import Layout
@@ -111,10 +112,11 @@ def _bars(variation: Variation) -> Table:
     for name in variation.names:
         found = [variation.figure(name, (i,)) for i in range(len(axis.values))]
         largest = max((abs(figure.value) for figure in found if figure is not None), default=0.0) or 1.0
+        title = _any(variation, name).title
         for i, figure in enumerate(found):
-            title = _any(variation, name).title if i == 0 else ""
-            bar = "" if figure is None else "█" * round(BAR * abs(figure.value) / largest)
-            rows.append((title, axis.labels[i], variation.cell(name, (i,)), bar))
+            if figure is not None:
+                rows.append((title, axis.labels[i], short(figure), "█" * round(BAR * abs(figure.value) / largest)))
+                title = ""
     return Table(columns=("figure", axis.name, "value", ""), rows=rows, numeric=(axis.name, "value"))
 
 

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from dsmini.planner.binding import Binding, Vocabulary
+from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.sections import SectionOfPlan, sections
 from dsmini.planner.pages.why import why
-from dsmini.planner.published.published import PublishedFigure, published_figures
+from dsmini.planner.quantities.display import short
 from dsmini.planner.quantities.explanation import Explanation, Step, explain, named, shown
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.whole import Plan
@@ -48,6 +49,8 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
 
 def _section(section: SectionOfPlan, known: dict[str, Step], full: bool) -> Section:
     first = [_detail(f, known) for f in section.headlines.values()]
+    if not full:
+        first = [Detail(name=f.name, title=f.title, value=short(f)) for f in section.headlines.values()]
     others = [_detail(f, known) for f in section.others.values()] if full else []
     return Section(
         name=f"{section.name}_section",
@@ -135,48 +138,6 @@ def _why(plan: Plan) -> Section:
         title="Why this architecture?",
         finding="The machine shapes the algorithm, and both shape the data.",
         prose=list(why(plan)),
-    )
-
-
-def coverage(figures: Sequence[PublishedFigure] | None = None, *, full: bool = True) -> Section:
-    """Return the published figures next to ours: coverage next to error.
-
-    Args:
-        full: with sources and notes, which a terminal has no room for.
-    """
-    figures = published_figures() if figures is None else figures
-    rows = [
-        (
-            str(f.row),
-            f.what,
-            f"at most {shown(f.printed)}" if f.bound else shown(f.printed),
-            "" if f.ours is None else shown(f.ours),
-            "" if f.residual is None else f"{100 * f.residual:+.2f} %",
-            f.status,
-            f.source,
-            f.note,
-        )
-        for f in figures
-    ]
-    columns = ("fact", "figure", "printed", "ours", "residual", "status", "source", "note")
-    shown_columns = len(columns) if full else columns.index("source")
-    counts = {status: sum(f.status == status for f in figures) for status in ("reproduced", "misses", "misprint")}
-    left = len(figures) - sum(counts.values())
-    return Section(
-        name="coverage_section",
-        title="How far can it be trusted? Coverage next to error",
-        finding=(
-            f"{len(figures)} published figures: {counts['reproduced']} are reproduced, {counts['misses']} are missed, "
-            f"{counts['misprint']} contradict their own source, and {left} is not attempted."
-        ),
-        tables=[
-            Table(
-                columns=columns[:shown_columns],
-                rows=[row[:shown_columns] for row in rows],
-                numeric=("fact", "printed", "ours", "residual"),
-            )
-        ],
-        about="Residuals are of unrounded values. Known misses are shown, and no constant is fitted to hide them.",
     )
 
 

@@ -6,14 +6,16 @@ A figure that a plan lacks, such as the cost on hardware without a price, is lef
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dsmini.planner.quantities.display import in_words
 from dsmini.planner.quantities.explanation import shown
-from dsmini.planner.quantities.quantity import Anything
+from dsmini.planner.quantities.quantity import COUNT, Anything
 from dsmini.planner.whole import Plan
 
 TITLES = {
     "model": "What is the model?",
     "training": "What does training take?",
     "inference": "What does serving take?",
+    "attention": "What would sparse or compressed attention save?",
     "reliability": "What do failures cost?",
 }
 HEADLINES: Mapping[str, tuple[str, ...]] = {
@@ -32,6 +34,11 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
         *("decode_longest_context", "decode_time_per_token", "decode_tokens_per_second"),
         *("decode_gpu_tokens_per_second", "decode_exchange_limit", "decode_slow_bytes", "speculation_gain"),
         *("decode_cost", "prefill_time_to_first_token", "prefill_gpu_tokens_per_second", "prefill_cost"),
+    ),
+    "attention": (
+        *("v32_dense_flops", "v32_index_flops", "v32_attention_flops", "v32_flops_ratio", "v32_crossover"),
+        *("v32_read_ratio", "v32_kv_cache", "v32_cache_ratio", "pro_kv_cache", "pro_cache_ratio", "pro_flops_ratio"),
+        *("flash_kv_cache", "flash_cache_ratio", "flash_flops_ratio", "v41_kv_cache"),
     ),
     "reliability": (
         *("mean_time_to_failure", "failures", "checkpoint_bytes", "checkpoint_write_time", "checkpoint_interval"),
@@ -63,8 +70,16 @@ class SectionOfPlan:
 
 def sections(plan: Plan) -> Iterator[SectionOfPlan]:
     """Yield the sections that a plan has figures for, or a reason why not."""
-    answers = {"model": _model, "training": _training, "inference": _inference, "reliability": _reliability}
+    answers = {
+        "model": _model,
+        "training": _training,
+        "inference": _inference,
+        "attention": _attention,
+        "reliability": _reliability,
+    }
     for name, figures in plan.sections.items():
+        if name == "attention" and plan.savings is None:
+            continue
         headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
         warnings = {"training": _training_warnings, "inference": _serving_warnings}.get(name)
@@ -87,7 +102,7 @@ def _model(plan: Plan) -> str:
     p, ops = plan.training.model.parameters, plan.training.model.operations
     saved = f", {percent(plan.cache.saving)} less than multi-head attention" if plan.cache.saving.value > 0 else ""
     return (
-        f"{_words(p.parameters_main)} parameters, of which a token meets {_words(p.parameters_active)}: "
+        f"{in_words(p.parameters_main)} parameters, of which a token meets {in_words(p.parameters_active)}: "
         f"{shown(ops.training_flops)} in training. A token's cache takes {_bytes(plan.cache.per_token)}{saved}."
     )
 
@@ -98,7 +113,7 @@ def _training(plan: Plan) -> str:
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
-    return f"{gpus} {running}{cost} for {_words(t.workload.tokens)} tokens. {needs}"
+    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens. {needs}"
 
 
 def _inference(plan: Plan) -> str:
@@ -110,6 +125,21 @@ def _inference(plan: Plan) -> str:
     return (
         f"A sequence gets {shown(d.tokens_per_second)} and a GPU gives {shown(d.gpu_tokens_per_second)}{rent}. "
         f"The first token of a prompt comes after {shown(p.time_to_first_token)}."
+    )
+
+
+def _attention(plan: Plan) -> str:
+    assert plan.savings is not None, "the section is left out without savings"
+    s = plan.savings.sparse
+    crossover = (
+        "costs more operations than it saves at any length"
+        if s.crossover is None
+        else (f"saves operations from {shown(s.crossover)} on")
+    )
+    return (
+        f"At {shown(s.context)} a layer's attention of a token takes {shown(s.index_flops + s.attention_flops)} with "
+        f"V3.2's indexer, {shown(s.dense_flops)} without. It {crossover}. Its keys make the cache "
+        f"{percent(s.cache_ratio - COUNT(1))} larger: {_bytes(s.kv_cache)} a token in FP8."
     )
 
 
@@ -141,14 +171,6 @@ def _serving_warnings(plan: Plan) -> Iterator[str]:
                 f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
                 f"{shown(plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
             )
-
-
-def _words(count: Anything) -> str:
-    """Return a large count in words, such as 671 billion."""
-    for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
-        if count.value >= size:
-            return f"{count.value / size:.3g}{name}"
-    return f"{count.value:,.0f}"
 
 
 def _bytes(rate: Anything) -> str:

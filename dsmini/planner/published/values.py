@@ -1,4 +1,4 @@
-"""Published figures, computed: one function for each figure of data/published.toml.
+"""Published figures, computed: one function for each figure of published.toml.
 
 Every number comes from a config in models/, a hardware file in machines/, or an input of published.toml.
 """
@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from dsmini.planner.hardware import Hardware, load_hardware
+from dsmini.planner.model.attention_savings import AttentionSavings, attention_savings
+from dsmini.planner.model.compressed_attention import CompressedAttention
 from dsmini.planner.model.kv_cache import all_layers, cache_plan, cache_saving, row_numbers
 from dsmini.planner.model.parameters import ModelFigures, dense_training_flops, model_figures
 from dsmini.planner.model.references import reference
@@ -22,8 +24,10 @@ from dsmini.planner.quantities.quantity import (
     TOKENS,
     Anything,
     BytesPerSecond,
+    BytesPerToken,
     Count,
     Seconds,
+    Tokens,
     rounded_up,
     total,
 )
@@ -103,6 +107,26 @@ class Sources:
     def mean_time(self, gpus: str) -> Seconds:
         return mean_time_to_failure(self.given[f"kokolis_gpus_{gpus}"], FailureInputs())
 
+    @cached_property
+    def million(self) -> AttentionSavings:
+        """V3.2, V4 and V4.1 at a million tokens."""
+        return self.savings("v4_context")
+
+    def savings(self, context: str) -> AttentionSavings:
+        found = attention_savings(self.v3, self.given[context])
+        assert found is not None, "DeepSeek-V3 has MLA"
+        return found
+
+    def v4(self, name: Literal["pro", "flash"]) -> CompressedAttention:
+        found: CompressedAttention | None = getattr(self.million, name)
+        assert found is not None, "V4 is compared with DeepSeek-V3"
+        return found
+
+    @property
+    def v41_cache(self) -> BytesPerToken:
+        assert self.million.shared is not None, "V4.1 is compared with DeepSeek-V3"
+        return self.million.shared
+
     def cache(self, name: str) -> Anything:
         return cache_plan(reference(name), "bfloat16").per_token
 
@@ -148,6 +172,12 @@ def _checkpoint(s: Sources) -> Seconds:
 def _cost(s: Sources) -> Anything:
     assert s.printed_run.printed_cost is not None, "an H800 has a price"
     return s.printed_run.printed_cost
+
+
+def _crossover(s: Sources) -> Tokens:
+    found = s.million.sparse.crossover
+    assert found is not None, "V3's heads cost more than the indexer's"
+    return found
 
 
 COMPUTED: Mapping[str, Callable[[Sources], Anything]] = {
@@ -211,7 +241,27 @@ COMPUTED: Mapping[str, Callable[[Sources], Anything]] = {
     "v3_decode_experts": lambda s: v3_decode().gpu_experts(s.v3),
     "v3_decode_data": lambda s: v3_decode().data_parallel(),
     "v3_speculation": lambda s: accepted_tokens(serving_workload(source="V3, section 5.4.3")),
-    # 4. machines and their failures
+    # 4. later attention
+    "v32_cache": lambda s: s.million.sparse.kv_cache,
+    "v32_crossover": _crossover,
+    "v32_flops_ratio": lambda s: s.savings("v32_context").sparse.flops_ratio,
+    "v4_pro_parameters": lambda s: s.v4("pro").parameters.total,
+    "v4_pro_active": lambda s: s.v4("pro").parameters.active,
+    "v4_flash_parameters": lambda s: s.v4("flash").parameters.total,
+    "v4_flash_active": lambda s: s.v4("flash").parameters.active,
+    "v4_pro_cache_ratio": lambda s: s.v4("pro").cache_ratio,
+    "v4_flash_cache_ratio": lambda s: s.v4("flash").cache_ratio,
+    "v4_pro_cache_share": lambda s: COUNT(1) / s.v4("pro").cache_ratio,
+    "v4_flash_cache_share": lambda s: COUNT(1) / s.v4("flash").cache_ratio,
+    "v4_pro_gqa_share": lambda s: s.v4("pro").baseline_share,
+    "v4_flash_gqa_share": lambda s: s.v4("flash").baseline_share,
+    "v4_pro_flops_ratio": lambda s: s.v4("pro").rounded_ratio,
+    "v4_flash_flops_ratio": lambda s: s.v4("flash").rounded_ratio,
+    "v4_pro_flops_share": lambda s: COUNT(1) / s.v4("pro").rounded_ratio,
+    "v4_flash_flops_share": lambda s: COUNT(1) / s.v4("flash").rounded_ratio,
+    "v41_cache": lambda s: s.v41_cache,
+    "v41_cache_ratio": lambda s: s.v4("flash").kv_cache / s.v41_cache,
+    # 5. machines and their failures
     "h800_nvlink": lambda s: _both_ways(s.h800),
     "h100_nvlink": lambda s: _both_ways(load_hardware("h100")),
     "v3_link_ratio": lambda s: _link_ratio(s.h800.fast_link_effective, s.h800.slow_link),

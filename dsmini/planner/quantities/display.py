@@ -46,6 +46,19 @@ def shown(quantity: Anything) -> str:
     return f"{_tokens(value, given) if over == 'token' else _number(value, given)} {_plural(unit)}"
 
 
+def short(quantity: Anything) -> str:
+    """Return `shown` for a narrow table: 273B tokens, $0.238/M tokens."""
+    text = shown(quantity).replace(" per million tokens", "/M tokens")
+    for word, letter in ((" trillion ", "T "), (" billion ", "B "), (" million ", "M ")):
+        text = text.replace(word, letter)
+    return text
+
+
+def in_words(quantity: Anything) -> str:
+    """Return a count in words: 671 billion."""
+    return _in_words(quantity.value, quantity.op in ("input", "number"))
+
+
 def exactly(quantity: Anything) -> str:
     """Return a quantity in its base units: a whole number with all digits, any other with ten."""
     value, unit = quantity.value, _plural(quantity.units)

@@ -12,19 +12,20 @@ from collections.abc import Iterator, Mapping
 from dsmini.planner.quantities.quantity import RULES, Anything
 
 
-def walk(figure: Anything) -> Iterator[Anything]:
-    """Yield a figure and all that it was computed from, each once, what is needed first."""
+def walk(*figures: Anything) -> Iterator[Anything]:
+    """Yield figures and all that they were computed from, each once, what is needed first."""
     done: set[int] = set()
-    open_: list[tuple[Anything, bool]] = [(figure, False)]
+    open_ = list(reversed(figures))
     while open_:
-        node, ready = open_.pop()
-        if id(node) in done:
+        node = open_[-1]
+        needed = [arg for arg in node.args if id(arg) not in done] if id(node) not in done else []
+        if needed:
+            open_ += reversed(needed)
             continue
-        if ready or not node.args:
+        open_.pop()
+        if id(node) not in done:
             done.add(id(node))
             yield node
-        else:
-            open_ += [(node, True), *((arg, False) for arg in reversed(node.args))]
 
 
 def inputs(figure: Anything) -> dict[str, Anything]:

@@ -52,12 +52,9 @@ def evaluate_many(figures: Sequence[Anything], changed: Mapping[str, Values]) ->
     """
     (length,) = {len(values) for values in changed.values()}
     known: dict[int, Any] = {}
-    for figure in figures:
-        for node in walk(figure):
-            if id(node) in known:
-                continue
-            if node.op in OPERATIONS:
-                known[id(node)] = OPERATIONS[node.op](*(known[id(arg)] for arg in node.args))
-            else:
-                known[id(node)] = changed.get(node.name, node.value) if node.name else node.value
+    for node in walk(*figures):
+        if node.op in OPERATIONS:
+            known[id(node)] = OPERATIONS[node.op](*[known[id(arg)] for arg in node.args])
+        else:
+            known[id(node)] = changed.get(node.name, node.value) if node.name else node.value
     return [np.broadcast_to(np.asarray(known[id(figure)], dtype=np.float64), (length,)) for figure in figures]

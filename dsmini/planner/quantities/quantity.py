@@ -13,6 +13,7 @@ computes it again with other inputs, and differentiates it.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar, cast, overload
 
@@ -87,8 +88,10 @@ class Quantity(Generic[N, D]):
         set_(self, "unit", unit)
         set_(self, "op", op)
         set_(self, "args", tuple(args))
-        for slot, label in zip(("name", "title", "source"), labels, strict=True):
-            set_(self, slot, label)
+        name, title, source = labels
+        set_(self, "name", name)
+        set_(self, "title", title)
+        set_(self, "source", source)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Quantity does not change; compute another one instead of setting {name}")
@@ -273,16 +276,17 @@ Rule = tuple[
 
 def _one_unit(op: str, args: "Sequence[Anything]") -> Exponents:
     for other in args[1:]:
-        _same(op, args[0], other)
+        if args[0].unit != other.unit:
+            _same(op, args[0], other)  # raises
     return args[0].unit
 
 
 def _product(op: str, args: "Sequence[Anything]") -> Exponents:
-    return tuple(map(sum, zip(*(a.unit for a in args), strict=True)))
+    return tuple(map(operator.add, args[0].unit, args[1].unit))
 
 
 def _quotient(op: str, args: "Sequence[Anything]") -> Exponents:
-    return tuple(a - b for a, b in zip(args[0].unit, args[1].unit, strict=True))
+    return tuple(map(operator.sub, args[0].unit, args[1].unit))
 
 
 def _root(op: str, args: "Sequence[Anything]") -> Exponents:
@@ -322,7 +326,7 @@ def _apply(op: str, *args: "Anything | Number") -> Any:
     quantities: list[Anything] = [a if isinstance(a, Quantity) else Quantity(a, NONE, "number") for a in args]
     value, _, unit = RULES[op]
     try:
-        return Quantity(value(*(a.value for a in quantities)), unit(op, quantities), op, quantities)
+        return Quantity(value(*[a.value for a in quantities]), unit(op, quantities), op, quantities)
     except ZeroDivisionError:
         raise ZeroDivisionError(f"{quantities[0]!r} divided by {quantities[1]!r}") from None
 

@@ -18,7 +18,6 @@ cached token.
 Source: "Insights into DeepSeek-V3", section 2.3.2; DeepSeek-V3 report, section 3.4.2.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
@@ -69,43 +68,10 @@ def decode_plan(
         memory=serving_memory(setting, cache, mine, workload.context),
         times=times,
         limit=exchange_limit(model, hardware, deployment, workload.sequences),
-        time_per_token=per(times.step, TOKENS).named(
-            f"{stage}_time_per_token", "Time of an output token of a sequence", source
-        ),
-        tokens_per_second=rate.named(f"{stage}_tokens_per_second", "Output tokens/s of a sequence", source),
-        gpu_tokens_per_second=(mine * rate).named(
-            f"{stage}_gpu_tokens_per_second", "Output tokens/s of a GPU, all its sequences", source
-        ),
+        time_per_token=per(times.step, TOKENS).named(f"{stage}_time_per_token", "Time of an output token", source),
+        tokens_per_second=rate.named(f"{stage}_tokens_per_second", "Tokens/s of a sequence", source),
+        gpu_tokens_per_second=(mine * rate).named(f"{stage}_gpu_tokens_per_second", "Tokens/s of a GPU", source),
     )
-
-
-def decode_grid(
-    model: ModelInputs,
-    hardware: Hardware,
-    workload: ServingWorkload,
-    deployment: Deployment,
-    *,
-    sequences: Iterable[int],
-    contexts: Iterable[int],
-) -> Iterator[DecodePlan]:
-    """Yield the plans of these numbers of sequences and, for each of them, of these contexts."""
-    longest = list(contexts)
-    for n in sequences:
-        for context in longest:
-            changed = ServingWorkload(
-                sequences=like(workload.sequences, n),
-                context=TOKENS(context, workload.context.name, workload.context.title, workload.context.source),
-                prompts=workload.prompts,
-                prompt=workload.prompt,
-                drafts=workload.drafts,
-                acceptance=workload.acceptance,
-            )
-            yield decode_plan(model, hardware, changed, deployment)
-
-
-def like(old: Count, value: float) -> Count:
-    """Return the same input with another value."""
-    return COUNT(value, old.name, old.title, old.source)
 
 
 def setting_of(model: ModelInputs, hardware: Hardware, deployment: Deployment) -> Setting:

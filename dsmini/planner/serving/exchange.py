@@ -22,6 +22,7 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), section 2.3.2; DeepSeek-
 from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.model.routing import node_limit, places_hit
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (
@@ -32,8 +33,6 @@ from dsmini.planner.quantities.quantity import (
     Count,
     Seconds,
     TokensPerSecond,
-    largest,
-    power,
     smallest,
     total,
 )
@@ -84,14 +83,14 @@ def exchange(
     ep, node = deployment.expert_parallel, hardware.gpus_per_node
     block = rows * deployment.micro_batches * model.dim
     copy = moe_blocks * block * deployment.imbalance * (deployment.dispatch_number + deployment.combine_number)
-    copies = copy * (_hit(model, ep) if deployment.two_hop else deployment.copies(model))
+    copies = copy * (places_hit(model, ep) if deployment.two_hop else deployment.copies(model))
     slow: list[Bytes] = []
     fast: list[Bytes] = []
     if not deployment.spans_nodes(hardware):
         fast += [copies * (ONE - 1 / ep)] if ep.value > 1 else []
     elif deployment.two_hop:
         nodes = ep / node
-        slow += [copy * _reached(model, nodes) * (ONE - 1 / nodes)]
+        slow += [copy * smallest(places_hit(model, nodes), node_limit(model, nodes)) * (ONE - 1 / nodes)]
         fast += [copies * (ONE - 1 / node)]
     else:
         slow += [copies * (ONE - node / ep)]
@@ -99,9 +98,7 @@ def exchange(
     if tp.value > 1:
         fast += [layers * block * BF16 * (2 * (tp - ONE))]
     return Exchange(
-        slow=total(slow).named(f"{stage}_slow_bytes", "Bytes that a GPU sends to other nodes in a step", "V3, 3.4")
-        if slow
-        else None,
+        slow=total(slow).named(f"{stage}_slow_bytes", "Bytes to other nodes, a step", "V3, 3.4") if slow else None,
         fast=total(fast).named(f"{stage}_fast_bytes", "Bytes that a GPU sends in its node in a step", "V3, 3.4")
         if fast
         else None,
@@ -119,7 +116,7 @@ def exchange_limit(model: ModelInputs, hardware: Hardware, deployment: Deploymen
         f"{stage}_block_exchange_time", "Dispatch and combine of a micro-batch in one layer", source
     )
     token = (deployment.micro_batches * model.n_layers * block).named(
-        f"{stage}_exchange_limit", "Time of an output token if only links took time", source
+        f"{stage}_exchange_limit", "Time of a token, links alone", source
     )
     rate = TOKENS(1) / token
     return ExchangeLimit(
@@ -148,14 +145,3 @@ def slow_link(hardware: Hardware) -> BytesPerSecond:
     if hardware.slow_link is None:
         raise ValueError(f"{hardware.title} has no slow link, want one for several nodes; plan one node")
     return hardware.slow_link
-
-
-def _hit(model: ModelInputs, places: Count) -> Count:
-    """Return the expected number of different places, of equal size, that a token's experts are on."""
-    return places * (ONE - power(ONE - 1 / places, model.n_activated_experts))
-
-
-def _reached(model: ModelInputs, nodes: Count) -> Count:
-    """Return the expected number of nodes that a token's experts are on; large groups span several nodes each."""
-    limit = model.n_limited_groups * largest(ONE, nodes / model.n_expert_groups)
-    return smallest(_hit(model, nodes), limit)

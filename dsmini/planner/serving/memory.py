@@ -15,13 +15,8 @@ Source: DeepSeek-V3 report, section 3.4.
 
 from dataclasses import dataclass
 
-from dsmini.planner.model.kv_cache import (
-    CachePlan,
-    kv_heads,
-    longest_context,
-    memory_left,
-    sequences_that_fit,
-)
+from dsmini.planner.model.kv_cache import CachePlan, longest_context, memory_left, sequences_that_fit
+from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Bytes, Count, Tokens, smallest
 from dsmini.planner.serving.step import Setting, gpu_weights, main_blocks
@@ -63,14 +58,12 @@ def serving_memory(setting: Setting, cache: CachePlan, sequences: Count, context
         weights=weights,
         cache=stored,
         used=used,
-        share=(used / setting.hardware.memory).named(
-            f"{stage}_memory_share", "Share of a GPU's memory that is used", source
-        ),
+        share=(used / setting.hardware.memory).named(f"{stage}_memory_share", "Share of memory used", source),
         sequences=sequences_that_fit(left, context, per_token).named(
-            f"{stage}_sequences_that_fit", "Sequences of a GPU that fit beside its weights", source
+            f"{stage}_sequences_that_fit", "Sequences that fit", source
         ),
         context=longest_context(left, sequences, per_token).named(
-            f"{stage}_longest_context", "Longest context that fits beside the weights", source
+            f"{stage}_longest_context", "Longest context that fits", source
         ),
     )
 

@@ -57,9 +57,7 @@ def prefill_plan(
     return PrefillPlan(
         memory=serving_memory(setting, cache, mine, workload.prompt),
         times=times,
-        time_to_first_token=times.step.named(
-            f"{stage}_time_to_first_token", "Time from a step's start to the first token", source
-        ),
+        time_to_first_token=times.step.named(f"{stage}_time_to_first_token", "Time to the first token", source),
         gpu_tokens_per_second=(mine * workload.prompt / times.step).named(
             f"{stage}_gpu_tokens_per_second", "Prompt tokens/s of a GPU", source
         ),

@@ -82,9 +82,7 @@ def speculation_plan(
         verify=verify,
         draft=draft,
         step=step,
-        gain=(tokens * (plain.times.step / step)).named(
-            "speculation_gain", "Tokens/s over those without drafts", source
-        ),
+        gain=(tokens * (plain.times.step / step)).named("speculation_gain", "Speedup by drafts", source),
         tokens_per_second=(tokens * TOKENS(1) / step).named(
             "speculative_tokens_per_second", "Output tokens/s of a sequence with drafts", source
         ),

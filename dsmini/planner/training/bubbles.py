@@ -14,7 +14,8 @@ latter with W apart, and M - (3 H - 1) pairs F&B.
 Worked example, DeepSeek-V3 with PP = 16 and M = 120, by the table's times and the first GPU's counts: 97 pairs in
 13.95 s; 15 W in 0.48 s; 23 backwards, 15 of them without W, in 1.99 s. So F&B = 143.8 ms, W = 32 ms,
 B = 2.47 s / 23 = 107.4 ms, and the bubble is 7 * (143.8 + 107.4 - 96) ms = 1.09 s. The table prints 2.06 s. The rest is
-open: it may be stages of unequal work, or waiting for other nodes.
+open: it may be stages of unequal work, or waiting for other nodes. The table prints forwards of 1.13 s and an optimizer
+of 0.29 s too; all six times are 19.90 s, and the step 19.926 s.
 
 Source: DeepSeek-V3 report, table 2; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 4; the released DualPipe.
 """

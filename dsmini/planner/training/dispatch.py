@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.model.routing import node_limit, places_hit
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (
@@ -34,7 +35,6 @@ from dsmini.planner.quantities.quantity import (
     SecondsPerToken,
     largest,
     per,
-    power,
     smallest,
 )
 from dsmini.planner.quantities.sizes import BF16, fp8_row
@@ -81,20 +81,18 @@ def dispatch_figures(
     source = "V3, section 3.2.2"
     k, one = m.n_activated_experts, COUNT(1)
     nodes = largest(one, expert / hardware.gpus_per_node).named("expert_nodes", "Nodes that share a layer's experts")
-    drawn = _distinct(nodes, k).named("nodes_drawn", "Nodes of a token's experts, chosen freely", source)
-    limit = (m.n_limited_groups * largest(one, nodes / m.n_expert_groups)).named(
-        "node_limit", "Nodes that a token may reach", "V3, section 2.1.2"
-    )
+    drawn = places_hit(m, nodes).named("nodes_drawn", "Nodes of a token's experts, chosen freely", source)
+    limit = node_limit(m, nodes).named("node_limit", "Nodes that a token may reach", "V3, section 2.1.2")
     reached = smallest(drawn, limit).named("nodes_reached", "Nodes that a token reaches", source)
     slow_copies = (reached * (one - one / nodes)).named("slow_copies", "Rows of a token over the slow link", source)
-    gpus = _distinct(expert, k).named("gpus_reached", "GPUs of a token's experts", source)
+    gpus = places_hit(m, expert).named("gpus_reached", "GPUs of a token's experts", source)
     inside = smallest(expert, hardware.gpus_per_node)
     fast_copies = (gpus * (one - one / inside)).named("fast_copies", "Rows of a token over the fast link", source)
     row = fp8_row(m.dim) if dispatch == "fp8" else m.dim * BF16
     row = row.named("dispatch_row", "Row on its way to an expert", "V3, section 3.3.3")
     back = (m.dim * BF16).named("combine_row", "Row on its way back", "V3, section 3.3.3")
     both = per(row + back, TOKENS)
-    slow = (slow_copies * both).named("slow_bytes", "Slow link: bytes of a token, a layer and pass", source)
+    slow = (slow_copies * both).named("slow_bytes", "Slow link: bytes of a token and layer", source)
     fast = (fast_copies * both).named("fast_bytes", "Fast link: bytes of a token, a layer and pass", source)
     return DispatchFigures(
         expert_nodes=nodes,
@@ -113,11 +111,6 @@ def dispatch_figures(
         fast_bytes=fast,
         dispatch_seconds=_seconds(hardware, nodes, slow, fast),
     )
-
-
-def _distinct(places: Count, draws: Count) -> Count:
-    """Return the expected number of distinct places of some uniform, independent draws."""
-    return places * (COUNT(1) - power(COUNT(1) - COUNT(1) / places, draws))
 
 
 def _seconds(hardware: Hardware, nodes: Count, slow: BytesPerToken, fast: BytesPerToken) -> SecondsPerToken:

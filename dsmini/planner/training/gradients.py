@@ -35,7 +35,7 @@ def exchange_seconds(
     Raises: ValueError where the hardware has no link that the GPUs need.
     """
     if layout.gpus == 1:
-        return SECONDS(0).named("exchange_seconds", "Exchange of gradients and weights that is not hidden")
+        return SECONDS(0).named("exchange_seconds", "Gradients, weights, not hidden")
     link = hardware.fast_link if layout.gpus <= hardware.gpus_per_node.value else hardware.slow_link
     if link is None:
         raise ValueError(f"{hardware.title} has no link for gpus={layout.gpus}; use fewer GPUs")
@@ -51,7 +51,7 @@ def exchange_seconds(
     seconds = sent / link
     if layout.zero >= 2:
         seconds = largest(SECONDS(0), seconds - computing)
-    return seconds.named("exchange_seconds", "Exchange of gradients and weights that is not hidden", "ZeRO, section 7")
+    return seconds.named("exchange_seconds", "Gradients, weights, not hidden", "ZeRO, section 7")
 
 
 def update_seconds(hardware: Hardware, layout: Layout, sizes: LayoutFigures, memory: TrainingMemory) -> Seconds:

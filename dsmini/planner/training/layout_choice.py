@@ -21,7 +21,7 @@ from dsmini.planner.model.references import is_v3
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Recompute, Zero, check_layout
-from dsmini.planner.training.layout_table import Choices, LayoutTable, Problem, evaluate_layouts, layout_of
+from dsmini.planner.training.layout_table import SIZES, Choices, LayoutTable, Problem, evaluate_layouts, layout_of
 from dsmini.planner.training.search import what_would_fit
 from dsmini.planner.training.training_plan import training_plan
 from dsmini.planner.training.workload import Workload
@@ -40,8 +40,8 @@ V3_LAYOUT = Layout(
 LEAST_STATE = 8.0
 """Bytes of training state that a parameter has at least, with which the search for enough GPUs begins."""
 MOST_GPUS = 2**20
-PLACES = ("pipeline", "tensor", "expert", "micro_batch")
-"""Sizes of a row of the table of layouts."""
+SLACK = 1.5
+"""Memory that sizes may need with the leanest choice, over what there is: for some sizes another choice is leaner."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +93,10 @@ def choose_layout(cluster: Cluster, given: dict[str, Any]) -> ChosenLayout:
     for gpus in [given["gpus"]] if "gpus" in given else _gpu_counts(cluster):
         problem = cluster.problem(gpus, _leanest(cluster.defaults, given, gpus))
         table = evaluate_layouts(problem)
+        hopeful = table.sizes_below(SLACK * cluster.hardware.memory.value)
         for choices in _lists(cluster.defaults, given) if _fastest(table, given) else ():
             problem = cluster.problem(gpus, choices)
-            table = evaluate_layouts(problem)
+            table = evaluate_layouts(problem, sizes=hopeful)
             if found := _fastest(table, given):
                 layout = _layout(cluster, problem, table, *found)
                 fewest = "" if "gpus" in given else ", on the fewest GPUs"
@@ -157,9 +158,9 @@ def _leanest(defaults: Layout, given: dict[str, Any], gpus: int) -> Choices:
 
 def _rows(table: LayoutTable, given: dict[str, Any]) -> list[int]:
     """Return the rows of a table that have the given sizes."""
-    found = (dict(zip(PLACES, sizes, strict=True)) for sizes in table.sizes)
+    found = (dict(zip(SIZES, sizes, strict=True)) for sizes in table.sizes)
     return [
-        row for row, sizes in enumerate(found) if all(given.get(name, sizes[name]) == sizes[name] for name in PLACES)
+        row for row, sizes in enumerate(found) if all(given.get(name, sizes[name]) == sizes[name] for name in SIZES)
     ]
 
 
@@ -183,7 +184,7 @@ def _that_does_not_fit(cluster: Cluster, given: dict[str, Any], problem: Problem
     if not rows:
         layout = replace(cluster.defaults, **{"gpus": problem.gpus} | given)  # raises what contradicts itself
         cluster.check(layout)
-    if not rows or given.keys() & {"gpus", *PLACES} == {"gpus"}:
+    if not rows or given.keys() & {"gpus", *SIZES} == {"gpus"}:
         raise ValueError(what_would_fit(problem, table))
     row = min(rows, key=lambda row: table.least[row])
     layout = _layout(cluster, problem, table, row, int(table.leanest[row]))

@@ -73,12 +73,18 @@ class LayoutTable:
     leanest: Values
     """Number of the choice with the least memory."""
 
+    def sizes_below(self, memory: float) -> list[Sizes]:
+        """Return the sizes that some choice needs at most this memory for."""
+        return [sizes for sizes, least in zip(self.sizes, self.least, strict=True) if least <= memory]
 
-def evaluate_layouts(problem: Problem, on_part: Callable[[float, str], None] | None = None) -> LayoutTable:
-    """Return the best choice for each sizes of parallelism that the GPUs allow."""
+
+def evaluate_layouts(
+    problem: Problem, on_part: Callable[[float, str], None] | None = None, sizes: list[Sizes] | None = None
+) -> LayoutTable:
+    """Return the best choice for each sizes of parallelism; without `sizes`, for all that the GPUs allow."""
     p = problem
     model = model_figures(p.m, p.workload.seq_len)
-    sizes = list(all_sizes(p))
+    sizes = list(all_sizes(p)) if sizes is None else sizes
     given = p.choices
     choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
     infinite, nothing = np.full(len(sizes), np.inf), np.zeros(len(sizes))

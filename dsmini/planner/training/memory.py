@@ -107,7 +107,7 @@ def state_sizes(layout: Layout) -> StateSizes:
     }
     return StateSizes(
         **parts,
-        total=total(parts.values()).named("state_parameter", "Training state of a parameter, undivided", source),
+        total=total(parts.values()).named("state_parameter", "Training state of a parameter", source),
     )
 
 

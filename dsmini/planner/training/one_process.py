@@ -62,7 +62,7 @@ def one_process_memory(m: ModelInputs, model: ModelFigures, layout: Layout, micr
         "head_gradient": "Gradient of the head, made in forward",
     }
     named = {name: part.named(f"process_{name}", titles[name], source) for name, part in parts.items()}
-    whole = total(named.values()).named("process_memory", "Memory of the process at the end of a forward", source)
+    whole = total(named.values()).named("process_memory", "Memory at the end of a forward", source)
     return OneProcessMemory(**named, total=whole)
 
 

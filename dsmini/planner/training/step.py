@@ -98,9 +98,7 @@ def step_figures(
     bubble = bubble.named("bubble_seconds", "Waiting in the pipeline, a step", "V3, table 2")
     computing = (number * (forward + backward)).named("computing_seconds", "Computing, a step", source)
     reducing = (2 * number * reduce).named("reducing_seconds", "All-reduces of shared matrices, a step")
-    dispatching = (work - computing - reducing).named(
-        "dispatching_seconds", "Rows of experts that are not hidden", source
-    )
+    dispatching = (work - computing - reducing).named("dispatching_seconds", "Rows of experts, not hidden", source)
     exchange = exchange_seconds(hardware, layout, sizes, memory, computing)
     update = update_seconds(hardware, layout, sizes, memory)
     step = (computing + dispatching + reducing + bubble + exchange + update).named(

@@ -92,7 +92,7 @@ def rates(
     hours = (gpus * whole / HOUR).named(f"{prefix}gpu_hours", "GPU-hours of the whole run", source)
     cost = None
     if price is not None:
-        cost = (hours * HOUR * price).named(f"{prefix}cost", "Rent of the GPUs for the whole run", source)
+        cost = (hours * HOUR * price).named(f"{prefix}cost", "Rent of the whole run", source)
     return TrainingTime(
         step_tokens=tokens,
         step_flops=flops,
