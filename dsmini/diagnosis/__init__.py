@@ -1,0 +1,1 @@
+"""Diagnosis: which of data, algorithm and machine binds a training run."""
