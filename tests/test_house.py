@@ -82,6 +82,9 @@ MAY_IMPORT = {
     "dsmini.training.muon": {"dsmini.functional.muon"},
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
+    "dsmini.diagnosis.finding": set(),
+    "dsmini.diagnosis.findings": {"dsmini.data", "dsmini.diagnosis.finding", "dsmini.diagnosis.findings"},
+    "dsmini.diagnosis": {"dsmini.data", "dsmini.diagnosis", "dsmini.training"},
     "dsmini.machine": set(),
     "dsmini.measure": {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
