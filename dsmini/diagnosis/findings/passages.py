@@ -113,22 +113,21 @@ def copied_within(text: NDArray[Any], length: int, seed: int) -> CopiedShare:
     # passages that begin in the token's own block, which is read; tokens at its beginning lose a few
     asked_for = _hashes_around(text, asked, first, length)
     copies = _count(asked_for, text, blocks, length) - 1  # but for the passage itself
-    return _sampled(copies.max(axis=1), min(1.0, len(blocks) * BLOCK / n), n)
+    return _sampled(copies.max(axis=1), len(blocks), n)
 
 
 def copied_from(text: NDArray[Any], other: NDArray[Any], length: int, seed: int) -> CopiedShare:
     """Return the share of a text's tokens in passages that also occur in another text; each has at least one."""
     rng = np.random.default_rng(seed)
     blocks = blocks_to_read(len(other), READ, rng)
-    fraction = min(1.0, len(blocks) * BLOCK / len(other))
     n = len(text)
-    if n <= ALL_ASKED and fraction == 1.0:
+    if n <= ALL_ASKED and len(other) <= READ:
         value = float(covered(_count(passage_hashes(text, length), other, blocks, length) > 0, length).mean())
         how = f"all {n:,} tokens were looked for in all {len(other):,}"
         return CopiedShare(value=value, low=value, high=value, how=how)
     asked = rng.integers(0, n, ASKED)
     asked_for = _hashes_around(text, asked, np.zeros_like(asked), length)
-    return _sampled(_count(asked_for, other, blocks, length).max(axis=1), fraction, len(other))
+    return _sampled(_count(asked_for, other, blocks, length).max(axis=1), len(blocks), len(other))
 
 
 def _hash_block(tokens: NDArray[Any], length: int) -> NDArray[np.uint64]:
@@ -218,20 +217,24 @@ def _read(text: NDArray[Any], blocks: NDArray[np.int64], length: int) -> Iterato
             yield _hash_block(part, length)
 
 
-def _sampled(copies: NDArray[np.int64], fraction: float, n: int) -> CopiedShare:
+def _sampled(copies: NDArray[np.int64], blocks: int, n: int) -> CopiedShare:
     """Return the share of tokens with a copy.
+
+    Where a part of the text is read, tokens of one block, and of the block with their copies, are seen or missed
+    together. Twice `asked / blocks` such neighbours leave as many independent draws as `_wilson` is given.
 
     Args:
         copies: for each asked token the number of copies that were read.
-        fraction: part of the text that was read.
-        n: tokens of the text that was read.
+        blocks: number of blocks of the text that were read.
+        n: tokens of the text.
     """
-    asked = len(copies)
+    asked, fraction = len(copies), min(1.0, blocks * BLOCK / n)
     seen = float((copies > 0).mean())
-    low, high = _wilson(seen, asked)
     how = f"{asked:,} random tokens were looked for in {fraction:.3g} of {n:,} tokens"
     if fraction == 1.0:
+        low, high = _wilson(seen, asked)
         return CopiedShare(value=seen, low=low, high=high, how=how)
+    low, high = _wilson(seen, asked / (1 + 2 * asked / blocks))
     value = min(1.0, seen + _unseen(copies, fraction) / asked)
     return CopiedShare(value=value, low=min(low, value), high=max(value, min(1.0, high / fraction)), how=how)
 
@@ -252,7 +255,7 @@ def _unseen(copies: NDArray[np.int64], fraction: float) -> float:
     return once * (1 - fraction) / (k * fraction)
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
+def _wilson(share: float, n: float) -> tuple[float, float]:
     """Return the 95% interval of a share of n independent draws. Source: Wilson 1927."""
     centre = share + Z_95**2 / (2 * n)
     half = Z_95 * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
