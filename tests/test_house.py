@@ -82,6 +82,11 @@ MAY_IMPORT = {
     "dsmini.training.muon": {"dsmini.functional.muon"},
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
+    "dsmini.diagnosis.finding": set(),
+    "dsmini.diagnosis": {
+        *("dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis", "dsmini.machine", "dsmini.measure"),
+        *("dsmini.nn", "dsmini.planner.binding", "dsmini.report", "dsmini.training"),
+    },
     "dsmini.machine": set(),
     "dsmini.measure": {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),

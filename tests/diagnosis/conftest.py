@@ -1,4 +1,4 @@
-"""A small subject whose steps take milliseconds."""
+"""The default corpus, and a small subject whose steps take milliseconds."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
+from dsmini.config import DataConfig
+from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis.subject import Subject
 from dsmini.training.trainer import Trainer
 from tests.helpers.corpora import TEXTS, load
@@ -28,6 +30,12 @@ MODEL = ModelConfig(
     n_mtp_layers=1,
     max_seq_len=8,
 )
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Load the default corpus."""
+    return load_corpus(DataConfig(), 256, 256, tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

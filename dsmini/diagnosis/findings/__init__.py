@@ -1,1 +1,1 @@
-"""Findings that need no timing: each reads what a run reads, and says what is wrong with it."""
+"""Findings: what was seen of a run besides its gains, each with its interval, and whether it is a fault."""
