@@ -230,6 +230,6 @@ def rates_of(steps: Iterable[MeasuredStep], roofs: Roofs) -> StepRates:
     # where the parts are longer than the whole, counting itself made them so
     shrink = min(1.0, whole / within)
     factors = {name: shrink * measured[name] / predicted[name] for name in predicted if name not in small}
-    rest = sum(predicted[name] for name in small)
-    factors[OTHERS] = shrink * sum(measured[name] for name in small) / rest if rest else shrink
+    rest = small or set(predicted)
+    factors[OTHERS] = shrink * sum(measured[name] for name in rest) / sum(predicted[name] for name in rest)
     return StepRates(factors=factors, call=max(0.0, whole - within) / calls)
