@@ -31,11 +31,11 @@ from dsmini.measure.rates import Roofs
 from dsmini.measure.timing import times
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 
-VERSION = 1
+VERSION = 2
 """Version of this measurement; factors stored by another version are measured again."""
 SECONDS = 0.7
 """Time to fill with steps of one shape, and again with counted ones."""
-PASSES = 3
+PASSES = 5
 LEAST_SHARE = 0.01
 """Share of a step's predicted time below which a class has the factor of all small classes together."""
 OTHERS = "others"
