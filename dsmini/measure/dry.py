@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from dsmini import ops
 from dsmini.measure.counting import Count
 from dsmini.measure.torch_operations import is_free, name_of, tensors_in
+from dsmini.ops.idle import without_running
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
 """Dtypes of numbers that shapes depend on."""
@@ -166,7 +167,7 @@ def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 <<
     `peak` is the most that existed in a step, with all that `make` made; `left` is what a step leaves.
     """
     counted = Dry(cache_bytes)
-    with ops.without_running(counted.fill):
+    with without_running(counted.fill):
         return counted_twice(make, counted)
 
 

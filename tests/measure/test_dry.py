@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, TrainConfig, ops
+from dsmini import ModelConfig, TrainConfig
 from dsmini.measure.counting import Count, count
 from dsmini.measure.dry import Dry, Holding, counted_twice, dry_count
 from dsmini.measure.workloads import StepDtype, StepShape, Work
+from dsmini.ops.idle import without_running
 from tests.helpers.questions import TINY
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def test_kernels_compute_again_after_a_dry_run() -> None:
         with torch.no_grad():
             return multiply(x, weight)
 
-    with ops.without_running(lambda name, result: None), torch.no_grad():
+    with without_running(lambda name, result: None), torch.no_grad():
         idle = count(linear)
     assert [op.name for op in idle.operations] == ["linear"]
     torch.testing.assert_close(linear(), want, rtol=1e-4, atol=1e-3)
