@@ -113,10 +113,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     changes += [(kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)]
     changes += [(plan, "recipe", lambda name: config), (plan, "SECONDS", 0.0)]
     changes += [(plan.step_rates, "rates_beyond", lambda *_: invented_rates())]
-        (plan, "recipe", lambda name: config),
-        (plan, "SECONDS", 0.0),
-        (plan.step_rates, "rates_beyond", lambda *_: invented_rates()),
-    ]
     changes += [(plan, "peak_of_process", lambda shape: 400 << 20)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
