@@ -179,9 +179,10 @@ def measure_steps(
     roofs: Roofs, device: torch.device, on_part: Callable[[float, str], None] = lambda done, what: None
 ) -> dict[str, StepRates]:
     """Measure the steps of SHAPES in each dtype that has a rate here."""
-    dtypes = [d for d in get_args(StepDtype) if d in roofs.peak or d == "fp8"]
+    dtypes: list[StepDtype] = [d for d in get_args(StepDtype) if d in roofs.peak or d == "fp8"]
+    works: tuple[Work, ...] = get_args(Work)
     found: dict[str, StepRates] = {}
-    jobs = [(work, dtype) for work in SHAPES for dtype in dtypes]
+    jobs = [(work, dtype) for work in works for dtype in dtypes]
     for i, (work, dtype) in enumerate(jobs):
         on_part(i / len(jobs), f"{work} {dtype}")
         shapes = [
