@@ -182,7 +182,7 @@ def measure_steps(
     dtypes: list[StepDtype] = [d for d in get_args(StepDtype) if d in roofs.peak or d == "fp8"]
     works: tuple[Work, ...] = get_args(Work)
     found: dict[str, StepRates] = {}
-    jobs = [(work, dtype) for work in works for dtype in dtypes]
+    jobs: list[tuple[Work, StepDtype]] = [(work, dtype) for work in works for dtype in dtypes]
     for i, (work, dtype) in enumerate(jobs):
         on_part(i / len(jobs), f"{work} {dtype}")
         shapes = [
