@@ -130,7 +130,8 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Pla
     if command.vary:
         with progress("varying the plan") as bar:
             return answers.varied(made, command, command.vary, command.of, line, bar.update)
-    return answers.planned(made, line)
+    with progress("forecasting steps") as bar:
+        return answers.planned(made, line, bar.update)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsmini.report import Figure, Plot
 
 MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "kernels")
-MODULES += ("quantize", "shakespeare", "moe_or_dense")
+MODULES += ("quantize", "plan", "shakespeare", "moe_or_dense")
 """Modules in the order of the report."""
 ON_REQUEST = {"shakespeare", "moe_or_dense"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}

@@ -23,7 +23,7 @@ from dsmini.functional.linear import linear, quantized_linear
 from dsmini.functional.rms_norm import rms_norm
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.functional.swiglu import swiglu
-from dsmini.numerics import QuantizedTensor
+from dsmini.numerics import QuantizedTensor, number_dtype
 
 Weight = Tensor | QuantizedTensor
 
@@ -151,7 +151,8 @@ def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, sta
     products = sum(w.shape[0] * w.shape[1] for w in weights if w is not None)
     attention = 2 * s * keys * h * (2 * c + part.rope)
     read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
-    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + attention)
+    dtype = number_dtype(part.wo)
+    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + attention, b * s, dtype, attention)
 
 
 @ops.operation("attention_step", cost=_attention_cost)
@@ -193,7 +194,8 @@ def _grouped_cost(x: Tensor, part: GroupedAttentionPart, past: Any, table: Table
     products = sum(w.shape[0] * w.shape[1] for w in (part.wq, part.wk, part.wv, part.wo))
     widths = part.wq.shape[0] + part.wo.shape[1]  # of all heads: a key's, and a value's
     read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
-    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + 2 * s * keys * widths)
+    attention, dtype = 2 * s * keys * widths, number_dtype(part.wo)
+    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + attention, b * s, dtype, attention)
 
 
 @ops.operation("grouped_attention_step", cost=_grouped_cost)
@@ -223,14 +225,17 @@ def grouped_attention_step(
 def _feed_forward_cost(x: Tensor, part: FeedForwardPart, result: tuple[Tensor, ...]) -> ops.Cost:
     dense_weights = [w for w in (part.w1, part.w2, part.w3) if w is not None]
     read = x.nbytes + part.norm.nbytes + sum(w.nbytes for w in dense_weights)
-    products = sum(w.shape[0] * w.shape[1] for w in dense_weights)
+    products = numbers = sum(w.shape[0] * w.shape[1] for w in dense_weights)
+    weight = part.w2 if part.e2 is None else part.e2
     if part.gate is not None:
         e, k = part.gate.shape[0], part.options["n_activated_experts"]
         experts = [w for w in (part.e1, part.e2, part.e3) if w is not None]
         visited = int((result[-1] > 0).sum())  # matrices that nobody chose stay where they are
         read += part.gate.nbytes + sum(w.nbytes for w in experts) * visited // e
         products += part.gate.numel() + k * sum(w.shape[1] * w.shape[2] for w in experts)
-    return ops.Cost(read, x.nbytes, 2 * x.shape[0] * products)
+        numbers += part.gate.numel() + visited * sum(w.shape[1] * w.shape[2] for w in experts)
+    rows = x.shape[0] * products / max(1, numbers)
+    return ops.Cost(read, x.nbytes, 2 * x.shape[0] * products, rows, None if weight is None else number_dtype(weight))
 
 
 @ops.operation("feed_forward_step", cost=_feed_forward_cost, cost_of_result=True)
@@ -264,7 +269,7 @@ def _blocks_cost(
         decided = tuple(islice(routing, 4)) if feed_forward.gate is not None else ()
         attend: Any = _grouped_cost if isinstance(attention, GroupedAttentionPart) else _attention_cost
         costs = attend(x, attention, past, table, starts), _feed_forward_cost(x.flatten(0, 1), feed_forward, decided)
-        total = ops.Cost(*(sum(each) for each in zip(total, *costs, strict=True)))
+        total = ops.Cost(*(sum(each) for each in zip(total[:3], *(cost[:3] for cost in costs), strict=True)))
     return total
 
 

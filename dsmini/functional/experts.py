@@ -21,7 +21,7 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.functional.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 from dsmini.functional.trained_experts import train_experts
-from dsmini.numerics import QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, grouped_linear
+from dsmini.numerics import QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, grouped_linear, number_dtype
 
 Weight = Float[Tensor, "e o i"] | QuantizedTensor
 """A matrix for each expert."""
@@ -34,7 +34,8 @@ def _cost(
     visited, (e, f, m) = int((counts > 0).sum()), w1.shape
     matrices = sum(w.nbytes for w in (w1, w2, w3)) * visited // e  # those that nobody chose stay where they are
     read = x.nbytes + indices.nbytes + weights.nbytes + counts.nbytes + matrices
-    return ops.Cost(read, x.shape.numel() * x.dtype.itemsize, 6 * indices.numel() * f * m)
+    rows = indices.numel() / max(1, visited)
+    return ops.Cost(read, x.shape.numel() * x.dtype.itemsize, 6 * indices.numel() * f * m, rows, number_dtype(w1))
 
 
 @ops.operation("experts", cost=_cost)

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini import ops
-from dsmini.numerics import QuantizedTensor, quantize
+from dsmini.numerics import QuantizedTensor, number_dtype, quantize
 
 
 def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
     rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
-    return ops.Cost(x.nbytes + weight.nbytes, rows * o * x.element_size(), 2 * rows * o * i)
+    return ops.Cost(x.nbytes + weight.nbytes, rows * o * x.element_size(), 2 * rows * o * i, rows, number_dtype(weight))
 
 
 @ops.operation("linear", cost=_cost)

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,22 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsmini import ops
 from dsmini.atomic import write_text
 from dsmini.config import ModelConfig
 from dsmini.machine import DTYPES, card, last_level_cache, matmul_rate, synchronize
 from dsmini.measure.counting import count
-from dsmini.measure.kinds import POINTS, PRODUCTS
+from dsmini.measure.kernel_kinds import FP8, KERNEL_DTYPES, KERNEL_POINTS, KERNEL_PRODUCTS, KERNEL_ROWS
+from dsmini.measure.kinds import POINTS, PRODUCTS, Maker
 from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.nn import Transformer
 from dsmini.reading import read_table
 
-VERSION = 9
+VERSION = 10
 """Version of the measurement; roofs stored by another version are measured again."""
 LARGE = 1 << 28
 """Bytes that fit into no cache."""
 ROUNDS = 5
+KERNEL_ROUND = 2e-3
+"""Least seconds of a round of a kernel; waking its threads costs more than a small call."""
 BUDGET = 60.0
 """Seconds for all measurements together; a quiet machine needs half of them."""
+LEAST_TURN = 0.5
+"""Least time of a part, as a share of the mean over all parts."""
 BYTES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
 ROWS = (1, 4, 16, 64, 256, 1024)
 
@@ -49,7 +55,7 @@ def load_or_measure(
         on_part: called with the share that is done and the name of the next part.
         fresh: measure even if roofs are stored.
     """
-    keep, key, stored = _stored(device, keep)
+    keep, key, stored = stored_roofs(device, keep)
     if not fresh:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # none is stored, or it is damaged
             return from_json(stored[key])
@@ -61,7 +67,7 @@ def load_or_measure(
     return roofs
 
 
-def _stored(device: torch.device, keep: Path | None) -> tuple[Path, str, dict[str, Any]]:
+def stored_roofs(device: torch.device, keep: Path | None) -> tuple[Path, str, dict[str, Any]]:
     """Return the file of stored roofs, this machine's key in it, and its contents."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     keep = keep or cache / "dsmini" / "roofs.json"
@@ -81,7 +87,7 @@ def quick_bandwidth(device: torch.device, reached: float, keep: Path | None = No
 
     Returns None where there is no memory left to measure it.
     """
-    _, key, stored = _stored(device, keep)
+    _, key, stored = stored_roofs(device, keep)
     with suppress(KeyError, TypeError, AttributeError, ValueError):
         if (roof := from_json(stored[key]).bandwidth) >= reached:
             return roof
@@ -107,9 +113,9 @@ def measure(
     start = time.perf_counter()
     for i, (name, job) in enumerate(jobs):
         on_part(i / len(jobs), name)
-        left = max(0.0, seconds - (time.perf_counter() - start))
-        # most parts need far less than their share
-        done[name] = job(3 * left / (len(jobs) - i))
+        left = max(0.0, seconds - (time.perf_counter() - start)) / (len(jobs) - i)
+        # most parts need far less than their share; an interruption must not take it from all that follow
+        done[name] = job(max(3 * left, LEAST_TURN * seconds / len(jobs)))
     return Roofs(
         card=card(device),
         peak={name: done[f"peak {name}"] for name in DTYPES},
@@ -134,28 +140,47 @@ def _jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
         ("probes", lambda most: probes(device)),
     ]
     jobs += [
-        (f"{where} {kind} {name}", lambda most, k=kind, d=dtype, w=where: _curve(k, d, device, w == "cold", most))
+        (f"{where} {kind} {name}", lambda most, k=kind, d=dtype, w=where: _curve_of(k, d, device, w == "cold", most))
         for name, dtype in DTYPES.items()
         for kind in (*POINTS, *PRODUCTS)
         for where in ("warm", "cold")
     ]
+    jobs += _kernel_jobs(device)
     return [*jobs, ("probes again", lambda most: probes(device))]
+
+
+def _kernel_jobs(device: torch.device) -> list[tuple[str, Callable[[float], Any]]]:
+    """Return the parts to measure of dsmini's own kernels; none where they do not run."""
+    if device.type != "cpu" or ops.serving("cpu") != "cpu":
+        return []
+    sizes = {**KERNEL_ROWS, **dict.fromkeys(KERNEL_POINTS, BYTES[1:])}
+    return [
+        (
+            f"{where} kernel {kind} {name}",
+            lambda most, m=make, k=kind, n=name, w=where: _kernel_curve(m, k, sizes[k], n, device, w == "cold", most),
+        )
+        for kind, make in {**KERNEL_POINTS, **KERNEL_PRODUCTS}.items()
+        for name in KERNEL_DTYPES.get(kind, tuple(DTYPES))
+        for where in ("warm", "cold")
+    ]
 
 
 def seconds_of(
     run: Callable[[], object], device: torch.device, rounds: int = ROUNDS, least: float = 2e-4, most: float = math.inf
 ) -> float:
-    """Return the median seconds of a run over some rounds.
+    """Return the second fastest of some rounds, in seconds: other programs only make a round slower.
 
     Args:
         least: seconds of a round, which repeats short runs.
         most: seconds after which no round begins; the first always runs.
     """
+    start = time.perf_counter()
     run()
+    fastest = time.perf_counter() - start
     times: list[float] = []
     repeats = 1
-    begun = time.perf_counter()
-    while len(times) < rounds and not (times and time.perf_counter() - begun > most):
+    # a round that was interrupted must not end the others
+    while len(times) < rounds and not (times and len(times) * repeats * fastest > most):
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
@@ -166,7 +191,8 @@ def seconds_of(
             repeats = max(repeats * 2, int(repeats * least / max(elapsed, 1e-7)))
             continue
         times.append(elapsed / repeats)
-    return statistics.median(times)
+        fastest = min(fastest, times[-1])
+    return sorted(times)[len(times) > 2]
 
 
 def read_bandwidth(device: torch.device, size: int = LARGE, rounds: int = 3) -> float:
@@ -240,29 +266,59 @@ def _call(device: torch.device) -> float:
     return seconds_of(step, device) / (len(counted.operations) + counted.views)
 
 
+TURN = 0.2
+"""Seconds to make the operands of a call, at most."""
 BUFFERS = 4
 """Total size of cold inputs and outputs, as a multiple of the last-level cache."""
 
 
-def _curve(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
+def _curve_of(kind: str, dtype: torch.dtype, device: torch.device, cold: bool, most: float) -> Curve:
+    if kind in PRODUCTS:
+        return _curve(PRODUCTS[kind], ROWS, True, dtype, device, cold, most)
+    return _curve(POINTS[kind], BYTES, False, dtype, device, cold, most)
+
+
+@torch.no_grad()
+def _kernel_curve(
+    make: Maker, kind: str, sizes: Sequence[int], name: str, device: torch.device, cold: bool, most: float
+) -> Curve:
+    dtype = FP8 if name == "fp8" else DTYPES[name]
+    return _curve(make, sizes, kind in KERNEL_PRODUCTS, dtype, device, cold, most, least=KERNEL_ROUND)
+
+
+def _curve(
+    make: Maker,
+    at: Sequence[int],
+    is_product: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    cold: bool,
+    most: float,
+    least: float = 2e-4,
+) -> Curve:
     """Measure growing sizes, as many as will probably fit into `most` seconds, and at least one."""
-    is_product = kind in PRODUCTS
-    make = PRODUCTS[kind] if is_product else POINTS[kind]
-    begun = before = time.perf_counter()
+    spent, before = 0.0, time.perf_counter()
     sizes: list[float] = []
-    costs: list[float] = []
-    for size in ROWS if is_product else BYTES:
+    amounts: list[float] = []
+    taken: list[float] = []
+    for size in at:
         run, inputs, amount = make(size if is_product else max(1, size // dtype.itemsize), dtype, device)
         if cold:
             run, inputs = _rotating(run, inputs), ()
         rounds = 3 if amount > 1 << 24 else ROUNDS
-        seconds = seconds_of(lambda run=run, inputs=inputs: run(*inputs), device, rounds, most=most / 3)
+        seconds = seconds_of(lambda run=run, inputs=inputs: run(*inputs), device, rounds, least, most / 3)
         sizes.append(size if is_product else amount)
-        costs.append(amount / seconds if is_product else seconds)
+        amounts.append(amount)
+        taken.append(seconds)
         now = time.perf_counter()
-        if now - begun + 2 * (now - before) > most:
+        turn = min(now - before, TURN + 4 * rounds * seconds)  # the rest was an interruption
+        spent += turn
+        if spent + 2 * turn > most:
             break
         before = now
+    # a smaller call takes no longer than a larger one: where it seems to, something else ran
+    taken = list(itertools.accumulate(reversed(taken), min))[::-1]
+    costs = [amount / t for amount, t in zip(amounts, taken, strict=True)] if is_product else taken
     return Curve(sizes=sizes, costs=costs)
 
 

@@ -36,11 +36,15 @@ class CountedOperation:
     cold: int
     """Bytes that are not in the last-level cache, which keeps the tensors that were used last."""
     dtype: torch.dtype
-    rows: int
+    rows: float
     """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     shape: tuple[tuple[int, ...], ...]
     seconds: float
     """Seconds, without the counting."""
+    is_kernel: bool = False
+    """True for one of dsmini's own kernels, whose name is that of its operation."""
+    attention: int = 0
+    """Part of the FLOPs that multiplies with rows of a cache; known of kernels only."""
 
     @property
     def bytes(self) -> int:
@@ -75,7 +79,7 @@ class Count(TorchDispatchMode):
                 return out
         device = next((t.device for t in tensors_in([*args, *kwargs.values()])), torch.device("cpu"))
         start = time.perf_counter()
-        out = func(*args, **kwargs)
+        out = self._execute(func, args, kwargs)
         synchronize(device)
         seconds = max(1e-7, time.perf_counter() - start - self.overhead)
         if is_free(func):
@@ -83,6 +87,9 @@ class Count(TorchDispatchMode):
         else:
             self._torch_ran(func, args, kwargs, out, seconds)
         return out
+
+    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _torch_ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, seconds: float) -> None:
         work = work_of(func, args, kwargs, out)
@@ -99,17 +106,25 @@ class Count(TorchDispatchMode):
         results = tensors_in(result) or list(operands)  # no result: it changes its operands
         warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
         cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
-        kind, rows = ("product", 1) if cost.flops else ("move", 0)
+        kind, rows = ("product", cost.rows) if cost.flops else ("move", 0)
         work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
-        self._add(name, work, cold, results[0].dtype, results, max(1e-7, seconds))
+        more = {"is_kernel": True, "attention": cost.attention}
+        self._add(name, work, cold, cost.dtype or results[0].dtype, results, max(1e-7, seconds), **more)
 
     def _add(
-        self, name: str, work: Work, cold: int, dtype: torch.dtype, tensors: Sequence[Tensor], seconds: float
+        self,
+        name: str,
+        work: Work,
+        cold: int,
+        dtype: torch.dtype,
+        tensors: Sequence[Tensor],
+        seconds: float,
+        **more: Any,
     ) -> None:
         counted = {key: value for key, value in work._asdict().items() if key != "touched"}
         shape = tuple(tuple(t.shape) for t in tensors)
         self.operations.append(
-            CountedOperation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted)
+            CountedOperation(name=name, cold=cold, dtype=dtype, shape=shape, seconds=seconds, **counted, **more)
         )
 
     def _measured_overhead(self) -> float:

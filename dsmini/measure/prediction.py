@@ -12,7 +12,10 @@ If a measured time is far above the prediction, the machine was busy, or an oper
 
 from collections.abc import Callable, Iterable
 
+import torch
+
 from dsmini.measure.counting import Count, CountedOperation, count
+from dsmini.measure.kernel_kinds import KERNEL_CURVES
 from dsmini.measure.rates import Roofs, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "optimizer": "pointwise"}
@@ -38,6 +41,8 @@ def smallest_seconds(op: CountedOperation, roofs: Roofs) -> float:
 
 def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
     """Predict the seconds of one operation, its call included."""
+    if op.is_kernel and (found := _kernel_seconds(op, roofs)) is not None:
+        return found
     dtype = _dtype(op, roofs)
     if op.flops:
         if op.kind == "product":
@@ -46,6 +51,24 @@ def operation_seconds(op: CountedOperation, roofs: Roofs) -> float:
             rate = flops_rate(roofs, op.kind, dtype, op.rows, op.cold_share)
         return smallest_seconds(op, roofs) + op.flops / rate
     return point_seconds(roofs, _class(op), dtype, op.bytes, op.cold_share)
+
+
+def _kernel_seconds(op: CountedOperation, roofs: Roofs) -> float | None:
+    """Return the seconds of a kernel by its own curve; None for one that has none here."""
+    kind = KERNEL_CURVES.get(op.name)
+    dtype = "fp8" if op.dtype == torch.float8_e4m3fn else str(op.dtype).removeprefix("torch.")
+    if kind is None or f"warm kernel {kind} {dtype}" not in roofs.curves:
+        dtype = "float32"
+    if kind is None or f"warm kernel {kind} {dtype}" not in roofs.curves:
+        return None
+    if not op.flops:
+        return point_seconds(roofs, f"kernel {kind}", dtype, op.bytes, op.cold_share)
+    rate = flops_rate(roofs, f"kernel {kind}", dtype, op.rows, op.cold_share)
+    seconds = (op.flops - op.attention) / rate
+    if op.attention:
+        cached = "bfloat16" if dtype == "fp8" else dtype
+        seconds += op.attention / flops_rate(roofs, "kernel cached attention", cached, 4096, op.cold_share)
+    return seconds
 
 
 def by_kind(operations: Iterable[CountedOperation], roofs: Roofs) -> dict[str, dict[str, float]]:

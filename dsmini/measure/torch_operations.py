@@ -61,7 +61,7 @@ class Work(NamedTuple):
     """Bytes written."""
     flops: int
     """FLOPs of products and attention; 0 for other operations."""
-    rows: int
+    rows: float
     """Rows of a product that share a matrix, on average over groups; 0 for other operations."""
     kind: str
     """One of product, batched product, grouped product, attention, pointwise, slow pointwise, reduction, move, gather,

@@ -1,17 +1,56 @@
-"""Workloads for measurements: a random model, a filled cache, random tokens.
+"""Workloads for measurements: a random model, a filled cache, random tokens, and steps of training and of serving.
 
 Speed does not depend on the values of the weights, so a step can be timed without training or downloading. There are
 two exceptions: the experts that a token visits, and the accepted drafts of multi-token prediction.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dsmini.config import ModelConfig
-from dsmini.nn import Transformer
+from dsmini.config import ModelConfig, TrainConfig
+from dsmini.inference.decoding import Decoder
+from dsmini.nn import Experts, Linear, Routing, Transformer
 from dsmini.nn.cache import Cache, CacheDtype
+from dsmini.nn.fp8 import hold_fp8, scale_names
+from dsmini.numerics import WEIGHT_TILE, quantize
+from dsmini.training.optim import optimizers
+
+Step = Callable[[], list[Routing]]
+"""One step, which returns its routing."""
+Work = Literal["training", "prefill", "decode"]
+StepDtype = Literal["float32", "bfloat16", "fp8"]
+"""Dtype of a step's products. "fp8": in training simulated FP8, in serving BF16 with matrices held as E4M3 codes."""
+ROOM = 64
+"""Rows of a cache after its context: rows are read in multiples of 64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """A step, with all that its time depends on."""
+
+    work: Work
+    config: ModelConfig
+    dtype: StepDtype
+    batch: int
+    tokens: int
+    """Tokens of a sequence in training, of a prompt in prefill; in decode, tokens in the cache before the step."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimizer, moments, recompute and grad_accum of training."""
+
+    def make(self, device: torch.device) -> Step:
+        """Return the step of a random model."""
+        compute = torch.float32 if self.dtype == "float32" else torch.bfloat16
+        if self.work == "training":
+            config = replace(self.config, precision="fp8") if self.dtype == "fp8" else self.config
+            return training_step(config, self.train, compute, self.batch, self.tokens, device)
+        model = random_model(self.config, device, compute)
+        model = hold_codes(model) if self.dtype == "fp8" else model
+        make = prefill_step if self.work == "prefill" else decoding_step
+        return make(model, self.batch, self.tokens)
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -43,3 +82,72 @@ def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.de
 def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     """Return the name of a dtype in accounting and in this machine's rates."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+def hold_codes(model: Transformer) -> Transformer:
+    """Let all matrices inside the blocks be E4M3 codes with scales, as a checkpoint in FP8 has them."""
+    for module in [m for part in (model.layers, model.mtp) for m in part.modules() if isinstance(m, Linear | Experts)]:
+        for name in scale_names(module):
+            coded = quantize(getattr(module, name).detach(), WEIGHT_TILE)
+            hold_fp8(module, name, coded.codes, coded.scales)
+    return model
+
+
+def training_step(
+    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, batch: int, seq_len: int, device: torch.device
+) -> Step:
+    """Return a step that trains a random model on random tokens: forward, backward, clipping and the optimizers.
+
+    Args:
+        train: its optimizer, moments, recompute and grad_accum count.
+        dtype: of activations and products.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(config, compute_dtype=dtype)
+    moving = optimizers(model, train, dtype)
+    text = random_tokens(config, batch, seq_len + 1, device)
+
+    def step() -> list[Routing]:
+        routing: list[Routing] = []
+        for part in text.chunk(train.grad_accum):
+            losses = model.losses(part[:, :-1], part[:, 1:], recompute=train.recompute)
+            (losses.total / train.grad_accum).backward()
+            routing = losses.routing
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        for optimizer in moving:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return routing
+
+    return step
+
+
+def prefill_step(model: Transformer, batch: int, tokens: int) -> Step:
+    """Return a step that reads a random prompt and makes the logits of its last token."""
+    prompt = random_tokens(model.config, batch, tokens, model.device)
+    cache = model.new_cache(batch, tokens)
+
+    @torch.no_grad()
+    def step() -> list[Routing]:
+        cache.truncate(0)
+        read = model.states(prompt, cache)
+        model.head(read.normed[:, -1:])
+        return read.routing
+
+    return step
+
+
+def decoding_step(model: Transformer, batch: int, context: int) -> Step:
+    """Return a step that decodes a random token after a random context."""
+    cache, decoder = random_cache(model, batch, context, ROOM), Decoder(model)
+    tokens = random_tokens(model.config, batch, 1, model.device)
+
+    @torch.no_grad()
+    def step() -> list[Routing]:
+        cache.truncate(context)
+        states = decoder.states(tokens, cache)
+        model.head(states.normed)
+        return states.routing
+
+    return step

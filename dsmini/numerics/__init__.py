@@ -11,6 +11,7 @@ from dsmini.numerics.quantization import (
     TOKEN_TILE,
     WEIGHT_TILE,
     QuantizedTensor,
+    number_dtype,
     quantize,
 )
 from dsmini.numerics.tiles import dequantize_tiles, encode_tiles, quantize_tiles, round_tiles, tile_scales
@@ -35,6 +36,7 @@ __all__ = [
     "fp8_swiglu_matmul",
     "grouped_linear",
     "grouped_outer",
+    "number_dtype",
     "quantize",
     "quantize_tiles",
     "round_tiles",

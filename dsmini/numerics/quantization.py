@@ -122,6 +122,11 @@ class QuantizedTensor:
         )
 
 
+def number_dtype(x: Tensor | QuantizedTensor) -> torch.dtype:
+    """Return the dtype of the numbers in memory: the tensor's, or that of the codes."""
+    return x.dtype if isinstance(x, Tensor) else x.codes.dtype
+
+
 def quantize(
     x: Float[Tensor, "*any"],
     tile: Tile | Literal["row", "tensor"] = ACTIVATION_TILE,

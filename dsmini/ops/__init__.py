@@ -40,6 +40,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dsmini.ops.idle import filled
+
 BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 VARIABLE = "DSMINI_BACKEND"
@@ -60,6 +62,12 @@ class Cost(NamedTuple):
     """Bytes."""
     flops: int
     """Floating-point operations of products. A multiply-add counts as two."""
+    rows: float = 1.0
+    """Rows that share a matrix, the mean over all numbers of the matrices; for Muon, the smaller side of a matrix."""
+    dtype: torch.dtype | None = None
+    """Dtype of the matrices, or of the products where it is another, if not that of the result."""
+    attention: int = 0
+    """Part of the FLOPs that multiplies with rows of a cache."""
 
 
 class Counter(Protocol):
@@ -157,10 +165,13 @@ class Operation(Generic[P, R]):
         with torch._C._DisableTorchDispatch():
             result = kernel(*args, **kwargs)
         seconds = time.perf_counter() - start
-        cost: Any = self.cost
+        filled(self.name, result)
+        declared: Any = self.cost
         more = {"result": result} if self.cost_of_result else {}
         operands = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
-        counter.kernel_ran(self.name, cost(*args, **kwargs, **more), result, seconds, operands)
+        with torch._C._DisableTorchDispatch():  # operations of the cost are no work of the call
+            cost = declared(*args, **kwargs, **more)
+        counter.kernel_ran(self.name, cost, result, seconds, operands)
         return result
 
 

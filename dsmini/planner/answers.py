@@ -12,6 +12,7 @@ from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
 from dsmini.planner.layout_search import search_layouts
+from dsmini.planner.here import record_here, section_here, steps_here
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
@@ -72,10 +73,15 @@ class PlanAnswer:
         return paths
 
 
-def planned(setup: Setup, command: str) -> PlanAnswer:
-    """Return the whole plan."""
+def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: None) -> PlanAnswer:
+    """Return the whole plan; of this machine, with forecasts of its steps."""
     plan = whole_plan(setup)
-    return _answer(plan, record.plan_record(plan), (), command, hint=HINT)
+    found = record.plan_record(plan)
+    if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
+        return _answer(plan, found, (), command, hint=HINT)
+    more = [section_here(steps)]
+    sections = plan_report(plan, full=False, more=more).sections
+    return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=HINT)
 
 
 def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:

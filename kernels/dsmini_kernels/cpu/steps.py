@@ -21,6 +21,7 @@ from dsmini_kernels.cpu.build import (
     HEADER,
     LINEAR,
     NORMS,
+    enter,
     library,
 )
 from dsmini_kernels.cpu.tiles import ERRORS
@@ -136,7 +137,7 @@ def blocks_step(
         routing += held[1:5] if feed_forward.gate is not None else ()
         x = held[0].view(x.shape)
     calls = b"".join(packed)
-    if error := library().blocks(calls, len(calls)):
+    if error := enter(library().blocks, calls):
         raise RuntimeError(ERRORS[error])
     return (x, *routing)
 
@@ -336,6 +337,6 @@ def run(entry: Any, struct: Struct, call: Sequence[Any]) -> None:
 
     Raises: RuntimeError where it refuses.
     """
-    error = entry(struct.pack(*call), struct.size)
+    error = enter(entry, struct.pack(*call))
     if error:
         raise RuntimeError(ERRORS[error])

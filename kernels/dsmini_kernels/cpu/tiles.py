@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import CALL, library
+from dsmini_kernels.cpu.build import CALL, enter, library
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -136,7 +136,8 @@ def _call(
     else:  # contiguous, by _plain
         batches, batch_stride = x.numel() // max(1, rows * last), rows * last
     item = x.itemsize
-    error = lib.tiles(
+    error = enter(
+        lib.tiles,
         CALL.pack(
             operation,
             torch.get_num_threads() if out.numel() >= THREADED else 1,
@@ -163,7 +164,6 @@ def _call(
             amax_min,
             lib.parallel,
         ),
-        CALL.size,
     )
     if error:
         raise (Unserved if error == 4 else RuntimeError)(ERRORS[error])

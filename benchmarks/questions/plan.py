@@ -1,0 +1,112 @@
+"""How far is a plan of this machine from what it then does?
+
+Six steps are forecast, then run, in each dtype: two of training, two of reading a prompt, two of decoding. A forecast
+runs nothing of the model: the operations are counted dry, and priced with rates that were measured on other models.
+FP8 is simulated in training; in serving, matrices are E4M3 codes and products BF16. Memory is that of all tensors at
+the peak of a step, and the resident memory of a process that trains.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import get_args
+
+from benchmarks import shapes
+from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
+from benchmarks.trained import recipe
+from dsmini import TrainConfig
+from dsmini.machine import DTYPES
+from dsmini.measure import step_rates
+from dsmini.measure.dry import Holding, counted_twice
+from dsmini.measure.forecast import forecast
+from dsmini.measure.process import peak_of_process
+from dsmini.measure.rates import why_unusable
+from dsmini.measure.timing import times
+from dsmini.measure.workloads import StepDtype, StepShape
+from dsmini.report.charts import over_labels
+
+NAME = "plan"
+SECONDS = 1.5
+"""Time to fill with steps of a shape."""
+MEDIAN, WORST, PEAK = 0.15, 0.30, 0.10
+"""Errors that the forecasts should keep: of time, the median and the worst; of a process's peak memory."""
+DTYPE_NAMES: tuple[StepDtype, ...] = get_args(StepDtype)
+
+figure = Figures(NAME, lower={"seconds": "s"}, neither={"tensor_memory": "bytes", "process_memory": "bytes"})
+
+
+def held_out(quick: bool) -> dict[str, StepShape]:
+    """Return the six steps by name, in FP32. None has the sizes of a step that rates were measured on."""
+    toy, trained = recipe("toy"), dataclasses.replace(shapes.TRAINED, n_layers=3 if quick else 6)
+    adamw, served = TrainConfig(optimizer="adamw"), shapes.QUICK
+    rows = [
+        ("toy", "training", toy.model, toy.train.batch_size, 256, toy.train),
+        ("wide", "training", trained, 8, 128, adamw),
+        ("toy", "prefill", toy.model, 3, 256, adamw),
+        ("served", "prefill", served, 1, 512, adamw),
+        ("served", "decode", served, 1, 1024, adamw),
+        ("served, 8 sequences", "decode", served, 8, 256, adamw),
+    ]
+    return {
+        f"{work} {name}": StepShape(work=work, config=config, dtype="float32", batch=batch, tokens=tokens, train=train)  # pyright: ignore[reportArgumentType]
+        for name, work, config, batch, tokens, train in rows
+    }
+
+
+def cases(setting: Setting) -> list[Case]:
+    found = []
+    for i, (name, shape) in enumerate(held_out(setting.quick).items()):
+        key = f"step={name} batch={shape.batch} tokens={shape.tokens}"
+        found.append(Case(key=key, seconds=20.0 + 40.0 * (i == 0), run=partial(measure, setting, name, shape)))
+    return found
+
+
+def usable(setting: Setting) -> list[StepDtype]:
+    """Return the dtypes that are not hopelessly slow here. FP8 multiplies in BF16."""
+    slow = {name for name, dtype in DTYPES.items() if why_unusable(dtype, setting.roofs.peak)}
+    return [d for d in DTYPE_NAMES if ("bfloat16" if d == "fp8" else d) not in slow]
+
+
+def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
+    """Forecast the step in each dtype, then run it."""
+    rates = step_rates.rates_beyond(setting.roofs, setting.device)
+    for dtype in usable(setting):
+        here = dataclasses.replace(shape, dtype=dtype)
+        expected = forecast(here, rates)
+        case = {"step": name, "work": shape.work, "batch": shape.batch, "tokens": shape.tokens, "dtype": dtype}
+        step = here.make(setting.device)
+        yield figure("seconds", case, times(step, setting.device, SECONDS), predicted=expected.seconds)
+        del step
+        there = counted_twice(lambda here=here: here.make(setting.device), Holding())
+        yield figure("tensor_memory", case, float(there.peak), predicted=float(expected.peak))
+        if shape.work == "training":
+            yield figure("process_memory", case, float(peak_of_process(here)), predicted=float(expected.process))
+
+
+def errors(figures: Sequence[Figure], metric: str) -> list[float]:
+    """Return the errors of the predictions, as shares of what was measured."""
+    found = pick(list(figures), metric)
+    return [abs(f.predicted / f.measured - 1) for f in found if f.predicted is not None and f.measured]
+
+
+def finding(figures: list[Figure]) -> str:
+    times_, peaks, tensors = (errors(figures, metric) for metric in ("seconds", "process_memory", "tensor_memory"))
+    if not times_:
+        return ""
+    middle, worst = statistics.median(times_), max(times_)
+    kept = "as asked" if middle <= MEDIAN and worst <= WORST else f"asked: {MEDIAN:.0%} and {WORST:.0%}"
+    text = f"{len(times_)} steps, forecast before they ran: error of the time {middle:.0%} in the median, "
+    text += f"{worst:.0%} at worst ({kept})"
+    if peaks:
+        kept = "as asked" if max(peaks) <= PEAK else f"asked: {PEAK:.0%}"
+        text += f"; of a process's peak memory at most {max(peaks):.0%} ({kept})"
+    if tensors:
+        text += f", of the tensors' {max(tensors):.1%}"
+    return text + "."
+
+
+def plots(figures: list[Figure]) -> list[Plot]:
+    found = pick(figures, "seconds")
+    by = {d: {str(f.case["step"]): f for f in found if f.case["dtype"] == d} for d in DTYPE_NAMES}
+    return over_labels("Measured seconds of a step", "s", {d: group for d, group in by.items() if group})

@@ -1,0 +1,184 @@
+"""Count the operations of a run without running them: no numbers are computed, and almost no memory is used.
+
+Inside `with Dry() as counted, ops.counting(counted):` a model is built and run as always. PyTorch's operations on
+floating-point tensors compute the shape of their result and nothing else. The result is memory that nobody touches, so
+the system never has to find it. Operations on indices, counts, positions and masks do run, because the shapes of
+others depend on them. dsmini's kernels check and describe their calls as always; the C++ is not entered.
+
+So the same code decides what would run here: which kernel serves, which product is explicit, how rows are grouped.
+
+Simulated: experts are chosen at random, each token's distinct, all alike likely. A number that the code asks for
+(`item()`) is 1, and a comparison of floating-point numbers is true.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dsmini import ops
+from dsmini.measure.counting import Count
+from dsmini.measure.torch_operations import is_free, name_of, tensors_in
+from dsmini.ops.idle import without_running
+
+INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
+"""Dtypes of numbers that shapes depend on."""
+H = TypeVar("H", bound="Holding")
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Holding(Count):
+    """Counter that also knows which results exist, and the most bytes that they took at a time."""
+
+    def __init__(self, cache_bytes: int = 32 << 20) -> None:
+        super().__init__(cache_bytes)
+        self.held = self.peak = 0
+        """Bytes of all results that exist, and the most that existed at a time."""
+        self.left = 0
+        """Bytes that existed after the last step."""
+        self._known: set[int] = set()
+
+    def _measured_overhead(self) -> float:
+        return 0.0
+
+    def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        out = self._result(func, args, kwargs)
+        for t in tensors_in(out):
+            self._hold(t)
+        return out
+
+    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def kernel_ran(
+        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
+    ) -> None:
+        """Count a kernel as Count does, and hold its results."""
+        super().kernel_ran(name, cost, result, seconds, operands)
+        for t in tensors_in(result):
+            self._hold(t)
+
+    def _hold(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._change(storage.nbytes())
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+class Dry(Holding):
+    """Counter of operations that do not run, and of the memory that their results would take."""
+
+    def __init__(self, cache_bytes: int = 32 << 20) -> None:
+        super().__init__(cache_bytes)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
+        given = tensors_in([*args, *kwargs.values()])
+        if name == "_local_scalar_dense" and given[0].dtype not in INDEX_DTYPES:
+            return 1.0
+        changed = _changed(func, args, kwargs)
+        on_indices = all(t.dtype in INDEX_DTYPES for t in (*given, *changed))
+        if is_free(func) or (on_indices and changed):
+            return func(*args, **kwargs)
+        if changed:
+            return _returned(func, changed)
+        if name == "_grouped_mm" and given[0].dtype != torch.bfloat16:  # torch has its shapes for BF16 only
+            shapes = func(*(_meta(t, torch.bfloat16) for t in given[:2]), *_on_meta(args[2:]), **_on_meta(kwargs))
+            return _empty(_meta(shapes, given[0].dtype))
+        try:
+            shapes = func(*_on_meta(args), **_on_meta(_placed(func, kwargs)))
+        except NotImplementedError:  # the shape depends on numbers
+            if not on_indices:
+                raise
+            return func(*args, **kwargs)
+        if on_indices and all(t.dtype in INDEX_DTYPES for t in tensors_in(shapes)):
+            return func(*args, **kwargs)
+        if name in ("sort", "topk"):
+            return type(shapes)((_empty(shapes[0]), self._chosen(shapes[1], given[0].shape[-1])))
+        return tree_map(lambda t: _empty(t) if isinstance(t, Tensor) else t, shapes)
+
+    def _chosen(self, places: Tensor, choices: int) -> Tensor:
+        """Return distinct random places in each row, as sorting random numbers gives them."""
+        drawn = torch.rand(*places.shape[:-1], choices, generator=self.generator)
+        return drawn.argsort(-1)[..., : places.shape[-1]].contiguous()
+
+    def fill(self, name: str, result: Any) -> None:
+        """Choose experts for the tokens of a kernel that would have chosen them."""
+        if name == "feed_forward_step" and result[1].numel():
+            _, indices, _, scores, counts = result
+            indices.copy_(self._chosen(indices, scores.shape[1]))
+            counts.copy_(torch.bincount(indices.flatten(), minlength=scores.shape[1]))
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes into, in the order of its arguments."""
+    values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tensors_in([values[name] for name in written if name in values])
+
+
+def _returned(func: Any, changed: list[Tensor]) -> Any:
+    """Return what an operation in place returns: nothing, or the tensors that it changed."""
+    returns = func._schema.returns
+    if not returns:
+        return None
+    return changed[0] if len(returns) == 1 and len(changed) == 1 else tuple(changed[: len(returns)])
+
+
+def _placed(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords with the device that has shapes only, where an operation takes a device."""
+    takes = any(argument.name == "device" for argument in func._schema.arguments)
+    return {**kwargs, "device": META} if takes else kwargs
+
+
+def _on_meta(values: Any) -> Any:
+    return tree_map(lambda v: _meta(v) if isinstance(v, Tensor) else v, values)
+
+
+def _meta(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype if dtype is not None and t.dtype not in INDEX_DTYPES else t.dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=META)
+
+
+def _empty(t: Tensor) -> Tensor:
+    """Return memory of this shape that nobody touches; a mask is true everywhere, an index zero."""
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CPU)
+    return made.fill_(t.dtype == torch.bool) if t.dtype in INDEX_DTYPES else made
+
+
+def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 << 20) -> Dry:
+    """Return the count of the second step of those that `make` returns: the first fills caches and optimizer states.
+
+    `peak` is the most that existed in a step, with all that `make` made; `left` is what a step leaves.
+    """
+    counted = Dry(cache_bytes)
+    with without_running(counted.fill):
+        return counted_twice(make, counted)
+
+
+def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:
+    """Make a step, run it twice, and return the count of the second time and the bytes of both."""
+    with ops.counting(counted), counted:
+        step = make()
+        counted.peak = counted.held
+        step()
+        counted.operations.clear()
+        counted.views = 0
+        step()
+        counted.left = counted.held
+    return counted

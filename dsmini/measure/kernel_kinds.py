@@ -1,0 +1,191 @@
+"""Calls of dsmini's own kernels in any size, for calibration, as kinds.py has torch's operations.
+
+A kernel has rates of its own: it reads a weight once for all rows, in the dtype in which the weight is stored. "FP8"
+is E4M3 codes with scales, as in serving. Training multiplies no codes.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini.config import ModelConfig
+from dsmini.functional.decoding import AttentionPart, attention_step
+from dsmini.functional.experts import experts, quantized_experts
+from dsmini.functional.linear import linear, quantized_linear
+from dsmini.functional.muon import NEWTON_SCHULZ, MuonMatrices, muon_update
+from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
+from dsmini.inference.parts import parts_of
+from dsmini.measure.kinds import Job, Maker
+from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, quantize
+
+FP8 = torch.float8_e4m3fn
+STEP_ROWS = 32
+"""Rows up to which a call is one of a decoding step, where numbers between layers are FP32."""
+WIDTH, EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN = 1024, 16, 512, 256
+MUON_NUMBERS = 1 << 19
+MLA: Mapping[str, Any] = {
+    **{"n_heads": 16, "q_lora_rank": 32, "kv_lora_rank": 256},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_mtp_layers": 0},
+}
+
+
+def _numbers(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _weight(dtype: torch.dtype, device: torch.device, *shape: int) -> tuple[Tensor, ...]:
+    """Return a weight as tensors: itself, or codes and scales."""
+    if dtype != FP8:
+        return (_numbers(dtype, device, *shape),)
+    q = quantize(torch.randn(*shape, device=device), WEIGHT_TILE)
+    return q.codes, q.scales
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Any:
+    """Return a weight of these tensors as operations take it."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales = parts
+    form: Any = {"scale": "fp32", "format": "e4m3", "dtype": torch.float32}
+    return QuantizedTensor(codes=codes, scales=scales, shape=codes.shape, tile=WEIGHT_TILE, **form)
+
+
+def _linear(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    wide = torch.bfloat16 if dtype == FP8 else dtype
+    x = _numbers(torch.float32 if rows <= STEP_ROWS else wide, device, rows, WIDTH)
+    multiply: Any = quantized_linear if dtype == FP8 else linear
+    return lambda x, *w: multiply(x, _joined(w)), (x, *_weight(dtype, device, WIDTH, WIDTH)), 2 * rows * WIDTH**2
+
+
+def _routing(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices, weights and counts of tokens that choose one expert each, `rows` for each expert."""
+    indices = torch.randperm(EXPERTS * rows, device=device).remainder(EXPERTS)[:, None]
+    return indices, torch.ones(EXPERTS * rows, 1, device=device), torch.full((EXPERTS,), rows, device=device)
+
+
+def _experts(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+    indices, weights, counts = _routing(rows, device)
+    x = _numbers(torch.bfloat16 if dtype == FP8 else dtype, device, EXPERTS * rows, EXPERT_WIDTH)
+    up, down = (EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH), (EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN)
+    matrices = [_weight(dtype, device, *shape) for shape in (up, down, up)]
+    parts, run = len(matrices[0]), quantized_experts if dtype == FP8 else experts
+
+    def call(x: Tensor, *w: Tensor) -> Tensor:
+        w1, w2, w3 = (_joined(w[i * parts : (i + 1) * parts]) for i in range(3))
+        return run(x, indices, weights, counts, w1, w2, w3)
+
+    flops = 6 * EXPERTS * rows * EXPERT_HIDDEN * EXPERT_WIDTH
+    return call, (x, *(t for matrix in matrices for t in matrix)), flops
+
+
+def _trained(backward: bool) -> Maker:
+    """Return the maker of a call of the experts in training, forward or backward. Matrices are FP32."""
+
+    def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
+        routing, n = _routing(rows, device), EXPERTS * rows
+        x = _numbers(dtype, device, n, EXPERT_WIDTH)
+        up, down = (EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH), (EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN)
+        matrices = [_numbers(torch.float32, device, *shape) for shape in (up, down, up)]
+        flops = 6 * n * EXPERT_HIDDEN * EXPERT_WIDTH
+        if not backward:
+            return lambda x, *w: trained_experts(x, *routing, *w), (x, *matrices), flops
+        grad, gate, up_ = (_numbers(dtype, device, n, width) for width in (EXPERT_WIDTH, *[EXPERT_HIDDEN] * 2))
+
+        def call(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, *w: Tensor) -> object:
+            return trained_experts_gradients(grad, x, *routing, gate, up, *w)
+
+        return call, (grad, x, gate, up_, *matrices), 2 * flops
+
+    return make
+
+
+def _muon(side: int, dtype: torch.dtype, device: torch.device) -> Job:
+    """Return an update of matrices whose smaller side is `side`, twice as long."""
+    n, steps = max(1, MUON_NUMBERS // (2 * side * side)), NEWTON_SCHULZ["jordan"]
+    tensors = tuple(_numbers(torch.float32, device, n, side, 2 * side) for _ in range(3))
+    how: Any = {"lr": 1e-6, "momentum": 0.95, "weight_decay": 0.0, "matmul_dtype": dtype}
+
+    def call(params: Tensor, grads: Tensor, momenta: Tensor) -> None:
+        muon_update(MuonMatrices(params=[params], grads=[grads], momenta=[momenta]), steps, **how)
+
+    matrices = MuonMatrices(params=[tensors[0]], grads=[tensors[1]], momenta=[tensors[2]])
+    return call, tensors, muon_update.cost(matrices, steps, **how).flops
+
+
+def _quantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    x = _numbers(dtype, device, max(1, n // WIDTH), min(n, WIDTH))
+    return quantize, (x,), x.nbytes + quantize(x).nbytes
+
+
+def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
+    x = _numbers(dtype, device, max(1, n // WIDTH), min(n, WIDTH))
+    q = quantize(x)
+
+    def call(codes: Tensor, scales: Tensor) -> Tensor:
+        return replace(q, codes=codes, scales=scales).dequantize(dtype)
+
+    return call, (q.codes, q.scales), x.nbytes + q.nbytes
+
+
+def _cached_attention(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
+    """Return a decoding step of one attention whose weights are small next to its cache."""
+    config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **MLA)
+    model = random_model(config, device, dtype)
+    cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
+    window = cache.place(config, token, None)
+    part, past = parts_of(model.layers[0]), cache.pasts(window)[0]
+    assert part is not None and isinstance(part[0], AttentionPart), "a plain block of MLA can be taken apart"
+    attention = part[0]
+    x, table = model.embedded(token).float(), model.rope.table(window.positions)
+    starts = torch.full((1,), keys)
+
+    def call(data: Tensor) -> Tensor:
+        store = copy(past.store)
+        store.data = data
+        return attention_step(x, attention, replace(past, store=store), table, starts)
+
+    return call, (past.store.data,), attention_step.cost(x, attention, past, table, starts).attention
+
+
+KERNEL_PRODUCTS: Mapping[str, Maker] = {
+    "linear": _linear,
+    "experts": _experts,
+    "trained experts": _trained(backward=False),
+    "trained experts gradients": _trained(backward=True),
+    "muon": _muon,
+    "cached attention": _cached_attention,
+}
+KERNEL_ROWS: Mapping[str, tuple[int, ...]] = {
+    "linear": (1, 4, 16, 32, 64, 256, 1024),
+    "experts": (1, 4, 16, 64, 256),
+    "trained experts": (8, 32, 128, 512),
+    "trained experts gradients": (8, 32, 128, 512),
+    "muon": (32, 64, 128, 256, 512),
+    "cached attention": (64, 512, 4096),
+}
+"""Rows that are measured; sides of a matrix for Muon, and keys for attention."""
+KERNEL_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "linear": ("float32", "bfloat16", "fp8"),
+    "experts": ("float32", "bfloat16", "fp8"),
+}
+"""Dtypes of the weights; for other kernels those of the products, FP32 and BF16."""
+KERNEL_POINTS: Mapping[str, Maker] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+}
+KERNEL_CURVES: Mapping[str, str] = {
+    **dict.fromkeys(("linear", "quantized_linear", "attention_step", "grouped_attention_step"), "linear"),
+    "feed_forward_step": "linear",
+    **dict.fromkeys(("experts", "quantized_experts"), "experts"),
+    "trained_experts": "trained experts",
+    "trained_experts_gradients": "trained experts gradients",
+    "muon_update": "muon",
+    **dict.fromkeys(("quantize", "quantize_dequantize"), "quantize"),
+    "dequantize": "dequantize",
+}
+"""Curve of each operation that kernels serve."""
