@@ -11,8 +11,8 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
-from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.here import record_here, section_here, steps_here
+from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
