@@ -90,7 +90,8 @@ MAY_IMPORT = {
     "dsmini.machine": set(),
     "dsmini.measure": {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
-        *("dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops"),
+        *("dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops", "dsmini.functional"),
+        "dsmini.training.optim",
     },
     **{
         f"dsmini.planner.{room}": {
@@ -269,13 +270,13 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4220,
+    "benchmarks": 4340,
     "dsmini/accounting": 1300,
-    "dsmini/functional": 1680,
+    "dsmini/functional": 1700,
     "dsmini/inference": 1430,
-    "dsmini/measure": 1180,
+    "dsmini/measure": 2110,
     "dsmini/nn": 2180,
-    "dsmini/planner": 8745,
+    "dsmini/planner": 8875,
     "dsmini/report": 1620,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20

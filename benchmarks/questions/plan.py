@@ -58,7 +58,7 @@ def cases(setting: Setting) -> list[Case]:
     found = []
     for i, (name, shape) in enumerate(held_out(setting.quick).items()):
         key = f"step={name} batch={shape.batch} tokens={shape.tokens}"
-        found.append(Case(key=key, seconds=12.0 + 40.0 * (i == 0), run=partial(measure, setting, name, shape)))
+        found.append(Case(key=key, seconds=20.0 + 40.0 * (i == 0), run=partial(measure, setting, name, shape)))
     return found
 
 

@@ -269,7 +269,8 @@ def _blocks_cost(
         decided = tuple(islice(routing, 4)) if feed_forward.gate is not None else ()
         attend: Any = _grouped_cost if isinstance(attention, GroupedAttentionPart) else _attention_cost
         costs = attend(x, attention, past, table, starts), _feed_forward_cost(x.flatten(0, 1), feed_forward, decided)
-        total = ops.Cost(*(sum(each) for each in zip(total[:3], *(cost[:3] for cost in costs), strict=True)))
+        sums = [sum(each) for each in zip(total[:3], *(cost[:3] for cost in costs), strict=True)]
+        total = ops.Cost(sums[0], sums[1], sums[2])
     return total
 
 

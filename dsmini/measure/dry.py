@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from dsmini import ops
 from dsmini.measure.counting import Count
 from dsmini.measure.torch_operations import is_free, name_of, tensors_in
+from dsmini.ops.idle import without_running
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
 """Dtypes of numbers that shapes depend on."""
@@ -36,7 +37,12 @@ class Holding(Count):
         super().__init__(cache_bytes)
         self.held = self.peak = 0
         """Bytes of all results that exist, and the most that existed at a time."""
+        self.left = 0
+        """Bytes that existed after the last step."""
         self._known: set[int] = set()
+
+    def _measured_overhead(self) -> float:
+        return 0.0
 
     def _execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         out = self._result(func, args, kwargs)
@@ -80,9 +86,6 @@ class Dry(Holding):
         super().__init__(cache_bytes)
         self.generator = torch.Generator().manual_seed(0)
 
-    def _measured_overhead(self) -> float:
-        return 0.0
-
     def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
         given = tensors_in([*args, *kwargs.values()])
@@ -94,6 +97,9 @@ class Dry(Holding):
             return func(*args, **kwargs)
         if changed:
             return _returned(func, changed)
+        if name == "_grouped_mm" and given[0].dtype != torch.bfloat16:  # torch has its shapes for BF16 only
+            shapes = func(*(_meta(t, torch.bfloat16) for t in given[:2]), *_on_meta(args[2:]), **_on_meta(kwargs))
+            return _empty(_meta(shapes, given[0].dtype))
         try:
             shapes = func(*_on_meta(args), **_on_meta(_placed(func, kwargs)))
         except NotImplementedError:  # the shape depends on numbers
@@ -144,8 +150,9 @@ def _on_meta(values: Any) -> Any:
     return tree_map(lambda v: _meta(v) if isinstance(v, Tensor) else v, values)
 
 
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META)
+def _meta(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype if dtype is not None and t.dtype not in INDEX_DTYPES else t.dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=META)
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -157,10 +164,10 @@ def _empty(t: Tensor) -> Tensor:
 def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 << 20) -> Dry:
     """Return the count of the second step of those that `make` returns: the first fills caches and optimizer states.
 
-    `peak` is the most that existed in a step, with all that `make` made; `held` is what a step leaves.
+    `peak` is the most that existed in a step, with all that `make` made; `left` is what a step leaves.
     """
     counted = Dry(cache_bytes)
-    with ops.without_running(counted.fill):
+    with without_running(counted.fill):
         return counted_twice(make, counted)
 
 
@@ -173,4 +180,5 @@ def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:
         counted.operations.clear()
         counted.views = 0
         step()
+        counted.left = counted.held
     return counted

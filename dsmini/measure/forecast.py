@@ -61,7 +61,7 @@ def forecast(shape: StepShape, rates: Rates) -> Forecast:
         calls=len(counted.operations) + counted.views,
         flops=counted.flops,
         bytes=counted.bytes,
-        held=counted.held,
+        held=counted.left,
         peak=counted.peak,
         process=counted.peak + rates.process,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.functional.decoding import attention_step
+from dsmini.functional.decoding import AttentionPart, attention_step
 from dsmini.functional.experts import experts, quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.functional.muon import NEWTON_SCHULZ, MuonMatrices, muon_update
@@ -139,16 +139,17 @@ def _cached_attention(keys: int, dtype: torch.dtype, device: torch.device) -> Jo
     cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
     window = cache.place(config, token, None)
     part, past = parts_of(model.layers[0]), cache.pasts(window)[0]
-    assert part is not None, "a plain block can be taken apart"
+    assert part is not None and isinstance(part[0], AttentionPart), "a plain block of MLA can be taken apart"
+    attention = part[0]
     x, table = model.embedded(token).float(), model.rope.table(window.positions)
     starts = torch.full((1,), keys)
 
     def call(data: Tensor) -> Tensor:
         store = copy(past.store)
         store.data = data
-        return attention_step(x, part[0], replace(past, store=store), table, starts)
+        return attention_step(x, attention, replace(past, store=store), table, starts)
 
-    return call, (past.store.data,), attention_step.cost(x, part[0], past, table, starts).attention
+    return call, (past.store.data,), attention_step.cost(x, attention, past, table, starts).attention
 
 
 KERNEL_PRODUCTS: Mapping[str, Maker] = {

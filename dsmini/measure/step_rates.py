@@ -31,11 +31,11 @@ from dsmini.measure.rates import Roofs, from_json
 from dsmini.measure.timing import times
 from dsmini.measure.workloads import StepDtype, StepShape, Work
 
-VERSION = 1
+VERSION = 2
 """Version of this measurement; factors stored by another version are measured again."""
 SECONDS = 0.7
 """Time to fill with steps of one shape, and again with counted ones."""
-PASSES = 3
+PASSES = 5
 LEAST_SHARE = 0.01
 """Share of a step's predicted time below which a class has the factor of all small classes together."""
 OTHERS = "others"
@@ -194,9 +194,10 @@ def measure_steps(
     roofs: Roofs, device: torch.device, on_part: Callable[[float, str], None] = lambda done, what: None
 ) -> dict[str, StepRates]:
     """Measure the steps of SHAPES in each dtype that has a rate here."""
-    dtypes = [d for d in get_args(StepDtype) if d in roofs.peak or d == "fp8"]
+    dtypes: list[StepDtype] = [d for d in get_args(StepDtype) if d in roofs.peak or d == "fp8"]
+    works: tuple[Work, ...] = get_args(Work)
     found: dict[str, StepRates] = {}
-    jobs = [(work, dtype) for work in SHAPES for dtype in dtypes]
+    jobs: list[tuple[Work, StepDtype]] = [(work, dtype) for work in works for dtype in dtypes]
     for i, (work, dtype) in enumerate(jobs):
         on_part(i / len(jobs), f"{work} {dtype}")
         shapes = [
@@ -245,6 +246,6 @@ def rates_of(steps: Iterable[MeasuredStep], roofs: Roofs) -> StepRates:
     # where the parts are longer than the whole, counting itself made them so
     shrink = min(1.0, whole / within)
     factors = {name: shrink * measured[name] / predicted[name] for name in predicted if name not in small}
-    rest = sum(predicted[name] for name in small)
-    factors[OTHERS] = shrink * sum(measured[name] for name in small) / rest if rest else shrink
+    rest = small or set(predicted)
+    factors[OTHERS] = shrink * sum(measured[name] for name in rest) / sum(predicted[name] for name in rest)
     return StepRates(factors=factors, call=max(0.0, whole - within) / calls)

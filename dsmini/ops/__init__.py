@@ -31,7 +31,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -39,6 +39,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from dsmini.ops.idle import filled
 
 BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
@@ -80,9 +82,6 @@ _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # py
 """Return the innermost transform of torch.func, or None. torch.compile cannot trace the call."""
 _chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
-Fill = Callable[[str, Any], None]
-"""Receiver of a kernel's name and of its results, which it may write into."""
-_fill: ContextVar[Fill | None] = ContextVar("fill", default=None)
 
 
 class Operation(Generic[P, R]):
@@ -166,9 +165,7 @@ class Operation(Generic[P, R]):
         with torch._C._DisableTorchDispatch():
             result = kernel(*args, **kwargs)
         seconds = time.perf_counter() - start
-        if (fill := _fill.get()) is not None:
-            with torch._C._DisableTorchDispatch():
-                fill(self.name, result)
+        filled(self.name, result)
         declared: Any = self.cost
         more = {"result": result} if self.cost_of_result else {}
         operands = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
@@ -242,22 +239,6 @@ def counting(counter: Counter) -> Iterator[None]:
         yield
     finally:
         _counter.reset(token)
-
-
-@contextmanager
-def without_running(fill: Fill) -> Iterator[None]:
-    """Let kernels on CPUs check their calls and make their results, but compute nothing.
-
-    Args:
-        fill: receives the name and the unwritten results of each counted kernel. It writes those on which shapes
-            depend.
-    """
-    kernels, token = _load("cpu"), _fill.set(fill)
-    try:
-        with kernels.without_running() if isinstance(kernels, ModuleType) else nullcontext():
-            yield
-    finally:
-        _fill.reset(token)
 
 
 def is_counting() -> bool:

@@ -24,6 +24,7 @@ from benchmarks.questions import (
     moe_or_dense,
     mtp,
     peers,
+    plan,
     quantize,
     questions_here,
     shakespeare,
@@ -34,7 +35,7 @@ from dsmini.measure.rates import why_unusable
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY, setting
+from tests.helpers.questions import TINY, invented_rates, setting
 from tests.helpers.tolerances import relative_error
 
 SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
@@ -62,6 +63,7 @@ METRICS = {
     "peers": {"tokens_per_s", "speed_ratio", "cache_bytes_per_token"},
     "kernels": {"seconds", "share_of_roof", "over_eager", "over_reference"},
     "quantize": {"bandwidth", "share_of_copy", "over_eager", "call_seconds"},
+    "plan": {"seconds", "tensor_memory", "process_memory"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
@@ -76,6 +78,7 @@ PREDICTED = {
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
     "kernels": {"seconds"},
+    "plan": {"seconds", "tensor_memory", "process_memory"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
 PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
@@ -84,6 +87,7 @@ EXACT = {
     "fp8": {"bytes", "bytes_per_token"},
     "mtp": {"same_continuations"},
     "peers": {"cache_bytes_per_token"},
+    "plan": {"tensor_memory"},
 }
 QUESTIONS = questions_here()
 
@@ -107,6 +111,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     wide = dataclasses.replace(LONG, inter_dim=1024, vocab_size=1152)  # smaller ones are left to torch
     changes += [(shapes, "QUICK_WIDE", wide), (kernel_calls, "CACHES", 0.01)]
     changes += [(kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)]
+    changes += [(plan, "recipe", lambda name: config), (plan, "SECONDS", 0.0)]
+    changes += [(plan.step_rates, "rates_beyond", lambda *_: invented_rates())]
+    changes += [(plan, "peak_of_process", lambda shape: 400 << 20)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
     changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from matplotlib.image import imread
 
 from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
+from tests.helpers.commands import ROOT
+from tests.helpers.questions import invented_rates
 
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
@@ -64,6 +67,13 @@ def printed_by(block: Code, page: Path, names: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def let_rates_be_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine have invented rates, whose measurement takes minutes."""
+    rates = invented_rates()
+    monkeypatch.setattr("dsmini.measure.calibration.load_or_measure", lambda *_, **__: rates.roofs)
+    monkeypatch.setattr("dsmini.measure.step_rates.load_or_measure_rates", lambda *_, **__: rates)
+
+
 def check_command_output(got: str, want: str) -> None:
     """Each line that the page shows was printed, whatever its numbers. Other lines may lie between them."""
     shapes = [shape(line) for line in got.splitlines()]
@@ -75,6 +85,8 @@ def check_command_output(got: str, want: str) -> None:
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    let_rates_be_invented(monkeypatch)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = read(page)
     assert any(block.printed for block in blocks)

@@ -10,6 +10,7 @@ from benchmarks.case import Setting
 from dsmini import ModelConfig
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
+from dsmini.measure.step_rates import OTHERS, SHAPES, Rates, StepRates
 
 TINY = ModelConfig(
     dim=128,
@@ -44,6 +45,15 @@ def made_up_roofs(point: Curve, product: Curve, cold: float = 1.0, **given: obje
         card={}, peak=peak, bandwidth=2e10, copy=2e10, call=1e-6, cache_bytes=1 << 20, probes={}, curves=curves
     )
     return dataclasses.replace(roofs, **given)  # pyright: ignore[reportArgumentType]
+
+
+def invented_rates(process: int = 300 << 20) -> Rates:
+    """Return invented rates of a machine where an operation takes as long in a step as alone."""
+    point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
+    roofs = made_up_roofs(point, product, card={"processor": "A processor"}, cache_bytes=32 << 20)
+    each = StepRates(factors={OTHERS: 1.0}, call=1e-6)
+    names = [f"{work} {dtype}" for work in SHAPES for dtype in ("float32", "bfloat16", "fp8")]
+    return Rates(roofs=roofs, steps=dict.fromkeys(names, each), process=process)
 
 
 def _slower(curve: Curve, by: float) -> Curve:

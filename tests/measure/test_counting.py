@@ -334,6 +334,6 @@ def test_kernels_are_counted_by_their_declared_cost() -> None:
         plain = count(lambda: quantize(x))
     declared = ops.Cost(x.nbytes, x.numel() + 4 * 256 * 3, 0)
     (ran,) = [op for op in kernel.operations if op.name == "quantize"]
-    assert (ran.read, ran.written, ran.flops) == declared
+    assert (ran.read, ran.written, ran.flops) == declared[:3]
     assert not [op for op in plain.operations if op.name == "quantize"]
     assert kernel.bytes < plain.bytes / 2

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, TrainConfig, ops
+from dsmini import ModelConfig, TrainConfig
 from dsmini.measure.counting import Count, count
 from dsmini.measure.dry import Dry, Holding, counted_twice, dry_count
 from dsmini.measure.workloads import StepDtype, StepShape, Work
+from dsmini.ops.idle import without_running
 from tests.helpers.questions import TINY
 
 CPU = torch.device("cpu")
@@ -41,8 +42,8 @@ def test_dry_step_counts_the_operations_of_a_real_one(
     assert ran(dry) == ran(real)
     assert dry.views == real.views
     assert len(dry.operations) > 10
-    # decoding reads the experts that tokens visit, which chance decides
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.1 if shape.work == "decode" else 1e-3)
+    # decoding reads the experts that tokens visit, which chance decides: here 4 to 6 of 8
+    assert dry.bytes == pytest.approx(real.bytes, rel=0.3 if shape.work == "decode" else 1e-3)
     assert dry.peak == pytest.approx(real.peak, rel=0.01)
 
 
@@ -90,7 +91,7 @@ def test_held_bytes_follow_what_exists() -> None:
 
 def test_experts_are_chosen_distinct_and_alike_likely() -> None:
     with Dry():
-        chosen = torch.rand(4000, 8).sort(-1, descending=True, stable=True).indices[:, :3]
+        chosen = torch.rand(4000, 8).sort(dim=-1, descending=True, stable=True).indices[:, :3]
     counts = chosen.flatten().bincount(minlength=8)
     assert all(len(set(row)) == 3 for row in chosen[:200].tolist())
     assert counts.min() > 0.9 * 1500 and counts.max() < 1.1 * 1500
@@ -106,7 +107,7 @@ def test_kernels_compute_again_after_a_dry_run() -> None:
         with torch.no_grad():
             return multiply(x, weight)
 
-    with ops.without_running(lambda name, result: None), torch.no_grad():
+    with without_running(lambda name, result: None), torch.no_grad():
         idle = count(linear)
     assert [op.name for op in idle.operations] == ["linear"]
     torch.testing.assert_close(linear(), want, rtol=1e-4, atol=1e-3)

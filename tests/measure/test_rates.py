@@ -138,6 +138,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
         monkeypatch.setattr(calibration, "POINTS", dict.fromkeys(calibration.POINTS, make))
         monkeypatch.setattr(calibration, "PRODUCTS", dict.fromkeys(calibration.PRODUCTS, make))
+        monkeypatch.setattr(calibration, "_kernel_jobs", lambda device: [])
         monkeypatch.setattr(calibration, "_rotating", lambda run, inputs: run)
         monkeypatch.setattr(calibration, "matmul_rate", lambda device, dtype, seconds: 1.0)
         for name in ("read_bandwidth", "_copy", "_call"):

@@ -1,7 +1,8 @@
 """Kernels in C++ for tensors in main memory, compiled on first use."""
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import BuildError, library, without_running
+from dsmini_kernels.cpu.build import BuildError, library
+from dsmini_kernels.cpu.calls import without_running
 from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
 from dsmini_kernels.cpu.steps import (

@@ -21,9 +21,9 @@ from dsmini_kernels.cpu.build import (
     HEADER,
     LINEAR,
     NORMS,
-    enter,
     library,
 )
+from dsmini_kernels.cpu.calls import enter
 from dsmini_kernels.cpu.tiles import ERRORS
 
 MOST_TOKENS = 32

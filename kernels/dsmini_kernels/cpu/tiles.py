@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.build import CALL, enter, library
+from dsmini_kernels.cpu.build import CALL, library
+from dsmini_kernels.cpu.calls import enter
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
