@@ -91,6 +91,11 @@ def test_too_few_pairs_say_nothing(rows: int, seq_len: int) -> None:
     assert not label_damage([]).is_fault
 
 
+@pytest.mark.parametrize("seq_len", [2, 4, 16, 64, 256, 300])
+def test_few_pairs_of_sound_text_are_not_a_fault(default: Corpus, seq_len: int) -> None:
+    assert not label_damage(batches(default, 8, seq_len)).is_fault
+
+
 def test_endless_batches_are_read_in_part(default: Corpus) -> None:
     def endless() -> Any:
         while True:

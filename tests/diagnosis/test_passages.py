@@ -62,9 +62,10 @@ def test_hashes_across_blocks_repeat_with_the_text(n: int) -> None:
 
 def test_hashes_depend_on_each_token_and_on_the_order() -> None:
     text = random_text(LENGTH)
-    changed = [text.copy() for _ in range(LENGTH)]
-    for i, row in enumerate(changed):
-        row[i] += 1
+    steps = [(i, step) for i in range(LENGTH) for step in (1, 1 << 8, 1 << 16)]
+    changed = [text.copy() for _ in steps]
+    for row, (i, step) in zip(changed, steps, strict=True):
+        row[i] += step
     rows = [text, text[::-1], np.roll(text, 1), *changed]
     assert len({int(passages.passage_hashes(row, LENGTH)[0]) for row in rows}) == len(rows)
 
@@ -74,8 +75,8 @@ def test_repeated_finds_each_of_many_equal_hashes() -> None:
     kinds = rng.integers(0, 1 << 64, 30_000, dtype=np.uint64)
     counts = rng.integers(1, 4, len(kinds))
     order = rng.permutation(counts.sum())
-    hashes, expected = (np.repeat(values, counts)[order] for values in (kinds, counts > 1))
-    assert np.array_equal(passages.repeated(hashes), expected)
+    hashes = np.repeat(kinds, counts)[order]
+    assert np.array_equal(passages.repeated(hashes), np.repeat(counts > 1, counts)[order])
 
 
 def sampled(train: NDArray[Any], val: NDArray[Any] | None = None) -> Corpus:
@@ -113,6 +114,15 @@ def test_sample_is_right_on_average_over_seeds() -> None:
     spread = float(np.std([one.value for one in found], ddof=1))
     assert np.mean([one.value for one in found]) == pytest.approx(0.5, abs=4 * spread / 20**0.5 + 0.02)
     assert sum(one.low <= 0.5 <= one.high for one in found) >= 18
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_interval_holds_where_a_quarter_is_read() -> None:
+    text = random_text(1 << 19, 50_000)
+    copied = int(0.15 * len(text))
+    text[-copied:] = text[:copied]
+    found = [duplicates(sampled(text), seed) for seed in range(60)]
+    assert sum(one.low <= 0.3 <= one.high for one in found) >= 57, "95% of them"
 
 
 @pytest.mark.usefixtures("small_limits")
