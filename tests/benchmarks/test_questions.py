@@ -87,7 +87,6 @@ EXACT = {
     "fp8": {"bytes", "bytes_per_token"},
     "mtp": {"same_continuations"},
     "peers": {"cache_bytes_per_token"},
-    "plan": {"tensor_memory"},
 }
 QUESTIONS = questions_here()
 
