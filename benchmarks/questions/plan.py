@@ -15,7 +15,7 @@ from typing import get_args
 from benchmarks import shapes
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
 from benchmarks.trained import recipe
-from dsmini import TrainConfig
+from dsmini import ModelConfig, TrainConfig
 from dsmini.machine import DTYPES
 from dsmini.measure import step_rates
 from dsmini.measure.dry import Holding, counted_twice
@@ -23,7 +23,7 @@ from dsmini.measure.forecast import forecast
 from dsmini.measure.process import peak_of_process
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import times
-from dsmini.measure.workloads import StepDtype, StepShape
+from dsmini.measure.workloads import StepDtype, StepShape, Work
 from dsmini.report.charts import over_labels
 
 NAME = "plan"
@@ -40,7 +40,7 @@ def held_out(quick: bool) -> dict[str, StepShape]:
     """Return the six steps by name, in FP32. None has the sizes of a step that rates were measured on."""
     toy, trained = recipe("toy"), dataclasses.replace(shapes.TRAINED, n_layers=3 if quick else 6)
     adamw, served = TrainConfig(optimizer="adamw"), shapes.QUICK
-    rows = [
+    rows: list[tuple[str, Work, ModelConfig, int, int, TrainConfig]] = [
         ("toy", "training", toy.model, toy.train.batch_size, 256, toy.train),
         ("wide", "training", trained, 8, 128, adamw),
         ("toy", "prefill", toy.model, 3, 256, adamw),
@@ -48,10 +48,13 @@ def held_out(quick: bool) -> dict[str, StepShape]:
         ("served", "decode", served, 1, 1024, adamw),
         ("served, 8 sequences", "decode", served, 8, 256, adamw),
     ]
-    return {
-        f"{work} {name}": StepShape(work=work, config=config, dtype="float32", batch=batch, tokens=tokens, train=train)  # pyright: ignore[reportArgumentType]
-        for name, work, config, batch, tokens, train in rows
-    }
+    found: dict[str, StepShape] = {}
+    for name, work, config, batch, tokens, train in rows:
+        roomy = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, tokens + 1))
+        found[f"{work} {name}"] = StepShape(
+            work=work, config=roomy, dtype="float32", batch=batch, tokens=tokens, train=train
+        )
+    return found
 
 
 def cases(setting: Setting) -> list[Case]:

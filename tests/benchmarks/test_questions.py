@@ -81,13 +81,12 @@ PREDICTED = {
     "plan": {"seconds", "tensor_memory", "process_memory"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
-PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3}
+PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},
     "mtp": {"same_continuations"},
     "peers": {"cache_bytes_per_token"},
-    "plan": {"tensor_memory"},
 }
 QUESTIONS = questions_here()
 
