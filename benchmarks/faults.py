@@ -38,7 +38,9 @@ MODEL = ModelConfig(
 )
 """Few and wide experts, so that routing costs little."""
 DENSE = dataclasses.replace(MODEL, n_dense_layers=2)
-LARGER = dataclasses.replace(MODEL, dim=160)
+LARGER = dataclasses.replace(MODEL, dim=192, inter_dim=768, moe_inter_dim=512)
+COMPUTING = dataclasses.replace(MODEL, dim=320, inter_dim=1280, moe_inter_dim=640)
+"""Large products, which a second core makes faster."""
 TINY_EXPERTS = dataclasses.replace(MODEL, moe_inter_dim=8, n_routed_experts=64, n_activated_experts=32)
 """As many active parameters as in MODEL's experts less one, in pieces of 8."""
 TRAIN = TrainConfig(batch_size=4, optimizer="adamw")
@@ -209,7 +211,7 @@ def faults() -> list[Fault]:
             name="skewed router", axis="Algorithm", model=dataclasses.replace(MODEL, n_routed_experts=16), wrong=_skewed
         ),
         Fault(name="tiny experts", axis="Algorithm", model=TINY_EXPERTS),
-        Fault(name="thread cap", axis="Machine", train=one_thread),
+        Fault(name="thread cap", axis="Machine", model=COMPUTING, train=one_thread),
         Fault(name="memory hog", axis="Machine", wrong=_hogged),
         Fault(name="healthy", axis=""),
         Fault(name="healthy, dense", axis="", model=DENSE),

@@ -5,12 +5,13 @@ interrupted diagnosis keeps the rounds that are whole, and gives the verdict tha
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dsmini.diagnosis.contention import Watch
 from dsmini.diagnosis.experiment import Measured, run_in_turns
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.findings import steps as of_steps
+from dsmini.diagnosis.findings.text import text_findings
 from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds
 from dsmini.diagnosis.interventions.algorithm import DENSE, UNIFORM
 from dsmini.diagnosis.interventions.data import REPLAY
@@ -84,8 +85,8 @@ class Plan:
     seconds: float = 75.0
     least: int = LEAST_ROUNDS
     interventions: Sequence[Intervention] = INTERVENTIONS
-    findings: Callable[[Subject], Sequence[Finding]] = field(default=lambda subject: ())
-    """Findings that need no steps, such as those of the text."""
+    batches: int = 4
+    """Batches whose targets are looked at."""
 
 
 def diagnose(subject: Subject, plan: Plan, rates: Rates | None, on_part: OnPart = lambda done, what: None) -> Diagnosis:
@@ -102,7 +103,9 @@ def diagnose(subject: Subject, plan: Plan, rates: Rates | None, on_part: OnPart 
     on_part(0.0, "predicting")
     prediction = None if rates is None else predict(subject, [each.name for each in tried], rates)
     on_part(0.08, "looking at the data")
-    findings = list(plan.findings(subject))
+    prepare = subject.trainer.loader.prepared
+    batches = (prepare((i * subject.rows, subject.rows)) for i in range(plan.batches))
+    findings = text_findings(subject.trainer.corpus, batches)
     kept: list[Measured] = []
 
     def on_round(share: float, measured: Measured) -> None:

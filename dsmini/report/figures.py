@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Value = str | int | float | bool
-FOUND = {"intensity", "calls"}
+FOUND = {"intensity", "calls", "got"}
 """Keys of a case that are measurements, and do not identify a figure."""
 
 
