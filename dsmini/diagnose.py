@@ -31,6 +31,8 @@ class DiagnoseCommand:
     """Look for half a minute instead of one and a half; predict only if this machine's rates are stored."""
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
+    only: tuple[str, ...] = ()
+    """Names of the interventions to try, such as replay uniform_routing; left out: all that apply."""
     out: Path | None = None
     """Folder for diagnosis.html, a page to read offline, and diagnosis.json."""
     json: bool = False
@@ -44,7 +46,7 @@ class DiagnoseCommand:
 HELP = Help(
     usage="[FILE.toml | RUN] [FLAGS]",
     examples=("                        # the default run", "configs/toy.toml --quick", "runs/toy-001 --out diagnosis"),
-    main=("quick", "rounds", "out", "json"),
+    main=("quick", "rounds", "only", "out", "json"),
 )
 
 
@@ -61,6 +63,7 @@ def main(args: Sequence[str]) -> int:
             command.what,
             quick=command.quick,
             rounds=command.rounds,
+            only=command.only,
             command=shlex.join(["python", "-m", "dsmini.diagnose", *args]),
             on_part=lambda share, what: _show(bar, share, what),
         )

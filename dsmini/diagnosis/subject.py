@@ -18,6 +18,7 @@ from dsmini.data.documents import ProgressCallback, silent
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Block, Transformer
 from dsmini.training.schedule import batch_size
+from dsmini.training.start import refuse_too_large_run
 from dsmini.training.trainer import StepResult, Trainer
 
 
@@ -86,6 +87,7 @@ def subject_of(config: RunConfig, run: Path | None, progress: ProgressCallback =
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    refuse_too_large_run(config, device)
     config = _resolved(config, device)
     data, cache = config.data, Path("runs/corpus") if run is None else run.parent / "corpus"
     if run is not None:

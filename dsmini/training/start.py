@@ -62,7 +62,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         )
     if place := origin.resume or config.out:
         refuse_misplaced(place)
-    _refuse_too_large(config, device)
+    refuse_too_large_run(config, device)
     corpus = _read_corpus(config, origin.resume, console)
     config = _resolved(config, device)
     out = origin.resume or new_run_folder(config.out, origin.name)
@@ -90,7 +90,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         yield training
 
 
-def _refuse_too_large(config: RunConfig, device: torch.device) -> None:
+def refuse_too_large_run(config: RunConfig, device: torch.device) -> None:
     """Refuse a run whose parameters, optimizer state and smallest activations do not fit into memory."""
     train = config.train
     nbytes = accounting.training_bytes(
