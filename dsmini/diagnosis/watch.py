@@ -4,6 +4,7 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
 
     Data        waiting         share of a step that waits for its batch
     Machine     slower steps    1 - fastest / now, the compute of a step next to that in the run's fastest 20 steps
+                                of equal work: as many tokens, experts as balanced
                 CPU time lost   share of the time in which a thread is ready and others have its core, their part of
                                 all cores at most
                 idle cores      share of the cores that neither this run nor others use
@@ -20,8 +21,8 @@ A change is said after every look at 20 more steps, and at 3 seconds of them, sh
 step 100 has 15 slow steps of 20 at step 114, and is named at step 134.
 
 The steps are the probe of the machine: a product and a read of memory, as a diagnosis runs them, would take seconds on
-a busy machine and count in the run's peak memory. What a look costs is measured, and the next waits until the steps
-took a hundred times as long: the overhead is at most 1 %.
+a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the
+steps took a hundred times as long: the overhead is at most 1 %.
 
 Source: David and Nagaraja, Order Statistics, section 7.1 (interval of a median).
 """
@@ -41,7 +42,7 @@ from dsmini.diagnosis.interventions.machine import cores
 from dsmini.diagnosis.verdict import LEAST
 from dsmini.planner.binding import Axis
 from dsmini.training.trainer import StepResult
-from dsmini.training.watcher import Change
+from dsmini.training.watcher import BindingChange
 
 WINDOW = 20
 """Number of steps that a look rests on, and that a change must hold."""
@@ -51,6 +52,9 @@ HOLD_SECONDS = 3.0
 """Seconds of steps that a change must hold: very short steps are slowed together by what passes in a moment."""
 COST_SHARE = 0.01
 """Largest share of the time that looking may take."""
+EQUAL_VIO = 0.5
+"""Difference in MaxVio within which routing is equal work. The toy's step takes a fifth longer at 0.3 than at 2.5, as
+all experts have work then."""
 QUIET = "Stop other programs, or leave them a core and set train.threads to the rest."
 
 
@@ -112,20 +116,23 @@ class RunWatch:
         self.steps: deque[StepResult] = deque(maxlen=WINDOW)
         self.times: deque[tuple[int, CpuTimes]] = deque()
         """CPU times after steps of the window."""
-        self.fastest = math.inf
-        """Seconds of compute of a step in the fastest window of equal work, the upper end of the interval."""
+        self.vios: deque[float] = deque(maxlen=WINDOW)
+        self.fastest: dict[tuple[int, int], float] = {}
+        """Seconds of compute of a step in the fastest window of equal work, the upper end of the interval, by the
+        number of tokens and the balance of the experts."""
         self.binds: str | None = None
         """The axis that was said to bind, "" for nothing; None before the first was said."""
         self._next = ""
         self._held_steps, self._held_seconds = 0, 0.0
         self._unseen, self._cost = 0.0, 0.0
 
-    def see(self, step: StepResult) -> Change | None:
+    def see(self, step: StepResult) -> BindingChange | None:
         """Look at a step, unless the last look was too long a part of the time since."""
         if self.steps and step.tokens != self.steps[-1].tokens:  # another size of batch is other work
             self.steps.clear()
-            self.fastest = math.inf
+            self.vios.clear()
         self.steps.append(step)
+        self.vios.append(step.max_vio or 0.0)
         self._held_steps += 1
         self._held_seconds += step.seconds
         self._unseen += step.seconds
@@ -136,7 +143,7 @@ class RunWatch:
         self._unseen, self._cost = 0.0, time.perf_counter() - start
         return change
 
-    def _look(self, step: StepResult) -> Change | None:
+    def _look(self, step: StepResult) -> BindingChange | None:
         if self.is_cpu:
             self.times.append((step.step, self.read()))
             while len(self.times) > 2 and self.times[0][0] < self.steps[0].step:
@@ -155,9 +162,9 @@ class RunWatch:
         self.binds = axis
         if found is None:
             figures = ", ".join(f"{sign.name} {sign.share.value:.0%}" for sign in signs)
-            return Change(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
+            return BindingChange(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
         words = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
-        return Change(binds=axis, share=found.share.value, sentence=words)
+        return BindingChange(binds=axis, share=found.share.value, sentence=words)
 
     def _first(self, over: Sequence[Sign]) -> Sign | None:
         """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
@@ -208,14 +215,15 @@ class RunWatch:
         others = rates.others
         of_others = f"other programs keep {others:.1f} of {self.cores} cores busy"
         now = Spread.of([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps])
-        self.fastest = min(self.fastest, now.high)
-        share = Spread(*(max(0.0, 1 - self.fastest / seconds) for seconds in (now.value, now.low, now.high)))
+        work = self.steps[-1].tokens, round(statistics.median(self.vios) / EQUAL_VIO)
+        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
+        share = Spread(*(max(0.0, 1 - fastest / seconds) for seconds in (now.value, now.low, now.high)))
         alone = others < LEAST * self.cores
         yield Sign(
             name="slower steps",
             axis=Axis.MACHINE,
             share=share,
-            words=f"a step computes for {now.value:.3g} s, and for {self.fastest:.3g} s when this run was fastest; "
+            words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
             f"{'no other program is seen' if alone else of_others}",
             fix="Look at clock speed, memory, and other guests of the host." if alone else QUIET,
         )

@@ -25,7 +25,7 @@ from dsmini.training.stopping import StopAskedError, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
 from dsmini.training.validation import validate
-from dsmini.training.watcher import Change, Watcher
+from dsmini.training.watcher import BindingChange, Watcher
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
@@ -125,7 +125,7 @@ class TrainingRun:
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 
-    def _keep(self, step: StepResult, change: Change | None = None) -> None:
+    def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
         """Add a step to the history, with the change that the watcher saw at it."""
         asked = {"val_loss_ema": self.trainer.average is not None}
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}

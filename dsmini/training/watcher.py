@@ -12,7 +12,7 @@ from dsmini.training.trainer import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class BindingChange:
     """A change of what binds a run."""
 
     binds: str
@@ -26,6 +26,6 @@ class Change:
 class Watcher(Protocol):
     """Whoever wants to see each step."""
 
-    def see(self, step: StepResult) -> Change | None:
+    def see(self, step: StepResult) -> BindingChange | None:
         """Look at a step that was just done; return a change of what binds the run, if this step shows one."""
         ...

@@ -18,7 +18,7 @@ from dsmini.diagnosis.watch import WINDOW, RunWatch
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult
-from dsmini.training.watcher import Change
+from dsmini.training.watcher import BindingChange
 from tests.helpers.runs import RICH, TIMING, calls, kill, new_run, resumed, stopped, unequal, whole
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_other_programs_that_slow_the_steps_are_named(watch: RunWatch, machine: 
     changes = [watch.see(step(i, 1.5 * SECONDS)) for i in range(100, 200)]
     (change,) = [c for c in changes if c is not None]
     assert change.binds == "Machine" and change.share == pytest.approx(1 / 3)
-    assert "a step computes for 0.375 s, and for 0.25 s when this run was fastest" in change.sentence
+    assert "a step computes for 0.375 s, and for 0.25 s when such steps were fastest" in change.sentence
     assert "other programs keep 1.0 of" in change.sentence and "Stop other programs" in change.sentence
     machine.others = 0.0
     assert [binds for _, binds in seen(watch, [step(i) for i in range(200, 300)])] == [""]
@@ -189,6 +189,13 @@ def test_larger_batches_are_other_work(watch: RunWatch) -> None:
     assert seen(watch, steps) == [(20, "")]
 
 
+def test_balanced_experts_are_other_work(watch: RunWatch) -> None:
+    """Check a step that becomes slower as more experts have work, as that of the toy does."""
+    uneven, even = torch.tensor([[40, 8, 8, 8]]), torch.tensor([[16, 16, 16, 16]])
+    steps = [step(i, SECONDS * (1 if i < 100 else 1.3), counts=uneven if i < 100 else even) for i in range(1, 200)]
+    assert seen(watch, steps) == [(20, "")]
+
+
 def test_look_that_is_dear_waits_for_a_hundred_times_its_cost(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,10 +211,10 @@ def test_look_that_is_dear_waits_for_a_hundred_times_its_cost(
 class Scripted:
     """A watcher that says a change at known steps."""
 
-    def see(self, step: StepResult) -> Change | None:
+    def see(self, step: StepResult) -> BindingChange | None:
         if step.step == 3:
-            return Change(binds="Data", share=0.5, sentence="step 3: Data binds")
-        return Change(binds="", share=None, sentence="step 6: nothing binds") if step.step == 6 else None
+            return BindingChange(binds="Data", share=0.5, sentence="step 3: Data binds")
+        return BindingChange(binds="", share=None, sentence="step 6: nothing binds") if step.step == 6 else None
 
 
 def test_metrics_have_what_binds_only_with_a_watcher(tmp_path: Path) -> None:
