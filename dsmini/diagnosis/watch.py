@@ -13,7 +13,8 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
 
 Each share has an interval: of a median of 20 steps it reaches from the 6th to the 15th in order, which holds the true
 median 96 times in 100 whatever the distribution (5 or fewer heads in 20 tosses: 2.1 %, and as often 5 or fewer tails).
-A share binds if all of its interval is above 10 % (idle experts: 25 %). It no longer binds if all of it is below, or
+A share binds if all of its interval is above 10 % (idle experts: 25 %, slower steps without another program in sight:
+20 %). It no longer binds if all of it is below, or
 its median below half the limit. In between nothing changes. Idle experts cost no time, so that they are named only
 where nothing else binds.
 
@@ -55,6 +56,8 @@ COST_SHARE = 0.01
 EQUAL_VIO = 0.5
 """Difference in MaxVio within which routing is equal work. The toy's step takes a fifth longer at 0.3 than at 2.5, as
 all experts have work then."""
+DRIFT = 0.20
+"""Limit of slower steps where no other program is seen: a shared machine drifts by up to 15 % in minutes."""
 QUIET = "Stop other programs, or leave them a core and set train.threads to the rest."
 
 
@@ -226,6 +229,7 @@ class RunWatch:
             words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
             f"{'no other program is seen' if alone else of_others}",
             fix="Look at clock speed, memory, and other guests of the host." if alone else QUIET,
+            limit=DRIFT if alone else LEAST,
         )
         if not self.is_cpu or len(self.times) < 2:
             return

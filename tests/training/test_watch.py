@@ -125,8 +125,14 @@ def test_other_programs_that_slow_the_steps_are_named(watch: RunWatch, machine: 
 
 def test_slower_steps_without_other_programs_are_named_as_such(watch: RunWatch) -> None:
     changes = [watch.see(step(i, SECONDS if i < 100 else 1.5 * SECONDS)) for i in range(1, 200)]
-    change = changes[-1] or [c for c in changes if c is not None][-1]
+    change = [c for c in changes if c is not None][-1]
     assert change.binds == "Machine" and "no other program is seen" in change.sentence
+
+
+def test_drift_of_the_machine_is_named_only_where_others_run(watch: RunWatch, machine: Machine) -> None:
+    assert seen(watch, [step(i, SECONDS if i < 100 else 1.18 * SECONDS) for i in range(1, 200)]) == [(20, "")]
+    machine.others = 1.0
+    assert [binds for _, binds in seen(watch, [step(i, 1.18 * SECONDS) for i in range(200, 300)])] == ["Machine"]
 
 
 def test_programs_that_run_from_the_start_bind_if_threads_wait_for_cores(watch: RunWatch, machine: Machine) -> None:
