@@ -14,16 +14,15 @@ A diagnosis makes one thing free and measures the gain. A watch changes nothing,
 Each share has an interval: of a median of 20 steps it reaches from the 6th to the 15th in order, which holds the true
 median 96 times in 100 whatever the distribution (5 or fewer heads in 20 tosses: 2.1 %, and as often 5 or fewer tails).
 A share binds if all of its interval is above 10 % (idle experts: 25 %, slower steps without another program in sight:
-20 %). It no longer binds if all of it is below, or
-its median below half the limit. In between nothing changes. Idle experts cost no time, so that they are named only
-where nothing else binds.
+20 %). It no longer binds if all of it is below, or its median below half the limit. In between nothing changes. Idle
+experts cost no time, so that they are named only where nothing else binds.
 
 A change is said after every look at 20 more steps, and at 3 seconds of them, showed it. A loader that becomes slow at
 step 100 has 15 slow steps of 20 at step 114, and is named at step 134.
 
 The steps are the probe of the machine: a product and a read of memory, as a diagnosis runs them, would take seconds on
-a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the
-steps took a hundred times as long: the overhead is at most 1 %.
+a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the steps
+took a hundred times as long: the overhead is at most 1 %.
 
 Source: David and Nagaraja, Order Statistics, section 7.1 (interval of a median).
 """

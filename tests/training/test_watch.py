@@ -100,6 +100,12 @@ def test_wait_of_few_steps_is_not_named(watch: RunWatch) -> None:
     assert seen(watch, [step(i, wait=0.8 if i % 3 == 0 else 0.0) for i in range(1, 200)]) == [(20, "")]
 
 
+def test_waiting_is_no_slower_compute(watch: RunWatch) -> None:
+    changes = [watch.see(step(i, wait=0.0 if i < 50 else 0.4 if i < 150 else 0.06)) for i in range(1, 250)]
+    last = [change for change in changes if change is not None][-1]
+    assert "nothing binds (waiting 6%, slower steps 0%" in last.sentence
+
+
 def test_change_that_ends_within_a_window_is_not_said(watch: RunWatch) -> None:
     steps = [step(i, wait=0.4 if 100 <= i < 100 + WINDOW else 0.0) for i in range(1, 200)]
     assert seen(watch, steps) == [(20, "")]
