@@ -61,6 +61,8 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    import torch
+
     from dsmini import ops
     from dsmini.training.sample import offered_prompt
     from dsmini.training.start import started
@@ -68,7 +70,12 @@ def main(args: Sequence[str]) -> int:
 
     ops.check_forced()
     console = Console(stderr=command.json)
+    chosen = torch.get_num_threads()
     with started(origin, RunConfig(**_fields(command)), console) as training:
+        if training.config.train.diagnose:
+            from dsmini.diagnosis.watch import RunWatch
+
+            training.watcher = RunWatch(training.trainer.device, chosen)
         folder = training.folder
         results = _results(training, training.train())
         if results is None:

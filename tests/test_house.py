@@ -55,7 +55,10 @@ MAY_IMPORT = {
     "dsmini.data.split": {"dsmini.data.documents"},
     "dsmini.data.order": set(),
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
-    "dsmini.train": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"},
+    "dsmini.train": {
+        *("dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"),
+        "dsmini.diagnosis.watch",
+    },
     "dsmini.generate": {
         *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"),
         *("dsmini.machine", "dsmini.measure.calibration"),

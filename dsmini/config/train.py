@@ -90,6 +90,8 @@ class TrainConfig:
     """Number of newest checkpoints in the run's folder; older ones are removed."""
     tensorboard: bool = False
     """TensorBoard logs in the run's folder, next to metrics.jsonl."""
+    diagnose: bool = False
+    """Watch of what binds the run: Data, Algorithm or Machine. A message and metrics.jsonl say when that changes."""
     sample_tokens: int = 300
     """Length of the sample printed at the end, in tokens; 0 for none."""
     sample_prompt: str = "\n"

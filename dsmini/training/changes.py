@@ -19,7 +19,8 @@ BESIDE = (
     *("data.path", "data.tokenizer", "data.workers"),
     *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
     "train.final_eval_tokens",
-    *("train.save_every", "train.keep", "train.tensorboard", "train.sample_tokens", "train.sample_prompt"),
+    *("train.save_every", "train.keep", "train.tensorboard", "train.diagnose"),
+    *("train.sample_tokens", "train.sample_prompt"),
 )
 # --init: these decide which tensors a model has, and their shapes
 SHAPES = (

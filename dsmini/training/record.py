@@ -55,12 +55,13 @@ class StepRecord:
     """max_vio of each MoE layer."""
     loads: list[list[int]] | None
     """Tokens that each expert received, for each MoE layer."""
-    scores: Mapping[str, float | None] = field(default_factory=dict)
-    """Optional validation losses of the last step: val_loss_ema, with the EMA of the parameters, and
-    val_loss_at_eval_context. In metrics.jsonl they are keys like the others."""
+    scores: Mapping[str, float | str | None] = field(default_factory=dict)
+    """Optional figures, in metrics.jsonl keys like the others. Validation losses of the last step: val_loss_ema, with
+    the EMA of the parameters, and val_loss_at_eval_context. With train.diagnose, where what binds the run has changed:
+    binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
 
     @classmethod
-    def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | None]) -> "StepRecord":
+    def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | str | None]) -> "StepRecord":
         """Return the record of a step before its validation."""
         counts = step.counts
         return cls(

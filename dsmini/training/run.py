@@ -25,6 +25,7 @@ from dsmini.training.stopping import StopAskedError, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
 from dsmini.training.validation import validate
+from dsmini.training.watcher import BindingChange, Watcher
 
 PLOT_EVERY = 30.0
 """Shortest training time between two drawings on the way, in seconds."""
@@ -46,6 +47,8 @@ class TrainingRun:
         self.history = History(config.train.steps)
         self.saver = Saver(config, trainer, self.history)
         self.board: TensorBoard | None = None
+        self.watcher: Watcher | None = None
+        """Told of every step, to say when what binds the run changes."""
         self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
@@ -90,8 +93,11 @@ class TrainingRun:
                 self._record(metrics)
             while self._steps_done < train.steps and not (asked and history.records):
                 step = self.trainer.step()
-                self._keep(step)
+                change = None if self.watcher is None else self.watcher.see(step)
+                self._keep(step, change)
                 progress.show(step, history.tokens_per_s())
+                if change is not None:
+                    progress.say(change.sentence)
                 last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
                 if last or asked or lost:
                     self._save()
@@ -119,11 +125,14 @@ class TrainingRun:
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
 
-    def _keep(self, step: StepResult) -> None:
-        """Add a step to the history."""
+    def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
+        """Add a step to the history, with the change that the watcher saw at it."""
         asked = {"val_loss_ema": self.trainer.average is not None}
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
-        scores = {name: None for name, wanted in asked.items() if wanted}
+        asked |= dict.fromkeys(("binds", "binds_share"), self.watcher is not None)
+        scores: dict[str, float | str | None] = {name: None for name, wanted in asked.items() if wanted}
+        if change is not None:
+            scores |= {"binds": change.binds, "binds_share": change.share}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
 
     def _validate(self, progress: TrainingProgress, asked: list[int]) -> None:

@@ -49,6 +49,7 @@ TRAIN: dict[str, tuple[Any, bool]] = {
         save_every=(3, True),
         keep=(3, True),
         tensorboard=(True, True),
+        diagnose=(True, True),
     ),
     **dict(sample_tokens=(3, True), sample_prompt=("x", True), seed=(1, False), device=("cpu", True)),
     **dict(dtype=("float32", True), threads=(3, True)),

@@ -1,0 +1,251 @@
+"""The watch of a running training (train.diagnose): what binds it now, from figures that its steps have anyway.
+
+A diagnosis makes one thing free and measures the gain. A watch changes nothing, and looks at the last 20 steps:
+
+    Data        waiting         share of a step that waits for its batch
+    Machine     slower steps    1 - fastest / now, the compute of a step next to that in the run's fastest 20 steps
+                                of equal work: as many tokens, experts as balanced
+                CPU time lost   share of the time in which a thread is ready and others have its core, their part of
+                                all cores at most
+                idle cores      share of the cores that neither this run nor others use
+    Algorithm   lost steps      share of the time in steps without a finite gradient
+                idle experts    share of experts with less than a tenth of the mean load
+
+Each share has an interval: of a median of 20 steps it reaches from the 6th to the 15th in order, which holds the true
+median 96 times in 100 whatever the distribution (5 or fewer heads in 20 tosses: 2.1 %, and as often 5 or fewer tails).
+A share binds if all of its interval is above 10 % (idle experts: 25 %, slower steps without another program in sight:
+20 %). It no longer binds if all of it is below, or its median below half the limit. In between nothing changes. Idle
+experts cost no time, so that they are named only where nothing else binds.
+
+A change is said after every look at 20 more steps, and at 3 seconds of them, showed it. A loader that becomes slow at
+step 100 has 15 slow steps of 20 at step 114, and is named at step 134.
+
+The steps are the probe of the machine: a product and a read of memory, as a diagnosis runs them, would take seconds on
+a busy machine and count in the run's peak memory. The cost of a look is measured, and the next waits until the steps
+took a hundred times as long: the overhead is at most 1 %.
+
+Source: David and Nagaraja, Order Statistics, section 7.1 (interval of a median).
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsmini.diagnosis.contention import CpuRates, CpuTimes
+from dsmini.diagnosis.findings import steps as of_steps
+from dsmini.diagnosis.interventions.machine import cores
+from dsmini.diagnosis.verdict import LEAST
+from dsmini.planner.binding import Axis
+from dsmini.training.trainer import StepResult
+from dsmini.training.watcher import BindingChange
+
+WINDOW = 20
+"""Number of steps that a look rests on, and that a change must hold."""
+RANK = 6
+"""Place in order, from either end, at which the interval of the median of a window ends."""
+HOLD_SECONDS = 3.0
+"""Seconds of steps that a change must hold: very short steps are slowed together by what passes in a moment."""
+COST_SHARE = 0.01
+"""Largest share of the time that looking may take."""
+EQUAL_VIO = 0.5
+"""Difference in MaxVio within which routing is equal work. The toy's step takes a fifth longer at 0.3 than at 2.5, as
+all experts have work then."""
+DRIFT = 0.20
+"""Limit of slower steps where no other program is seen: a shared machine drifts by up to 15 % in minutes."""
+QUIET = "Stop other programs, or leave them a core and set train.threads to the rest."
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of a window, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        ordered = sorted(values)
+        return cls(statistics.median(ordered), ordered[RANK - 1], ordered[-RANK])
+
+    @classmethod
+    def exact(cls, value: float) -> "Spread":
+        share = max(0.0, value)
+        return cls(share, share, share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """One thing that may bind, as a window shows it."""
+
+    name: str
+    axis: Axis
+    share: Spread
+    words: str
+    """What was seen, with its figures."""
+    fix: str
+    """What to do, in one sentence."""
+    limit: float = LEAST
+    takes_time: bool = True
+
+    @property
+    def is_over(self) -> bool:
+        return self.share.low > self.limit
+
+    @property
+    def is_below(self) -> bool:
+        return self.share.high <= self.limit or self.share.value <= self.limit / 2
+
+
+class RunWatch:
+    """The watcher of a run on this machine.
+
+    Args:
+        device: where the steps run. CPU time tells nothing about another device than the CPU.
+        chosen_threads: number of threads that torch chose by itself. Fewer in use are the user's choice.
+        read: reads the CPU times.
+    """
+
+    def __init__(self, device: torch.device, chosen_threads: int, read: Callable[[], CpuTimes] = CpuTimes.now) -> None:
+        self.is_cpu, self.read = device.type == "cpu", read
+        self.cores = cores()
+        self.usable = min(self.cores, chosen_threads)
+        self.steps: deque[StepResult] = deque(maxlen=WINDOW)
+        self.times: deque[tuple[int, CpuTimes]] = deque()
+        """CPU times after steps of the window."""
+        self.vios: deque[float] = deque(maxlen=WINDOW)
+        self.fastest: dict[tuple[int, int], float] = {}
+        """Seconds of compute of a step in the fastest window of equal work, the upper end of the interval, by the
+        number of tokens and the balance of the experts."""
+        self.binds: str | None = None
+        """The axis that was said to bind, "" for nothing; None before the first was said."""
+        self._next = ""
+        self._held_steps, self._held_seconds = 0, 0.0
+        self._unseen, self._cost = 0.0, 0.0
+
+    def see(self, step: StepResult) -> BindingChange | None:
+        """Look at a step, unless the last look was too long a part of the time since."""
+        if self.steps and step.tokens != self.steps[-1].tokens:  # another size of batch is other work
+            self.steps.clear()
+            self.vios.clear()
+        self.steps.append(step)
+        self.vios.append(step.max_vio or 0.0)
+        self._held_steps += 1
+        self._held_seconds += step.seconds
+        self._unseen += step.seconds
+        if self._unseen * COST_SHARE < self._cost:
+            return None
+        start = time.perf_counter()
+        change = self._look(step)
+        self._unseen, self._cost = 0.0, time.perf_counter() - start
+        return change
+
+    def _look(self, step: StepResult) -> BindingChange | None:
+        if self.is_cpu:
+            self.times.append((step.step, self.read()))
+            while len(self.times) > 2 and self.times[0][0] < self.steps[0].step:
+                self.times.popleft()
+        if len(self.steps) < WINDOW:
+            return None
+        signs = list(self._signs())
+        found = self._first([sign for sign in signs if sign.is_over])
+        axis = "" if found is None else found.axis.value
+        if found is None and any(sign.axis.value == self.binds and not sign.is_below for sign in signs):
+            axis = self.binds or ""  # it may still bind
+        if axis != self._next:
+            self._next, self._held_steps, self._held_seconds = axis, 0, 0.0
+        if axis == self.binds or self._held_steps < WINDOW or self._held_seconds < HOLD_SECONDS:
+            return None
+        self.binds = axis
+        if found is None:
+            figures = ", ".join(f"{sign.name} {sign.share.value:.0%}" for sign in signs)
+            return BindingChange(binds="", share=None, sentence=f"step {step.step}: nothing binds ({figures})")
+        words = f"step {step.step}: {axis} binds: {found.words}. {found.fix}"
+        return BindingChange(binds=axis, share=found.share.value, sentence=words)
+
+    def _first(self, over: Sequence[Sign]) -> Sign | None:
+        """Return the sign that binds: the largest, or that of the axis of the last look if none is clearly larger."""
+        over = [sign for sign in over if sign.takes_time] or list(over)
+        over.sort(key=lambda sign: -sign.share.value)
+        before = next((sign for sign in over if sign.axis.value == self._next), None)
+        if before is None or over[0].share.low > before.share.high:
+            return next(iter(over), None)
+        return before
+
+    def _signs(self) -> Iterator[Sign]:
+        """Yield the signs of the window."""
+        share = Spread.of([step.data_wait for step in self.steps])
+        yield Sign(
+            name="waiting",
+            axis=Axis.DATA,
+            share=share,
+            words=f"a step waits {share.value:.0%} ({share.low:.0%} to {share.high:.0%}) of its time for its batch",
+            fix="Prepare batches in more threads (data.workers), or make them cheaper to read.",
+        )
+        yield from self._of_machine()
+        seconds = sum(step.seconds for step in self.steps)
+        lost = sum(step.seconds for step in self.steps if step.skipped) / seconds
+        yield Sign(
+            name="lost steps",
+            axis=Axis.ALGORITHM,
+            share=Spread.exact(lost),
+            words=f"{lost:.0%} of the time went into steps without a finite gradient, which change nothing",
+            fix="Lower the learning rate, or look at the data of these steps.",
+        )
+        idle = of_steps.load(self.steps)
+        if idle is not None:
+            yield Sign(
+                name="idle experts",
+                axis=Axis.ALGORITHM,
+                share=Spread.exact(idle.value),
+                words=idle.sentence.removesuffix("."),
+                fix=idle.fix,
+                limit=of_steps.MOST_IDLE,
+                takes_time=False,
+            )
+
+    def _of_machine(self) -> Iterator[Sign]:
+        """Yield the signs of the machine: slower steps, and on a CPU what others take and what nobody uses."""
+        rates = CpuRates(own=0.0, others=0.0, delayed=0.0)
+        if len(self.times) > 1:
+            rates = self.times[-1][1].rates_since(self.times[0][1])
+        others = rates.others
+        of_others = f"other programs keep {others:.1f} of {self.cores} cores busy"
+        now = Spread.of([max(1e-9, step.seconds * (1 - step.data_wait)) for step in self.steps])
+        work = self.steps[-1].tokens, round(statistics.median(self.vios) / EQUAL_VIO)
+        fastest = self.fastest[work] = min(self.fastest.get(work, math.inf), now.high)
+        share = Spread(*(max(0.0, 1 - fastest / seconds) for seconds in (now.value, now.low, now.high)))
+        alone = others < LEAST * self.cores
+        yield Sign(
+            name="slower steps",
+            axis=Axis.MACHINE,
+            share=share,
+            words=f"a step computes for {now.value:.3g} s, and for {fastest:.3g} s when such steps were fastest; "
+            f"{'no other program is seen' if alone else of_others}",
+            fix="Look at clock speed, memory, and other guests of the host." if alone else QUIET,
+            limit=DRIFT if alone else LEAST,
+        )
+        if not self.is_cpu or len(self.times) < 2:
+            return
+        threads = torch.get_num_threads()
+        delayed = rates.delayed / threads
+        yield Sign(
+            name="CPU time lost",
+            axis=Axis.MACHINE,
+            share=Spread.exact(min(others / self.cores, delayed)),
+            words=f"{of_others}, and each of this run's {threads} threads waits {delayed:.0%} of the time for a core",
+            fix=QUIET,
+        )
+        idle = self.usable - max(rates.own, threads) - others
+        yield Sign(
+            name="idle cores",
+            axis=Axis.MACHINE,
+            share=Spread.exact(idle / self.usable),
+            words=f"{idle:.1f} of {self.usable} cores are idle; products run in {threads}",
+            fix="Leave train.threads out, so that all cores are used.",
+        )
