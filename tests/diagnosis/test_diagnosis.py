@@ -167,7 +167,7 @@ def test_predicted_wait(
     monkeypatch.setattr(predictions, "cores", lambda: 2)
     monkeypatch.setattr(predictions.torch, "get_num_threads", lambda: threads)
     batch = BatchTime(seconds=seconds, cpu=cpu)
-    assert predictions._wait(batch, 0.1, workers) == pytest.approx(wait)
+    assert predictions.waiting_seconds(batch, 0.1, workers) == pytest.approx(wait)
 
 
 def test_cpu_time_of_others_is_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
