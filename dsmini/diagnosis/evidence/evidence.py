@@ -13,7 +13,7 @@ from typing import Any
 
 from dsmini.diagnosis.subject import Subject
 from dsmini.measure.step_rates import Rates
-from dsmini.report import Figure, Section
+from dsmini.report import Figure, Section, Series, Value
 
 GAIN = "gain_if_tried"
 """Metric of a figure that is worth a try: the share of a token's time that would go."""
@@ -31,11 +31,11 @@ class Evidence:
     """Predicts, then measures for about this many seconds, and leaves the subject as before."""
     weight: float
     """Seconds that it is worth, next to the others."""
+    needs_rates: bool = False
+    """It says nothing without this machine's rates."""
 
 
-def in_turns(
-    arms: Mapping[str, Callable[[], float]], seconds: float, most: int = MOST_TURNS
-) -> dict[str, list[float]]:
+def in_turns(arms: Mapping[str, Callable[[], float]], seconds: float, most: int = MOST_TURNS) -> dict[str, list[float]]:
     """Return the seconds that the arms report, turn by turn, after a turn that only warms up.
 
     Args:
@@ -73,6 +73,33 @@ def patched(owner: Any, name: str, value: object) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+def timed(
+    question: str, case: Mapping[str, Value], taken: Sequence[float], predicted: float | None, metric: str = "step"
+) -> Figure:
+    """Return the figure of seconds of several turns; without any, that of the prediction alone."""
+    return Figure(
+        question=question,
+        case=case,
+        metric=metric,
+        unit="s",
+        measured=statistics.median(taken) if taken else None,
+        low=min(taken) if taken else None,
+        high=max(taken) if taken else None,
+        predicted=predicted,
+        note="" if taken else "left out: it would take too long",
+    )
+
+
+def in_ms(x: Sequence[float], seconds: Sequence[float], predicted: Sequence[float] | None, bars: bool) -> list[Series]:
+    """Return the series of measured seconds, and of those predicted, in ms."""
+    kind = "bars" if bars else "line"
+    found = [Series(label="measured", x=x, y=[1e3 * each for each in seconds], kind=kind)]
+    if predicted is not None:
+        y = [1e3 * each for each in predicted]
+        found.append(Series(label="predicted", x=x, y=y, kind=kind, dashed=True, of="measured"))
+    return found
 
 
 def to_try(
