@@ -35,7 +35,7 @@ class Evidence:
     """It says nothing without this machine's rates."""
 
 
-def in_turns(arms: Mapping[str, Callable[[], float]], seconds: float, most: int = MOST_TURNS) -> dict[str, list[float]]:
+def in_turns(arms: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
     """Return the seconds that the arms report, turn by turn, after a turn that only warms up.
 
     Args:
@@ -43,7 +43,7 @@ def in_turns(arms: Mapping[str, Callable[[], float]], seconds: float, most: int 
     """
     found: dict[str, list[float]] = {name: [] for name in arms}
     start = before = time.perf_counter()
-    for turn in range(-1, most):
+    for turn in range(-1, MOST_TURNS):
         for name, arm in arms.items():
             taken = arm()
             if turn >= 0:

@@ -25,6 +25,8 @@ from dsmini.measure.step_rates import Rates
 from dsmini.report import Figure, Plot, Section, Series
 
 PASSES = 3
+OF_WEIGHTS = ("product", "grouped product")
+"""Kinds of products with weights; those of queries with keys are batched, or one attention."""
 LEAST_SHARE = 0.005
 """Share of the time below which an operation is left out."""
 MOST_KINDS = 4
@@ -90,7 +92,7 @@ def flops_by_formula(subject: Subject) -> StepFlops:
 def flops_by_counter(operations: Sequence[CountedOperation]) -> StepFlops:
     """Return the FLOPs of a step as counted, without those of the optimizer."""
     model = [op for op in operations if op.flops and "muon" not in op.name]
-    weights = sum(op.flops for op in model if op.kind == "product")
+    weights = sum(op.flops for op in model if op.kind in OF_WEIGHTS)
     return StepFlops(weights=weights, context=sum(op.flops for op in model) - weights)
 
 
