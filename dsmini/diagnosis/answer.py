@@ -62,7 +62,8 @@ def answer(
     gathered = Gathered(not_tried={})
     if not quick and not found.stopped:
         left = TOTAL_SECONDS - (time.perf_counter() - start)
-        gathered = gather(subject, rates, left, lambda share, part: on_part(ROUNDS + (1 - ROUNDS) * share, part))
+        step = found.measured.seconds
+        gathered = gather(subject, rates, left, lambda s, part: on_part(ROUNDS + (1 - ROUNDS) * s, part), step=step)
     train = subject.config.train
     facts = {
         "The run": {

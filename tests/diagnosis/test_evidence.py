@@ -214,6 +214,15 @@ def test_no_dtype_gains_more_than_its_peak() -> None:
     assert found.most("bfloat16") == pytest.approx(2.2) and found.most("fp8") is None
 
 
+def test_limit_is_that_of_the_faster_dtype() -> None:
+    for figure in (
+        dtypes._limit("bfloat16", "float32", 1.5, 2.2),
+        dtypes._limit("float32", "bfloat16", 1 / 1.5, 1 / 2.2),
+    ):
+        assert figure.case["dtype"] == "bfloat16 over float32" and figure.bound
+        assert (figure.measured, figure.predicted) == pytest.approx((1.5, 2.2))
+
+
 def test_dense_twin_counts_both_sides(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that turns pair, and that the turn that warms up counts on neither side."""
     pairs = iter([(9.0, 9.0), (1.0, 2.0), (2.0, 5.0)])
@@ -238,7 +247,7 @@ def fake(
         run()
         return Section(name=name, title="?", finding=f"{seconds:.1f}")
 
-    return Evidence(name=name, why_not=lambda _: why, run=section, weight=1.0, needs_rates=needs_rates)
+    return Evidence(name=name, why_not=lambda _: why, run=section, weight=1.0, steps=10, needs_rates=needs_rates)
 
 
 def test_what_does_not_apply_or_fails_says_why(subject: Subject) -> None:
@@ -253,6 +262,13 @@ def test_what_does_not_apply_or_fails_says_why(subject: Subject) -> None:
         "c": "no experts",
         "d": "this machine's rates are not measured",
     }
+
+
+def test_what_takes_far_too_long_is_not_tried(subject: Subject) -> None:
+    """Check ten steps of 2 s against shares of 30 and of 10 s."""
+    assert not gather.gather(subject, None, 60.0, every=[fake("a"), fake("b")], step=2.0).not_tried
+    found = gather.gather(subject, None, 10.0, every=[fake("a")], step=2.0)
+    assert found.not_tried == {"a": "it takes about 20 s, and has 10"} and not found.sections
 
 
 def test_interruption_keeps_the_sections_before(subject: Subject) -> None:

@@ -176,4 +176,4 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
     )
 
 
-BATCH_SWEEP = Evidence(name="batch_sweep", why_not=none_of, run=run, weight=16.0)
+BATCH_SWEEP = Evidence(name="batch_sweep", why_not=none_of, run=run, weight=16.0, steps=8)

@@ -95,4 +95,4 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
     )
 
 
-DENSE_TWIN = Evidence(name="dense_twin", why_not=no_experts, run=run, weight=8.0)
+DENSE_TWIN = Evidence(name="dense_twin", why_not=no_experts, run=run, weight=8.0, steps=6)

@@ -104,6 +104,21 @@ def twin(subject: Subject, config: RunConfig) -> Iterator[Callable[[], float]]:
         loader.close()
 
 
+def _limit(other: str, now: str, speedup: float, most: float) -> Figure:
+    """Return the figure of the faster dtype over the slower one, with the ratio of their peaks as its limit."""
+    fast, slow = (other, now) if most >= 1 else (now, other)
+    return Figure(
+        question="dtypes",
+        case={"dtype": f"{fast} over {slow}"},
+        metric="speed_up",
+        unit="x",
+        measured=speedup if most >= 1 else 1 / speedup,
+        predicted=max(most, 1 / most),
+        bound=True,
+        note="the ratio of the peaks of products is the limit",
+    )
+
+
 def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
     """Return the section of a page."""
     found = numbers(subject, rates, seconds)
@@ -118,18 +133,7 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
             action = 'Set model.precision = "fp8".' if d == "fp8" else f'Set train.dtype = "{d}".'
             figures.append(to_try("dtypes", d, action, taken, base, gain))
             if (most := found.most(d)) is not None:
-                figures.append(
-                    Figure(
-                        question="dtypes",
-                        case={"dtype": d},
-                        metric="speed_up",
-                        unit="x",
-                        measured=base / middle[d],
-                        predicted=most,
-                        bound=True,
-                        note="the ratio of the peaks of products is the limit",
-                    )
-                )
+                figures.append(_limit(d, found.now, base / middle[d], most))
     names = list(middle)
     guesses = [found.predicted.get(d, 0.0) for d in names] if found.predicted else None
     bars = in_ms((), list(middle.values()), guesses, bars=True)
@@ -149,4 +153,4 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
     )
 
 
-DTYPE_STEPS = Evidence(name="dtypes", why_not=not_compiled, run=run, weight=14.0)
+DTYPE_STEPS = Evidence(name="dtypes", why_not=not_compiled, run=run, weight=14.0, steps=6)

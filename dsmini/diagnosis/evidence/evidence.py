@@ -31,6 +31,8 @@ class Evidence:
     """Predicts, then measures for about this many seconds, and leaves the subject as before."""
     weight: float
     """Seconds that it is worth, next to the others."""
+    steps: int
+    """About the number of the run's steps that it takes at least."""
     needs_rates: bool = False
     """It says nothing without this machine's rates."""
 

@@ -20,6 +20,8 @@ from dsmini.report import Section
 EVERY = (TIMELINE, ROOFLINE, BATCH_SWEEP, LOADER_DELAY, THREAD_SWEEP, DTYPE_STEPS, DENSE_TWIN, VIRTUAL_SPEEDUP)
 PREDICTING = 1.5
 """Seconds that an experiment takes to predict, of its time."""
+FAR_LONGER = 1.7
+"""An experiment that needs this many times its share of the time is not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,13 @@ def gather(
     seconds: float,
     on_part: Callable[[float, str], None] = lambda done, what: None,
     every: Sequence[Evidence] = EVERY,
+    step: float = 0.0,
 ) -> Gathered:
     """Make all experiments that apply and fit into the seconds. An interruption keeps those that are done.
 
     Args:
         on_part: told the share that is done and what is next.
+        step: seconds of a plain step. What would take far longer than its share is not tried.
     """
     not_tried = {each.name: why for each in every if (why := _why_not(each, subject, rates)) is not None}
     tried = [each for each in every if each.name not in not_tried]
@@ -57,6 +61,9 @@ def gather(
                 not_tried[each.name] = "the time was over"
                 continue
             share = left * each.weight / sum(later.weight for later in tried[number:])
+            if each.steps * step > FAR_LONGER * share:
+                not_tried[each.name] = f"it takes about {each.steps * step:.0f} s, and has {share:.0f}"
+                continue
             try:
                 sections.append(each.run(subject, rates, max(0.0, share - PREDICTING)))
             except (

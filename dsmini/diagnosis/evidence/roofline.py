@@ -163,4 +163,4 @@ def _plot(points: Sequence[RoofPoint], bandwidth: float, peak: float) -> Plot:
     return Plot(title="Operations of a step", x="FLOPs a byte", y="FLOP/s", series=series, log_x=True, log_y=True)
 
 
-ROOFLINE = Evidence(name="roofline", why_not=not_compiled, run=run, weight=5.0, needs_rates=True)
+ROOFLINE = Evidence(name="roofline", why_not=not_compiled, run=run, weight=5.0, steps=12, needs_rates=True)

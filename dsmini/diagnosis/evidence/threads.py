@@ -107,4 +107,4 @@ def why_not(subject: Subject) -> str | None:
     return "this process may use one core only" if cores() == 1 else None
 
 
-THREAD_SWEEP = Evidence(name="threads", why_not=why_not, run=run, weight=10.0)
+THREAD_SWEEP = Evidence(name="threads", why_not=why_not, run=run, weight=10.0, steps=12)

@@ -105,4 +105,4 @@ def why_not(subject: Subject) -> str | None:
     return None
 
 
-TIMELINE = Evidence(name="timeline", why_not=why_not, run=run, weight=4.0)
+TIMELINE = Evidence(name="timeline", why_not=why_not, run=run, weight=4.0, steps=4)
