@@ -74,8 +74,8 @@ def _warnings(found: Diagnosis, gathered: Gathered) -> list[str]:
 def _to_try(found: Diagnosis, gathered: Gathered) -> Section:
     """Return what gained, best first."""
     tries = tries_of(found, gathered.sections)
-    rows = [[each.what, each.gain, each.predicted, each.action] for each in tries]
-    table = Table(columns=("try", "gain", "predicted", "how"), rows=rows, numeric=("gain", "predicted"))
+    rows = [[each.what, each.gain, each.action, each.predicted] for each in tries]
+    table = Table(columns=("try", "gain", "how", "predicted"), rows=rows, numeric=("gain", "predicted"))
     return Section(
         name="what_to_try",
         title="What to try, best first?",

@@ -123,8 +123,8 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
         timed("loader_delay", {"delay in steps": share}, taken, guess)
         for share, taken, guess in zip(SHARES, found.taken, said, strict=True)
     ]
-    slope = found.workers or 1
-    note = f"a batch may come this much later; beyond it a step grows by 1/{slope} of the delay"
+    slope = "as much" if found.workers <= 1 else f"1/{found.workers} of it"
+    note = f"a batch may come this much later; beyond it a step grows by {slope}"
     figures.append(
         Figure(
             question="loader_delay",

@@ -29,6 +29,8 @@ OF_WEIGHTS = ("product", "grouped product")
 """Kinds of products with weights; those of queries with keys are batched, or one attention."""
 LEAST_SHARE = 0.005
 """Share of the time below which an operation is left out."""
+LEAST_INTENSITY = 0.01
+"""FLOPs a byte below which an operation is not drawn: it only looks at its bytes."""
 MOST_KINDS = 4
 """Number of kinds that the plot names, by their time."""
 
@@ -151,6 +153,7 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
 
 
 def _plot(points: Sequence[RoofPoint], bandwidth: float, peak: float) -> Plot:
+    points = [p for p in points if p.intensity >= LEAST_INTENSITY]
     ridge, at = peak / bandwidth, [p.intensity for p in points]
     low, high = min([*at, ridge]) / 2, max([4 * ridge, *(2 * each for each in at)])
     series = [Series(label="roof", x=[low, ridge, high], y=[low * bandwidth, peak, peak], dashed=True)]
