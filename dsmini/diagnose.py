@@ -28,7 +28,7 @@ class DiagnoseCommand:
     what: Annotated[Path | None, tyro.conf.Positional] = None
     """Config or run to diagnose; left out: the default run of dsmini.train."""
     quick: bool = False
-    """Look for half a minute instead of one and a half; predict only if this machine's rates are stored."""
+    """Look for half a minute instead of three, at the verdict alone; predict only if this machine's rates are stored."""
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
     only: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def main(args: Sequence[str]) -> int:
             command=shlex.join(["python", "-m", "dsmini.diagnose", *args]),
             on_part=lambda share, what: _show(bar, share, what),
         )
-    found.report.show(console)
+    found.short.show(console)
     if command.out is not None:
         try:
             command.out.mkdir(parents=True, exist_ok=True)

@@ -87,8 +87,9 @@ MAY_IMPORT = {
     "dsmini.training.schedule": {"dsmini.config"},
     "dsmini.diagnosis.finding": set(),
     "dsmini.diagnosis": {
-        *("dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis", "dsmini.machine", "dsmini.measure"),
-        *("dsmini.nn", "dsmini.planner.binding", "dsmini.report", "dsmini.training"),
+        *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis"),
+        *("dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.planner.binding", "dsmini.report"),
+        "dsmini.training",
     },
     "dsmini.machine": set(),
     "dsmini.measure": {

@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.faults import Fault, faults
-from dsmini.diagnosis.diagnosis import AXES, Diagnosis, Plan, diagnose
+from dsmini.diagnosis.diagnosis import AXES, Diagnosis, LookPlan, diagnose
 from dsmini.measure import step_rates
 from dsmini.report.charts import over_labels
 
@@ -39,7 +39,7 @@ def measure(setting: Setting, by_name: dict[str, Fault], name: str, seed: int) -
     fault = by_name[name]
     rates = step_rates.rates_beyond(setting.roofs, setting.device)
     with fault.subject(seed) as subject:
-        found = diagnose(subject, Plan(seconds=SECONDS), rates)
+        found = diagnose(subject, LookPlan(seconds=SECONDS), rates)
     yield from figures_of(fault, seed, found)
 
 

@@ -1,5 +1,6 @@
 """The answer of the command: reads what is named, measures this machine if need be, and diagnoses."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import torch
 
-from dsmini.diagnosis.diagnosis import INTERVENTIONS, Plan, diagnose
+from dsmini.diagnosis.diagnosis import INTERVENTIONS, LookPlan, diagnose
+from dsmini.diagnosis.evidence.gather import Gathered, gather
 from dsmini.diagnosis.interventions.intervention import Intervention
-from dsmini.diagnosis.pages import report_of
+from dsmini.diagnosis.pages import report_of, short_report_of
 from dsmini.diagnosis.record import record_of
 from dsmini.diagnosis.subject import config_of, subject_of
 from dsmini.machine import card
@@ -18,6 +20,11 @@ from dsmini.report import Report
 
 SECONDS, QUICK_SECONDS = 75.0, 25.0
 """Time of the rounds."""
+TOTAL_SECONDS = 180.0
+"""Time of predictions, rounds and evidence; a quick diagnosis gathers no evidence."""
+
+RATES, ROUNDS = 0.3, 0.65
+"""Shares of the progress after which rates are there, and rounds are over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,9 @@ class DiagnosisAnswer:
     """What the command shows and writes."""
 
     report: Report
+    """All of it, for a page."""
+    short: Report
+    """What a terminal shows."""
     record: dict[str, Any]
     stopped: bool
 
@@ -50,16 +60,22 @@ def answer(
     rates = None
     if device.type == "cpu":
         rates = (
-            stored_rates(device) if quick else load_or_measure_rates(device, on_part=lambda s, w: on_part(0.4 * s, w))
+            stored_rates(device) if quick else load_or_measure_rates(device, on_part=lambda s, w: on_part(RATES * s, w))
         )
     if only:
         for each in chosen:
             if why := each.why_not(subject):
                 raise ValueError(f"--only {each.name} does not apply: {why}; leave it out")
-    plan = Plan(seconds=QUICK_SECONDS if quick else SECONDS, interventions=chosen)
+    plan = LookPlan(seconds=QUICK_SECONDS if quick else SECONDS, interventions=chosen)
     if rounds is not None:
         plan.rounds, plan.least = rounds, rounds
-    found = diagnose(subject, plan, rates, lambda share, part: on_part(0.4 + 0.6 * share, part))
+    start, rounds_end = time.perf_counter(), 1.0 if quick else ROUNDS
+    found = diagnose(subject, plan, rates, lambda share, part: on_part(RATES + (rounds_end - RATES) * share, part))
+    gathered = Gathered(not_tried={})
+    if not quick and not found.stopped:
+        left = TOTAL_SECONDS - (time.perf_counter() - start)
+        step = found.measured.seconds
+        gathered = gather(subject, rates, left, lambda s, part: on_part(ROUNDS + (1 - ROUNDS) * s, part), step=step)
     train = subject.config.train
     facts = {
         "The run": {
@@ -71,8 +87,12 @@ def answer(
         "The machine": card(device),
     }
     title = f"Diagnosis of {what or 'the default run'}"
+    evidence = {section.name: [figure.as_json() for figure in section.figures] for section in gathered.sections}
     return DiagnosisAnswer(
-        report=report_of(found, title, facts, command), record=record_of(found), stopped=found.stopped
+        report=report_of(found, title, facts, command, gathered),
+        short=short_report_of(found, title, gathered),
+        record=record_of(found) | {"evidence": evidence, "evidence_not_tried": dict(gathered.not_tried)},
+        stopped=found.stopped or gathered.stopped,
     )
 
 

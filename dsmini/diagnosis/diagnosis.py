@@ -78,7 +78,7 @@ class Diagnosis:
 
 
 @dataclass(kw_only=True)
-class Plan:
+class LookPlan:
     """How long to look, and at what."""
 
     rounds: int = 60
@@ -89,7 +89,9 @@ class Plan:
     """Batches whose targets are looked at."""
 
 
-def diagnose(subject: Subject, plan: Plan, rates: Rates | None, on_part: OnPart = lambda done, what: None) -> Diagnosis:
+def diagnose(
+    subject: Subject, plan: LookPlan, rates: Rates | None, on_part: OnPart = lambda done, what: None
+) -> Diagnosis:
     """Diagnose a training run.
 
     Args:

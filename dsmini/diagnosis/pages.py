@@ -1,6 +1,10 @@
-"""A diagnosis as a report: the verdict first, then the evidence, then what to try."""
+"""A diagnosis as a report: the verdict first, then gains and what to try, then the evidence. A terminal shows less."""
+
+from dataclasses import replace
 
 from dsmini.diagnosis.diagnosis import ACTIONS, AXES, WORDS, Diagnosis
+from dsmini.diagnosis.evidence.gather import Gathered
+from dsmini.diagnosis.tries import tries_of
 from dsmini.report import Figure, Plot, Report, Section, Series, Table
 
 VOCABULARIES = (
@@ -12,13 +16,20 @@ VOCABULARIES = (
 """Axis, what is meant here, the article's word, the textbook's."""
 
 
-def report_of(found: Diagnosis, title: str, facts: dict[str, dict[str, str]], command: str) -> Report:
+NO_EVIDENCE = Gathered(not_tried={})
+NOTHING_GAINS = "Nothing that was tried gains: less work, or a faster machine, is what is left."
+
+
+def report_of(
+    found: Diagnosis, title: str, facts: dict[str, dict[str, str]], command: str, gathered: Gathered = NO_EVIDENCE
+) -> Report:
     """Return the report of a diagnosis."""
+    sections = [_verdict(found), _evidence(found), _to_try(found, gathered), _findings(found), _step(found)]
     return Report(
         title=title,
         lead=found.sentence,
-        sections=[_verdict(found), _evidence(found), _step(found), _findings(found)],
-        warnings=["It was interrupted, and rests on the rounds until then."] if found.stopped else [],
+        sections=[*sections, *gathered.sections, *_not_tried(found, gathered)],
+        warnings=_warnings(found, gathered),
         highlights=[
             (_percent(found.gains[name].value), f"{axis.value}: gain of {name}") for axis, name in found.best.items()
         ],
@@ -26,6 +37,59 @@ def report_of(found: Diagnosis, title: str, facts: dict[str, dict[str, str]], co
         facts=facts,
         command=command,
     )
+
+
+def short_report_of(found: Diagnosis, title: str, gathered: Gathered = NO_EVIDENCE) -> Report:
+    """Return what a terminal shows: the verdict, gains, what to try, and faults."""
+    gains = [
+        [name, AXES[name].value, str(g), "" if (said := _predicted(found, name)) is None else _percent(said)]
+        for name, g in found.gains.items()
+    ]
+    table = Table(columns=("made free", "axis", "gain", "predicted"), rows=gains, numeric=("gain", "predicted"))
+    verdict, measured, faults = _verdict(found), _evidence(found), [f for f in found.findings if f.is_fault]
+    rows = [[fault.axis, fault.sentence, fault.fix] for fault in faults]
+    return Report(
+        title=title,
+        sections=[
+            replace(verdict, tables=()),
+            replace(measured, figures=(), plots=(), tables=[table]),
+            _to_try(found, gathered),
+            Section(
+                name="faults",
+                title="What is wrong?",
+                finding="These faults were seen." if faults else "No fault was seen.",
+                tables=[Table(columns=("axis", "fault", "what to do first"), rows=rows)] if faults else [],
+            ),
+        ],
+        warnings=_warnings(found, gathered),
+    )
+
+
+def _warnings(found: Diagnosis, gathered: Gathered) -> list[str]:
+    if found.stopped:
+        return ["It was interrupted, and rests on the rounds until then."]
+    return ["It was interrupted after the verdict; some evidence is missing."] if gathered.stopped else []
+
+
+def _to_try(found: Diagnosis, gathered: Gathered) -> Section:
+    """Return what gained, best first."""
+    tries = tries_of(found, gathered.sections)
+    rows = [[each.what, each.gain, each.action, each.predicted] for each in tries]
+    table = Table(columns=("try", "gain", "how", "predicted"), rows=rows, numeric=("gain", "predicted"))
+    return Section(
+        name="what_to_try",
+        title="What to try, best first?",
+        finding=f"First {tries[0].what}: {tries[0].gain} of a token's time would go." if tries else NOTHING_GAINS,
+        tables=[table] if tries else [],
+    )
+
+
+def _not_tried(found: Diagnosis, gathered: Gathered) -> list[Section]:
+    """Return the section of what was not tried; none if all was."""
+    rows = [[name, why] for name, why in {**found.not_tried, **gathered.not_tried}.items()]
+    table = Table(columns=("not tried", "why"), rows=rows)
+    words = f"{len(rows)} of the experiments {'does' if len(rows) == 1 else 'do'} not apply, or had no time."
+    return [Section(name="not_tried", title="What was not tried?", finding=words, tables=[table])] if rows else []
 
 
 def _verdict(found: Diagnosis) -> Section:
@@ -82,7 +146,6 @@ def _evidence(found: Diagnosis) -> Section:
         predicted = [f.predicted or 0.0 for f in figures]
         bars.append(Series(label="predicted", x=(), y=predicted, kind="bars", dashed=True, of="measured"))
     plot = Plot(title="Share of a step that would go", x="what is made free", y="gain", series=bars, labels=names)
-    missing = [[name, why] for name, why in found.not_tried.items()]
     return Section(
         name="evidence",
         title="What gains how much, predicted first and then measured?",
@@ -90,7 +153,6 @@ def _evidence(found: Diagnosis) -> Section:
         + (f", {1e3 * found.prediction.plain:.1f} ms were predicted." if found.prediction else "."),
         figures=figures,
         plots=[plot],
-        tables=[Table(columns=("not tried", "why"), rows=missing)] if missing else [],
     )
 
 

@@ -18,7 +18,7 @@ wait for the one that shares its core. What the loader adds follows:
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -54,10 +54,10 @@ class Prediction:
 def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
     """Predict a subject's steps with each of the interventions named."""
     config = subject.config
-    shape = _shape(config, subject.rows, config.train.dtype)
+    shape = shape_of(config, subject.rows, config.train.dtype)
     computing = forecast(shape, rates)
     batch = time_batches(subject)
-    wait = _wait(batch, computing.seconds, config.data.workers)
+    wait = waiting_seconds(batch, computing.seconds, config.data.workers)
     plain = computing.seconds + wait
     free: dict[str, float] = {}
     if "replay" in names:
@@ -68,9 +68,9 @@ def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
         free["dense_active"] = plain - _cost_of_routing(shape, rates)
     if "fastest_dtype" in names:
         fastest = str(pick_dtype("auto", subject.trainer.device)).removeprefix("torch.")
-        free["fastest_dtype"] = forecast(_shape(config, subject.rows, fastest), rates).seconds + wait
+        free["fastest_dtype"] = forecast(shape_of(config, subject.rows, fastest), rates).seconds + wait
     if "all_threads" in names:
-        free["all_threads"] = _with_all_threads(computing, subject) + wait
+        free["all_threads"] = seconds_with_threads(computing, subject, [cores()])[0] + wait
     return Prediction(plain=plain, free=free, batch=batch, forecast=computing)
 
 
@@ -94,14 +94,16 @@ def time_batches(subject: Subject) -> BatchTime:
     return BatchTime(seconds=statistics.median(seconds), cpu=statistics.median(cpu))
 
 
-def _wait(batch: BatchTime, computing: float, workers: int) -> float:
+def waiting_seconds(batch: BatchTime, computing: float, workers: int) -> float:
+    """Return what the loader adds to a step of this many seconds of computing."""
     if workers == 0:
         return batch.seconds
     shared = torch.get_num_threads() >= cores()
     return max(batch.cpu if shared else 0.0, batch.seconds / workers - computing)
 
 
-def _shape(config: RunConfig, rows: int, dtype: str) -> StepShape:
+def shape_of(config: RunConfig, rows: int, dtype: str) -> StepShape:
+    """Return the step of a run in a dtype of products; in FP8 if that is the model's precision."""
     name: StepDtype = "float32" if dtype == "float32" else "bfloat16"
     if config.model.precision == "fp8":
         name = "fp8"
@@ -112,19 +114,39 @@ def _shape(config: RunConfig, rows: int, dtype: str) -> StepShape:
 
 def _cost_of_routing(shape: StepShape, rates: Rates) -> float:
     """Return the predicted seconds of a forward and backward with experts over those of a dense twin."""
+    routed, dense = (priced.seconds for priced in routed_and_dense(shape, rates))
+    return routed - dense
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Priced:
+    """A forward and backward before it runs."""
+
+    seconds: float
+    flops: int
+
+
+def routed_and_dense(shape: StepShape, rates: Rates, total: bool = False) -> tuple[Priced, Priced]:
+    """Price a forward and backward with experts, and with a dense feed-forward in their place.
+
+    Args:
+        total: as many parameters as all experts have, instead of those that a token visits.
+    """
     name = f"{shape.work} {shape.dtype}"
-    seconds = []
+    found: list[Priced] = []
     for dense in (False, True):
-        counted = dry_count(lambda dense=dense: _forward_backward(shape, dense), rates.roofs.cache_bytes)
-        seconds.append(sum(rates.steps[name].seconds(counted.operations, counted.views, rates.roofs).values()))
-    return seconds[0] - seconds[1]
+        counted = dry_count(lambda dense=dense: _forward_backward(shape, dense, total), rates.roofs.cache_bytes)
+        parts = rates.steps[name].seconds(counted.operations, counted.views, rates.roofs)
+        found.append(Priced(seconds=sum(parts.values()), flops=counted.flops))
+    return found[0], found[1]
 
 
-def _forward_backward(shape: StepShape, dense: bool):
+def _forward_backward(shape: StepShape, dense: bool, total: bool):
     c = dataclasses.replace(shape.config, precision="fp8") if shape.dtype == "fp8" else shape.config
     model = Transformer(c, compute_dtype=torch.float32 if shape.dtype == "float32" else torch.bfloat16)
     if dense:
-        width = (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim
+        experts = c.n_routed_experts if total else c.n_activated_experts
+        width = (experts + c.n_shared_experts) * c.moe_inter_dim
         for block in [m for m in model.modules() if isinstance(m, Block) and hasattr(m.ffn, "gate")]:
             block.ffn = FeedForward(c, inter_dim=width)
     text = random_tokens(c, shape.batch, shape.tokens + 1, torch.device("cpu"))
@@ -139,20 +161,29 @@ def _forward_backward(shape: StepShape, dense: bool):
     return step
 
 
-def _with_all_threads(now: Forecast, subject: Subject) -> float:
-    """Return the predicted seconds of computing on all cores, from the rates of products and memory with both."""
+def seconds_with_threads(now: Forecast, subject: Subject, counts: Sequence[int]) -> list[float]:
+    """Return the predicted seconds of computing on each number of threads.
+
+    The rates of products and of memory are measured with each; products take longer by the one, memory by the other.
+    """
     device, before = subject.trainer.device, torch.get_num_threads()
     dtype = torch.float32 if subject.config.train.dtype == "float32" else torch.bfloat16
-    rates: list[tuple[float, float]] = []
-    for threads in (before, cores()):
-        torch.set_num_threads(threads)
-        rates.append((matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)))
-    torch.set_num_threads(before)
-    (product, memory), (products, memories) = rates
+    rates: dict[int, tuple[float, float]] = {}
+    try:
+        for threads in {before, *counts}:
+            torch.set_num_threads(threads)
+            rates[threads] = matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)
+    finally:
+        torch.set_num_threads(before)
+    return [scaled(now.by_class, rates[before], rates[threads]) for threads in counts]
+
+
+def scaled(by_class: Mapping[str, float], now: tuple[float, float], then: tuple[float, float]) -> float:
+    """Return the seconds of classes of operations when the rates of (products, memory) change; calls stay."""
 
     def faster(name: str) -> float:
         if name == "calls":
             return 1.0
-        return memories / memory if name in MOVED else products / product
+        return then[1] / now[1] if name in MOVED else then[0] / now[0]
 
-    return sum(seconds / faster(name) for name, seconds in now.by_class.items())
+    return sum(seconds / faster(name) for name, seconds in by_class.items())

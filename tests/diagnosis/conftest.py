@@ -9,8 +9,11 @@ from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.diagnosis.subject import Subject
+from dsmini.measure.rates import Curve
+from dsmini.measure.step_rates import OTHERS, Rates, StepRates
 from dsmini.training.trainer import Trainer
 from tests.helpers.corpora import TEXTS, load
+from tests.helpers.questions import made_up_roofs
 
 MODEL = ModelConfig(
     dim=32,
@@ -50,3 +53,13 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     trainer = Trainer(Transformer(MODEL, compute_dtype=torch.float32), load(place), config, torch.device("cpu"))
     yield Subject(trainer)
     trainer.loader.close()
+
+
+@pytest.fixture
+def rates() -> Rates:
+    """Return a machine that moves a byte in 1 ns, multiplies at 1 GFLOP/s in FP32 and 2 in BF16; a call takes 1 us."""
+    point, product = Curve(sizes=(1.0, 1e9), costs=(1e-9, 1.0)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e9))
+    peak = {"float32": 1e9, "bfloat16": 2e9}
+    roofs = made_up_roofs(point, product, peak=peak, bandwidth=1e9, copy=1e9, call=1e-6)
+    each = StepRates(factors={OTHERS: 1.0}, call=1e-6)
+    return Rates(roofs=roofs, steps={f"training {dtype}": each for dtype in ("float32", "bfloat16")}, process=1000)

@@ -12,7 +12,7 @@ from dsmini.diagnosis import contention as watched
 from dsmini.diagnosis import diagnosis as module
 from dsmini.diagnosis import predictions
 from dsmini.diagnosis.contention import Contention, Watch
-from dsmini.diagnosis.diagnosis import Plan, conclude, diagnose
+from dsmini.diagnosis.diagnosis import LookPlan, conclude, diagnose
 from dsmini.diagnosis.experiment import COUNTED, UNCOUNTED, Measured, run_in_turns
 from dsmini.diagnosis.interventions.algorithm import UNIFORM
 from dsmini.diagnosis.interventions.data import REPLAY
@@ -24,7 +24,7 @@ from dsmini.diagnosis.verdict import Outcome
 from dsmini.training.trainer import StepResult
 
 QUIET = Contention(others=0.0, steadiness=1.0)
-FEW = Plan(rounds=6, least=6)
+FEW = LookPlan(rounds=6, least=6)
 
 
 def step(seconds: float = 0.1, wait: float = 0.0, counts: Sequence[Sequence[int]] | None = None) -> StepResult:
@@ -107,7 +107,7 @@ def test_interrupted_diagnosis_keeps_its_whole_rounds(subject: Subject) -> None:
         if what == "round 7":
             raise KeyboardInterrupt
 
-    found = diagnose(subject, Plan(rounds=50), None, stop)
+    found = diagnose(subject, LookPlan(rounds=50), None, stop)
     assert found.stopped and found.measured.rounds == 6
     assert all(len(taken) == 6 for taken in found.measured.free.values())
 
@@ -116,7 +116,7 @@ def test_interrupted_diagnosis_keeps_its_whole_rounds(subject: Subject) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        diagnose(subject, Plan(rounds=50), None, stop_early)
+        diagnose(subject, LookPlan(rounds=50), None, stop_early)
 
 
 def test_turns_take_turns(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_predicted_wait(
     monkeypatch.setattr(predictions, "cores", lambda: 2)
     monkeypatch.setattr(predictions.torch, "get_num_threads", lambda: threads)
     batch = BatchTime(seconds=seconds, cpu=cpu)
-    assert predictions._wait(batch, 0.1, workers) == pytest.approx(wait)
+    assert predictions.waiting_seconds(batch, 0.1, workers) == pytest.approx(wait)
 
 
 def test_cpu_time_of_others_is_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ multiplications, so the difference is what routing costs: choosing, sorting, man
 out, as it moves all experts, also those that a token does not visit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -46,7 +46,19 @@ def _uniform(gate: Gate, forward: object, x: Tensor) -> Routing:
 
 @contextmanager
 def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
-    """Let a dense feed-forward stand in for each mixture of experts, forward and backward.
+    """Let a dense feed-forward stand in for each mixture of experts, forward and backward. Args: as of dense_pair."""
+
+    def step(base: float) -> float:
+        with_routing, without = pair()
+        return base - (with_routing - without)
+
+    with dense_pair(subject, total) as pair:
+        yield step
+
+
+@contextmanager
+def dense_pair(subject: Subject, total: bool = False) -> Iterator[Callable[[], tuple[float, float]]]:
+    """Yield what takes a forward and backward with experts and one with the dense twin, and returns both seconds.
 
     Args:
         total: as many parameters as all experts have, instead of those that a token visits.
@@ -61,7 +73,7 @@ def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
         for block, part in zip(blocks, parts, strict=True):
             block.ffn = part
 
-    def step(base: float) -> float:
+    def pair() -> tuple[float, float]:
         with_routing = subject.forward_backward()
         put([*plain])
         try:
@@ -70,14 +82,15 @@ def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
                 part.zero_grad(set_to_none=True)
         finally:
             put([*routed])
-        return base - (with_routing - without)
+        return with_routing, without
 
     with ExitStack() as stack:
         stack.enter_context(replay(subject))  # neither side waits
-        yield step
+        yield pair
 
 
-def _no_experts(subject: Subject) -> str | None:
+def no_experts(subject: Subject) -> str | None:
+    """Return why experts cannot be replaced; None if they can."""
     if subject.config.train.compile:
         return "the model is compiled; run without --train.compile"
     return None if subject.trainer.model.gates() else "the model has no routed experts"
@@ -88,7 +101,7 @@ UNIFORM = Intervention(
     axis=Axis.ALGORITHM,
     words="all experts get equally many tokens",
     action="Balance the experts: raise train.bias_speed, or the weight of the balance loss.",
-    why_not=_no_experts,
+    why_not=no_experts,
     apply=uniform_routing,
 )
 DENSE = Intervention(
@@ -96,6 +109,6 @@ DENSE = Intervention(
     axis=Axis.ALGORITHM,
     words="a dense feed-forward with as many active parameters stands in for the experts",
     action="Make fewer and wider experts, or larger batches, so that each product has more rows.",
-    why_not=_no_experts,
+    why_not=no_experts,
     apply=dense,
 )

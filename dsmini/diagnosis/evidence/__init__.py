@@ -1,0 +1,1 @@
+"""Evidence beside the verdict: experiments whose outcome is predicted first, one a file."""
