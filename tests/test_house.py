@@ -71,6 +71,7 @@ MAY_IMPORT = {
     },
     "dsmini.explain": {"dsmini.console", "dsmini.ops"},
     "dsmini.plan": {"dsmini.console", "dsmini.planner"},
+    "dsmini.diagnose": {"dsmini.atomic", "dsmini.console", "dsmini.diagnosis", "dsmini.ops"},
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
@@ -274,11 +275,11 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4340,
+    "benchmarks": 4650,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1700,
     "dsmini/inference": 1430,
-    "dsmini/measure": 2110,
+    "dsmini/measure": 2125,
     "dsmini/nn": 2180,
     "dsmini/planner": 8875,
     "dsmini/report": 1620,

@@ -1,1 +1,1 @@
-"""Which of Data, Algorithm and Machine binds a run, proved by experiment."""
+"""Find the axis that binds a run, Data, Algorithm or Machine, by experiment."""

@@ -29,12 +29,12 @@ RATES, ROUNDS = 0.3, 0.65
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisAnswer:
-    """What the command shows and writes."""
+    """Output of the command."""
 
     report: Report
     """All of it, for a page."""
     short: Report
-    """What a terminal shows."""
+    """Report for a terminal."""
     record: dict[str, Any]
     stopped: bool
 

@@ -42,7 +42,7 @@ OnPart = Callable[[float, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was predicted, measured and concluded."""
+    """Predictions, measurements and conclusions."""
 
     verdict: Verdict
     gains: Mapping[str, Gain]
@@ -79,7 +79,7 @@ class Diagnosis:
 
 @dataclass(kw_only=True)
 class LookPlan:
-    """How long to look, and at what."""
+    """Time of a diagnosis, and the things that it looks at."""
 
     rounds: int = 60
     seconds: float = 75.0

@@ -71,7 +71,7 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Stub:
-    """What a trainer asks of a loader."""
+    """The part of a loader that a trainer asks for."""
 
     take: Callable[..., tuple[Tensor, Tensor]]
 

@@ -32,7 +32,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gains say."""
+    """Conclusion from the gains of all axes."""
 
     outcome: Outcome
     axis: Axis | None
@@ -40,7 +40,7 @@ class Verdict:
     gains: Mapping[Axis, Gain]
     sentence: str
     decides: str
-    """What would decide it, for MIXED and UNDETERMINED; else ""."""
+    """The way to decide it, for MIXED and UNDETERMINED; else ""."""
 
 
 def verdict(gains: Mapping[Axis, Gain]) -> Verdict:

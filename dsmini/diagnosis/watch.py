@@ -87,9 +87,9 @@ class Sign:
     axis: Axis
     share: Spread
     words: str
-    """What was seen, with its figures."""
+    """Observation, with its figures."""
     fix: str
-    """What to do, in one sentence."""
+    """Advice in one sentence."""
     limit: float = LEAST
     takes_time: bool = True
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from dsmini.diagnosis import predictions
-from dsmini.diagnosis.diagnosis import Plan, diagnose
+from dsmini.diagnosis.diagnosis import LookPlan, diagnose
 from dsmini.diagnosis.evidence import batch_sweep, dense_twin, dtypes, evidence, gather, loader_delay, threads, timeline
 from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched, to_try
 from dsmini.diagnosis.gains import Gain
@@ -345,7 +345,7 @@ def test_what_to_try_ranks_gains_of_all_experiments() -> None:
 
 
 def test_terminal_of_80_columns_shows_verdict_gains_tries_and_faults(subject: Subject) -> None:
-    found = diagnose(subject, Plan(rounds=5, least=5), None)
+    found = diagnose(subject, LookPlan(rounds=5, least=5), None)
     gathered = gather.gather(subject, None, 60.0, every=[fake("a"), fake("b", why="no experts")])
     short = short_report_of(found, "Diagnosis", gathered)
     assert [section.name for section in short.sections] == ["verdict", "evidence", "what_to_try", "faults"]

@@ -1,4 +1,4 @@
-"""What the plain steps say besides their time: waiting, the experts' load, and what other programs took."""
+"""Findings of plain steps besides their time: waiting, the experts' load, and the share of other programs."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""What is made free, one axis a file: each changes a running subject, and takes the change back."""
+"""Interventions, one axis a file: each makes one thing free, changes a running subject, and takes the change back."""
