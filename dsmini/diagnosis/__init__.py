@@ -1,1 +1,1 @@
-"""Which of Data, Algorithm and Machine binds a run, proved by experiment."""
+"""Find the one of Data, Algorithm and Machine that binds a run, proved by experiment."""

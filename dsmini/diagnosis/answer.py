@@ -28,12 +28,12 @@ RATES, ROUNDS = 0.3, 0.65
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisAnswer:
-    """What the command shows and writes."""
+    """All that the command shows and writes."""
 
     report: Report
     """All of it, for a page."""
     short: Report
-    """What a terminal shows."""
+    """The part that a terminal shows."""
     record: dict[str, Any]
     stopped: bool
 

@@ -25,7 +25,7 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True, kw_only=True)
 class Contention:
-    """What others took of the machine during a turn."""
+    """Share of the machine that others took during a turn."""
 
     others: float
     """Cores that other programs, or other guests of the host, kept busy."""

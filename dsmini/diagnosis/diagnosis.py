@@ -41,7 +41,7 @@ OnPart = Callable[[float, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was predicted, measured and concluded."""
+    """All that was predicted, measured and concluded."""
 
     verdict: Verdict
     gains: Mapping[str, Gain]
@@ -78,7 +78,7 @@ class Diagnosis:
 
 @dataclass(kw_only=True)
 class Plan:
-    """How long to look, and at what."""
+    """Time of a diagnosis, and the things to look at."""
 
     rounds: int = 60
     seconds: float = 75.0

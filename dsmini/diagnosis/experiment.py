@@ -72,7 +72,7 @@ def run_in_turns(
 
 
 def _round(subject: Subject, interventions: Sequence[Intervention], watch: Watch, into: Measured) -> None:
-    """Take one round. What a round measures is added at its end, so that an interrupted one leaves nothing."""
+    """Take one round. Its measurements are added at its end, so that an interrupted one leaves nothing."""
     watch.begin()
     steps = [subject.step() for _ in range(UNCOUNTED + COUNTED)][UNCOUNTED:]
     contention = watch.end()

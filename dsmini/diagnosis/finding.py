@@ -23,9 +23,9 @@ class Finding:
     is_fault: bool
     """The figure is bad enough that a user should act."""
     sentence: str
-    """What was measured, with numbers and units."""
+    """Sentence about what was measured, with numbers and units."""
     fix: str = ""
-    """What to do first; empty where there is nothing to do."""
+    """First thing to do; empty where there is nothing to do."""
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:

@@ -2,7 +2,7 @@
 
 The forecast of this machine prices the operations that a step would run. A batch is timed alone, without the model: its
 seconds, and the CPU seconds among them. A thread that prepares batches takes these from the products, whose threads all
-wait for the one that shares its core. What the loader adds follows:
+wait for the one that shares its core. So the loader adds:
 
     busy = computing + CPU seconds of a batch, where products use all cores; else computing
     T    = max(busy, seconds of a batch / workers),   or computing + seconds of a batch without workers

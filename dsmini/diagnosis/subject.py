@@ -70,7 +70,7 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Stub:
-    """What a trainer asks of a loader."""
+    """The part of a loader that a trainer asks."""
 
     take: Callable[..., tuple[Tensor, Tensor]]
 

@@ -32,7 +32,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gains say."""
+    """Verdict that the gains allow."""
 
     outcome: Outcome
     axis: Axis | None
@@ -40,7 +40,7 @@ class Verdict:
     gains: Mapping[Axis, Gain]
     sentence: str
     decides: str
-    """What would decide it, for MIXED and UNDETERMINED; else ""."""
+    """Advice on how to decide it, for MIXED and UNDETERMINED; else ""."""
 
 
 def verdict(gains: Mapping[Axis, Gain]) -> Verdict:

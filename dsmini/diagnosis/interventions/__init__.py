@@ -1,1 +1,1 @@
-"""What is made free, one axis a file: each changes a running subject, and takes the change back."""
+"""Things that are made free, one axis a file: each changes a running subject, and takes the change back."""

@@ -18,9 +18,9 @@ class Intervention:
     name: str
     axis: Axis
     words: str
-    """What is changed, for people, as in "replay one batch"."""
+    """The change in words, for people, as in "replay one batch"."""
     action: str
-    """What to do where it gains, in one sentence."""
+    """Advice where it gains, in one sentence."""
     why_not: Callable[[Subject], str | None]
     """Returns why it does not apply to a subject; None if it does."""
     apply: Callable[[Subject], AbstractContextManager[Step]]
