@@ -28,7 +28,7 @@ class DiagnoseCommand:
     what: Annotated[Path | None, tyro.conf.Positional] = None
     """Config or run to diagnose; left out: the default run of dsmini.train."""
     quick: bool = False
-    """Look for half a minute instead of three, at the verdict alone; predict only if this machine's rates are stored."""
+    """Look for half a minute instead of three, at the verdict alone; predict only from stored rates."""
     rounds: int | None = None
     """Number of rounds, instead of as many as fit into the time."""
     out: Path | None = None
