@@ -1,4 +1,4 @@
-"""What to try: everything that gained when it was tried, the largest gain first."""
+"""Things to try: everything that gained when it was tried, the largest gain first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -47,7 +47,7 @@ def gather(
 
     Args:
         on_part: told the share that is done and what is next.
-        step: seconds of a plain step. What would take far longer than its share is not tried.
+        step: seconds of a plain step. An experiment that would take far longer than its share is not tried.
     """
     not_tried = {each.name: why for each in every if (why := _why_not(each, subject, rates)) is not None}
     tried = [each for each in every if each.name not in not_tried]
