@@ -86,7 +86,6 @@ MAY_IMPORT = {
     "dsmini.training.muon": {"dsmini.functional.muon"},
     "dsmini.training.average": set(),
     "dsmini.training.schedule": {"dsmini.config"},
-    "dsmini.diagnose": {"dsmini.atomic", "dsmini.console", "dsmini.diagnosis", "dsmini.ops"},
     "dsmini.diagnosis.finding": set(),
     "dsmini.diagnosis": {
         *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis"),

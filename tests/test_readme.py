@@ -33,6 +33,8 @@ def smaller(module: str, arguments: str) -> str:
         return f"{arguments} --max-new-tokens 4"
     if module == "dsmini.tokenize":
         return arguments.replace("FILE_OR_FOLDER", "book.txt")
+    if module == "dsmini.diagnose":
+        return "small.toml --quick --rounds 5"
     if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
         return arguments
     if "--resume" in arguments:  # the only setting that differs from the run it goes on with
@@ -49,6 +51,7 @@ def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 100)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "small.toml").write_text("[model]\nn_layers = 1\nn_dense_layers = 0\n[data]\npath = 'book.txt'\n")
     said = commands()
     assert ("dsmini.train", "") in said and len(said) > 4
     answers = run_all([(module, smaller(module, arguments)) for module, arguments in said], tmp_path)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsmini.diagnosis import predictions
 from dsmini.diagnosis.diagnosis import LookPlan, diagnose
 from dsmini.diagnosis.evidence import batch_sweep, dense_twin, dtypes, evidence, gather, loader_delay, threads, timeline
 from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched, to_try
