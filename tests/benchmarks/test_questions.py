@@ -10,13 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import kernel_calls, shapes, steps, trained
+from benchmarks import faults, kernel_calls, shapes, steps, trained
 from benchmarks.case import Figure, Setting, pick
+from benchmarks.faults import Fault
 from benchmarks.peer_models import nanogpt
 from benchmarks.peer_models.llamacpp_model import write_gguf
 from benchmarks.questions import (
     Question,
     decode,
+    diagnose,
     fp8,
     fp8_error,
     kernels,
@@ -64,6 +66,7 @@ METRICS = {
     "kernels": {"seconds", "share_of_roof", "over_eager", "over_reference"},
     "quantize": {"bandwidth", "share_of_copy", "over_eager", "call_seconds"},
     "plan": {"seconds", "tensor_memory", "process_memory"},
+    "diagnose": {"right", "gain"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
 }
@@ -78,10 +81,11 @@ PREDICTED = {
     "fp8-error": {"error", "error_with_e5m2_gradients", "error_with_fp32_scales"},
     "mtp": {"acceptance", "tokens_per_step", "speedup", "same_continuations"},
     "kernels": {"seconds"},
+    "diagnose": {"gain"},
     "plan": {"seconds", "tensor_memory", "process_memory"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
-PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1}
+PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1, "diagnose": 1}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},
@@ -110,6 +114,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     wide = dataclasses.replace(LONG, inter_dim=1024, vocab_size=1152)  # smaller ones are left to torch
     changes += [(shapes, "QUICK_WIDE", wide), (kernel_calls, "CACHES", 0.01)]
     changes += [(kernel_calls, "QUICK_ACTIVATIONS", (64, 256)), (kernels, "QUICK_TURN", 0.0)]
+    small_run = Fault(name="small", axis="", model=TINY, train=TrainConfig(batch_size=2, optimizer="adamw", threads=1))
+    changes += [(diagnose, "faults", lambda: [small_run]), (diagnose, "SECONDS", 0.0), (faults, "CORPUS", corpus)]
     changes += [(plan, "recipe", lambda name: config), (plan, "SECONDS", 0.0)]
     changes += [(plan.step_rates, "rates_beyond", lambda *_: invented_rates())]
     changes += [(plan, "peak_of_process", lambda shape: 400 << 20)]

@@ -67,7 +67,7 @@ def test_answers_of_a_config_and_of_a_run(place: Path) -> None:
     answers = run_all([("dsmini.diagnose", line) for line in lines], place, columns=100)
     assert [status for status, _ in answers] == [0, 0, 0], answers
     shown, of_run, only = (output for _, output in answers)
-    for words in ("replay", "what to do where it gains", "5 rounds in turns", "not tried", "idle_experts"):
+    for words in ("replay", "dense_active", "5 rounds in turns", "made free", "what to do first"):
         assert words in shown, words
     assert "<svg" in (place / "found" / "diagnosis.html").read_text()
     written = json.loads((place / "found" / "diagnosis.json").read_text())

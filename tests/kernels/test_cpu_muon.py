@@ -188,7 +188,7 @@ def test_a_counter_gets_the_cost() -> None:
     counted = count(lambda: muon_update(given, JORDAN, **HOW, matmul_dtype=torch.float32))
     (one,) = (op for op in counted.operations if op.name == "muon_update")
     cost = muon_update.cost(given, JORDAN, **HOW, matmul_dtype=torch.float32)
-    assert (one.read, one.written, one.flops) == cost
+    assert (one.read, one.written, one.flops) == cost[:3]
 
 
 def test_what_is_not_served_says_why() -> None:
