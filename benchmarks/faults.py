@@ -65,6 +65,8 @@ class Fault:
     text: str = ""
     """Text to train on; "": the default corpus."""
     wrong: Wrong = lambda subject, seed: nullcontext()
+    slower_dtype: bool = False
+    """Products run in the one of FP32 and BF16 that this machine does not prefer."""
 
     @contextmanager
     def subject(self, seed: int) -> Iterator[Subject]:
@@ -77,6 +79,8 @@ class Fault:
                 data = DataConfig(path=folder / "text.txt")
             device = torch.device("cpu")
             dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+            if self.slower_dtype:
+                dtype = "bfloat16" if dtype == "float32" else "float32"
             before = torch.get_num_threads()
             stack.callback(torch.set_num_threads, before)
             torch.set_num_threads(self.train.threads or cores())
@@ -212,6 +216,7 @@ def faults() -> list[Fault]:
         ),
         Fault(name="tiny experts", axis="Algorithm", model=TINY_EXPERTS),
         Fault(name="thread cap", axis="Machine", model=COMPUTING, train=one_thread),
+        Fault(name="slower dtype", axis="Machine", model=COMPUTING, slower_dtype=True),
         Fault(name="memory hog", axis="Machine", wrong=_hogged),
         Fault(name="healthy", axis=""),
         Fault(name="healthy, dense", axis="", model=DENSE),
