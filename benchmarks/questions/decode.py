@@ -6,7 +6,7 @@ results of the products. The ratio of the two shows what kernels can still save.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.case import Case, Figure, Plot, Setting, cases_over, pick
 from benchmarks.steps import distinct_experts, over_bound, step_figures
-from dsmini import Transformer, accounting
+from dsmini import accounting
 from dsmini.inference.decoding import Decoder
 from dsmini.measure.counting import count
 from dsmini.measure.memory import reset_peak
 from dsmini.measure.timing import times
-from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
+from dsmini.measure.workloads import ROOM, dtype_name, random_cache, random_model, random_tokens
 from dsmini.nn.transformer import States
 from dsmini.report.charts import lines
 
@@ -36,25 +36,19 @@ def cases(setting: Setting) -> list[Case]:
     return cases_over("batch={} context={}", points, seconds, partial(measure, setting))
 
 
-def decoding_step(setting: Setting, batch: int, context: int) -> tuple[Transformer, Callable[[Tensor | None], States]]:
-    """Return a model, a cache of random rows, and a step that decodes the given tokens or random ones."""
+@torch.no_grad()
+def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
     model = random_model(shapes.decoded(setting.quick), setting.device, setting.dtype)
-    cache = random_cache(model, batch, context, 64)  # rows are read in multiples of 64
+    cache = random_cache(model, batch, context, ROOM)
     decoder = Decoder(model)
 
     def step(tokens: Tensor | None) -> States:
         cache.truncate(context)
-        drawn = random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens
-        states = decoder.states(drawn, cache)
+        given = random_tokens(model.config, batch, 1, setting.device) if tokens is None else tokens
+        states = decoder.states(given, cache)
         model.head(states.normed)
         return states
 
-    return model, step
-
-
-@torch.no_grad()
-def measure(setting: Setting, batch: int, context: int) -> Iterator[Figure]:
-    model, step = decoding_step(setting, batch, context)
     drawn = [random_tokens(model.config, batch, 1, setting.device) for _ in range(STEPS)]
     reset_peak()
     step(None)

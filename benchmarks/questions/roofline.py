@@ -7,20 +7,18 @@ each element that it writes.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from benchmarks import shapes
 from benchmarks.case import Case, Figure, Figures, Plot, Series, Setting, pick, values
-from benchmarks.questions.decode import decoding_step
-from benchmarks.questions.prefill import reading_step
-from benchmarks.questions.train import training_step
 from benchmarks.steps import check_bandwidth
+from dsmini import TrainConfig
 from dsmini.measure.counting import CountedOperation, count
 from dsmini.measure.prediction import operation_seconds
-from dsmini.measure.workloads import dtype_name
+from dsmini.measure.workloads import StepShape, dtype_name
 
 NAME = "roofline"
 PASSES = 5
@@ -32,23 +30,23 @@ figure = Figures(NAME, neither={"flop_rate": "FLOP/s", "share_of_time": "", "roo
 
 
 def cases(setting: Setting) -> list[Case]:
+    served = shapes.decoded(setting.quick)
+    trained = dataclasses.replace(shapes.TRAINED, n_layers=3) if setting.quick else shapes.TRAINED
+    adamw = TrainConfig(optimizer="adamw")
+    of = partial(StepShape, dtype=dtype_name(setting.dtype))
     steps = {
-        "decode": lambda: partial(decoding_step(setting, 1, 1024)[1], None),
-        "prefill": lambda: reading_step(setting, 1, 512)[1],
-        "train": lambda: _train(setting),
+        "decode": of(work="decode", config=served, batch=1, tokens=1024),
+        "prefill": of(work="prefill", config=served, batch=1, tokens=512),
+        "train": of(work="training", config=trained, batch=8, tokens=trained.max_seq_len, train=adamw),
     }
     return [
-        Case(key=f"step={name}", seconds=6.0, run=lambda name=name, make=make: measure(setting, name, make()))
-        for name, make in steps.items()
+        Case(key=f"step={name}", seconds=6.0, run=lambda name=name, shape=shape: measure(setting, name, shape))
+        for name, shape in steps.items()
     ]
 
 
-def _train(setting: Setting) -> Callable[[], object]:
-    config = dataclasses.replace(shapes.TRAINED, n_layers=3) if setting.quick else shapes.TRAINED
-    return training_step(config, setting, 8, config.max_seq_len)
-
-
-def measure(setting: Setting, name: str, step: Callable[[], object]) -> Iterator[Figure]:
+def measure(setting: Setting, name: str, shape: StepShape) -> Iterator[Figure]:
+    step = shape.make(setting.device)
     with torch.set_grad_enabled(name == "train"):
         step()
         passes = [count(step, setting.roofs.cache_bytes).operations for _ in range(PASSES)]
