@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsmini.config import TrainConfig
-from dsmini.planner.setup import DTYPES
+from dsmini.planner.training.layout import DTYPES
 from dsmini.planner.whole import Plan
 from dsmini.report import Section, Table
 from dsmini.report.units import human

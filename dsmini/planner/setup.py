@@ -23,7 +23,7 @@ from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import ServingWorkload, serving_workload
 from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment
 from dsmini.planner.training.assumptions import Assumptions
-from dsmini.planner.training.layout import Layout, Precision
+from dsmini.planner.training.layout import DTYPES, Layout, Precision
 from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
 from dsmini.planner.training.workload import Workload
 from dsmini.reading import read_toml
@@ -33,7 +33,6 @@ V3_BATCH, V3_SEQ_LEN, V3_TOKENS = 15360, 4096, 14.8e12
 V3_SOURCE = "as DeepSeek-V3: V3 report, section 4.2"
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
-DTYPES: dict[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

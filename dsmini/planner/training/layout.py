@@ -10,9 +10,11 @@ micro-batches of one sequence for each part.
 Source: DeepSeek-V3 report, section 3.2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dsmini.accounting.memory import WeightDtype
 from dsmini.config import ModelConfig
 from dsmini.config.fields import check_types, require
 from dsmini.planner.quantities.figures import Figures
@@ -23,6 +25,8 @@ from dsmini.planner.training.workload import Workload
 Zero = Literal[0, 1, 2, 3]
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16", "fp8"]
+DTYPES: Mapping[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
+"""Dtype of weights and of the products' peak, by precision."""
 Schedule = Literal["1f1b", "zb1p", "dualpipe"]
 Moments = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]

@@ -18,7 +18,7 @@ import numpy as np
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
-from dsmini.planner.training.layout import Layout
+from dsmini.planner.training.layout import DTYPES, Layout
 from dsmini.planner.training.layout_table import Choices, LayoutTable, Problem, evaluate_layouts, layout_of
 from dsmini.planner.training.step import StepFigures
 from dsmini.planner.training.training_plan import TrainingPlan, training_plan
@@ -26,8 +26,6 @@ from dsmini.planner.training.workload import Workload
 
 Binding = Literal["compute", "all-to-all", "bubble", "memory", "gradients", "tensor"]
 """Part of the hardware or the layout that keeps a layout from being faster."""
-UNITS = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
-"""Units of the hardware that a precision needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +60,7 @@ def search(
     Raises: ValueError if no layout fits, with what would fit: other choices, or a number of GPUs.
     """
     given = choices or Choices()
-    precisions = tuple(p for p in given.precisions if UNITS[p] in hardware.peaks)
+    precisions = tuple(p for p in given.precisions if DTYPES[p] in hardware.peaks)
     if not precisions:
         raise ValueError(f"{hardware.title} has no units for {', '.join(given.precisions)}; allow another precision")
     problem = Problem(
