@@ -15,10 +15,10 @@ from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
 from dsmini.config import RunConfig
 from dsmini.data.corpus import load_corpus
 from dsmini.data.documents import ProgressCallback, silent
-from dsmini.machine import DTYPES, pick_device, pick_dtype
+from dsmini.machine import DTYPES, pick_device
 from dsmini.nn import Block, Transformer
 from dsmini.training.schedule import batch_size
-from dsmini.training.start import refuse_too_large_run
+from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import StepResult, Trainer
 
 
@@ -87,8 +87,8 @@ def subject_of(config: RunConfig, run: Path | None, progress: ProgressCallback =
     device = pick_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    refuse_too_large_run(config, device)
-    config = _resolved(config, device)
+    refuse_oversized(config, device)
+    config = resolved(config, device)
     data, cache = config.data, Path("runs/corpus") if run is None else run.parent / "corpus"
     if run is not None:
         if read_summary(run):
@@ -130,9 +130,3 @@ def _load(trainer: Trainer, run: Path) -> None:
         sequences=state.sequences,
         average_updates=state.average_updates,
     )
-
-
-def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
-    return dataclasses.replace(config, train=train)

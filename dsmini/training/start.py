@@ -62,9 +62,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         )
     if place := origin.resume or config.out:
         refuse_misplaced(place)
-    refuse_too_large_run(config, device)
+    refuse_oversized(config, device)
     corpus = _read_corpus(config, origin.resume, console)
-    config = _resolved(config, device)
+    config = resolved(config, device)
     out = origin.resume or new_run_folder(config.out, origin.name)
     config = dataclasses.replace(config, out=out)
     with sole_trainer(out):
@@ -90,8 +90,8 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         yield training
 
 
-def refuse_too_large_run(config: RunConfig, device: torch.device) -> None:
-    """Refuse a run whose parameters, optimizer state and smallest activations do not fit into memory."""
+def refuse_oversized(config: RunConfig, device: torch.device) -> None:
+    """Raise ValueError if the parameters, optimizer state and smallest activations do not fit into memory."""
     train = config.train
     nbytes = accounting.training_bytes(
         config.model,
@@ -103,6 +103,13 @@ def refuse_too_large_run(config: RunConfig, device: torch.device) -> None:
         recompute=train.recompute,
     ).total
     refuse_too_large(int(nbytes), "training this model with such a batch", device)
+
+
+def resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """Return the config with the device, dtype and threads that are in use now, and with absolute paths."""
+    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
+    train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
+    return dataclasses.replace(absolute(config), train=train)
 
 
 def _begin(training: TrainingRun, weights: FirstWeights | None) -> list[str]:
@@ -177,13 +184,6 @@ def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Co
         return load_corpus(
             data, config.seq_len, config.model.vocab_size, cache, config.train.seed, progress=progress.stage
         )
-
-
-def _resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """Return the config with the device, dtype and threads in use."""
-    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
-    return dataclasses.replace(absolute(config), train=train)
 
 
 def _introduction(config: RunConfig, corpus: Corpus) -> Sequence[str]:
