@@ -12,29 +12,29 @@ wait for the one that shares its core. The loader's part follows:
     uniform routing  T: in one process all experts run on the same cores, so that only their sum counts
     dense            T - (forward and backward with experts - forward and backward without)
     fastest dtype    the forecast in that dtype, + wait
-    all threads      products by the ratio of their rates, memory by the ratio of bandwidths, calls as they are
+    all threads      as in scaling.py, + wait
 """
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
 from dsmini.config import RunConfig
+from dsmini.diagnosis.interventions.algorithm import dense_twin
 from dsmini.diagnosis.interventions.machine import cores
+from dsmini.diagnosis.scaling import seconds_with_threads
 from dsmini.diagnosis.subject import Subject
-from dsmini.machine import matmul_rate, pick_dtype
-from dsmini.measure.calibration import read_bandwidth
+from dsmini.machine import pick_dtype
 from dsmini.measure.dry import dry_count
 from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
 from dsmini.measure.workloads import StepDtype, StepShape, random_tokens
-from dsmini.nn import Block, FeedForward, Routing, Transformer
+from dsmini.nn import Block, Routing, Transformer
 
 BATCHES = 5
-MOVED = ("move", "copy", "pointwise", "reduce", "gather", "scatter", "softmax", "cast", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def predict(subject: Subject, names: list[str], rates: Rates) -> Prediction:
         fastest = str(pick_dtype("auto", subject.trainer.device)).removeprefix("torch.")
         free["fastest_dtype"] = forecast(shape_of(config, subject.rows, fastest), rates).seconds + wait
     if "all_threads" in names:
-        free["all_threads"] = seconds_with_threads(computing, subject, [cores()])[0] + wait
+        free["all_threads"] = seconds_with_threads(computing, [cores()], rates)[0] + wait
     return Prediction(plain=plain, free=free, batch=batch, forecast=computing)
 
 
@@ -130,7 +130,7 @@ def routed_and_dense(shape: StepShape, rates: Rates, total: bool = False) -> tup
     """Price a forward and backward with experts, and with a dense feed-forward in their place.
 
     Args:
-        total: as many parameters as all experts have, instead of those that a token visits.
+        total: as of dense_twin.
     """
     name = f"{shape.work} {shape.dtype}"
     found: list[Priced] = []
@@ -141,14 +141,12 @@ def routed_and_dense(shape: StepShape, rates: Rates, total: bool = False) -> tup
     return found[0], found[1]
 
 
-def _forward_backward(shape: StepShape, dense: bool, total: bool):
+def _forward_backward(shape: StepShape, dense: bool, total: bool) -> Callable[[], list[Routing]]:
     c = dataclasses.replace(shape.config, precision="fp8") if shape.dtype == "fp8" else shape.config
     model = Transformer(c, compute_dtype=torch.float32 if shape.dtype == "float32" else torch.bfloat16)
     if dense:
-        experts = c.n_routed_experts if total else c.n_activated_experts
-        width = (experts + c.n_shared_experts) * c.moe_inter_dim
         for block in [m for m in model.modules() if isinstance(m, Block) and hasattr(m.ffn, "gate")]:
-            block.ffn = FeedForward(c, inter_dim=width)
+            block.ffn = dense_twin(c, total)
     text = random_tokens(c, shape.batch, shape.tokens + 1, torch.device("cpu"))
 
     def step() -> list[Routing]:
@@ -159,31 +157,3 @@ def _forward_backward(shape: StepShape, dense: bool, total: bool):
         return []
 
     return step
-
-
-def seconds_with_threads(now: Forecast, subject: Subject, counts: Sequence[int]) -> list[float]:
-    """Return the predicted seconds of computing on each number of threads.
-
-    The rates of products and of memory are measured with each; products take longer by the one, memory by the other.
-    """
-    device, before = subject.trainer.device, torch.get_num_threads()
-    dtype = torch.float32 if subject.config.train.dtype == "float32" else torch.bfloat16
-    rates: dict[int, tuple[float, float]] = {}
-    try:
-        for threads in {before, *counts}:
-            torch.set_num_threads(threads)
-            rates[threads] = matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)
-    finally:
-        torch.set_num_threads(before)
-    return [scaled(now.by_class, rates[before], rates[threads]) for threads in counts]
-
-
-def scaled(by_class: Mapping[str, float], now: tuple[float, float], then: tuple[float, float]) -> float:
-    """Return the seconds of classes of operations when the rates of (products, memory) change; calls stay."""
-
-    def faster(name: str) -> float:
-        if name == "calls":
-            return 1.0
-        return then[1] / now[1] if name in MOVED else then[0] / now[0]
-
-    return sum(seconds / faster(name) for name, seconds in by_class.items())

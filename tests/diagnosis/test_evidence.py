@@ -14,7 +14,6 @@ from dsmini.diagnosis.evidence import batch_sweep, dense_twin, dtypes, evidence,
 from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched, to_try
 from dsmini.diagnosis.gains import Gain
 from dsmini.diagnosis.pages import report_of, short_report_of
-from dsmini.diagnosis.predictions import scaled
 from dsmini.diagnosis.subject import Subject
 from dsmini.diagnosis.tries import tries_of
 from dsmini.measure.forecast import forecast
@@ -115,12 +114,6 @@ def test_gain_to_try_has_quartiles() -> None:
 
 
 # --- threads, dtypes, dense twin
-
-
-def test_only_products_scale_with_threads() -> None:
-    """Check the worked example: products twice and memory 1.2 times as fast."""
-    by_class = {"product": 0.10, "pointwise": 0.06, "calls": 0.04}
-    assert scaled(by_class, (1.0, 1.0), (2.0, 1.2)) == pytest.approx(0.05 + 0.05 + 0.04)
 
 
 def test_thread_counts_have_what_the_run_uses() -> None:

@@ -1,18 +1,11 @@
 """Threads: which part of a step gets faster with more cores?
 
-The rates of products and of memory are measured with each number of threads. A step is predicted from them:
-
-    T(n) = sum of products * P(1) / P(n) + sum of memory * M(1) / M(n) + calls
-
 Only products scale with the cores. Memory stops when its bandwidth is full, and calls, which are Python, do not scale.
-
-Worked example: 100 ms of products, 60 of memory, 40 of calls on one thread. Two threads double products and read memory
-1.2 times as fast: 50 + 50 + 40 = 140 ms, which is 1.43 times as fast.
+scaling.py predicts the step on each number of threads.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +15,8 @@ from dsmini.diagnosis.evidence.evidence import Evidence, in_ms, in_turns, timed,
 from dsmini.diagnosis.interventions.data import replay
 from dsmini.diagnosis.interventions.intervention import Step
 from dsmini.diagnosis.interventions.machine import cores
-from dsmini.diagnosis.predictions import seconds_with_threads, shape_of
+from dsmini.diagnosis.predictions import shape_of
+from dsmini.diagnosis.scaling import seconds_with_threads, threads_put_back
 from dsmini.diagnosis.subject import Subject
 from dsmini.measure.forecast import forecast
 from dsmini.measure.step_rates import Rates
@@ -49,20 +43,10 @@ def numbers(subject: Subject, rates: Rates | None, seconds: float) -> ThreadSwee
     counts, predicted = counts_of(cores(), torch.get_num_threads()), None
     if rates is not None:
         now = forecast(shape_of(subject.config, subject.rows, subject.config.train.dtype), rates)
-        predicted = seconds_with_threads(now, subject, counts)
+        predicted = seconds_with_threads(now, counts, rates)
     with replay(subject) as step, threads_put_back():
         found = in_turns({str(n): partial(_step, step, n) for n in counts}, seconds)
     return ThreadSweep(threads=counts, taken=list(found.values()), predicted=predicted)
-
-
-@contextmanager
-def threads_put_back() -> Iterator[None]:
-    """Let the number of threads be afterwards what it was before."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _step(step: Step, threads: int) -> float:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dsmini.config import ModelConfig
 from dsmini.diagnosis.interventions.data import replay
 from dsmini.diagnosis.interventions.intervention import Intervention, Step
 from dsmini.diagnosis.subject import Subject
@@ -44,9 +45,19 @@ def _uniform(gate: Gate, forward: object, x: Tensor) -> Routing:
     return Routing(indices, weights * gate.options["route_scale"], chosen.scores, counts)
 
 
+def dense_twin(config: ModelConfig, total: bool) -> FeedForward:
+    """Make the dense feed-forward that stands in for a mixture of experts.
+
+    Args:
+        total: as many parameters as all experts have, instead of those that a token visits.
+    """
+    experts = config.n_routed_experts if total else config.n_activated_experts
+    return FeedForward(config, inter_dim=(experts + config.n_shared_experts) * config.moe_inter_dim)
+
+
 @contextmanager
 def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
-    """Let a dense feed-forward stand in for each mixture of experts, forward and backward. Args: as of dense_pair."""
+    """Let a dense feed-forward stand in for each mixture of experts, forward and backward. Args: as of dense_twin."""
 
     def step(base: float) -> float:
         with_routing, without = pair()
@@ -58,16 +69,10 @@ def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
 
 @contextmanager
 def dense_pair(subject: Subject, total: bool = False) -> Iterator[Callable[[], tuple[float, float]]]:
-    """Yield what takes a forward and backward with experts and one with the dense twin, and returns both seconds.
-
-    Args:
-        total: as many parameters as all experts have, instead of those that a token visits.
-    """
-    c = subject.config.model
-    width = (c.n_routed_experts if total else c.n_activated_experts) + c.n_shared_experts
+    """Yield what takes a forward and backward with experts and one with dense twins, and returns both seconds."""
     blocks = list(subject.blocks())
     routed = [block.ffn for block in blocks]
-    plain = [FeedForward(c, inter_dim=width * c.moe_inter_dim).to(subject.trainer.device) for _ in blocks]
+    plain = [dense_twin(subject.config.model, total).to(subject.trainer.device) for _ in blocks]
 
     def put(parts: list[torch.nn.Module]) -> None:
         for block, part in zip(blocks, parts, strict=True):
