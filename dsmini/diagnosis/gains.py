@@ -34,7 +34,12 @@ class Gain:
     rounds: int
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
+        return percent(self.value, self.low, self.high)
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """Write a share and its interval in percent."""
+    return f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def gain(base: Sequence[float], free: Sequence[float], seed: int = 0) -> Gain:

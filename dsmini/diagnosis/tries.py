@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dsmini.diagnosis.diagnosis import ACTIONS, WAITING, Diagnosis
 from dsmini.diagnosis.evidence.evidence import GAIN
+from dsmini.diagnosis.gains import percent
 from dsmini.diagnosis.interventions.data import REPLAY
 from dsmini.diagnosis.interventions.machine import DTYPE, THREADS
 from dsmini.report import Section, pick
@@ -43,7 +44,7 @@ def tries_of(found: Diagnosis, sections: Sequence[Section]) -> list[Try]:
                 Try(
                     what=str(figure.case["try"]),
                     value=value,
-                    gain=f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})",
+                    gain=percent(value, low, high),
                     predicted=_percent(figure.predicted),
                     action=figure.note,
                 )

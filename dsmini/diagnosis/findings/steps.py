@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from dsmini.diagnosis.contention import Contention
-from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.gains import gain_of_rounds
+from dsmini.diagnosis.finding import Axis, Finding
+from dsmini.diagnosis.gains import Gain, gain_of_rounds
 from dsmini.diagnosis.interventions.machine import cores
 from dsmini.measure.forecast import Forecast
 from dsmini.nn import max_violation
@@ -26,17 +26,9 @@ def waiting(steps: Sequence[StepResult]) -> Finding:
     fault = share.low > MUCH_WAIT
     milliseconds = 1e3 * statistics.median(step.data_wait * step.seconds for step in steps)
     health = "which is healthy" if share.value < HEALTHY_WAIT else "below 1 % is healthy"
-    return Finding(
-        axis="Data",
-        name="waiting",
-        value=share.value,
-        unit="",
-        low=share.low,
-        high=share.high,
-        is_fault=fault,
-        sentence=f"A step waits {milliseconds:.1f} ms for its batch, {share.value:.1%} of its time; {health}.",
-        fix="Prepare batches in more threads (data.workers), or make them cheaper to read." if fault else "",
-    )
+    sentence = f"A step waits {milliseconds:.1f} ms for its batch, {share.value:.1%} of its time; {health}."
+    fix = "Prepare batches in more threads (data.workers), or make them cheaper to read."
+    return _share("Data", "waiting", share, sentence, fix if fault else "")
 
 
 def load(steps: Sequence[StepResult]) -> Finding | None:
@@ -47,21 +39,13 @@ def load(steps: Sequence[StepResult]) -> Finding | None:
     loads = torch.stack(counted).sum(0)
     idle = (loads < IDLE_LOAD * loads.double().mean(1, keepdim=True)).double().mean().item()
     vio = max_violation(loads).mean().item()
-    fault = idle > MOST_IDLE
-    return Finding(
-        axis="Algorithm",
-        name="idle_experts",
-        value=idle,
-        unit="",
-        low=idle,
-        high=idle,
-        is_fault=fault,
-        sentence=(
-            f"{idle:.0%} of the experts get less than a tenth of the mean load; "
-            f"the fullest gets {1 + vio:.1f} times the mean (MaxVio {vio:.2f})."
-        ),
-        fix="Reset the routing bias, or raise train.bias_speed: idle experts learn nothing." if fault else "",
+    sentence = (
+        f"{idle:.0%} of the experts get less than a tenth of the mean load; "
+        f"the fullest gets {1 + vio:.1f} times the mean (MaxVio {vio:.2f})."
     )
+    fix = "Reset the routing bias, or raise train.bias_speed: idle experts learn nothing."
+    exact = Gain(value=idle, low=idle, high=idle, rounds=len(counted))
+    return _share("Algorithm", "idle_experts", exact, sentence, fix if idle > MOST_IDLE else "")
 
 
 def imbalance_loss(steps: Sequence[StepResult], forecast: Forecast | None) -> Finding | None:
@@ -74,19 +58,11 @@ def imbalance_loss(steps: Sequence[StepResult], forecast: Forecast | None) -> Fi
         return None
     experts = sum(s for name, s in forecast.by_class.items() if "experts" in name) / forecast.seconds
     losses = gain_of_rounds([experts * vio for vio in vios])
-    return Finding(
-        axis="Algorithm",
-        name="imbalance_loss",
-        value=losses.value,
-        unit="",
-        low=losses.low,
-        high=losses.high,
-        is_fault=False,
-        sentence=(
-            f"With each expert on a device of its own, a step would take {losses.value:.0%} longer than now: experts "
-            f"take {experts:.0%} of it, and the fullest has {1 + statistics.median(vios):.1f} times the mean load."
-        ),
+    sentence = (
+        f"With each expert on a device of its own, a step would take {losses.value:.0%} longer than now: experts "
+        f"take {experts:.0%} of it, and the fullest has {1 + statistics.median(vios):.1f} times the mean load."
     )
+    return _share("Algorithm", "imbalance_loss", losses, sentence)
 
 
 def contention(turns: Sequence[Contention]) -> Finding:
@@ -95,17 +71,24 @@ def contention(turns: Sequence[Contention]) -> Finding:
     loss = gain_of_rounds([turn.loss for turn in turns])
     steady = statistics.median(turn.steadiness for turn in turns)
     fault = loss.low > MUCH_WAIT
+    sentence = (
+        f"Other programs keep {others:.1f} of {cores()} cores busy, and this machine runs at {steady:.0%} of its "
+        f"measured rates; they cost about {loss.value:.0%} of a step."
+    )
+    fix = "Stop other programs, or leave them a core and set train.threads to the rest."
+    return _share("Machine", "other_programs", loss, sentence, fix if fault else "")
+
+
+def _share(axis: Axis, name: str, share: Gain, sentence: str, fix: str = "") -> Finding:
+    """Return the finding of a share; with a fix it is a fault."""
     return Finding(
-        axis="Machine",
-        name="other_programs",
-        value=loss.value,
+        axis=axis,
+        name=name,
+        value=share.value,
         unit="",
-        low=loss.low,
-        high=loss.high,
-        is_fault=fault,
-        sentence=(
-            f"Other programs keep {others:.1f} of {cores()} cores busy, and this machine runs at {steady:.0%} of its "
-            f"measured rates; they cost about {loss.value:.0%} of a step."
-        ),
-        fix="Stop other programs, or leave them a core and set train.threads to the rest." if fault else "",
+        low=share.low,
+        high=share.high,
+        is_fault=bool(fix),
+        sentence=sentence,
+        fix=fix,
     )
