@@ -20,8 +20,9 @@ from dsmini.report import Report
 
 SECONDS, QUICK_SECONDS = 75.0, 25.0
 """Time of the rounds."""
-TOTAL_SECONDS = 180.0
-"""Time of predictions, rounds and evidence; a quick diagnosis gathers no evidence."""
+TOTAL_SECONDS = 160.0
+"""Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
+quick diagnosis gathers no evidence."""
 
 RATES, ROUNDS = 0.3, 0.65
 """Shares of the progress after which rates are there, and rounds are over."""

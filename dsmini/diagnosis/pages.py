@@ -116,34 +116,29 @@ def _verdict(found: Diagnosis) -> Section:
 
 
 def _evidence(found: Diagnosis) -> Section:
-    figures = [
-        Figure(
-            question="evidence",
-            case={"intervention": name, "axis": AXES[name].value},
-            metric="gain",
-            unit="",
-            measured=g.value,
-            low=g.low,
-            high=g.high,
-            predicted=_predicted(found, name),
-            note=f"{name}: {WORDS[name]}.",
-        )
-        for name, g in found.gains.items()
-    ]
-    names = [str(f.case["intervention"]) for f in figures]
-    measured = [f.measured or 0.0 for f in figures]
+    names, rows = list(found.gains), []
+    for name, g in found.gains.items():
+        said = _predicted(found, name)
+        apart = "" if said is None else f"{100 * (g.value - said):+.0f}"
+        rows.append([name, AXES[name].value, WORDS[name], "" if said is None else _percent(said), str(g), apart])
+    table = Table(
+        columns=("made free", "axis", "meaning", "predicted", "measured", "points apart"),
+        rows=rows,
+        numeric=("predicted", "measured", "points apart"),
+    )
+    gains = found.gains.values()
     bars = [
         Series(
             label="measured",
             x=(),
-            y=measured,
-            low=[f.low or 0.0 for f in figures],
-            high=[f.high or 0.0 for f in figures],
+            y=[g.value for g in gains],
+            low=[g.low for g in gains],
+            high=[g.high for g in gains],
             kind="bars",
         )
     ]
     if found.prediction is not None:
-        predicted = [f.predicted or 0.0 for f in figures]
+        predicted = [_predicted(found, name) or 0.0 for name in names]
         bars.append(Series(label="predicted", x=(), y=predicted, kind="bars", dashed=True, of="measured"))
     plot = Plot(title="Share of a step that would go", x="what is made free", y="gain", series=bars, labels=names)
     return Section(
@@ -151,7 +146,7 @@ def _evidence(found: Diagnosis) -> Section:
         title="What gains how much, predicted first and then measured?",
         finding=f"{found.measured.rounds} rounds in turns; a plain step takes {1e3 * found.measured.seconds:.1f} ms"
         + (f", {1e3 * found.prediction.plain:.1f} ms were predicted." if found.prediction else "."),
-        figures=figures,
+        tables=[table],
         plots=[plot],
     )
 

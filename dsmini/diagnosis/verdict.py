@@ -19,6 +19,9 @@ from dsmini.planner.binding import Axis
 LEAST = 0.10
 """Gain that is worth an action."""
 MOST_ROUNDS = 200
+NARROW = 0.04
+"""Width of an interval that more rounds need not narrow."""
+ON_THE_LINE = "The interval is narrow already: the gain lies on that line, and little is lost either way."
 
 
 class Outcome(Enum):
@@ -62,10 +65,15 @@ def verdict(gains: Mapping[Axis, Gain]) -> Verdict:
         both = " and ".join(f"{a.value} {gains[a]}" for a in clear)
         words = f"Mixed: {both}. Their intervals overlap, so neither comes first."
         return _verdict(Outcome.MIXED, None, gains, words, _more_rounds(gains))
-    wide = {a: g for a, g in gains.items() if g.low <= LEAST < g.high or (g.high >= best.low and g is not best)}
-    named = " and ".join(f"{a.value} {g}" for a, g in wide.items())
-    words = f"Undetermined: the steps vary too much. {named} of a step may be too much or too little to act on."
-    return _verdict(Outcome.UNDETERMINED, None, gains, words, _more_rounds(gains))
+    if best.low > LEAST:
+        near = " and ".join(f"{a.value} {g}" for a, g in ranked[1:] if g.high >= best.low)
+        words = f"Undetermined: {axis.value} {best} of a step leads, and {near} may be as much."
+        return _verdict(Outcome.UNDETERMINED, None, gains, words, _more_rounds(gains))
+    across = {a: g for a, g in gains.items() if g.low <= LEAST < g.high}
+    named = " and ".join(f"{a.value} {g}" for a, g in across.items())
+    words = f"Undetermined: {named} of a step may be more or less than the {LEAST:.0%} that is worth an action."
+    narrow = all(g.high - g.low <= NARROW for g in across.values())
+    return _verdict(Outcome.UNDETERMINED, None, gains, words, ON_THE_LINE if narrow else _more_rounds(gains))
 
 
 def _verdict(outcome: Outcome, axis: Axis | None, gains: Mapping[Axis, Gain], words: str, decides: str = "") -> Verdict:

@@ -87,6 +87,15 @@ def test_rounds_that_would_decide_grow_with_noise() -> None:
     """Check that four times the width asks for sixteen times the rounds, and a hopeless case for a quiet machine."""
     narrow = verdict({DATA: exactly(0.13, 0.17, 8), ALGORITHM: exactly(0.0, 0.14, 8)})
     assert narrow.outcome is Outcome.UNDETERMINED and "--rounds" in narrow.decides
+    assert (
+        narrow.sentence
+        == "Undetermined: Data 15 % (13 to 17) of a step leads, and Algorithm 7 % (0 to 14) may be as much."
+    )
+    on_the_line = verdict({DATA: exactly(0.09, 0.11), ALGORITHM: exactly(0.0)})
+    assert on_the_line.sentence.startswith(
+        "Undetermined: Data 10 % (9 to 11) of a step may be more or less than the 10%"
+    )
+    assert on_the_line.decides.startswith("The interval is narrow already")
     hopeless = verdict({DATA: exactly(0.0, 0.22, 60), ALGORITHM: exactly(0.0)})
     assert "quiet machine" in hopeless.decides
 
