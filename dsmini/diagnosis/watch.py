@@ -36,10 +36,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dsmini.diagnosis.contention import CpuRates, CpuTimes
 from dsmini.diagnosis.findings import steps as of_steps
 from dsmini.diagnosis.interventions.machine import cores
 from dsmini.diagnosis.verdict import LEAST
+from dsmini.measure.cpu_time import CpuRates, CpuTimes
 from dsmini.planner.binding import Axis
 from dsmini.training.trainer import StepResult
 from dsmini.training.watcher import BindingChange

@@ -8,7 +8,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsmini.diagnosis import contention as watched
 from dsmini.diagnosis import diagnosis as module
 from dsmini.diagnosis import predictions
 from dsmini.diagnosis.contention import Contention, Watch
@@ -173,9 +172,9 @@ def test_predicted_wait(
 def test_cpu_time_of_others_is_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 3 busy seconds in 2 seconds, of which 1.5 are ours: others keep 0.75 of a core busy."""
     clock, busy, own = iter([10.0, 12.0]), iter([100.0, 103.0]), iter([(5.0, 1.0), (6.0, 1.5)])
-    monkeypatch.setattr(watched.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(watched, "_busy_seconds", lambda: next(busy))
-    monkeypatch.setattr(watched.os, "times", lambda: next(own))
+    monkeypatch.setattr(cpu_time.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cpu_time, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(cpu_time.os, "times", lambda: next(own))
     watch = Watch(None, torch.device("cpu"))
     watch.begin()
     assert watch.end().others == pytest.approx(0.75)

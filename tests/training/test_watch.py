@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsmini.diagnosis.contention import CpuTimes
 from dsmini.diagnosis.watch import WINDOW, RunWatch
+from dsmini.measure.cpu_time import CpuTimes
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult
