@@ -279,7 +279,7 @@ ROOM_LINES = {
     "dsmini/accounting": 1300,
     "dsmini/functional": 1700,
     "dsmini/inference": 1430,
-    "dsmini/measure": 2125,
+    "dsmini/measure": 2225,
     "dsmini/nn": 2180,
     "dsmini/planner": 8875,
     "dsmini/report": 1620,

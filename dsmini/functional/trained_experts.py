@@ -31,7 +31,8 @@ def _forward_cost(
 ) -> ops.Cost:
     kept = 2 * indices.numel() * w1.shape[1] * x.element_size()
     read = sum(t.nbytes for t in (x, indices, weights, counts, w1, w2, w3))
-    return ops.Cost(read, x.nbytes + kept, 6 * indices.numel() * w1[0].numel(), indices.numel() / w1.shape[0])
+    matrix, rows = w1[0].numel(), indices.numel() / w1.shape[0]
+    return ops.Cost(read, x.nbytes + kept, 6 * indices.numel() * matrix, rows, matrix=matrix)
 
 
 def _backward_cost(
@@ -46,8 +47,8 @@ def _backward_cost(
 ) -> ops.Cost:
     held = sum(w.nbytes for w in matrices)
     read = sum(t.nbytes for t in (grad, x, indices, weights, counts, gate, up)) + held
-    flops, rows = 12 * indices.numel() * matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
-    return ops.Cost(read, x.nbytes + weights.nbytes + held, flops, rows)
+    matrix, rows = matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
+    return ops.Cost(read, x.nbytes + weights.nbytes + held, 12 * indices.numel() * matrix, rows, matrix=matrix)
 
 
 @ops.operation("trained_experts", cost=_forward_cost)

@@ -27,6 +27,8 @@ FP8 = torch.float8_e4m3fn
 STEP_ROWS = 32
 """Rows up to which a call is one of a decoding step, where numbers between layers are FP32."""
 WIDTH, EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN = 1024, 16, 512, 256
+NARROW_WIDTH, NARROW_HIDDEN = 128, 16
+"""Experts whose visits take longer to collect than to multiply."""
 MUON_NUMBERS = 1 << 19
 MLA: Mapping[str, Any] = {
     **{"n_heads": 16, "q_lora_rank": 32, "kv_lora_rank": 256},
@@ -83,18 +85,18 @@ def _experts(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
     return call, (x, *(t for matrix in matrices for t in matrix)), flops
 
 
-def _trained(backward: bool) -> Maker:
+def _trained(backward: bool, width: int = EXPERT_WIDTH, hidden: int = EXPERT_HIDDEN) -> Maker:
     """Return the maker of a call of the experts in training, forward or backward. Matrices are FP32."""
 
     def make(rows: int, dtype: torch.dtype, device: torch.device) -> Job:
         routing, n = _routing(rows, device), EXPERTS * rows
-        x = _numbers(dtype, device, n, EXPERT_WIDTH)
-        up, down = (EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH), (EXPERTS, EXPERT_WIDTH, EXPERT_HIDDEN)
+        x = _numbers(dtype, device, n, width)
+        up, down = (EXPERTS, hidden, width), (EXPERTS, width, hidden)
         matrices = [_numbers(torch.float32, device, *shape) for shape in (up, down, up)]
-        flops = 6 * n * EXPERT_HIDDEN * EXPERT_WIDTH
+        flops = 6 * n * hidden * width
         if not backward:
             return lambda x, *w: trained_experts(x, *routing, *w), (x, *matrices), flops
-        grad, gate, up_ = (_numbers(dtype, device, n, width) for width in (EXPERT_WIDTH, *[EXPERT_HIDDEN] * 2))
+        grad, gate, up_ = (_numbers(dtype, device, n, numbers) for numbers in (width, hidden, hidden))
 
         def call(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, *w: Tensor) -> object:
             return trained_experts_gradients(grad, x, *routing, gate, up, *w)
@@ -157,14 +159,20 @@ KERNEL_PRODUCTS: Mapping[str, Maker] = {
     "experts": _experts,
     "trained experts": _trained(backward=False),
     "trained experts gradients": _trained(backward=True),
+    "narrow trained experts": _trained(False, NARROW_WIDTH, NARROW_HIDDEN),
+    "narrow trained experts gradients": _trained(True, NARROW_WIDTH, NARROW_HIDDEN),
     "muon": _muon,
     "cached attention": _cached_attention,
 }
+NARROW, WIDE = NARROW_WIDTH * NARROW_HIDDEN, EXPERT_WIDTH * EXPERT_HIDDEN
+"""Numbers of an expert's matrix in the narrow curves and in the others."""
 KERNEL_ROWS: Mapping[str, tuple[int, ...]] = {
     "linear": (1, 4, 16, 32, 64, 256, 1024),
     "experts": (1, 4, 16, 64, 256),
     "trained experts": (8, 32, 128, 512),
     "trained experts gradients": (8, 32, 128, 512),
+    "narrow trained experts": (8, 64, 512),
+    "narrow trained experts gradients": (8, 64, 512),
     "muon": (32, 64, 128, 256, 512),
     "cached attention": (64, 512, 4096),
 }

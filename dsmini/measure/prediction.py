@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from dsmini.measure.counting import Count, CountedOperation, count
-from dsmini.measure.kernel_kinds import KERNEL_CURVES
-from dsmini.measure.rates import Roofs, flops_rate, point_seconds, product_rate
+from dsmini.measure.kernel_kinds import KERNEL_CURVES, NARROW, WIDE
+from dsmini.measure.rates import Roofs, between, flops_rate, point_seconds, product_rate
 
 CLASSES = {"scatter": "gather", "optimizer": "pointwise"}
 """Classes for the kinds of operations that have no rate of their own."""
@@ -64,6 +64,9 @@ def _kernel_seconds(op: CountedOperation, roofs: Roofs) -> float | None:
     if not op.flops:
         return point_seconds(roofs, f"kernel {kind}", dtype, op.bytes, op.cold_share)
     rate = flops_rate(roofs, f"kernel {kind}", dtype, op.rows, op.cold_share)
+    if op.matrix:
+        narrow = flops_rate(roofs, f"kernel narrow {kind}", dtype, op.rows, op.cold_share)
+        rate = between(narrow, rate, op.matrix, NARROW, WIDE)
     seconds = (op.flops - op.attention) / rate
     if op.attention:
         cached = "bfloat16" if dtype == "fp8" else dtype

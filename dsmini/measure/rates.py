@@ -82,8 +82,13 @@ def why_unusable(dtype: torch.dtype, peak: Mapping[str, float]) -> str | None:
 
 def product_rate(roofs: Roofs, dtype: str, rows: float, size: float, cold: float) -> float:
     """Return flops_rate of a product with a matrix of `size` elements, interpolated between the two measured sizes."""
-    share = math.log(min(max(size, SMALL), LARGE_MATRIX) / SMALL) / math.log(LARGE_MATRIX / SMALL)
     small, large = (flops_rate(roofs, kind, dtype, rows, cold) for kind in ("small product", "product"))
+    return between(small, large, size, SMALL, LARGE_MATRIX)
+
+
+def between(small: float, large: float, size: float, least: float, most: float) -> float:
+    """Return the rate at a size, interpolated on logarithmic scales between those at `least` and at `most`."""
+    share = math.log(min(max(size, least), most) / least) / math.log(most / least)
     return small * (large / small) ** share
 
 

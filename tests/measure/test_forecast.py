@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,34 @@ def test_operations_longer_than_the_step_are_shrunk_to_it() -> None:
     whole = sum(op.seconds for op in twice) / 4
     found = rates_of([MeasuredStep(passes=[twice], views=0, seconds=whole)], machine)
     assert found.call == 0 and set(found.factors.values()) == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("delays", "kept", "runs"), [([0.02], 0, 1), ([0.9, 0.4, 0.05], 2, 3), ([0.9, 0.3, 0.5, 0.8], 1, 4)]
+)
+def test_step_is_measured_again_while_others_have_the_cores(
+    delays: list[float], kept: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the first quiet attempt counts, and where none is quiet, the quietest."""
+    seconds, moments = iter(range(1, 9)), iter(range(9))
+    shape = StepShape(work="prefill", config=TINY, dtype="float32", batch=1, tokens=8)
+    monkeypatch.setattr(step_rates, "times", lambda *_: [float(next(seconds))])
+    monkeypatch.setattr(step_rates, "count", lambda *_: SimpleNamespace(operations=[], views=0))
+
+    class Times:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        @classmethod
+        def now(cls) -> "Times":
+            return cls(next(moments))
+
+        def rates_since(self, before: "Times") -> SimpleNamespace:
+            return SimpleNamespace(delayed=delays[before.number // 2])
+
+    monkeypatch.setattr(step_rates, "CpuTimes", Times)
+    assert step_rates._measured(shape, roofs(), CPU).seconds == kept + 1.0
+    assert next(seconds) == runs + 1
 
 
 def test_small_classes_share_a_factor() -> None:

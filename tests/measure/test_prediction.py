@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from dsmini.functional.trained_experts import trained_experts
 from dsmini.measure import prediction
-from dsmini.measure.counting import count
+from dsmini.measure.counting import Count, count
 from dsmini.measure.prediction import predicted_seconds
 from dsmini.measure.rates import Curve, Roofs
 from tests.helpers.questions import made_up_roofs
@@ -59,3 +60,23 @@ def test_slower_memory_takes_longer_only_where_bytes_are_cold() -> None:
     longer = prediction.operation_seconds(op, there) / prediction.operation_seconds(op, machine)
     assert 0.6 < op.cold_share <= 1
     assert longer == pytest.approx(1 + 9 * op.cold_share)
+
+
+@pytest.mark.parametrize(("width", "hidden", "rate"), [(128, 16, 1e9), (512, 256, 9e9), (128, 128, 3e9), (8, 8, 1e9)])
+def test_narrow_experts_are_slower_by_flop(width: int, hidden: int, rate: float) -> None:
+    """Check matrices of 2,048 and 131,072 numbers, one in the middle of their logarithms, and one below both."""
+    machine = roofs()
+    fast = {
+        f"{where} kernel {narrow}trained experts float32": Curve(sizes=(1.0, 1e3), costs=(rate_, rate_))
+        for where in ("warm", "cold")
+        for narrow, rate_ in (("narrow ", 1e9), ("", 9e9))
+    }
+    there = dataclasses.replace(machine, curves={**machine.curves, **fast})
+    x, matrices = torch.ones(4, width), [torch.ones(2, *shape) for shape in ((hidden, width), (width, hidden)) * 2][:3]
+    routing = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), torch.tensor([4, 0])
+    cost = trained_experts.cost(x, *routing, *matrices)
+    counter = Count()
+    counter.kernel_ran("trained_experts", cost, x, 1.0)
+    (op,) = counter.operations
+    assert op.flops == 6 * 4 * width * hidden
+    assert prediction.operation_seconds(op, there) == pytest.approx(op.flops / rate)
