@@ -20,6 +20,7 @@ from dsmini.diagnosis.predictions import BatchTime
 from dsmini.diagnosis.record import record_of
 from dsmini.diagnosis.subject import Subject
 from dsmini.diagnosis.verdict import Outcome
+from dsmini.measure import cpu_time
 from dsmini.training.trainer import StepResult
 
 QUIET = Contention(others=0.0, steadiness=1.0)
