@@ -38,15 +38,16 @@ figure = Figures(NAME, lower={"seconds": "s"}, neither={"tensor_memory": "bytes"
 
 def held_out(quick: bool) -> dict[str, StepShape]:
     """Return the six steps by name, in FP32. None has the sizes of a step that rates were measured on."""
-    toy, trained = recipe("toy"), dataclasses.replace(shapes.TRAINED, n_layers=3 if quick else 6)
+    toy, mha, trained = recipe("toy"), recipe("toy-mha"), dataclasses.replace(shapes.TRAINED, n_layers=2)
     adamw, served = TrainConfig(optimizer="adamw"), shapes.QUICK
+    many = dataclasses.replace(trained, n_routed_experts=48, moe_inter_dim=48, n_activated_experts=8)
     rows: list[tuple[str, Work, ModelConfig, int, int, TrainConfig]] = [
-        ("toy", "training", toy.model, toy.train.batch_size, 256, toy.train),
-        ("wide", "training", trained, 8, 128, adamw),
-        ("toy", "prefill", toy.model, 3, 256, adamw),
-        ("served", "prefill", served, 1, 512, adamw),
-        ("served", "decode", served, 1, 1024, adamw),
-        ("served, 8 sequences", "decode", served, 8, 256, adamw),
+        ("toy with MHA", "training", mha.model, 6, 192, mha.train),
+        ("48 experts", "training", many, 4, 160 if quick else 224, adamw),
+        ("toy", "prefill", toy.model, 5, 200, adamw),
+        ("served", "prefill", served, 2, 384, adamw),
+        ("served", "decode", served, 1, 1600, adamw),
+        ("served, 3 sequences", "decode", served, 3, 700, adamw),
     ]
     found: dict[str, StepShape] = {}
     for name, work, config, batch, tokens, train in rows:
