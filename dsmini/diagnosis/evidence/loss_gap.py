@@ -31,10 +31,11 @@ from dsmini.machine import DTYPES, slow_bf16
 from dsmini.nn import Transformer
 from dsmini.training.trainer import Trainer
 
-LEAST_STEPS, MOST_STEPS = 4, 60
-LEAST_SEEDS, MOST_SEEDS = 2, 3
-SCORED = 8192
-"""Held-out tokens that are scored."""
+LEAST_STEPS, MOST_STEPS = 3, 60
+ORDERS = 3
+"""Seeds of the data's order."""
+SCORED = 4096
+"""Held-out tokens that are scored, the same for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,10 @@ class Twin:
         trainer.load(parts, steps_done=self.subject.at, sequences=source.sequences, average_updates=0)
         trainer.loader = Loader(source.corpus, self.config.seq_len, train.seed + order, 0)
 
-    def losses(self, steps: int, orders: int, windows: Windows) -> list[float]:
+    def losses(self, steps: int, windows: Windows) -> list[float]:
         """Return the held-out loss after this many steps, for each order of the data."""
         found: list[float] = []
-        for order in range(orders):
+        for order in range(ORDERS):
             self.start(order)
             for _ in range(steps):
                 self.run.step()
@@ -121,33 +122,32 @@ class Twin:
 
 
 def loss_gaps(subject: Subject, seconds: float) -> LossGaps:
-    """Train twins in as many dtypes, for as many seeds and steps, as fit into the seconds."""
+    """Train twins in as many dtypes, and for as many steps, as fit into the seconds."""
     end, now = time.perf_counter() + seconds, dtype_of(subject.config)
     windows = subject.trainer.corpus.windows(subject.config.seq_len, SCORED)
     twins: dict[str, Twin] = {}
     costs: dict[str, tuple[float, float]] = {}
     for dtype in [now, *others_of(subject)]:
-        if costs and steps_that_fit({**costs, dtype: costs[now]}, LEAST_SEEDS, end - time.perf_counter()) < LEAST_STEPS:
+        if costs and steps_that_fit({**costs, dtype: costs[now]}, end - time.perf_counter()) < LEAST_STEPS:
             break  # not even if it were as fast as the run's own
         twins[dtype] = Twin(subject, dtype)
         costs[dtype] = twins[dtype].costs(windows)
     while len(costs) > 1:
-        for orders in range(MOST_SEEDS, LEAST_SEEDS - 1, -1):
-            steps = steps_that_fit(costs, orders, end - time.perf_counter())
-            if steps >= LEAST_STEPS:
-                losses = {dtype: twins[dtype].losses(steps, orders, windows) for dtype in costs}
-                return LossGaps(now=now, steps=steps, losses=losses)
+        steps = steps_that_fit(costs, end - time.perf_counter())
+        if steps >= LEAST_STEPS:
+            losses = {dtype: twins[dtype].losses(steps, windows) for dtype in costs}
+            return LossGaps(now=now, steps=steps, losses=losses)
         del costs[list(costs)[-1]]
-    least = LEAST_SEEDS * 2 * (LEAST_STEPS * costs[now][0] + costs[now][1])
-    why = f"{LEAST_STEPS} steps in two dtypes, twice, take more than {least:.0f} s, and have {seconds:.0f}"
+    least = ORDERS * 2 * (LEAST_STEPS * costs[now][0] + costs[now][1])
+    why = f"{ORDERS} times {LEAST_STEPS} steps in two dtypes take more than {least:.0f} s, and have {seconds:.0f}"
     return LossGaps(now=now, steps=0, losses={}, why_not=why)
 
 
-def steps_that_fit(costs: Mapping[str, tuple[float, float]], seeds: int, seconds: float) -> int:
-    """Return how many steps each dtype can take for each seed.
+def steps_that_fit(costs: Mapping[str, tuple[float, float]], seconds: float) -> int:
+    """Return how many steps each dtype can take for each order of the data.
 
     Args:
         costs: seconds of a step and of scoring, by dtype.
     """
     steps, scoring = (sum(cost[i] for cost in costs.values()) for i in (0, 1))
-    return max(0, min(MOST_STEPS, int((seconds / seeds - scoring) / steps)))
+    return max(0, min(MOST_STEPS, int((seconds / ORDERS - scoring) / steps)))

@@ -144,4 +144,4 @@ def _gaps_in_words(gaps: LossGaps) -> str:
     )
 
 
-NUMERICS = Evidence(name="numerics", why_not=none_of, run=run, weight=12.0, steps=8)
+NUMERICS = Evidence(name="numerics", why_not=none_of, run=run, weight=16.0, steps=8)

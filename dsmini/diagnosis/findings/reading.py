@@ -121,7 +121,7 @@ def _of_text(corpus: Corpus, text: TextRates, take: float) -> list[Finding]:
             "tokenising",
             text.tokens,
             "tokens/s",
-            f"It is tokenised at {human(text.tokenised, 'bytes/s')}, {human(text.tokens, 'tokens/s')}, "
+            f"It is tokenised at {human(text.tokenised, 'bytes/s')}, {_tokens(text.tokens)}, "
             f"{_times(text.tokens / take)} what steps take. That happens once, before the first step: all "
             f"{len(corpus.train):,} training tokens would take {human(whole, 's')}. Steps read the cache.",
         ),
@@ -143,8 +143,8 @@ def _loader(tokens: int, batches: Sequence[float], workers: int, take: float) ->
         high=high,
         is_fault=is_fault,
         sentence=(
-            f"The loader {can} {_times(value)} as many tokens as steps take: {human(value * take, 'tokens/s')} from "
-            f"the cache, {human(seconds, 's')} a batch, next to {human(take, 'tokens/s')}."
+            f"The loader {can} {_times(value)} as many tokens as steps take: {_tokens(value * take)} from "
+            f"the cache, {human(seconds, 's')} a batch, next to {_tokens(take)}."
         ),
         fix="Prepare batches in more threads (data.workers), or make one cheaper to prepare." if is_fault else "",
     )
@@ -154,6 +154,10 @@ def _rate(name: str, value: float, unit: str, sentence: str) -> Finding:
     return Finding(
         axis="Data", name=name, value=value, unit=unit, low=value, high=value, is_fault=False, sentence=sentence
     )
+
+
+def _tokens(rate: float) -> str:
+    return human(rate, "tokens/s") if rate < 1e6 else human(rate / 1e6, "million tokens/s")
 
 
 def _times(ratio: float) -> str:
