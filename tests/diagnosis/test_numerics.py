@@ -232,6 +232,7 @@ def test_last_dtype_is_dropped_first(subject: Subject, monkeypatch: pytest.Monke
     monkeypatch.setattr(Twin, "__init__", lambda self, _subject, dtype: setattr(self, "name", dtype))
     found = loss_gaps(subject, 5.0)
     assert set(found.losses) == {"float32", "bfloat16"} and len(found.losses["float32"]) == 3 and found.steps > 4
+    assert "There was no time for fp8." in numerics._gaps_in_words(found)
 
 
 # --- the section

@@ -49,6 +49,8 @@ class LossGaps:
     """Losses by dtype, in the order of the seeds."""
     why_not: str = ""
     """Reason why there are none."""
+    left_out: Sequence[str] = ()
+    """Dtypes for which there was no time."""
 
     @property
     def band(self) -> float:
@@ -125,9 +127,9 @@ def loss_gaps(subject: Subject, seconds: float) -> LossGaps:
     """Train twins in as many dtypes, and for as many steps, as fit into the seconds."""
     end, now = time.perf_counter() + seconds, dtype_of(subject.config)
     windows = subject.trainer.corpus.windows(subject.config.seq_len, SCORED)
-    twins: dict[str, Twin] = {}
+    dtypes, twins = [now, *others_of(subject)], dict[str, Twin]()
     costs: dict[str, tuple[float, float]] = {}
-    for dtype in [now, *others_of(subject)]:
+    for dtype in dtypes:
         if costs and steps_that_fit({**costs, dtype: costs[now]}, end - time.perf_counter()) < LEAST_STEPS:
             break  # not even if it were as fast as the run's own
         twins[dtype] = Twin(subject, dtype)
@@ -136,7 +138,8 @@ def loss_gaps(subject: Subject, seconds: float) -> LossGaps:
         steps = steps_that_fit(costs, end - time.perf_counter())
         if steps >= LEAST_STEPS:
             losses = {dtype: twins[dtype].losses(steps, windows) for dtype in costs}
-            return LossGaps(now=now, steps=steps, losses=losses)
+            left_out = [dtype for dtype in dtypes if dtype not in losses]
+            return LossGaps(now=now, steps=steps, losses=losses, left_out=left_out)
         del costs[list(costs)[-1]]
     least = ORDERS * 2 * (LEAST_STEPS * costs[now][0] + costs[now][1])
     why = f"{ORDERS} times {LEAST_STEPS} steps in two dtypes take more than {least:.0f} s, and have {seconds:.0f}"

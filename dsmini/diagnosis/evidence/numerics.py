@@ -138,9 +138,11 @@ def _gaps_in_words(gaps: LossGaps) -> str:
         if dtype != gaps.now:
             mean = statistics.mean(gaps.gaps(dtype))
             parts.append(f"{dtype} by {mean:+.4f} nats, {'inside' if gaps.is_inside(dtype) else 'outside'}")
+    left_out = f" There was no time for {' and '.join(gaps.left_out)}." if gaps.left_out else ""
     return (
         f"After {gaps.steps} steps the held-out loss differs from that of the run's {gaps.now}: {'; '.join(parts)} the "
         f"band of {gaps.band:.4f} that {len(gaps.losses[gaps.now])} orders of the data make."
+        f"{left_out}"
     )
 
 
