@@ -204,7 +204,8 @@ def test_twin_starts_where_the_subject_is(subject: Subject) -> None:
         subject.step()
     twin = Twin(subject, "float32")
     windows = subject.trainer.corpus.windows(subject.config.seq_len, 64)
-    loss, *_ = twin.losses(3, windows)
+    loss, *others = twin.losses(3, windows)
+    assert twin.losses(3, windows) == [loss, *others], "each time from the subject's state"
     for _ in range(3):
         subject.step()
     assert loss == subject.trainer.validate(windows)
