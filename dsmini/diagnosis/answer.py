@@ -89,10 +89,12 @@ def answer(
     }
     title = f"Diagnosis of {what or 'the default run'}"
     evidence = {section.name: [figure.as_json() for figure in section.figures] for section in gathered.sections}
+    warned = {section.name: list(section.warnings) for section in gathered.sections if section.warnings}
     return DiagnosisAnswer(
         report=report_of(found, title, facts, command, gathered),
         short=short_report_of(found, title, gathered),
-        record=record_of(found) | {"evidence": evidence, "evidence_not_tried": dict(gathered.not_tried)},
+        record=record_of(found)
+        | {"evidence": evidence, "evidence_warnings": warned, "evidence_not_tried": dict(gathered.not_tried)},
         stopped=found.stopped or gathered.stopped,
     )
 

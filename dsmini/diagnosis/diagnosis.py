@@ -11,6 +11,8 @@ from dsmini.diagnosis.contention import Watch
 from dsmini.diagnosis.experiment import Measured, run_in_turns
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.findings import steps as of_steps
+from dsmini.diagnosis.findings.batches import batch_findings, look_at
+from dsmini.diagnosis.findings.reading import reading_findings, text_rates
 from dsmini.diagnosis.findings.text import text_findings
 from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds
 from dsmini.diagnosis.interventions.algorithm import DENSE, UNIFORM
@@ -105,9 +107,9 @@ def diagnose(
     on_part(0.0, "predicting")
     prediction = None if rates is None else predict(subject, [each.name for each in tried], rates)
     on_part(0.08, "looking at the data")
-    prepare = subject.trainer.loader.prepared
-    batches = (prepare((i * subject.rows, subject.rows)) for i in range(plan.batches))
-    findings = text_findings(subject.trainer.corpus, batches)
+    corpus, data, looked = subject.trainer.corpus, subject.config.data, look_at(subject, plan.batches)
+    findings = [*text_findings(corpus, looked.batches), *batch_findings(subject, looked.batches)]
+    text = text_rates(data)
     kept: list[Measured] = []
 
     def on_round(share: float, measured: Measured) -> None:
@@ -130,6 +132,7 @@ def diagnose(
         if not kept or kept[0].rounds < LEAST_ROUNDS:
             raise
         stopped = True
+    findings += reading_findings(corpus, text, looked.seconds, data.workers, kept[0].steps)
     return conclude(kept[0], prediction, not_tried, findings, stopped)
 
 

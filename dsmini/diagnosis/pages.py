@@ -66,9 +66,10 @@ def short_report_of(found: Diagnosis, title: str, gathered: Gathered = NO_EVIDEN
 
 
 def _warnings(found: Diagnosis, gathered: Gathered) -> list[str]:
+    seen = [words for section in gathered.sections for words in section.warnings]
     if found.stopped:
-        return ["It was interrupted, and rests on the rounds until then."]
-    return ["It was interrupted after the verdict; some evidence is missing."] if gathered.stopped else []
+        return ["It was interrupted, and rests on the rounds until then.", *seen]
+    return ["It was interrupted after the verdict; some evidence is missing.", *seen] if gathered.stopped else seen
 
 
 def _to_try(found: Diagnosis, gathered: Gathered) -> Section:

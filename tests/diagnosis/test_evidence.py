@@ -10,7 +10,17 @@ import torch
 from rich.console import Console
 
 from dsmini.diagnosis.diagnosis import LookPlan, diagnose
-from dsmini.diagnosis.evidence import batch_sweep, dense_twin, dtypes, evidence, gather, loader_delay, threads, timeline
+from dsmini.diagnosis.evidence import (
+    batch_sweep,
+    dense_twin,
+    dtypes,
+    evidence,
+    gather,
+    loader_delay,
+    loss_gap,
+    threads,
+    timeline,
+)
 from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched, to_try
 from dsmini.diagnosis.gains import Gain
 from dsmini.diagnosis.pages import report_of, short_report_of
@@ -45,6 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "MOST_STEPS", 3)
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(dtypes, "slow_bf16", lambda _: False)
+    monkeypatch.setattr(loss_gap, "MOST_STEPS", 3)
 
 
 @pytest.mark.parametrize("name", CALLS)

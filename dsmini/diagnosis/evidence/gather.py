@@ -9,6 +9,7 @@ from dsmini.diagnosis.evidence.dense_twin import DENSE_TWIN
 from dsmini.diagnosis.evidence.dtypes import DTYPE_STEPS
 from dsmini.diagnosis.evidence.evidence import Evidence
 from dsmini.diagnosis.evidence.loader_delay import LOADER_DELAY
+from dsmini.diagnosis.evidence.numerics import NUMERICS
 from dsmini.diagnosis.evidence.roofline import ROOFLINE
 from dsmini.diagnosis.evidence.threads import THREAD_SWEEP
 from dsmini.diagnosis.evidence.timeline import TIMELINE
@@ -17,7 +18,17 @@ from dsmini.diagnosis.subject import Subject
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Section
 
-EVERY = (TIMELINE, ROOFLINE, BATCH_SWEEP, LOADER_DELAY, THREAD_SWEEP, DTYPE_STEPS, DENSE_TWIN, VIRTUAL_SPEEDUP)
+EVERY = (
+    TIMELINE,
+    ROOFLINE,
+    BATCH_SWEEP,
+    LOADER_DELAY,
+    THREAD_SWEEP,
+    DTYPE_STEPS,
+    NUMERICS,
+    DENSE_TWIN,
+    VIRTUAL_SPEEDUP,
+)
 PREDICTING = 1.5
 """Seconds that an experiment takes to predict, of its time."""
 FAR_LONGER = 1.7
