@@ -89,8 +89,8 @@ MAY_IMPORT = {
     "dsmini.diagnosis.finding": set(),
     "dsmini.diagnosis": {
         *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis"),
-        *("dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.planner.binding", "dsmini.report"),
-        "dsmini.training",
+        *("dsmini.inference", "dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.ops"),
+        *("dsmini.planner.binding", "dsmini.report", "dsmini.training"),
     },
     "dsmini.machine": set(),
     "dsmini.measure": {
