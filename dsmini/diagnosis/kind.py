@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 from dsmini.diagnosis.experiment import Measured, R
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.gains import Gain
-from dsmini.diagnosis.interventions.intervention import Change, Intervention
+from dsmini.diagnosis.interventions.intervention import MadeFree, Intervention
 from dsmini.diagnosis.predictions import Prediction
 from dsmini.measure.step_rates import Rates
 from dsmini.planner.binding import Axis
 
-QUIET = Change(
+QUIET = MadeFree(
     name="quiet_machine",
     axis=Axis.MACHINE,
     words="other programs take nothing; estimated",
@@ -46,7 +46,7 @@ class KindOfWork(Generic[S, R]):
     """Returns findings that need no steps."""
     findings: Callable[[Measured[R], Prediction | None], Sequence[Finding | None]]
     """Returns findings of the plain steps."""
-    estimates: Sequence[Change] = (QUIET,)
+    estimates: Sequence[MadeFree] = (QUIET,)
     """Changes whose gains are estimated from plain steps."""
     estimated: Callable[[Measured[R], Mapping[str, Gain]], Mapping[str, Gain]] = _no_gains
     """Returns gains that plain steps tell, QUIET's apart; is given those of the interventions."""
@@ -62,7 +62,7 @@ class KindOfWork(Generic[S, R]):
     """Where both vocabularies agree and where they differ."""
 
     @cached_property
-    def changes(self) -> Mapping[str, Change]:
+    def changes(self) -> Mapping[str, MadeFree]:
         """Interventions and estimates by name."""
         return {each.name: each for each in (*self.interventions, *self.estimates)}
 

@@ -9,7 +9,7 @@ from dsmini.diagnosis.findings.text import text_findings
 from dsmini.diagnosis.gains import Gain, gain_of_rounds
 from dsmini.diagnosis.interventions.algorithm import DENSE, UNIFORM
 from dsmini.diagnosis.interventions.data import REPLAY
-from dsmini.diagnosis.interventions.intervention import Change
+from dsmini.diagnosis.interventions.intervention import MadeFree
 from dsmini.diagnosis.interventions.machine import DTYPE, THREADS
 from dsmini.diagnosis.kind import QUIET, KindOfWork
 from dsmini.diagnosis.predictions import Prediction, predict
@@ -19,7 +19,7 @@ from dsmini.training.trainer import StepResult
 
 BATCHES = 4
 """Batches whose targets are looked at."""
-WAITING = Change(
+WAITING = MadeFree(
     name="waiting",
     axis=Axis.DATA,
     words="nothing waits, by the step's own clock; replaying a batch confirms it",

@@ -9,7 +9,7 @@ from dsmini.diagnosis.decoding.subject import DecodedStep, DecodingSubject
 from dsmini.diagnosis.experiment import Measured
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.findings import steps as of_steps
-from dsmini.diagnosis.interventions.intervention import Change
+from dsmini.diagnosis.interventions.intervention import MadeFree
 from dsmini.diagnosis.kind import QUIET, KindOfWork
 from dsmini.diagnosis.predictions import Prediction
 
@@ -35,7 +35,7 @@ DECODING = KindOfWork[DecodingSubject, DecodedStep](
     look=_look,
     findings=_findings,
     estimates=(
-        Change(
+        MadeFree(
             name=QUIET.name,
             axis=QUIET.axis,
             words=QUIET.words,

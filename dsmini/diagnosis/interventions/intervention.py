@@ -38,7 +38,7 @@ S = TypeVar("S", contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class MadeFree:
     """One thing made free, in words."""
 
     name: str
@@ -50,7 +50,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervention(Change, Generic[S]):
+class Intervention(MadeFree, Generic[S]):
     """A change that can be made and taken back."""
 
     why_not: Callable[[S], str | None]
