@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from dsmini.diagnosis.experiment import Measured, R
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.gains import Gain
-from dsmini.diagnosis.interventions.intervention import MadeFree, Intervention
+from dsmini.diagnosis.interventions.intervention import Intervention, MadeFree
 from dsmini.diagnosis.predictions import Prediction
 from dsmini.measure.step_rates import Rates
 from dsmini.planner.binding import Axis
