@@ -53,8 +53,8 @@ class Asked:
     """Names of the interventions to try; none: all that apply."""
     command: str
     on_part: OnPart
-    seconds: float = SECONDS
-    """Time of the rounds of a diagnosis that is not quick."""
+    seconds: float
+    """Time of the rounds."""
     evidence: Sequence[Evidence[Any]] = field(default=EVERY)
 
 
@@ -82,7 +82,8 @@ def answer(
         "products": f"{train.dtype}, threads: {torch.get_num_threads()}",
         "text": subject.trainer.corpus.source,
     }
-    asked = Asked(quick=quick, rounds=rounds, only=only, command=command, on_part=on_part)
+    seconds = QUICK_SECONDS if quick else SECONDS
+    asked = Asked(quick=quick, rounds=rounds, only=only, command=command, on_part=on_part, seconds=seconds)
     return answer_of(subject, TRAINING, f"Diagnosis of {what or 'the default run'}", facts, asked)
 
 
@@ -106,7 +107,7 @@ def answer_of(
         for each in chosen:
             if why := each.why_not(subject):
                 raise ValueError(f"--only {each.name} does not apply: {why}; leave it out")
-    plan = LookPlan(seconds=QUICK_SECONDS if quick else asked.seconds, interventions=chosen)
+    plan = LookPlan(seconds=asked.seconds, interventions=chosen)
     if asked.rounds is not None:
         plan.rounds, plan.least = asked.rounds, asked.rounds
     start, rounds_end = time.perf_counter(), 1.0 if quick else ROUNDS

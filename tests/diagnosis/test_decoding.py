@@ -139,11 +139,11 @@ def test_all_arms_choose_the_same_token(decoding: DecodingSubject) -> None:
         assert torch.equal(got, want)
 
 
-def test_difference_of_two_arms_is_added_to_a_plain_step() -> None:
+def test_plain_step_changes_by_the_ratio_of_two_arms() -> None:
     now, then = Arm(), Arm(dtype="fp8")
     seconds = {now: 3.0, then: 5.0}
     pair = dataclasses.replace(ALTERNATIVES["expanded_mla"], instead=then, of=now)
-    assert pair.seconds(1.0, seconds.__getitem__) == 3.0
+    assert pair.seconds(0.6, seconds.__getitem__) == pytest.approx(1.0)
     assert dataclasses.replace(pair, of=None).seconds(1.0, seconds.__getitem__, tokens=2.0) == 2.5
 
 

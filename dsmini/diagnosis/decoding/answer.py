@@ -11,7 +11,7 @@ from dsmini.diagnosis.decoding.loading import decoded_model_of
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.decoding.work import DECODING
 
-SECONDS = 45.0
+SECONDS, QUICK_SECONDS = 45.0, 18.0
 """Time of the rounds: decoding steps are short."""
 
 
@@ -49,7 +49,7 @@ def answer_decoding(
         only=only,
         command=command,
         on_part=on_part,
-        seconds=SECONDS,
+        seconds=QUICK_SECONDS if quick else SECONDS,
         evidence=DECODING_EVIDENCE,
     )
     return answer_of(subject, DECODING, f"Diagnosis of decoding, {name}", facts, asked)

@@ -1,10 +1,10 @@
 """An arm: other decoding steps at the same point, to be priced before and timed in turns with plain ones.
 
 An alternative says what an arm's time stands for. Kernels serve plain steps, and not every arm. Then two arms that both
-run by modules are compared, and their difference is added to a plain step:
+run by modules are compared, and a plain step is taken to change by the same ratio:
 
     T_X = T(instead)                      both by kernels
-    T_X = T + T(instead) - T(of)          both arms by modules
+    T_X = T * T(instead) / T(of)          both arms by modules
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Alternative:
 
     instead: Arm
     of: Arm | None = None
-    """Arm that it is compared with; None: plain steps."""
+    """Arm that runs in the same way and does what plain steps do; None: plain steps."""
 
     def seconds(self, base: float, timed: Callable[[Arm], float], tokens: float = 1.0) -> float:
         """Return the seconds of a token with the thing made free.
@@ -64,4 +64,4 @@ class Alternative:
         """
         if self.of is None:
             return timed(self.instead) / tokens
-        return base + timed(self.instead) - timed(self.of)
+        return base * timed(self.instead) / timed(self.of)

@@ -18,7 +18,7 @@ from functools import partial
 
 from dsmini.accounting.kv_cache import kv_bytes_per_token
 from dsmini.diagnosis.decoding.arm import PLAIN
-from dsmini.diagnosis.decoding.predictions import priced
+from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.batch_sweep import knee_of
@@ -66,7 +66,10 @@ def numbers(subject: DecodingSubject, rates: Rates | None, seconds: float) -> De
     """Predict, then measure."""
     batches = batches_of(subject)
     points = [Point(batch=n, context=subject.context) for n in batches]
-    said = None if rates is None else [priced(subject, PLAIN, rates, point).seconds for point in points]
+    said = None
+    if rates is not None:
+        prices = Prices(subject, rates)
+        said = [prices.forecast(PLAIN, point).seconds for point in points]
     turns = {}
     for n, point in zip(batches, points, strict=True):
         run = PLAIN.steps(subject.model, point)

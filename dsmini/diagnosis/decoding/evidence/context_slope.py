@@ -27,7 +27,7 @@ from dsmini.accounting.kv_cache import kv_bytes_per_token, mha_twin
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.decoding.alternatives import EXPANDED, MHA, no_forms, no_mha
 from dsmini.diagnosis.decoding.arm import PLAIN, Arm
-from dsmini.diagnosis.decoding.predictions import priced
+from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, in_turns, timed
@@ -103,7 +103,8 @@ def numbers(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Co
     predicted: dict[str, list[float]] = {}
     if rates is not None:
         points = [Point(batch=subject.batch, context=context) for context in contexts]
-        predicted = {form: [priced(subject, arm, rates, p).seconds for p in points] for form, arm in forms.items()}
+        prices = Prices(subject, rates)
+        predicted = {form: [prices.forecast(arm, p).seconds for p in points] for form, arm in forms.items()}
     turns = {}
     for form, arm in forms.items():
         for context in contexts:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from dsmini.diagnosis.decoding.arm import PLAIN
-from dsmini.diagnosis.decoding.predictions import priced, seconds_with_threads
+from dsmini.diagnosis.decoding.predictions import Prices, seconds_with_threads
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, in_ms, in_turns, timed, to_try
 from dsmini.diagnosis.evidence.threads import ThreadSweep, counts_of, threads_put_back
@@ -23,7 +23,8 @@ def numbers(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Th
     """Predict, then measure."""
     counts, predicted = counts_of(cores(), torch.get_num_threads()), None
     if rates is not None:
-        predicted = seconds_with_threads(subject, priced(subject, PLAIN, rates), rates, counts)
+        prices = Prices(subject, rates)
+        predicted = seconds_with_threads(prices, prices.forecast(PLAIN), counts)
     with threads_put_back():
         found = in_turns({str(n): partial(_step, subject, n) for n in counts}, seconds)
     return ThreadSweep(threads=counts, taken=list(found.values()), predicted=predicted)

@@ -18,7 +18,7 @@ import torch
 
 from dsmini.diagnosis.decoding.alternatives import BFLOAT16, FP8, no_kernels
 from dsmini.diagnosis.decoding.arm import PLAIN, Arm
-from dsmini.diagnosis.decoding.predictions import priced
+from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.decoding.variants import with_weights_in
 from dsmini.diagnosis.evidence.evidence import Evidence, in_ms, in_turns, timed
@@ -58,7 +58,8 @@ def numbers(subject: DecodingSubject, rates: Rates | None, seconds: float) -> We
     """Predict, then measure."""
     now = subject.weight_dtype
     arms = {now: PLAIN} | {dtype: arm for dtype, arm in ARMS.items() if dtype != now}
-    predicted = {} if rates is None else {dtype: priced(subject, arm, rates) for dtype, arm in arms.items()}
+    prices = None if rates is None else Prices(subject, rates)
+    predicted = {} if prices is None else {dtype: prices.forecast(arm) for dtype, arm in arms.items()}
     taken = in_turns({dtype: partial(subject.seconds, arm) for dtype, arm in arms.items()}, seconds)
     return WeightSteps(now=now, taken=taken, predicted=predicted)
 
