@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "dsmini.diagnosis": {
         *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis"),
         *("dsmini.inference", "dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.ops"),
-        *("dsmini.planner.binding", "dsmini.report", "dsmini.training"),
+        *("dsmini.functional.cached_attention", "dsmini.planner.binding", "dsmini.report", "dsmini.training"),
     },
     "dsmini.machine": set(),
     "dsmini.measure": {

@@ -11,7 +11,7 @@ from dsmini.diagnosis.decoding.loading import decoded_model_of
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.decoding.work import DECODING
 
-SECONDS, QUICK_SECONDS = 45.0, 18.0
+SECONDS, QUICK_SECONDS = 30.0, 18.0
 """Time of the rounds: decoding steps are short."""
 
 

@@ -31,6 +31,7 @@ from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, in_turns, timed
+from dsmini.functional.cached_attention import KEY_STEP
 from dsmini.machine import memory_bytes
 from dsmini.measure.rates import Roofs
 from dsmini.measure.step_rates import Rates
@@ -88,12 +89,18 @@ def contexts_of(subject: DecodingSubject, arms: int) -> list[int]:
     """Return the contexts to try, ascending: up to four times the subject's, as far as model and memory allow."""
     c = subject.config
     most = min(c.max_seq_len - 1, LONGER * subject.context)
-    contexts = sorted({max(1, round(share * most)) for share in SHARES})
+    contexts = sorted({_aligned(max(1, round(share * most)), most) for share in SHARES})
     numbers = max(kv_bytes_per_token(c, 4), 4 * c.n_layers * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
     room = MOST_MEMORY * memory_bytes(subject.device)
     while len(contexts) > 2 and sum(contexts) * subject.batch * numbers * arms > room:
         contexts.pop()
     return contexts
+
+
+def _aligned(context: int, most: int) -> int:
+    """Return the nearest context after which attention reads whole steps of rows: others need a mask, and more calls."""
+    wanted = max(1, round((context + 1) / KEY_STEP)) * KEY_STEP - 1
+    return wanted if wanted <= most else context
 
 
 def numbers(subject: DecodingSubject, rates: Rates | None, seconds: float) -> ContextSlopes:

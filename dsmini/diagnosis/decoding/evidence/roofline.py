@@ -3,7 +3,8 @@
 As in training, an operation with F FLOPs that must move b bytes is at most as fast as min(peak, F / b * bandwidth).
 Decoding one sequence does two FLOPs with each weight that it reads, far below the ridge.
 
-FLOPs and bytes of a token are also known by formula (dsmini.accounting). The formula of bytes is a lower bound.
+FLOPs and bytes of a token are also known by formula (dsmini.accounting). The formula of bytes counts inputs and results
+of every product; kernels that run several products in one call save some of these.
 """
 
 from dsmini import accounting
@@ -41,7 +42,6 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
             unit=unit,
             measured=measured / batch,
             predicted=predicted,
-            bound=metric == "bytes",
         )
         for metric, unit, measured, predicted in (
             ("flops", "FLOP", passes[0].flops, flops),
@@ -65,7 +65,7 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
         title="Which operations does memory limit, and which arithmetic?",
         finding=f"{memory:.0%} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a cache "
         f"is the limit. A token takes {passes[0].flops / batch / 1e6:.2f} MFLOP, {flops / 1e6:.2f} by the formula, and "
-        f"moves {passes[0].bytes / batch / 1e6:.2f} MB, {nbytes / 1e6:.2f} at least.",
+        f"moves {passes[0].bytes / batch / 1e6:.2f} MB, {nbytes / 1e6:.2f} by the formula.",
         figures=figures,
         plots=[roof_plot(shown, rates.roofs.bandwidth, peak)],
         about="Above the sloping roof an operation's bytes come from a cache. Each block's operations are timed apart, "
