@@ -168,9 +168,9 @@ def test_every_alternative_is_predicted(decoding: DecodingSubject) -> None:
 
 
 def test_threads_scale_products_and_memory_apart() -> None:
-    classes = {"linear": 4.0, "experts": 2.0, "calls": 1.0}
+    classes = {"linear": 4.0, "experts": 2.0, "calls": 1.0, "move": 0.5}
     cold = {"linear": 0.0, "experts": 1.0}
-    assert scaled(classes, cold, (10.0, 4.0), (20.0, 5.0)) == pytest.approx(2.0 + 2.0 * 4 / 5 + 1.0)
+    assert scaled(classes, cold, (10.0, 4.0), (20.0, 5.0)) == pytest.approx(2.0 + 2.0 * 4 / 5 + 1.0 + 0.5)
 
 
 def sleeping(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> None:

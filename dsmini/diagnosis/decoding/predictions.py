@@ -11,9 +11,10 @@ Worked example: a narrow model takes 0.45 ms, and 0.20 by its price. A price of 
 Besides, two things are counted or measured on their own: the guesses that are accepted, and the rates of products and
 memory on other numbers of threads.
 
-    all_threads     memory by the ratio of bandwidths, the rest by that of products, calls as they are
+    all_threads     products by the ratio of their rates or of bandwidths, all else as it is
 
-A class of operations moves as many of its seconds by memory as its share of bytes that no cache holds.
+A class of products waits for memory by its share of bytes that no cache holds. What is no product has a few thousand
+numbers at most, too few for a second thread.
 """
 
 import dataclasses
@@ -40,8 +41,10 @@ from dsmini.nn import Transformer
 
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""
-TURNS = 7
+TURNS, MOST_TURNS = 7, 60
 """Turns of a narrow model, of which the fastest counts: other programs only make it slower."""
+DISTURBED = 3.0
+"""Seconds of a narrow model over its price above which other programs must have disturbed it."""
 LEAST = 0.05
 """Least share of its price that a step takes, whatever narrow models say."""
 ATTENTION, KEYS = "kernel cached attention", 4096
@@ -110,7 +113,12 @@ class Prices:
             price = sum(self._priced(arm, self.counted(arm, point, config)).values())
             run = arm.steps(like(self.subject, config).to(self.subject.device), point)
             steps = max(1, steps_in_turn(run) // TURNS)
-            self._beyond[arm, batch] = min(seconds_of(run, steps) for _ in range(TURNS)) - price
+            taken = min(seconds_of(run, steps) for _ in range(TURNS))
+            for _ in range(MOST_TURNS):
+                if taken <= DISTURBED * price:
+                    break
+                taken = min(taken, seconds_of(run, steps))
+            self._beyond[arm, batch] = min(taken, DISTURBED * price) - price
         return self._beyond[arm, batch]
 
 
@@ -160,9 +168,9 @@ def seconds_with_threads(prices: Prices, now: Forecast, counts: Sequence[int]) -
 
 
 def cold_shares(dry: Dry) -> dict[str, float]:
-    """Return the share of bytes that come from memory, by class of operations."""
+    """Return the share of bytes that come from memory, by class of products."""
     moved: dict[str, list[int]] = {}
-    for op in dry.operations:
+    for op in (op for op in dry.operations if op.flops):
         total = moved.setdefault(class_of(op), [0, 0])
         total[0] += op.cold
         total[1] += op.bytes
@@ -172,10 +180,10 @@ def cold_shares(dry: Dry) -> dict[str, float]:
 def scaled(
     by_class: Mapping[str, float], cold: Mapping[str, float], now: tuple[float, float], then: tuple[float, float]
 ) -> float:
-    """Return the seconds of classes of operations when the rates of (products, memory) change; calls stay."""
+    """Return the seconds of a step when the rates of (products, memory) change; all but products stays."""
 
     def longer(name: str) -> float:
         share = cold[name]
         return (1 - share) * now[0] / then[0] + share * now[1] / then[1]
 
-    return sum(seconds * (1.0 if name == "calls" else longer(name)) for name, seconds in by_class.items())
+    return sum(seconds * (longer(name) if name in cold else 1.0) for name, seconds in by_class.items())

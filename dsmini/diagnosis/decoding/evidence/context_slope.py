@@ -98,7 +98,7 @@ def contexts_of(subject: DecodingSubject, arms: int) -> list[int]:
 
 
 def _aligned(context: int, most: int) -> int:
-    """Return the nearest context after which attention reads whole steps of rows: others need a mask, and more calls."""
+    """Return the nearest context after which attention reads whole steps of rows; others need a mask."""
     wanted = max(1, round((context + 1) / KEY_STEP)) * KEY_STEP - 1
     return wanted if wanted <= most else context
 
