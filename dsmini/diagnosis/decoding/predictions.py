@@ -1,12 +1,15 @@
 """Predictions, made before any step of the subject: the seconds of a plain decoding step, and of each alternative.
 
 A model like the subject's decodes without computing anything (measure/dry.py), and the operations that would run are
-priced by this machine's rates. Of short steps most is Python, which those rates hardly have: they are of larger models.
-So a model with as many blocks and experts, but only WIDTH wide, is timed and priced too, in the same way:
+priced by this machine's rates. Two parts are not in these rates: Python, which is most of a short step, and attention
+with heads of other sizes. A model with as many blocks, experts and heads, but only WIDTH wide, tells both. It is timed
+after `low` and after `high` cached tokens, a thousand at most, and priced in the same way:
 
-    T = T(narrow), timed + price - price(narrow)
+    slope = (T(narrow, high) - T(narrow, low)) / (high - low)
+    T(t)  = T(narrow, low) + price(low) - price(narrow, low) + slope (t - low)
 
-Worked example: a narrow model takes 0.45 ms, and 0.20 by its price. A price of 0.31 ms then predicts 0.56 ms.
+Worked example: a narrow model takes 0.45 ms after 63 tokens, 0.20 by its price, and 0.57 ms after 1023: 0.125 us a
+token. A price of 0.31 ms predicts 0.45 + 0.11 = 0.56 ms after 63 tokens, and 1.32 ms after 6143.
 
 Besides, two things are counted or measured on their own: the guesses that are accepted, and the rates of products and
 memory on other numbers of threads.
@@ -24,31 +27,40 @@ import torch
 
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.decoding.alternatives import ALTERNATIVES, tokens_of
-from dsmini.diagnosis.decoding.arm import PLAIN, Arm
-from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
+from dsmini.diagnosis.decoding.arm import PLAIN, Arm, same_point
+from dsmini.diagnosis.decoding.steps import Point, Run, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.interventions.machine import THREADS, cores
 from dsmini.diagnosis.predictions import Prediction
+from dsmini.functional.cached_attention import KEY_STEP
 from dsmini.machine import matmul_rate
 from dsmini.measure.calibration import read_bandwidth
-from dsmini.measure.counting import CountedOperation
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.forecast import Forecast
-from dsmini.measure.rates import flops_rate
-from dsmini.measure.step_rates import OTHERS, Rates, class_of
-from dsmini.measure.workloads import StepDtype, StepShape
+from dsmini.measure.step_rates import Rates, class_of
+from dsmini.measure.workloads import StepShape
 from dsmini.nn import Transformer
 
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""
-TURNS, MOST_TURNS = 7, 60
+TURNS, MOST_TURNS = 7, 30
 """Turns of a narrow model, of which the fastest counts: other programs only make it slower."""
 DISTURBED = 3.0
 """Seconds of a narrow model over its price above which other programs must have disturbed it."""
 LEAST = 0.05
 """Least share of its price that a step takes, whatever narrow models say."""
-ATTENTION, KEYS = "kernel cached attention", 4096
-"""Curve of the kernels' attention to a cache, and where it is read."""
+LONGEST = 1024
+"""Most tokens after which narrow models are timed, the new one included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Narrow:
+    """An arm's step of a narrow model."""
+
+    beyond: float
+    """Seconds beyond its price, after few cached tokens."""
+    slope: float
+    """Seconds of one more cached token of each sequence."""
 
 
 class Prices:
@@ -56,7 +68,8 @@ class Prices:
 
     def __init__(self, subject: DecodingSubject, rates: Rates) -> None:
         self.subject, self.rates = subject, rates
-        self._beyond: dict[tuple[Arm, int], float] = {}
+        self.low, self.high = ends_of(subject.config)
+        self._narrow: dict[tuple[Arm, int], Narrow] = {}
 
     def forecast(self, arm: Arm, point: Point | None = None) -> Forecast:
         """Return the forecast of an arm's step.
@@ -66,14 +79,15 @@ class Prices:
         """
         subject = self.subject
         point = Point(batch=subject.batch, context=subject.context) if point is None else point
-        dry = self.counted(arm, point, subject.config)
-        parts = self._priced(arm, dry)
+        dry, after = self.counted(arm, point, subject.config), self._tokens(arm, point)
+        parts, told = self._priced(arm, point, subject.config), self._told(arm, point)
         price = sum(parts.values())
-        parts["calls"] += max(self._beyond_price(arm, point.batch), (LEAST - 1) * price)
+        parts["calls"] += max(told.beyond, (LEAST - 1) * price)
+        parts["cached tokens"] = told.slope * (after - self.low)
         dtype = arm.dtype or subject.weight_dtype
         return Forecast(
             shape=StepShape(work="decode", config=subject.config, dtype=dtype, batch=point.batch, tokens=point.context),
-            seconds=sum(parts.values()),
+            seconds=max(LEAST * price, sum(parts.values())),
             by_class=dict(sorted(parts.items(), key=lambda part: -part[1])),
             calls=len(dry.operations) + dry.views,
             flops=dry.flops,
@@ -87,54 +101,64 @@ class Prices:
         """Return the operations of an arm's step, which does not run."""
         return dry_count(lambda: arm.steps(like(self.subject, config), point), self.rates.roofs.cache_bytes)
 
-    def _priced(self, arm: Arm, dry: Dry) -> dict[str, float]:
-        """Return the seconds of an arm's operations by class, and those of "calls"."""
+    def _tokens(self, arm: Arm, point: Point) -> int:
+        """Return the cached tokens of an arm at a point."""
+        return arm.point(point).context
+
+    def _priced(self, arm: Arm, point: Point, config: ModelConfig) -> dict[str, float]:
+        """Return the seconds of an arm's operations by class, and those of "calls", after few cached tokens."""
         dtype = arm.dtype or self.subject.weight_dtype
-        of_step = self.rates.steps[f"{arm.rates_of} {dtype}"]
-        parts = of_step.seconds(dry.operations, dry.views, self.rates.roofs)
-        for op in dry.operations:
-            name = class_of(op)
-            factor = of_step.factors.get(name, of_step.factors[OTHERS])
-            parts[name] += factor * self._other_cache(op, self.subject.compute_dtype)
-        return parts
+        here = dataclasses.replace(arm, point=same_point)
+        dry = self.counted(here, point.at(self.low), config)
+        return self.rates.steps[f"{arm.rates_of} {dtype}"].seconds(dry.operations, dry.views, self.rates.roofs)
 
-    def _other_cache(self, op: CountedOperation, cache: StepDtype) -> float:
-        """Return the seconds that a cache in another dtype than FP32 weights adds to a kernel's attention."""
-        roofs, names = self.rates.roofs, [f"warm {ATTENTION} {dtype}" for dtype in ("float32", cache)]
-        if not op.attention or op.dtype != torch.float32 or any(name not in roofs.curves for name in names):
-            return 0.0
-        own, weights = (flops_rate(roofs, ATTENTION, dtype, KEYS, op.cold_share) for dtype in (cache, "float32"))
-        return op.attention / own - op.attention / weights
+    def _told(self, arm: Arm, point: Point) -> Narrow:
+        """Return what an arm's step of a narrow model tells; it is timed once for each batch."""
+        arm = dataclasses.replace(arm, point=same_point)
+        key = arm, point.batch
+        if key not in self._narrow:
+            config = narrow(self.subject.config)
+            model, price = like(self.subject, config), sum(self._priced(arm, point, config).values())
+            low, high = (
+                fastest(arm.steps(model, Point(batch=point.batch, context=context)), price)
+                for context in (self.low, self.high)
+            )
+            slope = max(0.0, high - low) / max(1, self.high - self.low)
+            self._narrow[key] = Narrow(beyond=low - price, slope=slope)
+        return self._narrow[key]
 
-    def _beyond_price(self, arm: Arm, batch: int) -> float:
-        """Return the seconds that an arm's step of a narrow model takes beyond its price; timed once for each batch."""
-        if (arm, batch) not in self._beyond:
-            config, point = narrow(self.subject.config), Point(batch=batch, context=1)
-            price = sum(self._priced(arm, self.counted(arm, point, config)).values())
-            run = arm.steps(like(self.subject, config).to(self.subject.device), point)
-            steps = max(1, steps_in_turn(run) // TURNS)
-            taken = min(seconds_of(run, steps) for _ in range(TURNS))
-            for _ in range(MOST_TURNS):
-                if taken <= DISTURBED * price:
-                    break
-                taken = min(taken, seconds_of(run, steps))
-            self._beyond[arm, batch] = min(taken, DISTURBED * price) - price
-        return self._beyond[arm, batch]
+
+def ends_of(config: ModelConfig) -> tuple[int, int]:
+    """Return the numbers of cached tokens after which narrow models are timed, with room for a guess of each depth."""
+    most = min(LONGEST, config.max_seq_len - config.n_mtp_layers)
+    if most < 2 * KEY_STEP:
+        return 1, max(1, most - 1)
+    return KEY_STEP - 1, most // KEY_STEP * KEY_STEP - 1  # whole steps of rows need no mask
+
+
+def fastest(run: Run, price: float) -> float:
+    """Return the seconds of a step in its fastest turn, which is looked for longer where it is far above its price."""
+    steps = steps_in_turn(run)
+    taken = min(seconds_of(run, steps) for _ in range(TURNS))
+    for _ in range(MOST_TURNS):
+        if taken <= DISTURBED * price:
+            break
+        taken = min(taken, seconds_of(run, steps))
+    return taken
 
 
 def like(subject: DecodingSubject, config: ModelConfig) -> Transformer:
     """Return a random model in the subject's dtypes; made dry, it takes no memory."""
     with torch.random.fork_rng(devices=[]):
         model = Transformer(config, compute_dtype=subject.model.compute_dtype)
-    return model.to(subject.model.embed.weight.dtype).eval()
+    return model.to(subject.device, subject.model.embed.weight.dtype).eval()
 
 
 def narrow(config: ModelConfig) -> ModelConfig:
-    """Return a config with as many blocks, heads and experts, whose matrices are as small as can be."""
-    widths = ("dim", "inter_dim", "moe_inter_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    small = {name: min(WIDTH, getattr(config, name)) for name in (*widths, "vocab_size")}
+    """Return a config with the same blocks, experts and heads, whose matrices are as small as can be."""
+    widths = ("dim", "inter_dim", "moe_inter_dim", "vocab_size")
     rank = None if config.q_lora_rank is None else min(WIDTH, config.q_lora_rank)
-    return dataclasses.replace(config, q_lora_rank=rank, **small)
+    return dataclasses.replace(config, q_lora_rank=rank, **{n: min(WIDTH, getattr(config, n)) for n in widths})
 
 
 def predict(subject: DecodingSubject, names: Sequence[str], rates: Rates) -> Prediction:
