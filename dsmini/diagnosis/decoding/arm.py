@@ -47,6 +47,16 @@ PLAIN = Arm()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Narrow:
+    """An arm's step of a narrow model, which predictions rest on."""
+
+    beyond: float
+    """Seconds beyond its price, after few cached tokens."""
+    slope: float
+    """Seconds of one more cached token of each sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Alternative:
     """Steps whose time stands for that of a plain step with one thing made free."""
 

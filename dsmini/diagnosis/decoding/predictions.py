@@ -27,7 +27,7 @@ import torch
 
 from dsmini.config import ModelConfig
 from dsmini.diagnosis.decoding.alternatives import ALTERNATIVES, tokens_of
-from dsmini.diagnosis.decoding.arm import PLAIN, Arm, same_point
+from dsmini.diagnosis.decoding.arm import PLAIN, Arm, Narrow, same_point
 from dsmini.diagnosis.decoding.steps import Point, Run, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.interventions.machine import THREADS, cores
@@ -43,7 +43,7 @@ from dsmini.nn import Transformer
 
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""
-TURNS, MOST_TURNS = 7, 30
+TURNS, MOST_TURNS = 5, 20
 """Turns of a narrow model, of which the fastest counts: other programs only make it slower."""
 DISTURBED = 3.0
 """Seconds of a narrow model over its price above which other programs must have disturbed it."""
@@ -53,23 +53,12 @@ LONGEST = 1024
 """Most tokens after which narrow models are timed, the new one included."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Narrow:
-    """An arm's step of a narrow model."""
-
-    beyond: float
-    """Seconds beyond its price, after few cached tokens."""
-    slope: float
-    """Seconds of one more cached token of each sequence."""
-
-
 class Prices:
     """Forecasts of a subject's steps."""
 
     def __init__(self, subject: DecodingSubject, rates: Rates) -> None:
         self.subject, self.rates = subject, rates
         self.low, self.high = ends_of(subject.config)
-        self._narrow: dict[tuple[Arm, int], Narrow] = {}
 
     def forecast(self, arm: Arm, point: Point | None = None) -> Forecast:
         """Return the forecast of an arm's step.
@@ -116,7 +105,7 @@ class Prices:
         """Return what an arm's step of a narrow model tells; it is timed once for each batch."""
         arm = dataclasses.replace(arm, point=same_point)
         key = arm, point.batch
-        if key not in self._narrow:
+        if key not in self.subject.narrow:
             config = narrow(self.subject.config)
             model, price = like(self.subject, config), sum(self._priced(arm, point, config).values())
             low, high = (
@@ -124,8 +113,8 @@ class Prices:
                 for context in (self.low, self.high)
             )
             slope = max(0.0, high - low) / max(1, self.high - self.low)
-            self._narrow[key] = Narrow(beyond=low - price, slope=slope)
-        return self._narrow[key]
+            self.subject.narrow[key] = Narrow(beyond=low - price, slope=slope)
+        return self.subject.narrow[key]
 
 
 def ends_of(config: ModelConfig) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsmini import accounting
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.config import ModelConfig
-from dsmini.diagnosis.decoding.arm import Arm
+from dsmini.diagnosis.decoding.arm import Arm, Narrow
 from dsmini.diagnosis.decoding.drafts import Acceptance, acceptance
 from dsmini.diagnosis.decoding.steps import Point, Run, seconds_of, steps_in_turn, steps_with
 from dsmini.inference.prefill import prefill
@@ -67,6 +67,8 @@ class DecodingSubject:
         self._run = steps_with(self.model, self.cache, self.tokens)
         self._together = steps_in_turn(self._run)
         self._arms: dict[Arm, tuple[Run, int]] = {}
+        self.narrow: dict[tuple[Arm, int], Narrow] = {}
+        """What narrow models told, by arm and batch."""
 
     @property
     def config(self) -> ModelConfig:
