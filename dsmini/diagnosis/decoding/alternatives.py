@@ -47,8 +47,8 @@ def _in_bfloat16(model: Transformer) -> Transformer:
     return with_weights_in(model, torch.bfloat16)
 
 
-BFLOAT16 = Arm(change=_in_bfloat16, dtype="bfloat16")
-FP8 = Arm(change=with_fp8_weights, dtype="fp8")
+BFLOAT16 = Arm(change=_in_bfloat16, dtype="bfloat16", keeps_attention=True)
+FP8 = Arm(change=with_fp8_weights, dtype="fp8", keeps_attention=True)
 ALTERNATIVES = {
     "free_cache": Alternative(instead=Arm(point=lambda point: point.at(FEW))),
     "expanded_mla": Alternative(instead=EXPANDED, of=ABSORBED),
@@ -56,7 +56,7 @@ ALTERNATIVES = {
     "uniform_routing": Alternative(
         instead=Arm(change=with_uniform_routing, make=ROUTED.make, rates_of="prefill"), of=ROUTED
     ),
-    "dense_active": Alternative(instead=Arm(change=with_dense)),
+    "dense_active": Alternative(instead=Arm(change=with_dense, keeps_attention=True)),
     "drafts": Alternative(instead=Arm(make=guessing_steps)),
     "bfloat16_weights": Alternative(instead=BFLOAT16),
     "fp8_weights": Alternative(instead=FP8),

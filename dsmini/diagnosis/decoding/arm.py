@@ -35,6 +35,8 @@ class Arm:
     point: Callable[[Point], Point] = same_point
     dtype: StepDtype | None = None
     """Dtype in which the variant holds its weights; None: the model's."""
+    keeps_attention: bool = False
+    """Attention is that of plain steps, as long as the cache has the same dtype."""
     rates_of: Literal["decode", "prefill"] = "decode"
     """Work whose rates price it: what runs by modules is priced as in prefill."""
 

@@ -21,6 +21,7 @@ numbers at most, too few for a second thread.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,7 +44,7 @@ from dsmini.nn import Transformer
 
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""
-TURNS, MOST_TURNS = 5, 20
+TURNS, MOST_TURNS = 6, 20
 """Turns of a narrow model, of which the fastest counts: other programs only make it slower."""
 DISTURBED = 3.0
 """Seconds of a narrow model over its price above which other programs must have disturbed it."""
@@ -108,11 +109,11 @@ class Prices:
         if key not in self.subject.narrow:
             config = narrow(self.subject.config)
             model, price = like(self.subject, config), sum(self._priced(arm, point, config).values())
-            low, high = (
-                fastest(arm.steps(model, Point(batch=point.batch, context=context)), price)
-                for context in (self.low, self.high)
-            )
+            runs = [arm.steps(model, Point(batch=point.batch, context=context)) for context in (self.low, self.high)]
+            low, high = fastest(runs, price)
             slope = max(0.0, high - low) / max(1, self.high - self.low)
+            if arm.keeps_attention and (arm.dtype is None or self.subject.compute_dtype == "bfloat16"):
+                slope = self._told(PLAIN, point).slope
             self.subject.narrow[key] = Narrow(beyond=low - price, slope=slope)
         return self.subject.narrow[key]
 
@@ -125,14 +126,19 @@ def ends_of(config: ModelConfig) -> tuple[int, int]:
     return KEY_STEP - 1, most // KEY_STEP * KEY_STEP - 1  # whole steps of rows need no mask
 
 
-def fastest(run: Run, price: float) -> float:
-    """Return the seconds of a step in its fastest turn, which is looked for longer where it is far above its price."""
-    steps = steps_in_turn(run)
-    taken = min(seconds_of(run, steps) for _ in range(TURNS))
-    for _ in range(MOST_TURNS):
-        if taken <= DISTURBED * price:
+def fastest(runs: Sequence[Run], price: float) -> list[float]:
+    """Return the seconds of steps that take turns, each in its fastest turn.
+
+    Args:
+        price: of the first; turns are taken until it is near, or for long enough.
+    """
+    counts = [steps_in_turn(run) for run in runs]
+    taken = [math.inf] * len(runs)
+    for turn in range(MOST_TURNS):
+        if turn >= TURNS and taken[0] <= DISTURBED * price:
             break
-        taken = min(taken, seconds_of(run, steps))
+        found = [seconds_of(run, steps) for run, steps in zip(runs, counts, strict=True)]
+        taken = [min(pair) for pair in zip(taken, found, strict=True)]
     return taken
 
 
