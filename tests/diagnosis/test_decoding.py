@@ -12,8 +12,8 @@ from torch import Tensor
 from dsmini import ModelConfig, Transformer, ops
 from dsmini.diagnosis.decoding import steps as stepping
 from dsmini.diagnosis.decoding.alternatives import ALTERNATIVES, BFLOAT16, EXPANDED, FP8, INTERVENTIONS, MHA
-from dsmini.diagnosis.decoding.arm import PLAIN, Arm
-from dsmini.diagnosis.decoding.predictions import predict, scaled
+from dsmini.diagnosis.decoding.arm import PLAIN, Arm, Narrow
+from dsmini.diagnosis.decoding.predictions import Prices, predict, scaled
 from dsmini.diagnosis.decoding.steps import Point, filled_cache
 from dsmini.diagnosis.decoding.subject import DecodedModel, DecodingSubject, checked_context
 from dsmini.diagnosis.decoding.work import DECODING
@@ -148,12 +148,12 @@ def test_plain_step_changes_by_the_ratio_of_two_arms() -> None:
 
 
 def test_free_cache_is_predicted_to_gain_on_a_long_context_alone() -> None:
-    """Check the prediction on 8,000 cached tokens and on 2, with rates at which every byte and FLOP counts."""
+    """Check the prediction on 8,000 cached tokens and on 2, where a narrow model took 0.1 us a token."""
     config = dataclasses.replace(MODEL, max_seq_len=8192)
     gains = {}
     for context in (2, 8000):
         subject = subject_of(config, context=2)
-        subject.context = context
+        subject.context, subject.narrow[PLAIN, 1] = context, Narrow(beyond=0.0, slope=1e-7)
         found = predict(subject, ["free_cache"], invented_rates())
         gains[context] = found.gain("free_cache") or 0.0
     assert abs(gains[2]) < 0.02 and gains[8000] > 0.3, gains
@@ -182,6 +182,19 @@ def sleeping(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -
         return real(self, tokens, cache, lengths)
 
     monkeypatch.setattr(Decoder, "states", states)
+
+
+def test_narrow_model_tells_seconds_of_a_cached_token(
+    decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch, short: None
+) -> None:
+    """Check a slope of 0.1 ms a token, of which sleep may take more, and that it stands in the forecast."""
+    sleeping(monkeypatch, lambda cached: 1e-4 * cached)
+    prices = Prices(decoding, invented_rates())
+    found = prices.forecast(PLAIN)
+    assert 0.9e-4 < decoding.narrow[PLAIN, 2].slope < 1.5e-4
+    assert found.seconds > 64e-4 and found.by_class["cached tokens"] == pytest.approx(
+        decoding.narrow[PLAIN, 2].slope * (64 - prices.low)
+    )
 
 
 @pytest.mark.parametrize("slow", [True, False], ids=["by the token", "always"])
