@@ -152,7 +152,7 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
     return Section(
         name="context_slope",
         title="What does one more cached token cost?",
-        finding=f"A step takes longer with each cached token, by {', '.join(words)}.",
+        finding=f"One more cached token costs {', '.join(words)}.",
         figures=figures,
         plots=[Plot(title="A step by its context", x="cached tokens", y="ms", series=series)],
         about="Rows of the caches are random. Expanded runs by modules, and the others by kernels where they serve, so "
