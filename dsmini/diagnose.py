@@ -1,11 +1,11 @@
-"""python -m dsmini.diagnose: which of Data, Algorithm and Machine binds a training run, proved by experiment."""
+"""python -m dsmini.diagnose: which of Data, Algorithm and Machine binds training or decoding, proved by experiment."""
 
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,17 +16,31 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 
+if TYPE_CHECKING:  # it loads torch: --help is instant
+    from dsmini.diagnosis.answer import DiagnosisAnswer
+
+MOST_BATCH = 1024
+"""Largest number of sequences that are decoded together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseCommand:
-    """Find which of Data, Algorithm and Machine binds a training run, proved by experiment on this machine.
+    """Find which of Data, Algorithm and Machine binds training or decoding, proved by experiment on this machine.
 
-    WHAT is a config, such as configs/toy.toml, or the folder of an unfinished run, which is only read. Each prediction
-    is made before its experiment. Plain steps and steps with one thing made free take turns.
+    WHAT is a config, such as configs/toy.toml, or the folder of a run, which is only read. Each prediction is made
+    before its experiment. Plain steps and steps with one thing made free take turns.
     """
 
     what: Annotated[Path | None, tyro.conf.Positional] = None
-    """Config or run to diagnose; left out: the default run of dsmini.train."""
+    """Config or run to diagnose; left out: the default run of dsmini.train. Training wants an unfinished run; decoding
+    also takes a finished one, a checkpoint, and a DeepSeek or Hugging Face folder."""
+    work: Literal["train", "decode"] = "train"
+    """Diagnose steps of training, or of decoding."""
+    context: int | None = None
+    """Tokens in the cache of each sequence, for --work decode; left out: three quarters of the model's context, 4096 at
+    most."""
+    batch: int | None = None
+    """Sequences that are decoded together, for --work decode; left out: 1."""
     quick: bool = False
     """Look for half a minute instead of three, at the verdict alone. Predict only where rates are stored."""
     rounds: int | None = None
@@ -41,12 +55,22 @@ class DiagnoseCommand:
     def __post_init__(self) -> None:
         if self.rounds is not None and not 5 <= self.rounds <= 1000:
             raise ValueError(f"--rounds {self.rounds} is not from 5 to 1000; use for example 20")
+        for flag, value in (("--context", self.context), ("--batch", self.batch)):
+            if value is not None and self.work != "decode":
+                raise ValueError(f"{flag} {value} is for decoding; add --work decode, or leave it out")
+        if self.batch is not None and not 1 <= self.batch <= MOST_BATCH:
+            raise ValueError(f"--batch {self.batch} is not from 1 to {MOST_BATCH}; use for example 8")
 
 
 HELP = Help(
     usage="[FILE.toml | RUN] [FLAGS]",
-    examples=("                        # the default run", "configs/toy.toml --quick", "runs/toy-001 --out diagnosis"),
-    main=("quick", "rounds", "only", "out", "json"),
+    examples=(
+        "                        # training by the default run",
+        "configs/toy.toml --quick",
+        "runs/toy-001 --out diagnosis",
+        "runs/toy-001 --work decode --context 128 --batch 4",
+    ),
+    main=("work", "context", "batch", "quick", "rounds", "only", "out", "json"),
 )
 
 
@@ -54,19 +78,11 @@ def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(DiagnoseCommand, "diagnose", args, help=HELP)
     from dsmini import ops
-    from dsmini.diagnosis.answer import answer
 
     ops.check_forced()
     console = Console(stderr=command.json)
     with Progress(console, 1.0, "diagnosing", delay=0.5, refresh_per_second=1) as bar:
-        found = answer(
-            command.what,
-            quick=command.quick,
-            rounds=command.rounds,
-            only=command.only,
-            command=shlex.join(["python", "-m", "dsmini.diagnose", *args]),
-            on_part=lambda share, what: _show(bar, share, what),
-        )
+        found = _answer(command, shlex.join(["python", "-m", "dsmini.diagnose", *args]), bar)
     found.short.show(console)
     if command.out is not None:
         try:
@@ -83,9 +99,26 @@ def main(args: Sequence[str]) -> int:
     return 130 if found.stopped else 0
 
 
-def _show(bar: Progress, share: float, what: str) -> None:
-    bar.label = what
-    bar.update(share)
+def _answer(command: DiagnoseCommand, line: str, bar: Progress) -> "DiagnosisAnswer":
+    """Diagnose what the command asks for."""
+    from dsmini.diagnosis.answer import answer
+    from dsmini.diagnosis.decoding.answer import answer_decoding
+
+    def on_part(share: float, what: str) -> None:
+        bar.label = what
+        bar.update(share)
+
+    options: dict[str, Any] = {"quick": command.quick, "rounds": command.rounds, "only": command.only}
+    if command.work == "train":
+        return answer(command.what, command=line, on_part=on_part, **options)
+    return answer_decoding(
+        command.what,
+        context=command.context,
+        batch=command.batch or 1,
+        command=line,
+        on_part=on_part,
+        **options,
+    )
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ MAY_IMPORT = {
     "dsmini.diagnosis.finding": set(),
     "dsmini.diagnosis": {
         *("dsmini.accounting", "dsmini.checkpoint", "dsmini.config", "dsmini.data", "dsmini.diagnosis"),
-        *("dsmini.functional", "dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.numerics", "dsmini.ops"),
-        *("dsmini.planner.binding", "dsmini.report", "dsmini.text.tokenizer", "dsmini.training"),
+        *("dsmini.functional", "dsmini.inference", "dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.numerics"),
+        *("dsmini.ops", "dsmini.planner.binding", "dsmini.report", "dsmini.text.tokenizer", "dsmini.training"),
     },
     "dsmini.machine": set(),
     "dsmini.measure": {

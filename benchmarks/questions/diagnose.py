@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.faults import Fault, faults
-from dsmini.diagnosis.diagnosis import AXES, Diagnosis, LookPlan, diagnose
+from dsmini.diagnosis.diagnosis import Diagnosis, LookPlan, diagnose
 from dsmini.measure import step_rates
 from dsmini.report.charts import over_labels
 
@@ -52,7 +52,7 @@ def figures_of(fault: Fault, seed: int, found: Diagnosis) -> Iterator[Figure]:
     for name, g in found.gains.items():
         predicted = None if found.prediction is None else found.prediction.gain(name)
         if predicted is not None:
-            gained = {"run": fault.name, "seed": seed, "free": name, "axis": AXES[name].value}
+            gained = {"run": fault.name, "seed": seed, "free": name, "axis": found.work.changes[name].axis.value}
             yield figure("gain", gained, g.value, predicted=predicted, low=g.low, high=g.high)
 
 

@@ -9,25 +9,25 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from dsmini.diagnosis.contention import Contention, Watch
-from dsmini.diagnosis.interventions.intervention import Intervention
-from dsmini.diagnosis.subject import Subject
-from dsmini.training.trainer import StepResult
+from dsmini.diagnosis.interventions.intervention import Intervention, StepSubject, Timed
 
 UNCOUNTED, COUNTED = 1, 2
 """Steps of a turn."""
+R = TypeVar("R", bound=Timed)
 
 
 @dataclass
-class Measured:
+class Measured(Generic[R]):
     """Seconds of turns, round by round; lists of equal length."""
 
     plain: list[float] = field(default_factory=list)
     free: dict[str, list[float]] = field(default_factory=dict)
     """Seconds with one thing made free, by intervention."""
     contention: list[Contention] = field(default_factory=list)
-    steps: list[StepResult] = field(default_factory=list)
+    steps: list[R] = field(default_factory=list)
     """Plain steps that count."""
 
     @property
@@ -41,15 +41,15 @@ class Measured:
 
 
 def run_in_turns(
-    subject: Subject,
-    interventions: Sequence[Intervention],
+    subject: StepSubject[R],
+    interventions: Sequence[Intervention[Any]],
     watch: Watch,
     *,
     rounds: int,
     seconds: float,
     least: int,
-    on_round: Callable[[float, Measured], None] = lambda share, measured: None,
-) -> Measured:
+    on_round: Callable[[float, Measured[R]], None] = lambda share, measured: None,
+) -> Measured[R]:
     """Take turns until the rounds or the seconds are over.
 
     Args:
@@ -57,7 +57,7 @@ def run_in_turns(
         on_round: told the share that is done; may raise to end the experiment, whose whole rounds are kept in the
             Measured that it was given.
     """
-    measured = Measured(free={each.name: [] for each in interventions})
+    measured: Measured[R] = Measured(free={each.name: [] for each in interventions})
     start = time.perf_counter()
     on_round(0.0, measured)
     _round(subject, interventions, watch, Measured(free={each.name: [] for each in interventions}))
@@ -71,7 +71,9 @@ def run_in_turns(
     return measured
 
 
-def _round(subject: Subject, interventions: Sequence[Intervention], watch: Watch, into: Measured) -> None:
+def _round(
+    subject: StepSubject[R], interventions: Sequence[Intervention[Any]], watch: Watch, into: Measured[R]
+) -> None:
     """Take one round. Its measurements are added at its end, so that an interrupted one leaves nothing."""
     watch.begin()
     steps = [subject.step() for _ in range(UNCOUNTED + COUNTED)][UNCOUNTED:]

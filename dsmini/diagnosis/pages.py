@@ -2,19 +2,10 @@
 
 from dataclasses import replace
 
-from dsmini.diagnosis.diagnosis import ACTIONS, AXES, WORDS, Diagnosis
+from dsmini.diagnosis.diagnosis import Diagnosis
 from dsmini.diagnosis.evidence.gather import Gathered
 from dsmini.diagnosis.tries import tries_of
 from dsmini.report import Figure, Plot, Report, Section, Series, Table
-
-VOCABULARIES = (
-    ("Data", "the next batch is not there", "Data", "Data"),
-    ("Algorithm", "more work, or smaller pieces, than the result needs", "Algorithm", "Algorithm"),
-    ("Machine", "cores, dtype or other programs give less than this machine has", "Machine", "Machine"),
-    ("", "memory traffic of the step itself", "Machine", "Data"),
-)
-"""Axis, what is meant here, the article's word, the textbook's."""
-
 
 NO_EVIDENCE = Gathered(not_tried={})
 NOTHING_GAINS = "Nothing that was tried gains: less work, or a faster machine, is what is left."
@@ -42,7 +33,12 @@ def report_of(
 def short_report_of(found: Diagnosis, title: str, gathered: Gathered = NO_EVIDENCE) -> Report:
     """Return what a terminal shows: the verdict, gains, what to try, and faults."""
     gains = [
-        [name, AXES[name].value, str(g), "" if (said := _predicted(found, name)) is None else _percent(said)]
+        [
+            name,
+            found.work.changes[name].axis.value,
+            str(g),
+            "" if (p := _predicted(found, name)) is None else _percent(p),
+        ]
         for name, g in found.gains.items()
     ]
     table = Table(columns=("made free", "axis", "gain", "predicted"), rows=gains, numeric=("gain", "predicted"))
@@ -95,24 +91,18 @@ def _not_tried(found: Diagnosis, gathered: Gathered) -> list[Section]:
 
 def _verdict(found: Diagnosis) -> Section:
     rows = [
-        [axis.value, str(found.gains[name]), name, ACTIONS[name]]
+        [axis.value, str(found.gains[name]), name, found.work.changes[name].action]
         for axis, name in sorted(found.best.items(), key=lambda item: -found.gains[item[1]].low)
     ]
     finding = found.sentence + (f" {found.verdict.decides}" if found.verdict.decides else "")
     table = Table(columns=("axis", "gain", "by", "what to do where it gains"), rows=rows)
-    words = Table(columns=("here", "meaning", "article", "textbook"), rows=VOCABULARIES)
+    words = Table(columns=("here", "meaning", "article", "textbook"), rows=found.work.vocabulary)
     return Section(
         name="verdict",
         title="What binds?",
         finding=finding,
         tables=[table, words],
-        prose=[
-            (
-                "Two vocabularies",
-                "Both agree that waiting for a batch is Data. They differ on memory traffic: the article counts it to "
-                "the Machine, whose bandwidth is the limit; the textbook to Data, whose bytes must move.",
-            )
-        ],
+        prose=[("Two vocabularies", found.work.about_words)],
     )
 
 
@@ -121,7 +111,16 @@ def _evidence(found: Diagnosis) -> Section:
     for name, g in found.gains.items():
         said = _predicted(found, name)
         apart = "" if said is None else f"{100 * (g.value - said):+.0f}"
-        rows.append([name, AXES[name].value, WORDS[name], "" if said is None else _percent(said), str(g), apart])
+        rows.append(
+            [
+                name,
+                found.work.changes[name].axis.value,
+                found.work.changes[name].words,
+                "" if said is None else _percent(said),
+                str(g),
+                apart,
+            ]
+        )
     table = Table(
         columns=("made free", "axis", "meaning", "predicted", "measured", "points apart"),
         rows=rows,
@@ -145,23 +144,23 @@ def _evidence(found: Diagnosis) -> Section:
     return Section(
         name="evidence",
         title="What gains how much, predicted first and then measured?",
-        finding=f"{found.measured.rounds} rounds in turns; a plain step takes {1e3 * found.measured.seconds:.1f} ms"
-        + (f", {1e3 * found.prediction.plain:.1f} ms were predicted." if found.prediction else "."),
+        finding=f"{found.measured.rounds} rounds in turns; a plain step takes {1e3 * found.measured.seconds:.4g} ms"
+        + (f", {1e3 * found.prediction.plain:.4g} ms were predicted." if found.prediction else "."),
         tables=[table],
         plots=[plot],
     )
 
 
 def _step(found: Diagnosis) -> Section:
-    wait = [step.data_wait * step.seconds for step in found.measured.steps]
-    waited = sorted(wait)[len(wait) // 2]
+    measured = found.work.parts(found.measured)
     if found.prediction is None:
+        words = " and ".join(f"{1e3 * s:.4g} ms are {name}" for name, s in measured.items())
         return Section(
             name="step",
             title="What does a step consist of?",
-            finding=f"{1e3 * waited:.1f} of {1e3 * found.measured.seconds:.1f} ms wait for the batch.",
+            finding=f"A plain step takes {1e3 * found.measured.seconds:.4g} ms" + (f"; {words}." if words else "."),
         )
-    parts = {"waiting for the batch": waited} | dict(found.prediction.forecast.by_class)
+    parts = {**measured, **found.prediction.forecast.by_class}
     figures = [
         Figure(question="step", case={"part": name}, metric="seconds", unit="s", predicted=seconds)
         for name, seconds in parts.items()

@@ -43,8 +43,9 @@ class Prediction:
 
     plain: float
     free: Mapping[str, float]
-    batch: "BatchTime"
     forecast: Forecast
+    batch: "BatchTime | None" = None
+    """None where no batch is loaded."""
 
     def gain(self, name: str) -> float | None:
         """Return the predicted gain of an intervention; None if it was not predicted."""

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dsmini.diagnosis.diagnosis import AXES, Diagnosis
+from dsmini.diagnosis.diagnosis import Diagnosis
 
 
 def record_of(found: Diagnosis) -> dict[str, Any]:
@@ -11,7 +11,7 @@ def record_of(found: Diagnosis) -> dict[str, Any]:
     prediction = found.prediction
     gains = {
         name: {
-            "axis": AXES[name].value,
+            "axis": found.work.changes[name].axis.value,
             "measured": g.value,
             "low": g.low,
             "high": g.high,

@@ -34,6 +34,10 @@ class Subject:
     def config(self) -> RunConfig:
         return self.trainer.config
 
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.device
+
     def step(self) -> StepResult:
         """Take one optimizer step, and return to the same place of the schedules."""
         result = self.trainer.step()

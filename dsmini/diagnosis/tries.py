@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsmini.diagnosis.diagnosis import ACTIONS, WAITING, Diagnosis
+from dsmini.diagnosis.diagnosis import Diagnosis
 from dsmini.diagnosis.evidence.evidence import GAIN
 from dsmini.diagnosis.gains import percent
 from dsmini.diagnosis.interventions.data import REPLAY
 from dsmini.diagnosis.interventions.machine import DTYPE, THREADS
+from dsmini.diagnosis.training_work import WAITING
 from dsmini.report import Section, pick
 
 LEAST_GAIN = 0.02
 """Gain below which nothing is worth a line."""
-IN_SECTIONS = {DTYPE.name: "dtypes", THREADS.name: "threads", REPLAY.name: WAITING}
+IN_SECTIONS = {DTYPE.name: "dtypes", THREADS.name: "threads", REPLAY.name: WAITING.name}
 """Interventions that an experiment shows in more detail, or another gain more exactly."""
 
 
@@ -35,7 +36,7 @@ def tries_of(found: Diagnosis, sections: Sequence[Section]) -> list[Try]:
     for name, g in found.gains.items():
         if IN_SECTIONS.get(name) not in better:
             said = None if found.prediction is None else found.prediction.gain(name)
-            action = ACTIONS[name]
+            action = found.work.changes[name].action
             tries.append(Try(what=name, value=g.value, gain=str(g), predicted=_percent(said), action=action))
     for section in sections:
         for figure in pick(section.figures, GAIN):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmini.diagnosis.diagnosis import INTERVENTIONS
+from dsmini.diagnosis.training_work import TRAINING
 from tests.helpers.commands import TINY, run, run_all, start
 
 SMALL = """
@@ -74,7 +74,7 @@ def test_answers_of_a_config_and_of_a_run(place: Path) -> None:
     found = json.loads(of_run.splitlines()[-1])
     for record in (written, found):
         assert record["gains"]["replay"]["rounds"] == 5
-        assert record["gains"].keys() | record["not_tried"].keys() >= {each.name for each in INTERVENTIONS}
+        assert record["gains"].keys() | record["not_tried"].keys() >= {each.name for each in TRAINING.interventions}
         assert record["step_seconds"] > 0 and record["sentence"]
     one = json.loads(only.splitlines()[-1])
     assert one["gains"].keys() <= {"replay", "waiting", "quiet_machine"}

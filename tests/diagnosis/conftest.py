@@ -1,5 +1,6 @@
 """The default corpus, and a small subject whose steps take milliseconds."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.diagnosis.decoding.subject import DecodedModel, DecodingSubject
 from dsmini.diagnosis.subject import Subject
 from dsmini.measure.rates import Curve
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
@@ -63,3 +65,12 @@ def rates() -> Rates:
     roofs = made_up_roofs(point, product, peak=peak, bandwidth=1e9, copy=1e9, call=1e-6)
     each = StepRates(factors={OTHERS: 1.0}, call=1e-6)
     return Rates(roofs=roofs, steps={f"training {dtype}": each for dtype in ("float32", "bfloat16")}, process=1000)
+
+
+@pytest.fixture
+def decoding() -> DecodingSubject:
+    """Return a subject of the small model that decodes 2 sequences after 64 tokens, in FP32."""
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(MODEL, max_seq_len=160), compute_dtype=torch.float32).eval()
+    decoded = DecodedModel(model=model, trained=False, text=None, source="random tokens")
+    return DecodingSubject(decoded, batch=2, context=64)

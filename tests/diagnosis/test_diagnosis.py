@@ -8,7 +8,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsmini.diagnosis import diagnosis as module
 from dsmini.diagnosis import predictions
 from dsmini.diagnosis.contention import Contention, Watch
 from dsmini.diagnosis.diagnosis import LookPlan, conclude, diagnose
@@ -19,6 +18,7 @@ from dsmini.diagnosis.pages import report_of
 from dsmini.diagnosis.predictions import BatchTime
 from dsmini.diagnosis.record import record_of
 from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.verdict import Outcome
 from dsmini.measure import cpu_time
 from dsmini.training.trainer import StepResult
@@ -87,7 +87,7 @@ def test_whole_diagnosis_of_a_small_run(subject: Subject) -> None:
     parts: list[tuple[float, str]] = []
     found = diagnose(subject, FEW, None, lambda share, what: parts.append((share, what)))
     tried = {name for name in found.gains if name not in ("quiet_machine", "waiting")}
-    assert tried | found.not_tried.keys() == {each.name for each in module.INTERVENTIONS}
+    assert tried | found.not_tried.keys() == {each.name for each in TRAINING.interventions}
     assert {"replay", "uniform_routing", "dense_active"} <= tried
     assert found.measured.rounds == 6 and len(found.measured.steps) == 6 * COUNTED
     assert [share for share, _ in parts] == sorted(share for share, _ in parts) and parts[-1][0] == 1.0
@@ -189,5 +189,5 @@ def test_forward_backward_leaves_no_gradient(subject: Subject) -> None:
 
 
 def test_interventions_have_names_of_their_own() -> None:
-    names = [each.name for each in module.INTERVENTIONS]
-    assert len(set(names)) == len(names) and REPLAY in module.INTERVENTIONS and UNIFORM in module.INTERVENTIONS
+    names = [each.name for each in TRAINING.interventions]
+    assert len(set(names)) == len(names) and REPLAY in TRAINING.interventions and UNIFORM in TRAINING.interventions

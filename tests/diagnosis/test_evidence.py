@@ -25,6 +25,7 @@ from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched
 from dsmini.diagnosis.gains import Gain
 from dsmini.diagnosis.pages import report_of, short_report_of
 from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.tries import tries_of
 from dsmini.measure.forecast import forecast
 from dsmini.measure.step_rates import Rates
@@ -264,7 +265,7 @@ def test_what_to_try_ranks_gains_of_all_experiments() -> None:
         "waiting": Gain(value=0.3, low=0.2, high=0.4, rounds=9),
         "replay": Gain(value=0.31, low=0.2, high=0.4, rounds=9),
     }
-    found: Any = SimpleNamespace(gains=gains, prediction=None)
+    found: Any = SimpleNamespace(gains=gains, prediction=None, work=TRAINING)
     figures = [
         to_try("batch_sweep", "batch x 4", "Set it.", [0.5], 1.0, 0.45),
         to_try("batch_sweep", "batch x 2", "Set it.", [0.9], 1.0, None),

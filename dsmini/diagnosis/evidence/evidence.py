@@ -9,8 +9,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from dsmini.diagnosis.interventions.intervention import StepSubject, Timed
 from dsmini.diagnosis.subject import Subject
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Figure, Section, Series, Value
@@ -18,16 +19,17 @@ from dsmini.report import Figure, Section, Series, Value
 GAIN = "gain_if_tried"
 """Metric of a figure that is worth a try: the share of a token's time that would go."""
 LEAST_TURNS, MOST_TURNS = 2, 15
+S = TypeVar("S", contravariant=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Evidence(Generic[S]):
     """An experiment whose outcome is shown below the verdict, and does not enter it."""
 
     name: str
-    why_not: Callable[[Subject], str | None]
+    why_not: Callable[[S], str | None]
     """Returns why it does not apply to a subject; None if it does."""
-    run: Callable[[Subject, Rates | None, float], Section]
+    run: Callable[[S, Rates | None, float], Section]
     """Predicts, then measures for about this many seconds, and leaves the subject as before."""
     weight: float
     """Seconds that it is worth, next to the others."""
@@ -129,7 +131,7 @@ def to_try(
     )
 
 
-def none_of(subject: Subject) -> str | None:
+def none_of(subject: StepSubject[Timed]) -> str | None:
     """Return no reason: it applies to every subject."""
     return None
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dsmini.diagnosis.evidence.batch_sweep import BATCH_SWEEP
 from dsmini.diagnosis.evidence.dense_twin import DENSE_TWIN
@@ -14,20 +15,13 @@ from dsmini.diagnosis.evidence.roofline import ROOFLINE
 from dsmini.diagnosis.evidence.threads import THREAD_SWEEP
 from dsmini.diagnosis.evidence.timeline import TIMELINE
 from dsmini.diagnosis.evidence.virtual_speedup import VIRTUAL_SPEEDUP
-from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.interventions.intervention import StepSubject
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Section
 
-EVERY = (
-    TIMELINE,
-    ROOFLINE,
-    BATCH_SWEEP,
-    LOADER_DELAY,
-    THREAD_SWEEP,
-    DTYPE_STEPS,
-    NUMERICS,
-    DENSE_TWIN,
-    VIRTUAL_SPEEDUP,
+EVERY: Sequence[Evidence[Any]] = (
+    *(TIMELINE, ROOFLINE, BATCH_SWEEP, LOADER_DELAY),
+    *(THREAD_SWEEP, DTYPE_STEPS, NUMERICS, DENSE_TWIN, VIRTUAL_SPEEDUP),
 )
 PREDICTING = 1.5
 """Seconds that an experiment takes to predict, of its time."""
@@ -47,11 +41,11 @@ class Gathered:
 
 
 def gather(
-    subject: Subject,
+    subject: StepSubject[Any],
     rates: Rates | None,
     seconds: float,
     on_part: Callable[[float, str], None] = lambda done, what: None,
-    every: Sequence[Evidence] = EVERY,
+    every: Sequence[Evidence[Any]] = EVERY,
     step: float = 0.0,
 ) -> Gathered:
     """Make all experiments that apply and fit into the seconds. An interruption keeps those that are done.
@@ -92,7 +86,7 @@ def gather(
     return Gathered(sections=sections, not_tried=not_tried)
 
 
-def _why_not(each: Evidence, subject: Subject, rates: Rates | None) -> str | None:
+def _why_not(each: Evidence[Any], subject: StepSubject[Any], rates: Rates | None) -> str | None:
     if each.needs_rates and rates is None:
         return "this machine's rates are not measured"
     return each.why_not(subject)

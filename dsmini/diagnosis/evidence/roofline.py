@@ -147,12 +147,13 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
         f"is the limit. Products with weights take {counted.weights / 1e9:.2f} GFLOP a step, "
         f"{formula.weights / 1e9:.2f} by the formula.",
         figures=figures,
-        plots=[_plot(shown, rates.roofs.bandwidth, peak)],
+        plots=[roof_plot(shown, rates.roofs.bandwidth, peak)],
         about="Above the sloping roof an operation's bytes come from a cache.",
     )
 
 
-def _plot(points: Sequence[RoofPoint], bandwidth: float, peak: float) -> Plot:
+def roof_plot(points: Sequence[RoofPoint], bandwidth: float, peak: float) -> Plot:
+    """Return the operations under the roof of bandwidth and peak."""
     points = [p for p in points if p.intensity >= LEAST_INTENSITY]
     ridge, at = peak / bandwidth, [p.intensity for p in points]
     low, high = min([*at, ridge]) / 2, max([4 * ridge, *(2 * each for each in at)])

@@ -25,7 +25,7 @@ def uniform_routing(subject: Subject) -> Iterator[Step]:
     """Let all experts get equally many tokens. Everything else, the gate's own work too, stays."""
     gates = subject.trainer.model.gates()
     for gate in gates:
-        gate.forward = partial(_uniform, gate, gate.forward)
+        gate.forward = partial(uniformly, gate, gate.forward)
     try:
         yield lambda _base: subject.step().seconds
     finally:
@@ -33,7 +33,8 @@ def uniform_routing(subject: Subject) -> Iterator[Step]:
             del gate.forward
 
 
-def _uniform(gate: Gate, forward: object, x: Tensor) -> Routing:
+def uniformly(gate: Gate, forward: object, x: Tensor) -> Routing:
+    """Route as a gate does, but to all experts in turn."""
     chosen: Routing = forward(x)  # pyright: ignore[reportCallIssue]
     n, k = chosen.indices.shape
     e = chosen.scores.shape[1]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dsmini.diagnosis.interventions.intervention import Intervention, Step
+from dsmini.diagnosis.interventions.intervention import Intervention, Step, StepSubject, Timed
 from dsmini.diagnosis.subject import Subject
 from dsmini.machine import pick_dtype
 from dsmini.planner.binding import Axis
@@ -18,7 +18,7 @@ def cores() -> int:
 
 
 @contextmanager
-def all_threads(subject: Subject) -> Iterator[Step]:
+def all_threads(subject: StepSubject[Timed]) -> Iterator[Step]:
     """Let products run on all cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores())
@@ -40,9 +40,9 @@ def fastest_dtype(subject: Subject) -> Iterator[Step]:
         model.compute_dtype = before
 
 
-def _threads_are_all(subject: Subject) -> str | None:
-    if subject.trainer.device.type != "cpu":
-        return f"products run on {subject.trainer.device}"
+def _threads_are_all(subject: StepSubject[Timed]) -> str | None:
+    if subject.device.type != "cpu":
+        return f"products run on {subject.device}"
     used = torch.get_num_threads()
     return f"all {used} cores are used already" if used >= cores() else None
 

@@ -1,0 +1,1 @@
+"""Decoding as work that is diagnosed: its subject, its interventions, its predictions and its evidence."""

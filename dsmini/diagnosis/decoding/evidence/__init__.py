@@ -1,0 +1,1 @@
+"""Evidence for decoding: experiments whose outcome is predicted first, one a file."""
