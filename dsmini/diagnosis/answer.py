@@ -23,7 +23,7 @@ from dsmini.report import Report
 
 SECONDS, QUICK_SECONDS = 75.0, 25.0
 """Time of the rounds."""
-TOTAL_SECONDS = 160.0
+TOTAL_SECONDS = 150.0
 """Time of predictions, rounds and evidence, so that a command takes less than three minutes where rates are stored. A
 quick diagnosis gathers no evidence."""
 

@@ -33,6 +33,8 @@ def smaller(command: str) -> str:
     command = re.sub(r"\s+#.*", "", command)
     if "--model.dim" in command:
         return command
+    if command.startswith("python -m dsmini.diagnose"):
+        return f"{command} --rounds 5 --only replay"
     command = re.sub(r"--train\.steps (\d+)", lambda steps: f"--train.steps {int(steps[1]) // 100}", command)
     if command.startswith("python -m dsmini.train") and "--resume" not in command:
         return f"{command} {SMALL if '--init' not in command else SMALL_TRAIN}"
