@@ -37,7 +37,8 @@ def smaller(command: str) -> str:
         return f"{command} --rounds 5 --only replay"
     command = re.sub(r"--train\.steps (\d+)", lambda steps: f"--train.steps {int(steps[1]) // 100}", command)
     if command.startswith("python -m dsmini.train") and "--resume" not in command:
-        return f"{command} {SMALL if '--init' not in command else SMALL_TRAIN}"
+        own_model = "--init" in command or (".toml" in command and "configs/" not in command)
+        return f"{command} {SMALL_TRAIN if own_model else SMALL}"
     long = command.startswith("python -m dsmini.generate") and "--max-new-tokens" not in command
     return f"{command} --max-new-tokens 4" if long else command
 
