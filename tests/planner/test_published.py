@@ -42,7 +42,7 @@ OURS = {
     "h800_token_exchange_7168": (15.11e-3, 1e-3),
     "gb200_exchange_rate": (1220, 1e-3),
     "v3_bubble": (1.09, 0.005),
-    "v3_link_share": (30.8 / 40, 0.01),
+    "v3_link_share": (30.8 * 7 / 8 / 40 * 20.0 / 17.4, 0.01),
     "failure_16k": (1.803 * 3600, 1e-3),
     "failure_1k": (28.8 * 3600, 2e-3),
     "effective_share_12k": (0.92, 2e-3),

@@ -85,11 +85,12 @@ def _routing(plan: Plan) -> Iterator[str]:
         yield f"Routing allows {shown(found.node_limit)}."
     yield (
         f"A row crosses the slow link once for each remote node, and the fast link hands it on to the token's GPUs: "
-        f"{shown(found.slow_copies)} rows instead of {shown(m.n_activated_experts)}."
+        f"{shown(found.slow_copies)} rows, where one for each remote expert would be "
+        f"{shown(found.slow_copies_unlimited)}."
     )
     if plan.training.link is not None:
         mine, free = plan.training.link.share, plan.training.link.share_unlimited
-        yield f"That takes {percent(mine)} of the slow link, where a row for each expert would take {percent(free)}."
+        yield f"That takes {percent(mine)} of the slow link, and those would take {percent(free)}."
 
 
 def _precision(plan: Plan) -> Iterator[str]:

@@ -10,8 +10,8 @@ paper rounds the width to 7000 and prints 120.96 us and 14.76 ms; GB200's 900 GB
 
 That limit counts every layer, and every copy as if it left the node. A plan's own time counts the MoE blocks, of which
 V3 has 58, and only the share that leaves. A token's copies go to its experts one by one, or in two hops: once to each
-chosen node, then once to each chosen GPU within it. k even choices hit n (1 - (1 - 1/n)^k) of n nodes, at most those
-of n_limited_groups: 3.6 of 4 nodes with 8 experts.
+chosen node, then once to each chosen GPU within it. Even choices hit 3.61 of 4 nodes with 8 of 256 experts, and at most
+the nodes of n_limited_groups.
 
 Tensor parallelism gathers a group's hidden states before attention and scatters sums after it, in BF16, over the fast
 link: 2 (tp - 1) rows for each row of the GPU.
