@@ -68,8 +68,6 @@ class Setup:
     m: ModelInputs
     hardware: Hardware
     """Hardware with links as reached."""
-    nominal: Hardware
-    """Hardware with links as on data sheets, as published limits count them."""
     layout: ChosenLayout
     workload: Workload
     assumptions: Assumptions
@@ -98,8 +96,8 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
     Raises: ValueError for choices that the model or the hardware cannot have, and if nothing fits what was chosen.
     """
     m = ModelInputs.of(model.config, model.source)
-    nominal, reached = hardware_of(request, hardware)
-    precision = _precision(m, nominal)
+    reached = hardware_of(request, hardware)
+    precision = _precision(m, reached)
     workload = workload_of(request, model)
     measured = request.utilization
     assumptions = Assumptions.of(measured, USER) if measured is not None else Assumptions.of()
@@ -117,7 +115,6 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
         model=model,
         m=m,
         hardware=reached,
-        nominal=nominal,
         layout=layout,
         workload=workload,
         assumptions=assumptions,
@@ -136,10 +133,9 @@ def with_reached_links(hardware: Hardware) -> Hardware:
     )
 
 
-def hardware_of(request: PlanRequest, hardware: Hardware) -> tuple[Hardware, Hardware]:
-    """Return hardware at the request's price, with links as on data sheets, and as reached."""
-    nominal = _with_price(hardware, request.price)
-    return nominal, with_reached_links(nominal)
+def hardware_of(request: PlanRequest, hardware: Hardware) -> Hardware:
+    """Return hardware at the request's price, with links as reached."""
+    return with_reached_links(_with_price(hardware, request.price))
 
 
 def _with_price(hardware: Hardware, dollars_an_hour: float | None) -> Hardware:

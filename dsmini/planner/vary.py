@@ -115,8 +115,7 @@ def changed(setup: Setup, request: PlanRequest, changes: Mapping[str, Any]) -> S
     of_request = {name: value for name, value in changes.items() if name not in of_model}
     again = replace(_settled(s, request), **of_request)
     if {"hardware", "price"} & of_request.keys():
-        nominal, reached = hardware_of(again, load_hardware(again.hardware))
-        s = replace(s, nominal=nominal, hardware=reached)
+        s = replace(s, hardware=hardware_of(again, load_hardware(again.hardware)))
     if of_layout := {name: value for name, value in of_request.items() if name in _names(Layout)}:
         s = s.with_layout(replace(s.layout.layout, **of_layout), s.layout.how)
     if s.serving is not None:

@@ -32,7 +32,7 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     "inference": (
         *("decode_gpu_weights", "decode_gpu_cache", "decode_memory_share", "decode_sequences_that_fit"),
         *("decode_longest_context", "decode_time_per_token", "decode_tokens_per_second"),
-        *("decode_gpu_tokens_per_second", "decode_exchange_limit", "decode_slow_bytes", "speculation_gain"),
+        *("decode_gpu_tokens_per_second", "decode_memory_time", "decode_slow_link_time", "speculation_gain"),
         *("decode_cost", "prefill_time_to_first_token", "prefill_gpu_tokens_per_second", "prefill_cost"),
     ),
     "attention": (
