@@ -1,6 +1,6 @@
 """Print sections of a report in a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import rich.table
 from rich.console import Console
@@ -50,10 +50,26 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
-    """Print a table of words, and colour cells that are names of colours, such as "worse"."""
-    console.print()
-    rows = [[Text(cell, STYLES.get(cell, "")) for cell in cells] for cells in table.rows]
-    _print(console, Text(title, style="bold"), table.columns, table.numeric, rows)
+    """Print a table of words, in parts if it is too wide; colour cells that are names of colours, such as "worse"."""
+    for columns in _parts(table, console.width):
+        console.print()
+        rows = [[Text(cells[i], STYLES.get(cells[i], "")) for i in columns] for cells in table.rows]
+        _print(console, Text(title, style="bold"), [table.columns[i] for i in columns], table.numeric, rows)
+
+
+def _parts(table: Table, width: int) -> Iterator[list[int]]:
+    """Yield the columns of each part: all where one can wrap, else the first with as many as there is room for."""
+    first, *others = range(len(table.columns))
+    if {table.columns[i] for i in others} - set(table.numeric):
+        yield [first, *others]
+        return
+    widths = [max(len(cells[i]) for cells in [table.columns, *table.rows]) + 2 for i in [first, *others]]
+    label = max(map(len, [*table.columns[first].split(), *(cells[first] for cells in table.rows)])) + 2
+    while others:
+        fit = [n for n in range(1, len(others) + 1) if label + sum(widths[i] for i in others[:n]) <= width]
+        most = max(fit, default=1)
+        yield [first, *others[:most]]
+        others = others[most:]
 
 
 def _print(
