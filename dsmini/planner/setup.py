@@ -26,7 +26,7 @@ from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import DTYPES, Layout, Precision
 from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
 from dsmini.planner.training.workload import Workload
-from dsmini.reading import read_toml
+from dsmini.reading import read_table, read_toml
 
 USER = "the command line"
 V3_BATCH, V3_SEQ_LEN, V3_TOKENS = 15360, 4096, 14.8e12
@@ -55,8 +55,10 @@ class Model:
     def from_file(cls, path: Path) -> "Model":
         """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json."""
         config = ModelConfig.from_file(path)
-        has_recipe = path.suffix != ".json" and "train" in read_toml(path)
-        run = RunConfig.from_file(path) if has_recipe else None
+        raw = read_table(path) if path.suffix == ".json" else read_toml(path)
+        if not (raw if path.suffix == ".json" else raw.get("model")):
+            raise ValueError(f"{path} has no size of a model; write some, or name a config, such as configs/toy.toml")
+        run = RunConfig.from_file(path) if path.suffix != ".json" and "train" in raw else None
         return cls(config=config, source=str(path), run=run)
 
 

@@ -54,6 +54,15 @@ BAD = [
     (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
     (f"{V3} --out taken", "--out taken cannot be written: it is a file; choose another folder"),
     (f"{V3} --published", "--published compares published runs, and takes no config; leave out"),
+    ("--published --hardware foo --gpus=7", "--published compares published runs alone, without --gpus, --hardware;"),
+    (f"{V3} --out ''", "--out '' names no folder; name one, such as --out plan"),
+    (f"{V3} --out=", "--out '' names no folder"),
+    ("empty.toml", "empty.toml has no size of a model; write some, or name a config"),
+    (
+        "later.json",
+        "later.json has model_type='deepseek_v32'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2; a plan of",
+    ),
+    ("empty.json", "empty.json has no size of a model"),
     (".", ". is a folder; name the config in it, such as config.json"),
     ("notes.md", "notes.md is no .toml or .json; name a config"),
     (f"{V3} --gpus x", "error: --gpus 'x' is not a whole number; change it, or leave the flag out"),
@@ -85,6 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
+    (folder / "empty.toml").write_text("# nothing\n[train]\n")
+    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v32"}))
+    (folder / "empty.json").write_text("{}")
     (folder / "notes.md").write_text("# Notes\n")
     (folder / "mine.toml").write_text(MINE)
     return folder
