@@ -63,6 +63,7 @@ BAD = [
         "later.json has model_type='deepseek_v32'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2; a plan of",
     ),
     ("empty.json", "empty.json has no size of a model"),
+    (f"{V3} extra", "error: unexpected 'extra'; leave it out, or see python -m dsmini.plan --help"),
     (".", ". is a folder; name the config in it, such as config.json"),
     ("notes.md", "notes.md is no .toml or .json; name a config"),
     (f"{V3} --gpus x", "error: --gpus 'x' is not a whole number; change it, or leave the flag out"),
@@ -231,6 +232,13 @@ def test_plan_loads_no_torch(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_full_output_is_no_fault_of_a_folder() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dsmini.plan", str(V3)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "free some space or write elsewhere" in done.stderr
 
 
 def test_ctrl_c_ends_a_search_cleanly(place: Path) -> None:

@@ -1,5 +1,6 @@
 """Page of a plan: all figures with their formulas, reasons in its own numbers, offline, on a phone and on paper."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterator
@@ -171,6 +172,29 @@ def test_answer_writes_a_page_and_json(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         answer.write(tmp_path / "file")
+
+
+def test_words_say_what_is_a_guess_and_whose_numbers_they_are() -> None:
+    lines = answers.planned(made("deepseek-v2-lite"), "x").lines
+    assert "14.8 trillion tokens, 15,360 x 4,096 tokens a step; as DeepSeek-V3" in lines[2]
+    assert lines[2].endswith("choose --tokens, --batch and --seq-len")
+    assert "choose" not in answers.planned(made(), "x").lines[2], "V3's numbers are V3's own"
+    laptop = plan_report(whole_plan(made("toy", "laptop")), full=False)
+    said = {section.name: section for section in laptop.sections}
+    assert "needs 115 MB of 17.2 GB" in said["training_section"].finding
+    assert "GPU" not in said["training_section"].finding
+    assert "Meta's nodes of eight GPUs" in said["reliability_section"].warnings[0]
+    unserved = plan_report(whole_plan(made("shakespeare")), full=False).sections[2]
+    assert unserved.finding.startswith("Serving is not planned: qk_norm=True")
+
+
+def test_page_of_this_machine_says_that_rates_were_measured() -> None:
+    s = made("toy", "laptop")
+    here = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, name="this"))
+    page = plan_report(whole_plan(here), full=True)
+    assert "measured on this machine" in page.lead and "Nothing was measured" not in page.lead
+    assert page.sections[1].finding.startswith("This machine takes 65.6 s")
+    assert plan_report(whole_plan(s), full=True).lead.startswith("Predicted from sizes and data sheets. Nothing was")
 
 
 # --- in a browser

@@ -50,9 +50,9 @@ def _attention(plan: Plan) -> Iterator[str]:
     weights, mine, full = memory.weights, context * plan.cache.per_token, context * plan.cache.baseline
     if weights < hardware.memory:
         left = hardware.memory - weights
-        yield f"{hardware.title} has {shown(hardware.memory)}, of which the weights leave {shown(left)}."
+        yield f"{hardware.title} has {shown(1 * hardware.memory)}, of which the weights leave {shown(left)}."
     else:
-        yield f"The weights of a GPU take {shown(weights)} of {shown(hardware.memory)}, and leave nothing for a cache."
+        yield f"The weights of a GPU, {shown(weights)}, leave nothing of {shown(1 * hardware.memory)} for a cache."
     yield f"The cache of {shown(context)} takes {shown(full)} with multi-head attention."
     if m.config.attention == "mla":
         yield (
