@@ -75,7 +75,7 @@ def test_figure_shows_its_formula_in_names_and_numbers(page: Path) -> None:
     text = page.read_text()
     block = text[text.index('<div id="kv_cache">') :]
     block = block[: block.index("</details>")]
-    for said in ("n_layers × cache_row", "61 × 1.15 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
+    for said in ("n_layers × cache_row", "61 × 1.152 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
         assert said in block, said
 
 
