@@ -153,12 +153,6 @@ def _answer(
     )
 
 
-def _assumed(plan: Plan) -> str:
-    """Return a hint where a model that is not DeepSeek-V3 has its training."""
-    source = plan.training.workload.tokens.source
-    return "; choose --tokens, --batch and --seq-len" if V3_SOURCE in source and not is_v3(plan.setup.m) else ""
-
-
 def _heading(plan: Plan) -> list[str]:
     """Return what is planned in a few lines."""
     cards = facts(plan)
@@ -170,8 +164,10 @@ def _heading(plan: Plan) -> list[str]:
     )
     lines.append(f"training  {sizes}; {plan.setup.layout.how}")
     work = plan.training.workload
-    steps = f"{work.batch.value:,.0f} x {shown(work.seq_len)}"
-    lines.append(f"workload  {shown(work.tokens)}, {steps} a step; {work.tokens.source}{_assumed(plan)}")
+    how = work.tokens.source
+    if V3_SOURCE in how and not is_v3(plan.setup.m):
+        how += "; choose --tokens, --batch and --seq-len"
+    lines.append(f"workload  {shown(work.tokens)}, {work.batch.value:,.0f} x {shown(work.seq_len)} a step; {how}")
     if "Serving" in cards:
         serving = cards["Serving"]
         lines.append(f"serving   decode on {serving['decode']}; prefill on {serving['prefill']}")

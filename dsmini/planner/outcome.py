@@ -101,9 +101,8 @@ def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: Failu
     lost = (failures.restart_time + failures.write_time + interval) / mean
     if lost.value > MOST_LOST:
         raise ValueError(
-            f"a failure every {shown(mean)} leaves no time to train: a restart takes {shown(failures.restart_time)}, a "
-            f"checkpoint {shown(failures.write_time)}; lower --failures-per-node-day, --restart-time, "
-            "--checkpoint-halt or the number of GPUs"
+            f"a failure every {shown(mean)} leaves no time to train, with {shown(failures.restart_time)} for a restart "
+            f"and {shown(failures.write_time)} for a checkpoint; lower one of the three"
         )
     share = effective_share_at_any_rate(mean, interval, failures)
     elapsed = (running / share).named("elapsed_time", "Time of the run with failures", KOK)

@@ -63,9 +63,9 @@ class Variation:
     def unfit(self, name: str, place: tuple[int, ...]) -> bool:
         """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
         plan = self.plans[place]
-        for stage in ("decode", "prefill"):
-            if name.startswith(f"{stage}_") and plan.serving is not None:
-                return getattr(plan.serving, stage).memory.share.value > 1
+        stage = name.partition("_")[0]
+        if plan.serving is not None and stage in ("decode", "prefill"):
+            return getattr(plan.serving, stage).memory.share.value > 1
         return not plan.training.fits and any(name in plan.sections[part] for part in ("training", "reliability"))
 
 

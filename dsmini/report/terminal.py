@@ -59,17 +59,13 @@ def show_table(console: Console, table: Table, title: str = "") -> None:
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:
     """Yield the columns of each part: all where one can wrap, else the first with as many as there is room for."""
-    first, *others = range(len(table.columns))
-    if {table.columns[i] for i in others} - set(table.numeric):
-        yield [first, *others]
-        return
-    widths = [max(len(cells[i]) for cells in [table.columns, *table.rows]) + 2 for i in [first, *others]]
-    label = max(map(len, [*table.columns[first].split(), *(cells[first] for cells in table.rows)])) + 2
+    others, wraps = list(range(1, len(table.columns))), {*table.columns[1:]} - {*table.numeric}
+    widths = [max(len(cells[i]) for cells in [table.columns, *table.rows]) + 2 for i in [0, *others]]
+    label = max(map(len, [*table.columns[0].split(), *(cells[0] for cells in table.rows)])) + 2
     while others:
-        fit = [n for n in range(1, len(others) + 1) if label + sum(widths[i] for i in others[:n]) <= width]
-        most = max(fit, default=1)
-        yield [first, *others[:most]]
-        others = others[most:]
+        fit = [n for n in range(1, len(others) + 1) if wraps or label + sum(widths[i] for i in others[:n]) <= width]
+        yield [0, *others[: max(fit, default=1)]]
+        others = others[max(fit, default=1) :]
 
 
 def _print(

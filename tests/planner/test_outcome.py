@@ -75,7 +75,7 @@ def test_outcome_depends_on_failures_and_on_training(plan: Plan) -> None:
 def test_failures_that_leave_no_time_are_a_mistake_of_the_user(plan: Plan, costs: dict[str, float]) -> None:
     """At the limit 0.1 % of the time trains; one step before it there is a plan."""
     request = PlanRequest(**costs)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"a failure every .* leaves no time to train.*lower --failures-per-node-day"):
+    with pytest.raises(ValueError, match=r"a failure every .* leaves no time to train, with .* for a restart"):
         reliability_plan(plan.training, plan.setup.hardware, failures_of(request))
     hard = reliability_plan(plan.training, plan.setup.hardware, failures_of(PlanRequest(failures_per_node_day=3)))
     assert 1e-3 < hard.share.value < 0.2

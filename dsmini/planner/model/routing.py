@@ -4,8 +4,8 @@ k different experts of e, g of them on each of n places, miss a place with the p
 
     (1 - g / e) (1 - g / (e - 1)) ... (1 - g / (e - k + 1))         k factors, or the same with k and g exchanged
 
-which is (1 - g / (e - (k - 1) / 2))^k to within a factor's middle. Either form is a little too high, so the smaller one
-counts. 8 of 256 experts on 8 places: 5.29 are hit, as exactly. With one expert a place the form is exact: 8 are hit.
+which is about (1 - g / (e - (k - 1) / 2))^k. Either form is a little too high, so the smaller one counts. 8 of 256
+experts on 8 places hit 5.29; with one expert a place they hit 8 exactly.
 """
 
 from dsmini.planner.quantities.inputs import ModelInputs

@@ -83,18 +83,16 @@ def sections(plan: Plan) -> Iterator[SectionOfPlan]:
             continue
         headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
-        warnings = {
-            "training": _training_warnings,
-            "inference": _serving_warnings,
-            "reliability": _failure_warnings,
-        }.get(name)
+        warn = {"training": _training_warnings, "inference": _serving_warnings, "reliability": _failure_warnings}.get(
+            name
+        )
         yield SectionOfPlan(
             name=name,
             title=TITLES[name],
             finding=answers[name](plan),
             headlines=headlines,
             others=others,
-            warnings=tuple(warnings(plan)) if warnings else (),
+            warnings=tuple(warn(plan)) if warn else (),
         )
 
 

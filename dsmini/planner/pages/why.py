@@ -61,10 +61,8 @@ def _attention(plan: Plan) -> Iterator[str]:
         )
         group = served.decode.deployment.tensor_parallel
         if group.value > 1:
-            yield (
-                f"The {shown(group)} GPUs that share heads would share those of multi-head attention too. The latents "
-                f"are for all heads, so each GPU holds them all: {shown(group * mine)} for a sequence of its own."
-            )
+            yield f"Of heads each of {shown(group)} GPUs would hold a part. The latents are for all heads, so each GPU"
+            yield f"holds those of all {shown(group)}: {shown(group * mine)} for a sequence of its own."
     else:
         yield f"With this model's {m.config.attention.upper()} it takes {shown(mine)}."
     if weights < hardware.memory:
@@ -76,12 +74,9 @@ def _attention(plan: Plan) -> Iterator[str]:
 
 
 def _mha(plan: Plan) -> ServingMemory | None:
-    """Return the memory of decoding with multi-head attention instead, its own weights included, all else the same.
-
-    None for a model that has it already, and for heads of odd width, which cannot have it.
-    """
+    """Return the memory of decoding with multi-head attention and its weights, all else equal; None if it is there."""
     s, config = plan.setup, plan.setup.m.config
-    if s.serving is None or config.attention == "mha" or config.qk_nope_head_dim % 2:
+    if s.serving is None or config.attention == "mha" or config.qk_nope_head_dim % 2:  # RoPE turns pairs
         return None
     made = s.serving.decode.deployment
     cache = "bfloat16" if made.cache_dtype == "fp8" else made.cache_dtype  # that format is for latents

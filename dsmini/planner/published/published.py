@@ -4,8 +4,7 @@ Each figure of published.toml has a printed value and a source. values.py comput
 functions that every plan uses, from configs and hardware files. The two make a residual, ours over printed less one.
 
     reproduced       within the error to hold: what the file says, or half a unit of the last printed digit
-    follows          the same, but from other printed figures by one sum, ratio or formula, such as 47 + 419
-                     interruptions, or read back from a file: it says little of the planner
+    follows          the same, but by one sum, ratio or formula of other printed figures, or read back from a file
     misses           not, and nobody knows why or a formula of sizes cannot: the residual is shown, never fitted away
     misprint         not, since the source contradicts itself
     not attempted    nothing here computes it

@@ -91,10 +91,10 @@ def explain(figure: Anything) -> Explanation:
             if inner.op in CHOICES
             for chosen in [next(arg for arg in inner.args if arg.value == inner.value)]
         )
+        # parts in six digits give the three of the result
+        numbers = _written(formula, lambda node: shown(Quantity(node.value, node.unit, "number")))
         needs = tuple(dict.fromkeys(inner.name for inner in _inside(formula) if inner.name))
-        step = Step(
-            formula=_named(formula), numbers=_written(formula, _precisely), choices=choices, needs=needs, **labels
-        )
+        step = Step(formula=_named(formula), numbers=numbers, choices=choices, needs=needs, **labels)
         steps.append(step)
     return Explanation(steps=steps, inputs=lines)
 
@@ -124,9 +124,8 @@ def text(explanation: Explanation, width: int = 100) -> str:
     for step in explanation.steps:
         lines += _filled(f"{step.name}: {step.title}", width, "", "  ")
         for formula in dict.fromkeys((step.formula, step.numbers)):
-            if formula == step.value == step.exact:
-                continue  # a name for another figure has no numbers of its own
-            lines += wrapped(formula, width, "  = ", "    ")
+            if not formula == step.value == step.exact:  # else it names another figure
+                lines += wrapped(formula, width, "  = ", "    ")
         lines += [line for choice in step.choices for line in wrapped(choice, width, "    ", "      ")]
         lines += _filled(step.value if step.value == step.exact else f"{step.value} ({step.exact})", width, "  = ")
         lines += _filled(f"source: {step.source}", width, "  ", "    ") if step.source else []
@@ -200,11 +199,6 @@ def _inside(formula: Anything) -> Iterator[Anything]:
             seen.add(id(node))
             yield node
             todo += () if node.name else reversed(node.args)
-
-
-def _precisely(node: Anything) -> str:
-    """Return a part of a formula in six digits, so that a reader who computes it gets the three of the result."""
-    return shown(Quantity(node.value, node.unit, "number"))
 
 
 def _named(formula: Anything) -> str:

@@ -80,8 +80,8 @@ def _cannot_share(serving: Serving, stage: Stage, tensor: int | None) -> str:
     hardware, heads = serving.hardware, serving.m.config.n_heads
     node = round(hardware.gpus_per_node.value) if hardware.fast_link is not None else 1
     why = f"does not divide n_heads={heads}" if tensor and heads % tensor else f"has no node of {node} GPUs to be in"
-    possible = [str(n) for n in range(1, node + 1) if any(_counts(serving, n))]
-    return f"{stage}_tensor={tensor} {why}; use {', '.join(possible)}"
+    possible = ", ".join(str(n) for n in range(1, node + 1) if any(_counts(serving, n)))
+    return f"{stage}_tensor={tensor} {why}; use {possible}"
 
 
 def in_dtypes(made: Deployment, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> Deployment:

@@ -123,9 +123,7 @@ def exchange_limit(model: ModelInputs, hardware: Hardware, deployment: Deploymen
     return ExchangeLimit(
         block_time=block,
         token_time=token,
-        tokens_per_second=rate.named(
-            f"{stage}_exchange_rate", "Tokens/s of a sequence if only links took time", source
-        ),
+        tokens_per_second=rate.named(f"{stage}_exchange_rate", "Tokens/s of a sequence by links alone", source),
     )
 
 

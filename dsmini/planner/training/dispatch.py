@@ -110,9 +110,7 @@ def dispatch_figures(
         dispatch_row=row,
         combine_row=back,
         slow_bytes=slow,
-        slow_bytes_unlimited=(copies * both).named(
-            "slow_bytes_unlimited", "Slow link: bytes of a token with a row for each expert", source
-        ),
+        slow_bytes_unlimited=(copies * both).named("slow_bytes_unlimited", "Bytes of a row for each expert", source),
         fast_bytes=fast,
         dispatch_seconds=_seconds(hardware, nodes, slow, fast),
     )
