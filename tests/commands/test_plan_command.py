@@ -241,6 +241,17 @@ def test_full_output_is_no_fault_of_a_folder() -> None:
     assert done.returncode == 1 and "free some space or write elsewhere" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "tokenize"])
+def test_ctrl_c_while_modules_load_ends_cleanly(place: Path, command: str) -> None:
+    """A module of the name of the first one that a command loads sends the signal."""
+    (place / "loading").mkdir(exist_ok=True)
+    (place / "loading" / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": f"{place / 'loading'}:{ROOT}"}
+    run = [sys.executable, "-m", f"dsmini.{command}", "--help"]
+    done = subprocess.run(run, cwd=place, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
+
+
 def test_ctrl_c_ends_a_search_cleanly(place: Path) -> None:
     """The signal comes with the first progress, which any search makes, however fast it is."""
     code = (
