@@ -29,7 +29,7 @@ def test_rows_of_v3() -> None:
 
 @pytest.mark.parametrize(("limit", "drawn"), [(4, 3.97), (8, 5.29), (2, 2.0)])
 def test_nodes_reached_are_those_of_drawn_scores(limit: int, drawn: float) -> None:
-    """Nodes that a V3 gate with random scores reached. Of four nodes that are the best, all but 1 % are hit."""
+    """Nodes that a V3 gate with random scores reached. The four best nodes are hit but for 1 %."""
     assert dispatch_of(n_limited_groups=limit).nodes_reached.value == pytest.approx(drawn, rel=0.011)
 
 

@@ -72,7 +72,7 @@ def test_plan_from_parts_is_near_the_printed_step(plan: TrainingPlan) -> None:
 
 
 def test_rows_of_experts_fill_the_link_as_derived(plan: TrainingPlan) -> None:
-    """Of 8 rows of a token 7 are remote: 68 % of InfiniBand, 78 % of computing. Of 4 nodes 3.5 are: half of that."""
+    """A token's 7 remote rows take 68 % of InfiniBand, 78 % of computing. Rows to 4 nodes take half of that."""
     assert plan.link is not None
     assert plan.link.rate_unlimited.value == pytest.approx(30.8e9 * 7 / 8, rel=0.02)
     assert plan.link.share_unlimited.value == pytest.approx(0.68, abs=0.01)
