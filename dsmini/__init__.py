@@ -3,9 +3,10 @@
 Names are imported when they are first used: `import dsmini` and the --help of a command load no torch.
 """
 
+import os
 import sys
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,4 +91,15 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
+def _stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a command that Ctrl-C stops while its modules load as one that runs; show other errors as usual."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 sys.modules[__name__].__class__ = _Package
+if sys.argv[:1] == ["-m"]:  # python -m dsmini.NAME, which imports the package before the command
+    sys.excepthook = _stopped

@@ -1,5 +1,6 @@
 """python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure."""
 
+import itertools
 import json
 import shlex
 from collections.abc import Sequence
@@ -88,10 +89,15 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
     if command.config is not None:
         _refuse_config(command.config, command.published)
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    if command.published and (others := sorted(given - {"--published", "--json", "--out"})):
+        raise ValueError(f"--published compares published runs alone, without {', '.join(others)}; leave that out")
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.search and (chosen := {"pipeline", "expert", "tensor"} & command.layout_fields.keys()):
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
+    if "--out=" in args or ("--out", "") in itertools.pairwise(args):
+        raise ValueError("--out '' names no folder; name one, such as --out plan")
     if command.out is not None and command.explain is not None:
         raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
 

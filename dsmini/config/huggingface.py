@@ -138,7 +138,11 @@ def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = raw["model_type"]
     if kind not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
-        raise ValueError(f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2")
+        later = isinstance(kind, str) and kind.startswith(("deepseek_v3", "deepseek_v4"))
+        also = "; a plan of DeepSeek-V3's config shows the attention of V3.2 and V4 too" if later else ""
+        raise ValueError(
+            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2{also}"
+        )
     _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT, source)
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:

@@ -43,7 +43,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             _complain(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one")
             sys.exit(2)
-        _complain(f"{error}; free some space or choose another folder; what was saved is untouched")
+        _complain(f"{error}; free some space or write elsewhere; what was saved is untouched")
         status = 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):

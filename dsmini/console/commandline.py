@@ -7,6 +7,7 @@ import difflib
 import inspect
 import io
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -83,6 +84,9 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         reason = stop.__context__
         if stop.code and isinstance(reason, ValueError):  # a check of the dataclass
             raise ValueError(str(reason)) from None
+        extra = re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said.getvalue())
+        if stop.code and extra is not None:
+            raise ValueError(f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help") from None
         print(said.getvalue(), end="", file=sys.stderr)
         if stop.code and help is not None:  # tyro names --help alone
             print(f"Every flag: {prog} --help-all", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes."""
 
 import errno
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,21 @@ from dsmini.console.messages import say
 from dsmini.planner import record
 from dsmini.planner.here import record_here, section_here, steps_here
 from dsmini.planner.layout_search import search_layouts
+from dsmini.planner.model.references import is_v3
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
 from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Setup
+from dsmini.planner.setup import V3_SOURCE, Setup
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
 from dsmini.report import Report, Section, Table
 
 OnPart = Callable[[float, str], None]
-HINT = "Ask for any figure by its name: --explain kv_cache. All names: --explain list. A page: --out plan"
+HINT = "Ask for any figure that has a name: --explain kv_cache. All names: --explain list. A page: --out plan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,13 @@ def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: Non
     """Return the whole plan; of this machine, with forecasts of its steps."""
     plan = whole_plan(setup)
     found = record.plan_record(plan)
+    start = time.perf_counter()
     if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
         return _answer(plan, found, (), command, hint=HINT)
+    hint = f"The forecasts took {time.perf_counter() - start:.1f} s to count, and have no formula. {HINT}"
     more = [section_here(steps)]
     sections = plan_report(plan, full=False, more=more).sections
-    return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=HINT)
+    return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=hint)
 
 
 def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
@@ -159,6 +163,11 @@ def _heading(plan: Plan) -> list[str]:
         for name in ("gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "schedule")
     )
     lines.append(f"training  {sizes}; {plan.setup.layout.how}")
+    work = plan.training.workload
+    how = work.tokens.source
+    if V3_SOURCE in how and not is_v3(plan.setup.m):
+        how += "; choose --tokens, --batch and --seq-len"
+    lines.append(f"workload  {shown(work.tokens)}, {work.batch.value:,.0f} x {shown(work.seq_len)} a step; {how}")
     if "Serving" in cards:
         serving = cards["Serving"]
         lines.append(f"serving   decode on {serving['decode']}; prefill on {serving['prefill']}")

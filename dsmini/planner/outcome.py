@@ -15,6 +15,7 @@ Sources: Kokolis et al. (arXiv 2410.21680); Fire-Flyer (arXiv 2408.14158) for th
 from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.quantities.display import shown
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import (
     BYTES_PER_SECOND,
@@ -51,6 +52,8 @@ from dsmini.planner.training.training_plan import TrainingPlan
 WRITE_RATE = BYTES_PER_SECOND(
     10 * 2**30, "checkpoint_rate", "Bytes of a checkpoint that a node writes in a second", "FF: over 10 GiB/s"
 )
+MOST_LOST = 7.0
+"""Longest restart, checkpoint and work between two, in mean times to failure: less than 0.1 % would train."""
 KOK = "Kokolis et al. (arXiv 2410.21680)"
 
 
@@ -95,6 +98,12 @@ def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: Failu
     size = checkpoint_bytes(training)
     nodes = rounded_up(gpus / hardware.gpus_per_node)
     interval = best_interval(failures.write_time, mean)
+    lost = (failures.restart_time + failures.write_time + interval) / mean
+    if lost.value > MOST_LOST:
+        raise ValueError(
+            f"a failure every {shown(mean)} leaves no time to train, with {shown(failures.restart_time)} for a restart "
+            f"and {shown(failures.write_time)} for a checkpoint; lower one of the three"
+        )
     share = effective_share_at_any_rate(mean, interval, failures)
     elapsed = (running / share).named("elapsed_time", "Time of the run with failures", KOK)
     price, power = hardware.price, hardware.power

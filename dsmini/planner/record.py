@@ -66,6 +66,7 @@ def variation_record(variation: Variation) -> Record:
         "plans": [
             {axis.name: axis.values[i] for axis, i in zip(variation.axes, place, strict=True)}
             | {"problem": variation.problems.get(place)}
+            | ({"fits": variation.plans[place].training.fits} if place in variation.plans else {})
             | {n: f.value for n in variation.names if (f := variation.figure(n, place)) is not None}
             for place in places
         ],

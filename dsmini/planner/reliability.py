@@ -80,11 +80,11 @@ class FailureInputs:
 
 
 def failure_rate(gpus: Count, inputs: FailureInputs) -> PerSecond:
-    """Return the failures in a second of all nodes together. Raises: ValueError without GPUs."""
+    """Return the rate of failures of all nodes together. Raises: ValueError without GPUs."""
     if gpus.value <= 0:
         raise ValueError(f"gpus is {gpus.value}, want 1 or more; name the GPUs of the run")
     rate = gpus / inputs.gpus_per_node * inputs.failures_per_node_day / DAY
-    return rate.named("failure_rate", "Failures of all nodes in a second", KOKOLIS)
+    return rate.named("failure_rate", "Rate of failures of all nodes", KOKOLIS)
 
 
 def mean_time_to_failure(gpus: Count, inputs: FailureInputs) -> Seconds:
@@ -113,7 +113,9 @@ def checkpoint_write_time(size: Bytes, nodes: Count, rate: BytesPerSecond) -> Se
 def best_interval(write: Seconds, mttf: Seconds) -> Seconds:
     """Return the time of training between two checkpoints that keeps most of it, to first order."""
     interval = geometric_mean(2 * write, mttf)
-    return interval.named("checkpoint_interval", "Best time between checkpoints", "Young (1974): sqrt(2 w M)")
+    return interval.named(
+        "checkpoint_interval", "Time between checkpoints, best to first order", "Young (1974): sqrt(2 w M)"
+    )
 
 
 # --- the share of the time that trains

@@ -26,7 +26,7 @@ from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import DTYPES, Layout, Precision
 from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
 from dsmini.planner.training.workload import Workload
-from dsmini.reading import read_toml
+from dsmini.reading import read_table, read_toml
 
 USER = "the command line"
 V3_BATCH, V3_SEQ_LEN, V3_TOKENS = 15360, 4096, 14.8e12
@@ -55,8 +55,10 @@ class Model:
     def from_file(cls, path: Path) -> "Model":
         """Read a TOML file, DeepSeek's inference JSON, or Hugging Face's config.json."""
         config = ModelConfig.from_file(path)
-        has_recipe = path.suffix != ".json" and "train" in read_toml(path)
-        run = RunConfig.from_file(path) if has_recipe else None
+        raw = read_table(path) if path.suffix == ".json" else read_toml(path)
+        if not (raw if path.suffix == ".json" else raw.get("model")):
+            raise ValueError(f"{path} has no size of a model; write some, or name a config, such as configs/toy.toml")
+        run = RunConfig.from_file(path) if path.suffix != ".json" and "train" in raw else None
         return cls(config=config, source=str(path), run=run)
 
 
@@ -68,8 +70,6 @@ class Setup:
     m: ModelInputs
     hardware: Hardware
     """Hardware with links as reached."""
-    nominal: Hardware
-    """Hardware with links as on data sheets, as published limits count them."""
     layout: ChosenLayout
     workload: Workload
     assumptions: Assumptions
@@ -98,8 +98,8 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
     Raises: ValueError for choices that the model or the hardware cannot have, and if nothing fits what was chosen.
     """
     m = ModelInputs.of(model.config, model.source)
-    nominal, reached = hardware_of(request, hardware)
-    precision = _precision(m, nominal)
+    reached = hardware_of(request, hardware)
+    precision = _precision(m, reached)
     workload = workload_of(request, model)
     measured = request.utilization
     assumptions = Assumptions.of(measured, USER) if measured is not None else Assumptions.of()
@@ -117,7 +117,6 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
         model=model,
         m=m,
         hardware=reached,
-        nominal=nominal,
         layout=layout,
         workload=workload,
         assumptions=assumptions,
@@ -136,10 +135,9 @@ def with_reached_links(hardware: Hardware) -> Hardware:
     )
 
 
-def hardware_of(request: PlanRequest, hardware: Hardware) -> tuple[Hardware, Hardware]:
-    """Return hardware at the request's price, with links as on data sheets, and as reached."""
-    nominal = _with_price(hardware, request.price)
-    return nominal, with_reached_links(nominal)
+def hardware_of(request: PlanRequest, hardware: Hardware) -> Hardware:
+    """Return hardware at the request's price, with links as reached."""
+    return with_reached_links(_with_price(hardware, request.price))
 
 
 def _with_price(hardware: Hardware, dollars_an_hour: float | None) -> Hardware:

@@ -30,6 +30,8 @@ from dsmini.planner.training.layout import Layout
 from dsmini.planner.varied_axis import VariedAxis
 from dsmini.planner.whole import Plan, whole_plan
 
+UNFIT = "! "
+"""Mark of a figure whose plan does not fit."""
 MOST_VALUES = 400
 """Most plans of a variation."""
 
@@ -54,9 +56,17 @@ class Variation:
         return plan.all[name] if name in plan.all else _found(plan, name)
 
     def cell(self, name: str, place: tuple[int, ...]) -> str:
-        """Return a figure at a place in words; "" without one."""
+        """Return a figure at a place in words, with a mark if its plan does not fit; "" without one."""
         figure = self.figure(name, place)
-        return "" if figure is None else short(figure)
+        return "" if figure is None else (UNFIT if self.unfit(name, place) else "") + short(figure)
+
+    def unfit(self, name: str, place: tuple[int, ...]) -> bool:
+        """Return whether a figure is of training or of a deployment that the memory of a GPU does not hold."""
+        plan = self.plans[place]
+        stage = name.partition("_")[0]
+        if plan.serving is not None and stage in ("decode", "prefill"):
+            return getattr(plan.serving, stage).memory.share.value > 1
+        return not plan.training.fits and any(name in plan.sections[part] for part in ("training", "reliability"))
 
 
 def vary(
@@ -115,8 +125,7 @@ def changed(setup: Setup, request: PlanRequest, changes: Mapping[str, Any]) -> S
     of_request = {name: value for name, value in changes.items() if name not in of_model}
     again = replace(_settled(s, request), **of_request)
     if {"hardware", "price"} & of_request.keys():
-        nominal, reached = hardware_of(again, load_hardware(again.hardware))
-        s = replace(s, nominal=nominal, hardware=reached)
+        s = replace(s, hardware=hardware_of(again, load_hardware(again.hardware)))
     if of_layout := {name: value for name, value in of_request.items() if name in _names(Layout)}:
         s = s.with_layout(replace(s.layout.layout, **of_layout), s.layout.how)
     if s.serving is not None:

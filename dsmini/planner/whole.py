@@ -6,7 +6,6 @@
 Sections: model, training, inference, attention, reliability. Training, decode and prefill each tell what binds.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from dsmini.planner.outcome import ReliabilityPlan, ServingCost, reliability_pla
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.serving.decoding import DecodePlan, decode_plan
-from dsmini.planner.serving.exchange import exchange_limit
 from dsmini.planner.serving.prefill import PrefillPlan, prefill_plan
 from dsmini.planner.serving.speculation import SpeculationPlan, speculation_plan
 from dsmini.planner.setup import Served, Setup
@@ -110,9 +108,6 @@ def _demands(training: TrainingPlan) -> Iterator[Demand]:
 def _serving(s: Setup, served: Served) -> ServingPlan:
     made, read, workload = served.decode.deployment, served.prefill.deployment, served.workload
     decode = decode_plan(s.m, s.hardware, workload, made)
-    # the published limit counts links as on data sheets
-    limit = exchange_limit(s.m, s.nominal, made, workload.sequences)
-    decode = dataclasses.replace(decode, limit=limit)
     prefill = prefill_plan(s.m, s.hardware, workload, read)
     drafts = s.m.config.n_mtp_layers > 0
     return ServingPlan(

@@ -1,6 +1,6 @@
 """Print sections of a report in a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import rich.table
 from rich.console import Console
@@ -13,7 +13,7 @@ from dsmini.report.units import shown, words
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
-STYLES |= {"misses": "red", "misprint": "yellow", "worked out": "green"}
+STYLES |= {"misses": "red", "misprint": "yellow", "worked out": "green", "follows": "green"}
 LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 
@@ -50,10 +50,22 @@ def show_details(console: Console, title: str, details: Sequence[Detail]) -> Non
 
 
 def show_table(console: Console, table: Table, title: str = "") -> None:
-    """Print a table of words, and colour cells that are names of colours, such as "worse"."""
-    console.print()
-    rows = [[Text(cell, STYLES.get(cell, "")) for cell in cells] for cells in table.rows]
-    _print(console, Text(title, style="bold"), table.columns, table.numeric, rows)
+    """Print a table of words, in parts if it is too wide; colour cells that are names of colours, such as "worse"."""
+    for columns in _parts(table, console.width):
+        console.print()
+        rows = [[Text(cells[i], STYLES.get(cells[i], "")) for i in columns] for cells in table.rows]
+        _print(console, Text(title, style="bold"), [table.columns[i] for i in columns], table.numeric, rows)
+
+
+def _parts(table: Table, width: int) -> Iterator[list[int]]:
+    """Yield the columns of each part: all where one can wrap, else the first with as many as there is room for."""
+    others, wraps = list(range(1, len(table.columns))), {*table.columns[1:]} - {*table.numeric}
+    widths = [max(len(cells[i]) for cells in [table.columns, *table.rows]) + 2 for i in [0, *others]]
+    label = max(map(len, [*table.columns[0].split(), *(cells[0] for cells in table.rows)])) + 2
+    while others:
+        fit = [n for n in range(1, len(others) + 1) if wraps or label + sum(widths[i] for i in others[:n]) <= width]
+        yield [0, *others[: max(fit, default=1)]]
+        others = others[max(fit, default=1) :]
 
 
 def _print(

@@ -54,6 +54,16 @@ BAD = [
     (f"{V3} --hardware a100-pcie --precision fp8", "has no fp8 units"),
     (f"{V3} --out taken", "--out taken cannot be written: it is a file; choose another folder"),
     (f"{V3} --published", "--published compares published runs, and takes no config; leave out"),
+    ("--published --hardware foo --gpus=7", "--published compares published runs alone, without --gpus, --hardware;"),
+    (f"{V3} --out ''", "--out '' names no folder; name one, such as --out plan"),
+    (f"{V3} --out=", "--out '' names no folder"),
+    ("empty.toml", "empty.toml has no size of a model; write some, or name a config"),
+    (
+        "later.json",
+        "later.json has model_type='deepseek_v32'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2; a plan of",
+    ),
+    ("empty.json", "empty.json has no size of a model"),
+    (f"{V3} extra", "error: unexpected 'extra'; leave it out, or see python -m dsmini.plan --help"),
     (".", ". is a folder; name the config in it, such as config.json"),
     ("notes.md", "notes.md is no .toml or .json; name a config"),
     (f"{V3} --gpus x", "error: --gpus 'x' is not a whole number; change it, or leave the flag out"),
@@ -85,6 +95,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "llama.json").write_text('{"model_type": "llama", "hidden_size": 4096}')
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
+    (folder / "empty.toml").write_text("# nothing\n[train]\n")
+    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v32"}))
+    (folder / "empty.json").write_text("{}")
     (folder / "notes.md").write_text("# Notes\n")
     (folder / "mine.toml").write_text(MINE)
     return folder
@@ -149,7 +162,9 @@ def test_list_names_every_figure(said: dict[str, str]) -> None:
 
 
 def test_published_figures_are_shown_without_a_config(said: dict[str, str]) -> None:
-    assert "76 are reproduced, 3 are missed" in said["published"]
+    assert (
+        "40 are reproduced from sizes of models and machines, 33 follow from other printed figures" in said["published"]
+    )
     rows = {row["name"]: row for row in record(said["published json"])}
     assert rows["v3_parameters"]["ours"] == 671_026_404_352
     assert rows["v3_bubble"]["status"] == "misses" and rows["v3_bubble"]["residual"] == pytest.approx(-0.4726, abs=1e-4)
@@ -217,6 +232,24 @@ def test_plan_loads_no_torch(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_full_output_is_no_fault_of_a_folder() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dsmini.plan", str(V3)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "free some space or write elsewhere" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "tokenize"])
+def test_ctrl_c_while_modules_load_ends_cleanly(place: Path, command: str) -> None:
+    """A module of the name of the first one that a command loads sends the signal."""
+    (place / "loading").mkdir(exist_ok=True)
+    (place / "loading" / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": f"{place / 'loading'}:{ROOT}"}
+    run = [sys.executable, "-m", f"dsmini.{command}", "--help"]
+    done = subprocess.run(run, cwd=place, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
 
 
 def test_ctrl_c_ends_a_search_cleanly(place: Path) -> None:

@@ -14,6 +14,7 @@ from dsmini.planner.quantities.formula import evaluate, inputs
 from dsmini.planner.quantities.quantity import FLOPS_PER_SECOND
 from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import deployment, serving_workload, v3_decode
+from dsmini.planner.serving.exchange import exchange_limit
 from tests.helpers.serving_plans import (
     CHANGES,
     SETTINGS,
@@ -51,7 +52,7 @@ def test_one_gpu_of_any_model_as_counted(config: ModelConfig, batch: int, dtype:
 
 def test_limit_of_the_links_as_printed() -> None:
     """INS, section 2.3.2: 120.96 us, 14.76 ms and 67 tokens/s, from a width of 7000."""
-    limit = decode_plan(model_of(V3), h800(), serving_workload(sequences=32), v3_decode()).limit
+    limit = exchange_limit(model_of(V3), h800(), v3_decode(), serving_workload(sequences=32).sequences)
     assert limit is not None
     assert evaluate(limit.block_time, {"dim": 7000}) == pytest.approx(120.96e-6, rel=1e-12)
     assert evaluate(limit.token_time, {"dim": 7000}) == pytest.approx(14.76e-3, rel=1e-3)
@@ -63,7 +64,7 @@ def test_limit_of_the_links_as_printed() -> None:
 def test_limit_of_gb200_as_printed() -> None:
     """The same section: 6.72 us, 0.82 ms and about 1200 tokens/s."""
     made = deployment("decode", expert_parallel=72, redundant_experts=32, micro_batches=2, shared_remote=True)
-    limit = decode_plan(model_of(V3), gb200(), serving_workload(sequences=32), made).limit
+    limit = exchange_limit(model_of(V3), gb200(), made, serving_workload(sequences=32).sequences)
     assert limit is not None
     assert evaluate(limit.block_time, {"dim": 7000}) == pytest.approx(6.72e-6, rel=1e-12)
     assert evaluate(limit.token_time, {"dim": 7000}) == pytest.approx(0.82e-3, rel=1e-3)
@@ -71,15 +72,17 @@ def test_limit_of_gb200_as_printed() -> None:
 
 
 def test_links_of_the_plan_are_the_limit_without_dense_layers_and_own_node() -> None:
-    plan = decode_plan(model_of(V3), h800(), serving_workload(sequences=32), v3_decode())
-    assert plan.limit is not None and plan.times.slow_time is not None
+    workload = serving_workload(sequences=32)
+    plan = decode_plan(model_of(V3), h800(), workload, v3_decode())
+    limit = exchange_limit(model_of(V3), h800(), v3_decode(), workload.sequences)
+    assert limit is not None and plan.times.slow_time is not None
     share = 58 / 61 * (320 - 8) / 320
-    assert plan.times.slow_time.value == pytest.approx(plan.limit.token_time.value * share, rel=1e-12)
+    assert plan.times.slow_time.value == pytest.approx(limit.token_time.value * share, rel=1e-12)
 
 
 def test_one_gpu_sends_nothing() -> None:
     plan = decode_plan(model_of(V3), h800(), serving_workload(), deployment("decode"))
-    assert plan.limit is None
+    assert exchange_limit(model_of(V3), h800(), deployment("decode"), serving_workload().sequences) is None
     assert plan.times.slow_time is None and plan.times.fast_time is None
 
 
@@ -190,7 +193,8 @@ def test_headline_figures_depend_on_what_they_must() -> None:
     deployed = {"tensor_parallel", "expert_parallel", "redundant_experts", "micro_batches", "imbalance"}
     assert {f"decode_{name}" for name in deployed} <= step
     assert {"sequences", "context", "bf16_size", "fp8_size", "fp32_size", "fp8_tile"} <= step
-    assert needs("decode_exchange_limit") == {
+    limit = exchange_limit(model_of(V3), h800(), v3_decode(), serving_workload().sequences)
+    assert limit is not None and set(inputs(limit.token_time)) == {
         *("dim", "n_layers", "n_activated_experts", "n_shared_experts", "sequences", "slow_link"),
         *("decode_dispatch_number", "decode_combine_number", "decode_micro_batches"),
     }

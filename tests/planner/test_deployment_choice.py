@@ -83,5 +83,25 @@ def test_redundant_experts_make_them_divide() -> None:
 def test_hardware_without_links_takes_one_gpu() -> None:
     laptop = serving_of(model("deepseek-v2"), load_hardware("laptop"), weight_dtype="float32")
     found = choose_deployment(laptop, "decode", None, None, None)
-    assert numbers(found) == (1, 1, 0) and "fewer do not" in found.how
+    assert numbers(found) == (1, 1, 0) and "do not hold it either" in found.how
     assert "use 1" in refusal(choose_deployment, laptop, "decode", None, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensor", "said"),
+    [
+        ("decode", 3, "decode_tensor=3 does not divide n_heads=128; use 1, 2, 4, 8"),
+        ("prefill", 300, "prefill_tensor=300 does not divide n_heads=128; use 1, 2, 4, 8"),
+        ("decode", 16, "decode_tensor=16 has no node of 8 GPUs to be in; use 1, 2, 4, 8"),
+    ],
+)
+def test_gpus_that_cannot_share_heads_are_refused_with_the_reason(stage: Stage, tensor: int, said: str) -> None:
+    assert refusal(choose_deployment, serving_of(model("deepseek-v3")), stage, None, tensor, None) == said
+
+
+def test_redundant_experts_are_refused_without_numbers_of_gpus_that_nobody_chose() -> None:
+    """256 + 5 experts divide by 1, which does not hold V3, and by no other power of two; 320 divide by 64."""
+    serving = serving_of(model("deepseek-v3"))
+    said = refusal(choose_deployment, serving, "decode", None, None, 5)
+    assert said.startswith("decode_redundant=5 makes 261 experts of a layer, which no number of GPUs")
+    assert numbers(choose_deployment(serving, "decode", None, None, 64))[1:] == (64, 64)

@@ -45,6 +45,7 @@ FIGURES: list[tuple[Anything, str, str]] = [
     (SECONDS(1.803 * 3600), "1.80 h", "6,490.8 s"),
     (SECONDS(86400), "24 h", "86,400 s"),
     (SECONDS(54 * 86400), "54 days", "4,665,600 s"),
+    (SECONDS(1379 * 86400), "1,379 days", "119,145,600 s"),
     (SECONDS(2_788_123 * 3600), "2.79 million h", "10,037,242,800 s"),
     (SECONDS_PER_TOKEN(0.0148), "14.8 ms/token", "0.0148 s/token"),
     (PER_SECOND(67.8), "67.8 per s", "67.8 per s"),

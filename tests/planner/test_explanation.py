@@ -248,3 +248,21 @@ def test_a_long_chain_needs_no_recursion() -> None:
         chain = chain + b
     explained: Explanation = explain(chain.named("chain", "Chain"))
     assert explained.steps[0].formula == "a" + " + b" * 10_000
+
+
+def test_numbers_of_a_step_give_its_result_when_a_reader_computes_them() -> None:
+    """61 times 1.15 is 70.15, which is not 70.3: parts of a formula have six digits."""
+    row = BYTES(576 * 2).named("row", "Row")
+    (cache, *_) = explain((COUNT(61, "layers", "Layers") * row).named("cache", "Cache")).steps
+    assert (cache.numbers, cache.value) == ("61 × 1.152 kB", "70.3 kB")  # noqa: RUF001
+
+
+def test_choice_and_name_of_another_figure_say_a_number_once() -> None:
+    size = BYTES(4, "size", "Size")
+    found = explain(largest(BYTES(0), size - size).named("left", "Left"))
+    assert found.steps[0].choices == ("largest: 0 B",)
+    assert text(explain(size.named("gradient", "Gradient"))).splitlines()[:3] == [
+        "gradient: Gradient",
+        "  = size",
+        "  = 4 B",
+    ]

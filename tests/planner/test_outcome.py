@@ -8,7 +8,7 @@ from dsmini.planner.hardware import load_hardware
 from dsmini.planner.outcome import reliability_plan
 from dsmini.planner.quantities.formula import inputs
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Model, setup
+from dsmini.planner.setup import Model, failures_of, setup
 from dsmini.planner.whole import Plan, whole_plan
 from tests.helpers.configs import CONFIGS
 
@@ -66,3 +66,16 @@ def test_rent_of_a_token_is_rent_over_rate(plan: Plan) -> None:
 def test_outcome_depends_on_failures_and_on_training(plan: Plan) -> None:
     needed = set(inputs(reliability_plan(plan.training, plan.setup.hardware, plan.setup.failures).elapsed))
     assert needed >= {"failures_per_node_day", "restart_time", "checkpoint_halt", "gpus", "tokens", "utilization"}
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [{"failures_per_node_day": 1000}, {"failures_per_node_day": 1e9}, {"restart_time": 1e9}, {"checkpoint_halt": 1e8}],
+)
+def test_failures_that_leave_no_time_are_a_mistake_of_the_user(plan: Plan, costs: dict[str, float]) -> None:
+    """At the limit 0.1 % of the time trains; one step before it there is a plan."""
+    request = PlanRequest(**costs)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a failure every .* leaves no time to train, with .* for a restart"):
+        reliability_plan(plan.training, plan.setup.hardware, failures_of(request))
+    hard = reliability_plan(plan.training, plan.setup.hardware, failures_of(PlanRequest(failures_per_node_day=3)))
+    assert 1e-3 < hard.share.value < 0.2

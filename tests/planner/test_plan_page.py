@@ -1,5 +1,6 @@
 """Page of a plan: all figures with their formulas, reasons in its own numbers, offline, on a phone and on paper."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dsmini.planner.pages.why import why
 from dsmini.planner.quantities.explanation import named, shown
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, Setup, setup
+from dsmini.planner.varied_axis import read_axis
+from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
 from tests.helpers.chromium import BROWSER, Chromium
 from tests.helpers.configs import CONFIGS
@@ -72,7 +75,7 @@ def test_figure_shows_its_formula_in_names_and_numbers(page: Path) -> None:
     text = page.read_text()
     block = text[text.index('<div id="kv_cache">') :]
     block = block[: block.index("</details>")]
-    for said in ("n_layers × cache_row", "61 × 1.15 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
+    for said in ("n_layers × cache_row", "61 × 1.152 kB", "= 70,272 B/token", "V2, table 1", 'href="#n_layers"'):  # noqa: RUF001
         assert said in block, said
 
 
@@ -106,21 +109,30 @@ def test_reasons_go_from_machine_to_algorithm_to_data(plan: Plan) -> None:
 
 
 def test_reasons_have_the_numbers_of_the_plan(plan: Plan) -> None:
-    """Worked out by hand: 71.4 GB hold 4 sequences of 16.4 GB, or 247 of 288 MB."""
+    """Worked out by hand: 71.4 GB hold 61 sequences of 4 times 288 MB. Those of MHA are as --vary counts them."""
     said = dict(why(plan))
-    left = 80e9 - plan.serving.decode.memory.weights.value if plan.serving else 0
-    mha, mla = 4096 * 2 * 128 * 256 * 61, 4096 * 70_272
-    assert f"so {int(left / mha)} fit" in said["Machine to Algorithm: memory"] and int(left / mha) == 4
-    assert f"288 MB, so {int(left / mla)} fit" in said["Machine to Algorithm: memory"]
-    assert "3.50 rows instead of 8" in said["Machine to Algorithm: links"]
+    assert plan.serving is not None
+    left = 80e9 - plan.serving.decode.memory.weights.value
+    assert "1.15 GB for a sequence of its own" in said["Machine to Algorithm: memory"] and int(left / 1.1514e9) == 61
+    assert "sequences 61 fit on a GPU, and with multi-head attention 4." in said["Machine to Algorithm: memory"]
+    assert "3.50 rows, where one for each remote expert would be 7" in said["Machine to Algorithm: links"]
     assert "4 times less" in said["Machine to Algorithm: links"]
     assert "which does not fit" in said["Machine to Algorithm: arithmetic"], "V3's layout needs FP8"
     assert "at least 4,096 sequences, 16.8 million tokens" in said["Machine to Data: batch"], "32 * 128 sequences"
     assert shown(plan.training.time.tokens_per_day) in said["Machine to Data: tokens"]
     assert "8 of 256 routed experts" in said["Algorithm to Data: tokens"]
-    assert (
-        "4,230" in said["Algorithm to Data: context"] and f"{int(4230 / 56.89)}" in said["Algorithm to Data: context"]
-    )
+    assert "4,230" in said["Algorithm to Data: context"]
+    assert "it would be for 282 tokens, 15 times fewer" in said["Algorithm to Data: context"]
+
+
+def test_multi_head_attention_of_the_reasons_is_that_of_a_variation(plan: Plan) -> None:
+    request = PlanRequest(sequences=30)
+    varied = vary(plan.setup, request, [read_axis("attention=mla,mha")])
+    mla, mha = (varied.plans[i,].serving for i in (0, 1))
+    assert mla is not None and mha is not None
+    said = " ".join(dict(why(plan)).values())
+    for found in (mla.decode.memory.sequences, mha.decode.memory.sequences, mha.decode.memory.context):
+        assert shown(found) in said, found
 
 
 def test_reasons_are_those_of_the_model_at_hand() -> None:
@@ -160,6 +172,29 @@ def test_answer_writes_a_page_and_json(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         answer.write(tmp_path / "file")
+
+
+def test_words_say_what_is_a_guess_and_whose_numbers_they_are() -> None:
+    lines = answers.planned(made("deepseek-v2-lite"), "x").lines
+    assert "14.8 trillion tokens, 15,360 x 4,096 tokens a step; as DeepSeek-V3" in lines[2]
+    assert lines[2].endswith("choose --tokens, --batch and --seq-len")
+    assert "choose" not in answers.planned(made(), "x").lines[2], "V3's numbers are V3's own"
+    laptop = plan_report(whole_plan(made("toy", "laptop")), full=False)
+    said = {section.name: section for section in laptop.sections}
+    assert "needs 115 MB of 17.2 GB" in said["training_section"].finding
+    assert "GPU" not in said["training_section"].finding
+    assert "Meta's nodes of eight GPUs" in said["reliability_section"].warnings[0]
+    unserved = plan_report(whole_plan(made("shakespeare")), full=False).sections[2]
+    assert unserved.finding.startswith("Serving is not planned: qk_norm=True")
+
+
+def test_page_of_this_machine_says_that_rates_were_measured() -> None:
+    s = made("toy", "laptop")
+    here = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, name="this"))
+    page = plan_report(whole_plan(here), full=True)
+    assert "measured on this machine" in page.lead and "Nothing was measured" not in page.lead
+    assert page.sections[1].finding.startswith("This machine takes 65.6 s")
+    assert plan_report(whole_plan(s), full=True).lead.startswith("Predicted from sizes and data sheets. Nothing was")
 
 
 # --- in a browser

@@ -47,8 +47,7 @@ def test_command_line_comes_before_the_file() -> None:
 
 def test_links_are_those_that_are_reached() -> None:
     s = made()
-    assert s.hardware.slow_link is not None and s.nominal.slow_link is not None
-    assert (s.hardware.slow_link.value, s.nominal.slow_link.value) == (40e9, 50e9)
+    assert s.hardware.slow_link is not None and s.hardware.slow_link.value == 40e9
     assert s.hardware.fast_link is not None and s.hardware.fast_link.value == 160e9
 
 

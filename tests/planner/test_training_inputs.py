@@ -153,7 +153,15 @@ DEPENDS = {
     "training_cost": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "hour", "price"},
     "training_days": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "day"},
     "dispatch_seconds": {
-        *("dim", "n_activated_experts", "n_expert_groups", "n_limited_groups", "expert", "gpus_per_node"),
+        *(
+            "dim",
+            "n_routed_experts",
+            "n_activated_experts",
+            "n_expert_groups",
+            "n_limited_groups",
+            "expert",
+            "gpus_per_node",
+        ),
         *("fast_link", "slow_link", "fp8_size", "fp32_size", "bf16_size", "fp8_tile"),
     },
     "computing_seconds": MODEL

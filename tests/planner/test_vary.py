@@ -1,8 +1,10 @@
 """Variation: one cause for each difference, and reasons for values without a plan."""
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dsmini import ModelConfig
 from dsmini.planner.hardware import load_hardware
@@ -12,6 +14,7 @@ from dsmini.planner.setup import Model, Setup, setup
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import Variation, vary
 from dsmini.planner.whole import Plan, whole_plan
+from dsmini.report import Report
 from tests.helpers.configs import CONFIGS, refusal
 
 REQUEST = PlanRequest()
@@ -124,7 +127,7 @@ def test_value_without_a_plan_is_told(v3: Setup) -> None:
     found = varied(v3, "pipeline=8,7,16")
     assert set(found.plans) == {(0,), (2,)} and "do not divide gpus=2048" in found.problems[1,]
     section = variation_section(found, full=False)
-    assert section.warnings == [f"pipeline=7: {found.problems[1,]}"]
+    assert section.warnings[0] == f"pipeline=7: {found.problems[1,]}"
 
 
 def test_lengths_of_the_plan_stay_with_another_model(v3: Setup) -> None:
@@ -161,6 +164,31 @@ def test_one_axis_makes_a_table_and_plots(v3: Setup) -> None:
     assert section.tables[0].columns == ("context", "4,096", "1,024"), "as asked, and the line from left to right"
     bars = variation_section(varied(v3, "hardware=h100,h800", names=("roof_step_seconds",)), full=True).plots[0]
     assert bars.labels == ["h100", "h800"] and bars.series[0].kind == "bars"
+
+
+def test_plan_that_does_not_fit_is_marked(v3: Setup) -> None:
+    """V3's layout needs 65.0 GB in FP8 with ZeRO 1, and more than 80 GB in BF16 or without ZeRO."""
+    found = varied(v3, "precision=fp8,bf16", "zero=0,1", names=("memory_needed", "training_days", "kv_cache"))
+    memory, days, cache = variation_section(found, full=False).heat_maps
+    for heat_map in (memory, days):
+        assert [[cell.startswith("! ") for cell in row] for row in heat_map.cells] == [[True, False], [True, True]]
+    assert not any("!" in cell for row in cache.cells for cell in row), "the cache is the same in any layout"
+    assert variation_section(found, full=False).warnings == ["! does not fit into the memory of a GPU"]
+    bars = variation_section(varied(v3, "sequences=8,64", names=("decode_cost", "training_days")), full=False).tables[0]
+    assert [row[2].startswith("! ") for row in bars.rows] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_wide_heat_map_is_split_where_the_terminal_ends(v3: Setup, width: int) -> None:
+    found = varied(v3, "kv_lora_rank=64,512", "hardware=h100,h800,h200,b200,gb200-nvl72,a100-pcie")
+    out = io.StringIO()
+    Report(title="", sections=[variation_section(found, full=False)]).show(Console(file=out, width=width))
+    text = out.getvalue()
+    assert text.count("ms/token") == 8
+    table = text[text.index("Time of an output token") :].splitlines()
+    labels = [line.split()[0] for line in table if line[:2] in ("64", "51")]
+    assert labels[:4] == ["64", "512", "64", "512"], "each part has the labels of its rows"
+    assert not any(cut in text for cut in ("ms/toke ", "tokens/ ", "…"))
 
 
 def test_terminal_has_a_bar_for_each_value(v3: Setup) -> None:

@@ -91,7 +91,10 @@ def test_figures_that_agree_with_each_other(v3: Plan) -> None:
     assert v3.training.model.parameters.parameters_main.value == 671_026_404_352
 
 
-def test_published_limit_counts_nominal_links(v3: Plan) -> None:
-    assert v3.serving is not None and v3.serving.decode.limit is not None
-    per_block = v3.serving.decode.limit.block_time.value
-    assert per_block == pytest.approx(3 * 30 * 9 * 7168 / 50e9)
+@pytest.mark.parametrize("hardware", ["h800", "gb200-nvl72", "a100-pcie"])
+def test_no_part_of_an_output_token_takes_longer_than_the_token(hardware: str) -> None:
+    """Links alone among them: they count as in the whole time, reached and without what stays in the node."""
+    found = plan_of("deepseek-v3", hardware).all
+    parts = [found[name].value for name in found if name.startswith("decode_") and name.endswith("_time")]
+    assert len(parts) >= 5 and max(parts) <= found["decode_time_per_token"].value
+    assert "decode_exchange_limit" not in found

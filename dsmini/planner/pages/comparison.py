@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from dsmini.planner.quantities.display import short
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import Anything
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.search import Candidate
 from dsmini.planner.varied_axis import VariedAxis
-from dsmini.planner.vary import Variation
+from dsmini.planner.vary import UNFIT, Variation
 from dsmini.report import HeatMap, Plot, Section, Series, Table
 
 MOST_PLOTS, MOST_HEAT_MAPS = 8, 8
@@ -27,6 +26,7 @@ def variation_section(variation: Variation, *, full: bool) -> Section:
     """
     axes = variation.axes
     one = len(axes) == 1
+    unfit = any(variation.unfit(name, place) for name in variation.names for place in variation.plans)
     return Section(
         name="variation_section",
         title=f"What changes with {' and '.join(axis.name for axis in axes)}?",
@@ -34,7 +34,10 @@ def variation_section(variation: Variation, *, full: bool) -> Section:
         plots=list(_plots(variation)) if one and full else (),
         heat_maps=() if one else list(_heat_maps(variation)),
         tables=[_table(variation) if full else _bars(variation)] if one else (),
-        warnings=[f"{_at(axes, place)}: {reason}" for place, reason in variation.problems.items()],
+        warnings=[
+            *(f"{_at(axes, place)}: {reason}" for place, reason in variation.problems.items()),
+            *([f"{UNFIT.strip()} does not fit into the memory of a GPU"] if unfit else []),
+        ],
         about="All else is as in the plan: layout, deployments, sequences and context stay.",
     )
 
@@ -62,7 +65,7 @@ def search_section(candidates: Sequence[Candidate], *, full: bool) -> Section:
         title=f"Which layouts fit {best.layout.gpus:,} GPUs?",
         finding=(
             f"The fastest takes {shown(best.plan.step.roof_step)} a step with {shown(best.plan.memory_needed)} on the "
-            f"fullest GPU; {best.binds} binds it."
+            f"fullest GPU. What binds: {best.binds}."
         ),
         tables=[Table(columns=columns, rows=rows, numeric=numeric)],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
@@ -115,7 +118,9 @@ def _bars(variation: Variation) -> Table:
         title = _any(variation, name).title
         for i, figure in enumerate(found):
             if figure is not None:
-                rows.append((title, axis.labels[i], short(figure), "█" * round(BAR * abs(figure.value) / largest)))
+                rows.append(
+                    (title, axis.labels[i], variation.cell(name, (i,)), "█" * round(BAR * abs(figure.value) / largest))
+                )
                 title = ""
     return Table(columns=("figure", axis.name, "value", ""), rows=rows, numeric=(axis.name, "value"))
 

@@ -24,12 +24,16 @@ def coverage(figures: Sequence[PublishedFigure] | None = None, *, full: bool = T
         name="coverage_section",
         title="How far can it be trusted? Coverage next to error",
         finding=(
-            f"{len(figures) - of['worked out']} published figures: {of['reproduced']} are reproduced, {of['misses']} "
-            f"are missed, {of['misprint']} contradict their own source, and {of['not attempted']} is not attempted. "
-            f"{of['worked out']} more, worked out by hand from published sizes, agree."
+            f"{len(figures) - of['worked out']} published figures: {of['reproduced']} are reproduced from sizes of "
+            f"models and machines, {of['follows']} follow from other printed figures by a sum, a ratio or one formula, "
+            f"{of['misses']} are missed, {of['misprint']} contradict their own source, and {of['not attempted']} is "
+            f"not attempted. {of['worked out']} more, worked out by hand from published sizes and formulas, agree."
         ),
         tables=[_all_columns(figures) if full else _few_columns(figures)],
-        about="Residuals are of unrounded values. Known misses are shown, and no constant is fitted to hide them.",
+        about=(
+            "Errors are of unrounded values, next to the error to hold: half a unit of the last printed digit, where "
+            "no note says otherwise. Known misses are shown, and no constant is fitted to hide them."
+        ),
     )
 
 
@@ -41,14 +45,15 @@ def _all_columns(figures: Sequence[PublishedFigure]) -> Table:
             f"at most {shown(f.printed)}" if f.bound else shown(f.printed),
             "" if f.ours is None else shown(f.ours),
             "" if f.residual is None else f"{100 * f.residual:+.2f} %",
+            _within(f) if f.bound or f.ours is None else f"{_within(f)} %",
             f.status,
             f.source,
             f.note,
         )
         for f in figures
     ]
-    columns = ("fact", "figure", "printed", "ours", "residual", "status", "source", "note")
-    return Table(columns=columns, rows=rows, numeric=("fact", "printed", "ours", "residual"))
+    columns = ("fact", "figure", "printed", "ours", "residual", "within", "status", "source", "note")
+    return Table(columns=columns, rows=rows, numeric=("fact", "printed", "ours", "residual", "within"))
 
 
 def _few_columns(figures: Sequence[PublishedFigure]) -> Table:
@@ -64,11 +69,19 @@ def _few_columns(figures: Sequence[PublishedFigure]) -> Table:
                 f"at most {printed}" if f.bound else printed,
                 ours if unit == printed.partition(" ")[2] else f"{ours} {unit}",
                 "" if f.residual is None else f"{100 * f.residual:+.2f}",
+                _within(f),
                 "untried" if f.status == "not attempted" else f.status,
             )
         )
-    columns = ("figure", "published", "ours", "error, %", "verdict")
+    columns = ("figure", "published", "ours", "error, %", "within", "verdict")
     return Table(columns=columns, rows=rows, numeric=columns[1:-1])
+
+
+def _within(figure: PublishedFigure) -> str:
+    """Return the error to hold in percent: 0 for a figure that must be exact; "below" for one that prints a bound."""
+    if figure.ours is None:
+        return ""
+    return "below" if figure.bound else f"{100 * figure.within:.2g}"
 
 
 def _four_digits(figure: Anything) -> str:

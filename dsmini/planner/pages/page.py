@@ -19,6 +19,7 @@ from dsmini.report import Detail, Report, Section, Table
 from dsmini.report.units import plural
 
 LEAD = "Predicted from sizes and data sheets. Nothing was measured. Each number opens its formula."
+LEAD_HERE = "Predicted from sizes, and from rates that were measured on this machine. Each number opens its formula."
 
 
 def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command: str = "") -> Report:
@@ -38,7 +39,7 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
         made += [_why(plan), coverage(), *_rest(plan, found, known)]
     return Report(
         title=f"{plan.setup.model.name} on {plan.setup.hardware.title}",
-        lead=LEAD if full else "",
+        lead=(LEAD_HERE if plan.setup.hardware.name == "this" else LEAD) if full else "",
         sections=made,
         highlights=list(_highlights(plan)),
         facts_title="What is planned",
@@ -127,7 +128,7 @@ def _binds(plan: Plan) -> Section:
         about=(
             "Making what binds faster gains at most this many times, then the next binds. The parts of serving "
             "overlap. Those of a training step run one after the other. Two vocabularies name a resource: by who owns "
-            "the limit, or by the largest term of the iron law."
+            "the limit, or by the largest term of time = bytes / bandwidth + operations / peak + latency."
         ),
     )
 
@@ -165,9 +166,9 @@ def facts(plan: Plan) -> dict[str, dict[str, str]]:
     }
     links = {"within a node": hardware.fast_link, "between nodes": hardware.slow_link, "rent": hardware.price}
     machine = {
-        "GPU": hardware.title,
+        "device": hardware.title,
         **{f"peak, {dtype}": shown(peak) for dtype, peak in hardware.peaks.items()},
-        "memory": f"{shown(hardware.memory)} at {shown(hardware.memory_bandwidth)}",
+        "memory": f"{shown(1 * hardware.memory)} at {shown(hardware.memory_bandwidth)}",
         **{name: shown(link) for name, link in links.items() if link is not None},
     }
     chosen = dataclasses.asdict(layout)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dsmini.planner.quantities.display import in_words
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import COUNT, Anything
+from dsmini.planner.reliability import NODE_FAILURES
 from dsmini.planner.whole import Plan
 
 TITLES = {
@@ -32,7 +33,7 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     "inference": (
         *("decode_gpu_weights", "decode_gpu_cache", "decode_memory_share", "decode_sequences_that_fit"),
         *("decode_longest_context", "decode_time_per_token", "decode_tokens_per_second"),
-        *("decode_gpu_tokens_per_second", "decode_exchange_limit", "decode_slow_bytes", "speculation_gain"),
+        *("decode_gpu_tokens_per_second", "decode_memory_time", "decode_slow_link_time", "speculation_gain"),
         *("decode_cost", "prefill_time_to_first_token", "prefill_gpu_tokens_per_second", "prefill_cost"),
     ),
     "attention": (
@@ -82,14 +83,16 @@ def sections(plan: Plan) -> Iterator[SectionOfPlan]:
             continue
         headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
-        warnings = {"training": _training_warnings, "inference": _serving_warnings}.get(name)
+        warn = {"training": _training_warnings, "inference": _serving_warnings, "reliability": _failure_warnings}.get(
+            name
+        )
         yield SectionOfPlan(
             name=name,
             title=TITLES[name],
             finding=answers[name](plan),
             headlines=headlines,
             others=others,
-            warnings=tuple(warnings(plan)) if warnings else (),
+            warnings=tuple(warn(plan)) if warn else (),
         )
 
 
@@ -109,16 +112,18 @@ def _model(plan: Plan) -> str:
 
 def _training(plan: Plan) -> str:
     t, time = plan.training, plan.training.time
-    gpus = "One GPU takes" if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
+    one = "This machine takes" if plan.setup.hardware.name == "this" else "One device takes"
+    gpus = one if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
-    needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
+    fullest = "It" if t.layout.gpus == 1 else "The fullest GPU"
+    needs = f"{fullest} needs {shown(t.memory_needed)} of {shown(1 * plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
     return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens. {needs}"
 
 
 def _inference(plan: Plan) -> str:
     if plan.serving is None:
-        return f"It is not planned: {plan.setup.unserved}."
+        return f"Serving is not planned: {plan.setup.unserved}."
     d, p = plan.serving.decode, plan.serving.prefill
     cost = plan.serving.cost
     rent = f", {shown(cost.decode)}" if cost is not None else ""
@@ -152,7 +157,7 @@ def _reliability(plan: Plan) -> str:
 
 
 def _training_warnings(plan: Plan) -> Iterator[str]:
-    t, memory = plan.training, plan.setup.hardware.memory
+    t, memory = plan.training, 1 * plan.setup.hardware.memory  # computed, so shown in three digits
     if not t.fits:
         yield (
             f"This does not fit: the fullest GPU needs {shown(t.memory_needed)}, and has {shown(memory)}. "
@@ -162,6 +167,12 @@ def _training_warnings(plan: Plan) -> Iterator[str]:
         yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {shown(memory)} are left."
 
 
+def _failure_warnings(plan: Plan) -> Iterator[str]:
+    assumed, node = plan.setup.failures, plan.setup.hardware.gpus_per_node
+    if assumed.failures_per_node_day is NODE_FAILURES and node < assumed.gpus_per_node:
+        yield "The rate of failures is that of Meta's nodes of eight GPUs; for yours use --failures-per-node-day."
+
+
 def _serving_warnings(plan: Plan) -> Iterator[str]:
     if plan.serving is None:
         return
@@ -169,7 +180,7 @@ def _serving_warnings(plan: Plan) -> Iterator[str]:
         if memory.share.value > 1:
             yield (
                 f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
-                f"{shown(plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
+                f"{shown(1 * plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
             )
 
 

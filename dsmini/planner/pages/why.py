@@ -11,12 +11,15 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), sections 2 to 4.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from dsmini.planner.pages.sections import percent
 from dsmini.planner.quantities.explanation import shown
-from dsmini.planner.quantities.quantity import Anything, Count
+from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import Count
+from dsmini.planner.serving.decoding import decode_plan
+from dsmini.planner.serving.deployment_choice import in_dtypes
+from dsmini.planner.serving.memory import ServingMemory
 from dsmini.planner.training.layout import Layout, Precision
 from dsmini.planner.training.training_plan import TrainingPlan, training_plan
 from dsmini.planner.whole import Plan
@@ -39,33 +42,46 @@ def why(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _attention(plan: Plan) -> Iterator[str]:
-    """Compare how many sequences fit with the cache and with that of multi-head attention."""
+    """Compare how many sequences fit with the same model and multi-head attention, on the same GPUs."""
     served, m, hardware = plan.setup.serving, plan.setup.m, plan.setup.hardware
     if plan.serving is None or served is None:
         return
-    weights, context = plan.serving.decode.memory.weights, served.workload.context
-    left = hardware.memory - weights
-    mine, full = context * plan.cache.per_token, context * plan.cache.baseline
-
-    def fit(sequence: Anything) -> str:
-        return f", so {_whole(left / sequence)} fit" if left.value > 0 else ""
-
-    if left.value > 0:
-        yield f"{hardware.title} has {shown(hardware.memory)}, of which the weights leave {shown(left)}."
+    memory, context = plan.serving.decode.memory, served.workload.context
+    weights, mine, full = memory.weights, context * plan.cache.per_token, context * plan.cache.baseline
+    if weights < hardware.memory:
+        left = hardware.memory - weights
+        yield f"{hardware.title} has {shown(1 * hardware.memory)}, of which the weights leave {shown(left)}."
     else:
-        yield f"The weights of a GPU take {shown(weights)} of {shown(hardware.memory)}, and leave nothing for a cache."
-    yield f"The cache of {shown(context)} takes {shown(full)} with multi-head attention{fit(full)}."
-    if m.config.attention != "mla":
-        yield f"With this model's {m.config.attention.upper()} it takes {shown(mine)}{fit(mine)}."
-        return
-    yield (
-        f"MLA stores one latent of {shown(m.kv_lora_rank)} numbers and one rotary key of {shown(m.qk_rope_head_dim)} "
-        f"for all {shown(m.n_heads)} heads: {shown(mine)}{fit(mine)}."
-    )
-    group = served.decode.deployment.tensor_parallel
-    if group.value > 1:
-        yield f"Each of {shown(group)} GPUs that share heads holds the latents of all of them."
-    yield "A step reads the cache of all its sequences, so what is saved in memory is saved in time too."
+        yield f"The weights of a GPU, {shown(weights)}, leave nothing of {shown(1 * hardware.memory)} for a cache."
+    yield f"The cache of {shown(context)} takes {shown(full)} with multi-head attention."
+    if m.config.attention == "mla":
+        yield (
+            f"MLA stores one latent of {shown(m.kv_lora_rank)} numbers and one rotary key of "
+            f"{shown(m.qk_rope_head_dim)} for all {shown(m.n_heads)} heads: {shown(mine)}."
+        )
+        group = served.decode.deployment.tensor_parallel
+        if group.value > 1:
+            yield f"Of heads each of {shown(group)} GPUs would hold a part. The latents are for all heads, so each GPU"
+            yield f"holds those of all {shown(group)}: {shown(group * mine)} for a sequence of its own."
+    else:
+        yield f"With this model's {m.config.attention.upper()} it takes {shown(mine)}."
+    if weights < hardware.memory:
+        mha = _mha(plan)
+        other = "" if mha is None else f", and with multi-head attention {shown(mha.sequences)}"
+        yield f"Of such sequences {shown(memory.sequences)} fit on a GPU{other}."
+    if m.config.attention == "mla":
+        yield "A step reads the cache of all its sequences, so what is saved in memory is saved in time too."
+
+
+def _mha(plan: Plan) -> ServingMemory | None:
+    """Return the memory of decoding with multi-head attention and its weights, all else equal; None if it is there."""
+    s, config = plan.setup, plan.setup.m.config
+    if s.serving is None or config.attention == "mha" or config.qk_nope_head_dim % 2:  # RoPE turns pairs
+        return None
+    made = s.serving.decode.deployment
+    cache = "bfloat16" if made.cache_dtype == "fp8" else made.cache_dtype  # that format is for latents
+    m = ModelInputs.of(dataclasses.replace(config, attention="mha", n_kv_heads=None), s.model.source)
+    return decode_plan(m, s.hardware, s.serving.workload, in_dtypes(made, made.weight_dtype, cache)).memory
 
 
 def _routing(plan: Plan) -> Iterator[str]:
@@ -85,11 +101,12 @@ def _routing(plan: Plan) -> Iterator[str]:
         yield f"Routing allows {shown(found.node_limit)}."
     yield (
         f"A row crosses the slow link once for each remote node, and the fast link hands it on to the token's GPUs: "
-        f"{shown(found.slow_copies)} rows instead of {shown(m.n_activated_experts)}."
+        f"{shown(found.slow_copies)} rows, where one for each remote expert would be "
+        f"{shown(found.slow_copies_unlimited)}."
     )
     if plan.training.link is not None:
         mine, free = plan.training.link.share, plan.training.link.share_unlimited
-        yield f"That takes {percent(mine)} of the slow link, where a row for each expert would take {percent(free)}."
+        yield f"That takes {percent(mine)} of the slow link, and those would take {percent(free)}."
 
 
 def _precision(plan: Plan) -> Iterator[str]:
@@ -172,20 +189,16 @@ def _sparsity(plan: Plan) -> Iterator[str]:
 def _context(plan: Plan) -> Iterator[str]:
     if plan.serving is None:
         return
-    longest, cache = plan.serving.decode.memory.context, plan.cache
+    longest = plan.serving.decode.memory.context
     yield (
         f"Beside the weights there is room for {shown(longest)} in each of a GPU's sequences; the model takes up to "
         f"{plan.setup.m.config.max_seq_len:,}."
     )
-    smaller = cache.baseline / cache.per_token
-    if smaller.value > 1:
-        with_mha = _whole(longest / smaller)
-        yield f"With the cache of multi-head attention it would be {shown(smaller)} times fewer: {with_mha}."
+    mha = _mha(plan)
+    if mha is not None and mha.context < longest:
+        times = f", {shown(longest / mha.context)} times fewer" if mha.context.value else ""
+        yield f"With multi-head attention it would be for {shown(mha.context)}{times}."
 
 
 def _stages(layout: Layout) -> str:
     return "one stage" if layout.pipeline == 1 else f"{layout.pipeline} stages"
-
-
-def _whole(number: Anything) -> str:
-    return f"{math.floor(number.value):,}"

@@ -4,6 +4,7 @@ Each figure of published.toml has a printed value and a source. values.py comput
 functions that every plan uses, from configs and hardware files. The two make a residual, ours over printed less one.
 
     reproduced       within the error to hold: what the file says, or half a unit of the last printed digit
+    follows          the same, but by one sum, ratio or formula of other printed figures, or read back from a file
     misses           not, and nobody knows why or a formula of sizes cannot: the residual is shown, never fitted away
     misprint         not, since the source contradicts itself
     not attempted    nothing here computes it
@@ -39,7 +40,7 @@ from dsmini.planner.quantities.quantity import (
 from dsmini.reading import read_toml
 
 FILE = Path(__file__).parent / "published.toml"
-Status = Literal["reproduced", "misses", "misprint", "not attempted", "worked out"]
+Status = Literal["reproduced", "follows", "misses", "misprint", "not attempted", "worked out"]
 UNITS: Mapping[str, Unit[Any, Any]] = {
     "": COUNT,
     "B": BYTES,
@@ -89,7 +90,7 @@ class PublishedFigure:
             return "not attempted"
         slack = 1e-9 * (self.within > 0)  # of printed decimals, which no float holds
         if residual <= 0 if self.bound else abs(residual) <= self.within + slack:
-            return "worked out" if self.expected == "worked out" else "reproduced"
+            return self.expected if self.expected in ("follows", "worked out") else "reproduced"
         return "misprint" if self.expected == "misprint" else "misses"
 
 

@@ -160,6 +160,11 @@ def _link_ratio(fast: BytesPerSecond | None, slow: BytesPerSecond | None) -> Cou
     return fast / slow
 
 
+def _link_share(s: Sources) -> Count:
+    """Return the time of separate rows over the slow link, over that of computing."""
+    return s.link.share_unlimited * s.plan.time.step_seconds / s.plan.step.computing
+
+
 def _mfu(s: Sources, rate: str) -> Count:
     return s.given[rate] / load_hardware("h100").peak("bfloat16")
 
@@ -213,7 +218,7 @@ COMPUTED: Mapping[str, Callable[[Sources], Anything]] = {
     "v3_communication_share": lambda s: (
         s.plan.assumptions.communication_multiprocessors / s.plan.assumptions.multiprocessors
     ),
-    "v3_link_share": lambda s: s.link.share_unlimited,
+    "v3_link_share": _link_share,
     "v3_node_limit": lambda s: s.plan.dispatch.node_limit if s.plan.dispatch else COUNT(0),
     "llama_training": lambda s: dense_training_flops(
         s.figures("llama-3.1-405b").parameters.parameters_main, s.given["llama_tokens"]

@@ -108,7 +108,7 @@ def _in_words(value: float, given: bool) -> str:
 
 
 def _duration(value: float, given: bool) -> str:
-    if abs(value) >= 1000 * DAY:  # most likely the time of many GPUs together, which people count in hours
+    if abs(value) >= 10_000 * DAY:  # most likely the time of many GPUs together, which people count in hours
         return f"{_in_words(value / HOUR, given)} h"
     unit = next((name for least, name in LONG if abs(value) >= least), "")
     if unit:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsmini.planner.quantities.display import exactly, shown
-from dsmini.planner.quantities.quantity import NONE, Anything
+from dsmini.planner.quantities.quantity import NONE, Anything, Quantity
 
 __all__ = ["Explanation", "InputLine", "Step", "explain", "find", "named", "shown", "text"]
 
@@ -86,13 +86,15 @@ def explain(figure: Anything) -> Explanation:
             continue
         formula = node.args[0]
         choices = tuple(
-            f"{CHOICES[inner.op]}: {_named(chosen)} = {shown(chosen)}"
+            f"{CHOICES[inner.op]}: {' = '.join(dict.fromkeys((_named(chosen), shown(chosen))))}"
             for inner in _inside(formula)
             if inner.op in CHOICES
             for chosen in [next(arg for arg in inner.args if arg.value == inner.value)]
         )
+        # parts in six digits give the three of the result
+        numbers = _written(formula, lambda node: shown(Quantity(node.value, node.unit, "number")))
         needs = tuple(dict.fromkeys(inner.name for inner in _inside(formula) if inner.name))
-        step = Step(formula=_named(formula), numbers=_written(formula, shown), choices=choices, needs=needs, **labels)
+        step = Step(formula=_named(formula), numbers=numbers, choices=choices, needs=needs, **labels)
         steps.append(step)
     return Explanation(steps=steps, inputs=lines)
 
@@ -122,7 +124,8 @@ def text(explanation: Explanation, width: int = 100) -> str:
     for step in explanation.steps:
         lines += _filled(f"{step.name}: {step.title}", width, "", "  ")
         for formula in dict.fromkeys((step.formula, step.numbers)):
-            lines += wrapped(formula, width, "  = ", "    ")
+            if not formula == step.value == step.exact:  # else it names another figure
+                lines += wrapped(formula, width, "  = ", "    ")
         lines += [line for choice in step.choices for line in wrapped(choice, width, "    ", "      ")]
         lines += _filled(step.value if step.value == step.exact else f"{step.value} ({step.exact})", width, "  = ")
         lines += _filled(f"source: {step.source}", width, "  ", "    ") if step.source else []

@@ -27,7 +27,6 @@ from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, TOKENS, Count, SecondsPerToken, TokensPerSecond, number_of, per
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload
-from dsmini.planner.serving.exchange import ExchangeLimit, exchange_limit
 from dsmini.planner.serving.memory import ServingMemory, cache_of, serving_memory
 from dsmini.planner.serving.step import Setting, StepTimes, StepWork, main_blocks, step_times
 
@@ -39,8 +38,6 @@ class DecodePlan(Figures):
     cache: CachePlan
     memory: ServingMemory
     times: StepTimes
-    limit: ExchangeLimit | None
-    """Limit of the links alone, as the paper counts it; None on one GPU."""
     time_per_token: SecondsPerToken
     """Time of an output token of a sequence."""
     tokens_per_second: TokensPerSecond
@@ -67,7 +64,6 @@ def decode_plan(
         cache=cache,
         memory=serving_memory(setting, cache, mine, workload.context),
         times=times,
-        limit=exchange_limit(model, hardware, deployment, workload.sequences),
         time_per_token=per(times.step, TOKENS).named(f"{stage}_time_per_token", "Time of an output token", source),
         tokens_per_second=rate.named(f"{stage}_tokens_per_second", "Tokens/s of a sequence", source),
         gpu_tokens_per_second=(mine * rate).named(f"{stage}_gpu_tokens_per_second", "Tokens/s of a GPU", source),

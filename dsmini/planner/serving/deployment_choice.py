@@ -57,16 +57,31 @@ def choose_deployment(
             return ChosenDeployment(deployment=published, how="as DeepSeek-V3 is served")
     if gpus is not None:
         return ChosenDeployment(deployment=_made(serving, stage, gpus, tensor or 1, redundant), how="as chosen")
+    counts = list(_counts(serving, tensor))
+    if not counts:
+        raise ValueError(_cannot_share(serving, stage, tensor))
+    slots = serving.m.config.n_routed_experts + (redundant or 0)
+    divide = [(count, shared) for count, shared in counts if redundant is None or slots % count == 0]
     made = None
-    for count, shared in _counts(serving, tensor):
+    for count, shared in divide:
         made = _made(serving, stage, count, shared, redundant)
         if _fits(serving, stage, made):
             return ChosenDeployment(deployment=made, how="the fewest GPUs that hold weights and cache")
-    if made is None:
+    if made is None or divide != counts:
         raise ValueError(
-            f"{stage}_tensor={tensor} needs as many GPUs with a link, which {serving.hardware.title} lacks; use 1"
+            f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
+            f"model divides; leave it out, or name {stage}_gpus too"
         )
-    return ChosenDeployment(deployment=made, how="the most GPUs that were tried, since fewer do not hold it")
+    return ChosenDeployment(deployment=made, how="the most GPUs that were tried, which do not hold it either")
+
+
+def _cannot_share(serving: Serving, stage: Stage, tensor: int | None) -> str:
+    """Return why this many GPUs cannot share the heads, and how many can."""
+    hardware, heads = serving.hardware, serving.m.config.n_heads
+    node = round(hardware.gpus_per_node.value) if hardware.fast_link is not None else 1
+    why = f"does not divide n_heads={heads}" if tensor and heads % tensor else f"has no node of {node} GPUs to be in"
+    possible = ", ".join(str(n) for n in range(1, node + 1) if any(_counts(serving, n)))
+    return f"{stage}_tensor={tensor} {why}; use {possible}"
 
 
 def in_dtypes(made: Deployment, weight_dtype: WeightDtype, cache_dtype: CacheDtype) -> Deployment:

@@ -8,10 +8,11 @@ Worked example, DeepSeek-V3 in decode: 32 tokens, 9 experts with the shared one,
 32 * 9 * 7168 * 3 = 6.19 MB a block. 50 GB/s take 123.9 us; two micro-batches and 61 layers make 15.11 ms a token. The
 paper rounds the width to 7000 and prints 120.96 us and 14.76 ms; GB200's 900 GB/s give 6.72 us and 0.82 ms.
 
-That limit counts every layer, and every copy as if it left the node. A plan's own time counts the MoE blocks, of which
-V3 has 58, and only the share that leaves. A token's copies go to its experts one by one, or in two hops: once to each
-chosen node, then once to each chosen GPU within it. k even choices hit n (1 - (1 - 1/n)^k) of n nodes, at most those
-of n_limited_groups: 3.6 of 4 nodes with 8 experts.
+That limit, which only the published figures are compared with, counts every layer, every copy as if it left the node,
+and links as on data sheets. A plan's own time counts links as reached, the MoE blocks, of which V3 has 58, and only the
+share that leaves. A token's copies go to its experts one by one, or in two hops: once to each chosen node, then once to
+each chosen GPU within it. Even choices hit 3.61 of 4 nodes with 8 of 256 experts, and at most
+the nodes of n_limited_groups.
 
 Tensor parallelism gathers a group's hidden states before attention and scatters sums after it, in BF16, over the fast
 link: 2 (tp - 1) rows for each row of the GPU.
@@ -116,15 +117,13 @@ def exchange_limit(model: ModelInputs, hardware: Hardware, deployment: Deploymen
         f"{stage}_block_exchange_time", "Dispatch and combine of a micro-batch in one layer", source
     )
     token = (deployment.micro_batches * model.n_layers * block).named(
-        f"{stage}_exchange_limit", "Time of a token, links alone", source
+        f"{stage}_exchange_limit", "Time of a token by links alone, as INS counts", source
     )
     rate = TOKENS(1) / token
     return ExchangeLimit(
         block_time=block,
         token_time=token,
-        tokens_per_second=rate.named(
-            f"{stage}_exchange_rate", "Tokens/s of a sequence if only links took time", source
-        ),
+        tokens_per_second=rate.named(f"{stage}_exchange_rate", "Tokens/s of a sequence by links alone", source),
     )
 
 

@@ -5,14 +5,14 @@
 
 A pass has both: forward, and backward with the roles exchanged. A row crosses the slow link once for each other node
 that has a chosen expert. Inside the node the fast link takes it to each GPU with a chosen one. With N nodes and k
-choices, uniform and independent,
+different experts, drawn evenly,
 
-    nodes reached    N (1 - (1 - 1/N)^k), at most the n_limited_groups that node-limited routing allows
-    of them remote   all but 1/N
+    nodes reached    those hit by k experts (model/routing.py), at most what node-limited routing allows
+    of them remote   all but 1/N, and likewise of separate rows, one for each expert
 
-Worked example, DeepSeek-V3, 64 GPUs in 8 nodes, k = 8: without a limit a token reaches 5.25 nodes (5.29 if no expert is
-drawn twice), with it 4, 3.5 of them remote. A row is 7392 bytes in FP8 and 14,336 in BF16: 76 KB a token, layer and
-pass over InfiniBand at 40 GB/s, 1.9 us. Eight separate rows would be 174 KB.
+Worked example, DeepSeek-V3, 64 GPUs in 8 nodes, k = 8: without a limit a token reaches 5.29 nodes, with it 4, 3.5 of
+them remote. A row is 7392 bytes in FP8 and 14,336 in BF16: 76 KB a token, layer and pass over InfiniBand at 40 GB/s,
+1.9 us. Of eight separate rows seven are remote: 152 KB.
 
 Estimates: routing is uniform; the two links work at the same time, so the slower one counts; latency is left out.
 
@@ -55,6 +55,8 @@ class DispatchFigures(Figures):
     nodes_reached: Count
     slow_copies: Count
     """Rows that cross the slow link."""
+    slow_copies_unlimited: Count
+    """The same if each chosen expert were sent a row of its own."""
     gpus_reached: Count
     fast_copies: Count
     """Rows that cross the fast link."""
@@ -62,7 +64,7 @@ class DispatchFigures(Figures):
     combine_row: Bytes
     slow_bytes: BytesPerToken
     slow_bytes_unlimited: BytesPerToken
-    """As slow_bytes, if each chosen expert were sent a row of its own over the slow link."""
+    """Bytes of these."""
     fast_bytes: BytesPerToken
     dispatch_seconds: SecondsPerToken
     """Time of the slower link."""
@@ -84,7 +86,9 @@ def dispatch_figures(
     drawn = places_hit(m, nodes).named("nodes_drawn", "Nodes of a token's experts, chosen freely", source)
     limit = node_limit(m, nodes).named("node_limit", "Nodes that a token may reach", "V3, section 2.1.2")
     reached = smallest(drawn, limit).named("nodes_reached", "Nodes that a token reaches", source)
-    slow_copies = (reached * (one - one / nodes)).named("slow_copies", "Rows of a token over the slow link", source)
+    remote = one - one / nodes
+    slow_copies = (reached * remote).named("slow_copies", "Rows of a token over the slow link", source)
+    copies = (k * remote).named("slow_copies_unlimited", "The same with a row for each expert", source)
     gpus = places_hit(m, expert).named("gpus_reached", "GPUs of a token's experts", source)
     inside = smallest(expert, hardware.gpus_per_node)
     fast_copies = (gpus * (one - one / inside)).named("fast_copies", "Rows of a token over the fast link", source)
@@ -100,14 +104,13 @@ def dispatch_figures(
         node_limit=limit,
         nodes_reached=reached,
         slow_copies=slow_copies,
+        slow_copies_unlimited=copies,
         gpus_reached=gpus,
         fast_copies=fast_copies,
         dispatch_row=row,
         combine_row=back,
         slow_bytes=slow,
-        slow_bytes_unlimited=(k * both).named(
-            "slow_bytes_unlimited", "Slow link: bytes of a token with a row for each expert", source
-        ),
+        slow_bytes_unlimited=(copies * both).named("slow_bytes_unlimited", "Bytes of a row for each expert", source),
         fast_bytes=fast,
         dispatch_seconds=_seconds(hardware, nodes, slow, fast),
     )
