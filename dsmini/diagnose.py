@@ -1,8 +1,11 @@
 """python -m dsmini.diagnose: which of Data, Algorithm and Machine binds training or decoding, proved by experiment."""
 
+import errno
 import json
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -81,22 +84,32 @@ def main(args: Sequence[str]) -> int:
 
     ops.check_forced()
     console = Console(stderr=command.json)
+    if command.out is not None:  # before minutes are spent
+        with _written(command.out):
+            pass
     with Progress(console, 1.0, "diagnosing", delay=0.5, refresh_per_second=1) as bar:
         found = _answer(command, shlex.join(["python", "-m", "dsmini.diagnose", *args]), bar)
     found.short.show(console)
-    if command.out is not None:
-        try:
-            command.out.mkdir(parents=True, exist_ok=True)
-            write_text(command.out / "diagnosis.html", found.report.html())
-            write_json(command.out / "diagnosis.json", found.record)
-        except OSError as error:
-            raise ValueError(
-                f"--out {command.out} cannot be written: {error.strerror}; choose another folder"
-            ) from None
-        say(console, f"written  {command.out / 'diagnosis.html'}")
     if command.json:
         print(json.dumps(found.record))
+    if command.out is not None:
+        with _written(command.out):
+            write_text(command.out / "diagnosis.html", found.report.html())
+            write_json(command.out / "diagnosis.json", found.record)
+        say(console, f"written  {command.out / 'diagnosis.html'}")
     return 130 if found.stopped else 0
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """Say in a sentence what keeps a folder from being written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def _answer(command: DiagnoseCommand, line: str, bar: Progress) -> "DiagnosisAnswer":

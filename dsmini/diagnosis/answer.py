@@ -82,6 +82,7 @@ def answer(
         "batch": f"{subject.rows} x {subject.config.seq_len} tokens",
         "products": f"{train.dtype}, threads: {torch.get_num_threads()}",
         "text": subject.trainer.corpus.source,
+        "weights": f"after step {subject.at}" if subject.at else "random",
     }
     seconds = QUICK_SECONDS if quick else SECONDS
     asked = Asked(quick=quick, rounds=rounds, only=only, command=command, on_part=on_part, seconds=seconds)

@@ -98,7 +98,7 @@ def diagnose(
 
     def on_round(share: float, measured: Measured[Any]) -> None:
         kept[:] = [measured]
-        on_part(0.15 + 0.85 * share, f"round {measured.rounds + 1}")
+        on_part(0.15 + 0.85 * share, f"round {min(measured.rounds + 1, plan.rounds)}")
 
     watch = Watch(None if rates is None else rates.roofs, subject.device)
     stopped = False
@@ -133,7 +133,7 @@ def conclude(
     gains = {name: gain(measured.plain[:n], taken[:n]) for name, taken in measured.free.items()}
     gains[QUIET.name] = gain_of_rounds([turn.loss for turn in measured.contention])
     gains |= work.estimated(measured, gains)
-    axes = {axis: gains[name] for axis, name in work.best(gains).items()}
+    axes = work.by_axis(gains)
     return Diagnosis(
         work=work,
         verdict=verdict(axes),

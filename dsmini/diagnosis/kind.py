@@ -5,12 +5,13 @@ it is predicted, and what else is looked at.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from dsmini.diagnosis.experiment import Measured, R
 from dsmini.diagnosis.finding import Finding
+from dsmini.diagnosis.findings.steps import STOP_OTHERS
 from dsmini.diagnosis.gains import Gain
 from dsmini.diagnosis.interventions.intervention import Intervention, MadeFree
 from dsmini.diagnosis.predictions import Prediction
@@ -21,7 +22,7 @@ QUIET = MadeFree(
     name="quiet_machine",
     axis=Axis.MACHINE,
     words="other programs take nothing; estimated",
-    action="Stop other programs, or leave them a core and set train.threads to the rest.",
+    action=STOP_OTHERS,
 )
 """Gain without other programs. It is estimated, as they cannot be stopped to see."""
 S = TypeVar("S")
@@ -81,3 +82,15 @@ class KindOfWork(Generic[S, R]):
                 best[axis] = name
         best |= {axis: name for axis, name in self.exact.items() if name in gains}
         return {axis: best[axis] for axis in Axis if axis in best}
+
+    def by_axis(self, gains: Mapping[str, Gain]) -> dict[Axis, Gain]:
+        """Return each axis's gain: the best of its changes, with the highest upper end of all of them.
+
+        A change that noise hides may gain more than the best one, and then nobody knows what binds.
+        """
+        found: dict[Axis, Gain] = {}
+        for axis, name in self.best(gains).items():
+            others = [other for other in gains if self.changes[other].axis is axis]
+            others = [name] if self.exact.get(axis) == name else others
+            found[axis] = replace(gains[name], high=max(gains[other].high for other in others))
+        return found

@@ -95,6 +95,8 @@ def subject_of(config: RunConfig, run: Path | None, progress: ProgressCallback =
     config = resolved(config, device)
     data, cache = config.data, Path("runs/corpus") if run is None else run.parent / "corpus"
     if run is not None:
+        if (run / "summary.json").exists() and not read_summary(run):
+            raise ValueError(f"{run}/summary.json is damaged; remove it, or diagnose the config of the run")
         if read_summary(run):
             raise ValueError(
                 f"{run} is finished; diagnose its config instead: python -m dsmini.diagnose {run}/config.toml"

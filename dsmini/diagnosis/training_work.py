@@ -16,6 +16,7 @@ from dsmini.diagnosis.interventions.machine import DTYPE, THREADS
 from dsmini.diagnosis.kind import QUIET, KindOfWork
 from dsmini.diagnosis.predictions import Prediction, predict
 from dsmini.diagnosis.subject import Subject
+from dsmini.diagnosis.verdict import LEAST
 from dsmini.planner.binding import Axis
 from dsmini.training.trainer import StepResult
 
@@ -59,10 +60,11 @@ def _waiting(measured: Measured[StepResult], gains: Mapping[str, Gain]) -> Mappi
     """Return the time that steps themselves saw pass while they waited, as a gain, if replaying a batch confirms it.
 
     A step's own clock is more exact than the difference of two steps. It does not see what preparing batches costs the
-    step that runs meanwhile, so that replaying decides where the two disagree.
+    step that runs meanwhile, so that replaying decides where the two disagree, or where its interval could hide a gain
+    that is worth an action.
     """
     share, replay = gain_of_rounds([step.data_wait for step in measured.steps]), gains.get(REPLAY.name)
-    if replay is None or replay.low <= share.value <= replay.high:
+    if replay is None or replay.low <= share.value <= replay.high <= share.value + LEAST:
         return {WAITING.name: share}
     return {}
 

@@ -1,9 +1,12 @@
 """Gains of rounds, and the verdict that they allow."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds
+from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.verdict import LEAST, Outcome, verdict
 from dsmini.planner.binding import Axis
 
@@ -103,3 +106,29 @@ def test_rounds_that_would_decide_grow_with_noise() -> None:
 def test_no_gains_are_refused() -> None:
     with pytest.raises(ValueError, match="no gain was measured"):
         verdict({})
+
+
+def test_change_that_noise_hides_keeps_its_axis_open() -> None:
+    """Check that a gain of 30 % (-2 to 60) is not dropped for one of 1 % (0 to 2) of the same axis."""
+    gains = {
+        "uniform_routing": Gain(value=0.3, low=-0.02, high=0.6, rounds=20),
+        "dense_active": exactly(0.0, 0.02),
+        "waiting": exactly(0.0),
+        "replay": exactly(-0.2, 0.3),
+        "quiet_machine": exactly(0.0, 0.01),
+    }
+    axes = TRAINING.by_axis(gains)
+    assert (axes[ALGORITHM].low, axes[ALGORITHM].high) == (0.0, 0.6)
+    assert axes[DATA].high == 0.0, "an exact gain stands alone"
+    assert verdict(axes).outcome is Outcome.UNDETERMINED
+    assert verdict(TRAINING.by_axis(gains | {"all_threads": exactly(0.15, 0.25)})).outcome is Outcome.UNDETERMINED
+    assert verdict(TRAINING.by_axis(gains | {"uniform_routing": exactly(0.0, 0.03)})).outcome is Outcome.NOTHING_BINDS
+
+
+@pytest.mark.parametrize(("ends", "confirmed"), [((-0.01, 0.05), True), ((-0.3, 0.3), False), ((0.05, 0.08), False)])
+def test_replay_confirms_a_step_s_own_clock_only_where_it_hides_little(
+    ends: tuple[float, float], confirmed: bool
+) -> None:
+    step = SimpleNamespace(data_wait=0.0)
+    measured = SimpleNamespace(steps=[step] * 5)
+    assert bool(TRAINING.estimated(measured, {"replay": exactly(*ends)})) is confirmed  # pyright: ignore[reportArgumentType]

@@ -20,13 +20,16 @@ VOCABULARY = (
 )
 
 
+LEAVE_A_CORE = "Stop other programs, or leave them a core."
+
+
 def _look(subject: DecodingSubject) -> Sequence[Finding]:
     found = subject.acceptance
     return [] if found is None else [acceptance_finding(found, subject.trained)]
 
 
 def _findings(measured: Measured[DecodedStep], prediction: Prediction | None) -> Sequence[Finding | None]:
-    return [of_steps.contention(measured.contention)]
+    return [of_steps.contention(measured.contention, LEAVE_A_CORE)]
 
 
 DECODING = KindOfWork[DecodingSubject, DecodedStep](
@@ -39,7 +42,7 @@ DECODING = KindOfWork[DecodingSubject, DecodedStep](
             name=QUIET.name,
             axis=QUIET.axis,
             words=QUIET.words,
-            action="Stop other programs, or leave them a core.",
+            action=LEAVE_A_CORE,
         ),
     ),
     not_here={"replay": "decoding waits for no data: the model makes each token itself"},

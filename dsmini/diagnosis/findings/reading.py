@@ -110,13 +110,11 @@ def reading_findings(
 
 def _of_text(corpus: Corpus, text: TextRates, take: float) -> list[Finding]:
     whole = len(corpus.train) / text.tokens
+    said = f"The text is read at {human(text.read, 'bytes/s')}, on a sample of {text.nbytes / 1e6:.1f} MB."
+    if corpus.bytes_per_token == 1.0:
+        return [_rate("reading", text.read, "bytes/s", f"{said} A token is a byte, so that nothing is tokenised.")]
     return [
-        _rate(
-            "reading",
-            text.read,
-            "bytes/s",
-            f"The text is read at {human(text.read, 'bytes/s')}, on a sample of {text.nbytes / 1e6:.1f} MB.",
-        ),
+        _rate("reading", text.read, "bytes/s", said),
         _rate(
             "tokenising",
             text.tokens,

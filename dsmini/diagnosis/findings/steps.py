@@ -18,6 +18,7 @@ HEALTHY_WAIT, MUCH_WAIT = 0.01, 0.10
 IDLE_LOAD, MOST_IDLE = 0.1, 0.25
 """An expert is idle below this share of the mean load; more than this share of idle experts is a fault. At random
 weights none of the toy's is idle, and in a collapsed gate all but those that it chooses are."""
+STOP_OTHERS = "Stop other programs, or leave them a core and set train.threads to the rest."
 
 
 def waiting(steps: Sequence[StepResult]) -> Finding:
@@ -59,14 +60,18 @@ def imbalance_loss(steps: Sequence[StepResult], forecast: Forecast | None) -> Fi
     experts = sum(s for name, s in forecast.by_class.items() if "experts" in name) / forecast.seconds
     losses = gain_of_rounds([experts * vio for vio in vios])
     sentence = (
-        f"With each expert on a device of its own, a step would take {losses.value:.0%} longer than now: experts "
-        f"take {experts:.0%} of it, and the fullest has {1 + statistics.median(vios):.1f} times the mean load."
+        f"With each expert on a device of its own, a step would take {losses.value:.0%} longer than with equal loads: "
+        f"experts take {experts:.0%} of it, and the fullest has {1 + statistics.median(vios):.1f} times the mean load."
     )
     return _share("Algorithm", "imbalance_loss", losses, sentence)
 
 
-def contention(turns: Sequence[Contention]) -> Finding:
-    """Return what other programs took of the machine."""
+def contention(turns: Sequence[Contention], fix: str = STOP_OTHERS) -> Finding:
+    """Return what other programs took of the machine.
+
+    Args:
+        fix: first thing to do.
+    """
     others = statistics.median(turn.others for turn in turns)
     loss = gain_of_rounds([turn.loss for turn in turns])
     steady = statistics.median(turn.steadiness for turn in turns)
@@ -75,7 +80,6 @@ def contention(turns: Sequence[Contention]) -> Finding:
         f"Other programs keep {others:.1f} of {cores()} cores busy, and this machine runs at {steady:.0%} of its "
         f"measured rates; they cost about {loss.value:.0%} of a step."
     )
-    fix = "Stop other programs, or leave them a core and set train.threads to the rest."
     return _share("Machine", "other_programs", loss, sentence, fix if fault else "")
 
 

@@ -62,7 +62,8 @@ def dense(subject: Subject, total: bool = False) -> Iterator[Step]:
 
     def step(base: float) -> float:
         with_routing, without = pair()
-        return base - (with_routing - without)
+        # the pair may have had a slower moment than the plain step, of which it is a part
+        return base - min(base, with_routing) * (1 - without / with_routing)
 
     with dense_pair(subject, total) as pair:
         yield step
