@@ -1,11 +1,15 @@
 """Whole plans: every figure in one section, with an explanation, a source and no number of its own."""
 
+import dataclasses
+
 import pytest
 
+from dsmini.planner.binding import Resource
 from dsmini.planner.hardware import known_hardware, load_hardware
 from dsmini.planner.pages.sections import COMPARED, HEADLINES, sections
 from dsmini.planner.quantities.explanation import explain, named
 from dsmini.planner.quantities.formula import walk
+from dsmini.planner.quantities.quantity import COUNT
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, setup
 from dsmini.planner.whole import Plan, whole_plan
@@ -67,6 +71,41 @@ def test_what_does_not_fit_is_a_warning() -> None:
     plan = plan_of("deepseek-v2-lite", "laptop")
     said = [warning for section in sections(plan) for warning in section.warnings]
     assert len(said) == 3 and all("does not fit" in warning for warning in said)
+
+
+@pytest.mark.parametrize("speedup", [2, 10.8, 100, 1e4])
+def test_faster_computing_gains_less_than_the_verdict_says(v3: Plan, speedup: float) -> None:
+    """The verdict is the limit of plans on faster machines; rows of experts that computing hid bind then."""
+    found, h800 = v3.training_binding, v3.setup.hardware
+    assert found.first.resource is Resource.COMPUTE and found.ratio is not None
+    assert found.second is not None and found.second.resource is Resource.LINKS_BETWEEN
+    peaks = {name: COUNT(speedup) * peak for name, peak in h800.peaks.items()}
+    faster = whole_plan(dataclasses.replace(v3.setup, hardware=dataclasses.replace(h800, peaks=peaks)))
+    gain = v3.training.step.roof_step.value / faster.training.step.roof_step.value
+    assert 1 < gain < found.ratio.value < 2.5
+    assert speedup < 1e4 or gain == pytest.approx(found.ratio.value, rel=1e-3)
+
+
+@pytest.mark.parametrize(("field", "place"), [("slow_link", 1), ("fast_link", 2), ("memory_bandwidth", 4)])
+def test_step_without_a_resource_is_that_of_a_fast_one(v3: Plan, field: str, place: int) -> None:
+    setup = v3.setup.with_layout(dataclasses.replace(v3.training.layout, tensor=2, expert=8), "chosen")
+    fast = dataclasses.replace(setup.hardware, **{field: COUNT(1e9) * getattr(setup.hardware, field)})
+    without = whole_plan(setup).training.step.without[place].value
+    faster = whole_plan(dataclasses.replace(setup, hardware=fast)).training.step.roof_step.value
+    assert faster == pytest.approx(without, rel=1e-6) and without < whole_plan(setup).training.step.roof_step.value
+
+
+def test_layout_that_misses_the_assumed_utilization_is_a_warning(v3: Plan) -> None:
+    slow = {"pipeline": 1, "expert": 256, "tensor": 8, "zero": 3, "recompute": "full", "schedule": "1f1b"}
+    (found,) = [s for s in sections(plan_of("deepseek-v3", **slow)) if s.name == "training"]
+    assert "by the parts of a step, at an MFU of 0.108." in found.finding and "54" not in found.finding
+    assert "The assumed MFU of 0.389 is that of DeepSeek-V3's run. Here the parts of a step reach 0.108" in str(
+        found.warnings
+    )
+    (own,) = [s for s in sections(v3) if s.name == "training"]
+    assert "2,048 GPUs take 54.5 days and $5.36 million" in own.finding and own.warnings == ()
+    (given,) = [s for s in sections(plan_of("deepseek-v3", utilization=0.5)) if s.name == "training"]
+    assert "at the measured MFU of 0.5" in given.finding and "they reach 0.388" in str(given.warnings)
 
 
 def test_attention_of_v32_is_planned_at_the_served_context(v3: Plan) -> None:

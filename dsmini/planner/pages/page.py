@@ -125,9 +125,11 @@ def _binds(plan: Plan) -> Section:
         finding=" ".join(f"{stage.capitalize()}: {found.first.resource.value}." for stage, found in stages.items()),
         tables=[Table(columns=columns, rows=rows, numeric=("times",))],
         about=(
-            "Making what binds faster gains at most this many times, then the next binds. The parts of serving "
-            "overlap. Those of a training step run one after the other. Two vocabularies name a resource: by who owns "
-            "the limit, or by the largest term of the iron law."
+            "Making what binds faster gains at most this many times. The parts of serving overlap, so there the next "
+            "binds then. Those of a training step run one after the other, and hide each other: the step is computed "
+            "again as if what binds took no time; next is what gains second most. Two vocabularies name a resource: by "
+            "who owns the limit, or by the largest term of time = bytes / bandwidth + operations / (peak * "
+            "utilisation) + latency."
         ),
     )
 

@@ -24,7 +24,8 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
         *("mha_kv_cache", "cache_saving", "equal_gqa_groups", "model_bytes"),
     ),
     "training": (
-        *("memory_needed", "memory_free", "process_memory", "state_parameter", "step_seconds", "roof_step_seconds"),
+        *("memory_needed", "memory_free", "process_memory", "state_parameter", "step_seconds"),
+        *("assumed_step_seconds", "roof_step_seconds"),
         *("computing_seconds", "dispatching_seconds", "reducing_seconds", "bubble_seconds", "exchange_seconds"),
         *("update_seconds", "roof_utilization", "slow_bytes", "slow_link_share", "nodes_reached"),
         *("training_tokens_per_day", "training_gpu_hours", "training_days", "training_cost"),
@@ -47,7 +48,7 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
 }
 """Names of the figures that a section shows first, in their order."""
 NARROW = 0.05
-"""Share of the memory below which what is left is worth a warning."""
+"""Share of the memory that is left, or of the MFU that is missed, which is worth a warning."""
 COMPARED = (
     *("parameters_main", "parameters_active", "kv_cache", "memory_needed", "process_memory", "step_seconds"),
     *("roof_step_seconds", "training_days", "training_cost", "decode_time_per_token", "decode_gpu_tokens_per_second"),
@@ -113,7 +114,11 @@ def _training(plan: Plan) -> str:
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
-    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens. {needs}"
+    given = "measured" if t.assumptions.stated else "assumed"
+    by = f"by the parts of a step, at an MFU of {shown(t.step.roof_utilization)}"
+    if not t.is_slowed:
+        by = f"at the {given} MFU of {shown(1 * t.assumptions.utilization)}"
+    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens, {by}. {needs}"
 
 
 def _inference(plan: Plan) -> str:
@@ -158,8 +163,22 @@ def _training_warnings(plan: Plan) -> Iterator[str]:
             f"This does not fit: the fullest GPU needs {shown(t.memory_needed)}, and has {shown(memory)}. "
             "Use more GPUs, ZeRO, recomputation, or --search."
         )
-    elif t.memory_free.value < NARROW * memory.value:
+        return
+    if t.memory_free.value < NARROW * memory.value:
         yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {shown(memory)} are left."
+    assumed, reached = t.assumptions.utilization, t.step.roof_utilization
+    if reached.value >= (1 - NARROW) * assumed.value:
+        return
+    if t.assumptions.stated:
+        yield (
+            f"The parts of a step take {shown(t.step.roof_step)}, longer than at the given MFU of "
+            f"{shown(1 * assumed)}: they reach {shown(reached)}."
+        )
+    else:
+        yield (
+            f"The assumed MFU of {shown(1 * assumed)} is that of DeepSeek-V3's run. Here the parts of a step reach "
+            f"{shown(reached)}, which days and rent are computed with."
+        )
 
 
 def _serving_warnings(plan: Plan) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dsmini.planner.training.layout import Layout, LayoutFigures, check_layout, 
 from dsmini.planner.training.memory import TrainingMemory, training_memory
 from dsmini.planner.training.one_process import OneProcessMemory, one_process_memory
 from dsmini.planner.training.step import StepFigures, step_figures
-from dsmini.planner.training.time import TrainingTime, training_time
+from dsmini.planner.training.time import TrainingTime, rates, step_work
 from dsmini.planner.training.workload import Workload
 
 
@@ -70,6 +70,11 @@ class TrainingPlan(Figures):
         """True if every GPU has the memory. The need is a lower bound, so leave room."""
         return self.memory_free.value >= 0
 
+    @property
+    def is_slowed(self) -> bool:
+        """True if time and cost are by the parts of a step, since these take longer than the assumed utilization."""
+        return self.time.step_seconds.value > self.step.assumed_step.value
+
 
 def training_plan(
     m: ModelInputs,
@@ -104,11 +109,13 @@ def plan_unchecked(
     sizes = layout_figures(layout, m, workload)
     memory = training_memory(m, model, layout, sizes)
     process = one_process_memory(m, model, layout, sizes.micro_batch) if layout.gpus == 1 else None
-    time = training_time(model, hardware, layout, sizes, workload, assumptions)
+    tokens, flops = step_work(model, workload)
     dispatch = None
     if layout.expert > 1:
         dispatch = dispatch_figures(m, hardware, sizes.expert, "fp8" if layout.precision == "fp8" else "bf16")
     needed = process.total if process is not None else memory.memory_needed
+    step = step_figures(m, model, hardware, layout, sizes, memory, dispatch, flops, assumptions)
+    time = rates(hardware, sizes.gpus, workload, tokens, flops, step.step)
     return TrainingPlan(
         layout=layout,
         workload=workload,
@@ -121,7 +128,7 @@ def plan_unchecked(
         time=time,
         dispatch=dispatch,
         link=None if dispatch is None else _link_load(hardware, model, sizes, time, dispatch),
-        step=step_figures(m, model, hardware, layout, sizes, memory, dispatch, time, assumptions),
+        step=step,
     )
 
 
