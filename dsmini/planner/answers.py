@@ -12,7 +12,6 @@ from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
 from dsmini.planner.here import record_here, section_here, steps_here
-from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
@@ -20,12 +19,15 @@ from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
+from dsmini.planner.training.search import allowed_choices, search
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
 from dsmini.report import Report, Section, Table
 
 OnPart = Callable[[float, str], None]
+MOST_LAYOUTS = 12
+"""Layouts that a search shows."""
 HINT = "Ask for any figure by its name: --explain kv_cache. All names: --explain list. A page: --out plan"
 
 
@@ -74,7 +76,12 @@ class PlanAnswer:
 
 
 def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: None) -> PlanAnswer:
-    """Return the whole plan; of this machine, with forecasts of its steps."""
+    """Return the whole plan; of this machine, with forecasts of its steps.
+
+    Raises: ValueError for what does not fit, if it was asked for or if nothing fits.
+    """
+    if setup.refused:
+        raise ValueError(setup.refused)
     plan = whole_plan(setup)
     found = record.plan_record(plan)
     if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
@@ -86,7 +93,10 @@ def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: Non
 
 def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
     """Return the layouts that fit, fastest first, and the plan of the fastest on the page."""
-    found = search_layouts(setup, request.layout_fields, on_part)
+    s, layout = setup, setup.layout.layout
+    choices = allowed_choices(layout, request.layout_fields)
+    cluster = (s.m, s.hardware, s.workload, layout.gpus)
+    found = search(*cluster, choices=choices, assumptions=s.assumptions, most=MOST_LAYOUTS, on_part=on_part)
     shown_there, on_page = (search_section(found, full=full) for full in (False, True))
     plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
     return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))

@@ -182,5 +182,5 @@ def test_precision_or_link_that_the_hardware_lacks_raises() -> None:
     layout = dataclasses.replace(V3_LAYOUT, expert=1)
     assert (
         refusal(training_plan, M, node, layout, V3_WORKLOAD)
-        == "NVIDIA H800 SXM has no link for gpus=2048; use fewer GPUs"
+        == "NVIDIA H800 SXM has no link that gpus=2048 need; use 8 or fewer"
     )

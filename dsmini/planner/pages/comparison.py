@@ -62,7 +62,7 @@ def search_section(candidates: Sequence[Candidate], *, full: bool) -> Section:
         title=f"Which layouts fit {best.layout.gpus:,} GPUs?",
         finding=(
             f"The fastest takes {shown(best.plan.step.roof_step)} a step with {shown(best.plan.memory_needed)} on the "
-            f"fullest GPU; {best.binds} binds it."
+            f"fullest GPU; it is bound by {best.binds}."
         ),
         tables=[Table(columns=columns, rows=rows, numeric=numeric)],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",

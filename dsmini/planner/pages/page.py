@@ -147,7 +147,9 @@ def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
     yield shown(plan.cache.per_token).partition("/")[0], "of cache a token"
     yield shown(plan.training.memory_needed), "of memory on the fullest GPU in training"
     cost = plan.training.time.cost
-    yield (shown(plan.reliability.running), "of training") if cost is None else (shown(cost), "rent of the training")
+    if plan.training.fits:
+        running = (shown(plan.reliability.running), "of training")
+        yield running if cost is None else (shown(cost), "rent of the training")
     if plan.serving is not None:
         yield shown(plan.serving.decode.tokens_per_second), "for each decoding sequence"
 

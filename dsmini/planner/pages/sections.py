@@ -6,7 +6,7 @@ A figure that a plan lacks, such as the cost on hardware without a price, is lef
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dsmini.planner.quantities.display import in_words
+from dsmini.planner.quantities.display import in_words, rounded
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import COUNT, Anything
 from dsmini.planner.whole import Plan
@@ -47,6 +47,8 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Names of the figures that a section shows first, in their order."""
+MEMORY = ("memory_needed", "memory_free", "process_memory", "state_parameter")
+"""Those of a training that does not fit."""
 NARROW = 0.05
 """Share of the memory that is left, or of the MFU that is missed, which is worth a warning."""
 COMPARED = (
@@ -79,9 +81,10 @@ def sections(plan: Plan) -> Iterator[SectionOfPlan]:
         "reliability": _reliability,
     }
     for name, figures in plan.sections.items():
-        if name == "attention" and plan.savings is None:
+        if (name == "attention" and plan.savings is None) or (name == "reliability" and not plan.training.fits):
             continue
-        headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
+        first = MEMORY if name == "training" and not plan.training.fits else HEADLINES[name]
+        headlines = {key: figures[key] for key in first if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
         warnings = {"training": _training_warnings, "inference": _serving_warnings}.get(name)
         yield SectionOfPlan(
@@ -110,9 +113,12 @@ def _model(plan: Plan) -> str:
 
 def _training(plan: Plan) -> str:
     t, time = plan.training, plan.training.time
+    needs = f"The fullest GPU needs {shown(t.memory_needed)} of {rounded(plan.setup.hardware.memory)}."
+    if not t.fits:
+        fix = plan.setup.layout.misfit or "use more GPUs, ZeRO, recomputation, or --search"
+        return f"It does not fit: {fix}. {needs}"
     gpus = "One GPU takes" if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
-    needs = f"The fullest GPU needs {shown(t.memory_needed)} of {shown(plan.setup.hardware.memory)}."
     running = shown(plan.reliability.running)
     given = "measured" if t.assumptions.stated else "assumed"
     by = f"by the parts of a step, at an MFU of {shown(t.step.roof_utilization)}"
@@ -159,13 +165,9 @@ def _reliability(plan: Plan) -> str:
 def _training_warnings(plan: Plan) -> Iterator[str]:
     t, memory = plan.training, plan.setup.hardware.memory
     if not t.fits:
-        yield (
-            f"This does not fit: the fullest GPU needs {shown(t.memory_needed)}, and has {shown(memory)}. "
-            "Use more GPUs, ZeRO, recomputation, or --search."
-        )
         return
     if t.memory_free.value < NARROW * memory.value:
-        yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {shown(memory)} are left."
+        yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {rounded(memory)} are left."
     assumed, reached = t.assumptions.utilization, t.step.roof_utilization
     if reached.value >= (1 - NARROW) * assumed.value:
         return
@@ -182,14 +184,9 @@ def _training_warnings(plan: Plan) -> Iterator[str]:
 
 
 def _serving_warnings(plan: Plan) -> Iterator[str]:
-    if plan.serving is None:
-        return
-    for stage, memory in (("decode", plan.serving.decode.memory), ("prefill", plan.serving.prefill.memory)):
-        if memory.share.value > 1:
-            yield (
-                f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
-                f"{shown(plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
-            )
+    served = plan.setup.serving
+    if served is not None and served.misfit:
+        yield f"{served.misfit[0].upper()}{served.misfit[1:]}."
 
 
 def _bytes(rate: Anything) -> str:

@@ -33,7 +33,8 @@ def exchange_seconds(hardware: Hardware, layout: Layout, sizes: LayoutFigures, m
         return SECONDS(0)
     link = hardware.fast_link if layout.gpus <= hardware.gpus_per_node.value else hardware.slow_link
     if link is None:
-        raise ValueError(f"{hardware.title} has no link for gpus={layout.gpus}; use fewer GPUs")
+        most = 1 if hardware.fast_link is None else f"{hardware.gpus_per_node.value:g} or fewer"
+        raise ValueError(f"{hardware.title} has no link that gpus={layout.gpus} need; use {most}")
     gradients = _most(_sent(layout, sizes, gpu, memory.state.gradient) for gpu in memory.gpus)
     weights = _most(_sent(layout, sizes, gpu, memory.state.weight) for gpu in memory.gpus)
     number = sizes.micro_batches

@@ -44,7 +44,6 @@ PARTS = (
     ("bubble_seconds", "Waiting in the pipeline, a step", "V3, table 2"),
     ("exchange_seconds", "Gradients, weights, not hidden", "ZeRO, section 7"),
 )
-"""Names of the parts of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +86,10 @@ class _Load:
     backward: Seconds
     weights: Seconds
     rows: Seconds
+    between: Seconds
+    """Rows over the link between nodes alone."""
+    within: Seconds
+    """Rows over the link within a node alone."""
     reduce: Seconds
     exchange: Seconds
 
@@ -117,6 +120,8 @@ def step_figures(
         backward=compute.chunk_backward,
         weights=compute.chunk_weights,
         rows=rows.named("chunk_dispatch", "Rows of a micro-batch, a stage and pass", source),
+        between=between,
+        within=within,
         reduce=_reduce_seconds(m, hardware, layout, sizes, memory),
         exchange=exchange_seconds(hardware, layout, sizes, memory),
     )
@@ -147,7 +152,7 @@ def step_figures(
         roof_utilization=(flops / (peak * roof)).named("roof_utilization", "MFU from the parts of a step"),
         assumed_step=assumed,
         step=slower.named("step_seconds", "Time of a step"),
-        without=_without(hardware, layout, sizes, load, update, between, within),
+        without=_without(layout.gpus <= hardware.gpus_per_node.value, layout, sizes, load, update),
     )
 
 
@@ -168,24 +173,11 @@ def _parts(layout: Layout, sizes: LayoutFigures, load: _Load) -> tuple[Seconds, 
     return computing, dispatching, reducing, bubble, exchange
 
 
-def _without(
-    hardware: Hardware,
-    layout: Layout,
-    sizes: LayoutFigures,
-    load: _Load,
-    update: Seconds,
-    between: Seconds,
-    within: Seconds,
-) -> tuple[Seconds, ...]:
-    """Return the time of a step without each resource.
-
-    Args:
-        between: rows of a micro-batch over the link between nodes alone.
-        within: the same over the link within a node.
-    """
-    none, one_node = SECONDS(0), layout.gpus <= hardware.gpus_per_node.value
-    links = replace(load, rows=within, exchange=load.exchange if one_node else none)
-    inside = replace(load, rows=between, reduce=none, exchange=none if one_node else load.exchange)
+def _without(one_node: bool, layout: Layout, sizes: LayoutFigures, load: _Load, update: Seconds) -> tuple[Seconds, ...]:
+    """Return the time of a step without each resource; all GPUs are of one node or of several."""
+    none = SECONDS(0)
+    links = replace(load, rows=load.within, exchange=load.exchange if one_node else none)
+    inside = replace(load, rows=load.between, reduce=none, exchange=none if one_node else load.exchange)
     whole, alone = _parts(layout, sizes, load), replace(load, forward=none, backward=none, weights=none)
     left = [total((*_parts(layout, sizes, changed), update)) for changed in (alone, links, inside)]
     left += [total((*whole[:3], whole[4], update)), total(whole)]

@@ -48,6 +48,8 @@ class TrainingPlan(Figures):
     """Memory of the GPUs of a cluster; None for a layout of one GPU."""
     process: OneProcessMemory | None
     """Memory of one process, for a layout of one GPU."""
+    memory_needed: Bytes
+    """Memory of the GPU that holds most, a lower bound."""
     memory_free: Bytes
     """Memory of the hardware without what the fullest GPU needs; negative where the model does not fit."""
     time: TrainingTime
@@ -55,15 +57,6 @@ class TrainingPlan(Figures):
     """Traffic of experts; None where each GPU has all of them."""
     link: LinkLoad | None
     step: StepFigures
-
-    @property
-    def memory_needed(self) -> Bytes:
-        """Memory of the GPU that holds most, a lower bound."""
-        found = self.process.total if self.process is not None else None
-        if found is None:
-            assert self.memory is not None, "a plan has the memory of one process or of GPUs"
-            found = self.memory.memory_needed
-        return found
 
     @property
     def fits(self) -> bool:
@@ -100,11 +93,7 @@ def plan_unchecked(
     assumptions: Assumptions,
     model: ModelFigures | None = None,
 ) -> TrainingPlan:
-    """Return the plan of a layout that was checked.
-
-    Args:
-        model: the model's figures, if they are there already.
-    """
+    """Return the plan of a layout that was checked; `model` are the model's figures if they are there already."""
     model = model or model_figures(m, workload.seq_len)
     sizes = layout_figures(layout, m, workload)
     memory = training_memory(m, model, layout, sizes)
@@ -124,6 +113,7 @@ def plan_unchecked(
         sizes=sizes,
         memory=memory if process is None else None,
         process=process,
+        memory_needed=needed,
         memory_free=(hardware.memory - needed).named("memory_free", "Memory of a GPU that is left"),
         time=time,
         dispatch=dispatch,
