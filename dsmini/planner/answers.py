@@ -11,7 +11,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
-from dsmini.planner.here import record_here, section_here, steps_here
+from dsmini.planner.here import record_here, section_here, steps_here, with_forecast
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
 from dsmini.planner.pages.page import facts, plan_report
@@ -26,8 +26,6 @@ from dsmini.planner.whole import Plan, whole_plan
 from dsmini.report import Report, Section, Table
 
 OnPart = Callable[[float, str], None]
-MOST_LAYOUTS = 12
-"""Layouts that a search shows."""
 HINT = "Ask for any figure by its name: --explain kv_cache. All names: --explain list. A page: --out plan"
 
 
@@ -86,7 +84,8 @@ def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: Non
     found = record.plan_record(plan)
     if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
         return _answer(plan, found, (), command, hint=HINT)
-    more = [section_here(steps)]
+    plan = whole_plan(with_forecast(plan, steps))
+    found, more = record.plan_record(plan), [section_here(steps)]
     sections = plan_report(plan, full=False, more=more).sections
     return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=HINT)
 
@@ -96,7 +95,7 @@ def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) 
     s, layout = setup, setup.layout.layout
     choices = allowed_choices(layout, request.layout_fields)
     cluster = (s.m, s.hardware, s.workload, layout.gpus)
-    found = search(*cluster, choices=choices, assumptions=s.assumptions, most=MOST_LAYOUTS, on_part=on_part)
+    found = search(*cluster, choices=choices, assumptions=s.assumptions, on_part=on_part)
     shown_there, on_page = (search_section(found, full=full) for full in (False, True))
     plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
     return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))

@@ -139,13 +139,11 @@ def test_layout_that_misses_the_assumed_utilization_is_a_warning(v3: Plan) -> No
     slow = {"pipeline": 1, "expert": 256, "tensor": 8, "zero": 3, "recompute": "full", "schedule": "1f1b"}
     (found,) = [s for s in sections(plan_of("deepseek-v3", **slow)) if s.name == "training"]
     assert "by the parts of a step, at an MFU of 0.108." in found.finding and "54" not in found.finding
-    assert "The assumed MFU of 0.389 is that of DeepSeek-V3's run. Here the parts of a step reach 0.108" in str(
-        found.warnings
-    )
+    assert "reach an MFU of 0.108, which days and rent are computed with, not 0.389 (as in V3)" in str(found.warnings)
     (own,) = [s for s in sections(v3) if s.name == "training"]
     assert "2,048 GPUs take 54.5 days and $5.36 million" in own.finding and own.warnings == ()
     (given,) = [s for s in sections(plan_of("deepseek-v3", utilization=0.5)) if s.name == "training"]
-    assert "at the measured MFU of 0.5" in given.finding and "they reach 0.388" in str(given.warnings)
+    assert "at an MFU of 0.500 (the command line)" in given.finding and "an MFU of 0.388, not" in str(given.warnings)
 
 
 def test_attention_of_v32_is_planned_at_the_served_context(v3: Plan) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dsmini.planner.quantities.display import in_words, rounded
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import COUNT, Anything
+from dsmini.planner.training.training_plan import TrainingPlan
 from dsmini.planner.whole import Plan
 
 TITLES = {
@@ -120,10 +121,9 @@ def _training(plan: Plan) -> str:
     gpus = "One GPU takes" if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     running = shown(plan.reliability.running)
-    given = "measured" if t.assumptions.stated else "assumed"
     by = f"by the parts of a step, at an MFU of {shown(t.step.roof_utilization)}"
     if not t.is_slowed:
-        by = f"at the {given} MFU of {shown(1 * t.assumptions.utilization)}"
+        by = f"at an MFU of {_assumed(t)}"
     return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens, {by}. {needs}"
 
 
@@ -168,19 +168,14 @@ def _training_warnings(plan: Plan) -> Iterator[str]:
         return
     if t.memory_free.value < NARROW * memory.value:
         yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {rounded(memory)} are left."
-    assumed, reached = t.assumptions.utilization, t.step.roof_utilization
-    if reached.value >= (1 - NARROW) * assumed.value:
-        return
-    if t.assumptions.stated:
-        yield (
-            f"The parts of a step take {shown(t.step.roof_step)}, longer than at the given MFU of "
-            f"{shown(1 * assumed)}: they reach {shown(reached)}."
-        )
-    else:
-        yield (
-            f"The assumed MFU of {shown(1 * assumed)} is that of DeepSeek-V3's run. Here the parts of a step reach "
-            f"{shown(reached)}, which days and rent are computed with."
-        )
+    reached, used = t.step.roof_utilization, ", which days and rent are computed with" if t.is_slowed else ""
+    if reached.value < (1 - NARROW) * t.assumptions.utilization.value:
+        yield f"The parts of a step reach an MFU of {shown(reached)}{used}, not {_assumed(t)}."
+
+
+def _assumed(t: TrainingPlan) -> str:
+    u = t.assumptions.utilization
+    return f"{shown(1 * u)} ({u.source if t.assumptions.stated else 'as in V3'})"
 
 
 def _serving_warnings(plan: Plan) -> Iterator[str]:
