@@ -134,12 +134,7 @@ def binding(demands: Sequence[Demand], name: str) -> Binding:
 
 
 def serial_binding(step: Seconds, without: Sequence[Demand], name: str) -> Binding:
-    """Return which of the parts of a step binds that run one after the other.
-
-    Args:
-        without: for each resource the time that a step would take if the resource took none.
-        name: prefix of the ratio's name, such as "training_".
-    """
+    """Return which part binds of a step whose parts run one after the other, from its time without each resource."""
     real = sorted(without, key=lambda left: left.time.value)
     ratio = (step / smallest(*(left.time for left in without))).named(
         f"{name}binding_ratio", "Speedup if what binds took no time", "the step computed again without each resource"

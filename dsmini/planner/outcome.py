@@ -15,6 +15,7 @@ Sources: Kokolis et al. (arXiv 2410.21680); Fire-Flyer (arXiv 2408.14158) for th
 from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.quantities.display import shown
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import (
     BYTES_PER_SECOND,
@@ -51,6 +52,7 @@ from dsmini.planner.training.training_plan import TrainingPlan
 WRITE_RATE = BYTES_PER_SECOND(
     10 * 2**30, "checkpoint_rate", "Bytes of a checkpoint that a node writes in a second", "FF: over 10 GiB/s"
 )
+MOST_LOST = 10  # restarts as long as this many times between failures keep e^-10 of the time
 KOK = "Kokolis et al. (arXiv 2410.21680)"
 
 
@@ -86,12 +88,17 @@ class ServingCost(Figures):
 
 
 def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: FailureInputs) -> ReliabilityPlan:
-    """Return what failures do to a training run."""
+    """Return what failures do to a training run. Raises: ValueError for more of them than a run survives."""
     gpus, time = training.sizes.gpus, training.time
     running = (training.workload.tokens / time.tokens_per_second).named(
         "training_time", "Time of the whole run without failures"
     )
     mean = mean_time_to_failure(gpus, failures)
+    if (failures.restart_time + failures.write_time).value > MOST_LOST * mean.value:
+        raise ValueError(
+            f"a failure every {shown(mean)} lets no run end with restart_time={failures.restart_time.value:g} and "
+            f"checkpoint_halt={failures.write_time.value:g}; lower one of them, failures_per_node_day or gpus"
+        )
     size = checkpoint_bytes(training)
     nodes = rounded_up(gpus / hardware.gpus_per_node)
     interval = best_interval(failures.write_time, mean)

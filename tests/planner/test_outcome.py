@@ -66,3 +66,12 @@ def test_rent_of_a_token_is_rent_over_rate(plan: Plan) -> None:
 def test_outcome_depends_on_failures_and_on_training(plan: Plan) -> None:
     needed = set(inputs(reliability_plan(plan.training, plan.setup.hardware, plan.setup.failures).elapsed))
     assert needed >= {"failures_per_node_day", "restart_time", "checkpoint_halt", "gpus", "tokens", "utilization"}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"failures_per_node_day": 1000.0}, {"failures_per_node_day": 1e9}, {"restart_time": 1e9}]
+)
+def test_failures_that_let_no_run_end_are_an_error(chosen: dict[str, float]) -> None:
+    made = setup(PlanRequest(**chosen), Model.from_file(CONFIGS / "deepseek-v3.toml"), load_hardware("h800"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^a failure every .* lets no run end with restart_time="):
+        whole_plan(made)

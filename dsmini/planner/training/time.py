@@ -1,6 +1,4 @@
-"""Time and cost of training from the time of a step, and the time of a step at a utilization.
-
-A utilization is the share of the peak that a whole step reaches, often called MFU.
+"""Time and cost of training from the time of a step. A utilization (MFU) is the share of the peak that it reaches.
 
     step              tokens of a step * operations of a token / (GPUs * peak * utilization)
     tokens a day      tokens of a step / step * 86400
