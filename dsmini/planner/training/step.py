@@ -74,8 +74,7 @@ class StepFigures(Figures):
     step: Seconds
     """The slower of the two; with a utilization that was measured, the time at that."""
     without: tuple[Seconds, ...]
-    """Time of a step in which computing took no time; the same of links between nodes, links within a node, waiting in
-    the pipeline, and the update. What one of them hides, or is hidden by, changes with it."""
+    """Time of a step if computing, links between nodes or within one, waiting, or the update took no time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
