@@ -26,6 +26,8 @@ class PlanCommand(PlanRequest):
     """Predict memory, time, traffic, cost and failures of a model on hardware, from its config alone.
 
     CONFIG is a TOML file, Hugging Face's config.json or DeepSeek's inference JSON. Nothing is built or measured.
+    Training or serving that does not fit the memory is told in its section, with what would fit. It is an error if
+    you chose anything of its layout, deployment or workload, or if neither fits.
     """
 
     config: Annotated[Path | None, tyro.conf.Positional] = None

@@ -281,7 +281,7 @@ ROOM_LINES = {
     "dsmini/inference": 1430,
     "dsmini/measure": 2225,
     "dsmini/nn": 2180,
-    "dsmini/planner": 8975,
+    "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20

@@ -12,8 +12,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.console.messages import say
 from dsmini.planner import record
-from dsmini.planner.here import record_here, section_here, steps_here
-from dsmini.planner.layout_search import search_layouts
+from dsmini.planner.here import record_here, section_here, steps_here, with_forecast
 from dsmini.planner.model.references import is_v3
 from dsmini.planner.pages.comparison import search_section, variation_section
 from dsmini.planner.pages.coverage import coverage
@@ -22,6 +21,7 @@ from dsmini.planner.published.published import published_figures
 from dsmini.planner.quantities.explanation import explain, find, named, shown, text
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import V3_SOURCE, Setup
+from dsmini.planner.training.search import allowed_choices, search
 from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.planner.whole import Plan, whole_plan
@@ -76,21 +76,30 @@ class PlanAnswer:
 
 
 def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: None) -> PlanAnswer:
-    """Return the whole plan; of this machine, with forecasts of its steps."""
+    """Return the whole plan; of this machine, with forecasts of its steps.
+
+    Raises: ValueError for what does not fit, if it was asked for or if nothing fits.
+    """
+    if setup.refused:
+        raise ValueError(setup.refused)
     plan = whole_plan(setup)
     found = record.plan_record(plan)
     start = time.perf_counter()
     if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
         return _answer(plan, found, (), command, hint=HINT)
     hint = f"The forecasts took {time.perf_counter() - start:.1f} s to count, and have no formula. {HINT}"
-    more = [section_here(steps)]
+    plan = whole_plan(with_forecast(plan, steps))
+    found, more = record.plan_record(plan), [section_here(steps)]
     sections = plan_report(plan, full=False, more=more).sections
     return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=hint)
 
 
 def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
     """Return the layouts that fit, fastest first, and the plan of the fastest on the page."""
-    found = search_layouts(setup, request.layout_fields, on_part)
+    s, layout = setup, setup.layout.layout
+    choices = allowed_choices(layout, request.layout_fields)
+    cluster = (s.m, s.hardware, s.workload, layout.gpus)
+    found = search(*cluster, choices=choices, assumptions=s.assumptions, on_part=on_part)
     shown_there, on_page = (search_section(found, full=full) for full in (False, True))
     plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
     return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))

@@ -4,6 +4,9 @@ A step computes, moves bytes between memory and the units that compute, sends by
 Where all of these overlap, a step takes as long as the slowest one, which binds. Making another one faster gains
 nothing. Making the binding one faster gains at most its ratio to the second: there the second begins to bind.
 
+The parts of a training step run one after the other, and some hide others: rows of experts wait where computing no
+longer hides them. So the step is computed again without each part. What binds is the part whose absence gains most.
+
 Worked example: 14 ms on links, 7 ms in memory, 2 ms of compute. Links bind, 2 times the memory's time. Links that are
 three times as fast give a step of 7 ms, not 4.7, since memory binds then.
 
@@ -96,25 +99,15 @@ class Binding(Figures):
     """Resource that binds, and the one that binds next."""
 
     first: Demand
-    """Largest demand."""
+    """Largest demand; of parts one after the other, the one without which a step is fastest."""
     second: Demand | None
-    """Second largest demand; None where there is only one."""
+    """Second of them; None where there is only one."""
     ratio: Count | None
-    """First time over the second: the most that relief of the first can gain."""
+    """How many times faster a step is at most if the first took no time: where parts overlap, first over second."""
 
     def axis(self, vocabulary: Vocabulary) -> Axis:
         """Return the word for the binding resource."""
         return AXES[vocabulary][self.first.resource]
-
-    def sentence(self) -> str:
-        """Return the verdict in both vocabularies, with the ratio and the second resource."""
-        article, textbook = (self.axis(vocabulary).value for vocabulary in Vocabulary)
-        words = article if article == textbook else f"{article} (article) or {textbook} (textbook)"
-        verb = "bind" if self.first.resource in (Resource.LINKS_BETWEEN, Resource.LINKS_WITHIN) else "binds"
-        verdict = f"{words}: {self.first.resource.value} {verb}"
-        if self.second is None or self.ratio is None:
-            return f"{verdict}, and nothing else takes time."
-        return f"{verdict}, {self.ratio.value:.3g} times {self.second.resource.value}, which is next."
 
 
 def binding(demands: Sequence[Demand], name: str) -> Binding:
@@ -138,3 +131,12 @@ def binding(demands: Sequence[Demand], name: str) -> Binding:
         f"{name}binding_ratio", "Largest time over the second largest", "the larger of a pair, and the smaller"
     )
     return Binding(first=real[0], second=real[1], ratio=ratio)
+
+
+def serial_binding(step: Seconds, without: Sequence[Demand], name: str) -> Binding:
+    """Return which part binds of a step whose parts run one after the other, from its time without each resource."""
+    real = sorted(without, key=lambda left: left.time.value)
+    ratio = (step / smallest(*(left.time for left in without))).named(
+        f"{name}binding_ratio", "Speedup if what binds took no time", "the step computed again without each resource"
+    )
+    return Binding(first=real[0], second=real[1] if real[1].time < step else None, ratio=ratio)

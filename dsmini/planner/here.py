@@ -8,10 +8,11 @@ Only `--hardware this` comes here; it imports torch. Other plans do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsmini.config import TrainConfig
+from dsmini.planner.setup import Setup
 from dsmini.planner.training.layout import DTYPES
 from dsmini.planner.whole import Plan
 from dsmini.report import Section, Table
@@ -55,6 +56,16 @@ def steps_here(plan: Plan, on_part: Callable[[float, str], None] = lambda done, 
     rates = load_or_measure_rates(device, on_part=on_part)
     known = [each for each in shapes if f"{each[2].work} {each[2].dtype}" in rates.steps]
     return [StepHere(name=name, roof=roof, forecast=forecast(shape, rates)) for name, roof, shape in known]
+
+
+def with_forecast(plan: Plan, steps: Sequence[StepHere]) -> Setup:
+    """Return a plan's setup in which a step takes as long as its forecast, unless the user gave a utilization."""
+    seconds = [step.forecast.seconds for step in steps if step.name == "training step"]
+    setup, step = plan.setup, plan.training.step
+    if not seconds or setup.assumptions.stated:
+        return setup
+    reached = (step.assumed_step * setup.assumptions.utilization).value / seconds[0]
+    return replace(setup, assumptions=setup.assumptions.of(reached, "forecast of a step of this machine"))
 
 
 def _shapes(plan: Plan) -> Iterator[tuple[str, float, "StepShape"]]:

@@ -89,7 +89,7 @@ class ServingCost(Figures):
 
 
 def reliability_plan(training: TrainingPlan, hardware: Hardware, failures: FailureInputs) -> ReliabilityPlan:
-    """Return what failures do to a training run."""
+    """Return what failures do to a training run. Raises: ValueError for more of them than a run survives."""
     gpus, time = training.sizes.gpus, training.time
     running = (training.workload.tokens / time.tokens_per_second).named(
         "training_time", "Time of the whole run without failures"

@@ -21,7 +21,7 @@ from dsmini.planner.reliability import HALT, NODE_FAILURES, RESTART, FailureInpu
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import ServingWorkload, serving_workload
-from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment
+from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment, misfit
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import DTYPES, Layout, Precision
 from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
@@ -76,6 +76,8 @@ class Setup:
     serving: "Served | None"
     unserved: str
     """Reason why nothing is planned of serving, in one sentence; "" if it is."""
+    refused: str
+    """Sentence about a plan that does not fit although it was asked for, or because nothing does; "" if all does."""
     failures: FailureInputs
 
     def with_layout(self, layout: Layout, how: str) -> "Setup":
@@ -90,6 +92,8 @@ class Served:
     decode: ChosenDeployment
     prefill: ChosenDeployment
     workload: ServingWorkload
+    misfit: str = ""
+    """Sentence about what does not fit; "" if both deployments do."""
 
 
 def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
@@ -106,13 +110,20 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
     defaults = _default_layout(model, precision)
     cluster = Cluster(m=m, hardware=reached, workload=workload, assumptions=assumptions, defaults=defaults)
     layout = choose_layout(cluster, request.layout_fields)
-    serving, unserved = None, ""
+    serving, unserved, refused = None, "", ""
     try:
         serving = serve(request, m, reached, DTYPES[precision])
     except ValueError as error:
         if request.serving_fields:
             raise
         unserved = str(error)
+    if serving is not None and serving.misfit:
+        refused = serving.misfit
+        if not request.serving_fields:
+            serving, unserved, refused = None, refused, ""
+    of_training = request.layout_fields or any((request.batch, request.seq_len, request.tokens, measured))
+    if layout.misfit and (of_training or serving is None):
+        refused = layout.misfit
     return Setup(
         model=model,
         m=m,
@@ -122,6 +133,7 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
         assumptions=assumptions,
         serving=serving,
         unserved=unserved,
+        refused=refused,
         failures=failures_of(request),
     )
 
@@ -208,7 +220,9 @@ def serve(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dtype
         made = decode.deployment
         fit = decode_plan(m, hardware, asked, made).memory.sequences.value / made.micro_batches.value
         asked = served_workload(r, m, max(1, min(SEQUENCES, int(fit))))
-    return Served(decode=decode, prefill=prefill, workload=asked)
+    serving = dataclasses.replace(serving, workload=asked)
+    wrong = misfit(serving, "decode", decode.deployment) or misfit(serving, "prefill", prefill.deployment)
+    return Served(decode=decode, prefill=prefill, workload=asked, misfit=wrong)
 
 
 def served_workload(request: PlanRequest, m: ModelInputs, sequences: int) -> ServingWorkload:

@@ -6,10 +6,10 @@
 Sections: model, training, inference, attention, reliability. Training, decode and prefill each tell what binds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsmini.planner.binding import Binding, Demand, Resource, binding
+from dsmini.planner.binding import Binding, Demand, Resource, serial_binding
 from dsmini.planner.model.attention_savings import AttentionSavings, attention_savings
 from dsmini.planner.model.kv_cache import CachePlan, cache_plan
 from dsmini.planner.model.weights import Weights, weights
@@ -21,6 +21,9 @@ from dsmini.planner.serving.prefill import PrefillPlan, prefill_plan
 from dsmini.planner.serving.speculation import SpeculationPlan, speculation_plan
 from dsmini.planner.setup import Served, Setup
 from dsmini.planner.training.training_plan import TrainingPlan, training_plan
+
+PARTS = (Resource.COMPUTE, Resource.LINKS_BETWEEN, Resource.LINKS_WITHIN, Resource.LATENCY, Resource.MEMORY)
+"""Resources without which a step is computed again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,8 @@ def whole_plan(setup: Setup) -> Plan:
     """
     s = setup
     training = training_plan(s.m, s.hardware, s.layout.layout, s.workload, s.assumptions)
+    pairs = zip(PARTS, training.step.without, strict=True)
+    without = [Demand(resource=resource, time=time) for resource, time in pairs]
     served = s.serving
     weight_dtype = served.decode.deployment.weight_dtype if served else "bfloat16"
     cache_dtype = served.decode.deployment.cache_dtype if served else "bfloat16"
@@ -88,21 +93,11 @@ def whole_plan(setup: Setup) -> Plan:
         cache=cache_plan(s.m, cache_dtype),
         weights=weights(s.m, weight_dtype),
         training=training,
-        training_binding=binding(list(_demands(training)), "training_"),
+        training_binding=serial_binding(training.step.roof_step, without, "training_"),
         serving=_serving(s, served) if served else None,
         savings=attention_savings(s.m, served.workload.context if served else s.workload.seq_len),
         reliability=reliability_plan(training, s.hardware, s.failures),
     )
-
-
-def _demands(training: TrainingPlan) -> Iterator[Demand]:
-    """Yield the parts of a step by resource. They run one after the other, so the largest is what to shorten first."""
-    step = training.step
-    yield Demand(resource=Resource.COMPUTE, time=step.computing)
-    yield Demand(resource=Resource.LINKS_BETWEEN, time=step.dispatching + step.exchange)
-    yield Demand(resource=Resource.LINKS_WITHIN, time=step.reducing)
-    yield Demand(resource=Resource.LATENCY, time=step.bubble)
-    yield Demand(resource=Resource.MEMORY, time=step.update)
 
 
 def _serving(s: Setup, served: Served) -> ServingPlan:

@@ -120,7 +120,7 @@ def test_plan_answers_each_question_in_a_sentence(said: dict[str, str]) -> None:
         "deepseek-v3 on NVIDIA H800 SXM",
         "as DeepSeek-V3 was trained",
         "671 billion parameters, of which a token meets 36.6 billion",
-        "2,048 GPUs take 54.4 days and $5.34 million for 14.8 trillion tokens",
+        "2,048 GPUs take 54.5 days and $5.36 million for 14.8 trillion tokens",
         "A sequence gets 39.0 tokens/s",
         "A failure every 14.4 h",
         "Training: compute. Decode: memory traffic.",

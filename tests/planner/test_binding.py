@@ -22,7 +22,6 @@ def test_largest_time_binds_and_second_is_next() -> None:
     assert evaluate(found.ratio, {"memory": 3.5}) == 4
     assert evaluate(found.ratio, {"memory": 1}) == 7, "compute is second then"
     assert evaluate(found.ratio, {"memory": 28}) == 2, "memory binds then"
-    assert found.sentence() == "Machine: links between nodes bind, 2 times memory traffic, which is next."
     assert [figure.name for figure in found.figures().values()] == ["step_binding_ratio"]
 
 
@@ -41,8 +40,6 @@ def test_word_of_each_resource(resource: Resource, article: Axis, textbook: Axis
     found = binding([demand(resource, 3)], "step_")
     assert found.axis(Vocabulary.ARTICLE) is article
     assert found.axis(Vocabulary.TEXTBOOK) is textbook
-    words = {word.value for word in (article, textbook)}
-    assert all(word in found.sentence() for word in words)
 
 
 def test_every_word_is_used_and_every_resource_has_one() -> None:
@@ -51,17 +48,9 @@ def test_every_word_is_used_and_every_resource_has_one() -> None:
         assert set(words.values()) == set(Axis)
 
 
-def test_memory_binds_in_both_vocabularies() -> None:
-    found = binding([demand(Resource.MEMORY, 4), demand(Resource.COMPUTE, 1)], "step_")
-    assert found.sentence() == (
-        "Machine (article) or Data (textbook): memory traffic binds, 4 times compute, which is next."
-    )
-
-
 def test_one_demand_has_no_second() -> None:
     found = binding([demand(Resource.COMPUTE, 4), demand(Resource.LINKS_BETWEEN, 0)], "step_")
     assert found.second is None and found.ratio is None
-    assert found.sentence() == "Algorithm (article) or Machine (textbook): compute binds, and nothing else takes time."
 
 
 def test_equal_demands_bind_in_their_order() -> None:

@@ -53,6 +53,18 @@ def test_a_plan_of_this_machine_shows_and_records_forecasts() -> None:
     assert prompt["process_bytes"] == prompt["tensor_bytes"] + (5 << 20)
 
 
+def test_headline_is_by_the_forecast_where_there_is_one() -> None:
+    plan = made()
+    answer = answers.planned(plan.setup, "plan toy")
+    figures, seconds = answer.record["figures"]["training"], answer.record["here"]["training step"]["seconds"]
+    assert figures["step_seconds"]["value"] == pytest.approx(seconds)
+    assert seconds > figures["roof_step_seconds"]["value"]
+    steps = plan.setup.workload.tokens.value / plan.training.time.step_tokens.value
+    assert figures["training_days"]["value"] == pytest.approx(steps * seconds / 86400)
+    given = answers.planned(made(utilization=0.9).setup, "plan toy").record
+    assert given["figures"]["training"]["step_seconds"]["value"] != pytest.approx(seconds), "the user's own holds"
+
+
 def test_a_plan_of_other_hardware_has_no_forecasts() -> None:
     request = PlanRequest(hardware="h800")
     there = setup(request, Model.from_file(ROOT / "configs" / "toy.toml"), load_hardware("h800"))

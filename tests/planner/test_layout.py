@@ -85,7 +85,7 @@ def test_layout_that_contradicts_itself_raises(changes: dict[str, Any], sentence
             {"gpus": 8, "micro_batch": 3},
             {},
             50,
-            "a step of batch=50 sequences is not divisible by data=8 parts of micro_batch=3; use a batch of 48",
+            "micro_batch=3 does not divide batch=50 sequences; use 1, 2, 5, 10, 25 or 50",
         ),
         (
             {"gpus": 4, "pipeline": 4},

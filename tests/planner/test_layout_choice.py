@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
+from dsmini.planner.answers import searched
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.layout_search import search_layouts
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, setup, with_reached_links
@@ -46,9 +46,16 @@ def test_v3_takes_its_own_layout() -> None:
 
 
 def test_choices_of_the_user_replace_those_of_v3() -> None:
-    chosen = choose_layout(cluster_of("deepseek-v3"), {"gpus": 1024, "zero": 0})
-    assert chosen.layout == dataclasses.replace(V3_LAYOUT, gpus=1024, zero=0)
-    assert chosen.how.endswith("but gpus=1024, zero=0")
+    chosen = choose_layout(cluster_of("deepseek-v3"), {"gpus": 1024, "zero": 2})
+    assert chosen.layout == dataclasses.replace(V3_LAYOUT, gpus=1024, zero=2)
+    assert chosen.how.endswith("but gpus=1024, zero=2")
+
+
+def test_v3s_other_choices_give_way_where_they_do_not_fit() -> None:
+    """DualPipe holds parameters twice, which does not fit without ZeRO."""
+    cluster = cluster_of("deepseek-v3")
+    chosen = choose_layout(cluster, {"gpus": 2048, "pipeline": 16, "expert": 64, "tensor": 1, "zero": 0})
+    assert (chosen.layout.schedule, chosen.layout.zero) == ("1f1b", 0) and fits(cluster, chosen)
 
 
 def test_another_model_does_not_take_v3s_layout() -> None:
@@ -109,15 +116,59 @@ def test_given_sizes_are_held() -> None:
     assert choose_layout(cluster, {"pipeline": 4}).layout.pipeline == 4
 
 
-def test_gpus_that_are_too_few_are_an_error_with_what_would_fit() -> None:
-    said = refusal(choose_layout, cluster_of("deepseek-v3"), {"gpus": 8})
+def test_gpus_that_are_too_few_are_told_with_what_would_fit() -> None:
+    cluster = cluster_of("deepseek-v3")
+    said = choose_layout(cluster, {"gpus": 8}).misfit
     assert said.startswith("no layout on gpus=8 fits 80 GB a GPU: the smallest needs ") and "use gpus=256" in said
+    chosen = choose_layout(cluster, {"gpus": 256})
+    assert fits(cluster, chosen) and not chosen.misfit
 
 
-def test_chosen_sizes_that_do_not_fit_are_planned_with_least_memory() -> None:
+def test_sizes_that_do_not_fit_are_told_with_what_would() -> None:
+    """The sentence is about these sizes alone, and names choices that were made."""
     cluster = cluster_of("deepseek-v3", n_layers=60)
-    chosen = choose_layout(cluster, {"gpus": 8, "pipeline": 1})
-    assert chosen.layout.gpus == 8 and "none fits" in chosen.how and not fits(cluster, chosen)
+    given = {"gpus": 256, "pipeline": 1, "zero": 0}
+    chosen = choose_layout(cluster, given)
+    assert chosen.layout.gpus == 256 and chosen.layout.pipeline == 1 and not fits(cluster, chosen)
+    assert ", with pipeline=1, " in chosen.misfit and ", zero=0, " in chosen.misfit
+    assert "allow ZeRO 3" in chosen.misfit and "recomputation" not in chosen.misfit
+    assert fits(cluster, choose_layout(cluster, given | {"zero": 3}))
+
+
+def test_one_part_of_the_batch_needs_no_zero() -> None:
+    """27 stages of one GPU each: ZeRO has nothing to divide the state over, and without it the model fits."""
+    cluster = cluster_of("moonlight")
+    chosen = choose_layout(cluster, {"gpus": 27, "pipeline": 27})
+    assert (chosen.layout.pipeline, chosen.layout.zero) == (27, 0) and fits(cluster, chosen)
+
+
+def test_gpus_are_multiples_of_the_given_sizes() -> None:
+    cluster = cluster_of("deepseek-v3")
+    chosen = choose_layout(cluster, {"pipeline": 7, "precision": "fp8", "moments": "bfloat16"})
+    assert chosen.layout.gpus % 7 == 0 and chosen.layout.pipeline == 7 and fits(cluster, chosen)
+    said = refusal(choose_layout, cluster, {"pipeline": 62})
+    assert said == "pipeline=62 is more than n_layers=61; use 61 or fewer stages"
+    said = refusal(choose_layout, cluster, {"micro_batch": 7})
+    assert said.startswith("micro_batch=7 does not divide batch=15360 sequences; use 1, 2, 3, ")
+
+
+def test_small_batch_is_told_with_one_that_fits() -> None:
+    """One sequence divides over the 8 GPUs of a node; GPUs that nobody asked for are not named."""
+    said = choose_layout(cluster_of("deepseek-v3", batch=1), {}).misfit
+    assert said.startswith("no layout on gpus=8 fits 80 GB") and said.endswith("; use gpus=256 and batch=32")
+    cluster = cluster_of("deepseek-v3", batch=32)
+    assert fits(cluster, choose_layout(cluster, {"gpus": 256}))
+
+
+def test_hardware_without_links_is_not_told_to_use_more_gpus() -> None:
+    laptop = cluster_of("deepseek-v2-lite", load_hardware("laptop"))
+    for given in ({"precision": "fp32"}, {"precision": "fp32", "gpus": 1}):
+        chosen = choose_layout(laptop, given)
+        assert chosen.layout.gpus == 1 and "none fits" in chosen.how
+        assert chosen.misfit.startswith("no layout on gpus=1 fits 17.2 GB a GPU")
+        assert chosen.misfit.endswith("; use hardware with more memory")
+    said = refusal(choose_layout, laptop, {"precision": "fp32", "gpus": 2})
+    assert said == "Laptop with eight AVX2 cores has no link that gpus=2 need; use 1"
 
 
 def test_layout_that_does_not_divide_is_an_error() -> None:
@@ -129,17 +180,12 @@ def test_layout_that_does_not_divide_is_an_error() -> None:
     assert said.startswith("a step of batch=10 sequences is not divisible")
 
 
-def test_hardware_without_links_takes_one_gpu() -> None:
-    chosen = choose_layout(cluster_of("deepseek-v2-lite", load_hardware("laptop")), {"precision": "fp32"})
-    assert chosen.layout.gpus == 1 and "none fits" in chosen.how
-
-
 def test_search_holds_what_was_chosen() -> None:
     request = PlanRequest(gpus=256, precision="fp8", schedule="1f1b", recompute="full")
     made = setup(request, Model.from_file(CONFIGS / "deepseek-v3.toml"), load_hardware("h800"))
     seen: list[float] = []
-    found = search_layouts(made, request.layout_fields, lambda done, what: seen.append(done))
-    assert {(c.layout.precision, c.layout.schedule, c.layout.recompute) for c in found} == {("fp8", "1f1b", "full")}
-    assert {c.layout.moments for c in found} == {"bfloat16"}, "as the config's recipe says"
-    times = [c.plan.step.roof_step.value for c in found]
+    found = searched(made, request, "a test", lambda done, what: seen.append(done)).record["layouts"]
+    assert {(c["precision"], c["schedule"], c["recompute"]) for c in found} == {("fp8", "1f1b", "full")}
+    assert {c["moments"] for c in found} == {"bfloat16"}, "as the config's recipe says"
+    times = [c["step_seconds"] for c in found]
     assert times == sorted(times) and seen[-1] == pytest.approx(1)

@@ -193,7 +193,7 @@ def test_page_of_this_machine_says_that_rates_were_measured() -> None:
     here = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, name="this"))
     page = plan_report(whole_plan(here), full=True)
     assert "measured on this machine" in page.lead and "Nothing was measured" not in page.lead
-    assert page.sections[1].finding.startswith("This machine takes 65.6 s")
+    assert page.sections[1].finding.startswith("This machine takes 81.9 s")
     assert plan_report(whole_plan(s), full=True).lead.startswith("Predicted from sizes and data sheets. Nothing was")
 
 

@@ -24,7 +24,7 @@ from dsmini.planner.quantities.quantity import (
 )
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.layout_table import Choices
-from dsmini.planner.training.search import Candidate, binding, search
+from dsmini.planner.training.search import Candidate, binds, search
 from dsmini.planner.training.training_plan import TrainingPlan, training_plan
 from dsmini.planner.training.workload import Workload
 from tests.helpers.configs import refusal, released
@@ -173,10 +173,10 @@ def test_one_process_is_searched_too() -> None:
 def test_longest_part_binds() -> None:
     slow = dataclasses.replace(H800, slow_link=COUNT(0.05) * H800.slow_link if H800.slow_link else None)
     plan = training_plan(V3, slow, V3_LAYOUT, V3_WORKLOAD)
-    assert binding(plan.step, plan.layout) == "all-to-all"
+    assert binds(plan.step) == "links between nodes"
     whole = training_plan(V3, H800, V3_LAYOUT, V3_WORKLOAD)
-    assert binding(whole.step, whole.layout) == "compute"
-    assert binding(whole.step, whole.layout, memory_costs=2.0) == "memory"
+    assert binds(whole.step) == "compute"
+    assert binds(whole.step, memory_costs=2.0) == "memory"
     few = Workload.of(seq_len=4096, batch=128 * 16, tokens=1e12, source="a test")
     waits = training_plan(V3, H800, dataclasses.replace(V3_LAYOUT, schedule="1f1b"), few)
     assert waits.step.bubble.value == pytest.approx(

@@ -82,7 +82,7 @@ CONFIG = {
 LAYOUT = {"gpus": 4096, "pipeline": 32, "expert": 32, "tensor": 4, "micro_batch": 2}
 WORKLOAD = ("seq_len", "batch", "tokens")
 HARDWARE = ("memory", "memory_bandwidth", "gpus_per_node", "fast_link", "slow_link", "price")
-ASSUMED = [field.name for field in dataclasses.fields(Assumptions)]
+ASSUMED = list(Assumptions.of().figures())
 
 
 CLUSTER = {"gpus_per_node", "fast_link", "slow_link", "multiprocessors", "communication_multiprocessors"}
@@ -149,9 +149,7 @@ DEPENDS = {
     "memory_needed": MODEL
     | {"gpus", "pipeline", "expert", "micro_batch", "tensor", "seq_len", "fp8_tile", "fp32_size", "bf16_size"}
     | {"fp8_size", "index_size", "e5m6_group", "e5m6_group_size"},
-    "step_seconds": WORK | {"gpus", "batch", "seq_len", "bf16_peak", "utilization"},
-    "training_cost": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "hour", "price"},
-    "training_days": WORK | {"gpus", "batch", "seq_len", "tokens", "bf16_peak", "utilization", "day"},
+    "assumed_step_seconds": WORK | {"gpus", "batch", "seq_len", "bf16_peak", "utilization"},
     "dispatch_seconds": {
         *(
             "dim",
@@ -177,8 +175,14 @@ def test_main_figures_depend_on_their_inputs_alone(name: str) -> None:
 
 
 def test_time_of_a_step_depends_on_memory_and_links_too() -> None:
-    found = set(inputs(CASES["published"].plan().step.roof_step))
+    plan = CASES["published"].plan()
+    found = set(inputs(plan.step.roof_step))
     assert found >= DEPENDS["computing_seconds"] | DEPENDS["dispatch_seconds"] | {"memory_bandwidth"}
+    assert plan.time.cost is not None
+    step = found | {"utilization"}
+    assert set(inputs(plan.time.step_seconds)) == step
+    assert set(inputs(plan.time.days)) == step | {"tokens", "day"}
+    assert set(inputs(plan.time.cost)) == step | {"tokens", "hour", "price"}
 
 
 @pytest.mark.parametrize("name", ["published", "bf16", "one process"])

@@ -1,4 +1,4 @@
-"""What is made free in decoding, one alternative each, and where it does not apply.
+"""Alternatives to a plain decoding step: one thing made free in each, and the reason where it does not apply.
 
     free_cache           1 cached token in place of all: the gain is the share of cached attention
     expanded_mla         keys and values of all cached tokens are made again; dsmini decodes absorbed

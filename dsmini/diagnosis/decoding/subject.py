@@ -68,7 +68,7 @@ class DecodingSubject:
         self._together = steps_in_turn(self._run)
         self._arms: dict[Arm, tuple[Run, int]] = {}
         self.narrow: dict[tuple[Arm, int], Narrow] = {}
-        """What narrow models told, by arm and batch."""
+        """Times and prices of narrow models, by arm and batch."""
 
     @property
     def config(self) -> ModelConfig:

@@ -126,9 +126,11 @@ def _binds(plan: Plan) -> Section:
         finding=" ".join(f"{stage.capitalize()}: {found.first.resource.value}." for stage, found in stages.items()),
         tables=[Table(columns=columns, rows=rows, numeric=("times",))],
         about=(
-            "Making what binds faster gains at most this many times, then the next binds. The parts of serving "
-            "overlap. Those of a training step run one after the other. Two vocabularies name a resource: by who owns "
-            "the limit, or by the largest term of time = bytes / bandwidth + operations / peak + latency."
+            "Making what binds faster gains at most this many times. The parts of serving overlap, so there the next "
+            "binds then. Those of a training step run one after the other, and hide each other: the step is computed "
+            "again as if what binds took no time; next is what gains second most. Two vocabularies name a resource: by "
+            "who owns the limit, or by the largest term of time = bytes / bandwidth + operations / (peak * "
+            "utilisation) + latency."
         ),
     )
 
@@ -146,7 +148,9 @@ def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
     yield shown(plan.cache.per_token).partition("/")[0], "of cache a token"
     yield shown(plan.training.memory_needed), "of memory on the fullest GPU in training"
     cost = plan.training.time.cost
-    yield (shown(plan.reliability.running), "of training") if cost is None else (shown(cost), "rent of the training")
+    if plan.training.fits:
+        running = (shown(plan.reliability.running), "of training")
+        yield running if cost is None else (shown(cost), "rent of the training")
     if plan.serving is not None:
         yield shown(plan.serving.decode.tokens_per_second), "for each decoding sequence"
 

@@ -6,10 +6,11 @@ A figure that a plan lacks, such as the cost on hardware without a price, is lef
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dsmini.planner.quantities.display import in_words
+from dsmini.planner.quantities.display import in_words, rounded
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.quantity import COUNT, Anything
 from dsmini.planner.reliability import NODE_FAILURES
+from dsmini.planner.training.training_plan import TrainingPlan
 from dsmini.planner.whole import Plan
 
 TITLES = {
@@ -25,7 +26,8 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
         *("mha_kv_cache", "cache_saving", "equal_gqa_groups", "model_bytes"),
     ),
     "training": (
-        *("memory_needed", "memory_free", "process_memory", "state_parameter", "step_seconds", "roof_step_seconds"),
+        *("memory_needed", "memory_free", "process_memory", "state_parameter", "step_seconds"),
+        *("assumed_step_seconds", "roof_step_seconds"),
         *("computing_seconds", "dispatching_seconds", "reducing_seconds", "bubble_seconds", "exchange_seconds"),
         *("update_seconds", "roof_utilization", "slow_bytes", "slow_link_share", "nodes_reached"),
         *("training_tokens_per_day", "training_gpu_hours", "training_days", "training_cost"),
@@ -47,8 +49,10 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Names of the figures that a section shows first, in their order."""
+MEMORY = ("memory_needed", "memory_free", "process_memory", "state_parameter")
+"""Those of a training that does not fit."""
 NARROW = 0.05
-"""Share of the memory below which what is left is worth a warning."""
+"""Share of the memory that is left, or of the MFU that is missed, which is worth a warning."""
 COMPARED = (
     *("parameters_main", "parameters_active", "kv_cache", "memory_needed", "process_memory", "step_seconds"),
     *("roof_step_seconds", "training_days", "training_cost", "decode_time_per_token", "decode_gpu_tokens_per_second"),
@@ -79,9 +83,10 @@ def sections(plan: Plan) -> Iterator[SectionOfPlan]:
         "reliability": _reliability,
     }
     for name, figures in plan.sections.items():
-        if name == "attention" and plan.savings is None:
+        if (name == "attention" and plan.savings is None) or (name == "reliability" and not plan.training.fits):
             continue
-        headlines = {key: figures[key] for key in HEADLINES[name] if key in figures and figures[key].value}
+        first = MEMORY if name == "training" and not plan.training.fits else HEADLINES[name]
+        headlines = {key: figures[key] for key in first if key in figures and figures[key].value}
         others = {key: f for key, f in figures.items() if key not in headlines and f.op != "input"}
         warn = {"training": _training_warnings, "inference": _serving_warnings, "reliability": _failure_warnings}.get(
             name
@@ -116,9 +121,15 @@ def _training(plan: Plan) -> str:
     gpus = one if t.layout.gpus == 1 else f"{t.layout.gpus:,} GPUs take"
     cost = f" and {shown(time.cost)}" if time.cost is not None else ""
     fullest = "It" if t.layout.gpus == 1 else "The fullest GPU"
-    needs = f"{fullest} needs {shown(t.memory_needed)} of {shown(1 * plan.setup.hardware.memory)}."
+    needs = f"{fullest} needs {shown(t.memory_needed)} of {rounded(plan.setup.hardware.memory)}."
+    if not t.fits:
+        fix = plan.setup.layout.misfit or "use more GPUs, ZeRO, recomputation, or --search"
+        return f"It does not fit: {fix}. {needs}"
     running = shown(plan.reliability.running)
-    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens. {needs}"
+    by = f"by the parts of a step, at an MFU of {shown(t.step.roof_utilization)}"
+    if not t.is_slowed:
+        by = f"at an MFU of {_assumed(t)}"
+    return f"{gpus} {running}{cost} for {in_words(1 * t.workload.tokens)} tokens, {by}. {needs}"
 
 
 def _inference(plan: Plan) -> str:
@@ -159,12 +170,17 @@ def _reliability(plan: Plan) -> str:
 def _training_warnings(plan: Plan) -> Iterator[str]:
     t, memory = plan.training, 1 * plan.setup.hardware.memory  # computed, so shown in three digits
     if not t.fits:
-        yield (
-            f"This does not fit: the fullest GPU needs {shown(t.memory_needed)}, and has {shown(memory)}. "
-            "Use more GPUs, ZeRO, recomputation, or --search."
-        )
-    elif t.memory_free.value < NARROW * memory.value:
-        yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {shown(memory)} are left."
+        return
+    if t.memory_free.value < NARROW * memory.value:
+        yield f"Memory is a lower bound, and only {shown(t.memory_free)} of {rounded(memory)} are left."
+    reached, used = t.step.roof_utilization, ", which days and rent are computed with" if t.is_slowed else ""
+    if reached.value < (1 - NARROW) * t.assumptions.utilization.value:
+        yield f"The parts of a step reach an MFU of {shown(reached)}{used}, not {_assumed(t)}."
+
+
+def _assumed(t: TrainingPlan) -> str:
+    u = t.assumptions.utilization
+    return f"{shown(1 * u)} ({u.source if t.assumptions.stated else 'as in V3'})"
 
 
 def _failure_warnings(plan: Plan) -> Iterator[str]:
@@ -174,14 +190,9 @@ def _failure_warnings(plan: Plan) -> Iterator[str]:
 
 
 def _serving_warnings(plan: Plan) -> Iterator[str]:
-    if plan.serving is None:
-        return
-    for stage, memory in (("decode", plan.serving.decode.memory), ("prefill", plan.serving.prefill.memory)):
-        if memory.share.value > 1:
-            yield (
-                f"{stage.capitalize()} does not fit: weights and cache take {shown(memory.used)} of a GPU with "
-                f"{shown(1 * plan.setup.hardware.memory)}. Use more GPUs, fewer sequences or a shorter context."
-            )
+    served = plan.setup.serving
+    if served is not None and served.misfit:
+        yield f"{served.misfit[0].upper()}{served.misfit[1:]}."
 
 
 def _bytes(rate: Anything) -> str:

@@ -46,6 +46,11 @@ def shown(quantity: Anything) -> str:
     return f"{_tokens(value, given) if over == 'token' else _number(value, given)} {_plural(unit)}"
 
 
+def rounded(quantity: Anything) -> str:
+    """Return `shown`, in three digits also where an input has more."""
+    return min(shown(quantity), shown(1 * quantity), key=len)
+
+
 def short(quantity: Anything) -> str:
     """Return `shown` for a narrow table: 273B tokens, $0.238/M tokens."""
     text = shown(quantity).replace(" per million tokens", "/M tokens")

@@ -1,8 +1,8 @@
 """Choice of the deployments that a user leaves open: how many GPUs decode and read prompts together.
 
 A model with DeepSeek-V3's sizes takes the deployments of its report if they fit, else the fewest GPUs whose memory
-holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that divide them, without experts GPUs of a node that divide
-its matrices. Redundant experts are as many as make the experts divide.
+holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that divide them, and if none hold it, GPUs that also share
+attention; without experts GPUs of a node that divide its matrices. Redundant experts make the experts divide.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,16 @@ from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.references import is_v3
+from dsmini.planner.quantities.display import rounded, shown
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.serving.decoding import decode_plan
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload, deployment, v3_decode, v3_prefill
+from dsmini.planner.serving.memory import ServingMemory
 from dsmini.planner.serving.prefill import prefill_plan
+from dsmini.report.units import plural
 
 Stage = Literal["decode", "prefill"]
 NODES = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of nodes to try."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,17 +64,19 @@ def choose_deployment(
         raise ValueError(_cannot_share(serving, stage, tensor))
     slots = serving.m.config.n_routed_experts + (redundant or 0)
     divide = [(count, shared) for count, shared in counts if redundant is None or slots % count == 0]
-    made = None
+    tried: list[Deployment] = []
     for count, shared in divide:
-        made = _made(serving, stage, count, shared, redundant)
-        if _fits(serving, stage, made):
-            return ChosenDeployment(deployment=made, how="the fewest GPUs that hold weights and cache")
-    if made is None or divide != counts:
+        tried.append(_made(serving, stage, count, shared, redundant))
+        if _fits(serving, stage, tried[-1]):
+            return ChosenDeployment(deployment=tried[-1], how="the fewest GPUs that hold weights and cache")
+    if not tried or divide != counts:
         raise ValueError(
             f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
             f"model divides; leave it out, or name {stage}_gpus too"
         )
-    return ChosenDeployment(deployment=made, how="the most GPUs that were tried, which do not hold it either")
+    memory = [_memory(serving, stage, made) for made in tried]
+    best = max(range(len(tried)), key=lambda i: (memory[i].sequences.value, -memory[i].share.value))
+    return ChosenDeployment(deployment=tried[best], how="what has memory for most sequences, since none fits")
 
 
 def _cannot_share(serving: Serving, stage: Stage, tensor: int | None) -> str:
@@ -121,14 +125,39 @@ def _counts(serving: Serving, tensor: int | None) -> Iterator[tuple[int, int]]:
     most = node if hardware.fast_link is not None else 1
     if moe and most > 1 and hardware.slow_link is not None:
         most = max(node, config.n_routed_experts)
-    counts = [2**i for i in range(node.bit_length()) if 2**i < node] + [node * nodes for nodes in NODES]
-    for count in counts:
-        shared = tensor or (1 if moe else count)
-        divides = count % shared == 0 and shared <= node and config.n_heads % shared == 0
-        if count <= most and divides:
-            yield count, shared
+    few = [2**i for i in range(node.bit_length()) if 2**i < node] + [node]
+    for width in [tensor] if tensor else few if moe else [None]:
+        for count in (*few[:-1], *(node * nodes for nodes in NODES)):
+            shared = width or count
+            divides = count % shared == 0 and shared <= node and config.n_heads % shared == 0
+            if count <= most and divides:
+                yield count, shared
+
+
+def misfit(serving: Serving, stage: Stage, made: Deployment) -> str:
+    """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
+    memory, tensor = _memory(serving, stage, made), round(made.tensor_parallel.value)
+    if memory.share.value <= 1:
+        return ""
+    gpus, fixes = round(made.expert_parallel.value), list[str]()
+    if stage == "decode" and (fit := int(memory.sequences.value / made.micro_batches.value)):
+        fixes.append(f"use sequences={fit}")
+    elif memory.context.value >= 1:
+        fixes.append(f"use {'context' if stage == 'decode' else 'prompt'}={memory.context.value:.0f}")
+    for count, shared in _counts(serving, None if tensor == 1 else tensor):
+        if count > gpus and _fits(serving, stage, _made(serving, stage, count, shared, None)):
+            fixes.append(f"use {stage}_gpus={count}" + (f" and {stage}_tensor={shared}" if shared != tensor else ""))
+            break
+    return (
+        f"{stage} on {plural(gpus, 'GPU')} does not fit: weights and cache take {shown(memory.used)} of "
+        f"{rounded(serving.hardware.memory)}; {' or '.join(fixes) or 'use hardware with more memory'}"
+    )
 
 
 def _fits(serving: Serving, stage: Stage, made: Deployment) -> bool:
+    return _memory(serving, stage, made).share.value <= 1
+
+
+def _memory(serving: Serving, stage: Stage, made: Deployment) -> ServingMemory:
     plan = decode_plan if stage == "decode" else prefill_plan
-    return plan(serving.m, serving.hardware, serving.workload, made).memory.share.value <= 1
+    return plan(serving.m, serving.hardware, serving.workload, made).memory

@@ -33,11 +33,14 @@ class Assumptions(Figures):
     multiprocessors: Count
     communication_multiprocessors: Count
     """Multiprocessors that carry the rows of experts and do not compute."""
+    stated: bool = False
+    """True if the utilization was measured, and is not V3's."""
 
     @classmethod
     def of(cls, utilization: float | None = None, source: str = "measured") -> "Assumptions":
         """Return the published assumptions, with a measured utilization if there is one."""
         return cls(
+            stated=utilization is not None,
             utilization=COUNT(
                 0.3894 if utilization is None else utilization,
                 "utilization",

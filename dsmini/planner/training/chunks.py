@@ -70,11 +70,7 @@ def compute_figures(
     tokens: Tokens,
     assumptions: Assumptions,
 ) -> ComputeFigures:
-    """Return the computing times of a layout.
-
-    Args:
-        tokens: tokens of a micro-batch on one GPU.
-    """
+    """Return the computing times of a layout; `tokens` are those of a micro-batch on one GPU."""
     layer, a = model.layer, assumptions
     share = COUNT(1) - a.communication_multiprocessors / a.multiprocessors if layout.expert > 1 else COUNT(1) / COUNT(1)
     share = share.named("computing_share", "Multiprocessors that compute", "V3, section 3.2.2")

@@ -66,6 +66,8 @@ class DispatchFigures(Figures):
     slow_bytes_unlimited: BytesPerToken
     """Bytes of these."""
     fast_bytes: BytesPerToken
+    slow_seconds: SecondsPerToken
+    fast_seconds: SecondsPerToken
     dispatch_seconds: SecondsPerToken
     """Time of the slower link."""
 
@@ -98,6 +100,7 @@ def dispatch_figures(
     both = per(row + back, TOKENS)
     slow = (slow_copies * both).named("slow_bytes", "Slow link: bytes of a token and layer", source)
     fast = (fast_copies * both).named("fast_bytes", "Fast link: bytes of a token, a layer and pass", source)
+    slow_seconds, fast_seconds = _seconds(hardware, nodes, slow, fast)
     return DispatchFigures(
         expert_nodes=nodes,
         nodes_drawn=drawn,
@@ -112,17 +115,21 @@ def dispatch_figures(
         slow_bytes=slow,
         slow_bytes_unlimited=(copies * both).named("slow_bytes_unlimited", "Bytes of a row for each expert", source),
         fast_bytes=fast,
-        dispatch_seconds=_seconds(hardware, nodes, slow, fast),
+        slow_seconds=slow_seconds.named("dispatch_slow_seconds", "Slow link: time of a token's rows, a layer and pass"),
+        fast_seconds=fast_seconds.named("dispatch_fast_seconds", "Fast link: time of a token's rows, a layer and pass"),
+        dispatch_seconds=largest(slow_seconds, fast_seconds).named(
+            "dispatch_seconds", "Time of a token's rows, a layer and pass", source
+        ),
     )
 
 
-def _seconds(hardware: Hardware, nodes: Count, slow: BytesPerToken, fast: BytesPerToken) -> SecondsPerToken:
+def _seconds(
+    hardware: Hardware, nodes: Count, slow: BytesPerToken, fast: BytesPerToken
+) -> tuple[SecondsPerToken, SecondsPerToken]:
+    """Return the times of the slow and of the fast link."""
     if hardware.fast_link is None:
         raise ValueError(f"{hardware.title} has no fast link between GPUs, which experts on several need; use expert=1")
-    times = [fast / hardware.fast_link]
-    if hardware.slow_link is not None:
-        times.append(slow / hardware.slow_link)
-    elif nodes.value > 1:
+    if hardware.slow_link is None and nodes.value > 1:
         raise ValueError(f"{hardware.title} has no link between nodes, which experts on several need; use fewer GPUs")
-    found = times[0] if len(times) == 1 else largest(*times)
-    return found.named("dispatch_seconds", "Time of a token's rows, a layer and pass", "V3, section 3.2.2")
+    inside = fast / hardware.fast_link
+    return 0 * inside if hardware.slow_link is None else slow / hardware.slow_link, inside

@@ -24,21 +24,17 @@ from dsmini.planner.training.layout import Layout, LayoutFigures
 from dsmini.planner.training.memory import GpuMemory, TrainingMemory
 
 
-def exchange_seconds(
-    hardware: Hardware, layout: Layout, sizes: LayoutFigures, memory: TrainingMemory, computing: Seconds
-) -> Seconds:
-    """Return the time of the exchange that computing does not hide.
-
-    Args:
-        computing: time of a step in which ZeRO 2 and 3 exchange.
+def exchange_seconds(hardware: Hardware, layout: Layout, sizes: LayoutFigures, memory: TrainingMemory) -> Seconds:
+    """Return the time of the exchange of a step, of which computing hides some from ZeRO 2 on.
 
     Raises: ValueError where the hardware has no link that the GPUs need.
     """
     if layout.gpus == 1:
-        return SECONDS(0).named("exchange_seconds", "Gradients, weights, not hidden")
+        return SECONDS(0)
     link = hardware.fast_link if layout.gpus <= hardware.gpus_per_node.value else hardware.slow_link
     if link is None:
-        raise ValueError(f"{hardware.title} has no link for gpus={layout.gpus}; use fewer GPUs")
+        most = 1 if hardware.fast_link is None else f"{hardware.gpus_per_node.value:g} or fewer"
+        raise ValueError(f"{hardware.title} has no link that gpus={layout.gpus} need; use {most}")
     gradients = _most(_sent(layout, sizes, gpu, memory.state.gradient) for gpu in memory.gpus)
     weights = _most(_sent(layout, sizes, gpu, memory.state.weight) for gpu in memory.gpus)
     number = sizes.micro_batches
@@ -48,10 +44,7 @@ def exchange_seconds(
         2: number * gradients + weights,
         3: number * (gradients + 2 * weights),
     }[layout.zero]
-    seconds = sent / link
-    if layout.zero >= 2:
-        seconds = largest(SECONDS(0), seconds - computing)
-    return seconds.named("exchange_seconds", "Gradients, weights, not hidden", "ZeRO, section 7")
+    return sent / link
 
 
 def update_seconds(hardware: Hardware, layout: Layout, sizes: LayoutFigures, memory: TrainingMemory) -> Seconds:

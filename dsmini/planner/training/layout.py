@@ -126,6 +126,9 @@ def check_layout(layout: Layout, config: ModelConfig, gpus_per_node: int, batch:
         if heads % t:
             raise ValueError(f"{name}={heads} is not divisible by tensor={t}; use {_listed(_divisors(heads))}")
     rows = layout.data * layout.micro_batch
+    if batch % layout.micro_batch:
+        fit = _listed(_divisors(batch))
+        raise ValueError(f"micro_batch={layout.micro_batch} does not divide batch={batch} sequences; use {fit}")
     require(
         batch % rows == 0,
         f"a step of batch={batch} sequences is not divisible by data={layout.data} parts of micro_batch="

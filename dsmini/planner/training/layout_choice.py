@@ -10,6 +10,7 @@ Worked example, DeepSeek-V2-Lite, 16B parameters, on H800: 18 bytes of state eac
 GPUs hold them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import Layout, Recompute, Zero, check_layout
 from dsmini.planner.training.layout_table import SIZES, Choices, LayoutTable, Problem, evaluate_layouts, layout_of
-from dsmini.planner.training.search import what_would_fit
+from dsmini.planner.training.search import most_gpus, what_would_fit
 from dsmini.planner.training.training_plan import training_plan
 from dsmini.planner.training.workload import Workload
 
@@ -50,6 +51,8 @@ class ChosenLayout:
 
     layout: Layout
     how: str
+    misfit: str = ""
+    """One sentence for a layout that does not fit, with what would; "" for one that fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +66,8 @@ class Cluster:
     defaults: Layout
     """Precision, optimizer and moments where the user leaves them open."""
 
-    def problem(self, gpus: int, choices: Choices) -> Problem:
-        """Return the table's problem."""
+    def problem(self, gpus: int, choices: Choices, given: dict[str, Any]) -> Problem:
+        """Return the table's problem, in which given sizes are held."""
         return Problem(
             m=self.m,
             hardware=self.hardware,
@@ -72,6 +75,7 @@ class Cluster:
             gpus=gpus,
             choices=choices,
             assumptions=self.assumptions,
+            held={name: given[name] for name in SIZES if name in given},
         )
 
     def check(self, layout: Layout) -> None:
@@ -83,26 +87,32 @@ class Cluster:
 def choose_layout(cluster: Cluster, given: dict[str, Any]) -> ChosenLayout:
     """Return the layout with the given fields, and what is best for the others.
 
-    Raises: ValueError for a layout that contradicts itself, the model, the nodes or the batch, and if no layout fits
-        the given number of GPUs.
+    Raises: ValueError for a layout that contradicts itself, the model, the nodes or the batch.
     """
     if is_v3(cluster.m) and (published := _published(cluster, given)):
         but = ", ".join(f"{name}={value}" for name, value in given.items())
         return ChosenLayout(layout=published, how=f"as DeepSeek-V3 was trained{but and f', but {but}'}")
-    problem = table = None
-    for gpus in [given["gpus"]] if "gpus" in given else _gpu_counts(cluster):
-        problem = cluster.problem(gpus, _leanest(cluster.defaults, given, gpus))
-        table = evaluate_layouts(problem)
+    lean = table = None
+    for gpus in [given["gpus"]] if "gpus" in given else _gpu_counts(cluster, given):
+        lean = cluster.problem(gpus, _leanest(cluster.defaults, given, gpus), given)
+        table = evaluate_layouts(lean)
         hopeful = table.sizes_below(SLACK * cluster.hardware.memory.value)
-        for choices in _lists(cluster.defaults, given) if _fastest(table, given) else ():
-            problem = cluster.problem(gpus, choices)
-            table = evaluate_layouts(problem, sizes=hopeful)
-            if found := _fastest(table, given):
-                layout = _layout(cluster, problem, table, *found)
+        for choices in _lists(cluster.defaults, given) if hopeful else ():
+            problem = replace(lean, choices=choices)
+            found = evaluate_layouts(problem, sizes=hopeful)
+            if np.isfinite(found.best).any():
+                row = int(np.argmin(found.best))
+                layout = _layout(cluster, problem, found, row, int(found.choice[row]))
                 fewest = "" if "gpus" in given else ", on the fewest GPUs"
                 return ChosenLayout(layout=layout, how=f"the fastest of a short list that fits{fewest}")
-    assert problem is not None and table is not None, "there is at least one GPU"
-    return _that_does_not_fit(cluster, given, problem, table)
+    assert lean is not None and table is not None, "there is at least one GPU"
+    if not np.isfinite(table.least).any():
+        cluster.check(replace(cluster.defaults, **{"gpus": _least_gpus(given)} | given))  # raises what contradicts
+        raise ValueError(what_would_fit(lean, table))
+    row = int(np.argmin(table.least))
+    layout = _layout(cluster, lean, table, row, int(table.leanest[row]))
+    how = "the one that needs least memory, since none fits"
+    return ChosenLayout(layout=layout, how=how, misfit=what_would_fit(lean, table))
 
 
 def _published(cluster: Cluster, given: dict[str, Any]) -> Layout | None:
@@ -116,21 +126,27 @@ def _published(cluster: Cluster, given: dict[str, Any]) -> Layout | None:
         plan = training_plan(cluster.m, hardware, layout, cluster.workload, cluster.assumptions)
     except ValueError:
         return None
-    return layout if plan.fits or given else None
+    return layout if plan.fits else None
 
 
-def _gpu_counts(cluster: Cluster) -> Iterator[int]:
-    """Yield the numbers of GPUs to try, from the first that might hold the training state."""
-    hardware, config = cluster.hardware, cluster.m.config
-    node, most = round(hardware.gpus_per_node.value), MOST_GPUS
-    if hardware.slow_link is None:
-        most = 1 if hardware.fast_link is None else node
+def _least_gpus(given: dict[str, Any]) -> int:
+    """Return the fewest GPUs that the given sizes divide."""
+    return given.get("pipeline", 1) * math.lcm(given.get("tensor", 1), given.get("expert", 1))
+
+
+def _gpu_counts(cluster: Cluster, given: dict[str, Any]) -> Iterator[int]:
+    """Yield the numbers of GPUs to try, from the first that might hold the training state.
+
+    The given sizes divide them, and a step has a sequence for each pipeline stage and part of the batch.
+    """
+    hardware, config, least = cluster.hardware, cluster.m.config, _least_gpus(given)
+    expert, node = 3 * config.dim * config.moe_inter_dim, round(hardware.gpus_per_node.value)
+    most = min(MOST_GPUS, most_gpus(hardware), round(cluster.workload.batch.value) * given.get("tensor", node))
     counts = [2**i for i in range(node.bit_length()) if 2**i < node]
     counts += [node * 2**i for i in range(MOST_GPUS.bit_length())]
-    moe = config.n_layers + config.n_mtp_layers - config.n_dense_layers
-    experts = moe * config.n_routed_experts * 3 * config.dim * config.moe_inter_dim
-    allowed = [count for count in counts if count <= most]
-    enough = [count for count in allowed if count * hardware.memory.value >= experts * LEAST_STATE]
+    experts = (config.n_layers + config.n_mtp_layers - config.n_dense_layers) * config.n_routed_experts
+    allowed = sorted({count for each in counts if (count := math.lcm(each, least)) <= most}) or [least]
+    enough = [count for count in allowed if count * hardware.memory.value >= experts * expert * LEAST_STATE]
     yield from enough or allowed[-1:]
 
 
@@ -150,42 +166,15 @@ def _lists(defaults: Layout, given: dict[str, Any]) -> Iterator[Choices]:
 
 
 def _leanest(defaults: Layout, given: dict[str, Any], gpus: int) -> Choices:
-    """Return the choice that needs least memory, by which numbers of GPUs that are too few are left out early."""
+    """Return the choices that need least memory, by which numbers of GPUs that are too few are left out early.
+
+    ZeRO 0 is one of them, since other stages need GPUs that divide a batch.
+    """
     longer = list(_lists(defaults, given))[-1]
-    zeros: tuple[Zero, ...] = longer.zeros[-1:] if gpus > 1 else longer.zeros[:1]
+    zeros = (longer.zeros[0], longer.zeros[-1]) if gpus > 1 and len(longer.zeros) > 1 else longer.zeros[:1]
     return replace(longer, schedules=longer.schedules[:1], zeros=zeros, recomputes=longer.recomputes[-1:])
-
-
-def _rows(table: LayoutTable, given: dict[str, Any]) -> list[int]:
-    """Return the rows of a table that have the given sizes."""
-    found = (dict(zip(SIZES, sizes, strict=True)) for sizes in table.sizes)
-    return [
-        row for row, sizes in enumerate(found) if all(given.get(name, sizes[name]) == sizes[name] for name in SIZES)
-    ]
-
-
-def _fastest(table: LayoutTable, given: dict[str, Any]) -> tuple[int, int] | None:
-    """Return row and choice of the fastest layout that fits."""
-    rows = [row for row in _rows(table, given) if np.isfinite(table.best[row])]
-    if not rows:
-        return None
-    row = min(rows, key=lambda row: table.best[row])
-    return row, int(table.choice[row])
 
 
 def _layout(cluster: Cluster, problem: Problem, table: LayoutTable, row: int, choice: int) -> Layout:
     layout = layout_of(problem, table.sizes[row], table.choices[choice])
     return replace(layout, optimizer=cluster.defaults.optimizer)
-
-
-def _that_does_not_fit(cluster: Cluster, given: dict[str, Any], problem: Problem, table: LayoutTable) -> ChosenLayout:
-    """Return the layout that needs least memory, or raise the error of one that cannot be."""
-    rows = [row for row in _rows(table, given) if np.isfinite(table.least[row])]
-    if not rows:
-        layout = replace(cluster.defaults, **{"gpus": problem.gpus} | given)  # raises what contradicts itself
-        cluster.check(layout)
-    if not rows or given.keys() & {"gpus", *SIZES} == {"gpus"}:
-        raise ValueError(what_would_fit(problem, table))
-    row = min(rows, key=lambda row: table.least[row])
-    layout = _layout(cluster, problem, table, row, int(table.leanest[row]))
-    return ChosenLayout(layout=layout, how="the one that needs least memory, since none fits")

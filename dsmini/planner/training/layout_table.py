@@ -9,8 +9,8 @@ parallelism holds without it too.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class Problem:
     gpus: int
     choices: Choices
     assumptions: Assumptions
+    held: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Sizes that the user chose, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,9 @@ def evaluate_layouts(
     """Return the best choice for each sizes of parallelism; without `sizes`, for all that the GPUs allow."""
     p = problem
     model = model_figures(p.m, p.workload.seq_len)
-    sizes = list(all_sizes(p)) if sizes is None else sizes
+    if sizes is None:
+        found = ((each, dict(zip(SIZES, each, strict=True))) for each in all_sizes(p))
+        sizes = [each for each, named in found if all(named[name] == size for name, size in p.held.items())]
     given = p.choices
     choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
     infinite, nothing = np.full(len(sizes), np.inf), np.zeros(len(sizes))

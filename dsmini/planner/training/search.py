@@ -9,14 +9,18 @@ experts over 16 GPUs, 19.3 s a step; the published one, 16 stages and experts ov
 Estimates: the time is that of step.py. Memory is a lower bound: a layout that fills it will not run.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.quantities.display import rounded
 from dsmini.planner.quantities.inputs import ModelInputs
+from dsmini.planner.quantities.quantity import BYTES
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.layout import DTYPES, Layout
 from dsmini.planner.training.layout_table import Choices, LayoutTable, Problem, evaluate_layouts, layout_of
@@ -24,8 +28,8 @@ from dsmini.planner.training.step import StepFigures
 from dsmini.planner.training.training_plan import TrainingPlan, training_plan
 from dsmini.planner.training.workload import Workload
 
-Binding = Literal["compute", "all-to-all", "bubble", "memory", "gradients", "tensor"]
-"""Part of the hardware or the layout that keeps a layout from being faster."""
+BINDS = ("compute", "links between nodes", "links within a node", "bubble", "update")
+"""Parts that keep a layout from being faster, in the order of StepFigures.without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +38,8 @@ class Candidate:
 
     layout: Layout
     plan: TrainingPlan
-    binds: Binding
-    """Longest part of the step; "memory" if the memory's limit costs more than each part but computing."""
+    binds: str
+    """One of BINDS, or "memory"."""
     memory_costs: float
     """Seconds by which another choice would be faster at the same sizes, if it fitted."""
 
@@ -48,14 +52,10 @@ def search(
     *,
     choices: Choices | None = None,
     assumptions: Assumptions | None = None,
-    most: int = 10,
+    most: int = 12,
     on_part: Callable[[float, str], None] | None = None,
 ) -> list[Candidate]:
     """Return the fastest layouts that fit, each with its plan, fastest first; one for each sizes of parallelism.
-
-    Args:
-        most: number of layouts to return.
-        on_part: is told the share that is done and a short text, now and then.
 
     Raises: ValueError if no layout fits, with what would fit: other choices, or a number of GPUs.
     """
@@ -79,9 +79,26 @@ def search(
     return [_candidate(problem, table, row) for row in rows]
 
 
+def allowed_choices(layout: Layout, given: Mapping[str, Any]) -> Choices:
+    """Return the choices of a search in which those that the user made are held; optimizer states count as AdamW's."""
+    every = Choices()
+
+    def of(name: str, all_: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[name],) if name in given else all_
+
+    return Choices(
+        schedules=of("schedule", every.schedules),
+        zeros=of("zero", every.zeros),
+        recomputes=of("recompute", every.recomputes),
+        precisions=of("precision", (layout.precision,) if layout.precision == "fp32" else every.precisions),
+        micro_batches=of("micro_batch", every.micro_batches),
+        moments=layout.moments,
+    )
+
+
 def what_would_fit(problem: Problem, table: LayoutTable) -> str:
     """Return one sentence for a problem that no layout fits: the least memory there is, and what would fit."""
-    capacity, gpus = problem.hardware.memory.value, problem.gpus
+    capacity, gpus = rounded(problem.hardware.memory), problem.gpus
     if not np.isfinite(table.least).any():
         return (
             f"gpus={gpus} allow no layout for a step of batch={problem.workload.batch.value:.0f} sequences; "
@@ -90,40 +107,50 @@ def what_would_fit(problem: Problem, table: LayoutTable) -> str:
     row = int(np.argmin(table.least))
     layout = layout_of(problem, table.sizes[row], table.choices[int(table.leanest[row])])
     needs = (
-        f"no layout on gpus={gpus} fits {capacity / 1e9:.0f} GB a GPU: the smallest needs "
-        f"{table.least[row] / 1e9:.0f} GB, with pipeline={layout.pipeline}, tensor={layout.tensor}, "
+        f"no layout on gpus={gpus} fits {capacity} a GPU: the smallest needs "
+        f"{rounded(BYTES(float(table.least[row])))}, with pipeline={layout.pipeline}, tensor={layout.tensor}, "
         f"expert={layout.expert}, zero={layout.zero}, recompute={layout.recompute!r}, precision={layout.precision!r}"
     )
     return f"{needs}; {' or '.join(_remedies(problem)) or 'use hardware with more memory'}"
 
 
+def most_gpus(hardware: Hardware) -> float:
+    """Return the most GPUs that the hardware's links connect."""
+    if hardware.slow_link is not None:
+        return math.inf
+    return 1 if hardware.fast_link is None else hardware.gpus_per_node.value
+
+
 def _remedies(problem: Problem) -> Iterator[str]:
-    """Yield what would make some layout fit: a choice that was not allowed, or more GPUs."""
-    every, given = Choices(), problem.choices
-    freed: list[tuple[str, Choices]] = [
-        ("allow ZeRO 3", replace(given, zeros=every.zeros)),
-        ("allow recomputation", replace(given, recomputes=every.recomputes)),
-        ("use moments='bfloat16'", replace(given, moments="bfloat16")),
+    """Yield what would make some layout fit: a choice that was not allowed, more GPUs, or with them a larger batch."""
+    every, given, p = Choices(), problem.choices, problem
+    freed: list[tuple[str, Problem]] = [
+        ("allow ZeRO 3", replace(p, choices=replace(given, zeros=every.zeros))),
+        ("allow recomputation", replace(p, choices=replace(given, recomputes=every.recomputes))),
+        ("use moments='bfloat16'", replace(p, choices=replace(given, moments="bfloat16"))),
     ]
-    if "fp8" in problem.hardware.peaks:
-        freed.append(("allow precision='fp8'", replace(given, precisions=("fp8",))))
-    for remedy, choices in freed:
-        if choices != given and _fits(replace(problem, choices=choices)):
+    if "fp8" in p.hardware.peaks:
+        freed.append(("allow precision='fp8'", replace(p, choices=replace(given, precisions=("fp8",)))))
+    for name in p.held:
+        freed.append((f"leave out {name}", replace(p, held={n: size for n, size in p.held.items() if n != name})))
+    for remedy, other in freed:
+        if other != p and _fits(other):
             yield remedy
-    gpus = 2 * problem.gpus
-    while gpus <= problem.workload.batch.value * problem.m.n_layers.value:
-        if _fits(replace(problem, gpus=gpus)):
-            yield f"use gpus={gpus}"
-            return
-        gpus *= 2
+    batch = round(p.workload.batch.value)
+    factors = [2**i for i in range(1, 21) if 2**i * p.gpus <= most_gpus(p.hardware)]
+    most, text = batch * p.m.n_layers.value, "use gpus={}"
+    more = [(text.format(f * p.gpus), replace(p, gpus=f * p.gpus)) for f in factors if f * p.gpus <= most]
+    larger = [(f, replace(p.workload, batch=f * p.workload.batch)) for f in factors]
+    text += " and batch={}"
+    more += [(text.format(f * p.gpus, f * batch), replace(p, gpus=f * p.gpus, workload=w)) for f, w in larger]
+    yield from itertools.islice((remedy for remedy, other in more if _fits(other)), 1)
 
 
 def _fits(problem: Problem) -> bool:
     """Return True if some layout fits, by the choices that need least memory."""
     given = problem.choices
-    least = replace(
-        given, zeros=(max(given.zeros),), recomputes=given.recomputes[-1:], precisions=given.precisions[-1:]
-    )
+    zeros = tuple({min(given.zeros), max(given.zeros)})  # from 1 on they need GPUs that divide a batch
+    least = replace(given, zeros=zeros, recomputes=given.recomputes[-1:], precisions=given.precisions[-1:])
     return bool(np.isfinite(evaluate_layouts(replace(problem, choices=least)).best).any())
 
 
@@ -131,20 +158,11 @@ def _candidate(problem: Problem, table: LayoutTable, row: int) -> Candidate:
     layout = layout_of(problem, table.sizes[row], table.choices[int(table.choice[row])])
     plan = training_plan(problem.m, problem.hardware, layout, problem.workload, problem.assumptions)
     costs = float(table.best[row] - table.fastest[row])
-    return Candidate(layout=layout, plan=plan, binds=binding(plan.step, layout, costs), memory_costs=costs)
+    return Candidate(layout=layout, plan=plan, binds=binds(plan.step, costs), memory_costs=costs)
 
 
-def binding(step: StepFigures, layout: Layout, memory_costs: float = 0.0) -> Binding:
-    """Return what binds a step; a pair of DualPipe that waits for its rows counts as all-to-all."""
-    ratio = step.compute_to_dispatch
-    waits = layout.schedule == "dualpipe" and ratio is not None and ratio.value < 1
-    parts: dict[Binding, float] = {
-        "all-to-all": step.dispatching.value + step.computing.value * waits,
-        "bubble": step.bubble.value,
-        "gradients": step.exchange.value + step.update.value,
-        "tensor": step.reducing.value,
-    }
-    longest = max(parts, key=lambda part: parts[part])
-    if memory_costs > parts[longest]:
-        return "memory"
-    return longest if waits or parts[longest] > step.computing.value else "compute"
+def binds(step: StepFigures, memory_costs: float = 0.0) -> str:
+    """Return what gains most if it took no time, or "memory" if its limit costs more than any part but computing."""
+    gains = dict(zip(BINDS, (step.roof_step.value - left.value for left in step.without), strict=True))
+    others = max(gain for name, gain in gains.items() if name != BINDS[0])
+    return "memory" if memory_costs > others else max(BINDS, key=lambda name: gains[name])

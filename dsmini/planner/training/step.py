@@ -10,7 +10,8 @@ A stage is as slow as the mean of all stages, or as the layers that some stage m
 
 Worked example, DeepSeek-V3 as published: a stage computes a micro-batch in 47 + 98 ms. Its rows take 29 ms a pass over
 InfiniBand. 120 micro-batches are 17.4 s of computing; rows that no computing hides take 0.9 s, the bubble 1.06 s,
-gradients and weights 0.7 s: 20.0 s a step, printed are 19.93.
+gradients and weights 0.7 s: 20.0 s a step, printed are 19.93. If computing took no time, rows would: 8.2 s are left.
+So faster GPUs gain at most 2.45 times, although computing takes 10.8 times as long as what it leaves of the links.
 
 Estimates: efficiencies are assumed (assumptions.py). Matrices that `tensor` GPUs share take two all-reduces a layer,
 not hidden. ZeRO 2 and 3 exchange in every micro-batch, hidden by computing; ZeRO 0 and 1 once a step, not hidden.
@@ -19,13 +20,13 @@ Activations between stages are hidden. Without DualPipe the rows of experts are 
 Source: DeepSeek-V3 report, sections 3.2 and 3.3; "Insights into DeepSeek-V3" (arXiv 2505.09343), table 4.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.parameters import ModelFigures
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import COUNT, SECONDS, TOKENS, Count, Seconds, largest, per
+from dsmini.planner.quantities.quantity import COUNT, SECONDS, TOKENS, Count, Flops, Seconds, largest, per, total
 from dsmini.planner.quantities.sizes import BF16
 from dsmini.planner.training.assumptions import Assumptions
 from dsmini.planner.training.bubbles import ChunkTimes, bubble_seconds, schedule_seconds
@@ -34,7 +35,15 @@ from dsmini.planner.training.dispatch import DispatchFigures
 from dsmini.planner.training.gradients import exchange_seconds, update_seconds
 from dsmini.planner.training.layout import Layout, LayoutFigures
 from dsmini.planner.training.memory import TrainingMemory
-from dsmini.planner.training.time import TrainingTime, model_peak
+from dsmini.planner.training.time import model_peak
+
+PARTS = (
+    ("computing_seconds", "Computing, a step", "V3, section 3.2"),
+    ("dispatching_seconds", "Rows of experts, not hidden", "V3, section 3.2"),
+    ("reducing_seconds", "All-reduces of shared matrices, a step", ""),
+    ("bubble_seconds", "Waiting in the pipeline, a step", "V3, table 2"),
+    ("exchange_seconds", "Gradients, weights, not hidden", "ZeRO, section 7"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +69,28 @@ class StepFigures(Figures):
     update: Seconds
     roof_step: Seconds
     roof_utilization: Count
+    assumed_step: Seconds
+    """Time of a step at the assumed utilization."""
+    step: Seconds
+    """The slower of the two; with a utilization that was measured, the time at that."""
+    without: tuple[Seconds, ...]
+    """Time of a step if computing, links between nodes or within one, waiting, or the update took no time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Load:
+    """Times of one micro-batch in a stage and pass, and of one step, before any of it hides another."""
+
+    forward: Seconds
+    backward: Seconds
+    weights: Seconds
+    rows: Seconds
+    between: Seconds
+    """Rows over the link between nodes alone."""
+    within: Seconds
+    """Rows over the link within a node alone."""
+    reduce: Seconds
+    exchange: Seconds
 
 
 def step_figures(
@@ -70,45 +101,45 @@ def step_figures(
     sizes: LayoutFigures,
     memory: TrainingMemory,
     dispatch: DispatchFigures | None,
-    time: TrainingTime,
+    flops: Flops,
     assumptions: Assumptions,
 ) -> StepFigures:
-    """Return the parts of a step's time."""
+    """Return the parts of a step's time; `flops` are what a utilization counts."""
     source, none = "V3, section 3.2", SECONDS(0)
     compute = compute_figures(m, model, hardware, layout, sizes, memory.micro_batch_tokens, assumptions)
-    forward, backward = compute.chunk_forward, compute.chunk_backward
-    rows, ratio = none, None
+    rows, between, within, ratio = none, none, none, None
     if dispatch is not None:
-        layers = (model.layer.moe_layers + model.layer.mtp_moe_layers) / sizes.pipeline
-        rows = dispatch.dispatch_seconds * memory.micro_batch_tokens * layers
-        ratio = (forward + backward) / (2 * rows)
+        d, layers = dispatch, model.layer.moe_layers + model.layer.mtp_moe_layers
+        stage = memory.micro_batch_tokens * (layers / sizes.pipeline)
+        rows, between, within = (t * stage for t in (d.dispatch_seconds, d.slow_seconds, d.fast_seconds))
+        ratio = (compute.chunk_forward + compute.chunk_backward) / (2 * rows)
         ratio = ratio.named("compute_to_dispatch", "Computing over rows of experts", source)
-    rows = rows.named("chunk_dispatch", "Rows of a micro-batch, a stage and pass", source)
-    reduce = _reduce_seconds(m, hardware, layout, sizes, memory)
-    both = largest(forward + backward, 2 * rows) + 2 * reduce
-    chunks = ChunkTimes(
-        forward=forward + rows + reduce,
-        backward=backward + rows + reduce,
+    load = _Load(
+        forward=compute.chunk_forward,
+        backward=compute.chunk_backward,
         weights=compute.chunk_weights,
-        both=both if layout.schedule == "dualpipe" else forward + backward + 2 * (rows + reduce),
+        rows=rows.named("chunk_dispatch", "Rows of a micro-batch, a stage and pass", source),
+        between=between,
+        within=within,
+        reduce=_reduce_seconds(m, hardware, layout, sizes, memory),
+        exchange=exchange_seconds(hardware, layout, sizes, memory),
     )
-    number = sizes.micro_batches
-    work = schedule_seconds(layout.schedule, sizes.pipeline, number, chunks)
-    bubble = bubble_seconds(layout.schedule, sizes.pipeline, chunks)
-    bubble = bubble.named("bubble_seconds", "Waiting in the pipeline, a step", "V3, table 2")
-    computing = (number * (forward + backward)).named("computing_seconds", "Computing, a step", source)
-    reducing = (2 * number * reduce).named("reducing_seconds", "All-reduces of shared matrices, a step")
-    dispatching = (work - computing - reducing).named("dispatching_seconds", "Rows of experts, not hidden", source)
-    exchange = exchange_seconds(hardware, layout, sizes, memory, computing)
+    parts = _parts(layout, sizes, load)
+    computing, dispatching, reducing, bubble, exchange = (
+        part.named(*title) for part, title in zip(parts, PARTS, strict=True)
+    )
     update = update_seconds(hardware, layout, sizes, memory)
-    step = (computing + dispatching + reducing + bubble + exchange + update).named(
-        "roof_step_seconds", "Time of a step from its parts", source
-    )
+    roof = computing + dispatching + reducing + bubble + exchange + update
+    roof = roof.named("roof_step_seconds", "Time of a step from its parts", source)
     peak = sizes.gpus * model_peak(layout, hardware)
+    assumed = (flops / (peak * assumptions.utilization)).named(
+        "assumed_step_seconds", "Time of a step at the assumed MFU", "INS, table 4"
+    )
+    slower = assumed if assumptions.stated else largest(assumed, roof)
     return StepFigures(
         compute=compute,
-        chunk_dispatch=rows,
-        chunk_tensor=reduce,
+        chunk_dispatch=load.rows,
+        chunk_tensor=load.reduce,
         compute_to_dispatch=ratio,
         computing=computing,
         dispatching=dispatching,
@@ -116,9 +147,43 @@ def step_figures(
         bubble=bubble,
         exchange=exchange,
         update=update,
-        roof_step=step,
-        roof_utilization=(time.step_flops / (peak * step)).named("roof_utilization", "MFU from the parts of a step"),
+        roof_step=roof,
+        roof_utilization=(flops / (peak * roof)).named("roof_utilization", "MFU from the parts of a step"),
+        assumed_step=assumed,
+        step=slower.named("step_seconds", "Time of a step"),
+        without=_without(layout.gpus <= hardware.gpus_per_node.value, layout, sizes, load, update),
     )
+
+
+def _parts(layout: Layout, sizes: LayoutFigures, load: _Load) -> tuple[Seconds, Seconds, Seconds, Seconds, Seconds]:
+    """Return what a GPU waits for in a step: computing, rows, all-reduces, the pipeline, gradients and weights."""
+    dual, number = layout.schedule == "dualpipe", sizes.micro_batches
+    alone, rows = load.forward + load.backward, 2 * load.rows
+    chunks = ChunkTimes(
+        forward=load.forward + load.rows + load.reduce,
+        backward=load.backward + load.rows + load.reduce,
+        weights=load.weights,
+        both=(largest(alone, rows) if dual else alone + rows) + 2 * load.reduce,
+    )
+    computing, reducing = number * alone, 2 * number * load.reduce
+    dispatching = schedule_seconds(layout.schedule, sizes.pipeline, number, chunks) - computing - reducing
+    bubble = bubble_seconds(layout.schedule, sizes.pipeline, chunks)
+    exchange = load.exchange if layout.zero < 2 else largest(SECONDS(0), load.exchange - computing)
+    return computing, dispatching, reducing, bubble, exchange
+
+
+def _without(one_node: bool, layout: Layout, sizes: LayoutFigures, load: _Load, update: Seconds) -> tuple[Seconds, ...]:
+    """Return the time of a step without each resource; all GPUs are of one node or of several."""
+    none = SECONDS(0)
+    links = replace(load, rows=load.within, exchange=load.exchange if one_node else none)
+    inside = replace(load, rows=load.between, reduce=none, exchange=none if one_node else load.exchange)
+    whole, alone = _parts(layout, sizes, load), replace(load, forward=none, backward=none, weights=none)
+    left = [total((*_parts(layout, sizes, changed), update)) for changed in (alone, links, inside)]
+    left += [total((*whole[:3], whole[4], update)), total(whole)]
+    names = ("computing", "links_between", "links_within", "bubble", "update")
+    title = "Time of a step if {} took no time"
+    pairs = zip(names, left, strict=True)
+    return tuple(t.named(f"step_without_{name}", title.format(name.replace("_", " "))) for name, t in pairs)
 
 
 def _reduce_seconds(

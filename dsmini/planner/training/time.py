@@ -1,4 +1,4 @@
-"""Time and cost of training at a utilization: the share of the peak that a whole step reaches, often called MFU.
+"""Time and cost of training from the time of a step. A utilization (MFU) is the share of the peak that it reaches.
 
     step              tokens of a step * operations of a token / (GPUs * peak * utilization)
     tokens a day      tokens of a step / step * 86400
@@ -21,14 +21,14 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.parameters import ModelFigures
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Count, Dollars, Flops, FlopsPerSecond, Seconds, Tokens, TokensPerSecond
-from dsmini.planner.training.assumptions import DAY, HOUR, TRILLION, Assumptions
-from dsmini.planner.training.layout import Layout, LayoutFigures
+from dsmini.planner.training.assumptions import DAY, HOUR, TRILLION
+from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingTime(Figures):
-    """Time and cost of a training run at a utilization."""
+    """Time and cost of a training run."""
 
     step_tokens: Tokens
     step_flops: Flops
@@ -60,20 +60,11 @@ def model_peak(layout: Layout, hardware: Hardware) -> FlopsPerSecond:
     return hardware.peak("float32" if layout.precision == "fp32" else "bfloat16")
 
 
-def training_time(
-    model: ModelFigures,
-    hardware: Hardware,
-    layout: Layout,
-    sizes: LayoutFigures,
-    workload: Workload,
-    assumptions: Assumptions,
-) -> TrainingTime:
-    """Return time and cost at the assumed utilization."""
-    source = "INS, table 4"
+def step_work(model: ModelFigures, workload: Workload) -> tuple[Tokens, Flops]:
+    """Return the tokens and the operations of a step."""
     tokens = (workload.batch * workload.seq_len).named("step_tokens", "Tokens of a step", "V3, section 4.2")
     flops = (model.operations.training_flops * tokens).named("step_flops", "Operations of a step", "INS, table 2")
-    step = flops / (sizes.gpus * model_peak(layout, hardware) * assumptions.utilization)
-    return rates(hardware, sizes.gpus, workload, tokens, flops, step.named("step_seconds", "Time of a step", source))
+    return tokens, flops
 
 
 def rates(

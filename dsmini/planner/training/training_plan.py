@@ -20,7 +20,7 @@ from dsmini.planner.training.layout import Layout, LayoutFigures, check_layout, 
 from dsmini.planner.training.memory import TrainingMemory, training_memory
 from dsmini.planner.training.one_process import OneProcessMemory, one_process_memory
 from dsmini.planner.training.step import StepFigures, step_figures
-from dsmini.planner.training.time import TrainingTime, training_time
+from dsmini.planner.training.time import TrainingTime, rates, step_work
 from dsmini.planner.training.workload import Workload
 
 
@@ -48,6 +48,8 @@ class TrainingPlan(Figures):
     """Memory of the GPUs of a cluster; None for a layout of one GPU."""
     process: OneProcessMemory | None
     """Memory of one process, for a layout of one GPU."""
+    memory_needed: Bytes
+    """Memory of the GPU that holds most, a lower bound."""
     memory_free: Bytes
     """Memory of the hardware without what the fullest GPU needs; negative where the model does not fit."""
     time: TrainingTime
@@ -57,18 +59,14 @@ class TrainingPlan(Figures):
     step: StepFigures
 
     @property
-    def memory_needed(self) -> Bytes:
-        """Memory of the GPU that holds most, a lower bound."""
-        found = self.process.total if self.process is not None else None
-        if found is None:
-            assert self.memory is not None, "a plan has the memory of one process or of GPUs"
-            found = self.memory.memory_needed
-        return found
-
-    @property
     def fits(self) -> bool:
         """True if every GPU has the memory. The need is a lower bound, so leave room."""
         return self.memory_free.value >= 0
+
+    @property
+    def is_slowed(self) -> bool:
+        """True if time and cost are by the parts of a step, since these take longer than the assumed utilization."""
+        return self.time.step_seconds.value > self.step.assumed_step.value
 
 
 def training_plan(
@@ -95,20 +93,18 @@ def plan_unchecked(
     assumptions: Assumptions,
     model: ModelFigures | None = None,
 ) -> TrainingPlan:
-    """Return the plan of a layout that was checked.
-
-    Args:
-        model: the model's figures, if they are there already.
-    """
+    """Return the plan of a layout that was checked; `model` are the model's figures if they are there already."""
     model = model or model_figures(m, workload.seq_len)
     sizes = layout_figures(layout, m, workload)
     memory = training_memory(m, model, layout, sizes)
     process = one_process_memory(m, model, layout, sizes.micro_batch) if layout.gpus == 1 else None
-    time = training_time(model, hardware, layout, sizes, workload, assumptions)
+    tokens, flops = step_work(model, workload)
     dispatch = None
     if layout.expert > 1:
         dispatch = dispatch_figures(m, hardware, sizes.expert, "fp8" if layout.precision == "fp8" else "bf16")
     needed = process.total if process is not None else memory.memory_needed
+    step = step_figures(m, model, hardware, layout, sizes, memory, dispatch, flops, assumptions)
+    time = rates(hardware, sizes.gpus, workload, tokens, flops, step.step)
     return TrainingPlan(
         layout=layout,
         workload=workload,
@@ -117,11 +113,12 @@ def plan_unchecked(
         sizes=sizes,
         memory=memory if process is None else None,
         process=process,
+        memory_needed=needed,
         memory_free=(hardware.memory - needed).named("memory_free", "Memory of a GPU that is left"),
         time=time,
         dispatch=dispatch,
         link=None if dispatch is None else _link_load(hardware, model, sizes, time, dispatch),
-        step=step_figures(m, model, hardware, layout, sizes, memory, dispatch, time, assumptions),
+        step=step,
     )
 
 
