@@ -60,14 +60,13 @@ MAY_IMPORT = {
         "dsmini.diagnosis.watch",
     },
     "dsmini.generate": {
-        *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"),
-        *("dsmini.machine", "dsmini.measure.calibration"),
+        *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text", "dsmini.machine"),
+        "dsmini.measure.calibration",
     },
     "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.convert": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console"),
-        *("dsmini.nn", "dsmini.ops"),
-        "dsmini.text",
+        *("dsmini.nn", "dsmini.ops", "dsmini.text"),
     },
     "dsmini.explain": {"dsmini.console", "dsmini.ops"},
     "dsmini.plan": {"dsmini.console", "dsmini.planner"},
@@ -75,11 +74,16 @@ MAY_IMPORT = {
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
-        *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.ops"),
-        *("dsmini.text.tokenizer", "dsmini.training"),
+        *("dsmini.distributed", "dsmini.functional", "dsmini.inference", "dsmini.machine", "dsmini.nn"),
+        *("dsmini.ops", "dsmini.text.tokenizer", "dsmini.training"),
     },
+    "dsmini.distributed": {
+        *("dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.distributed"),
+        *("dsmini.functional", "dsmini.machine", "dsmini.nn", "dsmini.numerics", "dsmini.ops", "dsmini.report"),
+    },
+    "dsmini.distributed.world": set(),
     "dsmini.training.optim": {
-        *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon"),
+        *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon")
     },
     "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.adamw": set(),
@@ -100,13 +104,8 @@ MAY_IMPORT = {
     },
     **{
         f"dsmini.planner.{room}": {
-            *(
-                "dsmini.accounting",
-                "dsmini.config",
-                "dsmini.console.commandline",
-                "dsmini.report",
-                "dsmini.planner.hardware",
-            ),
+            *("dsmini.accounting", "dsmini.config", "dsmini.console.commandline", "dsmini.report"),
+            "dsmini.planner.hardware",
             *(f"dsmini.planner.{other}" for other in (*below, room)),
         }
         for room, below in {
@@ -280,7 +279,7 @@ ROOM_LINES = {
     "dsmini/functional": 1700,
     "dsmini/inference": 1430,
     "dsmini/measure": 2225,
-    "dsmini/nn": 2180,
+    "dsmini/nn": 2200,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
+from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.ranks import Ranks
+from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, max_violation
 from dsmini.training.average import ParameterAverage
@@ -51,9 +54,21 @@ class StepResult:
 
 
 class Trainer:
-    """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop."""
+    """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop.
 
-    def __init__(self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device) -> None:
+    Args:
+        ranks: the processes that train together, each with its part of the model and of the batch; None: this one.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        config: RunConfig,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
         self.optimizers = optimizers(model, config.train, model.compute_dtype or torch.float32)
         decay = config.train.ema_decay
@@ -71,6 +86,28 @@ class Trainer:
             "optimizer": optimizer_state(self.optimizers, self.model.named_parameters()),
         }
         return parts if self.average is None else {**parts, "average": self.average.tensors}
+
+    def pieces(self, tensors: Tensors) -> dict[str, dict[str, HeldRows]]:
+        """Return which piece each tensor of `tensors` is of the whole run's."""
+        named = dict(self.model.named_parameters())
+
+        def piece(name: str, tensor: Tensor) -> HeldRows:
+            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            alike = parameter is not None and parameter.shape == tensor.shape
+            return self.ranks.piece(parameter if alike and parameter is not None else tensor)
+
+        return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
+
+    def mine(self, tensors: Tensors) -> Tensors:
+        """Return this rank's pieces of the tensors of a whole run."""
+        named = dict(self.model.named_parameters())
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            piece = None if parameter is None else self.ranks.piece(parameter)
+            return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
+
+        return {part: {name: cut(name, t) for name, t in of.items()} for part, of in tensors.items()}
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
@@ -98,7 +135,8 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * share
         rows = batch_size(self.steps_done, train)
         sums, counts, waited = self.forward_backward(rows)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
+        self.ranks.sum_gradients(self.model.parameters())
+        norm = self.ranks.clip(self.model.parameters(), train.grad_clip)
         finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
         if finite:
             for optimizer in self.optimizers:
@@ -130,14 +168,19 @@ class Trainer:
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over the step's batch.
+        """Add up the gradients of the mean loss over this rank's part of the step's batch.
 
-        Return the mean losses [main, mtp, balance], the summed loads, and the seconds of waiting for the batch.
+        Return the mean losses [main, mtp, balance] and the summed loads of the whole batch, and the seconds of waiting
+        for this rank's part.
         """
         train = self.config.train
         start = time.perf_counter()
         tokens, targets = self.loader.take(self._requests(rows))
         waited = time.perf_counter() - start
+        parts = train.grad_accum * self.ranks.place.parts
+        counted = (targets != IGNORE).sum()
+        self.ranks.sum_parts(counted)
+        n_targets = (counted.clamp(min=1) / parts).to(self.device)
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
         for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
@@ -149,12 +192,14 @@ class Trainer:
                 balance_alpha=train.balance_alpha,
                 balance_counts=train.balance_counts,
                 recompute=train.recompute,
+                n_targets=n_targets,
             )
-            (losses.total / train.grad_accum).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / train.grad_accum
+            (losses.total / parts).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / parts
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load
+        self.ranks.sum_parts(sums, *([] if counts is None else [counts]))
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
@@ -167,7 +212,7 @@ class Trainer:
         for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
             first, before = requests[-1]
             requests.append((first + before, batch_size(step, self.config.train)))
-        return requests
+        return [self.ranks.share(*request) for request in requests]
 
     @torch.no_grad()
     def validate(
@@ -183,19 +228,22 @@ class Trainer:
             on_part: told the share that is done. An exception that it raises ends the validation.
         """
         windows = windows or self.corpus.windows(self.config.seq_len)
+        mine, real = windows.share(self.ranks.place.part, self.ranks.place.parts)
         rows = max(1, tokens_at_a_time // windows.seq_len)
         total = torch.zeros((), dtype=torch.float64)
         done = 0
         self.model.eval()
         try:
-            for tokens, targets in windows.blocks(rows):
-                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
-                targets = targets.to(self.device).flatten()
-                total += self.model.cross_entropy(hidden, targets).double().cpu()
+            for tokens, targets in mine.blocks(rows):
+                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens))
+                counted = max(0, min(len(tokens), real - done))
+                targets = targets[:counted].to(self.device).flatten()
+                total += self.model.cross_entropy(hidden[:counted].flatten(0, 1), targets).double().cpu()
                 done += len(tokens)
-                on_part(done / len(windows))
+                on_part(done / len(mine))
         finally:
             self.model.train()
+        self.ranks.sum_parts(total)
         return total.item() / windows.tokens
 
     @contextmanager
