@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed import data_parallel
 from dsmini.distributed.exchange import SentBytes
 from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
-from dsmini.distributed.pieces import HeldRows, whole
+from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Place, Ranks
+from dsmini.distributed.sharded_muon import muon_update_divided
+from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
-from dsmini.nn.experts import Experts
 
 BUCKET = 1 << 23
 """Numbers of gradients that are summed in one message."""
@@ -46,6 +48,8 @@ class Mesh(Ranks):
         self.parts = self.parts_mesh.get_group()
         self.traffic, self.slow_traffic = SentBytes(), SentBytes()
         """Bytes of the expert exchange inside a node, or of all where there is one; between nodes."""
+        self.zero = 0
+        """parallel.zero, where there is something to divide."""
         self.own_experts: set[Tensor] = set()
         """Parameters that only the ranks of `dp` hold alike."""
 
@@ -57,8 +61,20 @@ class Mesh(Ranks):
         for moe in moe_layers(model):
             keep_own_experts(moe, self.place.ep, self.config.ep)
             moe.exchange = exchange
-            assert isinstance(moe.experts, Experts)
-            self.own_experts |= set(moe.experts.parameters())
+        self._note_experts(model)
+
+    def _note_experts(self, model: nn.Module) -> None:
+        self.own_experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
+
+    def shard(self, model: Transformer) -> None:
+        """Divide parameters and optimizer state as parallel.zero says."""
+        if self.config.zero and self.place.parts > 1:
+            self.zero = self.config.zero
+            blocks: list[nn.Module] = [*model.layers, *model.mtp]
+            dp = self.device_mesh["dp"] if self.config.ep > 1 else None
+            data_parallel.shard(model, blocks, self.zero, self.parts_mesh, dp)
+            if self.config.ep > 1:
+                self._note_experts(model)
 
     def _exchange(self) -> ExpertExchange | TwoHopExchange:
         nodes, ep = self.config.nodes, self.config.ep
@@ -77,35 +93,68 @@ class Mesh(Ranks):
         inside, between = groups[tuple(by_node[node].tolist())], groups[tuple(by_node[:, number].tolist())]
         return TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
 
+    def local(self, tensor: Tensor) -> Tensor:
+        return data_parallel.local(tensor)
+
+    def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
+        return data_parallel.divided_like(parameter, part)
+
+    def muon_update(self, *args: Any, **kwargs: Any) -> None:
+        (muon_update_divided if self.zero else muon_update)(*args, **kwargs)
+
+    def begin_part(self, model: nn.Module, last: bool) -> None:
+        if self.zero:
+            data_parallel.set_last_part(model, self.zero, last)
+
+    def changed(self, model: nn.Module) -> None:
+        if self.zero:
+            data_parallel.reshard(model)
+
     def sum_parts(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             if self.place.parts > 1:
                 dist.all_reduce(tensor, group=self.parts)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self.zero:  # FSDP2 has summed them
+            return
         with_gradient = [p for p in parameters if p.grad is not None]
         for group, own in ((self.parts, False), (self.dp, True)):
             if dist.get_world_size(group) > 1:
                 sum_in_buckets([p.grad for p in with_gradient if (p in self.own_experts) == own], group)
 
     def piece(self, parameter: Tensor) -> HeldRows:
-        if parameter not in self.own_experts:
-            return whole(parameter)
-        rows = parameter.shape[0]
-        return HeldRows(shape=(rows * self.config.ep, *parameter.shape[1:]), first=self.place.ep * rows, rows=rows)
+        first, rows = data_parallel.first_row(parameter)
+        shape, here = tuple(parameter.shape), self.local(parameter)
+        if parameter in self.own_experts:
+            first, shape = first + self.place.ep * rows, (rows * self.config.ep, *shape[1:])
+        return HeldRows(shape=shape, first=first, rows=here.shape[0] if here.dim() else 1)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        own = [p.grad for p in parameters if p.grad is not None and p in self.own_experts]
-        rest = [p.grad for p in parameters if p.grad is not None and p not in self.own_experts]
-        norm = get_total_norm(rest, foreach=True)
-        if self.own_experts:
-            experts = get_total_norm(own, foreach=True).square()
-            dist.all_reduce(experts, group=self.ep)
-            norm = (norm.square() + experts).sqrt()
+        own = [self.local(p.grad) for p in parameters if p.grad is not None and p in self.own_experts]
+        rest = [self.local(p.grad) for p in parameters if p.grad is not None and p not in self.own_experts]
+        if not self.zero and self.config.ep == self.config.pp == 1:
+            return get_total_norm(rest, foreach=True)
+        squares = get_total_norm(rest, foreach=True).square(), get_total_norm(own, foreach=True).square()
+        # the ranks that hold different gradients: without ZeRO all hold the same but their experts
+        group = self.parts if self.zero else self.ep
+        divided = squares[0] + squares[1] if self.zero else squares[1]
+        dist.all_reduce(divided, group=group)
+        squared = divided if self.zero else squares[0] + divided
         if self.config.pp > 1:
-            squared = norm.square()
             dist.all_reduce(squared, group=self.pp)
-            norm = squared.sqrt()
+        return squared.sqrt()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        with_gradient = [p for p in parameters if p.grad is not None]
+        norm = self.gradient_norm(with_gradient)
+        if not self.zero:
+            clip_grads_with_norm_(with_gradient, max_norm, norm, foreach=True)
+            return norm
+        share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for p in with_gradient:
+            assert p.grad is not None
+            self.local(p.grad).mul_(share)
         return norm
 
 
@@ -128,3 +177,4 @@ def divide(model: Transformer, ranks: Ranks) -> None:
     """Leave of a whole model what this rank holds."""
     if isinstance(ranks, Mesh):
         ranks.divide_experts(model)
+        ranks.shard(model)

@@ -12,11 +12,13 @@ No mean is taken anywhere. The loss is divided once, by what the whole step has 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dsmini.distributed.pieces import HeldRows, whole
+from dsmini.functional.muon import muon_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,24 @@ class Ranks:
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm of the gradients of the whole model, of which each parameter counts once."""
         return get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor that this rank holds, sharing its memory."""
+        return tensor
+
+    def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """Return this rank's part of a tensor that belongs to a parameter, as its optimizer wants it."""
+        return part
+
+    def muon_update(self, *args: Any, **kwargs: Any) -> None:
+        """Compute `muon_update`."""
+        muon_update(*args, **kwargs)
+
+    def begin_part(self, model: nn.Module, last: bool) -> None:
+        """Prepare the forward and backward of a part of the step's batch."""
+
+    def changed(self, model: nn.Module) -> None:
+        """Forget copies of parameters, which were changed outside of a step."""
 
     def piece(self, parameter: Tensor) -> HeldRows:
         """Return which piece of the whole model's parameter this rank holds."""

@@ -70,9 +70,10 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
-        self.optimizers = optimizers(model, config.train, model.compute_dtype or torch.float32)
+        dtype = model.compute_dtype or torch.float32
+        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update)
         decay = config.train.ema_decay
-        self.average = None if decay is None else ParameterAverage(model.named_parameters(), decay)
+        self.average = None if decay is None else ParameterAverage(self._here(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
@@ -81,11 +82,17 @@ class Trainer:
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
+        local = self.ranks.local
+        state = optimizer_state(self.optimizers, self.model.named_parameters())
         parts = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizers, self.model.named_parameters()),
+            "model": {name: local(t) for name, t in self.model.state_dict().items()},
+            "optimizer": {name: local(t) for name, t in state.items()},
         }
         return parts if self.average is None else {**parts, "average": self.average.tensors}
+
+    def _here(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts of the parameters that are on this rank."""
+        return ((name, self.ranks.local(p)) for name, p in self.model.named_parameters())
 
     def pieces(self, tensors: Tensors) -> dict[str, dict[str, HeldRows]]:
         """Return which piece each tensor of `tensors` is of the whole run's."""
@@ -93,7 +100,7 @@ class Trainer:
 
         def piece(name: str, tensor: Tensor) -> HeldRows:
             parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
-            alike = parameter is not None and parameter.shape == tensor.shape
+            alike = parameter is not None and self.ranks.local(parameter).shape == tensor.shape
             return self.ranks.piece(parameter if alike and parameter is not None else tensor)
 
         return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
@@ -111,16 +118,20 @@ class Trainer:
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
-        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        want = {name: self.ranks.local(t) for name, t in self.model.state_dict().items()}
+        check_tensors(tensors["model"], want, "model.safetensors")
+        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.local)
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        _copy({name: self.ranks.local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
+        self.ranks.changed(self.model)
+        load_optimizer_state(
+            tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.divided_like
+        )
         if self.average is not None:
             self.average.load(tensors["average"], average_updates)
         self.steps_done, self.sequences = steps_done, sequences
@@ -145,7 +156,7 @@ class Trainer:
             for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
-                self.average.update(self.model.named_parameters())
+                self.average.update(self._here())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
@@ -183,7 +194,9 @@ class Trainer:
         n_targets = (counted.clamp(min=1) / parts).to(self.device)
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
-        for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
+        pairs = list(zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True))
+        for number, (x, y) in enumerate(pairs, 1):
+            self.ranks.begin_part(self.model, last=number == len(pairs))
             losses = self.losses(
                 x.to(self.device),
                 y.to(self.device),
@@ -250,13 +263,15 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Put the average in place of the model's parameters, which come back bitwise afterwards."""
         assert self.average is not None, "there is no average: ema_decay is None"
-        named = dict(self.model.named_parameters())
+        named = dict(self._here())
         live = {name: p.detach().clone() for name, p in named.items()}
         _copy(named, self.average.tensors)
+        self.ranks.changed(self.model)
         try:
             yield
         finally:
             _copy(named, live)
+            self.ranks.changed(self.model)
 
 
 @torch.no_grad()

@@ -59,6 +59,21 @@ def test_recompute_parts_and_muon_equal_one_process() -> None:
     assert_alike(run_ranks(4, train, {"ep": 2}, None, options, STEPS)[0], one_process(train=options))
 
 
+@pytest.mark.parametrize(
+    ("n", "parallel", "options"),
+    [
+        (2, {"dp": 2, "zero": 3}, {"optimizer": "muon"}),
+        (4, {"dp": 4, "zero": 1}, {"grad_accum": 2}),
+        (4, {"dp": 4, "zero": 2}, {"grad_accum": 2, "optimizer": "muon"}),
+        (4, {"ep": 2, "zero": 3}, {"optimizer": "muon", "ema_decay": 0.9}),
+        (4, {"ep": 4, "zero": 3}, {"recompute": True, "moments": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_divided_state_equals_one_process(n: int, parallel: dict[str, Any], options: dict[str, Any]) -> None:
+    assert_alike(run_ranks(n, train, parallel, None, options, STEPS)[0], one_process(train=options))
+
+
 def test_two_runs_of_a_layout_have_the_same_bits() -> None:
     a, b = (run_ranks(4, train, {"ep": 2}, None, None, 3)[0] for _ in range(2))
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
