@@ -16,7 +16,7 @@ QUICK = "--quick --rounds 5"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a text, a config, and an unfinished, a finished and a damaged run."""
     folder = tmp_path_factory.mktemp("place")
-    begin(folder, "unfinished", "finished", "damaged")
+    begin(folder, "finished", "unfinished", "damaged")
     (folder / "lost.toml").write_text(SMALL.replace("text.txt", "lost.txt"))
     (folder / "odd.toml").write_text("[model]\nn_headz = 3\n")
     (folder / "unfinished" / "summary.json").unlink()
@@ -80,5 +80,5 @@ def test_intervention_that_does_not_apply_says_why(place: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_whole_rounds(place: Path) -> None:
-    record = interrupted("small.toml", place, 7)
+    record = interrupted("small.toml --only replay dense_active", place, 7)
     assert record["stopped"] and record["gains"]["replay"]["rounds"] >= 7

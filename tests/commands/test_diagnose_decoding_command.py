@@ -75,5 +75,5 @@ def test_mistake_is_one_sentence(place: Path, line: str, words: str) -> None:
 
 
 def test_ctrl_c_keeps_the_whole_rounds(place: Path) -> None:
-    record = interrupted("small.toml --work decode", place, 7)
+    record = interrupted("small.toml --work decode --only free_cache dense_active", place, 7)
     assert record["stopped"] and record["gains"]["free_cache"]["rounds"] >= 7

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ threads = 1
 """
 
 
-def begin(folder: Path, *runs: str) -> None:
-    """Write a text and small.toml into a folder, and finish a run of each name there."""
+def begin(folder: Path, finished: str, *copies: str) -> None:
+    """Write a text and small.toml into a folder, finish a run there, and copy it under other names."""
     (folder / "text.txt").write_text("".join(f"line {i * i % 997} of the text\n" for i in range(4000)))
     (folder / "small.toml").write_text(SMALL)
     (folder / "empty").mkdir()
-    for name in runs:
-        line = f"dsmini.train {TINY} --data.path text.txt --train.steps 4 --out {name}"
-        assert run(line, folder).returncode == 0
+    assert run(f"dsmini.train {TINY} --data.path text.txt --train.steps 4 --out {finished}", folder).returncode == 0
+    for name in copies:
+        shutil.copytree(folder / finished, folder / name)
 
 
 def files(folder: Path) -> dict[str, str]:
