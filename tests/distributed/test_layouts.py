@@ -66,7 +66,7 @@ def test_recompute_parts_and_muon_equal_one_process() -> None:
         (4, {"dp": 4, "zero": 1}, {"grad_accum": 2}),
         (4, {"dp": 4, "zero": 2}, {"grad_accum": 2, "optimizer": "muon"}),
         (4, {"ep": 2, "zero": 3}, {"optimizer": "muon", "ema_decay": 0.9}),
-        (4, {"ep": 4, "zero": 3}, {"recompute": True, "moments": "bfloat16"}),
+        (4, {"ep": 4, "zero": 3}, {"recompute": True, "balance_counts": "routed"}),
     ],
     ids=str,
 )
