@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
+from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Ranks
 from dsmini.functional.cross_entropy import IGNORE
@@ -74,7 +75,7 @@ class Trainer:
         self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
-        self.losses = torch.compile(model.losses) if config.train.compile else model.losses
+        self.passes = self.ranks.passes(model, config.train.compile)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
@@ -114,7 +115,15 @@ class Trainer:
             piece = None if parameter is None else self.ranks.piece(parameter)
             return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
 
-        return {part: {name: cut(name, t) for name, t in of.items()} for part, of in tensors.items()}
+        elsewhere = self.ranks.elsewhere
+        return {
+            part: {
+                name: cut(name, t)
+                for name, t in of.items()
+                if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
+            }
+            for part, of in tensors.items()
+        }
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
@@ -153,7 +162,8 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
             speed = bias_speed(self.steps_done, train)
-            for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
+            loads = [] if counts is None else self.passes.own_counts(counts)
+            for gate, load in zip(self.model.gates(), loads, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
@@ -191,33 +201,27 @@ class Trainer:
         parts = train.grad_accum * self.ranks.place.parts
         counted = (targets != IGNORE).sum()
         self.ranks.sum_parts(counted)
-        n_targets = (counted.clamp(min=1) / parts).to(self.device)
-        sums = torch.zeros(3, device=self.device)
-        counts: Tensor | None = None
-        pairs = list(zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True))
-        for number, (x, y) in enumerate(pairs, 1):
-            self.ranks.begin_part(self.model, last=number == len(pairs))
-            losses = self.losses(
-                x.to(self.device),
-                y.to(self.device),
-                documents=self._documents(x),
-                mtp_weight=mtp_weight(self.steps_done, train),
-                balance_alpha=train.balance_alpha,
-                balance_counts=train.balance_counts,
-                recompute=train.recompute,
-                n_targets=n_targets,
-            )
-            (losses.total / parts).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / parts
-            if losses.routing:
-                load = torch.stack([routing.counts for routing in losses.routing])
-                counts = load if counts is None else counts + load
+        batch = StepBatch(
+            tokens=tokens,
+            targets=targets,
+            documents=self._documents(tokens),
+            accumulate=train.grad_accum,
+            parts=parts,
+            n_targets=(counted.clamp(min=1) / parts).to(self.device),
+            options={
+                "mtp_weight": mtp_weight(self.steps_done, train),
+                "balance_alpha": train.balance_alpha,
+                "balance_counts": train.balance_counts,
+                "recompute": train.recompute,
+            },
+        )
+        sums, counts = self.passes.train(batch, self.device)
         self.ranks.sum_parts(sums, *([] if counts is None else [counts]))
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
         """Return the documents to mask from each other; None without such a mask."""
-        return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
+        return self.corpus.documents(tokens) if self.config.data.document_mask else None
 
     def _requests(self, rows: int) -> list[tuple[int, int]]:
         """Return the sequences of this step, and of those that the workers prepare at the same time."""
@@ -248,15 +252,17 @@ class Trainer:
         self.model.eval()
         try:
             for tokens, targets in mine.blocks(rows):
-                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens))
                 counted = max(0, min(len(tokens), real - done))
-                targets = targets[:counted].to(self.device).flatten()
-                total += self.model.cross_entropy(hidden[:counted].flatten(0, 1), targets).double().cpu()
+                inputs = (tokens, targets[:counted], self._documents(tokens))
+                x, y, documents = (None if t is None else t.to(self.device) for t in inputs)
+                assert x is not None and y is not None
+                total += self.passes.score(x, y, documents).double().cpu()
                 done += len(tokens)
                 on_part(done / len(mine))
         finally:
             self.model.train()
         self.ranks.sum_parts(total)
+        self.ranks.sum_stages(total)
         return total.item() / windows.tokens
 
     @contextmanager
