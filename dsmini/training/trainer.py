@@ -128,7 +128,7 @@ class Trainer:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
         _copy({name: self.ranks.local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
-        self.ranks.changed(self.model)
+        self.ranks.release(self.model)
         load_optimizer_state(
             tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.divided_like
         )
@@ -256,6 +256,7 @@ class Trainer:
                 on_part(done / len(mine))
         finally:
             self.model.train()
+            self.ranks.release(self.model)
         self.ranks.sum_parts(total)
         return total.item() / windows.tokens
 
@@ -266,12 +267,12 @@ class Trainer:
         named = dict(self._here())
         live = {name: p.detach().clone() for name, p in named.items()}
         _copy(named, self.average.tensors)
-        self.ranks.changed(self.model)
+        self.ranks.release(self.model)
         try:
             yield
         finally:
             _copy(named, live)
-            self.ranks.changed(self.model)
+            self.ranks.release(self.model)
 
 
 @torch.no_grad()
