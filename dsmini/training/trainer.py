@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.distributed.ranks import Ranks
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
@@ -94,7 +94,7 @@ class Trainer:
         """Yield the parts of the parameters that are on this rank."""
         return ((name, self.ranks.local(p)) for name, p in self.model.named_parameters())
 
-    def pieces(self, tensors: Tensors) -> dict[str, dict[str, HeldRows]]:
+    def pieces(self, tensors: Tensors) -> Pieces:
         """Return which piece each tensor of `tensors` is of the whole run's."""
         named = dict(self.model.named_parameters())
 
