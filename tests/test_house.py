@@ -92,6 +92,10 @@ MAY_IMPORT = {
         *("dsmini.functional", "dsmini.inference", "dsmini.machine", "dsmini.measure", "dsmini.nn", "dsmini.numerics"),
         *("dsmini.ops", "dsmini.planner.binding", "dsmini.report", "dsmini.text.tokenizer", "dsmini.training"),
     },
+    "dsmini.distributed": {
+        *("dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.distributed", "dsmini.functional"),
+        *("dsmini.machine", "dsmini.nn", "dsmini.numerics", "dsmini.report"),
+    },
     "dsmini.machine": set(),
     "dsmini.measure": {
         *("dsmini.atomic", "dsmini.checkpoint.slots", "dsmini.config", "dsmini.inference", "dsmini.machine"),
