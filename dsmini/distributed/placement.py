@@ -121,7 +121,7 @@ def _spread(gpus: list[list[int]], share: Sequence[float]) -> None:
         for a, gpu in enumerate(gpus):
             for i in (i for i, x in enumerate(gpu) if x in gpu[:i]):
                 for b, other in enumerate(gpus):
-                    for j in (j for j, y in enumerate(other) if gpu[i] not in other):
+                    for j in (j for j, y in enumerate(other) if gpu[i] not in other and y not in gpu):
                         moved = share[gpu[i]] - share[other[j]]
                         found.append((max(sums[a] - moved, sums[b] + moved), a, i, b, j))
         largest, a, i, b, j = min(found, default=(math.inf, 0, 0, 0, 0))

@@ -118,9 +118,8 @@ def bubble_formula(
 ) -> float:
     """Return the published bubble of a rank, in the unit of the times.
 
-    Times are of one stage, as for `simulate`. With two stages on a rank each takes half as long, and so does the bubble.
-    ZBV has the bubble of ZB1P here, which holds where the three times are equal; DualPipeV that of DualPipe on twice as
-    many ranks.
+    Times are of one stage, as for `simulate`. For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe
+    on twice as many ranks. Both hold where F, I and W are equal; otherwise the simulated bubble may be shorter.
 
     Source: DeepSeek-V3 report, table 2: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W), with PP stages.
     """
@@ -202,7 +201,7 @@ def _answers(command: SchedulesCommand) -> tuple[dict[str, Any], dict[str, Timel
     found: dict[str, Any] = {}
     lines: dict[str, Timeline] = {}
     for name, chunks in CHUNKS.items():
-        times = [t / chunks for t in (command.forward, command.backward_input, command.backward_weight)]
+        times = command.forward / chunks, command.backward_input / chunks, command.backward_weight / chunks
         overlap = None if command.overlap is None else command.overlap / chunks
         try:
             program = programs(name, command.ranks, command.microbatches)
