@@ -104,13 +104,8 @@ MAY_IMPORT = {
     },
     **{
         f"dsmini.planner.{room}": {
-            *(
-                "dsmini.accounting",
-                "dsmini.config",
-                "dsmini.console.commandline",
-                "dsmini.report",
-                "dsmini.planner.hardware",
-            ),
+            *("dsmini.accounting", "dsmini.config", "dsmini.console.commandline"),
+            *("dsmini.report", "dsmini.planner.hardware"),
             *(f"dsmini.planner.{other}" for other in (*below, room)),
         }
         for room, below in {

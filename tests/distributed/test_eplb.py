@@ -154,6 +154,8 @@ def test_two_copies_on_one_gpu_are_counted_and_spread() -> None:
     plain, spread = (place_experts(loads, 32, 1, 1, 4, spread=on) for on in (False, True))
     assert count_duplicates(plain, 4).mean() > 1.5, "the published heuristic does it"
     assert count_duplicates(spread, 4).mean() < 0.3
+    largest_plain, largest_spread = (balance(loads, placed, 4).after for placed in (plain, spread))
+    assert (largest_spread <= largest_plain * (1 + 1e-13)).all()
 
 
 def test_balance_by_hand_on_other_loads() -> None:
