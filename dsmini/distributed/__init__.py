@@ -1,1 +1,1 @@
-"""Training and inference by several processes: layouts, the balance of experts over GPUs, schedules of a pipeline."""
+"""Training and inference in more than one process, on torch.distributed. A single process imports none of it."""
