@@ -1,0 +1,1 @@
+"""More than one process: layouts over ranks, and training that survives failures."""
