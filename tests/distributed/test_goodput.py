@@ -203,6 +203,28 @@ def test_redone_steps_are_lost_and_counted_once() -> None:
     assert got.restart_seconds == 7 + 4, "the first start is not the cost of a failure"
 
 
+def test_rewound_steps_are_lost_before_any_is_redone() -> None:
+    log = [event("started", 0, 0), *(event("step", step, step, seconds=1) for step in (1, 2, 3))]
+    got = goodput_of([*log, event("rewound", 5, 1, seconds=2)])
+    assert seconds(got) == {"productive": 1, "lost": 2, "restoring": 2}
+    assert (got.steps, got.lost_steps, got.failures) == (1, 2, 0)
+
+
+def test_attempt_without_a_step_only_restores() -> None:
+    log = [event("started", 0, 0), event("restored", 2, 0, seconds=1), event("failed", 5, 0)]
+    got = goodput_of([*log, event("started", 6, 0, 2), event("step", 9, 1, 2, seconds=1)])
+    assert seconds(got) == {"restoring": 5 + 2, "down": 1, "productive": 1}
+    assert got.restart_seconds == 1 + 2
+
+
+def test_save_in_the_background_blocked_before_it_began() -> None:
+    log = [event("started", 0, 0), event("step", 1, 1, seconds=1), event("step", 4, 2, seconds=2)]
+    got = goodput_of([*log, event("saved", 6, 1, seconds=0.5, background=4), event("step", 8, 3, seconds=3)])
+    places = [(span.start / 1e6, span.end / 1e6, span.kind) for span in got.spans]
+    assert (1.5, 2, "saving") in places, "it blocked until 6 - 4 s"
+    assert seconds(got) == {"productive": 6, "saving": 0.5, "other": 1.5}
+
+
 def test_clock_that_steps_back_costs_no_time() -> None:
     got = goodput_of(
         [
