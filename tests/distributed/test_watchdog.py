@@ -143,6 +143,11 @@ def test_lowest_rank_that_lives_names_rank_0() -> None:
         assert {(one.kind, one.rank, one.speaker) for one in stalls(pipes, [1, 2])} == {("silent", 0, 1)}
 
 
+def test_next_rank_watches_once_rank_0_has_ended() -> None:
+    with ranks(end_at_once, wait_for_ever, stop) as (_, pipes):
+        assert [(one.kind, one.rank, one.speaker) for one in stalls(pipes, [1])] == [("silent", 2, 1)]
+
+
 def test_killed_rank_is_named() -> None:
     with ranks(wait_for_ever, die) as (_, pipes):
         assert [(one.kind, one.rank) for one in stalls(pipes, [0])] == [("silent", 1)]
