@@ -78,10 +78,7 @@ MAY_IMPORT = {
         *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.ops"),
         *("dsmini.text.tokenizer", "dsmini.training"),
     },
-    "dsmini.distributed": {
-        *("dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.distributed", "dsmini.functional"),
-        *("dsmini.machine", "dsmini.nn", "dsmini.numerics", "dsmini.report"),
-    },
+    "dsmini.distributed": {"dsmini.atomic", "dsmini.console", "dsmini.distributed", "dsmini.report"},
     "dsmini.training.optim": {
         *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon"),
     },

@@ -74,7 +74,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sign:
+class SignOfLife:
     """The knowledge of one rank about another."""
 
     heartbeat: Heartbeat | None
@@ -129,7 +129,7 @@ class Stall:
                 return f"all ranks have waited inside a collective for {time}; {who} is the odd one: {at}"
 
 
-def find_stall(signs: Mapping[int, Sign], limits: Limits, speaker: int) -> Stall | None:
+def find_stall(signs: Mapping[int, SignOfLife], limits: Limits, speaker: int) -> Stall | None:
     """Return why the run stands still, or None if it does not.
 
     Args:
@@ -156,12 +156,12 @@ def find_stall(signs: Mapping[int, Sign], limits: Limits, speaker: int) -> Stall
     return _stall("collective", odd, min(beat.still for beat in beats), speaker)
 
 
-def is_silent(sign: Sign, limits: Limits) -> bool:
+def is_silent(sign: SignOfLife, limits: Limits) -> bool:
     """Return whether a rank should have given a sign of life, but has not."""
     return sign.silent > (limits.of("starting") if sign.heartbeat is None else limits.timeout)
 
 
-def has_ended(sign: Sign) -> bool:
+def has_ended(sign: SignOfLife) -> bool:
     """Return whether a rank has closed its watchdog."""
     return sign.heartbeat is not None and sign.heartbeat.phase == ENDED
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from dsmini.distributed.stalls import ENDED, Heartbeat, Limits, Sign, Stall, find_stall, has_ended, is_silent
+from dsmini.distributed.stalls import ENDED, Heartbeat, Limits, SignOfLife, Stall, find_stall, has_ended, is_silent
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -84,7 +84,7 @@ class Watchdog:
         self.lost_store = False
         """True once the store has ended, and the watchdog with it."""
         self._step, self._phase, self._moves, self._waiting = 0, "starting", 0, 0
-        self._signs = {other: Sign(heartbeat=None, silent=0.0) for other in range(world_size)}
+        self._signs = {other: SignOfLife(heartbeat=None, silent=0.0) for other in range(world_size)}
         self._exchanged = 0
         self._still = 0.0
         self._main = threading.main_thread().ident
@@ -162,7 +162,7 @@ class Watchdog:
             waiting=self._waiting > 0 or waits,
             where=where,
         )
-        self._signs[self.rank] = Sign(heartbeat=beat, silent=0.0)
+        self._signs[self.rank] = SignOfLife(heartbeat=beat, silent=0.0)
         self.store.set(str(self.rank), beat.to_json())
 
     def _read(self, passed: float) -> None:
@@ -178,7 +178,7 @@ class Watchdog:
         old = self._signs[other]
         new = Heartbeat.from_json(self.store.get(str(other))) if self.store.check([str(other)]) else None
         silent = old.silent + passed if new == old.heartbeat else 0.0
-        self._signs[other] = Sign(heartbeat=new, silent=silent)
+        self._signs[other] = SignOfLife(heartbeat=new, silent=silent)
 
     def _lives(self, other: int) -> bool:
         sign = self._signs[other]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.distributed.stalls import ENDED, Heartbeat, Limits, Sign, Stall, find_stall
+from dsmini.distributed.stalls import ENDED, Heartbeat, Limits, SignOfLife, Stall, find_stall
 
 LIMITS = Limits(timeout=10, phases={"starting": 100, "saving": 50})
 
@@ -17,7 +17,7 @@ def beat(rank: int, **more: Any) -> Heartbeat:
 
 
 def found(*beats: Heartbeat, silent: dict[int, float] | None = None) -> Stall | None:
-    signs = {one.rank: Sign(heartbeat=one, silent=(silent or {}).get(one.rank, 0.0)) for one in beats}
+    signs = {one.rank: SignOfLife(heartbeat=one, silent=(silent or {}).get(one.rank, 0.0)) for one in beats}
     return find_stall(signs, LIMITS, speaker=0)
 
 
@@ -57,8 +57,8 @@ def test_silent_rank_is_named_first() -> None:
 
 
 def test_rank_that_never_came_has_the_time_of_a_start() -> None:
-    def signs(silent: float) -> dict[int, Sign]:
-        return {0: Sign(heartbeat=beat(0, still=200), silent=0), 1: Sign(heartbeat=None, silent=silent)}
+    def signs(silent: float) -> dict[int, SignOfLife]:
+        return {0: SignOfLife(heartbeat=beat(0, still=200), silent=0), 1: SignOfLife(heartbeat=None, silent=silent)}
 
     assert find_stall(signs(99), LIMITS, 0) is None, "others have to wait for it"
     stall = find_stall(signs(101), LIMITS, 0)
