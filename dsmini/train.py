@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from rich.console import Console
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
 from dsmini.config.old_schedule import without_old_flags
-from dsmini.console.command import run
+from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
-from dsmini.training.origin import RunOrigin, find_origin
+from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
     from dsmini.training.run import TrainingRun
@@ -34,7 +35,8 @@ class TrainCommand(RunConfig):
     """
 
     resume: Path | None = None
-    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it."""
+    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it. "auto"
+    continues the run in --out if one has begun there, and begins it else: for launchers that start it again."""
     init: Path | None = None
     """Start from a DeepSeek or Hugging Face folder or a run, or one of its checkpoints. The new run has its weights,
     model and tokenizer, and the usual recipe. FP8 weights are dequantized."""
@@ -61,6 +63,9 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     origin, command = _read(args)
+    if "auto" in args and is_finished(origin, command.train.steps):
+        say(Console(stderr=True, quiet=not speaks()), f"{origin.resume} is finished")
+        return 0
     import torch
 
     from dsmini import ops
@@ -69,7 +74,7 @@ def main(args: Sequence[str]) -> int:
     from dsmini.training.summary import print_summary
 
     ops.check_forced()
-    console = Console(stderr=command.json)
+    console = Console(stderr=command.json, quiet=not speaks())
     chosen = torch.get_num_threads()
     with started(origin, RunConfig(**_fields(command)), console) as training:
         if training.config.train.diagnose:
@@ -77,11 +82,14 @@ def main(args: Sequence[str]) -> int:
 
             training.watcher = RunWatch(training.trainer.device, chosen)
         folder = training.folder
-        results = _results(training, training.train())
+        complete = training.train()
+        if not speaks():
+            return _status(complete)
+        results = _results(training, complete)
         if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
             say(console, f"Continue with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
-            return 130
+            return _status(complete=False)
     summary, sample = results
     print_summary(console, summary)
     prompt = offered_prompt(training)
@@ -89,6 +97,14 @@ def main(args: Sequence[str]) -> int:
     if command.json:
         print(json.dumps({**summary, "sample": sample}))
     return 0
+
+
+def _status(complete: bool) -> int:
+    """Return the exit status of a run that came to its end, or was stopped and saved.
+
+    torchrun starts all processes again after any status but 0.
+    """
+    return 0 if complete or "TORCHELASTIC_RUN_ID" in os.environ else 130
 
 
 def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], str] | None:
@@ -116,9 +132,12 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")
-    if resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
+    auto = resume == Path("auto")
+    if auto:
+        resume, rest = resume_automatically(rest)
+    elif resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
-    origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True)))
+    origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True, quiet=not speaks())))
     files = [path for path in (resume and resume / "config.toml", file) if path is not None]
     rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+
+# Two pytest processes share two cores. A thread that spins while it waits for another takes the core that this one
+# needs, and a parallel region of microseconds takes milliseconds. OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from hypothesis import settings
 from torch import nn

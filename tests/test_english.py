@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.helpers.english import PROSE, RULES, found, words
+from tests.helpers.english import PLACES, RULES, found, words
 
 PER_10_000_WORDS = 4
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("place", PROSE)
+@pytest.mark.parametrize("place", PLACES)
 def test_prose_is_plain(place: str, rule: str) -> None:
     places = found(place, rule)
     assert len(places) <= max(1, PER_10_000_WORDS * words(place) / 10_000), places

@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,13 @@ MAY_IMPORT = {
         "dsmini.diagnosis.watch",
     },
     "dsmini.generate": {
-        *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text"),
-        *("dsmini.machine", "dsmini.measure.calibration"),
+        *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text", "dsmini.machine"),
+        "dsmini.measure.calibration",
     },
     "dsmini.tokenize": {"dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.data", "dsmini.text"},
     "dsmini.convert": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console"),
-        *("dsmini.nn", "dsmini.ops"),
-        "dsmini.text",
+        *("dsmini.nn", "dsmini.ops", "dsmini.text"),
     },
     "dsmini.explain": {"dsmini.console", "dsmini.ops"},
     "dsmini.plan": {"dsmini.console", "dsmini.planner"},
@@ -75,12 +75,16 @@ MAY_IMPORT = {
     "dsmini.__main__": {"dsmini.console"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
-        *("dsmini.functional.muon", "dsmini.inference", "dsmini.machine", "dsmini.nn", "dsmini.ops"),
-        *("dsmini.text.tokenizer", "dsmini.training"),
+        *("dsmini.distributed", "dsmini.functional", "dsmini.inference", "dsmini.machine", "dsmini.nn"),
+        *("dsmini.ops", "dsmini.text.tokenizer", "dsmini.training"),
     },
-    "dsmini.distributed": {"dsmini.atomic", "dsmini.console", "dsmini.distributed", "dsmini.report"},
+    "dsmini.distributed": {
+        *("dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.distributed"),
+        *("dsmini.functional", "dsmini.machine", "dsmini.nn", "dsmini.numerics", "dsmini.ops", "dsmini.report"),
+    },
+    "dsmini.distributed.world": set(),
     "dsmini.training.optim": {
-        *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon"),
+        *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon")
     },
     "dsmini.training.optimizer_state": {"dsmini.training.adamw", "dsmini.training.muon"},
     "dsmini.training.adamw": set(),
@@ -101,13 +105,8 @@ MAY_IMPORT = {
     },
     **{
         f"dsmini.planner.{room}": {
-            *(
-                "dsmini.accounting",
-                "dsmini.config",
-                "dsmini.console.commandline",
-                "dsmini.report",
-                "dsmini.planner.hardware",
-            ),
+            *("dsmini.accounting", "dsmini.config", "dsmini.console.commandline", "dsmini.report"),
+            "dsmini.planner.hardware",
             *(f"dsmini.planner.{other}" for other in (*below, room)),
         }
         for room, below in {
@@ -146,19 +145,22 @@ FACE = {
 }
 
 
-def imports(name: str, path: Path) -> Iterator[str]:
-    """Yield the modules that a source imports, including modules imported from a package by name."""
+@cache
+def imports(name: str, path: Path) -> frozenset[str]:
+    """Return the modules that a source imports, including modules imported from a package by name."""
     package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
                 inside = whole in DSMINI and not (base == "dsmini" and alias.name in FACE)
-                yield whole if inside else base
+                found.add(whole if inside else base)
+    return frozenset(found)
 
 
 def is_in(module: str, places: set[str]) -> bool:
@@ -179,25 +181,22 @@ def room_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-ROOMS = {
-    room: {
-        room_of(module)
-        for name, path in DSMINI.items()
-        if room_of(name) == room
-        for module in imports(name, path)
-        if is_in(module, {"dsmini"}) and room_of(module) != room
-    }
-    for room in map(room_of, DSMINI)
-}
-"""Rooms that each room imports."""
+@cache
+def rooms() -> dict[str, set[str]]:
+    """Return the rooms that each room imports."""
+    found: dict[str, set[str]] = {room_of(name): set() for name in DSMINI}
+    for name, path in DSMINI.items():
+        others = {room_of(module) for module in imports(name, path) if is_in(module, {"dsmini"})}
+        found[room_of(name)] |= others - {room_of(name)}
+    return found
 
 
 def test_every_room_says_what_it_may_import() -> None:
-    assert ROOMS.keys() - MAY_IMPORT.keys() == {"dsmini"}, "but the public face, which imports all that it shows"
+    assert rooms().keys() - MAY_IMPORT.keys() == {"dsmini"}, "but the public face, which imports all that it shows"
 
 
 def test_rooms_import_each_other_in_no_circle() -> None:
-    graph = TopologicalSorter(ROOMS)
+    graph = TopologicalSorter(rooms())
     graph.prepare()  # raises CycleError, which names the rooms
 
 
@@ -281,7 +280,7 @@ ROOM_LINES = {
     "dsmini/functional": 1700,
     "dsmini/inference": 1430,
     "dsmini/measure": 2225,
-    "dsmini/nn": 2180,
+    "dsmini/nn": 2200,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }

@@ -160,6 +160,32 @@ def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
     return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
 
 
+def header_of(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return the bytes of a file before its tensors, and the byte of the file at which each tensor starts."""
+    # Wide types first, as the safetensors library has it, so that every tensor starts at a multiple of its width.
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, int] = {}
+    end = 0
+    for entry in ordered:
+        start, end = end, end + entry.nbytes
+        places[entry.name] = start
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    before = len(text).to_bytes(8, "little") + text
+    return before, {name: len(before) + start for name, start in places.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, as a file has them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def write_safetensors(
     path: Path,
     entries: Sequence[Entry],
@@ -171,23 +197,11 @@ def write_safetensors(
     Args:
         wrote: told the bytes of each tensor that is written.
     """
-    # Wide types first, as the safetensors library has it, so that every tensor starts at a multiple of its width.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for entry in ordered:
-        start, end = end, end + entry.nbytes
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text, places = header_of(entries, metadata)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in ordered:
+        file.write(text)
+        for entry in sorted(entries, key=lambda entry: places[entry.name]):
             tensor = entry.make().detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor))
             wrote(entry.nbytes)

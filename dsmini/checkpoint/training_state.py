@@ -78,19 +78,34 @@ def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Pat
 
     Raises: OSError; every earlier checkpoint is still there.
     """
-    assert config.out is not None
-    folder = config.out / "checkpoints" / f"step-{state.step:06d}"
+    folder = checkpoint_folder(config, state.step)
     files: dict[str, Callable[[Path], None]] = {
         f"{part}.safetensors": partial(_save_tensors, named, state.step) for part, named in tensors.items()
     }
-    texts = {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
-    files |= {name: partial(_save_text, text) for name, text in texts.items()}
+    files |= {name: partial(_save_text, text) for name, text in state_texts(config, state).items()}
     write_folder(folder, files)
+    prune(config, state)
+    return folder
+
+
+def checkpoint_folder(config: RunConfig, step: int) -> Path:
+    """Return the folder of a run's checkpoint after this many steps."""
+    assert config.out is not None
+    return config.out / "checkpoints" / f"step-{step:06d}"
+
+
+def state_texts(config: RunConfig, state: RunState) -> dict[str, str]:
+    """Return the texts of a checkpoint by the names of their files."""
+    return {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
+
+
+def prune(config: RunConfig, state: RunState) -> None:
+    """Remove the checkpoints that `save_checkpoint` does not keep after one of this state."""
+    assert config.out is not None
     there = checkpoint_folders(config.out)
     keep = None if state.skipped_in_a_row else config.train.keep
     kept = [one for one in there if checkpoint_step(one) <= state.step][:keep]
     remove_folders(one for one in there if one not in kept)
-    return folder
 
 
 def _save_tensors(named: Mapping[str, Tensor], step: int, path: Path) -> None:
@@ -102,7 +117,12 @@ def _save_text(text: str, path: Path) -> None:
 
 
 def last_checkpoint(
-    run: Path, parts: Sequence[str], fits: Callable[[Checkpoint], None], say: Callable[[str], None]
+    run: Path,
+    parts: Sequence[str],
+    fits: Callable[[Checkpoint], None],
+    say: Callable[[str], None],
+    together: Callable[[Callable[[], Checkpoint]], Checkpoint] = lambda read: read(),
+    share: tuple[int, int] = (0, 1),
 ) -> Checkpoint:
     """Return the newest checkpoint that is whole and fits; name newer ones with what is wrong with them.
 
@@ -110,6 +130,8 @@ def last_checkpoint(
         parts: the stems of the tensor files to read.
         fits: raises ValueError for tensors that do not fit.
         say: told about each checkpoint that is passed over.
+        together: calls a function in all processes that read the run; it raises in all if it raises in one.
+        share: (i, n) computes the checksums of every n-th file, from number i.
 
     Raises: ValueError if there is none, with all the reasons.
     """
@@ -121,9 +143,14 @@ def last_checkpoint(
         raise ValueError(f"{run} has no checkpoint; name a folder that dsmini.train wrote and finished or saved")
     reasons = []
     for folder in found:
-        try:
-            checkpoint = read_checkpoint(folder, parts)
+
+        def read(folder: Path = folder) -> Checkpoint:
+            checkpoint = read_checkpoint(folder, parts, share)
             fits(checkpoint)
+            return checkpoint
+
+        try:
+            checkpoint = together(read)
         except ValueError as error:
             reasons.append(f"cannot read {folder}: {error}")
             continue
@@ -133,15 +160,16 @@ def last_checkpoint(
     raise ValueError(f"{'; '.join(reasons)}; {run} has no other checkpoint, so start a new run")
 
 
-def read_checkpoint(folder: Path, parts: Sequence[str]) -> Checkpoint:
-    """Verify and read a checkpoint's folder.
+def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Verify and read a checkpoint's folder. A tensor is a view of its file, so only the rows that are used are read.
 
     Args:
         parts: the stems of the tensor files to read; other files are ignored.
+        share: as in `verify`.
 
     Raises: ValueError naming the file and what is wrong with it.
     """
-    verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"])
+    verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"], share)
     config = RunConfig.from_run(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     try:

@@ -9,7 +9,7 @@ from dsmini.config.fields import build, check_types, refuse_unknown, require, re
 from dsmini.config.huggingface import config_from_json
 from dsmini.reading import check_path, read_table, read_toml
 
-SECTIONS = ["model", "data", "train", "out"]
+SECTIONS = ["model", "data", "train", "parallel", "out"]
 """Top-level keys of a TOML file."""
 MOST_LAYERS = 10_000
 """Maximum number of blocks."""

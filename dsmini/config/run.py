@@ -1,4 +1,4 @@
-"""The config of a training run: its model, data and recipe, read from and written to TOML."""
+"""The config of a training run: its model, data, recipe and processes, read from and written to TOML."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,17 +10,19 @@ from dsmini.config.data import DataConfig
 from dsmini.config.fields import build, plain, refuse_unknown, require
 from dsmini.config.model import SECTIONS, ModelConfig
 from dsmini.config.old_schedule import with_phases
+from dsmini.config.parallel import ParallelConfig
 from dsmini.config.train import TrainConfig
 from dsmini.reading import brief, check_path, read_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole training run: the model, the data, the recipe, and the folder."""
+    """A whole training run: the model, the data, the recipe, the processes, and the folder."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     out: Path | None = None
     """Folder of the run; left out: the next free runs/NAME-NNN."""
 
@@ -50,7 +52,7 @@ class RunConfig:
 
     @classmethod
     def from_file(cls, path: str | Path, base: "RunConfig | None" = None) -> "RunConfig":
-        """Read a TOML file with the sections model, data and train.
+        """Read a TOML file with the sections model, data, train and parallel.
 
         Args:
             base: config with the keys that the file leaves out; None: the defaults.
@@ -65,11 +67,13 @@ class RunConfig:
         model = build(ModelConfig, sections.get("model", {}), path.name, "model.", base.model)
         data = build(DataConfig, sections.get("data", {}), path.name, "data.", base.data)
         train = build(TrainConfig, train, path.name, "train.", base.train)
+        parallel = build(ParallelConfig, sections.get("parallel", {}), path.name, "parallel.", base.parallel)
         refuse_unknown(sections, SECTIONS, path.name, "")
         out = sections.get("out")
         require(out is None or isinstance(out, str), f"{path.name}: out={brief(out)} is not a path; use a text")
         try:
-            return cls(model=model, data=data, train=train, out=base.out if out is None else Path(out))
+            out = base.out if out is None else Path(out)
+            return cls(model=model, data=data, train=train, parallel=parallel, out=out)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import re
 import signal
 import sys
@@ -91,5 +92,11 @@ def interruptible(work: Callable[[], T]) -> T:
     return results[0]
 
 
+def speaks() -> bool:
+    """Return True in the one process of a command, of those that a launcher started, which talks to people."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _complain(sentence: str) -> None:
-    print(f"error: {printable(sentence)}", file=sys.stderr)
+    if speaks():
+        print(f"error: {printable(sentence)}", file=sys.stderr)

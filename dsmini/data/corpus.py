@@ -3,6 +3,7 @@
 The default corpus is real text that every machine has: the source code of Python's own standard library.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,6 +122,12 @@ class Windows:
     def tokens(self) -> int:
         """Number of tokens that all windows score."""
         return len(self.starts) * self.seq_len
+
+    def share(self, part: int, parts: int) -> tuple["Windows", int]:
+        """Return every parts-th window, and how many of them count: all parts get as many, some one twice."""
+        starts = self.starts[part::parts]
+        missing = -(-len(self) // parts) - len(starts)
+        return dataclasses.replace(self, starts=np.append(starts, self.starts[:missing])), len(starts)
 
     def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield tokens and targets [at most `rows`, seq_len], block by block."""

@@ -47,6 +47,16 @@ def threads_put_back() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def rates_by_threads(device: torch.device, dtype: torch.dtype, counts: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """Return the rates of products, in FLOP/s, and of reading memory, in bytes/s, by number of threads."""
+    found: dict[int, tuple[float, float]] = {}
+    with threads_put_back():
+        for threads in counts:
+            torch.set_num_threads(threads)
+            found[threads] = matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)
+    return found
+
+
 def seconds_with_threads(now: Forecast, counts: Sequence[int], rates: Rates) -> list[float]:
     """Return the predicted seconds of a step on each number of threads. Takes about two seconds.
 
@@ -56,12 +66,8 @@ def seconds_with_threads(now: Forecast, counts: Sequence[int], rates: Rates) -> 
     device, used = torch.device("cpu"), torch.get_num_threads()
     dtype = torch.float32 if now.shape.dtype == "float32" else torch.bfloat16
     every = sorted({used, *counts})
+    found = rates_by_threads(device, dtype, every)
     with threads_put_back():
-        found: dict[int, tuple[float, float]] = {}
-        for threads in every:
-            torch.set_num_threads(threads)
-            found[threads] = matmul_rate(device, dtype, 0.3), read_bandwidth(device, 1 << 27, 2)
-        torch.set_num_threads(used)
         config, batch, tokens = SHAPES[now.shape.work][-1]
         other = StepShape(work=now.shape.work, config=config, dtype=now.shape.dtype, batch=batch, tokens=tokens)
         forecast_of_other = forecast(other, rates)

@@ -43,6 +43,7 @@ def _look(subject: Subject) -> Sequence[Finding]:
 
 
 def _look_back(subject: Subject, measured: Measured[StepResult]) -> Sequence[Finding]:
+    # prepared again: the first time also reads the text from the disk
     data, seconds = subject.config.data, look_at(subject, BATCHES).seconds
     return reading_findings(subject.trainer.corpus, text_rates(data), seconds, data.workers, measured.steps)
 

@@ -1,1 +1,1 @@
-"""More than one process: layouts over ranks, and training that survives failures."""
+"""Training and inference in more than one process, on torch.distributed. A single process imports none of it."""

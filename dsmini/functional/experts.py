@@ -120,7 +120,7 @@ def fp8_experts(
     y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     for i in counts.nonzero().flatten().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
-        rows = _rows_of(x, token)
+        rows = rows_of(x, token)
         gate, up = fp8_matmul(rows, expert_of(w1, i)), fp8_matmul(rows, expert_of(w3, i))
         out = fp8_swiglu_matmul(gate, up, expert_of(w2, i))
         y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
@@ -158,7 +158,7 @@ def visit(x: X, indices: Tensor, weights: Tensor, counts: Tensor, swiglu: Callab
     out: list[Tensor] = []
     for i, tokens in enumerate(slots.token.split(sizes)):
         if sizes[i]:
-            out.append(swiglu(i, _rows_of(x, tokens)))
+            out.append(swiglu(i, rows_of(x, tokens)))
     y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     return combine(y, weights, slots)
 
@@ -212,7 +212,8 @@ def _dense(w: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype)
 
 
-def _rows_of(x: X, rows: Tensor) -> X:
+def rows_of(x: X, rows: Int[Tensor, " rows"]) -> X:
+    """Return some rows of a matrix, with their gradient."""
     if isinstance(x, Tensor):
         return x.index_select(0, rows)
     return replace(x.select_rows(rows), source=None if x.source is None else x.source.index_select(0, rows))

@@ -41,6 +41,10 @@ class MoE(nn.Module):
     Source: DeepSeek-V3 report, section 2.1.2, equation 12.
     """
 
+    exchange: Callable[..., Tensor] | None = None
+    """Computes step 2 where the experts are divided among several processes, called with (experts, shared experts,
+    tokens, routing). None: all experts are here."""
+
     def __init__(
         self, config: ModelConfig | None = None, /, *, gate_class: Callable[..., Gate] = Gate, **arguments: Any
     ) -> None:
@@ -63,6 +67,8 @@ class MoE(nn.Module):
         shared = self.shared_experts
         readers = (shared.w1, shared.w3) if isinstance(shared, FeedForward) else (shared,)
         tokens = quantize_once(tokens, self.experts, *readers)
+        if self.exchange is not None:
+            return self.exchange(self.experts, shared, tokens, routing).view(x.shape), routing
         y = self.experts(tokens, routing.indices, routing.weights, routing.counts)
         if shared is not None:
             y = y + shared(tokens)

@@ -266,6 +266,7 @@ class Transformer(nn.Module):
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
         chunk_rows: int | None = None,
+        n_targets: Float[Tensor, ""] | None = None,
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -275,6 +276,8 @@ class Transformer(nn.Module):
                 a position sees all that came before in the sequence, as published.
             recompute: save only each block's input, and compute the rest again in backward.
             chunk_rows: number of rows of logits that exist at a time.
+            n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
+                of a batch whose losses are averaged share the mean of theirs.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
@@ -283,7 +286,7 @@ class Transformer(nn.Module):
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
             raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
-        counted = (targets != IGNORE).sum().clamp(min=1)
+        counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
             return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted

@@ -5,6 +5,7 @@ singular values are all 1, so that no direction of the update is lost next to a 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class Muon(Optimizer):
     Only directions count, not sizes. The rest of the momentum of an expert that no token visited would become a whole
     step. So in a stack a matrix whose gradient is zero only decays (docs/log.md).
 
+    Args:
+        update: computes `muon_update`, also of matrices that are divided among processes.
+
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
 
@@ -33,8 +37,9 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         matmul_dtype: torch.dtype = torch.float32,
         newton_schulz: NewtonSchulz = JORDAN,
+        update: Callable[..., None] = muon_update,
     ) -> None:
-        self.matmul_dtype, self.newton_schulz = matmul_dtype, newton_schulz
+        self.matmul_dtype, self.newton_schulz, self.update = matmul_dtype, newton_schulz, update
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -46,7 +51,7 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     by_size[tuple(sorted(p.shape[-2:]))].append(p)
             for params in by_size.values():
-                muon_update(
+                self.update(
                     MuonMatrices(
                         params=params,
                         grads=[p.grad for p in params if p.grad is not None],

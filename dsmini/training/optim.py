@@ -1,22 +1,31 @@
 """The choice of the optimizers: Muon for the matrices inside the blocks, AdamW for the rest or for all."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
-from dsmini.functional.muon import NEWTON_SCHULZ
+from dsmini.functional.muon import NEWTON_SCHULZ, muon_update
 from dsmini.training.adamw import AdamWBF16
 from dsmini.training.muon import Muon
 
 
-def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype = torch.float32) -> list[Optimizer]:
+def optimizers(
+    model: nn.Module,
+    config: TrainConfig,
+    matmul_dtype: torch.dtype = torch.float32,
+    update: Callable[..., None] = muon_update,
+) -> list[Optimizer]:
     """Return the optimizers that together move every parameter once. The routing bias is a buffer, so none moves it.
 
     Each group has a "peak_lr", its learning rate at the top of the schedule. Matrices decay, norms and gates do not.
 
     Args:
         matmul_dtype: dtype of Muon's matrix products.
+        update: as in Muon.
     """
     named = list(model.named_parameters())
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
@@ -30,7 +39,7 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
         {"params": norms, "weight_decay": 0.0, "peak_lr": config.lr},
         {"params": gates, "weight_decay": 0.0, "peak_lr": config.gate_lr or config.lr},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [alike for group in groups for alike in _alike(group)]
     betas = (config.beta1, config.beta2)
     adamw: Optimizer
     if config.moments == "bfloat16":
@@ -41,7 +50,13 @@ def optimizers(model: nn.Module, config: TrainConfig, matmul_dtype: torch.dtype 
         return [adamw]
     inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
     steps = NEWTON_SCHULZ[config.newton_schulz]
-    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps), adamw]
+    return [Muon([inner], config.muon_lr, config.muon_momentum, matmul_dtype, steps, update), adamw]
+
+
+def _alike(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a group in parts whose parameters are of one class: divided among processes, or whole."""
+    kinds = dict.fromkeys(type(p.data) for p in group["params"])
+    return [{**group, "params": [p for p in group["params"] if type(p.data) is kind]} for kind in kinds]
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:

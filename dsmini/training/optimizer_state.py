@@ -1,6 +1,6 @@
 """Save, check and load the state of the optimizers, parameter by parameter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,14 +22,21 @@ def optimizer_state(optimizers: Iterable[Optimizer], named: Iterable[tuple[str, 
 
 
 def check_optimizer_state(
-    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
+    tensors: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    named: Iterable[tuple[str, Tensor]],
+    local: Callable[[Tensor], Tensor] = lambda p: p,
 ) -> None:
-    """Refuse tensors that cannot be the state of these optimizers; ValueError names the first."""
+    """Refuse tensors that cannot be the state of these optimizers; ValueError names the first.
+
+    Args:
+        local: returns the part of a parameter that is here, which the tensors belong to.
+    """
     names = {p: name for name, p in named}
     unknown = set(tensors)
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            kinds = {f"{names[p]}/{key}": kind for key, kind in _kinds(optimizer, p).items()}
+            kinds = {f"{names[p]}/{key}": kind for key, kind in _kinds(optimizer, local(p)).items()}
             there = kinds.keys() & tensors.keys()
             unknown -= there
             if there and there != kinds.keys():
@@ -43,9 +50,16 @@ def check_optimizer_state(
 
 
 def load_optimizer_state(
-    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
+    tensors: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    named: Iterable[tuple[str, Tensor]],
+    divided_like: Callable[[Tensor, Tensor], Tensor] = lambda p, state: state,
 ) -> None:
-    """Load what `optimizer_state` returned. Optimizer.load_state_dict would make FP32 of moments in BF16."""
+    """Load what `optimizer_state` returned. Optimizer.load_state_dict would make FP32 of moments in BF16.
+
+    Args:
+        divided_like: makes of this rank's part of a state, given the parameter, what the optimizer holds.
+    """
     names = {p: name for name, p in named}
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -55,10 +69,13 @@ def load_optimizer_state(
             # the number of steps is a tensor on the CPU, except in the fused AdamW
             fused = optimizer.defaults.get("fused", False)
             if state:
-                optimizer.state[p] = {
-                    key: value.to(p.device if value.dim() or fused else "cpu", copy=True)
-                    for key, value in state.items()
-                }
+                optimizer.state[p] = {key: _placed(value, p, fused, divided_like) for key, value in state.items()}
+
+
+def _placed(value: Tensor, p: Tensor, fused: bool, divided_like: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return a copy of a state on the device where the optimizer has it."""
+    copied = value.to(p.device if value.dim() or fused else "cpu", copy=True)
+    return divided_like(p, copied) if copied.dim() else copied
 
 
 def _kinds(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[torch.dtype, torch.Size]]:

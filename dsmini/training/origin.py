@@ -5,13 +5,14 @@ The origin has the values that the command line may change, and decides which of
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmini.checkpoint.run_folder import is_model_folder, run_config, tokenizer_file
+from dsmini.checkpoint.run_folder import is_model_folder, read_summary, run_config, tokenizer_file
 from dsmini.config import DataConfig, RunConfig, TrainConfig
+from dsmini.console.commandline import take_folder
 from dsmini.reading import is_there, read_bytes, read_table
 from dsmini.training.changes import check_init, check_resume
 
@@ -99,6 +100,23 @@ def find_origin(file: Path | None, resume: Path | None, init: Path | None, say: 
     if file is None:
         return origin
     return dataclasses.replace(origin, config=RunConfig.from_file(file, origin.config), name=file.stem)
+
+
+def resume_automatically(args: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the run to continue and the rest of a command line with `--resume auto`: the run in --out, if one began.
+
+    Raises: ValueError without --out.
+    """
+    out, rest = take_folder(args, "--out")
+    if out is None:
+        raise ValueError("--resume auto continues the run in --out if there is one; name its folder, as --out runs/x")
+    begun = is_there(out / "config.toml")
+    return (out, rest) if begun else (None, [*rest, "--out", str(out)])
+
+
+def is_finished(origin: RunOrigin, steps: int) -> bool:
+    """Return True if the run to continue has done this many steps, and all that follows them."""
+    return origin.resume is not None and read_summary(origin.resume).get("steps") == steps
 
 
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:

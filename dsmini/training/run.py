@@ -1,6 +1,7 @@
 """A whole training run: its steps and validations up to the end or a stop, recorded and saved."""
 
 import json
+import os
 import time
 from functools import cached_property
 from pathlib import Path
@@ -10,18 +11,21 @@ from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, checkpoint_step
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folder, checkpoint_folders, checkpoint_step
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
+from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
+from dsmini.nn import Transformer
 from dsmini.text.tokenizer import Tokenizer
 from dsmini.training.history import History
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import METRICS, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
-from dsmini.training.stopping import StopAskedError, asked_to_stop
+from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
 from dsmini.training.validation import validate
@@ -38,17 +42,21 @@ class TrainingRun:
 
     Args:
         config: resolved: the device, dtype and threads really used, and the folder `out`, which exists.
+        world: the processes of the run; None: this one. Only rank 0 writes the folder's files, but for checkpoints.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, console: Console) -> None:
+    def __init__(self, config: RunConfig, trainer: Trainer, console: Console, world: World | None = None) -> None:
         assert config.out is not None
         self.config, self.trainer, self.console = config, trainer, console
+        self.world = world or World()
         self.folder: Path = config.out
         self.history = History(config.train.steps)
-        self.saver = Saver(config, trainer, self.history)
+        self.saver = Saver(config, trainer, self.history, self.world)
         self.board: TensorBoard | None = None
         self.watcher: Watcher | None = None
         """Told of every step, to say when what binds the run changes."""
+        self.failure: OSError | None = None
+        """The error of rank 0 for which all processes stop."""
         self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
@@ -64,7 +72,7 @@ class TrainingRun:
         Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient; OSError, or rich's
             exit for a closed pipe, where something could not be written, after saving the state if that can be done.
         """
-        if self.config.train.tensorboard:
+        if self.config.train.tensorboard and self.world.rank == 0:
             self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), self._steps_done)
         try:
             return self._train()
@@ -86,33 +94,36 @@ class TrainingRun:
     def _train(self) -> bool:
         train, history = self.config.train, self.history
         progress = TrainingProgress(self.console, train.steps, self.config.seq_len)
-        with asked_to_stop() as asked, self._metrics() as metrics, progress:
+        with asked_to_stop(self.world.any) as asked, self._metrics() as metrics, progress:
             if history.records:  # resumed: the last step may not have been validated yet
                 if history.records[-1].val_loss is None:
                     self._validate(progress, asked)
-                self._record(metrics)
-            while self._steps_done < train.steps and not (asked and history.records):
+                self._record(metrics, asked)
+            while self._steps_done < train.steps and not (asked.came() and history.records):
                 step = self.trainer.step()
+                stopping = asked.came()
                 change = None if self.watcher is None else self.watcher.see(step)
                 self._keep(step, change)
                 progress.show(step, history.tokens_per_s())
                 if change is not None:
                     progress.say(change.sentence)
                 last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
-                if last or asked or lost:
+                if last or stopping or lost:
                     self._save()
                 elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                     self._save_if_possible(progress)
                 self._validate(progress, asked)
-                self._record(metrics)
+                self._record(metrics, asked)
                 if lost:
                     raise ArithmeticError(self._why_lost())
                 validated = history.records[-1].val_loss is not None
-                if validated and not last and not asked and history.seconds >= self.next_plot:
+                if validated and not last and not stopping and history.seconds >= self.next_plot:
                     self.plot()
-            if asked:
+            if asked.agreed:
                 self._save()  # if the signal came after the last save
-        return not asked
+        if self.failure is not None:
+            raise self.failure
+        return not asked.agreed
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -121,6 +132,8 @@ class TrainingRun:
 
     def _metrics(self) -> TextIO:
         """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""
+        if self.world.rank:
+            return open(os.devnull, "w", encoding="utf-8")
         path = self.folder / METRICS
         write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
         return path.open("a", encoding="utf-8")
@@ -135,21 +148,30 @@ class TrainingRun:
             scores |= {"binds": change.binds, "binds_share": change.share}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
 
-    def _validate(self, progress: TrainingProgress, asked: list[int]) -> None:
+    def _validate(self, progress: TrainingProgress, asked: StopSignals) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
         try:
-            if not asked and (scores := validate(self.trainer, progress, asked)):
+            if not asked.agreed and (scores := validate(self.trainer, progress, asked)):
                 self.history.validated(**scores)
         except StopAskedError:
             self._save()
 
-    def _record(self, metrics: TextIO) -> None:
-        """Write the record of the last step, which is complete now."""
+    def _record(self, metrics: TextIO, asked: StopSignals) -> None:
+        """Write the record of the last step, which is complete now.
+
+        Where there are other processes, an error asks all to stop after this step, and comes after their save.
+        """
         record = self.history.close_last()
-        metrics.write(json.dumps(record.row()) + "\n")
-        metrics.flush()
-        if self.board is not None:
-            self.board.add(record)
+        try:
+            metrics.write(json.dumps(record.row()) + "\n")
+            metrics.flush()
+            if self.board is not None:
+                self.board.add(record)
+        except OSError as error:
+            if self.world.size == 1:
+                raise
+            self.failure = error
+            asked.numbers.append(0)
 
     def _save(self) -> None:
         with patience(self.console, "saving"):
@@ -175,8 +197,19 @@ class TrainingRun:
             f"slowly with --resume {self.folder} {lower}{further_back}"
         )
 
+    def whole_model(self) -> Transformer:
+        """Return the model, or where several processes have parts of it, the saved one."""
+        if self.world.size == 1:
+            return self.trainer.model
+        path = checkpoint_folder(self.config, self._steps_done) / "model.safetensors"
+        model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
+        model.load_state_dict(SafetensorsReader(path).read_all())
+        return model.to(self.trainer.device)
+
     def plot(self) -> None:
         """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
+        if self.world.rank:
+            return
         start = time.perf_counter()
         shares = self.history.load_shares()
         loads = dict(zip(moe_layers(self.config.model), shares, strict=True)) if shares else {}

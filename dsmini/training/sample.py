@@ -30,7 +30,7 @@ def write_sample(run: TrainingRun) -> str:
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)
     generation = Generation(
-        run.trainer.model.eval(),
+        run.whole_model().eval(),
         [tokenizer.encode(text).tolist()],
         train.sample_tokens,
         sampling=Sampling(temperature=TEMPERATURE),

@@ -1,8 +1,18 @@
 """Save the state of a run in checkpoints, and restore it from one."""
 
 from dsmini.atomic import sync
-from dsmini.checkpoint.training_state import Checkpoint, RunState, check_tensors, save_checkpoint
+from dsmini.checkpoint.training_state import (
+    Checkpoint,
+    RunState,
+    Tensors,
+    check_tensors,
+    checkpoint_folder,
+    prune,
+    save_checkpoint,
+    state_texts,
+)
 from dsmini.config import RunConfig
+from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
 from dsmini.training.history import History
 from dsmini.training.record import METRICS, StepRecord, read_records
@@ -18,10 +28,11 @@ class Saver:
 
     Args:
         config: config with the run's folder `out`.
+        world: the processes of the run, which save and restore together.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, history: History) -> None:
-        self.config, self.trainer, self.history = config, trainer, history
+    def __init__(self, config: RunConfig, trainer: Trainer, history: History, world: World) -> None:
+        self.config, self.trainer, self.history, self.world = config, trainer, history, world
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
 
@@ -32,7 +43,7 @@ class Saver:
 
     def fits(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this run cannot continue from; ValueError says why. Changes nothing."""
-        self.trainer.check(checkpoint.tensors)
+        self.trainer.check(self.trainer.mine(checkpoint.tensors))
         StepRecord.from_row(checkpoint.state.row)
         got, want = checkpoint.tensors["rng"], random_state(self.trainer.device)
         there = (want.keys() & got.keys()) | {"cpu"}  # another kind of device than before has no state in it
@@ -43,7 +54,7 @@ class Saver:
         """Restore a checkpoint of this run that `fits`; return the number of steps whose records are lost."""
         state, train = checkpoint.state, self.config.train
         self.trainer.load(
-            checkpoint.tensors,
+            self.trainer.mine(checkpoint.tensors),
             steps_done=state.step,
             sequences=state.sequences,
             average_updates=state.average_updates,
@@ -64,13 +75,29 @@ class Saver:
             return
         tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
         try:
-            sync(folder / METRICS)  # the lines before the state's own must not be lost after it
-            save_checkpoint(self.config, tensors, self._state())
+            self._write(tensors)
         except OSError as error:
             there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
             reason = error.strerror or error
             raise NotSavedError(f"cannot save {folder}'s checkpoint of step {step}: {reason}; {there}") from None
         self.saved_at = step
+
+    def _write(self, tensors: Tensors) -> None:
+        """Write a checkpoint of these tensors, with those of the other processes."""
+        config, state, world = self.config, self._state(), self.world
+        assert config.out is not None
+        metrics = config.out / METRICS
+        world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
+        if world.size == 1:
+            save_checkpoint(config, tensors, state)
+            return
+        from dsmini.distributed.checkpoint import save_pieces
+
+        pieces = self.trainer.pieces(tensors)
+        held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
+        folder, step = checkpoint_folder(config, state.step), str(state.step)
+        save_pieces(world, folder, held, state_texts(config, state), {"step": step})
+        world.first(lambda: prune(config, state))
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history

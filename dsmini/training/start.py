@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
+from dsmini.distributed.world import World, joined, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
-from dsmini.training.changes import check_resume
+from dsmini.training.changes import check_resume, differences
 from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
@@ -42,18 +43,56 @@ from dsmini.training.trainer import Trainer
 def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
     """Yield a run that is ready to train, new or resumed, and lock its folder until the block ends.
 
+    Where a launcher started several processes, all of them call it, and each gets its part of the run.
+
     Args:
         config: config of `origin` with the changes of the command line.
 
     Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
-        folder that is taken, and a run that has no whole checkpoint, another corpus, or nothing left to do.
+        folder that is taken, processes that do not fit, and a run that has no whole checkpoint, another corpus, or
+        nothing left to do.
     """
     config = origin.accept(config)
+    config.parallel.check(config.model, config.train, world_size())
     if config.train.tensorboard:
         require_tensorboard()
-    device = pick_device(config.train.device)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+    device = pick_device(device_of_rank(config.train.device))
+    if threads := threads_of_rank(config.train.threads):
+        torch.set_num_threads(threads)
+    with joined(config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo") as world:
+        _refuse_unequal(world, config)
+        world.first(lambda: _check_place(origin, config))
+        refuse_oversized(config, device)
+        corpus = world.first(lambda: _read_corpus(config, origin.resume, console))
+        if world.rank:  # the tokens are there now
+            corpus = _read_corpus(config, origin.resume, console)
+        config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
+        config = world.first(lambda: _with_folder(origin, absolute(config)))
+        with ExitStack() as stack:
+            world.first(lambda: stack.enter_context(sole_trainer(config.out or Path())))
+            training = TrainingRun(config, _new_trainer(origin, config, corpus, device, world, console), console, world)
+            lines = _first_steps(origin, training)
+            for line in [*_introduction(config, corpus), *lines]:
+                say(console, line)
+            yield training
+
+
+def _refuse_unequal(world: World, config: RunConfig) -> None:
+    """Refuse processes that were started with unequal configs."""
+    first = world.first(lambda: config)
+    unequal = {rank: keys for rank, keys in enumerate(world.gather(sorted(differences(first, config)))) if keys}
+    if unequal:
+        rank, keys = next(iter(unequal.items()))
+        raise world.told(
+            ValueError(
+                f"rank {rank} was started with another {', '.join(keys)} than rank 0; start all processes with the "
+                "same command"
+            )
+        )
+
+
+def _check_place(origin: RunOrigin, config: RunConfig) -> None:
+    """Refuse a folder that this run cannot be written to."""
     if not origin.resume:
         refuse_taken(config.out)
     elif not os.access(origin.resume, os.W_OK):
@@ -62,32 +101,61 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         )
     if place := origin.resume or config.out:
         refuse_misplaced(place)
-    refuse_oversized(config, device)
-    corpus = _read_corpus(config, origin.resume, console)
-    config = resolved(config, device)
-    out = origin.resume or new_run_folder(config.out, origin.name)
-    config = dataclasses.replace(config, out=out)
-    with sole_trainer(out):
-        torch.manual_seed(config.train.seed)
-        with patience(console, "making the model"):
-            model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype]).to(device)
-        if config.train.optimizer == "muon":  # its kernel may have to be compiled
-            with patience(console, "preparing kernels"):
-                ops.serving(device.type)
-        if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
-            model.load_state_dict(origin.weights.tensors)
-            origin.weights.tensors.clear()  # a second copy of the model
-        training = TrainingRun(config, Trainer(model, corpus, config, device), console)
-        if origin.resume is None:
+
+
+def _with_folder(origin: RunOrigin, config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, out=origin.resume or new_run_folder(config.out, origin.name))
+
+
+def _new_trainer(
+    origin: RunOrigin, config: RunConfig, corpus: Corpus, device: torch.device, world: World, console: Console
+) -> Trainer:
+    """Make the model, or this rank's part of it, and what trains it."""
+    torch.manual_seed(config.train.seed)
+    with patience(console, "making the model"):
+        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype])
+    if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
+        model.load_state_dict(origin.weights.tensors)
+        origin.weights.tensors.clear()  # a second copy of the model
+    if config.train.optimizer == "muon":  # its kernel may have to be compiled
+        with patience(console, "preparing kernels"):
+            world.first(lambda: ops.serving(device.type) and None)
+    if world.size == 1:
+        return Trainer(model.to(device), corpus, config, device)
+    from dsmini.distributed.mesh import Mesh, divide
+
+    ranks = Mesh(config.parallel, device)
+    divide(model, ranks)
+    return Trainer(model.to(device), corpus, config, device, ranks)
+
+
+def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
+    """Begin a new run in its folder, or restore one; return lines about what it does differently."""
+    world, out = training.world, training.folder
+    if origin.resume is None:
+
+        def begin() -> list[str]:
             refuse_taken(out)  # another run may have begun in it since it was looked at
-            more = _begin(training, origin.weights)
-        elif checkpoint_folders(out):
-            more = _resume(training)
-        else:
-            more = _restart(training, origin)
-        for line in [*_introduction(config, corpus), *more]:
-            say(console, line)
-        yield training
+            return _begin(training, origin.weights)
+
+        return world.first(begin)
+    if world.first(lambda: bool(checkpoint_folders(out))):
+        return _resume(training)
+    return world.first(lambda: _restart(training, origin))
+
+
+def device_of_rank(name: str) -> str:
+    """Return the device of this process: each of a machine's processes has a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    several = name == "auto" or name == "cuda"
+    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
+
+
+def threads_of_rank(threads: int | None) -> int | None:
+    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = max(1, (os.cpu_count() or 1) // local)
+    return threads if local == 1 else min(threads or share, share)
 
 
 def refuse_oversized(config: RunConfig, device: torch.device) -> None:
@@ -108,7 +176,8 @@ def refuse_oversized(config: RunConfig, device: torch.device) -> None:
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the config with the device, dtype and threads that are in use now, and with absolute paths."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    train = dataclasses.replace(config.train, device=str(device), dtype=dtype, threads=torch.get_num_threads())
+    name = str(device) if world_size() == 1 else device.type  # each process has a number of its own
+    train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
 
 
@@ -144,15 +213,18 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
 def _resume(training: TrainingRun) -> list[str]:
     """Restore a run from its last checkpoint; return lines about what it does differently from here on."""
     config, folder, saver = training.config, training.folder, training.saver
+    world = training.world
     with patience(training.console, "reading the checkpoint"):
-        checkpoint = last_checkpoint(folder, saver.parts, saver.fits, partial(say, training.console))
-    remove_leftovers(checkpoint.folder.parent)  # of a save that was killed
+        told = partial(say, training.console)
+        share = (world.rank, world.size)
+        checkpoint = last_checkpoint(folder, saver.parts, saver.fits, told, world.together, share)
+    world.first(lambda: remove_leftovers(checkpoint.folder.parent))  # of a save that was killed
     _check_corpus(config, checkpoint.state.corpus_sha256, training.trainer.corpus)
     _check_unfinished(config, checkpoint)
     old = dataclasses.replace(checkpoint.config, out=folder)  # the folder may have been moved
     changes = check_resume(old, config)
-    replace_config(folder, old, config, checkpoint.state.step)
     training.resume(checkpoint)
+    world.first(lambda: replace_config(folder, old, config, checkpoint.state.step))
     return [*changes, f"resuming after step {checkpoint.state.step} of {config.train.steps} from {checkpoint.folder}"]
 
 

@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: Ctrl-C, SIGTERM and a closed terminal."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -10,18 +10,35 @@ class StopAskedError(Exception):
     """Ends a phase that can be repeated, such as a validation, because a signal asked the run to stop."""
 
 
+class StopSignals:
+    """The signals that asked a run to stop.
+
+    Args:
+        agree: returns True in all processes of the run if its argument is True in one.
+    """
+
+    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
+        self.numbers: list[int] = []
+        self.agree, self.agreed = agree, False
+
+    def came(self) -> bool:
+        """Return True in all processes if a signal came to one. All ask together; the answer stays True."""
+        self.agreed = self.agreed or self.agree(bool(self.numbers))
+        return self.agreed
+
+
 @contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """Yield a list of the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
+def asked_to_stop(agree: Callable[[bool], bool] = bool) -> Iterator[StopSignals]:
+    """Yield the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
 
     The others often come repeatedly (from a scheduler, then from a shell that passes them on), so none interrupts.
     """
-    asked: list[int] = []
+    asked = StopSignals(agree)
 
     def ask(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked:
+        if number == signal.SIGINT and signal.SIGINT in asked.numbers:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.numbers.append(number)
 
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
     hangup = [number for number in hangup if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores it

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
+from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.ranks import Ranks
+from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, max_violation
 from dsmini.training.average import ParameterAverage
@@ -51,13 +54,26 @@ class StepResult:
 
 
 class Trainer:
-    """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop."""
+    """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop.
 
-    def __init__(self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device) -> None:
+    Args:
+        ranks: the processes that train together, each with its part of the model and of the batch; None: this one.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        config: RunConfig,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
-        self.optimizers = optimizers(model, config.train, model.compute_dtype or torch.float32)
+        dtype = model.compute_dtype or torch.float32
+        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update)
         decay = config.train.ema_decay
-        self.average = None if decay is None else ParameterAverage(model.named_parameters(), decay)
+        self.average = None if decay is None else ParameterAverage(self._here(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
@@ -66,24 +82,56 @@ class Trainer:
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
+        local = self.ranks.local
+        state = optimizer_state(self.optimizers, self.model.named_parameters())
         parts = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizers, self.model.named_parameters()),
+            "model": {name: local(t) for name, t in self.model.state_dict().items()},
+            "optimizer": {name: local(t) for name, t in state.items()},
         }
         return parts if self.average is None else {**parts, "average": self.average.tensors}
 
+    def _here(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts of the parameters that are on this rank."""
+        return ((name, self.ranks.local(p)) for name, p in self.model.named_parameters())
+
+    def pieces(self, tensors: Tensors) -> dict[str, dict[str, HeldRows]]:
+        """Return which piece each tensor of `tensors` is of the whole run's."""
+        named = dict(self.model.named_parameters())
+
+        def piece(name: str, tensor: Tensor) -> HeldRows:
+            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            alike = parameter is not None and self.ranks.local(parameter).shape == tensor.shape
+            return self.ranks.piece(parameter if alike and parameter is not None else tensor)
+
+        return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
+
+    def mine(self, tensors: Tensors) -> Tensors:
+        """Return this rank's pieces of the tensors of a whole run."""
+        named = dict(self.model.named_parameters())
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            piece = None if parameter is None else self.ranks.piece(parameter)
+            return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
+
+        return {part: {name: cut(name, t) for name, t in of.items()} for part, of in tensors.items()}
+
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        check_tensors(tensors["model"], self.model.state_dict(), "model.safetensors")
-        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        want = {name: self.ranks.local(t) for name, t in self.model.state_dict().items()}
+        check_tensors(tensors["model"], want, "model.safetensors")
+        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.local)
         if self.average is not None:
             check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
 
     def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        _copy({name: self.ranks.local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
+        self.ranks.release(self.model)
+        load_optimizer_state(
+            tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.divided_like
+        )
         if self.average is not None:
             self.average.load(tensors["average"], average_updates)
         self.steps_done, self.sequences = steps_done, sequences
@@ -98,7 +146,8 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * share
         rows = batch_size(self.steps_done, train)
         sums, counts, waited = self.forward_backward(rows)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip, foreach=True)
+        self.ranks.sum_gradients(self.model.parameters())
+        norm = self.ranks.clip(self.model.parameters(), train.grad_clip)
         finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
         if finite:
             for optimizer in self.optimizers:
@@ -107,7 +156,7 @@ class Trainer:
             for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
-                self.average.update(self.model.named_parameters())
+                self.average.update(self._here())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
@@ -130,17 +179,24 @@ class Trainer:
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over the step's batch.
+        """Add up the gradients of the mean loss over this rank's part of the step's batch.
 
-        Return the mean losses [main, mtp, balance], the summed loads, and the seconds of waiting for the batch.
+        Return the mean losses [main, mtp, balance] and the summed loads of the whole batch, and the seconds of waiting
+        for this rank's part.
         """
         train = self.config.train
         start = time.perf_counter()
         tokens, targets = self.loader.take(self._requests(rows))
         waited = time.perf_counter() - start
+        parts = train.grad_accum * self.ranks.place.parts
+        counted = (targets != IGNORE).sum()
+        self.ranks.sum_parts(counted)
+        n_targets = (counted.clamp(min=1) / parts).to(self.device)
         sums = torch.zeros(3, device=self.device)
         counts: Tensor | None = None
-        for x, y in zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True):
+        pairs = list(zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True))
+        for number, (x, y) in enumerate(pairs, 1):
+            self.ranks.begin_part(self.model, last=number == len(pairs))
             losses = self.losses(
                 x.to(self.device),
                 y.to(self.device),
@@ -149,12 +205,14 @@ class Trainer:
                 balance_alpha=train.balance_alpha,
                 balance_counts=train.balance_counts,
                 recompute=train.recompute,
+                n_targets=n_targets,
             )
-            (losses.total / train.grad_accum).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / train.grad_accum
+            (losses.total / parts).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / parts
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load
+        self.ranks.sum_parts(sums, *([] if counts is None else [counts]))
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
@@ -167,7 +225,7 @@ class Trainer:
         for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
             first, before = requests[-1]
             requests.append((first + before, batch_size(step, self.config.train)))
-        return requests
+        return [self.ranks.share(*request) for request in requests]
 
     @torch.no_grad()
     def validate(
@@ -183,32 +241,38 @@ class Trainer:
             on_part: told the share that is done. An exception that it raises ends the validation.
         """
         windows = windows or self.corpus.windows(self.config.seq_len)
+        mine, real = windows.share(self.ranks.place.part, self.ranks.place.parts)
         rows = max(1, tokens_at_a_time // windows.seq_len)
         total = torch.zeros((), dtype=torch.float64)
         done = 0
         self.model.eval()
         try:
-            for tokens, targets in windows.blocks(rows):
-                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens)).flatten(0, 1)
-                targets = targets.to(self.device).flatten()
-                total += self.model.cross_entropy(hidden, targets).double().cpu()
+            for tokens, targets in mine.blocks(rows):
+                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens))
+                counted = max(0, min(len(tokens), real - done))
+                targets = targets[:counted].to(self.device).flatten()
+                total += self.model.cross_entropy(hidden[:counted].flatten(0, 1), targets).double().cpu()
                 done += len(tokens)
-                on_part(done / len(windows))
+                on_part(done / len(mine))
         finally:
             self.model.train()
+            self.ranks.release(self.model)
+        self.ranks.sum_parts(total)
         return total.item() / windows.tokens
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the average in place of the model's parameters, which come back bitwise afterwards."""
         assert self.average is not None, "there is no average: ema_decay is None"
-        named = dict(self.model.named_parameters())
+        named = dict(self._here())
         live = {name: p.detach().clone() for name, p in named.items()}
         _copy(named, self.average.tensors)
+        self.ranks.release(self.model)
         try:
             yield
         finally:
             _copy(named, live)
+            self.ranks.release(self.model)
 
 
 @torch.no_grad()

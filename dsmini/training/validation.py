@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dsmini.config import TrainConfig
 from dsmini.data.corpus import Windows
 from dsmini.training.progress import TrainingProgress
-from dsmini.training.stopping import StopAskedError
+from dsmini.training.stopping import StopAskedError, StopSignals
 from dsmini.training.trainer import Trainer
 
 LEAST_AT_THE_END = 131_072
@@ -31,13 +31,13 @@ def final_windows(trainer: Trainer, seq_len: int | None = None) -> Windows:
     return trainer.corpus.windows(seq_len or config.seq_len, at_most)
 
 
-def validate(trainer: Trainer, progress: TrainingProgress, asked: list[int]) -> dict[str, float]:
+def validate(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -> dict[str, float]:
     """Validate after the last step so far, if that is due; return the losses by their keys in metrics.jsonl.
 
     Args:
-        asked: signals that ask the run to stop; holds one as soon as it has come.
+        asked: the signals that ask the run to stop.
 
-    Raises: StopAskedError as soon as `asked` holds a signal. Nothing is changed then.
+    Raises: StopAskedError as soon as one has come. Nothing is changed then.
     """
     config, step = trainer.config, trainer.steps_done
     if step == config.train.steps:
@@ -51,7 +51,7 @@ def validate(trainer: Trainer, progress: TrainingProgress, asked: list[int]) -> 
     return {"val_loss": nats}
 
 
-def _last_scores(trainer: Trainer, progress: TrainingProgress, asked: list[int]) -> dict[str, float]:
+def _last_scores(trainer: Trainer, progress: TrainingProgress, asked: StopSignals) -> dict[str, float]:
     """Compute the losses at the end: at the context of training, at eval_context, and with the average."""
     context = trainer.config.train.eval_context
     where, windows = _in_words(trainer), final_windows(trainer)
@@ -79,10 +79,10 @@ def _in_words(trainer: Trainer) -> str:
     )
 
 
-def _until_asked(on_part: Callable[[float], None], asked: list[int]) -> Callable[[float], None]:
+def _until_asked(on_part: Callable[[float], None], asked: StopSignals) -> Callable[[float], None]:
     def check(done: float) -> None:
         on_part(done)
-        if asked and done < 1:
+        if done < 1 and asked.came():
             raise StopAskedError
 
     return check

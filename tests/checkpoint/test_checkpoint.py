@@ -277,10 +277,10 @@ def test_other_write_errors_still_save_the_state(tmp_path: Path, monkeypatch: py
     training = new_run(tmp_path, **OPTIONS)
     real = training._record
 
-    def full(metrics: Any) -> None:
+    def full(*of: Any) -> None:
         if training.trainer.steps_done == 3:
             raise OSError(28, "No space left on device")
-        real(metrics)
+        real(*of)
 
     monkeypatch.setattr(training, "_record", full)
     with pytest.raises(OSError, match="No space"):

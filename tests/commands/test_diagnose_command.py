@@ -1,30 +1,14 @@
 """python -m dsmini.diagnose as a user runs it: answers, JSON, a page, and mistakes in one sentence."""
 
-import hashlib
 import json
-import re
-import signal
 from pathlib import Path
 
 import pytest
 
 from dsmini.diagnosis.training_work import TRAINING
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import run_all
+from tests.helpers.diagnoses import SMALL, begin, files, interrupted
 
-SMALL = """
-[model]
-dim = 32
-inter_dim = 48
-moe_inter_dim = 16
-n_layers = 2
-n_routed_experts = 8
-max_seq_len = 32
-[data]
-path = "text.txt"
-[train]
-batch_size = 4
-threads = 1
-"""
 QUICK = "--quick --rounds 5"
 
 
@@ -32,28 +16,14 @@ QUICK = "--quick --rounds 5"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a text, a config, and an unfinished, a finished and a damaged run."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "text.txt").write_text("".join(f"line {i * i % 997} of the text\n" for i in range(4000)))
-    (folder / "small.toml").write_text(SMALL)
+    begin(folder, "finished", "unfinished", "damaged")
     (folder / "lost.toml").write_text(SMALL.replace("text.txt", "lost.txt"))
     (folder / "odd.toml").write_text("[model]\nn_headz = 3\n")
-    (folder / "empty").mkdir()
-    for name in ("unfinished", "finished", "damaged"):
-        line = f"dsmini.train {TINY} --data.path text.txt --train.steps 4 --out {name}"
-        assert run(line, folder).returncode == 0
     (folder / "unfinished" / "summary.json").unlink()
     (folder / "damaged" / "summary.json").unlink()
     for file in (folder / "damaged" / "checkpoints").glob("*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-9])
     return folder
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Return the hash of every file."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_answers_of_a_config_and_of_a_run(place: Path) -> None:
@@ -110,13 +80,5 @@ def test_intervention_that_does_not_apply_says_why(place: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_whole_rounds(place: Path) -> None:
-    process = start("dsmini.diagnose small.toml --quick --rounds 1000 --json", place)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if (found := re.search(r"round (\d+)", line)) and int(found[1]) > 7:
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    record = json.loads(out.splitlines()[-1])
+    record = interrupted("small.toml --only replay dense_active", place, 7)
     assert record["stopped"] and record["gains"]["replay"]["rounds"] >= 7

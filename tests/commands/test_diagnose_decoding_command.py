@@ -1,15 +1,13 @@
 """python -m dsmini.diagnose --work decode as a user runs it: a config, a finished run, a folder, and mistakes."""
 
 import json
-import re
-import signal
 from pathlib import Path
 
 import pytest
 
 from dsmini.diagnosis.decoding.alternatives import INTERVENTIONS
-from tests.commands.test_diagnose_command import SMALL, files
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import run, run_all
+from tests.helpers.diagnoses import begin, files, interrupted
 
 QUICK = "--work decode --quick --rounds 5"
 
@@ -18,13 +16,10 @@ QUICK = "--work decode --quick --rounds 5"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a text, a config, a finished run, a folder made of it, and one without weights."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "text.txt").write_text("".join(f"line {i * i % 997} of the text\n" for i in range(4000)))
-    (folder / "small.toml").write_text(SMALL)
-    assert run(f"dsmini.train {TINY} --data.path text.txt --train.steps 4 --out finished", folder).returncode == 0
+    begin(folder, "finished")
     assert run("dsmini.convert finished folder", folder).returncode == 0
     (folder / "bare").mkdir()
     (folder / "bare" / "config.json").write_text((folder / "folder" / "config.json").read_text())
-    (folder / "empty").mkdir()
     return folder
 
 
@@ -80,13 +75,5 @@ def test_mistake_is_one_sentence(place: Path, line: str, words: str) -> None:
 
 
 def test_ctrl_c_keeps_the_whole_rounds(place: Path) -> None:
-    process = start("dsmini.diagnose small.toml --work decode --quick --rounds 1000 --json", place)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if (found := re.search(r"round (\d+)", line)) and int(found[1]) > 7:
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    record = json.loads(out.splitlines()[-1])
+    record = interrupted("small.toml --work decode --only free_cache dense_active", place, 7)
     assert record["stopped"] and record["gains"]["free_cache"]["rounds"] >= 7

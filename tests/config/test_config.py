@@ -114,7 +114,7 @@ def test_wrong_model_in_toml_is_refused(tmp_path: Path, kind: Any, text: str, se
     ("text", "sentence"),
     [
         ("[modell]\nn_layers = 3", "unknown key 'modell' in x.toml; did you mean 'model'?"),
-        ("n_layers = 3", "unknown key 'n_layers' in x.toml; known are model, data, train, out"),
+        ("n_layers = 3", "unknown key 'n_layers' in x.toml; known are model, data, train, parallel, out"),
         ("[train]\nstep = 4", "unknown key 'train.step' in x.toml; did you mean 'train.steps'?"),
         ("[data]\npaths = 'a'", "unknown key 'data.paths' in x.toml; did you mean 'data.path'?"),
         ("[data]\npath = 3", 'x.toml: data.path=3 is not a path or "none"'),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dsmini.diagnosis import scaling
 from dsmini.diagnosis.diagnosis import LookPlan, diagnose
 from dsmini.diagnosis.evidence import (
     batch_sweep,
@@ -24,6 +25,7 @@ from dsmini.diagnosis.evidence import (
 from dsmini.diagnosis.evidence.evidence import GAIN, Evidence, in_turns, patched, to_try
 from dsmini.diagnosis.gains import Gain
 from dsmini.diagnosis.pages import report_of, short_report_of
+from dsmini.diagnosis.predictions import shape_of
 from dsmini.diagnosis.subject import Subject
 from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.tries import tries_of
@@ -53,6 +55,7 @@ def state_of(subject: Subject) -> list[object]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let turns be few, and this machine have two cores."""
     monkeypatch.setattr(evidence, "MOST_TURNS", 2)
+    monkeypatch.setattr(scaling, "TURNS", 1)
     monkeypatch.setattr(timeline, "MOST_STEPS", 3)
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(dtypes, "slow_bf16", lambda _: False)
@@ -246,9 +249,14 @@ def test_predictions_are_shown_beside_what_was_measured(subject: Subject, quick:
 def test_predictions_come_before_the_first_step(subject: Subject, quick: None, rates: Rates) -> None:
     """Check it by steps that end the experiment: every prediction has been made by then."""
     order: list[str] = []
+    config = subject.config
+    said = forecast(shape_of(config, subject.rows, config.train.dtype), rates)
     with pytest.MonkeyPatch.context() as patch:
         for module in (batch_sweep, loader_delay, threads, dtypes):
-            patch.setattr(module, "forecast", lambda *a: order.append("predict") or forecast(*a))
+            patch.setattr(module, "forecast", lambda *_: order.append("predict") or said)
+        patch.setattr(
+            threads, "seconds_with_threads", lambda _, counts, __: order.append("predict") or [1.0] * len(counts)
+        )
         patch.setattr(Subject, "step", lambda _self: order.append("step") or 1 / 0)
         for name in ("batch_sweep", "loader_delay", "threads", "dtypes"):
             order.clear()

@@ -9,6 +9,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,28 +68,33 @@ def prose_of_page(path: Path) -> Iterator[tuple[int, str]]:
 
 SOURCES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("dsmini", "kernels", "benchmarks", "tests")}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]
-PROSE = {
-    **{name: [(path, *spot) for path in paths for spot in prose_of_source(path)] for name, paths in SOURCES.items()},
-    "pages": [(path, *spot) for path in PAGES for spot in prose_of_page(path)],
-}
+PLACES = (*SOURCES, "pages")
+
+
+@cache
+def prose(place: str) -> list[tuple[Path, int, str]]:
+    """Return the file, the line and the text of all that a folder's sources say, or the pages."""
+    if place == "pages":
+        return [(path, *spot) for path in PAGES for spot in prose_of_page(path)]
+    return [(path, *spot) for path in SOURCES[place] for spot in prose_of_source(path)]
 
 
 def found(place: str, rule: str) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{line}: {text[max(0, hit.start() - 40) : hit.end() + 40]}"
-        for path, line, text in PROSE[place]
+        for path, line, text in prose(place)
         if path.name != Path(__file__).name
         for hit in RULES[rule].finditer(text)
     ]
 
 
 def words(place: str) -> int:
-    return sum(len(text.split()) for _, _, text in PROSE[place])
+    return sum(len(text.split()) for _, _, text in prose(place))
 
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]
-    for place in PROSE:
+    for place in PLACES:
         print(f"# {place}: {words(place)} words")
         for rule in RULES:
             places = [spot for spot in found(place, rule) if not wanted or any(spot.startswith(w) for w in wanted)]

@@ -128,7 +128,7 @@ def test_the_losses_are_weighted_as_the_config_says(new_trainer: NewTrainer, mon
     real = trainer.losses
     monkeypatch.setattr(trainer, "losses", lambda x, y, **kwargs: (seen.append(kwargs), real(x, y, **kwargs))[1])
     trainer.step()
-    assert seen == [{**options, "documents": None}]
+    assert seen == [{**options, "documents": None, "n_targets": torch.tensor(64.0)}]
 
 
 def test_validation_changes_nothing(new_trainer: NewTrainer) -> None:

@@ -33,9 +33,8 @@ from dsmini.diagnosis.decoding.steps import Point, Run, seconds_of, steps_in_tur
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.interventions.machine import THREADS, cores
 from dsmini.diagnosis.predictions import Prediction
+from dsmini.diagnosis.scaling import rates_by_threads
 from dsmini.functional.cached_attention import KEY_STEP
-from dsmini.machine import matmul_rate
-from dsmini.measure.calibration import read_bandwidth
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.forecast import Forecast
 from dsmini.measure.step_rates import Rates, class_of
@@ -172,18 +171,12 @@ def predict(subject: DecodingSubject, names: Sequence[str], rates: Rates) -> Pre
 
 def seconds_with_threads(prices: Prices, now: Forecast, counts: Sequence[int]) -> list[float]:
     """Return the predicted seconds of a plain step on each number of threads."""
-    subject, before = prices.subject, torch.get_num_threads()
+    subject, used = prices.subject, torch.get_num_threads()
     dtype = torch.float32 if subject.compute_dtype == "float32" else torch.bfloat16
-    measured: dict[int, tuple[float, float]] = {}
-    try:
-        for threads in {before, *counts}:
-            torch.set_num_threads(threads)
-            measured[threads] = matmul_rate(subject.device, dtype, 0.3), read_bandwidth(subject.device, 1 << 27, 2)
-    finally:
-        torch.set_num_threads(before)
+    measured = rates_by_threads(subject.device, dtype, sorted({used, *counts}))
     point = Point(batch=subject.batch, context=subject.context)
     cold = cold_shares(prices.counted(PLAIN, point, subject.config))
-    return [scaled(now.by_class, cold, measured[before], measured[threads]) for threads in counts]
+    return [scaled(now.by_class, cold, measured[used], measured[threads]) for threads in counts]
 
 
 def cold_shares(dry: Dry) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Decoding as a kind of work: what can be made free, and what is looked at besides time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dsmini.diagnosis.decoding.alternatives import INTERVENTIONS
 from dsmini.diagnosis.decoding.drafts import acceptance_finding
@@ -9,7 +10,6 @@ from dsmini.diagnosis.decoding.subject import DecodedStep, DecodingSubject
 from dsmini.diagnosis.experiment import Measured
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.findings import steps as of_steps
-from dsmini.diagnosis.interventions.intervention import MadeFree
 from dsmini.diagnosis.kind import QUIET, KindOfWork
 from dsmini.diagnosis.predictions import Prediction
 
@@ -37,14 +37,7 @@ DECODING = KindOfWork[DecodingSubject, DecodedStep](
     predict=predict,
     look=_look,
     findings=_findings,
-    estimates=(
-        MadeFree(
-            name=QUIET.name,
-            axis=QUIET.axis,
-            words=QUIET.words,
-            action=LEAVE_A_CORE,
-        ),
-    ),
+    estimates=(replace(QUIET, action=LEAVE_A_CORE),),
     not_here={"replay": "decoding waits for no data: the model makes each token itself"},
     vocabulary=VOCABULARY,
     about_words="They differ on memory traffic, here the rows of the cache that a token reads: the article counts it "

@@ -128,17 +128,7 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
             note="the formula counts the half of the square that the mask leaves",
         ),
     ]
-    figures += [
-        Figure(
-            question="roofline",
-            case={"kind": p.kind, "operation": p.name, "shape": p.shape, "intensity": p.intensity},
-            metric="seconds_of_a_step",
-            unit="s",
-            measured=p.seconds,
-            predicted=p.predicted,
-        )
-        for p in shown
-    ]
+    figures += operation_figures(shown)
     memory = sum(p.seconds for p in points if p.intensity < ridge) / total
     return Section(
         name="roofline",
@@ -150,6 +140,21 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
         plots=[roof_plot(shown, rates.roofs.bandwidth, peak)],
         about="Above the sloping roof an operation's bytes come from a cache.",
     )
+
+
+def operation_figures(points: Sequence[RoofPoint]) -> list[Figure]:
+    """Return the measured and predicted seconds of each operation."""
+    return [
+        Figure(
+            question="roofline",
+            case={"kind": p.kind, "operation": p.name, "shape": p.shape, "intensity": p.intensity},
+            metric="seconds_of_a_step",
+            unit="s",
+            measured=p.seconds,
+            predicted=p.predicted,
+        )
+        for p in points
+    ]
 
 
 def roof_plot(points: Sequence[RoofPoint], bandwidth: float, peak: float) -> Plot:

@@ -12,7 +12,6 @@ Worked example: a ridge of 10 FLOPs a byte and weights of 2 bytes: dense product
 """
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +20,7 @@ from dsmini.diagnosis.decoding.arm import PLAIN
 from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
-from dsmini.diagnosis.evidence.batch_sweep import knee_of
+from dsmini.diagnosis.evidence.batch_sweep import BatchSweep, knee_of
 from dsmini.diagnosis.evidence.evidence import Evidence, in_ms, in_turns, medians, none_of, timed, to_try
 from dsmini.inference.decoding import MOST_TOKENS
 from dsmini.machine import memory_bytes
@@ -35,14 +34,9 @@ MOST_MEMORY = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingBatches:
-    """Seconds of steps by number of sequences, ascending."""
+class DecodingBatches(BatchSweep):
+    """The sweep, and where arithmetic begins to limit it."""
 
-    batches: Sequence[int]
-    taken: Sequence[Sequence[float]]
-    predicted: Sequence[float] | None
-    knee: float
-    predicted_knee: float | None
     ridge: float | None
     """Number of sequences at which dense products reach this machine's ridge; None without rates."""
 

@@ -11,7 +11,7 @@ from dsmini import accounting
 from dsmini.diagnosis.decoding.steps import steps_with
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, none_of
-from dsmini.diagnosis.evidence.roofline import LEAST_SHARE, points_of, roof_plot
+from dsmini.diagnosis.evidence.roofline import LEAST_SHARE, operation_figures, points_of, roof_plot
 from dsmini.measure.counting import count
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Figure, Section
@@ -48,17 +48,7 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
             ("bytes", "bytes", passes[0].bytes, nbytes),
         )
     ]
-    figures += [
-        Figure(
-            question="roofline",
-            case={"kind": p.kind, "operation": p.name, "shape": p.shape, "intensity": p.intensity},
-            metric="seconds_of_a_step",
-            unit="s",
-            measured=p.seconds,
-            predicted=p.predicted,
-        )
-        for p in shown
-    ]
+    figures += operation_figures(shown)
     memory = sum(p.seconds for p in points if p.intensity < ridge) / total
     return Section(
         name="roofline",

@@ -1,0 +1,89 @@
+"""The config of several processes: how the model, its experts and the batch are divided among them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsmini.config.fields import check_types, require, require_multiple
+from dsmini.config.model import ModelConfig
+from dsmini.config.train import TrainConfig
+
+ScheduleName = Literal["1f1b", "interleaved1f1b", "zero_bubble", "zbv", "dualpipev"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Layout of the processes, pp x dp x ep of them. All ones: a single process, without torch.distributed."""
+
+    pp: int = 1
+    """Number of pipeline stages that the layers are divided into. Each step's grad_accum parts pass through them one
+    after the other."""
+    dp: int | None = None
+    """Number of parts of the batch for each expert; left out: as many as there are processes for."""
+    ep: int = 1
+    """Number of processes that the experts of a layer are divided among. Each has its own part of the batch too."""
+    nodes: int = 1
+    """Number of machines that the ep processes are on. With more than one a token is sent once to each machine with an
+    expert of its own, and passed on there (V3: section 3.2.2)."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What the processes with the same parameters divide among them: 0 nothing, 1 the optimizer state, 2 the gradients
+    too, 3 the parameters too (FSDP2)."""
+    schedule: ScheduleName = "1f1b"
+    """Order of the forwards and backwards of a pipeline."""
+    timeout: float = 300.0
+    """Seconds after which a process that does not answer ends the run."""
+    check_replicas: int = 100
+    """Number of steps between two comparisons of what several processes hold alike; 0: never."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "parallel.")
+        for name in ("pp", "dp", "ep", "nodes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"parallel.{name}={value} is not positive; use 1 or more")
+        require(self.timeout > 0, f"parallel.timeout={self.timeout} is not positive; use a number of seconds")
+        require(self.check_replicas >= 0, f"parallel.check_replicas={self.check_replicas} is negative; use 0 for never")
+        require(self.zero in (0, 1, 2, 3), f"parallel.zero={self.zero} is unknown; use 0, 1, 2 or 3")
+        require_multiple("parallel.ep", self.ep, "parallel.nodes", self.nodes)
+
+    def parts(self, world_size: int) -> int:
+        """Return the number of parts of the batch, dp * ep.
+
+        Raises: ValueError for a number of processes that the layout does not fit.
+        """
+        group = self.pp * self.ep
+        dp = self.dp or max(1, world_size // group)
+        want = group * dp
+        if want != world_size:
+            have = "1 process" if world_size == 1 else f"{world_size} processes"
+            shape = f"pp={self.pp} x dp={dp} x ep={self.ep}"
+            raise ValueError(
+                f"parallel: {shape} needs {want} processes, there {'is' if world_size == 1 else 'are'} {have}; start "
+                f"torchrun --nproc-per-node {want} -m dsmini.train, or change the layout"
+            )
+        return dp * self.ep
+
+    def check(self, model: ModelConfig, train: TrainConfig, world_size: int) -> None:
+        """Raise ValueError for a model or a batch that this layout does not divide."""
+        parts = self.parts(world_size)
+        if self.ep > 1:
+            require(
+                any(map(model.is_moe, range(model.n_layers + model.n_mtp_layers))),
+                f"parallel.ep={self.ep}, but the model has no experts to divide; use parallel.dp",
+            )
+            require_multiple("model.n_routed_experts", model.n_routed_experts, "parallel.ep", self.ep)
+        if self.nodes > 1:
+            require_multiple("model.n_expert_groups", model.n_expert_groups, "parallel.nodes", self.nodes)
+        require(
+            self.pp <= model.n_layers,
+            f"parallel.pp={self.pp} is more than model.n_layers={model.n_layers}; a stage has one layer or more",
+        )
+        if world_size == 1:
+            return
+        rows = parts * train.grad_accum
+        for name in ("batch_size", "batch_start"):
+            value = getattr(train, name)
+            if value is not None and value % rows:
+                raise ValueError(
+                    f"train.{name}={value} is not divisible into {parts} processes' parts of train.grad_accum="
+                    f"{train.grad_accum} each; use a multiple of {rows}"
+                )
+        require(not train.compile, "train.compile does not go with several processes; leave it out")

@@ -1,0 +1,180 @@
+"""The mesh pp x dp x ep of the ranks, and the sums over its groups.
+
+Rank = (pp * dp + dp_index) * ep + ep_index: ranks of one ep group are neighbours, since they exchange most.
+
+    group     ranks that differ in    holds together
+    ep        ep                      all experts of a layer, for one part of the batch each
+    dp        dp                      the same experts
+    parts     dp and ep               all that is not an expert
+    pp        pp                      the layers
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed import data_parallel
+from dsmini.distributed.exchange import SentBytes
+from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
+from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.ranks import Place, Ranks
+from dsmini.distributed.sharded_muon import muon_update_divided
+from dsmini.functional.muon import muon_update
+from dsmini.nn import Transformer
+
+BUCKET = 1 << 23
+"""Numbers of gradients that are summed in one message."""
+
+
+class Mesh(Ranks):
+    """The ranks of a layout. All ranks make it together, and call its methods in the same order."""
+
+    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
+        self.config = config
+        parts = config.parts(dist.get_world_size())
+        dp = parts // config.ep
+        shape, names = (config.pp, dp, config.ep), ("pp", "dp", "ep")
+        self.device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.parts_mesh = self.device_mesh["dp", "ep"]._flatten("parts")
+        pp, dp_index, ep = self.device_mesh.get_coordinate() or (0, 0, 0)
+        self.place = Place(pp=pp, part=dp_index * config.ep + ep, parts=parts, ep=ep)
+        self.ep, self.dp, self.pp = (self.device_mesh.get_group(name) for name in ("ep", "dp", "pp"))
+        self.parts = self.parts_mesh.get_group()
+        self.traffic, self.slow_traffic = SentBytes(), SentBytes()
+        """Bytes of the expert exchange inside a node, or of all where there is one; between nodes."""
+        self.zero = 0
+        """parallel.zero, where there is something to divide."""
+        self.own_experts: set[Tensor] = set()
+        """Parameters that only the ranks of `dp` hold alike."""
+
+    def divide_experts(self, model: nn.Module) -> None:
+        """Keep this rank's experts of each MoE layer, and let tokens travel to the others."""
+        if self.config.ep == 1:
+            return
+        exchange = self._exchange()
+        for moe in moe_layers(model):
+            keep_own_experts(moe, self.place.ep, self.config.ep)
+            moe.exchange = exchange
+        self._note_experts(model)
+
+    def _note_experts(self, model: nn.Module) -> None:
+        self.own_experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
+
+    def shard(self, model: Transformer) -> None:
+        """Divide parameters and optimizer state as parallel.zero says."""
+        if self.config.zero and self.place.parts > 1:
+            self.zero = self.config.zero
+            blocks: list[nn.Module] = [*model.layers, *model.mtp]
+            dp = self.device_mesh["dp"] if self.config.ep > 1 else None
+            data_parallel.shard(model, blocks, self.zero, self.parts_mesh, dp)
+            if self.config.ep > 1:
+                self._note_experts(model)
+
+    def _exchange(self) -> ExpertExchange | TwoHopExchange:
+        nodes, ep = self.config.nodes, self.config.ep
+        if nodes == 1:
+            return ExpertExchange(self.ep, self.traffic)
+        by_node = torch.tensor(dist.get_process_group_ranks(self.ep)).view(nodes, ep // nodes)
+        everyone: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, [*by_node.tolist(), *by_node.T.tolist()])
+        # every rank makes every group, in one order
+        groups = {
+            tuple(ranks): dist.new_group(ranks) for ranks in sorted({tuple(r) for all_of in everyone for r in all_of})
+        }
+        node, number = divmod(self.place.ep, ep // nodes)
+        inside: Any
+        between: Any
+        inside, between = groups[tuple(by_node[node].tolist())], groups[tuple(by_node[:, number].tolist())]
+        return TwoHopExchange(between, inside, self.slow_traffic, self.traffic)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return data_parallel.local(tensor)
+
+    def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
+        return data_parallel.divided_like(parameter, part)
+
+    def muon_update(self, *args: Any, **kwargs: Any) -> None:
+        (muon_update_divided if self.zero else muon_update)(*args, **kwargs)
+
+    def begin_part(self, model: nn.Module, last: bool) -> None:
+        if self.zero:
+            data_parallel.set_last_part(model, self.zero, last)
+
+    def release(self, model: nn.Module) -> None:
+        if self.zero:
+            data_parallel.reshard(model)
+
+    def sum_parts(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if self.place.parts > 1:
+                dist.all_reduce(tensor, group=self.parts)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self.zero:  # FSDP2 has summed them
+            return
+        with_gradient = [p for p in parameters if p.grad is not None]
+        for group, own in ((self.parts, False), (self.dp, True)):
+            if dist.get_world_size(group) > 1:
+                sum_in_buckets([p.grad for p in with_gradient if (p in self.own_experts) == own], group)
+
+    def piece(self, parameter: Tensor) -> HeldRows:
+        first, rows = data_parallel.first_row(parameter)
+        shape, here = tuple(parameter.shape), self.local(parameter)
+        if parameter in self.own_experts:
+            first, shape = first + self.place.ep * rows, (rows * self.config.ep, *shape[1:])
+        return HeldRows(shape=shape, first=first, rows=here.shape[0] if here.dim() else 1)
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        own = [self.local(p.grad) for p in parameters if p.grad is not None and p in self.own_experts]
+        rest = [self.local(p.grad) for p in parameters if p.grad is not None and p not in self.own_experts]
+        if not self.zero and self.config.ep == self.config.pp == 1:
+            return get_total_norm(rest, foreach=True)
+        squares = get_total_norm(rest, foreach=True).square(), get_total_norm(own, foreach=True).square()
+        # the ranks that hold different gradients: without ZeRO all hold the same but their experts
+        group = self.parts if self.zero else self.ep
+        divided = squares[0] + squares[1] if self.zero else squares[1]
+        dist.all_reduce(divided, group=group)
+        squared = divided if self.zero else squares[0] + divided
+        if self.config.pp > 1:
+            dist.all_reduce(squared, group=self.pp)
+        return squared.sqrt()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        with_gradient = [p for p in parameters if p.grad is not None]
+        norm = self.gradient_norm(with_gradient)
+        if not self.zero:
+            clip_grads_with_norm_(with_gradient, max_norm, norm, foreach=True)
+            return norm
+        share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for p in with_gradient:
+            assert p.grad is not None
+            self.local(p.grad).mul_(share)
+        return norm
+
+
+def sum_in_buckets(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> None:
+    """Replace tensors by their sums over a group, in messages of up to BUCKET numbers of one dtype."""
+    bucket: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        full = sum(t.numel() for t in bucket) + (0 if tensor is None else tensor.numel()) > BUCKET
+        if bucket and (tensor is None or full or tensor.dtype != bucket[0].dtype):
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat, group=group)
+            for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(summed.view_as(t))
+            bucket = []
+        if tensor is not None:
+            bucket.append(tensor)
+
+
+def divide(model: Transformer, ranks: Ranks) -> None:
+    """Leave of a whole model what this rank holds."""
+    if isinstance(ranks, Mesh):
+        ranks.divide_experts(model)
+        ranks.shard(model)

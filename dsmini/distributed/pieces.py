@@ -1,0 +1,48 @@
+"""The piece of a tensor that a rank holds: rows of the whole, one after the other.
+
+Experts are divided by their first dimension, and FSDP2 divides by the first dimension too. So a piece is a contiguous
+part of the whole tensor's bytes, and a file of the whole has the same bytes whatever the layout of the ranks.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldRows:
+    """HeldRows `first` ... `first + rows - 1` of a tensor of `shape`."""
+
+    shape: tuple[int, ...]
+    first: int
+    rows: int
+
+    @property
+    def whole(self) -> bool:
+        """True if the piece is the whole tensor."""
+        return self.first == 0 and self.rows == (self.shape[0] if self.shape else 1)
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """First element of the piece in the whole, and the one after its last."""
+        row = math.prod(self.shape[1:])
+        return self.first * row, (self.first + self.rows) * row
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the piece of a whole tensor."""
+        return whole if self.whole else whole[self.first : self.first + self.rows]
+
+
+def whole(tensor: Tensor) -> HeldRows:
+    """Return the piece that is all of a tensor."""
+    return HeldRows(shape=tuple(tensor.shape), first=0, rows=tensor.shape[0] if tensor.dim() else 1)
+
+
+def joined_pieces(pieces: list[tuple[HeldRows, Tensor]]) -> Tensor:
+    """Return the whole tensor from pieces that cover it; copies of one piece may differ in nothing."""
+    piece, tensor = pieces[0]
+    out = tensor.new_empty(piece.shape)
+    for piece, tensor in pieces:
+        piece.of(out).copy_(tensor.view(piece.of(out).shape))
+    return out

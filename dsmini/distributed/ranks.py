@@ -1,0 +1,82 @@
+"""What a training step asks of the other ranks: its part of the batch, sums, norms, and agreement.
+
+The ranks form a mesh pp x dp x ep. Each (dp, ep) is a part of the batch. A parameter of a layer is the same on all
+parts, but the experts, which are divided over ep and the same on all dp:
+
+    gradient of              is summed over
+    an expert                dp: over ep it is a sum already, since the tokens of all ep ranks came to the expert
+    all else                 dp x ep
+
+No mean is taken anywhere. The loss is divided once, by what the whole step has of targets.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dsmini.distributed.pieces import HeldRows, whole
+from dsmini.functional.muon import muon_update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The place of a rank in the mesh."""
+
+    pp: int = 0
+    part: int = 0
+    """Number of its part of the batch, dp * (number of ep ranks) + ep."""
+    parts: int = 1
+    ep: int = 0
+
+
+class Ranks:
+    """One process, which has no others to ask."""
+
+    place = Place()
+
+    def share(self, first: int, rows: int) -> tuple[int, int]:
+        """Return this rank's sequences of a step's (first sequence, number of sequences)."""
+        each = rows // self.place.parts
+        return first + self.place.part * each, each
+
+    def sum_parts(self, *tensors: Tensor) -> None:
+        """Replace tensors by their sums over the parts of the batch."""
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their sums over the ranks that hold the same parameter."""
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the gradients of the whole model, of which each parameter counts once."""
+        return get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor that this rank holds, sharing its memory."""
+        return tensor
+
+    def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """Return this rank's part of a tensor that belongs to a parameter, as its optimizer wants it."""
+        return part
+
+    def muon_update(self, *args: Any, **kwargs: Any) -> None:
+        """Compute `muon_update`."""
+        muon_update(*args, **kwargs)
+
+    def begin_part(self, model: nn.Module, last: bool) -> None:
+        """Prepare the forward and backward of a part of the step's batch."""
+
+    def release(self, model: nn.Module) -> None:
+        """Free gathered parameters, which no backward frees, or which were changed outside of a step."""
+
+    def piece(self, parameter: Tensor) -> HeldRows:
+        """Return which piece of the whole model's parameter this rank holds."""
+        return whole(parameter)
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale gradients so that the whole model's norm is at most max_norm; return the norm before."""
+        with_gradient = [p for p in parameters if p.grad is not None]
+        norm = self.gradient_norm(with_gradient)
+        clip_grads_with_norm_(with_gradient, max_norm, norm, foreach=True)
+        return norm

@@ -1,0 +1,206 @@
+"""The processes of a run, their ranks, and what they agree on.
+
+A run of one process has a `World` too, which has nobody to ask. `joined` makes one of several processes that torchrun
+started, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+An error that all ranks would report is reported once, by rank 0. One that only some meet (a full disk on one machine)
+is raised by all of them together, and names the ranks. A rank that dies takes the others with it: no group of gloo or
+NCCL survives the loss of a member. Each ends with status 1, and whoever started them starts them all again.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+TOLD = "told by rank 0"
+"""Note in an error that all ranks raise and rank 0 reports."""
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Application timeout", "gloo")
+"""Parts of the messages of a collective that failed because another rank died or stood still."""
+
+
+class World:
+    """One process. With `joined`, one of several: the same methods then ask the others.
+
+    Every rank must call the methods in the same order.
+    """
+
+    rank = 0
+    size = 1
+    attempt = 0
+    """Number of times that the launcher started all processes again."""
+
+    def any(self, flag: bool) -> bool:
+        """Return True on all ranks if the flag is True on one."""
+        return flag
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Run work on rank 0 alone; return its result, or raise its error, on all."""
+        return work()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run work on all ranks; an error of some is raised by all, and names them."""
+        return work()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
+        return [value]
+
+    def told(self, error: Exception) -> Exception:
+        """Return an error that all ranks raise, marked so that rank 0 alone reports it."""
+        error.add_note(TOLD)
+        return error
+
+
+class Joined(World):
+    """A process among several, whose default group is initialised.
+
+    Args:
+        group: group of all ranks to ask in; None: the default one. A background thread needs its own.
+    """
+
+    def __init__(self, attempt: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self.attempt, self.group = dist.get_rank(), dist.get_world_size(), attempt, group
+        self.device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+
+    def any(self, flag: bool) -> bool:
+        highest = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        return bool(highest)
+
+    def first(self, work: Callable[[], T]) -> T:
+        answer: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.rank == 0:
+            try:
+                answer = [(work(), None)]
+            except (ValueError, OSError, ArithmeticError) as error:
+                answer = [(None, error)]
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        result, error = answer[0]
+        if error is not None:
+            raise self.told(error)
+        return result  # pyright: ignore[reportReturnType]
+
+    def together(self, work: Callable[[], T]) -> T:
+        result, mine = None, None
+        try:
+            result = work()
+        except (ValueError, OSError, ArithmeticError) as error:
+            mine = error
+        errors = self.gather(mine)
+        if any(error is not None for error in errors):
+            raise self.told(_joint(errors))
+        return result  # pyright: ignore[reportReturnType]
+
+    def gather(self, value: T) -> list[T]:
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def _joint(errors: Sequence[Exception | None]) -> Exception:
+    """Return one error for those of some ranks. Ranks with the same words are named together."""
+    met = {rank: error for rank, error in enumerate(errors) if error is not None}
+    texts = {
+        rank: (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        for rank, error in met.items()
+    }
+    first = next(iter(met.values()))
+    if len(met) == len(errors) and len(set(texts.values())) == 1:
+        joint = first
+    else:
+        by_text: dict[str, list[int]] = {}
+        for rank, text in texts.items():
+            by_text.setdefault(text, []).append(rank)
+        words = "; ".join(f"{_named(ranks)}: {text}" for text, ranks in by_text.items())
+        joint = OSError(first.errno, words) if isinstance(first, OSError) else type(first)(words)
+    return joint
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes that a launcher started; 1 without one."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def joined(timeout: float = 300.0, backend: str = "gloo") -> Iterator[World]:
+    """Yield the World of all processes that a launcher started, and leave it at the end; of one process without one.
+
+    Args:
+        timeout: seconds after which a collective fails in which another rank is missing.
+
+    Raises: ValueError if the others cannot be reached. A rank that loses another ends here, with status 1.
+    """
+    if world_size() == 1:
+        yield World()
+        return
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    _connect(timeout, backend, attempt)
+    world = Joined(attempt)
+    try:
+        yield world
+    except (Exception, KeyboardInterrupt) as error:
+        _end_after(error, world.rank)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(timeout: float, backend: str, attempt: int) -> None:
+    """Make the default group. Its store has a prefix for each attempt: addresses of dead processes stay in it."""
+    env = os.environ
+    rank, size, seconds = int(env["RANK"]), world_size(), timedelta(seconds=timeout)
+    where = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}"
+    held_by_launcher = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            world_size=None,
+            is_master=rank == 0 and not held_by_launcher,
+            timeout=seconds,
+            wait_for_workers=False,
+        )
+        prefixed = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=seconds)
+    except (RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or ["no answer"])[0]
+        raise ValueError(
+            f"cannot join the {size} processes at {where}: {reason}; check that all were started with the same "
+            "MASTER_ADDR and MASTER_PORT, and that the network lets them through"
+        ) from None
+
+
+def _end_after(error: BaseException, rank: int) -> None:
+    """Leave at once after an error that the other ranks cannot know of. An error that all raise returns."""
+    told = TOLD in getattr(error, "__notes__", ())
+    if told:
+        return
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST):
+        reason = (str(error).splitlines() or [""])[0]
+        print(
+            f"rank {rank}: lost another process ({reason}); the run continues from its last checkpoint with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(1)
+    if rank and isinstance(error, ValueError | OSError | ArithmeticError):
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> None:
+    """End this process now, without the destructors that wait for, or abort after, a group that is dead."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

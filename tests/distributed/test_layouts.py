@@ -1,0 +1,91 @@
+"""Training in every layout of ranks equals training in one process: losses, loads, and all tensors afterwards."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.distributed.world import World
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import Trained, train
+from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, moved_codes, rounding
+
+STEPS = 6
+FP8: dict[str, Any] = {"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "precision": "fp8"}
+MOVES = 2.0 * 1e-2
+"""Most that AdamW moves an element in a step: lr times at most 2 in the first steps."""
+
+
+def one_process(**options: Any) -> Trained:
+    return train(World(), None, options.get("model"), options.get("train"), STEPS)
+
+
+def assert_alike(got: Trained, want: Trained) -> None:
+    """Compare within the order of sums. AdamW divides by the size of a gradient, so that of a tiny one may be noise."""
+    assert (got.losses - want.losses).abs().max() < rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * STEPS
+    for g, w in zip(got.steps, want.steps, strict=True):
+        assert g.counts is not None and w.counts is not None and torch.equal(g.counts, w.counts)
+        assert g.grad_norm == pytest.approx(w.grad_norm, rel=FP32_MODEL * STEPS)
+    assert got.tensors.keys() == want.tensors.keys()
+    for name, w in want.tensors.items():
+        g = got.tensors[name]
+        assert g.shape == w.shape and g.dtype == w.dtype
+        allowed = FP32_MODEL * STEPS * max(w.abs().max().item(), MOVES)
+        assert (g - w).abs().max().item() <= allowed, name
+    biases = [name for name in want.tensors if name.endswith("gate.bias")]
+    assert biases and all(torch.equal(got.tensors[name], want.tensors[name]) for name in biases)
+
+
+def test_two_ranks_are_two_parts_bit_for_bit() -> None:
+    want = one_process(train={"grad_accum": 2})
+    for got in run_ranks(2, train, {"dp": 2}, None, None, STEPS):
+        assert got.losses.equal(want.losses)
+        assert all(torch.equal(got.tensors[name], w) for name, w in want.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("n", "parallel"),
+    [(2, {"ep": 2}), (4, {"dp": 4}), (4, {"ep": 2, "dp": 2}), (4, {"ep": 4}), (4, {"ep": 4, "nodes": 2})],
+    ids=str,
+)
+def test_layout_equals_one_process(n: int, parallel: dict[str, Any]) -> None:
+    results = run_ranks(n, train, parallel, None, None, STEPS)
+    assert_alike(results[0], one_process())
+    assert all(result.losses.equal(results[0].losses) for result in results)
+
+
+def test_recompute_parts_and_muon_equal_one_process() -> None:
+    options = {"recompute": True, "grad_accum": 2, "optimizer": "muon", "ema_decay": 0.9}
+    assert_alike(run_ranks(4, train, {"ep": 2}, None, options, STEPS)[0], one_process(train=options))
+
+
+@pytest.mark.parametrize(
+    ("n", "parallel", "options"),
+    [
+        (2, {"dp": 2, "zero": 3}, {"optimizer": "muon"}),
+        (4, {"dp": 4, "zero": 1}, {"grad_accum": 2}),
+        (4, {"dp": 4, "zero": 2}, {"grad_accum": 2, "optimizer": "muon"}),
+        (4, {"ep": 2, "zero": 3}, {"optimizer": "muon", "ema_decay": 0.9}),
+        (4, {"ep": 4, "zero": 3}, {"recompute": True, "balance_counts": "routed"}),
+    ],
+    ids=str,
+)
+def test_divided_state_equals_one_process(n: int, parallel: dict[str, Any], options: dict[str, Any]) -> None:
+    assert_alike(run_ranks(n, train, parallel, None, options, STEPS)[0], one_process(train=options))
+
+
+def test_two_runs_of_a_layout_have_the_same_bits() -> None:
+    a, b = (run_ranks(4, train, {"ep": 2}, None, None, 3)[0] for _ in range(2))
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "tolerance"),
+    [({"ep": 2}, FP32_MODEL), ({"ep": 2, "nodes": 2}, moved_codes(rounding(FP32_UNIT, 3)))],
+    ids=["one hop", "two hops"],
+)
+def test_fp8_rows_are_sent_exactly(parallel: dict[str, Any], tolerance: float) -> None:
+    """Compare the first step. Two hops sum a token's experts in another order, which moves codes of later layers."""
+    want, got = (train(World(), None, FP8, None, 1), run_ranks(2, train, parallel, FP8, None, 1)[0])
+    assert (got.losses - want.losses).abs().max() < tolerance * want.losses.abs().max()
+    assert got.steps[0].grad_norm == pytest.approx(want.steps[0].grad_norm, rel=tolerance)
