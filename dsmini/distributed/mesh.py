@@ -26,7 +26,7 @@ from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Place, Ranks
 from dsmini.distributed.sharded_muon import muon_update_divided
-from dsmini.distributed.stages import Layout
+from dsmini.distributed.stages import StageLayout
 from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
 
@@ -57,7 +57,7 @@ class Mesh(Ranks):
         """parallel.zero, where there is something to divide."""
         self.own_experts: set[Tensor] = set()
         """Parameters that only the ranks of `dp` hold alike."""
-        self.layout: Layout | None = None
+        self.layout: StageLayout | None = None
         """The stages of a pipeline."""
         self.dtype = torch.float32
         """Dtype of hidden states between stages."""
@@ -72,7 +72,7 @@ class Mesh(Ranks):
             return
         before = set(model.state_dict())
         self.dtype = model.compute_dtype or model.embed.weight.dtype
-        self.layout = layout = Layout.of(model, self.config)
+        self.layout = layout = StageLayout.of(model, self.config)
         twice = bool(len(model.mtp)) and layout.ends_apart()
         layout.keep(model, self.place.pp)
         self.elsewhere = before - set(model.state_dict())

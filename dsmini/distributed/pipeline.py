@@ -18,7 +18,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from dsmini.config.parallel import ScheduleName
 from dsmini.distributed.passes import StepBatch
-from dsmini.distributed.stages import Layout, Stage
+from dsmini.distributed.stages import ModelStage, StageLayout
 from dsmini.nn import Transformer
 
 SCHEDULES: dict[str, Any] = {
@@ -38,11 +38,11 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: Transformer, layout: Layout, name: ScheduleName, group: dist.ProcessGroup, dtype: torch.dtype
+        self, model: Transformer, layout: StageLayout, name: ScheduleName, group: dist.ProcessGroup, dtype: torch.dtype
     ) -> None:
         self.model, self.layout, self.name, self.group, self.dtype = model, layout, name, group, dtype
         self.rank = dist.get_rank(group)
-        self.stages = {index: Stage(model, layout, index) for index in layout.stages(self.rank)}
+        self.stages = {index: ModelStage(model, layout, index) for index in layout.stages(self.rank)}
         self._schedules: dict[tuple[int, ...], Any] = {}
 
     def train(self, batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +92,7 @@ class Pipeline:
                 dist.recv(x, self._global_rank(index - 1), group=self.group)
             x, routing = stage.hidden(x, documents)
             if stage.last:
-                hidden = self.model.finished(x, routing).normed
+                hidden = stage.states(x, routing).normed
                 total = self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)

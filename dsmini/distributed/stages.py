@@ -7,7 +7,7 @@
 Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
 parameters that a token meets. Attention to other tokens is not in it, since most layers have the same.
 
-What a stage gives to the next: hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
+A stage gives to the next its hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
 last stage makes the losses of them, as one process does. MTP reads the embedding too. Where first and last stage are on
 two ranks, both have it. Their gradients are summed, so that both stay equal.
 """
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from dsmini.config.parallel import CHUNKS, ParallelConfig
 from dsmini.distributed.passes import StepBatch
+from dsmini.functional.recompute import recomputed
 from dsmini.nn import Transformer
-from dsmini.nn.balance import layer_balances
+from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import MoE
+from dsmini.nn.transformer import States
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class StageLayout:
     """The layers of each stage, and the pipeline's rank that has it."""
 
     layers: tuple[range, ...]
@@ -37,7 +39,7 @@ class Layout:
     """For each layer, MTP blocks last, True if it is a MoE layer."""
 
     @classmethod
-    def of(cls, model: Transformer, config: ParallelConfig) -> "Layout":
+    def of(cls, model: Transformer, config: ParallelConfig) -> "StageLayout":
         """Divide a whole model."""
         costs = [_cost(block, model) for block in model.layers]
         head = model.head.weight.numel()
@@ -96,19 +98,21 @@ def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     n = len(costs)
     assert stages <= n, "the config allows no more stages than layers"
     sums = [sum(costs[:i]) for i in range(n + 1)]
-    # best[i]: smallest largest cost of the first i layers in the stages so far, and where the last of these begins
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    # best[i]: of the first i layers in the stages so far, largest cost, sum of squares, and the first layers
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(1, stages + 1):
         best = {
-            end: min(
-                (max(most, sums[end] - sums[begin]), [*begins, begin])
-                for begin, (most, begins) in best.items()
-                if begin < end
-            )
+            end: min(_longer(before, begin, sums[end] - sums[begin]) for begin, before in best.items() if begin < end)
             for end in range(stage, n - stages + stage + 1)
         }
-    begins = best[n][1]
+    begins = best[n][2]
     return tuple(range(a, b) for a, b in zip(begins, [*begins[1:], n], strict=True))
+
+
+def _longer(before: tuple[float, float, list[int]], begin: int, cost: float) -> tuple[float, float, list[int]]:
+    """Return stages and one more, of this cost. Where the largest costs are equal, more even stages compare as smaller."""
+    largest, squares, begins = before
+    return max(largest, cost), squares + cost**2, [*begins, begin]
 
 
 def _cost(module: nn.Module, model: Transformer) -> float:
@@ -119,10 +123,10 @@ def _cost(module: nn.Module, model: Transformer) -> float:
     return every - of_experts * (1 - share)
 
 
-class Stage(nn.Module):
+class ModelStage(nn.Module):
     """One stage. Its modules are the model's own."""
 
-    def __init__(self, model: Transformer, layout: Layout, index: int) -> None:
+    def __init__(self, model: Transformer, layout: StageLayout, index: int) -> None:
         super().__init__()
         self.index, self.layout = index, layout
         self.first, self.last = index == 0, index == len(layout.layers) - 1
@@ -161,15 +165,16 @@ class Stage(nn.Module):
         x, routing = self.hidden(x, documents, batch.options["recompute"])
         if not self.last:
             self._count(routing)
-            new = layer_balances(routing, tokens.shape[0], batch.options["balance_counts"])
+            options = (tokens.shape[0], batch.options["balance_counts"])
+            new = [sequence_balance_loss(r.scores, r.indices, *options) for r in routing]
             balances = [*([] if before is None else [before]), *([torch.stack(new)] if new else [])]
             return (x, torch.cat(balances)) if balances else x
-        losses = model.losses_after(
-            model.finished(x, routing),
+        losses = model.losses(
             tokens,
             targets,
-            batch.n_targets,
             documents=documents,
+            n_targets=batch.n_targets,
+            states=self.states(x, routing),
             balances=() if before is None else before.unbind(),
             **batch.options,
         )
@@ -183,7 +188,19 @@ class Stage(nn.Module):
         model = self._model()
         if self.first:
             x = model.embedded(x)
-        return model.through(x, self.blocks, documents, recompute)
+        table = model.rope.table(torch.arange(x.shape[1], device=x.device))
+        routing: list[Routing] = []
+        for block in self.blocks:
+            inputs = (x, table, documents)
+            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
+            routing += [] if decided is None else [decided]
+        return x, routing
+
+    def states(self, x: Tensor, routing: list[Routing]) -> States:
+        """Return what the losses are made of, from the output of the last block."""
+        model = self._model()
+        normed = model.norm(x)
+        return States(normed, x if model.config.mtp_input == "pre_norm" else normed, routing)
 
     def _count(self, routing: list[Routing]) -> None:
         if routing:

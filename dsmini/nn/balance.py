@@ -1,6 +1,5 @@
 """Balance of the experts' load: the sequence-wise loss, and how uneven the load is. The bias update is the gate's."""
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini.functional.topk import stable_topk
-from dsmini.nn.gate import Routing
 
 
 def sequence_balance_loss(
@@ -40,13 +38,6 @@ def sequence_balance_loss(
     f = tokens * (e / per_sequence.shape[1])
     p = rearrange(scores / scores.sum(-1, keepdim=True), "(b t) e -> b t e", b=batch_size).mean(1)
     return (f * p).sum(-1).mean()
-
-
-def layer_balances(
-    routing: Iterable[Routing], batch_size: int, counts: Literal["published", "routed"] = "published"
-) -> list[Float[Tensor, ""]]:
-    """Return the sequence-wise balance loss of each MoE layer, from its routing."""
-    return [sequence_balance_loss(r.scores, r.indices, batch_size, counts) for r in routing]
 
 
 def max_violation(counts: Int[Tensor, "*layers e"]) -> Float[Tensor, "*layers"]:

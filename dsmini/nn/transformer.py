@@ -1,6 +1,6 @@
 """The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks after them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -12,9 +12,9 @@ from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
 from dsmini.functional.embedding import check_ids, embedding
 from dsmini.functional.recompute import recomputed
-from dsmini.nn.balance import layer_balances
+from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Block
-from dsmini.nn.cache import Cache, CacheDtype, Form, Past
+from dsmini.nn.cache import Cache, CacheDtype, Form
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.initialization import draw_normal
@@ -157,43 +157,22 @@ class Transformer(nn.Module):
         with nullcontext() if cache is None else torch.no_grad():
             # 1. token ids to hidden states: [b, s, m]
             x = self.embedded(tokens)
-            # 2. the blocks, each with its layer's part of the cache: [b, s, m]
+            # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
             window = None if cache is None else cache.place(self.config, tokens, lengths)
-            pasts = None if cache is None or window is None else cache.pasts(window)
-            x, routing = self.through(x, self.layers, documents, recompute, pasts)
+            positions = torch.arange(tokens.shape[1], device=tokens.device) if window is None else window.positions
+            table = self.rope.table(positions)
+            # 3. the blocks, each with its layer's part of the cache: [b, s, m]
+            pasts = [None] * len(self.layers) if cache is None or window is None else cache.pasts(window)
+            routing: list[Routing] = []
+            for block, past in zip(self.layers, pasts, strict=True):
+                inputs = (x, table, documents, past)
+                x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
+                routing += [] if decided is None else [decided]
             if cache is not None and window is not None:
                 cache.lengths = window.lengths
-            # 3. the final norm: [b, s, m]
-            return self.finished(x, routing)
-
-    def through(
-        self,
-        x: Float[Tensor, "b s m"],
-        blocks: Iterable[nn.Module],
-        documents: Int[Tensor, "b s"] | None = None,
-        recompute: bool = False,
-        pasts: Sequence[Past] | None = None,
-    ) -> tuple[Float[Tensor, "b s m"], list[Routing]]:
-        """Run hidden states through some of the blocks, one after the other; return them, and the blocks' routing.
-
-        Args:
-            documents, recompute: as in losses.
-            pasts: for each block its layer's part of a cache; the positions are then those after what is cached.
-        """
-        # positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
-        positions = pasts[0].window.positions if pasts else torch.arange(x.shape[1], device=x.device)
-        table = self.rope.table(positions)
-        routing: list[Routing] = []
-        for i, block in enumerate(blocks):
-            inputs = (x, table, documents, pasts[i] if pasts else None)
-            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
-            routing += [] if decided is None else [decided]
-        return x, routing
-
-    def finished(self, x: Float[Tensor, "b s m"], routing: list[Routing]) -> States:
-        """Return the states after the last block, whose output is x."""
-        normed = self.norm(x)
-        return States(normed, x if self.config.mtp_input == "pre_norm" else normed, routing)
+            # 4. the final norm: [b, s, m]
+            normed = self.norm(x)
+            return States(normed, x if self.config.mtp_input == "pre_norm" else normed, routing)
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.
@@ -288,6 +267,8 @@ class Transformer(nn.Module):
         recompute: bool = False,
         chunk_rows: int | None = None,
         n_targets: Float[Tensor, ""] | None = None,
+        states: States | None = None,
+        balances: Iterable[Tensor] = (),
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -299,6 +280,8 @@ class Transformer(nn.Module):
             chunk_rows: number of rows of logits that exist at a time.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
+            states, balances: of a pipeline: the states of the tokens, which are computed here otherwise, and the balance
+                losses of earlier MoE layers, whose routing is not in them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
@@ -308,47 +291,13 @@ class Transformer(nn.Module):
             raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
-        states = self.states(tokens, documents=documents, recompute=recompute)
-        return self.losses_after(
-            states,
-            tokens,
-            targets,
-            counted,
-            mtp_weight=mtp_weight,
-            balance_alpha=balance_alpha,
-            balance_counts=balance_counts,
-            documents=documents,
-            recompute=recompute,
-            chunk_rows=chunk_rows,
-        )
-
-    def losses_after(
-        self,
-        states: States,
-        tokens: Int[Tensor, "b s"],
-        targets: Int[Tensor, "b s"],
-        n_targets: Tensor,
-        *,
-        mtp_weight: float,
-        balance_alpha: float,
-        balance_counts: Literal["published", "routed"],
-        documents: Int[Tensor, "b s"] | None = None,
-        recompute: bool = False,
-        chunk_rows: int | None = None,
-        balances: Iterable[Tensor] = (),
-    ) -> Losses:
-        """Compute the losses from the hidden states after all blocks.
-
-        Args:
-            balances: balance losses of MoE layers that are not in states.routing. They count as those before them.
-
-        The other arguments are as in `losses`.
-        """
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
-            return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / n_targets
+            return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
 
         # 1. the next token, from hidden states [b, s, m]
+        if states is None:
+            states = self.states(tokens, documents=documents, recompute=recompute)
         main = cross_entropy(states.normed, targets)
         # 2. the tokens after it, from those of each depth k, [b, s - k, m]
         normed, mtp_routing = self.mtp(tokens, states.given, self.embedded, documents, recompute)
@@ -358,8 +307,8 @@ class Transformer(nn.Module):
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
         routing = states.routing + mtp_routing
-        parts = [*balances, *layer_balances(routing, tokens.shape[0], balance_counts)]
-        if parts:
+        own = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
+        if parts := [*balances, *own]:
             balance = torch.stack(parts).sum().to(main.dtype)
         return Losses(main, mtp, balance, main + mtp_weight * mtp + balance_alpha * balance, routing)
 
