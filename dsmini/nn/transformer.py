@@ -280,7 +280,7 @@ class Transformer(nn.Module):
             chunk_rows: number of rows of logits that exist at a time.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
-            states, balances: of a pipeline: the states of the tokens, which are computed here otherwise, and the balance
+            states, balances: of a pipeline: the states of the tokens, otherwise computed here, and the balance
                 losses of earlier MoE layers, whose routing is not in them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
