@@ -141,7 +141,7 @@ def record_timeline(schedule: Any) -> Iterator[list[Row]]:
     """Yield a list that gets a row for each action of this rank's stages, in order.
 
     F is a forward, B a whole backward, I the backward of the input, W that of the weights. Times include none of the
-    communication.
+    communication. The processes of one machine have one clock.
     """
     rows: list[Row] = []
     stages: list[_PipelineStageBase] = getattr(schedule, "_stages", None) or [schedule._stage]

@@ -110,7 +110,7 @@ def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
 
 
 def _longer(before: tuple[float, float, list[int]], begin: int, cost: float) -> tuple[float, float, list[int]]:
-    """Return stages and one more, of this cost. Of equal largest costs, more even stages compare as smaller."""
+    """Return stages and one more, of this cost. Stages that are more even compare as smaller."""
     largest, squares, begins = before
     return max(largest, cost), squares + cost**2, [*begins, begin]
 
