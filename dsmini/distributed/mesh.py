@@ -167,6 +167,15 @@ class Mesh(Ranks):
         if self.ends is not None:
             sum_in_buckets([p.grad for p in self.twins], self.ends)
 
+    def holders(self, tensor: Tensor) -> tuple[int, ...]:
+        if self.local(tensor) is not tensor:
+            return (dist.get_rank(),)
+        if any(tensor is twin for twin in self.twins):
+            parts, last = self.place.parts, self.config.pp - 1
+            return tuple(stage * parts + part for stage in (0, last) for part in range(parts))
+        group = self.dp if tensor in self.own_experts else self.parts
+        return tuple(dist.get_process_group_ranks(group))
+
     def piece(self, parameter: Tensor) -> HeldRows:
         first, rows = data_parallel.first_row(parameter)
         shape, here = tuple(parameter.shape), self.local(parameter)

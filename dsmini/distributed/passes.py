@@ -25,6 +25,10 @@ class StepBatch:
     """Mean number of targets of a part."""
     options: dict[str, Any]
     """Further options of Transformer.losses."""
+    phase: Callable[[str], None] = lambda name: None
+    """Told of the beginning of each forward and backward."""
+    loss_factor: Callable[[], float] = lambda: 1.0
+    """Returns what a part's loss is multiplied by."""
 
 
 class Passes:
@@ -49,6 +53,8 @@ class Passes:
         chunks = (batch.tokens.chunk(batch.accumulate), batch.targets.chunk(batch.accumulate), documents)
         for number, (x, y, of) in enumerate(zip(*chunks, strict=True), 1):
             self.begin_part(self.model, number == batch.accumulate)
+            batch.phase("forward")
+            shares = batch.parts / batch.loss_factor()
             losses = self.losses(
                 x.to(device),
                 y.to(device),
@@ -56,8 +62,9 @@ class Passes:
                 n_targets=batch.n_targets,
                 **batch.options,
             )
-            (losses.total / batch.parts).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
+            batch.phase("backward")
+            (losses.total / shares).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / shares
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load

@@ -122,7 +122,7 @@ class Pipeline:
         stage = self.stages[index]
         takes = (torch.empty(b, s, dtype=torch.int64, device="meta"),) if stage.first else between(index)
         gives = (torch.empty((), device="meta", requires_grad=True),) if stage.last else between(index + 1)
-        made = PipelineStage(
+        made = _ToldStage(
             stage, index, len(self.layout.layers), device, input_args=takes, output_args=gives, group=self.group
         )
         if stage.last and len(self.model.mtp) > 1:
@@ -130,6 +130,16 @@ class Pipeline:
             # second time, so I is the whole backward here, and W is nothing
             made.dw_builder = lambda: lambda: None
         return made
+
+
+class _ToldStage(PipelineStage):
+    """A stage that says when a backward begins."""
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        module = self.submod
+        assert isinstance(module, ModelStage) and module.batch is not None
+        module.batch.phase("backward")
+        super().backward_one_chunk(*args, **kwargs)
 
 
 Row = tuple[int, str, int, int, float, float]

@@ -161,6 +161,7 @@ class ModelStage(nn.Module):
         """
         batch = self.batch
         assert batch is not None
+        batch.phase("forward")
         model = self._model()
         x, routing = self.hidden(x, documents, batch.options["recompute"])
         if not self.last:
@@ -180,8 +181,9 @@ class ModelStage(nn.Module):
         )
         self._count(losses.routing)
         assert self.sums is not None
-        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
-        return losses.total / batch.parts
+        shares = batch.parts / batch.loss_factor()
+        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / shares
+        return losses.total / shares
 
     def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Routing]]:
         """Return the output of the last block, and the routing."""
