@@ -13,6 +13,7 @@ from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
 from dsmini.distributed import programs
 from dsmini.distributed.pipeline import Pipeline, record_timeline
+from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.stages import StageLayout, divided
 from dsmini.distributed.world import World
 from tests.conftest import SMALL
@@ -122,10 +123,15 @@ def timeline_and_rest(world: World) -> dict[str, Any]:
         passes = trainer.passes
         assert isinstance(passes, Pipeline)
         trainer.step()
+        phases: list[str] = []
+        trainer.phase = phases.append
         with record_timeline(passes.schedule(2, 16, 4)) as rows:
             trainer.step()
         found[name] = {
             "rows": rows,
+            "phases": phases,
+            "unequal": unequal_replicas(world, trainer.replicas()),
+            "compared": {holders.holders: list(holders.named) for holders in trainer.replicas()},
             "validation": [trainer.validate(tokens_at_a_time=n) for n in (48, 8192)],
             "embedding": trainer.model.state_dict().get("embed.weight"),
             "names": [n for n, _ in trainer.model.named_parameters()],
@@ -144,6 +150,8 @@ def test_recorded_order_is_the_program(name: str, rest: list[dict[str, Any]]) ->
         rows = rest[rank][name]["rows"]
         assert [row[1:4] for row in rows] == [(a.kind, a.stage, a.microbatch) for a in program]
         assert all(row[0] == rank for row in rows)
+        phases = rest[rank][name]["phases"]
+        assert phases.count("forward") == phases.count("backward") == 4 * CHUNKS[name]
         times = [time for row in rows for time in row[4:]]
         assert times == sorted(times)
 
@@ -170,6 +178,10 @@ def test_each_parameter_is_on_one_rank_but_the_embedding(name: str, rest: list[d
         assert twice == {"embed.weight"}
         first, last = (of_rank[name]["embedding"] for of_rank in rest)
         assert torch.equal(first, last)
+        compared = [f"{part}embed.weight{key}" for part, key in (("model/", ""), ("optimizer/", "/exp_avg"))]
+        for of_rank in rest:
+            assert of_rank[name]["unequal"] is None
+            assert set(compared) <= set(of_rank[name]["compared"][0, 1])
 
 
 def test_programs_have_the_same_stages_as_the_config() -> None:
