@@ -1,4 +1,4 @@
-"""What a training step asks of the other ranks: its part of the batch, sums, norms, and agreement.
+"""A training step's questions to the other ranks: its part of the batch, sums, norms, and agreement.
 
 The ranks form a mesh pp x dp x ep. Each pp has its own layers. Each (dp, ep) is a part of the batch. A parameter of a
 layer is the same on all parts, but the experts, which are divided over ep and the same on all dp:
