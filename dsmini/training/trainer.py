@@ -73,7 +73,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
         dtype = model.compute_dtype or torch.float32
-        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update)
+        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update, self.ranks.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
         self.losses = torch.compile(model.losses) if config.train.compile else model.losses
@@ -161,13 +161,13 @@ class Trainer:
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.ranks.exchange_moved()
             speed = bias_speed(self.steps_done, train)
             for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.steps_done += 1
         self.sequences = self.left_out.next(self.sequences, rows)[-1][1]
         main, mtp, balance = sums.tolist()
