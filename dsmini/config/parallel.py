@@ -1,6 +1,8 @@
 """The config of several processes: how the model, its experts and the batch are divided among them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from dsmini.config.fields import check_types, require, require_multiple
@@ -8,6 +10,10 @@ from dsmini.config.model import ModelConfig
 from dsmini.config.train import TrainConfig
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zero_bubble", "zbv", "dualpipev"]
+CHUNKS: Mapping[ScheduleName, int] = MappingProxyType(
+    {"1f1b": 1, "interleaved1f1b": 2, "zero_bubble": 2, "zbv": 2, "dualpipev": 2}
+)
+"""Number of stages of a pipeline that each process has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +21,8 @@ class ParallelConfig:
     """Layout of the processes, pp x dp x ep of them. All ones: a single process, without torch.distributed."""
 
     pp: int = 1
-    """Number of pipeline stages that the layers are divided into. Each step's grad_accum parts pass through them one
-    after the other."""
+    """Number of processes that the layers are divided among, as stages of a pipeline. Each step's grad_accum parts pass
+    through them one after the other."""
     dp: int | None = None
     """Number of parts of the batch for each expert; left out: as many as there are processes for."""
     ep: int = 1
@@ -72,10 +78,8 @@ class ParallelConfig:
             require_multiple("model.n_routed_experts", model.n_routed_experts, "parallel.ep", self.ep)
         if self.nodes > 1:
             require_multiple("model.n_expert_groups", model.n_expert_groups, "parallel.nodes", self.nodes)
-        require(
-            self.pp <= model.n_layers,
-            f"parallel.pp={self.pp} is more than model.n_layers={model.n_layers}; a stage has one layer or more",
-        )
+        if self.pp > 1:
+            self._check_pipeline(model, train)
         if world_size == 1:
             return
         rows = parts * train.grad_accum
@@ -87,3 +91,29 @@ class ParallelConfig:
                     f"{train.grad_accum} each; use a multiple of {rows}"
                 )
         require(not train.compile, "train.compile does not go with several processes; leave it out")
+
+    def _check_pipeline(self, model: ModelConfig, train: TrainConfig) -> None:
+        """Raise ValueError for layers or parts of a batch that a pipeline does not take."""
+        name, parts = self.schedule, train.grad_accum
+        stages = self.pp * CHUNKS[name]
+        require(
+            stages <= model.n_layers,
+            f"parallel.pp={self.pp} with parallel.schedule={name} has {stages} stages, more than model.n_layers="
+            f"{model.n_layers}; use fewer, since a stage has one layer or more",
+        )
+        least = {"1f1b": self.pp, "dualpipev": stages}.get(name, 1)
+        require(
+            parts >= least,
+            f"train.grad_accum={parts} is too small for parallel.schedule={name} with parallel.pp={self.pp}; use "
+            f"{least} or more",
+        )
+        rounds = max(1, parts // self.pp)
+        require(
+            name not in ("interleaved1f1b", "zero_bubble") or parts % rounds == 0,
+            f"train.grad_accum={parts} does not go with parallel.schedule={name}, which has {rounds} equal rounds for "
+            f"parallel.pp={self.pp}; use {rounds * self.pp}",
+        )
+        require(
+            self.zero == 0,
+            f"parallel.zero={self.zero} does not go with a pipeline, parallel.pp={self.pp}; leave it out",
+        )

@@ -10,7 +10,7 @@ Rank = (pp * dp + dp_index) * ep + ep_index: ranks of one ep group are neighbour
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,17 @@ from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed import data_parallel
 from dsmini.distributed.exchange import SentBytes
 from dsmini.distributed.expert_parallel import ExpertExchange, TwoHopExchange, keep_own_experts, moe_layers
+from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Place, Ranks
 from dsmini.distributed.sharded_muon import muon_update_divided
 from dsmini.distributed.shared_muon import exchange_owned, owners_of
+from dsmini.distributed.stages import StageLayout
 from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
+
+if TYPE_CHECKING:
+    from dsmini.distributed.pipeline import Pipeline
 
 BUCKET = 1 << 23
 """Numbers of gradients that are summed in one message."""
@@ -55,6 +60,43 @@ class Mesh(Ranks):
         """Parameters that only the ranks of `dp` hold alike."""
         self.shared: list[tuple[list[nn.Parameter], list[int], dist.ProcessGroup]] = []
         """Matrices that Muon moves, their owners, and the ranks that hold them."""
+        self.layout: StageLayout | None = None
+        """The stages of a pipeline."""
+        self.dtype = torch.float32
+        """Dtype of hidden states between stages."""
+        self.twins: list[nn.Parameter] = []
+        """Parameters that the first and the last stage both have, on two ranks."""
+        self.ends: dist.ProcessGroup | None = None
+        """The ranks of the first and the last stage of this part of the batch, on these ranks."""
+
+    def divide_layers(self, model: Transformer) -> None:
+        """Keep the layers of this rank's stages of a pipeline."""
+        if self.config.pp == 1:
+            return
+        before = set(model.state_dict())
+        self.dtype = model.compute_dtype or model.embed.weight.dtype
+        self.layout = layout = StageLayout.of(model, self.config)
+        twice = bool(len(model.mtp)) and layout.ends_apart()
+        layout.keep(model, self.place.pp)
+        self.elsewhere = before - set(model.state_dict())
+        for part in range(self.place.parts if twice else 0):  # every rank makes every group, in one order
+            ends = [layout.ranks[0] * self.place.parts + part, layout.ranks[-1] * self.place.parts + part]
+            group: Any = dist.new_group(ends)
+            if dist.get_rank() in ends:
+                self.ends = group
+        if self.ends is not None:
+            self.twins = [p for name, p in model.named_parameters() if name.startswith("embed")]
+
+    def passes(self, model: Transformer, compiled: bool) -> "Passes | Pipeline":
+        if self.layout is None:
+            return super().passes(model, compiled)
+        from dsmini.distributed.pipeline import Pipeline
+
+        return Pipeline(model, self.layout, self.config.schedule, self.pp, self.dtype)
+
+    def sum_stages(self, tensor: Tensor) -> None:
+        if self.config.pp > 1:
+            dist.all_reduce(tensor, group=self.pp)
 
     def divide_experts(self, model: nn.Module) -> None:
         """Keep this rank's experts of each MoE layer, and let tokens travel to the others."""
@@ -142,6 +184,8 @@ class Mesh(Ranks):
         for group, own in ((self.parts, False), (self.dp, True)):
             if dist.get_world_size(group) > 1:
                 sum_in_buckets([p.grad for p in with_gradient if (p in self.own_experts) == own], group)
+        if self.ends is not None:
+            sum_in_buckets([p.grad for p in self.twins], self.ends)
 
     def holders(self, tensor: Tensor) -> tuple[int, ...]:
         if self.local(tensor) is not tensor:
@@ -157,6 +201,8 @@ class Mesh(Ranks):
         return HeldRows(shape=shape, first=first, rows=here.shape[0] if here.dim() else 1)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        if self.place.pp:  # the first rank counts them
+            parameters = [p for p in parameters if not any(p is twin for twin in self.twins)]
         own = [self.local(p.grad) for p in parameters if p.grad is not None and p in self.own_experts]
         rest = [self.local(p.grad) for p in parameters if p.grad is not None and p not in self.own_experts]
         if not self.zero and self.config.ep == self.config.pp == 1:
@@ -202,5 +248,6 @@ def sum_in_buckets(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -
 def divide(model: Transformer, ranks: Ranks) -> None:
     """Leave of a whole model what this rank holds."""
     if isinstance(ranks, Mesh):
+        ranks.divide_layers(model)
         ranks.divide_experts(model)
         ranks.shard(model)

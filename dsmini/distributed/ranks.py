@@ -1,7 +1,7 @@
 """The questions of a training step to the other ranks: its part of the batch, sums, norms, and agreement.
 
-The ranks form a mesh pp x dp x ep. Each (dp, ep) is a part of the batch. A parameter of a layer is the same on all
-parts, but the experts, which are divided over ep and the same on all dp:
+The ranks form a mesh pp x dp x ep. Each pp has its own layers. Each (dp, ep) is a part of the batch. A parameter of a
+layer is the same on all parts, but the experts, which are divided over ep and the same on all dp:
 
     gradient of              is summed over
     an expert                dp: over ep it is a sum already, since the tokens of all ep ranks came to the expert
@@ -10,15 +10,20 @@ parts, but the experts, which are divided over ep and the same on all dp:
 No mean is taken anywhere. The loss is divided once, by what the whole step has of targets.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows, whole
 from dsmini.functional.muon import muon_update
+from dsmini.nn import Transformer
+
+if TYPE_CHECKING:
+    from dsmini.distributed.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,12 @@ class Ranks:
     """One process, which has no others to ask."""
 
     place = Place()
+    elsewhere: Collection[str] = ()
+    """Names of the tensors of the whole model that other ranks have, and this one has nothing of."""
+
+    def passes(self, model: Transformer, compiled: bool) -> "Passes | Pipeline":
+        """Return what runs forwards and backwards through the model."""
+        return Passes(model, compiled, self.begin_part)
 
     def share(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return this rank's sequences of a step as (first, number), from those of all parts as (first, end)."""
@@ -51,6 +62,9 @@ class Ranks:
 
     def sum_parts(self, *tensors: Tensor) -> None:
         """Replace tensors by their sums over the parts of the batch."""
+
+    def sum_stages(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the stages of a pipeline."""
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their sums over the ranks that hold the same parameter."""

@@ -1,6 +1,6 @@
 """The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks after them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -267,6 +267,8 @@ class Transformer(nn.Module):
         recompute: bool = False,
         chunk_rows: int | None = None,
         n_targets: Float[Tensor, ""] | None = None,
+        states: States | None = None,
+        balances: Iterable[Tensor] = (),
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -278,6 +280,8 @@ class Transformer(nn.Module):
             chunk_rows: number of rows of logits that exist at a time.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
+            states, balances: of a pipeline: the states of the tokens, otherwise computed here, and the balance
+                losses of earlier MoE layers, whose routing is not in them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
@@ -292,7 +296,8 @@ class Transformer(nn.Module):
             return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
 
         # 1. the next token, from hidden states [b, s, m]
-        states = self.states(tokens, documents=documents, recompute=recompute)
+        if states is None:
+            states = self.states(tokens, documents=documents, recompute=recompute)
         main = cross_entropy(states.normed, targets)
         # 2. the tokens after it, from those of each depth k, [b, s - k, m]
         normed, mtp_routing = self.mtp(tokens, states.given, self.embedded, documents, recompute)
@@ -302,8 +307,8 @@ class Transformer(nn.Module):
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
         routing = states.routing + mtp_routing
-        if routing:
-            parts = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
+        own = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
+        if parts := [*balances, *own]:
             balance = torch.stack(parts).sum().to(main.dtype)
         return Losses(main, mtp, balance, main + mtp_weight * mtp + balance_alpha * balance, routing)
 

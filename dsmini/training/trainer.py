@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
+from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.replicas import Replica
@@ -76,7 +77,7 @@ class Trainer:
         self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update, self.ranks.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
-        self.losses = torch.compile(model.losses) if config.train.compile else model.losses
+        self.passes = self.ranks.passes(model, config.train.compile)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
@@ -86,7 +87,7 @@ class Trainer:
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
         self.loss_factor: Callable[[], float] = lambda: 1.0
-        """Returns what a part's loss is multiplied by: 1.0, but for a fault that is injected."""
+        """Returns the factor of this rank's losses in a step: 1.0, but for a fault that is injected."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -122,7 +123,15 @@ class Trainer:
             piece = None if parameter is None else self.ranks.piece(parameter)
             return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
 
-        return {part: {name: cut(name, t) for name, t in of.items()} for part, of in tensors.items()}
+        elsewhere = self.ranks.elsewhere
+        return {
+            part: {
+                name: cut(name, t)
+                for name, t in of.items()
+                if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
+            }
+            for part, of in tensors.items()
+        }
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
@@ -163,7 +172,8 @@ class Trainer:
                 optimizer.step()
             self.ranks.exchange_moved()
             speed = bias_speed(self.steps_done, train)
-            for gate, load in zip(self.model.gates(), [] if counts is None else counts, strict=True):
+            loads = [] if counts is None else self.passes.own_counts(counts)
+            for gate, load in zip(self.model.gates(), loads, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
@@ -200,36 +210,28 @@ class Trainer:
         parts = train.grad_accum * self.ranks.place.parts
         counted = (targets != IGNORE).sum()
         self.ranks.sum_parts(counted)
-        n_targets = (counted.clamp(min=1) / parts).to(self.device)
-        sums = torch.zeros(3, device=self.device)
-        counts: Tensor | None = None
-        pairs = list(zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True))
-        for number, (x, y) in enumerate(pairs, 1):
-            self.ranks.begin_part(self.model, last=number == len(pairs))
-            self.phase("forward")
-            factor = self.loss_factor()
-            losses = self.losses(
-                x.to(self.device),
-                y.to(self.device),
-                documents=self._documents(x),
-                mtp_weight=mtp_weight(self.steps_done, train),
-                balance_alpha=train.balance_alpha,
-                balance_counts=train.balance_counts,
-                recompute=train.recompute,
-                n_targets=n_targets,
-            )
-            self.phase("backward")
-            (losses.total / (parts / factor)).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / (parts / factor)
-            if losses.routing:
-                load = torch.stack([routing.counts for routing in losses.routing])
-                counts = load if counts is None else counts + load
+        batch = StepBatch(
+            tokens=tokens,
+            targets=targets,
+            documents=self._documents(tokens),
+            accumulate=train.grad_accum,
+            parts=parts / self.loss_factor(),
+            phase=self.phase,
+            n_targets=(counted.clamp(min=1) / parts).to(self.device),
+            options={
+                "mtp_weight": mtp_weight(self.steps_done, train),
+                "balance_alpha": train.balance_alpha,
+                "balance_counts": train.balance_counts,
+                "recompute": train.recompute,
+            },
+        )
+        sums, counts = self.passes.train(batch, self.device)
         self.ranks.sum_parts(sums, *([] if counts is None else [counts]))
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
         """Return the documents to mask from each other; None without such a mask."""
-        return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
+        return self.corpus.documents(tokens) if self.config.data.document_mask else None
 
     def _batch(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return tokens and targets of this rank's part of a step, each [rows / parts, seq_len]."""
@@ -281,16 +283,18 @@ class Trainer:
         self.model.eval()
         try:
             for tokens, targets in mine.blocks(rows):
-                hidden = self.model.hidden(tokens.to(self.device), documents=self._documents(tokens))
                 counted = max(0, min(len(tokens), real - done))
-                targets = targets[:counted].to(self.device).flatten()
-                total += self.model.cross_entropy(hidden[:counted].flatten(0, 1), targets).double().cpu()
+                inputs = (tokens, targets[:counted], self._documents(tokens))
+                x, y, documents = (None if t is None else t.to(self.device) for t in inputs)
+                assert x is not None and y is not None
+                total += self.passes.score(x, y, documents).double().cpu()
                 done += len(tokens)
                 on_part(done / len(mine))
         finally:
             self.model.train()
             self.ranks.release(self.model)
         self.ranks.sum_parts(total)
+        self.ranks.sum_stages(total)
         return total.item() / windows.tokens
 
     @contextmanager

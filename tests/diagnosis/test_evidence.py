@@ -46,7 +46,7 @@ def state_of(subject: Subject) -> list[object]:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()]
     kept = [id(m) for m in trainer.model.modules()]
     return [
-        *(trainer.config, trainer.losses, sorted(vars(trainer)), subject.rows, trainer.steps_done),
+        *(trainer.config, trainer.passes.losses, sorted(vars(trainer)), subject.rows, trainer.steps_done),
         *(id(trainer.loader), trainer.model.compute_dtype, torch.get_num_threads(), patched_names, hooks, kept),
     ]
 

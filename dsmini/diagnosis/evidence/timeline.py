@@ -56,7 +56,8 @@ def numbers(subject: Subject, rates: Rates | None, seconds: float) -> StepPhases
 def _phases(subject: Subject) -> dict[str, float]:
     """Return the seconds of the parts of one step."""
     trainer = subject.trainer
-    losses, forward_backward = trainer.losses, trainer.forward_backward
+    passes: Any = trainer.passes
+    losses, forward_backward = passes.losses, trainer.forward_backward
     forward = both = waited = 0.0
 
     def timed_losses(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ def _phases(subject: Subject) -> dict[str, float]:
         both, waited = time.perf_counter() - start, found[2]
         return found
 
-    with patched(trainer, "losses", timed_losses), patched(trainer, "forward_backward", timed_both):
+    with patched(passes, "losses", timed_losses), patched(trainer, "forward_backward", timed_both):
         whole = subject.step().seconds
     return {"wait": waited, "forward": forward, "backward": both - waited - forward, "update": whole - both}
 

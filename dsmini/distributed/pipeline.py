@@ -1,0 +1,173 @@
+"""Pipeline parallelism: the parts of a step's batch pass through the stages on several ranks, one after the other.
+
+torch.distributed.pipelining has the schedules and runs them. Each part's loss is divided once, by what the whole step
+has of targets, so gradients are summed and never scaled. Its default, scale_grads=True, would divide a parameter twice
+that two stages of one rank share.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.stage import _PipelineStageBase
+
+from dsmini.config.parallel import ScheduleName
+from dsmini.distributed.passes import StepBatch
+from dsmini.distributed.stages import ModelStage, StageLayout
+from dsmini.nn import Transformer
+
+SCHEDULES: dict[str, Any] = {
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved1f1b": schedules.ScheduleInterleaved1F1B,
+    "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zbv": schedules.ScheduleZBVZeroBubble,
+    "dualpipev": schedules.ScheduleDualPipeV,
+}
+
+
+class Pipeline:
+    """The passes through the stages of all ranks of a group, of which each makes one.
+
+    Args:
+        dtype: of hidden states.
+    """
+
+    def __init__(
+        self, model: Transformer, layout: StageLayout, name: ScheduleName, group: dist.ProcessGroup, dtype: torch.dtype
+    ) -> None:
+        self.model, self.layout, self.name, self.group, self.dtype = model, layout, name, group, dtype
+        self.rank = dist.get_rank(group)
+        self.stages = {index: ModelStage(model, layout, index) for index in layout.stages(self.rank)}
+        self._schedules: dict[tuple[int, ...], Any] = {}
+
+    def train(self, batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
+
+        Return the shares of the mean losses and the loads of all MoE layers, on every rank of the pipeline.
+        """
+        for stage in self.stages.values():
+            stage.begin(batch, device)
+        named = {"tokens": batch.tokens, "targets": batch.targets, "documents": batch.documents}
+        kwargs = {name: t.to(device) for name, t in named.items() if t is not None}
+        schedule = self.schedule(batch.tokens.shape[0] // batch.accumulate, batch.tokens.shape[1], batch.accumulate)
+        batch.phase("forward")
+        args = (kwargs["tokens"],) if 0 in self.stages else ()
+        schedule.step(*args, target=kwargs["targets"], return_outputs=False, **kwargs)
+        batch.phase("backward")  # forwards and backwards take turns in a schedule
+        for p in self.model.parameters():
+            # a weight's backward of its own leaves views, whose strides the fused AdamW takes for those of p
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
+        return self._sums(device), self._counts(device)
+
+    def _sums(self, device: torch.device) -> Tensor:
+        last = self.stages.get(len(self.layout.layers) - 1)
+        sums = torch.zeros(3, device=device) if last is None or last.sums is None else last.sums
+        dist.all_reduce(sums, group=self.group)
+        return sums
+
+    def _counts(self, device: torch.device) -> Tensor | None:
+        if not any(self.layout.moe):
+            return None
+        every = torch.zeros(sum(self.layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
+        own = [stage.counts for stage in self.stages.values() if stage.counts is not None]
+        if own:
+            every[self.layout.rows(self.rank)] = torch.cat(own)
+        dist.all_reduce(every, group=self.group)
+        return every
+
+    def own_counts(self, counts: Tensor) -> Tensor:
+        """Return the rows of the loads of all MoE layers that belong to the gates on this rank, in their order."""
+        return counts[self.layout.rows(self.rank)]
+
+    def score(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+        """Return what Passes.score does, on the rank of the last stage, and 0 elsewhere."""
+        x, total = tokens, torch.zeros((), device=tokens.device)
+        for index, stage in self.stages.items():
+            if not stage.first and index - 1 not in self.stages:
+                x = torch.empty(*tokens.shape, self.model.config.dim, dtype=self.dtype, device=tokens.device)
+                dist.recv(x, self._global_rank(index - 1), group=self.group)
+            x, routing = stage.hidden(x, documents)
+            if stage.last:
+                hidden = stage.states(x, routing).normed
+                total = self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
+            elif index + 1 not in self.stages:
+                dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)
+        return total
+
+    def _global_rank(self, stage: int) -> int:
+        return dist.get_global_rank(self.group, self.layout.ranks[stage])
+
+    def schedule(self, b: int, s: int, n: int) -> Any:
+        """Return the schedule for n parts of b sequences of s tokens, the same one for the same numbers."""
+        if (b, s, n) not in self._schedules:
+            stages = [self._stage(index, b, s) for index in self.stages]
+            kwargs: dict[str, Any] = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
+            self._schedules[b, s, n] = SCHEDULES[self.name](stages[0] if self.name == "1f1b" else stages, n, **kwargs)
+        return self._schedules[b, s, n]
+
+    def _stage(self, index: int, b: int, s: int) -> PipelineStage:
+        """Return torch's view of a stage. Shapes are given, so torch needs no forward to find them."""
+        device = next(self.model.parameters()).device
+
+        def between(stage: int) -> tuple[Tensor, ...]:
+            x = torch.empty(b, s, self.model.config.dim, dtype=self.dtype, device="meta", requires_grad=True)
+            n = self.layout.moe_before(stage)
+            balances = torch.empty(n, device="meta", requires_grad=True)
+            return (x, balances) if n else (x,)
+
+        stage = self.stages[index]
+        takes = (torch.empty(b, s, dtype=torch.int64, device="meta"),) if stage.first else between(index)
+        gives = (torch.empty((), device="meta", requires_grad=True),) if stage.last else between(index + 1)
+        made = PipelineStage(
+            stage, index, len(self.layout.layers), device, input_args=takes, output_args=gives, group=self.group
+        )
+        if stage.last and len(self.model.mtp) > 1:
+            # all depths read one embedding. torch's backward of its weight would pass through the blocks between them a
+            # second time, so I is the whole backward here, and W is nothing
+            made.dw_builder = lambda: lambda: None
+        return made
+
+
+Row = tuple[int, str, int, int, float, float]
+"""Rank, kind (F, B, I or W), stage, micro-batch, and the seconds of start and end."""
+
+
+@contextmanager
+def record_timeline(schedule: Any) -> Iterator[list[Row]]:
+    """Yield a list that gets a row for each action of this rank's stages, in order.
+
+    F is a forward, B a whole backward, I the backward of the input, W that of the weights. Times include none of the
+    communication. The processes of one machine have one clock.
+    """
+    rows: list[Row] = []
+    stages: list[_PipelineStageBase] = getattr(schedule, "_stages", None) or [schedule._stage]
+
+    def watch(stage: Any, method: str) -> None:
+        run = getattr(stage, method)
+
+        def timed(part: int, *args: Any, **kwargs: Any) -> Any:
+            kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(method)
+            kind = kind or ("B" if kwargs.get("full_backward", True) else "I")
+            start = time.perf_counter()
+            result = run(part, *args, **kwargs)
+            rows.append((stage.group_rank, kind, stage.stage_index, part, start, time.perf_counter()))
+            return result
+
+        setattr(stage, method, timed)
+
+    methods = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+    for stage in stages:
+        for method in methods:
+            watch(stage, method)
+    try:
+        yield rows
+    finally:
+        for stage in stages:
+            for method in methods:
+                delattr(stage, method)

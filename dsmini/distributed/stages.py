@@ -1,0 +1,208 @@
+"""The stages of a pipeline: consecutive layers of a model, the embedding with the first, norm, head and MTP the last.
+
+    1f1b                            rank r has stage r
+    interleaved1f1b, zero_bubble    rank r has stages r and pp + r
+    zbv, dualpipev                  rank r has stages r and 2 pp - 1 - r, so the first rank has both ends
+
+Stages are cut where the largest cost is smallest. Simplified: the cost of a layer is the number of its matrices'
+parameters that a token meets. Attention to other tokens is not in it, since most layers have the same.
+
+A stage gives to the next its hidden states [b, s, m], and the balance losses of all MoE layers so far, [layers]. The
+last stage makes the losses of them, as one process does. MTP reads the embedding too. Where first and last stage are on
+two ranks, both have it. Their gradients are summed, so that both stay equal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsmini.config.parallel import CHUNKS, ParallelConfig
+from dsmini.distributed.passes import StepBatch
+from dsmini.functional.recompute import recomputed
+from dsmini.nn import Transformer
+from dsmini.nn.balance import sequence_balance_loss
+from dsmini.nn.gate import Routing
+from dsmini.nn.moe import MoE
+from dsmini.nn.transformer import States
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLayout:
+    """The layers of each stage, and the pipeline's rank that has it."""
+
+    layers: tuple[range, ...]
+    ranks: tuple[int, ...]
+    moe: tuple[bool, ...]
+    """For each layer, MTP blocks last, True if it is a MoE layer."""
+
+    @classmethod
+    def of(cls, model: Transformer, config: ParallelConfig) -> "StageLayout":
+        """Divide a whole model."""
+        costs = [_cost(block, model) for block in model.layers]
+        head = model.head.weight.numel()
+        costs[-1] += head + sum(head + _cost(block, model) for block in model.mtp)
+        blocks = [*model.layers, *model.mtp]
+        return cls(
+            layers=divided(costs, config.pp * CHUNKS[config.schedule]),
+            ranks=ranks_of_stages(config),
+            moe=tuple(any(isinstance(m, MoE) for m in block.modules()) for block in blocks),
+        )
+
+    def stages(self, rank: int) -> list[int]:
+        """Return the stages of a rank, in order."""
+        return [stage for stage, of in enumerate(self.ranks) if of == rank]
+
+    def rows(self, rank: int) -> list[int]:
+        """Return the numbers, among all MoE layers, of those that a rank has."""
+        moe = [layer for layer, is_moe in enumerate(self.moe) if is_moe]
+        own = {layer for stage in self.stages(rank) for layer in self.layers[stage]}
+        own |= set(range(self.layers[-1].stop, len(self.moe))) if self.ranks[-1] == rank else set()
+        return [row for row, layer in enumerate(moe) if layer in own]
+
+    def moe_before(self, stage: int) -> int:
+        """Return the number of MoE layers before a stage."""
+        return sum(self.moe[: self.layers[stage].start])
+
+    def ends_apart(self) -> bool:
+        """Return whether the first and the last stage are on two ranks."""
+        return self.ranks[0] != self.ranks[-1]
+
+    def keep(self, model: Transformer, rank: int) -> None:
+        """Leave of a whole model the modules of a rank's stages, with their names."""
+        stages = self.stages(rank)
+        first, last = self.ranks[0] == rank, self.ranks[-1] == rank
+        own = {layer for stage in stages for layer in self.layers[stage]}
+        for layer in set(range(len(model.layers))) - own:
+            model.layers[layer] = nn.Identity()
+        away = [] if first or (last and len(model.mtp)) else ["embed", "embed_norm"]
+        away += [] if last else ["norm", "head"]
+        for name in away:
+            setattr(model, name, nn.Identity())
+        if not last:
+            del model.mtp[:]
+
+
+def ranks_of_stages(config: ParallelConfig) -> tuple[int, ...]:
+    """Return the rank of each stage."""
+    there = list(range(config.pp))
+    if config.schedule in ("zbv", "dualpipev"):
+        return (*there, *reversed(there))
+    return tuple(there * CHUNKS[config.schedule])
+
+
+def divided(costs: Sequence[float], stages: int) -> tuple[range, ...]:
+    """Return consecutive layers for each stage, one or more, such that the largest sum of costs is smallest."""
+    n = len(costs)
+    assert stages <= n, "the config allows no more stages than layers"
+    sums = [sum(costs[:i]) for i in range(n + 1)]
+    # best[i]: of the first i layers in the stages so far, largest cost, sum of squares, and the first layers
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    for stage in range(1, stages + 1):
+        best = {
+            end: min(_longer(before, begin, sums[end] - sums[begin]) for begin, before in best.items() if begin < end)
+            for end in range(stage, n - stages + stage + 1)
+        }
+    begins = best[n][2]
+    return tuple(range(a, b) for a, b in zip(begins, [*begins[1:], n], strict=True))
+
+
+def _longer(before: tuple[float, float, list[int]], begin: int, cost: float) -> tuple[float, float, list[int]]:
+    """Return stages and one more, of this cost. Stages that are more even compare as smaller."""
+    largest, squares, begins = before
+    return max(largest, cost), squares + cost**2, [*begins, begin]
+
+
+def _cost(module: nn.Module, model: Transformer) -> float:
+    """Return the number of matrix parameters of a module that a token meets."""
+    routed = [p for moe in module.modules() if isinstance(moe, MoE) for p in moe.experts.parameters()]
+    every, of_experts = (sum(p.numel() for p in ps if p.dim() > 1) for ps in (module.parameters(), routed))
+    share = model.config.n_activated_experts / model.config.n_routed_experts
+    return every - of_experts * (1 - share)
+
+
+class ModelStage(nn.Module):
+    """One stage. Its modules are the model's own."""
+
+    def __init__(self, model: Transformer, layout: StageLayout, index: int) -> None:
+        super().__init__()
+        self.index, self.layout = index, layout
+        self.first, self.last = index == 0, index == len(layout.layers) - 1
+        self.blocks = nn.ModuleList(model.layers[layer] for layer in layout.layers[index])
+        if self.first or (self.last and len(model.mtp)):
+            self.embed, self.embed_norm = model.embed, model.embed_norm
+        if self.last:
+            self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
+        self._model: Callable[[], Transformer] = lambda: model  # not a submodule: the parameters are those above
+        self.batch: StepBatch | None = None
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def begin(self, batch: StepBatch, device: torch.device) -> None:
+        """Begin a step."""
+        self.batch, self.sums, self.counts = batch, torch.zeros(3, device=device), None
+
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor | None = None,
+        *,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+    ) -> Any:
+        """Return what the next stage takes; from the last stage the part's loss, divided by the number of parts.
+
+        Args:
+            x: hidden states; the first stage takes token ids.
+            before: balance losses of the MoE layers before this stage, [layers].
+        """
+        batch = self.batch
+        assert batch is not None
+        model = self._model()
+        x, routing = self.hidden(x, documents, batch.options["recompute"])
+        if not self.last:
+            self._count(routing)
+            options = (tokens.shape[0], batch.options["balance_counts"])
+            new = [sequence_balance_loss(r.scores, r.indices, *options) for r in routing]
+            balances = [*([] if before is None else [before]), *([torch.stack(new)] if new else [])]
+            return (x, torch.cat(balances)) if balances else x
+        losses = model.losses(
+            tokens,
+            targets,
+            documents=documents,
+            n_targets=batch.n_targets,
+            states=self.states(x, routing),
+            balances=() if before is None else before.unbind(),
+            **batch.options,
+        )
+        self._count(losses.routing)
+        assert self.sums is not None
+        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
+        return losses.total / batch.parts
+
+    def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Routing]]:
+        """Return the output of the last block, and the routing."""
+        model = self._model()
+        if self.first:
+            x = model.embedded(x)
+        table = model.rope.table(torch.arange(x.shape[1], device=x.device))
+        routing: list[Routing] = []
+        for block in self.blocks:
+            inputs = (x, table, documents)
+            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
+            routing += [] if decided is None else [decided]
+        return x, routing
+
+    def states(self, x: Tensor, routing: list[Routing]) -> States:
+        """Return what the losses are made of, from the output of the last block."""
+        model = self._model()
+        normed = model.norm(x)
+        return States(normed, x if model.config.mtp_input == "pre_norm" else normed, routing)
+
+    def _count(self, routing: list[Routing]) -> None:
+        if routing:
+            load = torch.stack([r.counts for r in routing])
+            self.counts = load if self.counts is None else self.counts + load
