@@ -86,6 +86,8 @@ class TrainConfig:
     """Shorter context in tokens at which the final validation is repeated; left out: no repetition."""
     save_every: int = 400
     """Number of steps between checkpoints; the last step is always saved."""
+    save_in_background: bool = False
+    """Writing of checkpoints on the way by a thread, from a copy of the state, while the steps continue."""
     keep: int = 2
     """Number of newest checkpoints in the run's folder; older ones are removed."""
     tensorboard: bool = False

@@ -106,7 +106,7 @@ class Mesh(Ranks):
         if self.zero:
             data_parallel.set_last_part(model, self.zero, last)
 
-    def changed(self, model: nn.Module) -> None:
+    def release(self, model: nn.Module) -> None:
         if self.zero:
             data_parallel.reshard(model)
 

@@ -5,6 +5,7 @@ part of the whole tensor's bytes, and a file of the whole has the same bytes wha
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +33,10 @@ class HeldRows:
     def of(self, whole: Tensor) -> Tensor:
         """Return the piece of a whole tensor."""
         return whole if self.whole else whole[self.first : self.first + self.rows]
+
+
+Pieces = Mapping[str, Mapping[str, HeldRows]]
+"""What a rank holds of the tensors of each part of a run, by name."""
 
 
 def whole(tensor: Tensor) -> HeldRows:

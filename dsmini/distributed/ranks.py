@@ -67,8 +67,8 @@ class Ranks:
     def begin_part(self, model: nn.Module, last: bool) -> None:
         """Prepare the forward and backward of a part of the step's batch."""
 
-    def changed(self, model: nn.Module) -> None:
-        """Forget copies of parameters, which were changed outside of a step."""
+    def release(self, model: nn.Module) -> None:
+        """Free gathered parameters, which no backward frees, or which were changed outside of a step."""
 
     def piece(self, parameter: Tensor) -> HeldRows:
         """Return which piece of the whole model's parameter this rank holds."""

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,10 @@ class World:
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order."""
         return [value]
+
+    def fork(self) -> "World":
+        """Return the same processes with messages of their own, for another thread. All ranks call it together."""
+        return self
 
     def told(self, error: Exception) -> Exception:
         """Return an error that all ranks raise, marked so that rank 0 alone reports it."""
@@ -102,6 +106,10 @@ class Joined(World):
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def fork(self) -> World:
+        group: Any = dist.new_group(backend="gloo")
+        return Joined(self.attempt, group)
 
 
 def _joint(errors: Sequence[Exception | None]) -> Exception:

@@ -12,15 +12,19 @@ SAME_RUN = (
     *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "out"),
 )
 # these change how numbers are rounded or summed
-ROUNDING = ("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile")
+ROUNDING = (
+    *("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile"),
+    *("parallel.pp", "parallel.dp", "parallel.ep", "parallel.nodes", "parallel.zero", "parallel.schedule"),
+)
 # these change neither the numbers nor the schedule: what is stored, shown and measured, and where the text and the
 # tokenizer are (origin.py and start.py check that they are the same)
 BESIDE = (
     *("data.path", "data.tokenizer", "data.workers"),
     *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
     "train.final_eval_tokens",
-    *("train.save_every", "train.keep", "train.tensorboard", "train.diagnose"),
-    *("train.sample_tokens", "train.sample_prompt"),
+    *("train.save_every", "train.save_in_background", "train.keep"),
+    *("train.tensorboard", "train.diagnose"),
+    *("train.sample_tokens", "train.sample_prompt", "parallel.timeout", "parallel.check_replicas"),
 )
 # --init: these decide which tensors a model has, and their shapes
 SHAPES = (

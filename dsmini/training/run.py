@@ -80,10 +80,11 @@ class TrainingRun:
             raise
         except (OSError, SystemExit):
             records = self.history.records
-            if records and records[-1].step == self._steps_done:
+            if self.world.size == 1 and records and records[-1].step == self._steps_done:
                 self._save()
             raise
         finally:
+            self.saver.finish()
             if self.board is not None:
                 self.board.close()
 
@@ -173,14 +174,14 @@ class TrainingRun:
             self.failure = error
             asked.numbers.append(0)
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool = False) -> None:
         with patience(self.console, "saving"):
-            self.saver.save()
+            self.saver.save(background=background)
 
     def _save_if_possible(self, progress: TrainingProgress) -> None:
         """Save a checkpoint on the way. A failure is only reported: nothing is lost yet."""
         try:
-            self._save()
+            self._save(background=self.config.train.save_in_background)
         except NotSavedError as error:
             progress.say(f"{error}; training continues")
 

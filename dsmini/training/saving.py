@@ -1,5 +1,9 @@
 """Save the state of a run in checkpoints, and restore it from one."""
 
+import threading
+from collections.abc import Callable
+from functools import partial
+
 from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import (
     Checkpoint,
@@ -12,6 +16,7 @@ from dsmini.checkpoint.training_state import (
     state_texts,
 )
 from dsmini.config import RunConfig
+from dsmini.distributed.pieces import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
 from dsmini.training.history import History
@@ -21,6 +26,26 @@ from dsmini.training.trainer import Trainer
 
 class NotSavedError(OSError):
     """A checkpoint could not be written; the earlier ones are still there."""
+
+
+class _Writing:
+    """A save in a thread of its own."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(write,), name="saving")
+        self._thread.start()
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:  # raised where somebody waits for the thread
+            self._error = error
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Saver:
@@ -35,6 +60,8 @@ class Saver:
         self.config, self.trainer, self.history, self.world = config, trainer, history, world
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
+        self._behind: World | None = None
+        self._writing: _Writing | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -67,37 +94,67 @@ class Saver:
         self.saved_at = state.step
         return lost
 
-    def save(self) -> None:
-        """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint."""
-        step, folder = self.trainer.steps_done, self.config.out
-        assert folder is not None
-        if self.saved_at == step:
+    def save(self, *, background: bool = False) -> None:
+        """Save the state after the last step, unless it is saved; NotSavedError names the newest checkpoint.
+
+        Args:
+            background: copy the tensors, and let a thread write them. The next save waits for it, and raises its error.
+        """
+        failed = self._outcome()
+        if self.saved_at == self.trainer.steps_done:
             return
         tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
-        try:
-            self._write(tensors)
-        except OSError as error:
-            there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
-            reason = error.strerror or error
-            raise NotSavedError(f"cannot save {folder}'s checkpoint of step {step}: {reason}; {there}") from None
-        self.saved_at = step
+        pieces, state = self.trainer.pieces(tensors), self._state()
+        if not background:
+            self._write(tensors, pieces, state, self.world)
+            return
+        if self._behind is None:  # the thread's messages must not mix with those of the steps
+            self._behind = self.world.fork()
+        staged = {
+            part: {name: t.detach().to("cpu", copy=True) for name, t in of.items()} for part, of in tensors.items()
+        }
+        self._writing = _Writing(partial(self._write, staged, pieces, state, self._behind))
+        if failed is not None:
+            raise failed
 
-    def _write(self, tensors: Tensors) -> None:
+    def _outcome(self) -> NotSavedError | None:
+        """Wait for a save in the background; return its error."""
+        try:
+            self.finish()
+        except NotSavedError as error:
+            return error
+        return None
+
+    def finish(self) -> None:
+        """Wait for a save in the background; raise NotSavedError if it failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.finish()
+
+    def _write(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
         """Write a checkpoint of these tensors, with those of the other processes."""
-        config, state, world = self.config, self._state(), self.world
+        config = self.config
         assert config.out is not None
         metrics = config.out / METRICS
-        world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
-        if world.size == 1:
-            save_checkpoint(config, tensors, state)
-            return
+        try:
+            world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
+            if world.size == 1:
+                save_checkpoint(config, tensors, state)
+            else:
+                self._write_pieces(tensors, pieces, state, world)
+        except OSError as error:
+            there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
+            sentence = f"cannot save {config.out}'s checkpoint of step {state.step}: {error.strerror or error}; {there}"
+            raise world.told(NotSavedError(sentence)) from None
+        self.saved_at = state.step
+
+    def _write_pieces(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
         from dsmini.distributed.checkpoint import save_pieces
 
-        pieces = self.trainer.pieces(tensors)
         held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
-        folder, step = checkpoint_folder(config, state.step), str(state.step)
-        save_pieces(world, folder, held, state_texts(config, state), {"step": step})
-        world.first(lambda: prune(config, state))
+        folder = checkpoint_folder(self.config, state.step)
+        save_pieces(world, folder, held, state_texts(self.config, state), {"step": str(state.step)})
+        world.first(lambda: prune(self.config, state))
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history

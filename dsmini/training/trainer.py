@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
-from dsmini.distributed.pieces import HeldRows
+from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.distributed.ranks import Ranks
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
@@ -94,7 +94,7 @@ class Trainer:
         """Yield the parts of the parameters that are on this rank."""
         return ((name, self.ranks.local(p)) for name, p in self.model.named_parameters())
 
-    def pieces(self, tensors: Tensors) -> dict[str, dict[str, HeldRows]]:
+    def pieces(self, tensors: Tensors) -> Pieces:
         """Return which piece each tensor of `tensors` is of the whole run's."""
         named = dict(self.model.named_parameters())
 
@@ -128,7 +128,7 @@ class Trainer:
         """Load the tensors of a run after this many steps. All are checked before anything changes."""
         self.check(tensors)
         _copy({name: self.ranks.local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
-        self.ranks.changed(self.model)
+        self.ranks.release(self.model)
         load_optimizer_state(
             tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.divided_like
         )
@@ -256,6 +256,7 @@ class Trainer:
                 on_part(done / len(mine))
         finally:
             self.model.train()
+            self.ranks.release(self.model)
         self.ranks.sum_parts(total)
         return total.item() / windows.tokens
 
@@ -266,12 +267,12 @@ class Trainer:
         named = dict(self._here())
         live = {name: p.detach().clone() for name, p in named.items()}
         _copy(named, self.average.tensors)
-        self.ranks.changed(self.model)
+        self.ranks.release(self.model)
         try:
             yield
         finally:
             _copy(named, live)
-            self.ranks.changed(self.model)
+            self.ranks.release(self.model)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Training steps of a small model in any layout of ranks, and what they leave, as one process has it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,10 +36,11 @@ class Trained(NamedTuple):
         return torch.tensor([[s.loss, s.mtp_loss, s.balance_loss] for s in self.steps], dtype=torch.float64)
 
 
-def new_trainer(parallel: ParallelConfig, model: dict[str, Any], train: dict[str, Any], world: World) -> Trainer:
-    config = RunConfig(
-        model=ModelConfig(**(SMALL | model)), train=dataclasses.replace(TRAIN, **train), parallel=parallel
-    )
+def new_trainer(
+    parallel: ParallelConfig, model: dict[str, Any], train: dict[str, Any], world: World, out: Path | None = None
+) -> Trainer:
+    recipe = dataclasses.replace(TRAIN, **train)
+    config = RunConfig(model=ModelConfig(**(SMALL | model)), train=recipe, parallel=parallel, out=out)
     parallel.check(config.model, config.train, world.size)
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(3000)), np.uint8)
     corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")

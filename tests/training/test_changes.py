@@ -10,9 +10,12 @@ import torch
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.run_folder import run_config
 from dsmini.config.fields import plain
+from dsmini.config.parallel import ParallelConfig
 from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
 
-OLD = RunConfig(train=TrainConfig(batch_start=2, batch_ramp=0.5), out=Path("runs/x"))
+OLD = RunConfig(
+    train=TrainConfig(batch_start=2, batch_ramp=0.5), parallel=ParallelConfig(ep=2, nodes=2), out=Path("runs/x")
+)
 # another valid value for every key of the model
 MODEL: dict[str, Any] = {
     **dict(vocab_size=257, dim=96, inter_dim=96, moe_inter_dim=64, n_layers=5, n_dense_layers=2, n_heads=2),
@@ -47,6 +50,7 @@ TRAIN: dict[str, tuple[Any, bool]] = {
         final_eval_tokens=(9, True),
         eval_context=(9, True),
         save_every=(3, True),
+        save_in_background=(True, True),
         keep=(3, True),
         tensorboard=(True, True),
         diagnose=(True, True),
@@ -59,6 +63,12 @@ DATA: dict[str, tuple[Any, bool]] = {
     **dict(document_mask=(True, False), workers=(2, True)),
 }
 
+PARALLEL: dict[str, tuple[Any, bool]] = {
+    **dict(pp=(2, True), dp=(2, True), ep=(4, True), nodes=(1, True), zero=(3, True), schedule=("zbv", True)),
+    **dict(timeout=(9.0, True), check_replicas=(3, True)),
+}
+JUDGED = {"train": TRAIN, "data": DATA, "parallel": PARALLEL}
+
 
 def changed(part: str, **changes: Any) -> RunConfig:
     return dataclasses.replace(OLD, **{part: dataclasses.replace(getattr(OLD, part), **changes)})
@@ -66,18 +76,20 @@ def changed(part: str, **changes: Any) -> RunConfig:
 
 def test_every_key_is_judged_here() -> None:
     """A new key must be thought about: may a run continue with another value of it?"""
-    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (ModelConfig, TrainConfig, DataConfig)}
+    judged = (ModelConfig, TrainConfig, DataConfig, ParallelConfig)
+    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in judged}
     assert fields[ModelConfig] == MODEL.keys() | {"n_kv_heads", "precision"}
     assert fields[TrainConfig] == TRAIN.keys()
     assert fields[DataConfig] == DATA.keys()
-    keys = {f"train.{key}" for key in TRAIN} | {f"data.{key}" for key in DATA} | {"out"}
+    assert fields[ParallelConfig] == PARALLEL.keys()
+    keys = {f"{part}.{key}" for part, of in JUDGED.items() for key in of} | {"out"}
     assert {*SAME_RUN, *ROUNDING, *BESIDE} <= keys
 
 
-@pytest.mark.parametrize("key", [*(f"train.{key}" for key in TRAIN), *(f"data.{key}" for key in DATA)])
+@pytest.mark.parametrize("key", [f"{part}.{key}" for part, of in JUDGED.items() for key in of])
 def test_what_a_resumed_run_may_change(key: str) -> None:
     part, name = key.split(".")
-    value, allowed = (TRAIN if part == "train" else DATA)[name]
+    value, allowed = JUDGED[part][name]
     new = changed(part, **{name: value})
     assert differences(OLD, new).keys() == {key}
     if allowed:

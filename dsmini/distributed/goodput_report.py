@@ -1,0 +1,115 @@
+"""The goodput of a run for people: a table, a few sentences, and a picture with a bar for each attempt."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsmini.atomic import new_file
+from dsmini.distributed.goodput import KINDS, MICROSECONDS, Goodput, Span
+from dsmini.report import Table
+from dsmini.report.units import duration, human, plural
+
+WORDS = {
+    "productive": "steps that count",
+    "lost": "steps lost and done again",
+    "saving": "saving",
+    "restoring": "starting and restoring",
+    "validating": "validating and plotting",
+    "down": "down",
+    "other": "other",
+}
+COLOURS = {
+    **{"productive": "#1f4e8c", "lost": "#c8501e", "saving": "#e0a526", "restoring": "#8c6bb1"},
+    **{"validating": "#5aa469", "down": "#3b3b3b", "other": "#c9d3e0"},
+}
+FINEST = 2000
+"""Parts of the whole time that a picture can show."""
+
+
+def goodput_table(result: Goodput) -> Table:
+    """Return a table of the kinds: time, and share in per cent. The printed shares add up to 100.0 too."""
+    tenths = _rounded([result.microseconds[kind] for kind in KINDS], 1000)
+    rows = [
+        (WORDS[kind], _words(result.microseconds[kind] / MICROSECONDS), f"{share / 10:.1f} %")
+        for kind, share in zip(KINDS, tenths, strict=True)
+    ]
+    rows.append(("total", _words(result.total / MICROSECONDS), f"{sum(tenths) / 10:.1f} %"))
+    return Table(columns=("kind", "time", "share"), rows=rows, numeric=("time", "share"))
+
+
+def goodput_notes(result: Goodput) -> list[str]:
+    """Return lines about the attempts, and about the figures that decide the goodput."""
+    lost = f"{plural(result.lost_steps, 'step')} lost" if result.lost_steps else "none lost"
+    lines = [
+        f"{plural(result.attempts, 'attempt')}, {plural(result.failures, 'failure')}; "
+        f"{plural(result.steps, 'step')} that count, {lost}"
+    ]
+    named = {
+        "mean time between failures": result.mean_seconds_between_failures,
+        "a restart takes": result.restart_seconds,
+        "a save blocks training for": result.saving_seconds,
+        "training between two saves": result.interval_seconds,
+    }
+    return lines + [f"{name}: {_words(value)}" for name, value in named.items() if value is not None]
+
+
+def plot_goodput(result: Goodput, path: Path) -> None:
+    """Write a picture: one bar over time for each attempt, coloured by kind."""
+    from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
+
+    figure = Figure(figsize=(9, 1.6 + 0.32 * min(result.attempts, 40)), layout="constrained")
+    axes = figure.subplots()
+    drawn = bars(result)
+    for kind in (kind for kind in KINDS if result.microseconds[kind]):
+        of_kind = [bar for bar in drawn if bar.kind == kind]
+        for attempt in sorted({bar.attempt for bar in of_kind}):
+            places = [_place(bar) for bar in of_kind if bar.attempt == attempt]
+            axes.broken_barh(places, (attempt - 0.4, 0.8), facecolors=COLOURS[kind])
+        axes.barh(1, 0, color=COLOURS[kind], label=f"{WORDS[kind]}, {result.share(kind):.1%}")
+    axes.set_ylim(result.attempts + 0.5, 0.5)
+    if result.attempts <= 20:
+        axes.set_yticks(range(1, result.attempts + 1))
+    share = f"{result.share('productive'):.1%} of the time are steps that count"
+    axes.set(xlabel="seconds since the first start", ylabel="attempt", title=share)
+    if result.total:
+        figure.legend(loc="outside right upper", frameon=False)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def bars(result: Goodput) -> list[Span]:
+    """Return the parts to draw: those of one kind are joined where no eye can tell them apart."""
+    finest = result.total // FINEST
+    joined: list[Span] = []
+    by_kind = sorted(result.spans, key=lambda span: (span.attempt, KINDS.index(span.kind), span.start))
+    for _, group in itertools.groupby(by_kind, key=lambda span: (span.attempt, span.kind)):
+        last: Span | None = None
+        for span in group:
+            if last is not None and span.start - last.end <= finest:
+                last = Span(start=last.start, end=span.end, kind=span.kind, attempt=span.attempt)
+            else:
+                joined += [] if last is None else [last]
+                last = span
+        joined += [] if last is None else [last]
+    return joined
+
+
+def _place(bar: Span) -> tuple[float, float]:
+    """Return where a bar begins and how long it is, in seconds."""
+    return bar.start / MICROSECONDS, (bar.end - bar.start) / MICROSECONDS
+
+
+def _words(seconds: float) -> str:
+    return human(seconds, "s") if seconds < 90 else duration(seconds)
+
+
+def _rounded(parts: Sequence[int], whole: int) -> list[int]:
+    """Return whole numbers in proportion to the parts that add up to `whole`: the largest remainders are rounded up."""
+    total = sum(parts)
+    if not total:
+        return [0] * len(parts)
+    floors = [part * whole // total for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: -(parts[i] * whole % total))
+    for i in by_remainder[: whole - sum(floors)]:
+        floors[i] += 1
+    return floors

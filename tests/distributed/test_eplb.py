@@ -1,0 +1,277 @@
+"""Check the load balancer against its published example and figures, by its invariants, and by brute force."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsmini.console.command import run
+from dsmini.distributed.eplb import balance, count_duplicates, loads_of_run, main, place_experts
+
+README = np.array(
+    [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+)
+"""Loads of the example in the README of deepseek-ai/EPLB, and the placement that it prints."""
+PLACED = [
+    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+]
+
+
+def test_readme_example_is_reproduced() -> None:
+    placed = place_experts(README, 16, 4, 2, 8)
+    assert placed.experts.tolist() == PLACED
+    assert placed.replicas[0, 5].tolist() == [0, 2] and placed.replicas[0, 0].tolist() == [12, -1]
+    assert placed.counts[0].tolist() == [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int]:
+    """Draw loads and sizes that fit, of both policies."""
+    nodes, per_node, per_group = (draw(st.integers(1, 3)) for _ in range(3))
+    groups = draw(st.sampled_from([nodes, 2 * nodes, 1]))
+    gpus, experts = nodes * per_node, groups * per_group
+    least = -(-experts // gpus) * gpus
+    most = experts * (gpus if groups % nodes else per_node)
+    replicas = draw(st.integers(0, 3)) * gpus + least
+    layers = draw(st.integers(1, 2))
+    load = st.integers(0, draw(st.sampled_from([1, 10, 100_000])))
+    rows = draw(st.lists(st.lists(load, min_size=experts, max_size=experts), min_size=layers, max_size=layers))
+    return np.array(rows), max(least, min(replicas, most // gpus * gpus)), groups, nodes, gpus
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.booleans())
+def test_placement_keeps_its_invariants(case: tuple[np.ndarray, int, int, int, int], spread: bool) -> None:
+    loads, n_replicas, n_groups, n_nodes, n_gpus = case
+    if n_replicas > loads.shape[1] * (n_gpus if n_groups % n_nodes else n_gpus // n_nodes):
+        return  # no multiple of the GPUs fits
+    placed = place_experts(loads, n_replicas, n_groups, n_nodes, n_gpus, spread=spread)
+    assert placed.experts.shape == (len(loads), n_replicas)
+    assert (placed.counts >= 1).all() and (placed.counts.sum(1) == n_replicas).all()
+    for layer, experts in enumerate(placed.experts):
+        for expert, places in enumerate(placed.replicas[layer]):
+            copies = [place for place in places.tolist() if place >= 0]
+            assert copies == np.flatnonzero(experts == expert).tolist() and len(copies) == placed.counts[layer, expert]
+            assert (places[len(copies) :] == -1).all()
+        if n_groups % n_nodes == 0:  # a group stays whole on one node
+            nodes = np.arange(n_replicas) // (n_replicas // n_nodes)
+            groups = experts // (loads.shape[1] // n_groups)
+            assert len(set(zip(groups.tolist(), nodes.tolist(), strict=True))) == n_groups
+    found = balance(loads, placed, n_gpus)
+    assert found.loads_after.sum(1) == pytest.approx(n_gpus), "no load is lost, none is counted twice"
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_spread_has_no_larger_load_and_no_more_duplicates(case: tuple[np.ndarray, int, int, int, int]) -> None:
+    loads, n_replicas, n_groups, n_nodes, n_gpus = case
+    if n_replicas > loads.shape[1] * (n_gpus if n_groups % n_nodes else n_gpus // n_nodes):
+        return
+    plain, spread = (place_experts(*case, spread=on) for on in (False, True))
+    assert (spread.counts == plain.counts).all()
+    # sums of fewer than 100 shares in another order
+    assert (balance(loads, spread, n_gpus).after <= balance(loads, plain, n_gpus).after * (1 + 1e-13)).all()
+    assert (count_duplicates(spread, n_gpus) <= count_duplicates(plain, n_gpus)).all()
+
+
+def test_zero_loads_give_the_identity() -> None:
+    for groups, nodes in ((4, 2), (1, 1), (3, 2)):
+        placed = place_experts(np.zeros((1, 24)), 24, groups, nodes, 4)
+        assert placed.experts.tolist() == [list(range(24))]
+    assert balance(np.zeros((1, 24)), placed, 4).after.tolist() == [1.0]
+
+
+def test_one_place_a_gpu_keeps_the_order() -> None:
+    loads = np.array([[1, 9, 5, 7]])
+    assert place_experts(loads, 4, 1, 1, 4).experts.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("n_replicas", "groups", "nodes", "gpus", "after"),
+    # the mean over layers varies by 0.01 with the draw, the last one by 0.05: it is the largest of 256 loads
+    [(288, 8, 4, 32, (1.04, 1.06)), (288, 8, 1, 32, (1.001, 1.003)), (320, 1, 1, 320, (2.25, 2.37))],
+)
+def test_published_sizes_reach_the_known_balance(
+    n_replicas: int, groups: int, nodes: int, gpus: int, after: tuple[float, float]
+) -> None:
+    loads = np.random.default_rng(16).random((58, 256)) ** 3
+    found = balance(loads, place_experts(loads, n_replicas, groups, nodes, gpus), gpus)
+    assert after[0] < found.after.mean() < after[1]
+    if gpus == 32:
+        assert 1.8 < found.before.mean() < 2.1
+        assert found.after.max() < found.before.min()
+
+
+def _copies(total: int, n: int) -> list[tuple[int, ...]]:
+    """Return all ways to give n experts one copy or more each, this many in total."""
+    return [c for c in itertools.product(range(1, total - n + 2), repeat=n) if sum(c) == total]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_largest_load_per_copy_is_the_smallest_possible(seed: int) -> None:
+    loads = np.random.default_rng(seed).random((1, 4)) ** 2
+    placed = place_experts(loads, 8, 1, 1, 2)
+    best = min((loads[0] / np.array(counts)).max() for counts in _copies(8, 4))
+    assert (loads / placed.counts).max() == best
+
+
+def _best_packing(weights: list[float], n_packs: int) -> float:
+    """Return the smallest possible largest sum of packs with equally many items."""
+    if n_packs == 1:
+        return sum(weights)
+    room, rest = len(weights) // n_packs, range(1, len(weights))
+    best = float("inf")
+    for others in itertools.combinations(rest, room - 1):  # the pack that has the first item
+        left = [weights[i] for i in rest if i not in others]
+        best = min(best, max(weights[0] + sum(weights[i] for i in others), _best_packing(left, n_packs - 1)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_is_near_the_best_and_the_best_for_pairs(seed: int) -> None:
+    loads = np.random.default_rng(seed).random((1, 8)) ** 2
+    for gpus, bound in ((4, 1.0), (2, 4 / 3)):  # heaviest first pairs the heaviest with the lightest, which is optimal
+        after = balance(loads, place_experts(loads, 8, 1, 1, gpus), gpus).after[0] * loads.sum() / gpus
+        best = _best_packing(loads[0].tolist(), gpus)
+        assert best * (1 - 1e-12) <= after <= best * bound * (1 + 1e-12)
+
+
+def test_two_copies_on_one_gpu_are_counted_and_spread() -> None:
+    loads = np.array([[100, 70, 1, 1]])
+    plain, spread = (place_experts(loads, 8, 1, 1, 2, spread=on) for on in (False, True))
+    assert plain.counts.tolist() == [[3, 3, 1, 1]], "loads per copy 100, 70, 50, 35 get one more in turn"
+    assert count_duplicates(spread, 2).tolist() == [2], "three copies on two GPUs must meet"
+    loads = np.random.default_rng(0).random((200, 16))
+    plain, spread = (place_experts(loads, 32, 1, 1, 4, spread=on) for on in (False, True))
+    assert count_duplicates(plain, 4).mean() > 1.5, "the published heuristic does it"
+    assert count_duplicates(spread, 4).mean() < 0.3
+    largest_plain, largest_spread = (balance(loads, placed, 4).after for placed in (plain, spread))
+    assert (largest_spread <= largest_plain * (1 + 1e-13)).all()
+
+
+def test_balance_by_hand_on_other_loads() -> None:
+    placed = place_experts(np.array([[8, 5, 2, 2]]), 6, 1, 1, 2)
+    assert placed.counts.tolist() == [[2, 2, 1, 1]]
+    found = balance(np.array([[4, 4, 8, 0]]), placed, 2)
+    assert found.loads_before.tolist() == [[1.0, 1.0]]
+    shares = {0: 2.0, 1: 2.0, 2: 8.0, 3: 0.0}
+    sums = [sum(shares[x] for x in placed.experts[0, at : at + 3].tolist()) for at in (0, 3)]
+    assert found.loads_after.tolist() == [[sums[0] / 8, sums[1] / 8]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((13, 4, 2, 8), "use 16, which is 4 redundant"),
+        ((8, 4, 2, 8), "use 16"),
+        ((16, 5, 1, 8), "n_groups=5 does not divide 12 experts"),
+        ((16, 4, 3, 8), "n_nodes=3 does not divide n_gpus=8"),
+        ((16, 0, 2, 8), "n_groups=0 is not positive"),
+        ((16, 4, 0, 8), "n_nodes=0 is not positive"),
+        ((16, 4, 2, -8), "n_gpus=-8 is not positive"),
+        ((96, 4, 2, 8), "use 48"),
+    ],
+)
+def test_wrong_sizes_are_refused_in_a_sentence(sizes: tuple[int, int, int, int], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        place_experts(README, *sizes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loads", [[[1.0, float("nan")]], [[1, -1]], [1, 2], [[]], np.zeros((0, 2))])
+def test_wrong_loads_are_refused(loads: object) -> None:
+    with pytest.raises(ValueError, match="loads"):
+        place_experts(np.array(loads), 2, 1, 1, 1)
+
+
+def test_balance_refuses_loads_of_other_sizes() -> None:
+    placed = place_experts(README, 16, 4, 2, 8)
+    for loads, gpus in ((README[:1], 8), (README, 3), (README, 0)):
+        with pytest.raises(ValueError, match="do not fit"):
+            balance(loads, placed, gpus)
+
+
+def write_run(folder: Path, *rows: object) -> Path:
+    """Write a metrics.jsonl: texts as they are, anything else as the loads of a step."""
+    folder.mkdir(exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps({"step": i, "loads": row}) for i, row in enumerate(rows)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_loads_of_a_run_are_summed_over_its_steps(tmp_path: Path) -> None:
+    torn = json.dumps({"loads": [[9, 9], [9, 9]]})[:-3]
+    run = write_run(tmp_path, [[1, 2], [3, 4]], [[10, 20], [30, 40]], None, "", '{"step": 3}', torn)
+    assert loads_of_run(run).tolist() == [[11, 22], [33, 44]]
+    assert loads_of_run(run, last=1).tolist() == [[10, 20], [30, 40]]
+    assert loads_of_run(run, last=9).tolist() == [[11, 22], [33, 44]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([None, None], "no loads of experts"),
+        ([[[1, 2]], [[1, 2, 3]]], r"different sizes, \[1, 2\] and \[1, 3\]"),
+        ([[[1, 2], [3]]], "no loads"),
+        ([[[1.5, 2.0]]], "no loads"),
+        ([[[1, -2]]], "no loads"),
+        ([5, "[1]", "nonsense"], "no loads"),
+    ],
+)
+def test_runs_without_a_table_of_loads_are_refused(tmp_path: Path, rows: list[object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        loads_of_run(write_run(tmp_path, *rows))
+
+
+def test_command_shows_and_draws_the_balance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", README.tolist())
+    flags = ["--gpus", "8", "--nodes", "2", "--groups", "4", "--redundant", "4"]
+    assert main([str(folder), *flags, "--out", str(tmp_path / "new" / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "useless copies" in out and "times the mean load before" in out
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert main([str(folder), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"] == PLACED
+    # by hand: of 1033 tokens in layer 0, experts 4 and 5 have 104 + 165; after, 0 and a copy of 1 have 90 + 132 / 2
+    assert [found["before"][0], found["after"][0]] == pytest.approx([269 / (1033 / 8), 156 / (1033 / 8)])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "no run is named"),
+        (["nowhere"], "nowhere has no metrics.jsonl"),
+        (["RUN", "--gpus", "5"], "use 15, which is 3 redundant"),
+        (["RUN", "--redundant", "-4"], "is negative"),
+        (["RUN", "--last", "0"], "--last 0 is not positive"),
+        (["RUN", "--out", "a.jpg"], "end it in .png"),
+        (["RUN", "--gpu", "4"], "did you mean --gpus"),
+    ],
+)
+def test_command_refuses_in_a_sentence_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], said: str
+) -> None:
+    folder = write_run(tmp_path, README.tolist())
+    monkeypatch.setattr("sys.argv", ["eplb", *(str(folder) if arg == "RUN" else arg for arg in args)])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+
+
+def test_help_is_a_screen_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "--redundant 0" in out and "runs/toy-001 --gpus 4" in out

@@ -1,0 +1,145 @@
+"""Spikes: healthy losses are none, injected ones are; and each sequence that is left is used once."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmini.distributed.spikes import SkippedBatches, Spikes
+
+REAL = """
+5.70 5.62 5.44 5.31 5.17 4.96 4.69 4.40 4.33 4.07 3.92 3.87 3.66 3.70 3.52 3.83 3.32 3.04 3.30 3.27 3.13 3.06
+2.99 3.53 3.31 2.56 3.48 3.11 2.91 2.99 3.03 2.80 3.06 2.72 2.93 2.90 2.54 3.10 2.58 2.42 2.53 2.59 2.59 3.05
+2.86 2.34 3.03 2.93 2.55 2.61 3.22 2.64 2.53 2.47 2.93 2.47 2.46 2.56 2.90 2.82 2.45 2.97 2.25 2.87 2.61 2.70
+2.52 2.47 2.71 2.59 2.82 3.05 2.80 2.55 2.63 2.57 2.62 2.62 2.65 2.37 2.86 2.81 2.72 2.63 2.18 2.54 2.45 2.40
+2.50 2.48 2.52 2.66 2.64 2.45 2.36
+"""
+"""Losses of a real run: python -m dsmini.train --model.dim 64 --model.n-layers 2 --train.steps 100."""
+
+
+def healthy(seed: int, steps: int = 600) -> list[float]:
+    """Return a loss curve: warm-up with a bump, a power law, noise whose size and tails vary, and odd batches."""
+    draw = random.Random(seed)
+    top, floor, power = draw.uniform(4, 12), draw.uniform(0.5, 2.5), draw.uniform(0.2, 0.8)
+    warm, noise = draw.randint(1, 100), draw.choice([0.0, 0.01, 0.05, 0.1, 0.2])
+    bump, tail = draw.uniform(0, 0.5), draw.choice([math.inf, 15, 8])
+    losses = []
+    for step in range(steps):
+        learnt = max(1.0, step * min(1.0, step / warm))
+        loss = floor + (top - floor) * learnt**-power + bump * math.exp(-(((step - warm) / 10) ** 2))
+        scale = noise * (1 + 2 * math.exp(-step / 20))  # the first steps are noisier
+        heavy = 1.0 if tail == math.inf else math.sqrt(tail / draw.gammavariate(tail / 2, 2))  # Student's t
+        odd = draw.uniform(0.2, 0.6) if draw.random() < 0.01 else 0.0
+        losses.append(loss + scale * draw.gauss(0, 1) * heavy + odd)
+    return losses
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_healthy_noise_is_no_spike(block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        spikes = Spikes()
+        assert [step for step, loss in enumerate(healthy(seed)) if spikes.see(step, loss)] == [], seed
+
+
+def test_real_losses_are_no_spike_but_an_injected_one_is() -> None:
+    losses = [float(word) for word in REAL.split()]
+    spikes = Spikes()
+    assert not any(spikes.see(step, loss) for step, loss in enumerate(losses))
+    assert spikes.see(len(losses), losses[-1] + 5)
+    for window in (16, 32, 64):
+        spikes = Spikes(window=window)
+        assert not any(spikes.see(step, loss) for step, loss in enumerate(losses)), window
+        assert spikes.see(len(losses), losses[-1] + 3)
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 5))
+def test_spike_of_a_few_nats_is_found_at_once(seed: int) -> None:
+    losses = healthy(seed)
+    for at in (300, 599):
+        spikes = Spikes()
+        spiked = [loss + (4.0 if step >= at else 0.0) for step, loss in enumerate(losses)]
+        found = [step for step, loss in enumerate(spiked) if spikes.see(step, loss)]
+        assert found and found[0] == at, "not before, and at the very step"
+
+
+def test_losses_that_are_not_finite_are_not_added() -> None:
+    spikes = Spikes(window=8)
+    for step in range(8):
+        assert not spikes.see(step, 1.0)
+    for step in range(8, 30):
+        assert not spikes.see(step, math.nan) and not spikes.see(step, math.inf)
+    assert spikes.limit() == 2.0, "of eight ones, with the least spike of one nat"
+    assert spikes.see(30, 2.1)
+
+
+def test_rewind_forgets_the_losses_after_it() -> None:
+    spikes = Spikes(window=16)
+    for step in range(20):
+        spikes.see(step, 2.0 if step < 10 else 7.0)
+    before = Spikes(window=16)
+    for step in range(4, 10):
+        before.see(step, 2.0)
+    assert spikes.limit() != before.limit()
+    spikes.rewind(9)
+    assert spikes.limit() == before.limit() == 3.0
+    assert spikes.see(10, 7.0)
+
+
+def test_spike_that_stays_becomes_the_level() -> None:
+    spikes = Spikes(window=32)
+    alarms = [spikes.see(step, 2.0 if step < 100 else 6.0) for step in range(200)]
+    assert any(alarms[100:117]) and not any(alarms[117:]), "half a window later it is the median"
+
+
+def test_window_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="window of the spike detector is 7, want 8 losses or more"):
+        Spikes(window=7)
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=5)
+
+
+@given(skips=RANGES, first=st.integers(0, 20), rows=st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_each_sequence_that_is_left_is_taken_once(skips: list[tuple[int, int]], first: int, rows: list[int]) -> None:
+    skipped = SkippedBatches()
+    for start, length in skips:
+        skipped = skipped.skip(start, start + length, most_rewinds=9)
+    gone = {number for start, length in skips for number in range(start, start + length)}
+    assert {number for pair in skipped.ranges for number in range(*pair)} == gone
+    assert skipped.total == len(gone) and skipped.rewinds == len(skips)
+    assert SkippedBatches.from_json(json.loads(json.dumps(skipped.to_json()))) == skipped
+    place, taken = first, []
+    for n in rows:
+        ranges = skipped.next(place, n)
+        numbers = [number for pair in ranges for number in range(*pair)]
+        assert len(numbers) == n and all(end > start for start, end in ranges)
+        taken += numbers
+        place = ranges[-1][1]
+    assert taken == [number for number in range(first, place) if number not in gone]
+
+
+def test_no_rewinds_are_left_after_the_last() -> None:
+    once = SkippedBatches().skip(0, 8, most_rewinds=1)
+    with pytest.raises(ArithmeticError, match="the loss spiked again after 1 rewinds, and 1 are allowed"):
+        once.skip(8, 16, most_rewinds=1)
+    with pytest.raises(ValueError, match="the batches to skip are 8 to 8"):
+        once.skip(8, 8, most_rewinds=2)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({}, {"ranges": [], "rewinds": None}, {"ranges": [[1]], "rewinds": 1}, {"ranges": [["a", 2]], "rewinds": 1}),
+        *(
+            {"ranges": [[1, 3], [3, 5]], "rewinds": 1},
+            {"ranges": [[2, 1]], "rewinds": 1},
+            {"ranges": [], "rewinds": -1},
+        ),
+    ],
+)
+def test_damaged_bookkeeping_is_refused(value: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="skipped batches are"):
+        SkippedBatches.from_json(value)

@@ -1,0 +1,96 @@
+"""Checkpoints written by a thread: of the state when they were asked for, one after the other, errors reported."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.checkpoint import training_state as checkpoints
+from dsmini.training import saving
+from dsmini.training.run import TrainingRun
+from tests.helpers.runs import new_run, resumed, unequal, whole
+
+BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold every save until the event is set."""
+    opened, real = threading.Event(), saving.save_checkpoint
+
+    def held(*args: Any) -> Path:
+        assert opened.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(saving, "save_checkpoint", held)
+    return opened
+
+
+def begun(folder: Path) -> TrainingRun:
+    """Return a run after its first step."""
+    training = new_run(folder, **BEHIND)
+    (folder / "metrics.jsonl").touch()
+    step(training)
+    return training
+
+
+def step(training: TrainingRun) -> None:
+    training._keep(training.trainer.step())
+
+
+def test_file_has_the_state_of_the_moment_it_was_asked_for(tmp_path: Path, gate: threading.Event) -> None:
+    gate.set()
+    twin = begun(tmp_path / "b")
+    twin.saver.save()
+    gate.clear()
+    training = begun(tmp_path / "a")
+    training.saver.save(background=True)
+    step(training)  # every parameter and moment moves while the thread has written nothing
+    assert not list(tmp_path.glob("a/checkpoints/step*"))
+    gate.set()
+    training.saver.finish()
+    for name in ("model", "optimizer", "rng"):
+        a, b = ((tmp_path / run / f"checkpoints/step-000001/{name}.safetensors").read_bytes() for run in "ab")
+        assert a == b
+
+
+def test_saves_come_one_after_the_other(tmp_path: Path, gate: threading.Event) -> None:
+    training = begun(tmp_path)
+    training.saver.save(background=True)
+    step(training)
+    threading.Timer(0.3, gate.set).start()
+    training.saver.save(background=True)  # waits for the first
+    assert (tmp_path / "checkpoints" / "step-000001").is_dir()
+    training.saver.finish()
+    assert training.saver.saved_at == 2
+
+
+def test_run_is_the_same_run(tmp_path: Path) -> None:
+    never = new_run(tmp_path / "a", keep=9)
+    assert never.train()
+    want = whole(never)
+    behind = new_run(tmp_path / "b", **BEHIND)
+    assert behind.train()
+    assert unequal(want, whole(behind)) == set()
+    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in "ab"]
+    assert names[0] == names[1]
+    again = resumed(tmp_path / "b", **BEHIND)
+    assert again.trainer.steps_done == 8
+
+
+def test_full_disk_is_reported_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = new_run(tmp_path, **BEHIND)
+    real = checkpoints.write_safetensors
+
+    def full(path: Path, *rest: Any) -> None:
+        if "000004" in path.parent.name:
+            raise OSError(28, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    assert training.train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000006", "step-000008"]
+    assert torch.is_tensor(training.trainer.model.head.weight)
