@@ -31,8 +31,8 @@ class SavePlan:
         self.n_layers = model.config.n_layers
         self.state = model.state_dict()
         self.held = held_experts(model)
-        self.experts: dict[str, tuple[str, int]] = {}
-        """Module and number of the expert that a written tensor belongs to, for those that belong to one."""
+        self.weight_of: dict[str, Slot] = {}
+        """The weight that each written tensor is, or whose scales it holds, in the order of the model."""
         self.weights = fp8_weights(model)
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] = {} if origin is None else origin.dtypes
@@ -51,12 +51,12 @@ class SavePlan:
             if slot.name in scales:
                 continue
             unit = self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
-            if slot.expert is not None:
-                self.experts |= dict.fromkeys((e.name for e in unit), (slot.name.rpartition(".")[0], slot.expert))
+            self.weight_of |= dict.fromkeys((entry.name for entry in unit), slot)
             yield unit
         for theirs, ours in mtp_copies(self.n_layers, range(self.model.config.n_mtp_layers)).items():
             if not self.loaded or theirs in self.stored:
-                yield [self._entry(theirs, Slot(ours, None, tuple(self.state[ours].shape)), self._dtype(theirs, ours))]
+                self.weight_of[theirs] = Slot(ours, None, tuple(self.state[ours].shape))
+                yield [self._entry(theirs, self.weight_of[theirs], self._dtype(theirs, ours))]
 
     def _name(self, slot: Slot) -> str:
         return hf_name(slot.name, self.n_layers, slot.expert)

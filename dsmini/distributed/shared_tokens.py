@@ -111,6 +111,16 @@ class SharedTokens:
         return y.index_add_(0, token, rows.float() * weight[:, None])
 
 
+def holders_of(model: Transformer) -> dict[str, ExpertHolders]:
+    """Return the holders of the experts of each layer that the ranks divide, by the name of the experts' module."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    return {
+        f"{name}.experts": moe.exchange.holders
+        for name, moe in layers.items()
+        if isinstance(moe.exchange, SharedTokens)
+    }
+
+
 class Agreement:
     """What ranks compare after each step of a generation: that they drew the same tokens, that no visit was lost, and
     whether a signal asked one to stop. One small message a step.
