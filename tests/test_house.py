@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
     "dsmini.train": {
         *("dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"),
-        "dsmini.diagnosis.watch",
+        *("dsmini.diagnosis.watch", "dsmini.distributed.chaos"),
     },
     "dsmini.generate": {
         *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text", "dsmini.machine"),

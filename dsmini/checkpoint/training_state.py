@@ -55,6 +55,8 @@ class RunState:
     """Hash of the corpus that was trained on."""
     row: dict
     """Line of the last step in metrics.jsonl; a validation due at this step is not yet in it."""
+    left_out: dict = dataclasses.field(default_factory=dict)
+    """Ranges of sequences that the run leaves out after spikes of the loss, and the number of rewinds for them."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -54,6 +54,9 @@ class TrainConfig:
     """Decay per step of an EMA of the parameters, such as 0.99; left out: no EMA."""
     max_skipped: int = 10
     """Number of steps in a row without a finite loss and gradient after which the run stops."""
+    max_rewinds: int = 0
+    """Number of times that a spike of the loss sends the run back to its last checkpoint, to leave out the batches
+    since; 0: never."""
 
     bias_speed: float = 1e-3
     """Change of the routing bias after each optimizer step (V3: 0.001)."""
@@ -124,7 +127,7 @@ class TrainConfig:
             require(value > 0, f"train.{name}={value} is not positive; use more than 0")
         for name in (
             *("weight_decay", "bias_speed", "balance_alpha", "mtp_weight", "mtp_weight_after"),
-            *("sample_tokens", "seed"),
+            *("sample_tokens", "seed", "max_rewinds"),
         ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative; use 0 or more")

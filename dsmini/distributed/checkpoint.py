@@ -40,7 +40,7 @@ def save_pieces(
     Args:
         texts: further files.
         metadata: texts in the header of every tensor file.
-        at: told of each phase: write, checksum, rename.
+        at: told of each phase: writing and written on all ranks; before_rename and renamed on rank 0.
 
     Raises: OSError on all ranks, naming those that met one. The folder is as before.
     """
@@ -61,15 +61,16 @@ def save_pieces(
             return partial, places
 
         def write() -> None:
-            at("write")
+            at("writing")
             for part, named in my_part.items():
                 _write(partial / f"{part}.safetensors", named, places[part])
+            at("written")
 
         def finish() -> None:
-            at("checksum")
             write_manifest(partial, [*(f"{part}.safetensors" for part in plan), *texts])
-            at("rename")
+            at("before_rename")
             finish_folder(partial, folder, replace=True)
+            at("renamed")
 
         partial, places = world.first(begin)
         world.together(write)

@@ -123,6 +123,12 @@ class Mesh(Ranks):
             if dist.get_world_size(group) > 1:
                 sum_in_buckets([p.grad for p in with_gradient if (p in self.own_experts) == own], group)
 
+    def holders(self, tensor: Tensor) -> tuple[int, ...]:
+        if self.local(tensor) is not tensor:
+            return (dist.get_rank(),)
+        group = self.dp if tensor in self.own_experts else self.parts
+        return tuple(dist.get_process_group_ranks(group))
+
     def piece(self, parameter: Tensor) -> HeldRows:
         first, rows = data_parallel.first_row(parameter)
         shape, here = tuple(parameter.shape), self.local(parameter)

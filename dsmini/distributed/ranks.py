@@ -37,10 +37,17 @@ class Ranks:
 
     place = Place()
 
-    def share(self, first: int, rows: int) -> tuple[int, int]:
-        """Return this rank's sequences of a step's (first sequence, number of sequences)."""
-        each = rows // self.place.parts
-        return first + self.place.part * each, each
+    def share(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return this rank's sequences of a step as (first, number), from those of all parts as (first, end)."""
+        each = sum(end - first for first, end in ranges) // self.place.parts
+        skip, left = self.place.part * each, each
+        out = []
+        for first, end in ranges:
+            start = min(end, first + skip)
+            taken = min(left, end - start)
+            skip, left = skip - (start - first), left - taken
+            out += [(start, taken)] if taken else []
+        return out
 
     def sum_parts(self, *tensors: Tensor) -> None:
         """Replace tensors by their sums over the parts of the batch."""
@@ -69,6 +76,10 @@ class Ranks:
 
     def release(self, model: nn.Module) -> None:
         """Free gathered parameters, which no backward frees, or which were changed outside of a step."""
+
+    def holders(self, tensor: Tensor) -> tuple[int, ...]:
+        """Return the ranks that hold the same values as this one in a parameter or a buffer."""
+        return (0,)
 
     def piece(self, parameter: Tensor) -> HeldRows:
         """Return which piece of the whole model's parameter this rank holds."""

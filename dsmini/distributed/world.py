@@ -52,6 +52,11 @@ class World:
         """Return the values of all ranks, in order."""
         return [value]
 
+    def store_address(self) -> tuple[str, int, int | None]:
+        """Return host and port of the processes' store, and the rank that holds it; None: the launcher does."""
+        held_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None if held_by_launcher else 0
+
     def fork(self) -> "World":
         """Return the same processes with messages of their own, for another thread. All ranks call it together."""
         return self

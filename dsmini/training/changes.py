@@ -20,7 +20,7 @@ ROUNDING = (
 # tokenizer are (origin.py and start.py check that they are the same)
 BESIDE = (
     *("data.path", "data.tokenizer", "data.workers"),
-    *("train.max_skipped", "train.eval_every", "train.eval_tokens", "train.eval_context"),
+    *("train.max_skipped", "train.max_rewinds", "train.eval_every", "train.eval_tokens", "train.eval_context"),
     "train.final_eval_tokens",
     *("train.save_every", "train.save_in_background", "train.keep"),
     *("train.tensorboard", "train.diagnose"),

@@ -1,8 +1,10 @@
 """A whole training run: its steps and validations up to the end or a stop, recorded and saved."""
 
+import io
 import json
 import os
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,10 +14,17 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
-from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folder, checkpoint_folders, checkpoint_step
+from dsmini.checkpoint.training_state import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoint_folders,
+    checkpoint_step,
+    last_checkpoint,
+)
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
+from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
 from dsmini.nn import Transformer
@@ -26,6 +35,7 @@ from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import METRICS, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
 from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
+from dsmini.training.survival import Survival
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
 from dsmini.training.validation import validate
@@ -43,88 +53,150 @@ class TrainingRun:
     Args:
         config: resolved: the device, dtype and threads really used, and the folder `out`, which exists.
         world: the processes of the run; None: this one. Only rank 0 writes the folder's files, but for checkpoints.
+        chaos: faults to inject on purpose.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, console: Console, world: World | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        console: Console,
+        world: World | None = None,
+        chaos: ChaosRequest | None = None,
+    ) -> None:
         assert config.out is not None
         self.config, self.trainer, self.console = config, trainer, console
         self.world = world or World()
         self.folder: Path = config.out
         self.history = History(config.train.steps)
-        self.saver = Saver(config, trainer, self.history, self.world)
+        self.survival = Survival(config, self.world, self.folder, chaos)
+        self.saver = Saver(config, trainer, self.history, self.world, self.survival.phase)
+        trainer.phase, trainer.loss_factor = self.survival.phase, self.survival.loss_factor
         self.board: TensorBoard | None = None
         self.watcher: Watcher | None = None
         """Told of every step, to say when what binds the run changes."""
+        self.metrics: TextIO = io.StringIO()
+        """metrics.jsonl while steps are taken."""
         self.failure: OSError | None = None
         """The error of rank 0 for which all processes stop."""
         self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
+    def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
+        """Return the newest checkpoint that is whole and fits, as all processes read it. Raises: as last_checkpoint."""
+        saver, world = self.saver, self.world
+        share = (world.rank, world.size)
+        return last_checkpoint(self.folder, saver.parts, saver.fits, say, world.together, share)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run that its saver `fits`."""
-        if lost := self.saver.restore(checkpoint):
+        self.survival.begin(checkpoint.state.step)
+        with self.survival.timed("restored"):
+            lost = self.world.together(lambda: self.saver.restore(checkpoint))
+        if lost:
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
 
     def train(self) -> bool:
         """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
 
-        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient; OSError, or rich's
-            exit for a closed pipe, where something could not be written, after saving the state if that can be done.
+        Raises: ArithmeticError after train.max_skipped steps in a row without a finite gradient, for replicas that
+            differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
+            something could not be written, after saving the state if that can be done.
         """
         if self.config.train.tensorboard and self.world.rank == 0:
             self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), self._steps_done)
         try:
-            return self._train()
-        except NotSavedError:
-            raise
-        except (OSError, SystemExit):
+            complete = self._train()
+        except BaseException as error:
+            self.survival.note("failed", self._steps_done, error=type(error).__name__)
             records = self.history.records
-            if self.world.size == 1 and records and records[-1].step == self._steps_done:
+            failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
+            if failed_to_write and self.world.size == 1 and records and records[-1].step == self._steps_done:
                 self._save()
             raise
         finally:
             self.saver.finish()
             if self.board is not None:
                 self.board.close()
+        self.survival.note("finished" if complete else "stopped", self._steps_done)
+        return complete
 
     @property
     def _steps_done(self) -> int:
         return self.trainer.steps_done
 
     def _train(self) -> bool:
-        train, history = self.config.train, self.history
-        progress = TrainingProgress(self.console, train.steps, self.config.seq_len)
-        with asked_to_stop(self.world.any) as asked, self._metrics() as metrics, progress:
-            if history.records:  # resumed: the last step may not have been validated yet
-                if history.records[-1].val_loss is None:
-                    self._validate(progress, asked)
-                self._record(metrics, asked)
-            while self._steps_done < train.steps and not (asked.came() and history.records):
-                step = self.trainer.step()
-                stopping = asked.came()
-                change = None if self.watcher is None else self.watcher.see(step)
-                self._keep(step, change)
-                progress.show(step, history.tokens_per_s())
-                if change is not None:
-                    progress.say(change.sentence)
-                last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
-                if last or stopping or lost:
-                    self._save()
-                elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
-                    self._save_if_possible(progress)
-                self._validate(progress, asked)
-                self._record(metrics, asked)
-                if lost:
-                    raise ArithmeticError(self._why_lost())
-                validated = history.records[-1].val_loss is not None
-                if validated and not last and not stopping and history.seconds >= self.next_plot:
-                    self.plot()
-            if asked.agreed:
-                self._save()  # if the signal came after the last save
+        progress = TrainingProgress(self.console, self.config.train.steps, self.config.seq_len)
+        self.survival.begin(self._steps_done)
+        with self.survival.watched(), asked_to_stop(self.world.any) as asked, progress:
+            self.metrics = self._metrics()
+            try:
+                self._take_steps(progress, asked)
+            finally:
+                self.metrics.close()
         if self.failure is not None:
             raise self.failure
         return not asked.agreed
+
+    def _take_steps(self, progress: TrainingProgress, asked: StopSignals) -> None:
+        train, history = self.config.train, self.history
+        if history.records:  # resumed: the last step may not have been validated yet
+            if history.records[-1].val_loss is None:
+                self._validate(progress, asked)
+            self._record(asked)
+        while self._steps_done < train.steps and not (asked.came() and history.records):
+            step = self.trainer.step()
+            stopping = asked.came()
+            change = None if self.watcher is None else self.watcher.see(step)
+            self.survival.after_step(self.trainer, step.seconds)
+            if self._rewind(step, progress):
+                continue
+            self._keep(step, change)
+            progress.show(step, history.tokens_per_s())
+            if change is not None:
+                progress.say(change.sentence)
+            last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
+            if last or stopping or lost:
+                self._save()
+            elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
+                self._save_if_possible(progress)
+            self._validate(progress, asked)
+            self._record(asked)
+            if lost:
+                raise self.world.told(ArithmeticError(self._why_lost()))
+            validated = history.records[-1].val_loss is not None
+            if validated and not last and not stopping and history.seconds >= self.next_plot:
+                self.plot()
+        if asked.agreed:
+            self._save()  # if the signal came after the last save
+
+    def _rewind(self, step: StepResult, progress: TrainingProgress) -> bool:
+        """Return to the last checkpoint if the loss of a step is a spike, and leave out the batches since.
+
+        Raises: ArithmeticError after train.max_rewinds of them.
+        """
+        most, survival = self.config.train.max_rewinds, self.survival
+        if not most or not survival.spikes.see(step.step, step.loss):
+            return False
+        self.saver.finish()
+        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
+            progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
+            return False
+        start, checkpoint = time.perf_counter(), self.newest_checkpoint(progress.say)
+        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
+        self.world.together(lambda: self.saver.restore(checkpoint))
+        self.trainer.left_out = left_out
+        self.metrics.close()
+        self.metrics = self._metrics()
+        if self.history.records:
+            self._record(StopSignals())
+        survival.rewound(checkpoint.state.step, time.perf_counter() - start)
+        progress.say(
+            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
+            f"batches since (rewind {left_out.rewinds} of {most})"
+        )
+        return True
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -151,21 +223,24 @@ class TrainingRun:
 
     def _validate(self, progress: TrainingProgress, asked: StopSignals) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
+        self.survival.phase("validating")
+        start = time.perf_counter()
         try:
             if not asked.agreed and (scores := validate(self.trainer, progress, asked)):
                 self.history.validated(**scores)
+                self.survival.note("validated", self._steps_done, seconds=time.perf_counter() - start)
         except StopAskedError:
             self._save()
 
-    def _record(self, metrics: TextIO, asked: StopSignals) -> None:
+    def _record(self, asked: StopSignals) -> None:
         """Write the record of the last step, which is complete now.
 
         Where there are other processes, an error asks all to stop after this step, and comes after their save.
         """
         record = self.history.close_last()
         try:
-            metrics.write(json.dumps(record.row()) + "\n")
-            metrics.flush()
+            self.metrics.write(json.dumps(record.row()) + "\n")
+            self.metrics.flush()
             if self.board is not None:
                 self.board.add(record)
         except OSError as error:
@@ -175,7 +250,10 @@ class TrainingRun:
             asked.numbers.append(0)
 
     def _save(self, *, background: bool = False) -> None:
-        with patience(self.console, "saving"):
+        if self.saver.saved_at == self._steps_done:
+            return
+        with patience(self.console, "saving"), self.survival.timed("saved"):
+            self.survival.check_replicas(self.trainer)  # a flipped bit must not be saved
             self.saver.save(background=background)
 
     def _save_if_possible(self, progress: TrainingProgress) -> None:
@@ -217,6 +295,7 @@ class TrainingRun:
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
+        self.survival.note("plotted", self._steps_done, seconds=taken)
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 

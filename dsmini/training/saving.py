@@ -17,6 +17,7 @@ from dsmini.checkpoint.training_state import (
 )
 from dsmini.config import RunConfig
 from dsmini.distributed.pieces import Pieces
+from dsmini.distributed.spikes import SkippedBatches
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
 from dsmini.training.history import History
@@ -54,9 +55,18 @@ class Saver:
     Args:
         config: config with the run's folder `out`.
         world: the processes of the run, which save and restore together.
+        at: told of each phase of a save, as save:NAME.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, history: History, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        history: History,
+        world: World,
+        at: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.at = at
         self.config, self.trainer, self.history, self.world = config, trainer, history, world
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
@@ -86,6 +96,8 @@ class Saver:
             sequences=state.sequences,
             average_updates=state.average_updates,
         )
+        if state.left_out:
+            self.trainer.left_out = SkippedBatches.from_json(state.left_out)
         set_random_state(checkpoint.tensors["rng"], self.trainer.device)
         assert self.config.out is not None
         lost = self.history.restore(state, read_records(self.config.out), complete=state.step >= train.steps)
@@ -137,6 +149,7 @@ class Saver:
         assert config.out is not None
         metrics = config.out / METRICS
         try:
+            world.together(lambda: self.at("save:staged"))
             world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
             if world.size == 1:
                 save_checkpoint(config, tensors, state)
@@ -153,8 +166,14 @@ class Saver:
 
         held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
         folder = checkpoint_folder(self.config, state.step)
-        save_pieces(world, folder, held, state_texts(self.config, state), {"step": str(state.step)})
-        world.first(lambda: prune(self.config, state))
+        texts = state_texts(self.config, state)
+        save_pieces(world, folder, held, texts, {"step": str(state.step)}, lambda phase: self.at(f"save:{phase}"))
+        world.first(lambda: self._prune(state))
+
+    def _prune(self, state: RunState) -> None:
+        self.at("save:before_prune")
+        prune(self.config, state)
+        self.at("save:pruned")
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history
@@ -168,6 +187,7 @@ class Saver:
             best_val_loss=best_val_loss,
             best_val_step=best_val_step,
             seconds=history.seconds,
+            left_out=trainer.left_out.to_json(),
             corpus_sha256=trainer.corpus.sha256,
             row=history.records[-1].row(),
         )

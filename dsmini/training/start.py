@@ -22,12 +22,13 @@ from dsmini.checkpoint.run_folder import (
     sole_trainer,
     tokenizer_file,
 )
-from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders, last_checkpoint
+from dsmini.checkpoint.training_state import Checkpoint, checkpoint_folders
 from dsmini.config import RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
+from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.world import World, joined, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
@@ -40,13 +41,16 @@ from dsmini.training.trainer import Trainer
 
 
 @contextmanager
-def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
+def started(
+    origin: RunOrigin, config: RunConfig, console: Console, chaos: ChaosRequest | None = None
+) -> Iterator[TrainingRun]:
     """Yield a run that is ready to train, new or resumed, and lock its folder until the block ends.
 
     Where a launcher started several processes, all of them call it, and each gets its part of the run.
 
     Args:
         config: config of `origin` with the changes of the command line.
+        chaos: faults to inject on purpose.
 
     Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
         folder that is taken, processes that do not fit, and a run that has no whole checkpoint, another corpus, or
@@ -59,7 +63,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     device = pick_device(device_of_rank(config.train.device))
     if threads := threads_of_rank(config.train.threads):
         torch.set_num_threads(threads)
-    with joined(config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo") as world:
+    with joined(max(1800.0, 2 * config.parallel.timeout), "nccl" if device.type == "cuda" else "gloo") as world:
         _refuse_unequal(world, config)
         world.first(lambda: _check_place(origin, config))
         refuse_oversized(config, device)
@@ -70,9 +74,11 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         config = world.first(lambda: _with_folder(origin, absolute(config)))
         with ExitStack() as stack:
             world.first(lambda: stack.enter_context(sole_trainer(config.out or Path())))
-            training = TrainingRun(config, _new_trainer(origin, config, corpus, device, world, console), console, world)
+            trainer = _new_trainer(origin, config, corpus, device, world, console)
+            training = TrainingRun(config, trainer, console, world, chaos)
             lines = _first_steps(origin, training)
-            for line in [*_introduction(config, corpus), *lines]:
+            aside = [f"{f} was put aside: no attempt survived it" for f in training.survival.quarantined]
+            for line in [*_introduction(config, corpus), *aside, *lines]:
                 say(console, line)
             yield training
 
@@ -212,12 +218,10 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
 
 def _resume(training: TrainingRun) -> list[str]:
     """Restore a run from its last checkpoint; return lines about what it does differently from here on."""
-    config, folder, saver = training.config, training.folder, training.saver
+    config, folder = training.config, training.folder
     world = training.world
     with patience(training.console, "reading the checkpoint"):
-        told = partial(say, training.console)
-        share = (world.rank, world.size)
-        checkpoint = last_checkpoint(folder, saver.parts, saver.fits, told, world.together, share)
+        checkpoint = training.newest_checkpoint(partial(say, training.console))
     world.first(lambda: remove_leftovers(checkpoint.folder.parent))  # of a save that was killed
     _check_corpus(config, checkpoint.state.corpus_sha256, training.trainer.corpus)
     _check_unfinished(config, checkpoint)

@@ -14,6 +14,8 @@ from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
 from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.distributed.ranks import Ranks
+from dsmini.distributed.replicas import Replica
+from dsmini.distributed.spikes import SkippedBatches
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
 from dsmini.nn import Transformer, max_violation
@@ -78,7 +80,13 @@ class Trainer:
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
         self.steps_done = 0
         self.sequences = 0
-        """Number of sequences taken from the corpus so far: the place where the data continues."""
+        """Place in the corpus's stream of sequences where the data continues."""
+        self.left_out = SkippedBatches()
+        """Sequences of the stream that no step takes."""
+        self.phase: Callable[[str], None] = lambda name: None
+        """Told where a phase of a step begins: forward, backward, optimizer."""
+        self.loss_factor: Callable[[], float] = lambda: 1.0
+        """Returns what a part's loss is multiplied by: 1.0, but for a fault that is injected."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -146,6 +154,7 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * share
         rows = batch_size(self.steps_done, train)
         sums, counts, waited = self.forward_backward(rows)
+        self.phase("optimizer")
         self.ranks.sum_gradients(self.model.parameters())
         norm = self.ranks.clip(self.model.parameters(), train.grad_clip)
         finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
@@ -160,7 +169,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        self.sequences += rows
+        self.sequences = self.left_out.next(self.sequences, rows)[-1][1]
         main, mtp, balance = sums.tolist()
         synchronize(self.device)
         seconds = time.perf_counter() - start
@@ -186,7 +195,7 @@ class Trainer:
         """
         train = self.config.train
         start = time.perf_counter()
-        tokens, targets = self.loader.take(self._requests(rows))
+        tokens, targets = self._batch(rows)
         waited = time.perf_counter() - start
         parts = train.grad_accum * self.ranks.place.parts
         counted = (targets != IGNORE).sum()
@@ -197,6 +206,8 @@ class Trainer:
         pairs = list(zip(tokens.chunk(train.grad_accum), targets.chunk(train.grad_accum), strict=True))
         for number, (x, y) in enumerate(pairs, 1):
             self.ranks.begin_part(self.model, last=number == len(pairs))
+            self.phase("forward")
+            factor = self.loss_factor()
             losses = self.losses(
                 x.to(self.device),
                 y.to(self.device),
@@ -207,8 +218,9 @@ class Trainer:
                 recompute=train.recompute,
                 n_targets=n_targets,
             )
-            (losses.total / parts).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / parts
+            self.phase("backward")
+            (losses.total / (parts / factor)).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / (parts / factor)
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load
@@ -219,13 +231,34 @@ class Trainer:
         """Return the documents to mask from each other; None without such a mask."""
         return self.corpus.documents(tokens).to(self.device) if self.config.data.document_mask else None
 
-    def _requests(self, rows: int) -> list[tuple[int, int]]:
-        """Return the sequences of this step, and of those that the workers prepare at the same time."""
-        requests = [(self.sequences, rows)]
-        for step in range(self.steps_done + 1, self.steps_done + 1 + self.config.data.workers):
-            first, before = requests[-1]
-            requests.append((first + before, batch_size(step, self.config.train)))
-        return [self.ranks.share(*request) for request in requests]
+    def _batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and targets of this rank's part of a step, each [rows / parts, seq_len]."""
+        requests = self._requests(rows)
+        if len(requests[0]) == 1:
+            return self.loader.take([one for (one, *more) in requests if not more])
+        pieces = [self.loader.prepared(piece) for piece in requests[0]]  # what is left out lies in between
+        return torch.cat([x for x, _ in pieces]), torch.cat([y for _, y in pieces])
+
+    def _requests(self, rows: int) -> list[list[tuple[int, int]]]:
+        """Return this rank's sequences of this step, and of those that the workers prepare at the same time."""
+        steps, at = [], self.sequences
+        for step in range(self.steps_done, self.steps_done + 1 + self.config.data.workers):
+            rows = rows if step == self.steps_done else batch_size(step, self.config.train)
+            ranges = self.left_out.next(at, rows)
+            steps.append(self.ranks.share(ranges))
+            at = ranges[-1][1]
+        return steps
+
+    def replicas(self) -> list[Replica]:
+        """Return what other ranks hold alike, by the ranks that do."""
+        named = dict(self.model.named_parameters())
+        held: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        for part, tensors in self.tensors().items():
+            for name, tensor in tensors.items():
+                parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+                holders = self.ranks.holders(tensor if parameter is None else parameter)
+                held.setdefault(holders, {})[f"{part}/{name}"] = tensor
+        return [Replica(holders=holders, named=of) for holders, of in held.items() if len(holders) > 1]
 
     @torch.no_grad()
     def validate(

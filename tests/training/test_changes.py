@@ -41,7 +41,13 @@ TRAIN: dict[str, tuple[Any, bool]] = {
         ema_decay=(0.5, False),
     ),
     **dict(newton_schulz=("polar-express", True)),
-    **dict(max_skipped=(3, True), bias_speed=(1.0, True), bias_until=(0.5, True), balance_alpha=(1.0, True)),
+    **dict(
+        max_skipped=(3, True),
+        max_rewinds=(3, True),
+        bias_speed=(1.0, True),
+        bias_until=(0.5, True),
+        balance_alpha=(1.0, True),
+    ),
     **dict(
         balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)
     ),

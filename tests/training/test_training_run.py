@@ -102,7 +102,7 @@ def test_long_saves_and_drawings_print_lines(training: TrainingRun, monkeypatch:
     training.console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr("dsmini.training.run.patience", partial(patience, seconds=0.1))
     monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: time.sleep(0.3))
-    monkeypatch.setattr(training.saver, "save", lambda: time.sleep(0.3))
+    monkeypatch.setattr(training.saver, "save", lambda **_: time.sleep(0.3))
     training._save()
     training.plot()
     said = training.console.file.getvalue()
