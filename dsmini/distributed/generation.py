@@ -1,4 +1,4 @@
-"""What several processes of dsmini.generate share: the experts of one model, the prompts, and the end.
+"""Several processes of dsmini.generate share the experts of one model, the prompts, and the end.
 
 All run the same command. Rank 0 reads the prompts and shows the texts; the others compute the visits to their experts.
 """
@@ -70,7 +70,7 @@ class Shared:
 def sharing(
     command: object, device: str, placement: Path | None, signals: Signals, *, waits: bool = False
 ) -> Iterator[Shared]:
-    """Yield what this process shares with those that a launcher started with it; without one, a process alone.
+    """Join the processes that a launcher started, and yield what they share; without a launcher, a process alone.
 
     Args:
         command: must be equal on all.

@@ -122,8 +122,9 @@ def holders_of(model: Transformer) -> dict[str, ExpertHolders]:
 
 
 class Agreement:
-    """What ranks compare after each step of a generation: that they drew the same tokens, that no visit was lost, and
-    whether a signal asked one to stop. One small message a step.
+    """A comparison of the ranks after each step of a generation, in one small message.
+
+    They must have drawn the same tokens and lost no visit. A signal that asked one to stop stops all.
 
     Args:
         stop: returns True once this rank was asked to stop.

@@ -1,4 +1,4 @@
-"""What a rank does with its part of a model, for tests: load, run, generate, save, and say what it held and read."""
+"""The work of a rank with its part of a model, for tests: load, run, generate, save, and say what it held and read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ COPIES = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 6
 
 
 class Part(NamedTuple):
-    """What a rank has."""
+    """The part of a model that a rank has."""
 
     nbytes: int
     """Bytes of parameters and buffers."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained
+from dsmini.checkpoint.trained_model import load_run as load_whole
 from dsmini.distributed.expert_shares import ExpertHolders
 from dsmini.distributed.pretrained import load_pretrained as load_part
 from dsmini.distributed.pretrained import load_run
@@ -19,6 +20,7 @@ from dsmini.distributed.shared_tokens import Agreement, ExpertShare, SharedToken
 from dsmini.distributed.world import World
 from dsmini.inference.decoding import Decoder
 from dsmini.inference.generation import Generation
+from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE
 from tests.conftest import randomise
 from tests.distributed.generating import PROMPTS, SIZES, generated, logits_of, new_folder, part, placement_of
@@ -90,7 +92,7 @@ def agreement(world: World, folder: Path, what: str) -> tuple[str, int]:
         20,
         generator=torch.Generator().manual_seed(seed),
         agree=Agreement(world, share, lambda: bool(asked)),
-        sampling=None if what != "seed" else __import__("dsmini").inference.sampling.Sampling(temperature=1.0),
+        sampling=Sampling(temperature=1.0 if what == "seed" else 0.0),
     )
     try:
         for step, _ in enumerate(generation):
@@ -210,8 +212,6 @@ def rows_of_run(world: World, run_folder: Path) -> tuple[list[str], torch.Tensor
 
 
 def test_run_is_divided_from_its_checkpoint(place: Path) -> None:
-    from dsmini.checkpoint.trained_model import load_run as load_whole
-
     whole: Transformer = load_whole(place / "runs/x", torch.float32)[0]
     with torch.no_grad():
         want = whole(torch.tensor([[1, 2, 3]]))
