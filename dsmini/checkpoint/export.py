@@ -132,7 +132,7 @@ class PlannedFolder(NamedTuple):
 def plan_folder(model: Transformer, fp8: bool, dtype: torch.dtype | None, shard_size: int) -> PlannedFolder:
     """Plan the folder of a model with files of at most shard_size bytes. See save_pretrained.
 
-    Of a model with a part of the experts, it is the plan of the whole model.
+    A model with a part of the experts has the plan of the whole one.
 
     Raises: ValueError if neither deepseek_v2 nor deepseek_v3 describes the model.
     """

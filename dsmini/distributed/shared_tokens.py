@@ -1,7 +1,7 @@
 """Experts divided among ranks that all have the same tokens, as in decoding with several processes.
 
-Every rank runs the same sequences through attention, gates and shared experts. Of the routed experts it computes the
-visits to its own, and the weighted sums are added over the ranks:
+Every rank runs the same sequences through attention, gates and shared experts. It computes the visits to
+its own routed experts, and the weighted sums are added over the ranks:
 
     1. the visits of own experts, a part of the n k           every rank knows them: the gates agree
     2. run the experts on their rows, weight them, sum by token                                    [n, m] FP32

@@ -39,12 +39,12 @@ class Part(NamedTuple):
     """Generated tokens by the way of drawing."""
 
 
-def new_folder(place: Path, fp8: bool = False, **changes: Any) -> Path:
+def new_folder(place: Path, fp8: bool = False, stored: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write the folder of a random model with experts in the last layers and in the MTP blocks."""
     sizes = SIZES | (FP8_SIZES if fp8 else {}) | changes
     torch.manual_seed(3)
     model = randomise(Transformer(ModelConfig(**sizes)))
-    tensors, more = folders.tensors_of(model), {}
+    tensors, more = folders.tensors_of(model, torch.float32 if fp8 else stored), {}
     if fp8:
         tensors, more = folders.in_fp8(tensors)[0], {"quantization_config": folders.QUANTIZED}
     return folders.write(place, tensors, folders.config_json(model.config, **more), shards=3)
@@ -111,7 +111,15 @@ def generated(model: Transformer, new: int) -> dict[str, Tensor]:
     return out
 
 
-def saved(world: World, folder: Path, out: Path, placement: list[list[int]] | None, fp8: Any, options: Any) -> int:
-    """Load a part and save it together with the others'; return the bytes of all tensors."""
-    model = load_pretrained(world, folder, fp8=fp8, placement=placement)
+def saved(
+    world: World,
+    folder: Path,
+    out: Path,
+    placement: list[list[int]] | None,
+    fp8: Any,
+    options: Any,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Load a part in this dtype and save it together with the others'; return the bytes of all tensors."""
+    model = load_pretrained(world, folder, dtype, fp8, placement=placement)
     return save_pretrained(world, model, out, **options).nbytes
