@@ -9,7 +9,7 @@ its own routed experts, and the weighted sums are added over the ranks:
 
 The exchange of training (`ExpertExchange`) would send each row to its expert and its result back: from n ranks with
 equal tokens that is n times the products and, where every rank sends all its visits, k rows there and k back. It fits
-ranks with tokens of their own. Measured with two processes of one thread, 32 experts of [512, 256] and 4 visits a token:
+ranks with tokens of their own. Measured with two processes of one thread, 32 experts of 512 x 256 and 4 visits each:
 the sum takes 3.7 ms for 1 token and 23 ms for 256, the exchange 6.1 ms and 38 ms.
 
 The sums over the ranks have another order of additions than one process, and are the same bits on all ranks. So with
