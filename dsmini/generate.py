@@ -1,28 +1,35 @@
 """python -m dsmini.generate: continue texts, or hold a conversation, with a trained or a published model."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from dsmini.console.command import run
+from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import say
 from dsmini.console.progress import Phases, patience
 from dsmini.text.page import Page
 from dsmini.text.prompts import read_line, read_prompts, without_surrogates
 
 if TYPE_CHECKING:  # they load torch, so they are imported where they are used: --help is instant
+    from dsmini.distributed.generation import Shared
     from dsmini.inference.writer import Answers, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
-    """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder."""
+    """Continue texts with a model that dsmini.train trained, or with a DeepSeek or Hugging Face folder.
+
+    Under torchrun several processes divide its experts: torchrun --nproc-per-node 2 -m dsmini.generate runs/toy-001.
+    """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")]
     """A training run or a folder with config.json, or one of a run's checkpoints."""
@@ -69,6 +76,8 @@ class GenerateCommand:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16. auto: as a folder stores its weights; for a run, what is faster here."""
+    placement: Path | None = None
+    """With several processes: a JSON file with the expert at each place of each layer, redundant copies included."""
     average: bool = False
     """Use the moving average of the parameters; the run must have stored one, with --train.ema-decay."""
     json: bool = False
@@ -101,36 +110,48 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"--seed {command.seed} is too large; use less than 2^63")
     if command.system is not None and not command.chat:
         raise ValueError("--system is for a conversation; add --chat, or put it into the prompt")
-    phases = Phases(Console(stderr=True))
-    try:
-        writer = _writer(command, phases)
-        if command.chat and not command.prompt and not command.prompt_file:
-            return _converse(writer, command)
-        return _answer(writer, command)
-    finally:
-        phases.close()
+    from dsmini.distributed.generation import sharing
+    from dsmini.training.stopping import asked_to_stop
+
+    talks = command.chat and not command.prompt and not command.prompt_file
+    with sharing(command, command.device, command.placement, asked_to_stop, waits=talks) as shared:
+        phases = Phases(Console(stderr=True))
+        try:
+            writer = _writer(command, phases, shared)
+            return (_converse if talks else _answer)(writer, command, shared)
+        finally:
+            phases.close()
 
 
-def _answer(writer: "Writer", command: GenerateCommand) -> int:
+def _answer(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int:
     """Continue the prompts of the command line; return the exit status."""
-    prompts = list(read_prompts(command.prompt, command.prompt_file, about=command.chat))
-    page = None if command.json else Page([heading for heading, _ in prompts])
-    answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
+    prompts = shared.world.first(lambda: list(read_prompts(command.prompt, command.prompt_file, about=command.chat)))
+    page = Page([heading for heading, _ in prompts]) if speaks() and not command.json else None
+    with shared.stopping():
+        answers = writer.write([writer.encode(text, command.system) for _, text in prompts], page)
     rows = [row.described(without_surrogates(text)) for (_, text), row in zip(prompts, answers.rows, strict=True)]
     only = {"text": rows[0]["text"]} if len(rows) == 1 else {}
     return _end(command, only | {"answers": rows}, answers)
 
 
-def _writer(command: GenerateCommand, phases: Phases) -> "Writer":
+def _writer(command: GenerateCommand, phases: Phases, shared: "Shared") -> "Writer":
     from dsmini.checkpoint.text_model import load_text_model
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 
     sampling = Sampling(**{field.name: getattr(command, field.name) for field in fields(Sampling)})
-    with patience(Console(stderr=True), f"reading {command.model}"):
-        model, side, is_run = load_text_model(
-            command.model, command.dtype, command.device, command.average, command.tokenizer, command.chat, command.fp8
-        )
+    console = Console(stderr=True, quiet=not speaks())
+    load = partial(
+        load_text_model,
+        dtype=command.dtype,
+        device=shared.device,
+        average=command.average,
+        tokenizer=command.tokenizer,
+        chat=command.chat,
+        fp8=command.fp8,
+    )
+    with patience(console, f"reading {command.model}"):
+        model, side, is_run = shared.load(command.model, command.average, partial(say, console), load)
     return Writer(
         model,
         side,
@@ -142,17 +163,19 @@ def _writer(command: GenerateCommand, phases: Phases) -> "Writer":
         cache_dtype=command.cache_dtype,
         context=command.context,
         seed=command.seed,
-        watch=phases,
+        watch=phases if speaks() else None,
+        agree=shared.agree,
     )
 
 
-def _converse(writer: "Writer", command: GenerateCommand) -> int:
+def _converse(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int:
     """Hold a conversation on standard input, one line a turn; return the exit status."""
     from dsmini.inference.writer import Conversation
 
     conversation = Conversation(writer, command.system)
-    while line := read_line():
-        answers = conversation.answer(line, None if command.json else Page([""]))
+    while line := shared.world.first(read_line):
+        with shared.stopping():
+            answers = conversation.answer(line, Page([""]) if speaks() and not command.json else None)
         said = answers.rows[0].described(without_surrogates(line))
         if status := _end(command, {key: said[key] for key in ("prompt", "answer", "finish")}, answers):
             return status
@@ -163,23 +186,24 @@ def _end(command: GenerateCommand, said: dict[str, Any], answers: "Answers") -> 
     """Print the JSON object, or the figures below the page; return the exit status."""
     from dsmini.inference.writer import figures, figures_in_words
 
-    if command.json:
+    if command.json and speaks():
         print(json.dumps(said | figures(answers.stats, command.speculative)), flush=True)
-    else:
+    elif speaks():
         print(figures_in_words(answers.stats, command.speculative, _bandwidth(answers)), file=sys.stderr)
-    return 130 if answers.interrupted else 0
+    # torchrun takes any status but 0 for a failure of this process
+    return 130 if answers.interrupted and "TORCHELASTIC_RUN_ID" not in os.environ else 0
 
 
 def _bandwidth(answers: "Answers") -> float | None:
     """Return the rate at which this machine reads memory, if it limits such steps and they took long enough to ask.
 
-    Steps that read less than a cache holds say nothing about memory.
+    Steps that read less than a cache holds say nothing about memory. Nor do several processes, which read parts.
     """
     from dsmini.machine import last_level_cache
     from dsmini.measure.calibration import quick_bandwidth
 
     stats, device = answers.stats, answers.device
-    if answers.interrupted or stats.seconds < LEAST_SECONDS:
+    if answers.interrupted or stats.seconds < LEAST_SECONDS or "WORLD_SIZE" in os.environ:
         return None
     if stats.moved_bytes < last_level_cache(device) * stats.batches:
         return None

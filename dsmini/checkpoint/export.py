@@ -4,9 +4,10 @@ import dataclasses
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ BESIDE = re.compile(
     r".*token.*|.*\.tiktoken|special_tokens_map\.json|added_tokens\.json|chat_template.*|generation_config\.json|vocab\..*|"
     r"merges\.txt|.*\.model|.*\.py|LICENSE.*"
 )
+METADATA = MappingProxyType({"format": "pt"})
+"""Texts in the header of each file, which transformers asks for."""
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
 LARGEST_FILE = 2**60
 """Maximum size of a file in bytes; no file system takes more."""
@@ -87,31 +90,73 @@ def save_pretrained(
     """
     path = Path(path)
     limit = parse_size(shard_size)
-    check_dtype(dtype)
     refuse_filled(path)
-    described = _described(model)
-    plan = SavePlan(model, fp8, dtype)
-    shards = plan_shards(plan.units(), limit)
-    raw = _with_dtypes(described, plan, shards) | dict(config or {})
-    total = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    planned = plan_folder(model, fp8, dtype, limit)
     with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(new_folder(path))
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
-        with Progress(Console(stderr=True), total, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
-            for name, entries in shards.items():
-                write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
-        _copy_beside(origin_of(model), folder)
-        texts = {**(files or {}), "config.json": as_json(raw)}
-        texts |= {INDEX: as_json(index_of(shards))} if len(shards) > 1 else {}
+        folder = stack.enter_context(made(path, new_folder))
+        console = Console(stderr=True)
+        with Progress(console, planned.nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
+            for name, entries in planned.shards.items():
+                write_safetensors(folder / name, entries, METADATA, progress.add)
+        planned.write_beside(folder, files or {}, config or {})
+    if planned.plan.not_finite is not None:
+        warnings.warn(not_finite(path, planned.plan.not_finite), stacklevel=2)
+    if say is not None:
+        say(rate("wrote", planned.nbytes, progress.seconds))
+    return Saved(planned.nbytes, progress.seconds, list(planned.shards))
+
+
+class PlannedFolder(NamedTuple):
+    """A model's folder before it is written."""
+
+    plan: SavePlan
+    shards: Mapping[str, Sequence[Entry]]
+    """Tensors of each file."""
+    raw: dict[str, Any]
+    """Content of config.json."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors."""
+        return sum(entry.nbytes for entries in self.shards.values() for entry in entries)
+
+    def write_beside(self, folder: Path, files: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Write all but the tensors: config.json, the index, what the model came with, and further texts and keys."""
+        _copy_beside(origin_of(self.plan.model), folder)
+        texts = {**files, "config.json": as_json(self.raw | dict(config))}
+        texts |= {INDEX: as_json(index_of(self.shards))} if len(self.shards) > 1 else {}
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    if plan.not_finite is not None:
-        warnings.warn(f"{path} has infinities or NaN in {plan.not_finite}, as the model has; check it", stacklevel=2)
-    if say is not None:
-        say(rate("wrote", total, progress.seconds))
-    return Saved(total, progress.seconds, list(shards))
+
+
+def plan_folder(model: Transformer, fp8: bool, dtype: torch.dtype | None, shard_size: int) -> PlannedFolder:
+    """Plan the folder of a model with files of at most shard_size bytes. See save_pretrained.
+
+    A model with a part of the experts has the plan of the whole one.
+
+    Raises: ValueError if neither deepseek_v2 nor deepseek_v3 describes the model.
+    """
+    check_dtype(dtype)
+    described = _described(model)
+    plan = SavePlan(model, fp8, dtype)
+    shards = plan_shards(plan.units(), shard_size)
+    return PlannedFolder(plan, shards, _with_dtypes(described, plan, shards))
+
+
+@contextmanager
+def made(path: Path, make: Callable[[Path], AbstractContextManager[Path]]) -> Iterator[Path]:
+    """Yield the folder of make(path). Raises: ValueError if it cannot be made."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(make(path))
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
+        yield folder
+
+
+def not_finite(path: Path, name: str) -> str:
+    """Return the warning about a tensor that was written with infinities or NaN."""
+    return f"{path} has infinities or NaN in {name}, as the model has; check it"
 
 
 def parse_size(size: int | str) -> int:

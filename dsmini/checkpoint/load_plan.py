@@ -1,7 +1,7 @@
 """The plan of a load: the place in a model of each tensor of a folder, found from headers and shapes alone."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,20 @@ class LoadPlan:
         theirs = {hf_name(slot.name, n_layers, slot.expert): name for slot, name in self.names.items()}
         theirs |= {name: name for name in self.copies}
         return {hf: DTYPES[self.tensors[name].dtype] for hf, name in theirs.items()}
+
+    def part(self, held: Mapping[str, Sequence[int]]) -> "LoadPlan":
+        """Return the plan of a process that holds these experts, in this order, by the name of their module."""
+        rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held.items()}
+
+        def here(slot: Slot) -> Slot | None:
+            if slot.expert is None:
+                return slot
+            row = rows[slot.name.rpartition(".")[0]].get(slot.expert)
+            return None if row is None else slot._replace(expert=row)
+
+        names = {mine: name for slot, name in self.names.items() if (mine := here(slot))}
+        scales = {mine: own for slot, other in self.scales.items() if (mine := here(slot)) and (own := here(other))}
+        return replace(self, names=names, scales=scales)
 
     def refuse_mixed_stacks(self) -> None:
         """Raise ValueError if experts that are stacked in one tensor are FP8 codes in part."""

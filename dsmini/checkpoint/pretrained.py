@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from dsmini.checkpoint.held_experts import Holding, held_experts, hold_experts
 from dsmini.checkpoint.load_plan import LoadPlan, plan_load
 from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
@@ -25,6 +26,7 @@ from dsmini.checkpoint.tensor_names import is_derived, mtp_prefixes
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.config.huggingface import is_hugging_face, is_quantized
+from dsmini.console.command import speaks
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.machine import pick_device, slow_bf16
@@ -69,6 +71,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     *,
     say: Callable[[str], None] | None = None,
+    holding: Holding | None = None,
 ) -> Transformer:
     """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, kimi_k2), ready to be evaluated.
 
@@ -79,6 +82,8 @@ def load_pretrained(
         fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
             scales are held, and dequantized where they are used; such a model cannot be trained.
         say: told how many bytes were read, and how fast. A long load shows a bar on the standard error.
+        holding: the experts that this process holds of those that several divide, for
+            dsmini.distributed.pretrained. Only their tensors are read. None: all.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
@@ -88,7 +93,7 @@ def load_pretrained(
     Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
         config that cannot be honoured; for a damaged file. Before memory for the model is taken.
     """
-    model = read_pretrained(folder, dtype, fp8, device, say=say)
+    model = read_pretrained(folder, dtype, fp8, device, say=say, holding=holding)
     if dtype is None:
         _warn_of_slow_bf16(model, Path(folder), kept=fp8 == "keep")
     return model
@@ -101,6 +106,7 @@ def read_pretrained(
     device: str | torch.device = "cpu",
     *,
     say: Callable[[str], None] | None = None,
+    holding: Holding | None = None,
 ) -> Transformer:
     """Load a model without the warning about slow BF16, to write or train it. See load_pretrained."""
     folder = Path(folder)
@@ -114,25 +120,29 @@ def read_pretrained(
     refuse_more_parts(config, len(tensors), str(folder))
     with torch.device("meta"):
         model = Transformer(config)
-    plan = plan_load(model, tensors, folder, quantized=not is_hugging_face(raw) or is_quantized(raw))
+    whole = plan = plan_load(model, tensors, folder, quantized=not is_hugging_face(raw) or is_quantized(raw))
     if fp8 == "keep":
         plan.refuse_mixed_stacks()
+    if holding is not None:
+        hold_experts(model, holding(model))
+        plan = whole.part(held_experts(model))
     for scales in plan.scales.values():
         refuse_bad_scales(f"{folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
     for slot, name in plan.names.items():
         module, _, attribute = slot.name.rpartition(".")
         if attribute == "bias" and isinstance(model.get_submodule(module), Gate):
             refuse_bad_bias(f"{folder}: {name}", reader.read(name))
-    held = _held_dtypes(model, plan, dtype, fp8 == "keep")
+    held = _held_dtypes(model, whole, dtype, fp8 == "keep")
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {folder}", place)
     _allocate(model, held, place)
-    with Progress(Console(stderr=True), plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
+    console = Console(stderr=True, quiet=not speaks())
+    with Progress(console, plan.nbytes, f"reading {folder.name}", unit="bytes") as progress:
         _fill(model, plan, reader, progress.add)
     origin = PretrainedOrigin(
         folder=folder.absolute(),
         raw=raw if is_hugging_face(raw) else {},
-        dtypes=plan.dtypes(config.n_layers),
+        dtypes=whole.dtypes(config.n_layers),
         nbytes=int(progress.done),
         seconds=progress.seconds,
     )

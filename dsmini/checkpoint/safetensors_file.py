@@ -186,6 +186,37 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def begin_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Write a file with a header and room for its tensors; return the byte at which each starts."""
+    before, places = header_of(entries, metadata)
+    with path.open("wb") as file:
+        file.write(before)
+        file.truncate(len(before) + sum(entry.nbytes for entry in entries))
+    return places
+
+
+def write_entries(
+    path: Path,
+    entries: Sequence[Entry],
+    places: Mapping[str, int],
+    wrote: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write some tensors into a file with room for all, holding one at a time, and force them to the disk."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        for entry in sorted(entries, key=lambda entry: places[entry.name]):
+            tensor = entry.make().detach()
+            assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
+            view, place = bytes_of(tensor), places[entry.name]
+            while len(view):
+                written = os.pwrite(file, view, place)
+                view, place = view[written:], place + written
+            wrote(entry.nbytes)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def write_safetensors(
     path: Path,
     entries: Sequence[Entry],

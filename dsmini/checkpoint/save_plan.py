@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dsmini.checkpoint.held_experts import held_experts
 from dsmini.checkpoint.pretrained import origin_of
 from dsmini.checkpoint.safetensors_file import Entry
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
@@ -29,6 +30,9 @@ class SavePlan:
         self.model, self.fp8, self.dtype = model, fp8, dtype
         self.n_layers = model.config.n_layers
         self.state = model.state_dict()
+        self.held = held_experts(model)
+        self.weight_of: dict[str, Slot] = {}
+        """The weight that each written tensor is, or whose scales it holds, in the order of the model."""
         self.weights = fp8_weights(model)
         origin = origin_of(model)
         self.stored: Mapping[str, torch.dtype] = {} if origin is None else origin.dtypes
@@ -43,20 +47,23 @@ class SavePlan:
     def units(self) -> Iterator[Sequence[Entry]]:
         """Yield the entries of the folder in the order of the model, a weight and its scales together."""
         scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
-        for slot in slots(self.state):
-            if slot.name in self.weights:
-                yield self._matrix(slot)
-            elif slot.name not in scales:
-                yield [self._plain(slot)]
+        for slot in slots(self.state, self.model.config.n_routed_experts):
+            if slot.name in scales:
+                continue
+            unit = self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
+            self.weight_of |= dict.fromkeys((entry.name for entry in unit), slot)
+            yield unit
         for theirs, ours in mtp_copies(self.n_layers, range(self.model.config.n_mtp_layers)).items():
             if not self.loaded or theirs in self.stored:
-                yield [self._entry(theirs, self.state[ours], self._dtype(theirs, ours))]
+                self.weight_of[theirs] = Slot(ours, None, tuple(self.state[ours].shape))
+                yield [self._entry(theirs, self.weight_of[theirs], self._dtype(theirs, ours))]
 
     def _name(self, slot: Slot) -> str:
         return hf_name(slot.name, self.n_layers, slot.expert)
 
     def _value(self, slot: Slot) -> Tensor:
-        return self.state[slot.name] if slot.expert is None else self.state[slot.name][slot.expert]
+        whole = self.state[slot.name]
+        return whole if slot.expert is None else whole[self.held[slot.name.rpartition(".")[0]].index(slot.expert)]
 
     def _dtype(self, theirs: str, ours: str) -> torch.dtype:
         if self.dtype is not None:
@@ -68,10 +75,11 @@ class SavePlan:
             return torch.bfloat16 if held == torch.float8_e4m3fn else held
         return stored or held
 
-    def _entry(self, theirs: str, value: Tensor, dtype: torch.dtype) -> Entry:
-        return Entry(theirs, dtype, tuple(value.shape), partial(self._converted, theirs, value, dtype))
+    def _entry(self, theirs: str, slot: Slot, dtype: torch.dtype) -> Entry:
+        return Entry(theirs, dtype, slot.shape, partial(self._converted, theirs, slot, dtype))
 
-    def _converted(self, theirs: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def _converted(self, theirs: str, slot: Slot, dtype: torch.dtype) -> Tensor:
+        value = self._value(slot)
         self._look_at(theirs, value)
         return value.to(dtype)
 
@@ -81,7 +89,7 @@ class SavePlan:
 
     def _plain(self, slot: Slot) -> Entry:
         theirs = self._name(slot)
-        return self._entry(theirs, self._value(slot), self._dtype(theirs, slot.name))
+        return self._entry(theirs, slot, self._dtype(theirs, slot.name))
 
     def _matrix(self, slot: Slot) -> list[Entry]:
         """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
@@ -92,8 +100,8 @@ class SavePlan:
         if kept and (self.fp8 or self.dtype is None):
             stored = self.stored.get(theirs_scale, torch.float32)
             return [
-                self._entry(theirs, self._value(slot), torch.float8_e4m3fn),
-                self._entry(theirs_scale, self._value(scale), stored),
+                self._entry(theirs, slot, torch.float8_e4m3fn),
+                self._entry(theirs_scale, scale, stored),
             ]
         if self.fp8:
             return [

@@ -21,11 +21,16 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
-    """Yield the slots of a state dict, experts one by one."""
+def slots(state: Mapping[str, Tensor], n_experts: int | None = None) -> Iterator[Slot]:
+    """Yield the slots of a state dict, experts one by one.
+
+    Args:
+        n_experts: number of experts of the whole model; None: as many as the stacked tensors hold.
+    """
     for name, tensor in state.items():
         if is_stacked(name):
-            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
+            n = tensor.shape[0] if n_experts is None else n_experts
+            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(n))
         else:
             yield Slot(name, None, tuple(tensor.shape))
 

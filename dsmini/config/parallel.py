@@ -31,7 +31,7 @@ class ParallelConfig:
     """Number of machines that the ep processes are on. With more than one a token is sent once to each machine with an
     expert of its own, and passed on there (V3: section 3.2.2)."""
     zero: Literal[0, 1, 2, 3] = 0
-    """The state that processes with the same parameters divide: 0 nothing, 1 the optimizer state, 2 the gradients
+    """Division among the processes with the same parameters: 0 nothing, 1 the optimizer state, 2 the gradients
     too, 3 the parameters too (FSDP2)."""
     schedule: ScheduleName = "1f1b"
     """Order of the forwards and backwards of a pipeline."""

@@ -57,7 +57,7 @@ class Event:
     step: int
     """Number of steps done."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else the line says."""
+    """The other fields of the line."""
 
     def seconds(self, name: str = "seconds") -> float:
         """Return a duration among the fields; 0 where it is missing or not a duration."""

@@ -1,4 +1,4 @@
-"""Where the time of a run went, from its event log: the goodput is the share of the steps that count in the end.
+"""The use of the time of a run, from its event log: the goodput is the share of the steps that count in the end.
 
 Every moment from the first event to the last belongs to one kind:
 
@@ -37,7 +37,7 @@ MOST_FREE = 400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class Stretch:
     """A part of the time of a run, in microseconds since its first event."""
 
     start: int
@@ -53,7 +53,7 @@ class Goodput:
 
     microseconds: Mapping[str, int]
     """Time of each of KINDS; their sum is the time from the first event to the last."""
-    spans: Sequence[Span]
+    spans: Sequence[Stretch]
     """All parts of the time, in their order."""
     attempts: int
     failures: int
@@ -139,7 +139,7 @@ class _Ledger:
         self.ended = ""  # the event that ended this attempt, if any
         self.after_failure = False  # this attempt followed a failure
         self.free: list[tuple[int, int]] = []  # time of this attempt that no event has claimed, in order
-        self.spans: list[Span] = []
+        self.spans: list[Stretch] = []
         self.counted: list[tuple[int, list[int]]] = []  # steps that count so far and their spans, steps ascending
 
     def take(self, event: Event) -> None:
@@ -217,7 +217,7 @@ class _Ledger:
         while self.counted and self.counted[-1][0] >= first:
             for i in self.counted.pop()[1]:
                 old = self.spans[i]
-                self.spans[i] = Span(start=old.start, end=old.end, kind="lost", attempt=old.attempt)
+                self.spans[i] = Stretch(start=old.start, end=old.end, kind="lost", attempt=old.attempt)
             self.lost_steps += 1
 
     def _give_rest(self, kind: str) -> None:
@@ -232,7 +232,7 @@ class _Ledger:
         """Add a span and return its index."""
         if kind == "restoring" and self.after_failure and not self.stepped:
             self.restart += end - start
-        self.spans.append(Span(start=start, end=end, kind=kind, attempt=self.attempts))
+        self.spans.append(Stretch(start=start, end=end, kind=kind, attempt=self.attempts))
         return len(self.spans) - 1
 
     def _close(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsmini.atomic import new_file
-from dsmini.distributed.goodput import KINDS, MICROSECONDS, Goodput, Span
+from dsmini.distributed.goodput import KINDS, MICROSECONDS, Goodput, Stretch
 from dsmini.report import Table
 from dsmini.report.units import duration, human, plural
 
@@ -77,16 +77,16 @@ def plot_goodput(result: Goodput, path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def bars(result: Goodput) -> list[Span]:
+def bars(result: Goodput) -> list[Stretch]:
     """Return the parts to draw: those of one kind are joined where no eye can tell them apart."""
     finest = result.total // FINEST
-    joined: list[Span] = []
+    joined: list[Stretch] = []
     by_kind = sorted(result.spans, key=lambda span: (span.attempt, KINDS.index(span.kind), span.start))
     for _, group in itertools.groupby(by_kind, key=lambda span: (span.attempt, span.kind)):
-        last: Span | None = None
+        last: Stretch | None = None
         for span in group:
             if last is not None and span.start - last.end <= finest:
-                last = Span(start=last.start, end=span.end, kind=span.kind, attempt=span.attempt)
+                last = Stretch(start=last.start, end=span.end, kind=span.kind, attempt=span.attempt)
             else:
                 joined += [] if last is None else [last]
                 last = span
@@ -94,7 +94,7 @@ def bars(result: Goodput) -> list[Span]:
     return joined
 
 
-def _place(bar: Span) -> tuple[float, float]:
+def _place(bar: Stretch) -> tuple[float, float]:
     """Return where a bar begins and how long it is, in seconds."""
     return bar.start / MICROSECONDS, (bar.end - bar.start) / MICROSECONDS
 

@@ -26,6 +26,7 @@ from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Place, Ranks
 from dsmini.distributed.sharded_muon import muon_update_divided
+from dsmini.distributed.shared_muon import exchange_owned, owners_of
 from dsmini.distributed.stages import StageLayout
 from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
@@ -57,6 +58,8 @@ class Mesh(Ranks):
         """parallel.zero, where there is something to divide."""
         self.own_experts: set[Tensor] = set()
         """Parameters that only the ranks of `dp` hold alike."""
+        self.shared: list[tuple[list[nn.Parameter], list[int], dist.ProcessGroup]] = []
+        """Matrices that Muon moves, their owners, and the ranks that hold them."""
         self.layout: StageLayout | None = None
         """The stages of a pipeline."""
         self.dtype = torch.float32
@@ -140,6 +143,23 @@ class Mesh(Ranks):
 
     def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
         return data_parallel.divided_like(parameter, part)
+
+    def owned(self, matrices: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        if self.zero:
+            return list(matrices)
+        self.shared = []
+        mine: set[nn.Parameter] = set()
+        for group, own in ((self.parts, False), (self.dp, True)):
+            params = [p for p in matrices if (p in self.own_experts) == own]
+            owners = owners_of(params, dist.get_world_size(group))
+            mine |= {p for p, owner in zip(params, owners, strict=True) if owner == dist.get_rank(group)}
+            self.shared.append((params, owners, group))
+        return [p for p in matrices if p in mine]
+
+    def exchange_moved(self) -> None:
+        for params, owners, group in self.shared:
+            if dist.get_world_size(group) > 1:
+                exchange_owned(params, owners, group)
 
     def muon_update(self, *args: Any, **kwargs: Any) -> None:
         (muon_update_divided if self.zero else muon_update)(*args, **kwargs)

@@ -19,16 +19,14 @@ class StepBatch:
     documents: Tensor | None
     accumulate: int
     """Number of parts that it is cut into, one forward and backward each."""
-    parts: int
-    """Number of such parts of the whole step, on all ranks."""
+    parts: float
+    """Number that the losses are divided by: of such parts of the whole step, on all ranks."""
+    phase: Callable[[str], None]
+    """Told where a forward and a backward begin."""
     n_targets: Tensor
     """Mean number of targets of a part."""
     options: dict[str, Any]
     """Further options of Transformer.losses."""
-    phase: Callable[[str], None] = lambda name: None
-    """Told of the beginning of each forward and backward."""
-    loss_factor: Callable[[], float] = lambda: 1.0
-    """Returns what a part's loss is multiplied by."""
 
 
 class Passes:
@@ -54,7 +52,6 @@ class Passes:
         for number, (x, y, of) in enumerate(zip(*chunks, strict=True), 1):
             self.begin_part(self.model, number == batch.accumulate)
             batch.phase("forward")
-            shares = batch.parts / batch.loss_factor()
             losses = self.losses(
                 x.to(device),
                 y.to(device),
@@ -63,8 +60,8 @@ class Passes:
                 **batch.options,
             )
             batch.phase("backward")
-            (losses.total / shares).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / shares
+            (losses.total / batch.parts).backward()
+            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load

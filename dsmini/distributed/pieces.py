@@ -36,7 +36,7 @@ class HeldRows:
 
 
 Pieces = Mapping[str, Mapping[str, HeldRows]]
-"""What a rank holds of the tensors of each part of a run, by name."""
+"""The rows that a rank holds of the tensors of each part of a run, by name."""
 
 
 def whole(tensor: Tensor) -> HeldRows:

@@ -55,8 +55,10 @@ class Pipeline:
         named = {"tokens": batch.tokens, "targets": batch.targets, "documents": batch.documents}
         kwargs = {name: t.to(device) for name, t in named.items() if t is not None}
         schedule = self.schedule(batch.tokens.shape[0] // batch.accumulate, batch.tokens.shape[1], batch.accumulate)
+        batch.phase("forward")
         args = (kwargs["tokens"],) if 0 in self.stages else ()
         schedule.step(*args, target=kwargs["targets"], return_outputs=False, **kwargs)
+        batch.phase("backward")  # forwards and backwards take turns in a schedule
         for p in self.model.parameters():
             # a weight's backward of its own leaves views, whose strides the fused AdamW takes for those of p
             if p.grad is not None and p.grad.stride() != p.stride():
@@ -122,7 +124,7 @@ class Pipeline:
         stage = self.stages[index]
         takes = (torch.empty(b, s, dtype=torch.int64, device="meta"),) if stage.first else between(index)
         gives = (torch.empty((), device="meta", requires_grad=True),) if stage.last else between(index + 1)
-        made = _ToldStage(
+        made = PipelineStage(
             stage, index, len(self.layout.layers), device, input_args=takes, output_args=gives, group=self.group
         )
         if stage.last and len(self.model.mtp) > 1:
@@ -130,16 +132,6 @@ class Pipeline:
             # second time, so I is the whole backward here, and W is nothing
             made.dw_builder = lambda: lambda: None
         return made
-
-
-class _ToldStage(PipelineStage):
-    """A stage that says when a backward begins."""
-
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        module = self.submod
-        assert isinstance(module, ModelStage) and module.batch is not None
-        module.batch.phase("backward")
-        super().backward_one_chunk(*args, **kwargs)
 
 
 Row = tuple[int, str, int, int, float, float]

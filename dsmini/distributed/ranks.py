@@ -1,4 +1,4 @@
-"""A training step's questions to the other ranks: its part of the batch, sums, norms, and agreement.
+"""The questions of a training step to the other ranks: its part of the batch, sums, norms, and agreement.
 
 The ranks form a mesh pp x dp x ep. Each pp has its own layers. Each (dp, ep) is a part of the batch. A parameter of a
 layer is the same on all parts, but the experts, which are divided over ep and the same on all dp:
@@ -80,6 +80,13 @@ class Ranks:
     def divided_like(self, parameter: Tensor, part: Tensor) -> Tensor:
         """Return this rank's part of a tensor that belongs to a parameter, as its optimizer wants it."""
         return part
+
+    def owned(self, matrices: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the matrices that Muon moves on this rank; `exchange_moved` gives it those that others have moved."""
+        return list(matrices)
+
+    def exchange_moved(self) -> None:
+        """Get the matrices that Muon has moved on other ranks."""
 
     def muon_update(self, *args: Any, **kwargs: Any) -> None:
         """Compute `muon_update`."""

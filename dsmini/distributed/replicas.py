@@ -53,11 +53,12 @@ def unequal_replicas(world: World, replicas: Iterable[Replica]) -> UnequalReplic
     mine = {(replica.holders, name): hashed(t) for replica in replicas for name, t in replica.named.items()}
     everyone = world.gather(mine)
     for holders, name in sorted({key for of_rank in everyone for key in of_rank}):
-        hashes = {rank: everyone[rank].get((holders, name)) for rank in holders}
+        # the momentum of a matrix is at one of the ranks alone
+        hashes = {rank: value for rank in holders if (value := everyone[rank].get((holders, name))) is not None}
         if len(set(hashes.values())) == 1:
             continue
         (most, count), *_ = Counter(hashes.values()).most_common()
-        majority = 2 * count > len(holders)
+        majority = 2 * count > len(hashes)
         ranks = tuple(rank for rank, value in hashes.items() if value != most or not majority)
         return UnequalReplicas(name=name, ranks=ranks, majority=majority)
     return None

@@ -161,7 +161,6 @@ class ModelStage(nn.Module):
         """
         batch = self.batch
         assert batch is not None
-        batch.phase("forward")
         model = self._model()
         x, routing = self.hidden(x, documents, batch.options["recompute"])
         if not self.last:
@@ -181,9 +180,8 @@ class ModelStage(nn.Module):
         )
         self._count(losses.routing)
         assert self.sums is not None
-        shares = batch.parts / batch.loss_factor()
-        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / shares
-        return losses.total / shares
+        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
+        return losses.total / batch.parts
 
     def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Routing]]:
         """Return the output of the last block, and the routing."""

@@ -125,6 +125,8 @@ def _feed_forward_part(ffn: nn.Module, norm: nn.Module) -> FeedForwardPart | Non
         return None if dense is None else FeedForwardPart(norm=_weight(norm), eps=_eps(norm), **dense)
     if not isinstance(ffn, MoE) or not is_plain(ffn, MoE) or not is_plain(ffn.gate, Gate):
         return None
+    if ffn.exchange is not None:  # other processes have some of the experts
+        return None
     shared: dict[str, Any] | None = (
         dict.fromkeys(("w1", "w2", "w3")) if ffn.shared_experts is None else _dense(ffn.shared_experts)
     )

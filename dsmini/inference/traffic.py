@@ -2,7 +2,8 @@
 
 A step reads each weight once, for all rows and tokens together. Of the routed experts it reads those that some token
 chose. Of the cache it reads the rows of the context and writes those of the new tokens. That is a lower bound: the
-activations are left out, which are small (dsmini.accounting.traffic counts them from a config).
+activations are left out, which are small (dsmini.accounting.traffic counts them from a config). Where several processes
+divide the experts, it is what one would read that has all.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class StepTraffic:
     def __init__(self, model: Transformer, cache: Cache) -> None:
         experts = _experts(model.layers)
         self._once = _nbytes(model.layers) + _nbytes(model.norm) + _nbytes(model.head) - sum(map(_nbytes, experts))
-        self._expert = sum(map(_nbytes, experts)) / (model.config.n_routed_experts * len(experts)) if experts else 0.0
+        self._expert = sum(map(_nbytes, experts)) / sum(len(e.w1) for e in experts) if experts else 0.0
         self._row = cache.nbytes_per_token
         self._embedding = model.embed.weight[0].nbytes
         self._draft = _draft_bytes(model) if cache.mtp is not None else 0
@@ -47,9 +48,9 @@ def _draft_bytes(model: Transformer) -> int:
     """Return the least bytes of weights for a step's guesses: depth k runs k times, with the experts of one token."""
     total = 0
     for k, block in enumerate(cast(list[nn.Module], list(model.mtp)), 1):
-        experts = sum(map(_nbytes, _experts(block)))
-        config = model.config
-        chosen = experts * config.n_activated_experts // config.n_routed_experts if experts else 0
+        stacks = _experts(block)
+        experts = sum(map(_nbytes, stacks))
+        chosen = experts * model.config.n_activated_experts // sum(len(e.w1) for e in stacks) if stacks else 0
         total += k * (_nbytes(block) - experts + chosen) + _nbytes(model.head)
     return total
 

@@ -76,6 +76,7 @@ class Writer:
             and when a text outgrows it, its older half is forgotten.
         seed: seed of the random draws.
         watch: shows the progress of long phases: a label, the number of tokens that are done, and that of all.
+        agree: as in Generation.
         The others are as in generate.
 
     Raises: ValueError for a context of less than a token, or of more than the model's.
@@ -95,6 +96,7 @@ class Writer:
         context: int | None = None,
         seed: int = 0,
         watch: Callable[[str, int, int], None] | None = None,
+        agree: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
         if context is not None and context < 1:
             raise ValueError(f"--context {context} is less than 1; use the tokens a text may come to")
@@ -104,7 +106,7 @@ class Writer:
             )
         self.model, self.side, self.max_new_tokens = model, side, max_new_tokens
         self.sampling, self.ends, self.stops = sampling, ends, stops
-        self.speculative, self.context, self.watch = speculative, context, watch
+        self.speculative, self.context, self.watch, self.agree = speculative, context, watch, agree
         self.cache_dtype: CacheDtype | None = CACHE_DTYPES[cache_dtype]
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -152,6 +154,7 @@ class Writer:
             max_seq_len=self.context,
             slide=self.context is None,
             watch=None if self.watch is None else partial(self.watch, "reading the prompt"),
+            agree=self.agree,
         )
 
     def _continuation(self, tokens: list[int]) -> tuple[Continuation, str]:

@@ -1,6 +1,6 @@
 """The choice of the optimizers: Muon for the matrices inside the blocks, AdamW for the rest or for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ def optimizers(
     config: TrainConfig,
     matmul_dtype: torch.dtype = torch.float32,
     update: Callable[..., None] = muon_update,
+    owned: Callable[[Sequence[nn.Parameter]], list[nn.Parameter]] = list,
 ) -> list[Optimizer]:
     """Return the optimizers that together move every parameter once. The routing bias is a buffer, so none moves it.
 
@@ -26,10 +27,11 @@ def optimizers(
     Args:
         matmul_dtype: dtype of Muon's matrix products.
         update: as in Muon.
+        owned: returns those of Muon's matrices that are moved here; the others are moved in other processes.
     """
     named = list(model.named_parameters())
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
-    muon = [p for name, p in named if name in by_muon]
+    muon = owned([p for name, p in named if name in by_muon])
     rest = [(name, p) for name, p in named if name not in by_muon]
     gates = [p for name, p in rest if name.endswith("gate.weight")]
     norms = [p for _, p in rest if p.dim() <= 1]

@@ -33,7 +33,9 @@ def check_optimizer_state(
         local: returns the part of a parameter that is here, which the tensors belong to.
     """
     names = {p: name for name, p in named}
-    unknown = set(tensors)
+    moved = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    elsewhere = {name for p, name in names.items() if p not in moved}  # moved in other processes
+    unknown = {name for name in tensors if name.rpartition("/")[0] not in elsewhere}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             kinds = {f"{names[p]}/{key}": kind for key, kind in _kinds(optimizer, local(p)).items()}

@@ -1,4 +1,4 @@
-"""What keeps a run alive, and what it notes down on the way: events, the watchdog, replicas, spikes, injected faults.
+"""The survival of a run, and its notes on the way: events, the watchdog, replicas, spikes, injected faults.
 
 TrainingRun calls it at every phase. What each part does is in the files of dsmini/distributed/ that are named here.
 """

@@ -74,7 +74,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
         dtype = model.compute_dtype or torch.float32
-        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update)
+        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update, self.ranks.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
         self.passes = self.ranks.passes(model, config.train.compile)
@@ -87,7 +87,7 @@ class Trainer:
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
         self.loss_factor: Callable[[], float] = lambda: 1.0
-        """Returns what a part's loss is multiplied by: 1.0, but for a fault that is injected."""
+        """Returns the factor of this rank's losses in a step: 1.0, but for a fault that is injected."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -170,14 +170,14 @@ class Trainer:
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.ranks.exchange_moved()
             speed = bias_speed(self.steps_done, train)
             loads = [] if counts is None else self.passes.own_counts(counts)
             for gate, load in zip(self.model.gates(), loads, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.steps_done += 1
         self.sequences = self.left_out.next(self.sequences, rows)[-1][1]
         main, mtp, balance = sums.tolist()
@@ -215,7 +215,8 @@ class Trainer:
             targets=targets,
             documents=self._documents(tokens),
             accumulate=train.grad_accum,
-            parts=parts,
+            parts=parts / self.loss_factor(),
+            phase=self.phase,
             n_targets=(counted.clamp(min=1) / parts).to(self.device),
             options={
                 "mtp_weight": mtp_weight(self.steps_done, train),
@@ -223,8 +224,6 @@ class Trainer:
                 "balance_counts": train.balance_counts,
                 "recompute": train.recompute,
             },
-            phase=self.phase,
-            loss_factor=self.loss_factor,
         )
         sums, counts = self.passes.train(batch, self.device)
         self.ranks.sum_parts(sums, *([] if counts is None else [counts]))

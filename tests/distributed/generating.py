@@ -1,0 +1,125 @@
+"""The work of a rank with its part of a model, for tests: load, run, generate, save, and say what it held and read."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import dsmini
+from dsmini import ModelConfig, Transformer
+from dsmini.checkpoint import pretrained
+from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.distributed.export import save_pretrained
+from dsmini.distributed.pretrained import load_pretrained
+from dsmini.distributed.world import World
+from tests.conftest import SMALL, randomise
+from tests.helpers import folders
+
+SIZES: dict[str, Any] = SMALL | {"n_layers": 3, "max_seq_len": 96}
+FP8_SIZES: dict[str, Any] = {"dim": 136, "inter_dim": 200, "moe_inter_dim": 130, "n_mtp_layers": 1}
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+COPIES = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 6, 0]]
+"""Redundant placements of two layers, some copies on one rank."""
+
+
+class Part(NamedTuple):
+    """The part of a model that a rank has."""
+
+    nbytes: int
+    """Bytes of parameters and buffers."""
+    experts: list[tuple[int, ...]]
+    """Experts of each layer."""
+    read: list[str]
+    """Names of the tensors that were read."""
+    logits: Tensor
+    tokens: dict[str, Tensor]
+    """Generated tokens by the way of drawing."""
+
+
+def new_folder(place: Path, fp8: bool = False, stored: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write the folder of a random model with experts in the last layers and in the MTP blocks."""
+    sizes = SIZES | (FP8_SIZES if fp8 else {}) | changes
+    torch.manual_seed(3)
+    model = randomise(Transformer(ModelConfig(**sizes)))
+    tensors, more = folders.tensors_of(model, torch.float32 if fp8 else stored), {}
+    if fp8:
+        tensors, more = folders.in_fp8(tensors)[0], {"quantization_config": folders.QUANTIZED}
+    return folders.write(place, tensors, folders.config_json(model.config, **more), shards=3)
+
+
+def placement_of(config: ModelConfig, places: Sequence[Sequence[int]] = COPIES) -> list[list[int]]:
+    """Return a placement for all layers with experts, from rows that repeat."""
+    layers = sum(map(config.is_moe, range(config.n_layers + config.n_mtp_layers)))
+    return [list(places[i % len(places)]) for i in range(layers)]
+
+
+@contextmanager
+def reads() -> Iterator[list[str]]:
+    """Yield the names of the tensors that are read in a block."""
+    names: list[str] = []
+    read = SafetensorsReader.read
+
+    def recorded(self: SafetensorsReader, name: str) -> Tensor:
+        names.append(name)
+        return read(self, name)
+
+    SafetensorsReader.read = recorded
+    try:
+        yield names
+    finally:
+        SafetensorsReader.read = read
+
+
+def part(
+    world: World, folder: Path, fp8: Any = "dequantize", placement: list[list[int]] | None = None, new: int = 24
+) -> Part:
+    """Load a part, run it and generate with it."""
+    with reads() as names:
+        model = load_pretrained(world, folder, torch.float32, fp8, placement=placement)
+    held = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    own = pretrained.held_experts(model)
+    return Part(
+        nbytes=sum(t.nbytes for t in held.values()),
+        experts=[tuple(experts) for experts in own.values()],
+        read=names,
+        logits=logits_of(model),
+        tokens=generated(model, new),
+    )
+
+
+def logits_of(model: Transformer) -> Tensor:
+    """Return the logits of a batch."""
+    tokens = torch.tensor([[7 * i * i % 61 for i in range(row, row + 20)] for row in range(3)])
+    with torch.no_grad():
+        return model(tokens)
+
+
+def generated(model: Transformer, new: int) -> dict[str, Tensor]:
+    """Return continuations of PROMPTS, drawn in each way."""
+    out: dict[str, Tensor] = {}
+    for name, options in {
+        "greedy": {},
+        "speculative": {"speculative": True},
+        "drawn": {"temperature": 0.9, "top_p": 0.9},
+        "drawn speculatively": {"temperature": 0.9, "speculative": True},
+    }.items():
+        generator = torch.Generator().manual_seed(5)
+        out[name] = dsmini.generate(model, PROMPTS, new, generator=generator, **options).tokens
+    return out
+
+
+def saved(
+    world: World,
+    folder: Path,
+    out: Path,
+    placement: list[list[int]] | None,
+    fp8: Any,
+    options: Any,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Load a part in this dtype and save it together with the others'; return the bytes of all tensors."""
+    model = load_pretrained(world, folder, dtype, fp8, placement=placement)
+    return save_pretrained(world, model, out, **options).nbytes

@@ -1,0 +1,153 @@
+"""Folders read and written by several ranks: each has its own experts alone, and the files are those of one process."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.distributed import export
+from dsmini.distributed.expert_shares import ExpertHolders, layers_of_holders
+from dsmini.distributed.pretrained import load_pretrained as load_part
+from dsmini.distributed.world import World
+from tests.distributed.generating import FP8_SIZES, SIZES, new_folder, part, placement_of, saved
+from tests.distributed.ranks import run_ranks
+from tests.helpers.folders import config_of, different, read
+
+
+def nbytes_of(model: Transformer, experts: bool) -> int:
+    """Return the bytes of all routed experts, or of all else."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return sum(t.nbytes for name, t in held if (".experts." in name) == experts)
+
+
+@pytest.mark.parametrize(("n", "fp8"), [(2, "dequantize"), (4, "keep")])
+def test_rank_holds_and_reads_its_own_experts_alone(tmp_path: Path, n: int, fp8: Any) -> None:
+    folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
+    whole = load_pretrained(folder, torch.float32, fp8)
+    names, read_by = set(read(folder)), set()
+    for rank, got in enumerate(run_ranks(n, part, folder, fp8, None, 1)):
+        own = tuple(range(rank * 8 // n, (rank + 1) * 8 // n))
+        assert got.experts and all(experts == own for experts in got.experts)
+        assert got.nbytes == nbytes_of(whole, experts=False) + nbytes_of(whole, experts=True) // n
+        experts = {int(name.split(".experts.")[1].split(".")[0]) for name in got.read if ".experts." in name}
+        assert experts == set(own)
+        read_by |= set(got.read)
+    assert read_by == names
+
+
+def test_placement_gives_a_rank_each_copy_once(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path / "model")
+    got = run_ranks(2, part, folder, "dequantize", placement_of(ModelConfig(**SIZES)), 1)
+    assert [one.experts[:2] for one in got] == [
+        [(0, 1, 2, 3, 4, 5), (4, 5, 6, 7)],
+        [(0, 1, 2, 3, 6, 7), (0, 1, 2, 3, 6)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n", "fp8", "copies", "options"),
+    [
+        (2, "dequantize", False, {}),
+        (4, "keep", True, {"shard_size": "60KB"}),
+        (2, "dequantize", True, {"fp8": True, "shard_size": "100KB"}),
+        (2, "keep", False, {"dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_saved_files_are_those_of_one_process(tmp_path: Path, n: int, fp8: Any, copies: bool, options: Any) -> None:
+    folder = new_folder(tmp_path / "model", fp8=True)
+    placement = placement_of(ModelConfig(**(SIZES | FP8_SIZES))) if copies else None
+    one = save_pretrained(load_pretrained(folder, fp8=fp8), tmp_path / "one", **options)
+    assert set(run_ranks(n, saved, folder, tmp_path / "several", placement, fp8, options)) == {one.nbytes}
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "several").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_tensors_are_saved_in_their_stored_dtypes(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path / "model", stored=torch.bfloat16)
+    run_ranks(2, saved, folder, tmp_path / "again", None, "keep", {}, torch.float32)
+    assert different(read(tmp_path / "again"), read(folder)) == set()
+    assert config_of(tmp_path / "again") == config_of(folder)
+
+
+def save_on_a_full_disk(world: World, folder: Path, out: Path) -> str:
+    """Save where rank 1 has no space; return the error."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if world.rank == 1:
+        export.write_entries = full
+    try:
+        saved(world, folder, out, None, "dequantize", {})
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_full_disk_of_one_rank_is_said_by_all_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path / "model")
+    said = run_ranks(2, save_on_a_full_disk, folder, tmp_path / "out" / "x")
+    assert said == ["[Errno 28] rank 1: No space left on device"] * 2
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def refusal_of(world: World, path: Path, placement: Any = None) -> str:
+    try:
+        load_part(world, path, placement=placement)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refusals(world: World, cases: list[tuple[Path, Any]]) -> list[str]:
+    """Return the error of each case."""
+    return [refusal_of(world, *case) for case in cases]
+
+
+def test_every_rank_raises_what_is_wrong(tmp_path: Path) -> None:
+    folder, damaged = new_folder(tmp_path / "model"), new_folder(tmp_path / "damaged")
+    dense = new_folder(tmp_path / "dense", n_dense_layers=3, n_mtp_layers=0)
+    shard = damaged / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    cases = [(tmp_path / "nothing", None), (damaged, None), (dense, None), (folder, [[0] * 8] * 4), (folder, None)]
+    first, *others = run_ranks(3, refusals, cases)
+    assert all(other == first for other in others)
+    for said, words in zip(first, ("there is no folder", "cut short", "no experts to divide", "", ""), strict=True):
+        assert words in said and ";" in said
+    assert "8 places, not divisible by 3 processes" in first[3]
+    assert first[4] == "8 experts are not divisible by 3 processes; start 2, say"
+
+
+def test_what_ranks_cannot_divide_is_refused() -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**SIZES))
+    good = placement_of(model.config)
+    for n, placement, words in (
+        (9, None, "9 processes for 8 experts; start at most 8"),
+        (2, good[:2], "the placement has 2 layers, and the model has 4"),
+        (5, good, "layer 0 of the placement has 12 places, not divisible by 5 processes"),
+        (2, [*good[:3], [8] * 12], "layer 3 of the placement names expert 8; the model has experts 0 to 7"),
+        (2, [*good[:3], [0, 1, 2, 3, 4, 5, 7, 7]], "no place for expert 6; give each expert one or more"),
+        (2, [[], *good[1:]], "layer 0 of the placement has 0 places"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layers_of_holders(model, n, placement)
+
+
+def test_copies_of_an_expert_take_turns() -> None:
+    holders = ExpertHolders.of_places([0, 1, 2, 0, 3, 2, 0, 0], 4, 4)
+    assert holders.held == ((0, 1), (0, 2), (2, 3), (0,))
+    indices = torch.rand(300, 4).argsort(1)[:, :2]
+    ranks = holders.rank_of_visits(indices)
+    for expert in range(4):
+        visits = ranks[indices == expert].bincount(minlength=4)
+        holds = torch.tensor([expert in own for own in holders.held])
+        mean = visits.sum() / holds.sum()
+        assert ((visits - holds * mean).abs() <= 4 * mean.sqrt() * (holds.sum() > 1)).all()
+    assert all(expert in holders.held[holders.writer(expert)] for expert in range(4))
