@@ -1,12 +1,26 @@
-"""The goodput of a run for people: a table, a few sentences, and a picture with a bar for each attempt."""
+"""The goodput of a run for people: a table, a few sentences, and a picture with a bar for each attempt.
+
+python -m dsmini.distributed.goodput_report RUN [--out FILE.png] [--json]
+"""
 
 import itertools
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
 
 from dsmini.atomic import new_file
-from dsmini.distributed.goodput import KINDS, MICROSECONDS, Goodput, Stretch
+from dsmini.console.command import run
+from dsmini.console.commandline import Help, parse
+from dsmini.console.messages import say
+from dsmini.distributed.goodput import KINDS, MICROSECONDS, Goodput, Stretch, goodput
+from dsmini.distributed.pictures import check_picture
 from dsmini.report import Table
+from dsmini.report.terminal import show_table
 from dsmini.report.units import duration, human, plural
 
 WORDS = {
@@ -113,3 +127,46 @@ def _rounded(parts: Sequence[int], whole: int) -> list[int]:
     for i in by_remainder[: whole - sum(floors)]:
         floors[i] += 1
     return floors
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoodputCommand:
+    """Show how a run used its time: steps that count, lost steps, saving, restoring, and time when it was down.
+
+    RUN is the folder of a training run with events.jsonl, which is only read. It may still be training.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of a training run."""
+    out: Path | None = None
+    """File.png for a picture: a bar over time for each attempt."""
+    json: bool = False
+    """Print the shares as a line of JSON instead."""
+
+
+HELP = Help(usage="RUN [FLAGS]", examples=("runs/toy-001", "runs/toy-001 --out goodput.png"), main=("out", "json"))
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    command = parse(GoodputCommand, "distributed.goodput_report", args, help=HELP)
+    if command.run is None:
+        raise ValueError("no run is named; name the folder of one, such as runs/toy-001")
+    if command.out is not None:
+        check_picture(command.out)
+    result = goodput(command.run)
+    console = Console(stderr=command.json)
+    if command.json:
+        print(json.dumps({kind: result.share(kind) for kind in KINDS} | {"seconds": result.total / MICROSECONDS}))
+    else:
+        show_table(console, goodput_table(result), f"Time of {command.run}")
+        for line in goodput_notes(result):
+            say(console, line)
+    if command.out is not None:
+        plot_goodput(result, command.out)
+        say(console, f"written  {command.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -57,7 +57,9 @@ class Survival:
         if self.begun:
             return
         self.begun = True
-        layout = {"pp": self.config.parallel.pp, "dp": self.config.parallel.dp, "ep": self.config.parallel.ep}
+        parallel = self.config.parallel
+        dp = parallel.parts(self.world.size) // parallel.ep
+        layout = {"pp": parallel.pp, "dp": dp, "ep": parallel.ep}
         self.note("started", step, world_size=self.world.size, layout=layout)
 
     def phase(self, name: str) -> None:
