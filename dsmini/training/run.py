@@ -217,6 +217,8 @@ class TrainingRun:
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
         asked |= dict.fromkeys(("binds", "binds_share"), self.watcher is not None)
         scores: dict[str, float | str | None] = {name: None for name, wanted in asked.items() if wanted}
+        if step.spread is not None:
+            scores |= {"spread": step.spread, "busiest": float(max(range(len(step.work)), key=step.work.__getitem__))}
         if change is not None:
             scores |= {"binds": change.binds, "binds_share": change.share}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
