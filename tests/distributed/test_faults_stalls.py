@@ -18,7 +18,7 @@ from dsmini.distributed.world import World
 from tests.distributed.faulty import differences, events, fault, faulty, prepared, statuses, until_end
 from tests.distributed.ranks import outcomes, run_ranks
 
-LAYOUT: dict[str, Any] = {"dp": 2, "timeout": 3.0}
+LAYOUT: dict[str, Any] = {"timeout": 3.0}
 SLACK = 12.0
 """Seconds for a busy machine."""
 
@@ -35,7 +35,7 @@ def mute(world: World, folder: Path, rank: int, how: str) -> bool:
     def sum_gradients(parameters: Any) -> None:
         if world.rank == rank and training.trainer.steps_done == 2:
             if how == "another collective":
-                dist.broadcast(torch.zeros(1), src=1 - rank)  # nobody sends
+                dist.broadcast(torch.zeros(1), src=0)  # which does not send
             time.sleep(3600)
         real(parameters)
 
@@ -53,14 +53,15 @@ def test_a_rank_that_stands_still_is_named(kind: str, rank: int, tmp_path: Path)
     assert statuses(ends)[rank] == (None if kind == "stop" else STALLED)
     (said,) = stalled(tmp_path / "run")
     assert said.fields["rank"] == rank and f"rank {rank} (pid" in said.fields["sentence"]
-    assert ("step 2, backward" in said.fields["sentence"]) and said.fields["seconds"] > LAYOUT["timeout"]
+    assert said.fields["seconds"] > LAYOUT["timeout"]
+    assert kind == "stop" or "step 2, backward" in said.fields["sentence"]  # one that was stopped told this before
 
 
 @pytest.mark.parametrize("how", ["sleep", "another collective"])
-def test_a_deadlock_names_the_rank(how: str, tmp_path: Path) -> None:
-    ends = outcomes(2, mute, tmp_path / "run", 1, how, timeout=120.0)
-    assert statuses(ends) == [STALLED, STALLED]
-    (said,) = stalled(tmp_path / "run")
+def test_a_deadlock_of_three_names_the_rank(how: str, tmp_path: Path) -> None:
+    ends = outcomes(3, mute, tmp_path / "run", 1, how, timeout=120.0)
+    assert statuses(ends) == [STALLED] * 3
+    (said,) = stalled(tmp_path / "run", 3)
     assert said.fields["rank"] == 1 and "optimizer" in said.fields["sentence"]
 
 

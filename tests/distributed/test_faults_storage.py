@@ -3,6 +3,7 @@
 import io
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> No
     told = run_ranks(2, background, tmp_path / "run")[0]
     for step in (4, 6, 8):
         assert differences(tmp_path / "run", tmp_path / "whole", step) == []
-    for first, second in zip(told, told[1:], strict=False):
+    for first, second in pairwise(told):
         assert first != "save:writing" or second in ("step", "save:written")
-    assert "step" in [second for first, second in zip(told, told[1:], strict=False) if first == "save:writing"]
+    assert "step" in [second for first, second in pairwise(told) if first == "save:writing"]
     phases = [phase for phase in told if phase.startswith("save:")]
     assert phases == phases[: len(phases) // 4] * 4  # one save after the other
 
