@@ -18,27 +18,27 @@ from dsmini.distributed.spikes import SkippedBatches
 from dsmini.distributed.world import World
 from tests.distributed.faulty import differences, events, fault, faulty, prepared, rows, statuses, until_end
 from tests.distributed.ranks import outcomes, run_ranks
-from tests.distributed.runs import RECIPE, new_run, saved
+from tests.distributed.runs import RECIPE, saved
 
 EP: dict[str, Any] = {"ep": 2}
 ROWS = RECIPE["batch_size"]
-NAN = fault("nan", 1, 4, "forward")
-"""A step that is skipped just before the run stops, so that its count is part of the state."""
+NANS = [fault("nan", 1, step, "forward") for step in (7, 8)]
+"""Steps that are skipped before and after the stop: nothing that comes later hides a count, or the best loss."""
 LEFT_OUT = SkippedBatches(ranges=((60, 65),), rewinds=1)
 PARTS = ("model", "optimizer", "average", "rng")
 TIMES = ("seconds", "corpus_sha256")
 """Fields that change no step: the time so far, and what a resumed run only compares."""
 
 
-def stopped_after_four(world: World, folder: Path, stop: bool) -> bool:
-    """Train with a skipped step and sequences that are left out; stop after step 4 if asked to."""
-    training = prepared(world, folder, EP, [NAN])
+def stopped_after_seven(world: World, folder: Path, stop: bool) -> bool:
+    """Train with a skipped step and sequences that are left out; stop after step 7 if asked to."""
+    training = prepared(world, folder, EP, NANS)
     training.trainer.left_out = LEFT_OUT
     real = training.trainer.step
 
     def step() -> Any:
         torch.rand(1)  # so that the random numbers are in another state after each step
-        if stop and training.trainer.steps_done == 3:
+        if stop and training.trainer.steps_done == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return real()
 
@@ -70,9 +70,8 @@ def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str
     """For each part: continue a stopped run from a checkpoint that lacks it, in a folder of its own."""
     for part in parts:
         world.first(lambda part=part: shutil.copytree(before, place / part) and None)
-        training = new_run(world, place / part, EP)
+        training = prepared(world, place / part, EP, NANS)
         checkpoint = without(training.newest_checkpoint(str), part)
-        training = new_run(world, place / part, EP)
         torch.manual_seed(5)
         training.saver.saved_at = None
         training.trainer.left_out = SkippedBatches()
@@ -95,8 +94,8 @@ DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not 
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with `whole`, a run that never stopped, and one without each part."""
     place = tmp_path_factory.mktemp("dropped")
-    run_ranks(2, stopped_after_four, place / "whole", False)
-    assert run_ranks(2, stopped_after_four, place / "before", True) == [False, False]
+    run_ranks(2, stopped_after_seven, place / "whole", False)
+    assert run_ranks(2, stopped_after_seven, place / "before", True) == [False, False]
     run_ranks(2, resumed_without, place / "before", place, ["nothing", *DROPPED])
     return place
 
