@@ -75,7 +75,7 @@ def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str
         torch.manual_seed(5)
         training.saver.saved_at = None
         training.trainer.left_out = SkippedBatches()
-        training.history.records.clear()
+        training.history.best = None
         training.resume(checkpoint)
         real = training.trainer.step
 
