@@ -101,8 +101,10 @@ def _answer(receiver: Connection, rank: int) -> dict[int, tuple[bool, Any]]:
 
 def _is_stopped(pid: int | None) -> bool:
     """Return whether SIGSTOP has stopped a process, as far as the system tells."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
 
 
 def new_store() -> Any:
