@@ -53,7 +53,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         _complain(f"too large for this machine: {first}; use a smaller model or batch")
         status = 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if speaks():
+            print("stopped", file=sys.stderr)
         status = 130
     sys.exit(status)
 

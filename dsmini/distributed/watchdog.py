@@ -191,10 +191,10 @@ class Watchdog:
         if self.store.check(["stall"]):
             stall = Stall.from_json(self.store.get("stall"))
             self.store.set(f"heard-{self.rank}", "")
-            self._end(stall, heard=True)
+            self._end(stall)
         elif self._is_speaker() and (stall := find_stall(self._signs, self.limits, self.rank)):
             self.store.set("stall", stall.to_json())
-            self._end(stall, heard=False)
+            self._end(stall)
 
     def _watch_store(self) -> None:
         """Notice that a call of the store does not return while the main thread stands still; the second thread."""
@@ -206,7 +206,7 @@ class Watchdog:
             exchanged, moves = self._exchanged, self._moves
             stalled = silent > self.limits.timeout and still > self.limits.of(self._phase)
             if stalled and self.store_rank is not None:
-                self._end(self._store_stall(self.store_rank, silent), heard=True)
+                self._end(self._store_stall(self.store_rank, silent))
 
     def _store_stall(self, rank: int, silent: float) -> Stall:
         last = self._signs[rank].heartbeat
@@ -214,21 +214,22 @@ class Watchdog:
             return Stall(kind="store", rank=rank, seconds=silent, speaker=self.rank)
         return Stall(kind="store", rank=rank, host=last.host, pid=last.pid, seconds=silent, speaker=self.rank)
 
-    def _end(self, stall: Stall, heard: bool) -> None:
-        """Tell about a stall and end this process; the rank that found it waits until the others have heard."""
+    def _end(self, stall: Stall) -> None:
+        """Tell about a stall and end this process once the others have heard: else they only see it close its pipes."""
         if not self._ending.acquire(blocking=False) or self._closed.is_set():
             return
         try:
             teller = threading.Thread(target=self.on_stall, args=(stall,), daemon=True)
             teller.start()
             teller.join(timeout=GRACE)  # the main thread may hold a lock that it needs, such as that of a file
-            if not heard:
+            if stall.kind != "store":
                 self._wait_for_others(stall)
         finally:
             os._exit(self.status)
 
     def _wait_for_others(self, stall: Stall) -> None:
-        others = [rank for rank, sign in self._signs.items() if rank != self.rank and not has_ended(sign)]
+        knowing = (self.rank, stall.speaker)
+        others = [rank for rank, sign in self._signs.items() if rank not in knowing and not has_ended(sign)]
         there = [f"heard-{rank}" for rank in others if stall.kind != "silent" or rank != stall.rank]
         until = time.monotonic() + GRACE
         with suppress(RuntimeError):

@@ -203,7 +203,7 @@ def _end_after(error: BaseException, rank: int) -> None:
     if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST):
         reason = (str(error).splitlines() or [""])[0]
         print(
-            f"rank {rank}: lost another process ({reason}); the run continues from its last checkpoint with --resume",
+            f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume",
             file=sys.stderr,
             flush=True,
         )

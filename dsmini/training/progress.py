@@ -33,7 +33,8 @@ class TrainingProgress:
         """Show a training step."""
         vio = "" if step.max_vio is None else f"  MaxVio {step.max_vio:.2f}"
         wait = f"  data wait {step.data_wait:.0%}" if step.data_wait > 0.05 else ""
-        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}{wait}"
+        spread = "" if step.spread is None else f"  spread {step.spread:.0%}"
+        figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}{spread}{wait}"
         left = (self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9)
         self.bar.label = f"step {step.step}/{self.steps}"
         self.bar.update(step.step, figures, left=left)

@@ -57,8 +57,9 @@ class StepRecord:
     """Tokens that each expert received, for each MoE layer."""
     scores: Mapping[str, float | str | None] = field(default_factory=dict)
     """Optional figures, in metrics.jsonl keys like the others. Validation losses of the last step: val_loss_ema, with
-    the EMA of the parameters, and val_loss_at_eval_context. With train.diagnose, where what binds the run has changed:
-    binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
+    the EMA of the parameters, and val_loss_at_eval_context. With several processes: spread, as in StepResult, and
+    busiest, the number of the part of the batch with most work. With train.diagnose, where what binds the run has
+    changed: binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
 
     @classmethod
     def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | str | None]) -> "StepRecord":

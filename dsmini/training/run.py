@@ -158,6 +158,7 @@ class TrainingRun:
                 progress.say(change.sentence)
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
             if last or stopping or lost:
+                self._finish_saving(progress)
                 self._save()
             elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
                 self._save_if_possible(progress)
@@ -179,7 +180,7 @@ class TrainingRun:
         most, survival = self.config.train.max_rewinds, self.survival
         if not most or not survival.spikes.see(step.step, step.loss):
             return False
-        self.saver.finish()
+        self._finish_saving(progress)
         if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
             progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
             return False
@@ -217,6 +218,8 @@ class TrainingRun:
         asked |= {"val_loss_at_eval_context": self.config.train.eval_context is not None}
         asked |= dict.fromkeys(("binds", "binds_share"), self.watcher is not None)
         scores: dict[str, float | str | None] = {name: None for name, wanted in asked.items() if wanted}
+        if step.spread is not None:
+            scores |= {"spread": step.spread, "busiest": float(max(range(len(step.work)), key=step.work.__getitem__))}
         if change is not None:
             scores |= {"binds": change.binds, "binds_share": change.share}
         self.history.add(StepRecord.of(step, peak_memory(self.trainer.device), scores))
@@ -260,6 +263,13 @@ class TrainingRun:
         """Save a checkpoint on the way. A failure is only reported: nothing is lost yet."""
         try:
             self._save(background=self.config.train.save_in_background)
+        except NotSavedError as error:
+            progress.say(f"{error}; training continues")
+
+    def _finish_saving(self, progress: TrainingProgress) -> None:
+        """Wait for a save in the background. A failure is only reported, as that of any save on the way."""
+        try:
+            self.saver.finish()
         except NotSavedError as error:
             progress.say(f"{error}; training continues")
 

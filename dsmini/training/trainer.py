@@ -49,6 +49,13 @@ class StepResult:
     """[MoE layers, experts]: number of tokens each expert received; None for a dense model."""
     skipped: bool
     """The gradient or a loss was not finite, so nothing was changed."""
+    work: tuple[float, ...] = ()
+    """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process."""
+
+    @property
+    def spread(self) -> float | None:
+        """(most work - least work) / mean work of the processes; None for a single one."""
+        return (max(self.work) - min(self.work)) * len(self.work) / sum(self.work) if sum(self.work) else None
 
     @property
     def max_vio(self) -> float | None:
@@ -79,6 +86,8 @@ class Trainer:
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
         self.passes = self.ranks.passes(model, config.train.compile)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
+        self.work: tuple[float, ...] = ()
+        """As in StepResult, of the last forward and backward."""
         self.steps_done = 0
         self.sequences = 0
         """Place in the corpus's stream of sequences where the data continues."""
@@ -195,6 +204,7 @@ class Trainer:
             data_wait=waited / seconds,
             counts=None if counts is None else counts.cpu(),
             skipped=not finite,
+            work=self.work,
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
@@ -225,8 +235,13 @@ class Trainer:
                 "recompute": train.recompute,
             },
         )
+        start = time.thread_time()
         sums, counts = self.passes.train(batch, self.device)
-        self.ranks.sum_parts(sums, *([] if counts is None else [counts]))
+        place = self.ranks.place
+        work = torch.zeros(place.parts if place.parts > 1 else 0, dtype=torch.float64)
+        work[place.part : place.part + 1] = time.thread_time() - start
+        self.ranks.sum_parts(sums, work, *([] if counts is None else [counts]))
+        self.work = tuple(work.tolist())
         return sums, counts, waited
 
     def _documents(self, tokens: Tensor) -> Tensor | None:

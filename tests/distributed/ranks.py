@@ -5,11 +5,15 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +24,11 @@ from dsmini.distributed.world import joined
 SECONDS = 60.0
 """Time limit of a group of processes."""
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["tests.distributed.ranks", "dsmini.training.run"])  # torch is imported once
+PRELOADED = [
+    *("tests.distributed.ranks", "tests.distributed.faulty", "dsmini.train", "dsmini.training.start"),
+    *("dsmini.distributed.watchdog", "dsmini.distributed.checkpoint", "dsmini_kernels.cpu", "torch._dynamo"),
+]
+START.set_forkserver_preload(PRELOADED)  # torch and what else takes long is imported once
 
 
 class RankError(AssertionError):
@@ -34,17 +42,91 @@ def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = SEC
         work: a function of a module, since the processes import it.
         timeout: seconds of a collective.
     """
-    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
+    with _started(n, work, args, timeout, new_store(), 0) as (_, receivers):
+        return _results(receivers, time.monotonic() + seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of one rank."""
+
+    status: int | None
+    """Exit status, or minus the number of the signal; None for one that was stopped, or did not end in time."""
+    value: Any
+    """The result of a rank that returned."""
+    failure: str
+    """The trace of a rank that raised; empty for one that returned, or ended without a word."""
+
+
+def outcomes(
+    n: int,
+    work: Callable[..., Any],
+    *args: Any,
+    seconds: float = SECONDS,
+    timeout: float = 20.0,
+    store: Any = None,
+    attempt: int = 0,
+) -> list[Outcome]:
+    """Return how work(world, *args) ended on n ranks, which may die. Ranks that SIGSTOP stopped are not waited for.
+
+    Args:
+        store: that of an earlier attempt, as a launcher keeps it; None: a new one.
+        attempt: number of restarts so far.
+    """
+    until = time.monotonic() + seconds
+    answers: dict[int, tuple[bool, Any]] = {}
+    with _started(n, work, args, timeout, store or new_store(), attempt) as (processes, receivers):
+        unread = dict(zip(receivers, range(n), strict=True))
+        living = {process.sentinel: process for process in processes}
+        while living and time.monotonic() < until and not all(_is_stopped(one.pid) for one in living.values()):
+            for ready in wait([*unread, *living], 0.2):
+                if isinstance(ready, Connection):
+                    answers |= _answer(ready, unread.pop(ready))
+                else:
+                    living.pop(ready).join()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for receiver, rank in unread.items():
+            if receiver.poll():
+                answers |= _answer(receiver, rank)
+        statuses = [None if process.sentinel in living else process.exitcode for process in processes]
+    ends = [(status, *answers.get(rank, (False, ""))) for rank, status in enumerate(statuses)]
+    return [Outcome(status=s, value=v if good else None, failure="" if good else v) for s, good, v in ends]
+
+
+def _answer(receiver: Connection, rank: int) -> dict[int, tuple[bool, Any]]:
+    try:
+        return {rank: pickle.loads(receiver.recv_bytes())}
+    except EOFError:
+        return {}
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Return whether SIGSTOP has stopped a process, as far as the system tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
+
+
+def new_store() -> Any:
+    """Return a store that listens on the loopback interface, as a launcher has it."""
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+
+
+@contextmanager
+def _started(
+    n: int, work: Callable[..., Any], args: tuple[Any, ...], timeout: float, store: Any, attempt: int
+) -> Iterator[tuple[list[Any], list[Connection]]]:
+    """Start the ranks; yield them and the ends of the pipes that their results come from. Kill them at the end."""
     pairs = [START.Pipe(duplex=False) for _ in range(n)]
     processes = [
-        START.Process(target=_rank, args=(rank, n, store.port, timeout, sender, work, args), daemon=True)
+        START.Process(target=_rank, args=(rank, n, store.port, timeout, attempt, sender, work, args), daemon=True)
         for rank, (_, sender) in enumerate(pairs)
     ]
     try:
         for process, (_, sender) in zip(processes, pairs, strict=True):
             process.start()
             sender.close()
-        return _results([receiver for receiver, _ in pairs], time.monotonic() + seconds)
+        yield processes, [receiver for receiver, _ in pairs]
     finally:
         for process in processes:
             if process.pid is not None:
@@ -72,7 +154,14 @@ def _results(receivers: list[Connection], until: float) -> list[Any]:
 
 
 def _rank(
-    rank: int, n: int, port: int, timeout: float, sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    n: int,
+    port: int,
+    timeout: float,
+    attempt: int,
+    sender: Connection,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     """Be one rank: join the others, work, and send the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,15 +169,33 @@ def _rank(
     os.environ |= {
         **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{"GLOO_SOCKET_IFNAME": "lo"},
+        **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
     }
     try:
+        if work is command:
+            command(*args)
         with joined(timeout) as world:
             result = (True, work(world, *args))
     except BaseException:
         result = (False, traceback.format_exc())
     sender.send_bytes(pickle.dumps(result))  # whole: `send` would share the memory of tensors, which ends with this
     sender.close()
+    if not result[0]:
+        sys.exit(1)
+
+
+def command(*args: str) -> None:
+    """Be python -m dsmini.train with these arguments, as a launcher starts it on each rank. For `outcomes`."""
+    from dsmini.console.command import run
+    from dsmini.train import main
+
+    sys.argv = ["dsmini.train", *args]
+    try:
+        run(main)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def free_port() -> int:

@@ -1,0 +1,201 @@
+"""Storage that fails, and checkpoints that are damaged: said with the ranks, and never loaded into a live run."""
+
+import io
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from dsmini.distributed.chaos import Fault
+from dsmini.distributed.world import World
+from dsmini.machine import random_state
+from dsmini.training.saving import NotSavedError
+from tests.distributed.faulty import STEPS, differences, fault, faulty, prepared, until_end
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import new_run
+
+EP: dict[str, Any] = {"ep": 2}
+THREE: dict[str, Any] = {"dp": 3}
+
+
+def told(world: World, folder: Path, faults: list[Fault], changes: Any = None) -> tuple[str, str]:
+    """Train; return what the run says on its way, and the error of its last save."""
+    training = prepared(world, folder, THREE, faults, **(changes or {}))
+    said, error = io.StringIO(), ""
+    training.console = Console(file=said, width=1000)
+    try:
+        training.train()
+    except NotSavedError as failure:
+        error = str(failure)
+    return said.getvalue(), error
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of three ranks without faults."""
+    folder = tmp_path_factory.mktemp("three")
+    run_ranks(3, faulty, folder, THREE, ())
+    return folder
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["in the way", "in the background"])
+def test_storage_error_names_its_ranks_and_the_run_continues(background: bool, tmp_path: Path, three: Path) -> None:
+    faults = [
+        fault("io_error", 1, 2, "save:writing"),
+        *(fault("full_disk", rank, 4, "save:staged") for rank in (1, 2)),
+        fault("full_disk", 0, 6, "save:before_rename"),
+    ]
+    changes = {"save_in_background": background}
+    (said, error), *others = run_ranks(3, told, tmp_path / "run", faults, changes)
+    assert error == "" and all(other[1] == "" for other in others)
+    assert "step 2: rank 1: Input/output error; no earlier one is there" in said
+    assert "step 4: ranks 1, 2: No space left on device" in said
+    assert "step 6: No space left on device" in said  # rank 0 alone finishes a save
+    assert not list((tmp_path / "run").rglob(".*partial*"))
+    assert differences(tmp_path / "run", three) == []
+
+
+def test_failed_last_save_raises_on_all_ranks(tmp_path: Path, three: Path) -> None:
+    faults = [fault("full_disk", 2, STEPS, "save:written")]
+    results = run_ranks(3, told, tmp_path / "run", faults)
+    assert all(f"step {STEPS}: rank 2: No space left on device; step 6 is still there" in error for _, error in results)
+    until_end(3, tmp_path / "run", THREE, faults)
+    assert differences(tmp_path / "run", three) == []
+
+
+# --- a save in the background
+
+
+def background(world: World, folder: Path) -> list[str]:
+    """Train with slow saves in the background; return the phases of saves and steps of this rank, in their order."""
+    training = prepared(world, folder, EP, (), save_in_background=True)
+    told: list[str] = []
+    real, at = training.trainer.step, training.saver.at
+
+    def slow(phase: str) -> None:
+        told.append(phase)
+        if phase == "save:writing":
+            writing = len(told)
+            while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
+                pass
+        at(phase)
+
+    def step() -> Any:
+        result = real()
+        told.append("step")
+        return result
+
+    training.saver.at, training.trainer.step = slow, step
+    training.train()
+    return told
+
+
+def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
+    run_ranks(2, faulty, tmp_path / "whole", EP, ())
+    told = run_ranks(2, background, tmp_path / "run")[0]
+    for step in (4, 6, 8):
+        assert differences(tmp_path / "run", tmp_path / "whole", step) == []
+    for first, second in pairwise(told):
+        assert first != "save:writing" or second in ("step", "save:written")
+    assert "step" in [second for first, second in pairwise(told) if first == "save:writing"]
+    phases = [phase for phase in told if phase.startswith("save:")]
+    assert phases == phases[: len(phases) // 4] * 4  # one save after the other
+
+
+# --- damage
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def swap(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "x")
+    (folder / "average.safetensors").rename(folder / "model.safetensors")
+    (folder / "x").rename(folder / "average.safetensors")
+
+
+def change_the_step(folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 8', '"step": 7'))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    **{"bit": flip_a_bit, "truncated": truncate, "swapped": swap, "step": change_the_step},
+    "deleted": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+}
+
+
+def look(world: World, whole: Path, place: Path) -> dict[str, tuple[int, bool, list[str]]]:
+    """For each damage of the newest checkpoint: return the step that is read, whether nothing changed, what is said."""
+    training = new_run(world, place / "live", EP)
+    training.trainer.step()
+    found = {}
+    for name, damage in DAMAGE.items():
+        folder = place / name
+
+        def damaged(folder: Path = folder, damage: Callable[[Path], None] = damage) -> None:
+            shutil.copytree(whole, folder)
+            damage(folder / "checkpoints" / f"step-{STEPS:06d}")
+
+        world.first(damaged)
+        said: list[str] = []
+        before = live(training)
+        training.folder = folder
+        checkpoint = training.newest_checkpoint(said.append)
+        found[name] = (checkpoint.state.step, equal(before, live(training)), said)
+    world.first(lambda: [flip_a_bit(path) for path in (place / "bit" / "checkpoints").iterdir()] and None)
+    training.folder = place / "bit"
+    before, error = live(training), ""
+    world.first(lambda: flip_a_bit(place / "bit" / "checkpoints" / f"step-{STEPS:06d}"))  # it was flipped back
+    try:
+        training.newest_checkpoint(lambda sentence: None)
+    except ValueError as failure:
+        error = str(failure)
+    return found | {"all": (0, equal(before, live(training)), [error])}
+
+
+def live(training: Any) -> dict[str, Any]:
+    parts = training.trainer.tensors() | {"rng": random_state(training.trainer.device)}
+    tensors = {f"{part}/{name}": t.detach().clone() for part, of in parts.items() for name, t in of.items()}
+    return tensors | {"steps": torch.tensor(training.trainer.steps_done)}
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, bool, list[str]]]]:
+    place = tmp_path_factory.mktemp("damage")
+    run_ranks(2, faulty, place / "whole", EP, ())
+    return run_ranks(2, look, place / "whole", place)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoint_is_refused_before_anything_changes(name: str, looks: Any) -> None:
+    for of_rank in looks:
+        step, unchanged, said = of_rank[name]
+        assert step == 6 and unchanged
+        assert len(said) == 1 and f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0]
+
+
+def test_all_checkpoints_damaged_raises_on_all_ranks(looks: Any) -> None:
+    for of_rank in looks:
+        _, unchanged, (error,) = of_rank["all"]
+        assert unchanged and error.count("cannot read") == 3 and "no other checkpoint" in error

@@ -1,0 +1,241 @@
+"""Mistakes that make several processes silently wrong: each is put in, and the comparison must see it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed import data_parallel
+from dsmini.distributed.mesh import Mesh
+from dsmini.distributed.pieces import HeldRows, joined_pieces
+from dsmini.distributed.world import Joined, World
+from dsmini.functional.cross_entropy import IGNORE
+from tests.distributed.faulty import prepared, statuses
+from tests.distributed.ranks import new_store, outcomes, run_ranks
+from tests.distributed.training import new_trainer, whole_tensors
+from tests.helpers.tolerances import FP32_MODEL
+
+Seen = dict[str, Any]
+
+
+def one_step(world: World, parallel: dict[str, Any], train: dict[str, Any], ignore: bool) -> Seen:
+    """Take a step whose gradients are clipped; return what it computed, and all tensors, whole."""
+    trainer = new_trainer(ParallelConfig(**parallel), {}, {"grad_clip": 0.1} | train, world)
+    real = trainer._batch
+
+    def batch(rows: int) -> tuple[Tensor, Tensor]:
+        tokens, targets = real(rows)
+        first = trainer.ranks.place.part * len(targets)
+        targets = targets.clone()
+        targets[[row for row in range(len(targets)) if first + row < 4]] = IGNORE  # half of the step's rows
+        targets[:, 0] = 7
+        return tokens, targets
+
+    if ignore:
+        trainer._batch = batch
+    gradients: dict[str, Tensor] = {}
+    clip = trainer.ranks.clip
+
+    def clipped(parameters: Any, most: float) -> Tensor:
+        parameters = list(parameters)
+        norm = clip(parameters, most)
+        named = dict(trainer.model.named_parameters())
+        gradients.update({n: trainer.ranks.local(p.grad).clone() for n, p in named.items() if p.grad is not None})
+        return norm
+
+    trainer.ranks.clip = clipped
+    result = trainer.step()
+    named = dict(trainer.model.named_parameters())
+    mine = {n: (trainer.ranks.piece(named[n]), g) for n, g in gradients.items()}
+    everyone = world.gather(mine)
+    whole = {n: joined_pieces([of[n] for of in everyone]) for n in gradients}
+    return {
+        "losses": torch.tensor([result.loss, result.mtp_loss, result.balance_loss]),
+        "norm": torch.tensor(result.grad_norm),
+        "counts": result.counts,
+        "gradients": whole,
+        "bias": torch.stack([gate.bias for gate in trainer.model.gates()]),
+        "shapes": {n: tuple(t.shape) for n, t in whole_tensors(world, trainer).items()},
+    }
+
+
+def wrong(got: Seen, want: Seen) -> list[str]:
+    """Return what differs by more than the order of sums allows."""
+    found = [n for n in ("counts", "bias") if not torch.equal(got[n], want[n])]
+    found += ["shapes"] if got["shapes"] != want["shapes"] else []
+    pairs = {n: (got[n], want[n]) for n in ("losses", "norm")}
+    pairs |= {n: (got["gradients"][n], w) for n, w in want["gradients"].items()}
+    for name, (g, w) in pairs.items():
+        if g.shape != w.shape or (g - w).abs().max() > FP32_MODEL * w.abs().max().clamp(min=1e-6):
+            found.append(name)
+    return found
+
+
+# --- the mistakes
+
+
+def experts_summed_over_ep() -> Any:
+    real = Mesh.sum_gradients
+
+    def sum_gradients(self: Mesh, parameters: Any) -> None:
+        real(self, parameters)
+        for p in self.own_experts:  # as a second sum over ep would, of equal tokens
+            if p.grad is not None:
+                p.grad.mul_(self.config.ep)
+
+    return mock.patch.object(Mesh, "sum_gradients", sum_gradients)
+
+
+def experts_divided_by_fsdp() -> Any:
+    real = data_parallel.shard
+
+    def shard(model: Any, *args: Any) -> None:
+        real(model, *args)
+        for module in data_parallel.sharded_modules(model):
+            if type(module).__name__.endswith("Experts"):
+                module.set_gradient_divide_factor(2.0)
+
+    return mock.patch.object(data_parallel, "shard", shard)
+
+
+def copies_in_the_norm() -> Any:
+    def gradient_norm(self: Mesh, parameters: Any) -> Tensor:
+        squared = sum(self.local(p.grad).square().sum() for p in parameters if p.grad is not None)
+        assert isinstance(squared, Tensor)
+        dist.all_reduce(squared, group=self.ep)  # what all ep ranks hold alike counts ep times
+        return squared.sqrt()
+
+    return mock.patch.object(Mesh, "gradient_norm", gradient_norm)
+
+
+def not_summed(dims: int) -> Any:
+    """Leave integers of so many dimensions out of the sums: 0 is the number of targets, 2 the loads of experts."""
+    real = Mesh.sum_parts
+
+    def sum_parts(self: Mesh, *tensors: Tensor) -> None:
+        real(self, *(t for t in tensors if t.is_floating_point() or t.dim() != dims))
+        if dims == 0:  # as if the loss were the mean of the ranks' means
+            for t in tensors:
+                if not t.is_floating_point() and t.dim() == 0:
+                    t.mul_(self.place.parts)
+
+    return mock.patch.object(Mesh, "sum_parts", sum_parts)
+
+
+def bf16_gates() -> Any:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    return mock.patch.object(data_parallel, "fully_shard", partial(fully_shard, mp_policy=policy))
+
+
+def experts_renumbered() -> Any:
+    def piece(self: Mesh, parameter: Tensor) -> HeldRows:
+        here = self.local(parameter)
+        first, _ = data_parallel.first_row(parameter)
+        return HeldRows(shape=tuple(parameter.shape), first=first, rows=here.shape[0] if here.dim() else 1)
+
+    return mock.patch.object(Mesh, "piece", piece)
+
+
+EP, EP_DP, EP_ZERO, ZERO = {"ep": 2, "dp": 1}, {"ep": 2}, {"ep": 2, "zero": 3}, {"zero": 3}
+TRAPS: dict[str, tuple[int, dict[str, Any], dict[str, Any], bool, Callable[[], Any], str]] = {
+    "experts scaled twice": (2, EP, {}, False, experts_summed_over_ep, "experts"),
+    "experts scaled twice by FSDP2": (4, EP_ZERO, {}, False, experts_divided_by_fsdp, "experts"),
+    "copies in the norm": (2, EP, {}, False, copies_in_the_norm, "norm"),
+    "counts not summed": (4, EP_DP, {}, False, partial(not_summed, 2), "bias"),
+    "local number of targets": (2, EP, {}, True, partial(not_summed, 0), "losses"),
+    "gates in BF16": (2, ZERO, {}, False, bf16_gates, "gate"),
+    "experts renumbered": (2, EP, {}, False, experts_renumbered, "shapes"),
+}
+
+
+def steps_with_and_without(world: World, names: list[str]) -> dict[str, tuple[Seen, Seen]]:
+    results = {}
+    for name in names:
+        _, parallel, train, ignore, bug, _ = TRAPS[name]
+        good = one_step(world, parallel, train, ignore)
+        with bug():
+            results[name] = good, one_step(world, parallel, train, ignore)
+    return results
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, tuple[Seen, Seen]]:
+    found: dict[str, tuple[Seen, Seen]] = {}
+    for n in (2, 4):
+        found |= run_ranks(n, steps_with_and_without, [name for name, trap in TRAPS.items() if trap[0] == n])[0]
+    return found
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_trap_is_avoided_and_its_bug_is_seen(name: str, steps: dict[str, tuple[Seen, Seen]]) -> None:
+    _, _, train, ignore, _, sees = TRAPS[name]
+    want = one_step(World(), {}, train, ignore)
+    good, bad = steps[name]
+    assert wrong(good, want) == []
+    assert any(sees in one for one in wrong(bad, want)), wrong(bad, want)
+
+
+# --- mistakes that end in a hang or an error
+
+
+def saving_behind(world: World, folder: Path, bug: bool) -> bool:
+    """Train with saves in the background, in which rank 1 is late."""
+    if bug:
+        Joined.fork = lambda self: self
+    training = prepared(world, folder, {"ep": 2}, (), save_in_background=True)
+    training.saver.at = lambda phase: time.sleep(0.2 * world.rank)
+    return training.train()
+
+
+def test_save_in_the_background_has_a_group_of_its_own(tmp_path: Path) -> None:
+    assert run_ranks(2, saving_behind, tmp_path / "good", False) == [True, True]
+    ends = outcomes(2, saving_behind, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    assert [end.value for end in ends] != [True, True]
+
+
+def stopping(world: World, folder: Path, bug: bool) -> bool:
+    """Train; a signal comes to rank 1 in step 3."""
+    if bug:
+        Joined.any = lambda self, flag: flag
+    training = prepared(world, folder, {"ep": 2}, (), save_every=100)
+    real = training.trainer.step
+
+    def step() -> Any:
+        if world.rank == 1 and training.trainer.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real()
+
+    training.trainer.step = step
+    return training.train()
+
+
+def test_stop_flag_of_one_rank_stops_all(tmp_path: Path) -> None:
+    assert run_ranks(2, stopping, tmp_path / "good", False) == [False, False]
+    ends = outcomes(2, stopping, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    assert statuses(ends) != [0, 0]
+
+
+def test_restart_on_the_same_store_needs_a_prefix(tmp_path: Path) -> None:
+    store = new_store()
+    for attempt in (0, 1):
+        ends = outcomes(2, world_sum, store=store, attempt=attempt, timeout=5.0)
+        assert [end.value for end in ends] == [2, 2]
+    ends = outcomes(2, world_sum, store=store, attempt=1, timeout=2.0, seconds=15.0)  # as without a prefix of its own
+    assert [end.value for end in ends] != [2, 2]
+
+
+def world_sum(world: World) -> int:
+    one = torch.ones((), dtype=torch.int64)
+    dist.all_reduce(one)
+    return int(one)
