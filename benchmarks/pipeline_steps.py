@@ -41,11 +41,11 @@ class Size:
     """Sizes of the steps."""
 
     model: ModelConfig = MODEL
-    sequences: int = 4
+    sequences: int = 2
     """Sequences of a micro-batch."""
     tokens: int = 256
     """Tokens of a sequence."""
-    warm: int = 3
+    warm: int = 2
     """Steps before those that are recorded."""
     steps: int = 5
 

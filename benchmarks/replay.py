@@ -29,6 +29,11 @@ def medians(rows: Sequence[Row]) -> dict[str, float]:
     return _medians(rows, lambda row: row[1])
 
 
+def medians_by_stage(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """Return the median seconds of each kind of action on each stage."""
+    return _medians(rows, lambda row: row[1:3])
+
+
 def _medians(rows: Sequence[Row], key: Callable[[Row], object]) -> dict:
     groups: dict[object, list[float]] = {}
     for row in rows:
@@ -112,7 +117,7 @@ def causes(programs: Programs, rows: Sequence[Row], every: Sequence[Row], simula
         rows: one recorded step.
         every: all recorded steps, of which the medians are.
     """
-    by_kind, by_stage = medians(every), _medians(every, lambda row: row[1:3])
+    by_kind, by_stage = medians(every), medians_by_stage(every)
     took = {row[1:4]: row[5] - row[4] for row in rows}
     late = lags(programs, rows)
     own = {name: 0.0 if message else seconds for name, (seconds, message) in late.items()}

@@ -4,6 +4,7 @@ Two processes of one thread each, on the CPU and in FP32, train a small model of
 schedule, with eight micro-batches a step. They send by gloo on the loopback interface. The simulation takes the median
 seconds of forwards and backwards from the record, and sends in no time. The formulas are those of table 2 of the
 DeepSeek-V3 report, with the same seconds. A bubble is the share of the time in which a rank computes nothing.
+The first stage's backward of the input computes nothing, because tokens have no gradient. That of its weights is all.
 """
 
 import os
@@ -18,13 +19,14 @@ from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
 from benchmarks.pipeline_steps import PARTS, RANKS, Size, Step
 from dsmini.config.parallel import CHUNKS
 from dsmini.distributed.pictures import make_folder
+from dsmini.distributed.pipeline import Row
 from dsmini.distributed.programs import Programs, programs
 from dsmini.distributed.schedules import bubble_formula, simulate
 from dsmini.distributed.timelines import Timeline, draw
 from dsmini.report.charts import over_labels
 
 NAME = "pipeline"
-FULL, QUICK = Size(), Size(sequences=2, tokens=128, warm=2)
+FULL, QUICK = Size(), Size(sequences=1, tokens=128, warm=1)
 KINDS = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
 PREDICTIONS = ("simulation", "formula")
 
@@ -91,8 +93,19 @@ def _figures(name: str, program: Programs, steps: Sequence[Step], simulated: Tim
     found = [replay.causes(program, step.rows, every, simulated) for step in steps]
     for cause in replay.CAUSES:
         part = [of[cause] / total for of, total in zip(found, totals, strict=True)]
-        note = "share of the pipeline's time that the cause adds to the simulated bubble"
+        note = f"share of the time that it adds to the simulated bubble; {_stages(every)}" if "stages" in cause else ""
         yield figure("gap", {**case, "cause": cause}, part, note=note)
+
+
+def _stages(every: Sequence[Row]) -> str:
+    """Return the median milliseconds of each kind of action, stage by stage."""
+    times = replay.medians_by_stage(every)
+    kinds = [kind for kind in KINDS if (kind, 0) in times]
+    stages = range(1 + max(stage for _, stage in times))
+    told = [
+        f"{kind} {', '.join(f'{times[kind, s] * 1e3:.1f}' for s in stages if (kind, s) in times)}" for kind in kinds
+    ]
+    return f"ms by stage: {'; '.join(told)}"
 
 
 def finding(figures: list[Figure]) -> str:
