@@ -121,6 +121,10 @@ def finding(figures: list[Figure]) -> str:
     if sizes:
         largest = max(sizes, key=lambda cause: abs(sizes[cause]))
         told.append(f"most of what the simulation leaves out is: {largest}, {sizes[largest]:+.0%} on average")
+    halves = [f.measured or 0.0 for k in "IW" for f in pick(figures, "action_seconds", schedule="zbv", action=KINDS[k])]
+    whole = pick(figures, "action_seconds", schedule="interleaved1f1b", action=KINDS["B"])  # of as many stages
+    if len(halves) == 2 and whole and whole[0].measured:
+        told.append(f"a backward in two halves takes {sum(halves) / whole[0].measured:.3g} times one in one piece")
     seconds = {str(f.case["schedule"]): f.measured for f in pick(figures, "step_seconds") if f.measured}
     if seconds:
         fastest = min(seconds, key=lambda name: seconds[name])

@@ -100,6 +100,7 @@ def test_first_figures_are_bubbles_with_both_predictions(tmp_path: Path, monkeyp
     # (PP - 1)(F + B) of eight micro-batches of F + B: a ninth, and the simulation agrees
     assert first == pytest.approx({"simulation": 1 / 9, "formula": 1 / 9})
     assert "1f1b" in pipeline.finding(found) and "simulation 11%" in pipeline.finding(found)
+    assert "a backward in two halves takes 1.07 times one in one piece" in pipeline.finding(found)
     assert {path.name for path in (tmp_path / "pipeline").iterdir()} == {f"{name}.png" for name in CHUNKS}
 
 
@@ -123,7 +124,9 @@ def test_two_processes_record_every_action_of_the_programs() -> None:
                 mine = [row for row in step.rows if row[0] == rank]
                 assert [row[1:4] for row in mine] == [replay.key(a) for a in actions]
             assert Timeline.measured(step.rows).total < step.seconds
-            assert min(seconds for seconds, _ in replay.lags(program, step.rows).values()) > 0
+            assert (
+                min(seconds for seconds, _ in replay.lags(program, step.rows).values()) >= 0
+            )  # the first action has none
 
 
 def test_a_process_that_fails_is_an_error_with_its_words() -> None:
