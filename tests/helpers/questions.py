@@ -74,12 +74,12 @@ def setting(**given: object) -> Setting:
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
 
 
-def invented_steps(name: str, steps: int = 3) -> list[Step]:
-    """Return steps of a schedule on two ranks, whose actions and pauses have unequal lengths."""
+def invented_steps(name: str, steps: int = 3, ranks: int = RANKS) -> list[Step]:
+    """Return steps of a schedule, whose actions and pauses have unequal lengths."""
     found: list[Step] = []
     for n in range(steps):
         rows = replay.replay(
-            programs(name, RANKS, PARTS),
+            programs(name, ranks, PARTS),
             lambda a, n=n: {"F": 1.0, "I": 1.0, "W": 0.5, "B": 1.4}[a.kind] + 0.1 * a.stage + 0.01 * (a.microbatch + n),
             lambda a, n=n: 0.05 + 0.01 * ((7 * a.microbatch + 3 * a.stage + n) % 5),
         )
