@@ -37,6 +37,8 @@ class Setting:
     """File that --text names, for the questions that read one."""
     peer_pythons: tuple[Path, ...] = ()
     """Pythons that --peer-python names, which may have other implementations."""
+    out: Path = Path("results")
+    """Folder of --out, for files that a question writes besides its figures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def _setting(options: argparse.Namespace, device: torch.device, measure: Measure
     with Progress(console, 1.0, label, line_every=1, refresh_per_second=1) as bar:
         roofs = measure(device, on_part=bar.update, fresh=options.fresh)
     dtype = _pick_dtype(options.dtype, device, roofs)
-    more = {"text": options.text, "peer_pythons": tuple(options.peer_python)}
+    more = {"text": options.text, "peer_pythons": tuple(options.peer_python), "out": options.out}
     return Setting(quick=options.quick, device=device, dtype=dtype, roofs=roofs, **more)
 
 

@@ -275,7 +275,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 4650,
+    "benchmarks": 5050,
     "dsmini/accounting": 1300,
     "dsmini/functional": 1700,
     "dsmini/inference": 1440,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import faults, kernel_calls, shapes, steps, trained
+from benchmarks import faults, kernel_calls, pipeline_steps, shapes, steps, trained
 from benchmarks.case import Figure, Setting, pick
 from benchmarks.faults import Fault
 from benchmarks.peer_models import nanogpt
@@ -26,18 +26,20 @@ from benchmarks.questions import (
     moe_or_dense,
     mtp,
     peers,
+    pipeline,
     plan,
     quantize,
     questions_here,
     shakespeare,
 )
 from dsmini import RunConfig, TrainConfig, Transformer, accounting, ops
+from dsmini.config.parallel import CHUNKS
 from dsmini.measure import timing as measuring
 from dsmini.measure.rates import why_unusable
 from dsmini.report.terminal import show_question
 from tests.conftest import randomise
 from tests.helpers.commands import TINY as TINY_RUN
-from tests.helpers.questions import TINY, invented_rates, setting
+from tests.helpers.questions import TINY, invented_rates, invented_steps, setting
 from tests.helpers.tolerances import relative_error
 
 SUMMARY = ("val_loss", "val_loss_at_eval_context", "tokens", "tokens_per_s", "active_parameters")
@@ -69,6 +71,7 @@ METRICS = {
     "diagnose": {"right", "gain"},
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
+    "pipeline": {"bubble", "pipeline_seconds", "step_seconds", "action_seconds", "gap"},
 }
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
@@ -83,6 +86,7 @@ PREDICTED = {
     "kernels": {"seconds"},
     "diagnose": {"gain"},
     "plan": {"seconds", "tensor_memory", "process_memory"},
+    "pipeline": {"bubble", "pipeline_seconds"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
 PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1, "diagnose": 1}
@@ -120,6 +124,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     changes += [(plan.step_rates, "rates_beyond", lambda *_: invented_rates())]
     changes += [(plan, "peak_of_process", lambda shape: 400 << 20)]
     changes += [(shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0}))]
+    changes += [(pipeline, "why_not", lambda: ""), (pipeline, "draw", lambda lines, path: None)]
+    changes += [(pipeline, "make_folder", lambda path: None)]
+    changes += [(pipeline_steps, "record", lambda size: {name: invented_steps(name) for name in CHUNKS})]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
     changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]
     with pytest.MonkeyPatch.context() as patch:

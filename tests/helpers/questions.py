@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import replay
 from benchmarks.case import Setting
+from benchmarks.pipeline_steps import PARTS, RANKS, Step
 from dsmini import ModelConfig
+from dsmini.distributed.programs import programs
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
 from dsmini.measure.step_rates import OTHERS, SHAPES, Rates, StepRates
@@ -69,3 +72,16 @@ def setting(**given: object) -> Setting:
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-6, 0.1)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e11))
     roofs = made_up_roofs(point, product, **({"cache_bytes": 32 << 20} | given))  # pyright: ignore[reportArgumentType]
     return Setting(quick=True, device=torch.device("cpu"), dtype=torch.bfloat16, roofs=roofs, text=Path("book.txt"))
+
+
+def invented_steps(name: str, steps: int = 3, ranks: int = RANKS) -> list[Step]:
+    """Return steps of a schedule, whose actions and pauses have unequal lengths."""
+    found: list[Step] = []
+    for n in range(steps):
+        rows = replay.replay(
+            programs(name, ranks, PARTS),
+            lambda a, n=n: {"F": 1.0, "I": 1.0, "W": 0.5, "B": 1.4}[a.kind] + 0.1 * a.stage + 0.01 * (a.microbatch + n),
+            lambda a, n=n: 0.05 + 0.01 * ((7 * a.microbatch + 3 * a.stage + n) % 5),
+        )
+        found.append(Step(1.1 * max(row[5] for row in rows), [(*row[:4], row[4] + 9.0, row[5] + 9.0) for row in rows]))
+    return found
