@@ -200,8 +200,8 @@ def _end_after(error: BaseException, rank: int) -> None:
     told = TOLD in getattr(error, "__notes__", ())
     if told:
         return
-    if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST):
-        reason = (str(error).splitlines() or [""])[0]
+    reason = next((part for part in LOST if part in str(error)), None) if isinstance(error, RuntimeError) else None
+    if reason is not None:
         print(
             f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume",
             file=sys.stderr,

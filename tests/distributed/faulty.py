@@ -15,8 +15,8 @@ from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from tests.distributed.ranks import Outcome, outcomes
 from tests.distributed.runs import new_run, saved
+from tests.helpers.runs import TIMING
 
-TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 KILLED = -9
 STEPS = 8
 

@@ -11,6 +11,7 @@ from dsmini.distributed.world import World
 from dsmini.training.record import read_records
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import RECIPE, run, saved
+from tests.helpers.runs import TIMING
 from tests.helpers.tolerances import FP32_MODEL
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
@@ -20,7 +21,6 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"ep": 2, "zero": 3}),
     (4, {"dp": 4, "zero": 1}),
 ]
-TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
 
 
 def go(n: int, folder: Path, parallel: dict[str, Any], until: int = 8, **changes: Any) -> None:

@@ -45,7 +45,7 @@ RICH: dict[str, Any] = {
     "batch_ramp": 0.5,
     "nan_at": (2,),
 }
-TIMING = {"seconds", "tokens_per_s", "data_wait", "memory"}
+TIMING = {"seconds", "tokens_per_s", "data_wait", "memory", "spread", "busiest"}
 
 
 class Killed(BaseException):
