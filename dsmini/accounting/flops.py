@@ -156,7 +156,7 @@ def is_absorbed(c: ModelConfig, form: Form) -> bool:
     """
     if form not in ("auto", "expanded", "absorbed"):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
-    able = c.attention == "mla" and not c.qk_norm
+    able = c.is_mla and not c.qk_norm
     if form == "absorbed" and not able:
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
     return able and form != "expanded"

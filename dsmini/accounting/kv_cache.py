@@ -66,7 +66,7 @@ def cache_bytes(
 
 def row_width(c: ModelConfig) -> int:
     """Return the numbers that a layer stores of a token."""
-    if c.attention == "mla":
+    if c.is_mla:
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
@@ -77,6 +77,6 @@ def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     if dtype != "fp8":
         return row_width(c) * SIZES[dtype]
-    if c.attention != "mla":
+    if not c.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
     return c.kv_lora_rank + 4 * -(-c.kv_lora_rank // BLOCK) + 2 * c.qk_rope_head_dim

@@ -120,12 +120,12 @@ def block_tensors(c: ModelConfig, layer: int) -> Iterator[TensorUse]:
 
 def key_width(c: ModelConfig) -> int:
     """Return the width of a head's query and key, of MLA in its expanded form."""
-    return c.qk_head_dim if c.attention == "mla" else c.qk_nope_head_dim
+    return c.qk_head_dim if c.is_mla else c.qk_nope_head_dim
 
 
 def _attention(c: ModelConfig) -> Iterator[TensorUse]:
     m, h, d, v = c.dim, c.n_heads, key_width(c), c.v_head_dim
-    if c.attention == "mla":
+    if c.is_mla:
         if c.q_lora_rank is None:
             yield _attention_matrix("wq", h * d, m)
         else:

@@ -98,7 +98,7 @@ def decode_bytes_per_token(
         # absorbed, every head reads the row as its key, and the latent in it as its value
         key, value = (row_width(config), config.kv_lora_rank) if absorbed else (key_width(config), config.v_head_dim)
         yield ATTENDED, config.n_layers * batch * config.n_heads * (key + value) * size
-        if config.attention == "mla" and not absorbed:
+        if config.is_mla and not absorbed:
             made = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
             yield EXPANDED, config.n_layers * 2 * batch * context * made * size
 

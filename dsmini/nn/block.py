@@ -40,7 +40,7 @@ class Block(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         if attention_class is None:
-            attention_class = MLA if c.attention == "mla" else Attention
+            attention_class = MLA if c.is_mla else Attention
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = attention_class(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)

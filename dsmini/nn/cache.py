@@ -204,7 +204,7 @@ class Cache:
         def store() -> LayerCache:
             if dtype == "fp8":
                 return FP8LatentCache(config, batch_size, max_seq_len, device)
-            kind = LatentCache if config.attention == "mla" else KeyValueCache
+            kind = LatentCache if config.is_mla else KeyValueCache
             return kind(config, batch_size, max_seq_len, dtype, device)
 
         self.stores = [store() for _ in range(config.n_layers)]
@@ -318,9 +318,9 @@ def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheD
         )
     if dtype not in ("fp8", torch.bfloat16, torch.float32, torch.float64, torch.float16):
         raise ValueError(f"a cache of dtype {dtype!r}; want torch.bfloat16, torch.float32 or 'fp8'")
-    if dtype == "fp8" and config.attention != "mla":
+    if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
     if form not in ("auto", "expanded", "absorbed"):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
-    if form == "absorbed" and (config.attention != "mla" or config.qk_norm):
+    if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")

@@ -10,6 +10,8 @@ import pytest
 from dsmini import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DSA: dict[str, Any] = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 8}
+"""Sparse attention whose top-k is shorter than the tests' sequences."""
 FP8_SIZES: dict[str, Any] = {
     "dim": 256,
     "inter_dim": 272,
