@@ -21,7 +21,8 @@ from dsmini.inference.decoding import Decoder
 from dsmini.inference.sampling import likeliest
 from dsmini.measure.workloads import ROOM, random_cache, random_tokens
 from dsmini.nn import Cache, Transformer
-from dsmini.nn.cache import Form, LayerCache
+from dsmini.nn.cache import Form
+from dsmini.nn.layer_cache import LayerCache
 
 TURN = 0.02
 """Least seconds of the steps that are timed together: a single one of a small model is shorter than a clock's noise."""
