@@ -20,6 +20,15 @@ LARGEST_FLOATS = {"norm_eps": 1.0, "init_std": 10.0}
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
+NO_INDEXER = {
+    "index_n_heads": None,
+    "index_head_dim": None,
+    "index_topk": None,
+    "indexer_rope_interleave": False,
+    "indexer_fp8": False,
+}
+"""Fields of a model without an indexer: of every attention but "dsa"."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -191,17 +200,16 @@ class ModelConfig:
             )
 
     def _check_indexer(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
+        values = {name: getattr(self, name) for name in NO_INDEXER}
         if self.attention != "dsa":
-            given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
-            given += [f"{name}=True" for name in ("indexer_rope_interleave", "indexer_fp8") if getattr(self, name)]
+            given = [f"{name}={value}" for name, value in values.items() if value != NO_INDEXER[name]]
             require(
                 not given,
                 f"{' and '.join(given)}: only attention='dsa' has an indexer, got attention='{self.attention}'; "
                 "leave it out, or use attention='dsa'",
             )
             return
-        missing = [name for name, value in sizes.items() if value is None]
+        missing = [name for name, value in values.items() if value is None]
         require(
             not missing, f"attention='dsa' needs {', '.join(missing)}; V3.2 has 64 heads of 128 and a top-k of 2048"
         )
