@@ -49,6 +49,14 @@ class ConvertCommand:
     """Maximum size of a file, such as 5GB or 500MB."""
     average: bool = False
     """Use the EMA of a run's parameters; the run must have one, by --train.ema-decay."""
+    dsa: bool = False
+    """Write DeepSeek-V3 as V3.2: every attention layer gets a fresh indexer, to be trained. Its sizes are below."""
+    index_n_heads: int = 64
+    """Number of heads of a fresh indexer."""
+    index_head_dim: int = 128
+    """Width of a head of a fresh indexer, a power of two."""
+    index_topk: int = 2048
+    """Number of keys that a query attends to with a fresh indexer."""
     json: bool = False
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
@@ -59,8 +67,9 @@ HELP = Help(
         "runs/toy-001 exported",
         "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
+        "runs/toy-001 sparse --dsa --index-n-heads 4 --index-head-dim 32 --index-topk 64",
     ),
-    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "json"),
+    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
 )
 
 
@@ -72,6 +81,7 @@ def main(args: Sequence[str]) -> int:
 
     from dsmini import accounting, ops
     from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
+    from dsmini.checkpoint.fresh_indexer import add_indexers
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
@@ -79,6 +89,9 @@ def main(args: Sequence[str]) -> int:
     parse_size(command.shard_size)
     model, nbytes, seconds, files, ids = _read(command, tell)
     tell(rate("read", nbytes, seconds))
+    if command.dsa:
+        sizes = {"n_heads": command.index_n_heads, "head_dim": command.index_head_dim, "topk": command.index_topk}
+        add_indexers(model, **sizes)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
         saved = save_pretrained(
