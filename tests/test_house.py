@@ -278,7 +278,7 @@ ROOM_LINES = {
     "benchmarks": 5050,
     "dsmini/accounting": 1350,
     "dsmini/functional": 1900,
-    "dsmini/inference": 1440,
+    "dsmini/inference": 1450,
     "dsmini/measure": 2225,
     "dsmini/nn": 2550,
     "dsmini/planner": 9080,

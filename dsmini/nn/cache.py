@@ -146,6 +146,12 @@ class Cache:
         """Bytes of a token in all layers, measured from the storage."""
         return self.nbytes / (self.batch_size * self.max_seq_len)
 
+    @property
+    def index_nbytes_per_token(self) -> float:
+        """Bytes of those that are keys of indexers; 0 without one."""
+        keys = sum(store.index.nbytes for store in self.stores if store.index is not None)
+        return keys / (self.batch_size * self.max_seq_len)
+
     def window(self, s: int, new: Tensor | None = None) -> Window:
         """Return the place of s new tokens in every row, or of `new` [b] tokens padded to s.
 
