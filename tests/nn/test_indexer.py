@@ -251,6 +251,14 @@ def test_picks_do_not_depend_on_how_a_sequence_was_cut() -> None:
         assert [row[0] for row in alone] == [row[t - 1] for row in whole]
 
 
+def test_a_context_beyond_128k_is_scored_whole() -> None:
+    """A buffer that was too small gave zeros there, and the last tokens won."""
+    q, k, weights, hidden = inputs(1, 2**17 + 700, h=2, d=4)
+    k[:, 2**17 :] *= 3
+    want = index_scores(q, k, weights).topk(64).indices
+    assert sets(pick_keys(q, k, weights, 64, hidden)) == sets(want) and 0 < (want < 2**17).sum() < 128
+
+
 def test_picks_of_bf16_are_those_of_fp32_products() -> None:
     q, k, weights, hidden = inputs(60, 900, d=64)
     q, k = q.bfloat16(), k.bfloat16()
