@@ -147,10 +147,14 @@ class Cache:
         return self.nbytes / (self.batch_size * self.max_seq_len)
 
     @property
+    def index_stores(self) -> list[LayerCache]:
+        """Keys of each layer's indexer; empty without one."""
+        return [store.index for store in self.stores if store.index is not None]
+
+    @property
     def index_nbytes_per_token(self) -> float:
-        """Bytes of those that are keys of indexers; 0 without one."""
-        keys = sum(store.index.nbytes for store in self.stores if store.index is not None)
-        return keys / (self.batch_size * self.max_seq_len)
+        """Bytes of those that are keys of indexers."""
+        return sum(store.nbytes for store in self.index_stores) / (self.batch_size * self.max_seq_len)
 
     def window(self, s: int, new: Tensor | None = None) -> Window:
         """Return the place of s new tokens in every row, or of `new` [b] tokens padded to s.

@@ -259,6 +259,20 @@ def test_a_context_beyond_128k_is_scored_whole() -> None:
     assert sets(pick_keys(q, k, weights, 64, hidden)) == sets(want) and 0 < (want < 2**17).sum() < 128
 
 
+def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, weights, hidden = inputs(48, 20_000, h=8, d=4)
+    rows: list[int] = []
+
+    def watched(part: Tensor, *rest: Tensor) -> Tensor:
+        rows.append(part.shape[1])
+        return index_scores(part, *rest)
+
+    monkeypatch.setattr(sparse_attention, "index_scores", watched)
+    pick_keys(q, k, weights, 16, hidden)
+    most = max(rows) * 2 * 8 * 20_000 * 4
+    assert sum(rows) == 48 and most <= sparse_attention.BLOCK_BYTES < 2 * most
+
+
 def test_picks_of_bf16_are_those_of_fp32_products() -> None:
     q, k, weights, hidden = inputs(60, 900, d=64)
     q, k = q.bfloat16(), k.bfloat16()
