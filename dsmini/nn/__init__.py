@@ -6,12 +6,13 @@ Each works alone, from a ModelConfig or from plain arguments. Fast code is in ds
 from dsmini.functional.cached_attention import cached_attention
 from dsmini.functional.causal_attention import causal_attention
 from dsmini.functional.cross_entropy import linear_cross_entropy
+from dsmini.functional.indexer_loss import IndexerFit
 from dsmini.functional.rope import apply_rope
 from dsmini.nn.attention import Attention
 from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache
-from dsmini.nn.dsa import DSA
+from dsmini.nn.dsa import DSA, dsa_layers
 from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, route
@@ -40,6 +41,7 @@ __all__ = [
     "FeedForward",
     "Gate",
     "Indexer",
+    "IndexerFit",
     "Linear",
     "Losses",
     "MoE",
@@ -53,6 +55,7 @@ __all__ = [
     "apply_rope",
     "cached_attention",
     "causal_attention",
+    "dsa_layers",
     "grouped_linear",
     "linear_cross_entropy",
     "max_violation",

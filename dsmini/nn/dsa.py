@@ -8,16 +8,20 @@ With no more than index_topk keys there is nothing to choose, and the layer is M
 makes keys and values of all tokens and hides those that were not picked: training, and short prompts. Absorbed gathers
 the picked rows of the cache, so that a decoded token reads index_topk rows of it, whatever the context.
 
-The picks are constants: no gradient of the output reaches the indexer, which learns from losses of its own.
+The picks are constants: no gradient of the output reaches the indexer, which learns from a loss of its own. In training
+there are two stages (section 2.1.1). In the dense warm-up attention reads all keys, and the indexer learns to foresee
+it; in the sparse stage attention reads the picks, and the indexer learns to foresee it among them.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.cached_attention import (
@@ -28,12 +32,13 @@ from dsmini.functional.cached_attention import (
     hidden_keys,
     keys_and_values,
 )
+from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit
 from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table
 from dsmini.functional.sparse_attention import pick_keys, picked_attention, unpicked
 from dsmini.nn.cache import Past
 from dsmini.nn.indexer import Indexer
-from dsmini.nn.mla import MLA
+from dsmini.nn.mla import MLA, attend
 
 
 class DSA(MLA):
@@ -49,6 +54,10 @@ class DSA(MLA):
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
+        self.stage: Literal["warmup", "sparse"] | None = None
+        """Stage in which the indexer learns, in training mode; None: it does not."""
+        self.fits: list[IndexerFit] | None = None
+        """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
 
     def forward(
         self,
@@ -64,7 +73,8 @@ class DSA(MLA):
         """
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         longest = x.shape[1] if past is None else int(past.window.lengths.max())
-        if longest <= self.indexer.topk:
+        stage = self.stage if self.training and past is None else None
+        if longest <= self.indexer.topk and stage is None:
             if past is not None:
                 past.index.append((self.indexer.keys(x, table),))
             return super().forward(x, table, documents, past)
@@ -84,7 +94,14 @@ class DSA(MLA):
         # or expanded, a block of queries at a time
         c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
         heads = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
+        if stage is not None:
+            fit = self.fit(x, latent, table, documents, q, heads[0], picks, stage)
+            if self.fits is not None:
+                self.fits.append(fit)
         k, v = (rows.transpose(1, 2) for rows in heads)
+        if stage == "warmup":
+            y = attend(q.transpose(1, 2), k, v, self.scale, past=None, documents=documents, mask=self.mask)
+            return self.wo(rearrange(y, "b h s v -> b s (h v)"))
         blocks = zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)
         masked = ((part.transpose(1, 2), unpicked(chosen, k.shape[2])) for part, chosen in blocks)
         y = torch.cat([cached_attention(part, k, v, self.scale, mask) for part, mask in masked], 2)
@@ -122,7 +139,51 @@ class DSA(MLA):
             blocks.append(pick_keys(q[:, part], keys, weights[:, part], self.indexer.topk, hidden))
         return torch.cat(blocks, 1)
 
+    def fit(
+        self,
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        table: Table,
+        documents: Int[Tensor, "b s"] | None,
+        q: Float[Tensor, "b s h d"],
+        k: Float[Tensor, "b s h d"],
+        picks: Int[Tensor, "b s k"],
+        stage: Literal["warmup", "sparse"],
+    ) -> IndexerFit:
+        """Compare the indexer with attention. Its inputs are detached: the loss moves the indexer, and nothing else.
+
+        Args:
+            latent: as in `picks`.
+            q, k: queries and keys of attention.
+        """
+        x, latent, q, k = (t.detach() for t in (x, latent, q, k))
+
+        def hidden(start: int, end: int) -> Bool[Tensor, "#b n t"]:
+            mask = hidden_keys(self.mask, torch.arange(start, end, device=x.device)[None], end)
+            return mask if documents is None else mask | (documents[:, start:end, None] != documents[:, None, :end])
+
+        index = self.indexer.queries(latent, table), self.indexer.keys(x, table), self.indexer.head_weights(x)
+        return indexer_fit(*index, MainAttention(q, k, self.scale, hidden), picks, stage)
+
     def work(self, queries: int, keys: int) -> AttentionWork:
         """Count both forms as MLA does; the absorbed one reads index_topk keys at most."""
         absorbed = super().work(queries, min(keys, self.indexer.topk)).absorbed
         return dataclasses.replace(super().work(queries, keys), absorbed=absorbed)
+
+
+def dsa_layers(model: nn.Module) -> list[DSA]:
+    """Return the DSA layers in the order of a model, those of MTP blocks last."""
+    return [module for module in model.modules() if isinstance(module, DSA)]
+
+
+@contextmanager
+def collected_fits(model: nn.Module) -> Iterator[list[IndexerFit]]:
+    """Yield the list that takes the losses of a model's indexers. A forward that backward repeats adds nothing."""
+    fits: list[IndexerFit] = []
+    for layer in dsa_layers(model):
+        layer.fits = fits
+    try:
+        yield fits
+    finally:
+        for layer in dsa_layers(model):
+            layer.fits = None

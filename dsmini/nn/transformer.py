@@ -15,6 +15,7 @@ from dsmini.functional.recompute import recomputed
 from dsmini.nn.balance import sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache, CacheDtype, Form
+from dsmini.nn.dsa import collected_fits
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.initialization import draw_normal
@@ -284,7 +285,8 @@ class Transformer(nn.Module):
                 losses of earlier MoE layers, whose routing is not in them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
-        loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP).
+        loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
+        report, equations 3 and 4 (indexers).
         """
         if targets.shape != tokens.shape:
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
@@ -296,11 +298,12 @@ class Transformer(nn.Module):
             return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
 
         # 1. the next token, from hidden states [b, s, m]
-        if states is None:
-            states = self.states(tokens, documents=documents, recompute=recompute)
-        main = cross_entropy(states.normed, targets)
-        # 2. the tokens after it, from those of each depth k, [b, s - k, m]
-        normed, mtp_routing = self.mtp(tokens, states.given, self.embedded, documents, recompute)
+        with collected_fits(self) as indexers:
+            if states is None:
+                states = self.states(tokens, documents=documents, recompute=recompute)
+            main = cross_entropy(states.normed, targets)
+            # 2. the tokens after it, from those of each depth k, [b, s - k, m]
+            normed, mtp_routing = self.mtp(tokens, states.given, self.embedded, documents, recompute)
         mtp = balance = torch.zeros_like(main)
         if normed:
             depths = [cross_entropy(h, targets[:, k:]) for k, h in enumerate(normed, 1)]
@@ -310,7 +313,9 @@ class Transformer(nn.Module):
         own = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
         if parts := [*balances, *own]:
             balance = torch.stack(parts).sum().to(main.dtype)
-        return Losses(main, mtp, balance, main + mtp_weight * mtp + balance_alpha * balance, routing)
+        # 4. what each indexer missed of attention, which moves its own parameters alone
+        total = sum((fit.kl for fit in indexers), main + mtp_weight * mtp + balance_alpha * balance)
+        return Losses(main, mtp, balance, total, routing, indexers)
 
     def cross_entropy(
         self, hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int | None = None
