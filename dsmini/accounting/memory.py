@@ -18,7 +18,7 @@ from typing import Literal
 from dsmini.accounting.activations import activation_bytes
 from dsmini.accounting.checks import check_dtype
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import SIZES, Dtype, TensorUse, tensors
+from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, TensorUse, tensors
 from dsmini.config import ModelConfig
 
 WeightDtype = Literal["float32", "bfloat16", "fp8"]
@@ -58,7 +58,8 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments
     """Return the bytes that the optimizers store of FP32 parameters after a step. Exact.
 
     AdamW: two moments of every parameter, and a count of steps, 4 bytes, of every tensor. Muon: one FP32 momentum of
-    the matrices inside the blocks, MTP's projection among them; embedding, head, gates and norms are AdamW's then too.
+    the matrices inside the blocks, MTP's projection among them; embedding, head, gates, norms and indexers are AdamW's
+    then too.
     V3's two moments in BF16 are 4 bytes a parameter for 8 (report, section 3.3.3).
 
     Args:
@@ -71,7 +72,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        if optimizer == "muon" and (use.form == "fp8" or use.name in ("eh_proj", "weights_proj")):
+        if optimizer == "muon" and not use.module.endswith(INDEXER) and (use.form == "fp8" or use.name == "eh_proj"):
             return 4 * use.parameters
         return 2 * SIZES[moments] * use.parameters + (4 if use.parameters else 0)
 

@@ -80,6 +80,12 @@ class ParallelConfig:
             require_multiple("model.n_expert_groups", model.n_expert_groups, "parallel.nodes", self.nodes)
         if self.pp > 1:
             self._check_pipeline(model, train)
+        frozen = model.attention == "dsa" and train.dsa_stage == "warmup"
+        require(
+            not frozen or self.zero == 0,
+            f"parallel.zero={self.zero} does not go with train.dsa_stage='warmup', in which little has a gradient; "
+            "leave it out",
+        )
         if world_size == 1:
             return
         rows = parts * train.grad_accum
@@ -94,6 +100,11 @@ class ParallelConfig:
 
     def _check_pipeline(self, model: ModelConfig, train: TrainConfig) -> None:
         """Raise ValueError for layers or parts of a batch that a pipeline does not take."""
+        require(
+            model.attention != "dsa",
+            f"parallel.pp={self.pp} does not go with model.attention='dsa', whose indexers' losses no stage passes on; "
+            "use parallel.dp or parallel.ep",
+        )
         name, parts = self.schedule, train.grad_accum
         stages = self.pp * CHUNKS[name]
         require(

@@ -44,6 +44,16 @@ class RunConfig:
             context is None or context <= self.model.max_seq_len,
             f"train.eval_context={context} is longer than model.max_seq_len={self.model.max_seq_len}; shorten it",
         )
+        sparse = self.model.attention == "dsa"
+        require(
+            sparse or self.train.dsa_stage != "warmup",
+            f"train.dsa_stage='warmup' trains indexers, and model.attention='{self.model.attention}' has none; leave "
+            "it out, or start from a model that python -m dsmini.convert RUN OUT --dsa has made",
+        )
+        require(
+            not (sparse and self.train.compile),
+            "train.compile does not go with model.attention='dsa', whose indexers learn uncompiled; leave it out",
+        )
 
     @property
     def seq_len(self) -> int:

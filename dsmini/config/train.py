@@ -72,6 +72,9 @@ class TrainConfig:
     """Share of the steps with mtp_weight, before mtp_weight_after holds."""
     mtp_weight_after: float = 0.1
     """Weight of the multi-token prediction loss after mtp_until (V3: 0.1)."""
+    dsa_stage: Literal["warmup", "sparse"] = "sparse"
+    """Stage of training with attention "dsa". warmup: only the indexers learn, from attention to all keys; sparse: all
+    learns, with attention to the picks (V3.2: 1000 steps of warmup, then 15000 of sparse)."""
 
     recompute: bool = False
     """Recomputation of each block in the backward pass: less memory, about a third more work."""

@@ -210,7 +210,8 @@ class Mesh(Ranks):
         rest = [self.local(p.grad) for p in parameters if p.grad is not None and p not in self.own_experts]
         if not self.zero and self.config.ep == self.config.pp == 1:
             return get_total_norm(rest, foreach=True)
-        squares = get_total_norm(rest, foreach=True).square(), get_total_norm(own, foreach=True).square()
+        squares = [get_total_norm(grads, foreach=True).square() for grads in (rest, own)]
+        squares = [square.to(self.device_mesh.device_type) for square in squares]  # that of no gradients is on the CPU
         # the ranks that hold different gradients: without ZeRO all hold the same but their experts
         group = self.parts if self.zero else self.ep
         divided = squares[0] + squares[1] if self.zero else squares[1]

@@ -43,9 +43,10 @@ class Passes:
     def train(self, batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over this rank's part of the batch.
 
-        Return its shares of the mean losses [main, mtp, balance], and its loads [MoE layers, experts].
+        Return its shares of the means [main, mtp, balance, and each indexer's kl, recall, mass], and its loads
+        [MoE layers, experts].
         """
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros((), device=device)
         counts: Tensor | None = None
         documents = [None] * batch.accumulate if batch.documents is None else batch.documents.chunk(batch.accumulate)
         chunks = (batch.tokens.chunk(batch.accumulate), batch.targets.chunk(batch.accumulate), documents)
@@ -61,7 +62,8 @@ class Passes:
             )
             batch.phase("backward")
             (losses.total / batch.parts).backward()
-            sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
+            fits = [figure for fit in losses.indexers for figure in fit]
+            sums = sums + torch.stack([losses.main, losses.mtp, losses.balance, *fits]).detach() / batch.parts
             if losses.routing:
                 load = torch.stack([routing.counts for routing in losses.routing])
                 counts = load if counts is None else counts + load

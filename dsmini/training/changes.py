@@ -9,7 +9,7 @@ from dsmini.config.fields import plain
 # --resume refuses a change of these and of every key of the model: it would not be the same run
 SAME_RUN = (
     *("data.val_fraction", "data.fim_rate", "data.document_mask"),
-    *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "out"),
+    *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "train.dsa_stage", "out"),
 )
 # these change how numbers are rounded or summed
 ROUNDING = (
@@ -46,6 +46,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
 
     Raises: ValueError naming every key that may not change, and why.
     """
+    _refuse_missing_indexers(old.model, new.model, str(old.out))
     changed = differences(old, new)
     refused = [key for key in changed if key in SAME_RUN or key.startswith("model.")]
     # with and without these are different runs
@@ -66,12 +67,22 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
 
 def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
     """Refuse a model that the weights of another do not fit, by its keys."""
+    _refuse_missing_indexers(old, new, source)
     changed = {key: (getattr(old, key), getattr(new, key)) for key in SHAPES if getattr(old, key) != getattr(new, key)}
     if changed:
         got = ", ".join(f"model.{key}={plain(n)} (there {plain(o)})" for key, (o, n) in changed.items())
         raise ValueError(
             f"the weights of {source} do not fit {got}; leave out what changes shapes. The context may change: "
             "max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale, mscale_all_dim"
+        )
+
+
+def _refuse_missing_indexers(old: ModelConfig, new: ModelConfig, source: str) -> None:
+    """Refuse sparse attention with the weights of dense attention."""
+    if old.attention == "mla" and new.attention == "dsa":
+        raise ValueError(
+            f"{source} has no indexers, which model.attention='dsa' needs; give it some with python -m dsmini.convert "
+            f"{source} OUT --dsa, and start a new run from that with --init OUT"
         )
 
 

@@ -20,16 +20,17 @@ def optimizers(
     update: Callable[..., None] = muon_update,
     owned: Callable[[Sequence[nn.Parameter]], list[nn.Parameter]] = list,
 ) -> list[Optimizer]:
-    """Return the optimizers that together move every parameter once. The routing bias is a buffer, so none moves it.
+    """Return the optimizers that together move every parameter that learns once.
 
-    Each group has a "peak_lr", its learning rate at the top of the schedule. Matrices decay, norms and gates do not.
+    The routing bias is a buffer, so none moves it. Each group has a "peak_lr", its learning rate at the top of the
+    schedule. Matrices decay, norms and gates do not.
 
     Args:
         matmul_dtype: dtype of Muon's matrix products.
         update: as in Muon.
         owned: returns those of Muon's matrices that are moved here; the others are moved in other processes.
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
     muon = owned([p for name, p in named if name in by_muon])
     rest = [(name, p) for name, p in named if name not in by_muon]
@@ -65,6 +66,12 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether Muon moves a parameter.
 
     It moves matrices, and stacks of experts' matrices, that map hidden states to hidden states: not the embedding, the
-    head and the gates.
+    head, the gates, and the indexers, which choose as gates do and have V3.2's optimizer and learning rate.
     """
-    return parameter.dim() > 1 and name not in ("embed.weight", "head.weight") and not name.endswith("gate.weight")
+    outer = name in ("embed.weight", "head.weight") or name.endswith("gate.weight") or is_of_indexer(name)
+    return parameter.dim() > 1 and not outer
+
+
+def is_of_indexer(name: str) -> bool:
+    """Return whether a parameter is of an indexer, which learns from a loss of its own."""
+    return ".indexer." in name

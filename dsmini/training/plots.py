@@ -1,4 +1,4 @@
-"""The plots of a run: losses, gradient norm and learning rate, and the loads of the experts."""
+"""The plots of a run: losses, gradient norm and learning rate, the loads of the experts, the figures of indexers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,9 @@ PALE, BLUE, ORANGE = "#9db4d0", "#1f4e8c", "#c8501e"
 
 
 def plot_run(run: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequence[float]]) -> None:
-    """Write loss.png and, for a model with experts, expert_load.png into the run folder, each whole or not at all.
+    """Write loss.png and, for a model with experts or indexers, expert_load.png or indexer.png into the run folder.
+
+    Each is written whole or not at all.
 
     Args:
         loads: for each MoE layer, by name, its experts' loads as shares of the mean, over the last steps.
@@ -26,6 +28,8 @@ def plot_run(run: Path, steps: Sequence[StepRecord], loads: Mapping[str, Sequenc
     _plot_loss(run / "loss.png", steps)
     if loads:
         _plot_loads(run / "expert_load.png", steps, loads)
+    if any("indexer_kl" in record.scores for record in steps):
+        _plot_indexers(run / "indexer.png", [record for record in steps if "indexer_kl" in record.scores])
 
 
 def _plot_loss(path: Path, steps: Sequence[StepRecord]) -> None:
@@ -79,6 +83,35 @@ def _plot_loads(path: Path, steps: Sequence[StepRecord], loads: Mapping[str, Seq
     line.set_ylim(bottom=0)
     line.grid(alpha=0.3)
     _save(figure, path)
+
+
+def _plot_indexers(path: Path, steps: Sequence[StepRecord]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, below = figure.subplots(2, 1, sharex=True)
+    x = [record.step for record in steps]
+    layers = [record.scores.get("layer_indexer_kl") for record in steps]
+    for layer in range(max((len(of) for of in layers if isinstance(of, list)), default=0)):
+        kl = [of[layer] if isinstance(of, list) and layer < len(of) else None for of in layers]
+        top.plot(x, _smooth(_column(kl)), color=PALE, linewidth=0.8, label="each layer" if layer == 0 else None)
+    top.plot(x, _smooth(_scores(steps, "indexer_kl")), color=BLUE, linewidth=1.8, label="mean")
+    top.set(ylabel="KL divergence, nats", title="Attention that the indexers miss")
+    below.plot(x, _smooth(_scores(steps, "indexer_mass")), color=BLUE, label="share of attention on the picks")
+    below.plot(
+        x, _smooth(_scores(steps, "indexer_recall")), color=ORANGE, label="share of the top-k keys that is picked"
+    )
+    below.set(xlabel="step", ylim=(0, 1.02))
+    for axes in (top, below):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    top.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def _scores(steps: Sequence[StepRecord], name: str) -> list[float]:
+    values = [record.scores.get(name) for record in steps]
+    return _column([value if isinstance(value, float) else None for value in values])
 
 
 def _save(figure: "Figure", path: Path) -> None:

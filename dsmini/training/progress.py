@@ -35,6 +35,9 @@ class TrainingProgress:
         wait = f"  data wait {step.data_wait:.0%}" if step.data_wait > 0.05 else ""
         spread = "" if step.spread is None else f"  spread {step.spread:.0%}"
         figures = f"loss {step.loss:.3f}  {tokens_per_s:,.0f} tok/s  lr {step.lr:.1e}{vio}{spread}{wait}"
+        if step.indexers is not None:
+            kl, recall = (sum(step.indexers[name]) / len(step.indexers[name]) for name in ("kl", "recall"))
+            figures += f"  indexer KL {kl:.4f} recall {recall:.0%}"
         left = (self.steps - step.step) * step.tokens / max(tokens_per_s, 1e-9)
         self.bar.label = f"step {step.step}/{self.steps}"
         self.bar.update(step.step, figures, left=left)

@@ -42,7 +42,7 @@ class StepRecord:
     balance_loss: float | None
     """Balance loss of the experts."""
     grad_norm: float | None
-    """Norm of the gradient before clipping."""
+    """Norm of the gradient before clipping, as in StepResult."""
     data_wait: float | None
     """Share of the seconds spent waiting for the batch."""
     memory: int
@@ -55,16 +55,20 @@ class StepRecord:
     """max_vio of each MoE layer."""
     loads: list[list[int]] | None
     """Tokens that each expert received, for each MoE layer."""
-    scores: Mapping[str, float | str | None] = field(default_factory=dict)
+    scores: Mapping[str, float | str | list[float] | None] = field(default_factory=dict)
     """Optional figures, in metrics.jsonl keys like the others. Validation losses of the last step: val_loss_ema, with
     the EMA of the parameters, and val_loss_at_eval_context. With several processes: spread, as in StepResult, and
-    busiest, the number of the part of the batch with most work. With train.diagnose, where what binds the run has
-    changed: binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
+    busiest, the number of the part of the batch with most work. With DSA: indexer_kl, indexer_recall and indexer_mass,
+    means over the layers of what IndexerFit says, and layer_indexer_* of each layer. With train.diagnose, where what
+    binds the run has changed: binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
 
     @classmethod
-    def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | str | None]) -> "StepRecord":
+    def of(cls, step: StepResult, memory: int, scores: Mapping[str, float | str | list[float] | None]) -> "StepRecord":
         """Return the record of a step before its validation."""
         counts = step.counts
+        indexers = {f"indexer_{name}": _all_finite(of_layers) for name, of_layers in (step.indexers or {}).items()}
+        means = {name: sum(of_layers) / len(of_layers) for name, of_layers in indexers.items() if of_layers}
+        means |= {name: None for name, of_layers in indexers.items() if of_layers is None}
         return cls(
             step=step.step,
             loss=_finite(step.loss),
@@ -81,7 +85,7 @@ class StepRecord:
             seconds=step.seconds,
             layer_max_vio=None if counts is None else max_violation(counts).tolist(),
             loads=None if counts is None else counts.tolist(),
-            scores=scores,
+            scores={**scores, **means, **{f"layer_{name}": of_layers for name, of_layers in indexers.items()}},
         )
 
     @classmethod
@@ -108,6 +112,10 @@ class StepRecord:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _all_finite(values: list[float]) -> list[float] | None:
+    return values if all(map(math.isfinite, values)) else None
 
 
 _MISSING = object()

@@ -69,8 +69,9 @@ def batch_size(step: int, config: TrainConfig) -> int:
 
 
 def bias_speed(step: int, config: TrainConfig) -> float:
-    """Return the change of the routing bias after this step."""
-    return config.bias_speed if step < round(config.bias_until * config.steps) else 0.0
+    """Return the change of the routing bias after this step: none while only indexers learn."""
+    moves = config.dsa_stage != "warmup" and step < round(config.bias_until * config.steps)
+    return config.bias_speed if moves else 0.0
 
 
 def mtp_weight(step: int, config: TrainConfig) -> float:

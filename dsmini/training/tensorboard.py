@@ -45,6 +45,9 @@ class TensorBoard:
         for name in SCALARS:
             if (value := getattr(record, name)) is not None:
                 self.writer.add_scalar(name, float(value), step)
+        for name, value in record.scores.items():
+            if name.startswith("indexer_") and isinstance(value, float):
+                self.writer.add_scalar(name, value, step)
         for layer, vio in zip(self.layers, record.layer_max_vio or (), strict=False):
             self.writer.add_scalar(f"max_vio/{layer}", vio, step)
         if record.val_loss is not None:

@@ -19,8 +19,9 @@ from dsmini.distributed.replicas import Replica
 from dsmini.distributed.spikes import SkippedBatches
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
-from dsmini.nn import Transformer, max_violation
+from dsmini.nn import IndexerFit, Transformer, max_violation
 from dsmini.training.average import ParameterAverage
+from dsmini.training.dsa_stage import begin_stage
 from dsmini.training.optim import optimizers
 from dsmini.training.optimizer_state import check_optimizer_state, load_optimizer_state, optimizer_state
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
@@ -39,7 +40,7 @@ class StepResult:
     mtp_loss: float
     balance_loss: float
     grad_norm: float
-    """Norm of the gradient before clipping."""
+    """Norm of the gradient before clipping: of the main model, or of the indexers where they alone learn."""
     lr: float
     tokens: int
     seconds: float
@@ -49,6 +50,8 @@ class StepResult:
     """[MoE layers, experts]: number of tokens each expert received; None for a dense model."""
     skipped: bool
     """The gradient or a loss was not finite, so nothing was changed."""
+    indexers: Mapping[str, list[float]] | None = None
+    """Figures of IndexerFit by name, of each layer whose indexer learns; None without any."""
     work: tuple[float, ...] = ()
     """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process."""
 
@@ -80,6 +83,7 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks()
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
+        self.clipped = begin_stage(model, config.train.dsa_stage)
         dtype = model.compute_dtype or torch.float32
         self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update, self.ranks.owned)
         decay = config.train.ema_decay
@@ -174,8 +178,8 @@ class Trainer:
         sums, counts, waited = self.forward_backward(rows)
         self.phase("optimizer")
         self.ranks.sum_gradients(self.model.parameters())
-        norm = self.ranks.clip(self.model.parameters(), train.grad_clip)
-        finite = math.isfinite(norm.item()) and bool(sums.isfinite().all())
+        norm, *others = [self.ranks.clip(group, train.grad_clip) for group in self.clipped]
+        finite = all(math.isfinite(n.item()) for n in (norm, *others)) and bool(sums.isfinite().all())
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -189,7 +193,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.steps_done += 1
         self.sequences = self.left_out.next(self.sequences, rows)[-1][1]
-        main, mtp, balance = sums.tolist()
+        main, mtp, balance, *fits = sums.tolist()
         synchronize(self.device)
         seconds = time.perf_counter() - start
         return StepResult(
@@ -204,14 +208,15 @@ class Trainer:
             data_wait=waited / seconds,
             counts=None if counts is None else counts.cpu(),
             skipped=not finite,
+            indexers={name: fits[i::3] for i, name in enumerate(IndexerFit._fields)} if fits else None,
             work=self.work,
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
         """Add up the gradients of the mean loss over this rank's part of the step's batch.
 
-        Return the mean losses [main, mtp, balance] and the summed loads of the whole batch, and the seconds of waiting
-        for this rank's part.
+        Return the means as Passes.train does and the summed loads, of the whole batch, and the seconds of waiting for
+        this rank's part.
         """
         train = self.config.train
         start = time.perf_counter()

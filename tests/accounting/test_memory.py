@@ -11,7 +11,7 @@ from dsmini.accounting import Bytes, gradient_bytes, optimizer_bytes, training_b
 from dsmini.training.optim import optimizers
 from dsmini.training.optimizer_state import optimizer_state
 from tests.helpers.accounting import DTYPES, fused_attention, hold_fp8
-from tests.helpers.configs import released
+from tests.helpers.configs import DSA, released
 from tests.helpers.strategies import model_configs
 
 
@@ -63,11 +63,11 @@ def test_bytes_of_v3_by_hand() -> None:
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.parametrize("attention", ["mla", "gqa", "dsa"])
 def test_bytes_of_the_optimizer_are_those_it_remembers(
     small_config: Any, optimizer: Any, moments: Any, attention: str
 ) -> None:
-    config = small_config(attention=attention, n_kv_heads=1 if attention == "gqa" else None)
+    config = small_config(**{"gqa": {"attention": "gqa", "n_kv_heads": 1}, "dsa": DSA}.get(attention, {}))
     model = Transformer(config)
     tokens = torch.randint(0, config.vocab_size, (2, 20))
     model.losses(tokens, tokens).total.backward()

@@ -8,10 +8,13 @@ import torch
 from dsmini.distributed.world import World
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import Trained, train
+from tests.helpers.configs import DSA
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, moved_codes, rounding
 
 STEPS = 6
 FP8: dict[str, Any] = {"dim": 128, "inter_dim": 128, "moe_inter_dim": 128, "precision": "fp8"}
+SPARSE = DSA | {"init_std": 0.1}
+"""Indexers whose loss is far above the rounding errors of its gradient."""
 MOVES = 2.0 * 1e-2
 """Most that AdamW moves an element in a step: lr times at most 2 in the first steps."""
 
@@ -77,6 +80,35 @@ def test_divided_state_equals_one_process(n: int, parallel: dict[str, Any], opti
 def test_two_runs_of_a_layout_have_the_same_bits() -> None:
     a, b = (run_ranks(4, train, {"ep": 2}, None, None, 3)[0] for _ in range(2))
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_indexers_learn_from_all_parts_bit_for_bit(stage: str) -> None:
+    options = {"dsa_stage": stage, "optimizer": "muon"}
+    want = one_process(model=SPARSE, train=options | {"grad_accum": 2})
+    for got in run_ranks(2, train, {"dp": 2}, SPARSE, options, STEPS):
+        assert all(torch.equal(got.tensors[name], w) for name, w in want.tensors.items())
+        assert [step.indexers for step in got.steps] == [step.indexers for step in want.steps] != [None] * STEPS
+
+
+@pytest.mark.parametrize(
+    ("parallel", "options"),
+    [
+        ({"ep": 2}, {"dsa_stage": "warmup"}),
+        ({"ep": 2}, {"recompute": True}),
+        ({"dp": 2, "zero": 1}, {}),
+        ({"dp": 2, "zero": 3}, {"recompute": True, "grad_accum": 2}),
+    ],
+    ids=str,
+)
+def test_indexers_learn_as_in_one_process(parallel: dict[str, Any], options: dict[str, Any]) -> None:
+    """Two steps: later a key that is picked or not for a last bit makes another run."""
+    got, want = (run_ranks(2, train, parallel, SPARSE, options, 2)[0], train(World(), None, SPARSE, options, 2))
+    assert_alike(got, want)
+    for g, w in zip(got.steps, want.steps, strict=True):
+        assert g.indexers is not None and w.indexers is not None
+        for name, figures in w.indexers.items():
+            assert g.indexers[name] == pytest.approx(figures, rel=FP32_MODEL * STEPS), name
 
 
 @pytest.mark.parametrize(

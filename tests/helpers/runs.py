@@ -52,20 +52,26 @@ class Killed(BaseException):
     """Exception that no handler expects, so that nothing is cleaned up."""
 
 
-def new_run(folder: Path, nan_at: tuple[int, ...] = (), **changes: Any) -> TrainingRun:
+def new_run(
+    folder: Path, nan_at: tuple[int, ...] = (), model: dict[str, Any] | None = None, **changes: Any
+) -> TrainingRun:
     """Start a run of a small model that draws noise in every forward, so that the random state matters.
 
     Args:
         nan_at: steps, counted from 0, whose gradient is not finite.
+        model: changes to the model.
     """
-    config = RunConfig(model=ModelConfig(**SMALL), train=dataclasses.replace(TRAIN, **changes), out=folder)
+    config = RunConfig(
+        model=ModelConfig(**SMALL | (model or {})), train=dataclasses.replace(TRAIN, **changes), out=folder
+    )
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(1000)), np.uint8)
     corpus = Corpus(train=text[:900], val=text[900:], source="", files=1, skipped=0, split="", sha256="")
     torch.manual_seed(0)
-    model = Transformer(config.model)
-    model.embed.register_forward_hook(lambda m, _, out: out + 1e-3 * torch.randn_like(out) if m.training else out)
-    trainer = Trainer(model, corpus, config, torch.device("cpu"))
-    model.head.weight.register_hook(lambda grad: grad * torch.nan if trainer.steps_done in nan_at else grad)
+    whole = Transformer(config.model)
+    whole.embed.register_forward_hook(lambda m, _, out: out + 1e-3 * torch.randn_like(out) if m.training else out)
+    trainer = Trainer(whole, corpus, config, torch.device("cpu"))
+    if nan_at:
+        whole.head.weight.register_hook(lambda grad: grad * torch.nan if trainer.steps_done in nan_at else grad)
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(config.to_toml())
     return TrainingRun(config, trainer, Console(quiet=True))

@@ -53,7 +53,11 @@ TRAIN: dict[str, tuple[Any, bool]] = {
         balance_alpha=(1.0, True),
     ),
     **dict(
-        balance_counts=("routed", True), mtp_weight=(1.0, True), mtp_until=(0.5, True), mtp_weight_after=(1.0, True)
+        balance_counts=("routed", True),
+        mtp_weight=(1.0, True),
+        mtp_until=(0.5, True),
+        mtp_weight_after=(1.0, True),
+        dsa_stage=("warmup", False),
     ),
     **dict(recompute=(True, True), compile=(True, True), eval_every=(3, True), eval_tokens=(3, True)),
     **dict(
@@ -80,8 +84,8 @@ PARALLEL: dict[str, tuple[Any, bool]] = {
 JUDGED = {"train": TRAIN, "data": DATA, "parallel": PARALLEL}
 
 
-def changed(part: str, **changes: Any) -> RunConfig:
-    return dataclasses.replace(OLD, **{part: dataclasses.replace(getattr(OLD, part), **changes)})
+def changed(part: str, old: RunConfig = OLD, **changes: Any) -> RunConfig:
+    return dataclasses.replace(old, **{part: dataclasses.replace(getattr(old, part), **changes)})
 
 
 def test_every_key_is_judged_here() -> None:
@@ -100,16 +104,17 @@ def test_every_key_is_judged_here() -> None:
 def test_what_a_resumed_run_may_change(key: str) -> None:
     part, name = key.split(".")
     value, allowed = JUDGED[part][name]
-    new = changed(part, **{name: value})
-    assert differences(OLD, new).keys() == {key}
+    old = dataclasses.replace(OLD, model=ModelConfig(**DSA)) if name == "dsa_stage" else OLD
+    new = changed(part, old, **{name: value})
+    assert differences(old, new).keys() == {key}
     if allowed:
-        first, *rest = check_resume(OLD, new)
+        first, *rest = check_resume(old, new)
         assert first.startswith(f"{key}: ") and " -> " in first
         assert [line for line in rest if "bit-identical" in line] == [line for line in rest if key in ROUNDING]
         assert bool(rest) == (key not in BESIDE)
     else:
         with pytest.raises(ValueError, match=rf"{key} \(.* -> .*\).*--init runs/x"):
-            check_resume(OLD, new)
+            check_resume(old, new)
 
 
 @pytest.mark.parametrize("key", MODEL)
@@ -180,8 +185,11 @@ def test_the_indexer_of_a_sparse_run_is_judged(key: str) -> None:
 
 
 def test_a_dense_run_is_not_resumed_as_sparse() -> None:
-    with pytest.raises(ValueError, match=r"model\.attention \(mla -> dsa\).*--init runs/x"):
+    sentence = r"^runs/x has no indexers, .* python -m dsmini.convert runs/x OUT --dsa, and start .* --init OUT$"
+    with pytest.raises(ValueError, match=sentence):
         check_resume(OLD, dataclasses.replace(OLD, model=ModelConfig(**DSA)))
+    with pytest.raises(ValueError, match=sentence):
+        check_init(OLD.model, ModelConfig(**DSA), "runs/x")
 
 
 def test_a_file_changes_a_base(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dsmini.checkpoint import training_state as checkpoints
 from dsmini.training.run import TrainingRun
+from tests.helpers.configs import DSA
 from tests.helpers.runs import RICH, asked_after, calls, kill, new_run, resumed, stopped, unequal, whole
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -20,6 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"grad_accum": 2},
     "skipped": {"nan_at": (2, 3)},
     "recompute": {"recompute": True},
+    "warm-up of indexers": {"model": DSA, "dsa_stage": "warmup", "optimizer": "muon", "ema_decay": 0.9},
+    "sparse attention": {"model": DSA, "optimizer": "muon", "recompute": True, "grad_accum": 2},
     "rich": RICH,
 }
 

@@ -1,0 +1,196 @@
+"""The stages of sparse attention: what learns and moves in each, how it is clipped, and what is recorded of it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dsmini import ModelConfig, RunConfig, TrainConfig
+from dsmini.config.parallel import ParallelConfig
+from dsmini.nn import IndexerFit, dsa_layers
+from dsmini.training.plots import plot_run
+from dsmini.training.progress import TrainingProgress
+from dsmini.training.record import StepRecord, read_records
+from dsmini.training.trainer import Trainer
+from tests.conftest import SMALL
+from tests.helpers.configs import DSA, refusal
+from tests.helpers.runs import new_run
+from tests.helpers.tolerances import FP32_MODEL, relative_error
+from tests.training.test_trainer import state
+
+LAYERS = SMALL["n_layers"] + SMALL["n_mtp_layers"]
+WARMUP: dict[str, Any] = {"dsa_stage": "warmup", "lr": 1e-3, "lr_schedule": ("constant 1.0",)}
+New = Callable[..., Trainer]
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> New:
+    return lambda **changes: new_run(tmp_path, model=DSA, **changes).trainer
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_warmup_moves_the_indexers_alone(new: New, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new(optimizer=optimizer, bias_speed=0.1, ema_decay=0.9, **WARMUP)
+    before, graded = state(trainer), set()
+    real = trainer.ranks.clip
+
+    def clip(params: Any, most: float) -> Tensor:
+        graded.update(name for name, p in trainer.model.named_parameters() if p.grad is not None)
+        return real(params, most)
+
+    monkeypatch.setattr(trainer.ranks, "clip", clip)
+    steps = [trainer.step() for _ in range(3)]
+    indexers = {name for name, _ in trainer.model.named_parameters() if ".indexer." in name}
+    assert graded == indexers and len(indexers) == 5 * LAYERS
+    moved = changed(before, state(trainer)) - {"updates"}
+    assert moved and {name for name in moved if ".indexer." not in name} == set()
+    assert {f"model/{name}" for name in indexers} <= moved
+    assert all(step.lr == 1e-3 and step.grad_norm > 0 and not step.skipped for step in steps)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sparse_moves_all_and_adamw_the_indexers(new: New, optimizer: str) -> None:
+    trainer = new(optimizer=optimizer)
+    before = state(trainer)
+    trainer.step()
+    named = dict(trainer.model.named_parameters())
+    assert {f"model/{name}" for name in named} <= changed(before, state(trainer))
+    moments = {f"{name}/exp_avg" for name in named if ".indexer." in name}
+    assert moments <= trainer.tensors()["optimizer"].keys()
+
+
+def test_warmup_brings_the_indexers_nearer(new: New) -> None:
+    trainer = new(**WARMUP | {"lr": 1e-2}, steps=40, grad_clip=10.0)
+    with torch.no_grad():  # attention that is far from even
+        for name, p in trainer.model.named_parameters():
+            if "attn.w" in name and ".indexer." not in name:
+                p *= 8
+    kl = [sum(step.indexers["kl"]) for step in (trainer.step() for _ in range(40)) if step.indexers]
+    assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
+
+
+def clipped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Return the gradients that the optimizers see in a step."""
+    seen: dict[str, Tensor] = {}
+    for optimizer in trainer.optimizers:
+        look = {name: p for name, p in trainer.model.named_parameters()}
+        monkeypatch.setattr(
+            optimizer, "step", lambda look=look: seen.update({n: p.grad.clone() for n, p in look.items()})
+        )
+    trainer.step()
+    return seen
+
+
+def test_the_indexers_loss_does_not_change_how_far_the_main_model_moves(
+    new: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both groups are clipped to the norm by themselves."""
+    trainer = new(grad_clip=1e-4)
+    grads = clipped(trainer, monkeypatch)
+    for of_indexers in (False, True):
+        group = [g for name, g in grads.items() if (".indexer." in name) == of_indexers]
+        assert torch.stack([g.norm() for g in group]).norm().item() == pytest.approx(1e-4, rel=2e-2)
+    large = new(grad_clip=1e-4)
+    with torch.no_grad():  # head weights of the indexers a hundred times as large, with the same order of keys
+        for layer in dsa_layers(large.model):
+            layer.indexer.weights_proj.weight *= 100
+    others = clipped(large, monkeypatch)
+    main = [name for name in grads if ".indexer." not in name]
+    assert all(relative_error(others[name], grads[name]) <= FP32_MODEL for name in main)
+    assert any(relative_error(others[name], grads[name]) > 0.1 for name in grads if ".indexer." in name)
+
+
+def test_a_step_whose_indexers_fail_is_skipped(new: New) -> None:
+    trainer = new()
+    with torch.no_grad():
+        dsa_layers(trainer.model)[0].indexer.weights_proj.weight.fill_(math.nan)
+    before = state(trainer)
+    assert trainer.step().skipped and not changed(
+        {n: t.nan_to_num() for n, t in before.items()}, {n: t.nan_to_num() for n, t in state(trainer).items()}
+    )
+
+
+# what is recorded
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_figures_are_means_over_the_parts_of_the_batch(new: New, stage: Any) -> None:
+    trainer = new(dsa_stage=stage, grad_accum=2)
+    real, fits = trainer.passes.losses, []
+
+    def losses(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        fits.append([[value.item() for value in fit] for fit in found.indexers])
+        return found
+
+    trainer.passes.losses = losses
+    figures = trainer.step().indexers
+    assert figures is not None and list(figures) == list(IndexerFit._fields)
+    want = torch.tensor(fits).mean(0).T
+    got = torch.tensor(list(figures.values()))
+    assert got.shape == (3, LAYERS) and relative_error(got, want) <= FP32_MODEL
+    assert 0 < got[1].min() < 1 and 0 < got[2].min() < 1
+
+
+def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(tmp_path, model=DSA, steps=4)
+    assert run.train()
+    records = read_records(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(records) == 4
+    for row, record in zip(rows, records, strict=True):
+        for name in IndexerFit._fields:
+            of_layers = row[f"layer_indexer_{name}"]
+            assert len(of_layers) == LAYERS and row[f"indexer_{name}"] == pytest.approx(sum(of_layers) / LAYERS)
+        assert StepRecord.from_row(row).row() == row == record.row()
+    plot_run(tmp_path, records, {})
+    assert (tmp_path / "indexer.png").read_bytes().startswith(b"\x89PNG")
+
+    step = run.trainer.step()
+    assert step.indexers is not None
+    kl, recall = (sum(step.indexers[name]) / LAYERS for name in ("kl", "recall"))
+    with TrainingProgress(Console(width=200), 10, 16) as progress:
+        progress.show(step, 1.0)
+    assert f"indexer KL {kl:.4f} recall {recall:.0%}" in capsys.readouterr().out
+
+
+def test_dense_runs_have_none_of_it(tmp_path: Path) -> None:
+    run = new_run(tmp_path, steps=2)
+    assert run.train()
+    assert not any("indexer" in key for record in read_records(tmp_path) for key in record.row())
+    plot_run(tmp_path, read_records(tmp_path), {})
+    assert not (tmp_path / "indexer.png").exists()
+
+
+def test_a_figure_that_is_not_finite_is_left_out(new: New, tmp_path: Path) -> None:
+    step = new().step()
+    assert step.indexers is not None
+    step.indexers["kl"][1] = math.nan
+    record = StepRecord.of(step, 0, {})
+    assert record.scores["indexer_kl"] is None and record.scores["layer_indexer_kl"] is None
+    plot_run(tmp_path, [record], {})
+
+
+# refusals
+
+
+def test_stages_that_do_not_fit_are_refused() -> None:
+    dense, sparse = ModelConfig(**SMALL), ModelConfig(**SMALL | DSA)
+    warmup = TrainConfig(dsa_stage="warmup", seq_len=16)
+    said = refusal(RunConfig, model=dense, train=warmup)
+    assert "model.attention='mla' has none" in said and "--dsa" in said
+    assert "train.compile" in refusal(RunConfig, model=sparse, train=TrainConfig(seq_len=16, compile=True))
+    assert "train.dsa_stage" in refusal(TrainConfig, dsa_stage="dense")
+    assert "parallel.pp=2" in refusal(ParallelConfig(pp=2).check, sparse, TrainConfig(grad_accum=4), 2)
+    assert "parallel.zero=1" in refusal(ParallelConfig(zero=1).check, sparse, warmup, 2)
+    ParallelConfig(zero=1).check(sparse, TrainConfig(), 2)
