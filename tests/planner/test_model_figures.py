@@ -10,7 +10,7 @@ from dsmini.accounting import flops_per_token, parameters
 from dsmini.planner.model.parameters import ModelFigures, dense_training_flops, model_figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, TOKENS
-from tests.helpers.configs import CONFIGS, released
+from tests.helpers.configs import PLANNED, released
 from tests.helpers.strategies import model_configs
 
 
@@ -52,7 +52,7 @@ def check_against_accounting(config: ModelConfig, seq_len: int) -> None:
     assert flops.attention_flops.value == flops_per_token(config, seq_len).by_module["attention over the context"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_closed_forms_equal_the_counts_of_each_config(path: Path) -> None:
     check_against_accounting(ModelConfig.from_file(path), 4096)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsmini import RunConfig, TrainConfig
 from dsmini.config.lr_schedule import Phase, read_phases
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight, phase_ends
-from tests.helpers.configs import CONFIGS
+from tests.helpers.configs import CONFIGS, V32, released
 
 
 def rates(train: TrainConfig) -> list[float]:
@@ -98,6 +98,25 @@ def test_published_recipe_has_the_published_constants() -> None:
     run = RunConfig.from_file(CONFIGS / "deepseek-v3.toml")
     assert run.data.fim_rate == 0.1 and not run.data.document_mask
     assert run.model.n_mtp_layers == 1 and run.model.norm_eps == 1e-6
+
+
+def test_v32_is_v3_with_indexers_and_its_printed_stage() -> None:
+    """V3.2's report, section 2.1.1: two stages of 2.1B and 943.7B tokens, at constant learning rates."""
+    run = RunConfig.from_file(CONFIGS / "deepseek-v3.2.toml")
+    train, sequence = run.train, 128 * 1024
+    assert run.model == released("deepseek-v3", **V32)
+    assert (train.dsa_stage, train.steps, train.batch_size, train.seq_len) == ("sparse", 15000, 480, sequence)
+    assert round(train.steps * train.batch_size * sequence / 1e8) == 9437
+    assert {train.lr * learning_rate_share(step, train) for step in (0, 7000, 14999)} == {7.3e-6}
+    assert (train.optimizer, train.beta2, train.weight_decay, train.moments) == (
+        V3.optimizer,
+        V3.beta2,
+        V3.weight_decay,
+        V3.moments,
+    )
+    flags = ["--train.dsa-stage warmup", "--train.steps 1000", "--train.batch-size 16", "--train.lr 1e-3"]
+    assert " ".join(flags) in (CONFIGS / "deepseek-v3.2.toml").read_text()
+    assert round(1000 * 16 * sequence / 1e8) == 21
 
 
 def test_short_run_keeps_the_published_shape() -> None:
