@@ -66,16 +66,18 @@ def outcomes(
     timeout: float = 20.0,
     store: Any = None,
     attempt: int = 0,
+    late: float = 0.0,
 ) -> list[Outcome]:
     """Return how work(world, *args) ended on n ranks, which may die. Ranks that SIGSTOP stopped are not waited for.
 
     Args:
         store: that of an earlier attempt, as a launcher keeps it; None: a new one.
         attempt: number of restarts so far.
+        late: seconds by which the last rank joins after the others.
     """
     until = time.monotonic() + seconds
     answers: dict[int, tuple[bool, Any]] = {}
-    with _started(n, work, args, timeout, store or new_store(), attempt) as (processes, receivers):
+    with _started(n, work, args, timeout, store or new_store(), attempt, late) as (processes, receivers):
         unread = dict(zip(receivers, range(n), strict=True))
         living = {process.sentinel: process for process in processes}
         while living and time.monotonic() < until and not all(_is_stopped(one.pid) for one in living.values()):
@@ -114,12 +116,22 @@ def new_store() -> Any:
 
 @contextmanager
 def _started(
-    n: int, work: Callable[..., Any], args: tuple[Any, ...], timeout: float, store: Any, attempt: int
+    n: int,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+    store: Any,
+    attempt: int,
+    late: float = 0.0,
 ) -> Iterator[tuple[list[Any], list[Connection]]]:
     """Start the ranks; yield them and the ends of the pipes that their results come from. Kill them at the end."""
     pairs = [START.Pipe(duplex=False) for _ in range(n)]
     processes = [
-        START.Process(target=_rank, args=(rank, n, store.port, timeout, attempt, sender, work, args), daemon=True)
+        START.Process(
+            target=_rank,
+            args=(rank, n, store.port, timeout, attempt, late if rank == n - 1 else 0.0, sender, work, args),
+            daemon=True,
+        )
         for rank, (_, sender) in enumerate(pairs)
     ]
     try:
@@ -159,6 +171,7 @@ def _rank(
     port: int,
     timeout: float,
     attempt: int,
+    late: float,
     sender: Connection,
     work: Callable[..., Any],
     args: tuple[Any, ...],
@@ -166,6 +179,7 @@ def _rank(
     """Be one rank: join the others, work, and send the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    time.sleep(late)
     os.environ |= {
         **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},

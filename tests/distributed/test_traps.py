@@ -231,8 +231,14 @@ def test_restart_on_the_same_store_needs_a_prefix(tmp_path: Path) -> None:
     for attempt in (0, 1):
         ends = outcomes(2, world_sum, store=store, attempt=attempt, timeout=5.0)
         assert [end.value for end in ends] == [2, 2]
-    ends = outcomes(2, world_sum, store=store, attempt=1, timeout=2.0, seconds=15.0)  # as without a prefix of its own
-    assert [end.value for end in ends] != [2, 2]
+    # As without a prefix of its own: rank 0 finds the dead rank's address, since the living one comes later. Of two
+    # ranks the one with the lower port waits for the other, so the address matters in half of the attempts.
+    assert any(fails_to_join_again(store) for _ in range(16))
+
+
+def fails_to_join_again(store: Any) -> bool:
+    ends = outcomes(2, world_sum, store=store, attempt=1, timeout=2.0, seconds=4.0, late=0.5)
+    return [end.value for end in ends] != [2, 2]
 
 
 def world_sum(world: World) -> int:
