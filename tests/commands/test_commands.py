@@ -12,16 +12,14 @@ import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.console.commandline import _clipped, field_docstrings
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import TINY, place_with_run, run, run_all, start
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a text, and a finished run of a tiny model on it."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
-    assert done.returncode == 0, done.stderr
+    done = place_with_run(folder)
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder
