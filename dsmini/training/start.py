@@ -12,7 +12,6 @@ from rich.console import Console
 
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -29,12 +28,14 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
+from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.world import World, joined, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
-from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.changes import check_resume, differences
 from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
+from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
@@ -66,7 +67,8 @@ def started(
     with joined(max(1800.0, 2 * config.parallel.timeout), "nccl" if device.type == "cuda" else "gloo") as world:
         _refuse_unequal(world, config)
         world.first(lambda: _check_place(origin, config))
-        refuse_oversized(config, device)
+        part = _divided(config, device, world)
+        refuse_oversized(config, device, part, world)
         corpus = world.first(lambda: _read_corpus(config, origin.resume, console))
         if world.rank:  # the tokens are there now
             corpus = _read_corpus(config, origin.resume, console)
@@ -74,7 +76,7 @@ def started(
         config = world.first(lambda: _with_folder(origin, absolute(config)))
         with ExitStack() as stack:
             world.first(lambda: stack.enter_context(sole_trainer(config.out or Path())))
-            trainer = _new_trainer(origin, config, corpus, device, world, console)
+            trainer = _new_trainer(origin, config, corpus, device, part, world, console)
             training = TrainingRun(config, trainer, console, world, chaos)
             lines = _first_steps(origin, training)
             aside = [f"{f} was put aside: no attempt survived it" for f in training.survival.quarantined]
@@ -113,26 +115,34 @@ def _with_folder(origin: RunOrigin, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, out=origin.resume or new_run_folder(config.out, origin.name))
 
 
+def _divided(config: RunConfig, device: torch.device, world: World) -> ModelPart:
+    """Return this rank's part of the model, without memory yet."""
+    if world.size == 1:
+        return ModelPart.divided(config.model, Ranks())
+    from dsmini.distributed.mesh import Mesh
+
+    return ModelPart.divided(config.model, Mesh(config.parallel, device))
+
+
 def _new_trainer(
-    origin: RunOrigin, config: RunConfig, corpus: Corpus, device: torch.device, world: World, console: Console
+    origin: RunOrigin,
+    config: RunConfig,
+    corpus: Corpus,
+    device: torch.device,
+    part: ModelPart,
+    world: World,
+    console: Console,
 ) -> Trainer:
-    """Make the model, or this rank's part of it, and what trains it."""
+    """Give the model, or this rank's part of it, its first values, and make what trains it."""
     torch.manual_seed(config.train.seed)
-    with patience(console, "making the model"):
-        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype])
-    if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
-        model.load_state_dict(origin.weights.tensors)
-        origin.weights.tensors.clear()  # a second copy of the model
+    part.model.compute_dtype = DTYPES[config.train.dtype]
+    rows = None if origin.weights is None else origin.weights.rows
+    with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts from it
+        part.fill(device, rows)
     if config.train.optimizer == "muon":  # its kernel may have to be compiled
         with patience(console, "preparing kernels"):
             world.first(lambda: ops.serving(device.type) and None)
-    if world.size == 1:
-        return Trainer(model.to(device), corpus, config, device)
-    from dsmini.distributed.mesh import Mesh, divide
-
-    ranks = Mesh(config.parallel, device)
-    divide(model, ranks)
-    return Trainer(model.to(device), corpus, config, device, ranks)
+    return Trainer(part.model, corpus, config, device, part.ranks)
 
 
 def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
@@ -162,21 +172,6 @@ def threads_of_rank(threads: int | None) -> int | None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = max(1, (os.cpu_count() or 1) // local)
     return threads if local == 1 else min(threads or share, share)
-
-
-def refuse_oversized(config: RunConfig, device: torch.device) -> None:
-    """Raise ValueError if the parameters, optimizer state and smallest activations do not fit into memory."""
-    train = config.train
-    nbytes = accounting.training_bytes(
-        config.model,
-        batch_size=train.batch_size // train.grad_accum,
-        seq_len=config.seq_len,
-        dtype="float32" if train.dtype == "float32" else "bfloat16",
-        optimizer=train.optimizer,
-        moments=train.moments,
-        recompute=train.recompute,
-    ).total
-    refuse_too_large(int(nbytes), "training this model with such a batch", device)
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
