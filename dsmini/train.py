@@ -19,6 +19,7 @@ from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.chaos import parse_chaos
+from dsmini.distributed.meeting import tell
 from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
@@ -153,4 +154,4 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, tell)

@@ -92,7 +92,7 @@ def sharing(
     backend = "nccl" if pick_device(device).type == "cuda" else "gloo"
     # the processes of a machine share its CPUs
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    with joined(LONGEST_WAIT if waits else TIMEOUT, backend) as world:
+    with joined(TIMEOUT, backend, longest_wait=LONGEST_WAIT if waits else None) as world:
         try:
             commands = world.gather(repr(command))
             unequal = [rank for rank, other in enumerate(commands) if other != commands[0]]

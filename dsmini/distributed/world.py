@@ -3,7 +3,7 @@
 A run of one process has a `World` too, which has nobody to ask. `joined` makes one of several processes that torchrun
 started, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-An error that all ranks would report is reported once, by rank 0. One that only some meet (a full disk on one machine)
+An error that all ranks would report is reported once: meeting.py. One that only some meet (a full disk on one machine)
 is raised by all of them together, and names the ranks. A rank that dies takes the others with it: no group of gloo or
 NCCL survives the loss of a member. Each ends with status 1, and whoever started them starts them all again.
 """
@@ -11,16 +11,17 @@ NCCL survives the loss of a member. Each ends with status 1, and whoever started
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dsmini.console.command import interruptible
+from dsmini.distributed.meeting import TOLD, attempt, held_by_launcher, launched, meet
+
 T = TypeVar("T")
-TOLD = "told by rank 0"
-"""Note in an error that all ranks raise and rank 0 reports."""
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Application timeout", "gloo")
 """Parts of the messages of a collective that failed because another rank died or stood still."""
 
@@ -54,8 +55,7 @@ class World:
 
     def store_address(self) -> tuple[str, int, int | None]:
         """Return host and port of the processes' store, and the rank that holds it; None: the launcher does."""
-        held_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None if held_by_launcher else 0
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None if held_by_launcher() else 0
 
     def fork(self) -> "World":
         """Return the same processes with messages of their own, for another thread. All ranks call it together."""
@@ -140,26 +140,27 @@ def _named(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def world_size(environment: Mapping[str, str] = os.environ) -> int:
+def world_size() -> int:
     """Return the number of processes that a launcher started; 1 without one."""
-    return int(environment.get("WORLD_SIZE", "1"))
+    return launched()[1]
 
 
 @contextlib.contextmanager
-def joined(timeout: float = 300.0, backend: str = "gloo") -> Iterator[World]:
+def joined(timeout: float = 300.0, backend: str = "gloo", *, longest_wait: float | None = None) -> Iterator[World]:
     """Yield the World of all processes that a launcher started, and leave it at the end; of one process without one.
 
     Args:
-        timeout: seconds after which a collective fails in which another rank is missing.
+        timeout: seconds in which all must come.
+        longest_wait: seconds after which a collective fails in which another rank is missing; None: timeout.
 
-    Raises: ValueError if the others cannot be reached. A rank that loses another ends here, with status 1.
+    Raises: ValueError if one does not come, or cannot be reached. A rank that loses another ends here, with status 1.
     """
     if world_size() == 1:
         yield World()
         return
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    _connect(timeout, backend, attempt)
-    world = Joined(attempt)
+    meet(timeout)
+    _connect(timeout, backend, timedelta(seconds=longest_wait or timeout))
+    world = Joined(attempt())
     try:
         yield world
     except (Exception, KeyboardInterrupt) as error:
@@ -170,46 +171,39 @@ def joined(timeout: float = 300.0, backend: str = "gloo") -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _connect(timeout: float, backend: str, attempt: int) -> None:
+def _connect(timeout: float, backend: str, longest_wait: timedelta) -> None:
     """Make the default group. Its store has a prefix for each attempt: addresses of dead processes stay in it."""
-    env = os.environ
-    rank, size, seconds = int(env["RANK"]), world_size(), timedelta(seconds=timeout)
-    where = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}"
-    held_by_launcher = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
+    rank, size = launched()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def connect() -> None:
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]),
-            world_size=None,
-            is_master=rank == 0 and not held_by_launcher,
-            timeout=seconds,
-            wait_for_workers=False,
+            host, port, is_master=False, timeout=longest_wait, wait_for_workers=False
         )
-        prefixed = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=seconds)
-    except (RuntimeError, KeyError) as error:
+        prefixed = dist.PrefixStore(f"attempt {attempt()}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=longest_wait)
+
+    try:
+        interruptible(connect, timeout)
+    except (RuntimeError, TimeoutError) as error:
         reason = (str(error).splitlines() or ["no answer"])[0]
         raise ValueError(
-            f"cannot join the {size} processes at {where}: {reason}; check that all were started with the same "
-            "MASTER_ADDR and MASTER_PORT, and that the network lets them through"
+            f"the {size} processes came to {host}:{port}, but cannot connect to each other: {reason}; check that the "
+            "network lets them through, and name its interface with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
         ) from None
 
 
 def _end_after(error: BaseException, rank: int) -> None:
-    """Leave at once after an error that the other ranks cannot know of. An error that all raise returns."""
+    """Leave at once after an error that tells of the loss of another rank, which speaks for itself."""
     told = TOLD in getattr(error, "__notes__", ())
-    if told:
-        return
     reason = next((part for part in LOST if part in str(error)), None) if isinstance(error, RuntimeError) else None
-    if reason is not None:
+    if reason is not None and not told:
         print(
             f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume",
             file=sys.stderr,
             flush=True,
         )
         leave(1)
-    if rank and isinstance(error, ValueError | OSError | ArithmeticError):
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def leave(status: int) -> None:

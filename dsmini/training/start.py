@@ -63,7 +63,8 @@ def started(
     device = pick_device(device_of_rank(config.train.device))
     if threads := threads_of_rank(config.train.threads):
         torch.set_num_threads(threads)
-    with joined(max(1800.0, 2 * config.parallel.timeout), "nccl" if device.type == "cuda" else "gloo") as world:
+    timeout, backend = config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo"
+    with joined(timeout, backend, longest_wait=max(1800.0, 2 * timeout)) as world:  # long: rank 0 tokenises alone
         _refuse_unequal(world, config)
         world.first(lambda: _check_place(origin, config))
         refuse_oversized(config, device)
