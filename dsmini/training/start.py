@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
+from dsmini.distributed.replicas import hashed
 from dsmini.distributed.world import World, joined, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
@@ -65,7 +67,7 @@ def started(
         torch.set_num_threads(threads)
     timeout, backend = config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo"
     with joined(timeout, backend, longest_wait=max(1800.0, 2 * timeout)) as world:  # long: rank 0 tokenises alone
-        _refuse_unequal(world, config)
+        _refuse_unequal(world, origin, config, chaos)
         world.first(lambda: _check_place(origin, config))
         refuse_oversized(config, device)
         corpus = world.first(lambda: _read_corpus(config, origin.resume, console))
@@ -84,18 +86,40 @@ def started(
             yield training
 
 
-def _refuse_unequal(world: World, config: RunConfig) -> None:
-    """Refuse processes that were started with unequal configs."""
-    first = world.first(lambda: config)
-    unequal = {rank: keys for rank, keys in enumerate(world.gather(sorted(differences(first, config)))) if keys}
-    if unequal:
-        rank, keys = next(iter(unequal.items()))
-        raise world.told(
-            ValueError(
-                f"rank {rank} was started with another {', '.join(keys)} than rank 0; start all processes with the "
-                "same command"
+def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: ChaosRequest | None) -> None:
+    """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
+    if world.size == 1:
+        return
+    options = _options(origin, chaos)
+    first, of_first = world.first(lambda: (config, options))
+    keys = sorted(differences(first, config))
+    unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
+    if keys and not unequal:
+        unequal = [f"another {', '.join(keys)}"]
+    for rank, words in enumerate(world.gather(unequal)):
+        if words:
+            raise world.told(
+                ValueError(
+                    f"rank {rank} was started with {', '.join(words)} than rank 0; start all processes with the same "
+                    "command, where they see the same files"
+                )
             )
-        )
+
+
+def _options(origin: RunOrigin, chaos: ChaosRequest | None) -> dict[str, str | None]:
+    """Return what a run starts from, by the option that decides it; None for one that is left out."""
+    weights = origin.weights
+    read = None
+    if weights is not None:
+        hashes = sorted((name, hashed(tensor)) for name, tensor in weights.tensors.items())
+        read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
+    paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
+    faults = chaos and f"{chaos.seed}:{chaos.mean_steps:g}:{','.join(chaos.kinds)}"
+    return paths | {"weights to start from": read, "--chaos": faults}
+
+
+def _in_words(name: str, of_first: dict[str, str | None], mine: dict[str, str | None]) -> str:
+    return f"another {name} ({mine[name] or 'none'}, not {of_first[name] or 'none'})"
 
 
 def _check_place(origin: RunOrigin, config: RunConfig) -> None:

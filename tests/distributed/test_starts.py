@@ -38,6 +38,24 @@ def test_unequal_keys_are_named(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([["--init", "{}/one"], ["--init", "{}/two"]], ["another --init (", "/two, not ", "weights to start from"]),
+        ([["--init", "{}/one"], []], ["another --init (none, not "]),
+        ([["--chaos", "1:5:kill"], ["--chaos", "2:5:kill"]], ["another --chaos (2:5:kill, not 1:5:kill)"]),
+        ([[], ["--chaos", "2"]], ["another --chaos (2:", "not none)"]),
+    ],
+)
+def test_unequal_options_are_named(
+    lines: Sequence[Sequence[str]], words: Sequence[str], place: Path, tmp_path: Path
+) -> None:
+    own = [str(place / "small.toml"), "--out", str(tmp_path / "run")]
+    got = spoken(tmp_path, *([*own, *(word.format(place) for word in line)] for line in lines))
+    assert_refused(got, "rank 1 was started with", *words)
+    assert not (tmp_path / "run").exists()
+
+
 # --- a missing process
 
 SHORT = ("--parallel.timeout", "2")
