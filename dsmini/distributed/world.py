@@ -10,6 +10,7 @@ NCCL survives the loss of a member. Each ends with status 1, and whoever started
 
 import contextlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -88,8 +89,8 @@ class Joined(World):
         if self.rank == 0:
             try:
                 answer = [(work(), None)]
-            except (ValueError, OSError, ArithmeticError) as error:
-                answer = [(None, error)]
+            except Exception as error:
+                answer = [(None, _sendable(error))]
         dist.broadcast_object_list(answer, src=0, group=self.group)
         result, error = answer[0]
         if error is not None:
@@ -100,8 +101,10 @@ class Joined(World):
         result, mine = None, None
         try:
             result = work()
-        except (ValueError, OSError, ArithmeticError) as error:
-            mine = error
+        except Exception as error:
+            if _tells_of_loss(error):  # nobody is left to ask
+                raise
+            mine = _sendable(error)
         errors = self.gather(mine)
         if any(error is not None for error in errors):
             raise self.told(_joint(errors))
@@ -117,6 +120,27 @@ class Joined(World):
         return Joined(self.attempt, group)
 
 
+def _sendable(error: Exception) -> Exception:
+    """Return an error that another process can read: itself, or its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of any kind: it may have arguments that cannot be sent, or that its class does not take
+        return _of_kind(error, str(error)).with_traceback(error.__traceback__)
+    return error
+
+
+def _of_kind(error: Exception, words: str) -> Exception:
+    """Return an error with other words, whose type says the same to whoever catches it."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, words)
+    with contextlib.suppress(Exception):  # a type may want other arguments, or have words of its own
+        same = type(error)(words)
+        if str(same) == words:
+            return same
+    kind = next((kind for kind in (ValueError, ArithmeticError, MemoryError) if isinstance(error, kind)), RuntimeError)
+    return kind(words if kind is not RuntimeError else f"{type(error).__name__}: {words}")
+
+
 def _joint(errors: Sequence[Exception | None]) -> Exception:
     """Return one error for those of some ranks. Ranks with the same words are named together."""
     met = {rank: error for rank, error in enumerate(errors) if error is not None}
@@ -126,14 +150,11 @@ def _joint(errors: Sequence[Exception | None]) -> Exception:
     }
     first = next(iter(met.values()))
     if len(met) == len(errors) and len(set(texts.values())) == 1:
-        joint = first
-    else:
-        by_text: dict[str, list[int]] = {}
-        for rank, text in texts.items():
-            by_text.setdefault(text, []).append(rank)
-        words = "; ".join(f"{_named(ranks)}: {text}" for text, ranks in by_text.items())
-        joint = OSError(first.errno, words) if isinstance(first, OSError) else type(first)(words)
-    return joint
+        return first
+    by_text: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        by_text.setdefault(text, []).append(rank)
+    return _of_kind(first, "; ".join(f"{_named(ranks)}: {text}" for text, ranks in by_text.items()))
 
 
 def _named(ranks: list[int]) -> str:
@@ -195,15 +216,18 @@ def _connect(timeout: float, backend: str, longest_wait: timedelta) -> None:
 
 def _end_after(error: BaseException, rank: int) -> None:
     """Leave at once after an error that tells of the loss of another rank, which speaks for itself."""
-    told = TOLD in getattr(error, "__notes__", ())
-    reason = next((part for part in LOST if part in str(error)), None) if isinstance(error, RuntimeError) else None
-    if reason is not None and not told:
+    if TOLD not in getattr(error, "__notes__", ()) and (reason := _tells_of_loss(error)):
         print(
             f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume",
             file=sys.stderr,
             flush=True,
         )
         leave(1)
+
+
+def _tells_of_loss(error: BaseException) -> str | None:
+    """Return the words by which an error tells that another rank died or stood still; None for another error."""
+    return next((part for part in LOST if part in str(error)), None) if isinstance(error, RuntimeError) else None
 
 
 def leave(status: int) -> None:
