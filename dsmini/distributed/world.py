@@ -166,6 +166,20 @@ def world_size() -> int:
     return launched()[1]
 
 
+def device_of_rank(name: str) -> str:
+    """Return the device of this process: each of a machine's processes has a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    several = name in ("auto", "cuda")
+    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
+
+
+def threads_of_rank(threads: int | None) -> int | None:
+    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = max(1, (os.cpu_count() or 1) // local)
+    return threads if local == 1 else min(threads or share, share)
+
+
 @contextlib.contextmanager
 def joined(timeout: float = 300.0, backend: str = "gloo", *, longest_wait: float | None = None) -> Iterator[World]:
     """Yield the World of all processes that a launcher started, and leave it at the end; of one process without one.

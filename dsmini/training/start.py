@@ -31,7 +31,7 @@ from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.replicas import hashed
-from dsmini.distributed.world import World, joined, world_size
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
@@ -173,20 +173,6 @@ def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
     if world.first(lambda: bool(checkpoint_folders(out))):
         return _resume(training)
     return world.first(lambda: _restart(training, origin))
-
-
-def device_of_rank(name: str) -> str:
-    """Return the device of this process: each of a machine's processes has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    several = name == "auto" or name == "cuda"
-    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
-
-
-def threads_of_rank(threads: int | None) -> int | None:
-    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, (os.cpu_count() or 1) // local)
-    return threads if local == 1 else min(threads or share, share)
 
 
 def refuse_oversized(config: RunConfig, device: torch.device) -> None:
