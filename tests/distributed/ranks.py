@@ -202,7 +202,7 @@ def command(*args: str, name: str = "train") -> None:
 def speaking(
     folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str], signal_after: float
 ) -> None:
-    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into a file. For `outcomes`.
+    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into files. For `outcomes`.
 
     Args:
         lines: the arguments of each rank; None for one that is missing.
@@ -213,9 +213,9 @@ def speaking(
     line = lines[rank]
     if line is None:
         os._exit(0)
-    with (folder / f"said-{rank}").open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for descriptor, name_of_file in ((1, f"output-{rank}"), (2, f"said-{rank}")):
+        with (folder / name_of_file).open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
     os.environ |= environment
     if signal_after:
         threading.Timer(signal_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -229,7 +229,7 @@ def spoken(
     environment: Mapping[str, str] | None = None,
     signal_after: float = 0.0,
 ) -> tuple[list[int | None], list[str]]:
-    """Return the exit status of each rank of a command, and the lines that each wrote."""
+    """Return the exit status of each rank of a command, and what each wrote to the standard error."""
     ends = outcomes(len(lines), speaking, folder, name, lines, environment or {}, signal_after, seconds=50)
     said = [folder / f"said-{rank}" for rank in range(len(lines))]
     return [end.status for end in ends], [file.read_text() if file.exists() else "" for file in said]
