@@ -66,8 +66,8 @@ HELP = Help(
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    origin, command = _read(args)
-    if "auto" in args and is_finished(origin, command.train.steps):
+    origin, command, auto = _read(args)
+    if auto and is_finished(origin, command.train.steps):
         say(Console(stderr=True, quiet=not speaks()), f"{origin.resume} is finished")
         return 0
     import torch
@@ -132,8 +132,11 @@ def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], s
     return summary, sample
 
 
-def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
-    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...]."""
+def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
+    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...].
+
+    Returns: its origin, all values, and whether it says --resume auto.
+    """
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")
@@ -146,7 +149,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     files = [path for path in (resume and resume / "config.toml", file) if path is not None]
     rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
-    return origin, parse(TrainCommand, "train", rest, default, HELP)
+    return origin, parse(TrainCommand, "train", rest, default, HELP), auto
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
