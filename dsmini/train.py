@@ -34,11 +34,13 @@ class TrainCommand(RunConfig):
     minutes where the CPU has BF16 units, about 14 where it has none (AVX2, as in most laptops).
     A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set,
     here or in that file: [train] steps = 200.
+    Several processes divide a run: torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2. See docs/training.md.
     """
 
     resume: Path | None = None
-    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it. "auto"
-    continues the run in --out if one has begun there, and begins it else: for launchers that start it again."""
+    """Continue this run, such as runs/toy-001, or auto. It continues from its last checkpoint; its config holds, and
+    flags change it. auto: the run in --out if one has begun there, else it begins there: for launchers that start the
+    command again."""
     init: Path | None = None
     """Start from a DeepSeek or Hugging Face folder or a run, or one of its checkpoints. The new run has its weights,
     model and tokenizer, and the usual recipe. FP8 weights are dequantized."""
@@ -52,14 +54,14 @@ HELP = Help(
     usage="[FILE.toml] [FLAGS]",
     examples=(
         "                 # a small model, 5 to 14 minutes",
-        "--data.path book.txt --train.steps 400",
-        "configs/toy-mha.toml --model.dim 256",
-        "--train.optimizer muon --train.seq-len 128",
-        "--out runs/mine --train.tensorboard",
+        "--data.path book.txt --train.optimizer muon",
+        "configs/toy-mha.toml --model.n-layers 6",
+        "--out runs/mine --resume auto --train.tensorboard",
+        "torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2",
     ),
     main=(
-        *("data.path", "out", "model.dim", "model.n_layers", "model.attention", "train.steps", "train.batch_size"),
-        *("train.optimizer", "train.lr", "train.compile", "train.tensorboard", "train.device", "resume", "init"),
+        *("data.path", "out", "model.dim", "train.steps", "train.batch_size", "train.optimizer", "train.lr"),
+        *("train.compile", "train.device", "parallel.pp", "parallel.ep", "resume", "init", "chaos"),
     ),
 )
 
