@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from dsmini.distributed.world import joined
 from tests.distributed.faulty import statuses
-from tests.distributed.ranks import command, free_port, outcomes, spoken
+from tests.distributed.ranks import command, free_port, new_store, outcomes, spoken
 from tests.distributed.runs import small_config
 
 
@@ -101,6 +103,22 @@ def test_network_that_refuses_is_told_once(place: Path, tmp_path: Path) -> None:
     assert ends == [2, 2]
     (sentence,) = filter(None, said)
     assert "the 2 processes came to 127.0.0.1:" in sentence and "cannot connect to each other: " in sentence
+
+
+def test_rank_that_comes_but_does_not_connect_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count in a rank 1 that does not exist: a firewall lets processes reach the store, but not each other."""
+    store = new_store()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    meeting = dist.PrefixStore("meeting 0", store)  # pyright: ignore[reportPrivateImportUsage]
+    meeting.set("came 1", "")
+    meeting.add("came", 1)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="cannot connect to each other: it takes longer than 1 s"):
+        joined(1.0, longest_wait=4.0).__enter__()
+    assert time.monotonic() - start < 3.5
 
 
 # --- a mistake before the processes meet
