@@ -31,7 +31,7 @@ class Help:
     usage: str
     """Words after python -m dsmini.NAME."""
     examples: tuple[str, ...]
-    """Command lines after python -m dsmini.NAME; a comment may follow."""
+    """Command lines after python -m dsmini.NAME, or whole ones that begin with torchrun; a comment may follow."""
     main: tuple[str, ...]
     """Fields to list, such as "train.steps"; their docstrings explain them."""
 
@@ -156,7 +156,8 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
     column = max(len(flag) for flag, _ in shown) + 2
     about = (kind.__doc__ or "").partition("\n")[0]
     lines = [f"usage: {prog} {help.usage}", *textwrap.wrap(about, width), ""]
-    lines += [f"  {prog} {example}".rstrip() for example in help.examples] + [""]
+    whole = [example if example.startswith("torchrun") else f"{prog} {example}" for example in help.examples]
+    lines += [f"  {example}" for example in whole] + [""]
     lines += [f"  {flag:{column}}{_clipped(said, width - column - 2)}" for flag, said in shown]
     return "\n".join([*lines, f"All {len(fields)} in full: {prog} --help-all"])
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.ranks import Ranks
-from dsmini.distributed.world import World, joined, world_size
+from dsmini.distributed.replicas import hashed
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.changes import check_resume, differences
@@ -64,8 +66,9 @@ def started(
     device = pick_device(device_of_rank(config.train.device))
     if threads := threads_of_rank(config.train.threads):
         torch.set_num_threads(threads)
-    with joined(max(1800.0, 2 * config.parallel.timeout), "nccl" if device.type == "cuda" else "gloo") as world:
-        _refuse_unequal(world, config)
+    timeout, backend = config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo"
+    with joined(timeout, backend, longest_wait=max(1800.0, 2 * timeout)) as world:  # long: rank 0 tokenises alone
+        _refuse_unequal(world, origin, config, chaos)
         world.first(lambda: _check_place(origin, config))
         part = _divided(config, device, world)
         refuse_oversized(config, device, part, world)
@@ -85,18 +88,41 @@ def started(
             yield training
 
 
-def _refuse_unequal(world: World, config: RunConfig) -> None:
-    """Refuse processes that were started with unequal configs."""
-    first = world.first(lambda: config)
-    unequal = {rank: keys for rank, keys in enumerate(world.gather(sorted(differences(first, config)))) if keys}
-    if unequal:
-        rank, keys = next(iter(unequal.items()))
-        raise world.told(
-            ValueError(
-                f"rank {rank} was started with another {', '.join(keys)} than rank 0; start all processes with the "
-                "same command"
+def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: ChaosRequest | None) -> None:
+    """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
+    if world.size == 1:
+        return
+    options = _options(origin, chaos)
+    first, of_first = world.first(lambda: (config, options))
+    keys = sorted(differences(first, config))
+    unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
+    if keys and not unequal:
+        unequal = [f"another {', '.join(keys)}"]
+    for rank, words in enumerate(world.gather(unequal)):
+        if words:
+            raise world.told(
+                ValueError(
+                    f"rank {rank} was started with {', '.join(words)} than rank 0; start all processes with the same "
+                    "command, where they see the same files"
+                )
             )
-        )
+
+
+def _options(origin: RunOrigin, chaos: ChaosRequest | None) -> dict[str, str | None]:
+    """Return what a run starts from, by the option that decides it; None for one that is left out."""
+    weights = origin.weights
+    read = None
+    if weights is not None:
+        names = ModelPart.divided(weights.run.model, Ranks()).model.state_dict()
+        hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
+        read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
+    paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
+    faults = chaos and f"{chaos.seed}:{chaos.mean_steps:g}:{','.join(chaos.kinds)}"
+    return paths | {"weights to start from": read, "--chaos": faults}
+
+
+def _in_words(name: str, of_first: dict[str, str | None], mine: dict[str, str | None]) -> str:
+    return f"another {name} ({mine[name] or 'none'}, not {of_first[name] or 'none'})"
 
 
 def _check_place(origin: RunOrigin, config: RunConfig) -> None:
@@ -158,20 +184,6 @@ def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
     if world.first(lambda: bool(checkpoint_folders(out))):
         return _resume(training)
     return world.first(lambda: _restart(training, origin))
-
-
-def device_of_rank(name: str) -> str:
-    """Return the device of this process: each of a machine's processes has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    several = name == "auto" or name == "cuda"
-    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
-
-
-def threads_of_rank(threads: int | None) -> int | None:
-    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, (os.cpu_count() or 1) // local)
-    return threads if local == 1 else min(threads or share, share)
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:

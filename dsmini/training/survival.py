@@ -3,6 +3,7 @@
 TrainingRun calls it at every phase. What each part does is in the files of dsmini/distributed/ that are named here.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -142,7 +143,8 @@ class Survival:
         def on_stall(stall: Stall) -> None:
             if stall.speaker == self.world.rank or stall.kind == "store":
                 self.log.write("stalled", self.step, rank=stall.rank, sentence=stall.sentence, seconds=stall.seconds)
-                print(f"{stall.sentence}; the run continues from its last checkpoint with --resume", flush=True)
+                sentence = f"{stall.sentence}; the run continues from its last checkpoint with --resume"
+                print(sentence, file=sys.stderr, flush=True)
 
         host, port, store_rank = self.world.store_address()
         limits = Limits(timeout=self.config.parallel.timeout)

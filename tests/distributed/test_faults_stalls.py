@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsmini.distributed.chaos import ChaosPlan
 from dsmini.distributed.watchdog import GRACE, STALLED
 from dsmini.distributed.world import World
 from tests.distributed.faulty import differences, events, fault, faulty, prepared, statuses, until_end
-from tests.distributed.ranks import outcomes, run_ranks
+from tests.distributed.ranks import outcomes, run_ranks, spoken
+from tests.distributed.runs import small_config
 
 LAYOUT: dict[str, Any] = {"timeout": 3.0}
 SLACK = 12.0
@@ -70,6 +72,17 @@ def test_a_stalled_run_continues_bit_for_bit(tmp_path: Path) -> None:
     attempts = until_end(2, tmp_path / "run", LAYOUT, [fault("hang", 1, 4, "forward")])
     assert [statuses(ends) for ends in attempts] == [[STALLED] * 2, [0, 0]]
     assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+def test_a_stall_of_the_command_is_told_on_the_standard_error(tmp_path: Path) -> None:
+    """Leave the output to the line of JSON."""
+    plans = {seed: ChaosPlan.from_seed(seed, 2, 6, 2, ("hang",)).faults for seed in range(50)}
+    seed = next(seed for seed, faults in plans.items() if faults and faults[0].rank == 1)
+    args = [str(small_config(tmp_path)), "--out", str(tmp_path / "run"), "--json", "--chaos", f"{seed}:2:hang"]
+    ends, said = spoken(tmp_path, *[[*args, "--parallel.timeout", "2"]] * 2)
+    assert ends == [STALLED] * 2
+    assert said[0].count("rank 1 (pid") == 1 and "--resume" in said[0]
+    assert [(tmp_path / f"output-{rank}").read_text() for rank in range(2)] == ["", ""]
 
 
 def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:

@@ -283,6 +283,14 @@ def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
+def test_only_resume_auto_takes_a_finished_run_as_the_end(place: Path) -> None:
+    auto = ["--resume auto --out runs/x", "--out runs/x --resume=auto"]
+    answers = run_all([("dsmini.train", line) for line in [*auto, "--resume runs/x --train.device auto"]], place)
+    assert [status for status, _ in answers] == [0, 0, 2]
+    assert [said.splitlines() for _, said in answers[:2]] == [["runs/x is finished"]] * 2
+    assert "runs/x is finished: 12 of 12 steps" in answers[2][1]
+
+
 def test_a_changed_text_is_refused(place: Path) -> None:
     text = (place / "book.txt").read_text()
     (place / "book.txt").write_text(text.replace("dog", "cat"))
