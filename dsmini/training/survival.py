@@ -16,6 +16,7 @@ from dsmini.distributed.events import EventLog, log_path, read_events
 from dsmini.distributed.faults import Chaos
 from dsmini.distributed.quarantine import leave_out_crash_loops
 from dsmini.distributed.spikes import Spikes
+from dsmini.distributed.stages import ranks_of_stages
 from dsmini.distributed.world import World
 from dsmini.training.trainer import Trainer
 
@@ -36,7 +37,12 @@ class Survival:
         """The Watchdog, where there are other processes."""
         self.chaos: Chaos | None = None
         if chaos is not None:
-            plan = ChaosPlan.from_seed(chaos.seed, world.size, config.train.steps, chaos.mean_steps, chaos.kinds)
+            last = ranks_of_stages(config.parallel)[-1]
+            parts = config.parallel.parts(world.size)
+            plan = ChaosPlan.from_seed(
+                *(chaos.seed, world.size, config.train.steps, chaos.mean_steps, chaos.kinds),
+                with_loss=range(last * parts, (last + 1) * parts),
+            )
             self.chaos = Chaos(plan, world.rank, folder, self.log)
         self.step = 0
         self.begun = False
