@@ -19,7 +19,7 @@ from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.chaos import parse_chaos
-from dsmini.distributed.meeting import tell
+from dsmini.distributed.meeting import launcher, tell
 from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
@@ -95,7 +95,7 @@ def main(args: Sequence[str]) -> int:
         results = _results(training, complete)
         if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
-            say(console, f"Continue with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
+            say(console, f"Continue with: {launcher()} -m dsmini.train --resume {shlex.quote(str(folder))}")
             return _status(complete=False)
     summary, sample = results
     print_summary(console, summary)

@@ -38,6 +38,16 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launcher() -> str:
+    """Return the command that starts as many processes as these, to which -m MODULE is added."""
+    _, size = launched()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size == 1:
+        return "python"
+    machines = "--standalone" if local == size else f"--nnodes {size // local}"
+    return f"torchrun {machines} --nproc-per-node {local}"
+
+
 def held_by_launcher() -> bool:
     """Return whether the launcher holds the store; else rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -143,16 +153,24 @@ def _store(seconds: float) -> "Store":
     from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
     rank, _ = launched()
-    host, port, end = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), time.monotonic() + seconds
+    host, end = os.environ.get("MASTER_ADDR", ""), time.monotonic() + seconds
     try:
+        port = _port()
         if rank or held_by_launcher():  # here, because a client of the store would hear no signal while it waits
-            while not _answers(host, int(port)):
+            while not _answers(host, port):
                 if time.monotonic() > end:
                     raise ValueError(f"nobody answers within {seconds:g} s")
                 time.sleep(0.1)
-        return PrefixStore(f"meeting {attempt()}", _connected(host, int(port), rank == 0 and not held_by_launcher()))
+        return PrefixStore(f"meeting {attempt()}", _connected(host, port, rank == 0 and not held_by_launcher()))
     except (ValueError, RuntimeError) as error:
         raise _unreachable(error) from None
+
+
+def _port() -> int:
+    text = os.environ.get("MASTER_PORT", "")
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise ValueError(f"MASTER_PORT is {text[:20]!r}, not a port from 1 to 65535")
+    return int(text)
 
 
 def _unreachable(error: Exception) -> UnreachableError:

@@ -241,7 +241,11 @@ def _end_after(error: BaseException, rank: int) -> None:
 
 def _tells_of_loss(error: BaseException) -> str | None:
     """Return the words by which an error tells that another rank died or stood still; None for another error."""
-    return next((part for part in LOST if part in str(error)), None) if isinstance(error, RuntimeError) else None
+    if not isinstance(error, RuntimeError):
+        return None
+    found = next((part for part in LOST if part in str(error)), None)
+    cause = error.__cause__ or error.__context__  # torch's pipeline raises an error of its own
+    return found if found or cause is None else _tells_of_loss(cause)
 
 
 def leave(status: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from dsmini.distributed.meeting import meet
 from dsmini.distributed.world import joined
 from tests.distributed.faulty import statuses
 from tests.distributed.ranks import command, free_port, new_store, outcomes, spoken
@@ -103,6 +104,14 @@ def test_network_that_refuses_is_told_once(place: Path, tmp_path: Path) -> None:
     assert ends == [2, 2]
     (sentence,) = filter(None, said)
     assert "the 2 processes came to 127.0.0.1:" in sentence and "cannot connect to each other: " in sentence
+
+
+@pytest.mark.parametrize("port", ["abc", "99999", "0", ""])
+def test_port_that_is_none_is_named(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"MASTER_PORT is '{port}', not a port from 1 to 65535"):
+        meet(1.0)
 
 
 def test_rank_that_comes_but_does_not_connect_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsmini.distributed.meeting import launcher
 from dsmini.distributed.world import World
 from tests.distributed.ranks import run_ranks
 
@@ -77,3 +78,19 @@ def test_error_of_one_rank_is_raised_by_all_with_its_name(kind: str, name: str, 
 
 def test_error_of_all_ranks_keeps_its_words() -> None:
     assert run_ranks(2, caught, "together", "value", (0, 1)) == [("ValueError", "no such value", True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "words"),
+    [
+        (1, 1, "python"),
+        (4, 4, "torchrun --standalone --nproc-per-node 4"),
+        (4, 2, "torchrun --nnodes 2 --nproc-per-node 2"),
+    ],
+)
+def test_command_to_continue_starts_as_many_processes(
+    size: int, local: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert launcher() == words
