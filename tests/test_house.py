@@ -277,11 +277,11 @@ def test_every_public_name_exists() -> None:
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
     "benchmarks": 5050,
-    "dsmini/accounting": 1300,
-    "dsmini/functional": 1700,
-    "dsmini/inference": 1440,
+    "dsmini/accounting": 1350,
+    "dsmini/functional": 1900,
+    "dsmini/inference": 1450,
     "dsmini/measure": 2225,
-    "dsmini/nn": 2200,
+    "dsmini/nn": 2550,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }

@@ -161,7 +161,7 @@ class _Saved:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
         c = self.c
         yield "attention", n * self.read(c.dim)
-        if c.attention == "mla":
+        if c.is_mla:
             if c.q_lora_rank is not None:
                 yield STATE, self.normed(n, c.q_lora_rank)
                 yield "attention", n * self.read(c.q_lora_rank)
@@ -201,4 +201,4 @@ class _Saved:
 
     def table(self, s: int) -> int:
         """Return the bytes of cosines and sines in FP32, one of each a pair."""
-        return 4 * s * (self.c.qk_rope_head_dim if self.c.attention == "mla" else self.c.qk_nope_head_dim)
+        return 4 * s * (self.c.qk_rope_head_dim if self.c.is_mla else self.c.qk_nope_head_dim)

@@ -1,6 +1,7 @@
 """Bytes of what decoding stores of a token, and the MHA that MLA's cache is compared with.
 
     MLA              kv_lora_rank + qk_rope_head_dim numbers a layer
+    DSA              index_head_dim numbers more: the indexer's key
     MHA, GQA, MQA    n_kv_heads (d_k + d_v) numbers a layer
 
 Worked example, DeepSeek-V3 in BF16: (512 + 64) * 61 layers * 2 bytes = 70,272 bytes a token. MHA with as many heads of
@@ -15,6 +16,7 @@ from typing import Literal
 from dsmini.accounting.table import Bytes
 from dsmini.accounting.tensors import BLOCK, MTP, SIZES
 from dsmini.config import ModelConfig
+from dsmini.config.model import NO_INDEXER
 
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """fp8: V3.2's layout of MLA's rows."""
@@ -27,12 +29,14 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: Ca
 
     Args:
         dtype: in place of bytes_per_number. "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
-            64 numbers of rotary key in BF16.
+            64 numbers of rotary key in BF16. DSA's are 132 more, the indexer's key: 48,068 in all layers of V3.2.
 
     Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its KB are 1000 bytes).
     Raises: ValueError for "fp8" where attention is not MLA.
     """
-    return config.n_layers * (row_width(config) * bytes_per_number if dtype is None else row_bytes(config, dtype))
+    if dtype is None:
+        return config.n_layers * (row_width(config) + (config.index_head_dim or 0)) * bytes_per_number
+    return config.n_layers * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
 
 
 def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
@@ -49,7 +53,7 @@ def mha_twin(config: ModelConfig) -> ModelConfig:
 
     Raises: ValueError if qk_nope_head_dim is odd, since the baseline rotates it.
     """
-    return dataclasses.replace(config, attention="mha", n_kv_heads=None)
+    return dataclasses.replace(config, attention="mha", n_kv_heads=None, **NO_INDEXER)
 
 
 def cache_bytes(
@@ -60,23 +64,29 @@ def cache_bytes(
     Args:
         mtp: with the rows of the multi-token prediction blocks, a layer's each.
     """
-    rows = batch * max_seq_len * row_bytes(config, dtype)
+    rows = batch * max_seq_len * (row_bytes(config, dtype) + index_row_bytes(config, dtype))
     return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
 
 
 def row_width(c: ModelConfig) -> int:
-    """Return the numbers that a layer stores of a token."""
-    if c.attention == "mla":
+    """Return the numbers that a layer stores of a token for attention."""
+    if c.is_mla:
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
 
 def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
-    """Return the bytes that a layer stores of a token."""
+    """Return the bytes that a layer stores of a token for attention."""
     if dtype not in ("float32", "bfloat16", "fp8"):
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     if dtype != "fp8":
         return row_width(c) * SIZES[dtype]
-    if c.attention != "mla":
+    if not c.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
     return c.kv_lora_rank + 4 * -(-c.kv_lora_rank // BLOCK) + 2 * c.qk_rope_head_dim
+
+
+def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
+    """Return the bytes that a layer stores of a token for its indexer: 132 of V3.2 in FP8; 0 without an indexer."""
+    d = c.index_head_dim or 0
+    return d + 4 * -(-d // BLOCK) if dtype == "fp8" else d * SIZES[dtype]

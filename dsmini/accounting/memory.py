@@ -71,7 +71,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        if optimizer == "muon" and (use.form == "fp8" or use.name == "eh_proj"):
+        if optimizer == "muon" and (use.form == "fp8" or use.name in ("eh_proj", "weights_proj")):
             return 4 * use.parameters
         return 2 * SIZES[moments] * use.parameters + (4 if use.parameters else 0)
 

@@ -23,6 +23,8 @@ MTP = "mtp "
 """Prefix of the names of what belongs to multi-token prediction blocks."""
 OVER = "attention over the context"
 """Attention's products that grow with the context: queries with keys, weights with values."""
+INDEXER, SCORES = "indexer", "scores of the indexer"
+"""DSA's indexer, and its products of queries with keys, which grow with the context too."""
 
 Dtype = Literal["float32", "bfloat16"]
 """Dtype of numbers that are computed with."""
@@ -50,6 +52,8 @@ class TensorUse(NamedTuple):
     """False: a parameter that is listed elsewhere and used once more."""
     per_pair: int = 0
     """Multiply-adds of a query with one key and its value, all heads."""
+    most_keys: int | None = None
+    """Number of keys above which a query chooses among them; None: it meets all."""
     buffers: int = 0
     """Routing biases, which are state but no parameters."""
 
@@ -120,12 +124,12 @@ def block_tensors(c: ModelConfig, layer: int) -> Iterator[TensorUse]:
 
 def key_width(c: ModelConfig) -> int:
     """Return the width of a head's query and key, of MLA in its expanded form."""
-    return c.qk_head_dim if c.attention == "mla" else c.qk_nope_head_dim
+    return c.qk_head_dim if c.is_mla else c.qk_nope_head_dim
 
 
 def _attention(c: ModelConfig) -> Iterator[TensorUse]:
     m, h, d, v = c.dim, c.n_heads, key_width(c), c.v_head_dim
-    if c.attention == "mla":
+    if c.is_mla:
         if c.q_lora_rank is None:
             yield _attention_matrix("wq", h * d, m)
         else:
@@ -142,8 +146,19 @@ def _attention(c: ModelConfig) -> Iterator[TensorUse]:
     if c.qk_norm:
         yield _norm("q_head_norm", d)
         yield _norm("k_head_norm", d)
-    yield TensorUse(OVER, "", per_pair=h * (d + v))
+    yield TensorUse(OVER, "", per_pair=h * (d + v), most_keys=c.index_topk)
     yield _attention_matrix("wo", m, h * v)
+    if c.index_n_heads is not None and c.index_head_dim is not None:
+        yield from _indexer(c.index_n_heads, c.index_head_dim, m, m if c.q_lora_rank is None else c.q_lora_rank)
+
+
+def _indexer(h: int, d: int, m: int, width: int) -> Iterator[TensorUse]:
+    """Yield an indexer: 13,959,424 parameters in a layer of V3.2, its norm's 256 among them."""
+    yield TensorUse(INDEXER, "wq_b", (h * d, width), 1, "fp8")
+    yield TensorUse(INDEXER, "wk", (d, m), 1, "fp8")
+    yield from (_norm(name, d) for name in ("k_norm.weight", "k_norm.bias"))
+    yield TensorUse(INDEXER, "weights_proj", (h, m), 1, "fp32")
+    yield TensorUse(SCORES, "", per_pair=h * d)
 
 
 def _attention_matrix(name: str, o: int, i: int) -> TensorUse:

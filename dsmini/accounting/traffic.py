@@ -25,11 +25,21 @@ from dataclasses import dataclass
 from dsmini.accounting.checks import check_context, check_depths, check_dtype, check_sizes
 from dsmini.accounting.experts import distinct_experts
 from dsmini.accounting.flops import Form, is_absorbed
-from dsmini.accounting.kv_cache import CacheDtype, row_bytes, row_width
+from dsmini.accounting.kv_cache import CacheDtype, index_row_bytes, row_bytes, row_width
 from dsmini.accounting.memory import Optimizer, WeightDtype, optimizer_bytes
 from dsmini.accounting.parameters import parameters
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, SIZES, Dtype, TensorUse, key_width, main_tensors, mtp_tensors
+from dsmini.accounting.tensors import (
+    BLOCK,
+    MTP,
+    SCORES,
+    SIZES,
+    Dtype,
+    TensorUse,
+    key_width,
+    main_tensors,
+    mtp_tensors,
+)
 from dsmini.config import ModelConfig
 
 Amounts = Iterator[tuple[str, float]]
@@ -78,7 +88,7 @@ def decode_bytes_per_token(
     check_sizes(batch=batch)
     compute = _compute(dtype)
     size, absorbed = SIZES[compute], is_absorbed(config, form)
-    row = row_bytes(config, cache_dtype or compute)
+    row, index_row = (count(config, cache_dtype or compute) for count in (row_bytes, index_row_bytes))
     distinct = distinct_experts(config, batch, experts)
     products = _Products(config=config, n=batch, compute=compute, fp8=dtype == "fp8", experts=distinct)
 
@@ -93,12 +103,15 @@ def decode_bytes_per_token(
                 yield from products.head(batch)
             elif use.name != "wkv_b":  # which reads the cache, and writes keys and values
                 yield "activations", products.activations(use)
-        yield WRITE, config.n_layers * batch * row
-        yield READ, config.n_layers * batch * context * row
+            if use.per_pair and use.module == SCORES:
+                yield ATTENDED, batch * use.per_pair * size
+        met = min(context, config.index_topk or context) if absorbed else context
+        yield WRITE, config.n_layers * batch * (row + index_row)
+        yield READ, config.n_layers * batch * (met * row + context * index_row)
         # absorbed, every head reads the row as its key, and the latent in it as its value
         key, value = (row_width(config), config.kv_lora_rank) if absorbed else (key_width(config), config.v_head_dim)
         yield ATTENDED, config.n_layers * batch * config.n_heads * (key + value) * size
-        if config.attention == "mla" and not absorbed:
+        if config.is_mla and not absorbed:
             made = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
             yield EXPANDED, config.n_layers * 2 * batch * context * made * size
 
@@ -128,7 +141,7 @@ def prefill_bytes_per_token(
     check_dtype(dtype, ("float32", "bfloat16", "fp8"))
     check_sizes(seq_len=seq_len, batch=batch)
     n, compute = batch * seq_len, _compute(dtype)
-    row = row_bytes(config, cache_dtype or compute)
+    row = row_bytes(config, cache_dtype or compute) + index_row_bytes(config, cache_dtype or compute)
     distinct = distinct_experts(config, n, experts)
     products = _Products(config=config, n=n, compute=compute, fp8=dtype == "fp8", experts=distinct)
 
@@ -140,7 +153,7 @@ def prefill_bytes_per_token(
             else:
                 yield "activations", products.activations(use)
             if use.per_pair:
-                yield ATTENDED, n * _fused(config) * SIZES[compute]
+                yield ATTENDED, n * _fused(config, use) * SIZES[compute]
         yield WRITE, config.n_layers * n * row
 
     return Traffic.of((name, amount / n) for name, amount in amounts())
@@ -189,8 +202,10 @@ def training_bytes_per_token(
             yield "activations", 2 * (into + out) * (1 + 4 / BLOCK) + (into + out) * size
         else:
             yield "activations", 3 * products.activations(use)
-        if use.per_pair:
-            yield ATTENDED, tokens * (3 * _fused(config) + config.n_heads * config.v_head_dim) * size
+        if use.per_pair and use.module.removeprefix(MTP) == SCORES:
+            yield ATTENDED, tokens * _fused(config, use) * size
+        elif use.per_pair:
+            yield ATTENDED, tokens * (3 * _fused(config, use) + config.n_heads * config.v_head_dim) * size
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
@@ -240,8 +255,13 @@ class _Products:
         return 4 if use.form == "fp32" else SIZES[self.compute]
 
 
-def _fused(c: ModelConfig) -> int:
-    """Return the numbers a token that attention to fresh keys reads and writes: queries, keys, values, sums."""
+def _fused(c: ModelConfig, use: TensorUse) -> int:
+    """Return the numbers a token that attention to fresh keys reads and writes: queries, keys, values, sums.
+
+    The indexer reads queries and its one key; picks are left out, as the mask is.
+    """
+    if use.module.removeprefix(MTP) == SCORES:
+        return use.per_pair + (c.index_head_dim or 0)
     return (c.n_heads + c.kv_heads) * (key_width(c) + c.v_head_dim)
 
 

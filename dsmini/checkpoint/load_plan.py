@@ -9,7 +9,7 @@ import torch
 from dsmini.checkpoint.safetensors_file import DTYPES, Stored
 from dsmini.checkpoint.safetensors_folder import is_inference_layout
 from dsmini.checkpoint.slots import Slot, fp8_weights, scale_slot, slots
-from dsmini.checkpoint.tensor_names import hf_name, inference_name, mtp_copies
+from dsmini.checkpoint.tensor_names import hf_name, inference_name, is_indexer, mtp_copies
 from dsmini.config.fields import require
 from dsmini.nn import Transformer
 from dsmini.reading import listed
@@ -137,6 +137,13 @@ class _Search:
     def refuse_misfits(self, folder: Path) -> None:
         """Raise ValueError with all that is missing, unknown or wrong."""
         unknown = sorted(self.tensors.keys() - self.used)
+        lost = [name for name in self.missing if is_indexer(name)]
+        require(
+            not lost or lost != self.missing or any(map(is_indexer, self.tensors)),
+            f"{folder} has an indexer in its config and no tensor of one, of which it wants {len(lost):,}; fetch the "
+            "files of DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m "
+            "dsmini.convert --dsa",
+        )
         parts = [f"it lacks {listed(self.missing)}"] if self.missing else []
         parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
         parts += [*self.wrong[:50], *([f"and {len(self.wrong) - 50:,} more"] if len(self.wrong) > 50 else [])]

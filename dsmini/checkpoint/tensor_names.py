@@ -20,6 +20,10 @@ _BLOCK = {
     "attn.kv_norm": "self_attn.kv_a_layernorm",
     "attn.wkv_b": "self_attn.kv_b_proj",
     "attn.wo": "self_attn.o_proj",
+    "attn.indexer.wq_b": "self_attn.indexer.wq_b",
+    "attn.indexer.wk": "self_attn.indexer.wk",
+    "attn.indexer.k_norm": "self_attn.indexer.k_norm",
+    "attn.indexer.weights_proj": "self_attn.indexer.weights_proj",
     "ffn.w1": "mlp.gate_proj",
     "ffn.w2": "mlp.down_proj",
     "ffn.w3": "mlp.up_proj",
@@ -56,6 +60,11 @@ def is_derived(theirs: str) -> bool:
     return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", theirs) is not None
 
 
+def is_indexer(theirs: str) -> bool:
+    """Return whether a tensor of a folder, in either layout, belongs to the indexer of V3.2."""
+    return ".indexer." in theirs
+
+
 def is_stacked(name: str) -> bool:
     """Return whether one of our tensors holds all experts of a layer, which are single tensors in a folder."""
     return _STACKED.fullmatch(name) is not None
@@ -83,9 +92,9 @@ def inference_name(name: str, expert: int | None = None) -> str:
 def inference_split(theirs: str) -> int | None:
     """Return the dimension in which DeepSeek's inference layout splits a tensor over its ranks.
 
-    None: each rank has the whole tensor, or one rank has a routed expert's.
+    None: each rank has the whole tensor, as of the indexer, or one rank has a routed expert's.
     """
-    if ".experts." in theirs:
+    if ".experts." in theirs or ".indexer." in theirs:
         return None
     return _SPLIT.get(theirs.split(".")[-2])
 
@@ -115,4 +124,4 @@ def _to_hf_name(name: str, n_layers: int) -> str:
             return prefix + _GATE_BIAS[1]
         if part[2] in _BLOCK:
             return f"{prefix}{_BLOCK[part[2]]}.{kind}"
-    raise ValueError(f"tensor {name!r} has no Hugging Face name; only models with attention='mla' have a folder format")
+    raise ValueError(f"tensor {name!r} has no Hugging Face name; only models of MLA and DSA have a folder format")

@@ -37,6 +37,10 @@ _CONFIG = {
     "num_mtp_layers": "n_mtp_layers",
     "rope_theta": "rope_theta",
 }
+# theirs -> ours, for the config.json of deepseek_v32
+_INDEXER = {"index_n_heads": "index_n_heads", "index_head_dim": "index_head_dim", "index_topk": "index_topk"}
+# keys of deepseek_v32 that repeat others, as transformers writes them; and GLM's switch
+_SPARSE = {*_INDEXER, "indexer_rope_interleave", "layer_types", "mlp_layer_types"}
 _YARN = {
     "factor": "rope_factor",
     "beta_fast": "beta_fast",
@@ -71,6 +75,8 @@ _SILENT = {
     *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
     *("_name_or_path", "num_local_experts"),
 }
+LONGEST_LIST = 10_000
+"""Number of layers up to which lists of layers are compared; no model has more."""
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
 # defaults of DeepSeek's ModelArgs, for keys that its inference JSON files leave out
@@ -102,6 +108,8 @@ _MODEL_ARGS = {
     "beta_slow": 1,
     "mscale": 1.0,
 }
+# those of V3.2's ModelArgs, where a file has any of them
+_INDEX_ARGS = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 
 
 def is_hugging_face(raw: Mapping[str, Any]) -> bool:
@@ -124,8 +132,9 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     accepted = {"dtype", "scale_fmt", "max_batch_size"}
-    _refuse(set(raw) - set(_MODEL_ARGS) - accepted, source)
-    out = {**_MODEL_ARGS, **{key: value for key, value in raw.items() if key not in accepted}}
+    sparse = {"attention": "dsa", **_INDEX_ARGS} if _INDEX_ARGS.keys() & raw.keys() else {}
+    _refuse(set(raw) - set(_MODEL_ARGS) - set(_INDEX_ARGS) - accepted, source)
+    out = {**_MODEL_ARGS, **sparse, **{key: value for key, value in raw.items() if key not in accepted}}
     sigmoid = out["score_func"] == "sigmoid"
     out["q_lora_rank"] = out["q_lora_rank"] or None
     out["mscale_all_dim"] = out["mscale"]
@@ -137,13 +146,14 @@ def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = raw["model_type"]
-    if kind not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
-        later = isinstance(kind, str) and kind.startswith(("deepseek_v3", "deepseek_v4"))
-        also = "; a plan of DeepSeek-V3's config shows the attention of V3.2 and V4 too" if later else ""
+    if kind not in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"):
+        later = isinstance(kind, str) and kind.startswith("deepseek_v4")
+        also = "; a plan of DeepSeek-V3's config shows the attention of V4 too" if later else ""
         raise ValueError(
-            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2{also}"
+            f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32 and "
+            f"kimi_k2{also}"
         )
-    _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT, source)
+    _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT - (_SPARSE if kind == "deepseek_v32" else set()), source)
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want {allowed[0]!r}")
@@ -159,8 +169,12 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     if v2 and out["topk_method"] == "greedy":
         out |= {"n_expert_groups": 1, "n_limited_groups": 1}
     out |= _yarn(raw, source)
+    sizes = _CONFIG
+    if kind == "deepseek_v32":
+        sizes = _CONFIG | _INDEXER
+        out |= _sparse(raw, out, source)
     # a missing size is not taken from another model
-    missing = sorted(theirs for theirs, ours in _CONFIG.items() if ours not in out)
+    missing = sorted(theirs for theirs, ours in sizes.items() if ours not in out)
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}; want every size of the model")
     heads = out["n_heads"]
@@ -170,6 +184,23 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"want {heads}"
         )
     return out
+
+
+def _sparse(raw: Mapping[str, Any], out: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the fields of the indexer. Lists of layers, which transformers writes, must say what other keys say."""
+    n, dense = out.get("n_layers"), out.get("n_dense_layers")
+    if isinstance(n, int) and isinstance(dense, int) and n <= LONGEST_LIST:
+        lists = {"layer_types": ["indexed_attention"] * n}
+        lists["mlp_layer_types"] = ["dense"] * min(dense, n) + ["sparse"] * (n - dense)
+        for key, want in lists.items():
+            if raw.get(key) is not None and raw[key] != want:
+                raise ValueError(
+                    f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want indexed_attention in "
+                    "every layer, and first_k_dense_replace dense layers before sparse ones"
+                )
+    interleave = raw.get("indexer_rope_interleave")
+    switch = {} if interleave is None else {"indexer_rope_interleave": interleave}
+    return {"attention": "dsa", **switch, **{ours: raw[theirs] for theirs, ours in _INDEXER.items() if theirs in raw}}
 
 
 def _check_quantization(raw: Mapping[str, Any], source: str) -> None:
@@ -223,12 +254,13 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of a ModelConfig's fields, spelled as in released ones, without dtype and token ids.
 
-    Raises: ValueError for a model that neither deepseek_v3 nor deepseek_v2 describes, naming the field.
+    Raises: ValueError for a model that none of deepseek_v2, deepseek_v3 and deepseek_v32 describes, naming the field.
     """
-    v2 = fields["score_func"] == "softmax"
-    kind = "deepseek_v2" if v2 else "deepseek_v3"
+    v2, sparse = fields["score_func"] == "softmax", fields["attention"] == "dsa"
+    v3 = "deepseek_v32" if sparse else "deepseek_v3"
+    kind = "deepseek_v2" if v2 else v3
     methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
-    wanted: dict[str, tuple[Any, ...]] = {"attention": ("mla",), "topk_method": methods}
+    wanted: dict[str, tuple[Any, ...]] = {"attention": ("mla",) if v2 else ("mla", "dsa"), "topk_method": methods}
     wanted |= {"embed_norm": (False,), "qk_norm": (False,)}
     wanted |= {"norm_topk_prob": (False,)} if v2 else {}
     wanted |= {"mtp_input": ("post_norm",)} if fields["n_mtp_layers"] else {}
@@ -239,7 +271,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
             )
     silent = ("num_mtp_layers",)
     out: dict[str, Any] = {
-        "architectures": ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"],
+        "architectures": [f"DeepseekV{kind.removeprefix('deepseek_v')}ForCausalLM"],
         "model_type": kind,
         **{theirs: fields[ours] for theirs, ours in _CONFIG.items() if theirs not in silent},
         **{key: allowed[0] for key, allowed in _FIXED.items() if key not in ("mlp_bias", "rope_interleave")},
@@ -247,6 +279,8 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": fields["n_heads"],
         "rope_scaling": _yarn_to_json(fields),
         "use_cache": True,
+        **{theirs: fields[ours] for theirs, ours in _INDEXER.items() if sparse},
+        **{key: True for key in ("indexer_rope_interleave",) if fields[key]},
     }
     return dict(sorted(out.items()))
 

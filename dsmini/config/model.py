@@ -20,6 +20,15 @@ LARGEST_FLOATS = {"norm_eps": 1.0, "init_std": 10.0}
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
+NO_INDEXER = {
+    "index_n_heads": None,
+    "index_head_dim": None,
+    "index_topk": None,
+    "indexer_rope_interleave": False,
+    "indexer_fp8": False,
+}
+"""Fields of a model without an indexer: of every attention but "dsa"."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -43,8 +52,9 @@ class ModelConfig:
     n_heads: int = 4
     """Number of attention heads."""
 
-    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
-    """Kind of attention: MLA, or a baseline with keys of qk_nope_head_dim and values of v_head_dim."""
+    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = "mla"
+    """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; or a baseline with keys of
+    qk_nope_head_dim and values of v_head_dim."""
     n_kv_heads: int | None = None
     """Number of key-value heads; only for attention "gqa"."""
     q_lora_rank: int | None = 96
@@ -57,6 +67,16 @@ class ModelConfig:
     """Width of the rotary part of a query head, and of the rotary key that all heads share."""
     v_head_dim: int = 32
     """Width of a value head."""
+    index_n_heads: int | None = None
+    """Number of the indexer's heads (V3.2: 64); only for attention "dsa"."""
+    index_head_dim: int | None = None
+    """Width of an indexer's head and of its key (V3.2: 128), a power of two; only for attention "dsa"."""
+    index_topk: int | None = None
+    """Number of keys that a query attends to (V3.2: 2048); only for attention "dsa"."""
+    indexer_rope_interleave: bool = False
+    """Adjacent pairs in the indexer's RoPE, as in GLM; off: pairs of the two halves, as in V3.2."""
+    indexer_fp8: bool = False
+    """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
 
     n_routed_experts: int = 16
     """Number of routed experts in a MoE layer."""
@@ -139,7 +159,8 @@ class ModelConfig:
                 require(value <= most, f"{f.name}={value} is too large; use {most:g} or less")
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
-        widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank)
+        indexer = (self.index_n_heads or 0) * (self.index_head_dim or 0)
+        widest = max(self.vocab_size, self.inter_dim, heads, experts, self.q_lora_rank or 0, self.kv_lora_rank, indexer)
         largest = widest * max(self.dim, self.q_lora_rank or 0, self.kv_lora_rank)
         require(
             largest <= LARGEST_MATRIX,
@@ -156,7 +177,7 @@ class ModelConfig:
         )
 
     def _check_attention(self) -> None:
-        rotary = "qk_rope_head_dim" if self.attention == "mla" else "qk_nope_head_dim"
+        rotary = "qk_rope_head_dim" if self.is_mla else "qk_nope_head_dim"
         width = getattr(self, rotary)
         require(width % 2 == 0, f"{rotary}={width} is odd; RoPE turns pairs, use {width + 1}")
         if self.attention == "gqa":
@@ -169,6 +190,7 @@ class ModelConfig:
                 f"n_kv_heads={self.n_kv_heads} has no meaning with attention='{self.attention}'; "
                 "leave it out, or use attention='gqa'",
             )
+        self._check_indexer()
         require(self.rope_theta > 1, f"rope_theta={self.rope_theta} makes no slower frequencies; use more than 1")
         if self.extended:
             require(self.rope_factor >= 1, f"rope_factor={self.rope_factor} shrinks the context; use 1 or more")
@@ -176,6 +198,35 @@ class ModelConfig:
                 self.beta_fast >= self.beta_slow,
                 f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; swap them",
             )
+
+    def _check_indexer(self) -> None:
+        values = {name: getattr(self, name) for name in NO_INDEXER}
+        if self.attention != "dsa":
+            given = [f"{name}={value}" for name, value in values.items() if value != NO_INDEXER[name]]
+            require(
+                not given,
+                f"{' and '.join(given)}: only attention='dsa' has an indexer, got attention='{self.attention}'; "
+                "leave it out, or use attention='dsa'",
+            )
+            return
+        missing = [name for name, value in values.items() if value is None]
+        require(
+            not missing, f"attention='dsa' needs {', '.join(missing)}; V3.2 has 64 heads of 128 and a top-k of 2048"
+        )
+        require(
+            not self.qk_norm,
+            "attention='dsa' with qk_norm: DSA is MLA in its absorbed form, which normed heads have not; leave one out",
+        )
+        d, r = self.index_head_dim, self.qk_rope_head_dim
+        assert d is not None
+        require(
+            d & (d - 1) == 0,
+            f"index_head_dim={d} is not a power of two, as the Hadamard transform needs; use {1 << d.bit_length()}",
+        )
+        require(
+            d >= r,
+            f"index_head_dim={d} is smaller than qk_rope_head_dim={r}, which it holds; use {1 << (r - 1).bit_length()}",
+        )
 
     def _check_experts(self) -> None:
         e, g, k = self.n_routed_experts, self.n_expert_groups, self.n_activated_experts
@@ -200,6 +251,11 @@ class ModelConfig:
     def extended(self) -> bool:
         """Return True if YaRN applies: the context is longer than the one trained at."""
         return self.original_seq_len is not None and self.max_seq_len > self.original_seq_len
+
+    @property
+    def is_mla(self) -> bool:
+        """Return True for attention whose rows in a cache are MLA's: MLA itself, and DSA."""
+        return self.attention in ("mla", "dsa")
 
     @property
     def output_init_std(self) -> float:

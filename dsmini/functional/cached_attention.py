@@ -75,6 +75,14 @@ def count_work(queries: int, keys: int, *, h: int, c: int, n: int, r: int, v: in
     )
 
 
+def keys_and_values(
+    kv: Float[Tensor, "b t hd"], k_rope: Float[Tensor, "b t r"], h: int, n: int
+) -> tuple[Float[Tensor, "b t h nr"], Float[Tensor, "b t h v"]]:
+    """Take expanded latents apart: each head's key, n numbers and the rotary key of all heads, and its value."""
+    k_nope, v = rearrange(kv, "b t (h d) -> b t h d", h=h).tensor_split((n,), -1)
+    return torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, h, -1)), -1), v
+
+
 def keys_to_read(filled: int, room: int) -> int:
     """Return the number of keys to give to attention of a cache that has `filled` of `room` keys.
 
@@ -84,12 +92,14 @@ def keys_to_read(filled: int, room: int) -> int:
     return min(room, -(-filled // KEY_STEP) * KEY_STEP)
 
 
-def hidden_keys(mask: Mask, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
-    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that `mask` hides.
+def hidden_keys(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
+    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides.
 
     Raises: ValueError for a mask of another type or shape. In eager mode on a CPU also for a query that sees no key.
     """
     keys, positions = torch.arange(t, device=queries.device), queries[..., None]
+    if mask is None:
+        return keys > positions
     hidden = mask(positions, keys)
     shape = (*queries.shape, t)
     if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or not _expands(hidden.shape, shape):

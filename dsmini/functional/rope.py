@@ -1,6 +1,7 @@
 """Rotary position embedding: rotate each adjacent pair of dimensions by its position's angle."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,3 +33,12 @@ def _(x: Tensor, table: Table) -> Tensor:
     cos, sin = (t.unsqueeze(-2) for t in table)
     even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def apply_rope_to_halves(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s h r"]:
+    """Rotate pairs of x's two halves, (x_j, x_{j + r/2}), by the same angles as apply_rope the adjacent ones.
+
+    Source: DeepSeek-V3.2's indexer; GPT-NeoX, whose order most other models have.
+    """
+    pairs = rearrange(x, "b s h (two p) -> b s h (p two)", two=2)
+    return rearrange(apply_rope(pairs, table), "b s h (p two) -> b s h (two p)", two=2)

@@ -24,10 +24,12 @@ class StepTraffic:
         experts = _experts(model.layers)
         self._once = _nbytes(model.layers) + _nbytes(model.norm) + _nbytes(model.head) - sum(map(_nbytes, experts))
         self._expert = sum(map(_nbytes, experts)) / sum(len(e.w1) for e in experts) if experts else 0.0
-        self._row = cache.nbytes_per_token
+        self._index_row = cache.index_nbytes_per_token
+        self._row = cache.nbytes_per_token - self._index_row
+        self._most = model.config.index_topk or cache.max_seq_len
         self._embedding = model.embed.weight[0].nbytes
         self._draft = _draft_bytes(model) if cache.mtp is not None else 0
-        self._draft_row = self._row / len(cache.stores) * len(model.mtp) if cache.mtp is not None else 0.0
+        self._drafting = len(model.mtp) / len(cache.stores) if cache.mtp is not None else 0.0
         self.total = 0.0
 
     def add(self, start: Int[Tensor, " b"], new: int, routing: Sequence[Routing]) -> None:
@@ -38,10 +40,15 @@ class StepTraffic:
             new: number of tokens of each row in the step, guesses included.
             routing: the decisions of each layer with experts.
         """
-        tokens, context = len(start) * new, sum(start.tolist())
+        tokens, before = len(start) * new, start.tolist()
         visited = int(torch.cat([each.counts for each in routing]).count_nonzero()) if routing else 0
         self.total += self._once + visited * self._expert + tokens * self._embedding
-        self.total += (context + 2 * tokens) * self._row + self._draft + context * self._draft_row
+        self.total += self._rows([n + new for n in before]) + tokens * (self._row + self._index_row)
+        self.total += self._draft + self._drafting * self._rows(before)
+
+    def _rows(self, keys: list[int]) -> float:
+        """Return the bytes of cached rows that queries read which see this many keys; of DSA's, those that it picks."""
+        return sum(min(n, self._most) for n in keys) * self._row + sum(keys) * self._index_row
 
 
 def _draft_bytes(model: Transformer) -> int:

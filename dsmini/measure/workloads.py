@@ -64,7 +64,7 @@ def random_cache(model: Transformer, batch: int, context: int, room: int, dtype:
     """Return a cache with random rows for `context` tokens, and room for `room` more."""
     cache = model.new_cache(batch, context + room, dtype=dtype)
     generator = torch.Generator(cache.stores[0].data.device).manual_seed(0)
-    for store in cache.stores:
+    for store in [*cache.stores, *cache.index_stores]:
         if store.data.dtype == torch.uint8:  # codes and scales, encoded like real rows
             rows = torch.randn(batch, context, store.c + store.r, generator=generator, device=store.data.device)  # pyright: ignore[reportAttributeAccessIssue]
             store.data[:, :context] = store._encode(rows)

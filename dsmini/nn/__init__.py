@@ -11,9 +11,11 @@ from dsmini.nn.attention import Attention
 from dsmini.nn.balance import max_violation, sequence_balance_loss
 from dsmini.nn.block import Block
 from dsmini.nn.cache import Cache
+from dsmini.nn.dsa import DSA
 from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, route
+from dsmini.nn.indexer import Indexer
 from dsmini.nn.linear import Linear
 from dsmini.nn.losses import Losses
 from dsmini.nn.mla import MLA
@@ -25,6 +27,7 @@ from dsmini.nn.transformer import Embedding, Output, Transformer
 from dsmini.numerics import grouped_linear
 
 __all__ = [
+    "DSA",
     "MLA",
     "MTP",
     "Attention",
@@ -36,6 +39,7 @@ __all__ = [
     "FP8Linear",
     "FeedForward",
     "Gate",
+    "Indexer",
     "Linear",
     "Losses",
     "MoE",

@@ -32,8 +32,9 @@ class Attention(nn.Module):
         super().__init__()
         self.mask = mask_function(mask)
         c = layer_config(config, arguments if config else {"attention": "mha", **arguments})
-        if c.attention == "mla":
-            raise ValueError("attention='mla' is another module; use MLA, or attention='mha', 'gqa' or 'mqa'")
+        if c.is_mla:
+            module = c.attention.upper()
+            raise ValueError(f"attention={c.attention!r} is another module; use {module}, or 'mha', 'gqa' or 'mqa'")
         self.rope = Rope.from_config(c)
         self.scale = self.rope.softmax_scale(c.qk_nope_head_dim)
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads

@@ -10,6 +10,7 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.rope import Table
 from dsmini.nn.attention import Attention
 from dsmini.nn.cache import Past
+from dsmini.nn.dsa import DSA
 from dsmini.nn.gate import Routing
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
@@ -40,7 +41,8 @@ class Block(nn.Module):
         super().__init__()
         c = layer_config(config, arguments)
         if attention_class is None:
-            attention_class = MLA if c.attention == "mla" else Attention
+            baseline = MLA if c.is_mla else Attention
+            attention_class = DSA if c.attention == "dsa" else baseline
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = attention_class(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)

@@ -1,17 +1,11 @@
-"""The cache of decoding: for each layer, one row of numbers for each token that it has seen.
-
-MLA stores one row [c_kv | k_rope] for all heads together: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
-Its baselines MHA, GQA and MQA store [k | v] of every key-value head.
-
-In FP8 a row of MLA is a run of bytes, as in DeepSeek-V3.2: the latent in E4M3, an FP32 scale for each 128 of its
-numbers, and the rotary key in BF16. At V3's sizes that is 512 + 4 * 4 + 2 * 64 = 656 bytes, compared with 1152 in BF16.
+"""The cache of decoding: for each layer, one row of numbers for each token that it has seen (layer_cache.py).
 
 All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch may have different
 valid lengths; dsmini/nn/positions.py says where the new tokens of a call go.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,106 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
+from dsmini.nn.layer_cache import FP8IndexCache, FP8LatentCache, IndexCache, KeyValueCache, LatentCache, LayerCache
 from dsmini.nn.positions import Window, last_valid, whole_numbers
-from dsmini.numerics import SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
 Form = Literal["auto", "expanded", "absorbed"]
-_LATENT_TILE = 128
-
-
-class LayerCache:
-    """The stored rows of one layer, [b, max_seq_len, width]. A subclass says what is in a row."""
-
-    def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        # zeros: a row that nobody wrote has weight 0 in the softmax, and 0 * NaN would be NaN
-        self.data = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
-        self._prepared: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
-
-    def write(self, rows: Float[Tensor, "b s w"], window: Window) -> None:
-        """Store the rows of new tokens in their places, and those of padding nowhere."""
-        encoded = self._encode(rows)
-        if window.start is not None:
-            self.data[:, window.start : window.start + rows.shape[1]] = encoded
-            return
-        assert window.real is not None, "rows of different lengths say which columns are valid"
-        sequence, column = window.real.nonzero(as_tuple=True)
-        position = window.positions.expand(len(rows), -1)[sequence, column]
-        self.data[sequence, position] = encoded[sequence, column]
-
-    def read(self, end: int, dtype: torch.dtype) -> Float[Tensor, "b {end} w"]:
-        """Return the first `end` rows of every sequence as numbers of dtype."""
-        return self.data[:, :end].to(dtype)
-
-    def rounds(self, dtype: torch.dtype) -> bool:
-        """Return True if rows of dtype are read as other numbers than were written."""
-        return self.data.dtype != dtype
-
-    def _encode(self, rows: Tensor) -> Tensor:
-        return rows.to(self.data.dtype)
-
-    def prepared(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return make(), called once and again when the key changes.
-
-        MLA stores the absorbed halves of wkv_b here: they are of use only while something is decoded.
-        """
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = (key, make())
-        return self._prepared[1]
-
-    def select(self, index: Int[Tensor, " n"]) -> None:
-        """Keep the rows of these sequences, in this order."""
-        self.data = self.data[index.to(self.data.device)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage, used or not."""
-        return self.data.untyped_storage().nbytes()
-
-
-class KeyValueCache(LayerCache):
-    """The rows [k | v] of all key-value heads, of one layer of MHA, GQA or MQA."""
-
-    def __init__(
-        self, config: ModelConfig, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        width = config.kv_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        super().__init__(batch_size, max_seq_len, width, dtype, device)
-
-
-class LatentCache(LayerCache):
-    """The rows [c_kv | k_rope] of one layer of MLA, as numbers."""
-
-    def __init__(
-        self, config: ModelConfig, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        super().__init__(batch_size, max_seq_len, width, dtype, device)
-
-
-class FP8LatentCache(LayerCache):
-    """The rows [c_kv | k_rope] of one layer of MLA, as bytes: E4M3 codes, FP32 scales, BF16 rotary key."""
-
-    def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, device: torch.device) -> None:
-        self.c, self.r = config.kv_lora_rank, config.qk_rope_head_dim
-        self.tiles = -(-self.c // _LATENT_TILE)
-        super().__init__(batch_size, max_seq_len, self.c + 4 * self.tiles + 2 * self.r, torch.uint8, device)
-
-    def _encode(self, rows: Tensor) -> Tensor:
-        latent, k_rope = rows.split((self.c, self.r), -1)
-        codes, scales = quantize_tiles(latent.float(), (1, _LATENT_TILE), "fp32", "e4m3", SMALLEST_AMAX)
-        parts = (codes, scales.contiguous(), k_rope.to(torch.bfloat16).contiguous())
-        return torch.cat([part.view(torch.uint8) for part in parts], -1)
-
-    def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        # copies: a view as wider numbers needs an aligned start
-        codes, scales, k_rope = (
-            part.clone(memory_format=torch.contiguous_format)
-            for part in self.data[:, :end].split((self.c, 4 * self.tiles, 2 * self.r), -1)
-        )
-        codes, scales = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
-        latent = dequantize_tiles(codes, scales, (1, _LATENT_TILE), "e4m3", dtype)
-        return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +28,12 @@ class Past:
     window: Window
     form: Form = "auto"
     """The way MLA attends to the store: auto counts the work of both forms."""
+
+    @property
+    def index(self) -> "Past":
+        """The same call's part for the indexer's keys."""
+        assert self.store.index is not None, "a cache of DSA has the indexer's keys"
+        return Past(store=self.store.index, window=self.window)
 
     def append(self, parts: tuple[Tensor, ...]) -> None:
         """Write the rows of the new tokens, whose parts [b, s, ...] lie side by side."""
@@ -202,10 +107,15 @@ class Cache:
         self.form: Form = form
 
         def store() -> LayerCache:
+            sizes = (config, batch_size, max_seq_len)
             if dtype == "fp8":
-                return FP8LatentCache(config, batch_size, max_seq_len, device)
-            kind = LatentCache if config.attention == "mla" else KeyValueCache
-            return kind(config, batch_size, max_seq_len, dtype, device)
+                rows, keys = FP8LatentCache(*sizes, device), FP8IndexCache
+            else:
+                rows = (LatentCache if config.is_mla else KeyValueCache)(*sizes, dtype, device)
+                keys = partial(IndexCache, dtype=dtype)
+            if config.attention == "dsa":
+                rows.index = keys(*sizes, device=device)
+            return rows
 
         self.stores = [store() for _ in range(config.n_layers)]
         """One layer cache for each layer."""
@@ -235,6 +145,16 @@ class Cache:
     def nbytes_per_token(self) -> float:
         """Bytes of a token in all layers, measured from the storage."""
         return self.nbytes / (self.batch_size * self.max_seq_len)
+
+    @property
+    def index_stores(self) -> list[LayerCache]:
+        """Keys of each layer's indexer; empty without one."""
+        return [store.index for store in self.stores if store.index is not None]
+
+    @property
+    def index_nbytes_per_token(self) -> float:
+        """Bytes of those that are keys of indexers."""
+        return sum(store.nbytes for store in self.index_stores) / (self.batch_size * self.max_seq_len)
 
     def window(self, s: int, new: Tensor | None = None) -> Window:
         """Return the place of s new tokens in every row, or of `new` [b] tokens padded to s.
@@ -318,9 +238,9 @@ def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheD
         )
     if dtype not in ("fp8", torch.bfloat16, torch.float32, torch.float64, torch.float16):
         raise ValueError(f"a cache of dtype {dtype!r}; want torch.bfloat16, torch.float32 or 'fp8'")
-    if dtype == "fp8" and config.attention != "mla":
+    if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
     if form not in ("auto", "expanded", "absorbed"):
         raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
-    if form == "absorbed" and (config.attention != "mla" or config.qk_norm):
+    if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsmini.functional.fp32 import at_least_fp32, without_autocast
 from dsmini.functional.linear import linear
 from dsmini.functional.swiglu import swiglu
+from dsmini.nn.fp32 import FP32Module
 from dsmini.nn.initialization import draw_normal
 
 
@@ -59,6 +61,24 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+class FP32Linear(FP32Module):
+    """y = x W^T without a bias. Weight, product and result are FP32, whatever dtype x has."""
+
+    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        draw_normal(self.weight, self.init_std, generator)
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        with without_autocast(x):
+            return linear(at_least_fp32(x), self.weight)
 
 
 def is_direct(module: nn.Module) -> TypeGuard[Linear]:

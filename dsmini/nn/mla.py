@@ -30,6 +30,7 @@ from dsmini.functional.cached_attention import (
     cached_attention,
     count_work,
     hidden_keys,
+    keys_and_values,
 )
 from dsmini.functional.causal_attention import causal_attention
 from dsmini.functional.linear import quantize_once
@@ -131,9 +132,7 @@ class MLA(nn.Module):
         if past is not None:
             c_kv, k_rope = past.extend((c_kv, k_rope), q.dtype)
         # 3. keys and values of every head: [b, t, h, n + r] and [b, t, h, v]
-        kv = rearrange(self.wkv_b(c_kv), "b t (h d) -> b t h d", h=self.n_heads)
-        k_nope, v = kv.tensor_split((self.qk_nope_head_dim,), -1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)), -1)
+        k, v = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
         # 4. attention: [b, h, s, v]
@@ -163,13 +162,22 @@ class MLA(nn.Module):
         hidden = past.window.mask if self.mask is None else past.window.masked(self.mask)
         return self.wo(absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, hidden))
 
-    def queries(self, x: Float[Tensor, "b s m"] | QuantizedTensor, table: Table) -> Float[Tensor, "b s h d"]:
-        """Return each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated."""
+    def queries(
+        self,
+        x: Float[Tensor, "b s m"] | QuantizedTensor,
+        table: Table,
+        latent: Float[Tensor, "b s l"] | None = None,
+    ) -> Float[Tensor, "b s h d"]:
+        """Return each head's query: qk_nope_head_dim without position, then qk_rope_head_dim rotated.
+
+        Args:
+            latent: the normed compressed query, where another reader made it already.
+        """
         if self.wq is not None:
             q = self.wq(x)
         else:
             assert self.wq_a is not None and self.q_norm is not None and self.wq_b is not None
-            q = self.wq_b(self.q_norm(self.wq_a(x)))
+            q = self.wq_b(self.q_norm(self.wq_a(x)) if latent is None else latent)
         q = rearrange(q, "b s (h d) -> b s h d", h=self.n_heads)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
         return torch.cat((q_nope, apply_rope(q_rope, table)), -1)

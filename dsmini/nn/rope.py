@@ -39,7 +39,7 @@ class Rope:
     def from_config(cls, config: ModelConfig) -> "Rope":
         """Make the rotary embedding of a model's heads; YaRN only if its context is extended."""
         return cls(
-            dim=config.qk_rope_head_dim if config.attention == "mla" else config.qk_nope_head_dim,
+            dim=config.qk_rope_head_dim if config.is_mla else config.qk_nope_head_dim,
             theta=config.rope_theta,
             original_seq_len=config.original_seq_len if config.extended else None,
             factor=config.rope_factor,

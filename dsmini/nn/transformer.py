@@ -18,10 +18,10 @@ from dsmini.nn.cache import Cache, CacheDtype, Form
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.initialization import draw_normal
-from dsmini.nn.linear import Linear, is_direct
+from dsmini.nn.linear import FP32Linear, Linear, is_direct
 from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTPChain
-from dsmini.nn.norm import RMSNorm
+from dsmini.nn.norm import LayerNorm, RMSNorm
 from dsmini.nn.rope import Rope
 
 
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
         """
         for module in self.modules():
-            if isinstance(module, Embedding | Linear | Experts | Gate | RMSNorm):
+            if isinstance(module, Embedding | Linear | FP32Linear | Experts | Gate | RMSNorm | LayerNorm):
                 module.reset_parameters(generator)
             elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -30,6 +30,7 @@ BESIDE = (
 SHAPES = (
     *("vocab_size", "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "attention"),
     *("n_kv_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("index_n_heads", "index_head_dim"),
     *("n_routed_experts", "n_shared_experts", "topk_method", "n_mtp_layers", "embed_norm", "qk_norm"),
 )
 

@@ -128,7 +128,7 @@ def inference_layout(folder: Path, tensors: dict[str, Tensor], config: dict[str,
         path = theirs.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
         path = path.replace("weight_scale_inv", "scale").replace("e_score_correction_bias", "bias")
         key = path.split(".")[-2]
-        own, dim = NAMES[key]
+        own, dim = (key, None) if ".indexer." in path else NAMES[key]
         parts = path.split(".")
         parts[-2] = own
         path = ".".join(parts)
@@ -167,6 +167,7 @@ INFERENCE = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
 }
+INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}
 BUILT = INFERENCE | {
     "n_mtp_layers": 0,
     "max_seq_len": 16384,
@@ -177,15 +178,15 @@ BUILT = INFERENCE | {
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", ["config.json", "config_16B.json"])
+@pytest.mark.parametrize("index", [{}, INDEX], ids=["mla", "dsa"])
 def test_inference_layout_becomes_a_folder(
-    tmp_path: Path, small_model: Build, convert: Convert, fp8: bool, ranks: int, name: str
+    tmp_path: Path, small_model: Build, convert: Convert, fp8: bool, ranks: int, index: dict[str, Any]
 ) -> None:
-    model = small_model(**BUILT)
+    model = small_model(**BUILT | index | ({"attention": "dsa"} if index else {}))
     tensors, meant = folders.tensors_of(model, torch.bfloat16), None
     if fp8:
         tensors, meant = folders.in_fp8(tensors)
-    raw = INFERENCE | {"dtype": "fp8" if fp8 else "bf16"}
+    raw = INFERENCE | index | {"dtype": "fp8" if fp8 else "bf16"}
     name = "config.json" if fp8 else "config_16B.json"
     source = inference_layout(tmp_path / "a", tensors, raw, ranks, name)
     loaded = load_pretrained(source, dtype=torch.float32)

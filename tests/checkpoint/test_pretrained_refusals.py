@@ -61,7 +61,7 @@ def test_more_layers_than_tensors_is_refused_early(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "llama"}, "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
+        ({"model_type": "llama"}, "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32"),
         ({"attention_bias": True}, "has attention_bias=True, which dsmini cannot honour; want False"),
         ({"tie_word_embeddings": True}, "has tie_word_embeddings=True, which dsmini cannot honour; want False"),
         ({"hidden_act": "gelu"}, "has hidden_act='gelu', which dsmini cannot honour; want 'silu'"),

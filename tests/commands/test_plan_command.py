@@ -60,7 +60,7 @@ BAD = [
     ("empty.toml", "empty.toml has no size of a model; write some, or name a config"),
     (
         "later.json",
-        "later.json has model_type='deepseek_v32'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2; a plan of",
+        "later.json has model_type='deepseek_v4'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32 and",
     ),
     ("empty.json", "empty.json has no size of a model"),
     (f"{V3} extra", "error: unexpected 'extra'; leave it out, or see python -m dsmini.plan --help"),
@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.toml").write_text("[model\n")
     (folder / "taken").write_text("")
     (folder / "empty.toml").write_text("# nothing\n[train]\n")
-    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v32"}))
+    (folder / "later.json").write_text(json.dumps(HF_V3 | {"model_type": "deepseek_v4"}))
     (folder / "empty.json").write_text("{}")
     (folder / "notes.md").write_text("# Notes\n")
     (folder / "mine.toml").write_text(MINE)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
-from tests.helpers.configs import CONFIGS, refusal, written
+from tests.helpers.configs import CONFIGS, DSA, refusal, written
 from tests.helpers.strategies import model_configs
 
 # TOML
@@ -99,7 +99,7 @@ def test_empty_file_is_the_toy(tmp_path: Path) -> None:
         ("[model]\nnorm_topk_prob = 1", "x.toml: norm_topk_prob=1 is not true or false"),
         (
             "[model]\nattention = 'gqaa'",
-            "x.toml: attention='gqaa' is not one of 'mla', 'mha', 'gqa', 'mqa'; did you mean 'gqa'?",
+            "x.toml: attention='gqaa' is not one of 'mla', 'dsa', 'mha', 'gqa', 'mqa'; did you mean 'gqa'?",
         ),
         ("[model]\nn_routed_experts = 10", "x.toml: n_routed_experts=10 is not divisible by n_expert_groups=4; use 8"),
         ("[model", "cannot read {path}: Expected ']'"),
@@ -183,6 +183,47 @@ def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
         (
             {"n_kv_heads": 2},
             "n_kv_heads=2 has no meaning with attention='mla'; leave it out, or use attention='gqa'",
+        ),
+        (
+            {"attention": "dsa"},
+            "attention='dsa' needs index_n_heads, index_head_dim, index_topk; "
+            "V3.2 has 64 heads of 128 and a top-k of 2048",
+        ),
+        (
+            DSA | {"index_topk": None},
+            "attention='dsa' needs index_topk; V3.2 has 64 heads of 128 and a top-k of 2048",
+        ),
+        (DSA | {"index_topk": 0}, "index_topk=0 is not positive; use 1 or more"),
+        (DSA | {"index_n_heads": -2}, "index_n_heads=-2 is not positive; use 1 or more"),
+        (
+            DSA | {"index_head_dim": 24},
+            "index_head_dim=24 is not a power of two, as the Hadamard transform needs; use 32",
+        ),
+        (
+            DSA | {"index_head_dim": 17},
+            "index_head_dim=17 is not a power of two, as the Hadamard transform needs; use 32",
+        ),
+        (
+            DSA | {"index_head_dim": 8},
+            "index_head_dim=8 is smaller than qk_rope_head_dim=16, which it holds; use 16",
+        ),
+        (
+            DSA | {"qk_norm": True},
+            "attention='dsa' with qk_norm: DSA is MLA in its absorbed form, which normed heads have not; leave one out",
+        ),
+        (
+            {"index_topk": 8},
+            "index_topk=8: only attention='dsa' has an indexer, got attention='mla'; "
+            "leave it out, or use attention='dsa'",
+        ),
+        (
+            {"attention": "mqa", "index_n_heads": 4, "indexer_fp8": True},
+            "index_n_heads=4 and indexer_fp8=True: only attention='dsa' has an indexer, got attention='mqa'; "
+            "leave it out, or use attention='dsa'",
+        ),
+        (
+            DSA | {"n_kv_heads": 2},
+            "n_kv_heads=2 has no meaning with attention='dsa'; leave it out, or use attention='gqa'",
         ),
         (
             {"original_seq_len": 64, "rope_factor": 0.5},

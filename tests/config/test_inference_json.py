@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from tests.helpers.configs import refusal, released, written
+from tests.helpers.configs import V32, refusal, released, written
 
 V3_INFERENCE = {
     "vocab_size": 129280,
@@ -95,6 +95,13 @@ def test_v3_inference_json_is_the_released_config(tmp_path: Path) -> None:
     assert config.extended
 
 
+def test_v32_inference_json_has_an_indexer(tmp_path: Path) -> None:
+    sizes = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "scale_fmt": "ue8m0"}
+    config = ModelConfig.from_file(written(tmp_path, V3_INFERENCE | sizes))
+    assert config == released("deepseek-v3", n_mtp_layers=0, max_seq_len=16384, **V32)
+    assert ModelConfig.from_file(written(tmp_path, V3_INFERENCE | {"index_topk": 2048})) == config
+
+
 def test_inference_keys_are_honoured(tmp_path: Path) -> None:
     same = {"dtype": "bf16", "scale_fmt": "ue8m0", "max_batch_size": 8, "q_lora_rank": 0}
     assert ModelConfig.from_file(written(tmp_path, same)) == ModelConfig.from_file(written(tmp_path, {}))
@@ -107,12 +114,13 @@ def test_inference_keys_are_honoured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"dim": 64, "index_topk": 2048}, "{path} has keys that dsmini does not know and so cannot honour: index_topk"),
+        ({"dim": 64, "o_groups": 8}, "{path} has keys that dsmini does not know and so cannot honour: o_groups"),
+        ({"index_topk": 0}, "x.json: index_topk=0 is not positive; use 1 or more"),
         ({"dim": "x"}, "x.json: dim='x' is not a whole number"),
         ({"n_heads": 0}, "x.json: n_heads=0 is not positive; use 1 or more"),
         ([1, 2], "{path} holds a list, want a table of keys"),
         ("{", "{path} is not JSON: Expecting property name"),
-        ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3 and kimi_k2"),
+        ({"model_type": "llama"}, "{path} has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32"),
         (
             {"model_type": "deepseek_v3", "kv_lora_rank": 512},
             "{path} lacks first_k_dense_replace, hidden_size, intermediate_size, max_position_embeddings, ",

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.functional.rms_norm import rms_norm
-from dsmini.nn import Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
+from dsmini.nn import DSA, Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {
@@ -100,6 +100,15 @@ def test_apply_rope(original_seq_len: int | None) -> None:
 @pytest.mark.parametrize("rope", [{}, YARN], ids=["plain", "yarn"])
 def test_mla(randomise: Any, q_lora_rank: int | None, rope: dict[str, Any]) -> None:
     check(randomise(MLA(**TINY | rope | {"q_lora_rank": q_lora_rank})), [rand(2, 5, 5)], fast=True)
+
+
+@pytest.mark.parametrize("q_lora_rank", [5, None])
+def test_dsa(randomise: Any, q_lora_rank: int | None) -> None:
+    """No pick moves within a step; the indexer has no gradient of the output."""
+    sizes = {"q_lora_rank": q_lora_rank, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 3}
+    layer = randomise(DSA(**TINY | sizes))
+    learnt = [name for name, _ in layer.named_parameters() if not name.startswith("indexer.")]
+    check(layer, [rand(2, 6, 5)], only=learnt, fast=True)
 
 
 @pytest.mark.parametrize(("kind", "n_kv_heads"), [("mha", None), ("gqa", 2), ("mqa", None)])

@@ -10,6 +10,10 @@ import pytest
 from dsmini import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DSA: dict[str, Any] = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 8}
+"""Sparse attention whose top-k is shorter than the tests' sequences."""
+V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+"""The indexer of DeepSeek-V3.2, which is DeepSeek-V3 but for it."""
 FP8_SIZES: dict[str, Any] = {
     "dim": 256,
     "inter_dim": 272,

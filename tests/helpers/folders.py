@@ -65,6 +65,8 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 
 def is_matrix(name: str) -> bool:
     """Return True if DeepSeek stores a tensor of this name in FP8."""
+    if ".indexer." in name:
+        return name.endswith(("wq_b.weight", "wk.weight"))
     return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
 
 

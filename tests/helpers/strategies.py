@@ -7,6 +7,19 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig
 
 
+def indexers() -> st.SearchStrategy[dict[str, Any]]:
+    """Draw the sizes and switches of an indexer that fits every model of model_configs."""
+    return st.fixed_dictionaries(
+        {
+            "index_n_heads": st.integers(1, 4),
+            "index_head_dim": st.sampled_from([16, 32, 256]),
+            "index_topk": st.integers(1, 40),
+            "indexer_rope_interleave": st.booleans(),
+            "indexer_fp8": st.booleans(),
+        }
+    )
+
+
 @st.composite
 def model_configs(draw: st.DrawFn) -> ModelConfig:
     """Draw a valid ModelConfig of small, mostly odd sizes: each attention, dense and MoE layers, groups, MTP, YaRN."""
@@ -14,7 +27,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
     def size(low: int, high: int) -> int:
         return draw(st.integers(low, high))
 
-    attention = draw(st.sampled_from(["mla", "mha", "gqa", "mqa"]))
+    attention = draw(st.sampled_from(["mla", "dsa", "mha", "gqa", "mqa"]))
     n_kv_heads = size(1, 3) if attention == "gqa" else None
     n_heads = size(1, 3) * (n_kv_heads or 1)
     topk_method = draw(st.sampled_from(["noaux_tc", "group_limited_greedy", "greedy"]))
@@ -35,7 +48,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         "n_kv_heads": n_kv_heads,
         "q_lora_rank": draw(st.none() | st.integers(1, 20)),
         "kv_lora_rank": size(1, 20),
-        "qk_nope_head_dim": size(1, 15) * (1 if attention == "mla" else 2),
+        "qk_nope_head_dim": size(1, 15) * (1 if attention in ("mla", "dsa") else 2),
         "qk_rope_head_dim": 2 * size(1, 8),
         "v_head_dim": size(1, 20),
         "n_routed_experts": groups * in_group,
@@ -61,6 +74,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         "init_std": draw(st.floats(1e-4, 1)),
         "zero_init": draw(st.booleans()),
         "embed_norm": draw(st.booleans()),
-        "qk_norm": draw(st.booleans()),
+        "qk_norm": attention != "dsa" and draw(st.booleans()),
+        **(draw(indexers()) if attention == "dsa" else {}),
     }
     return ModelConfig(**values)

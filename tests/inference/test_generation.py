@@ -10,6 +10,7 @@ from torch import Tensor
 import dsmini
 from dsmini import Transformer
 from dsmini.inference.generation import Generation
+from tests.helpers.configs import DSA
 
 Model = Callable[..., Transformer]
 
@@ -29,8 +30,9 @@ def test_greedy_takes_the_likeliest_token_each_time(small_model: Model) -> None:
     assert out.stats.new_tokens == 12
 
 
-def test_rows_of_unequal_length_do_not_disturb_each_other(small_model: Model) -> None:
-    model = small_model().eval()
+@pytest.mark.parametrize("changes", [{}, DSA], ids=["mla", "dsa"])
+def test_rows_of_unequal_length_do_not_disturb_each_other(small_model: Model, changes: dict[str, Any]) -> None:
+    model = small_model(**changes).eval()
     prompts = [torch.tensor([5]), torch.tensor([7, 8, 9, 10, 11]), torch.tensor([1, 2])]
     out = dsmini.generate(model, prompts, 6)
     assert out.lengths.tolist() == [7, 11, 8]
@@ -92,10 +94,10 @@ PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2]]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
-def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int, mtp_input: str) -> None:
+@pytest.mark.parametrize("changes", [{}, {"mtp_input": "pre_norm"}, DSA], ids=["mla", "pre_norm", "dsa"])
+def test_greedy_tokens_are_the_same_with_guesses(small_model: Model, depth: int, changes: dict[str, Any]) -> None:
     """Random models agree with few guesses, so the head's and the first guess's model are also made to agree."""
-    model = small_model(n_mtp_layers=depth, mtp_input=mtp_input, max_seq_len=64).eval()
+    model = small_model(n_mtp_layers=depth, max_seq_len=64, **changes).eval()
     ends = set()
     for sharing in (False, True):
         if sharing:

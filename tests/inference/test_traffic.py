@@ -17,6 +17,7 @@ from dsmini.inference.writer import figures_in_words
 from dsmini.measure.counting import count
 from dsmini.measure.workloads import random_model
 from dsmini.nn.cache import CacheDtype
+from tests.helpers.configs import DSA
 from tests.helpers.questions import TINY
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
@@ -67,7 +68,7 @@ def test_moved_bytes_are_the_kernels_costs_without_activations(weights: str, row
     assert made.stats.batches == 1 and made.stats.moved_bytes_per_token == made.stats.moved_bytes / rows
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "mha", "q_lora_rank": None}, {"n_dense_layers": 2}])
+@pytest.mark.parametrize("changes", [{}, {"attention": "mha", "q_lora_rank": None}, {"n_dense_layers": 2}, DSA])
 def test_moved_bytes_are_a_lower_bound_of_what_pytorch_moves(changes: dict[str, Any]) -> None:
     made = generation("bfloat16", PROMPTS, **changes)
     with ops.use("eager"):
@@ -75,9 +76,10 @@ def test_moved_bytes_are_a_lower_bound_of_what_pytorch_moves(changes: dict[str, 
     assert 0.3 * counted < made.stats.moved_bytes < counted
 
 
+@pytest.mark.parametrize("changes", [{}, {**DSA, "index_topk": 4}], ids=["mla", "dsa"])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_moved_bytes_are_those_of_accounting_without_activations(weights: Any) -> None:
-    made = generation(weights, [PROMPTS[0]])
+def test_moved_bytes_are_those_of_accounting_without_activations(weights: Any, changes: dict[str, Any]) -> None:
+    made = generation(weights, [PROMPTS[0]], **changes)
     routing: list[Tensor] = []
     states = made.decoder.states
 

@@ -14,6 +14,7 @@ from dsmini import MLA, Linear, ModelConfig, Transformer, ops
 from dsmini.nn import Cache
 from dsmini.nn.cache import Past
 from tests.conftest import SMALL, randomise
+from tests.helpers.configs import DSA
 from tests.helpers.tolerances import BF16_CACHE, E4M3_CACHE, FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
@@ -85,6 +86,7 @@ def test_baselines_store_keys_and_values_of_each_head(
         {"attention": "mqa"},
         {"qk_norm": True},
         {"mtp_input": "pre_norm"},
+        DSA | {"q_lora_rank": None, "original_seq_len": 16},
     ],
     ids=str,
 )
@@ -92,7 +94,7 @@ def test_baselines_store_keys_and_values_of_each_head(
 def test_chunks_answer_as_the_whole_sequence(
     small_model: Model, changes: dict[str, Any], form: Any, cuts: tuple[int, ...]
 ) -> None:
-    if form == "absorbed" and {"attention", "qk_norm"} & changes.keys():
+    if form == "absorbed" and {"attention", "qk_norm"} & changes.keys() and "index_topk" not in changes:
         return
     model, tokens = small_model(**changes), tokens_of(3, 20)
     want = model.run(tokens, mtp=True)
@@ -107,12 +109,13 @@ def test_chunks_answer_as_the_whole_sequence(
     assert cache.lengths.tolist() == [20] * 3
 
 
+@pytest.mark.parametrize("changes", [{}, DSA], ids=["mla", "dsa"])
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=20)
 @given(data=st.data())
-def test_rows_of_unequal_length_answer_as_alone(form: Any, data: st.DataObject) -> None:
+def test_rows_of_unequal_length_answer_as_alone(form: Any, changes: dict[str, Any], data: st.DataObject) -> None:
     b = data.draw(st.integers(1, 3))
-    model = randomise(Transformer(ModelConfig(**SMALL)))
+    model = randomise(Transformer(ModelConfig(**SMALL | changes)))
     tokens = tokens_of(b, 24)
     want = model.run(tokens, mtp=True)
     cache = model.new_cache(b, 24, mtp=True, form=form)

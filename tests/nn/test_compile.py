@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import MLA, Attention, FeedForward, Gate, RMSNorm, Transformer, quantize
-from dsmini.nn import FP8Linear
+from dsmini.nn import DSA, FP8Linear
 from tests.conftest import randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -67,6 +67,7 @@ def layers_alone() -> dict[str, float]:
             "norm": RMSNorm(16),
             "mla": MLA(**SIZES),
             "mla_without_q_lora": MLA(**SIZES | {"q_lora_rank": None}),
+            "dsa": DSA(**SIZES | {"index_n_heads": 3, "index_head_dim": 8, "index_topk": 9}),
             "gqa": Attention(**SIZES | {"attention": "gqa", "n_kv_heads": 1}),
             "ffn": FeedForward(**SIZES),
             "gate": Gate(**SIZES),

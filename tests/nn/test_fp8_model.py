@@ -14,6 +14,7 @@ from dsmini.nn import Experts, Linear, MoE
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
 from tests.conftest import randomise
+from tests.helpers.configs import DSA
 from tests.helpers.configs import FP8_SIZES as SIZES
 from tests.helpers.tolerances import BF16_UNIT, E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -21,8 +22,8 @@ Build = Callable[..., Transformer]
 
 
 def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> None:
-    for attention in ("mla", "mha"):
-        model = small_model(precision="fp8", attention=attention)
+    for changes in ({}, {"attention": "mha"}, DSA):
+        model = small_model(precision="fp8", **changes)
         rounded = {name for name, m in model.named_modules() if isinstance(m, FP8Linear | FP8Experts)}
         plain = {name for name, m in model.named_modules() if type(m) is Linear}
         inside = {".attn.", ".ffn."}
@@ -32,6 +33,16 @@ def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> Non
         assert all(any(part in f".{name}." for part in inside) for name in rounded)
         after_attention = {name for name, m in model.named_modules() if getattr(m, "saved_format", "") == "e5m6"}
         assert after_attention == {name for name in rounded if name.endswith(".wo")}
+
+
+def test_sparse_model_in_fp8_trains_and_decodes(small_model: Build) -> None:
+    """Queries and keys of the indexer read rounded inputs; the same picks serve a cache."""
+    model, tokens = small_model(**DSA, precision="fp8", indexer_fp8=True, n_mtp_layers=0), torch.randint(0, 61, (1, 20))
+    model.losses(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".indexer." not in name)
+    cache = model.new_cache(1, form="expanded")
+    got = torch.cat([model(part, cache) for part in tokens.split((7, 12, 1), 1)], 1)
+    assert relative_error(got, model(tokens)) < E4M3_UNIT * 0.1
 
 
 @pytest.mark.parametrize("attention", ["mla", "mha"])

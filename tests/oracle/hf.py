@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+)
 from transformers.modeling_layers import MtpModel
 
 SMALL = {
@@ -32,6 +39,9 @@ SMALL = {
     "rms_norm_eps": 1e-5,
 }
 
+INDEX = {"index_n_heads": 13, "index_head_dim": 16, "index_topk": 12}
+"""Sizes of an indexer. It has so many heads because a key that none of them likes ties with others at zero."""
+
 
 def yarn(**changes: Any) -> dict[str, Any]:
     """Return rope_parameters of an extended context with two different temperatures."""
@@ -52,6 +62,19 @@ def v2(seed: int, **changes: Any) -> DeepseekV2ForCausalLM:
     config = {k: v for k, v in SMALL.items() if k != "num_mtp_layers"} | changes
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**config, attn_implementation="eager")).eval()
     _randomise(model)
+    return model
+
+
+def v32(seed: int, **changes: Any) -> DeepseekV32ForCausalLM:
+    """Return a random V3.2 model. q_lora_rank None, which transformers lacks, is made of its parts."""
+    torch.manual_seed(seed)
+    whole = "q_lora_rank" in changes and changes["q_lora_rank"] is None
+    config = {k: v for k, v in SMALL.items() if k != "num_mtp_layers"} | INDEX | changes
+    config |= {"q_lora_rank": config["hidden_size"]} if whole else {}
+    model = DeepseekV32ForCausalLM(DeepseekV32Config(**config, attn_implementation="eager")).eval()
+    _randomise(model)
+    for layer in model.model.layers if whole else ():
+        layer.self_attn.q_a_proj = layer.self_attn.q_a_layernorm = torch.nn.Identity()
     return model
 
 

@@ -36,12 +36,14 @@ V2_CASES: dict[str, dict[str, Any]] = {
     },
     "v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
 }
-CASES = [*V3_CASES, *V2_CASES]
+CASES = [*V3_CASES, *V2_CASES, "v32"]
 
 
 def theirs(case: str) -> Any:
     if case in V2_CASES:
         return hf.v2(7, **V2, rope_parameters=V2_YARN, **V2_CASES[case])
+    if case == "v32":
+        return hf.v32(7, rope_parameters=hf.yarn(mscale=1.0, mscale_all_dim=1.0), rms_norm_eps=1e-6)
     return hf.v3(7, num_mtp_layers=0, **V3_CASES[case])
 
 
@@ -84,7 +86,7 @@ def test_logits_of_a_folder_that_transformers_saved(tmp_path: Path, case: str, s
     assert error < LOGITS
 
 
-@pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2"])
+@pytest.mark.parametrize("case", ["v3", "moonlight", "v2-lite", "v2", "v32"])
 def test_what_we_save_transformers_loads(tmp_path: Path, case: str) -> None:
     """Save our own model, whose config we write too."""
     model, folder = saved(case, tmp_path / "a", max_shard_size="100KB")

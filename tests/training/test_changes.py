@@ -12,11 +12,15 @@ from dsmini.checkpoint.run_folder import run_config
 from dsmini.config.fields import plain
 from dsmini.config.parallel import ParallelConfig
 from dsmini.training.changes import BESIDE, ROUNDING, SAME_RUN, check_init, check_resume, differences
+from tests.helpers.configs import DSA
 
 OLD = RunConfig(
     train=TrainConfig(batch_start=2, batch_ramp=0.5), parallel=ParallelConfig(ep=2, nodes=2), out=Path("runs/x")
 )
-# another valid value for every key of the model
+# another valid value for every key of the model; and of the indexer, in a model that has one
+SPARSE: dict[str, Any] = {
+    **dict(index_n_heads=5, index_head_dim=64, index_topk=9, indexer_rope_interleave=True, indexer_fp8=True),
+}
 MODEL: dict[str, Any] = {
     **dict(vocab_size=257, dim=96, inter_dim=96, moe_inter_dim=64, n_layers=5, n_dense_layers=2, n_heads=2),
     **dict(attention="mqa", q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
@@ -84,7 +88,7 @@ def test_every_key_is_judged_here() -> None:
     """A new key must be thought about: may a run continue with another value of it?"""
     judged = (ModelConfig, TrainConfig, DataConfig, ParallelConfig)
     fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in judged}
-    assert fields[ModelConfig] == MODEL.keys() | {"n_kv_heads", "precision"}
+    assert fields[ModelConfig] == MODEL.keys() | SPARSE.keys() | {"n_kv_heads", "precision"}
     assert fields[TrainConfig] == TRAIN.keys()
     assert fields[DataConfig] == DATA.keys()
     assert fields[ParallelConfig] == PARALLEL.keys()
@@ -159,6 +163,25 @@ def test_weights_of_another_number_of_key_heads_do_not_fit() -> None:
     old = ModelConfig(attention="gqa", n_kv_heads=2)
     with pytest.raises(ValueError, match=r"model.n_kv_heads=1 \(there 2\)"):
         check_init(old, dataclasses.replace(old, n_kv_heads=1), "runs/x")
+
+
+@pytest.mark.parametrize("key", SPARSE)
+def test_the_indexer_of_a_sparse_run_is_judged(key: str) -> None:
+    """Its sizes decide shapes; the number of picks and its arithmetic may be others in a run from its weights."""
+    old = ModelConfig(**DSA)
+    new = dataclasses.replace(old, **{key: SPARSE[key]})
+    with pytest.raises(ValueError, match=rf"another model\.{key} \("):
+        check_resume(RunConfig(model=old, out=Path("runs/x")), RunConfig(model=new, out=Path("runs/x")))
+    if key in ("index_n_heads", "index_head_dim"):
+        with pytest.raises(ValueError, match=rf"weights of runs/x do not fit model\.{key}="):
+            check_init(old, new, "runs/x")
+    else:
+        check_init(old, new, "runs/x")
+
+
+def test_a_dense_run_is_not_resumed_as_sparse() -> None:
+    with pytest.raises(ValueError, match=r"model\.attention \(mla -> dsa\).*--init runs/x"):
+        check_resume(OLD, dataclasses.replace(OLD, model=ModelConfig(**DSA)))
 
 
 def test_a_file_changes_a_base(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _few_tokens(subject: DecodingSubject) -> str | None:
 def no_forms(subject: DecodingSubject) -> str | None:
     """Return why the two forms of MLA cannot be compared; None if they can."""
     c = subject.config
-    if c.attention != "mla":
+    if not c.is_mla:
         return f"only MLA has two forms, and the attention is {c.attention}"
     return "normed heads have no absorbed form (qk_norm)" if c.qk_norm else None
 

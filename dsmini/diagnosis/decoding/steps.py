@@ -21,7 +21,8 @@ from dsmini.inference.decoding import Decoder
 from dsmini.inference.sampling import likeliest
 from dsmini.measure.workloads import ROOM, random_cache, random_tokens
 from dsmini.nn import Cache, Transformer
-from dsmini.nn.cache import Form, LayerCache
+from dsmini.nn.cache import Form
+from dsmini.nn.layer_cache import LayerCache
 
 TURN = 0.02
 """Least seconds of the steps that are timed together: a single one of a small model is shorter than a clock's noise."""
@@ -93,7 +94,9 @@ def filled_cache(model: Transformer, point: Point) -> Cache:
     room = min(ROOM, model.config.max_seq_len - point.context)
     cache = random_cache(model, point.batch, point.context, room)
     if point.rows is not None:
-        for store, given in zip(cache.stores, point.rows.stores, strict=True):
+        pairs = [*zip(cache.stores, point.rows.stores, strict=True)]
+        pairs += zip(cache.index_stores, point.rows.index_stores, strict=False)  # a baseline has no indexers
+        for store, given in pairs:
             if store.data.shape[2] == given.data.shape[2] and given.data.shape[1] >= point.context:
                 store.data[:, : point.context] = given.data[:, : point.context].to(store.data.dtype)
     return cache

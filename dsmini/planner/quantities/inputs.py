@@ -40,7 +40,11 @@ class ModelInputs:
 
         Args:
             source: where the config came from, such as "configs/deepseek-v3.toml".
+
+        Raises: ValueError for attention "dsa".
         """
+        if config.attention == "dsa":
+            raise ValueError(f"{source} has attention='dsa'; plan it as 'mla', whose page has V3.2's indexer too")
         titles = field_docstrings(ModelConfig)
 
         def size(name: str) -> Count:

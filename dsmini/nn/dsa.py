@@ -1,0 +1,128 @@
+"""DeepSeek Sparse Attention: MLA in which a query attends to the keys that its indexer picks.
+
+    1. queries, latent and rotary key as in MLA
+    2. the indexer's scores of all keys that a query sees, and the index_topk largest of them
+    3. MLA's attention to these keys alone
+
+With no more than index_topk keys there is nothing to choose, and the layer is MLA. MLA's two forms remain. Expanded
+makes keys and values of all tokens and hides those that were not picked: training, and short prompts. Absorbed gathers
+the picked rows of the cache, so that a decoded token reads index_topk rows of it, whatever the context.
+
+The picks are constants: no gradient of the output reaches the indexer, which learns from losses of its own.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsmini.config import ModelConfig, layer_config
+from dsmini.functional.cached_attention import (
+    BLOCK,
+    AttentionWork,
+    Mask,
+    cached_attention,
+    hidden_keys,
+    keys_and_values,
+)
+from dsmini.functional.linear import quantize_once
+from dsmini.functional.rope import Table
+from dsmini.functional.sparse_attention import pick_keys, picked_attention, unpicked
+from dsmini.nn.cache import Past
+from dsmini.nn.indexer import Indexer
+from dsmini.nn.mla import MLA
+
+
+class DSA(MLA):
+    """DeepSeek Sparse Attention. From a config, or from plain arguments with the three index sizes.
+
+    Args:
+        mask: as in MLA; the indexer picks among the keys that it leaves.
+
+    Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
+        c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
+        super().__init__(c, mask=mask)
+        self.indexer = Indexer(c)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s m"],
+        table: Table | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
+    ) -> Float[Tensor, "b s m"]:
+        """Attend to the picks, expanded or absorbed; to all keys where there are no more than index_topk.
+
+        Args:
+            table, documents, past: as in MLA. The indexer's keys are cached in any case.
+        """
+        table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
+        longest = x.shape[1] if past is None else int(past.window.lengths.max())
+        if longest <= self.indexer.topk:
+            if past is not None:
+                past.index.append((self.indexer.keys(x, table),))
+            return super().forward(x, table, documents, past)
+        # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
+        given = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
+        latent = x if self.wq_a is None or self.q_norm is None else self.q_norm(self.wq_a(given))
+        q, new = self.queries(given, table, latent), self.latents(given, table)
+        # 2. the keys of each query: [b, s, k]
+        picks = self.picks(x, latent, table, documents, past)
+        # 3. attention to them, absorbed: [b, s, h v]
+        if past is not None and self.form_for(q.shape[1], past) == "absorbed":
+            past.append(new)
+            rows = past.store.read(past.window.end, q.dtype)
+            q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+            w_uk, w_uv = self._absorbed_halves(q.dtype, past)
+            return self.wo(picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, picks))
+        # or expanded, a block of queries at a time
+        c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
+        heads = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
+        k, v = (rows.transpose(1, 2) for rows in heads)
+        blocks = zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)
+        masked = ((part.transpose(1, 2), unpicked(chosen, k.shape[2])) for part, chosen in blocks)
+        y = torch.cat([cached_attention(part, k, v, self.scale, mask) for part, mask in masked], 2)
+        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+
+    @torch.no_grad()
+    def picks(
+        self,
+        x: Float[Tensor, "b s m"],
+        latent: Float[Tensor, "b s l"],
+        table: Table,
+        documents: Int[Tensor, "b s"] | None = None,
+        past: Past | None = None,
+    ) -> Int[Tensor, "b s k"]:
+        """Return the positions of the keys that each new token attends to; -1 where it sees fewer than index_topk.
+
+        With a past the indexer's keys are appended to it.
+
+        Args:
+            latent: the normed compressed query, or x where none is compressed.
+        """
+        q, weights = self.indexer.queries(latent, table), self.indexer.head_weights(x)
+        keys = self.indexer.keys(x, table)
+        if past is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            (keys,) = past.index.extend((keys,), keys.dtype)
+            positions = past.window.positions.clamp(max=keys.shape[1] - 1)  # those of padding may lie after all keys
+        blocks = []
+        for start in range(0, x.shape[1], BLOCK):
+            part = slice(start, start + BLOCK)
+            hidden = hidden_keys(self.mask, positions[:, part], keys.shape[1])
+            if documents is not None:
+                hidden = hidden | (documents[:, part, None] != documents[:, None, :])
+            blocks.append(pick_keys(q[:, part], keys, weights[:, part], self.indexer.topk, hidden))
+        return torch.cat(blocks, 1)
+
+    def work(self, queries: int, keys: int) -> AttentionWork:
+        """Count both forms as MLA does; the absorbed one reads index_topk keys at most."""
+        absorbed = super().work(queries, min(keys, self.indexer.topk)).absorbed
+        return dataclasses.replace(super().work(queries, keys), absorbed=absorbed)

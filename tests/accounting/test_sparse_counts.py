@@ -1,0 +1,107 @@
+"""Counts of DSA: the published figures of V3.2, and what a small model computes and caches."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsmini import Transformer, ops
+from dsmini.accounting import (
+    decode_bytes_per_token,
+    decode_flops_per_token,
+    flops_per_token,
+    kv_bytes_per_token,
+    parameters,
+)
+from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
+from dsmini.planner.quantities.quantity import TOKENS
+from tests.helpers.accounting import sized
+from tests.helpers.configs import DSA, V32, released
+from tests.helpers.serving_plans import V3, model_of
+
+SPARSE = released("deepseek-v3", **V32)
+OVER, SCORES = "attention over the context", "scores of the indexer"
+
+
+def planned(context: int) -> SparseAttention:
+    """Return the planner's account of the same, which begins with V3 and V3.2's own sizes."""
+    return sparse_attention(model_of(V3), SparseSizes.published(), TOKENS(context, "context", "Context", "a test"))
+
+
+def per_layer(context: int, sparse: bool = True) -> tuple[int, int]:
+    """Return the FLOPs of attention over the context and of the indexer's scores of a decoded token, of one layer."""
+    config = dataclasses.replace(SPARSE if sparse else V3, max_seq_len=2**20)
+    counted = decode_flops_per_token(config, context=context).by_module
+    return counted[OVER] // 61, counted.get(SCORES, 0) // 61
+
+
+def test_an_indexer_of_v32_has_as_many_parameters_as_the_released_tensors() -> None:
+    with_it, without = parameters(SPARSE), parameters(V3)
+    one = 8192 * 1536 + 128 * 7168 + 64 * 7168 + 256
+    assert one == 13_959_424 == planned(1000).indexer_parameters.value
+    assert with_it.main - without.main == 61 * one
+    assert with_it.total - without.total == 62 * one
+    assert with_it.by_module["indexer"] == 61 * (one - 256)  # its norm is with the others
+
+
+def test_cache_of_v32() -> None:
+    assert kv_bytes_per_token(SPARSE, dtype="fp8") == 48_068 == planned(1000).kv_cache.value
+    assert kv_bytes_per_token(SPARSE, dtype="bfloat16") == kv_bytes_per_token(SPARSE) == 61 * 1408
+
+
+def test_decoding_at_128k_takes_13_times_fewer_operations() -> None:
+    dense, _ = per_layer(128 * 1024, sparse=False)
+    attention, scores = per_layer(128 * 1024)
+    plan = planned(128 * 1024)
+    assert (dense, attention, scores) == (
+        *(plan.dense_flops.value, plan.attention_flops.value, plan.index_flops.value),
+    )
+    assert round(dense / (attention + scores), 1) == 13.4
+
+
+def test_sparse_decoding_pays_from_2176_tokens_on() -> None:
+    for context, pays in ((2175, False), (2177, True)):
+        assert (sum(per_layer(context)) < sum(per_layer(context, sparse=False))) == pays
+    assert sum(per_layer(2176)) == sum(per_layer(2176, sparse=False))
+
+
+def test_a_decoded_token_reads_all_index_keys_and_k_rows() -> None:
+    config = dataclasses.replace(SPARSE, max_seq_len=2**20)
+    read = decode_bytes_per_token(config, context=128 * 1024, dtype="fp8", cache_dtype="fp8").by_part["cache read"]
+    assert read == 61 * (132 * 128 * 1024 + 656 * 2048) == 61 * planned(128 * 1024).read.value
+    expanded = decode_bytes_per_token(config, context=4096, dtype="fp8", cache_dtype="fp8", form="expanded")
+    assert expanded.by_part["cache read"] == 61 * (132 + 656) * 4096
+
+
+@pytest.mark.parametrize("context", [5, 8, 9, 100])
+def test_operations_of_decoding_against_torch(context: int) -> None:
+    """But for the weighted sum over the indexer's heads, which the papers leave out. Up to k keys it is not asked."""
+    config = sized(**DSA, n_mtp_layers=0, n_dense_layers=3)
+    model = Transformer(config).double()
+    tokens = torch.randint(0, 51, (1, context))
+    cache = model.new_cache(1, context, form="absorbed")
+    with ops.use("eager"):
+        model(tokens[:, :-1], cache)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, -1:], cache)
+    counted, heads = decode_flops_per_token(config, context=context, form="absorbed").total, DSA["index_n_heads"]
+    sums = 2 * 3 * heads * context
+    unused = 2 * 3 * heads * (32 * (context + 20) + 40)  # queries, their weights and scores where there is no choice
+    assert counter.get_total_flops() == (counted + sums if context > 8 else counted - unused)
+
+
+def test_the_indexer_has_no_backward() -> None:
+    forward, training = (flops_per_token(sized(**DSA), 64, training=t, mtp=False).by_module for t in (False, True))
+    for module, count in forward.items():
+        assert training[module] == (1 if "indexer" in module else 3) * count
+
+
+def test_a_sequence_longer_than_k_attends_to_fewer_pairs() -> None:
+    """T queries with at most k keys each: k^2 / 2 + k (T - k) pairs; all T^2 / 2 are scored."""
+    counted = flops_per_token(SPARSE, 4096).by_module
+    pairs = 2048 * 2048 / 2 + 2048 * (4096 - 2048)
+    assert counted[OVER] == 61 * 2 * 128 * (192 + 128) * pairs / 4096
+    assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
+    short = flops_per_token(SPARSE, 2048).by_module
+    assert short[OVER] == flops_per_token(V3, 2048).by_module[OVER]

@@ -1,0 +1,200 @@
+"""Folders of DeepSeek-V3.2: in and out, tensor for tensor, and made from a dense model."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.fresh_indexer import add_indexers
+from dsmini.convert import main
+from dsmini.nn import Indexer
+from tests.helpers import folders
+from tests.helpers.configs import DSA, V32, refusal, released, written
+from tests.helpers.released_configs import HF_V3
+from tests.helpers.tolerances import FP32_MODEL, relative_error
+
+Build = Callable[..., Transformer]
+SIZES = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+HF_V32 = HF_V3 | SIZES | {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
+PREFIX = "model.layers.{}.self_attn.indexer."
+NAMES = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"indexer_rope_interleave": True}], ids=str)
+def test_load_then_save_changes_no_bit(
+    tmp_path: Path, small_model: Build, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    model = small_model(**DSA | changes)
+    tensors = folders.tensors_of(model, dtype)
+    assert all(PREFIX.format(layer) + name in tensors for layer in range(4) for name in NAMES)  # two of them are MTP's
+    raw = folders.config_json(model.config, torch_dtype=str(dtype).removeprefix("torch."))
+    assert raw["model_type"] == "deepseek_v32" and raw["architectures"] == ["DeepseekV32ForCausalLM"]
+    assert ("indexer_rope_interleave" in raw) == bool(changes.get("indexer_rope_interleave"))
+    loaded = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards=2))
+    assert loaded.config == model.config
+    save_pretrained(loaded, tmp_path / "b")
+    assert not folders.different(tensors, folders.read(tmp_path / "b"))
+    assert folders.config_of(tmp_path / "b") == raw
+
+
+def test_norms_and_head_weights_of_a_bf16_folder_are_held_in_fp32(tmp_path: Path, small_model: Build) -> None:
+    model = small_model(**DSA)
+    tensors = folders.tensors_of(model, torch.bfloat16)
+    norms = {name: t.float() for name, t in tensors.items() if ".k_norm." in name}  # one listing has them in FP32
+    source = folders.write(tmp_path / "a", tensors | norms, folders.config_json(model.config))
+    loaded = load_pretrained(source)
+    fp32 = {name for name, t in loaded.layers[0].attn.indexer.state_dict().items() if t.dtype == torch.float32}
+    assert fp32 == set(NAMES) - {"wq_b.weight", "wk.weight"}
+    save_pretrained(loaded, tmp_path / "b")
+    assert not folders.different(tensors | norms, folders.read(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("fp8", ["dequantize", "keep"])
+def test_indexer_in_fp8_has_scales_for_two_matrices(tmp_path: Path, fp8_model: Build, fp8: Any) -> None:
+    """As released: wq_b and wk are codes with weight_scale_inv, weights_proj and k_norm are not."""
+    model = fp8_model(**DSA | {"index_n_heads": 5, "q_lora_rank": 130})
+    tensors, meant = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
+    index = {name.removeprefix(PREFIX.format(0)): t for name, t in tensors.items() if name.startswith(PREFIX.format(0))}
+    scales = {"wq_b.weight_scale_inv", "wk.weight_scale_inv"}
+    assert index.keys() == {*NAMES, *scales} and index["wq_b.weight_scale_inv"].shape == (2, 2)
+    raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED | {"scale_fmt": "ue8m0"})
+    source = folders.write(tmp_path / "a", tensors, raw)
+    loaded = load_pretrained(source, dtype=torch.float32, fp8=fp8)
+    exact = Transformer(model.config)
+    exact.load_state_dict(load_pretrained(folders.write(tmp_path / "x", meant, raw), torch.float32).state_dict())
+    tokens = torch.randint(0, 61, (1, 20))
+    assert relative_error(loaded(tokens), exact(tokens)) < FP32_MODEL
+    if fp8 == "keep":
+        assert loaded.layers[0].attn.indexer.wk.weight.dtype == folders.FP8
+        save_pretrained(loaded, tmp_path / "b")
+        assert not folders.different(tensors, folders.read(tmp_path / "b"))
+        assert folders.config_of(tmp_path / "b") == raw
+    else:
+        save_pretrained(loaded, tmp_path / "b", fp8=True)
+        again = folders.read(tmp_path / "b")
+        assert {n for n, t in again.items() if t.dtype == folders.FP8} == set(filter(folders.is_matrix, again))
+
+
+def test_released_config_is_v3_with_an_indexer(tmp_path: Path) -> None:
+    want = released("deepseek-v3", **V32)
+    assert ModelConfig.from_file(written(tmp_path, HF_V32)) == want
+    interleaved = ModelConfig.from_file(written(tmp_path, HF_V32 | {"indexer_rope_interleave": True}))
+    assert interleaved == released("deepseek-v3", **V32, indexer_rope_interleave=True)
+    lists = {"layer_types": ["indexed_attention"] * 61, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58}
+    assert ModelConfig.from_file(written(tmp_path, HF_V32 | lists)) == want
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"index_topk": 0}, "x.json: index_topk=0 is not positive; use 1 or more"),
+        (
+            {"index_head_dim": 96},
+            "x.json: index_head_dim=96 is not a power of two, as the Hadamard transform needs; use 128",
+        ),
+        (
+            {"model_type": "deepseek_v3"},
+            "{path} has keys that dsmini does not know and so cannot honour: index_head_dim",
+        ),
+        ({"layer_types": ["full_attention"] * 61}, "{path} has layer_types=['full_attention', "),
+        ({"mlp_layer_types": ["sparse"] * 61}, "{path} has mlp_layer_types=['sparse', "),
+        ({"indexer_rope_interleave": 1}, "x.json: indexer_rope_interleave=1 is not true or false"),
+    ],
+)
+def test_wrong_config_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    path = written(tmp_path, HF_V32 | change)
+    assert refusal(ModelConfig.from_file, path).startswith(sentence.format(path=path))
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_missing_size_of_the_indexer_is_refused(tmp_path: Path, key: str) -> None:
+    path = written(tmp_path, {k: v for k, v in HF_V32.items() if k != key})
+    assert refusal(ModelConfig.from_file, path) == f"{path} lacks {key}; want every size of the model"
+
+
+def test_a_folder_without_indexer_tensors_is_refused(tmp_path: Path, small_model: Build) -> None:
+    model = small_model(**DSA)
+    tensors = {name: t for name, t in folders.tensors_of(model).items() if ".indexer." not in name}
+    source = folders.write(tmp_path / "a", tensors, folders.config_json(model.config))
+    assert refusal(load_pretrained, source) == (
+        f"{source} has an indexer in its config and no tensor of one, of which it wants 20; fetch the files of "
+        "DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m dsmini.convert "
+        "--dsa"
+    )
+    del tensors["lm_head.weight"]
+    folders.write(source, tensors, folders.config_json(model.config))
+    assert "does not hold the model that its config describes: it lacks" in refusal(load_pretrained, source)
+
+
+# a dense model becomes a sparse one
+
+
+def test_convert_adds_fresh_indexers(
+    tmp_path: Path, small_model: Build, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = small_model(), torch.randint(0, 61, (2, 20))
+    tensors = folders.tensors_of(model, torch.bfloat16)
+    folders.write(tmp_path / "a", tensors, folders.config_json(model.config))
+    monkeypatch.chdir(tmp_path)
+    flags = "--dsa --index-n-heads 3 --index-head-dim 32 --index-topk 8 --json"
+    assert main(f"a b {flags}".split()) == 0
+    sparse = load_pretrained(tmp_path / "b", torch.float32)
+    dense = load_pretrained(tmp_path / "a", torch.float32)
+    assert sparse.config == ModelConfig.from_file(tmp_path / "b" / "config.json")
+    assert (sparse.config.attention, sparse.config.index_topk) == ("dsa", 8)
+    assert torch.equal(sparse(tokens[:, :8]), dense(tokens[:, :8]))
+    assert not torch.equal(sparse(tokens), dense(tokens))
+    saved = folders.read(tmp_path / "b")
+    assert not folders.different(tensors, {name: t for name, t in saved.items() if ".indexer." not in name})
+    assert sum(isinstance(part, Indexer) for part in sparse.modules()) == 4
+    assert (saved[PREFIX.format(3) + "k_norm.bias"] == 0).all() and (saved[PREFIX.format(3) + "wk.weight"] != 0).all()
+    drawn = [saved[PREFIX.format(layer) + "wk.weight"] for layer in (0, 1)]
+    assert not torch.equal(*drawn)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["parameters"] == sum(p.numel() for p in sparse.parameters())
+
+
+def test_sizes_of_indexers_without_indexers_are_refused(tmp_path: Path, folder: Path) -> None:
+    command = [str(folder), str(tmp_path / "b"), "--index-n-heads", "3", "--index-topk", "8"]
+    want = "--index-n-heads, --index-topk: these are sizes of fresh indexers; add --dsa, or leave them out"
+    assert refusal(main, command) == want
+    assert not (tmp_path / "b").exists()
+
+
+def test_fresh_indexers_take_the_sizes_of_v32(small_model: Build) -> None:
+    model = small_model()
+    add_indexers(model)
+    assert model.config == dataclasses.replace(small_model().config, **V32)
+
+
+def test_fresh_indexers_are_the_same_each_time(small_model: Build) -> None:
+    model = small_model()
+    twins = [small_model(), small_model()]
+    for twin in twins:
+        twin.load_state_dict(model.state_dict())
+        add_indexers(twin, n_heads=3, head_dim=32, topk=8)
+    assert not folders.different(*(twin.state_dict() for twin in twins))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "sentence"),
+    [
+        (DSA, {}, "an indexer belongs to MLA, and this model has attention='dsa'; use a model of DeepSeek-V3"),
+        ({"attention": "mha"}, {}, "an indexer belongs to MLA, and this model has attention='mha'"),
+        ({"qk_norm": True}, {}, "attention='dsa' with qk_norm: DSA is MLA in its absorbed form"),
+        ({}, {"topk": 0}, "index_topk=0 is not positive; use 1 or more"),
+        ({}, {"head_dim": 2}, "index_head_dim=2 is smaller than qk_rope_head_dim=4, which it holds; use 4"),
+    ],
+)
+def test_impossible_indexers_are_refused(
+    small_model: Build, changes: dict[str, Any], sizes: dict[str, int], sentence: str
+) -> None:
+    model = small_model(**changes)
+    assert refusal(add_indexers, model, **{"n_heads": 3, "head_dim": 32, "topk": 8} | sizes).startswith(sentence)
+    assert model.config.attention == changes.get("attention", "mla")

@@ -1,0 +1,103 @@
+"""Logits, picks and gradients of DSA equal those of transformers' DeepSeek-V3.2."""
+
+import json
+from typing import Any
+
+import hf
+import pytest
+import torch
+from test_transformers import GRADIENTS, LOGITS, assert_close, tokens_for
+from torch import Tensor
+
+import dsmini
+from dsmini import ModelConfig, Transformer
+from dsmini.config.huggingface import config_from_json
+from dsmini.nn import DSA
+from tests.helpers.hf_names import from_hf
+
+CASES: dict[str, dict[str, Any]] = {
+    "v3.2": {},
+    "no query compression": {"q_lora_rank": None},
+    "yarn": {"rope_parameters": hf.yarn()},
+    "yarn, no query compression": {"rope_parameters": hf.yarn(mscale=1.0, mscale_all_dim=1.0), "q_lora_rank": None},
+    "one key": {"index_topk": 1},
+    "one less than all keys": {"index_topk": 60},
+    "all keys": {"index_topk": 61},
+    "more than all keys": {"index_topk": 2048},
+    "the head all rotary": {"index_head_dim": 8},
+    "all dense": {"first_k_dense_replace": 3, "index_n_heads": 64},
+}
+
+
+def ours(model: Any) -> Transformer:
+    """Return a dsmini model from the config.json and the tensors that transformers would save."""
+    raw = json.loads(model.config.to_json_string(use_diff=True))
+    tensors = hf.tensors(model, model.config.num_hidden_layers)
+    built = Transformer(ModelConfig(**config_from_json(raw | whole_query(model), "config.json")))
+    built.load_state_dict(from_hf(renamed(model, tensors), built))
+    return built
+
+
+def whole_query(model: Any) -> dict[str, None]:
+    return {"q_lora_rank": None} if isinstance(model.model.layers[0].self_attn.q_a_proj, torch.nn.Identity) else {}
+
+
+def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("q_b_proj", "q_proj") if whole_query(model) else name: t for name, t in tensors.items()}
+
+
+@pytest.fixture
+def picked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list that gets the picks of each of our layers."""
+    seen: list[Tensor] = []
+    real = DSA.picks
+    monkeypatch.setattr(DSA, "picks", lambda *args: (seen.append(real(*args)), seen[-1])[1])
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_picks_and_gradients(picked: list[Tensor], case: str) -> None:
+    theirs, their_picks = hf.v32(3, **CASES[case]), []
+    for layer in theirs.model.layers:
+        layer.self_attn.indexer.register_forward_hook(lambda *args: their_picks.append(args[2]))
+    model, tokens = ours(theirs), tokens_for(theirs)
+    want, got = theirs(tokens).logits, model(tokens)
+    assert_close(got, want, LOGITS, "logits")
+
+    assert len(picked) == (0 if theirs.config.index_topk >= 61 else 3)
+    for mine, other in zip(picked, their_picks, strict=False):
+        for t in range(61):
+            for a, b in zip(mine[:, t].tolist(), other[:, t].tolist(), strict=True):
+                assert set(a) - {-1} == {s for s in b if s <= t}  # theirs are filled with keys that the mask hides
+
+    target = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    (want * target).sum().backward()
+    (got * target).sum().backward()
+    grads = from_hf(renamed(theirs, hf.tensors(theirs, 3, "grad")), model)
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name:
+            assert parameter.grad is None and grads[name].norm() == 0, name
+        elif grads[name].norm() > 0:
+            assert parameter.grad is not None
+            assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", ["v3.2", "yarn", "no query compression"])
+def test_greedy_tokens_from_the_cache(case: str) -> None:
+    theirs = hf.v32(4, max_position_embeddings=256, **CASES[case])
+    model = ours(theirs).eval()
+    for prompt in ([3, 14, 15, 92, 65, 35], [9, 79, 32, 38] * 6):
+        want = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert dsmini.generate(model, [torch.tensor(prompt)], 60).tokens[0].tolist() == want[0].tolist()
+
+
+def test_interleaved_pairs_are_another_model() -> None:
+    """transformers has V3.2's halves alone, so that the switch must change the picks."""
+    theirs = hf.v32(3)
+    model = ours(theirs)
+    other = Transformer(model.config, indexer_rope_interleave=True)
+    other.load_state_dict(model.state_dict())
+    tokens = tokens_for(theirs)
+    assert (other(tokens) - model(tokens)).norm() > 1e-2 * model(tokens).norm()
