@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -53,9 +54,10 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             tell(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one", error)
-            sys.exit(2)
-        tell(f"{error}; free some space or write elsewhere; what was saved is untouched", error)
-        status = 1
+            status = 2
+        else:
+            tell(f"{error}; free some space or write elsewhere; what was saved is untouched", error)
+            status = 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
             raise
@@ -66,6 +68,16 @@ def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException
         if speaks():
             print("stopped", file=sys.stderr)
         status = 130
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    """End this process. After a failure of several, threads of their connections are alive: Python would abort."""
+    if status and os.environ.get("WORLD_SIZE", "1") != "1":
+        for out in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                out.flush()
+        os._exit(status)
     sys.exit(status)
 
 

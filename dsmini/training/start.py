@@ -30,6 +30,7 @@ from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.events import read_events
 from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.replicas import hashed
 from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
@@ -213,6 +214,11 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
     """Start a run again that was killed before its first checkpoint; return lines about what it does differently."""
     config, folder = training.config, training.folder
     assert origin.before is not None
+    if saved := [event.step for event in read_events(folder) if event.event == "saved"]:
+        raise ValueError(
+            f"{folder} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
+            "back into its checkpoints, or start a new run in another folder"
+        )
     before = None
     with suppress(ValueError):  # the file is damaged
         before = read_table(folder / "corpus.json").get("sha256")

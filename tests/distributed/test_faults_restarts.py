@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,6 +66,9 @@ def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, 
         assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
     assert [event.step for event in events(folder, "started")] == [0]
     assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
+    shutil.rmtree(folder / "checkpoints")
+    assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
+    assert [event.step for event in events(folder, "started")] == [0]
 
 
 def kills(seed: int, steps: int, mean: float) -> tuple[Fault, ...]:

@@ -120,6 +120,7 @@ def unfinished(place: Path, name: str) -> Path:
 def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> None:
     killed = unfinished(place, "early")
     shutil.rmtree(killed / "checkpoints")
+    (killed / "events.jsonl").unlink()  # it tells of checkpoints
     (killed / "checkpoints/.step-000003.partial-1-0123abcd").mkdir(parents=True)
     text = (place / "book.txt").read_text()
     done = run("dsmini.train --resume runs/early", place)
@@ -131,6 +132,9 @@ def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> Non
         assert at_the_end[0] == at_the_end[1], name
     assert len(list((killed / "checkpoints").iterdir())) == 2
     shutil.rmtree(killed / "checkpoints")
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
+    assert status == 2 and "has saved 4 checkpoints, the last after step 12, and they are gone" in said, said
+    (killed / "events.jsonl").unlink()
     (place / "book.txt").write_text(text.replace("dog", "cat"))
     ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
     (place / "book.txt").write_text(text)
