@@ -3,6 +3,8 @@
 TrainingRun calls it at every phase. What each part does is in the files of dsmini/distributed/ that are named here.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -152,8 +154,16 @@ class Survival:
                 sentence = f"{stall.sentence}; the run continues from its last checkpoint with --resume"
                 print(sentence, file=sys.stderr, flush=True)
 
+        def on_lost() -> None:
+            if store_rank is None:
+                if self.world.rank == 0:
+                    print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
         host, port, store_rank = self.world.store_address()
         limits = Limits(timeout=self.config.parallel.timeout)
         prefix = f"attempt {self.world.attempt}"
         store = watchdog_store(host, port, prefix)
-        return Watchdog(self.world.rank, self.world.size, store, limits, on_stall, store_rank=store_rank)
+        return Watchdog(
+            self.world.rank, self.world.size, store, limits, on_stall, on_lost=on_lost, store_rank=store_rank
+        )
