@@ -267,7 +267,7 @@ def test_save_into_a_folder_that_is_gone_promises_nothing(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         full_disk(patch, training, "optimizer.safetensors", (4,))
         patch.setattr(training, "_validate", lambda *_: shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True))
-        with pytest.raises(NotSavedError, match="of step 4: .*; no earlier one is there"):
+        with pytest.raises(NotSavedError, match=r"of step 4: .*; no earlier one is there"):
             training.train()
 
 

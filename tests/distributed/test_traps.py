@@ -200,7 +200,7 @@ def saving_behind(world: World, folder: Path, bug: bool) -> bool:
 
 def test_save_in_the_background_has_a_group_of_its_own(tmp_path: Path) -> None:
     assert run_ranks(2, saving_behind, tmp_path / "good", False) == [True, True]
-    ends = outcomes(2, saving_behind, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    ends = outcomes(2, saving_behind, tmp_path / "bad", True, timeout=3.0, seconds=8.0)
     assert [end.value for end in ends] != [True, True]
 
 
@@ -222,7 +222,7 @@ def stopping(world: World, folder: Path, bug: bool) -> bool:
 
 def test_stop_flag_of_one_rank_stops_all(tmp_path: Path) -> None:
     assert run_ranks(2, stopping, tmp_path / "good", False) == [False, False]
-    ends = outcomes(2, stopping, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    ends = outcomes(2, stopping, tmp_path / "bad", True, timeout=3.0, seconds=8.0)
     assert statuses(ends) != [0, 0]
 
 
