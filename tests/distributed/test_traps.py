@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed import data_parallel
+from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pieces import HeldRows, joined_pieces
 from dsmini.distributed.world import Joined, World
@@ -138,13 +140,22 @@ def bf16_gates() -> Any:
     return mock.patch.object(data_parallel, "fully_shard", partial(fully_shard, mp_policy=policy))
 
 
-def experts_renumbered() -> Any:
+@contextmanager
+def experts_renumbered() -> Iterator[None]:
+    """Let each rank number its experts from 0, once the model is made."""
+    rightly, fill = Mesh.piece, ModelPart.fill
+
+    def fill_rightly(self: ModelPart, device: torch.device) -> None:
+        with mock.patch.object(Mesh, "piece", rightly):
+            fill(self, device)
+
     def piece(self: Mesh, parameter: Tensor) -> HeldRows:
         here = self.local(parameter)
         first, _ = data_parallel.first_row(parameter)
         return HeldRows(shape=tuple(parameter.shape), first=first, rows=here.shape[0] if here.dim() else 1)
 
-    return mock.patch.object(Mesh, "piece", piece)
+    with mock.patch.object(Mesh, "piece", piece), mock.patch.object(ModelPart, "fill", fill_rightly):
+        yield
 
 
 EP, EP_DP, EP_ZERO, ZERO = {"ep": 2, "dp": 1}, {"ep": 2}, {"ep": 2, "zero": 3}, {"zero": 3}
