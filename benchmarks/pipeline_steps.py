@@ -23,7 +23,7 @@ from benchmarks.trained import ROOT
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.mesh import Mesh, divide
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pipeline import Pipeline, Row, record_timeline
 from dsmini.distributed.world import World, joined
 from dsmini.training.trainer import Trainer
@@ -130,7 +130,7 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
     corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, skipped=0, split="", sha256="")
     torch.manual_seed(0)
     model, ranks = Transformer(config.model, compute_dtype=torch.float32), Mesh(parallel, torch.device("cpu"))
-    divide(model, ranks)
+    ranks.divide(model)
     return Trainer(model, corpus, config, torch.device("cpu"), ranks)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from dsmini.console.command import run
+from dsmini.distributed.meeting import tell
 
 COMMANDS = ("train", "generate", "tokenize", "convert", "explain", "plan")
 SHELLS = ("bash", "zsh", "fish")
@@ -20,7 +21,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def main() -> None:
     """Run the console script."""
-    run(_main)
+    run(_main, tell)
 
 
 def _main(args: Sequence[str]) -> int:

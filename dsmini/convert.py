@@ -50,13 +50,13 @@ class ConvertCommand:
     average: bool = False
     """Use the EMA of a run's parameters; the run must have one, by --train.ema-decay."""
     dsa: bool = False
-    """Write DeepSeek-V3 as V3.2: every attention layer gets a fresh indexer, to be trained. Its sizes are below."""
-    index_n_heads: int = 64
-    """Number of heads of a fresh indexer."""
-    index_head_dim: int = 128
-    """Width of a head of a fresh indexer, a power of two."""
-    index_topk: int = 2048
-    """Number of keys that a query attends to with a fresh indexer."""
+    """Add a fresh indexer to every layer: V3 becomes V3.2."""
+    index_n_heads: int | None = None
+    """Number of heads of a fresh indexer; left out: V3.2's 64."""
+    index_head_dim: int | None = None
+    """Width of a head of a fresh indexer, a power of two; left out: V3.2's 128."""
+    index_topk: int | None = None
+    """Number of keys that a query attends to with a fresh indexer; left out: V3.2's 2048."""
     json: bool = False
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
@@ -67,7 +67,7 @@ HELP = Help(
         "runs/toy-001 exported",
         "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
-        "runs/toy-001 sparse --dsa --index-n-heads 4 --index-head-dim 32 --index-topk 64",
+        "runs/toy-001 sparse --dsa --index-topk 64",
     ),
     main=("src", "dst", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
 )
@@ -87,10 +87,10 @@ def main(args: Sequence[str]) -> int:
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
+    sizes = _index_sizes(command)
     model, nbytes, seconds, files, ids = _read(command, tell)
     tell(rate("read", nbytes, seconds))
     if command.dsa:
-        sizes = {"n_heads": command.index_n_heads, "head_dim": command.index_head_dim, "topk": command.index_topk}
         add_indexers(model, **sizes)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
@@ -125,6 +125,16 @@ def main(args: Sequence[str]) -> int:
         }
         print(json.dumps(figures))
     return 0
+
+
+def _index_sizes(command: ConvertCommand) -> dict[str, int]:
+    """Return the given sizes of fresh indexers. Raises: ValueError for sizes without --dsa."""
+    names = ("n_heads", "head_dim", "topk")
+    given = {name: size for name in names if (size := getattr(command, f"index_{name}")) is not None}
+    if given and not command.dsa:
+        flags = ", ".join(f"--index-{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags}: these are sizes of fresh indexers; add --dsa, or leave them out")
+    return given
 
 
 def _read(

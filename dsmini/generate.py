@@ -16,6 +16,7 @@ from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Phases, patience
+from dsmini.distributed.meeting import tell
 from dsmini.text.page import Page
 from dsmini.text.prompts import read_line, read_prompts, without_surrogates
 
@@ -211,4 +212,4 @@ def _bandwidth(answers: "Answers") -> float | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, tell)

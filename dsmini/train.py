@@ -19,6 +19,7 @@ from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.chaos import parse_chaos
+from dsmini.distributed.meeting import launcher, tell
 from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
@@ -33,11 +34,13 @@ class TrainCommand(RunConfig):
     minutes where the CPU has BF16 units, about 14 where it has none (AVX2, as in most laptops).
     A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set,
     here or in that file: [train] steps = 200.
+    Several processes divide a run: torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2. See docs/training.md.
     """
 
     resume: Path | None = None
-    """Continue this run, such as runs/toy-001, from its last checkpoint. Its config holds; flags change it. "auto"
-    continues the run in --out if one has begun there, and begins it else: for launchers that start it again."""
+    """Continue this run, such as runs/toy-001, or auto. It continues from its last checkpoint; its config holds, and
+    flags change it. auto: the run in --out if one has begun there, else it begins there: for launchers that start the
+    command again."""
     init: Path | None = None
     """Start from a DeepSeek or Hugging Face folder or a run, or one of its checkpoints. The new run has its weights,
     model and tokenizer, and the usual recipe. FP8 weights are dequantized."""
@@ -51,22 +54,22 @@ HELP = Help(
     usage="[FILE.toml] [FLAGS]",
     examples=(
         "                 # a small model, 5 to 14 minutes",
-        "--data.path book.txt --train.steps 400",
-        "configs/toy-mha.toml --model.dim 256",
-        "--train.optimizer muon --train.seq-len 128",
-        "--out runs/mine --train.tensorboard",
+        "--data.path book.txt --train.optimizer muon",
+        "configs/toy-mha.toml --model.n-layers 6",
+        "--out runs/mine --resume auto --train.tensorboard",
+        "torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2",
     ),
     main=(
-        *("data.path", "out", "model.dim", "model.n_layers", "model.attention", "train.steps", "train.batch_size"),
-        *("train.optimizer", "train.lr", "train.compile", "train.tensorboard", "train.device", "resume", "init"),
+        *("data.path", "out", "model.dim", "train.steps", "train.batch_size", "train.optimizer", "train.lr"),
+        *("train.compile", "train.device", "parallel.pp", "parallel.ep", "resume", "init", "chaos"),
     ),
 )
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    origin, command = _read(args)
-    if "auto" in args and is_finished(origin, command.train.steps):
+    origin, command, auto = _read(args)
+    if auto and is_finished(origin, command.train.steps):
         say(Console(stderr=True, quiet=not speaks()), f"{origin.resume} is finished")
         return 0
     import torch
@@ -92,7 +95,7 @@ def main(args: Sequence[str]) -> int:
         results = _results(training, complete)
         if results is None:
             say(console, f"stopped after step {training.trainer.steps_done}; saved in {folder}")
-            say(console, f"Continue with: python -m dsmini.train --resume {shlex.quote(str(folder))}")
+            say(console, f"Continue with: {launcher()} -m dsmini.train --resume {shlex.quote(str(folder))}")
             return _status(complete=False)
     summary, sample = results
     print_summary(console, summary)
@@ -131,8 +134,11 @@ def _results(training: "TrainingRun", complete: bool) -> tuple[dict[str, Any], s
     return summary, sample
 
 
-def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
-    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...]."""
+def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
+    """Read a command line [FILE.toml] [--resume RUN | --init RUN_OR_FOLDER] [--KEY VALUE ...].
+
+    Returns: its origin, all values, and whether it says --resume auto.
+    """
     file, rest = take_file(args)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")
@@ -145,7 +151,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand]:
     files = [path for path in (resume and resume / "config.toml", file) if path is not None]
     rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
-    return origin, parse(TrainCommand, "train", rest, default, HELP)
+    return origin, parse(TrainCommand, "train", rest, default, HELP), auto
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
@@ -153,4 +159,4 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, tell)

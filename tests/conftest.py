@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from hypothesis import settings
 from torch import nn
+from xdist.scheduler import LoadFileScheduling
 
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import peak_memory
@@ -37,6 +38,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
     config.option.dist = "no"
     return 0
+
+
+class Scheduling(LoadFileScheduling):
+    """Give a file to one process, and all tests of several ranks to one: two groups of ranks slow each other down."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "dsmini.data.fim": {"dsmini.text.tokenizer"},
     "dsmini.train": {
         *("dsmini.atomic", "dsmini.config", "dsmini.console", "dsmini.ops", "dsmini.training"),
-        *("dsmini.diagnosis.watch", "dsmini.distributed.chaos"),
+        *("dsmini.diagnosis.watch", "dsmini.distributed.chaos", "dsmini.distributed.meeting"),
     },
     "dsmini.generate": {
         *("dsmini.checkpoint", "dsmini.console", "dsmini.inference", "dsmini.ops", "dsmini.text", "dsmini.machine"),
@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "dsmini.explain": {"dsmini.console", "dsmini.ops"},
     "dsmini.plan": {"dsmini.console", "dsmini.planner"},
     "dsmini.diagnose": {"dsmini.atomic", "dsmini.console", "dsmini.diagnosis", "dsmini.ops"},
-    "dsmini.__main__": {"dsmini.console"},
+    "dsmini.__main__": {"dsmini.console", "dsmini.distributed.meeting"},
     "dsmini.training": {
         *("dsmini.accounting", "dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.data"),
         *("dsmini.distributed", "dsmini.functional", "dsmini.inference", "dsmini.machine", "dsmini.nn"),
@@ -82,7 +82,8 @@ MAY_IMPORT = {
         *("dsmini.atomic", "dsmini.checkpoint", "dsmini.config", "dsmini.console", "dsmini.distributed"),
         *("dsmini.functional", "dsmini.machine", "dsmini.nn", "dsmini.numerics", "dsmini.ops", "dsmini.report"),
     },
-    "dsmini.distributed.world": set(),
+    "dsmini.distributed.world": {"dsmini.console.command", "dsmini.distributed.meeting"},
+    "dsmini.distributed.meeting": {"dsmini.console.command"},
     "dsmini.training.optim": {
         *("dsmini.config", "dsmini.functional.muon", "dsmini.training.adamw", "dsmini.training.muon")
     },

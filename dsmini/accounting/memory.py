@@ -109,10 +109,15 @@ def training_bytes(
             ("gradients", gradient_bytes(config).total),
             ("optimizer", optimizer_bytes(config, optimizer, moments).total),
             ("activations", activations.total),
-            ("weights kept for backward", sum(_saved_copy(config, use, dtype, kernels) for use in tensors(config))),
+            ("weights kept for backward", saved_weight_bytes(config, dtype, kernels).total),
             ("the head's gradient", 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim),
         ]
     )
+
+
+def saved_weight_bytes(config: ModelConfig, dtype: Dtype = "bfloat16", kernels: bool = False) -> Bytes:
+    """Return the bytes of the copies of weights that autograd saves, by kind of module; see activation_bytes."""
+    return Bytes.of((use.module, _saved_copy(config, use, dtype, kernels)) for use in tensors(config))
 
 
 def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> int:

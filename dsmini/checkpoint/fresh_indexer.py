@@ -8,14 +8,16 @@ from dsmini.config.fields import require
 from dsmini.nn import DSA, MLA, Indexer, Transformer
 
 
-def add_indexers(model: Transformer, *, n_heads: int, head_dim: int, topk: int, seed: int = 0) -> None:
+def add_indexers(
+    model: Transformer, *, n_heads: int = 64, head_dim: int = 128, topk: int = 2048, seed: int = 0
+) -> None:
     """Give every attention layer of a model, those of multi-token prediction too, a random indexer, in place.
 
     All other weights stay as they are, codes of FP8 included. With no more than topk tokens the model answers as
     before; with more it picks at random until its indexers are trained.
 
     Args:
-        n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model.
+        n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model; left out: V3.2's.
 
     Raises: ValueError for a model whose attention is not plain MLA, and sizes that ModelConfig refuses.
     """

@@ -113,25 +113,14 @@ def read_pretrained(
     require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
     check_dtype(dtype)
     place = pick_device(str(device))
-    raw, config = _read_config(folder)
-    reader = SafetensorsReader(folder)
-    tensors = {name: stored for name, stored in reader.tensors.items() if not is_derived(name)}
-    config = _without_absent_mtp(config, tensors, folder)
-    refuse_more_parts(config, len(tensors), str(folder))
-    with torch.device("meta"):
-        model = Transformer(config)
-    whole = plan = plan_load(model, tensors, folder, quantized=not is_hugging_face(raw) or is_quantized(raw))
+    raw, model, whole, reader = _open(folder)
+    plan, config = whole, model.config
     if fp8 == "keep":
         plan.refuse_mixed_stacks()
     if holding is not None:
         hold_experts(model, holding(model))
         plan = whole.part(held_experts(model))
-    for scales in plan.scales.values():
-        refuse_bad_scales(f"{folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
-    for slot, name in plan.names.items():
-        module, _, attribute = slot.name.rpartition(".")
-        if attribute == "bias" and isinstance(model.get_submodule(module), Gate):
-            refuse_bad_bias(f"{folder}: {name}", reader.read(name))
+    _refuse_bad_values(model, plan, reader)
     held = _held_dtypes(model, whole, dtype, fp8 == "keep")
     nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in model.state_dict().items())
     refuse_too_large(nbytes, f"the model of {folder}", place)
@@ -150,6 +139,32 @@ def read_pretrained(
     if say is not None:
         say(rate("read", origin.nbytes, origin.seconds))
     return model.eval()
+
+
+class PretrainedTensors:
+    """The tensors of a folder's model in FP32, each read when it is asked for; FP8 is dequantized.
+
+    Warns and raises: as load_pretrained, when it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _, model, self._plan, self._reader = _open(folder)
+        self.config = model.config
+        """Config of the model, without multi-token prediction blocks that the folder does not hold."""
+        _refuse_bad_values(model, self._plan, self._reader)
+        self._slots: dict[str, list[Slot]] = {}
+        for slot in self._plan.names:
+            self._slots.setdefault(slot.name, []).append(slot)
+        originals = {ours: self._slots[ours][0] for ours in self._plan.copies.values()}
+        stored = {ours: _read(self._plan, self._reader, slot, torch.float32) for ours, slot in originals.items()}
+        _warn_of_copies(self._plan, self._reader, stored)
+
+    def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return rows of a tensor of the state dict. Of stacked experts only those are read."""
+        slots = self._slots[name]
+        stacked = slots[0].expert is not None
+        parts = [_read(self._plan, self._reader, slot, torch.float32) for slot in (slots[rows] if stacked else slots)]
+        return (torch.stack(parts) if stacked else parts[0][rows]).float()
 
 
 def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
@@ -174,6 +189,29 @@ def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError for a dtype that weights cannot have."""
     require(dtype is None or dtype in HELD, f"dtype={dtype} is not for weights; use torch.bfloat16 or torch.float32")
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], Transformer, LoadPlan, SafetensorsReader]:
+    """Return a folder's config as it is there, its model on the meta device, the place of each tensor, and a reader."""
+    raw, config = _read_config(folder)
+    reader = SafetensorsReader(folder)
+    tensors = {name: stored for name, stored in reader.tensors.items() if not is_derived(name)}
+    config = _without_absent_mtp(config, tensors, folder)
+    refuse_more_parts(config, len(tensors), str(folder))
+    with torch.device("meta"):
+        model = Transformer(config)
+    plan = plan_load(model, tensors, folder, quantized=not is_hugging_face(raw) or is_quantized(raw))
+    return raw, model, plan, reader
+
+
+def _refuse_bad_values(model: Transformer, plan: LoadPlan, reader: SafetensorsReader) -> None:
+    """Raise ValueError for scales and selection biases that have no meaning."""
+    for scales in plan.scales.values():
+        refuse_bad_scales(f"{plan.folder}: {plan.names[scales]}", reader.read(plan.names[scales]))
+    for slot, name in plan.names.items():
+        module, _, attribute = slot.name.rpartition(".")
+        if attribute == "bias" and isinstance(model.get_submodule(module), Gate):
+            refuse_bad_bias(f"{plan.folder}: {name}", reader.read(name))
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -206,7 +244,7 @@ def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Pat
     warnings.warn(
         f"{folder} holds nothing of the {config.n_mtp_layers} multi-token prediction layers that its config.json "
         "promises; the model is loaded without them",
-        stacklevel=4,
+        stacklevel=5,
     )
     return dataclasses.replace(config, n_mtp_layers=0)
 
@@ -257,24 +295,35 @@ def _fill(model: Transformer, plan: LoadPlan, reader: SafetensorsReader, read: C
     for slot, name in sorted(plan.names.items(), key=place):
         if slot.name in state:  # scales are not, where weights are dequantized
             target = state[slot.name] if slot.expert is None else state[slot.name][slot.expert]
-            value = reader.read(name)
-            if slot in plan.scales and target.dtype != value.dtype:
-                scales = reader.read(plan.names[plan.scales[slot]]).float()
-                value = dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", target.dtype)
-            target.copy_(value)
+            target.copy_(_read(plan, reader, slot, target.dtype))
             reader.release(name)
         read(tensors[name].nbytes)
+    _warn_of_copies(plan, reader, state)
+    for name in plan.copies:
+        read(tensors[name].nbytes)
+
+
+def _read(plan: LoadPlan, reader: SafetensorsReader, slot: Slot, dtype: torch.dtype) -> Tensor:
+    """Return the tensor of a slot. FP8 codes are dequantized to a dtype that is not theirs; others may have another."""
+    value = reader.read(plan.names[slot])
+    if slot not in plan.scales or dtype == value.dtype:
+        return value
+    scales = reader.read(plan.names[plan.scales[slot]]).float()
+    return dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", dtype)
+
+
+def _warn_of_copies(plan: LoadPlan, reader: SafetensorsReader, originals: Mapping[str, Tensor]) -> None:
+    """Warn if the MTP blocks' copies of embedding and head are not the originals, which are given by our name."""
     different = []
     for name, ours in plan.copies.items():
-        if not _equal(reader.read(name), state[ours]):
+        if not _equal(reader.read(name), originals[ours]):
             different.append(name)
         reader.release(name)
-        read(tensors[name].nbytes)
     if different:
         warnings.warn(
             f"{plan.folder} has {listed(different)} other than the model's own; dsmini's multi-token prediction "
             "uses the model's embedding and head",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

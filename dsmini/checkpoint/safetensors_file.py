@@ -195,6 +195,13 @@ def begin_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
     return places
 
 
+def write_at(file: int, view: memoryview, place: int) -> None:
+    """Write all bytes into an open file from this place on: one call of the system may write fewer."""
+    while len(view):
+        written = os.pwrite(file, view, place)
+        view, place = view[written:], place + written
+
+
 def write_entries(
     path: Path,
     entries: Sequence[Entry],
@@ -207,10 +214,7 @@ def write_entries(
         for entry in sorted(entries, key=lambda entry: places[entry.name]):
             tensor = entry.make().detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
-            view, place = bytes_of(tensor), places[entry.name]
-            while len(view):
-                written = os.pwrite(file, view, place)
-                view, place = view[written:], place + written
+            write_at(file, bytes_of(tensor), places[entry.name])
             wrote(entry.nbytes)
         os.fsync(file)
     finally:

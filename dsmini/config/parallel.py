@@ -18,11 +18,12 @@ CHUNKS: Mapping[ScheduleName, int] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Layout of the processes, pp x dp x ep of them. All ones: a single process, without torch.distributed."""
+    """Layout of the processes, pp x dp x ep of them. Without torchrun or another launcher there is one process."""
 
     pp: int = 1
-    """Number of processes that the layers are divided among, as stages of a pipeline. Each step's grad_accum parts pass
-    through them one after the other."""
+    """Number of processes that the layers are divided among, as stages of a pipeline. The train.grad_accum parts of
+    a step pass through them one after the other: pp parts or more with 1f1b, 2 pp or more with dualpipev. A multiple of
+    pp goes with the other schedules."""
     dp: int | None = None
     """Number of parts of the batch for each expert; left out: as many as there are processes for."""
     ep: int = 1

@@ -2,13 +2,16 @@
 
 import errno
 import io
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -18,10 +21,18 @@ from dsmini.reading import brief
 T = TypeVar("T")
 
 
-def run(main: Callable[[Sequence[str]], int]) -> None:
+def _tell(sentence: str, error: BaseException) -> None:
+    if speaks():
+        complain(sentence)
+
+
+def run(main: Callable[[Sequence[str]], int], tell: Callable[[str, BaseException], None] = _tell) -> None:
     """Run a command's main and exit with its status: 2 and one sentence for a mistake of the user.
 
     SIGTERM ends a command as Ctrl-C does, unless the command has a handler of its own.
+
+    Args:
+        tell: shows the sentence about an error; by default the first of several processes does.
     """
     _hear_sigterm()
     for out in (sys.stdout, sys.stderr):
@@ -32,30 +43,41 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         status = main(sys.argv[1:])
     except ValueError as error:
-        _complain(str(error))
+        tell(str(error), error)
         status = 2
     except ArithmeticError as error:
-        _complain(str(error))
+        tell(str(error), error)
         status = 1
     except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         sys.stderr.close()
         status = 1
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            _complain(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one")
-            sys.exit(2)
-        _complain(f"{error}; free some space or write elsewhere; what was saved is untouched")
-        status = 1
+            tell(f"{brief(str(error.filename))} is not usable as a path: {error.strerror}; use a shorter one", error)
+            status = 2
+        else:
+            tell(f"{error}; free some space or write elsewhere; what was saved is untouched", error)
+            status = 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc|overflow", str(error)):
             raise
         first = (str(error).splitlines() or ["no memory is left"])[0]
-        _complain(f"too large for this machine: {first}; use a smaller model or batch")
+        tell(f"too large for this machine: {first}; use a smaller model or batch", error)
         status = 1
     except KeyboardInterrupt:
         if speaks():
             print("stopped", file=sys.stderr)
         status = 130
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    """End this process. After a failure of several, threads of their connections are alive: Python would abort."""
+    if status and os.environ.get("WORLD_SIZE", "1") != "1":
+        for out in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                out.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -70,10 +92,12 @@ def _hear_sigterm() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def interruptible(work: Callable[[], T]) -> T:
+def interruptible(work: Callable[[], T], seconds: float = math.inf) -> T:
     """Return the result of long work in foreign code that hears no signals.
 
     It runs in a thread of its own. After a signal, that thread ends with the process.
+
+    Raises: TimeoutError if it takes longer than some seconds; the thread remains.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -86,8 +110,11 @@ def interruptible(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
+    end = time.monotonic() + seconds
     while thread.is_alive():
         thread.join(0.1)
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {seconds:g} s")
     if errors:
         raise errors[0]
     return results[0]
@@ -98,6 +125,6 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _complain(sentence: str) -> None:
-    if speaks():
-        print(f"error: {printable(sentence)}", file=sys.stderr)
+def complain(sentence: str) -> None:
+    """Print an error."""
+    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)

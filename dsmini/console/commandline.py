@@ -31,7 +31,7 @@ class Help:
     usage: str
     """Words after python -m dsmini.NAME."""
     examples: tuple[str, ...]
-    """Command lines after python -m dsmini.NAME; a comment may follow."""
+    """Command lines after python -m dsmini.NAME, or whole ones that begin with torchrun; a comment may follow."""
     main: tuple[str, ...]
     """Fields to list, such as "train.steps"; their docstrings explain them."""
 
@@ -81,16 +81,25 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, prog=prog, args=["--help" if arg == "--help-all" else arg for arg in args], **options)
     except SystemExit as stop:
-        reason = stop.__context__
-        if stop.code and isinstance(reason, ValueError):  # a check of the dataclass
-            raise ValueError(str(reason)) from None
-        extra = re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said.getvalue())
-        if stop.code and extra is not None:
-            raise ValueError(f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help") from None
-        print(said.getvalue(), end="", file=sys.stderr)
-        if stop.code and help is not None:  # tyro names --help alone
-            print(f"Every flag: {prog} --help-all", file=sys.stderr)
-        raise
+        if not stop.code:
+            print(said.getvalue(), end="", file=sys.stderr)
+            raise
+        raise ValueError(_reason(stop, said.getvalue(), prog)) from None
+
+
+def _reason(stop: SystemExit, said: str, prog: str) -> str:
+    """Return in one sentence why tyro refuses a command line, from its exception and the box that it prints."""
+    cause: BaseException | None = stop.__context__
+    while cause is not None:
+        if isinstance(cause, ValueError):  # a check of a dataclass
+            return str(cause)
+        cause = cause.__context__
+    if extra := re.search(r"(?m)Unrecognized options: (.*?)\s*[│|]?$", said):
+        return f"unexpected {brief(extra[1])}; leave it out, or see {prog} --help"
+    words = [line.strip("│| \t") for line in said.splitlines()[1:]]
+    first = " ".join(itertools.takewhile(lambda line: line and not line.startswith("─"), words))
+    missing = re.match(r"Missing from [^:]*: (\S+)", first)
+    return f"{f'{missing[1]} is missing' if missing else first}; see {prog} --help"
 
 
 def _refuse_wrong(args: Sequence[str], kinds: Mapping[str, Any], more: str) -> None:
@@ -156,7 +165,8 @@ def short_help(kind: type, prog: str, help: Help, default: Any = None, width: in
     column = max(len(flag) for flag, _ in shown) + 2
     about = (kind.__doc__ or "").partition("\n")[0]
     lines = [f"usage: {prog} {help.usage}", *textwrap.wrap(about, width), ""]
-    lines += [f"  {prog} {example}".rstrip() for example in help.examples] + [""]
+    whole = [example if example.startswith("torchrun") else f"{prog} {example}" for example in help.examples]
+    lines += [f"  {example}" for example in whole] + [""]
     lines += [f"  {flag:{column}}{_clipped(said, width - column - 2)}" for flag, said in shown]
     return "\n".join([*lines, f"All {len(fields)} in full: {prog} --help-all"])
 

@@ -17,8 +17,9 @@ from dsmini.data.corpus import load_corpus
 from dsmini.data.documents import ProgressCallback, silent
 from dsmini.machine import DTYPES, pick_device
 from dsmini.nn import Block, Transformer
+from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.schedule import batch_size
-from dsmini.training.start import refuse_oversized, resolved
+from dsmini.training.start import resolved
 from dsmini.training.trainer import StepResult, Trainer
 
 

@@ -21,6 +21,8 @@ AT_ANY = ("kill", "terminate", "stop", "hang", "exception", "abort", "segfault")
 """Kinds that may come in any phase of a step."""
 PHASE_OF = {"nan": "forward", "spike": "forward", "flip": "between", "corrupt": "between"}
 """The phase of the kinds that come in one."""
+OF_LOSS = ("nan", "spike")
+"""Kinds that change the loss."""
 IN_SAVES = ("full_disk", "io_error", "kill_saving")
 """Kinds that come in a save."""
 FAULT_KINDS = (*AT_ANY, *PHASE_OF, *IN_SAVES)
@@ -61,8 +63,12 @@ class ChaosPlan:
         mean_steps_between_failures: float = MEAN_STEPS,
         kinds: Sequence[str] = FAULT_KINDS,
         save_phases: Sequence[str] = SAVE_PHASES,
+        with_loss: Sequence[int] | None = None,
     ) -> "ChaosPlan":
         """Draw the faults of a run of this many ranks and steps.
+
+        Args:
+            with_loss: ranks that compute a loss, for the faults of a loss; None: all.
 
         Raises: ValueError for a mean that is not positive and finite, and for an unknown kind.
         """
@@ -77,6 +83,8 @@ class ChaosPlan:
                 return cls(faults=tuple(faults))
             kind = _pick(kinds, draw)
             rank = math.floor(draw.random() * world_size)
+            if kind in OF_LOSS and with_loss is not None:
+                rank = with_loss[rank % len(with_loss)]
             fault = Fault(kind=kind, rank=rank, step=step, phase=_phase(kind, save_phases, draw))
             if fault not in faults:
                 faults.append(fault)

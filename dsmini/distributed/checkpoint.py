@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers
 from dsmini.checkpoint.manifest import write_manifest
-from dsmini.checkpoint.safetensors_file import Entry, bytes_of, header_of
+from dsmini.checkpoint.safetensors_file import Entry, begin_safetensors, bytes_of, write_at
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.world import World
 
@@ -52,13 +52,8 @@ def save_pieces(
             partial = stack.enter_context(partial_folder(folder))
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            places = {}
-            for part, entries in plan.items():
-                before, places[part] = header_of(entries, metadata)
-                with (partial / f"{part}.safetensors").open("wb") as file:
-                    file.write(before)
-                    file.truncate(len(before) + sum(entry.nbytes for entry in entries))
-            return partial, places
+            files = {part: partial / f"{part}.safetensors" for part in plan}
+            return partial, {part: begin_safetensors(files[part], plan[part], metadata) for part in plan}
 
         def write() -> None:
             at("writing")
@@ -103,10 +98,7 @@ def _write(path: Path, named: Mapping[str, tuple[HeldRows, Tensor]], places: Map
     file = os.open(path, os.O_WRONLY)
     try:
         for name, (piece, tensor) in named.items():
-            view, place = bytes_of(tensor), places[name] + piece.elements[0] * tensor.element_size()
-            while len(view):
-                written = os.pwrite(file, view, place)
-                view, place = view[written:], place + written
+            write_at(file, bytes_of(tensor), places[name] + piece.elements[0] * tensor.element_size())
         os.fsync(file)
     finally:
         os.close(file)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsmini.distributed.chaos import ChaosPlan, Fault
+from dsmini.distributed.chaos import OF_LOSS, ChaosPlan, Fault
 from dsmini.distributed.events import EventLog
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SIGNALS = {
     **{"kill": signal.SIGKILL, "kill_saving": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP},
 }
 ERRNO = {"full_disk": errno.ENOSPC, "io_error": errno.EIO}
-OF_HOOKS = ("nan", "spike", "flip")
+OF_HOOKS = (*OF_LOSS, "flip")
 """Kinds that `at` leaves to the other hooks."""
 
 
@@ -69,7 +69,7 @@ class Chaos:
     def loss_factor(self, step: int) -> float:
         """Return the factor of this rank's loss in a step: NaN, SPIKE, or 1.0."""
         factor = 1.0
-        while fault := self._take(step, "forward", ("nan", "spike").__contains__):
+        while fault := self._take(step, "forward", OF_LOSS.__contains__):
             factor *= math.nan if fault.kind == "nan" else SPIKE
         return factor
 

@@ -4,7 +4,6 @@ All run the same command. Rank 0 reads the prompts and shows the texts; the othe
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from dsmini.config.fields import require
 from dsmini.distributed.pretrained import whole_checkpoint
 from dsmini.distributed.shared_tokens import Agreement, ExpertShare
-from dsmini.distributed.world import World, joined, world_size
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
 from dsmini.machine import pick_device
 from dsmini.nn import Transformer
 from dsmini.reading import brief, read_json
@@ -88,11 +87,11 @@ def sharing(
         )
         yield Shared(device=device, signals=signals)
         return
-    device = _device_of_rank(device)
+    device = device_of_rank(device)
     backend = "nccl" if pick_device(device).type == "cuda" else "gloo"
-    # the processes of a machine share its CPUs
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    with joined(LONGEST_WAIT if waits else TIMEOUT, backend) as world:
+    if threads := threads_of_rank(None):
+        torch.set_num_threads(threads)
+    with joined(TIMEOUT, backend, longest_wait=LONGEST_WAIT if waits else None) as world:
         try:
             commands = world.gather(repr(command))
             unequal = [rank for rank, other in enumerate(commands) if other != commands[0]]
@@ -121,9 +120,3 @@ def read_placement(path: Path) -> list[list[int]]:
     )
     require(good, f"{path} holds {brief(table)}, want a list of layers, each a list of experts' numbers")
     return table
-
-
-def _device_of_rank(name: str) -> str:
-    """Return the device of this process: each of a machine's processes has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local is not None and name in ("auto", "cuda") and torch.cuda.is_available() else name

@@ -62,19 +62,28 @@ class Mesh(Ranks):
         """Matrices that Muon moves, their owners, and the ranks that hold them."""
         self.layout: StageLayout | None = None
         """The stages of a pipeline."""
-        self.dtype = torch.float32
-        """Dtype of hidden states between stages."""
         self.twins: list[nn.Parameter] = []
         """Parameters that the first and the last stage both have, on two ranks."""
         self.ends: dist.ProcessGroup | None = None
         """The ranks of the first and the last stage of this part of the batch, on these ranks."""
+
+    def divide(self, model: Transformer) -> None:
+        self.divide_layers(model)
+        self.divide_experts(model)
+        self.shard(model)
+        self.note(model)
+
+    def note(self, model: Transformer) -> None:
+        if self.config.ep > 1:
+            self.own_experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
+        if self.ends is not None:
+            self.twins = [p for name, p in model.named_parameters() if name.startswith("embed")]
 
     def divide_layers(self, model: Transformer) -> None:
         """Keep the layers of this rank's stages of a pipeline."""
         if self.config.pp == 1:
             return
         before = set(model.state_dict())
-        self.dtype = model.compute_dtype or model.embed.weight.dtype
         self.layout = layout = StageLayout.of(model, self.config)
         twice = bool(len(model.mtp)) and layout.ends_apart()
         layout.keep(model, self.place.pp)
@@ -84,15 +93,13 @@ class Mesh(Ranks):
             group: Any = dist.new_group(ends)
             if dist.get_rank() in ends:
                 self.ends = group
-        if self.ends is not None:
-            self.twins = [p for name, p in model.named_parameters() if name.startswith("embed")]
 
     def passes(self, model: Transformer, compiled: bool) -> "Passes | Pipeline":
         if self.layout is None:
             return super().passes(model, compiled)
         from dsmini.distributed.pipeline import Pipeline
 
-        return Pipeline(model, self.layout, self.config.schedule, self.pp, self.dtype)
+        return Pipeline(model, self.layout, self.config.schedule, self.pp, model.compute_dtype or torch.float32)
 
     def sum_stages(self, tensor: Tensor) -> None:
         if self.config.pp > 1:
@@ -106,10 +113,6 @@ class Mesh(Ranks):
         for moe in moe_layers(model):
             keep_own_experts(moe, self.place.ep, self.config.ep)
             moe.exchange = exchange
-        self._note_experts(model)
-
-    def _note_experts(self, model: nn.Module) -> None:
-        self.own_experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
 
     def shard(self, model: Transformer) -> None:
         """Divide parameters and optimizer state as parallel.zero says."""
@@ -118,8 +121,6 @@ class Mesh(Ranks):
             blocks: list[nn.Module] = [*model.layers, *model.mtp]
             dp = self.device_mesh["dp"] if self.config.ep > 1 else None
             data_parallel.shard(model, blocks, self.zero, self.parts_mesh, dp)
-            if self.config.ep > 1:
-                self._note_experts(model)
 
     def _exchange(self) -> ExpertExchange | TwoHopExchange:
         nodes, ep = self.config.nodes, self.config.ep
@@ -247,11 +248,3 @@ def sum_in_buckets(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -
             bucket = []
         if tensor is not None:
             bucket.append(tensor)
-
-
-def divide(model: Transformer, ranks: Ranks) -> None:
-    """Leave of a whole model what this rank holds."""
-    if isinstance(ranks, Mesh):
-        ranks.divide_layers(model)
-        ranks.divide_experts(model)
-        ranks.shard(model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from dsmini.config.parallel import CHUNKS as STAGES
 from dsmini.distributed.timelines import KINDS, Kind
 
 
@@ -27,14 +28,7 @@ class Action:
 Programs = Sequence[Sequence[Action]]
 """For each rank its actions, in order."""
 
-CHUNKS: Mapping[str, int] = {
-    "1f1b": 1,
-    "interleaved1f1b": 2,
-    "zero_bubble": 2,
-    "zbv": 2,
-    "dualpipev": 2,
-    "dualpipe": 1,
-}
+CHUNKS: Mapping[str, int] = {**STAGES, "dualpipe": 1}
 """Stages of the model for each rank. A rank of DualPipe holds two, each for half of the micro-batches."""
 _CLASSES = {
     "interleaved1f1b": "ScheduleInterleaved1F1B",

@@ -44,6 +44,12 @@ class Ranks:
     elsewhere: Collection[str] = ()
     """Names of the tensors of the whole model that other ranks have, and this one has nothing of."""
 
+    def divide(self, model: Transformer) -> None:
+        """Leave of a whole model what this rank holds. It may be on the meta device."""
+
+    def note(self, model: Transformer) -> None:
+        """Note which parameters of a divided model other ranks do not hold alike: again if others took their place."""
+
     def passes(self, model: Transformer, compiled: bool) -> "Passes | Pipeline":
         """Return what runs forwards and backwards through the model."""
         return Passes(model, compiled, self.begin_part)

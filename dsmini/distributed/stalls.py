@@ -119,8 +119,7 @@ class Stall:
             case "silent" if self.pid is None:
                 return f"{who} has given no sign of life in {time}; it did not start, or its host is cut off"
             case "silent":
-                last = f"last seen at {at}"
-                return f"{who} has given no sign of life for {time}; it was stopped or killed, {last}"
+                return f"{who} has given no sign of life for {time}; it was stopped or killed after {at}"
             case "still":
                 return f"{who} has stood still for {time}: {at}; the others wait for it"
             case "store":

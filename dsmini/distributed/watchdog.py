@@ -63,6 +63,7 @@ class Watchdog:
         limits: the same on all ranks.
         on_stall: told once about a stall, in a thread, before the process ends without flushing its files.
             `stall.speaker` is the rank that should tell people; where the store is silent, each rank speaks.
+        on_lost: told once, in a thread, that the store has ended, and the watch with it.
         period: seconds between two heartbeats.
         store_rank: the rank whose process holds the store; None for a process outside the run.
     """
@@ -75,12 +76,14 @@ class Watchdog:
         limits: Limits,
         on_stall: Callable[[Stall], None],
         *,
+        on_lost: Callable[[], None] = lambda: None,
         period: float = 1.0,
         status: int = STALLED,
         store_rank: int | None = 0,
     ) -> None:
         self.rank, self.world_size, self.store, self.limits = rank, world_size, store, limits
-        self.on_stall, self.period, self.status, self.store_rank = on_stall, period, status, store_rank
+        self.on_stall, self.on_lost = on_stall, on_lost
+        self.period, self.status, self.store_rank = period, status, store_rank
         self.lost_store = False
         """True once the store has ended, and the watchdog with it."""
         self._step, self._phase, self._moves, self._waiting = 0, "starting", 0, 0
@@ -148,6 +151,8 @@ class Watchdog:
             self._publish(ENDED)
         except RuntimeError:  # the process that holds the store has ended
             self.lost_store = True
+            if not self._closed.is_set():
+                self.on_lost()
 
     def _publish(self, phase: str) -> None:
         where, waits = place_of(self._main)

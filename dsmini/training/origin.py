@@ -33,8 +33,8 @@ class FirstWeights:
     """The checkpoint or the model's folder that they are from."""
     step: int | None
     """Step of the checkpoint; None for a model's folder."""
-    tensors: "dict[str, Tensor]"
-    """State dict of the model."""
+    rows: "Callable[[str, slice], Tensor]"
+    """Reads rows of a tensor of the model's state dict, by its name."""
     run: RunConfig
     """The model's config, its data and its tokenizer."""
 
@@ -120,22 +120,24 @@ def is_finished(origin: RunOrigin, steps: int) -> bool:
 
 
 def _first_weights(path: Path, say: Callable[[str], None]) -> FirstWeights:
-    """Read the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
-    from dsmini.checkpoint.initial_weights import read_initial_weights
+    """Find the weights of a run, a checkpoint, or a DeepSeek or Hugging Face folder."""
+    from dsmini.checkpoint.initial_weights import find_initial_weights
     from dsmini.checkpoint.trained_model import model_checkpoint, model_tensors
 
     if is_model_folder(path):
-        model, tensors, tokenizer = read_initial_weights(path)
+        there, tokenizer = find_initial_weights(path)
+        model = there.config
         train = TrainConfig(seq_len=min(model.max_seq_len, FOLDER_SEQ_LEN))
         run = RunConfig(model=model, data=DataConfig(tokenizer=tokenizer), train=train)
-        return FirstWeights(folder=path, step=None, tensors=tensors, run=run)
+        return FirstWeights(folder=path, step=None, rows=there.rows, run=run)
     found = model_checkpoint(path, say=say)
     data = found.config.data
     copy = found.folder.resolve().parent.parent / "tokenizer.json"
     if data.tokenizer is not None and is_there(copy):  # the original may have changed, or be gone
         data = dataclasses.replace(data, tokenizer=copy)
     run = RunConfig(model=found.config.model, data=data)
-    return FirstWeights(folder=found.folder, step=found.state.step, tensors=model_tensors(found), run=run)
+    mapped = model_tensors(found)  # views of the file
+    return FirstWeights(folder=found.folder, step=found.state.step, rows=lambda name, rows: mapped[name][rows], run=run)
 
 
 def _first_weights_again(run: Path, say: Callable[[str], None]) -> FirstWeights | None:

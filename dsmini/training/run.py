@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 
 from dsmini.atomic import write_json, write_text
+from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.checkpoint.training_state import (
@@ -287,13 +289,19 @@ class TrainingRun:
         )
 
     def whole_model(self) -> Transformer:
-        """Return the model, or where several processes have parts of it, the saved one."""
+        """Return the model, or where several processes have parts of it, the saved one, whose memory is the file's.
+
+        Raises: ValueError for one that does not fit into this process next to its part.
+        """
         if self.world.size == 1:
             return self.trainer.model
-        path = checkpoint_folder(self.config, self._steps_done) / "model.safetensors"
-        model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
-        model.load_state_dict(SafetensorsReader(path).read_all())
-        return model.to(self.trainer.device)
+        reader = SafetensorsReader(checkpoint_folder(self.config, self._steps_done) / "model.safetensors")
+        nbytes, device = sum(stored.nbytes for stored in reader.tensors.values()), self.trainer.device
+        refuse_too_large(nbytes, "the whole model in one process", device)
+        with torch.device("meta"):
+            model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
+        model.load_state_dict(reader.read_all(), assign=True)
+        return model.to(device)
 
     def plot(self) -> None:
         """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""

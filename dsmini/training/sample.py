@@ -18,19 +18,24 @@ PROMPT_CHARACTERS = 40
 
 
 def write_sample(run: TrainingRun) -> str:
-    """Let a trained model continue train.sample_prompt; return the whole text, "" if no sample is wanted.
+    """Let a trained model continue train.sample_prompt; return the whole text, "" if none is wanted or possible.
 
     On the screen control characters are pictures. The text that is returned has them as they are.
     """
     train, console = run.config.train, run.console
     if not train.sample_tokens:
         return ""
+    try:
+        model = run.whole_model().eval()
+    except ValueError as error:
+        say(console, f"no sample: {error}")
+        return ""
     tokenizer = run.tokenizer
     decoder, text = tokenizer.stream(), train.sample_prompt
     console.rule(f"a sample at temperature {TEMPERATURE}")
     console.out(printable(text), end="", highlight=False)
     generation = Generation(
-        run.whole_model().eval(),
+        model,
         [tokenizer.encode(text).tolist()],
         train.sample_tokens,
         sampling=Sampling(temperature=TEMPERATURE),

@@ -156,7 +156,8 @@ class Saver:
             else:
                 self._write_pieces(tensors, pieces, state, world)
         except OSError as error:
-            there = "no earlier one is there" if self.saved_at is None else f"step {self.saved_at} is still there"
+            kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
+            there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
             sentence = f"cannot save {config.out}'s checkpoint of step {state.step}: {error.strerror or error}; {there}"
             raise world.told(NotSavedError(sentence)) from None
         self.saved_at = state.step

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from rich.console import Console
 
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
-from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -29,12 +29,16 @@ from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
 from dsmini.distributed.chaos import ChaosRequest
-from dsmini.distributed.world import World, joined, world_size
+from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.events import read_events
+from dsmini.distributed.ranks import Ranks
+from dsmini.distributed.replicas import hashed
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
 from dsmini.machine import DTYPES, pick_device, pick_dtype
-from dsmini.nn import Transformer
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.changes import check_resume, differences
 from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
+from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
@@ -63,10 +67,12 @@ def started(
     device = pick_device(device_of_rank(config.train.device))
     if threads := threads_of_rank(config.train.threads):
         torch.set_num_threads(threads)
-    with joined(max(1800.0, 2 * config.parallel.timeout), "nccl" if device.type == "cuda" else "gloo") as world:
-        _refuse_unequal(world, config)
+    timeout, backend = config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo"
+    with joined(timeout, backend, longest_wait=max(1800.0, 2 * timeout)) as world:  # long: rank 0 tokenises alone
+        _refuse_unequal(world, origin, config, chaos)
         world.first(lambda: _check_place(origin, config))
-        refuse_oversized(config, device)
+        part = _divided(config, device, world)
+        refuse_oversized(config, device, part, world)
         corpus = world.first(lambda: _read_corpus(config, origin.resume, console))
         if world.rank:  # the tokens are there now
             corpus = _read_corpus(config, origin.resume, console)
@@ -74,7 +80,7 @@ def started(
         config = world.first(lambda: _with_folder(origin, absolute(config)))
         with ExitStack() as stack:
             world.first(lambda: stack.enter_context(sole_trainer(config.out or Path())))
-            trainer = _new_trainer(origin, config, corpus, device, world, console)
+            trainer = _new_trainer(origin, config, corpus, device, part, world, console)
             training = TrainingRun(config, trainer, console, world, chaos)
             lines = _first_steps(origin, training)
             aside = [f"{f} was put aside: no attempt survived it" for f in training.survival.quarantined]
@@ -83,18 +89,41 @@ def started(
             yield training
 
 
-def _refuse_unequal(world: World, config: RunConfig) -> None:
-    """Refuse processes that were started with unequal configs."""
-    first = world.first(lambda: config)
-    unequal = {rank: keys for rank, keys in enumerate(world.gather(sorted(differences(first, config)))) if keys}
-    if unequal:
-        rank, keys = next(iter(unequal.items()))
-        raise world.told(
-            ValueError(
-                f"rank {rank} was started with another {', '.join(keys)} than rank 0; start all processes with the "
-                "same command"
+def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: ChaosRequest | None) -> None:
+    """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
+    if world.size == 1:
+        return
+    options = _options(origin, chaos)
+    first, of_first = world.first(lambda: (config, options))
+    keys = sorted(differences(first, config))
+    unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
+    if keys and not unequal:
+        unequal = [f"another {', '.join(keys)}"]
+    for rank, words in enumerate(world.gather(unequal)):
+        if words:
+            raise world.told(
+                ValueError(
+                    f"rank {rank} was started with {', '.join(words)} than rank 0; start all processes with the same "
+                    "command, where they see the same files"
+                )
             )
-        )
+
+
+def _options(origin: RunOrigin, chaos: ChaosRequest | None) -> dict[str, str | None]:
+    """Return what a run starts from, by the option that decides it; None for one that is left out."""
+    weights = origin.weights
+    read = None
+    if weights is not None:
+        names = ModelPart.divided(weights.run.model, Ranks()).model.state_dict()
+        hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
+        read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
+    paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
+    faults = chaos and f"{chaos.seed}:{chaos.mean_steps:g}:{','.join(chaos.kinds)}"
+    return paths | {"weights to start from": read, "--chaos": faults}
+
+
+def _in_words(name: str, of_first: dict[str, str | None], mine: dict[str, str | None]) -> str:
+    return f"another {name} ({mine[name] or 'none'}, not {of_first[name] or 'none'})"
 
 
 def _check_place(origin: RunOrigin, config: RunConfig) -> None:
@@ -113,26 +142,34 @@ def _with_folder(origin: RunOrigin, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, out=origin.resume or new_run_folder(config.out, origin.name))
 
 
+def _divided(config: RunConfig, device: torch.device, world: World) -> ModelPart:
+    """Return this rank's part of the model, without memory yet."""
+    if world.size == 1:
+        return ModelPart.divided(config.model, Ranks())
+    from dsmini.distributed.mesh import Mesh
+
+    return ModelPart.divided(config.model, Mesh(config.parallel, device))
+
+
 def _new_trainer(
-    origin: RunOrigin, config: RunConfig, corpus: Corpus, device: torch.device, world: World, console: Console
+    origin: RunOrigin,
+    config: RunConfig,
+    corpus: Corpus,
+    device: torch.device,
+    part: ModelPart,
+    world: World,
+    console: Console,
 ) -> Trainer:
-    """Make the model, or this rank's part of it, and what trains it."""
+    """Give the model, or this rank's part of it, its first values, and make what trains it."""
     torch.manual_seed(config.train.seed)
-    with patience(console, "making the model"):
-        model = Transformer(config.model, compute_dtype=DTYPES[config.train.dtype])
-    if origin.weights is not None:  # before the Trainer, whose average of the parameters starts from them
-        model.load_state_dict(origin.weights.tensors)
-        origin.weights.tensors.clear()  # a second copy of the model
+    part.model.compute_dtype = DTYPES[config.train.dtype]
+    rows = None if origin.weights is None else origin.weights.rows
+    with patience(console, "making the model"):  # before the Trainer, whose average of the parameters starts from it
+        part.fill(device, rows)
     if config.train.optimizer == "muon":  # its kernel may have to be compiled
         with patience(console, "preparing kernels"):
             world.first(lambda: ops.serving(device.type) and None)
-    if world.size == 1:
-        return Trainer(model.to(device), corpus, config, device)
-    from dsmini.distributed.mesh import Mesh, divide
-
-    ranks = Mesh(config.parallel, device)
-    divide(model, ranks)
-    return Trainer(model.to(device), corpus, config, device, ranks)
+    return Trainer(part.model, corpus, config, device, part.ranks)
 
 
 def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
@@ -148,35 +185,6 @@ def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
     if world.first(lambda: bool(checkpoint_folders(out))):
         return _resume(training)
     return world.first(lambda: _restart(training, origin))
-
-
-def device_of_rank(name: str) -> str:
-    """Return the device of this process: each of a machine's processes has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    several = name == "auto" or name == "cuda"
-    return f"cuda:{local}" if local is not None and several and torch.cuda.is_available() else name
-
-
-def threads_of_rank(threads: int | None) -> int | None:
-    """Return the number of threads of this process. The processes of a machine share its CPUs. None: torch's choice."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, (os.cpu_count() or 1) // local)
-    return threads if local == 1 else min(threads or share, share)
-
-
-def refuse_oversized(config: RunConfig, device: torch.device) -> None:
-    """Raise ValueError if the parameters, optimizer state and smallest activations do not fit into memory."""
-    train = config.train
-    nbytes = accounting.training_bytes(
-        config.model,
-        batch_size=train.batch_size // train.grad_accum,
-        seq_len=config.seq_len,
-        dtype="float32" if train.dtype == "float32" else "bfloat16",
-        optimizer=train.optimizer,
-        moments=train.moments,
-        recompute=train.recompute,
-    ).total
-    refuse_too_large(int(nbytes), "training this model with such a batch", device)
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
@@ -206,6 +214,11 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
     """Start a run again that was killed before its first checkpoint; return lines about what it does differently."""
     config, folder = training.config, training.folder
     assert origin.before is not None
+    if saved := [event.step for event in read_events(folder) if event.event == "saved"]:
+        raise ValueError(
+            f"{folder} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
+            "back into its checkpoints, or start a new run in another folder"
+        )
     before = None
     with suppress(ValueError):  # the file is damaged
         before = read_table(folder / "corpus.json").get("sha256")

@@ -3,6 +3,9 @@
 TrainingRun calls it at every phase. What each part does is in the files of dsmini/distributed/ that are named here.
 """
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +18,7 @@ from dsmini.distributed.events import EventLog, log_path, read_events
 from dsmini.distributed.faults import Chaos
 from dsmini.distributed.quarantine import leave_out_crash_loops
 from dsmini.distributed.spikes import Spikes
+from dsmini.distributed.stages import ranks_of_stages
 from dsmini.distributed.world import World
 from dsmini.training.trainer import Trainer
 
@@ -35,7 +39,12 @@ class Survival:
         """The Watchdog, where there are other processes."""
         self.chaos: Chaos | None = None
         if chaos is not None:
-            plan = ChaosPlan.from_seed(chaos.seed, world.size, config.train.steps, chaos.mean_steps, chaos.kinds)
+            last = ranks_of_stages(config.parallel)[-1]
+            parts = config.parallel.parts(world.size)
+            plan = ChaosPlan.from_seed(
+                *(chaos.seed, world.size, config.train.steps, chaos.mean_steps, chaos.kinds),
+                with_loss=range(last * parts, (last + 1) * parts),
+            )
             self.chaos = Chaos(plan, world.rank, folder, self.log)
         self.step = 0
         self.begun = False
@@ -142,10 +151,19 @@ class Survival:
         def on_stall(stall: Stall) -> None:
             if stall.speaker == self.world.rank or stall.kind == "store":
                 self.log.write("stalled", self.step, rank=stall.rank, sentence=stall.sentence, seconds=stall.seconds)
-                print(f"{stall.sentence}; the run continues from its last checkpoint with --resume", flush=True)
+                sentence = f"{stall.sentence}; the run continues from its last checkpoint with --resume"
+                print(sentence, file=sys.stderr, flush=True)
+
+        def on_lost() -> None:
+            if store_rank is None:
+                if self.world.rank == 0:
+                    print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
 
         host, port, store_rank = self.world.store_address()
         limits = Limits(timeout=self.config.parallel.timeout)
         prefix = f"attempt {self.world.attempt}"
         store = watchdog_store(host, port, prefix)
-        return Watchdog(self.world.rank, self.world.size, store, limits, on_stall, store_rank=store_rank)
+        return Watchdog(
+            self.world.rank, self.world.size, store, limits, on_stall, on_lost=on_lost, store_rank=store_rank
+        )

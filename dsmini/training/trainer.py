@@ -118,10 +118,10 @@ class Trainer:
 
     def pieces(self, tensors: Tensors) -> Pieces:
         """Return which piece each tensor of `tensors` is of the whole run's."""
-        named = dict(self.model.named_parameters())
+        parameter_of = self._parameters()
 
         def piece(name: str, tensor: Tensor) -> HeldRows:
-            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            parameter = parameter_of(name)
             alike = parameter is not None and self.ranks.local(parameter).shape == tensor.shape
             return self.ranks.piece(parameter if alike and parameter is not None else tensor)
 
@@ -129,10 +129,10 @@ class Trainer:
 
     def mine(self, tensors: Tensors) -> Tensors:
         """Return this rank's pieces of the tensors of a whole run."""
-        named = dict(self.model.named_parameters())
+        parameter_of = self._parameters()
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+            parameter = parameter_of(name)
             piece = None if parameter is None else self.ranks.piece(parameter)
             return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
 
@@ -145,6 +145,11 @@ class Trainer:
             }
             for part, of in tensors.items()
         }
+
+    def _parameters(self) -> Callable[[str], torch.nn.Parameter | None]:
+        """Return a function that finds the parameter of a saved tensor, which has its name, or NAME/MOMENT."""
+        named = dict(self.model.named_parameters())
+        return lambda name: named.get(name, named.get(name.rpartition("/")[0]))
 
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
@@ -273,11 +278,11 @@ class Trainer:
 
     def replicas(self) -> list[Replica]:
         """Return what other ranks hold alike, by the ranks that do."""
-        named = dict(self.model.named_parameters())
+        parameter_of = self._parameters()
         held: dict[tuple[int, ...], dict[str, Tensor]] = {}
         for part, tensors in self.tensors().items():
             for name, tensor in tensors.items():
-                parameter = named.get(name) if name in named else named.get(name.rpartition("/")[0])
+                parameter = parameter_of(name)
                 holders = self.ranks.holders(tensor if parameter is None else parameter)
                 held.setdefault(holders, {})[f"{part}/{name}"] = tensor
         return [Replica(holders=holders, named=of) for holders, of in held.items() if len(holders) > 1]

@@ -262,6 +262,15 @@ def test_full_disk_on_the_way_loses_nothing(
     assert "checkpoint of step 6: No space left on device; step 2 is still there; training continues" in said
 
 
+def test_save_into_a_folder_that_is_gone_promises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = new_run(tmp_path, **OPTIONS)
+    with monkeypatch.context() as patch:
+        full_disk(patch, training, "optimizer.safetensors", (4,))
+        patch.setattr(training, "_validate", lambda *_: shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True))
+        with pytest.raises(NotSavedError, match=r"of step 4: .*; no earlier one is there"):
+            training.train()
+
+
 def test_full_disk_at_the_end_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = new_run(tmp_path, **OPTIONS)
     with monkeypatch.context() as patch:

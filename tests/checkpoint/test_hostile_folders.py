@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained
-from dsmini.checkpoint.initial_weights import read_initial_weights
+from dsmini.checkpoint.initial_weights import find_initial_weights
 from dsmini.checkpoint.memory import free_bytes, refuse_too_large
 from dsmini.checkpoint.run_folder import is_model_folder, new_run_folder, read_summary, sole_trainer
 from dsmini.text.text_side import read_text_side
@@ -162,13 +162,14 @@ def test_whole_number_beyond_a_float_is_refused(value: int) -> None:
 def test_weights_of_a_folder_start_a_run(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
     folder, meant = fp8_folder
     assert is_model_folder(folder)
-    start = read_initial_weights(folder)
+    start = find_initial_weights(folder)
     assert start.tokenizer is None
-    model = Transformer(start.config)
-    model.load_state_dict(start.tensors)
-    assert {tensor.dtype for tensor in start.tensors.values()} == {torch.float32}
+    model = Transformer(start.tensors.config)
+    tensors = {name: start.tensors.rows(name) for name in model.state_dict()}
+    model.load_state_dict(tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert torch.equal(model.layers[0].get_parameter("ffn.w1.weight"), meant["model.layers.0.mlp.gate_proj.weight"])
     (folder / "tokenizer.json").write_text("{}")
-    assert read_initial_weights(folder).tokenizer == folder / "tokenizer.json"
+    assert find_initial_weights(folder).tokenizer == folder / "tokenizer.json"
     (folder / "config.toml").write_text("")
     assert not is_model_folder(folder)

@@ -1,5 +1,6 @@
 """Folders of DeepSeek-V3.2: in and out, tensor for tensor, and made from a dense model."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,19 @@ def test_convert_adds_fresh_indexers(
     assert not torch.equal(*drawn)
     figures = json.loads(capsys.readouterr().out)
     assert figures["parameters"] == sum(p.numel() for p in sparse.parameters())
+
+
+def test_sizes_of_indexers_without_indexers_are_refused(tmp_path: Path, folder: Path) -> None:
+    command = [str(folder), str(tmp_path / "b"), "--index-n-heads", "3", "--index-topk", "8"]
+    want = "--index-n-heads, --index-topk: these are sizes of fresh indexers; add --dsa, or leave them out"
+    assert refusal(main, command) == want
+    assert not (tmp_path / "b").exists()
+
+
+def test_fresh_indexers_take_the_sizes_of_v32(small_model: Build) -> None:
+    model = small_model()
+    add_indexers(model)
+    assert model.config == dataclasses.replace(small_model().config, **V32)
 
 
 def test_fresh_indexers_are_the_same_each_time(small_model: Build) -> None:

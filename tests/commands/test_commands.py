@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dsmini.config.parallel import ParallelConfig
 from dsmini.console.commandline import _clipped, field_docstrings
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import TINY, place_with_run, run, run_all, start
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a text, and a finished run of a tiny model on it."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
-    assert done.returncode == 0, done.stderr
+    done = place_with_run(folder)
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder
@@ -271,7 +270,13 @@ def test_help_shows_defaults_and_those_of_a_config_file(help_of: dict[tuple[str,
     assert "--train.steps 77 " in with_file and "--train.compile (on) " in with_file
 
 
-@pytest.mark.parametrize("part", [ModelConfig, DataConfig, TrainConfig])
+def test_help_names_several_processes_and_restarts(help_of: dict[tuple[str, str], str]) -> None:
+    said = help_of["dsmini.train", "--help"]
+    assert "\n  torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2\n" in said
+    assert all(flag in said for flag in ("--parallel.pp 1 ", "--parallel.ep 1 ", "--chaos STR ", "--resume auto "))
+
+
+@pytest.mark.parametrize("part", [ModelConfig, DataConfig, TrainConfig, ParallelConfig])
 def test_help_all_explains_every_field(help_of: dict[tuple[str, str], str], part: type) -> None:
     said = " ".join(help_of["dsmini.train", "--help-all"].replace("│", " ").split())
     docstrings = field_docstrings(part)

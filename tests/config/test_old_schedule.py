@@ -67,10 +67,10 @@ def test_old_key_changes_its_phase_of_the_base(
 def test_flag_last_takes_the_level_that_a_file_gives(tmp_path: Path) -> None:
     """With last = 0 the level is in no phase of the file."""
     file = written(tmp_path, "[train]\nlr_last = 0.2\nlast = 0\n", "x.toml")
-    origin, command = _read([str(file), "--train.last", "0.25"])
+    origin, command, _ = _read([str(file), "--train.last", "0.25"])
     assert origin.config.train.lr_schedule == DEFAULT
     assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.2")
-    _, command = _read([str(file), "--train.last", "0.25", "--train.lr-last=0.05"])
+    _, command, _ = _read([str(file), "--train.last", "0.25", "--train.lr-last=0.05"])
     assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.05")
     new = ["--train.lr-schedule", *DEFAULT, "constant 0.25 at 0.2"]
     assert without_old_flags(["--train.last", "0.25"], DEFAULT, [file]) == new

@@ -15,7 +15,7 @@ from dsmini.diagnosis import experiment
 from dsmini.diagnosis.contention import Contention, Watch
 from dsmini.diagnosis.diagnosis import Diagnosis, conclude
 from dsmini.diagnosis.experiment import run_in_turns
-from dsmini.diagnosis.gains import LEAST_ROUNDS, gain_of_rounds, sign_test_rank
+from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain_of_rounds, sign_test_rank
 from dsmini.diagnosis.interventions.algorithm import UNIFORM
 from dsmini.diagnosis.interventions.data import REPLAY
 from dsmini.diagnosis.interventions.intervention import Intervention, Step
@@ -174,6 +174,11 @@ def test_real_sleeps_hide_a_real_gain(subject: Subject) -> None:
     own = min(subject.step().seconds for _ in range(3))
     draw = np.random.default_rng(0)
     quiet = slept(subject, own, lambda: 0.0)
-    assert quiet.verdict.axis is Axis.ALGORITHM and quiet.gains["uniform_routing"].high < 0.7
+    assert quiet.verdict.axis is Axis.ALGORITHM
     noisy = slept(subject, own / 4, lambda: own * min(10.0, 3 * draw.pareto(0.8)))
     assert noisy.verdict.outcome is Outcome.UNDETERMINED and noisy.named == ""
+    assert width(noisy.gains["uniform_routing"]) > width(quiet.gains["uniform_routing"])
+
+
+def width(gain: Gain) -> float:
+    return gain.high - gain.low

@@ -6,12 +6,14 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsmini.console.command import run
+from dsmini.distributed.meeting import tell
 from dsmini.distributed.world import joined
 
 SECONDS = 60.0
@@ -66,16 +70,18 @@ def outcomes(
     timeout: float = 20.0,
     store: Any = None,
     attempt: int = 0,
+    late: float = 0.0,
 ) -> list[Outcome]:
     """Return how work(world, *args) ended on n ranks, which may die. Ranks that SIGSTOP stopped are not waited for.
 
     Args:
         store: that of an earlier attempt, as a launcher keeps it; None: a new one.
         attempt: number of restarts so far.
+        late: seconds by which the last rank joins after the others.
     """
     until = time.monotonic() + seconds
     answers: dict[int, tuple[bool, Any]] = {}
-    with _started(n, work, args, timeout, store or new_store(), attempt) as (processes, receivers):
+    with _started(n, work, args, timeout, store or new_store(), attempt, late) as (processes, receivers):
         unread = dict(zip(receivers, range(n), strict=True))
         living = {process.sentinel: process for process in processes}
         while living and time.monotonic() < until and not all(_is_stopped(one.pid) for one in living.values()):
@@ -114,12 +120,22 @@ def new_store() -> Any:
 
 @contextmanager
 def _started(
-    n: int, work: Callable[..., Any], args: tuple[Any, ...], timeout: float, store: Any, attempt: int
+    n: int,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+    store: Any,
+    attempt: int,
+    late: float = 0.0,
 ) -> Iterator[tuple[list[Any], list[Connection]]]:
     """Start the ranks; yield them and the ends of the pipes that their results come from. Kill them at the end."""
     pairs = [START.Pipe(duplex=False) for _ in range(n)]
     processes = [
-        START.Process(target=_rank, args=(rank, n, store.port, timeout, attempt, sender, work, args), daemon=True)
+        START.Process(
+            target=_rank,
+            args=(rank, n, store.port, timeout, attempt, late if rank == n - 1 else 0.0, sender, work, args),
+            daemon=True,
+        )
         for rank, (_, sender) in enumerate(pairs)
     ]
     try:
@@ -159,6 +175,7 @@ def _rank(
     port: int,
     timeout: float,
     attempt: int,
+    late: float,
     sender: Connection,
     work: Callable[..., Any],
     args: tuple[Any, ...],
@@ -166,14 +183,15 @@ def _rank(
     """Be one rank: join the others, work, and send the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    time.sleep(late)
     os.environ |= {
         **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
         **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
     }
     try:
-        if work is command:
-            command(*args)
+        if work in (command, speaking):  # they join the others themselves
+            work(*args)
         with joined(timeout) as world:
             result = (True, work(world, *args))
     except BaseException:
@@ -184,18 +202,51 @@ def _rank(
         sys.exit(1)
 
 
-def command(*args: str) -> None:
-    """Be python -m dsmini.train with these arguments, as a launcher starts it on each rank. For `outcomes`."""
-    from dsmini.console.command import run
-    from dsmini.train import main
-
-    sys.argv = ["dsmini.train", *args]
+def command(*args: str, name: str = "train") -> None:
+    """Be python -m dsmini.NAME with these arguments, as a launcher starts it on each rank. For `outcomes`."""
+    sys.argv = [f"dsmini.{name}", *args]
     try:
-        run(main)
+        run(import_module(f"dsmini.{name}").main, tell)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+def speaking(
+    folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str], signal_after: float
+) -> None:
+    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into files. For `outcomes`.
+
+    Args:
+        lines: the arguments of each rank; None for one that is missing.
+        environment: changes of what the launcher sets.
+        signal_after: seconds after which SIGTERM comes; 0: never.
+    """
+    rank = int(os.environ["RANK"])
+    line = lines[rank]
+    if line is None:
+        os._exit(0)
+    for descriptor, name_of_file in ((1, f"output-{rank}"), (2, f"said-{rank}")):
+        with (folder / name_of_file).open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ |= environment
+    if signal_after:
+        threading.Timer(signal_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    command(*line, name=name)
+
+
+def spoken(
+    folder: Path,
+    *lines: Sequence[str] | None,
+    name: str = "train",
+    environment: Mapping[str, str] | None = None,
+    signal_after: float = 0.0,
+) -> tuple[list[int | None], list[str]]:
+    """Return the exit status of each rank of a command, and what each wrote to the standard error."""
+    ends = outcomes(len(lines), speaking, folder, name, lines, environment or {}, signal_after, seconds=50)
+    said = [folder / f"said-{rank}" for rank in range(len(lines))]
+    return [end.status for end in ends], [file.read_text() if file.exists() else "" for file in said]
 
 
 def free_port() -> int:

@@ -8,11 +8,14 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from dsmini import ModelConfig, RunConfig, TrainConfig
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
+from dsmini.config import DataConfig
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed.world import World
 from dsmini.training.run import TrainingRun
+from tests.conftest import SMALL
 from tests.distributed.training import new_trainer
 
 RECIPE: dict[str, Any] = {
@@ -58,3 +61,16 @@ def saved(folder: Path, step: int) -> dict[str, Tensor]:
         for path in sorted(parts)
         for name, tensor in SafetensorsReader(path).read_all().items()
     }
+
+
+def small_config(folder: Path) -> Path:
+    """Write the config of a run of the command with 6 steps, and its text."""
+    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(400)))
+    train = TrainConfig(
+        **{"steps": 6, "batch_size": 4, "seq_len": 16, "dtype": "float32", "device": "cpu", "optimizer": "adamw"},
+        **{"save_every": 1, "eval_every": 6, "eval_tokens": 64, "sample_tokens": 8},
+    )
+    model = ModelConfig(**(SMALL | {"vocab_size": 256}))
+    config = RunConfig(model=model, train=train, data=DataConfig(path=folder / "text.txt"))
+    (folder / "small.toml").write_text(config.to_toml())
+    return folder / "small.toml"

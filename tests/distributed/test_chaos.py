@@ -4,16 +4,22 @@ import errno
 import math
 import multiprocessing
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.distributed.chaos import FAULT_KINDS, IN_SAVES, STEP_PHASES, ChaosPlan, Fault, parse_chaos
+from dsmini.config import RunConfig, TrainConfig
+from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed.chaos import FAULT_KINDS, IN_SAVES, STEP_PHASES, ChaosPlan, ChaosRequest, Fault, parse_chaos
 from dsmini.distributed.events import EventLog, log_path, read_events
 from dsmini.distributed.faults import SPIKE, Chaos, ChaosError, corrupt_newest, flip_bit
+from dsmini.distributed.world import World
+from dsmini.training.survival import Survival
 
 PLAN_OF_7 = [
     "stop of rank 2 at step 8 in forward",
@@ -39,6 +45,26 @@ def test_plan_is_a_function_of_the_seed(seed: int, ranks: int, steps: int, mean:
 
 def test_plan_of_a_seed_stays_the_same() -> None:
     assert [str(fault) for fault in ChaosPlan.from_seed(7, 4, 60, 20).faults] == PLAN_OF_7
+
+
+def test_faults_of_a_loss_come_to_ranks_that_have_one() -> None:
+    faults = ChaosPlan.from_seed(3, 4, 10_000, 20, with_loss=(2, 3)).faults
+    assert {fault.rank for fault in faults if fault.kind in ("nan", "spike")} == {2, 3}
+    assert {fault.rank for fault in faults if fault.kind == "kill"} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("schedule", "ranks"), [("1f1b", {2, 3}), ("zbv", {0, 1})])
+def test_run_draws_faults_of_a_loss_for_its_last_stage(schedule: Any, ranks: set[int], tmp_path: Path) -> None:
+    world = World()
+    world.size = 4
+    config = RunConfig(parallel=ParallelConfig(pp=2, schedule=schedule), train=TrainConfig(steps=1000))
+    request = ChaosRequest(seed=1, mean_steps=5, kinds=("nan",))
+    found: set[int] = set()
+    for world.rank in range(4):
+        chaos = Survival(config, world, tmp_path, request).chaos
+        assert chaos is not None
+        found |= {fault.rank for fault in chaos.left}
+    assert found == ranks
 
 
 def test_faults_come_at_the_mean_distance_and_of_every_kind() -> None:
@@ -89,9 +115,12 @@ def test_fault_holds_the_process(tmp_path: Path, kind: str) -> None:
     process = PROCESSES.Process(target=run_steps, args=(kind, "forward", str(tmp_path)), daemon=True)
     process.start()
     try:
-        process.join(3)
-        assert process.is_alive()
+        until = time.monotonic() + 60
+        while not read_events(tmp_path) and time.monotonic() < until:
+            time.sleep(0.1)
         assert read_events(tmp_path)[0].fields["kind"] == kind
+        process.join(1)
+        assert process.is_alive()
     finally:
         process.kill()
         process.join()

@@ -43,6 +43,14 @@ def test_kill_in_each_phase_of_a_step_on_each_rank(tmp_path: Path, whole: Path) 
     assert_survived(tmp_path / "run", faults, whole, {"kill": KILLED})
 
 
+def test_stage_that_loses_another_ends_without_a_trace(tmp_path: Path) -> None:
+    """Check that nothing is raised where a stage exchanges tokens: torch's pipeline wraps the error of the exchange."""
+    faults, changes = [fault("kill", 3, 2, "forward")], ONE_BY_ONE | {"grad_accum": 2}
+    ends = outcomes(4, faulty, tmp_path / "run", {"pp": 2, "ep": 2}, faults, changes)
+    assert ends[3].status == KILLED
+    assert all(end.status in LOST and end.failure == "" for end in ends[:3]), ends
+
+
 def test_exception_abort_and_segfault(tmp_path: Path, whole: Path) -> None:
     status = {"exception": 1, "abort": -signal.SIGABRT, "segfault": -signal.SIGSEGV}
     faults = [fault(kind, step % 2, step, "backward") for step, kind in enumerate(status, 2)]

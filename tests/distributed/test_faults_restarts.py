@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsmini import ModelConfig, RunConfig, TrainConfig
-from dsmini.config import DataConfig
 from dsmini.distributed.chaos import ChaosPlan, Fault
 from dsmini.distributed.goodput import goodput
 from dsmini.distributed.world import World
 from dsmini.planner.quantities.quantity import SECONDS
 from dsmini.planner.reliability import FailureInputs, effective_share
-from tests.conftest import SMALL
 from tests.distributed.faulty import differences, events, fault, faulty, prepared, statuses, until_end
 from tests.distributed.ranks import command, outcomes, run_ranks
-from tests.distributed.runs import saved
+from tests.distributed.runs import saved, small_config
 
 EP: dict[str, Any] = {"ep": 2}
 
@@ -44,16 +42,7 @@ def test_crash_loop_puts_its_checkpoint_aside(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the config of a small run of 6 steps."""
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(400)))
-    train = TrainConfig(
-        **{"steps": 6, "batch_size": 4, "seq_len": 16, "dtype": "float32", "device": "cpu", "optimizer": "adamw"},
-        **{"save_every": 1, "eval_every": 6, "eval_tokens": 64, "sample_tokens": 8},
-    )
-    model = ModelConfig(**(SMALL | {"vocab_size": 256}))
-    config = RunConfig(model=model, train=train, data=DataConfig(path=folder / "text.txt"))
-    (folder / "small.toml").write_text(config.to_toml())
-    return folder / "small.toml"
+    return small_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +66,9 @@ def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, 
         assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
     assert [event.step for event in events(folder, "started")] == [0]
     assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
+    shutil.rmtree(folder / "checkpoints")
+    assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
+    assert [event.step for event in events(folder, "started")] == [0]
 
 
 def kills(seed: int, steps: int, mean: float) -> tuple[Fault, ...]:

@@ -5,18 +5,22 @@ With the collectives of gloo, in which the others wait until the time-out of the
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dsmini.distributed.chaos import ChaosPlan
 from dsmini.distributed.watchdog import GRACE, STALLED
 from dsmini.distributed.world import World
 from tests.distributed.faulty import differences, events, fault, faulty, prepared, statuses, until_end
-from tests.distributed.ranks import outcomes, run_ranks
+from tests.distributed.ranks import START, new_store, outcomes, run_ranks, spoken
+from tests.distributed.runs import small_config
 
 LAYOUT: dict[str, Any] = {"timeout": 3.0}
 SLACK = 12.0
@@ -72,6 +76,17 @@ def test_a_stalled_run_continues_bit_for_bit(tmp_path: Path) -> None:
     assert differences(tmp_path / "run", tmp_path / "whole") == []
 
 
+def test_a_stall_of_the_command_is_told_on_the_standard_error(tmp_path: Path) -> None:
+    """Leave the output to the line of JSON."""
+    plans = {seed: ChaosPlan.from_seed(seed, 2, 6, 2, ("hang",)).faults for seed in range(50)}
+    seed = next(seed for seed, faults in plans.items() if faults and faults[0].rank == 1)
+    args = [str(small_config(tmp_path)), "--out", str(tmp_path / "run"), "--json", "--chaos", f"{seed}:2:hang"]
+    ends, said = spoken(tmp_path, *[[*args, "--parallel.timeout", "2"]] * 2)
+    assert ends == [STALLED] * 2
+    assert said[0].count("rank 1 (pid") == 1 and "--resume" in said[0]
+    assert [(tmp_path / f"output-{rank}").read_text() for rank in range(2)] == ["", ""]
+
+
 def test_a_slow_rank_is_no_stall(tmp_path: Path) -> None:
     """Stop a rank for less than the time-out, and let it continue."""
     assert run_ranks(2, paused, tmp_path / "run") == [True, True]
@@ -95,3 +110,31 @@ def paused(world: World, folder: Path) -> bool:
 
     training.trainer.step = step
     return training.train()
+
+
+def hold_store(sender: Any) -> None:
+    """Hold the store as a launcher does, until it is killed."""
+    store = new_store()
+    sender.send(store.port)
+    time.sleep(600)
+
+
+def kill_after(step: int, folder: Path, launcher: Any) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not any(event.step >= step for event in events(folder, "step")):
+        time.sleep(0.1)
+    launcher.kill()
+
+
+def test_a_run_whose_launcher_is_killed_is_saved_and_stops(tmp_path: Path) -> None:
+    folder, (ours, theirs) = tmp_path / "run", START.Pipe(duplex=False)
+    launcher = START.Process(target=hold_store, args=(theirs,), daemon=True)
+    launcher.start()
+    store = SimpleNamespace(port=ours.recv())
+    killer = threading.Thread(target=kill_after, args=(3, folder, launcher))
+    killer.start()
+    ends = outcomes(2, faulty, folder, {}, (), {"steps": 5000, "save_every": 5000}, store=store)
+    killer.join()
+    assert [(end.status, end.value) for end in ends] == [(0, False)] * 2, ends
+    (stopped,) = events(folder, "stopped")
+    assert stopped.step >= 3 and [event.step for event in events(folder, "saved")] == [stopped.step]

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold, and what goes wrong in the numbers: on all ranks alike, or not at all."""
+"""The state that a checkpoint must hold, and numbers that go wrong: on all ranks alike, or not at all."""
 
 import dataclasses
 import os

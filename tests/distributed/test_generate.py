@@ -25,7 +25,7 @@ from dsmini.nn.moe import MoE
 from tests.conftest import randomise
 from tests.distributed.generating import PROMPTS, SIZES, generated, logits_of, new_folder, part, placement_of
 from tests.distributed.ranks import free_port, run_ranks
-from tests.helpers.commands import TINY, run, start
+from tests.helpers.commands import place_with_run, run, start
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
@@ -121,9 +121,7 @@ def test_ranks_end_together_after_a_step(tmp_path: Path, what: str, words: str, 
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a finished run of a tiny model of bytes."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
-    assert done.returncode == 0, done.stderr
+    place_with_run(folder)
     return folder
 
 

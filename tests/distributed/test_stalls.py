@@ -53,7 +53,7 @@ def test_silent_rank_is_named_first() -> None:
     beats = [beat(0, still=20), beat(1, still=20, waiting=True), beat(2, phase="saving")]
     stall = found(*beats, silent={1: 9.0, 2: 11.0})
     assert stall is not None and (stall.kind, stall.rank) == ("silent", 2), "its phase does not matter"
-    assert "no sign of life for 11 s; it was stopped or killed, last seen at step 5, saving" in stall.sentence
+    assert "no sign of life for 11 s; it was stopped or killed after step 5, saving" in stall.sentence
 
 
 def test_rank_that_never_came_has_the_time_of_a_start() -> None:

@@ -10,7 +10,7 @@ import torch
 from dsmini import ModelConfig, Transformer
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed.expert_parallel import moe_layers
-from dsmini.distributed.mesh import Mesh, divide
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -31,7 +31,7 @@ def exchange(world: World, nodes: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**MODEL))
     ranks = Mesh(ParallelConfig(ep=world.size, nodes=nodes), torch.device("cpu"))
-    divide(model, ranks)
+    ranks.divide(model)
     (moe,) = moe_layers(model)
     torch.nn.init.orthogonal_(moe.gate.weight)  # independent scores: all experts are equally likely
     torch.manual_seed(1 + world.rank)

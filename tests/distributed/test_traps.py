@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed import data_parallel
+from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pieces import HeldRows, joined_pieces
 from dsmini.distributed.world import Joined, World
@@ -138,13 +140,22 @@ def bf16_gates() -> Any:
     return mock.patch.object(data_parallel, "fully_shard", partial(fully_shard, mp_policy=policy))
 
 
-def experts_renumbered() -> Any:
+@contextmanager
+def experts_renumbered() -> Iterator[None]:
+    """Let each rank number its experts from 0, once the model is made."""
+    rightly, fill = Mesh.piece, ModelPart.fill
+
+    def fill_rightly(self: ModelPart, device: torch.device) -> None:
+        with mock.patch.object(Mesh, "piece", rightly):
+            fill(self, device)
+
     def piece(self: Mesh, parameter: Tensor) -> HeldRows:
         here = self.local(parameter)
         first, _ = data_parallel.first_row(parameter)
         return HeldRows(shape=tuple(parameter.shape), first=first, rows=here.shape[0] if here.dim() else 1)
 
-    return mock.patch.object(Mesh, "piece", piece)
+    with mock.patch.object(Mesh, "piece", piece), mock.patch.object(ModelPart, "fill", fill_rightly):
+        yield
 
 
 EP, EP_DP, EP_ZERO, ZERO = {"ep": 2, "dp": 1}, {"ep": 2}, {"ep": 2, "zero": 3}, {"zero": 3}
@@ -200,7 +211,7 @@ def saving_behind(world: World, folder: Path, bug: bool) -> bool:
 
 def test_save_in_the_background_has_a_group_of_its_own(tmp_path: Path) -> None:
     assert run_ranks(2, saving_behind, tmp_path / "good", False) == [True, True]
-    ends = outcomes(2, saving_behind, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    ends = outcomes(2, saving_behind, tmp_path / "bad", True, timeout=3.0, seconds=8.0)
     assert [end.value for end in ends] != [True, True]
 
 
@@ -222,7 +233,7 @@ def stopping(world: World, folder: Path, bug: bool) -> bool:
 
 def test_stop_flag_of_one_rank_stops_all(tmp_path: Path) -> None:
     assert run_ranks(2, stopping, tmp_path / "good", False) == [False, False]
-    ends = outcomes(2, stopping, tmp_path / "bad", True, timeout=3.0, seconds=15.0)
+    ends = outcomes(2, stopping, tmp_path / "bad", True, timeout=3.0, seconds=8.0)
     assert statuses(ends) != [0, 0]
 
 
@@ -231,8 +242,14 @@ def test_restart_on_the_same_store_needs_a_prefix(tmp_path: Path) -> None:
     for attempt in (0, 1):
         ends = outcomes(2, world_sum, store=store, attempt=attempt, timeout=5.0)
         assert [end.value for end in ends] == [2, 2]
-    ends = outcomes(2, world_sum, store=store, attempt=1, timeout=2.0, seconds=15.0)  # as without a prefix of its own
-    assert [end.value for end in ends] != [2, 2]
+    # As without a prefix of its own: rank 0 finds the dead rank's address, since the living one comes later. Of two
+    # ranks the one with the lower port waits for the other, so the address matters in half of the attempts.
+    assert any(fails_to_join_again(store) for _ in range(16))
+
+
+def fails_to_join_again(store: Any) -> bool:
+    ends = outcomes(2, world_sum, store=store, attempt=1, timeout=2.0, seconds=4.0, late=0.5)
+    return [end.value for end in ends] != [2, 2]
 
 
 def world_sum(world: World) -> int:

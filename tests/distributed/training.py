@@ -11,9 +11,9 @@ from torch import Tensor
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.parallel import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.mesh import Mesh, divide
+from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pieces import joined_pieces
-from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.world import World
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
@@ -45,10 +45,13 @@ def new_trainer(
     text = np.frombuffer(bytes(7 * i * i % 61 for i in range(3000)), np.uint8)
     corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
     torch.manual_seed(0)
-    whole = Transformer(config.model, compute_dtype=getattr(torch, config.train.dtype))
-    ranks = Mesh(parallel, CPU) if world.size > 1 else Ranks()
-    divide(whole, ranks)
-    return Trainer(whole, corpus, config, CPU, ranks)
+    dtype = getattr(torch, config.train.dtype)
+    if world.size == 1:
+        return Trainer(Transformer(config.model, compute_dtype=dtype), corpus, config, CPU)
+    part = ModelPart.divided(config.model, Mesh(parallel, CPU))
+    part.model.compute_dtype = dtype
+    part.fill(CPU)
+    return Trainer(part.model, corpus, config, CPU, part.ranks)
 
 
 def train(

@@ -159,6 +159,14 @@ def run(command: str, folder: Path, stdin: str | None = None) -> "subprocess.Com
     return subprocess.CompletedProcess(command, process.wait(), out, err)
 
 
+def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Put book.txt into a folder, and runs/x, a finished run of a tiny model of bytes on it; return what it said."""
+    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
     """Run commands (module, arguments) in one process and return the status and output of each."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}

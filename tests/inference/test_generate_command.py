@@ -20,7 +20,7 @@ from dsmini.measure import calibration
 from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
-from tests.helpers.commands import TINY, run, run_all, start
+from tests.helpers.commands import place_with_run, run, run_all, start
 from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer
 
 
@@ -28,9 +28,7 @@ from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, sav
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a finished run of a tiny model of bytes."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
-    assert done.returncode == 0, done.stderr
+    place_with_run(folder)
     (folder / "prompt.txt").write_bytes("café\n\r\n".encode())
     return folder
 

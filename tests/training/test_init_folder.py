@@ -36,8 +36,9 @@ def test_origin_is_the_loaded_model_in_float32(place: Path, form: str) -> None:
     want = load_pretrained(place / form, torch.float32)
     assert origin.weights is not None and origin.config.model == want.config and origin.name == form
     for name, tensor in want.state_dict().items():
-        assert origin.weights.tensors[name].dtype == torch.float32
-        assert torch.equal(origin.weights.tensors[name], tensor), name
+        got = origin.weights.rows(name, slice(None))
+        assert got.dtype == torch.float32 and torch.equal(got, tensor), name
+        assert torch.equal(origin.weights.rows(name, slice(1, 3)), tensor[1:3]), name
 
 
 def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> None:

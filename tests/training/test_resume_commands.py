@@ -120,6 +120,7 @@ def unfinished(place: Path, name: str) -> Path:
 def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> None:
     killed = unfinished(place, "early")
     shutil.rmtree(killed / "checkpoints")
+    (killed / "events.jsonl").unlink()  # it tells of checkpoints
     (killed / "checkpoints/.step-000003.partial-1-0123abcd").mkdir(parents=True)
     text = (place / "book.txt").read_text()
     done = run("dsmini.train --resume runs/early", place)
@@ -131,6 +132,9 @@ def test_run_killed_before_its_first_checkpoint_starts_again(place: Path) -> Non
         assert at_the_end[0] == at_the_end[1], name
     assert len(list((killed / "checkpoints").iterdir())) == 2
     shutil.rmtree(killed / "checkpoints")
+    ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
+    assert status == 2 and "has saved 4 checkpoints, the last after step 12, and they are gone" in said, said
+    (killed / "events.jsonl").unlink()
     (place / "book.txt").write_text(text.replace("dog", "cat"))
     ((status, said),) = run_all([("dsmini.train", "--resume runs/early")], place)
     (place / "book.txt").write_text(text)
@@ -281,6 +285,14 @@ def test_what_cannot_go_on_is_a_sentence_and_touches_nothing(place: Path) -> Non
     for (arguments, message), (status, said) in zip(REFUSED.items(), answers, strict=True):
         assert status == 2 and message in " ".join(said.split()), (arguments, said)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_only_resume_auto_takes_a_finished_run_as_the_end(place: Path) -> None:
+    auto = ["--resume auto --out runs/x", "--out runs/x --resume=auto"]
+    answers = run_all([("dsmini.train", line) for line in [*auto, "--resume runs/x --train.device auto"]], place)
+    assert [status for status, _ in answers] == [0, 0, 2]
+    assert [said.splitlines() for _, said in answers[:2]] == [["runs/x is finished"]] * 2
+    assert "runs/x is finished: 12 of 12 steps" in answers[2][1]
 
 
 def test_a_changed_text_is_refused(place: Path) -> None:

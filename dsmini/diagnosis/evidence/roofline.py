@@ -104,10 +104,6 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
     passes = [count(subject.step, rates.roofs.cache_bytes) for _ in range(1 + PASSES)][1:]
     points = points_of([each.operations for each in passes], rates)
     counted, formula = flops_by_counter(passes[0].operations), flops_by_formula(subject)
-    total = sum(point.seconds for point in points)
-    peak = rates.roofs.peak.get(subject.config.train.dtype, max(rates.roofs.peak.values()))
-    ridge = peak / rates.roofs.bandwidth
-    shown = [p for p in points if p.seconds >= LEAST_SHARE * total and p.flops and p.bytes]
     figures = [
         Figure(
             question="roofline",
@@ -128,17 +124,29 @@ def run(subject: Subject, rates: Rates | None, seconds: float) -> Section:
             note="the formula counts the half of the square that the mask leaves",
         ),
     ]
-    figures += operation_figures(shown)
+    said = (
+        f"Products with weights take {counted.weights / 1e9:.2f} GFLOP a step, {formula.weights / 1e9:.2f} by formula."
+    )
+    return section_of(points, rates, subject.config.train.dtype, figures, said)
+
+
+def section_of(
+    points: Sequence[RoofPoint], rates: Rates, dtype: str, figures: Sequence[Figure], said: str, about: str = ""
+) -> Section:
+    """Return the section of a page from operations, the figures of their sums, and a sentence about these."""
+    total = sum(point.seconds for point in points)
+    peak = rates.roofs.peak.get(dtype, max(rates.roofs.peak.values()))
+    ridge = peak / rates.roofs.bandwidth
+    shown = [p for p in points if p.seconds >= LEAST_SHARE * total and p.flops and p.bytes]
     memory = sum(p.seconds for p in points if p.intensity < ridge) / total
     return Section(
         name="roofline",
         title="Which operations does memory limit, and which arithmetic?",
         finding=f"{memory:.0%} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a cache "
-        f"is the limit. Products with weights take {counted.weights / 1e9:.2f} GFLOP a step, "
-        f"{formula.weights / 1e9:.2f} by the formula.",
-        figures=figures,
+        f"is the limit. {said}",
+        figures=[*figures, *operation_figures(shown)],
         plots=[roof_plot(shown, rates.roofs.bandwidth, peak)],
-        about="Above the sloping roof an operation's bytes come from a cache.",
+        about=f"Above the sloping roof an operation's bytes come from a cache.{about}",
     )
 
 

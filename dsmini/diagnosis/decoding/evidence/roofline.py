@@ -11,7 +11,7 @@ from dsmini import accounting
 from dsmini.diagnosis.decoding.steps import steps_with
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, none_of
-from dsmini.diagnosis.evidence.roofline import LEAST_SHARE, operation_figures, points_of, roof_plot
+from dsmini.diagnosis.evidence.roofline import points_of, section_of
 from dsmini.measure.counting import count
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Figure, Section
@@ -25,10 +25,6 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
     step = steps_with(subject.model, subject.cache, subject.tokens)
     passes = [count(step, rates.roofs.cache_bytes) for _ in range(1 + PASSES)][1:]
     points = points_of([each.operations for each in passes], rates)
-    total = sum(point.seconds for point in points)
-    peak = rates.roofs.peak.get(subject.compute_dtype, max(rates.roofs.peak.values()))
-    ridge = peak / rates.roofs.bandwidth
-    shown = [p for p in points if p.seconds >= LEAST_SHARE * total and p.flops and p.bytes]
     c, keys, batch = subject.config, subject.context + 1, subject.batch
     flops = accounting.decode_flops_per_token(c, context=keys).total
     nbytes = accounting.decode_bytes_per_token(
@@ -48,19 +44,12 @@ def run(subject: DecodingSubject, rates: Rates | None, seconds: float) -> Sectio
             ("bytes", "bytes", passes[0].bytes, nbytes),
         )
     ]
-    figures += operation_figures(shown)
-    memory = sum(p.seconds for p in points if p.intensity < ridge) / total
-    return Section(
-        name="roofline",
-        title="Which operations does memory limit, and which arithmetic?",
-        finding=f"{memory:.0%} of the time of operations lies below {ridge:.0f} FLOPs a byte, where memory or a cache "
-        f"is the limit. A token takes {passes[0].flops / batch / 1e6:.2f} MFLOP, {flops / 1e6:.2f} by the formula, and "
-        f"moves {passes[0].bytes / batch / 1e6:.2f} MB, {nbytes / 1e6:.2f} by the formula.",
-        figures=figures,
-        plots=[roof_plot(shown, rates.roofs.bandwidth, peak)],
-        about="Above the sloping roof an operation's bytes come from a cache. Each block's operations are timed apart, "
-        "which takes longer than the one call that decodes.",
+    said = (
+        f"A token takes {passes[0].flops / batch / 1e6:.2f} MFLOP, {flops / 1e6:.2f} by formula, and moves "
+        f"{passes[0].bytes / batch / 1e6:.2f} MB, {nbytes / 1e6:.2f} by formula."
     )
+    about = " Each block's operations are timed apart, which takes longer than the one call that decodes."
+    return section_of(points, rates, subject.compute_dtype, figures, said, about)
 
 
 DECODING_ROOFLINE = Evidence[DecodingSubject](

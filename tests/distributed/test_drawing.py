@@ -1,0 +1,106 @@
+"""Each rank makes its part of a model with the bits of one process, and never holds more than that and one tensor."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dsmini import ModelConfig, Transformer, load_pretrained
+from dsmini.checkpoint.pretrained import PretrainedTensors
+from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.mesh import Mesh
+from dsmini.distributed.ranks import Ranks
+from dsmini.distributed.world import World
+from tests.conftest import SMALL
+from tests.distributed.generating import new_folder, reads
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import CPU, new_trainer, whole_tensors
+
+LARGE: dict[str, Any] = {"dim": 64, "n_layers": 4, "vocab_size": 400, "moe_inter_dim": 64}
+SLACK = 20_000
+"""Bytes of what is no tensor of the model: index tables, and messages between the ranks."""
+LAYOUTS = [{"ep": 2}, {"pp": 2}, {"pp": 2, "schedule": "zbv"}, {"zero": 3}, {"ep": 2, "zero": 3}]
+
+
+def peak_of_making(world: World, parallel: dict[str, Any]) -> tuple[int, int]:
+    """Return the most bytes that were allocated at once while a rank made its trainer, and those of its part."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        trainer = new_trainer(ParallelConfig(**parallel), LARGE, {"grad_accum": 4}, world)
+    assert watched.profiler is not None
+    results: Any = watched.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, nbytes in sorted(changes):
+        held += nbytes
+        peak = max(peak, held)
+    return peak, sum(tensor.nbytes for tensor in trainer.tensors()["model"].values())
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_rank_never_holds_more_than_its_part_and_a_tensor(parallel: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        whole = [tensor.nbytes for tensor in Transformer(ModelConfig(**SMALL | LARGE)).state_dict().values()]
+    for peak, own in run_ranks(2, peak_of_making, parallel):
+        assert own < 0.8 * sum(whole)
+        assert own <= peak < own + max(whole) + SLACK < sum(whole)
+
+
+def drawn(world: World, parallel: dict[str, Any]) -> dict[str, torch.Tensor]:
+    trainer = new_trainer(ParallelConfig(**parallel), {"n_layers": 4}, {"grad_accum": 4}, world)
+    return whole_tensors(world, trainer) | {"model/generator": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_drawn_parts_are_those_of_one_process(parallel: dict[str, Any]) -> None:
+    want = drawn(World(), {})
+    for got in run_ranks(2, drawn, parallel):
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embed_norm": True, "zero_init": True},
+        {"q_lora_rank": None, "qk_norm": True, "n_shared_experts": 0},
+        {"attention": "gqa", "n_kv_heads": 1, "topk_method": "group_limited_greedy", "score_func": "softmax"},
+        {"precision": "fp8", "dim": 23},
+    ],
+    ids=str,
+)
+def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) -> None:
+    config = ModelConfig(**SMALL | changes)
+    torch.manual_seed(1)
+    part = ModelPart.divided(config, Ranks())
+    part.fill(CPU)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    want = Transformer(config).state_dict()
+    assert part.model.state_dict().keys() == want.keys() and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(tensor, want[name]) for name, tensor in part.model.state_dict().items())
+
+
+def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the pieces of a folder's model that a rank holds, and the names of the tensors that it read."""
+    there = PretrainedTensors(folder)
+    part = ModelPart.divided(there.config, Mesh(ParallelConfig(**parallel), CPU))
+    with reads() as names:
+        part.fill(CPU, there.rows)
+    ranks, model = part.ranks, part.model
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (ranks.piece(t), ranks.local(t).detach().clone()) for name, t in held}, names
+
+
+@pytest.mark.parametrize("parallel", [LAYOUTS[i] for i in (0, 1, 4)], ids=str)
+def test_rank_reads_its_rows_of_a_folder_alone(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    folder = new_folder(tmp_path / "model", fp8=True)
+    want = load_pretrained(folder, torch.float32).state_dict()
+    every = run_ranks(2, filled_from, folder, parallel)
+    for held, names in every:
+        assert all(torch.equal(piece.of(want[name]), tensor) for name, (piece, tensor) in held.items())
+        assert len(names) == len(set(names))
+    experts = [{name for name in names if ".experts." in name} for _, names in every]
+    assert experts[0] and experts[1] and not experts[0] & experts[1]
