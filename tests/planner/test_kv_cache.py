@@ -33,7 +33,7 @@ from tests.helpers.serving_plans import (
     check_sources,
     model_of,
 )
-from tests.helpers.strategies import model_configs
+from tests.helpers.strategies import planned_configs
 
 
 def check_counts(config: ModelConfig) -> None:
@@ -43,7 +43,7 @@ def check_counts(config: ModelConfig) -> None:
         assert plan.baseline.value == mha_kv_bytes_per_token(config, 4 if dtype == "float32" else 2)
 
 
-@given(model_configs())
+@given(planned_configs())
 def test_cache_of_any_model_equals_the_count(config: ModelConfig) -> None:
     check_counts(config)
 

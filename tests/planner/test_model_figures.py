@@ -11,7 +11,7 @@ from dsmini.planner.model.parameters import ModelFigures, dense_training_flops, 
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, TOKENS
 from tests.helpers.configs import PLANNED, released
-from tests.helpers.strategies import model_configs
+from tests.helpers.strategies import planned_configs
 
 
 def figures_of(config: ModelConfig, seq_len: int = 4096) -> ModelFigures:
@@ -57,7 +57,7 @@ def test_closed_forms_equal_the_counts_of_each_config(path: Path) -> None:
     check_against_accounting(ModelConfig.from_file(path), 4096)
 
 
-@given(config=model_configs())
+@given(config=planned_configs())
 def test_closed_forms_equal_the_counts_of_any_model(config: ModelConfig) -> None:
     check_against_accounting(config, 7)
 

@@ -17,7 +17,7 @@ from dsmini.planner.quantities.quantity import COUNT, TOKENS
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.one_process import OneProcessMemory, one_process_memory
 from tests.helpers.configs import PLANNED, released
-from tests.helpers.strategies import model_configs
+from tests.helpers.strategies import planned_configs
 
 PARTS = {
     "parameters": "parameters",
@@ -67,7 +67,7 @@ LAYOUTS = st.builds(
 )
 
 
-@given(config=model_configs(), layout=LAYOUTS, seq_len=st.integers(3, 300))
+@given(config=planned_configs(), layout=LAYOUTS, seq_len=st.integers(3, 300))
 def test_memory_of_any_model_equals_accounting(config: ModelConfig, layout: Layout, seq_len: int) -> None:
     check(config, layout, seq_len)
 
