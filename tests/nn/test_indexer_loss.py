@@ -1,5 +1,6 @@
 """The losses of the indexer against the report's equations 3 and 4, written out here, and what they may move."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -246,3 +247,23 @@ def test_losses_name_every_indexer() -> None:
     for layer in dsa_layers(model):
         layer.stage = None
     assert model.losses(tokens[:, :-1], tokens[:, 1:]).indexers == []
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("changes", [{}, configs.FP8_SIZES, configs.FP8_SIZES | {"indexer_fp8": True}], ids=len)
+def test_indexers_learn_in_low_precision(stage: Any, changes: dict[str, Any]) -> None:
+    """BF16 and FP8 change the loss by a few of their units, and pass a gradient on to every parameter."""
+    model = randomise(Transformer(ModelConfig(**SPARSE | {"n_mtp_layers": 1} | changes), compute_dtype=torch.bfloat16))
+    exact = Transformer(dataclasses.replace(model.config, precision="native", indexer_fp8=False))
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 33))
+    found = []
+    for one in (model, exact):
+        for layer in dsa_layers(one):
+            layer.stage = stage
+        losses = one.losses(tokens[:, :-1], tokens[:, 1:])
+        found.append(torch.stack([fit.kl for fit in losses.indexers]))
+        losses.total.backward()
+        index = [p.grad for name, p in one.named_parameters() if ".indexer." in name]
+        assert all(grad is not None and grad.isfinite().all() and grad.abs().sum() > 0 for grad in index)
+    assert found[0].dtype == torch.float32 and relative_error(*found) < 0.2
