@@ -101,8 +101,9 @@ class _IndexerFit(torch.autograd.Function):
         (b, s), heads, topk = q.shape[:2], max(q.shape[2], main.q.shape[2]), picks.shape[2]
         rows = max(1, BLOCK_BYTES // (4 * b * heads * s))
         with_gradients = with_gradients and any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x) for x in (q, k, weights)] if with_gradients else []
-        kl, mass, found, asked = torch.zeros(4, dtype=torch.float64, device=q.device).unbind()
+        # fp32: all blocks add to the gradient of a key
+        sums = [torch.zeros_like(x, dtype=weights.dtype) for x in (q, k, weights)] if with_gradients else []
+        kl, mass, found, asked = torch.zeros(4, dtype=weights.dtype, device=q.device).unbind()
         for start in range(0, s, rows):
             end = min(s, start + rows)
             hidden, missed = main.hidden(start, end), unpicked(picks[:, start:end], end)
@@ -129,13 +130,13 @@ class _IndexerFit(torch.autograd.Function):
             if with_gradients:
                 softmax = scores.detach().masked_fill(left_out, -torch.inf).softmax(-1)
                 of_block = torch.autograd.grad(scores, parts, (softmax - target) / (b * s))
-                for whole, grad in zip((grads[0][:, start:], grads[1], grads[2][:, start:]), of_block, strict=True):
+                for whole, grad in zip((sums[0][:, start:], sums[1], sums[2][:, start:]), of_block, strict=True):
                     whole[:, : grad.shape[1]] += grad
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(total.to(x.dtype) for total, x in zip(sums, (q, k, weights), strict=False)))
         recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
-        fit = tuple(value.to(weights.dtype) for value in (kl / (b * s), recall, mass / (b * s)))
-        ctx.mark_non_differentiable(*fit[1:])
-        return fit
+        mass = mass / (b * s)
+        ctx.mark_non_differentiable(recall, mass)
+        return kl / (b * s), recall, mass
 
     @staticmethod
     @ops.once_differentiable
