@@ -26,7 +26,7 @@ from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.ranks import Place, Ranks
 from dsmini.distributed.sharded_muon import muon_update_divided
-from dsmini.distributed.shared_muon import exchange_owned, owners_of
+from dsmini.distributed.shared_muon import SharedMatrices
 from dsmini.distributed.stages import StageLayout
 from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
@@ -58,8 +58,12 @@ class Mesh(Ranks):
         """parallel.zero, where there is something to divide."""
         self.own_experts: set[Tensor] = set()
         """Parameters that only the ranks of `dp` hold alike."""
-        self.shared: list[tuple[list[nn.Parameter], list[int], dist.ProcessGroup]] = []
-        """Matrices that Muon moves, their owners, and the ranks that hold them."""
+        self.shared: list[SharedMatrices] = []
+        """Matrices that Muon moves."""
+        self.moved_by_one: set[nn.Parameter] = set()
+        """Those of them that other ranks hold too."""
+        self.at_owners: set[nn.Parameter] = set()
+        """Those of them that have a gradient in this step, at their owners alone."""
         self.layout: StageLayout | None = None
         """The stages of a pipeline."""
         self.twins: list[nn.Parameter] = []
@@ -148,19 +152,17 @@ class Mesh(Ranks):
     def owned(self, matrices: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         if self.zero:
             return list(matrices)
-        self.shared = []
-        mine: set[nn.Parameter] = set()
-        for group, own in ((self.parts, False), (self.dp, True)):
-            params = [p for p in matrices if (p in self.own_experts) == own]
-            owners = owners_of(params, dist.get_world_size(group))
-            mine |= {p for p, owner in zip(params, owners, strict=True) if owner == dist.get_rank(group)}
-            self.shared.append((params, owners, group))
+        self.shared = [
+            SharedMatrices([p for p in matrices if (p in self.own_experts) == own], group)
+            for group, own in ((self.parts, False), (self.dp, True))
+        ]
+        self.moved_by_one = {p for matrices in self.shared if matrices.n > 1 for p in matrices.params}
+        mine = {p for matrices in self.shared for p in matrices.own}
         return [p for p in matrices if p in mine]
 
     def exchange_moved(self) -> None:
-        for params, owners, group in self.shared:
-            if dist.get_world_size(group) > 1:
-                exchange_owned(params, owners, group)
+        for matrices in self.shared:
+            matrices.exchange()
 
     def muon_update(self, *args: Any, **kwargs: Any) -> None:
         (muon_update_divided if self.zero else muon_update)(*args, **kwargs)
@@ -181,10 +183,13 @@ class Mesh(Ranks):
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.zero:  # FSDP2 has summed them
             return
-        with_gradient = [p for p in parameters if p.grad is not None]
+        self.at_owners = {p for p in self.moved_by_one if p.grad is not None}
+        for matrices in self.shared:
+            matrices.sum_gradients()
+        for_all = [p for p in parameters if p.grad is not None and p not in self.moved_by_one]
         for group, own in ((self.parts, False), (self.dp, True)):
             if dist.get_world_size(group) > 1:
-                sum_in_buckets([p.grad for p in with_gradient if (p in self.own_experts) == own], group)
+                sum_in_buckets([p.grad for p in for_all if (p in self.own_experts) == own], group)
         if self.ends is not None:
             sum_in_buckets([p.grad for p in self.twins], self.ends)
 
@@ -207,24 +212,39 @@ class Mesh(Ranks):
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         if self.place.pp:  # the first rank counts them
             parameters = [p for p in parameters if not any(p is twin for twin in self.twins)]
-        own = [self.local(p.grad) for p in parameters if p.grad is not None and p in self.own_experts]
-        rest = [self.local(p.grad) for p in parameters if p.grad is not None and p not in self.own_experts]
         if not self.zero and self.config.ep == self.config.pp == 1:
-            return get_total_norm(rest, foreach=True)
-        squares = [get_total_norm(grads, foreach=True).square() for grads in (rest, own)]
+            return self._norm_as_of_one_process(parameters)
+        alike, of_experts, alone = [], [], []
+        for p in parameters:
+            if p.grad is not None:
+                held = alone if self.zero or p in self.at_owners else of_experts if p in self.own_experts else alike
+                held.append(self.local(p.grad))
+        squares = [get_total_norm(of, foreach=True).square() for of in (alike, of_experts, alone)]
         squares = [square.to(self.device_mesh.device_type) for square in squares]  # that of no gradients is on the CPU
-        # the ranks that hold different gradients: without ZeRO all hold the same but their experts
-        group = self.parts if self.zero else self.ep
-        divided = squares[0] + squares[1] if self.zero else squares[1]
-        dist.all_reduce(divided, group=group)
-        squared = divided if self.zero else squares[0] + divided
+        dist.all_reduce(squares[1], group=self.ep)
+        dist.all_reduce(squares[2], group=self.parts)
+        squared = squares[0] + squares[1] + squares[2]
         if self.config.pp > 1:
             dist.all_reduce(squared, group=self.pp)
         return squared.sqrt()
 
+    def _norm_as_of_one_process(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the norms of whole gradients, in their order, so that it has the bits of one process."""
+        norms = torch.zeros(len(parameters), device=self.device_mesh.device_type)
+        for norm, p in zip(norms, parameters, strict=True):
+            if p.grad is not None:
+                norm.copy_(torch.linalg.vector_norm(p.grad))
+        if self.at_owners:
+            by_one = torch.tensor([p in self.at_owners for p in parameters], device=norms.device)
+            of_owners = norms * by_one
+            dist.all_reduce(of_owners, group=self.parts)
+            norms = torch.where(by_one, of_owners, norms)
+        return torch.linalg.vector_norm(norms)
+
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        parameters = list(parameters)
+        norm = self.gradient_norm([p for p in parameters if p.grad is not None or p in self.at_owners])
         with_gradient = [p for p in parameters if p.grad is not None]
-        norm = self.gradient_norm(with_gradient)
         if not self.zero:
             clip_grads_with_norm_(with_gradient, max_norm, norm, foreach=True)
             return norm

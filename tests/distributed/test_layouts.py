@@ -39,9 +39,10 @@ def assert_alike(got: Trained, want: Trained) -> None:
     assert biases and all(torch.equal(got.tensors[name], want.tensors[name]) for name in biases)
 
 
-def test_two_ranks_are_two_parts_bit_for_bit() -> None:
-    want = one_process(train={"grad_accum": 2})
-    for got in run_ranks(2, train, {"dp": 2}, None, None, STEPS):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_are_two_parts_bit_for_bit(optimizer: str) -> None:
+    want = one_process(train={"grad_accum": 2, "optimizer": optimizer})
+    for got in run_ranks(2, train, {"dp": 2}, None, {"optimizer": optimizer}, STEPS):
         assert got.losses.equal(want.losses)
         assert all(torch.equal(got.tensors[name], w) for name, w in want.tensors.items())
 
