@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
-from dsmini.console.command import complain
+from dsmini.console.command import complain, interruptible
 
 if TYPE_CHECKING:  # a command of one process may not need torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -161,8 +161,10 @@ def _store(seconds: float) -> "Store":
                 if time.monotonic() > end:
                     raise ValueError(f"nobody answers within {seconds:g} s")
                 time.sleep(0.1)
-        return PrefixStore(f"meeting {attempt()}", _connected(host, port, rank == 0 and not held_by_launcher()))
-    except (ValueError, RuntimeError) as error:
+        holds = rank == 0 and not held_by_launcher()
+        client = interruptible(lambda: _connected(host, port, holds), seconds)  # another service never answers
+        return PrefixStore(f"meeting {attempt()}", client)
+    except (ValueError, RuntimeError, TimeoutError) as error:
         raise _unreachable(error) from None
 
 

@@ -1,5 +1,6 @@
 """Several processes of a command that do not start alike, or not all: one sentence, once, and status 2."""
 
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_missing_holder_of_the_store_is_told(place: Path, tmp_path: Path) -> Non
         missing=1,
     )
     assert time.monotonic() - start < 8
+
+
+def test_port_of_another_service_is_told(place: Path, tmp_path: Path) -> None:
+    args = [str(place / "small.toml"), "--out", str(tmp_path / "run"), *SHORT]
+    start = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = HELD_BY_RANK_0 | {"MASTER_PORT": str(silent.getsockname()[1]), "RANK": "1"}
+        got = spoken(tmp_path, args, None, environment=environment)
+    assert_refused(got, "error: rank 1: cannot join the 2 processes", "it takes longer than 2 s", missing=1)
+    assert time.monotonic() - start < 10
 
 
 def test_sigterm_ends_a_process_that_waits_for_another(place: Path, tmp_path: Path) -> None:
