@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from dsmini.console.command import speaks
 from dsmini.reading import brief
 
 C = TypeVar("C")
@@ -72,7 +73,8 @@ def parse(kind: type[C], name: str, args: Sequence[str], default: C | None = Non
     """
     prog = f"python -m dsmini.{name}"
     if help is not None and {"-h", "--help"} & set(args):
-        print(short_help(kind, prog, help, default))
+        if speaks():
+            print(short_help(kind, prog, help, default))
         sys.exit(0)
     _refuse_wrong(args, dict(_types(kind)), f"Every flag: {prog} {'--help' if help is None else '--help-all'}")
     options: dict[str, Any] = {} if default is None else {"default": default}

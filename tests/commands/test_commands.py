@@ -321,3 +321,11 @@ def test_wrong_backend_is_refused_before_anything_is_written(
     for status, said in run_all(asked, place):
         assert status == 2 and said.startswith(sentence) and said.count("\n") == 1, said
     assert not (place / "unmade").exists()
+
+
+def test_help_comes_from_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = run("dsmini.train --help", tmp_path)
+        assert (done.returncode, done.stdout[:7]) == (0, "" if rank else "usage: ")
