@@ -276,7 +276,7 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 5050,
+    "benchmarks": 5250,
     "dsmini/accounting": 1350,
     "dsmini/functional": 1900,
     "dsmini/inference": 1450,
