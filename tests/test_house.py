@@ -281,7 +281,7 @@ ROOM_LINES = {
     "dsmini/functional": 1990,
     "dsmini/inference": 1490,
     "dsmini/measure": 2225,
-    "dsmini/nn": 2550,
+    "dsmini/nn": 2570,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -85,10 +86,12 @@ class DSA(MLA):
         c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
         heads = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
         k, v = (rows.transpose(1, 2) for rows in heads)
-        blocks = zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)
-        masked = ((part.transpose(1, 2), unpicked(chosen, k.shape[2])) for part, chosen in blocks)
-        y = torch.cat([cached_attention(part, k, v, self.scale, mask) for part, mask in masked], 2)
-        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+        y = []
+        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)):
+            t = _keys_before((i + 1) * BLOCK, k.shape[2], past)
+            mask = unpicked(chosen, t)
+            y.append(cached_attention(part.transpose(1, 2), k[:, :, :t], v[:, :, :t], self.scale, mask))
+        return self.wo(rearrange(torch.cat(y, 2), "b h s v -> b s (h v)"))
 
     @torch.no_grad()
     def picks(
@@ -113,16 +116,22 @@ class DSA(MLA):
         else:
             (keys,) = past.index.extend((keys,), keys.dtype)
             positions = past.window.positions.clamp(max=keys.shape[1] - 1)  # those of padding may lie after all keys
-        blocks = []
+        blocks, k = [], min(self.indexer.topk, keys.shape[1])
         for start in range(0, x.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            hidden = hidden_keys(self.mask, positions[:, part], keys.shape[1])
+            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], past)
+            hidden = hidden_keys(self.mask, positions[:, part], t)
             if documents is not None:
-                hidden = hidden | (documents[:, part, None] != documents[:, None, :])
-            blocks.append(pick_keys(q[:, part], keys, weights[:, part], self.indexer.topk, hidden))
+                hidden = hidden | (documents[:, part, None] != documents[:, None, :t])
+            chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, hidden)
+            blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
 
     def work(self, queries: int, keys: int) -> AttentionWork:
         """Count both forms as MLA does; the absorbed one reads index_topk keys at most."""
         absorbed = super().work(queries, min(keys, self.indexer.topk)).absorbed
         return dataclasses.replace(super().work(queries, keys), absorbed=absorbed)
+
+
+def _keys_before(stop: int, t: int, past: Past | None) -> int:
+    """Return the number of t keys that new tokens before column `stop` may see, as far as shapes alone tell."""
+    return min(stop, t) if past is None or past.window.fresh else t
