@@ -276,12 +276,12 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 5050,
+    "benchmarks": 5250,
     "dsmini/accounting": 1350,
-    "dsmini/functional": 2050,
-    "dsmini/inference": 1450,
+    "dsmini/functional": 2140,
+    "dsmini/inference": 1490,
     "dsmini/measure": 2225,
-    "dsmini/nn": 2650,
+    "dsmini/nn": 2670,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
 }

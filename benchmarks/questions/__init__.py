@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from dsmini.report import Figure, Plot
 
 MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "kernels")
-MODULES += ("quantize", "plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline")
+MODULES += ("quantize", "plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse")
 """Modules in the order of the report."""
-ON_REQUEST = {"plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline"}
+ON_REQUEST = {"plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}
 TEXTS = {"shakespeare": "Karpathy's tinyshakespeare, 1,115,394 characters"}
 NOTHING = "Nothing was measured yet."

@@ -12,20 +12,21 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.cached_attention import absorbed_attention, cached_attention
+from dsmini.functional.cached_attention import absorbed_attention, cached_attention, hidden_keys
 from dsmini.functional.experts import quantized_experts
-from dsmini.functional.linear import linear, quantized_linear
+from dsmini.functional.hadamard import hadamard
+from dsmini.functional.linear import Weight, dense, linear, multiply
 from dsmini.functional.rms_norm import rms_norm
-from dsmini.functional.rope import Table, apply_rope
+from dsmini.functional.rope import Table, apply_rope, apply_rope_to_halves
+from dsmini.functional.sparse_attention import pick_keys, picked_attention
 from dsmini.functional.swiglu import swiglu
-from dsmini.numerics import QuantizedTensor, number_dtype
-
-Weight = Tensor | QuantizedTensor
+from dsmini.numerics import number_dtype
 
 
 class NormPart(NamedTuple):
@@ -33,6 +34,22 @@ class NormPart(NamedTuple):
 
     weight: Float[Tensor, " m"]
     eps: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexerPart:
+    """The weights of an indexer. Its queries are projections of what MLA's wq_b reads."""
+
+    wq_b: Weight
+    wk: Weight
+    k_norm: Float[Tensor, " d"]
+    k_bias: Float[Tensor, " d"]
+    weights_proj: Float[Tensor, "h m"]
+    n_heads: int
+    topk: int
+    halves: bool
+    """RoPE pairs the halves of the first numbers, not neighbours."""
+    k_eps: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +72,7 @@ class AttentionPart:
     eps: float
     q_eps: float
     kv_eps: float
+    indexer: IndexerPart | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend makes of the weights, by its name."""
 
@@ -66,7 +84,8 @@ class AttentionPart:
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         weights = (self.norm, self.wq_a, self.q_norm, self.wq_b, self.wkv_a, self.kv_norm, self.wkv_b, self.wo)
-        return _tensors_of(weights)
+        i = self.indexer
+        return _tensors_of(weights if i is None else (*weights, i.wq_b, i.wk, i.k_norm, i.k_bias, i.weights_proj))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,10 +168,19 @@ def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, sta
     row = data.shape[2] * data.element_size()
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
     products = sum(w.shape[0] * w.shape[1] for w in weights if w is not None)
-    attention = 2 * s * keys * h * (2 * c + part.rope)
-    read = x.nbytes + sum(t.nbytes for t in part.tensors) + keys * row
-    dtype = number_dtype(part.wo)
-    return ops.Cost(read, x.nbytes + b * s * row, 2 * b * s * products + attention, b * s, dtype, attention)
+    met, scores, index_row = keys, 0, 0
+    if (i := part.indexer) is not None:
+        index = past.store.index.data
+        index_row = index.shape[2] * index.element_size()
+        products += (index.shape[2] + i.n_heads) * x.shape[2]
+        met = sum(min(start + s, i.topk) for start in starts.tolist())
+        if int(starts.max()) + s > i.topk:  # or nothing is scored
+            products += i.wq_b.shape[0] * i.wq_b.shape[1]
+            scores = 2 * s * keys * i.n_heads * len(i.k_norm)
+    attention = 2 * s * met * h * (2 * c + part.rope) + scores
+    read = x.nbytes + sum(t.nbytes for t in part.tensors) + met * row + (keys if scores else 0) * index_row
+    written = x.nbytes + b * s * (row + index_row)
+    return ops.Cost(read, written, 2 * b * s * products + attention, b * s, number_dtype(part.wo), attention)
 
 
 @ops.operation("attention_step", cost=_attention_cost)
@@ -161,18 +189,20 @@ def attention_step(
 ) -> Float[Tensor, "b s m"]:
     """Return x + MLA(norm(x)) for new tokens, absorbed, and append their rows to the cache.
 
+    With an indexer a token attends to the keys that it picks, where some token sees more than topk.
+
     Args:
         past: the layer's part of the cache (nn.cache.Past). All its new columns are tokens.
         starts: position of each sequence's first new token.
 
-    Source: DeepSeek-V2 report, section 2.1.2.
+    Source: DeepSeek-V2 report, section 2.1.2; DeepSeek-V3.2 report, section 2.1.
     """
     # 1. queries: [b, s, h, n] and [b, s, h, r]
     normed = rms_norm(x, part.norm, part.eps)
-    q = normed
+    q_in = normed
     if part.wq_a is not None and part.q_norm is not None:
-        q = rms_norm(multiply(normed, part.wq_a), part.q_norm, part.q_eps)
-    q = rearrange(multiply(q, part.wq_b), "b s (h d) -> b s h d", h=part.n_heads)
+        q_in = rms_norm(multiply(normed, part.wq_a), part.q_norm, part.q_eps)
+    q = rearrange(multiply(q_in, part.wq_b), "b s (h d) -> b s h d", h=part.n_heads)
     q_nope, q_rope = q.tensor_split((part.nope,), -1)
     # 2. the cache with the new rows: [b, t, c + r]
     c_kv, k_rope = multiply(normed, part.wkv_a).tensor_split((part.latent,), -1)
@@ -183,8 +213,29 @@ def attention_step(
     w = rearrange(dense(part.wkv_b, x.dtype), "(h d) c -> h d c", h=part.n_heads)
     w_uk, w_uv = w.tensor_split((part.nope,), 1)
     q_rope = apply_rope(q_rope, table)
-    y = absorbed_attention(q_nope, q_rope, rows, w_uk, w_uv.transpose(1, 2), part.scale, past.window.mask)
+    operands = (q_nope, q_rope, rows, w_uk, w_uv.transpose(1, 2), part.scale)
+    picks = None if part.indexer is None else _picks(normed, q_in, part.indexer, past, table)
+    y = absorbed_attention(*operands, past.window.mask) if picks is None else picked_attention(*operands, picks)
     return x + multiply(y, part.wo)
+
+
+def _picks(normed: Tensor, q_in: Tensor, part: IndexerPart, past: Any, table: Table) -> Int[Tensor, "b s k"] | None:
+    """Append the indexer's keys to the cache, and return the keys that it picks; None where no token has a choice."""
+    width, heads = len(part.k_norm), part.n_heads
+    rotate = apply_rope_to_halves if part.halves else apply_rope
+
+    def turned(x: Tensor) -> Tensor:
+        rope, nope = x.tensor_split((2 * table[0].shape[-1],), -1)
+        return hadamard(torch.cat((rotate(rope, table), nope), -1))
+
+    keys = F.layer_norm(multiply(normed, part.wk), (width,), part.k_norm, part.k_bias, part.k_eps)
+    past.index.append((turned(keys.unsqueeze(2)).squeeze(2),))
+    if int(past.window.lengths.max()) <= part.topk:
+        return None
+    q = turned(rearrange(multiply(q_in, part.wq_b), "b s (h d) -> b s h d", h=heads))
+    weights = linear(normed, part.weights_proj) * (heads * width) ** -0.5
+    hidden = hidden_keys(None, past.window.positions, past.window.end)
+    return pick_keys(q, past.index.store.read(past.window.end, q.dtype), weights, part.topk, hidden)
 
 
 def _grouped_cost(x: Tensor, part: GroupedAttentionPart, past: Any, table: Table, starts: Tensor) -> ops.Cost:
@@ -292,13 +343,3 @@ def blocks_step(
         x = z.view(x.shape)
         routing += decided if feed_forward.gate is not None else []
     return (x, *routing)
-
-
-def multiply(x: Tensor, weight: Weight) -> Tensor:
-    """Return x W^T in x's dtype."""
-    return linear(x, weight) if isinstance(weight, Tensor) else quantized_linear(x, weight)
-
-
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return the weight's numbers in dtype."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Float
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.numerics import QuantizedTensor, number_dtype, quantize
 
+Weight = Tensor | QuantizedTensor
 
-def _cost(x: Tensor, weight: Tensor | QuantizedTensor) -> ops.Cost:
+
+def _cost(x: Tensor, weight: Weight) -> ops.Cost:
     rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
     return ops.Cost(x.nbytes + weight.nbytes, rows * o * x.element_size(), 2 * rows * o * i, rows, number_dtype(weight))
 
@@ -58,3 +61,13 @@ def _check(x: Tensor, weight: Tensor) -> None:
             raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
     if x.shape[-1:] != weight.shape[-1:]:
         raise ValueError(f"x is {tuple(x.shape)}, want [..., {weight.shape[-1]}], as wide as the layer's input")
+
+
+def multiply(x: Tensor, weight: Weight) -> Tensor:
+    """Return x W^T in x's dtype."""
+    return linear(x, weight) if isinstance(weight, Tensor) else quantized_linear(x, weight)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weight's numbers in dtype."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

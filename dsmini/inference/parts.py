@@ -11,13 +11,23 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsmini.functional.decoding import AttentionPart, FeedForwardPart, GroupedAttentionPart, NormPart, Weight
+from dsmini.functional.decoding import (
+    AttentionPart,
+    FeedForwardPart,
+    GroupedAttentionPart,
+    IndexerPart,
+    NormPart,
+    Weight,
+)
 from dsmini.nn import MLA, MTP, Block, FeedForward, MoE, RMSNorm
 from dsmini.nn.attention import Attention
+from dsmini.nn.dsa import DSA
 from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, route
-from dsmini.nn.linear import Linear
+from dsmini.nn.indexer import Indexer
+from dsmini.nn.linear import FP32Linear, Linear
+from dsmini.nn.norm import LayerNorm
 
 Parts = tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]
 
@@ -35,7 +45,7 @@ class MTPParts:
 
 def parts_of(block: nn.Module) -> Parts | None:
     """Take a block apart, or return None if some module of it must run as it is."""
-    if not (isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, MLA, Attention)):
+    if not (isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, MLA, DSA, Attention)):
         return None
     take_apart = _attention_part if isinstance(block.attn, MLA) else _grouped_part
     attention, feed_forward = (
@@ -78,6 +88,8 @@ def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
     norms = [norm, attn.kv_norm, *([] if attn.q_norm is None else [attn.q_norm])]
     linears = [attn.wkv_a, attn.wkv_b, attn.wo, *([attn.wq] if attn.wq_a is None else [attn.wq_a, attn.wq_b])]
     fine = attn.mask is None and attn.q_head_norm is None and all(is_plain(n, RMSNorm) for n in norms)
+    indexer = _indexer_part(attn.indexer) if isinstance(attn, DSA) else None
+    fine = fine and (indexer is not None) == isinstance(attn, DSA)
     if not fine or not all(is_plain(module, Linear, QuantizedLinear) for module in linears):
         return None
     return AttentionPart(
@@ -97,6 +109,25 @@ def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
         eps=_eps(norm),
         q_eps=0.0 if attn.q_norm is None else _eps(attn.q_norm),
         kv_eps=_eps(attn.kv_norm),
+        indexer=indexer,
+    )
+
+
+def _indexer_part(indexer: Any) -> IndexerPart | None:
+    fine = is_plain(indexer, Indexer) and is_plain(indexer.k_norm, LayerNorm) and not indexer.fp8
+    fine = fine and is_plain(indexer.weights_proj, FP32Linear)
+    if not fine or not all(is_plain(module, Linear, QuantizedLinear) for module in (indexer.wq_b, indexer.wk)):
+        return None
+    return IndexerPart(
+        wq_b=_operand(indexer.wq_b),
+        wk=_operand(indexer.wk),
+        k_norm=_weight(indexer.k_norm),
+        k_bias=indexer.k_norm.bias.detach(),
+        weights_proj=indexer.weights_proj.weight.detach(),
+        n_heads=indexer.n_heads,
+        topk=indexer.topk,
+        halves=not indexer.interleaved,
+        k_eps=_eps(indexer.k_norm),
     )
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -100,12 +101,14 @@ class DSA(MLA):
                 self.fits.append(fit)
         k, v = (rows.transpose(1, 2) for rows in heads)
         if stage == "warmup":
-            y = attend(q.transpose(1, 2), k, v, self.scale, past=None, documents=documents, mask=self.mask)
-            return self.wo(rearrange(y, "b h s v -> b s (h v)"))
-        blocks = zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)
-        masked = ((part.transpose(1, 2), unpicked(chosen, k.shape[2])) for part, chosen in blocks)
-        y = torch.cat([cached_attention(part, k, v, self.scale, mask) for part, mask in masked], 2)
-        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+            dense = attend(q.transpose(1, 2), k, v, self.scale, past=None, documents=documents, mask=self.mask)
+            return self.wo(rearrange(dense, "b h s v -> b s (h v)"))
+        y = []
+        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)):
+            t = _keys_before((i + 1) * BLOCK, k.shape[2], past)
+            mask = unpicked(chosen, t)
+            y.append(cached_attention(part.transpose(1, 2), k[:, :, :t], v[:, :, :t], self.scale, mask))
+        return self.wo(rearrange(torch.cat(y, 2), "b h s v -> b s (h v)"))
 
     @torch.no_grad()
     def picks(
@@ -130,13 +133,14 @@ class DSA(MLA):
         else:
             (keys,) = past.index.extend((keys,), keys.dtype)
             positions = past.window.positions.clamp(max=keys.shape[1] - 1)  # those of padding may lie after all keys
-        blocks = []
+        blocks, k = [], min(self.indexer.topk, keys.shape[1])
         for start in range(0, x.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            hidden = hidden_keys(self.mask, positions[:, part], keys.shape[1])
+            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], past)
+            hidden = hidden_keys(self.mask, positions[:, part], t)
             if documents is not None:
-                hidden = hidden | (documents[:, part, None] != documents[:, None, :])
-            blocks.append(pick_keys(q[:, part], keys, weights[:, part], self.indexer.topk, hidden))
+                hidden = hidden | (documents[:, part, None] != documents[:, None, :t])
+            chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, hidden)
+            blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
 
     def fit(
@@ -187,3 +191,8 @@ def collected_fits(model: nn.Module) -> Iterator[list[IndexerFit]]:
     finally:
         for layer in dsa_layers(model):
             layer.fits = None
+
+
+def _keys_before(stop: int, t: int, past: Past | None) -> int:
+    """Return the number of t keys that new tokens before column `stop` may see, as far as shapes alone tell."""
+    return min(stop, t) if past is None or past.window.fresh else t

@@ -40,7 +40,8 @@ class Indexer(nn.Module):
             raise ValueError(f"attention={c.attention!r} has no indexer; use attention='dsa'")
         self.n_heads, self.head_dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
         self.rope_dim = c.qk_rope_head_dim
-        self.apply_rope = apply_rope if c.indexer_rope_interleave else apply_rope_to_halves
+        self.interleaved = c.indexer_rope_interleave
+        self.apply_rope = apply_rope if self.interleaved else apply_rope_to_halves
         self.fp8 = c.indexer_fp8
         width = c.dim if c.q_lora_rank is None else c.q_lora_rank
         self.wq_b = make_linear(c, width, self.n_heads * self.head_dim)

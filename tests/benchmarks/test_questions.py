@@ -72,6 +72,7 @@ METRICS = {
     "shakespeare": {"seconds", "loss_as_peer", "loss"},
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
     "pipeline": {"bubble", "pipeline_seconds", "step_seconds", "action_seconds", "gap"},
+    "sparse": {"decode_seconds", "prompt_seconds", "decode_gain", "prompt_gain", "bytes_per_token"},
 }
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
@@ -87,9 +88,10 @@ PREDICTED = {
     "diagnose": {"gain"},
     "plan": {"seconds", "tensor_memory", "process_memory"},
     "pipeline": {"bubble", "pipeline_seconds"},
+    "sparse": {"decode_seconds", "prompt_seconds", "decode_gain", "prompt_gain", "bytes_per_token"},
     **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
 }
-PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1, "diagnose": 1}
+PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1, "diagnose": 1, "sparse": 3}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},

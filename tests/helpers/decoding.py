@@ -44,12 +44,19 @@ GROUPED: dict[str, dict[str, Any]] = {
     "gqa, wide": ODD | {"attention": "gqa", "n_heads": 8, "n_kv_heads": 2, "qk_nope_head_dim": 128, "v_head_dim": 64},
 }
 """Models of MHA, GQA and MQA."""
+INDEX = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 40}
+SPARSE: dict[str, dict[str, Any]] = {
+    "dsa": ODD | INDEX,
+    "dsa, direct query": ODD | INDEX | {"q_lora_rank": None, "indexer_rope_interleave": True},
+    "dsa, blocks": BLOCKS | INDEX | {"index_n_heads": 6, "index_head_dim": 64, "index_topk": 65},
+}
+"""Models of DSA."""
 
 
 def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer:
     """Make a model, with changes of its config, whose matrices are held so; it computes in FP32."""
     model = randomise(
-        Transformer(ModelConfig(**((MODELS | GROUPED)[name] | changes)), compute_dtype=torch.float32)
+        Transformer(ModelConfig(**((MODELS | GROUPED | SPARSE)[name] | changes)), compute_dtype=torch.float32)
     ).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)
@@ -65,10 +72,12 @@ def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
     cache = model.new_cache(len(lengths), ROOM, dtype)
     c = model.config
     grouped = c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    width = c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else grouped
+    width = c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else grouped
     numbers = torch.randn(len(model.layers), len(lengths), ROOM, width)
     for store, rows in zip(cache.stores, numbers, strict=True):
         store.data.copy_(store._encode(rows))
+    for store in cache.index_stores:
+        store.data.copy_(store._encode(torch.randn(len(lengths), ROOM, c.index_head_dim or 0)))
     cache.lengths = torch.tensor(lengths)
     return cache
 

@@ -15,7 +15,7 @@ from dsmini.nn.attention import Attention
 from dsmini.nn.gate import Gate
 from dsmini.nn.mtp import MTPChain
 from tests.conftest import SMALL, randomise
-from tests.helpers.decoding import GROUPED, MODELS, model_of
+from tests.helpers.decoding import GROUPED, MODELS, SPARSE, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
@@ -43,7 +43,7 @@ def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | Non
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("name", MODELS | GROUPED)
+@pytest.mark.parametrize("name", MODELS | GROUPED | SPARSE)
 def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     model = model_of(name, weights)
     assert None not in Decoder(model).parts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini_kernels.cpu import build, panels, steps
+from dsmini_kernels.cpu import build, norms, panels, steps
 from dsmini_kernels.cpu import tiles as wrapper
 from tests.helpers.cpu_kernels import library_of
 
@@ -25,7 +25,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Do the same for products and steps."""
     forced = library_of(request.param)
-    for module in (steps, panels):
+    for module in (steps, panels, norms):
         monkeypatch.setattr(module, "library", lambda: forced)
     return request.param
 

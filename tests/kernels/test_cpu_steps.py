@@ -19,7 +19,7 @@ from dsmini.nn import Cache
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
-from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, WEIGHTS, filled, model_of, rows_of
+from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
@@ -155,7 +155,7 @@ def test_every_code_is_decoded(every_isa: str) -> None:
     assert torch.equal(got[0].nan_to_num(nan=7e7), want.nan_to_num(nan=7e7))
 
 
-@pytest.mark.parametrize("name", [*MODELS, *GROUPED])
+@pytest.mark.parametrize("name", [*MODELS, *GROUPED, *SPARSE])
 def test_one_call_for_all_blocks_has_the_bits_of_many(every_isa: str, name: str) -> None:
     model = model_of(name, "bfloat16")
     results = []

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.functional import sparse_attention
+from dsmini.functional.cached_attention import cached_attention
 from dsmini.functional.sparse_attention import picked_attention, unpicked
 from dsmini.nn import DSA, Cache, dsa
 from dsmini.nn.layer_cache import LayerCache
@@ -79,6 +80,21 @@ def test_dsa_follows_the_report(case: str, interleave: bool) -> None:
     assert all(relative_error(a, b) <= TOLERANCE for a, b in zip(*grads, strict=True))
     learnt = torch.autograd.grad((got * direction).sum(), [*layer.indexer.parameters()], allow_unused=True)
     assert learnt == (None,) * len(learnt)  # picks are constants
+
+
+def test_a_block_of_queries_reads_no_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    c: dict[str, Any] = SIZES | INDEX
+    layer, x = randomise(DSA(**c)).double(), torch.randn(2, 23, c["dim"], dtype=torch.float64)
+    read: list[int] = []
+
+    def attention(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+        read.append(k.shape[2])
+        return cached_attention(q, k, *others)
+
+    monkeypatch.setattr(dsa, "BLOCK", 8)
+    monkeypatch.setattr(dsa, "cached_attention", attention)
+    assert relative_error(layer(x), by_the_report(dict(layer.named_parameters()), x, c)) <= TOLERANCE
+    assert read == [8, 16, 23]
 
 
 def test_gradients_are_finite_differences() -> None:

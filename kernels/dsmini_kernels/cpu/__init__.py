@@ -4,6 +4,7 @@ from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.build import BuildError, library
 from dsmini_kernels.cpu.calls import without_running
 from dsmini_kernels.cpu.muon import muon_update
+from dsmini_kernels.cpu.norms import normed
 from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
 from dsmini_kernels.cpu.steps import (
     attention_step,
@@ -11,7 +12,6 @@ from dsmini_kernels.cpu.steps import (
     feed_forward_step,
     grouped_attention_step,
     linear,
-    normed,
     quantized_linear,
 )
 from dsmini_kernels.cpu.tiles import dequantize, quantize, quantize_dequantize

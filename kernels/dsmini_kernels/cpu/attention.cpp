@@ -1,29 +1,54 @@
 // A layer's attention in a decoding step, from the residual stream to the residual stream: MLA in its absorbed form.
 
 #include "attention.h"
+#include "indexer.h"
 #include "steps.h"
 
 namespace {
 
-int64_t keys_of(const AttentionCall& c, int64_t sequence) { return c.starts[sequence] + c.s; }
-int64_t parts_of(const AttentionCall& c, int64_t sequence) { return parts_of(keys_of(c, sequence)); }
+constexpr int64_t SCORED = 16 * PANEL_KEYS;  // keys of an item of scores
+
+// Tokens that attend to the same keys: those of a sequence, or each one alone where an indexer picks keys.
+struct Groups {
+  bool picked;
+  int64_t count, tokens;  // tokens of each
+
+  explicit Groups(const AttentionCall& c) : picked(false) {
+    for (int64_t i = 0; i < c.b; ++i) picked = picked || (c.index.topk > 0 && c.starts[i] + c.s > c.index.topk);
+    count = picked ? c.b * c.s : c.b, tokens = picked ? 1 : c.s;
+  }
+  int64_t sequence(const AttentionCall& c, int64_t group) const { return group * tokens / c.s; }
+  int64_t seen(const AttentionCall& c, int64_t group) const {
+    return c.starts[sequence(c, group)] + group * tokens % c.s + tokens;
+  }
+  int64_t keys(const AttentionCall& c, int64_t group) const {
+    return picked ? least(c.index.topk, seen(c, group)) : seen(c, group);
+  }
+  int64_t parts(const AttentionCall& c, int64_t group) const { return parts_of(keys(c, group)); }
+};
 
 // The memory of a call; sizes in numbers.
 struct Buffers {
+  Groups groups;
+  int64_t most;  // keys that a token of the call sees
   int64_t tokens, q_width, kv_width, q_stride, sums_stride, parts;
   int64_t own;  // of each thread
   float *plain, *normed, *q_a, *kv, *q_in, *q, *query, *attended, *merged, *high, *total, *sums, *owned;
+  float *index_in, *index_k, *index_weights, *index_q;
+  uint32_t* scores;
+  int32_t* list;
   int64_t all;
 
-  Buffers(const AttentionCall& c, float* memory) {
+  Buffers(const AttentionCall& c, float* memory) : groups(c), most(0) {
     tokens = c.b * c.s;
     q_width = c.q_rank ? c.q_rank : c.dim, kv_width = c.latent + c.rope;
     sums_stride = round_up(c.latent, UNIT);
     q_stride = round_up(kv_width, UNIT);
     parts = 0;
-    for (int64_t i = 0; i < c.b; ++i) parts += parts_of(c, i);
-    const int64_t rows = c.s * c.heads;
-    own = round_up(scratch_for(rows, q_stride) + 2 * rows, 16);
+    for (int64_t i = 0; i < groups.count; ++i) parts += groups.parts(c, i);
+    for (int64_t i = 0; i < c.b; ++i) most = larger(most, c.starts[i] + c.s);
+    const int64_t rows = groups.tokens * c.heads, index = c.index.topk ? 1 : 0, scored = groups.picked ? 1 : 0;
+    own = round_up(larger(scratch_for(rows, q_stride) + 2 * rows, scored * index_panel_for(c.index.width)), 16);
     all = 0;
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
@@ -43,6 +68,12 @@ struct Buffers {
     total = take(parts * rows);
     sums = take(parts * rows * sums_stride);
     owned = take(c.threads * own);
+    index_in = take(index * tokens * 2 * padded(c.dim));
+    index_k = take(index * tokens * c.index.width);
+    index_weights = take(index * tokens * c.index.heads);
+    index_q = take(scored * tokens * c.index.heads * c.index.width);
+    scores = reinterpret_cast<uint32_t*>(take(scored * tokens * round_up(most, SCORED)));
+    list = reinterpret_cast<int32_t*>(take(scored * tokens * c.index.topk));
   }
 };
 
@@ -71,9 +102,72 @@ void write_row(const AttentionCall& c, const float* row, char* to) {
   for (int64_t i = 0; i < c.rope; ++i) store(key + 2 * i, rounded_bf16(row[c.latent + i]));
 }
 
+// A query's or key's rotation and Hadamard transform.
+void turn(const AttentionCall& c, int64_t token, float* x) {
+  const int64_t angles = (c.tables == 1 ? token % c.s : token) * (c.rope / 2);
+  (c.index.halves ? rotate_halves : rotate)(x, c.rope / 2, c.cos + angles, c.sin + angles);
+  hadamard(x, c.index.width);
+}
+
+// The new tokens' keys and weights of heads, from what `index_in` holds, and the keys into the cache.
+void index_keys(const AttentionCall& c, const Buffers& m, Team& team) {
+  const Indexer& index = c.index;
+  const int64_t dim_stride = padded(c.dim), key_items = items_of(index.wk);
+  team.each(key_items + items_of(index.weights), [&](int64_t item, int64_t) {
+    if (item < key_items)
+      product_item(index.wk, item, m.index_in, dim_stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) { m.index_k[n * index.width + row] = value; });
+    else
+      product_item(index.weights, item - key_items, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
+                   [&](int64_t row, int64_t n, float value) {
+                     m.index_weights[n * index.heads + row] = value / sqrtf(float(index.heads * index.width));
+                   });
+  });
+  team.each(m.tokens, [&](int64_t i, int64_t) {
+    float* key = m.index_k + i * index.width;
+    layer_norm(key, index.norm, index.bias, index.width, c.index_eps);
+    turn(c, i, key);
+    encode_numbers(index.type, key, index.width, index.cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * index.row);
+  });
+}
+
+// The places of each token's keys, from `x` that is arranged for wq: the scores of all keys that it sees, then the largest.
+void pick(const AttentionCall& c, const Buffers& m, Team& team, const float* x, int64_t stride) {
+  const Indexer& index = c.index;
+  const int64_t width = index.width, room = round_up(m.most, SCORED), pieces = room / SCORED;
+  team.each(items_of(index.wq), [&](int64_t item, int64_t) {
+    product_item(index.wq, item, x, stride, m.tokens,
+                 [&](int64_t row, int64_t n, float value) { m.index_q[n * index.heads * width + row] = value; });
+  });
+  team.each(m.tokens * index.heads, [&](int64_t i, int64_t) { turn(c, i / index.heads, m.index_q + i * width); });
+  team.each(m.tokens * pieces, [&](int64_t item, int64_t thread) {
+    const int64_t i = item / pieces, from = item % pieces * SCORED, seen = m.groups.seen(c, i);
+    float* panel = m.owned + thread * m.own;
+    if (seen <= index.topk) return;
+    for (int64_t at = from; at < least(seen, from + SCORED); at += PANEL_KEYS) {
+      const int64_t some = least(PANEL_KEYS, seen - at), vectors = divide_up(some, LANES);
+      const char* keys = index.cache + (i / c.s * c.room + at) * index.row;
+      prefetch(keys + PANEL_KEYS * index.row, PANEL_KEYS * index.row);
+      with_keys(index.type == CACHE_BF16, [&](auto words) {
+        using Words = decltype(words);
+        pack<Words>(index.type == CACHE_BF16, width, some, vectors, [&](int64_t t) { return keys + t * index.row; }, panel);
+        const auto q_of = [&](int64_t h) { return reinterpret_cast<const char*>(m.index_q + (i * index.heads + h) * width); };
+        score_panel<Words>(panel, vectors, width, index.heads, q_of, m.index_weights + i * index.heads, m.scores + i * room + at);
+      });
+    }
+  });
+  team.each(m.tokens, [&](int64_t i, int64_t) {
+    const int64_t seen = m.groups.seen(c, i);
+    int32_t* list = m.list + i * index.topk;
+    if (seen > index.topk) return select_largest(m.scores + i * room, seen, index.topk, list);
+    for (int64_t t = 0; t < seen; ++t) list[t] = int32_t(t);
+  });
+}
+
 void step(const AttentionCall& c, const Buffers& m) {
   Team team(c.threads);
-  const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = c.s * c.heads;
+  const Groups& groups = m.groups;
+  const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = groups.tokens * c.heads;
   const float* for_kv = m.normed + m.tokens * dim_stride;
   // 1. the normed x, in the order of each weight that reads it
   team.each(m.tokens, [&](int64_t i, int64_t) {
@@ -81,6 +175,9 @@ void step(const AttentionCall& c, const Buffers& m) {
     rms_norm(c.x + i * c.dim, c.attn_norm, c.dim, c.attn_eps, normed);
     arrange(normed, c.dim, (c.q_rank ? c.wq_a : c.wq_b).type, m.normed + i * dim_stride);
     arrange(normed, c.dim, c.wkv_a.type, m.normed + (m.tokens + i) * dim_stride);
+    if (c.index.topk == 0) return;
+    arrange(normed, c.dim, c.index.wk.type, m.index_in + i * dim_stride);
+    arrange(normed, c.dim, c.index.weights.type, m.index_in + (m.tokens + i) * dim_stride);
   });
   // 2. down: the query's latent, and [c_kv | k_rope]
   const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
@@ -114,6 +211,8 @@ void step(const AttentionCall& c, const Buffers& m) {
       product_item(c.wq_b, item, m.q_in, padded(m.q_width), m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
     });
+  if (c.index.topk) index_keys(c, m, team);
+  if (groups.picked) pick(c, m, team, c.q_rank ? m.q_in : m.normed, padded(m.q_width));
   // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item
   const int64_t pieces = (c.latent + WIDEST - 1) / WIDEST;
   team.each(m.tokens * c.heads * pieces, [&](int64_t item, int64_t) {
@@ -133,28 +232,29 @@ void step(const AttentionCall& c, const Buffers& m) {
     for (int64_t k = 0; k < c.rope; ++k) out[c.latent + k] = q[c.nope + k] * float(c.scale);
     memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
   });
-  // 6. attention to parts of the context
+  // 6. attention to parts of the context, or of the picks
   team.each(m.parts, [&](int64_t item, int64_t thread) {
     float* own = m.owned + thread * m.own;
-    int64_t sequence = 0, part = item;
-    while (part >= parts_of(c, sequence)) part -= parts_of(c, sequence++);
-    const int64_t keys = keys_of(c, sequence), length = part_length(keys);
+    int64_t group = 0, part = item;
+    while (part >= groups.parts(c, group)) part -= groups.parts(c, group++);
+    const int64_t keys = groups.keys(c, group), length = part_length(keys), sequence = groups.sequence(c, group);
     const Rows stored{c.cache + sequence * c.room * c.cache_row, c.cache_type, c.cache_row, c.latent, c.rope};
     int64_t* last = reinterpret_cast<int64_t*>(own);
-    for (int64_t r = 0; r < rows; ++r) last[r] = c.starts[sequence] + r / c.heads;
-    attend_part(stored, part * length, least(keys, (part + 1) * length), m.query + sequence * rows * m.q_stride,
+    for (int64_t r = 0; r < rows; ++r) last[r] = keys - groups.tokens + r / c.heads;
+    const int32_t* list = groups.picked ? m.list + group * c.index.topk : nullptr;
+    attend_part(stored, part * length, least(keys, (part + 1) * length), m.query + group * rows * m.q_stride,
                 m.q_stride, rows, last, m.high + item * rows, m.total + item * rows, m.sums + item * rows * m.sums_stride,
-                m.sums_stride, own + 2 * rows);
+                m.sums_stride, own + 2 * rows, list);
   });
   // 7. values: the merged latent of each head, times W_UV
   team.each(m.tokens * c.heads, [&](int64_t item, int64_t thread) {
     float* own = m.owned + thread * m.own;
-    const int64_t h = item % c.heads, i = item / c.heads, sequence = i / c.s, r = i % c.s * c.heads + h;
+    const int64_t h = item % c.heads, i = item / c.heads, group = i / groups.tokens, r = i % groups.tokens * c.heads + h;
     int64_t first = 0;
-    for (int64_t k = 0; k < sequence; ++k) first += parts_of(c, k);
+    for (int64_t k = 0; k < group; ++k) first += groups.parts(c, k);
     float* latent = m.query + item * m.q_stride;  // read by the phase before
     const int64_t at = first * rows + r;
-    merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, parts_of(c, sequence), rows,
+    merge_parts(m.high + at, m.total + at, m.sums + at * m.sums_stride, groups.parts(c, group), rows,
                 rows * m.sums_stride, c.latent, latent);
     arrange(latent, c.latent, c.wkv_b.type, own);
     with_decoder(c.wkv_b.type, [&](auto decoder) {

@@ -158,18 +158,20 @@ inline void prefetch(const char* p, int64_t bytes) {
 }
 
 // The part of the context [from, to) for `n` query rows of one sequence, whose keys are rows of latents and whose values
-// are the latents. Arguments as of attend_block. Scratch: scratch_for(n, q_stride) numbers.
+// are the latents; with `list`, the rows list[from] to list[to - 1]. Arguments as of attend_block. Scratch: scratch_for(n, q_stride) numbers.
 inline int64_t scratch_for(int64_t n, int64_t q_stride) { return KEYS * q_stride + n * (KEYS + 1); }
 inline void attend_part(const Rows& rows, int64_t from, int64_t to, const float* q, int64_t q_stride, int64_t n,
-                        const int64_t* last, float* high, float* total, float* out, int64_t out_stride, float* scratch) {
+                        const int64_t* last, float* high, float* total, float* out, int64_t out_stride, float* scratch,
+                        const int32_t* list = nullptr) {
+  const auto row_at = [&](int64_t t) { return list == nullptr ? t : int64_t{list[t]}; };
   float *keys = scratch, *logits = keys + KEYS * q_stride;
   memset(keys, 0, KEYS * q_stride * 4);
   begin_part(n, high, total, out, out_stride);
   for (int64_t at = from; at < to; at += KEYS) {
     const int64_t some = least(KEYS, to - at);
     for (int64_t t = 0; t < some; ++t) {
-      prefetch(rows.data + (at + t + SOON) * rows.stride, rows.stride);
-      decode_row(rows, at + t, keys + t * q_stride);
+      if (list == nullptr || at + t + SOON < to) prefetch(rows.data + row_at(at + t + SOON) * rows.stride, rows.stride);
+      decode_row(rows, row_at(at + t), keys + t * q_stride);
     }
     attend_block(at, some, keys, q_stride, keys, q_stride, rows.latent, q, n, last, high, total, out, out_stride, logits,
                  logits + n * KEYS);

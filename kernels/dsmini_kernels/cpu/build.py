@@ -64,7 +64,7 @@ SOURCES = {
 """Sources and their flags."""
 HEADERS = (
     *("tiles.h", "lanes.h", "magnitudes.h", "rows.h", "steps.h", "matrix.h", "team.h"),
-    *("dots.h", "activations.h", "attention.h", "panels.h"),
+    *("dots.h", "activations.h", "attention.h", "panels.h", "indexer.h"),
 )
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -76,7 +76,7 @@ ISAS = {
 """Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED = (
-    Struct(layout) for layout in ("=22qdq", "=15q", "=13q2d", "=71q4d", "=57q2d", "=77q2d", "=9q3d", "=39q", "=56q")
+    Struct(layout) for layout in ("=22qdq", "=15q", "=13q2d", "=107q5d", "=57q2d", "=77q2d", "=9q3d", "=39q", "=56q")
 )
 """struct Call of tiles.h, and the calls of steps.h."""
 ENTRIES = (

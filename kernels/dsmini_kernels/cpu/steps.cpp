@@ -38,6 +38,20 @@ bool sizes(std::initializer_list<int64_t> all) {
   return true;
 }
 
+int64_t check(const Indexer& i, const AttentionCall& c) {
+  if (i.topk == 0) return FINE;
+  if (!sizes({i.heads, i.width, i.topk}) || i.heads < 1 || i.width < c.rope || i.width < 2 || (i.width & (i.width - 1)) != 0)
+    return BAD_SHAPE;
+  int64_t queries;
+  if (__builtin_mul_overflow(i.heads, i.width, &queries) || c.room > INT32_MAX) return BAD_SHAPE;
+  if (i.wq.type != c.wq_b.type || i.type < 0 || i.type > 1) return BAD_CALL;
+  if (!i.wq.fits(queries, c.q_rank ? c.q_rank : c.dim) || !i.wk.fits(i.width, c.dim) || !i.weights.fits(i.heads, c.dim) ||
+      !within(i.norm, i.norm_bytes, 4, i.width) || !within(i.bias, i.bias_bytes, 4, i.width) ||
+      i.row != (i.type == 0 ? 4 : 2) * i.width || !within(i.cache, i.cache_bytes, i.row, c.b, c.room))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
 int64_t check(const AttentionCall& c) {
   if (!sizes({c.b, c.s, c.dim, c.heads, c.nope, c.rope, c.latent, c.value, c.q_rank, c.room, c.cache_row})) return BAD_SHAPE;
   if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.heads < 1 || c.nope < 1 || c.rope % 2 != 0 ||
@@ -62,7 +76,7 @@ int64_t check(const AttentionCall& c) {
     return OUT_OF_BOUNDS;
   for (int64_t i = 0; i < c.b; ++i)
     if (c.starts[i] < 0 || c.starts[i] > c.room - c.s) return OUT_OF_BOUNDS;
-  return FINE;
+  return check(c.index, c);
 }
 
 int64_t check(const GroupedCall& c) {

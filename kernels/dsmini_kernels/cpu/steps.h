@@ -32,6 +32,16 @@ struct NormsCall {
   double first_eps, second_eps;
 };
 
+// The indexer of an attention: topk 0 where there is none. Its queries read what wq_b reads.
+struct Indexer {
+  int64_t heads, width, topk, halves;  // halves: RoPE pairs the halves of the first numbers, not neighbours
+  const float *norm, *bias;
+  int64_t norm_bytes, bias_bytes;
+  char* cache;  // rows of `row` bytes, with the places of the attention's
+  int64_t cache_bytes, type, row;
+  Matrix wq, wk, weights;
+};
+
 // x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
 struct AttentionCall {
   int64_t threads;
@@ -49,7 +59,8 @@ struct AttentionCall {
   const int64_t* starts;  // [b]: position of the first new token
   int64_t starts_bytes;
   Matrix wq_a, wq_b, wkv_a, wkv_b, wo;
-  double scale, attn_eps, q_eps, kv_eps;
+  Indexer index;
+  double scale, attn_eps, q_eps, kv_eps, index_eps;
 };
 
 // x + Attention(norm(x)) for s tokens of each of b sequences: MHA, GQA or MQA. `group` query heads share a key head.

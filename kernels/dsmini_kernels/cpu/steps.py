@@ -20,7 +20,6 @@ from dsmini_kernels.cpu.build import (
     GROUPED,
     HEADER,
     LINEAR,
-    NORMS,
     library,
 )
 from dsmini_kernels.cpu.calls import enter
@@ -40,6 +39,7 @@ CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 SCORES = {"sigmoid": 0, "softmax": 1}
 NONE = (0,) * 8
 """A Matrix that is not there."""
+NO_INDEXER = (0,) * 36
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -83,27 +83,6 @@ def _torch_is_faster(x: Tensor) -> bool:
 def _has_bf16_units() -> bool:
     """Return True if torch can use AVX-512's BF16 products; ONEDNN_MAX_CPU_ISA may forbid it."""
     return torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
-
-
-def normed(x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Tensor:
-    """Return norm(x), or norm(x) and y_norm(y) side by side."""
-    rows = x.shape[:-1].numel()
-    if x.dtype != torch.float32 or not 1 <= rows <= MOST_TOKENS:
-        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}")
-    if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
-        raise Unserved(f"{list(y.shape)} numbers of {y.dtype} next to {list(x.shape)} of {x.dtype}")
-    x, y = detached(x).contiguous(), None if y is None else detached(y).contiguous()
-    inputs = 1 if y is None else 2
-    out = x.new_empty(*x.shape[:-1], inputs * x.shape[-1])
-    (a, x_bytes), (b, y_bytes) = span(x), span(y)
-    weights = _vectors(norm.weight, None if y is None else y_norm.weight)
-    lib = library()
-    call = (
-        *(n_threads(), rows, x.shape[-1], a, b, x_bytes, y_bytes, *weights, *span(out)),
-        *(norm.eps, 0.0 if y is None else y_norm.eps),
-    )
-    run(lib.norms, NORMS, call)
-    return out
 
 
 def attention_step(x: Tensor, part: Any, past: Any, table: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
@@ -169,13 +148,27 @@ def _attention_call(
     x = detached(x).contiguous()
     cos, sin = (t if t.is_contiguous() and t.dtype == torch.float32 else t.float().contiguous() for t in table)
     starts = starts.to(torch.int64).contiguous()
+    index = () if _is_grouped(part) else _index_call(part.indexer, past.store.index)
     y = torch.empty_like(x)
     return (
         *(n_threads(), *x.shape, *sizes, *span(x), *span(y), *norms, cos.data_ptr(), sin.data_ptr()),
         *(4 * min(cos.numel(), sin.numel()), cos.shape[0] if cos.dim() == 3 else 1, *span(data)),
         *(CACHE_TYPES[data.dtype], data.shape[2] * data.element_size(), data.shape[1], *span(starts)),
-        *(*weights, *numbers),
+        *(*weights, *index, *numbers),
     ), (y, x, cos, sin, starts)
+
+
+def _index_call(part: Any, store: Any) -> tuple[int, ...]:
+    """Describe an indexer and the cache of its keys to the C++."""
+    if part is None:
+        return NO_INDEXER
+    data, width = store.data, len(part.k_norm)
+    if data.dtype not in (torch.float32, torch.bfloat16) or not data.is_contiguous() or not data.is_cpu:
+        raise Unserved(f"keys of an indexer in {data.dtype} on {data.device}")
+    (norm, bias, *sizes), (at, size) = vectors(part.k_norm, part.k_bias), span(data)
+    matrices = _matrices((part.wq_b, part.wk, part.weights_proj))
+    cache = (at, size, CACHE_TYPES[data.dtype], data.shape[2] * data.element_size())
+    return (part.n_heads, width, part.topk, int(part.halves), norm, bias, *sizes, *cache, *matrices)
 
 
 def feed_forward_step(x: Tensor, part: Any) -> tuple[Tensor, ...]:
@@ -224,8 +217,10 @@ def _prepared_attention(part: Any) -> Prepared:
     q_rank = 0 if part.wq_a is None else part.wq_a.shape[0]
     sizes = (part.n_heads, part.nope, part.rope, part.latent, part.value, q_rank)
     weights = (part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
-    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps)
-    part.prepared["cpu"] = sizes, _vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights), numbers
+    if part.indexer is not None and matrix(part.indexer.wq_b)[2] != matrix(part.wq_b)[2]:
+        raise Unserved("queries of MLA and of its indexer from weights of different types")
+    numbers = (part.scale, part.eps, part.q_eps, part.kv_eps, 0.0 if part.indexer is None else part.indexer.k_eps)
+    part.prepared["cpu"] = sizes, vectors(part.norm, part.q_norm, part.kv_norm), _matrices(weights), numbers
     return part.prepared["cpu"]
 
 
@@ -234,7 +229,7 @@ def _prepared_grouped(part: Any) -> Prepared:
     heads, groups = part.n_heads, part.n_kv_heads
     sizes = (groups, heads // groups, part.wk.shape[0] // groups, part.wv.shape[0] // groups)
     weights = (part.wq, part.wk, part.wv, part.wo)
-    part.prepared["cpu"] = sizes, _vectors(part.norm), _matrices(weights), (part.scale, part.eps)
+    part.prepared["cpu"] = sizes, vectors(part.norm), _matrices(weights), (part.scale, part.eps)
     return part.prepared["cpu"]
 
 
@@ -253,11 +248,11 @@ def _prepared_feed_forward(part: Any) -> Prepared:
         if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
             raise Unserved("w1 and w3 of different types")
     numbers = (part.eps, options.get("route_scale", 1.0))
-    part.prepared["cpu"] = sizes, _vectors(part.norm, part.gate, part.bias), _matrices(weights), numbers
+    part.prepared["cpu"] = sizes, vectors(part.norm, part.gate, part.bias), _matrices(weights), numbers
     return part.prepared["cpu"]
 
 
-def _vectors(*tensors: Tensor | None) -> tuple[int, ...]:
+def vectors(*tensors: Tensor | None) -> tuple[int, ...]:
     """Return the addresses of FP32 tensors, and then their bytes."""
     for x in tensors:
         if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):

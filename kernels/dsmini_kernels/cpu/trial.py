@@ -95,7 +95,8 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
         for experts in (0, 6):
             yield "feed_forward", feed_forward_call(memory, n, weight, experts)
     for weight, cache, (b, s), q_rank in itertools.product(range(3), range(3), ((1, 1), (2, 3)), (0, 19)):
-        yield "attention", attention_call(memory, b, s, weight, cache, q_rank)
+        for topk in (0, 50, 150):
+            yield "attention", attention_call(memory, b, s, weight, cache, q_rank, topk)
     for weight, cache, (b, s), group in itertools.product(range(3), range(2), ((1, 1), (2, 3)), (1, 3)):
         yield "grouped", grouped_call(memory, b, s, weight, cache, group)
     for weight, bf16, n in itertools.product(range(3), range(2), (1, 40)):
@@ -118,7 +119,9 @@ def norms_call(memory: Memory, n: int, dim: int, inputs: int) -> tuple[float, ..
     return (1, n, dim, x[0], z[0], x[1], z[1], norm[0], z_norm[0], norm[1], z_norm[1], *y, 1e-6, 1e-6)
 
 
-def attention_call(memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int) -> tuple[float, ...]:
+def attention_call(
+    memory: Memory, b: int, s: int, weight: int, cache: int, q_rank: int, topk: int
+) -> tuple[float, ...]:
     dim, heads, nope, rope, latent, value, room = 45, 3, 21, 6, 133, 13, 150
     row = ((latent + rope) * 4, (latent + rope) * 2, latent + 8 + 2 * rope)[cache]
     angles = s * rope // 2 * 4
@@ -132,8 +135,20 @@ def attention_call(memory: Memory, b: int, s: int, weight: int, cache: int, q_ra
     return (
         *(1, b, s, dim, heads, nope, rope, latent, value, q_rank, *x, *y),
         *(norm[0], q_norm[0], kv_norm[0], norm[1], q_norm[1], kv_norm[1], cos[0], sin[0], angles, 1),
-        *(*rows, cache, row, room, *starts, *wq_a, *matrices, 0.1, 1e-6, 1e-6, 1e-6),
+        *(*rows, cache, row, room, *starts, *wq_a, *matrices),
+        *(indexer(memory, b * room, dim, q_rank or dim, weight, cache % 2, topk) if topk else (0,) * 36),
+        *(0.1, 1e-6, 1e-6, 1e-6, 1e-6),
     )
+
+
+def indexer(memory: Memory, rows: int, dim: int, q_in: int, weight: int, cache: int, topk: int) -> tuple[int, ...]:
+    """Return the fields of an indexer, whose cache has the places of the attention's."""
+    heads, width = 3, 16
+    norm, bias, keys = _spans(memory, width * 4, width * 4, rows * width * (4, 2)[cache])
+    shapes = ((heads * width, q_in, weight), (width, dim, weight), (heads, dim, 0))
+    matrices = [number for shape in shapes for number in _matrix(memory, *shape)]
+    sizes = (heads, width, topk, cache, norm[0], bias[0], norm[1], bias[1])
+    return (*sizes, *keys, cache, width * (4, 2)[cache], *matrices)
 
 
 def grouped_call(memory: Memory, b: int, s: int, weight: int, cache: int, group: int) -> tuple[float, ...]:
