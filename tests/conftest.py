@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from hypothesis import settings
 from torch import nn
-from xdist.scheduler import LoadFileScheduling
 
 from dsmini import ModelConfig, Transformer
 from dsmini.machine import peak_memory
@@ -40,22 +39,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0
 
 
-class Scheduling(LoadFileScheduling):
-    """Give a file to one process, and all tests of several ranks to one: two groups of ranks slow each other down."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "tests/distributed" if file.startswith("tests/distributed/") else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
-    return Scheduling(config, log)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _freed_memory() -> Iterator[None]:
     """Give the system what glibc keeps of freed memory, which would add up from file to file."""
     yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # forget compiled code
     gc.collect()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

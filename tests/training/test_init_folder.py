@@ -55,6 +55,7 @@ def test_a_run_starts_from_a_folder_and_may_extend_its_context(place: Path) -> N
     after = model.state_dict()
     assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-6) for name in before)
     shutil.rmtree(place / "runs/fp8-001/checkpoints")  # as if killed before the first one
+    (place / "runs/fp8-001/events.jsonl").unlink()
     (place / "runs/fp8-001/summary.json").unlink()
     ((status, said),) = run_all([("dsmini.train", again)], place)
     assert status == 0 and "starting again from step 0 of 2" in said, said
