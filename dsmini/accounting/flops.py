@@ -7,7 +7,7 @@
 N is the active parameters, L the layers, H the heads, d_qk and d_v the widths of a head's key and value, c the latent's
 width, T the tokens of a sequence, t those that a new token sees. T stands for half of the square of queries and keys,
 which a causal mask leaves. In DSA a query attends to min(t, index_topk) keys, after scores of all of them, which take
-2 index_n_heads index_head_dim t. The indexer has no backward: picks are constants.
+2 index_n_heads index_head_dim t. Counted of the indexer is the forward alone: its own loss and gradient are left out.
 
 Worked example, DeepSeek-V3.2 that decodes at 128K tokens, one layer: scores 2.15 GFLOP and attention 0.57, dense 36.5.
 
