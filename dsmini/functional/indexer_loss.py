@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
-from dsmini.functional.sparse_attention import BLOCK_BYTES, index_scores, unpicked
+from dsmini.functional.sparse_attention import index_scores, queries_at_a_time, unpicked
 
 
 class IndexerFit(NamedTuple):
@@ -99,7 +99,7 @@ class _IndexerFit(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[Tensor, ...]:
         (b, s), heads, topk = q.shape[:2], max(q.shape[2], main.q.shape[2]), picks.shape[2]
-        rows = max(1, BLOCK_BYTES // (4 * b * heads * s))
+        rows = queries_at_a_time(q, 4 * b * heads * s)
         with_gradients = with_gradients and any(ctx.needs_input_grad)
         # fp32: all blocks add to the gradient of a key
         sums = [torch.zeros_like(x, dtype=weights.dtype) for x in (q, k, weights)] if with_gradients else []

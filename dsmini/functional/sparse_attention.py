@@ -23,8 +23,15 @@ from dsmini.functional.cached_attention import absorbed_attention
 from dsmini.functional.fp32 import at_least_fp32
 from dsmini.functional.topk import stable_topk
 
-BLOCK_BYTES = 64 << 20
-"""Bytes of products of heads with keys, and of gathered rows, that exist at a time."""
+BLOCK_BYTES = 4 << 20
+"""Bytes of products of heads with keys, and of gathered rows, that exist at a time on a CPU, to stay in its caches."""
+OFF_CPU = 16
+"""How many times as many exist on other devices, which need long operations."""
+
+
+def queries_at_a_time(x: Tensor, query_bytes: int) -> int:
+    """Return the number of queries whose blocks of query_bytes each may exist together on the device of x."""
+    return max(1, BLOCK_BYTES * (1 if x.is_cpu else OFF_CPU) // query_bytes)
 
 
 def _scores_cost(q: Tensor, k: Tensor, weights: Tensor) -> ops.Cost:
@@ -88,7 +95,7 @@ def _(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tenso
     if not q.numel():
         return pick_keys.reference(q, k, weights, topk, hidden)
     (b, s, h, _), t = q.shape, k.shape[1]
-    rows = max(1, BLOCK_BYTES // (4 * b * h * t))
+    rows = queries_at_a_time(q, 4 * b * h * t)
     blocks = []
     for start in range(0, s, rows):
         part = slice(start, start + rows)
@@ -154,7 +161,8 @@ def _(q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, 
     b, k, row = len(rows), picks.shape[2], rows[0, 0].nbytes
     sequence = torch.arange(b, device=rows.device)[:, None, None]
     blocks = []
-    for part in zip(*(x.split(max(1, BLOCK_BYTES // (b * k * row)), 1) for x in (q_nope, q_rope, picks)), strict=True):
+    some = queries_at_a_time(rows, b * k * row)
+    for part in zip(*(x.split(some, 1) for x in (q_nope, q_rope, picks)), strict=True):
         chosen = rows[sequence, part[2].clamp(min=0)].flatten(0, 1)
         nope, rope, none = (rearrange(x, "b s ... -> (b s) 1 ...") for x in (*part[:2], part[2] < 0))
         y = absorbed_attention(nope, rope, chosen, w_uk, w_uv, scale, none)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsmini import ModelConfig, Transformer
-from dsmini.functional import indexer_loss
+from dsmini.functional import indexer_loss, sparse_attention
 from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit, kl_of_scores
 from dsmini.functional.sparse_attention import pick_keys
 from dsmini.nn import DSA, dsa_layers
@@ -77,7 +77,7 @@ def by_the_report(index: Index, main: MainAttention, picks: Tensor, stage: str) 
 def test_losses_and_gradients_follow_the_report(
     stage: str, documents: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexer_loss, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", block_bytes)
     of = torch.tensor([[0] * 4 + [1] * 9, [0] * 11 + [1] * 2]) if documents else None
     index, main, picks = problem(documents=of)
     got, want = indexer_fit(*index, main, picks, stage), by_the_report(index, main, picks, stage)
@@ -134,7 +134,7 @@ def test_a_perfect_indexer_has_no_loss() -> None:
 
 def test_no_more_than_a_block_of_scores_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     s, heads = 48, 3
-    monkeypatch.setattr(indexer_loss, "BLOCK_BYTES", 4 * 2 * heads * s * 3)
+    monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", 4 * 2 * heads * s * 3)
     index, main, picks = problem(s, topk=4)
     largest = 0
 
