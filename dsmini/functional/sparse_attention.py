@@ -168,3 +168,11 @@ def _(q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, 
         y = absorbed_attention(nope, rope, chosen, w_uk, w_uv, scale, none)
         blocks.append(rearrange(y, "(b s) 1 d -> b s d", b=b))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+def gathers_fast(rows: Tensor) -> bool:
+    """Return True where a kernel serves picked_attention of such rows, gradients off.
+
+    Attention with a mask then takes longer than the gather, also where it needs fewer operations (docs/log.md).
+    """
+    return ops.serves("picked_attention", rows)

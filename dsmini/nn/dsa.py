@@ -36,9 +36,10 @@ from dsmini.functional.cached_attention import (
 from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit
 from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table
-from dsmini.functional.sparse_attention import pick_keys, picked_attention, unpicked
+from dsmini.functional.sparse_attention import gathers_fast, pick_keys, picked_attention, unpicked
 from dsmini.nn.cache import Past
 from dsmini.nn.indexer import Indexer
+from dsmini.nn.linear import is_direct
 from dsmini.nn.mla import MLA, attend
 
 
@@ -168,6 +169,12 @@ class DSA(MLA):
 
         index = self.indexer.queries(latent, table), self.indexer.keys(x, table), self.indexer.head_weights(x)
         return indexer_fit(*index, MainAttention(q, k, self.scale, hidden), picks, stage)
+
+    def form_for(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
+        """Return the form as MLA does; the absorbed one where gathering the picks has a kernel."""
+        if past.form == "auto" and is_direct(self.wkv_b) and gathers_fast(self.wkv_b.weight):
+            return "absorbed"
+        return super().form_for(queries, past)
 
     def work(self, queries: int, keys: int) -> AttentionWork:
         """Count both forms as MLA does; the absorbed one reads index_topk keys at most."""

@@ -1,6 +1,6 @@
 """Drive the sanitizer build of the CPU kernels with buffers of exact sizes, for tests/kernels/test_cpu_bounds.py.
 
-    python sanitized.py LIBRARY STRUCT ... [overflow]
+    python sanitized.py LIBRARY ENTRY=LAYOUT ... [overflow]
 
 It does not import torch, which takes long under a sanitizer. With `overflow` one call gets a size beyond its buffer.
 """
@@ -27,7 +27,8 @@ def up(a: int, b: int) -> int:
 
 
 def main(path: str, layouts: list[str], overflow: bool) -> None:
-    library, call = ctypes.CDLL(path), Struct(layouts[0])
+    library, structs = ctypes.CDLL(path), trial.structs_of(layouts)
+    call = structs["tiles"]
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -73,10 +74,10 @@ def main(path: str, layouts: list[str], overflow: bool) -> None:
             for buffer in buffers:
                 libc.free(buffer)
             count += 1
-    print(f"{count + steps(library, libc, layouts)} calls")
+    print(f"{count + steps(library, libc, structs)} calls")
 
 
-def steps(library: ctypes.CDLL, libc: ctypes.CDLL, layouts: list[str]) -> int:
+def steps(library: ctypes.CDLL, libc: ctypes.CDLL, structs: dict[str, Struct]) -> int:
     """Run the calls of trial.py in buffers of exact sizes; return their number."""
     count, buffers = 0, []
 
@@ -86,7 +87,7 @@ def steps(library: ctypes.CDLL, libc: ctypes.CDLL, layouts: list[str]) -> int:
         return buffers[-1]
 
     for name, fields in trial.step_calls(memory):
-        struct = Struct(layouts[trial.ENTRIES.index(name)])
+        struct = structs[name]
         entry = getattr(library, f"dsmini_{name}")
         entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
         assert entry(struct.pack(*fields), struct.size) == 0, (name, fields)

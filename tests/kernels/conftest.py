@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini_kernels.cpu import build, norms, panels, steps
+from dsmini_kernels.cpu import build, norms, panels, picks, steps
 from dsmini_kernels.cpu import tiles as wrapper
 from tests.helpers.cpu_kernels import library_of
 
@@ -25,7 +25,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Do the same for products and steps."""
     forced = library_of(request.param)
-    for module in (steps, panels, norms):
+    for module in (steps, panels, norms, picks):
         monkeypatch.setattr(module, "library", lambda: forced)
     return request.param
 
@@ -45,6 +45,12 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return empty if name == "empty" else getattr(torch, name)
 
     monkeypatch.setattr(wrapper, "torch", Poisoned())
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Decoding steps with an indexer in C++ agree with their reference: the same picks, and attention to them."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,9 @@ from tests.helpers.decoding import SPARSE, WEIGHTS, filled, model_of
 from tests.helpers.tolerances import relative_error
 from tests.kernels.test_cpu_steps import STEP, layers
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "without_gradients")
 LENGTHS = ([30], [38], [41], [129, 7], [300, 63])
 """Below and above index_topk, at its edge, and both in one call."""
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(poisoned_memory: None) -> None:
-    """Fill outputs with NaN before a kernel writes them."""
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def step(name: str, lengths: list[int], s: int = 1, weights: str = "float32", dtype: Any = torch.float32) -> Any:

@@ -24,18 +24,8 @@ from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
 """Eight products follow each other in a step; the longest sum has 512 terms."""
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "without_gradients")
 LENGTHS = ([1], [63], [64, 65, 1], [129], [300, 7])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(poisoned_memory: None) -> None:
-    """Fill outputs with NaN before a kernel writes them."""
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def layers(model: Transformer, cache: Cache, s: int) -> Iterator[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ from dsmini_kernels.cpu.calls import without_running
 from dsmini_kernels.cpu.muon import muon_update
 from dsmini_kernels.cpu.norms import normed
 from dsmini_kernels.cpu.panels import experts, quantized_experts, trained_experts, trained_experts_gradients
+from dsmini_kernels.cpu.picks import pick_keys, picked_attention
 from dsmini_kernels.cpu.steps import (
     attention_step,
     blocks_step,
@@ -21,6 +22,7 @@ OPERATIONS = (
     *("linear", "quantized_linear", "normed"),
     *("attention_step", "grouped_attention_step", "feed_forward_step", "blocks_step"),
     *("experts", "quantized_experts", "trained_experts", "trained_experts_gradients", "muon_update"),
+    *("pick_keys", "picked_attention"),
 )
 __all__ = [
     "OPERATIONS",
@@ -36,6 +38,8 @@ __all__ = [
     "linear",
     "muon_update",
     "normed",
+    "pick_keys",
+    "picked_attention",
     "quantize",
     "quantize_dequantize",
     "quantized_experts",

@@ -59,6 +59,8 @@ SOURCES = {
     "feed_forward.cpp": PRODUCTS,
     "muon.cpp": PRODUCTS,
     "experts.cpp": PRODUCTS,
+    "pick_keys.cpp": PRODUCTS,
+    "picked_attention.cpp": PRODUCTS,
     "trained_experts.cpp": ("-O2", "-ffp-contract=fast"),  # compiled in half the time (docs/log.md)
 }
 """Sources and their flags."""
@@ -75,26 +77,29 @@ ISAS = {
 }
 """Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED = (
-    Struct(layout) for layout in ("=22qdq", "=15q", "=13q2d", "=107q5d", "=57q2d", "=77q2d", "=9q3d", "=39q", "=56q")
+LAYOUTS = {
+    "tiles": "=22qdq",
+    "linear": "=15q",
+    "norms": "=13q2d",
+    "attention": "=107q5d",
+    "grouped": "=57q2d",
+    "feed_forward": "=77q2d",
+    "muon": "=9q3d",
+    "experts": "=39q",
+    "trained_experts": "=56q",
+    "pick_keys": "=20q",
+    "picked_attention": "=18qd",
+}
+"""Functions of the library, and how the call of each is packed: struct Call of tiles.h, and the calls of steps.h."""
+CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED, PICKS, PICKED = map(
+    Struct, LAYOUTS.values()
 )
-"""struct Call of tiles.h, and the calls of steps.h."""
-ENTRIES = (
-    "tiles",
-    "linear",
-    "norms",
-    "attention",
-    "grouped",
-    "feed_forward",
-    "muon",
-    "experts",
-    "trained_experts",
-    "blocks",
-)
+TRIAL_LAYOUTS = [f"{name}{layout}" for name, layout in LAYOUTS.items()]
+"""Arguments of trial.py."""
+ENTRIES = (*LAYOUTS, "blocks")
 """Functions of the library, in the order of Library's fields."""
 HEADER = Struct("=2q")
 """Before each call of `dsmini_blocks`: the entry's place in ENTRIES, and the bytes of the call."""
-LAYOUTS = [struct.format for struct in (CALL, LINEAR, NORMS, ATTENTION, GROUPED, FEED_FORWARD, MUON, EXPERTS, TRAINED)]
 VERSION_SECONDS, BUILD_SECONDS, TRIAL_SECONDS = 20.0, 300.0, 60.0
 """Time limits in seconds: for a compiler to say its version, for each step of a build, and for a library's trial."""
 
@@ -119,6 +124,8 @@ class Library:
     muon: "ctypes._NamedFuncPointer"
     experts: "ctypes._NamedFuncPointer"
     trained_experts: "ctypes._NamedFuncPointer"
+    pick_keys: "ctypes._NamedFuncPointer"
+    picked_attention: "ctypes._NamedFuncPointer"
     blocks: "ctypes._NamedFuncPointer"
 
 
@@ -300,7 +307,7 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, key:
 
 def _try(library: Path, compiler: tuple[str, ...]) -> None:
     """Run the library in a process of its own, which it may end."""
-    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *LAYOUTS]
+    command = [sys.executable, "-I", str(HERE / "trial.py"), str(library), *TRIAL_LAYOUTS]
     (done,) = _run(f"the trial of the library that {shlex.join(compiler)} makes", [command], TRIAL_SECONDS)
     if done.returncode == 0:
         return

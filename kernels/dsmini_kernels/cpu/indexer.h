@@ -7,6 +7,7 @@
 
 #include "panels.h"
 
+#include <initializer_list>
 #include <math.h>
 
 namespace {

@@ -210,6 +210,47 @@ int64_t check(const MuonCall& c) {
   return FINE;
 }
 
+// Rows [b, t, width] of `size` bytes a number, whose batches are `stride` bytes apart.
+bool rows_fit(const void* p, int64_t bytes, int64_t stride, int64_t size, int64_t b, int64_t t, int64_t width) {
+  if (stride < 0 || stride > MOST || !within(p, bytes, size, t, width)) return false;
+  return b == 1 || (stride >= size * t * width && within(p, bytes - size * t * width, stride, b - 1));
+}
+
+int64_t check(const PicksCall& c) {
+  if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.topk}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX || c.heads < 1 ||
+      c.width < 1 || c.topk < 1 || c.topk > c.t)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1 || (c.hidden_batch != 1 && c.hidden_batch != c.b)) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) || !rows_fit(c.k, c.k_bytes, c.k_stride, size, c.b, c.t, c.width) ||
+      !within(c.weights, c.weights_bytes, 4, c.b, c.s, c.heads) || !within(c.hidden, c.hidden_bytes, 1, c.hidden_batch, c.s, c.t) ||
+      !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.topk))
+    return OUT_OF_BOUNDS;
+  return FINE;
+}
+
+int64_t check(const PickedCall& c) {
+  if (!sizes({c.b, c.s, c.t, c.heads, c.width, c.latent, c.k}) || c.b < 1 || c.s < 1 || c.t < 1 || c.t > INT32_MAX ||
+      c.heads < 1 || c.latent < 1 || c.latent > c.width || c.k < 1)
+    return BAD_SHAPE;
+  if (c.bf16 < 0 || c.bf16 > 1) return BAD_CALL;
+  const int64_t size = c.bf16 ? 2 : 4;
+  if (!within(c.q, c.q_bytes, size, c.b, c.s, c.heads, c.width) ||
+      !rows_fit(c.rows, c.rows_bytes, c.rows_stride, size, c.b, c.t, c.width) ||
+      !within(c.out, c.out_bytes, size, c.b, c.s, c.heads, c.latent) || !within(c.picks, c.picks_bytes, 8, c.b, c.s, c.k))
+    return OUT_OF_BOUNDS;
+  for (int64_t query = 0; query < c.b * c.s; ++query) {
+    bool some = false;
+    for (int64_t i = 0; i < c.k; ++i) {
+      const int64_t pick = c.picks[query * c.k + i];
+      if (pick < -1 || pick >= c.t) return OUT_OF_BOUNDS;
+      some = some || pick >= 0;
+    }
+    if (!some) return BAD_SHAPE;
+  }
+  return FINE;
+}
+
 template <class Call>
 int64_t enter(const Call* given, int64_t bytes, bool (*run)(const Call&)) {
   if (bytes != sizeof(Call)) return BAD_CALL;
@@ -246,6 +287,8 @@ ENTRY(feed_forward, FeedForwardCall)
 ENTRY(muon, MuonCall)
 ENTRY(experts, ExpertsCall)
 ENTRY(trained_experts, TrainedCall)
+ENTRY(pick_keys, PicksCall)
+ENTRY(picked_attention, PickedCall)
 
 // A step of many blocks: calls one after the other, each after a header of its entry and its bytes (build.py, ENTRIES).
 extern "C" __attribute__((visibility("default"))) int64_t dsmini_blocks(const char* calls, int64_t bytes) {

@@ -19,6 +19,39 @@ struct LinearCall {
   Matrix w;
 };
 
+// The places of the topk <= t keys with the largest scores of an indexer for each query, and -1 where it sees fewer. q and
+// k are both FP32 or both BF16. All is contiguous but for the batches of k, which are `k_stride` bytes apart.
+struct PicksCall {
+  int64_t threads;
+  int64_t b, s, t, heads, width, topk, bf16;
+  const char* q;  // [b, s, heads, width]
+  int64_t q_bytes;
+  const char* k;  // [b, t, width]
+  int64_t k_bytes, k_stride;
+  const float* weights;  // [b, s, heads]
+  int64_t weights_bytes;
+  const uint8_t* hidden;  // [hidden_batch, s, t]; hidden_batch is b or 1
+  int64_t hidden_bytes, hidden_batch;
+  int64_t* picks;  // [b, s, topk]
+  int64_t picks_bytes;
+};
+
+// softmax(scale q . rows[picks]) rows[picks], of the first `latent` numbers of a row, for each query and all its heads. A
+// pick of -1 is none. Types and strides as of PicksCall.
+struct PickedCall {
+  int64_t threads;
+  int64_t b, s, t, heads, width, latent, k, bf16;
+  const char* q;  // [b, s, heads, width]
+  int64_t q_bytes;
+  const char* rows;  // [b, t, width]
+  int64_t rows_bytes, rows_stride;
+  const int64_t* picks;  // [b, s, k]
+  int64_t picks_bytes;
+  char* out;  // [b, s, heads, latent]
+  int64_t out_bytes;
+  double scale;
+};
+
 // y[n] = [norm(first[n]) | norm(second[n])], or the first alone where second is null. All of it contiguous.
 struct NormsCall {
   int64_t threads;
@@ -175,6 +208,8 @@ bool feed_forward(const FeedForwardCall&);
 bool experts(const ExpertsCall&);
 bool trained_experts(const TrainedCall&);
 bool muon(const MuonCall&);
+bool pick_keys(const PicksCall&);
+bool picked_attention(const PickedCall&);
 
 // Memory of a thread that calls, kept from call to call unless it is large. Null if there is none left.
 float* scratch_of(int64_t numbers);

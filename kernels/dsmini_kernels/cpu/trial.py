@@ -1,4 +1,4 @@
-"""Try a compiled library in a process of its own: python trial.py LIBRARY STRUCT ...
+"""Try a compiled library in a process of its own: python trial.py LIBRARY ENTRY=LAYOUT ...
 
 A compiler may have been told to write for another CPU. The first such instruction ends a process, so it is this one.
 Every operation runs with all types, formats and kinds of tiles. Imports neither torch nor
@@ -8,7 +8,7 @@ this package: it takes a few hundredths of a second.
 import ctypes
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct
 from typing import Any
 
@@ -19,18 +19,6 @@ PACKED = 2
 TILES = ((1, 128), (128, 1), (3, 5))
 VALUES = [(-1.0) ** i * 2.0 ** (i % 5 - 3) for i in range(ROWS * COLUMNS)]
 """Numbers that all formats hold."""
-ENTRIES = (
-    "tiles",
-    "linear",
-    "norms",
-    "attention",
-    "grouped",
-    "feed_forward",
-    "muon",
-    "experts",
-    "trained_experts",
-    "blocks",
-)
 WEIGHT_SIZES = (4, 2, 1)
 """Bytes of a number in FP32, BF16 and E4M3."""
 Memory = Callable[[int], int]
@@ -39,11 +27,12 @@ Memory = Callable[[int], int]
 
 def main(path: str, *layouts: str) -> None:
     library = ctypes.CDLL(path)
-    structs = [Struct(layout) for layout in layouts]
-    for name in ENTRIES:
+    structs = structs_of(layouts)
+    numbers = {name: number for number, name in enumerate(structs)}
+    for name in (*structs, "blocks"):
         entry = getattr(library, f"dsmini_{name}")
         entry.argtypes, entry.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
-    try_tiles(library, structs[0])
+    try_tiles(library, structs["tiles"])
     kept: list[Any] = []
 
     def memory(size: int) -> int:
@@ -51,14 +40,18 @@ def main(path: str, *layouts: str) -> None:
         return ctypes.addressof(kept[-1])
 
     for name, call in step_calls(memory):
-        number = ENTRIES.index(name)
-        packed = structs[number].pack(*call)
+        packed = structs[name].pack(*call)
         error = getattr(library, f"dsmini_{name}")(packed, len(packed))
         if name in ("attention", "grouped", "feed_forward"):
-            twice = 2 * (Struct("=2q").pack(number, len(packed)) + packed)
+            twice = 2 * (Struct("=2q").pack(numbers[name], len(packed)) + packed)
             error = error or library.dsmini_blocks(twice, len(twice))
         if error:
             sys.exit(f"a call of {name} ended with error {error}")
+
+
+def structs_of(layouts: Iterable[str]) -> dict[str, Struct]:
+    """Return the struct of each entry, from arguments such as linear=15q."""
+    return {name: Struct(f"={layout}") for name, _, layout in (given.partition("=") for given in layouts)}
 
 
 def try_tiles(library: ctypes.CDLL, struct: Struct) -> None:
@@ -103,6 +96,10 @@ def step_calls(memory: Memory) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield "experts", experts_call(memory, n, weight, bf16)
     for bf16, backward in itertools.product(range(2), range(2)):
         yield "trained_experts", trained_experts_call(memory, bf16, backward)
+    for bf16, (b, s), topk in itertools.product(range(2), ((1, 1), (2, 11)), (7, 150)):
+        yield "pick_keys", picks_call(memory, b, s, bf16, topk)
+    for bf16, (b, s), (heads, latent) in itertools.product(range(2), ((1, 1), (2, 3)), ((3, 37), (19, 64), (130, 32))):
+        yield "picked_attention", picked_call(memory, b, s, bf16, heads, latent)
     for bf16, by_gram in itertools.product(range(2), range(2)):
         yield "muon", muon_call(memory, bf16, by_gram)
 
@@ -207,6 +204,23 @@ def trained_experts_call(memory: Memory, bf16: int, backward: int) -> tuple[floa
     matrices = [number for shape in shapes for number in _matrix(memory, *shape, 0, experts)]
     parts = (*x, *y, *dy, *indices, *weights, *itertools.chain(*pair), *dx, *itertools.chain(*four))
     return (1, n, dim, inter, experts, k, bf16, backward, *parts, *matrices)
+
+
+def picks_call(memory: Memory, b: int, s: int, bf16: int, topk: int) -> tuple[float, ...]:
+    heads, width, t, size = 5, 18, 150, (4, 2)[bf16]
+    q, k, weights, hidden, picks = _spans(
+        *(memory, b * s * heads * width * size, b * t * width * size, b * s * heads * 4, s * t, b * s * topk * 8)
+    )
+    return (1, b, s, t, heads, width, topk, bf16, *q, *k, t * width * size, *weights, *hidden, 1, *picks)
+
+
+def picked_call(memory: Memory, b: int, s: int, bf16: int, heads: int, latent: int) -> tuple[float, ...]:
+    width, t, k, size = latent + 6, 150, 71, (4, 2)[bf16]
+    queries, row = b * s * heads * size, width * size
+    q, rows, picks, out = _spans(memory, queries * width, b * t * row, b * s * k * 8, queries * latent)
+    chosen = [-1 if i % 9 == 4 else (2 * i + i // k) % t for i in range(b * s * k)]
+    ctypes.memmove(picks[0], Struct(f"={len(chosen)}q").pack(*chosen), picks[1])
+    return (1, b, s, t, heads, width, latent, k, bf16, *q, *rows, t * row, *picks, *out, 0.1)
 
 
 def muon_call(memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:

@@ -1,0 +1,72 @@
+"""The picks of an indexer and attention to them, for any number of queries: checks, and the calls for the C++."""
+
+import torch
+from torch import Tensor
+
+from dsmini_kernels import Unserved
+from dsmini_kernels.cpu.build import PICKED, PICKS, library
+from dsmini_kernels.cpu.steps import detached, n_threads, run, span
+
+
+def pick_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tensor:
+    """Return the places of the topk largest scores of each query in order, and -1 where it sees fewer keys."""
+    (b, s, heads, width), t = q.shape, k.shape[1]
+    topk = min(topk, t)
+    bf16 = _is_bf16(q, k)
+    if weights.dtype != torch.float32 or hidden.dtype != torch.bool or not b * s * heads * width * topk:
+        raise Unserved(f"weights of {weights.dtype}, and {b} x {s} queries for {topk} keys")
+    with torch.no_grad():
+        q, weights, hidden = (detached(x).contiguous() for x in (q, weights, hidden))
+        k, k_span, k_stride = _batches(k)
+    picks = torch.empty(b, s, topk, dtype=torch.int64)
+    call = (
+        *(n_threads(), b, s, t, heads, width, topk, bf16),
+        *(*span(q), *k_span, k_stride, *span(weights), *span(hidden), hidden.shape[0], *span(picks)),
+    )
+    run(library().pick_keys, PICKS, call)
+    return picks
+
+
+def picked_attention(
+    q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, picks: Tensor
+) -> Tensor:
+    """Return absorbed attention of each query to the rows that it picked. Sums are FP32, of BF16 numbers if rows are.
+
+    A CPU without products of BF16 numbers takes them as FP32.
+    """
+    (b, s, heads, _), (t, width), latent, k = q_nope.shape, rows.shape[1:], w_uk.shape[2], picks.shape[2]
+    bf16 = _is_bf16(q_nope, q_rope, rows, w_uk, w_uv)
+    if not b * s * heads * latent * k:
+        raise Unserved
+    q_nope, q_rope, w_uk, w_uv, picks = (detached(x) for x in (q_nope, q_rope, w_uk, w_uv, picks))
+    rows, rows_span, rows_stride = _batches(rows)
+    q_latent = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1).unflatten(0, (b, s))
+    q = torch.cat((q_latent, q_rope), -1)
+    picks = picks.contiguous()
+    out = q.new_empty(b, s, heads, latent)
+    call = (
+        *(n_threads(), b, s, t, heads, width, latent, k, bf16),
+        *(*span(q), *rows_span, rows_stride, *span(picks), *span(out), scale),
+    )
+    run(library().picked_attention, PICKED, call)
+    y = (out.flatten(0, 1).transpose(0, 1) @ w_uv).transpose(0, 1)
+    return y.reshape(b, s, heads * w_uv.shape[2])
+
+
+def _is_bf16(first: Tensor, *others: Tensor) -> bool:
+    """Return True for tensors in BF16, and False for tensors in FP32."""
+    dtypes = {first.dtype, *(x.dtype for x in others)}
+    if len(dtypes) > 1 or first.dtype not in (torch.float32, torch.bfloat16):
+        raise Unserved(f"tensors in {', '.join(map(str, dtypes))}")
+    return first.dtype == torch.bfloat16
+
+
+def _batches(x: Tensor) -> tuple[Tensor, tuple[int, int], int]:
+    """Return rows [b, t, width] with contiguous batches, their address and bytes, and the bytes from batch to batch."""
+    x = detached(x)
+    b, t, width = x.shape
+    if x.stride(2) != 1 or x.stride(1) != width or (b > 1 and x.stride(0) < t * width):
+        x = x.contiguous()
+    stride = x.stride(0) if b > 1 else t * width
+    size = x.element_size()
+    return x, (x.data_ptr(), size * ((b - 1) * stride + t * width)), size * stride
