@@ -109,37 +109,38 @@ void turn(const AttentionCall& c, int64_t token, float* x) {
   hadamard(x, c.index.width);
 }
 
-// The new tokens' keys and weights of heads, from what `index_in` holds, and the keys into the cache.
-void index_keys(const AttentionCall& c, const Buffers& m, Team& team) {
+// Items of the products of an indexer: keys and weights of heads from `index_in`, and queries from what is arranged for wq.
+int64_t key_items(const Indexer& i) { return i.topk ? items_of(i.wk) : 0; }
+int64_t index_items(const Indexer& i) { return i.topk ? items_of(i.wk) + items_of(i.weights) : 0; }
+void index_product(const AttentionCall& c, const Buffers& m, int64_t item) {
   const Indexer& index = c.index;
-  const int64_t dim_stride = padded(c.dim), key_items = items_of(index.wk);
-  team.each(key_items + items_of(index.weights), [&](int64_t item, int64_t) {
-    if (item < key_items)
-      product_item(index.wk, item, m.index_in, dim_stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.index_k[n * index.width + row] = value; });
-    else
-      product_item(index.weights, item - key_items, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
-                   [&](int64_t row, int64_t n, float value) {
-                     m.index_weights[n * index.heads + row] = value / sqrtf(float(index.heads * index.width));
-                   });
-  });
-  team.each(m.tokens, [&](int64_t i, int64_t) {
-    float* key = m.index_k + i * index.width;
-    layer_norm(key, index.norm, index.bias, index.width, c.index_eps);
-    turn(c, i, key);
-    encode_numbers(index.type, key, index.width, index.cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * index.row);
-  });
+  const int64_t dim_stride = padded(c.dim), keys = key_items(index);
+  if (item < keys)
+    return product_item(index.wk, item, m.index_in, dim_stride, m.tokens,
+                        [&](int64_t row, int64_t n, float value) { m.index_k[n * index.width + row] = value; });
+  product_item(index.weights, item - keys, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
+               [&](int64_t row, int64_t n, float value) {
+                 m.index_weights[n * index.heads + row] = value / sqrtf(float(index.heads * index.width));
+               });
+}
+void index_query(const AttentionCall& c, const Buffers& m, int64_t item, const float* x, int64_t stride) {
+  product_item(c.index.wq, item, x, stride, m.tokens,
+               [&](int64_t row, int64_t n, float value) { m.index_q[n * c.index.heads * c.index.width + row] = value; });
 }
 
-// The places of each token's keys, from `x` that is arranged for wq: the scores of all keys that it sees, then the largest.
-void pick(const AttentionCall& c, const Buffers& m, Team& team, const float* x, int64_t stride) {
+// A new token's key into the cache.
+void index_key(const AttentionCall& c, const Buffers& m, int64_t i) {
+  const Indexer& index = c.index;
+  float* key = m.index_k + i * index.width;
+  layer_norm(key, index.norm, index.bias, index.width, c.index_eps);
+  turn(c, i, key);
+  encode_numbers(index.type, key, index.width, index.cache + (i / c.s * c.room + c.starts[i / c.s] + i % c.s) * index.row);
+}
+
+// The places of each token's keys: the scores of all keys that it sees, then the largest.
+void pick(const AttentionCall& c, const Buffers& m, Team& team) {
   const Indexer& index = c.index;
   const int64_t width = index.width, room = round_up(m.most, SCORED), pieces = room / SCORED;
-  team.each(items_of(index.wq), [&](int64_t item, int64_t) {
-    product_item(index.wq, item, x, stride, m.tokens,
-                 [&](int64_t row, int64_t n, float value) { m.index_q[n * index.heads * width + row] = value; });
-  });
-  team.each(m.tokens * index.heads, [&](int64_t i, int64_t) { turn(c, i / index.heads, m.index_q + i * width); });
   team.each(m.tokens * pieces, [&](int64_t item, int64_t thread) {
     const int64_t i = item / pieces, from = item % pieces * SCORED, seen = m.groups.seen(c, i);
     float* panel = m.owned + thread * m.own;
@@ -179,10 +180,13 @@ void step(const AttentionCall& c, const Buffers& m) {
     arrange(normed, c.dim, c.index.wk.type, m.index_in + i * dim_stride);
     arrange(normed, c.dim, c.index.weights.type, m.index_in + (m.tokens + i) * dim_stride);
   });
-  // 2. down: the query's latent, and [c_kv | k_rope]
+  // 2. down: the query's latent, [c_kv | k_rope], and the indexer's keys and weights of heads
   const int64_t q_items = c.q_rank ? items_of(c.wq_a) : items_of(c.wq_b);
-  team.each(q_items + items_of(c.wkv_a), [&](int64_t item, int64_t) {
-    if (item >= q_items) {
+  const int64_t down_items = q_items + items_of(c.wkv_a);
+  team.each(down_items + index_items(c.index), [&](int64_t item, int64_t) {
+    if (item >= down_items) {
+      index_product(c, m, item - down_items);
+    } else if (item >= q_items) {
       product_item(c.wkv_a, item - q_items, for_kv, dim_stride, m.tokens,
                    [&](int64_t row, int64_t n, float value) { m.kv[n * m.kv_width + row] = value; });
     } else if (c.q_rank) {
@@ -200,22 +204,29 @@ void step(const AttentionCall& c, const Buffers& m) {
     rms_norm(kv, c.kv_norm, c.latent, c.kv_eps, kv);
     rotate(kv + c.latent, c.rope / 2, c.cos + angles, c.sin + angles);
     write_row(c, kv, c.cache + ((sequence * c.room) + c.starts[sequence] + token) * c.cache_row);
+    if (c.index.topk) index_key(c, m, i);
     if (!c.q_rank) return;
     float* q_a = m.q_a + i * round_up(m.q_width, 16);
     rms_norm(q_a, c.q_norm, c.q_rank, c.q_eps, q_a);
     arrange(q_a, c.q_rank, c.wq_b.type, m.q_in + i * padded(m.q_width));
   });
-  // 4. up: queries of all heads
-  if (c.q_rank)
-    team.each(items_of(c.wq_b), [&](int64_t item, int64_t) {
-      product_item(c.wq_b, item, m.q_in, padded(m.q_width), m.tokens,
-                   [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
-    });
-  if (c.index.topk) index_keys(c, m, team);
-  if (groups.picked) pick(c, m, team, c.q_rank ? m.q_in : m.normed, padded(m.q_width));
-  // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item
+  // 4. up: queries of all heads, of the indexer too
+  const float* for_q = c.q_rank ? m.q_in : m.normed;
+  const int64_t up_items = c.q_rank ? items_of(c.wq_b) : 0;
+  team.each(up_items + (groups.picked ? items_of(c.index.wq) : 0), [&](int64_t item, int64_t) {
+    if (item >= up_items) return index_query(c, m, item - up_items, for_q, padded(m.q_width));
+    product_item(c.wq_b, item, for_q, padded(m.q_width), m.tokens,
+                 [&](int64_t row, int64_t n, float value) { m.q[n * c.heads * head + row] = value; });
+  });
+  // 5. queries of the latent: W_UK^T q_nope, and the rotated part, both scaled; a piece of WIDEST columns is an item.
+  // After them the indexer's queries, rotated
   const int64_t pieces = (c.latent + WIDEST - 1) / WIDEST;
-  team.each(m.tokens * c.heads * pieces, [&](int64_t item, int64_t) {
+  const int64_t latent_items = m.tokens * c.heads * pieces;
+  team.each(latent_items + (groups.picked ? m.tokens * c.index.heads : 0), [&](int64_t item, int64_t) {
+    if (item >= latent_items) {
+      const int64_t at = item - latent_items;
+      return turn(c, at / c.index.heads, m.index_q + at * c.index.width);
+    }
     const int64_t piece = item % pieces, h = item / pieces % c.heads, i = item / pieces / c.heads;
     const int64_t sequence = i / c.s, token = i % c.s, first = piece * WIDEST;
     float* q = m.q + (i * c.heads + h) * head;
@@ -232,6 +243,7 @@ void step(const AttentionCall& c, const Buffers& m) {
     for (int64_t k = 0; k < c.rope; ++k) out[c.latent + k] = q[c.nope + k] * float(c.scale);
     memset(out + m.kv_width, 0, (m.q_stride - m.kv_width) * 4);
   });
+  if (groups.picked) pick(c, m, team);
   // 6. attention to parts of the context, or of the picks
   team.each(m.parts, [&](int64_t item, int64_t thread) {
     float* own = m.owned + thread * m.own;

@@ -14,7 +14,7 @@ namespace {
 enum CacheType : int64_t { CACHE_FP32, CACHE_BF16, CACHE_FP8, CACHE_TYPES };
 constexpr int64_t KEYS = 32;                  // decoded at a time
 constexpr int QUERIES = BYTES == 64 ? 8 : 4;  // rows that share a key's numbers, whose sums stay in registers
-inline int64_t part_length(int64_t keys) { return keys <= 2048 ? 64 : 256; }
+inline int64_t part_length(int64_t keys) { return keys < 2048 ? 64 : 256; }
 
 // The rows [latent | rotary key] of a sequence. In FP8: codes, FP32 scales of 128 numbers each, BF16 rotary key.
 struct Rows {

@@ -101,29 +101,67 @@ inline void score_panel(const float* panel, int64_t vectors, int64_t width, int6
   for (int64_t v = 0; v < vectors; ++v) store(out + v * LANES, sortable(total[v]));
 }
 
+// A bit for each lane that is not 0.
+inline uint32_t lanes_of(I mask) {
+#if BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif BYTES == 32
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= uint32_t(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
+// Calls body(first place, scores) for vectors of n scores; the last is filled up with zeros, which sort below all scores.
+template <class Body>
+inline void each_scores(const uint32_t* scores, int64_t n, Body body) {
+  int64_t t = 0;
+  for (; t + LANES <= n; t += LANES) body(t, load<U>(scores + t));
+  if (t == n) return;
+  U rest{};
+  memcpy(&rest, scores + t, (n - t) * 4);
+  body(t, rest);
+}
+
 // The places of the k largest of n scores, in order; of equal ones the first. k < n. The k-th largest is found eleven
 // bits at a time, among the scores that have all bits so far.
 inline void select_largest(const uint32_t* scores, int64_t n, int64_t k, int32_t* places) {
-  uint32_t edge = 0, known = 0;  // bits of the k-th largest, and which are known
-  int64_t wanted = k;            // of the scores whose known bits are those of the edge
-  for (int shift : {21, 10, 0}) {
-    const uint32_t most = shift == 0 ? 1023 : 2047;
-    int32_t counts[4][2048] = {};  // four, so that equal scores do not wait for each other
-    for (int64_t t = 0; t < n; ++t) counts[t % 4][scores[t] >> shift & most] += (scores[t] & known) == edge;
-    int64_t digit = most;
+  int32_t counts[4][2048] = {};  // four, so that equal scores do not wait for each other
+  uint32_t edge = 0;             // bits of the k-th largest
+  int64_t wanted = k;            // of the scores whose bits so far are those of the edge
+  const auto next_bits = [&](int shift, int64_t digit) {
     for (;; --digit) {
       const int64_t some = int64_t{counts[0][digit]} + counts[1][digit] + counts[2][digit] + counts[3][digit];
       if (some >= wanted) break;
       wanted -= some;
     }
-    edge |= uint32_t(digit) << shift, known |= most << shift;
+    edge |= uint32_t(digit) << shift;
+  };
+  for (int64_t t = 0; t < n; ++t) ++counts[t % 4][scores[t] >> 21];
+  next_bits(21, 2047);
+  for (int shift : {10, 0}) {
+    const int above = shift == 10 ? 21 : 10;
+    const uint32_t most = shift == 10 ? 2047 : 1023;
+    memset(counts, 0, sizeof counts);
+    each_scores(scores, n, [&](int64_t t, U some) {
+      for (uint32_t bits = lanes_of((I)(some >> above == U{} + (edge >> above))); bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        ++counts[lane % 4][scores[t + lane] >> shift & most];
+      }
+    });
+    next_bits(shift, most);
   }
-  for (int64_t t = 0, found = 0; found < k; ++t) {
-    const bool equal = scores[t] == edge;
-    places[found] = int32_t(t);
-    found += scores[t] > edge || (equal && wanted > 0);
-    wanted -= equal;
-  }
+  int64_t found = 0;
+  each_scores(scores, n, [&](int64_t t, U some) {
+    const uint32_t equal = lanes_of((I)(some == U{} + edge));
+    for (uint32_t bits = lanes_of((I)(some > U{} + edge)) | equal; bits; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      if (equal >> lane & 1 && wanted-- <= 0) continue;
+      places[found++] = int32_t(t + lane);
+    }
+  });
 }
 
 }  // namespace
