@@ -86,30 +86,50 @@ class DSA(MLA):
         q, new = self.queries(given, table, latent), self.latents(given, table)
         # 2. the keys of each query: [b, s, k]
         picks = self.picks(x, latent, table, documents, past)
-        # 3. attention to them, absorbed: [b, s, h v]
+        # 3. attention to them: [b, s, h v]
         if past is not None and self.form_for(q.shape[1], past) == "absorbed":
-            past.append(new)
-            rows = past.store.read(past.window.end, q.dtype)
-            q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-            w_uk, w_uv = self._absorbed_halves(q.dtype, past)
-            return self.wo(picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, picks))
-        # or expanded, a block of queries at a time
+            return self.wo(self._to_rows(q, new, picks, past))
         c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
-        heads = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
+        k, v = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
         if stage is not None:
-            fit = self.fit(x, latent, table, documents, q, heads[0], picks, stage)
+            fit = self.fit(x, latent, table, documents, q, k, picks, stage)
             if self.fits is not None:
                 self.fits.append(fit)
-        k, v = (rows.transpose(1, 2) for rows in heads)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
-            dense = attend(q.transpose(1, 2), k, v, self.scale, past=None, documents=documents, mask=self.mask)
-            return self.wo(rearrange(dense, "b h s v -> b s (h v)"))
+            y = attend(q, k, v, self.scale, past=None, documents=documents, mask=self.mask)
+        else:
+            y = self._to_keys(q, k, v, picks, past)
+        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+
+    def _to_rows(
+        self,
+        q: Float[Tensor, "b s h d"],
+        new: tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]],
+        picks: Int[Tensor, "b s k"],
+        past: Past,
+    ) -> Float[Tensor, "b s hv"]:
+        """Append the new rows to the cache and attend to the picked ones, absorbed."""
+        past.append(new)
+        rows = past.store.read(past.window.end, q.dtype)
+        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+        w_uk, w_uv = self._absorbed_halves(q.dtype, past)
+        return picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, picks)
+
+    def _to_keys(
+        self,
+        q: Float[Tensor, "b h s d"],
+        k: Float[Tensor, "b h t d"],
+        v: Float[Tensor, "b h t v"],
+        picks: Int[Tensor, "b s k"],
+        past: Past | None,
+    ) -> Float[Tensor, "b h s v"]:
+        """Attend to the keys that are picked, expanded, a block of queries at a time."""
         y = []
-        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 1), picks.split(BLOCK, 1), strict=True)):
+        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 2), picks.split(BLOCK, 1), strict=True)):
             t = _keys_before((i + 1) * BLOCK, k.shape[2], past)
-            mask = unpicked(chosen, t)
-            y.append(cached_attention(part.transpose(1, 2), k[:, :, :t], v[:, :, :t], self.scale, mask))
-        return self.wo(rearrange(torch.cat(y, 2), "b h s v -> b s (h v)"))
+            y.append(cached_attention(part, k[:, :, :t], v[:, :, :t], self.scale, unpicked(chosen, t)))
+        return torch.cat(y, 2)
 
     @torch.no_grad()
     def picks(
