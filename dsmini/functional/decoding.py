@@ -177,10 +177,11 @@ def _attention_cost(x: Tensor, part: AttentionPart, past: Any, table: Table, sta
         if int(starts.max()) + s > i.topk:  # or nothing is scored
             products += i.wq_b.shape[0] * i.wq_b.shape[1]
             scores = 2 * s * keys * i.n_heads * len(i.k_norm)
-    attention = 2 * s * met * h * (2 * c + part.rope) + scores
+    attention = 2 * s * met * h * (2 * c + part.rope)
     read = x.nbytes + sum(t.nbytes for t in part.tensors) + met * row + (keys if scores else 0) * index_row
     written = x.nbytes + b * s * (row + index_row)
-    return ops.Cost(read, written, 2 * b * s * products + attention, b * s, number_dtype(part.wo), attention)
+    flops = 2 * b * s * products + attention + scores
+    return ops.Cost(read, written, flops, b * s, number_dtype(part.wo), attention, scores)
 
 
 @ops.operation("attention_step", cost=_attention_cost)

@@ -36,7 +36,7 @@ def queries_at_a_time(x: Tensor, query_bytes: int) -> int:
 
 def _scores_cost(q: Tensor, k: Tensor, weights: Tensor) -> ops.Cost:
     (b, s, h, d), t = q.shape, k.shape[1]
-    return ops.Cost(q.nbytes + k.nbytes + weights.nbytes, 4 * b * s * t, 2 * b * s * h * t * d)
+    return ops.Cost(q.nbytes + k.nbytes + weights.nbytes, 4 * b * s * t, 2 * b * s * h * t * d, t, q.dtype)
 
 
 @ops.operation("index_scores", cost=_scores_cost)
@@ -129,7 +129,7 @@ def _picked_cost(
     (b, s, h, n), width, (c, v), k = q_nope.shape, rows.shape[2], w_uv.shape[1:], picks.shape[2]
     read = sum(x.nbytes for x in (q_nope, q_rope, w_uk, w_uv, picks)) + math.prod(picks.shape) * rows[0, 0].nbytes
     flops = 2 * b * s * h * (c * (n + v) + k * (width + c))
-    return ops.Cost(read, b * s * h * v * q_nope.element_size(), flops)
+    return ops.Cost(read, b * s * h * v * q_nope.element_size(), flops, k, rows.dtype)
 
 
 @ops.operation("picked_attention", cost=_picked_cost)

@@ -45,6 +45,8 @@ class CountedOperation:
     """True for one of dsmini's own kernels, whose name is that of its operation."""
     attention: int = 0
     """Part of the FLOPs that multiplies with rows of a cache; known of kernels only."""
+    scores: int = 0
+    """Part of the FLOPs that multiplies with an indexer's cached keys; known of kernels only."""
     matrix: int = 0
     """Numbers of an expert's matrix; 0 where the kernel does not tell."""
 
@@ -110,7 +112,7 @@ class Count(TorchDispatchMode):
         cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
         kind, rows = ("product", cost.rows) if cost.flops else ("move", 0)
         work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
-        more = {"is_kernel": True, "attention": cost.attention, "matrix": cost.matrix}
+        more = {"is_kernel": True, "attention": cost.attention, "scores": cost.scores, "matrix": cost.matrix}
         self._add(name, work, cold, cost.dtype or results[0].dtype, results, max(1e-7, seconds), **more)
 
     def _add(

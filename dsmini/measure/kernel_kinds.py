@@ -7,7 +7,7 @@ is E4M3 codes with scales, as in serving. Training multiplies no codes.
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dsmini.functional.decoding import AttentionPart, attention_step
 from dsmini.functional.experts import experts, quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.functional.muon import NEWTON_SCHULZ, MuonMatrices, muon_update
+from dsmini.functional.sparse_attention import pick_keys, picked_attention
 from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
 from dsmini.inference.parts import parts_of
 from dsmini.measure.kinds import Job, Maker
@@ -34,6 +35,9 @@ MLA: Mapping[str, Any] = {
     **{"n_heads": 16, "q_lora_rank": 32, "kv_lora_rank": 256},
     **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_mtp_layers": 0},
 }
+INDEXER: Mapping[str, Any] = {"attention": "dsa", "index_n_heads": 8, "index_head_dim": 64, "index_topk": 64}
+QUERIES = 32
+"""Queries of a call that picks keys or attends to picks."""
 
 
 def _numbers(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
@@ -134,24 +138,58 @@ def _dequantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
     return call, (q.codes, q.scales), x.nbytes + q.nbytes
 
 
-def _cached_attention(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
-    """Return a decoding step of one attention whose weights are small next to its cache."""
-    config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **MLA)
-    model = random_model(config, device, dtype)
-    cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
-    window = cache.place(config, token, None)
-    part, past = parts_of(model.layers[0]), cache.pasts(window)[0]
-    assert part is not None and isinstance(part[0], AttentionPart), "a plain block of MLA can be taken apart"
-    attention = part[0]
-    x, table = model.embedded(token).float(), model.rope.table(window.positions)
-    starts = torch.full((1,), keys)
+def _attention_step(part: Literal["attention", "scores"]) -> Maker:
+    """Return the maker of a decoding step of one attention whose weights are small next to its cache.
 
-    def call(data: Tensor) -> Tensor:
-        store = copy(past.store)
-        store.data = data
-        return attention_step(x, attention, replace(past, store=store), table, starts)
+    Args:
+        part: "attention" attends to all keys; with "scores" an indexer scores all keys and picks a few.
+    """
+    sizes = {**MLA, **(INDEXER if part == "scores" else {})}
 
-    return call, (past.store.data,), attention_step.cost(x, attention, past, table, starts).attention
+    def make(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
+        config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **sizes)
+        model = random_model(config, device, dtype)
+        cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
+        window = cache.place(config, token, None)
+        taken, past = parts_of(model.layers[0]), cache.pasts(window)[0]
+        assert taken is not None and isinstance(taken[0], AttentionPart), "a plain block of MLA can be taken apart"
+        attention = taken[0]
+        x, table = model.embedded(token).float(), model.rope.table(window.positions)
+        starts = torch.full((1,), keys)
+
+        index = past.store.index
+        cached = past.store if index is None else index
+
+        def call(data: Tensor) -> Tensor:
+            store, own = copy(past.store), copy(cached)
+            own.data = data
+            if index is None:
+                store = own
+            else:
+                store.index = own
+            return attention_step(x, attention, replace(past, store=store), table, starts)
+
+        return call, (cached.data,), getattr(attention_step.cost(x, attention, past, table, starts), part)
+
+    return make
+
+
+def _pick_keys(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
+    """Return the picks of some queries, a quarter of the keys."""
+    q, k = _numbers(dtype, device, 1, QUERIES, 8, 64), _numbers(dtype, device, 1, keys, 64)
+    weights = _numbers(torch.float32, device, 1, QUERIES, 8)
+    hidden = torch.zeros(1, QUERIES, keys, dtype=torch.bool, device=device)
+    flops = pick_keys.cost(q, k, weights, keys // 4, hidden).flops
+    return lambda q, k: pick_keys(q, k, weights, keys // 4, hidden), (q, k), flops
+
+
+def _picked_attention(picks: int, dtype: torch.dtype, device: torch.device) -> Job:
+    """Return attention of some queries to a quarter of the rows."""
+    shapes = ((1, QUERIES, 16, 32), (1, QUERIES, 16, 32), (1, 4 * picks, 288), (16, 32, 256), (16, 256, 32))
+    tensors = tuple(_numbers(dtype, device, *shape) for shape in shapes)
+    chosen = torch.rand(1, QUERIES, 4 * picks, device=device).topk(picks).indices
+    run: Any = picked_attention
+    return lambda *tensors: run(*tensors, 0.1, chosen), tensors, run.cost(*tensors, 0.1, chosen).flops
 
 
 KERNEL_PRODUCTS: Mapping[str, Maker] = {
@@ -162,7 +200,10 @@ KERNEL_PRODUCTS: Mapping[str, Maker] = {
     "narrow trained experts": _trained(False, NARROW_WIDTH, NARROW_HIDDEN),
     "narrow trained experts gradients": _trained(True, NARROW_WIDTH, NARROW_HIDDEN),
     "muon": _muon,
-    "cached attention": _cached_attention,
+    "cached attention": _attention_step("attention"),
+    "index scores": _attention_step("scores"),
+    "pick keys": _pick_keys,
+    "picked attention": _picked_attention,
 }
 NARROW, WIDE = NARROW_WIDTH * NARROW_HIDDEN, EXPERT_WIDTH * EXPERT_HIDDEN
 """Numbers of an expert's matrix in the narrow curves and in the others."""
@@ -175,6 +216,9 @@ KERNEL_ROWS: Mapping[str, tuple[int, ...]] = {
     "narrow trained experts gradients": (8, 64, 512),
     "muon": (32, 64, 128, 256, 512),
     "cached attention": (64, 512, 4096),
+    "index scores": (1024, 4096, 16384),
+    "pick keys": (256, 2048, 8192),
+    "picked attention": (64, 512, 2048),
 }
 """Rows that are measured; sides of a matrix for Muon, and keys for attention."""
 KERNEL_DTYPES: Mapping[str, tuple[str, ...]] = {
@@ -193,6 +237,8 @@ KERNEL_CURVES: Mapping[str, str] = {
     "trained_experts": "trained experts",
     "trained_experts_gradients": "trained experts gradients",
     "muon_update": "muon",
+    "pick_keys": "pick keys",
+    "picked_attention": "picked attention",
     **dict.fromkeys(("quantize", "quantize_dequantize"), "quantize"),
     "dequantize": "dequantize",
 }

@@ -67,10 +67,11 @@ def _kernel_seconds(op: CountedOperation, roofs: Roofs) -> float | None:
     if op.matrix:
         narrow = flops_rate(roofs, f"kernel narrow {kind}", dtype, op.rows, op.cold_share)
         rate = between(narrow, rate, op.matrix, NARROW, WIDE)
-    seconds = (op.flops - op.attention) / rate
-    if op.attention:
-        cached = "bfloat16" if dtype == "fp8" else dtype
-        seconds += op.attention / flops_rate(roofs, "kernel cached attention", cached, 4096, op.cold_share)
+    seconds = (op.flops - op.attention - op.scores) / rate
+    cached = "bfloat16" if dtype == "fp8" else dtype
+    for part, of in ((op.attention, "cached attention"), (op.scores, "index scores")):
+        if part:
+            seconds += part / flops_rate(roofs, f"kernel {of}", cached, 4096, op.cold_share)
     return seconds
 
 

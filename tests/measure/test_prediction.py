@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dsmini import ops
 from dsmini.functional.trained_experts import trained_experts
 from dsmini.measure import prediction
 from dsmini.measure.counting import Count, count
@@ -80,3 +81,23 @@ def test_narrow_experts_are_slower_by_flop(width: int, hidden: int, rate: float)
     (op,) = counter.operations
     assert op.flops == 6 * 4 * width * hidden
     assert prediction.operation_seconds(op, there) == pytest.approx(op.flops / rate)
+
+
+def test_each_part_of_a_kernel_has_a_rate_of_its_own() -> None:
+    rates = {"linear": 1e9, "cached attention": 2e9, "index scores": 5e8, "pick keys": 4e9}
+    curves = {
+        f"{where} kernel {kind} float32": Curve(sizes=(1.0, 1e5), costs=(rate, rate))
+        for where in ("warm", "cold")
+        for kind, rate in rates.items()
+    }
+    machine = dataclasses.replace(roofs(), curves={**roofs().curves, **curves})
+    x = torch.ones(8)
+    whole = ops.Cost(32, 32, 7_000_000, attention=4_000_000, scores=1_000_000)
+    for name, cost, want in (
+        ("attention_step", whole, 2e6 / 1e9 + 4e6 / 2e9 + 1e6 / 5e8),
+        ("pick_keys", ops.Cost(32, 32, 8_000_000), 8e6 / 4e9),
+    ):
+        counter = Count()
+        counter.kernel_ran(name, cost, x, 1.0)
+        (op,) = counter.operations
+        assert prediction.operation_seconds(op, machine) == pytest.approx(want), name
