@@ -47,17 +47,22 @@ def training_flops(config: ModelConfig, sequences: int) -> float:
     return sequences * length * accounting.flops_per_token(config, length, training=True).total
 
 
-def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Run python -m module from this checkout. Return its seconds and the JSON of its last line.
+def run_module(module: str, *arguments: str) -> str:
+    """Run python -m module from this checkout and return what it printed.
 
     Raises: RuntimeError with its messages if it fails.
     """
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"python -m {module} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return seconds, json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def run_command(module: str, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """Run python -m module as run_module does. Return its seconds and the JSON of its last line."""
+    start = time.perf_counter()
+    printed = run_module(module, *arguments)
+    return time.perf_counter() - start, json.loads(printed.splitlines()[-1])
 
 
 def run_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from dsmini.report import Figure, Plot
 
 MODULES = ("kv_cache", "moe", "fp8", "decode", "prefill", "train", "fp8_error", "mtp", "roofline", "peers", "kernels")
-MODULES += ("quantize", "plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse")
+MODULES += ("quantize", "plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse", "sparse_training")
 """Modules in the order of the report."""
-ON_REQUEST = {"plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse"}
+ON_REQUEST = {"plan", "diagnose", "shakespeare", "moe_or_dense", "pipeline", "sparse", "sparse_training"}
 PACKAGES = {"peers": "transformers", "shakespeare": "transformers"}
-TEXTS = {"shakespeare": "Karpathy's tinyshakespeare, 1,115,394 characters"}
+SHAKESPEARE = "Karpathy's tinyshakespeare, 1,115,394 characters"
+TEXTS = {"shakespeare": SHAKESPEARE, "sparse_training": SHAKESPEARE}
 NOTHING = "Nothing was measured yet."
 
 

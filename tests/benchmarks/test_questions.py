@@ -1,6 +1,7 @@
 """Run all questions of benchmarks/ in small sizes: figures are complete, and counts equal their predictions."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.questions import (
     quantize,
     questions_here,
     shakespeare,
+    sparse_training,
 )
 from dsmini import RunConfig, TrainConfig, Transformer, accounting, ops
 from dsmini.config.parallel import CHUNKS
@@ -73,6 +75,7 @@ METRICS = {
     "moe-or-dense": {"loss", "tokens_per_s", "active_parameters", "gain"},
     "pipeline": {"bubble", "pipeline_seconds", "step_seconds", "action_seconds", "gap"},
     "sparse": {"decode_seconds", "prompt_seconds", "decode_gain", "prompt_gain", "bytes_per_token"},
+    "sparse-training": {"loss", "recall", "mass", "kl", "answered"},
 }
 PREDICTED = {
     "kv-cache": {"bytes_per_token", "seconds_per_layer"},
@@ -89,9 +92,18 @@ PREDICTED = {
     "plan": {"seconds", "tensor_memory", "process_memory"},
     "pipeline": {"bubble", "pipeline_seconds"},
     "sparse": {"decode_seconds", "prompt_seconds", "decode_gain", "prompt_gain", "bytes_per_token"},
-    **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense")},
+    **{name: set[str]() for name in ("peers", "quantize", "shakespeare", "moe-or-dense", "sparse-training")},
 }
-PLOTS = {"decode": 1, "prefill": 1, "train": 1, "roofline": 3, "plan": 1, "diagnose": 1, "sparse": 3}
+PLOTS = {
+    "decode": 1,
+    "prefill": 1,
+    "train": 1,
+    "roofline": 3,
+    "plan": 1,
+    "diagnose": 1,
+    "sparse": 3,
+    "sparse-training": 3,
+}
 EXACT = {
     "kv-cache": {"bytes_per_token"},
     "fp8": {"bytes", "bytes_per_token"},
@@ -130,19 +142,40 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
     changes += [(pipeline, "make_folder", lambda path: None)]
     changes += [(pipeline_steps, "record", lambda size: {name: invented_steps(name) for name in CHUNKS})]
     changes += [(each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)]
+    changes += [(sparse_training, "run_module", fake_module), (sparse_training, "CONTEXT", 192)]
+    random_weights = Transformer(dataclasses.replace(TINY, vocab_size=256, max_seq_len=192))
+    changes += [(sparse_training, "load_run", lambda _: (random_weights, None))]
+    changes += [(sparse_training, "load_pretrained", lambda _: random_weights)]
     changes += [(each, "times", lambda run, device, _: measuring.times(run, device, 0.0)) for each in (decode, steps)]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in changes:
             patch.setattr(module, name, value)
         # kernels may read such small weights from a cache, and are faster than the invented machine
         fast: dict[str, Any] = {"bandwidth": 1e12, "peak": {"float32": 1e12, "bfloat16": 1e13}}
-        yield {n: run(q, setting(**fast if n == "kernels" else {"bandwidth": 2e10})) for n, q in QUESTIONS.items()}
+        book = corpus / "book.txt"
+        book.write_text("A line of a book.\n" * 200)
+        there = {"text": book, "out": corpus}
+        yield {
+            n: run(q, dataclasses.replace(setting(**fast if n == "kernels" else {"bandwidth": 2e10}), **there))
+            for n, q in QUESTIONS.items()
+        }
 
 
 def fake_recipe(setting: Setting, *arguments: str) -> tuple[float, dict[str, Any]]:
     """Return seconds and summary of a run without training; the seed changes the loss."""
     loss = 1.5 + 0.01 * int(arguments[arguments.index("--train.seed") + 1]) ** 2 * ("384" in arguments)
     return 1.0, dict.fromkeys(SUMMARY, 1000) | {"val_loss": loss, "val_loss_at_eval_context": loss}
+
+
+def fake_module(module: str, *arguments: str) -> str:
+    """Write what a run leaves that sparse_training reads."""
+    if module == "dsmini.train":
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").write_text(json.dumps({"val_loss": 1.5}))
+        fits = {f"layer_indexer_{name}": [0.25, 0.75] for name in ("recall", "mass", "kl")}
+        (out / "metrics.jsonl").write_text(f"{json.dumps(fits)}\n" * 20)
+    return ""
 
 
 def run(question: Question, here: Setting) -> list[Figure]:
