@@ -276,11 +276,11 @@ def test_every_public_name_exists() -> None:
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
-    "benchmarks": 5250,
+    "benchmarks": 5450,
     "dsmini/accounting": 1350,
     "dsmini/functional": 2140,
     "dsmini/inference": 1490,
-    "dsmini/measure": 2225,
+    "dsmini/measure": 2270,
     "dsmini/nn": 2670,
     "dsmini/planner": 9080,
     "dsmini/report": 1620,
