@@ -20,11 +20,10 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.functional.cached_attention import absorbed_attention, cached_attention, hidden_keys
 from dsmini.functional.experts import quantized_experts
-from dsmini.functional.hadamard import hadamard
 from dsmini.functional.linear import Weight, dense, linear, multiply
 from dsmini.functional.rms_norm import rms_norm
-from dsmini.functional.rope import Table, apply_rope, apply_rope_to_halves
-from dsmini.functional.sparse_attention import pick_keys, picked_attention
+from dsmini.functional.rope import Table, apply_rope
+from dsmini.functional.sparse_attention import pick_keys, picked_attention, turned
 from dsmini.functional.swiglu import swiglu
 from dsmini.numerics import number_dtype
 
@@ -223,17 +222,11 @@ def attention_step(
 def _picks(normed: Tensor, q_in: Tensor, part: IndexerPart, past: Any, table: Table) -> Int[Tensor, "b s k"] | None:
     """Append the indexer's keys to the cache, and return the keys that it picks; None where no token has a choice."""
     width, heads = len(part.k_norm), part.n_heads
-    rotate = apply_rope_to_halves if part.halves else apply_rope
-
-    def turned(x: Tensor) -> Tensor:
-        rope, nope = x.tensor_split((2 * table[0].shape[-1],), -1)
-        return hadamard(torch.cat((rotate(rope, table), nope), -1))
-
     keys = F.layer_norm(multiply(normed, part.wk), (width,), part.k_norm, part.k_bias, part.k_eps)
-    past.index.append((turned(keys.unsqueeze(2)).squeeze(2),))
+    past.index.append((turned(keys.unsqueeze(2), table, halves=part.halves).squeeze(2),))
     if int(past.window.lengths.max()) <= part.topk:
         return None
-    q = turned(rearrange(multiply(q_in, part.wq_b), "b s (h d) -> b s h d", h=heads))
+    q = turned(rearrange(multiply(q_in, part.wq_b), "b s (h d) -> b s h d", h=heads), table, halves=part.halves)
     weights = linear(normed, part.weights_proj) * (heads * width) ** -0.5
     hidden = hidden_keys(None, past.window.positions, past.window.end)
     return pick_keys(q, past.index.store.read(past.window.end, q.dtype), weights, part.topk, hidden)

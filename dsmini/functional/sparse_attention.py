@@ -21,6 +21,8 @@ from torch import Tensor
 from dsmini import ops
 from dsmini.functional.cached_attention import absorbed_attention
 from dsmini.functional.fp32 import at_least_fp32
+from dsmini.functional.hadamard import hadamard
+from dsmini.functional.rope import Table, apply_rope, apply_rope_to_halves
 from dsmini.functional.topk import stable_topk
 
 BLOCK_BYTES = 4 << 20
@@ -32,6 +34,17 @@ OFF_CPU = 16
 def queries_at_a_time(x: Tensor, query_bytes: int) -> int:
     """Return the number of queries whose blocks of query_bytes each may exist together on the device of x."""
     return max(1, BLOCK_BYTES * (1 if x.is_cpu else OFF_CPU) // query_bytes)
+
+
+def turned(x: Float[Tensor, "b s h d"], table: Table, *, halves: bool) -> Float[Tensor, "b s h d"]:
+    """Return an indexer's queries or keys with their first numbers rotated by position, and then transformed.
+
+    Args:
+        halves: RoPE pairs the halves of the first numbers, not neighbours.
+    """
+    rope, nope = x.tensor_split((2 * table[0].shape[-1],), -1)
+    rope = (apply_rope_to_halves if halves else apply_rope)(rope, table)
+    return hadamard(torch.cat((rope, nope), -1))
 
 
 def _scores_cost(q: Tensor, k: Tensor, weights: Tensor) -> ops.Cost:

@@ -15,15 +15,13 @@ Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's release
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.hadamard import hadamard
-from dsmini.functional.rope import Table, apply_rope, apply_rope_to_halves
-from dsmini.functional.sparse_attention import index_scores
+from dsmini.functional.rope import Table
+from dsmini.functional.sparse_attention import index_scores, turned
 from dsmini.nn.fp8 import make_linear
 from dsmini.nn.linear import FP32Linear
 from dsmini.nn.norm import LayerNorm
@@ -39,9 +37,7 @@ class Indexer(nn.Module):
         if c.index_n_heads is None or c.index_head_dim is None or c.index_topk is None:
             raise ValueError(f"attention={c.attention!r} has no indexer; use attention='dsa'")
         self.n_heads, self.head_dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
-        self.rope_dim = c.qk_rope_head_dim
         self.interleaved = c.indexer_rope_interleave
-        self.apply_rope = apply_rope if self.interleaved else apply_rope_to_halves
         self.fp8 = c.indexer_fp8
         width = c.dim if c.q_lora_rank is None else c.q_lora_rank
         self.wq_b = make_linear(c, width, self.n_heads * self.head_dim)
@@ -73,7 +69,6 @@ class Indexer(nn.Module):
         return self.weights_proj(x) * (self.n_heads * self.head_dim) ** -0.5
 
     def _turned(self, x: Float[Tensor, "b s h d"], table: Table) -> Float[Tensor, "b s h d"]:
-        rope, nope = x.tensor_split((self.rope_dim,), -1)
-        x = hadamard(torch.cat((self.apply_rope(rope, table), nope), -1))
+        x = turned(x, table, halves=not self.interleaved)
         # a scale is a power of two: products of rounded numbers are those of the codes, times both scales
         return quantize(x).dequantize(x.dtype) if self.fp8 else x
