@@ -308,21 +308,35 @@ def muon_update(setting: Setting) -> Iterator[Calls]:
         yield Calls(name, experts * o, calls, {**options, "matmul_dtype": dtype}, in_place=True, close=close)
 
 
+def pick_keys(setting: Setting) -> Iterator[Calls]:
+    """Yield the picks of a part of a prompt, by an indexer with V3.2's proportions."""
+    c, t, rows = shapes.wide(setting.quick), *((1024, 16) if setting.quick else (8192, 512))
+    q, k, hidden = (1, rows, c.n_heads // 2, c.kv_lora_rank // 4), (1, t, c.kv_lora_rank // 4), torch.zeros(1, rows, t)
+    made = [_bf16(q, k) for _ in range(turns(setting, 2 * math.prod(q) + 2 * math.prod(k)))]
+    # sums in another order may swap picks at the edge
+    every = [(*pair, torch.randn(q[:3]), t // 4, hidden.bool()) for pair in made]
+    yield Calls(f"BF16, context {t}", rows, every, close=0.02)
+
+
+def picked_attention(setting: Setting) -> Iterator[Calls]:
+    """Yield attention of a part of a prompt to a quarter of the rows."""
+    c, t, rows = shapes.wide(setting.quick), *((1024, 16) if setting.quick else (8192, 512))
+    n, r, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
+    queries = ((1, rows, c.n_heads, n), (1, rows, c.n_heads, r), (1, t, latent + r))
+    weights = [x / x.shape[1] ** 0.5 for x in _bf16((c.n_heads, n, latent), (c.n_heads, latent, c.v_head_dim))]
+    rest = (*weights, (n + r) ** -0.5, torch.rand(1, rows, t).topk(t // 4).indices)
+    every = [(*_bf16(*queries), *rest) for _ in range(turns(setting, sum(2 * math.prod(q) for q in queries)))]
+    yield Calls(f"BF16, context {t}", rows, every, close=0.02)
+
+
+def _bf16(*sizes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(size).bfloat16() for size in sizes]
+
+
 CALLS: Mapping[str, Callable[[Setting], Iterator[Calls]]] = {
-    "linear": linear,
-    "quantized_linear": quantized_linear,
-    "normed": normed,
-    "attention_step": attention_step,
-    "grouped_attention_step": grouped_attention_step,
-    "feed_forward_step": feed_forward_step,
-    "blocks_step": blocks_step,
-    "experts": experts,
-    "quantized_experts": quantized_experts,
-    "trained_experts": trained_experts,
-    "trained_experts_gradients": trained_experts_gradients,
-    "muon_update": muon_update,
-    "quantize": quantize_tiles,
-    "dequantize": dequantize_tiles,
-    "quantize_dequantize": round_tiles,
+    **{f.__name__: f for f in (linear, quantized_linear, normed, attention_step, grouped_attention_step)},
+    **{f.__name__: f for f in (feed_forward_step, blocks_step, experts, quantized_experts)},
+    **{f.__name__: f for f in (trained_experts, trained_experts_gradients, pick_keys, picked_attention, muon_update)},
+    **{"quantize": quantize_tiles, "dequantize": dequantize_tiles, "quantize_dequantize": round_tiles},
 }
 """Calls of each kernel of dsmini_kernels.cpu, by the name of its operation."""

@@ -30,7 +30,7 @@ TOPK = 256
 HELD_OUT = 0.1
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEEDLES, QUICK_NEEDLES = 24, 2
-STEPS = {"short": 700, "dense": 150, "longer": 200, "warmup": 100, "sparse": 200}
+STEPS = {"short": 700, "dense": 500, "longer": 200, "warmup": 100, "sparse": 200}
 QUICK_STEPS, QUICK_EVAL = dict.fromkeys(STEPS, 3), 4096
 WHO = ("dense", "longer", "fresh", "warmup", "sparse")
 
