@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "dsmini.atomic": set(),
     "dsmini.reading": set(),
     "dsmini.config": {"dsmini.config"},
-    "dsmini.config.huggingface": {"dsmini.config.fields"},
+    "dsmini.config.huggingface": {"dsmini.config.fields", "dsmini.config.inference_json"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.checkpoint": {
         *("dsmini.atomic", "dsmini.config", "dsmini.checkpoint"),
