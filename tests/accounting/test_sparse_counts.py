@@ -1,6 +1,7 @@
 """Counts of DSA: the published figures of V3.2, and what a small model computes and caches."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from dsmini.accounting import (
     flops_per_token,
     kv_bytes_per_token,
     parameters,
+    step_flops,
 )
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
 from dsmini.planner.quantities.quantity import TOKENS
-from tests.helpers.accounting import sized
+from dsmini.training.dsa_stage import begin_stage
+from tests.helpers.accounting import GROUPED, WHOLE, explicit_attention, sized
 from tests.helpers.configs import DSA, V32, released
 from tests.helpers.serving_plans import V3, model_of
 
@@ -91,10 +94,40 @@ def test_operations_of_decoding_against_torch(context: int) -> None:
     assert counter.get_total_flops() == (counted + sums if context > 8 else counted - unused)
 
 
-def test_the_indexer_has_no_backward() -> None:
-    forward, training = (flops_per_token(sized(**DSA), 64, training=t, mtp=False).by_module for t in (False, True))
-    for module, count in forward.items():
-        assert training[module] == (1 if "indexer" in module else 3) * count
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("q_lora_rank", [20, None])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_of_a_training_step_against_torch(stage: Any, q_lora_rank: int | None, recompute: bool) -> None:
+    """But for the weighted sums over the indexer's heads: picks, the loss, and two for its gradients."""
+    config = sized(**DSA, n_mtp_layers=2, q_lora_rank=q_lora_rank)
+    model, tokens, heads = Transformer(config), torch.randint(0, 51, (2, 60)), DSA["index_n_heads"]
+    begin_stage(model, stage)
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
+    with ops.use("eager"), counter, explicit_attention(WHOLE):
+        model.losses(tokens, tokens, recompute=recompute).total.backward()
+    how: dict[str, Any] = {"causal": False, "recompute": recompute, "dsa_stage": stage}
+    counted = step_flops(config, batch_size=2, seq_len=60, **how)
+    sums = 2 * 2 * heads * (3 * 60**2 + 59**2 + 58**2) * 4 * (1 + recompute)
+    assert counter.get_total_flops() == counted.total + sums
+
+
+def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:
+    """By hand: V3.2 at 4096 tokens, with the target's logits of all keys in both stages."""
+    all_, picked = 4096 * 4096 / 2, 2048 * 2048 / 2 + 2048 * 2048
+    for stage, compared in (("warmup", all_), ("sparse", picked)):
+        counted = flops_per_token(SPARSE, 4096, training=True, mtp=False, dsa_stage=stage).by_module
+        loss = 2 * (3 * 64 * 128 * compared + 128 * 192 * all_)
+        assert counted["loss of the indexer"] == 61 * loss / 4096
+        assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
+        assert counted["indexer"] == 61 * 3 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)
+
+
+def test_the_main_model_learns_in_the_sparse_stage_alone() -> None:
+    forward, sparse = (flops_per_token(SPARSE, 4096, training=t, mtp=False).by_module for t in (False, True))
+    warmup = flops_per_token(SPARSE, 4096, training=True, mtp=False, dsa_stage="warmup").by_module
+    for module in forward.keys() - {"indexer", SCORES}:
+        assert sparse[module] == 3 * forward[module]
+        assert warmup[module] == (flops_per_token(V3, 4096).by_module if module == OVER else forward)[module]
 
 
 def test_a_sequence_longer_than_k_attends_to_fewer_pairs() -> None:
