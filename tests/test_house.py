@@ -277,12 +277,12 @@ def test_every_public_name_exists() -> None:
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
     "benchmarks": 5250,
-    "dsmini/accounting": 1350,
+    "dsmini/accounting": 1400,
     "dsmini/functional": 2140,
     "dsmini/inference": 1490,
     "dsmini/measure": 2225,
     "dsmini/nn": 2670,
-    "dsmini/planner": 9080,
+    "dsmini/planner": 9270,
     "dsmini/report": 1620,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20
