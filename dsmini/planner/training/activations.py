@@ -113,7 +113,7 @@ class Activations:
     def _attention(self) -> Bytes:
         """Return the bytes of a layer's first half: norm, projections and fused attention."""
         m, d, v = self.m, key_width(self.m), self.m.v_head_dim
-        latent, again = m.config.attention == "mla", self.recompute == "selective"
+        latent, again = m.config.is_mla, self.recompute == "selective"
         parts = [self.normed(m.dim), self.norm_result(m.dim)]
         if latent:
             parts += [self.normed(m.kv_lora_rank), self.row(m.qk_rope_head_dim), self.norm_result(m.kv_lora_rank)]
