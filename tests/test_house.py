@@ -277,7 +277,7 @@ def test_every_public_name_exists() -> None:
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
     "benchmarks": 5250,
-    "dsmini/accounting": 1400,
+    "dsmini/accounting": 1450,
     "dsmini/functional": 2140,
     "dsmini/inference": 1490,
     "dsmini/measure": 2225,
