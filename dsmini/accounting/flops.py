@@ -37,6 +37,7 @@ from dsmini.accounting.tensors import (
     MTP,
     OVER,
     SCORES,
+    Stage,
     TensorUse,
     key_width,
     main_tensors,
@@ -45,8 +46,6 @@ from dsmini.accounting.tensors import (
 )
 from dsmini.config import ModelConfig
 
-Stage = Literal["warmup", "sparse"]
-"""Stage in which indexers learn: as train.dsa_stage."""
 LOSS = "loss of the indexer"
 """Name of the products of an indexer's loss."""
 Form = Literal["auto", "expanded", "absorbed"]

@@ -98,7 +98,10 @@ def _copies(m: ModelInputs, model: ModelFigures, layout: Layout) -> Bytes:
         return (2 * m.dim * m.moe_inter_dim * m.n_routed_experts * moe) * FP32
     outside = model.parameters.mtp_projection_parameters * BF16
     if layout.precision == "bf16":
-        return block_matrices(m, model) * BF16 + outside
+        saved = block_matrices(m, model)
+        if indexer := attention_matrices(m).indexer:  # whose inputs are detached
+            saved = saved - (m.n_layers + m.n_mtp_layers) * parameters_of(indexer)
+        return saved * BF16 + outside
     layers, dense = m.n_layers + m.n_mtp_layers, layer.dense_layers + layer.mtp_dense_layers
     scales = layers * scales_of(attention_matrices(m).all) + dense * scales_of(swiglu_matrices(m, m.inter_dim))
     scales = scales + moe * m.n_routed_experts * scales_of(swiglu_matrices(m, m.moe_inter_dim))
