@@ -1,5 +1,6 @@
-"""python -m dsmini.convert: write a trained or a published model as a folder that transformers loads."""
+"""python -m dsmini.convert: write a trained or a published model as a folder that others load."""
 
+import dataclasses
 import json
 import time
 import warnings
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from dsmini.nn import Transformer
 
 BEGIN_TOKEN = "<｜begin▁of▁sentence｜>"
+SHARD_SIZE = "5GB"
+"""Maximum size of a file where none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertCommand:
-    """Write a trained or a published model as a new Hugging Face folder: safetensors, config.json, tokenizer.
+    """Write a trained or a published model as a new folder: safetensors, config.json, tokenizer.
 
     SRC is a run that dsmini.train wrote, or one of its checkpoints; a DeepSeek or Hugging Face folder; or a folder that
     DeepSeek's inference code reads (model0-mp8.safetensors, ...), the files of all ranks next to its config JSON.
@@ -45,8 +48,12 @@ class ConvertCommand:
     """Write the matrices of attention and feed-forwards in FP8: E4M3 codes, an FP32 scale for each 128x128 block."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of all that is not FP8, except gates, which stay float32; stored: as in SRC, FP8 included."""
-    shard_size: str = "5GB"
-    """Maximum size of a file, such as 5GB or 500MB."""
+    layout: Literal["hugging-face", "inference"] = "hugging-face"
+    """Layout of the folder: Hugging Face's, or the one that DeepSeek's inference code reads, a file for each rank."""
+    ranks: int | None = None
+    """Number of ranks to divide the inference layout for; left out: 1."""
+    shard_size: str = SHARD_SIZE
+    """Maximum size of a file in Hugging Face's layout, such as 5GB or 500MB."""
     average: bool = False
     """Use the EMA of a run's parameters; the run must have one, by --train.ema-decay."""
     dsa: bool = False
@@ -68,8 +75,9 @@ HELP = Help(
         "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
         "runs/toy-001 sparse --dsa --index-topk 64",
+        "DeepSeek-V3.2 v32-mp8 --layout inference --ranks 8",
     ),
-    main=("src", "dst", "fp8", "dtype", "shard_size", "average", "dsa", "json"),
+    main=("src", "dst", "fp8", "dtype", "layout", "ranks", "shard_size", "average", "dsa", "json"),
 )
 
 
@@ -82,32 +90,38 @@ def main(args: Sequence[str]) -> int:
     from dsmini import accounting, ops
     from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
     from dsmini.checkpoint.fresh_indexer import add_indexers
+    from dsmini.checkpoint.inference_layout import save_inference
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
     refuse_filled(command.dst)
     parse_size(command.shard_size)
+    _refuse_other_layout(command)
     sizes = _index_sizes(command)
     model, nbytes, seconds, files, ids = _read(command, tell)
     tell(rate("read", nbytes, seconds))
     if command.dsa:
         add_indexers(model, **sizes)
+    inference = command.layout == "inference"
+    options: dict[str, Any] = {
+        "dtype": None if command.dtype == "stored" else getattr(torch, command.dtype),
+        "files": files,
+        "say": tell,
+    }
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
-        saved = save_pretrained(
-            model,
-            command.dst,
-            command.fp8,
-            dtype=None if command.dtype == "stored" else getattr(torch, command.dtype),
-            shard_size=command.shard_size,
-            files=files,
-            config=ids,
-            say=tell,
-        )
-    n_parameters = accounting.parameters(model.config).total
+        if inference:
+            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, **options)
+        else:
+            options |= {"shard_size": command.shard_size, "config": ids}
+            saved = save_pretrained(model, command.dst, command.fp8, **options)
+    written_config = dataclasses.replace(model.config, n_mtp_layers=0) if inference else model.config
+    n_parameters = accounting.parameters(written_config).total
     written = f"{len(saved.files)} file" + "s" * (len(saved.files) != 1)
-    tell(f"{command.dst}: {written} with {n_parameters:,} parameters, for dsmini and transformers")
-    if prefixes := mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers):
+    readers = "dsmini and DeepSeek's inference code" if inference else "dsmini and transformers"
+    tell(f"{command.dst}: {written} with {n_parameters:,} parameters, for {readers}")
+    prefixes = mtp_prefixes(model.config.n_layers, model.config.n_mtp_layers)
+    if prefixes and not inference:
         tell(
             f"transformers will list the tensors of {', '.join(prefix[:-1] for prefix in prefixes)} as unexpected and "
             "load the others: it has no multi-token prediction, dsmini has"
@@ -125,6 +139,14 @@ def main(args: Sequence[str]) -> int:
         }
         print(json.dumps(figures))
     return 0
+
+
+def _refuse_other_layout(command: ConvertCommand) -> None:
+    """Raise ValueError for an option of the layout that is not written."""
+    if command.layout == "inference" and command.shard_size != SHARD_SIZE:
+        raise ValueError("--shard-size is for Hugging Face's layout; with --layout inference, each rank has one file")
+    if command.layout != "inference" and command.ranks is not None:
+        raise ValueError("--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out")
 
 
 def _index_sizes(command: ConvertCommand) -> dict[str, int]:

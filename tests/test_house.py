@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "dsmini.atomic": set(),
     "dsmini.reading": set(),
     "dsmini.config": {"dsmini.config"},
-    "dsmini.config.huggingface": {"dsmini.config.fields"},
+    "dsmini.config.huggingface": {"dsmini.config.fields", "dsmini.config.inference_json"},
     "dsmini.accounting": {"dsmini.config", "dsmini.accounting"},
     "dsmini.checkpoint": {
         *("dsmini.atomic", "dsmini.config", "dsmini.checkpoint"),
@@ -277,12 +277,12 @@ def test_every_public_name_exists() -> None:
 FILE_LINES, FUNCTION_LINES = 350, 60
 ROOM_LINES = {
     "benchmarks": 5450,
-    "dsmini/accounting": 1350,
+    "dsmini/accounting": 1450,
     "dsmini/functional": 2140,
     "dsmini/inference": 1490,
     "dsmini/measure": 2270,
     "dsmini/nn": 2670,
-    "dsmini/planner": 9080,
+    "dsmini/planner": 9270,
     "dsmini/report": 1620,
 }
 FORWARD_FILES, FORWARD_FUNCTIONS = 9, 20

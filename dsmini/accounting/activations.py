@@ -9,6 +9,8 @@ storage once, however many operations saved it. For each of n tokens, in numbers
                        kernel (flash attention) needs to make the softmax again
     SwiGLU             both results of the products, silu of one, and their product
     gate               scores, their order, the chosen weights
+    indexer            an FP32 copy of the hidden state, for the weights of heads; in FP32 the input of the key's norm,
+                       with its mean and deviation; the gradients of its loss, which are made in forward
     routed experts     a row for each visit: its input and its result; with kernels only both results of the products
 
 In FP8 the inputs of products are codes and scales, and SwiGLU is made again from its two inputs.
@@ -26,7 +28,7 @@ from collections.abc import Iterator
 
 from dsmini.accounting.checks import check_depths, check_dtype, check_sizes
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, MTP, OVER, SIZES, Dtype, key_width
+from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SIZES, Dtype, Stage, key_width
 from dsmini.config import ModelConfig
 
 Amounts = Iterator[tuple[str, int]]
@@ -41,6 +43,7 @@ def activation_bytes(
     dtype: Dtype = "bfloat16",
     recompute: bool = False,
     kernels: bool = False,
+    dsa_stage: Stage = "sparse",
 ) -> Bytes:
     """Return the bytes of activations that Transformer.losses saves for backward, multi-token prediction's included.
 
@@ -59,6 +62,7 @@ def activation_bytes(
             largest.
         kernels: routed experts are trained by a CPU's kernels, which save less than plain PyTorch
             (functional/trained_experts.py); they do not serve simulated FP8.
+        dsa_stage: the stage in which indexers learn. In the warm-up nothing else saves anything.
 
     Raises: ValueError for sizes below 1, and sequences too short for the depths of multi-token prediction.
     """
@@ -66,6 +70,8 @@ def activation_bytes(
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     check_depths(config, seq_len)
     saved = _Saved(config, batch_size, dtype, kernels and config.precision == "native")
+    if dsa_stage == "warmup":
+        return Bytes.of(saved.warmup(seq_len, recompute))
     return Bytes.of(saved.recomputed(seq_len) if recompute else saved.whole(seq_len))
 
 
@@ -107,6 +113,19 @@ class _Saved:
             "one block, made again",
             max(sum(amount for _, amount in self.block(layer, s)) for layer in {0, c.n_layers - 1}),
         )
+
+    def warmup(self, s: int, recompute: bool) -> Amounts:
+        """Yield what the indexers save, and their inputs; with recomputation inputs of blocks, and one indexer."""
+        c, lengths = self.c, [s] * self.c.n_layers + [s - depth - 1 for depth in range(self.c.n_mtp_layers)]
+        for t in dict.fromkeys(lengths):
+            yield "rotary tables", self.table(t)
+        for t in lengths:
+            if recompute:
+                yield "inputs of blocks", self.b * t * c.dim * self.e
+        for t in lengths[:1] if recompute else lengths:
+            yield from self.indexer(self.b * t)
+            if not self.fp8:
+                yield "attention", self.b * t * (c.dim + (c.q_lora_rank or 0)) * self.e
 
     def ends(self, s: int) -> Amounts:
         """Yield what is saved before and after the blocks."""
@@ -174,6 +193,18 @@ class _Saved:
         yield OVER, n * ((h + c.kv_heads) * (d + v) * self.e + h * 4)
         if self.fp8:  # wo reads the result in E5M6, 12 bits a number (report, section 3.3.3)
             yield "attention", n * (12 * -(-h * v // 8) + 4 * -(-h * v // BLOCK))
+        if c.attention == "dsa":
+            yield from self.indexer(n)
+
+    def indexer(self, n: int) -> Amounts:
+        """Yield an indexer's own; it reads what attention reads, in FP8 as codes of its own."""
+        c, h, d = self.c, self.c.index_n_heads or 0, self.c.index_head_dim or 0
+        if self.e < 4 or self.fp8:
+            yield INDEXER, n * 4 * c.dim
+        if self.fp8:
+            yield INDEXER, n * (self.read(c.dim) + self.read(c.q_lora_rank or c.dim))
+        yield INDEXER, n * (4 * d + 8)
+        yield INDEXER, n * ((h + 1) * d * self.e + 4 * h)
 
     def swiglu(self, module: str, n: int, f: int) -> Amounts:
         """Yield w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""

@@ -7,7 +7,12 @@
 N is the active parameters, L the layers, H the heads, d_qk and d_v the widths of a head's key and value, c the latent's
 width, T the tokens of a sequence, t those that a new token sees. T stands for half of the square of queries and keys,
 which a causal mask leaves. In DSA a query attends to min(t, index_topk) keys, after scores of all of them, which take
-2 index_n_heads index_head_dim t. Counted of the indexer is the forward alone: its own loss and gradient are left out.
+2 index_n_heads index_head_dim t.
+
+An indexer in training runs twice, to pick and in its loss, and only its weights have gradients: three times a forward
+of its matrices. Its scores run once for all keys, and in its loss three times, for those that the stage compares: all
+keys in the warm-up, the picked ones in the sparse stage. The target of the loss, the main model's logits of all keys,
+takes 2 H d_qk t more. In the warm-up all else runs forward only, with attention to all keys.
 
 Worked example, DeepSeek-V3.2 that decodes at 128K tokens, one layer: scores 2.15 GFLOP and attention 0.57, dense 36.5.
 
@@ -32,14 +37,17 @@ from dsmini.accounting.tensors import (
     MTP,
     OVER,
     SCORES,
+    Stage,
     TensorUse,
+    key_width,
     main_tensors,
     mtp_tensors,
-    sums,
     tensors,
 )
 from dsmini.config import ModelConfig
 
+LOSS = "loss of the indexer"
+"""Name of the products of an indexer's loss."""
 Form = Literal["auto", "expanded", "absorbed"]
 """Form in which a new token attends to MLA's cache. auto: absorbed, or expanded where the heads are normed."""
 
@@ -55,7 +63,12 @@ class Flops:
 
 
 def flops_per_token(
-    config: ModelConfig, seq_len: int, causal: bool = True, training: bool = False, mtp: bool | None = None
+    config: ModelConfig,
+    seq_len: int,
+    causal: bool = True,
+    training: bool = False,
+    mtp: bool | None = None,
+    dsa_stage: Stage = "sparse",
 ) -> Flops:
     """Return the FLOPs of a token, the mean over a sequence of seq_len tokens: 2 N + L H (d_qk + d_v) seq_len.
 
@@ -69,17 +82,23 @@ def flops_per_token(
         mtp: with the multi-token prediction blocks; left out: as training does, since plain decoding does not run
             them. The published figures are without. Simplified: depth k is counted at all positions, of which it has
             seq_len - k.
+        dsa_stage: the stage in which indexers learn, in training.
 
     Source: "Insights into DeepSeek-V3", table 2. Raises: ValueError for a seq_len below 1.
     """
     check_sizes(seq_len=seq_len)
     mtp = training if mtp is None else mtp
 
-    def flops(use: TensorUse) -> int:
-        passes = 3 if training and not _is_indexer(use) else 1
-        return passes * (2 * use.per_token + _twice_the_pairs(use, seq_len, causal) * use.per_pair // seq_len)
+    stage = dsa_stage if training else None
 
-    return _flops(sums(tensors(config) if mtp else main_tensors(config), flops))
+    def amounts() -> Iterator[tuple[str, int]]:
+        for use in tensors(config) if mtp else main_tensors(config):
+            pairs = _twice_the_pairs(use.most_keys, seq_len, causal, stage) * use.per_pair // seq_len
+            yield use.module, _passes(use, stage) * (2 * use.per_token + pairs)
+            if stage and _part(use) == SCORES:
+                yield _loss_module(use), _loss(config, use, seq_len, causal, stage) // seq_len
+
+    return _flops(collect(amounts()))
 
 
 def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto") -> Flops:
@@ -120,6 +139,7 @@ def step_flops(
     training: bool = True,
     recompute: bool = False,
     last_logits: bool = False,
+    dsa_stage: Stage = "sparse",
 ) -> Flops:
     """Return the FLOPs of one step over batch_size sequences of seq_len tokens, at the positions that there are.
 
@@ -131,6 +151,7 @@ def step_flops(
             logits, as when a prompt is read.
         recompute: blocks run forward once more in backward, up to what their last product reads.
         last_logits: the head only for the last token of each sequence, as generation does (training=False only).
+        dsa_stage: as in flops_per_token.
 
     Raises: ValueError for sizes below 1, and last_logits in training.
     """
@@ -140,40 +161,64 @@ def step_flops(
     if training and last_logits:
         raise ValueError("last_logits=True in training, whose losses want all logits; use training=False")
     again = training and recompute
-    once = 3 if training else 1
+    stage = dsa_stage if training else None
 
-    def amount(use: TensorUse, s: int) -> int:
+    def amounts_of(use: TensorUse, s: int) -> Iterator[tuple[str, int]]:
         # Backward needs no result of the last product. Two results it needs: the routed experts', whose weights learn
         # from them, and in FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm.
         last = use.name == "w2" and config.precision == "native" and not use.module.endswith("routed experts")
         last = last and not use.module.startswith("mtp")
-        passes = (1 if _is_indexer(use) else once) + (again and use.name != "head" and not last)
+        if dsa_stage == "warmup" and config.attention == "dsa":  # the last result that it needs is the indexer's
+            last = use.name == "wo" or _part(use) not in (INDEXER, SCORES, "attention", "projection")
+        repeated = again and use.name != "head" and not last
+        passes = _passes(use, stage) + (2 if _part(use) == INDEXER else 1) * repeated
         positions = 1 if use.name == "head" and last_logits else s
-        pairs = _twice_the_pairs(use, s, causal) * use.per_pair
-        return batch_size * passes * (2 * positions * use.per_token + pairs)
+        pairs = _twice_the_pairs(use.most_keys, s, causal, stage) * use.per_pair
+        yield use.module, batch_size * passes * (2 * positions * use.per_token + pairs)
+        if stage and _part(use) == SCORES:
+            yield _loss_module(use), batch_size * (1 + repeated) * _loss(config, use, s, causal, stage)
 
     def amounts() -> Iterator[tuple[str, int]]:
         for use in main_tensors(config):
-            yield use.module, amount(use, seq_len)
+            yield from amounts_of(use, seq_len)
         for depth in range(config.n_mtp_layers if training else 0):
             for use in mtp_tensors(config, depth):
-                yield use.module, amount(use, seq_len - depth - 1)
+                yield from amounts_of(use, seq_len - depth - 1)
 
     return _flops(collect(amounts()))
 
 
-def _is_indexer(use: TensorUse) -> bool:
-    return use.module.removeprefix(MTP) in (INDEXER, SCORES)
+def _part(use: TensorUse) -> str:
+    return use.module.removeprefix(MTP)
 
 
-def _twice_the_pairs(use: TensorUse, s: int, causal: bool) -> int:
-    """Return two times the pairs of s queries with the keys that they meet.
+def _passes(use: TensorUse, stage: Stage | None) -> int:
+    """Return how many times the work of a forward is done; a stage is that of a training step."""
+    if stage is None or _part(use) == SCORES:
+        return 1
+    return 1 if stage == "warmup" and _part(use) != INDEXER else 3
 
-    A mask hides keys and saves nothing: without `causal` all pairs count, those with keys that were not picked too.
+
+def _loss_module(use: TensorUse) -> str:
+    return use.module.replace(SCORES, LOSS)
+
+
+def _loss(c: ModelConfig, use: TensorUse, s: int, causal: bool, stage: Stage) -> int:
+    """Return the FLOPs of an indexer's loss over s queries: scores with their backward, and the target's logits."""
+    compared = _twice_the_pairs(c.index_topk, s, causal, stage)
+    logits = _twice_the_pairs(None, s, causal, stage) * c.n_heads * key_width(c)
+    return 3 * compared * use.per_pair + logits
+
+
+def _twice_the_pairs(most_keys: int | None, s: int, causal: bool, stage: Stage | None) -> int:
+    """Return two times the pairs of s queries with the keys that they meet, at most most_keys each.
+
+    A mask hides keys and saves nothing: without `causal` all pairs count, those with keys that were not picked too. In
+    the warm-up every query meets all keys.
     """
     if not causal:
         return 2 * s * s
-    k = s if use.most_keys is None else min(s, use.most_keys)
+    k = s if most_keys is None or stage == "warmup" else min(s, most_keys)
     return k * k + 2 * k * (s - k)
 
 

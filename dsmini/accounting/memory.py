@@ -13,12 +13,12 @@ Source: the shapes and dtypes of the released checkpoints; DeepSeek-V3 report, s
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from dsmini.accounting.activations import activation_bytes
 from dsmini.accounting.checks import check_dtype
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, TensorUse, tensors
+from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, Stage, TensorUse, tensors
 from dsmini.config import ModelConfig
 
 WeightDtype = Literal["float32", "bfloat16", "fp8"]
@@ -49,12 +49,17 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
     return Bytes.of(a for use in tensors(config) if mtp or not use.module.startswith("mtp ") for a in amounts(use))
 
 
-def gradient_bytes(config: ModelConfig) -> Bytes:
+def gradient_bytes(config: ModelConfig, dsa_stage: Stage = "sparse") -> Bytes:
     """Return the bytes of the gradients: FP32, as the parameters of training are; a stack of experts has one whole."""
-    return Bytes.of((use.module, 4 * use.parameters) for use in tensors(config))
+    return Bytes.of((use.module, 4 * use.parameters) for use in tensors(config) if use.learns(dsa_stage))
 
 
-def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments: Dtype = "float32") -> Bytes:
+def optimizer_bytes(
+    config: ModelConfig,
+    optimizer: Optimizer = "adamw",
+    moments: Dtype = "float32",
+    dsa_stage: Stage = "sparse",
+) -> Bytes:
     """Return the bytes that the optimizers store of FP32 parameters after a step. Exact.
 
     AdamW: two moments of every parameter, and a count of steps, 4 bytes, of every tensor. Muon: one FP32 momentum of
@@ -76,7 +81,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw", moments
             return 4 * use.parameters
         return 2 * SIZES[moments] * use.parameters + (4 if use.parameters else 0)
 
-    return Bytes.of((use.module, amount(use)) for use in tensors(config))
+    return Bytes.of((use.module, amount(use)) for use in tensors(config) if use.learns(dsa_stage))
 
 
 def training_bytes(
@@ -89,6 +94,7 @@ def training_bytes(
     moments: Dtype = "float32",
     recompute: bool = False,
     kernels: bool = False,
+    dsa_stage: Stage = "sparse",
 ) -> Bytes:
     """Return the bytes that are held at the end of a forward in training: a lower bound, as activation_bytes is.
 
@@ -98,26 +104,30 @@ def training_bytes(
 
     Args:
         batch_size: sequences that go through the model at a time: with gradient accumulation a part of the step's.
-        dtype, recompute, kernels: as in activation_bytes.
+        dtype, recompute, kernels, dsa_stage: as in activation_bytes.
         optimizer, moments: as in optimizer_bytes.
     """
     sizes = {"batch_size": batch_size, "seq_len": seq_len}
-    activations = activation_bytes(config, **sizes, dtype=dtype, recompute=recompute, kernels=kernels)
+    how: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "dsa_stage": dsa_stage}
+    heads = 1 + config.n_mtp_layers if dsa_stage == "sparse" else 0
     return Bytes.of(
         [
             ("parameters", weight_bytes(config, "float32").total),
-            ("gradients", gradient_bytes(config).total),
-            ("optimizer", optimizer_bytes(config, optimizer, moments).total),
-            ("activations", activations.total),
-            ("weights kept for backward", saved_weight_bytes(config, dtype, kernels).total),
-            ("the head's gradient", 4 * (1 + config.n_mtp_layers) * config.vocab_size * config.dim),
+            ("gradients", gradient_bytes(config, dsa_stage).total),
+            ("optimizer", optimizer_bytes(config, optimizer, moments, dsa_stage).total),
+            ("activations", activation_bytes(config, **sizes, recompute=recompute, **how).total),
+            ("weights kept for backward", saved_weight_bytes(config, **how).total),
+            ("the head's gradient", 4 * heads * config.vocab_size * config.dim),
         ]
     )
 
 
-def saved_weight_bytes(config: ModelConfig, dtype: Dtype = "bfloat16", kernels: bool = False) -> Bytes:
+def saved_weight_bytes(
+    config: ModelConfig, dtype: Dtype = "bfloat16", kernels: bool = False, dsa_stage: Stage = "sparse"
+) -> Bytes:
     """Return the bytes of the copies of weights that autograd saves, by kind of module; see activation_bytes."""
-    return Bytes.of((use.module, _saved_copy(config, use, dtype, kernels)) for use in tensors(config))
+    uses = (use for use in tensors(config) if use.learns(dsa_stage))
+    return Bytes.of((use.module, _saved_copy(config, use, dtype, kernels)) for use in uses)
 
 
 def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> int:
@@ -128,6 +138,8 @@ def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> 
     if use.form == "fp8" and c.precision == "fp8":
         return use.parameters + 4 * use.scales
     routed = use.module.endswith("routed experts")
+    if use.module.endswith(INDEXER):  # whose inputs are detached
+        return 0
     if (use.form != "fp8" and use.name != "eh_proj") or (kernels and routed):
         return 0
     joined = routed and use.name != "w2"

@@ -28,6 +28,8 @@ INDEXER, SCORES = "indexer", "scores of the indexer"
 
 Dtype = Literal["float32", "bfloat16"]
 """Dtype of numbers that are computed with."""
+Stage = Literal["warmup", "sparse"]
+"""Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number."""
 BLOCK = 128
@@ -65,6 +67,10 @@ class TensorUse(NamedTuple):
     def per_token(self) -> int:
         """Multiply-adds of a token, which is also the number of parameters it is multiplied with."""
         return self.visits * math.prod(self.shape[-2:])
+
+    def learns(self, stage: Stage) -> bool:
+        """Return whether training changes it in a stage."""
+        return stage == "sparse" or self.module.removeprefix(MTP) == INDEXER or self.name.startswith("k_norm.")
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -92,18 +92,25 @@ def save_pretrained(
     limit = parse_size(shard_size)
     refuse_filled(path)
     planned = plan_folder(model, fp8, dtype, limit)
-    with ExitStack() as stack:
-        folder = stack.enter_context(made(path, new_folder))
-        console = Console(stderr=True)
-        with Progress(console, planned.nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
-            for name, entries in planned.shards.items():
-                write_safetensors(folder / name, entries, METADATA, progress.add)
-        planned.write_beside(folder, files or {}, config or {})
+    saved = write_folder(path, planned.shards, lambda folder: planned.write_beside(folder, files or {}, config or {}))
     if planned.plan.not_finite is not None:
         warnings.warn(not_finite(path, planned.plan.not_finite), stacklevel=2)
     if say is not None:
-        say(rate("wrote", planned.nbytes, progress.seconds))
-    return Saved(planned.nbytes, progress.seconds, list(planned.shards))
+        say(rate("wrote", saved.nbytes, saved.seconds))
+    return saved
+
+
+def write_folder(path: Path, shards: Mapping[str, Sequence[Entry]], write_beside: Callable[[Path], None]) -> Saved:
+    """Write a new folder, whole or not at all: the tensors of each file, and what `write_beside` writes into it."""
+    nbytes = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    with ExitStack() as stack:
+        folder = stack.enter_context(made(path, new_folder))
+        console = Console(stderr=True)
+        with Progress(console, nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
+            for name, entries in shards.items():
+                write_safetensors(folder / name, entries, METADATA, progress.add)
+        write_beside(folder)
+    return Saved(nbytes, progress.seconds, list(shards))
 
 
 class PlannedFolder(NamedTuple):
@@ -122,7 +129,7 @@ class PlannedFolder(NamedTuple):
 
     def write_beside(self, folder: Path, files: Mapping[str, str], config: Mapping[str, Any]) -> None:
         """Write all but the tensors: config.json, the index, what the model came with, and further texts and keys."""
-        _copy_beside(origin_of(self.plan.model), folder)
+        copy_beside(origin_of(self.plan.model), folder)
         texts = {**files, "config.json": as_json(self.raw | dict(config))}
         texts |= {INDEX: as_json(index_of(self.shards))} if len(self.shards) > 1 else {}
         for name, text in texts.items():
@@ -207,7 +214,8 @@ def _describes(raw: Mapping[str, Any], config: ModelConfig) -> bool:
     return dataclasses.replace(read, n_mtp_layers=config.n_mtp_layers) == config
 
 
-def _copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
+def copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
+    """Copy the tokenizer and the other small files that a model came with."""
     if origin is None:
         return
     if not origin.folder.is_dir():

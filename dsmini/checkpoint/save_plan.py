@@ -1,7 +1,7 @@
 """The plan of a save: the tensors of a model's folder, and the dtype of each."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -46,20 +46,28 @@ class SavePlan:
 
     def units(self) -> Iterator[Sequence[Entry]]:
         """Yield the entries of the folder in the order of the model, a weight and its scales together."""
-        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
-        for slot in slots(self.state, self.model.config.n_routed_experts):
-            if slot.name in scales:
-                continue
-            unit = self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
-            self.weight_of |= dict.fromkeys((entry.name for entry in unit), slot)
-            yield unit
+        yield from self._units(slots(self.state, self.model.config.n_routed_experts))
         for theirs, ours in mtp_copies(self.n_layers, range(self.model.config.n_mtp_layers)).items():
             if not self.loaded or theirs in self.stored:
                 self.weight_of[theirs] = Slot(ours, None, tuple(self.state[ours].shape))
                 yield [self._entry(theirs, self.weight_of[theirs], self._dtype(theirs, ours))]
 
-    def _name(self, slot: Slot) -> str:
+    def _units(self, parts: Iterable[Slot]) -> Iterator[Sequence[Entry]]:
+        """Yield the entries of these parts of the model."""
+        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
+        for slot in parts:
+            if slot.name in scales:
+                continue
+            unit = self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
+            self.weight_of |= dict.fromkeys((entry.name for entry in unit), slot)
+            yield unit
+
+    def _hf_name(self, slot: Slot) -> str:
         return hf_name(slot.name, self.n_layers, slot.expert)
+
+    def _name(self, slot: Slot) -> str:
+        """Return the name that a part of the model is written under."""
+        return self._hf_name(slot)
 
     def _value(self, slot: Slot) -> Tensor:
         whole = self.state[slot.name]
@@ -88,8 +96,7 @@ class SavePlan:
             self.not_finite = theirs
 
     def _plain(self, slot: Slot) -> Entry:
-        theirs = self._name(slot)
-        return self._entry(theirs, slot, self._dtype(theirs, slot.name))
+        return self._entry(self._name(slot), slot, self._dtype(self._hf_name(slot), slot.name))
 
     def _matrix(self, slot: Slot) -> list[Entry]:
         """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
@@ -98,7 +105,7 @@ class SavePlan:
         theirs, theirs_scale = self._name(slot), self._name(scale)
         kept = self.state[slot.name].dtype == torch.float8_e4m3fn
         if kept and (self.fp8 or self.dtype is None):
-            stored = self.stored.get(theirs_scale, torch.float32)
+            stored = self.stored.get(self._hf_name(scale), torch.float32)
             return [
                 self._entry(theirs, slot, torch.float8_e4m3fn),
                 self._entry(theirs_scale, scale, stored),

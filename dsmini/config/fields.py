@@ -6,10 +6,11 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dsmini.reading import brief, check_path
+from dsmini.reading import brief, check_path, listed
 
 C = TypeVar("C")
 
@@ -133,6 +134,12 @@ def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
     options = [arg for choice in choices if typing.get_origin(choice) is Literal for arg in typing.get_args(choice)]
     near = difflib.get_close_matches(brief(value).strip("'"), options, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_unread(keys: Iterable[str], source: str) -> None:
+    """Raise ValueError for keys of another project's file that nothing here reads, if there are any."""
+    if unknown := sorted(keys):
+        raise ValueError(f"{source} has keys that dsmini does not know and so cannot honour: {listed(unknown)}")
 
 
 def token_ids(value: Any, vocab_size: Any, where: str) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
-"""Hugging Face's config.json and DeepSeek's inference JSON, read and written. No other file spells their keys."""
+"""Hugging Face's config.json, read and written. No other file spells its keys."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dsmini.config.fields import token_ids
-from dsmini.reading import brief, listed
+from dsmini.config.fields import refuse_unread, token_ids
+from dsmini.config.inference_json import inference_from_json
+from dsmini.reading import brief
 
 # theirs -> ours, for config.json
 _CONFIG = {
@@ -79,37 +80,6 @@ LONGEST_LIST = 10_000
 """Number of layers up to which lists of layers are compared; no model has more."""
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
 """Special ids of a config.json whose tokenizer is not known."""
-# defaults of DeepSeek's ModelArgs, for keys that its inference JSON files leave out
-_MODEL_ARGS = {
-    "vocab_size": 102400,
-    "dim": 2048,
-    "inter_dim": 10944,
-    "moe_inter_dim": 1408,
-    "n_layers": 27,
-    "n_dense_layers": 1,
-    "n_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "n_activated_experts": 6,
-    "n_expert_groups": 1,
-    "n_limited_groups": 1,
-    "score_func": "softmax",
-    "route_scale": 1.0,
-    "q_lora_rank": 0,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "max_seq_len": 16384,
-    "original_seq_len": 4096,
-    "rope_theta": 10000.0,
-    "rope_factor": 40.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-}
-# those of V3.2's ModelArgs, where a file has any of them
-_INDEX_ARGS = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 
 
 def is_hugging_face(raw: Mapping[str, Any]) -> bool:
@@ -127,21 +97,7 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises: ValueError for a key that is unknown or that dsmini cannot honour.
     """
-    return _from_hf_config(raw, source) if is_hugging_face(raw) else _from_inference_json(raw, source)
-
-
-def _from_inference_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    accepted = {"dtype", "scale_fmt", "max_batch_size"}
-    sparse = {"attention": "dsa", **_INDEX_ARGS} if _INDEX_ARGS.keys() & raw.keys() else {}
-    _refuse(set(raw) - set(_MODEL_ARGS) - set(_INDEX_ARGS) - accepted, source)
-    out = {**_MODEL_ARGS, **sparse, **{key: value for key, value in raw.items() if key not in accepted}}
-    sigmoid = out["score_func"] == "sigmoid"
-    out["q_lora_rank"] = out["q_lora_rank"] or None
-    out["mscale_all_dim"] = out["mscale"]
-    out["norm_topk_prob"] = sigmoid
-    grouped = "greedy" if out["n_expert_groups"] == 1 else "group_limited_greedy"
-    out["topk_method"] = "noaux_tc" if sigmoid else grouped
-    return {**out, "n_mtp_layers": 0, "norm_eps": 1e-6}
+    return _from_hf_config(raw, source) if is_hugging_face(raw) else inference_from_json(raw, source)
 
 
 def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -153,7 +109,9 @@ def _from_hf_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source} has model_type={brief(kind)}; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32 and "
             f"kimi_k2{also}"
         )
-    _refuse(set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT - (_SPARSE if kind == "deepseek_v32" else set()), source)
+    refuse_unread(
+        set(raw) - set(_CONFIG) - set(_FIXED) - _SILENT - (_SPARSE if kind == "deepseek_v32" else set()), source
+    )
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{source} has {key}={brief(raw[key])}, which dsmini cannot honour; want {allowed[0]!r}")
@@ -227,11 +185,11 @@ def _yarn(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     kinds = [kind for key in ("type", "rope_type") if (kind := rope.pop(key, None)) is not None] or ["default"]
     if all(kind == "default" for kind in kinds):
-        _refuse(set(rope), source)
+        refuse_unread(set(rope), source)
         return {"rope_theta": theta, "original_seq_len": None}
     if not all(kind == "yarn" for kind in kinds):
         raise ValueError(f"{source} has rope type {brief(kinds[:1])}, which dsmini cannot honour; want 'yarn' or none")
-    _refuse(set(rope) - set(_YARN), source)
+    refuse_unread(set(rope) - set(_YARN), source)
     for key in ("factor", "original_max_position_embeddings"):
         if key not in rope:
             raise ValueError(f"{source} asks for YaRN and lacks {key}; want it next to the type")
@@ -331,8 +289,3 @@ def with_dtypes(
     if fp8:
         out["quantization_config"] = (keep_quantization and quantization) or _fp8_to_json()
     return out
-
-
-def _refuse(keys: Iterable[str], source: str) -> None:
-    if unknown := sorted(keys):
-        raise ValueError(f"{source} has keys that dsmini does not know and so cannot honour: {listed(unknown)}")

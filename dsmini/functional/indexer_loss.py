@@ -18,6 +18,7 @@ import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dsmini import ops
 from dsmini.functional.fp32 import at_least_fp32
@@ -84,6 +85,11 @@ def indexer_fit(
     return IndexerFit(*values)
 
 
+def _as_it_is(saved: Tensor) -> Tensor:
+    """Hold a tensor for a backward that follows at once: recomputation would run the whole block again for it."""
+    return saved
+
+
 class _IndexerFit(torch.autograd.Function):
     """indexer_fit; gradients are computed block by block in the forward."""
 
@@ -121,7 +127,7 @@ class _IndexerFit(torch.autograd.Function):
             target, left_out = attention, hidden.expand_as(missed)
             if stage == "sparse":
                 target, left_out = head_sum(logits, missed), missed
-            with torch.set_grad_enabled(with_gradients):
+            with torch.set_grad_enabled(with_gradients), saved_tensors_hooks(_as_it_is, _as_it_is):
                 parts = [x.detach().requires_grad_(with_gradients) for x in (q[:, start:end], k[:, :end])]
                 parts.append(weights[:, start:end].detach().requires_grad_(with_gradients))
                 scores = index_scores(*parts)

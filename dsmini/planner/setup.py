@@ -14,7 +14,7 @@ from pathlib import Path
 from dsmini.accounting.memory import WeightDtype
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.model.references import is_v3
+from dsmini.planner.model.references import is_v3_family
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, DOLLARS_PER_SECOND, SECONDS
 from dsmini.planner.reliability import HALT, NODE_FAILURES, RESTART, FailureInputs
@@ -101,6 +101,8 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
 
     Raises: ValueError for choices that the model or the hardware cannot have, and if nothing fits what was chosen.
     """
+    if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
+        raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
     m = ModelInputs.of(model.config, model.source)
     reached = hardware_of(request, hardware)
     precision = _precision(m, reached)
@@ -161,7 +163,7 @@ def _with_price(hardware: Hardware, dollars_an_hour: float | None) -> Hardware:
 
 def _precision(m: ModelInputs, hardware: Hardware) -> Precision:
     """Return the precision of products where the user leaves it open: FP8 for V3 and for configs that say so."""
-    if "fp8" in hardware.peaks and (m.config.precision == "fp8" or is_v3(m)):
+    if "fp8" in hardware.peaks and (m.config.precision == "fp8" or is_v3_family(m)):
         return "fp8"
     return "bf16" if "bfloat16" in hardware.peaks else "fp32"
 

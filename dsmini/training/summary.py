@@ -26,7 +26,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     parameters = accounting.parameters(model)
     tokens = trainer.sequences * config.seq_len
     rate = tokens / history.seconds
-    flops = accounting.flops_per_token(model, config.seq_len, causal=True, training=True).total * rate
+    stage = config.train.dsa_stage
+    flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=stage).total * rate
     peak = matmul_rate(device, dtype)
     cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
     mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)

@@ -13,11 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
-from tests.helpers.accounting import ATTENTIONS, DTYPES, WHOLE, explicit_attention, form_of, sized
+from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, explicit_attention, form_of, sized
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs
 
-aten = torch.ops.aten
 V3 = released("deepseek-v3")
 V2 = released("deepseek-v2")
 
@@ -223,18 +222,13 @@ def test_absorbing_v3_is_cheaper_from_the_second_token_on() -> None:
 # --- a step
 
 
-def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of torch's grouped product, which torch's counter takes for nothing: rows by widths."""
-    return 2 * a[0] * a[1] * b[-1]
-
-
 def run_flops(
     config: ModelConfig, b: int, s: int, dtype: str, training: bool, recompute: bool = False, block: int = WHOLE
 ) -> int:
     """Return what torch counts of a step whose attention makes its logits."""
     model = Transformer(config, compute_dtype=DTYPES[dtype])
     tokens = torch.randint(0, 51, (b, s))
-    counter = FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
     with counter, torch.set_grad_enabled(training), explicit_attention(block):
         if training:
             model.losses(tokens, tokens, recompute=recompute).total.backward()

@@ -1,22 +1,29 @@
 """Counts of DSA: the published figures of V3.2, and what a small model computes and caches."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmini import Transformer, ops
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.accounting import (
+    activation_bytes,
     decode_bytes_per_token,
     decode_flops_per_token,
     flops_per_token,
     kv_bytes_per_token,
     parameters,
+    step_flops,
+    training_bytes,
 )
+from dsmini.accounting.memory import saved_weight_bytes
+from dsmini.measure.memory import saved_for_backward
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
 from dsmini.planner.quantities.quantity import TOKENS
-from tests.helpers.accounting import sized
+from dsmini.training.dsa_stage import begin_stage
+from tests.helpers.accounting import DTYPES, GROUPED, WHOLE, explicit_attention, sized
 from tests.helpers.configs import DSA, V32, released
 from tests.helpers.serving_plans import V3, model_of
 
@@ -91,10 +98,40 @@ def test_operations_of_decoding_against_torch(context: int) -> None:
     assert counter.get_total_flops() == (counted + sums if context > 8 else counted - unused)
 
 
-def test_the_indexer_has_no_backward() -> None:
-    forward, training = (flops_per_token(sized(**DSA), 64, training=t, mtp=False).by_module for t in (False, True))
-    for module, count in forward.items():
-        assert training[module] == (1 if "indexer" in module else 3) * count
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("q_lora_rank", [20, None])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_of_a_training_step_against_torch(stage: Any, q_lora_rank: int | None, recompute: bool) -> None:
+    """But for the weighted sums over the indexer's heads: picks, the loss, and two for its gradients."""
+    config = sized(**DSA, n_mtp_layers=2, q_lora_rank=q_lora_rank)
+    model, tokens, heads = Transformer(config), torch.randint(0, 51, (2, 60)), DSA["index_n_heads"]
+    begin_stage(model, stage)
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
+    with ops.use("eager"), counter, explicit_attention(WHOLE):
+        model.losses(tokens, tokens, recompute=recompute).total.backward()
+    how: dict[str, Any] = {"causal": False, "recompute": recompute, "dsa_stage": stage}
+    counted = step_flops(config, batch_size=2, seq_len=60, **how)
+    sums = 2 * 2 * heads * (3 * 60**2 + 59**2 + 58**2) * 4 * (1 + recompute)
+    assert counter.get_total_flops() == counted.total + sums
+
+
+def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:
+    """By hand: V3.2 at 4096 tokens, with the target's logits of all keys in both stages."""
+    all_, picked = 4096 * 4096 / 2, 2048 * 2048 / 2 + 2048 * 2048
+    for stage, compared in (("warmup", all_), ("sparse", picked)):
+        counted = flops_per_token(SPARSE, 4096, training=True, mtp=False, dsa_stage=stage).by_module
+        loss = 2 * (3 * 64 * 128 * compared + 128 * 192 * all_)
+        assert counted["loss of the indexer"] == 61 * loss / 4096
+        assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
+        assert counted["indexer"] == 61 * 3 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)
+
+
+def test_the_main_model_learns_in_the_sparse_stage_alone() -> None:
+    forward, sparse = (flops_per_token(SPARSE, 4096, training=t, mtp=False).by_module for t in (False, True))
+    warmup = flops_per_token(SPARSE, 4096, training=True, mtp=False, dsa_stage="warmup").by_module
+    for module in forward.keys() - {"indexer", SCORES}:
+        assert sparse[module] == 3 * forward[module]
+        assert warmup[module] == (flops_per_token(V3, 4096).by_module if module == OVER else forward)[module]
 
 
 def test_a_sequence_longer_than_k_attends_to_fewer_pairs() -> None:
@@ -105,3 +142,55 @@ def test_a_sequence_longer_than_k_attends_to_fewer_pairs() -> None:
     assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
     short = flops_per_token(SPARSE, 2048).by_module
     assert short[OVER] == flops_per_token(V3, 2048).by_module[OVER]
+
+
+# --- memory
+
+
+def saved_bytes(config: ModelConfig, dtype: Any, stage: Any, recompute: bool = False) -> int:
+    """Return the bytes that a forward saves; without a stage indexers pick and do not learn."""
+    torch.manual_seed(0)  # the same routing, of which experts save rows
+    model = Transformer(config, compute_dtype=DTYPES[dtype])
+    if stage is not None:
+        begin_stage(model, stage)
+    with ops.use("eager"):
+        return saved_for_backward(model, torch.randint(0, 256, (2, 111))).total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+@pytest.mark.parametrize("q_lora_rank", [96, None])
+def test_activations_of_indexers_are_those_saved(q_lora_rank: int | None, precision: Any, dtype: Any) -> None:
+    """Compare a stage with the same model whose indexers do not learn, and the whole warm-up with storages."""
+    config = ModelConfig(n_layers=2, n_mtp_layers=2, precision=precision, q_lora_rank=q_lora_rank, **DSA)
+    counted = activation_bytes(config, batch_size=2, seq_len=110, dtype=dtype)
+    own = sum(amount for name, amount in counted.by_part.items() if name.endswith("indexer"))
+    learning = saved_bytes(config, dtype, "sparse") - saved_bytes(config, dtype, None)
+    assert own == pytest.approx(learning, rel=1e-3)
+    warmup = activation_bytes(config, batch_size=2, seq_len=110, dtype=dtype, dsa_stage="warmup")
+    assert warmup.total == pytest.approx(saved_bytes(config, dtype, "warmup"), rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_gradients_and_moments_are_those_of_a_step(stage: Any, optimizer: Any) -> None:
+    config = sized(**DSA)
+    model, tokens = Transformer(config), torch.randint(0, 51, (2, 30))
+    begin_stage(model, stage)
+    model.losses(tokens, tokens).total.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sizes: dict[str, Any] = {"batch_size": 2, "seq_len": 30, "dsa_stage": stage}
+    counted = training_bytes(config, **sizes, optimizer=optimizer).by_part
+    assert counted["gradients"] == sum(grad.nbytes for grad in gradients)
+    if optimizer == "adamw":
+        assert counted["optimizer"] == sum(2 * grad.nbytes + 4 for grad in gradients)
+    elif stage == "warmup":  # indexers are AdamW's
+        assert counted["optimizer"] == training_bytes(config, **sizes).by_part["optimizer"]
+    heads = 2 if stage == "sparse" else 0
+    assert counted.get("the head's gradient", 0) == heads * 4 * 51 * 40
+
+
+def test_copies_of_weights_of_an_indexer_are_saved_as_codes_alone() -> None:
+    """Its inputs are detached, so that no product of backward reads its weights."""
+    counted = {p: saved_weight_bytes(sized(**DSA, precision=p)).by_part.get("indexer", 0) for p in ("native", "fp8")}
+    assert counted == {"native": 0, "fp8": 3 * (3 * 32 * 20 + 32 * 40 + 4 * 2)}

@@ -10,8 +10,6 @@ import pytest
 from dsmini import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PLANNED = sorted(path for path in CONFIGS.glob("*.toml") if ModelConfig.from_file(path).attention != "dsa")
-"""The files in configs/ that the planner takes."""
 DSA: dict[str, Any] = {"attention": "dsa", "index_n_heads": 3, "index_head_dim": 32, "index_topk": 8}
 """Sparse attention whose top-k is shorter than the tests' sequences."""
 V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}

@@ -14,10 +14,10 @@ from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import BYTES, BYTES_PER_SECOND, COUNT, FLOPS_PER_SECOND, Anything, Quantity
 from dsmini.planner.serving.deployment import Deployment, ServingWorkload, serving_workload
-from tests.helpers.configs import PLANNED, released
+from tests.helpers.configs import CONFIGS, released
 
 DTYPES: list[Any] = ["float32", "bfloat16", "fp8"]
-ALL = [released(path.stem) for path in PLANNED]
+ALL = [released(path.stem) for path in sorted(CONFIGS.glob("*.toml"))]
 V3 = released("deepseek-v3")
 CHANGES: dict[str, Any] = {
     "vocab_size": 100_000,

@@ -78,8 +78,3 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         **(draw(indexers()) if attention == "dsa" else {}),
     }
     return ModelConfig(**values)
-
-
-def planned_configs() -> st.SearchStrategy[ModelConfig]:
-    """Return any valid config that the planner takes."""
-    return model_configs().filter(lambda config: config.attention != "dsa")

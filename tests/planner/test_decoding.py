@@ -30,10 +30,10 @@ from tests.helpers.serving_plans import (
     planner_of,
     with_numbers,
 )
-from tests.helpers.strategies import planned_configs
+from tests.helpers.strategies import model_configs
 
 
-@given(config=planned_configs(), batch=st.integers(1, 40), dtype=st.sampled_from(["bfloat16", "fp8"]), data=st.data())
+@given(config=model_configs(), batch=st.integers(1, 40), dtype=st.sampled_from(["bfloat16", "fp8"]), data=st.data())
 def test_one_gpu_of_any_model_as_counted(config: ModelConfig, batch: int, dtype: Any, data: st.DataObject) -> None:
     """Equal up to rounding: the expected number of experts is a fraction, multiplied in another order."""
     assume(config.attention != "mla" or not config.qk_norm)

@@ -33,17 +33,17 @@ from tests.helpers.serving_plans import (
     check_sources,
     model_of,
 )
-from tests.helpers.strategies import planned_configs
+from tests.helpers.strategies import model_configs
 
 
 def check_counts(config: ModelConfig) -> None:
-    for dtype in DTYPES if config.attention == "mla" else DTYPES[:2]:
+    for dtype in DTYPES if config.is_mla else DTYPES[:2]:
         plan = cache_plan(model_of(config), dtype)
         assert plan.per_token.value == kv_bytes_per_token(config, dtype=dtype)
         assert plan.baseline.value == mha_kv_bytes_per_token(config, 4 if dtype == "float32" else 2)
 
 
-@given(planned_configs())
+@given(model_configs())
 def test_cache_of_any_model_equals_the_count(config: ModelConfig) -> None:
     check_counts(config)
 

@@ -16,8 +16,8 @@ from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, TOKENS
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.one_process import OneProcessMemory, one_process_memory
-from tests.helpers.configs import PLANNED, released
-from tests.helpers.strategies import planned_configs
+from tests.helpers.configs import CONFIGS, released
+from tests.helpers.strategies import model_configs
 
 PARTS = {
     "parameters": "parameters",
@@ -67,12 +67,12 @@ LAYOUTS = st.builds(
 )
 
 
-@given(config=planned_configs(), layout=LAYOUTS, seq_len=st.integers(3, 300))
+@given(config=model_configs(), layout=LAYOUTS, seq_len=st.integers(3, 300))
 def test_memory_of_any_model_equals_accounting(config: ModelConfig, layout: Layout, seq_len: int) -> None:
     check(config, layout, seq_len)
 
 
-@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_memory_of_each_config_equals_accounting(path: Path, precision: Any, recompute: Any) -> None:

@@ -26,11 +26,11 @@ from tests.helpers.serving_plans import (
     model_of,
     planner_of,
 )
-from tests.helpers.strategies import planned_configs
+from tests.helpers.strategies import model_configs
 
 
 @given(
-    config=planned_configs(),
+    config=model_configs(),
     batch=st.integers(1, 5),
     seq_len=st.integers(1, 99),
     dtype=st.sampled_from(["bfloat16", "fp8"]),

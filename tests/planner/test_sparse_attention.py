@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from dsmini import ModelConfig
-from dsmini.accounting import kv_bytes_per_token, parameters
+from dsmini.accounting import (
+    kv_bytes_per_token,
+    parameters,
+)
 from dsmini.planner.model.attention_savings import attention_savings
 from dsmini.planner.model.compressed_attention import (
     CompressedAttention,
@@ -19,9 +22,8 @@ from dsmini.planner.model.compressed_parameters import CompressedSizes, compress
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
 from dsmini.planner.quantities.formula import evaluate, inputs
-from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import TOKENS, Quantity, Tokens
-from tests.helpers.configs import V32, refusal, released, written
+from tests.helpers.configs import refusal, released, written
 from tests.helpers.serving_plans import (
     CHANGES,
     V3,
@@ -100,11 +102,6 @@ def test_indexer_without_a_compressed_query_reads_the_hidden_state() -> None:
     assert config.q_lora_rank is None
     m = config.dim
     assert v32(1000, config).indexer_parameters.value == 8192 * m + 128 * m + 64 * m + 256
-
-
-def test_a_sparse_config_is_planned_as_the_dense_one() -> None:
-    said = refusal(ModelInputs.of, released("deepseek-v3", **V32), "x.toml")
-    assert said == "x.toml has attention='dsa'; plan it as 'mla', whose page has V3.2's indexer too"
 
 
 def test_v4_is_compared_with_v3_alone() -> None:

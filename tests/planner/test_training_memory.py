@@ -73,16 +73,19 @@ def test_v3_fits_as_published_and_not_without_its_savings() -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
 @pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (1, 4), (2, 8)])
-def test_all_gpus_hold_the_model(schedule: Any, tensor: int, expert: int) -> None:
+@pytest.mark.parametrize("config", [V3, released("deepseek-v3.2")], ids=["v3", "v3.2"])
+def test_all_gpus_hold_the_model(config: ModelConfig, schedule: Any, tensor: int, expert: int) -> None:
     """Sum over two stages: all parameters, those that tensor parallelism repeats, and a copy of the embedding."""
     layout = Layout(gpus=16, pipeline=2, tensor=tensor, expert=expert, schedule=schedule)
-    counted, m = parameters(V3), ModelInputs.of(V3, "a test")
-    held = memory_of(layout).gpus
+    counted, m = parameters(config), ModelInputs.of(config, "a test")
+    held = memory_of(layout, config).gpus
     experts = sum(gpu.experts.value for gpu in held) * expert
     rest = sum(gpu.parameters.value - gpu.experts.value for gpu in held) * tensor
     routed = counted.by_module["routed experts"] + counted.by_module["mtp routed experts"]
     assert experts == routed
-    repeated = [n for name, n in counted.by_module.items() if name.endswith(("norms", "gates", "mtp projection"))]
+    repeated = [
+        n for name, n in counted.by_module.items() if name.endswith(("norms", "gates", "mtp projection", "indexer"))
+    ]
     whole = sum(repeated) + 62 * 7168 * (1536 + 512 + 64)
     copy = 0 if schedule == "dualpipe" else counted.by_module["embedding"]
     assert rest == counted.total - routed + copy + (tensor - 1) * whole

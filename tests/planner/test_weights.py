@@ -21,7 +21,7 @@ from tests.helpers.serving_plans import (
     check_sources,
     model_of,
 )
-from tests.helpers.strategies import planned_configs
+from tests.helpers.strategies import model_configs
 
 
 def check_counts(config: ModelConfig) -> None:
@@ -31,7 +31,7 @@ def check_counts(config: ModelConfig) -> None:
         assert made.active.value == parameters(config).active
 
 
-@given(planned_configs())
+@given(model_configs())
 def test_weights_of_any_model_equal_the_count(config: ModelConfig) -> None:
     check_counts(config)
 

@@ -15,6 +15,7 @@ products, which the formula leaves out, are apart too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dsmini.accounting import step_flops
 from dsmini.diagnosis.evidence.evidence import Evidence, not_compiled
@@ -86,8 +87,10 @@ class StepFlops:
 def flops_by_formula(subject: Subject) -> StepFlops:
     """Return the FLOPs of a step by accounting, with half of the square of queries and keys."""
     c = subject.config
-    found = step_flops(c.model, batch_size=subject.rows, seq_len=c.seq_len, recompute=c.train.recompute)
-    context = sum(flops for name, flops in found.by_module.items() if "over the context" in name)
+    how: dict[str, Any] = {"recompute": c.train.recompute, "dsa_stage": c.train.dsa_stage}
+    found = step_flops(c.model, batch_size=subject.rows, seq_len=c.seq_len, **how)
+    of_context = ("over the context", "scores of the indexer", "loss of the indexer")
+    context = sum(flops for name, flops in found.by_module.items() if name.endswith(of_context))
     return StepFlops(weights=found.total - context, context=context)
 
 

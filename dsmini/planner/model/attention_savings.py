@@ -15,6 +15,7 @@ from dsmini.planner.model.compressed_attention import (
 from dsmini.planner.model.compressed_parameters import CompressedSizes
 from dsmini.planner.model.references import is_v3
 from dsmini.planner.model.sparse_attention import SparseAttention, SparseSizes, sparse_attention
+from dsmini.planner.model.sparse_context import is_sparse
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import BytesPerToken, Tokens
@@ -22,7 +23,7 @@ from dsmini.planner.quantities.quantity import BytesPerToken, Tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSavings(Figures):
-    """The model with V3.2's indexer; V4 and V4.1 for DeepSeek-V3 alone, whose successors they are."""
+    """The model with V3.2's indexer, or with its own; V4 and V4.1 for DeepSeek-V3 alone, whose successors they are."""
 
     sparse: SparseAttention
     pro: CompressedAttention | None
@@ -33,9 +34,9 @@ class AttentionSavings(Figures):
 
 def attention_savings(model: ModelInputs, context: Tokens) -> AttentionSavings | None:
     """Return the savings for a decoded token that sees this many cached tokens; None for attention that is not MLA."""
-    if model.config.attention != "mla":
+    if not model.config.is_mla:
         return None
-    sizes = SparseSizes.published()
+    sizes = SparseSizes.of(model) if is_sparse(model) else SparseSizes.published()
     sparse = sparse_attention(model, sizes, context)
     if not is_v3(model):
         return AttentionSavings(sparse=sparse, pro=None, flash=None, shared=None)

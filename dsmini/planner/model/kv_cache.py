@@ -1,6 +1,7 @@
 """Cache of a model: bytes that decoding stores of a token, compared with multi-head attention, and what fits.
 
     MLA               kv_lora_rank + qk_rope_head_dim numbers in a layer
+    DSA               index_head_dim numbers more: the indexer's key
     MHA, GQA, MQA     n_kv_heads * (qk_nope_head_dim + v_head_dim) numbers in a layer
 
 Worked example, DeepSeek-V3 in BF16: (512 + 64) numbers * 2 bytes * 61 layers = 70,272 bytes a token. Multi-head
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.planner.model.matrices import kv_heads
+from dsmini.planner.model.sparse_context import is_sparse, keys_met
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (
@@ -27,6 +29,7 @@ from dsmini.planner.quantities.quantity import (
     Count,
     Tokens,
     largest,
+    number_of,
     per,
     rounded_down,
 )
@@ -41,6 +44,8 @@ class CachePlan(Figures):
 
     row: Bytes
     """Bytes that one layer stores of a token."""
+    index_row: Bytes | None
+    """The part of them that is an indexer's key; None without indexers."""
     per_token: BytesPerToken
     """Bytes that all layers store of a token."""
     baseline: BytesPerToken
@@ -56,15 +61,20 @@ def cache_plan(model: ModelInputs, dtype: CacheDtype) -> CachePlan:
 
     Raises: ValueError for "fp8" where attention is not MLA, and for an unknown dtype.
     """
-    row = cache_row(model, dtype).named("cache_row", "Cache of a token in one layer", SOURCE)
+    row, index = cache_row(model, dtype), None
+    if is_sparse(model):
+        index = index_row(model.index_head_dim, dtype).named("index_row", "Indexer's key of a token, one layer", SOURCE)
+        row = row + index
+    row = row.named("cache_row", "Cache of a token in one layer", SOURCE)
     per_token = all_layers(model, row).named("kv_cache", "Cache of a token, all layers", SOURCE)
     head = model.qk_nope_head_dim + model.v_head_dim
     number = SIZES.get(dtype, BF16)
     baseline = all_layers(model, model.n_heads * head * number)
     baseline = baseline.named("mha_kv_cache", "Cache of a token with MHA, all layers", SOURCE)
-    groups = row_numbers(model) / head
+    groups = (row_numbers(model) + model.index_head_dim if is_sparse(model) else row_numbers(model)) / head
     return CachePlan(
         row=row,
+        index_row=index,
         per_token=per_token,
         baseline=baseline,
         saving=cache_saving(per_token, baseline).named("cache_saving", "Share of MHA's cache that is saved", SOURCE),
@@ -73,19 +83,19 @@ def cache_plan(model: ModelInputs, dtype: CacheDtype) -> CachePlan:
 
 
 def row_numbers(model: ModelInputs) -> Count:
-    """Return how many numbers a layer stores of a token."""
-    if model.config.attention == "mla":
+    """Return how many numbers a layer stores of a token for attention."""
+    if model.config.is_mla:
         return model.kv_lora_rank + model.qk_rope_head_dim
     return kv_heads(model) * (model.qk_nope_head_dim + model.v_head_dim)
 
 
 def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:
-    """Return the bytes that a layer stores of a token.
+    """Return the bytes that a layer stores of a token for attention.
 
     Raises: ValueError for "fp8" where attention is not MLA, and for an unknown dtype.
     """
     if dtype == "fp8":
-        if model.config.attention != "mla":
+        if not model.config.is_mla:
             raise ValueError(
                 f"dtype='fp8' is the layout of MLA's latent, not of attention={model.config.attention!r}; use bfloat16"
             )
@@ -93,6 +103,21 @@ def cache_row(model: ModelInputs, dtype: CacheDtype) -> Bytes:
     if dtype not in SIZES:
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
     return row_numbers(model) * SIZES[dtype]
+
+
+def index_row(width: Count, dtype: CacheDtype) -> Bytes:
+    """Return the bytes that a layer stores of a token for an indexer with a key of this width."""
+    return fp8_row(width) if dtype == "fp8" else width * SIZES[dtype]
+
+
+def read_share(model: ModelInputs, cache: CachePlan, context: Tokens) -> Count | None:
+    """Return the share of a sequence's cache that a new token reads: None for all of it, without indexers.
+
+    An indexer's keys are read whole, and of attention's rows those that it picked.
+    """
+    if cache.index_row is None:
+        return None
+    return (cache.index_row + (cache.row - cache.index_row) * keys_met(model, context) / number_of(context)) / cache.row
 
 
 def all_layers(model: ModelInputs, row: Bytes) -> BytesPerToken:

@@ -17,6 +17,7 @@ Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (arXiv 2505
 from dataclasses import dataclass
 
 from dsmini.planner.model.matrices import attention_matrices, block_norms, key_width, parameters_of, swiglu_matrices
+from dsmini.planner.model.sparse_context import indexer_training_products, is_sparse, mean_keys, score_products
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import (
@@ -36,6 +37,7 @@ class LayerFigures(Figures):
     """Parameters of the parts of one layer, and the number of layers of each kind. Exact."""
 
     attention_parameters: Count
+    """Matrices of attention, with those of an indexer."""
     dense_parameters: Count
     expert_parameters: Count
     shared_parameters: Count
@@ -79,6 +81,8 @@ class OperationFigures(Figures):
     attention_flops: FlopsPerToken
     """Forward operations of attention over the context, main model, causal."""
     forward_flops: FlopsPerToken
+    indexer_flops: FlopsPerToken | None
+    """Operations of indexers over the context in training, with their loss, causal; None without indexers."""
     training_flops: FlopsPerToken
     training_flops_full_square: FlopsPerToken
     """As training_flops, without the half that a causal mask leaves out."""
@@ -114,9 +118,10 @@ def layer_figures(m: ModelInputs) -> LayerFigures:
     source = "V3, section 4.2"
     expert = parameters_of(swiglu_matrices(m, m.moe_inter_dim))
     dense_layers = smallest(m.n_dense_layers, m.n_layers).named("dense_layers", "Dense layers of the main model")
+    matrices = attention_matrices(m)
     mtp_dense = (m.n_dense_layers - dense_layers).named("mtp_dense_layers", "Dense layers of multi-token prediction")
     return LayerFigures(
-        attention_parameters=parameters_of(attention_matrices(m).all).named(
+        attention_parameters=parameters_of((*matrices.all, *matrices.head_weights)).named(
             "attention_parameters", "Matrices of attention, a layer", "V2, section 2.1"
         ),
         dense_parameters=parameters_of(swiglu_matrices(m, m.inter_dim)).named(
@@ -185,9 +190,12 @@ def _parameters(m: ModelInputs, a: LayerFigures) -> ParameterFigures:
 
 
 def _operations(m: ModelInputs, parameters: ParameterFigures, seq_len: Tokens) -> OperationFigures:
-    """Return the operations of a token: 2 for each active parameter, and attention's over the context."""
+    """Return the operations of a token: 2 for each active parameter, and attention's over the context.
+
+    DSA is counted in the sparse stage of its training.
+    """
     source = "INS, table 2"
-    keys = seq_len / TOKENS(2)  # a token sees half of a sequence on average
+    seen, keys = seq_len / TOKENS(2), mean_keys(m, seq_len)  # a token sees half of a sequence on average
     pair = (m.n_heads * (key_width(m) + m.v_head_dim)).named("pair_products", "Multiply-adds of a query and a key")
     multiply_add = FLOPS_PER_TOKEN(2)
     attention = (m.n_layers * pair * keys * multiply_add).named(
@@ -195,16 +203,28 @@ def _operations(m: ModelInputs, parameters: ParameterFigures, seq_len: Tokens) -
     )
     products = parameters.parameters_active * multiply_add
     mtp = parameters.mtp_active * multiply_add + m.n_mtp_layers * pair * keys * multiply_add
-    forward = (products + attention).named("forward_flops", "Operations of a token, forward", source)
+    whole, learned, learned_square, indexer = products + attention, 3 * mtp, 3 * (products + 2 * attention), None
+    learning, forward = 3 * whole, whole
+    if is_sparse(m):
+        of_indexer = indexer_training_products(m, keys, seen) * multiply_add
+        indexer = (m.n_layers * of_indexer).named(
+            "indexer_flops", "Operations of indexers over the context in training, causal", "V3.2, section 2.1"
+        )
+        forward = whole + m.n_layers * score_products(m) * seen * multiply_add
+        learning, learned = learning + indexer, learned + m.n_mtp_layers * of_indexer
+        every = 2 * seen  # a mask hides keys that were not picked, and saves nothing
+        square = m.n_layers * (3 * pair * every + indexer_training_products(m, every, every)) * multiply_add
+        learned_square = 3 * products + square
     return OperationFigures(
         pair_products=pair,
         attention_flops=attention,
-        forward_flops=forward,
-        training_flops=(3 * forward).named("training_flops", "Operations of a token in training", source),
-        training_flops_full_square=(3 * (products + 2 * attention)).named(
+        forward_flops=forward.named("forward_flops", "Operations of a token, forward", source),
+        indexer_flops=indexer,
+        training_flops=learning.named("training_flops", "Operations of a token in training", source),
+        training_flops_full_square=learned_square.named(
             "training_flops_full_square", "Operations of a token in training, without a causal half", source
         ),
-        training_flops_mtp=(3 * (forward + mtp)).named(
+        training_flops_mtp=(learning + learned).named(
             "training_flops_mtp", "Operations of a token in training, with MTP", source
         ),
     )

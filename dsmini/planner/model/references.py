@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsmini.config import ModelConfig
 from dsmini.config.fields import build, refuse_unknown
+from dsmini.config.model import NO_INDEXER
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.reading import read_toml
 
@@ -32,6 +33,14 @@ def same_sizes(a: ModelInputs, b: ModelInputs) -> bool:
     names = [field.name for field in dataclasses.fields(a) if field.name != "config"]
     equal = all(getattr(a, name).value == getattr(b, name).value for name in names)
     return equal and a.config.attention == b.config.attention
+
+
+def is_v3_family(m: ModelInputs) -> bool:
+    """Return True for a model with DeepSeek-V3's sizes, with indexers as V3.2 or without."""
+    if m.config.attention != "dsa":
+        return is_v3(m)
+    dense = dataclasses.replace(m.config, attention="mla", **NO_INDEXER)
+    return is_v3(ModelInputs.of(dense, m.n_layers.source))
 
 
 def is_v3(m: ModelInputs) -> bool:

@@ -20,8 +20,10 @@ Source: DeepSeek-V3.2 report (arXiv 2512.02556); released inference code.
 from dataclasses import dataclass
 from functools import cache
 
-from dsmini.planner.model.kv_cache import all_layers, cache_row
+from dsmini.planner.model.kv_cache import all_layers, cache_row, index_row
+from dsmini.planner.model.matrices import indexer_matrices, parameters_of
 from dsmini.planner.model.sizes_files import FOLDER, read_sizes
+from dsmini.planner.model.sparse_context import is_sparse
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -39,7 +41,7 @@ from dsmini.planner.quantities.quantity import (
     number_of,
     smallest,
 )
-from dsmini.planner.quantities.sizes import BF16_COST, fp8_row
+from dsmini.planner.quantities.sizes import BF16_COST
 
 SOURCE = "V3.2 report (arXiv 2512.02556)"
 
@@ -64,6 +66,12 @@ class SparseSizes:
     def published(cls) -> "SparseSizes":
         """Return the sizes of DeepSeek-V3.2."""
         return read_sizes(cls, FOLDER / "deepseek-v3.2.toml")
+
+    @classmethod
+    def of(cls, model: ModelInputs) -> "SparseSizes":
+        """Return the sizes of the model's own indexers."""
+        sizes = {name: getattr(model, name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
+        return cls(title=model.n_layers.source, prefix="", **sizes, activated=weights(model, "fp8").active)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,32 +116,34 @@ def sparse_attention(model: ModelInputs, sizes: SparseSizes, context: Tokens) ->
     """Return the figures of a decoded token that sees this many cached tokens.
 
     Args:
-        model: a model with MLA. DeepSeek-V3's config makes it V3.2, which has the same sizes but for the indexer.
+        model: a model with MLA or DSA. DeepSeek-V3's config makes it V3.2, which has the same sizes but for indexers.
 
     Raises: ValueError for attention that is not MLA.
     """
     cached = number_of(context)
     chosen = smallest(cached, sizes.index_topk)
     row = _named(cache_row(model, "fp8"), "row", "Cache of a token for attention, one layer")
-    index_row = _named(fp8_row(sizes.index_head_dim), "index_row", "Cache of a token for the indexer, one layer")
-    per_token = _named(all_layers(model, row + index_row), "kv_cache", "Cache of a token with an indexer, FP8")
+    key = _named(index_row(sizes.index_head_dim, "fp8"), "index_row", "Cache of a token for the indexer, one layer")
+    per_token = _named(all_layers(model, row + key), "kv_cache", "Cache of a token with an indexer, FP8")
     score = FLOPS(2) * (sizes.index_n_heads * sizes.index_head_dim)
     attend = FLOPS(2) * (model.n_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim))
     index = _named(score * cached, "index_flops", "Scores of a token, one layer")
     sparse = _named(attend * chosen, "attention_flops", "Attention to chosen tokens, one layer")
     dense = _named(attend * cached, "dense_flops", "Attention to all cached tokens, one layer")
-    read = _named(index_row * cached + row * chosen, "read", "Cache that a token reads, one layer")
+    read = _named(key * cached + row * chosen, "read", "Cache that a token reads, one layer")
     dense_read = _named(row * cached, "dense_read", "Cache that a token reads in dense MLA, one layer")
     indexer = _named(_indexer(model, sizes), "indexer_parameters", "Parameters of an indexer")
-    active = weights(model, "fp8").active + model.n_layers * indexer
+    active = weights(model, "fp8").active
+    if not is_sparse(model):
+        active = active + model.n_layers * indexer
     layers = _named(model.n_layers * (index + BF16_COST * sparse), "layers_flops", "Scores and attention, all layers")
     crossover = sizes.index_topk * (attend / (attend - score)) * TOKENS(1) if score < attend else None
     return SparseAttention(
         context=context,
         row=row,
-        index_row=index_row,
+        index_row=key,
         kv_cache=per_token,
-        cache_ratio=_named((row + index_row) / row, "cache_ratio", "Cache with an indexer over that without"),
+        cache_ratio=_named((row + key) / row, "cache_ratio", "Cache with an indexer over that without"),
         cache=_named(context * per_token, "cache", "Cache of a sequence with an indexer"),
         index_flops=index,
         attention_flops=sparse,
@@ -156,10 +166,6 @@ def _named(figure: Quantity[N, D], name: str, title: str) -> Quantity[N, D]:
 
 
 def _indexer(model: ModelInputs, sizes: SparseSizes) -> Count:
-    """Return wq_b, wk, weights_proj, and the weight and bias of the key's norm.
-
-    Queries are made of MLA's compressed query, or of the hidden state where MLA does not compress it.
-    """
-    query = model.dim if model.config.q_lora_rank is None else model.q_lora_rank
-    queries = sizes.index_n_heads * sizes.index_head_dim * query
-    return queries + sizes.index_head_dim * model.dim + sizes.index_n_heads * model.dim + 2 * sizes.index_head_dim
+    """Return wq_b, wk, weights_proj, and the weight and bias of the key's norm."""
+    matrices = indexer_matrices(model, sizes.index_n_heads, sizes.index_head_dim)
+    return parameters_of(matrices) + 2 * sizes.index_head_dim

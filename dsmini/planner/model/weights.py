@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from dsmini.accounting.memory import WeightDtype
 from dsmini.planner.model.matrices import Matrix, attention_matrices, block_norms, swiglu_matrices
+from dsmini.planner.model.sparse_context import is_sparse
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import COUNT, Bytes, Count, smallest, total
@@ -59,7 +60,7 @@ class Weights(Figures):
     gate: Part
     """Gate, with its routing biases. FP32."""
     norms: Part
-    """Norms of a block. FP32."""
+    """Norms of a block, and DSA's weights of an indexer's heads. FP32."""
     vocabulary: Part
     """Embedding or head: one matrix of the vocabulary. The embedding's products are not made."""
     final_norms: Part
@@ -96,7 +97,7 @@ def weights(model: ModelInputs, dtype: WeightDtype) -> Weights:
         "expert": _part(swiglu_matrices(model, f), dtype, "expert", "one routed expert"),
         "shared": _part(swiglu_matrices(model, shared), dtype, "shared_experts", "the shared experts of a block"),
         "gate": _gate(model),
-        "norms": _norms(block_norms(model), "block_norms", "the norms of a block"),
+        "norms": _plain(model, attention.head_weights),
         "vocabulary": _numbers([(model.vocab_size, m)], plain, "vocabulary", "the embedding, or the head"),
         "final_norms": _norms(m * (2 if model.config.embed_norm else 1), "final_norms", "the norms outside blocks"),
         "projection": _projection(model, plain),
@@ -125,6 +126,8 @@ def _total(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: di
 def _active(model: ModelInputs, dense_blocks: Count, moe_blocks: Count, parts: dict[str, Part]) -> Count:
     met = {name: part.products for name, part in parts.items()}
     block = met["head_matrices"] + met["latent_up"] + met["latent_down"]
+    if is_sparse(model):
+        block = block + met["norms"]
     experts = model.n_activated_experts * met["expert"] + met["shared"] + met["gate"]
     blocks = model.n_layers * block + dense_blocks * met["dense"] + moe_blocks * experts
     return (blocks + met["vocabulary"]).named("active_products", "Multiply-adds of a token with all matrices", SOURCE)
@@ -143,6 +146,15 @@ def _numbers(shapes: Sequence[Matrix], number: Bytes, name: str, title: str) -> 
 
 def _norms(width: Count, name: str, title: str) -> Part:
     return _named(width * FP32, COUNT(0), name, title)
+
+
+def _plain(model: ModelInputs, head_weights: Sequence[Matrix]) -> Part:
+    norms = _norms(block_norms(model), "block_norms", "the norms of a block")
+    if not head_weights:
+        return norms
+    title = "the norms of a block and the weights of an indexer's heads"
+    numbers = _products(head_weights)
+    return _named((block_norms(model) + numbers) * FP32, numbers, "block_norms", title)
 
 
 def _gate(model: ModelInputs) -> Part:

@@ -152,9 +152,10 @@ def _attention(plan: Plan) -> str:
         if s.crossover is None
         else (f"saves operations from {shown(s.crossover)} on")
     )
+    whose = "its" if plan.setup.m.config.attention == "dsa" else "V3.2's"
     return (
         f"At {shown(s.context)} a layer's attention of a token takes {shown(s.index_flops + s.attention_flops)} with "
-        f"V3.2's indexer, {shown(s.dense_flops)} without. It {crossover}. Its keys make the cache "
+        f"{whose} indexer, {shown(s.dense_flops)} without. It {crossover}. Its keys make the cache "
         f"{percent(s.cache_ratio - COUNT(1))} larger: {_bytes(s.kv_cache)} a token in FP8."
     )
 

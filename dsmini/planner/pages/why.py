@@ -13,6 +13,7 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), sections 2 to 4.
 import dataclasses
 from collections.abc import Iterator
 
+from dsmini.accounting.kv_cache import mha_twin
 from dsmini.planner.pages.sections import percent
 from dsmini.planner.quantities.explanation import shown
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -54,10 +55,11 @@ def _attention(plan: Plan) -> Iterator[str]:
     else:
         yield f"The weights of a GPU, {shown(weights)}, leave nothing of {shown(1 * hardware.memory)} for a cache."
     yield f"The cache of {shown(context)} takes {shown(full)} with multi-head attention."
-    if m.config.attention == "mla":
+    if m.config.is_mla:
+        index = f", and a key of {shown(m.index_head_dim)} for the indexer" if m.config.attention == "dsa" else ""
         yield (
             f"MLA stores one latent of {shown(m.kv_lora_rank)} numbers and one rotary key of "
-            f"{shown(m.qk_rope_head_dim)} for all {shown(m.n_heads)} heads: {shown(mine)}."
+            f"{shown(m.qk_rope_head_dim)} for all {shown(m.n_heads)} heads{index}: {shown(mine)}."
         )
         group = served.decode.deployment.tensor_parallel
         if group.value > 1:
@@ -80,7 +82,7 @@ def _mha(plan: Plan) -> ServingMemory | None:
         return None
     made = s.serving.decode.deployment
     cache = "bfloat16" if made.cache_dtype == "fp8" else made.cache_dtype  # that format is for latents
-    m = ModelInputs.of(dataclasses.replace(config, attention="mha", n_kv_heads=None), s.model.source)
+    m = ModelInputs.of(mha_twin(config), s.model.source)
     return decode_plan(m, s.hardware, s.serving.workload, in_dtypes(made, made.weight_dtype, cache)).memory
 
 
@@ -169,8 +171,10 @@ def _sparsity(plan: Plan) -> Iterator[str]:
         yield "All blocks are dense: every token pays for every parameter."
     else:
         whole: Count = (p.parameters_main - p.vocabulary_parameters) / p.parameters_active
-        products = ops.training_flops - 3 * ops.attention_flops
-        dense = products * whole + 3 * ops.attention_flops
+        context = 3 * ops.attention_flops
+        if ops.indexer_flops is not None:
+            context = context + ops.indexer_flops
+        dense = (ops.training_flops - context) * whole + context
         fewer = dense / ops.training_flops
         tokens = 1 * plan.training.workload.tokens
         yield (

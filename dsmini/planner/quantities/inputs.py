@@ -1,6 +1,7 @@
 """Sizes of a model as quantities: the inputs that formulas of a plan begin with."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from dsmini.config import ModelConfig
@@ -27,6 +28,9 @@ class ModelInputs:
     qk_nope_head_dim: Count
     qk_rope_head_dim: Count
     v_head_dim: Count
+    index_n_heads: Count
+    index_head_dim: Count
+    index_topk: Count
     n_routed_experts: Count
     n_shared_experts: Count
     n_activated_experts: Count
@@ -40,16 +44,12 @@ class ModelInputs:
 
         Args:
             source: where the config came from, such as "configs/deepseek-v3.toml".
-
-        Raises: ValueError for attention "dsa".
         """
-        if config.attention == "dsa":
-            raise ValueError(f"{source} has attention='dsa'; plan it as 'mla', whose page has V3.2's indexer too")
         titles = field_docstrings(ModelConfig)
 
         def size(name: str) -> Count:
             value = config.kv_heads if name == "n_kv_heads" else getattr(config, name)
-            return COUNT(value or 0, name, titles[name].partition(".")[0].partition(";")[0], source)
+            return COUNT(value or 0, name, re.split(r"\.(?:\s|$)|;", titles[name])[0], source)
 
         names = [field.name for field in dataclasses.fields(cls) if field.name != "config"]
         return cls(config=config, **{name: size(name) for name in names})

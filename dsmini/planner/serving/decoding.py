@@ -13,7 +13,7 @@ of cache in 27.0 ms, since in its group of four every GPU reads the latents of a
 below 1670 tokens of context. The paper's limit, in which only links take time, is 15.11 ms (exchange.py).
 
 MLA runs absorbed: wkv_b as two halves in BF16, and 2 kv_lora_rank + qk_rope_head_dim multiply-adds for each head and
-cached token.
+cached token. In DSA a token meets index_topk cached tokens at most, after scores of all, which count as BF16.
 
 Source: "Insights into DeepSeek-V3", section 2.3.2; DeepSeek-V3 report, section 3.4.2.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.kv_cache import CachePlan, cache_plan
+from dsmini.planner.model.sparse_context import is_sparse, keys_met, score_products
 from dsmini.planner.model.weights import weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -87,14 +88,17 @@ def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, p
     The tokens of a sequence share one read of its cache.
     """
     config = setting.model.config
-    mla = config.attention == "mla"
+    mla = config.is_mla
     if mla and config.qk_norm:
         raise ValueError("qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
-    rows = workload.sequences * positions
+    rows, context = workload.sequences * positions, workload.context
+    pairs = keys_met(setting.model, context) * context_products(setting.model)
+    if is_sparse(setting.model):
+        pairs = pairs + number_of(context) * score_products(setting.model)
     return StepWork(
         rows=rows,
         logits=rows,
-        pairs=rows * number_of(workload.context) * context_products(setting.model),
+        pairs=rows * pairs,
         cache=cache_of(setting, cache, workload.sequences, workload.context),
         up=setting.weights.absorbed if mla else setting.weights.latent_up,
     )
@@ -102,7 +106,7 @@ def decode_work(setting: Setting, cache: CachePlan, workload: ServingWorkload, p
 
 def context_products(model: ModelInputs) -> Count:
     """Return the multiply-adds of a token with one cached token in a layer, all heads; MLA absorbed."""
-    if model.config.attention == "mla":
+    if model.config.is_mla:
         width = 2 * model.kv_lora_rank + model.qk_rope_head_dim
     else:
         width = model.qk_nope_head_dim + model.v_head_dim

@@ -15,7 +15,7 @@ Source: DeepSeek-V3 report, section 3.4.
 
 from dataclasses import dataclass
 
-from dsmini.planner.model.kv_cache import CachePlan, longest_context, memory_left, sequences_that_fit
+from dsmini.planner.model.kv_cache import CachePlan, longest_context, memory_left, read_share, sequences_that_fit
 from dsmini.planner.model.matrices import kv_heads
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.quantity import Bytes, Count, Tokens, smallest
@@ -71,11 +71,12 @@ def serving_memory(setting: Setting, cache: CachePlan, sequences: Count, context
 def cache_copies(setting: Setting) -> Count:
     """Return how much cache a GPU holds and reads for each sequence of its own, 1 without tensor parallelism."""
     tp = setting.deployment.tensor_parallel
-    if setting.model.config.attention == "mla":
+    if setting.model.config.is_mla:
         return tp
     return tp / smallest(tp, kv_heads(setting.model))
 
 
 def cache_of(setting: Setting, cache: CachePlan, sequences: Count, context: Tokens) -> Bytes:
     """Return the bytes that attention reads on a GPU for this many sequences of its own."""
-    return sequences * (context * (cache.per_token * cache_copies(setting)))
+    whole, share = context * (cache.per_token * cache_copies(setting)), read_share(setting.model, cache, context)
+    return sequences * (whole if share is None else whole * share)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.model.kv_cache import cache_plan
+from dsmini.planner.model.matrices import key_width
+from dsmini.planner.model.sparse_context import is_sparse, mean_keys, score_products
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
 from dsmini.planner.quantities.quantity import Count, Seconds, TokensPerSecond, number_of
@@ -67,10 +69,13 @@ def prefill_plan(
 def _work(setting: Setting, workload: ServingWorkload) -> StepWork:
     tokens = number_of(workload.prompt)
     rows = workload.prompts * tokens
+    pairs = mean_keys(setting.model, workload.prompt) * _expanded_products(setting.model)
+    if is_sparse(setting.model):
+        pairs = pairs + tokens / 2 * score_products(setting.model)
     return StepWork(
         rows=rows,
         logits=workload.prompts,
-        pairs=rows * tokens / 2 * _expanded_products(setting.model),
+        pairs=rows * pairs,
         cache=None,
         up=setting.weights.latent_up,
     )
@@ -78,8 +83,6 @@ def _work(setting: Setting, workload: ServingWorkload) -> StepWork:
 
 def _expanded_products(model: ModelInputs) -> Count:
     """Return the multiply-adds of a query with one key and its value in a layer, all heads."""
-    rope = model.config.attention == "mla"
-    key = model.qk_nope_head_dim + model.qk_rope_head_dim if rope else model.qk_nope_head_dim
-    return (model.n_heads * (key + model.v_head_dim)).named(
+    return (model.n_heads * (key_width(model) + model.v_head_dim)).named(
         "expanded_products", "Multiply-adds of a token with a key and its value, one layer", "INS, table 2"
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from dsmini.planner.binding import Binding, Demand, Resource, binding
 from dsmini.planner.hardware import Hardware
+from dsmini.planner.model.sparse_context import is_sparse
 from dsmini.planner.model.weights import Part, Weights
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -192,6 +193,7 @@ def _flops(setting: Setting, blocks: Blocks, work: StepWork, stage: str) -> tupl
     matrices = blocks.layers * attention + blocks.dense * held.dense.products + blocks.moe * experts
     others = blocks.moe * held.gate.products + blocks.ends.products
     others = others + blocks.layers * work.up.products if absorbed else others
+    others = others + blocks.layers * held.norms.products if is_sparse(model) else others
     over = blocks.layers * work.pairs + work.logits * held.vocabulary.products
     twice = FLOPS(2) * deployment.micro_batches
     return (

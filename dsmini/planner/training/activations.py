@@ -19,9 +19,10 @@ Source: DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
 from dataclasses import dataclass
 
 from dsmini.planner.model.matrices import key_width, kv_heads
+from dsmini.planner.model.sparse_context import is_sparse
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import TOKENS, Bytes, BytesPerToken, Count, per, total
+from dsmini.planner.quantities.quantity import COUNT, TOKENS, Bytes, BytesPerToken, Count, per, total
 from dsmini.planner.quantities.sizes import BF16, FP32, INDEX, e5m6_row, fp8_row
 from dsmini.planner.training.layout import Precision, Recompute
 
@@ -113,7 +114,7 @@ class Activations:
     def _attention(self) -> Bytes:
         """Return the bytes of a layer's first half: norm, projections and fused attention."""
         m, d, v = self.m, key_width(self.m), self.m.v_head_dim
-        latent, again = m.config.attention == "mla", self.recompute == "selective"
+        latent, again = m.config.is_mla, self.recompute == "selective"
         parts = [self.normed(m.dim), self.norm_result(m.dim)]
         if latent:
             parts += [self.normed(m.kv_lora_rank), self.row(m.qk_rope_head_dim), self.norm_result(m.kv_lora_rank)]
@@ -131,7 +132,19 @@ class Activations:
         if self.precision != "fp8" or not again:
             parts.append(self.row(result))
         parts.append(m.n_heads * FP32)  # of the softmax
+        if is_sparse(m):
+            parts += self._indexer()
         return total(parts)
+
+    def _indexer(self) -> list[Bytes]:
+        """Return the bytes of an indexer and of its loss's gradients, whatever is made again outside of it."""
+        m, fp8 = self.m, self.precision == "fp8"
+        width = m.dim if m.config.q_lora_rank is None else m.q_lora_rank
+        parts = [m.index_head_dim * FP32 + 2 * FP32, (m.index_n_heads + COUNT(1)) * self.row(m.index_head_dim)]
+        parts.append(m.index_n_heads * FP32)
+        if fp8:
+            parts += [fp8_row(m.dim), fp8_row(width)]
+        return parts if self.precision == "fp32" else [*parts, m.dim * FP32]
 
     def _norm_and(self, rest: Bytes) -> Bytes:
         """Return the bytes of the second norm, its result once, and of what reads it."""

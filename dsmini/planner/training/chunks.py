@@ -80,6 +80,9 @@ def compute_figures(
     fast = fast.named("fp8_rate", "Rate of products of attention and feed-forwards")
 
     pairs = model.operations.pair_products * (model.seq_len / TOKENS(2)) * MULTIPLY_ADD / plain
+    ops = model.operations
+    if ops.indexer_flops is not None:  # of which backward takes two thirds, as of all products
+        pairs = (ops.attention_flops + ops.indexer_flops / 3) / m.n_layers / plain
     chosen = m.n_activated_experts * layer.expert_parameters + layer.shared_parameters
     dense = (layer.attention_parameters + layer.dense_parameters) * MULTIPLY_ADD / fast + pairs
     moe = (layer.attention_parameters + chosen) * MULTIPLY_ADD / fast + layer.gate_parameters * MULTIPLY_ADD / plain
@@ -122,7 +125,7 @@ def _again(m: ModelInputs, layout: Layout, inside: SecondsPerToken, rate: FlopsP
     """Return the time of the forward work that backward repeats."""
     if layout.recompute == "full":
         return inside * COUNT(1)
-    if layout.recompute == "none" or m.config.attention != "mla":
+    if layout.recompute == "none" or not m.config.is_mla:
         return 0 * inside
     up = [(m.n_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)]
     if m.config.q_lora_rank is not None:

@@ -18,7 +18,7 @@ Source: DeepSeek-V3 report, section 3.3.3 (BF16 moments); dsmini.accounting.memo
 
 from dataclasses import dataclass
 
-from dsmini.planner.model.matrices import attention_matrices, scales_of, swiglu_matrices
+from dsmini.planner.model.matrices import attention_matrices, parameters_of, scales_of, swiglu_matrices
 from dsmini.planner.model.parameters import ModelFigures
 from dsmini.planner.quantities.figures import Figures
 from dsmini.planner.quantities.inputs import ModelInputs
@@ -72,7 +72,9 @@ def block_matrices(m: ModelInputs, model: ModelFigures) -> Count:
     norms = (m.n_layers + m.n_mtp_layers) * model.layer.norm_parameters
     outside = 2 * counts.vocabulary_parameters + counts.mtp_projection_parameters + moe * model.layer.gate_parameters
     final = m.dim * (2 if m.config.embed_norm else 1) + 3 * m.n_mtp_layers * m.dim
-    return counts.parameters_total - outside - norms - final
+    layers, head_weights = m.n_layers + m.n_mtp_layers, attention_matrices(m).head_weights
+    plain = outside + layers * parameters_of(head_weights) if head_weights else outside
+    return counts.parameters_total - plain - norms - final
 
 
 def _optimizer(m: ModelInputs, model: ModelFigures, layout: Layout) -> Bytes:
@@ -80,7 +82,12 @@ def _optimizer(m: ModelInputs, model: ModelFigures, layout: Layout) -> Bytes:
     whole = model.parameters.parameters_total
     if layout.optimizer == "adamw":
         return whole * (2 * moment)
-    matrices = block_matrices(m, model) + model.parameters.mtp_projection_parameters
+    matrices, indexer = (
+        block_matrices(m, model) + model.parameters.mtp_projection_parameters,
+        attention_matrices(m).indexer,
+    )
+    if indexer:  # AdamW's, as norms are
+        matrices = matrices - (m.n_layers + m.n_mtp_layers) * parameters_of(indexer)
     return matrices * FP32 + (whole - matrices) * (2 * moment)
 
 
@@ -91,7 +98,10 @@ def _copies(m: ModelInputs, model: ModelFigures, layout: Layout) -> Bytes:
         return (2 * m.dim * m.moe_inter_dim * m.n_routed_experts * moe) * FP32
     outside = model.parameters.mtp_projection_parameters * BF16
     if layout.precision == "bf16":
-        return block_matrices(m, model) * BF16 + outside
+        saved = block_matrices(m, model)
+        if indexer := attention_matrices(m).indexer:  # whose inputs are detached
+            saved = saved - (m.n_layers + m.n_mtp_layers) * parameters_of(indexer)
+        return saved * BF16 + outside
     layers, dense = m.n_layers + m.n_mtp_layers, layer.dense_layers + layer.mtp_dense_layers
     scales = layers * scales_of(attention_matrices(m).all) + dense * scales_of(swiglu_matrices(m, m.inter_dim))
     scales = scales + moe * m.n_routed_experts * scales_of(swiglu_matrices(m, m.moe_inter_dim))
@@ -137,5 +147,5 @@ def _depths(seq_len: Tokens, depths: Count) -> Tokens:
 
 
 def _rope_table(m: ModelInputs, positions: Tokens) -> Bytes:
-    width = m.qk_rope_head_dim if m.config.attention == "mla" else m.qk_nope_head_dim
+    width = m.qk_rope_head_dim if m.config.is_mla else m.qk_nope_head_dim
     return positions / TOKENS(1) * width * FP32

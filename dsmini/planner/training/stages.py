@@ -128,6 +128,8 @@ def stage_parameters(
     """Return the parameters of a stage on one GPU."""
     layer = model.layer
     plain = [(stage.dense + stage.moe) * layer.norm_parameters, stage.moe * layer.gate_parameters]
+    if head_weights := attention_matrices(m).head_weights:
+        plain.append((stage.dense + stage.moe) * parameters_of(head_weights))
     if stage.first or stage.last:
         plain.append(stage.vocabularies * model.parameters.vocabulary_parameters / sizes.tensor)
     if stage.last:

@@ -1,0 +1,203 @@
+"""DeepSeek's inference layout as output: the files that its convert.py writes, and models that come back the same."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsmini import Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.inference_layout import RankPlan, save_inference
+from dsmini.convert import main
+from tests.helpers import commands, folders
+from tests.helpers.configs import refusal
+from tests.helpers.inference_layouts import INDEX, INFERENCE, inference_layout
+
+Build = Callable[..., Transformer]
+WIDE = INFERENCE | {"n_heads": 8, "moe_inter_dim": 256}
+"""Sizes of which each of four ranks has whole blocks of FP8 scales."""
+V2 = {"score_func": "softmax", "n_expert_groups": 1, "n_limited_groups": 1, "mscale": 0.707, "q_lora_rank": 0}
+KINDS: dict[str, dict[str, Any]] = {"v2": V2, "v3": {}, "v32": INDEX}
+
+
+@pytest.fixture
+def build(small_model: Build) -> Callable[..., tuple[Transformer, dict[str, Any]]]:
+    """Return a model of a kind, with multi-token prediction, and its JSON file of DeepSeek's inference code."""
+
+    def make(kind: str, **changes: Any) -> tuple[Transformer, dict[str, Any]]:
+        raw = WIDE | {"max_seq_len": 64, "original_seq_len": 32} | KINDS[kind]
+        more: dict[str, Any] = {"attention": "dsa"} if kind == "v32" else {}
+        if kind == "v2":
+            more = {"topk_method": "greedy", "norm_topk_prob": False, "mscale_all_dim": 0.707, "q_lora_rank": None}
+        return small_model(**{"n_mtp_layers": 1} | raw | more | changes), raw
+
+    return make
+
+
+def without_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if not name.startswith(("model.layers.2.", "mtp."))}
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "fp8"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_those_of_deepseek_and_come_back(
+    tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch, kind: str, ranks: int, dtype: str
+) -> None:
+    model, raw = build(kind)
+    tensors = folders.tensors_of(model, torch.float32 if dtype == "float32" else torch.bfloat16)
+    quantization = {}
+    if dtype == "fp8":
+        tensors, _ = folders.in_fp8(tensors)
+        quantization = {"quantization_config": folders.QUANTIZED | {"scale_fmt": "ue8m0"}}
+        raw |= {"scale_fmt": "ue8m0"}
+    folders.write(tmp_path / "a", tensors, folders.config_json(model.config, **quantization))
+    raw |= {"dtype": "fp8" if dtype == "fp8" else "bf16"}
+    kept = without_mtp(tensors)
+    want = inference_layout(tmp_path / "want", kept, raw, ranks, "config.json")
+    monkeypatch.chdir(tmp_path)
+    assert main(f"a b --layout inference --ranks {ranks}".split()) == 0
+    got, expected = files_of(tmp_path / "b"), files_of(want)
+    assert got.keys() == expected.keys()
+    assert not any(folders.different(got[file], expected[file]) for file in expected)
+    said = folders.config_of(tmp_path / "b")
+    assert said | raw == said and said.keys() - raw.keys() <= {"mscale", "rope_theta", "rope_factor"} | {
+        *("beta_fast", "beta_slow")
+    }
+    back, source = load_pretrained(tmp_path / "b"), load_pretrained(tmp_path / "a")
+    assert not folders.different(back.state_dict(), without_mtp(source.state_dict()))
+    tokens = torch.randint(0, 64, (1, 20))
+    assert torch.equal(back.float()(tokens), source.float()(tokens))
+    main(["b", "c"])
+    assert not folders.different(folders.read(tmp_path / "c"), kept)
+
+
+@pytest.mark.filterwarnings("ignore:.* has routing biases")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_fresh_fp8_has_the_codes_of_the_other_layout(tmp_path: Path, build: Any, ranks: int) -> None:
+    """Blocks of scales are the same, whether a matrix is quantized whole or rank by rank."""
+    model, _ = build("v32", n_mtp_layers=0)
+    save_inference(model, tmp_path / "a", ranks, fp8=True, dtype=torch.bfloat16)
+    save_pretrained(model, tmp_path / "b", fp8=True, dtype=torch.bfloat16)
+    got, want = (load_pretrained(tmp_path / name, fp8="keep").state_dict() for name in "ab")
+    assert not folders.different(got, want)
+    assert folders.FP8 in {t.dtype for t in want.values()}
+    assert folders.config_of(tmp_path / "a")["dtype"] == "fp8" and "scale_fmt" not in folders.config_of(tmp_path / "a")
+    save_inference(load_pretrained(tmp_path / "b", fp8="keep"), tmp_path / "c", ranks)
+    assert not any(
+        folders.different(*(files_of(tmp_path / x)[f"model{i}-mp{ranks}.safetensors"] for x in "ac"))
+        for i in range(ranks)
+    )
+
+
+def test_written_tensors_are_views_of_the_model(build: Any) -> None:
+    """Tensors of the held dtype are not copied before their turn comes, and no rank plans another's experts."""
+    model, _ = build("v3")
+    held = {t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}
+    plans = [RankPlan(model, False, None, rank, 2) for rank in range(2)]
+    for plan in plans:
+        entries = plan.entries()
+        assert {entry.make().untyped_storage().data_ptr() for entry in entries} <= held.keys()
+        assert sum(entry.nbytes for entry in entries) < 0.75 * sum(held.values())
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, build: Any) -> None:
+    model, _ = build("v3")
+    with warnings.catch_warnings(record=True) as said:
+        save_inference(model, tmp_path / "a", 2)
+    assert [str(warning.message) for warning in said] == [
+        f"{tmp_path / 'a'} has no multi-token prediction layers, of which the model has 1: DeepSeek's inference layout "
+        "leaves them out",
+        f"{tmp_path / 'a'} has routing biases, for which DeepSeek's inference code has a place at dim=7168 alone, and "
+        "the model has dim=256; dsmini reads them",
+    ]
+    model, _ = build("v2", n_mtp_layers=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_inference(model, tmp_path / "b", 2)
+
+
+def test_damaged_tensor_of_any_rank_is_named(tmp_path: Path, build: Any) -> None:
+    model, _ = build("v2", n_mtp_layers=0)
+    with torch.no_grad():
+        model.layers[1].ffn.experts.w1[3, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match=r"NaN in layers\.1\.ffn\.experts\.3\.w1\.weight"):
+        save_inference(model, tmp_path / "a", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "arguments", "sentence"),
+    [
+        (
+            "v3",
+            {"attention": "mha"},
+            {},
+            "a model with attention='mha' is not for DeepSeek's inference code, which has 'mla' or 'dsa'",
+        ),
+        ("v3", {"qk_norm": True}, {}, "a model with qk_norm=True is not for DeepSeek's inference code, "),
+        ("v3", {"norm_eps": 1e-5}, {}, "a model with norm_eps=1e-05 is not for DeepSeek's inference code, "),
+        ("v3", {"mscale_all_dim": 0.5}, {}, "a model with mscale_all_dim=0.5 is not for "),
+        ("v3", {"norm_topk_prob": False}, {}, "a model with norm_topk_prob=False is not for"),
+        ("v3", {"n_shared_experts": 0}, {}, "a model with n_shared_experts=0 is not for"),
+        ("v32", {"indexer_rope_interleave": True}, {}, "a model with indexer_rope_interleave=True is not for"),
+        (
+            "v32",
+            {"q_lora_rank": None},
+            {},
+            "a model with q_lora_rank=None is not for DeepSeek's inference code, which has a compressed query for the "
+            "indexer",
+        ),
+        ("v3", {}, {"ranks": 0}, "ranks=0 is not positive; use 1 or more"),
+        ("v3", {}, {"ranks": 8}, "n_routed_experts=4 is not divisible by ranks=8; use 4 or a divisor of it"),
+        ("v3", {"n_heads": 6}, {"ranks": 4}, "n_heads=6 is not divisible by ranks=4; use 2 or a divisor of it"),
+        ("v3", {"vocab_size": 61}, {"ranks": 2}, "vocab_size=61 is not divisible by ranks=2; use 1 or a divisor of it"),
+        ("v3", {"inter_dim": 510}, {"ranks": 4}, "inter_dim=510 is not divisible by ranks=4; use 2 or a divisor of it"),
+        (
+            "v3",
+            {"moe_inter_dim": 130},
+            {"ranks": 2, "fp8": True},
+            "layers.1.ffn.shared_experts.w1.weight in FP8 has 130 rows on each of 2 ranks, want a multiple of 128, the "
+            "side of a block with one scale; use fewer ranks, or another dtype",
+        ),
+    ],
+)
+def test_layout_refuses_in_a_sentence(
+    tmp_path: Path, build: Any, kind: str, changes: dict[str, Any], arguments: dict[str, Any], sentence: str
+) -> None:
+    model, _ = build(kind, **changes)
+    assert refusal(save_inference, model, tmp_path / "a", **arguments).startswith(sentence)
+    assert not (tmp_path / "a").exists()
+
+
+def test_mistakes_exit_2_and_write_nothing(tmp_path: Path, build: Any) -> None:
+    save_pretrained(build("v2", n_mtp_layers=0)[0], tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    cases = {
+        "a b --ranks 2": "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
+        "a b --layout inference --shard-size 2GB": "--shard-size is for Hugging Face's layout; with --layout inference",
+        "a b --layout inference --ranks 3": "vocab_size=64 is not divisible by ranks=3; use 4 or a divisor of it",
+        "a a --layout inference": "a holds files already; choose a new folder, or remove that one",
+    }
+    answers = commands.run_all([("dsmini.convert", arguments) for arguments in cases], tmp_path)
+    for (status, said), (arguments, sentence) in zip(answers, cases.items(), strict=True):
+        assert (status, sentence in said) == (2, True), (arguments, said)
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_run_takes_its_tokenizer_along(tmp_path: Path, build: Any) -> None:
+    model, _ = build("v2", n_mtp_layers=0)
+    save_inference(model, tmp_path / "a", 2, files={"tokenizer.json": "{}"})
+    assert json.loads((tmp_path / "a" / "tokenizer.json").read_text()) == {}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("config.json", "tokenizer.json", "model0-mp2.safetensors", "model1-mp2.safetensors")
+    }

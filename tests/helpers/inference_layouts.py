@@ -1,0 +1,82 @@
+"""DeepSeek's inference layout, written as its convert.py does: a folder's names become its own, then ranks cut."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+NAMES: dict[str, tuple[str, int | None]] = {
+    "embed_tokens": ("embed", 0),
+    "input_layernorm": ("attn_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+    "q_proj": ("wq", 0),
+    "q_a_proj": ("wq_a", None),
+    "q_a_layernorm": ("q_norm", None),
+    "q_b_proj": ("wq_b", 0),
+    "kv_a_proj_with_mqa": ("wkv_a", None),
+    "kv_a_layernorm": ("kv_norm", None),
+    "kv_b_proj": ("wkv_b", 0),
+    "o_proj": ("wo", 1),
+    "gate": ("gate", None),
+    "gate_proj": ("w1", 0),
+    "down_proj": ("w2", 1),
+    "up_proj": ("w3", 0),
+    "norm": ("norm", None),
+    "lm_head": ("head", 0),
+}
+
+
+def inference_layout(
+    folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], ranks: int, name: str
+) -> Path:
+    """Write a folder without multi-token prediction as DeepSeek's convert.py does."""
+    folder.mkdir()
+    experts = config["n_routed_experts"] // ranks
+    files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for theirs, tensor in tensors.items():
+        path = theirs.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
+        path = path.replace("weight_scale_inv", "scale").replace("e_score_correction_bias", "bias")
+        key = path.split(".")[-2]
+        own, dim = (key, None) if ".indexer." in path else NAMES[key]
+        parts = path.split(".")
+        parts[-2] = own
+        path = ".".join(parts)
+        for rank, file in enumerate(files):
+            if ".experts." in path:
+                if int(path.split(".experts.")[1].split(".")[0]) // experts == rank:
+                    file[path] = tensor.contiguous()
+            else:
+                part = tensor if dim is None else tensor.chunk(ranks, dim)[rank]
+                file[path] = part.contiguous().clone()
+    for rank, file in enumerate(files):
+        save_file(file, folder / f"model{rank}-mp{ranks}.safetensors")
+    (folder / name).write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+INFERENCE = {
+    "vocab_size": 64,
+    "dim": 256,
+    "inter_dim": 512,
+    "moe_inter_dim": 200,
+    "n_layers": 2,
+    "n_dense_layers": 1,
+    "n_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "n_activated_experts": 2,
+    "n_expert_groups": 2,
+    "n_limited_groups": 1,
+    "score_func": "sigmoid",
+    "route_scale": 2.5,
+    "q_lora_rank": 72,
+    "kv_lora_rank": 72,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+}
+INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}
