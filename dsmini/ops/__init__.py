@@ -67,9 +67,8 @@ class Cost(NamedTuple):
     dtype: torch.dtype | None = None
     """Dtype of the matrices, or of the products where it is another, if not that of the result."""
     attention: int = 0
-    """Part of the FLOPs that multiplies with rows of a cache."""
     scores: int = 0
-    """Part of the FLOPs that multiplies with the cached keys of an indexer."""
+    """Parts of the FLOPs that multiply with rows of a cache, and with an indexer's cached keys."""
     matrix: int = 0
     """Numbers of an expert's matrix; 0 where time does not depend on it."""
 
