@@ -120,8 +120,10 @@ def _(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) -> Tenso
 def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k"]:
     """Return the places of the k largest above -inf, first places first among equals, and -1 where there are fewer.
 
-    torch.topk finds the k-th value alone: the places that it returns among equals depend on the length of a row.
+    torch.topk finds the k-th value alone: the places that it returns among equals depend on the length of a row. NaN is
+    as large as infinity, so that it is picked, and seen in the output.
     """
+    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
     edge = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > edge, (scores == edge) & ~scores.isneginf()
     kept = above | equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))

@@ -243,6 +243,16 @@ def test_both_versions_pick_the_earlier_of_equal_keys(monkeypatch: pytest.Monkey
     assert sets(want)[0][0] == set(range(16))  # at position 30
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_a_score_of_nan_is_picked_by_those_who_see_it(backend: str) -> None:
+    q, k, weights, hidden = inputs(40, 40)
+    k[:, 5] = torch.nan
+    with ops.use(backend):
+        found = sets(pick_keys(q, k, weights, 4, hidden))
+    assert [5 in row for row in found[0]] == [t >= 5 for t in range(40)]
+    assert all(len(row) == min(t + 1, 4) for t, row in enumerate(found[0]))
+
+
 def test_picks_do_not_depend_on_how_a_sequence_was_cut() -> None:
     q, k, weights, hidden = inputs(50, 50)
     weights, q[..., 0] = weights.abs(), -3.0
