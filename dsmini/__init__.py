@@ -15,11 +15,26 @@ if TYPE_CHECKING:
     from dsmini.checkpoint.pretrained import load_pretrained
     from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
     from dsmini.inference import generate
-    from dsmini.nn import MLA, MTP, Attention, Block, Experts, FeedForward, Gate, Linear, MoE, RMSNorm, Transformer
+    from dsmini.nn import (
+        DSA,
+        MLA,
+        MTP,
+        Attention,
+        Block,
+        Experts,
+        FeedForward,
+        Gate,
+        Indexer,
+        Linear,
+        MoE,
+        RMSNorm,
+        Transformer,
+    )
     from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "DSA",
     "MLA",
     "MTP",
     "Accumulator",
@@ -29,6 +44,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "Gate",
+    "Indexer",
     "Linear",
     "MoE",
     "ModelConfig",
@@ -56,7 +72,8 @@ HOMES = {
     "dsmini.config": ("DataConfig", "ModelConfig", "RunConfig", "TrainConfig"),
     "dsmini.inference": ("generate",),
     "dsmini.nn": (
-        *("MLA", "MTP", "Attention", "Block", "Experts", "FeedForward", "Gate", "Linear", "MoE", "RMSNorm"),
+        *("DSA", "MLA", "MTP", "Attention", "Block", "Experts", "FeedForward", "Gate", "Indexer", "Linear", "MoE"),
+        "RMSNorm",
         "Transformer",
     ),
     "dsmini.numerics": ("Accumulator", "QuantizedTensor", "fp8_matmul", "quantize"),

@@ -102,6 +102,9 @@ def main(args: Sequence[str]) -> int:
     tell(rate("read", nbytes, seconds))
     if command.dsa:
         add_indexers(model, **sizes)
+        topk, most = model.config.index_topk, model.config.max_seq_len
+        if topk is not None and topk >= most:
+            tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
     inference = command.layout == "inference"
     options: dict[str, Any] = {
         "dtype": None if command.dtype == "stored" else getattr(torch, command.dtype),
@@ -111,7 +114,9 @@ def main(args: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
         if inference:
-            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, **options)
+            saved = save_inference(
+                model, command.dst, 1 if command.ranks is None else command.ranks, command.fp8, **options
+            )
         else:
             options |= {"shard_size": command.shard_size, "config": ids}
             saved = save_pretrained(model, command.dst, command.fp8, **options)
@@ -145,6 +150,8 @@ def _refuse_other_layout(command: ConvertCommand) -> None:
     """Raise ValueError for an option of the layout that is not written."""
     if command.layout == "inference" and command.shard_size != SHARD_SIZE:
         raise ValueError("--shard-size is for Hugging Face's layout; with --layout inference, each rank has one file")
+    if command.ranks is not None and command.ranks < 1:
+        raise ValueError(f"--ranks {command.ranks} is not positive; use 1 or more")
     if command.layout != "inference" and command.ranks is not None:
         raise ValueError("--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out")
 

@@ -52,14 +52,15 @@ class DSA(MLA):
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.
     """
 
+    stage: Literal["warmup", "sparse"] | None = None
+    """Stage in which the indexer learns, in training mode; None: it does not."""
+    fits: list[IndexerFit] | None = None
+    """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
+
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
-        self.stage: Literal["warmup", "sparse"] | None = None
-        """Stage in which the indexer learns, in training mode; None: it does not."""
-        self.fits: list[IndexerFit] | None = None
-        """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
 
     def forward(
         self,

@@ -184,6 +184,7 @@ def test_mistakes_exit_2_and_write_nothing(tmp_path: Path, build: Any) -> None:
     cases = {
         "a b --ranks 2": "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
         "a b --layout inference --shard-size 2GB": "--shard-size is for Hugging Face's layout; with --layout inference",
+        "a b --layout inference --ranks 0": "--ranks 0 is not positive; use 1 or more",
         "a b --layout inference --ranks 3": "vocab_size=64 is not divisible by ranks=3; use 4 or a divisor of it",
         "a a --layout inference": "a holds files already; choose a new folder, or remove that one",
     }

@@ -12,7 +12,7 @@ import torch
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.fresh_indexer import add_indexers
 from dsmini.convert import main
-from dsmini.nn import Indexer
+from dsmini.nn import Indexer, dsa_layers
 from tests.helpers import folders
 from tests.helpers.configs import DSA, V32, refusal, released, written
 from tests.helpers.released_configs import HF_V3
@@ -158,6 +158,24 @@ def test_convert_adds_fresh_indexers(
     assert not torch.equal(*drawn)
     figures = json.loads(capsys.readouterr().out)
     assert figures["parameters"] == sum(p.numel() for p in sparse.parameters())
+
+
+def test_indexers_that_never_choose_are_told_of(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for topk, told in ((31, False), (32, True)):
+        sizes = f"--dsa --index-n-heads 3 --index-head-dim 32 --index-topk {topk}"
+        assert main([str(folder), str(tmp_path / str(topk)), *sizes.split()]) == 0
+        said = capsys.readouterr()
+        words = f"no token will have a choice: index_topk={topk} of at most 32 tokens; lower --index-topk"
+        assert (words in " ".join((said.out + said.err).split())) == told
+
+
+def test_fresh_indexers_learn_in_a_model_that_they_joined(small_model: Build) -> None:
+    model = small_model()
+    add_indexers(model, n_heads=3, head_dim=32, topk=8)
+    model.train()(torch.randint(0, 61, (2, 20))).sum().backward()
+    assert all(layer.stage is None and layer.fits is None for layer in dsa_layers(model))
 
 
 def test_sizes_of_indexers_without_indexers_are_refused(tmp_path: Path, folder: Path) -> None:
