@@ -27,7 +27,7 @@ from dsmini.measure.rates import Curve, Roofs, from_json
 from dsmini.nn import Transformer
 from dsmini.reading import read_table
 
-VERSION = 11
+VERSION = 12
 """Version of the measurement; roofs stored by another version are measured again."""
 LARGE = 1 << 28
 """Bytes that fit into no cache."""

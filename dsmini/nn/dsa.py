@@ -210,15 +210,20 @@ def dsa_layers(model: nn.Module) -> list[DSA]:
 
 @contextmanager
 def collected_fits(model: nn.Module) -> Iterator[list[IndexerFit]]:
-    """Yield the list that takes the losses of a model's indexers. A forward that backward repeats adds nothing."""
+    """Yield the list that takes the losses of a model's indexers, also in the place of a list outside.
+
+    A forward that backward repeats adds nothing.
+    """
     fits: list[IndexerFit] = []
-    for layer in dsa_layers(model):
+    layers = dsa_layers(model)
+    before = [layer.fits for layer in layers]
+    for layer in layers:
         layer.fits = fits
     try:
         yield fits
     finally:
-        for layer in dsa_layers(model):
-            layer.fits = None
+        for layer, outer in zip(layers, before, strict=True):
+            layer.fits = outer
 
 
 def _keys_before(stop: int, t: int, past: Past | None) -> int:
