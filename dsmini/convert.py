@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.atomic import as_json
 from dsmini.checkpoint.run_folder import run_tokenizer
 from dsmini.checkpoint.tensor_names import mtp_prefixes
-from dsmini.config import RunConfig
+from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
@@ -102,9 +102,7 @@ def main(args: Sequence[str]) -> int:
     tell(rate("read", nbytes, seconds))
     if command.dsa:
         add_indexers(model, **sizes)
-        topk, most = model.config.index_topk, model.config.max_seq_len
-        if topk is not None and topk >= most:
-            tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
+        _tell_of_no_choice(model.config, tell)
     inference = command.layout == "inference"
     options: dict[str, Any] = {
         "dtype": None if command.dtype == "stored" else getattr(torch, command.dtype),
@@ -114,9 +112,7 @@ def main(args: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: tell(str(message))
         if inference:
-            saved = save_inference(
-                model, command.dst, 1 if command.ranks is None else command.ranks, command.fp8, **options
-            )
+            saved = save_inference(model, command.dst, command.ranks or 1, command.fp8, **options)
         else:
             options |= {"shard_size": command.shard_size, "config": ids}
             saved = save_pretrained(model, command.dst, command.fp8, **options)
@@ -164,6 +160,12 @@ def _index_sizes(command: ConvertCommand) -> dict[str, int]:
         flags = ", ".join(f"--index-{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{flags}: these are sizes of fresh indexers; add --dsa, or leave them out")
     return given
+
+
+def _tell_of_no_choice(config: ModelConfig, tell: Callable[[str], None]) -> None:
+    topk, most = config.index_topk, config.max_seq_len
+    if topk is not None and topk >= most:
+        tell(f"no token will have a choice: index_topk={topk} of at most {most} tokens; lower --index-topk")
 
 
 def _read(
