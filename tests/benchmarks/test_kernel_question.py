@@ -39,8 +39,9 @@ def test_every_call_is_measured_with_its_instruction_set(monkeypatch: pytest.Mon
     assert told.startswith(f"With {instruction_set()}, kernels reach these shares of the roof: linear ")
     for f in shares:
         (seconds,) = pick(figures, "seconds", **f.case)
-        assert f.measured and seconds.predicted and seconds.measured
-        assert f.measured == pytest.approx(seconds.predicted / seconds.measured, rel=0.5), "medians of the same turns"
+        assert f.measured and seconds.predicted and seconds.low and seconds.high
+        # medians of the same turns: of two in the middle the share takes the harmonic mean
+        assert seconds.low <= seconds.predicted / f.measured * (1 + 1e-9) <= seconds.high * (1 + 2e-9)
     (left,) = {f.note for f in pick(figures, "share_of_roof") if f.measured is None}
     assert left == "left out: plain PyTorch serves these calls", "a head in FP32 is small here"
 
