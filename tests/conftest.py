@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import os
+import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +28,12 @@ settings.load_profile("dsmini")
 # small tensors gain nothing from a second thread, and on a busy machine the threads wait for each other
 torch.set_num_threads(1)
 
+# Ctrl-C is ignored in background jobs and by some runners of CI, and what ignores it starts children that ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+HERE = Path(__file__).parent
+QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "test_end_to_end.py"}
+"""Folders and files of `pytest -m quick`; their slow tests are left out."""
 PEAK_BYTES = 2 * 1024**3
 CPU = torch.device("cpu")
 M = TypeVar("M", bound=nn.Module)
@@ -37,6 +45,36 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
     config.option.dist = "no"
     return 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    known = {re.split(r"\W", line)[0] for line in config.getini("markers")}
+    for name in set(re.findall(r"\w+", config.option.markexpr)) - known - {"and", "or", "not", "True", "False"}:
+        raise pytest.UsageError(f"-m {config.option.markexpr!r}: no marker {name!r}; use quick, slow, gpu or '' for all")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"tests with -m {config.option.markexpr!r}; -m quick, -m slow, -m gpu and -m '' choose others"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what has no quick tests: to read those files takes longer than to run the quick ones."""
+    is_below = collection_path.parent == HERE and collection_path != HERE / "conftest.py"
+    return True if is_below and config.option.markexpr == "quick" and collection_path.name not in QUICK else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in QUICK and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+            item.add_marker("quick")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = item.get_closest_marker("memory")
+    free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text()) if sys.platform == "linux" else None
+    if needed and free and int(free[1]) * 1024 < needed.args[0] * 1e9:
+        pytest.skip(f"needs {needed.args[0]} GB of free memory, here are {int(free[1]) * 1024 / 1e9:.1f} GB")
 
 
 @pytest.fixture(autouse=True, scope="module")

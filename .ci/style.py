@@ -1,0 +1,152 @@
+"""Check what ruff and pyright do not: who imports whom, and plain English. Print the size of every package.
+
+Run `python .ci/style.py` in a checkout. It exits with status 1 after naming every place that breaks a rule.
+"""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every package of dsmini, from below, with those that it may import besides SHARED. It may import only what stands above
+# it, so there is no cycle. Commands import anything, and no package imports a command.
+MAY_IMPORT = {
+    **{"ops": "", "config": "", "console": "", "atomic": "", "machine": "", "reading": ""},
+    "report": "console",
+    "accounting": "config",
+    "numerics": "ops",
+    "functional": "numerics ops",
+    "nn": "config functional numerics",
+    "text": "config console",
+    "data": "config text",
+    "inference": "config functional nn numerics ops text",
+    "checkpoint": "config console nn numerics text",
+    "distributed": "checkpoint config console functional nn numerics ops report",
+    "training": "accounting checkpoint config console data distributed functional inference nn ops text",
+    "measure": "config functional inference nn numerics ops training",
+    "planner": "accounting config console measure report",
+    "diagnosis": "accounting checkpoint config data functional inference measure nn numerics ops planner report text "
+    "training",
+}
+SHARED = ("atomic", "machine", "reading")
+COMMANDS = ["train", "generate", "tokenize", "convert", "explain", "plan", "diagnose", "__main__", "__init__"]
+# names that no file in these folders may import
+FORBIDDEN = (
+    (rf"dsmini\.({'|'.join(COMMANDS)})\b", "dsmini/.*/"),
+    (r"dsmini\.generate\.", ""),  # it would hide the function dsmini.generate
+    (r"transformers\b", "dsmini|kernels|tests/(?!oracle)"),
+    (r"(dsmini|benchmarks)\b", "kernels"),
+    (r"(tests|benchmarks)\b", "dsmini|kernels"),
+)
+
+# words that slow a reader down, each allowed 4 times in 10,000 words of a folder
+WORDS = {
+    "a clause without a subject": r"(?:^|(?<=[.:;] ))(?-i:What|Of|Whether|How|Those|Which|Whose|So many|As many)\b"
+    r"[^?]*?(?:[.:;](?= |$)|$)",
+    "behind (after)": r"\bbehind\b",
+    "so many (this many)": r"\b(?:so|as) many (?!as\b)",
+    "anew (again)": r"\banew\b",
+    "is no (is not a)": r"(?<!\bthere )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|bigger\b|worse\b)",
+    "beside (next to, compared with)": r"\bbeside\b",
+    "twin (baseline)": r"\btwins?\b",
+    "go on (continue, run)": r"\b(?:go|goes|going|went) on\b",
+}
+MUTATORS = {"append", "add", "update", "extend", "pop", "popitem", "clear", "remove", "setdefault", "insert", "discard"}
+
+
+def check_imports(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the imports of a file that no rule allows."""
+    where = path.relative_to(ROOT)
+    mine = where.with_suffix("").parts[1] if where.parts[0] == "dsmini" else ""
+    shared = () if mine in SHARED else SHARED
+    allowed = {mine, *shared, *MAY_IMPORT[mine].split()} if mine in MAY_IMPORT else MAY_IMPORT
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            above = where.parent.parts[: len(where.parts) - node.level] if node.level else ()
+            names = [".".join([*above, *filter(None, [node.module]), name]) for name in names]
+        for name in names:
+            inner = name.split(".")[1] if name.startswith("dsmini.") else ""
+            forbidden = any(re.match(what, name) and re.match(folders, str(where)) for what, folders in FORBIDDEN)
+            if forbidden or (inner in MAY_IMPORT and inner not in allowed):
+                yield node.lineno, f"{name} must not be imported here"
+
+
+def check_globals(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the places that change a list, set or dict at the top of a file."""
+    tops = [node for node in tree.body if not isinstance(node, ast.ClassDef)]
+    names = {ast.unparse(it) for node in tops for it in getattr(node, "targets", [getattr(node, "target", None)]) if it}
+    for node in (inner for top in tops for inner in ast.walk(top)):
+        changed = node.value if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) else None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+            changed = node.func.value
+        if changed is not None and ast.unparse(changed) in names:
+            yield node.lineno, f"{ast.unparse(node)} changes a global"
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each paragraph of a page, or of each docstring and comment of a source."""
+    source = path.read_text()
+    if path.suffix == ".md":
+        kept = re.sub(r"^ *```.*?^ *```", lambda code: "\n" * code[0].count("\n"), source, flags=re.M | re.S)
+        for line, text in enumerate(kept.splitlines(), 1):
+            yield from ((line, re.sub(r"^[#>*\-\d. ]+", "", cell.strip())) for cell in text.split("|"))
+        return
+    for node in ast.walk(ast.parse(source)):
+        if is_docstring(node):
+            yield from ((node.lineno, " ".join(text.split())) for text in re.split(r"\n\s*\n", node.value.value))
+    for comments in re.finditer(r"(?:^[ \t]*#.*\n)+", source, re.M):
+        text = " ".join(line.strip("#:! \t") for line in comments[0].splitlines())
+        yield source.count("\n", 0, comments.start()) + 1, text
+
+
+def is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def size(tree: ast.Module, source: str) -> tuple[int, int]:
+    """Return the lines of code without comments and docstrings, and the tokens on them."""
+    docs = {line for n in ast.walk(tree) if is_docstring(n) for line in range(n.lineno, n.end_lineno + 1)}
+    found = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.string.strip()]
+    found = [token for token in found if token.type != tokenize.COMMENT and token.start[0] not in docs]
+    return len({line for token in found for line in range(token.start[0], token.end[0] + 1)}), len(found)
+
+
+def main() -> int:
+    """Print what breaks a rule and the table of sizes; return the exit status."""
+    wrong: list[str] = []
+    sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    spoken, slow = Counter(), defaultdict(list)
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]
+    sources = [path for name in ("dsmini", "kernels", "benchmarks", "tests") for path in (ROOT / name).rglob("*.py")]
+    for path in sorted([*sources, *pages]):
+        where = path.relative_to(ROOT)
+        if path.suffix == ".py":
+            tree = ast.parse(path.read_text())
+            places = [*check_imports(path, tree), *(check_globals(tree) if where.parts[0] == "dsmini" else ())]
+            wrong += [f"{where}:{line}: {words}" for line, words in places]
+            row = sizes["/".join(where.parts[:2]) if where.parts[0] in ("dsmini", "tests") else where.parts[0]]
+            row[:] = [a + b for a, b in zip(row, (1, *size(tree, path.read_text())), strict=True)]
+        place = "pages" if path.suffix == ".md" else where.parts[0]
+        for line, text in prose(path):
+            spoken[place] += len(text.split())
+            for rule, pattern in WORDS.items():
+                for hit in re.finditer(pattern, text, re.I):
+                    said = text[max(0, hit.start() - 40) : hit.end() + 40]
+                    slow[place, rule].append(f"{where}:{line}: {rule}: {said}")
+    for (place, _), found in slow.items():
+        wrong += found if len(found) > 4e-4 * spoken[place] else []
+    print(f"{'package':32}{'files':>7}{'code':>8}{'tokens':>9}")
+    print(*(f"{name:32}{n:7,}{code:8,}{tokens:9,}" for name, (n, code, tokens) in sorted(sizes.items())), sep="\n")
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
