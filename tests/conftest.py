@@ -49,8 +49,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     known = {re.split(r"\W", line)[0] for line in config.getini("markers")}
-    for name in set(re.findall(r"\w+", config.option.markexpr)) - known - {"and", "or", "not", "True", "False"}:
-        raise pytest.UsageError(f"-m {config.option.markexpr!r}: no marker {name!r}; use quick, slow, gpu or '' for all")
+    expression = config.option.markexpr
+    for name in set(re.findall(r"\w+", expression)) - known - {"and", "or", "not", "True", "False"}:
+        raise pytest.UsageError(f"-m {expression!r}: no marker {name!r}; use quick, slow, gpu, or '' for all")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
