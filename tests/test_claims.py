@@ -1,0 +1,88 @@
+"""Every pytest command of README.md and docs/claims.md runs all cases of its claim: no marker leaves one out."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CASES = {
+    "pytest tests/oracle -rP": 92,
+    'pytest tests/accounting -k "printed or mha_twin"': 9,
+    "pytest tests/training -k resume": 196,
+    "pytest tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 56,
+    "pytest tests/planner/test_published.py": 130,
+    'pytest tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
+    "pytest tests/gradients": 41,
+    "pytest tests/oracle/test_pretrained.py tests/checkpoint/test_pretrained.py tests/checkpoint/test_pretrained_fp8.py -rP": 80,
+    "pytest tests/oracle/test_greedy.py": 6,
+    "pytest tests/nn/test_cache.py": 166,
+    "pytest tests/inference/test_generation.py -k guesses": 13,
+    "pytest tests/nn/test_compile.py": 5,
+    "pytest tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 80,
+    "pytest tests/distributed/test_drawing.py": 17,
+    "pytest tests/distributed -k faults": 60,
+    "pytest tests/distributed/test_checkpoints.py": 9,
+    "pytest tests/commands/test_commands.py -k equal": 2,
+    "pytest tests/checkpoint/test_checkpoint.py -k damaged": 37,
+    "pytest tests/training/test_trainer.py -k finite": 18,
+    "pytest tests/training/test_trainer.py -k bias": 6,
+    "pytest tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1042,
+    "pytest tests/numerics/test_gemm.py tests/numerics/test_gemm_gradients.py": 76,
+    "pytest tests/numerics/test_accumulation.py -k 14_bits": 1,
+    "pytest tests/kernels/test_cpu_steps.py tests/inference/test_decoding.py": 286,
+}
+"""Number of cases of each command, without its -m. A smaller number needs a reason in its commit."""
+COLLECT = """
+import contextlib, io, json, os, sys, pytest
+from _pytest.mark import deselect_by_keyword, deselect_by_mark
+
+commands = json.load(sys.stdin)  # each: paths, -k, -m
+
+class Selected:
+    def pytest_collection_finish(self, session):
+        session.config.hook.pytest_deselected = lambda items: None
+        self.cases = []
+        for paths, session.config.option.keyword, session.config.option.markexpr in commands:
+            items = [item for item in session.items if item.nodeid.startswith(tuple(paths))]
+            deselect_by_keyword(items, session.config)
+            deselect_by_mark(items, session.config)
+            self.cases.append([item.nodeid for item in items])
+
+selected, paths = Selected(), {path for command in commands for path in command[0]}
+with contextlib.redirect_stdout(io.StringIO()):
+    pytest.main([*sorted(paths), "--collect-only", "-q", "-n", "0", "-m", ""], plugins=[selected])
+json.dump(selected.cases, sys.stdout)
+"""
+
+
+def commands(pages: list[Path]) -> dict[str, tuple[list[str], str, str | None]]:
+    """Return the paths, the -k and the -m of each pytest command of some pages; -m is None where it has none."""
+    found = {}
+    for command in re.findall(r"`(?:\w+=\w+ )*(pytest [^`]+)`", "\n".join(page.read_text() for page in pages)):
+        words = shlex.split(command)
+        options = {name: words[words.index(name) + 1] for name in ("-k", "-m") if name in words}
+        found[command] = [w for w in words if w.startswith("tests/")], options.get("-k", ""), options.get("-m")
+    return found
+
+
+def cases(root: Path, asked: list[tuple[list[str], str, str]]) -> list[list[str]]:
+    """Return the names of the cases that each of these commands would run in a checkout."""
+    run = [sys.executable, "-c", COLLECT]
+    done = subprocess.run(run, input=json.dumps(asked), cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_commands_of_claims_run_all_their_cases() -> None:
+    said = commands([ROOT / "README.md", ROOT / "docs" / "claims.md"])
+    default = re.search(r"-m '(.*?)'", (ROOT / "pyproject.toml").read_text())[1]
+    asked = [(paths, k, default if m is None else m) for paths, k, m in said.values()]
+    every = [(paths, k, "") for paths, k, _ in said.values()]
+    found = cases(ROOT, [*asked, *every])
+    for command, some, whole in zip(said, found, found[len(said) :], strict=False):
+        assert some == whole, f"`{command}` leaves cases out; give it -m ''"
+    counted = {re.sub(r" -m (''|\S+)", "", command): len(whole) for command, whole in zip(said, found, strict=False)}
+    assert counted == CASES, "is the other number of cases meant, and does the claim still hold?"
