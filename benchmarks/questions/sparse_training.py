@@ -1,10 +1,10 @@
 """Does a model lose anything when it learns to attend to a few keys?
 
 The stages are V3.2's, at toy size. A dense model learns at context 256, then at 2,048, from a text with hidden pairs of
-a key and a value. Indexers join it and learn alone (warmup), then all of it learns with attention to 256 keys (sparse). The
-dense model continues for the same number of tokens (longer). Losses are over the whole held-out part, which has no pairs.
-A needle is a pair among others in some of that text; its value must be the likeliest byte. Fresh is the sparse model
-before its indexers have learned. Runs that were stopped continue when the command is given again.
+a key and a value. Indexers join it and learn alone (warmup), then all of it learns with attention to 256 keys (sparse).
+The dense model continues for the same number of tokens (longer). Losses are over the whole held-out part, which has no
+pairs. A needle is a pair among others in some of that text; its value must be the likeliest byte. Fresh is the sparse
+model before its indexers have learned. Runs that were stopped continue when the command is given again.
 """
 
 import json
