@@ -15,16 +15,8 @@ DSA: dict[str, Any] = {"attention": "dsa", "index_n_heads": 3, "index_head_dim":
 V32: dict[str, Any] = {"attention": "dsa", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 """The indexer of DeepSeek-V3.2, which is DeepSeek-V3 but for it."""
 FP8_SIZES: dict[str, Any] = {
-    "dim": 256,
-    "inter_dim": 272,
-    "moe_inter_dim": 136,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_heads": 4,
-    "precision": "fp8",
+    **{"dim": 256, "inter_dim": 272, "moe_inter_dim": 136, "q_lora_rank": 128, "kv_lora_rank": 128},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_heads": 4, "precision": "fp8"},
 }
 """Model in simulated FP8, some of whose widths are not multiples of the tile, 128."""
 

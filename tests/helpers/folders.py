@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
+from dsmini.checkpoint.tensor_names import mtp_copies
 from dsmini.config.huggingface import config_to_json
 from tests.helpers.hf_names import to_hf
 
@@ -23,17 +24,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     """Write a folder of these tensors in this many files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    if shards == 1:
-        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: named[name] for name in list(named)[i::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    parts = {file: list(tensors)[i::shards] for i, file in enumerate(files if shards > 1 else ["model.safetensors"])}
+    for file, names in parts.items():
+        copies = {name: tensors[name].detach().contiguous().clone() for name in names}
+        save_file(copies, folder / file, {"format": "pt"})
+    if shards > 1:
+        weight_map = {name: file for file, names in parts.items() for name in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -41,11 +39,11 @@ def read(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder."""
     out: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        part = load_file(path)
+        assert not out.keys() & part.keys()
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                assert name not in out
-                out[name] = file.get_tensor(name)
+        out |= part
     return out
 
 
@@ -82,17 +80,15 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
     The magnitudes of the blocks differ widely, so that a misplaced scale shows.
     """
-    out, meant = {}, {}
-    for name, tensor in tensors.items():
-        if not is_matrix(name):
-            out[name] = meant[name] = tensor
-            continue
-        codes, exact = torch.empty(tensor.shape, dtype=FP8), torch.empty(tensor.shape)
-        scales = torch.full([-(-n // 128) for n in tensor.shape], torch.nan)
-        for i, j, block in blocks_of(tensor):
-            values = tensor[block].float() * float(torch.randn(()).mul(0.5).exp())
-            scales[i, j] = values.abs().max() / 448
-            codes[block] = (values / scales[i, j]).to(FP8)
+    out, meant = dict(tensors), dict(tensors)
+    for name in filter(is_matrix, tensors):
+        values = tensors[name].float()
+        scales = torch.empty([-(-n // 128) for n in values.shape])
+        codes, exact = torch.empty(values.shape, dtype=FP8), torch.empty(values.shape)
+        for i, j, block in blocks_of(values):
+            grown = values[block] * float(torch.randn(()).mul(0.5).exp())
+            scales[i, j] = grown.abs().max() / 448
+            codes[block] = (grown / scales[i, j]).to(FP8)
             exact[block] = codes[block].float() * scales[i, j]
         out |= {name: codes, name.replace(".weight", ".weight_scale_inv"): scales}
         meant[name] = exact
@@ -101,10 +97,9 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def tensors_of(model: Transformer, dtype: torch.dtype = torch.float32, copies: bool = True) -> dict[str, Tensor]:
     """Return a model's tensors as a folder stores them: in this dtype, except the routing biases."""
-    out = to_hf(model)
-    out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in out.items()}
-    left_out = () if copies else (".embed_tokens.weight", ".shared_head.head.weight")
-    return {name: t for name, t in out.items() if name == "model.embed_tokens.weight" or not name.endswith(left_out)}
+    out = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in to_hf(model).items()}
+    left_out = () if copies else mtp_copies(model.config.n_layers, range(model.config.n_mtp_layers))
+    return {name: t for name, t in out.items() if name not in left_out}
 
 
 def config_json(config: ModelConfig, **more: Any) -> dict[str, Any]:

@@ -9,24 +9,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NAMES: dict[str, tuple[str, int | None]] = {
-    "embed_tokens": ("embed", 0),
-    "input_layernorm": ("attn_norm", None),
-    "post_attention_layernorm": ("ffn_norm", None),
-    "q_proj": ("wq", 0),
-    "q_a_proj": ("wq_a", None),
-    "q_a_layernorm": ("q_norm", None),
-    "q_b_proj": ("wq_b", 0),
-    "kv_a_proj_with_mqa": ("wkv_a", None),
-    "kv_a_layernorm": ("kv_norm", None),
-    "kv_b_proj": ("wkv_b", 0),
-    "o_proj": ("wo", 1),
-    "gate": ("gate", None),
-    "gate_proj": ("w1", 0),
-    "down_proj": ("w2", 1),
-    "up_proj": ("w3", 0),
-    "norm": ("norm", None),
-    "lm_head": ("head", 0),
+    **{"embed_tokens": ("embed", 0), "lm_head": ("head", 0), "norm": ("norm", None)},
+    **{"input_layernorm": ("attn_norm", None), "post_attention_layernorm": ("ffn_norm", None)},
+    **{"q_proj": ("wq", 0), "q_a_proj": ("wq_a", None), "q_a_layernorm": ("q_norm", None), "q_b_proj": ("wq_b", 0)},
+    **{"kv_a_proj_with_mqa": ("wkv_a", None), "kv_a_layernorm": ("kv_norm", None), "kv_b_proj": ("wkv_b", 0)},
+    **{"o_proj": ("wo", 1), "gate": ("gate", None)},
+    **{"gate_proj": ("w1", 0), "down_proj": ("w2", 1), "up_proj": ("w3", 0)},
 }
+"""The layout's name of each module of a folder, and the dimension that is divided over the ranks."""
+INFERENCE = {
+    **{"vocab_size": 64, "dim": 256, "inter_dim": 512, "moe_inter_dim": 200, "n_layers": 2, "n_dense_layers": 1},
+    **{"n_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2, "n_activated_experts": 2, "n_expert_groups": 2},
+    **{"n_limited_groups": 1, "score_func": "sigmoid", "route_scale": 2.5, "q_lora_rank": 72, "kv_lora_rank": 72},
+    **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
+}
+INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}
 
 
 def inference_layout(
@@ -34,49 +31,21 @@ def inference_layout(
 ) -> Path:
     """Write a folder without multi-token prediction as DeepSeek's convert.py does."""
     folder.mkdir()
-    experts = config["n_routed_experts"] // ranks
     files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for theirs, tensor in tensors.items():
         path = theirs.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
         path = path.replace("weight_scale_inv", "scale").replace("e_score_correction_bias", "bias")
-        key = path.split(".")[-2]
-        own, dim = (key, None) if ".indexer." in path else NAMES[key]
-        parts = path.split(".")
-        parts[-2] = own
-        path = ".".join(parts)
+        stem, module, kind = f".{path}".rsplit(".", 2)
+        own, dim = (module, None) if ".indexer." in path else NAMES[module]
+        path = f"{stem}.{own}.{kind}"[1:]
+        if ".experts." in path:
+            expert = int(path.split(".experts.")[1].split(".")[0])
+            files[expert // (config["n_routed_experts"] // ranks)][path] = tensor.contiguous()
+            continue
         for rank, file in enumerate(files):
-            if ".experts." in path:
-                if int(path.split(".experts.")[1].split(".")[0]) // experts == rank:
-                    file[path] = tensor.contiguous()
-            else:
-                part = tensor if dim is None else tensor.chunk(ranks, dim)[rank]
-                file[path] = part.contiguous().clone()
+            file[path] = (tensor if dim is None else tensor.chunk(ranks, dim)[rank]).contiguous().clone()
     for rank, file in enumerate(files):
         save_file(file, folder / f"model{rank}-mp{ranks}.safetensors")
     (folder / name).write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     return folder
-
-
-INFERENCE = {
-    "vocab_size": 64,
-    "dim": 256,
-    "inter_dim": 512,
-    "moe_inter_dim": 200,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "n_heads": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 2,
-    "n_activated_experts": 2,
-    "n_expert_groups": 2,
-    "n_limited_groups": 1,
-    "score_func": "sigmoid",
-    "route_scale": 2.5,
-    "q_lora_rank": 72,
-    "kv_lora_rank": 72,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
-}
-INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}
