@@ -1,4 +1,4 @@
-"""Small models' folders: plain, in several files, and in FP8."""
+"""Small models' folders: plain, in several files, in FP8, with an indexer, and of DeepSeek's inference code."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,43 @@ from torch import Tensor
 
 from dsmini import Transformer
 from tests.helpers import folders
+from tests.helpers.configs import DSA
+from tests.helpers.inference_layouts import INFERENCE, inference_layout
 
 Build = Callable[..., Transformer]
+BUILT = INFERENCE | {"n_mtp_layers": 0, "max_seq_len": 16384, "original_seq_len": 4096, "norm_eps": 1e-6}
+"""The model of a JSON file of DeepSeek's inference code with the sizes of INFERENCE."""
 
 
 @pytest.fixture
-def folder(tmp_path: Path, small_model: Build) -> Path:
-    model = small_model()
-    return folders.write(tmp_path / "good", folders.tensors_of(model), folders.config_json(model.config))
+def write(tmp_path: Path, small_model: Build) -> Callable[..., Path]:
+    """Return a function that writes the folder of a small model with these changes."""
+
+    def written(name: str, shards: int = 1, **changes: object) -> Path:
+        model = small_model(**changes)
+        return folders.write(tmp_path / name, folders.tensors_of(model), folders.config_json(model.config), shards)
+
+    return written
+
+
+@pytest.fixture
+def folder(write: Callable[..., Path]) -> Path:
+    return write("good")
+
+
+@pytest.fixture
+def sharded(write: Callable[..., Path]) -> Path:
+    return write("sharded", shards=3)
+
+
+@pytest.fixture
+def sparse(write: Callable[..., Path]) -> Path:
+    return write("sparse", **DSA)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, small_model: Build) -> Path:
+    return inference_layout(tmp_path / "ranks", folders.tensors_of(small_model(**BUILT)), INFERENCE, 2, "config.json")
 
 
 @pytest.fixture
@@ -36,6 +65,5 @@ def fp8_folder(tmp_path: Path, fp8_model: Build) -> tuple[Path, dict[str, Tensor
 
 
 @pytest.fixture
-def sharded(tmp_path: Path, small_model: Build) -> Path:
-    model = small_model()
-    return folders.write(tmp_path / "sharded", folders.tensors_of(model), folders.config_json(model.config), shards=3)
+def fp8(fp8_folder: tuple[Path, dict[str, Tensor]]) -> Path:
+    return fp8_folder[0]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dsmini import Experts, Linear, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.initial_weights import find_initial_weights
+from dsmini.checkpoint.run_folder import is_model_folder
 from dsmini.functional import experts as functional_experts
 from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
@@ -164,3 +166,19 @@ def test_dense_weights_and_experts_of_kept_fp8(fp8_folder: tuple[Path, dict[str,
             assert torch.equal(got, meant[f"model.layers.1.mlp.experts.5.{name}.weight"].to(dtype))
     plain = Linear(3, 4)
     assert torch.equal(plain.dense(torch.bfloat16), plain.weight.bfloat16())
+
+
+def test_weights_of_a_folder_start_a_run(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, meant = fp8_folder
+    assert is_model_folder(folder)
+    start = find_initial_weights(folder)
+    assert start.tokenizer is None
+    model = Transformer(start.tensors.config)
+    tensors = {name: start.tensors.rows(name) for name in model.state_dict()}
+    model.load_state_dict(tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert torch.equal(model.layers[0].get_parameter("ffn.w1.weight"), meant["model.layers.0.mlp.gate_proj.weight"])
+    (folder / "tokenizer.json").write_text("{}")
+    assert find_initial_weights(folder).tokenizer == folder / "tokenizer.json"
+    (folder / "config.toml").write_text("")
+    assert not is_model_folder(folder)

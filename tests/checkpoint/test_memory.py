@@ -1,0 +1,82 @@
+"""Memory of a load: what it takes, and models that are refused because it is not there."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.memory import free_bytes, refuse_too_large
+from tests.helpers import commands
+from tests.helpers.configs import refusal
+
+CPU = torch.device("cpu")
+MEASURE = """
+import sys
+from pathlib import Path
+from dsmini import load_pretrained  # by name: the package imports a name when it is first used
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+load, folder = sys.argv[1:]
+load_pretrained("good")  # imports the rest
+Path("/proc/self/clear_refs").write_text("5")
+base = status("VmRSS")
+model = load_pretrained(folder, fp8=load)
+peak = status("VmHWM") - base
+print(peak, sum(t.nbytes for t in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure the peak")
+@pytest.mark.usefixtures("folder")
+def test_load_takes_at_most_the_model_and_a_file(tmp_path: Path) -> None:
+    """At most the model, one file, and a tenth more; measured in processes of their own."""
+    sizes = {"vocab_size": 1000, "dim": 512, "inter_dim": 1024, "moe_inter_dim": 512, "n_layers": 6, "n_heads": 4}
+    model = Transformer(ModelConfig(**sizes, n_mtp_layers=0, max_seq_len=32)).to(torch.bfloat16)
+    shard = 30_000_000
+    save_pretrained(model, tmp_path / "bf16", shard_size=shard)
+    save_pretrained(model, tmp_path / "fp8", fp8=True, shard_size=shard // 2)
+    (tmp_path / "measure.py").write_text(MEASURE)
+    for load, folder, largest in (
+        ("keep", "bf16", shard),
+        ("keep", "fp8", shard // 2),
+        ("dequantize", "fp8", shard // 2),
+    ):
+        done = commands.run(f"measure {load} {folder}", tmp_path)
+        assert done.returncode == 0, done.stderr
+        peak, size = map(int, done.stdout.split())
+        print(f"{folder}, {load}: model {size / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, {peak / size:.2f} of the model")
+        assert len(list((tmp_path / folder).glob("model-*.safetensors"))) > 4
+        assert peak <= 1.1 * (size + largest)
+
+
+def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = sum(tensor.nbytes for tensor in load_pretrained(folder).state_dict().values())
+    monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need)
+    load_pretrained(folder)
+    monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need - 1)
+    monkeypatch.setattr("dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken"))
+    assert refusal(load_pretrained, folder) == (
+        f"the model of {folder} needs {need:,} bytes of memory, and this machine has {need - 1:,} left on cpu; use a "
+        "smaller model or a shorter dtype"
+    )
+
+
+def test_free_memory_is_at_most_what_there_is() -> None:
+    free = free_bytes(CPU)
+    assert free is not None
+    assert 2**20 < free < 2**50
+    refuse_too_large(2**20, "it", CPU)
+    assert "it needs 1,125,899,906,842,624 bytes of memory" in refusal(refuse_too_large, 2**50, "it", CPU)
+
+
+def test_limit_on_virtual_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (taken + 2**24, taken + 2**24))
+    free = free_bytes(CPU)
+    assert free is not None
+    assert abs(free - 2**24) < 2**23

@@ -1,0 +1,426 @@
+"""Folders and arguments that are refused, each with a sentence that says what is wrong, before memory is taken."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsmini import ModelConfig, RunConfig, Transformer, load_pretrained, save_pretrained
+from dsmini.checkpoint.run_folder import new_run_folder
+from tests.helpers import folders
+from tests.helpers.configs import refusal, written
+
+Damage = Callable[[Path], object]
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def config(**changes: Any) -> Damage:
+    return lambda folder: written(folder, folders.config_of(folder) | changes, "config.json")
+
+
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        held = folders.read(folder)
+        change(held)
+        folders.write(folder, held, folders.config_of(folder), shards=len(list(folder.glob("*.safetensors"))))
+
+    return damage
+
+
+def index(change: Callable[[dict[str, str]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        held = json.loads((folder / INDEX).read_text())
+        change(held["weight_map"])
+        written(folder, held, INDEX)
+
+    return damage
+
+
+def content(change: Callable[[bytes], bytes]) -> Damage:
+    return lambda folder: (folder / FILE).write_bytes(change((folder / FILE).read_bytes()))
+
+
+def header(name: str, **changes: Any) -> Damage:
+    """Change what the header says of a tensor; a key is left out where the change is None."""
+
+    def edited(file: bytes) -> bytes:
+        end = 8 + struct.unpack("<Q", file[:8])[0]
+        said = json.loads(file[8:end])
+        said[name] = {key: value for key, value in (said[name] | changes).items() if value is not None}
+        text = json.dumps(said).encode()
+        return struct.pack("<Q", len(text)) + text + file[end:]
+
+    return content(edited)
+
+
+def renamed(old: str, new: str) -> Damage:
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+def removed(*names: str) -> Damage:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def part(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], to: str = "model1-mp2.safetensors") -> Damage:
+    """Change the tensors of the second rank."""
+
+    def damage(folder: Path) -> None:
+        held = change(load_file(folder / "model1-mp2.safetensors"))
+        (folder / "model1-mp2.safetensors").unlink()
+        save_file(held, folder / to)
+
+    return damage
+
+
+def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda held: {name: t for name, t in held.items() if name not in names}
+
+
+def many_faults(held: dict[str, Tensor]) -> None:
+    for name in ("model.norm.weight", "model.layers.1.mlp.experts.6.up_proj.weight"):
+        del held[name]
+    held["model.extra.weight"] = held["model.layers.0.bias"] = torch.ones(3)
+    held["lm_head.weight"] = torch.ones(61, 23)
+    held["model.layers.0.input_layernorm.weight"] = torch.ones(24, dtype=torch.int32)
+    held["model.layers.2.embed_tokens.weight"] = torch.ones(60, 24)
+
+
+def pickle_instead(folder: Path) -> None:
+    (folder / FILE).unlink()
+    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
+
+
+def no_indexer(held: dict[str, Tensor]) -> None:
+    for name in [name for name in held if ".indexer." in name]:
+        del held[name]
+
+
+def quantization(**changes: Any) -> Damage:
+    return config(quantization_config=folders.QUANTIZED | changes)
+
+
+ALL_FAULTS = (
+    "{folder} does not hold the model that its config describes: "
+    "it lacks model.layers.1.mlp.experts.6.up_proj.weight, model.norm.weight; "
+    "it has tensors that belong nowhere: model.extra.weight, model.layers.0.bias; "
+    "model.layers.0.input_layernorm.weight is I32, want BF16 or F32 or F16; "
+    "lm_head.weight is [61, 23], want [61, 24]; "
+    "model.layers.2.embed_tokens.weight is [60, 24], want [61, 24]; "
+    "fetch its files again, or mend the config"
+)
+NO_INDEXER = (
+    "{folder} has an indexer in its config and no tensor of one, of which it wants 20; fetch the files of "
+    "DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m dsmini.convert --dsa"
+)
+UP, EXPERT = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
+SCALE, BIAS = f"{EXPERT}_scale_inv", "model.layers.1.mlp.gate.e_score_correction_bias"
+TITLE = "\x1b]0;title\x07\x1b[31m"
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
+FOLDERS: list[tuple[str, Damage, str]] = [
+    # the files of a folder
+    ("folder", shutil.rmtree, "there is no folder {folder}; name one"),
+    (
+        "folder",
+        renamed("config.json", "config.toml"),
+        "{folder} has no config.json; it is a training run, so use python",
+    ),
+    ("folder", renamed("config.json", "x.json"), "{folder} has no config.json; name a folder that holds a model"),
+    ("folder", lambda folder: written(folder, {}, "config.json"), "{folder}/config.json has no model_type; want"),
+    ("folder", removed(FILE), "{folder} has neither model.safetensors nor model.safetensors.index.json"),
+    ("folder", pickle_instead, "{folder} has no safetensors file, only pytorch_model.bin; dsmini opens no pickles"),
+    (
+        "folder",
+        lambda folder: written(folder, "{}", INDEX),
+        "{folder} has both model.safetensors and model.safetensors.i",
+    ),
+    ("sharded", removed(INDEX), "and no model.safetensors.index.json that says what is in them"),
+    (
+        "sharded",
+        removed(SHARDS[0], SHARDS[2]),
+        f"{{folder}} lacks {SHARDS[0]}, {SHARDS[2]}, which model.safetensors.index.json names; fetch what is missing",
+    ),
+    # the index
+    *(
+        (
+            "sharded",
+            index(lambda m, file=file: m.update(a=file)),
+            f"names the file {file!r}, which is not in the folder",
+        )
+        for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors")
+    ),
+    ("sharded", index(lambda m: m.update(a="x.bin")), "names 'x.bin'; dsmini opens safetensors files only"),
+    (
+        "sharded",
+        index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])),
+        "tensors that model.safetensors.index.json names: a, b;",
+    ),
+    (
+        "sharded",
+        lambda folder: written(folder, {}, INDEX),
+        "{folder}/model.safetensors.index.json is not an index of tens",
+    ),
+    (
+        "sharded",
+        index(lambda m: m.update({"model.norm.weight": m["lm_head.weight"]})),
+        "holds model.norm.weight, which model.safetensors.index.json has in",
+    ),
+    # damaged files
+    ("folder", content(lambda file: file[:-5]), "{folder}/model.safetensors is cut short: it has"),
+    ("folder", content(lambda file: file[:1000]), "model.safetensors has 1,000 bytes and a header of"),
+    ("folder", content(lambda file: b""), "/model.safetensors has 0 bytes and a header of 0: it is cut short or no"),
+    ("folder", content(lambda file: file + b"x"), "/model.safetensors has 1 bytes after its last tensor"),
+    (
+        "folder",
+        content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"),
+        "/model.safetensors is a Git LFS po",
+    ),
+    (
+        "folder",
+        content(lambda file: struct.pack("<Q", 4) + b"{{{{"),
+        "the header of {folder}/model.safetensors is not JSON",
+    ),
+    (
+        "folder",
+        content(lambda file: struct.pack("<Q", 2) + b"[]"),
+        "the header of {folder}/model.safetensors is a list",
+    ),
+    ("folder", header("lm_head.weight", shape=[61, 25]), "want 6,100; fetch"),
+    ("folder", header("lm_head.weight", shape=[-1]), "{folder}/model.safetensors describes lm_head.w"),
+    ("folder", header("lm_head.weight", dtype="F4"), "in the dtype 'F4'"),
+    ("folder", header("model.norm.weight", data_offsets=[0, 96]), "overlap"),
+    ("folder", header("lm_head.weight", dtype=None), "want dtype, shape and data_offsets"),
+    # tensors
+    ("folder", tensors(many_faults), ALL_FAULTS),
+    ("folder", tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
+    *(
+        (
+            "folder",
+            tensors(lambda t, x=x: t[BIAS][-1].fill_(x)),
+            f"{{folder}}: {BIAS} has the selection bias {x}; want fin",
+        )
+        for x in (float("nan"), float("inf"), float("-inf"))
+    ),
+    *(
+        (
+            "fp8",
+            tensors(lambda t, x=x: t[SCALE][-1, 0].fill_(x)),
+            f"{{folder}}: {SCALE} has the FP8 scale {x}; want finite",
+        )
+        for x in (0.0, -1.0, float("nan"), float("inf"))
+    ),
+    ("fp8", tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
+    (
+        "fp8",
+        tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})),
+        f"{UP}_scale_inv is [2, 1], want [2, 2]",
+    ),
+    ("fp8", tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
+    ("fp8", config(quantization_config=None), "kv_b_proj.weight is F8_E4M3, want BF16 or F32 or F16"),
+    ("sparse", tensors(no_indexer), NO_INDEXER),
+    (
+        "sparse",
+        tensors(lambda t: (no_indexer(t), t.pop("lm_head.weight"))),
+        "does not hold the model that its config describes: it lacks",
+    ),
+    # ranks of DeepSeek's inference layout
+    (
+        "folder",
+        renamed(FILE, "model0-mp1000000000.safetensors"),
+        "{folder} has 1 files of 1,000,000,000 ranks, by their nam",
+    ),
+    (
+        "ranks",
+        part(without("embed.weight", "norm.weight")),
+        "{folder} lacks embed.weight in model1-mp2.safetensors, norm.weight in model1-mp2.safetensors; convert the",
+    ),
+    ("ranks", part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
+    ("ranks", part(dict, "model2-mp2.safetensors"), "{folder} lacks model1-mp2.safetensors; fetch what is missing"),
+    ("ranks", part(dict, "model1-mp3.safetensors"), "{folder} has files of [2, 3] ranks mixed; keep those of one conv"),
+    ("ranks", removed("config.json"), "inference code there, such as config_671B.json"),
+    # what cannot be honoured
+    (
+        "folder",
+        config(model_type="llama"),
+        "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32",
+    ),
+    ("folder", config(attention_bias=True), "has attention_bias=True, which dsmini cannot honour; want False"),
+    (
+        "folder",
+        config(tie_word_embeddings=True),
+        "has tie_word_embeddings=True, which dsmini cannot honour; want False",
+    ),
+    ("folder", config(hidden_act="gelu"), "has hidden_act='gelu', which dsmini cannot honour; want 'silu'"),
+    (
+        "folder",
+        config(rope_scaling={"type": "llama3", "factor": 2.0}),
+        "has rope type ['llama3'], which dsmini cannot hono",
+    ),
+    (
+        "folder",
+        quantization(weight_block_size=[64, 64]),
+        "weight_block_size=[64, 64], which dsmini cannot read; want [128, ",
+    ),
+    ("folder", quantization(fmt="e5m2"), "quantization_config.fmt='e5m2', which dsmini cannot read; want 'e4m3'"),
+    (
+        "folder",
+        config(rope_scaling=YARN),
+        "asks for YaRN with max_position_embeddings=32, which is no more than original_max",
+    ),
+]
+BEFORE_A_MODEL: list[tuple[str, Damage, str]] = [  # refused before a model is made: to make these takes minutes
+    (
+        "folder",
+        config(num_nextn_predict_layers=10**18),
+        f"config.json: n_mtp_layers={10**18} is too large; use 10,000 or",
+    ),
+    ("folder", config(n_shared_experts=10**18), f"n_shared_experts={10**18} is too large; use 2,147,483,647 or"),
+    ("folder", config(num_hidden_layers=10**6), "n_layers=1000000 is too large; use 10,000 or less"),
+    (
+        "folder",
+        config(vocab_size=2**31 - 1, hidden_size=2**31 - 1),
+        "make a matrix of 4,611,686,014,132,420,609 numbers",
+    ),
+    (
+        "sharded",
+        config(num_hidden_layers=9000, num_nextn_predict_layers=0),
+        "tensors for the 9000 layers of its config",
+    ),
+    ("folder", config(n_routed_experts=2**20), "experts of its config; use the model's own"),
+    (
+        "folder",
+        config(eos_token_id=10**30),
+        f"eos_token_id in {{folder}}/config.json is {10**30}, but the model has 61 to",
+    ),
+    ("folder", config(eos_token_id=[3, 61]), "is [3, 61], but the model has 61 tokens; want ids below that"),
+    ("folder", config(rms_norm_eps=1e22), "norm_eps=1e+22 is too large; use 1 or less"),
+    ("folder", config(rope_theta=10**40), "rope_theta=1e+40 is too large; use 1e+30 or less"),
+    ("folder", config(rope_scaling={"type": ["yarn"]}), "has rope type [['yarn']], which dsmini cannot honour"),
+]
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/null"),
+    "broken": lambda path: path.symlink_to("nothing"),
+}
+
+
+def check_refused(request: pytest.FixtureRequest, start: str, damage: Damage, sentence: str) -> None:
+    folder = request.getfixturevalue(start)
+    request.getfixturevalue("monkeypatch").setattr(
+        "dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken")
+    )
+    damage(folder)
+    for fp8 in ("dequantize", "keep"):
+        assert sentence.format(folder=folder) in refusal(load_pretrained, folder, fp8=fp8)
+
+
+def named(cases: list[tuple[str, Damage, str]]) -> Any:
+    ids = [f"{start}-{sentence.removeprefix('{folder}').strip()[:50]}" for start, _, sentence in cases]
+    return pytest.mark.parametrize(("start", "damage", "sentence"), cases, ids=ids)
+
+
+@named(FOLDERS)
+def test_folder_is_refused(request: pytest.FixtureRequest, start: str, damage: Damage, sentence: str) -> None:
+    check_refused(request, start, damage, sentence)
+
+
+@named(BEFORE_A_MODEL)
+def test_counts_and_sizes_are_checked_before_a_model_is_made(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, start: str, damage: Damage, sentence: str
+) -> None:
+    request.getfixturevalue(start)
+    monkeypatch.setattr("dsmini.checkpoint.pretrained.Transformer", lambda *_: pytest.fail("a model was made"))
+    check_refused(request, start, damage, sentence)
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json"])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_only_regular_files_are_read(folder: Path, kind: str, name: str) -> None:
+    (folder / name).unlink()
+    SPECIAL[kind](folder / name)
+    assert name in refusal(load_pretrained, folder)
+
+
+def test_tensor_that_the_index_leaves_out_is_read(sharded: Path) -> None:
+    index(lambda weight_map: weight_map.pop("lm_head.weight"))(sharded)
+    load_pretrained(sharded)
+
+
+def test_experts_half_in_fp8_load_only_dequantized(fp8_folder: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, meant = fp8_folder
+    tensors(lambda t: (t.pop(SCALE), t.update({EXPERT: meant[EXPERT].bfloat16()})))(folder)
+    load_pretrained(folder)
+    assert "in layers.1.ffn.experts.w3; load it with fp8='dequantize'" in refusal(load_pretrained, folder, fp8="keep")
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "sentence"),
+    [
+        (load_pretrained, {"fp8": "int8"}, "fp8='int8' is unknown"),
+        (load_pretrained, {"dtype": torch.int8}, "dtype=torch.int8 is not for weights"),
+        (load_pretrained, {"device": "gpu"}, "device 'gpu' is unknown"),
+        (load_pretrained, {"folder": "a" * 5000}, "is too long for a path"),
+        (lambda folder: new_run_folder(None, "a" * 300), {}, "is too long for a path"),
+        (lambda folder: save_pretrained(load_pretrained(folder), folder), {}, "holds files already"),
+        *(
+            (
+                lambda folder, value=value: ModelConfig(rope_theta=value),
+                {},
+                "rope_theta=a number of hundreds of digits is",
+            )
+            for value in (10**400, -(10**400), 2**1024)
+        ),
+        *(
+            (lambda folder, text=text: RunConfig.from_file(written(folder, text, "x.toml")), {}, sentence)
+            for text, sentence in (
+                ('out = "a\\u0000b"', "x.toml: out='a\\x00b' holds a NUL character"),
+                ('[data]\npath = "a\\u0000b"', "x.toml: data.path='a\\x00b' holds a NUL character"),
+                (f'[data]\ntokenizer = "{"a" * 5000}"', "x.toml: data.tokenizer='aaa"),
+            )
+        ),
+    ],
+)
+def test_argument_is_refused(folder: Path, call: Any, arguments: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(call, **{"folder": folder} | arguments)
+
+
+SOFTMAX = {"score_func": "softmax", "topk_method": "group_limited_greedy"}
+MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # changes of a model, arguments of save_pretrained
+    *(
+        ({}, {"shard_size": size}, "is not the size of a file; use for example 5GB or 500MB")
+        for size in ("big", "1e9GB", f"{10**12}GB", 10**400, 0)
+    ),
+    ({"attention": "mha", "n_mtp_layers": 0}, {}, "a model with attention='mha' has no deepseek_v3 folder; want 'mla'"),
+    ({"qk_norm": True}, {}, "a model with qk_norm=True has no deepseek_v3 folder"),
+    ({"embed_norm": True}, {}, "a model with embed_norm=True has no deepseek_v3 folder"),
+    ({"mtp_input": "pre_norm"}, {}, "a model with mtp_input='pre_norm' has no deepseek_v3 folder"),
+    ({"topk_method": "group_limited_greedy"}, {}, "a model with topk_method='group_limited_greedy' has no d"),
+    (SOFTMAX, {}, "a model with norm_topk_prob=True has no deepseek_v2 folder; want False"),
+    ({"original_seq_len": 8, "mscale": 0.0}, {}, "mscale=0.0 with mscale_all_dim=1.0 has no spelling in config.json"),
+]
+
+
+@pytest.mark.parametrize(("changes", "arguments", "sentence"), MODELS)
+def test_model_without_a_folder_is_refused(
+    tmp_path: Path, small_model: Callable[..., Transformer], changes: Any, arguments: Any, sentence: str
+) -> None:
+    assert sentence in refusal(save_pretrained, small_model(**changes), tmp_path / "b", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp8_of_values_that_are_not_finite_is_refused(tmp_path: Path, small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.layers[1].get_parameter("attn.wo.weight")[0, 0] = torch.nan
+    said = refusal(save_pretrained, model, tmp_path / "b", fp8=True)
+    assert "layers.1.attn.wo.weight holds infinities or NaN" in said
+    assert not list(tmp_path.iterdir())
