@@ -9,11 +9,9 @@ from torch import Tensor
 from dsmini import Transformer
 from tests.helpers import folders
 from tests.helpers.configs import DSA
-from tests.helpers.inference_layouts import INFERENCE, inference_layout
+from tests.helpers.inference_layouts import BUILT, INFERENCE, inference_layout
 
 Build = Callable[..., Transformer]
-BUILT = INFERENCE | {"n_mtp_layers": 0, "max_seq_len": 16384, "original_seq_len": 4096, "norm_eps": 1e-6}
-"""The model of a JSON file of DeepSeek's inference code with the sizes of INFERENCE."""
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ INFERENCE = {
     **{"n_limited_groups": 1, "score_func": "sigmoid", "route_scale": 2.5, "q_lora_rank": 72, "kv_lora_rank": 72},
     **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
 }
+BUILT = INFERENCE | {"n_mtp_layers": 0, "max_seq_len": 16384, "original_seq_len": 4096, "norm_eps": 1e-6}
+"""The model of a JSON file of DeepSeek's inference code with the sizes of INFERENCE."""
 INDEX = {"index_n_heads": 3, "index_head_dim": 128, "index_topk": 7}
 
 
