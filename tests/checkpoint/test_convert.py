@@ -1,9 +1,8 @@
-"""python -m dsmini.convert: trained runs, published folders and DeepSeek's inference layout become folders."""
+"""python -m dsmini.convert: trained runs and published folders become folders, and mistakes are refused."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from dsmini.checkpoint.trained_model import load_run
 from dsmini.convert import main
 from tests.helpers import commands, folders
 from tests.helpers.configs import refusal
-from tests.helpers.inference_layouts import BUILT, INDEX, INFERENCE, inference_layout
+from tests.helpers.inference_layouts import BUILT
 from tests.helpers.runs import new_run
 
 Build = Callable[..., Transformer]
@@ -71,32 +70,6 @@ def test_checkpoint_is_written_in_fp8_and_bf16(trained: Path, tmp_path: Path, co
     tokens = torch.randint(0, 61, (1, 30))
     got = load_pretrained(tmp_path / "short", fp8="keep")(tokens)
     assert (got - want(tokens)).norm() < 0.2 * want(tokens).norm()
-
-
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("index", [{}, INDEX], ids=["mla", "dsa"])
-def test_inference_layout_becomes_a_folder(
-    tmp_path: Path, small_model: Build, convert: Convert, fp8: bool, ranks: int, index: dict[str, Any]
-) -> None:
-    model = small_model(**BUILT | index | ({"attention": "dsa"} if index else {}))
-    tensors, meant = folders.tensors_of(model, torch.bfloat16), None
-    if fp8:
-        tensors, meant = folders.in_fp8(tensors)
-    raw = INFERENCE | index | {"dtype": "fp8" if fp8 else "bf16"}
-    name = "config.json" if fp8 else "config_16B.json"
-    source = inference_layout(tmp_path / "a", tensors, raw, ranks, name)
-    loaded = load_pretrained(source, dtype=torch.float32)
-    assert loaded.config == model.config
-    want = {name: t.float() for name, t in (meant or tensors).items()}
-    assert not folders.different(folders.tensors_of(loaded), want)
-    convert("a b --json", tmp_path)
-    assert not folders.different(tensors, folders.read(tmp_path / "b"))
-    assert (tmp_path / "b" / "tokenizer.json").exists()
-    assert load_pretrained(tmp_path / "b").config == model.config
-    assert ("quantization_config" in folders.config_of(tmp_path / "b")) == fp8
-    tokens = torch.randint(0, 64, (1, 20))
-    assert torch.equal(load_pretrained(tmp_path / "b", dtype=torch.float32)(tokens), loaded(tokens))
 
 
 def test_published_folder_keeps_its_dtypes(tmp_path: Path, small_model: Build, convert: Convert) -> None:

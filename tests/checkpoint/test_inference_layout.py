@@ -1,5 +1,6 @@
-"""DeepSeek's inference layout as output: the files that its convert.py writes, and models that come back the same."""
+"""DeepSeek's inference layout: the files that its convert.py writes, in and out, and models that come back the same."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -60,31 +61,38 @@ CASES = [
 def test_files_are_those_of_deepseek_and_come_back(
     tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch, kind: str, ranks: int, dtype: str
 ) -> None:
-    model, raw = build(kind)
-    tensors = folders.tensors_of(model, torch.float32 if dtype == "float32" else torch.bfloat16)
+    model, raw = build(kind, **({"moe_inter_dim": 200} if ranks == 1 else {}))  # ragged blocks of scales
+    raw |= {"moe_inter_dim": model.config.moe_inter_dim, "dtype": "fp8" if dtype == "fp8" else "bf16"}
+    tensors, exact = folders.tensors_of(model, torch.float32 if dtype == "float32" else torch.bfloat16), None
     quantization = {}
     if dtype == "fp8":
-        tensors, _ = folders.in_fp8(tensors)
+        tensors, exact = folders.in_fp8(tensors)
         quantization = {"quantization_config": folders.QUANTIZED | {"scale_fmt": "ue8m0"}}
         raw |= {"scale_fmt": "ue8m0"}
-    folders.write(tmp_path / "a", tensors, folders.config_json(model.config, **quantization))
-    raw |= {"dtype": "fp8" if dtype == "fp8" else "bf16"}
+    source = folders.write(tmp_path / "a", tensors, folders.config_json(model.config, **quantization))
     kept = without_mtp(tensors)
-    want = inference_layout(tmp_path / "want", kept, raw, ranks, "config.json")
+    theirs = inference_layout(tmp_path / "theirs", kept, raw, ranks, "config_16B.json")
     monkeypatch.chdir(tmp_path)
+    # 1. a folder becomes theirs
     assert main(f"a b --layout inference --ranks {ranks}".split()) == 0
-    got, expected = files_of(tmp_path / "b"), files_of(want)
-    assert got.keys() == expected.keys()
-    assert not any(folders.different(got[file], expected[file]) for file in expected)
+    got, want = files_of(tmp_path / "b"), files_of(theirs)
+    assert got.keys() == want.keys() and not any(folders.different(got[file], want[file]) for file in want)
     said = folders.config_of(tmp_path / "b")
     rope = {"mscale", "rope_theta", "rope_factor", "beta_fast", "beta_slow"}
     assert said | raw == said and said.keys() - raw.keys() <= rope
-    back, source = load_pretrained(tmp_path / "b"), load_pretrained(tmp_path / "a")
-    assert not folders.different(back.state_dict(), without_mtp(source.state_dict()))
+    # 2. theirs is read
+    back = load_pretrained(theirs)
+    assert not folders.different(back.state_dict(), without_mtp(load_pretrained(source).state_dict()))
+    assert back.config == load_pretrained(tmp_path / "b").config == dataclasses.replace(model.config, n_mtp_layers=0)
     tokens = torch.randint(0, 64, (1, 20))
-    assert torch.equal(back.float()(tokens), source.float()(tokens))
-    main(["b", "c"])
+    assert torch.equal(back.float()(tokens), load_pretrained(source).float()(tokens))
+    loaded = folders.tensors_of(load_pretrained(theirs, dtype=torch.float32))
+    assert not folders.different(loaded, {name: t.float() for name, t in without_mtp(exact or tensors).items()})
+    # 3. theirs becomes a folder
+    assert main(["theirs", "c"]) == 0
     assert not folders.different(folders.read(tmp_path / "c"), kept)
+    assert (tmp_path / "c" / "tokenizer.json").exists()
+    assert ("quantization_config" in folders.config_of(tmp_path / "c")) == (dtype == "fp8")
 
 
 @pytest.mark.filterwarnings("ignore:.* has routing biases")

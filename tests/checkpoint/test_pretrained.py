@@ -1,7 +1,8 @@
-"""Folders in and out: the same tensors, dtypes and configs."""
+"""Folders in and out: the same tensors, dtypes and configs, and what is said of folders that differ."""
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,28 @@ import torch
 from dsmini import Transformer, load_pretrained, save_pretrained
 from dsmini.checkpoint.pretrained import read_pretrained
 from tests.helpers import folders
-from tests.helpers.configs import refusal
+from tests.helpers.configs import DSA, refusal
 
 Build = Callable[..., Transformer]
+INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
+DENSE = [({}, shards, copies) for shards in (1, 4) for copies in (True, False)]
+SPARSE = [(DSA | changes, 2, True) for changes in ({}, {"q_lora_rank": None}, {"indexer_rope_interleave": True})]
 
 
-@pytest.mark.parametrize("copies", [True, False])
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("changes", "shards", "copies"), DENSE + SPARSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_load_then_save_changes_no_bit(
-    tmp_path: Path, small_model: Build, dtype: torch.dtype, shards: int, copies: bool
+    tmp_path: Path, small_model: Build, dtype: torch.dtype, changes: dict[str, Any], shards: int, copies: bool
 ) -> None:
-    model = small_model()
+    model = small_model(**changes)
     tensors = folders.tensors_of(model, dtype, copies)
     raw = folders.config_json(model.config, bos_token_id=3, torch_dtype=str(dtype).removeprefix("torch."))
-    source = folders.write(tmp_path / "a", tensors, raw, shards)
-    loaded = load_pretrained(source)
+    if changes:
+        layers = [f"model.layers.{i}.self_attn.indexer." for i in range(4)]  # two of them are MTP's
+        assert tensors.keys() >= {layer + name for layer in layers for name in INDEXER}
+        assert raw["model_type"] == "deepseek_v32" and raw["architectures"] == ["DeepseekV32ForCausalLM"]
+        assert ("indexer_rope_interleave" in raw) == ("indexer_rope_interleave" in changes)
+    loaded = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards))
     assert loaded.config == model.config
     assert loaded.head.weight.dtype == dtype
     assert loaded.norm.weight.dtype == torch.float32
@@ -49,7 +56,6 @@ def test_stored_dtypes_survive_casts(tmp_path: Path, small_model: Build) -> None
     model = small_model()
     tensors = folders.tensors_of(model, torch.bfloat16)
     biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
-    assert biases
     assert any(not torch.equal(tensors[name], tensors[name].bfloat16().float()) for name in biases)
     loaded = load_pretrained(folders.write(tmp_path / "a", tensors, folders.config_json(model.config)))
     for gate, original in zip(loaded.gates(), model.gates(), strict=True):
@@ -75,21 +81,23 @@ def test_requested_dtype_leaves_norms_and_gates_fp32(tmp_path: Path, folder: Pat
 def test_small_files_are_copied_along(tmp_path: Path, folder: Path) -> None:
     beside = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
     beside += ["generation_config.json", "tiktoken.model", "modeling_deepseek.py", "merges.txt"]
-    for name in beside:
+    for name in [*beside, "optimizer.pt"]:
         (folder / name).write_text(name)
-    (folder / "optimizer.pt").write_text("no")
-    save_pretrained(load_pretrained(folder), tmp_path / "b")
+    loaded = load_pretrained(folder)
+    save_pretrained(loaded, tmp_path / "b")
     there = {path.name for path in (tmp_path / "b").iterdir()}
     assert there == {*beside, "config.json", "model.safetensors"}
     assert all((tmp_path / "b" / name).read_text() == name for name in beside)
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match="from which the model was loaded, is gone; its tokenizer is not copied"):
+        save_pretrained(loaded, tmp_path / "c")
 
 
 @pytest.fixture
 def bf16_folder(tmp_path: Path, small_model: Build) -> Path:
     model = small_model()
-    return folders.write(
-        tmp_path / "bf16", folders.tensors_of(model, torch.bfloat16), folders.config_json(model.config)
-    )
+    tensors, raw = folders.tensors_of(model, torch.bfloat16), folders.config_json(model.config)
+    return folders.write(tmp_path / "bf16", tensors, raw)
 
 
 @pytest.mark.parametrize("fp8", ["dequantize", "keep"])
@@ -122,42 +130,42 @@ def test_no_warning_where_bf16_is_fast_chosen_or_absent(
 def test_two_models_in_one_process_are_independent(tmp_path: Path, small_model: Build) -> None:
     """The second changes nothing in the first."""
     first = small_model(rope_theta=5e4, norm_eps=1e-5)
-    a = folders.write(tmp_path / "a", folders.tensors_of(first), folders.config_json(first.config))
     second = small_model(n_heads=2, original_seq_len=8, q_lora_rank=None)
-    b = folders.write(tmp_path / "b", folders.tensors_of(second), folders.config_json(second.config))
+    save_pretrained(first, tmp_path / "a")
+    save_pretrained(second, tmp_path / "b")
     tokens = torch.randint(0, 61, (1, 20))
-    loaded = load_pretrained(a)
+    loaded = load_pretrained(tmp_path / "a")
     before = loaded(tokens)
-    assert torch.equal(load_pretrained(b)(tokens), second(tokens))
-    assert torch.equal(loaded(tokens), before)
-    assert torch.equal(first(tokens), before)
+    assert torch.equal(load_pretrained(tmp_path / "b")(tokens), second(tokens))
+    assert torch.equal(loaded(tokens), before) and torch.equal(first(tokens), before)
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    return folders.write(folder, change(folders.read(folder)), folders.config_of(folder))
+
+
+def without(*prefixes: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefixes)}
 
 
 def test_rotary_frequencies_of_old_folders_are_ignored(folder: Path) -> None:
-    tensors = folders.read(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    load_pretrained(folders.write(folder, tensors, folders.config_of(folder)))
+    load_pretrained(edit(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
 
 
 def test_mtp_copies_that_differ_warn(folder: Path) -> None:
-    tensors = folders.read(folder)
-    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"] + 1
-    folders.write(folder, tensors, folders.config_of(folder))
+    edit(folder, lambda t: t | {"model.layers.3.shared_head.head.weight": t["lm_head.weight"] + 1})
     with pytest.warns(UserWarning, match="has model.layers.3.shared_head.head.weight other than the model's own"):
         load_pretrained(folder)
 
 
 def test_absent_mtp_layers_warn_and_are_left_out(folder: Path) -> None:
-    tensors = {
-        n: t for n, t in folders.read(folder).items() if not n.startswith(("model.layers.2.", "model.layers.3."))
-    }
-    folders.write(folder, tensors, folders.config_of(folder))
+    edit(folder, without("model.layers.2.", "model.layers.3."))
     with pytest.warns(UserWarning, match="holds nothing of the 2 multi-token prediction layers"):
         assert load_pretrained(folder).config.n_mtp_layers == 0
 
 
 def test_half_of_the_mtp_layers_is_refused(folder: Path) -> None:
-    tensors = {n: t for n, t in folders.read(folder).items() if not n.startswith("model.layers.3.")}
-    folders.write(folder, tensors, folders.config_of(folder))
+    edit(folder, without("model.layers.3."))
     assert "it lacks model.layers.3.enorm.weight, " in refusal(load_pretrained, folder)
 
 

@@ -25,24 +25,6 @@ PREFIX = "model.layers.{}.self_attn.indexer."
 NAMES = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"indexer_rope_interleave": True}], ids=str)
-def test_load_then_save_changes_no_bit(
-    tmp_path: Path, small_model: Build, dtype: torch.dtype, changes: dict[str, Any]
-) -> None:
-    model = small_model(**DSA | changes)
-    tensors = folders.tensors_of(model, dtype)
-    assert all(PREFIX.format(layer) + name in tensors for layer in range(4) for name in NAMES)  # two of them are MTP's
-    raw = folders.config_json(model.config, torch_dtype=str(dtype).removeprefix("torch."))
-    assert raw["model_type"] == "deepseek_v32" and raw["architectures"] == ["DeepseekV32ForCausalLM"]
-    assert ("indexer_rope_interleave" in raw) == bool(changes.get("indexer_rope_interleave"))
-    loaded = load_pretrained(folders.write(tmp_path / "a", tensors, raw, shards=2))
-    assert loaded.config == model.config
-    save_pretrained(loaded, tmp_path / "b")
-    assert not folders.different(tensors, folders.read(tmp_path / "b"))
-    assert folders.config_of(tmp_path / "b") == raw
-
-
 def test_norms_and_head_weights_of_a_bf16_folder_are_held_in_fp32(tmp_path: Path, small_model: Build) -> None:
     model = small_model(**DSA)
     tensors = folders.tensors_of(model, torch.bfloat16)
