@@ -9,8 +9,5 @@ from tests.helpers import corpora
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Make a folder with a folder of texts in it."""
-    (tmp_path / "texts").mkdir()
-    for name, text in corpora.TEXTS.items():
-        (tmp_path / "texts" / name).write_bytes(text)
+    corpora.lay_out(tmp_path / "texts", corpora.TEXTS)
     return tmp_path

@@ -1,55 +1,153 @@
-"""Files as they are read for a corpus: packed, damaged, changing, large."""
+"""Texts as they are read for a corpus: found, left out, split, packed, damaged, changing, large."""
 
 import gzip
+import hashlib
+import os
+import shutil
+import subprocess
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsmini.config import DataConfig
 from dsmini.data import cache as corpus_cache
-from dsmini.data.corpus import load_corpus
-from dsmini.data.documents import CHUNK
+from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.data.documents import CHUNK, Document, left_out_in_words, not_utf8_in_words
+from dsmini.data.split import cut_once
 from tests.helpers import corpora
+from tests.helpers.configs import refusal
+
+
+def load(place: Path, files: dict[str, bytes], **more: Any) -> Corpus:
+    """Lay out files below place/texts, and return the corpus of them."""
+    corpora.lay_out(place / "texts", files)
+    return corpora.load(place, **more)
+
+
+def both(corpus: Corpus) -> bytes:
+    return corpus.train.tobytes() + corpus.val.tobytes()
+
+
+def test_standard_library_is_stable_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+    first, second = (corpora.load(tmp_path / name, path=None) for name in "ab")
+    assert first.sha256 == second.sha256
+    assert np.array_equal(first.train, second.train)
+    assert 0.09 < len(first.val) / (len(first.val) + len(first.train)) <= 0.1
+    assert "whole files" in first.split and first.files > 100
+    assert b"def " in first.train.tobytes() and b"def " in first.val.tobytes()
+
+
+def test_folder_is_read_in_order_and_split_by_files(tmp_path: Path) -> None:
+    files = {f"{i % 3}/{i:02d}.txt": bytes([65 + i % 26]) * (90 + i) for i in range(40)}
+    corpus = load(tmp_path, files)
+    train, val = (part.tobytes().split(b"\0")[:-1] for part in (corpus.train, corpus.val))
+    order = [content for _, content in sorted(files.items())]
+    assert sorted(train + val) == sorted(order)
+    assert train == [text for text in order if text in train]
+    assert val == [text for text in order if text in val]
+    assert 0.08 <= len(corpus.val) / (len(corpus.val) + len(corpus.train)) <= 0.1
+
+
+def test_few_files_are_split_at_the_end_of_the_text(tmp_path: Path) -> None:
+    corpus = load(tmp_path, {"a": b"a" * 500, "b": b"b" * 500})
+    assert corpus.split == "the last 10% of the text"
+    assert corpus.train.tobytes() == b"a" * 500 + b"\0" + b"b" * 399
+    assert corpus.val.tobytes() == b"b" * 101
+    text = bytes(range(1, 201))
+    corpus = load(tmp_path, {"t": text}, path=tmp_path / "texts/t")
+    assert (corpus.train.tobytes(), corpus.val.tobytes()) == (text[:180], text[180:])
+    assert corpus.sha256 == hashlib.sha256(text).hexdigest()
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
+def test_cut_parts_are_the_whole_text(sizes: list[int], percent: int) -> None:
+    documents = [
+        Document(name=str(i), path=Path(str(i)), stored=size, modified=0, size=size) for i, size in enumerate(sizes)
+    ]
+    text = "|".join(chr(97 + i) * size for i, size in enumerate(sizes))
+    parts = cut_once(documents, percent / 100, whole_characters=False)
+    train, val = (
+        "".join(chr(97 + int(p.document.name)) * (p.stop - p.start) + "|" * p.ends for p in part)
+        for part in (parts.train, parts.val)
+    )
+    cut = int((1 - percent / 100) * len(text))
+    assert (train, val) == (text[:cut], text[cut:])
+
+
+def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+    files = {"a.txt": b"text " * 50, "b.bin": b"\0\1\2" * 50, "c.txt": b"", ".git/d.txt": b"hidden " * 50, ".e": b"e"}
+    corpus = load(tmp_path, files)
+    assert (corpus.files, corpus.skipped, corpus.left_out) == (1, 2, ("b.bin (binary)", "c.txt (empty)"))
+    assert set(both(corpus)) == set(b"text ")
+    again = corpora.load(tmp_path)
+    assert "read from" in again.cache and again.left_out == corpus.left_out
+
+
+def test_runs_and_caches_inside_the_corpus_are_left_out(tmp_path: Path) -> None:
+    """Otherwise the corpus of a run in the current folder would change during training, and be refused later."""
+    kept = dict.fromkeys(("a.txt", "b/config.toml", "c/meta.json", "d/metrics.jsonl"), b"text " * 50)
+    corpora.lay_out(tmp_path, kept)
+    before = corpora.load(tmp_path, path=tmp_path)
+    assert before.files == 4
+    made = ("x/config.toml", "x/metrics.jsonl", "x/deep/er.txt", "y/config.toml", "y/checkpoints/step/x.json")
+    made += ("z/config.toml", "z/corpus.json", "corpus/0123/meta.json", "corpus/0123/train.bin", "corpus/0123/val.bin")
+    corpora.lay_out(tmp_path / "runs", dict.fromkeys(made, b"made " * 50))
+    again = corpora.load(tmp_path, path=tmp_path)
+    assert again.sha256 == before.sha256 and "read from" in again.cache  # the cache itself is below the corpus
+    assert corpora.load(tmp_path, path=tmp_path / "runs/x").files == 3  # it is asked for by name
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_another_encoding_is_named_with_the_command(tmp_path: Path, encoding: str) -> None:
+    text = "Ein \u00fcbler Text. " * 50
+    name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    corpus = load(tmp_path, {f"{i}.txt": text.encode(encoding) for i in range(5)} | {"good.txt": b"text " * 50})
+    assert (corpus.skipped, corpus.left_out) == (5, tuple(f"{i}.txt ({name})" for i in range(5)))
+    assert corpus.describe()["left_out"] == list(corpus.left_out)
+    words = left_out_in_words(corpus.left_out, "runs/x/corpus.json")
+    named = f"0.txt ({name}), 1.txt ({name}), 2.txt ({name}), and 2 more (all are in runs/x/corpus.json)"
+    assert words.startswith(f"5 left out: {named}; to include ")
+    assert words.endswith(f"; to include {name} text: iconv -f {name} -t UTF-8 FILE > NEW_FILE")
+    said = refusal(corpora.load, tmp_path, path=tmp_path / "texts/0.txt")
+    assert f"is {name}, want UTF-8; convert it: iconv -f " in said
+    if shutil.which("iconv"):
+        subprocess.run(said.rpartition("convert it: ")[2], shell=True, check=True)
+        assert (tmp_path / "texts/0.txt.utf8").read_text() == text
+
+
+def test_encodings_beyond_the_names_that_are_shown_have_advice_too() -> None:
+    words = left_out_in_words([*(f"{i}.bin (binary)" for i in range(3)), "x (UTF-16)", "y (UTF-32)"], "corpus.json")
+    assert "UTF-16)" not in words and words.count("iconv") == 2
+
+
+def test_text_of_single_bytes_is_read_and_named(tmp_path: Path) -> None:
+    """A multi-byte character may lie across two chunks, and the last one of a file may be cut."""
+    long = ("a" * (CHUNK - 1) + "\u00fc").encode()
+    latin = "Gr\u00f6\u00dfe ".encode("latin-1") * 50
+    corpus = load(tmp_path, {"a.txt": latin, "b.txt": long, "c.txt": long[:-1], "d.txt": b"text"})
+    assert (corpus.files, corpus.skipped, corpus.not_utf8) == (4, 0, ("a.txt", "c.txt"))
+    assert corpus.describe()["not_utf8"] == ["a.txt", "c.txt"]
+    assert 0xF6 in both(corpus), "a token is a byte, whatever it means"
+    words = not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=True)
+    assert words.startswith("2 not UTF-8, read byte by byte as they are: a.txt, c.txt; to convert Latin-1: iconv -f ")
+    assert "U+FFFD for each other byte: a.txt" in not_utf8_in_words(corpus.not_utf8, "corpus.json", as_bytes=False)
 
 
 def test_gz_is_read_as_the_text_in_it(place: Path) -> None:
     plain = corpora.load(place)
+    one = corpora.load(place, path=place / "texts/00.txt").sha256
     for name in list(corpora.TEXTS)[::2]:
         path = place / "texts" / name
         path.with_name(name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     packed = corpora.load(place)
     assert "tokenised once" in packed.cache and packed.sha256 == plain.sha256 and packed.split == plain.split
-    alone = {name: corpora.load(place, path=place / "texts" / name).sha256 for name in ("01.txt", "00.txt.gz")}
-    (place / "00.txt").write_bytes(corpora.TEXTS["00.txt"])
-    assert alone["00.txt.gz"] == corpora.load(place, path=place / "00.txt").sha256 != alone["01.txt"]
-
-
-@pytest.mark.parametrize("harm", ["truncated", "garbled"])
-def test_damaged_gz_is_named(place: Path, harm: str) -> None:
-    packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(5000)))
-    packed = packed[:2000] if harm == "truncated" else packed[:-8] + b"12345678"
-    (place / "texts/x.gz").write_bytes(packed)
-    with pytest.raises(ValueError, match=r"x\.gz is a damaged \.gz file: .*; fetch it again, or remove it"):
-        corpora.load(place)
-
-
-def test_file_that_changes_while_read_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = corpus_cache.measure
-
-    def then_grow(*args: Any) -> Any:
-        measured = real(*args)
-        for name in corpora.TEXTS:
-            (place / "texts" / name).write_bytes(b"longer " * 100)
-        return measured
-
-    monkeypatch.setattr(corpus_cache, "measure", then_grow)
-    with pytest.raises(ValueError, match=r"\.txt changed while it was read; run the command again"):
-        corpora.load(place)
-    assert corpora.entries(place) == []
+    assert corpora.load(place, path=place / "texts/00.txt.gz").sha256 == one
 
 
 def test_large_file_is_never_held_in_memory(tmp_path: Path) -> None:
@@ -74,3 +172,85 @@ def test_progress_ends_at_the_total(place: Path) -> None:
     told.clear()
     load_corpus(config, 8, 256, place / "corpus", progress=lambda *args: told.append(args))
     assert told == []
+
+
+PACKED = gzip.compress(np.random.default_rng(0).bytes(5000))
+REFUSALS: list[tuple[dict[str, bytes], str, str]] = [  # the files, the path of the corpus, the sentence
+    ({}, "nothing", "does not exist; name a text file or a folder"),
+    ({}, "/dev/null", "neither a file nor a folder"),
+    ({}, "x" * 5000, "is too long for a path"),
+    ({"a": b""}, "a", "is empty"),
+    ({"a": b"short"}, "a", "too short for one sequence of 16 and its targets; want at least 17"),
+    ({"a": b"x" * 40}, "a", "the held-out part of {path} has 4 tokens"),
+    ({"a": b"bin\0ary" * 50}, "a", "holds NUL bytes, so it is not text"),
+    ({"a": b"x" * (3 << 20) + b"\0"}, "a", "holds NUL bytes, so it is not text"),
+    ({"d/a": b"", "d/b": b"\0"}, "d", "2 files, all empty or not text: a (empty), b (binary);"),
+    ({"a.gz": b"no gzip"}, "a.gz", "a.gz is a damaged .gz file"),
+    ({"a.gz": PACKED[:2000]}, "a.gz", "a.gz is a damaged .gz file"),
+    ({"a.gz": PACKED[:-8] + b"12345678"}, "a.gz", "; fetch it again, or remove it"),
+]
+
+
+@pytest.mark.parametrize(("files", "name", "sentence"), REFUSALS, ids=[sentence for *_, sentence in REFUSALS])
+def test_bad_corpus_is_refused_with_the_reason(
+    tmp_path: Path, files: dict[str, bytes], name: str, sentence: str
+) -> None:
+    path = corpora.lay_out(tmp_path / "texts", files) / name
+    assert sentence.format(path=path) in refusal(corpora.load, tmp_path, seq_len=16, path=path)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_file_that_changes_while_read_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = corpus_cache.measure
+
+    def then_grow(*args: Any) -> Any:
+        measured = real(*args)
+        corpora.lay_out(place / "texts", dict.fromkeys(corpora.TEXTS, b"longer " * 100))
+        return measured
+
+    monkeypatch.setattr(corpus_cache, "measure", then_grow)
+    assert ".txt changed while it was read; run the command again" in refusal(corpora.load, place)
+    assert corpora.entries(place) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ("dsmini.reading.os.open", "cannot read {path}/d/a: Permission denied"),
+        ("dsmini.data.documents.os.scandir", "cannot look at {path}/d: Permission denied; check the permissions"),
+        ("dsmini.data.documents.Path.is_file", "cannot look at {path}/d/a: Permission denied; check the permissions"),
+    ],
+)
+def test_what_may_not_be_looked_at_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, sentence: str
+) -> None:
+    """Refuse, as root may look everywhere: scandir fails without the right to read, is_file without that to enter."""
+    owner, name = {"open": os, "scandir": os, "is_file": Path}[call.rpartition(".")[2]], call.rpartition(".")[2]
+    real = getattr(owner, name)
+
+    def below(at: Any, *args: Any) -> Any:
+        if "d" in Path(at).parts:
+            raise PermissionError(13, "Permission denied", str(at))
+        return real(at, *args)
+
+    path = corpora.lay_out(tmp_path / "texts", {"a": b"text", "d/a": b"text"})
+    monkeypatch.setattr(call, below)
+    assert sentence.format(path=path) in refusal(corpora.load, tmp_path)
+
+
+def test_document_that_became_special_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    document = Document(name="a", path=tmp_path / "a", stored=1, modified=0)
+    assert "it is a FIFO, want a regular file" in refusal(lambda: list(document.chunks()))
+
+
+@pytest.mark.parametrize("vocab_size", [100, 400])
+def test_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: int) -> None:
+    said = refusal(load_corpus, DataConfig(), 16, vocab_size, tmp_path)
+    assert f"vocab_size={vocab_size} is not that of bytes; use 256" in said
+
+
+def test_folder_of_the_cache_that_cannot_be_made_is_named(place: Path) -> None:
+    (place / "corpus").write_text("a file")
+    said = refusal(corpora.load, place)
+    assert said.startswith(f"cannot store the tokenised corpus in {place / 'corpus'}: ") and "; choose another" in said
