@@ -15,8 +15,6 @@ from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora
 
 BEGIN, HOLE, END = ByteTokenizer.fim
-
-
 WORDS = [b"word ", b"line\n", b"\n", b" ", "é".encode(), "日".encode(), b"x" * 50]
 
 
@@ -84,28 +82,30 @@ def test_rearrangement_depends_on_seed_and_name_alone(place: Path) -> None:
     assert sum(other[text] == before[text] for text in other.keys() & before.keys()) < 5
 
 
-@given(st.text(max_size=12), st.integers(0, 999))
-def test_cuts_fall_between_characters(text: str, seed: int) -> None:
-    raw = text.replace("\0", "").encode()
-    arranged = arrange(raw, "name", 1.0, seed, ByteTokenizer())
-    if not raw:
-        assert arranged is None
-        return
-    assert arranged is not None
-    begin, prefix, hole, suffix, end, middle = arranged
+def arranged(text: bytes, seed: int) -> tuple[bytes, bytes, bytes]:
+    """Return prefix, suffix and middle of a document that is rearranged."""
+    parts = arrange(text, "name", 1.0, seed, ByteTokenizer())
+    assert parts is not None
+    (begin, prefix, hole, suffix, end, middle) = parts
     assert (begin, hole, end) == (BEGIN, HOLE, END)
     assert isinstance(prefix, bytes) and isinstance(middle, bytes) and isinstance(suffix, bytes)
-    assert prefix + middle + suffix == raw
-    prefix.decode(), middle.decode(), suffix.decode()
+    return prefix, suffix, middle
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=12), st.integers(0, 999))
+def test_cuts_fall_between_characters(text: str, seed: int) -> None:
+    prefix, suffix, middle = arranged(text.encode(), seed)
+    assert prefix.decode() + middle.decode() + suffix.decode() == text
+
+
+def test_empty_document_is_not_rearranged() -> None:
+    assert arrange(b"", "name", 1.0, 0, ByteTokenizer()) is None
 
 
 def test_cuts_are_uniform() -> None:
     seen = np.zeros(5)
     for seed in range(5000):
-        arranged = arrange("äöüß".encode(), "name", 1.0, seed, ByteTokenizer())
-        assert arranged is not None
-        prefix, middle = arranged[1], arranged[5]
-        assert isinstance(prefix, bytes) and isinstance(middle, bytes)
+        prefix, _, middle = arranged("äöüß".encode(), seed)
         for at in (len(prefix), len(prefix) + len(middle)):
             seen[at // 2] += 1
     assert np.abs(seen - 2000).max() < 5 * 40  # binomial of 10000 at a fifth
@@ -129,13 +129,8 @@ def test_only_too_large_documents_for_fim_is_refused(place: Path, monkeypatch: p
     assert corpora.load(place, fim_rate=1.0).rearranged >= 1
 
 
-@pytest.fixture
-def _few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_do_not_depend_on_chunk_size(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK", 100)
     monkeypatch.setattr(tokenising, "_AT_ONCE", 300)
-
-
-@pytest.mark.usefixtures("_few_at_a_time")
-def test_tokens_do_not_depend_on_chunk_size(place: Path) -> None:
-    train, val = (part.tobytes() for part in (corpora.load(place).train, corpora.load(place).val))
-    assert sorted(documents_of(np.frombuffer(train + val, np.uint8))) == sorted(corpora.TEXTS.values())
+    corpus = corpora.load(place)
+    assert sorted(documents_of(corpus.train) + documents_of(corpus.val)) == sorted(corpora.TEXTS.values())
