@@ -104,17 +104,12 @@ def test_weights_that_are_not_finite_are_named(
 
 MISTAKES = {
     "a a": "a holds files already; choose a new folder, or remove that one",
-    "a a --layout inference": "a holds files already; choose a new folder, or remove that one",
-    "nowhere b": "there is no folder nowhere; name one that holds config.json and safetensors files",
-    "a b --shard-size huge": "shard size 'huge' is not the size of a file; use for example 5GB or 500MB",
     "a b --average": "--average is for a training run, and a is not one; leave it out",
     "a a/config.json/b": "cannot make the folder a/config.json/b",
-    ". b": "has no config.json; name a folder that holds a model",
     "a b --fp9": "--fp9",
     "a b --ranks 2": "--ranks is for DeepSeek's inference layout; add --layout inference, or leave it out",
     "a b --layout inference --shard-size 2GB": "--shard-size is for Hugging Face's layout; with --layout inference",
     "a b --layout inference --ranks 0": "--ranks 0 is not positive; use 1 or more",
-    "a b --layout inference --ranks 3": "vocab_size=64 is not divisible by ranks=3; use 4 or a divisor of it",
     "a b --index-n-heads 3 --index-topk 8": "--index-n-heads, --index-topk: these are sizes of fresh indexers; add",
 }
 

@@ -73,8 +73,8 @@ def part(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], to: str = "mo
     """Change the tensors of the second rank."""
 
     def damage(folder: Path) -> None:
-        held = change(load_file(folder / "model1-mp2.safetensors"))
-        (folder / "model1-mp2.safetensors").unlink()
+        held = change(load_file(folder / RANK))
+        (folder / RANK).unlink()
         save_file(held, folder / to)
 
     return damage
@@ -103,10 +103,6 @@ def no_indexer(held: dict[str, Tensor]) -> None:
         del held[name]
 
 
-def quantization(**changes: Any) -> Damage:
-    return config(quantization_config=folders.QUANTIZED | changes)
-
-
 ALL_FAULTS = (
     "{folder} does not hold the model that its config describes: "
     "it lacks model.layers.1.mlp.experts.6.up_proj.weight, model.norm.weight; "
@@ -120,190 +116,107 @@ NO_INDEXER = (
     "{folder} has an indexer in its config and no tensor of one, of which it wants 20; fetch the files of "
     "DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m dsmini.convert --dsa"
 )
+NORM, RANK = "model.norm.weight", "model1-mp2.safetensors"
 UP, EXPERT = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 SCALE, BIAS = f"{EXPERT}_scale_inv", "model.layers.1.mlp.gate.e_score_correction_bias"
 TITLE = "\x1b]0;title\x07\x1b[31m"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damaged
+    "folder": [
+        # its files
+        (shutil.rmtree, "there is no folder {folder}; name one"),
+        (renamed("config.json", "config.toml"), "{folder} has no config.json; it is a training run, so use python"),
+        (renamed("config.json", "x.json"), "{folder} has no config.json; name a folder that holds a model"),
+        (lambda folder: written(folder, {}, "config.json"), "{folder}/config.json has no model_type; want"),
+        (removed(FILE), "{folder} has neither model.safetensors nor model.safetensors.index.json"),
+        (pickle_instead, "{folder} has no safetensors file, only pytorch_model.bin; dsmini opens no pickles"),
+        (lambda folder: written(folder, "{}", INDEX), f"{{folder}} has both {FILE} and {INDEX}"),
+        (renamed(FILE, "model0-mp1000000000.safetensors"), "{folder} has 1 files of 1,000,000,000 ranks, by their nam"),
+        # damaged files
+        (content(lambda file: file[:-5]), "{folder}/model.safetensors is cut short: it has"),
+        (content(lambda file: file[:1000]), "model.safetensors has 1,000 bytes and a header of"),
+        (content(lambda file: b""), "/model.safetensors has 0 bytes and a header of 0: it is cut short or no"),
+        (content(lambda file: file + b"x"), "/model.safetensors has 1 bytes after its last tensor"),
+        (content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"), f"{FILE} is a Git LFS pointer"),
+        (content(lambda file: struct.pack("<Q", 4) + b"{{{{"), "the header of {folder}/model.safetensors is not JSON"),
+        (content(lambda file: struct.pack("<Q", 2) + b"[]"), "the header of {folder}/model.safetensors is a list"),
+        (header("lm_head.weight", shape=[61, 25]), "want 6,100; fetch"),
+        (header("lm_head.weight", shape=[-1]), "{folder}/model.safetensors describes lm_head.w"),
+        (header("lm_head.weight", dtype="F4"), "in the dtype 'F4'"),
+        (header("model.norm.weight", data_offsets=[0, 96]), "overlap"),
+        (header("lm_head.weight", dtype=None), "want dtype, shape and data_offsets"),
+        # tensors
+        (tensors(many_faults), ALL_FAULTS),
+        (tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
+        *(
+            (tensors(lambda t, x=x: t[BIAS][-1].fill_(x)), f"{{folder}}: {BIAS} has the selection bias {x}; want fin")
+            for x in (float("nan"), float("inf"), float("-inf"))
+        ),
+    ],
+    "sharded": [
+        (removed(INDEX), f"and no {INDEX} that says what is in them"),
+        (removed(SHARDS[0], SHARDS[2]), f"{{folder}} lacks {SHARDS[0]}, {SHARDS[2]}, which {INDEX} names; fetch what"),
+        *(
+            (index(lambda m, file=file: m.update(a=file)), f"names the file {file!r}, which is not in the folder")
+            for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors")
+        ),
+        (index(lambda m: m.update(a="x.bin")), "names 'x.bin'; dsmini opens safetensors files only"),
+        (index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])), f"lacks tensors that {INDEX} names: a, b;"),
+        (index(lambda m: m.update({NORM: m["lm_head.weight"]})), f"holds {NORM}, which {INDEX} has in"),
+        (lambda folder: written(folder, {}, INDEX), f"{{folder}}/{INDEX} is not an index of tensors"),
+    ],
+    "fp8": [
+        *(
+            (
+                tensors(lambda t, x=x: t[SCALE][-1, 0].fill_(x)),
+                f"{{folder}}: {SCALE} has the FP8 scale {x}; want finite",
+            )
+            for x in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        (tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
+        (tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})), f"{UP}_scale_inv is [2, 1], want [2, 2]"),
+        (tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
+        (config(quantization_config=None), "kv_b_proj.weight is F8_E4M3, want BF16 or F32 or F16"),
+    ],
+    "sparse": [
+        (tensors(no_indexer), NO_INDEXER),
+        (tensors(lambda t: (no_indexer(t), t.pop("lm_head.weight"))), "the model that its config describes: it lacks"),
+    ],
+    "ranks": [
+        (part(without("embed.weight", "norm.weight")), f"lacks embed.weight in {RANK}, norm.weight in {RANK}; convert"),
+        (part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
+        (part(dict, "model2-mp2.safetensors"), f"{{folder}} lacks {RANK}; fetch what is missing"),
+        (
+            part(dict, "model1-mp3.safetensors"),
+            "{folder} has files of [2, 3] ranks mixed; keep those of one conversion",
+        ),
+        (removed("config.json"), "inference code there, such as config_671B.json"),
+    ],
+}
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
-FOLDERS: list[tuple[str, Damage, str]] = [
-    # the files of a folder
-    ("folder", shutil.rmtree, "there is no folder {folder}; name one"),
+CONFIGS: list[tuple[dict[str, Any], str]] = [  # changes of config.json, and what is said before a model is made
+    ({"model_type": "llama"}, "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32"),
+    ({"attention_bias": True}, "{folder}/config.json has attention_bias=True, which dsmini cannot honour; want False"),
     (
-        "folder",
-        renamed("config.json", "config.toml"),
-        "{folder} has no config.json; it is a training run, so use python",
-    ),
-    ("folder", renamed("config.json", "x.json"), "{folder} has no config.json; name a folder that holds a model"),
-    ("folder", lambda folder: written(folder, {}, "config.json"), "{folder}/config.json has no model_type; want"),
-    ("folder", removed(FILE), "{folder} has neither model.safetensors nor model.safetensors.index.json"),
-    ("folder", pickle_instead, "{folder} has no safetensors file, only pytorch_model.bin; dsmini opens no pickles"),
-    (
-        "folder",
-        lambda folder: written(folder, "{}", INDEX),
-        "{folder} has both model.safetensors and model.safetensors.i",
-    ),
-    ("sharded", removed(INDEX), "and no model.safetensors.index.json that says what is in them"),
-    (
-        "sharded",
-        removed(SHARDS[0], SHARDS[2]),
-        f"{{folder}} lacks {SHARDS[0]}, {SHARDS[2]}, which model.safetensors.index.json names; fetch what is missing",
-    ),
-    # the index
-    *(
-        (
-            "sharded",
-            index(lambda m, file=file: m.update(a=file)),
-            f"names the file {file!r}, which is not in the folder",
-        )
-        for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors")
-    ),
-    ("sharded", index(lambda m: m.update(a="x.bin")), "names 'x.bin'; dsmini opens safetensors files only"),
-    (
-        "sharded",
-        index(lambda m: m.update(a=SHARDS[0], b=SHARDS[1])),
-        "tensors that model.safetensors.index.json names: a, b;",
+        {"quantization_config": folders.QUANTIZED | {"weight_block_size": [64, 64]}},
+        "has quantization_config.weight_block_size=[64, 64], which dsmini cannot read; want [128, 128]",
     ),
     (
-        "sharded",
-        lambda folder: written(folder, {}, INDEX),
-        "{folder}/model.safetensors.index.json is not an index of tens",
+        {"quantization_config": folders.QUANTIZED | {"fmt": "e5m2"}},
+        "has quantization_config.fmt='e5m2', which dsmini cannot read; want 'e4m3'",
     ),
-    (
-        "sharded",
-        index(lambda m: m.update({"model.norm.weight": m["lm_head.weight"]})),
-        "holds model.norm.weight, which model.safetensors.index.json has in",
-    ),
-    # damaged files
-    ("folder", content(lambda file: file[:-5]), "{folder}/model.safetensors is cut short: it has"),
-    ("folder", content(lambda file: file[:1000]), "model.safetensors has 1,000 bytes and a header of"),
-    ("folder", content(lambda file: b""), "/model.safetensors has 0 bytes and a header of 0: it is cut short or no"),
-    ("folder", content(lambda file: file + b"x"), "/model.safetensors has 1 bytes after its last tensor"),
-    (
-        "folder",
-        content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"),
-        "/model.safetensors is a Git LFS po",
-    ),
-    (
-        "folder",
-        content(lambda file: struct.pack("<Q", 4) + b"{{{{"),
-        "the header of {folder}/model.safetensors is not JSON",
-    ),
-    (
-        "folder",
-        content(lambda file: struct.pack("<Q", 2) + b"[]"),
-        "the header of {folder}/model.safetensors is a list",
-    ),
-    ("folder", header("lm_head.weight", shape=[61, 25]), "want 6,100; fetch"),
-    ("folder", header("lm_head.weight", shape=[-1]), "{folder}/model.safetensors describes lm_head.w"),
-    ("folder", header("lm_head.weight", dtype="F4"), "in the dtype 'F4'"),
-    ("folder", header("model.norm.weight", data_offsets=[0, 96]), "overlap"),
-    ("folder", header("lm_head.weight", dtype=None), "want dtype, shape and data_offsets"),
-    # tensors
-    ("folder", tensors(many_faults), ALL_FAULTS),
-    ("folder", tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
-    *(
-        (
-            "folder",
-            tensors(lambda t, x=x: t[BIAS][-1].fill_(x)),
-            f"{{folder}}: {BIAS} has the selection bias {x}; want fin",
-        )
-        for x in (float("nan"), float("inf"), float("-inf"))
-    ),
-    *(
-        (
-            "fp8",
-            tensors(lambda t, x=x: t[SCALE][-1, 0].fill_(x)),
-            f"{{folder}}: {SCALE} has the FP8 scale {x}; want finite",
-        )
-        for x in (0.0, -1.0, float("nan"), float("inf"))
-    ),
-    ("fp8", tensors(lambda t: t.pop(f"{UP}_scale_inv")), f"it lacks {UP}_scale_inv;"),
-    (
-        "fp8",
-        tensors(lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 1)})),
-        f"{UP}_scale_inv is [2, 1], want [2, 2]",
-    ),
-    ("fp8", tensors(lambda t: t.update({UP: torch.zeros(200, 136)})), f"belong nowhere: {UP}_scale_inv"),
-    ("fp8", config(quantization_config=None), "kv_b_proj.weight is F8_E4M3, want BF16 or F32 or F16"),
-    ("sparse", tensors(no_indexer), NO_INDEXER),
-    (
-        "sparse",
-        tensors(lambda t: (no_indexer(t), t.pop("lm_head.weight"))),
-        "does not hold the model that its config describes: it lacks",
-    ),
-    # ranks of DeepSeek's inference layout
-    (
-        "folder",
-        renamed(FILE, "model0-mp1000000000.safetensors"),
-        "{folder} has 1 files of 1,000,000,000 ranks, by their nam",
-    ),
-    (
-        "ranks",
-        part(without("embed.weight", "norm.weight")),
-        "{folder} lacks embed.weight in model1-mp2.safetensors, norm.weight in model1-mp2.safetensors; convert the",
-    ),
-    ("ranks", part(without("layers.1.ffn.experts.3.w1.weight")), "it lacks layers.1.ffn.experts.3.w1.weight;"),
-    ("ranks", part(dict, "model2-mp2.safetensors"), "{folder} lacks model1-mp2.safetensors; fetch what is missing"),
-    ("ranks", part(dict, "model1-mp3.safetensors"), "{folder} has files of [2, 3] ranks mixed; keep those of one conv"),
-    ("ranks", removed("config.json"), "inference code there, such as config_671B.json"),
-    # what cannot be honoured
-    (
-        "folder",
-        config(model_type="llama"),
-        "has model_type='llama'; dsmini reads deepseek_v2, deepseek_v3, deepseek_v32",
-    ),
-    ("folder", config(attention_bias=True), "has attention_bias=True, which dsmini cannot honour; want False"),
-    (
-        "folder",
-        config(tie_word_embeddings=True),
-        "has tie_word_embeddings=True, which dsmini cannot honour; want False",
-    ),
-    ("folder", config(hidden_act="gelu"), "has hidden_act='gelu', which dsmini cannot honour; want 'silu'"),
-    (
-        "folder",
-        config(rope_scaling={"type": "llama3", "factor": 2.0}),
-        "has rope type ['llama3'], which dsmini cannot hono",
-    ),
-    (
-        "folder",
-        quantization(weight_block_size=[64, 64]),
-        "weight_block_size=[64, 64], which dsmini cannot read; want [128, ",
-    ),
-    ("folder", quantization(fmt="e5m2"), "quantization_config.fmt='e5m2', which dsmini cannot read; want 'e4m3'"),
-    (
-        "folder",
-        config(rope_scaling=YARN),
-        "asks for YaRN with max_position_embeddings=32, which is no more than original_max",
-    ),
-]
-BEFORE_A_MODEL: list[tuple[str, Damage, str]] = [  # refused before a model is made: to make these takes minutes
-    (
-        "folder",
-        config(num_nextn_predict_layers=10**18),
-        f"config.json: n_mtp_layers={10**18} is too large; use 10,000 or",
-    ),
-    ("folder", config(n_shared_experts=10**18), f"n_shared_experts={10**18} is too large; use 2,147,483,647 or"),
-    ("folder", config(num_hidden_layers=10**6), "n_layers=1000000 is too large; use 10,000 or less"),
-    (
-        "folder",
-        config(vocab_size=2**31 - 1, hidden_size=2**31 - 1),
-        "make a matrix of 4,611,686,014,132,420,609 numbers",
-    ),
-    (
-        "sharded",
-        config(num_hidden_layers=9000, num_nextn_predict_layers=0),
-        "tensors for the 9000 layers of its config",
-    ),
-    ("folder", config(n_routed_experts=2**20), "experts of its config; use the model's own"),
-    (
-        "folder",
-        config(eos_token_id=10**30),
-        f"eos_token_id in {{folder}}/config.json is {10**30}, but the model has 61 to",
-    ),
-    ("folder", config(eos_token_id=[3, 61]), "is [3, 61], but the model has 61 tokens; want ids below that"),
-    ("folder", config(rms_norm_eps=1e22), "norm_eps=1e+22 is too large; use 1 or less"),
-    ("folder", config(rope_theta=10**40), "rope_theta=1e+40 is too large; use 1e+30 or less"),
-    ("folder", config(rope_scaling={"type": ["yarn"]}), "has rope type [['yarn']], which dsmini cannot honour"),
+    ({"rope_scaling": YARN}, "asks for YaRN with max_position_embeddings=32, which is no more than original_max"),
+    ({"rope_scaling": {"type": ["yarn"]}}, "has rope type [['yarn']], which dsmini cannot honour"),
+    ({"num_nextn_predict_layers": 10**18}, f"config.json: n_mtp_layers={10**18} is too large; use 10,000 or less"),
+    ({"n_shared_experts": 10**18}, f"n_shared_experts={10**18} is too large; use 2,147,483,647 or"),
+    ({"num_hidden_layers": 10**6}, "n_layers=1000000 is too large; use 10,000 or less"),
+    ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "make a matrix of 4,611,686,014,132,420,609 numbers"),
+    ({"num_hidden_layers": 9000, "num_nextn_predict_layers": 0}, "tensors for the 9000 layers of its config"),
+    ({"n_routed_experts": 2**20}, "experts of its config; use the model's own"),
+    ({"eos_token_id": 10**30}, f"eos_token_id in {{folder}}/config.json is {10**30}, but the model has 61 tokens"),
+    ({"eos_token_id": [3, 61]}, "is [3, 61], but the model has 61 tokens; want ids below that"),
+    ({"rms_norm_eps": 1e22}, "norm_eps=1e+22 is too large; use 1 or less"),
+    ({"rope_theta": 10**40}, "rope_theta=1e+40 is too large; use 1e+30 or less"),
 ]
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
@@ -311,35 +224,32 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "device": lambda path: path.symlink_to("/dev/null"),
     "broken": lambda path: path.symlink_to("nothing"),
 }
+CASES = [(start, *case) for start, cases in FOLDERS.items() for case in cases]
 
 
-def check_refused(request: pytest.FixtureRequest, start: str, damage: Damage, sentence: str) -> None:
-    folder = request.getfixturevalue(start)
-    request.getfixturevalue("monkeypatch").setattr(
-        "dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken")
-    )
-    damage(folder)
-    for fp8 in ("dequantize", "keep"):
-        assert sentence.format(folder=folder) in refusal(load_pretrained, folder, fp8=fp8)
-
-
-def named(cases: list[tuple[str, Damage, str]]) -> Any:
-    ids = [f"{start}-{sentence.removeprefix('{folder}').strip()[:50]}" for start, _, sentence in cases]
-    return pytest.mark.parametrize(("start", "damage", "sentence"), cases, ids=ids)
-
-
-@named(FOLDERS)
-def test_folder_is_refused(request: pytest.FixtureRequest, start: str, damage: Damage, sentence: str) -> None:
-    check_refused(request, start, damage, sentence)
-
-
-@named(BEFORE_A_MODEL)
-def test_counts_and_sizes_are_checked_before_a_model_is_made(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, start: str, damage: Damage, sentence: str
+@pytest.mark.parametrize(("start", "damage", "sentence"), CASES, ids=[sentence[-50:] for *_, sentence in CASES])
+@pytest.mark.parametrize("treatment", ["dequantize", "keep"])
+def test_folder_is_refused(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+    damage: Damage,
+    sentence: str,
+    treatment: Any,
 ) -> None:
-    request.getfixturevalue(start)
+    monkeypatch.setattr("dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken"))
+    folder = request.getfixturevalue(start)
+    damage(folder)
+    assert sentence.format(folder=folder) in refusal(load_pretrained, folder, fp8=treatment)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), CONFIGS)
+def test_config_is_refused_before_a_model_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sentence: str
+) -> None:
     monkeypatch.setattr("dsmini.checkpoint.pretrained.Transformer", lambda *_: pytest.fail("a model was made"))
-    check_refused(request, start, damage, sentence)
+    config(**changes)(folder)
+    assert sentence.format(folder=folder) in refusal(load_pretrained, folder)
 
 
 @pytest.mark.parametrize("name", [FILE, "config.json"])

@@ -119,21 +119,19 @@ def test_ids_of_a_model_that_are_no_bytes_are_shown_as_such() -> None:
     assert [stream.decode([id]) for id in (97, 0xC3, 300, 98)] == ["a", "", "��", "b"]
 
 
-@pytest.mark.parametrize("special", [*END_TOKENS[:1], *FIM_TOKENS, SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]])
-def test_a_text_cannot_spell_a_special_token(bpe: BPETokenizer, special: str) -> None:
-    tokens = bpe.encode(f"before{special}after")
-    assert tokens.min() >= len(SPECIAL_TOKENS)
-    assert bpe.decode(tokens.tolist()) == f"before{special}after"
-
-
-def test_tokens_called_ordinary_cannot_be_spelled(trained: Path, tmp_path: Path) -> None:
-    """As in DeepSeek's own file, whose fill-in-the-middle tokens are not marked special."""
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_cannot_spell_a_special_token(trained: Path, tmp_path: Path, special: bool) -> None:
+    """In DeepSeek's own file the tokens for fill-in-the-middle are not marked special."""
     content = json.loads((trained / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
-        token["special"] = False
+        token["special"] = special
     (tmp_path / "t.json").write_text(json.dumps(content))
     tokenizer = BPETokenizer(tmp_path / "t.json")
-    assert tokenizer.encode("".join((*END_TOKENS[:1], *FIM_TOKENS))).min() >= len(SPECIAL_TOKENS)
+    for token in SPECIAL_TOKENS:
+        tokens = tokenizer.encode(f"before{token}after")
+        assert tokens.min() >= len(SPECIAL_TOKENS)
+        assert tokenizer.decode(tokens.tolist()) == f"before{token}after"
+    assert tokenizer.fim is not None and tokenizer.decode(tokenizer.fim) == "".join(FIM_TOKENS)
 
 
 def test_a_document_cannot_end_itself(trained: Path, tmp_path: Path) -> None:
@@ -166,24 +164,6 @@ def test_no_character_is_cut(trained: Path, tmp_path: Path, bpe: BPETokenizer) -
         (tmp_path / f"{cut}.txt").write_text(text)
         corpus = corpus_with(trained, tmp_path, path=tmp_path / f"{cut}.txt")
         assert bpe.decode(corpus.train.tolist()) + bpe.decode(corpus.val.tolist()) == text
-
-
-def test_documents_of_tokens_are_rearranged_whole(trained: Path, tmp_path: Path, bpe: BPETokenizer) -> None:
-    (tmp_path / "texts").mkdir()
-    for i in range(40):
-        (tmp_path / f"texts/{i}.txt").write_text(f"números {i}, " * 9)
-    corpus = corpus_with(trained, tmp_path, path=tmp_path / "texts", fim_rate=1.0)
-    assert bpe.fim is not None
-    texts = bpe.decode(corpus.train.tolist()).split(END_TOKENS[0])[:-1]
-    assert corpus.rearranged == len(texts) > 30
-    for text in texts:
-        assert text.startswith(FIM_TOKENS[0])
-        prefix, rest = text.removeprefix(FIM_TOKENS[0]).split(FIM_TOKENS[1])
-        suffix, middle = rest.split(FIM_TOKENS[2])
-        assert (tmp_path / f"texts/{(prefix + middle + suffix).split()[1][:-1]}.txt").read_text() == (
-            prefix + middle + suffix
-        )
-    assert bpe.fim.begin not in corpus.val
 
 
 def test_pieces_of_a_text_have_its_tokens(bpe: BPETokenizer) -> None:
