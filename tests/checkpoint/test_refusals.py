@@ -272,35 +272,40 @@ def test_experts_half_in_fp8_load_only_dequantized(fp8_folder: tuple[Path, dict[
     assert "in layers.1.ffn.experts.w3; load it with fp8='dequantize'" in refusal(load_pretrained, folder, fp8="keep")
 
 
-@pytest.mark.parametrize(
-    ("call", "arguments", "sentence"),
-    [
-        (load_pretrained, {"fp8": "int8"}, "fp8='int8' is unknown"),
-        (load_pretrained, {"dtype": torch.int8}, "dtype=torch.int8 is not for weights"),
-        (load_pretrained, {"device": "gpu"}, "device 'gpu' is unknown"),
-        (load_pretrained, {"folder": "a" * 5000}, "is too long for a path"),
-        (lambda folder: new_run_folder(None, "a" * 300), {}, "is too long for a path"),
-        (lambda folder: save_pretrained(load_pretrained(folder), folder), {}, "holds files already"),
-        *(
-            (
-                lambda folder, value=value: ModelConfig(rope_theta=value),
-                {},
-                "rope_theta=a number of hundreds of digits is",
-            )
-            for value in (10**400, -(10**400), 2**1024)
-        ),
-        *(
-            (lambda folder, text=text: RunConfig.from_file(written(folder, text, "x.toml")), {}, sentence)
-            for text, sentence in (
-                ('out = "a\\u0000b"', "x.toml: out='a\\x00b' holds a NUL character"),
-                ('[data]\npath = "a\\u0000b"', "x.toml: data.path='a\\x00b' holds a NUL character"),
-                (f'[data]\ntokenizer = "{"a" * 5000}"', "x.toml: data.tokenizer='aaa"),
-            )
-        ),
-    ],
-)
-def test_argument_is_refused(folder: Path, call: Any, arguments: dict[str, Any], sentence: str) -> None:
-    assert sentence in refusal(call, **{"folder": folder} | arguments)
+LONG = "a" * 5000
+CALLS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: load_pretrained(folder, fp8="int8"), "fp8='int8' is unknown"),  # pyright: ignore[reportArgumentType]
+    (lambda folder: load_pretrained(folder, dtype=torch.int8), "dtype=torch.int8 is not for weights"),
+    (lambda folder: load_pretrained(folder, device="gpu"), "device 'gpu' is unknown"),
+    (lambda folder: load_pretrained(LONG), "is too long for a path"),
+    (lambda folder: new_run_folder(None, LONG), "is too long for a path"),
+    (lambda folder: save_pretrained(load_pretrained(folder), folder), "holds files already"),
+    (
+        lambda folder: ModelConfig(rope_theta=10**400),
+        "rope_theta=a number of hundreds of digits is not a finite number",
+    ),
+    (
+        lambda folder: ModelConfig(rope_theta=-(10**400)),
+        "rope_theta=a number of hundreds of digits is not a finite number",
+    ),
+    (
+        lambda folder: ModelConfig(rope_theta=2**1024),
+        "rope_theta=a number of hundreds of digits is not a finite number",
+    ),
+    *(
+        (lambda folder, text=text: RunConfig.from_file(written(folder, text, "x.toml")), sentence)
+        for text, sentence in (
+            ('out = "a\\u0000b"', "x.toml: out='a\\x00b' holds a NUL character"),
+            ('[data]\npath = "a\\u0000b"', "x.toml: data.path='a\\x00b' holds a NUL character"),
+            (f'[data]\ntokenizer = "{LONG}"', "x.toml: data.tokenizer='aaa"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), CALLS)
+def test_argument_is_refused(folder: Path, call: Callable[[Path], object], sentence: str) -> None:
+    assert sentence in refusal(call, folder)
 
 
 SOFTMAX = {"score_func": "softmax", "topk_method": "group_limited_greedy"}
