@@ -12,6 +12,7 @@ from tests.helpers import commands
 from tests.helpers.configs import refusal
 
 CPU = torch.device("cpu")
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 MEASURE = """
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ print(peak, sum(t.nbytes for t in model.state_dict().values()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure the peak")
+@NEEDS_PROC
 @pytest.mark.usefixtures("folder")
 def test_load_takes_at_most_the_model_and_a_file(tmp_path: Path) -> None:
     """At most the model, one file, and a tenth more; measured in processes of their own."""
@@ -66,6 +67,7 @@ def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pyte
     )
 
 
+@NEEDS_PROC
 def test_free_memory_is_at_most_what_there_is() -> None:
     free = free_bytes(CPU)
     assert free is not None
@@ -74,6 +76,7 @@ def test_free_memory_is_at_most_what_there_is() -> None:
     assert "it needs 1,125,899,906,842,624 bytes of memory" in refusal(refuse_too_large, 2**50, "it", CPU)
 
 
+@NEEDS_PROC
 def test_limit_on_virtual_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     monkeypatch.setattr(resource, "getrlimit", lambda what: (taken + 2**24, taken + 2**24))
