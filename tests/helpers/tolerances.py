@@ -7,7 +7,9 @@ sums that cancel, a softmax that magnifies, a norm that divides.
 """
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 BF16_UNIT = 2.0**-8
@@ -36,6 +38,16 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     size = want.norm().item()
     return (got - want).norm().item() / (size or 1.0)
+
+
+def assert_agree(got: Tensor, want: Tensor, wrt: Sequence[Tensor], tolerance: float) -> None:
+    """Check that two results agree, and the gradients of a random projection of them."""
+    assert relative_error(got, want) <= tolerance
+    direction = torch.randn_like(got)
+    gradients = [torch.autograd.grad((y * direction).sum(), wrt) for y in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        # next to a single key a query has no gradient, but noise of 1e-16
+        assert relative_error(a, b) <= tolerance or max(a.norm(), b.norm()) < 1e-9
 
 
 def calc_diff(got: Tensor, want: Tensor) -> float:

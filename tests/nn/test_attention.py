@@ -1,83 +1,38 @@
-"""The baselines MHA, GQA and MQA, compared with attention written out here."""
+"""The baselines MHA, GQA and MQA against tests/reference_model.py, and attention to a cache in parts."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dsmini import MLA, Attention, FeedForward, MoE, ops
+from dsmini import MLA, Attention, FeedForward, ModelConfig, MoE, ops
 from dsmini.functional import cached_attention as attention
+from tests import reference_model as reference
 from tests.conftest import SMALL
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 23, "n_heads": 6, "qk_nope_head_dim": 8, "v_head_dim": 5, "max_seq_len": 64}
 KINDS = {"mha": (None, 6), "gqa": (2, 2), "mqa": (None, 1)}
 
 
-def by_hand(w: dict[str, Tensor], x: Tensor, n_kv_heads: int) -> Tensor:
-    """Heads 0, 1, ... share the first key head, the next ones the second: group after group."""
-    h, d, v_dim = SIZES["n_heads"], SIZES["qk_nope_head_dim"], SIZES["v_head_dim"]
-    s = x.shape[1]
-    pair = torch.arange(0, d, 2, dtype=torch.float64)
-    angles = torch.outer(torch.arange(s, dtype=torch.float64), 10000 ** (-pair / d))
-    turns = torch.polar(torch.ones_like(angles), angles)
-
-    def heads(name: str, width: int, rotated: bool) -> list[Tensor]:
-        out = (x @ w[f"{name}.weight"].T).split(width, -1)
-        if not rotated:
-            return list(out)
-        pairs = [torch.view_as_complex(head.unflatten(-1, (-1, 2)).contiguous()) for head in out]
-        return [torch.view_as_real(z * turns).flatten(-2) for z in pairs]
-
-    q, k, v = heads("wq", d, True), heads("wk", d, True), heads("wv", v_dim, False)
-    assert len(q) == h and len(k) == len(v) == n_kv_heads
-    visible = torch.tensor([[t <= i for t in range(s)] for i in range(s)])
-    out = []
-    for i in range(h):
-        mine = i * n_kv_heads // h
-        logits = torch.einsum("bsd,btd->bst", q[i], k[mine]) / d**0.5
-        weights = torch.where(visible, logits.exp(), 0.0)
-        out.append(torch.einsum("bst,btv->bsv", weights / weights.sum(-1, keepdim=True), v[mine]))
-    return torch.cat(out, -1) @ w["wo.weight"].T
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", [1, 37])
 def test_twin_equals_attention_by_hand(randomise: Any, kind: str, s: int) -> None:
-    argument, n_kv_heads = KINDS[kind]
-    layer = randomise(Attention(**SIZES, attention=kind, n_kv_heads=argument)).double()
+    n_kv_heads, groups = KINDS[kind]
+    c = ModelConfig(**SIZES, attention=kind, n_kv_heads=n_kv_heads)
+    layer = randomise(Attention(c)).double()
+    assert (layer.wk.weight.shape, layer.wv.weight.shape) == ((groups * 8, 23), (groups * 5, 23))
     x = torch.randn(2, s, 23, dtype=torch.float64, requires_grad=True)
-    got, want = layer(x), by_hand(dict(layer.named_parameters()), x, n_kv_heads)
-    assert relative_error(got, want) <= 8 * ROPE_TABLE
-
-    direction = torch.randn_like(got)
-    wrt = [x, *layer.parameters()]
-    grads = [torch.autograd.grad((y * direction).sum(), wrt) for y in (got, want)]
-    assert all(
-        relative_error(a, b) <= 8 * ROPE_TABLE or (s == 1 and b.norm() < 1e-9) for a, b in zip(*grads, strict=True)
-    )
+    assert_agree(layer(x), reference.attention(layer, x, c), [x, *layer.parameters()], 8 * ROPE_TABLE)
 
 
-def test_gqa_with_all_heads_equals_mha(randomise: Any) -> None:
-    mha = randomise(Attention(**SIZES, attention="mha"))
-    gqa = Attention(**SIZES, attention="gqa", n_kv_heads=6)
-    gqa.load_state_dict(mha.state_dict())
+@pytest.mark.parametrize(("kind", "n_kv_heads"), [("mha", 6), ("mqa", 1)])
+def test_gqa_with_all_heads_is_mha_and_with_one_mqa(randomise: Any, kind: str, n_kv_heads: int) -> None:
+    layer = randomise(Attention(**SIZES, attention=kind))
+    gqa = Attention(**SIZES, attention="gqa", n_kv_heads=n_kv_heads)
+    gqa.load_state_dict(layer.state_dict())
     x = torch.randn(2, 37, 23)
-    assert torch.equal(gqa(x), mha(x))
-
-
-def test_mqa_equals_gqa_with_one_head(randomise: Any) -> None:
-    mqa = randomise(Attention(**SIZES, attention="mqa"))
-    gqa = Attention(**SIZES, attention="gqa", n_kv_heads=1)
-    gqa.load_state_dict(mqa.state_dict())
-    x = torch.randn(2, 37, 23)
-    assert torch.equal(gqa(x), mqa(x))
-
-
-def test_keys_and_values_shrink_with_the_heads_that_hold_them() -> None:
-    rows = {kind: Attention(**SIZES, attention=kind, n_kv_heads=KINDS[kind][0]).wk.weight.shape[0] for kind in KINDS}
-    assert rows == {"mha": 48, "gqa": 16, "mqa": 8}
+    assert torch.equal(gqa(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,13 +84,14 @@ def test_mla_is_refused_by_name() -> None:
         Attention(attention="mla")
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("layer", [MLA, Attention, MoE, FeedForward])
-def test_no_rows_give_no_rows(layer: Any, backend: str, shape: tuple[int, int]) -> None:
-    x = torch.zeros(*shape, 24, requires_grad=True)
-    with ops.use(backend):
-        y = layer(**SMALL | ({"attention": "gqa", "n_kv_heads": 1} if layer is Attention else {}))(x)
-    y = y[0] if isinstance(y, tuple) else y
-    assert y.shape == x.shape
-    y.sum().backward()
+def test_no_rows_give_no_rows(layer: Any, backend: str) -> None:
+    module = layer(**SMALL | ({"attention": "gqa", "n_kv_heads": 1} if layer is Attention else {}))
+    for shape in ((0, 5), (2, 0), (0, 0)):
+        x = torch.zeros(*shape, 24, requires_grad=True)
+        with ops.use(backend):
+            y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        assert y.shape == x.shape
+        y.sum().backward()

@@ -1,4 +1,4 @@
-"""The indexer against the report's equation 1, written out here, its gradients, its picks, and the bugs of others."""
+"""The indexer against the report's equation 1, its gradients, its picks, and the bugs of others."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ops
+from dsmini import ModelConfig, ops
 from dsmini.functional import sparse_attention
 from dsmini.functional.hadamard import hadamard
 from dsmini.functional.rope import apply_rope, apply_rope_to_halves
@@ -14,12 +14,13 @@ from dsmini.functional.sparse_attention import index_scores, pick_keys
 from dsmini.nn import Indexer, Rope
 from dsmini.nn.linear import FP32Linear
 from dsmini.numerics import quantize
+from tests import reference_model as reference
 from tests.conftest import randomise
 from tests.helpers.configs import refusal
-from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
-from tests.nn.test_mla import CASES, SIZES, frequencies, temperature
+from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
+from tests.nn.test_mla import CASES, SIZES
 
-INDEX: dict[str, Any] = {"index_n_heads": 5, "index_head_dim": 16, "index_topk": 7}
+INDEX: dict[str, Any] = {"attention": "dsa", "index_n_heads": 5, "index_head_dim": 16, "index_topk": 7}
 TOLERANCE = 8 * ROPE_TABLE
 
 
@@ -28,99 +29,33 @@ def sylvester(d: int) -> Tensor:
     return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(d)] for i in range(d)], dtype=torch.float64)
 
 
-def turned(x: Tensor, c: dict[str, Any]) -> Tensor:
-    """Turn the first qk_rope_head_dim numbers of x [b, s, d] by their positions, in halves or interleaved."""
-    r = c["qk_rope_head_dim"]
-    first, rest = x[..., :r], x[..., r:]
-    yarn = "original_seq_len" in c
-    size = temperature(c["mscale"], c) / temperature(c["mscale_all_dim"], c) if yarn else 1.0
-    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), torch.tensor(frequencies(c)).double())
-    interleaved = c.get("indexer_rope_interleave", False)
-    a, b = (first[..., ::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
-    new_a, new_b = a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()
-    both = torch.stack((new_a, new_b), -1).flatten(-2) if interleaved else torch.cat((new_a, new_b), -1)
-    return torch.cat((size * both, rest), -1)
+def made(case: str = "plain", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """Return a random indexer, its config, random hidden states and query latents, and the table of positions."""
+    c = ModelConfig(**SIZES | INDEX | CASES[case] | changes)
+    layer = randomise(Indexer(c)).to(dtype)
+    x = torch.randn(2, 19, c.dim, dtype=dtype, requires_grad=True)
+    rank = c.q_lora_rank
+    latent = x if rank is None else torch.randn(2, 19, rank, dtype=dtype, requires_grad=True)
+    return layer, c, x, latent, Rope.from_config(c).table(torch.arange(19))
 
 
-def scores_by_the_report(w: dict[str, Tensor], x: Tensor, latent: Tensor, c: dict[str, Any]) -> Tensor:
-    h, d = c["index_n_heads"], c["index_head_dim"]
-    raw = x @ w["wk.weight"].T
-    centred = raw - raw.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    k = turned(normed * w["k_norm.weight"] + w["k_norm.bias"], c)
-    q, weights = latent @ w["wq_b.weight"].T, x @ w["weights_proj.weight"].T
-    total = torch.zeros(x.shape[0], x.shape[1], x.shape[1], dtype=x.dtype)
-    for j in range(h):
-        products = turned(q[..., j * d : (j + 1) * d], c) @ k.mT
-        total = total + weights[..., j, None] * products.clamp(min=0)
-    return total * h**-0.5 * d**-0.5
-
-
-def made(case: str = "plain", s: int = 19, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """Return a random indexer, its sizes, and random inputs: hidden states and query latents."""
-    c = SIZES | INDEX | CASES[case] | changes
-    layer = randomise(Indexer(**c)).to(dtype)
-    x = torch.randn(2, s, c["dim"], dtype=dtype, requires_grad=True)
-    rank = c["q_lora_rank"]
-    latent = x if rank is None else torch.randn(2, s, rank, dtype=dtype, requires_grad=True)
-    return layer, c, x, latent
-
-
-def scores(layer: Indexer, c: dict[str, Any], x: Tensor, latent: Tensor) -> Tensor:
-    table = rope_of(c).table(torch.arange(x.shape[1]))
+def scores(layer: Indexer, x: Tensor, latent: Tensor, table: Any) -> Tensor:
     return layer(x, latent, table, layer.keys(x, table))
-
-
-def rope_of(c: dict[str, Any]) -> Rope:
-    names = {"theta": "rope_theta", "factor": "rope_factor"}
-    yarn = ("original_seq_len", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "theta")
-    given = {name: c[names.get(name, name)] for name in yarn if names.get(name, name) in c}
-    return Rope(dim=c["qk_rope_head_dim"], **given)
 
 
 @pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_scores_and_gradients_follow_the_report(case: str, interleave: bool) -> None:
-    layer, c, x, latent = made(case, indexer_rope_interleave=interleave)
-    got, want = scores(layer, c, x, latent), scores_by_the_report(dict(layer.named_parameters()), x, latent, c)
-    assert relative_error(got, want) <= TOLERANCE
-    direction, wrt = torch.randn_like(got), [x, latent, *layer.parameters()]
-    grads = [torch.autograd.grad((y * direction).sum(), wrt) for y in (got, want)]
-    assert all(relative_error(a, b) <= TOLERANCE for a, b in zip(*grads, strict=True))
-
-
-def test_gradients_are_finite_differences() -> None:
-    layer, c, x, latent = made(s=6, dim=9, q_lora_rank=5, index_n_heads=2, index_head_dim=8)
-    names, values = zip(*layer.named_parameters(), strict=True)
-
-    def run(x: Tensor, latent: Tensor, *values: Tensor) -> Tensor:
-        table = rope_of(c).table(torch.arange(6))
-        weights = dict(zip(names, values, strict=True))
-        call = torch.func.functional_call
-        keys = call(_Keys(layer), {f"layer.{name}": value for name, value in weights.items()}, (x, table))
-        return call(layer, weights, (x, latent, table, keys))
-
-    with ops.use("reference"):
-        assert torch.autograd.gradcheck(run, (x, latent, *values), eps=1e-6, atol=1e-5)
-
-
-class _Keys(torch.nn.Module):
-    """An indexer that is called for its keys."""
-
-    def __init__(self, layer: Indexer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *inputs: Any) -> Tensor:
-        return self.layer.keys(*inputs)
+    layer, c, x, latent, table = made(case, indexer_rope_interleave=interleave)
+    want = reference.index_scores(layer, x, latent, c)
+    assert_agree(scores(layer, x, latent, table), want, [x, latent, *layer.parameters()], TOLERANCE)
 
 
 def test_keys_are_cached_after_the_hadamard_transform() -> None:
-    layer, c, x, _ = made()
-    table = rope_of(c).table(torch.arange(19))
-    w = dict(layer.named_parameters())
-    raw = torch.nn.functional.layer_norm(x @ w["wk.weight"].T, (16,), w["k_norm.weight"], w["k_norm.bias"], 1e-6)
-    assert relative_error(layer.keys(x, table), turned(raw, c) @ sylvester(16) / 4) <= TOLERANCE
+    layer, c, x, _, table = made()
+    k = layer.k_norm(layer.wk(x))
+    turned = torch.cat((reference.rotate(k[..., None, :8], c, halves=True).squeeze(2), k[..., 8:]), -1)
+    assert relative_error(layer.keys(x, table), turned @ sylvester(16) / 4) <= TOLERANCE
 
 
 @pytest.mark.parametrize("d", [1, 2, 16, 128])
@@ -134,27 +69,21 @@ def test_hadamard_is_orthogonal_and_its_own_inverse(d: int) -> None:
 
 def test_fp8_scores_are_those_of_the_codes() -> None:
     """As the released kernel computes them: relu of products of codes, times the scales of query and key."""
-    layer, c, x, latent = made(dtype=torch.float32, indexer_fp8=True)
-    got = scores(layer, c, x, latent)
+    layer, _, x, latent, table = made(dtype=torch.float32, indexer_fp8=True)
+    got = scores(layer, x, latent, table)
+    assert all(grad.norm() > 0 for grad in torch.autograd.grad(got.sum(), [x, latent, *layer.parameters()]))
     layer.fp8 = False
-    table = rope_of(c).table(torch.arange(19))
     q, k = (quantize(rows.detach()) for rows in (layer.queries(latent, table), layer.keys(x, table)))
     codes = torch.einsum("bshd,btd->bsht", q.codes.float(), k.codes.float()).relu()
     weights = layer.head_weights(x)[..., None] * q.scales
     want = (codes * weights).sum(2) * k.scales.mT
-    assert 0 < relative_error(got, scores(layer, c, x, latent)) < 0.1
+    assert 0 < relative_error(got, scores(layer, x, latent, table)) < 0.1
     assert relative_error(got, want) <= rounding(FP32_UNIT, terms=16 * 5)
-
-
-def test_fp8_passes_gradients_straight_through() -> None:
-    layer, c, x, latent = made(dtype=torch.float32, indexer_fp8=True)
-    grads = torch.autograd.grad(scores(layer, c, x, latent).sum(), [x, latent, *layer.parameters()])
-    assert all(grad.norm() > 0 for grad in grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norm_and_head_weights_stay_fp32(dtype: torch.dtype) -> None:
-    layer, _, x, _ = made(dtype=torch.float32)
+    layer, _, x, _, _ = made(dtype=torch.float32)
     short = layer.to(dtype)
     assert {n for n, p in short.named_parameters() if p.dtype == torch.float32} == {
         *("k_norm.weight", "k_norm.bias", "weights_proj.weight")
@@ -192,9 +121,9 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_known_bugs_of_others_are_seen(monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     monkeypatch.setattr(*MUTANTS[mutant])
-    layer, c, x, latent = made()
-    want = scores_by_the_report(dict(layer.named_parameters()), x, latent, c)
-    assert relative_error(scores(layer, c, x, latent), want) > 50 * TOLERANCE
+    layer, c, x, latent, table = made()
+    want = reference.index_scores(layer, x, latent, c)
+    assert relative_error(scores(layer, x, latent, table), want) > 50 * TOLERANCE
 
 
 # picks

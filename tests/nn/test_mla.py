@@ -1,17 +1,17 @@
-"""Multi-head Latent Attention against the report's equations 1 to 11, written out here."""
+"""Multi-head Latent Attention against the report's equations 1 to 11, which tests/reference_model.py writes out."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsmini import MLA
+from dsmini import MLA, ModelConfig
 from dsmini.functional.causal_attention import causal_attention_eager
 from dsmini.nn import Rope, apply_rope
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, relative_error, rounding
+from tests import reference_model as reference
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 
 SIZES: dict[str, Any] = {
     "dim": 23,
@@ -43,79 +43,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def temperature(a: float, c: dict[str, Any]) -> float:
-    return 0.1 * a * math.log(c["rope_factor"]) + 1 if "original_seq_len" in c else 1.0
-
-
-def frequencies(c: dict[str, Any]) -> list[float]:
-    """YaRN's section 3.2 with its ramp over pair numbers; without original_seq_len RoPE's theta^(-2j/d)."""
-    d, theta = c["qk_rope_head_dim"], c.get("rope_theta", 10000.0)
-    plain = [theta ** (-2 * j / d) for j in range(d // 2)]
-    if "original_seq_len" not in c:
-        return plain
-
-    def pair_that_turns(times: float) -> float:
-        return d * math.log(c["original_seq_len"] / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    first, last = math.floor(pair_that_turns(c["beta_fast"])), math.ceil(pair_that_turns(c["beta_slow"]))
-    slowed = [min(max((j - first) / (last - first), 0.0), 1.0) for j in range(d // 2)]
-    return [(1 - s) * f + s * f / c["rope_factor"] for f, s in zip(plain, slowed, strict=True)]
-
-
-def rotate(x: Tensor, c: dict[str, Any]) -> Tensor:
-    """Turn x [b, s, d] by its positions: each adjacent pair is one complex number."""
-    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), torch.tensor(frequencies(c)).double())
-    size = 1.0
-    if "original_seq_len" in c:
-        size = temperature(c["mscale"], c) / temperature(c["mscale_all_dim"], c)
-    turns = torch.polar(torch.full_like(angles, size), angles)
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One head of one sequence, position by position: q, k [s, d], v [s, v]."""
-    return torch.stack([(scale * (k[: i + 1] @ q[i])).softmax(0) @ v[: i + 1] for i in range(len(q))])
-
-
-def by_the_report(w: dict[str, Tensor], x: Tensor, c: dict[str, Any]) -> Tensor:
-    h, nope, rope, v_dim = c["n_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-    if c["q_lora_rank"] is None:
-        q = x @ w["wq.weight"].T
-    else:
-        q = rms_norm(x @ w["wq_a.weight"].T, w["q_norm.weight"]) @ w["wq_b.weight"].T
-    compressed = x @ w["wkv_a.weight"].T
-    c_kv, k_rope = compressed[..., : c["kv_lora_rank"]], compressed[..., c["kv_lora_rank"] :]
-    kv = rms_norm(c_kv, w["kv_norm.weight"]) @ w["wkv_b.weight"].T
-    k_rope = rotate(k_rope, c)
-    scale = (nope + rope) ** -0.5 * temperature(c.get("mscale_all_dim", 1.0), c) ** 2
-    heads = []
-    for i in range(h):
-        q_nope, q_rope = q[..., i * (nope + rope) :][..., : nope + rope].split((nope, rope), -1)
-        k_nope, v = kv[..., i * (nope + v_dim) :][..., : nope + v_dim].split((nope, v_dim), -1)
-        whole_q, whole_k = torch.cat((q_nope, rotate(q_rope, c)), -1), torch.cat((k_nope, k_rope), -1)
-        heads.append(torch.stack([attend(*row, scale) for row in zip(whole_q, whole_k, v, strict=True)]))
-    return torch.cat(heads, -1) @ w["wo.weight"].T
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("s", [1, 37])
 def test_mla_follows_the_report(randomise: Any, case: str, s: int) -> None:
-    c = SIZES | CASES[case]
-    layer = randomise(MLA(**c)).double()
-    x = torch.randn(2, s, c["dim"], dtype=torch.float64, requires_grad=True)
-    got, want = layer(x), by_the_report(dict(layer.named_parameters()), x, c)
+    c = ModelConfig(**SIZES | CASES[case])
+    layer = randomise(MLA(c)).double()
+    x = torch.randn(2, s, c.dim, dtype=torch.float64, requires_grad=True)
     # q and k are both off by the table's error; logits of size 4 carry it into the weights
-    tolerance = 8 * ROPE_TABLE
-    assert relative_error(got, want) <= tolerance
-
-    direction = torch.randn_like(got)
-    wrt = [x, *layer.parameters()]
-    grads = [torch.autograd.grad((y * direction).sum(), wrt) for y in (got, want)]
-    assert all(relative_error(a, b) <= tolerance or (s == 1 and b.norm() < 1e-9) for a, b in zip(*grads, strict=True))
+    assert_agree(layer(x), reference.attention(layer, x, c), [x, *layer.parameters()], 8 * ROPE_TABLE)
 
 
 @pytest.mark.parametrize("s", [1, 63, 130])
@@ -182,18 +117,9 @@ def test_rope_turns_adjacent_pairs_and_leaves_them_there() -> None:
     for j in range(3):
         angle = 3 * 100 ** (-2 * j / 6)
         block = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        torch.testing.assert_close(turned[2 * j : 2 * j + 2, 2 * j : 2 * j + 2], block)
+        assert relative_error(turned[2 * j : 2 * j + 2, 2 * j : 2 * j + 2], block) < rounding(FP32_UNIT)
         turned[2 * j : 2 * j + 2, 2 * j : 2 * j + 2] = 0
     assert (turned == 0).all()
-
-
-def logits_of(layer: MLA, x: Tensor) -> Callable[[Tensor], Tensor]:
-    def at(positions: Tensor) -> Tensor:
-        table = layer.rope.table(positions)
-        q, (_, k_rope) = layer.queries(x, table), layer.latents(x, table)
-        return torch.einsum("b s h r, b t r -> b h s t", q[..., layer.qk_nope_head_dim :], k_rope)
-
-    return at
 
 
 @pytest.mark.parametrize("rope", [{}, YARN], ids=["plain", "yarn"])
@@ -201,11 +127,14 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
     layer = randomise(MLA(**SIZES | rope)).double()
     x = torch.randn(2, 9, 23, dtype=torch.float64)
     positions = torch.tensor([0, 1, 2, 5, 6, 11, 12, 13, 20])
-    at = logits_of(layer, x)
-    assert relative_error(at(positions + 20), at(positions)) <= 8 * ROPE_TABLE
-    assert relative_error(at(2 * positions), at(positions)) > 0.1
 
-    moved = layer(x, layer.rope.table(positions + 20))
-    assert relative_error(moved, layer(x, layer.rope.table(positions))) <= 8 * ROPE_TABLE
-    rows = torch.stack((positions, positions + 7))
-    assert relative_error(layer(x, layer.rope.table(rows)), layer(x, layer.rope.table(positions))) <= 8 * ROPE_TABLE
+    def logits(at: Tensor) -> Tensor:
+        table = layer.rope.table(at)
+        q_rope = layer.queries(x, table)[..., layer.qk_nope_head_dim :]
+        return torch.einsum("b s h r, b t r -> b h s t", q_rope, layer.latents(x, table)[1])
+
+    assert relative_error(logits(positions + 20), logits(positions)) <= 8 * ROPE_TABLE
+    assert relative_error(logits(2 * positions), logits(positions)) > 0.1
+    want = layer(x, layer.rope.table(positions))
+    for moved in (positions + 20, torch.stack((positions, positions + 7))):
+        assert relative_error(layer(x, layer.rope.table(moved)), want) <= 8 * ROPE_TABLE
