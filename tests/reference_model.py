@@ -1,8 +1,7 @@
-"""DeepSeek-V3 and V3.2 in plain PyTorch, from the reports: what the tests compare dsmini with.
+"""DeepSeek-V3 and V3.2 in plain PyTorch, from the reports and YaRN's paper: what the tests compare dsmini with.
 
-A function reads the parameters of a module m by their names (`wq_a`, ...); c is a ModelConfig; x is [b, s, m]; `seen`
-[b, s, t] is True for keys that a query may see. Sources: reports of V2, V3 and V3.2, sections 2.1 and 2.2; YaRN, section
-3; the released code for epsilons, the pairs of RoPE, the ends of YaRN's ramp and the order of MTP's inputs.
+A function reads parameters of a module m by their names. c is a ModelConfig, x is [b, s, m], and `seen` [b, s, t] is
+True for keys that a query may see. Epsilons, RoPE's pairs and the order of MTP's inputs are those of the released code.
 """
 
 import math
@@ -43,7 +42,7 @@ def rotate(x: Tensor, c: Any, halves: bool = False) -> Tensor:
     """Turn x [b, s, h, d] by its positions. A pair, one complex number, is two neighbours or one of each half."""
     angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies(c))
     size = temperature(c.mscale, c) / temperature(c.mscale_all_dim, c)
-    turns = torch.polar(torch.full_like(angles, size), angles).unsqueeze(1)
+    turns = size * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     pairs = x.unflatten(-1, (2, -1)).mT if halves else x.unflatten(-1, (-1, 2))
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
     return (turned.mT if halves else turned).flatten(-2)
@@ -104,8 +103,8 @@ def route(logits: Tensor, bias: Tensor | None, c: Any) -> tuple[Tensor, Tensor, 
     values = scores if bias is None else scores + bias
     indices = torch.tensor([choose(row, c, 1 if bias is None else 2) for row in values.tolist()])
     weights = scores.gather(1, indices)
-    weights = weights / weights.sum(-1, keepdim=True) if c.norm_topk_prob else weights
-    return indices, weights * c.route_scale, scores
+    total = weights.sum(-1, keepdim=True) if c.norm_topk_prob else 1.0
+    return indices, weights / total * c.route_scale, scores
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
