@@ -1,6 +1,6 @@
 """Layers and losses under torch.compile equal themselves without it.
 
-This file is also the program that the tests run: shape checks at run time, which pytest turns on, cannot be compiled.
+This file is also the program that each test runs: shape checks at run time, which pytest turns on, cannot be compiled.
 C++ is made for one block and its losses; the other cases stop at the graphs, which is where compilation fails.
 """
 
@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ SIZES: dict[str, Any] = {
     "max_seq_len": 64,
     "original_seq_len": 32,
 }
-HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def gradients_and_values(run: Callable[[], dict[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
@@ -124,46 +122,32 @@ def ragged_fp8() -> dict[str, float]:
 
 ONE_BLOCK = {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}
 PROGRAMS: dict[str, Callable[[], dict[str, float]]] = {
+    "one block in bf16": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True, backend="aot_eager"),
     "layers": layers_alone,
     "losses in bf16": functools.partial(losses, {}, torch.bfloat16, fullgraph=True, backend="aot_eager"),
     "losses in fp32": functools.partial(losses, {}, torch.float32, backend="aot_eager"),
     "ragged tiles in C++": ragged_fp8,
     "one block in C++": functools.partial(losses, ONE_BLOCK, torch.bfloat16, fullgraph=True),
 }
-IN_BF16 = ("losses in bf16", "one block in C++")
+IN_BF16 = ("one block in bf16", "losses in bf16", "one block in C++")
+CHEAPEST, *OTHERS = PROGRAMS
 
 
-@functools.cache
-def outcomes() -> dict[str, Any]:
-    """Return for each case the relative errors of values and gradients, or the traceback; all from one process."""
+@pytest.mark.parametrize("case", [CHEAPEST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
+def test_compiled_equals_eager(case: str) -> None:
+    if "C++" in case and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     # scalar C++ compiles twice as fast
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCHINDUCTOR_VEC_ISA_OK": "0"}
-    cases = [case for case in PROGRAMS if "C++" not in case or HAS_COMPILER]
-    command = [sys.executable, __file__, *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("case", PROGRAMS)
-def test_compiled_equals_eager(case: str) -> None:
-    if "C++" in case and not HAS_COMPILER:
-        pytest.skip("torch.compile needs a C++ compiler")
-    errors = outcomes()[case]
-    assert isinstance(errors, dict), errors
+    command = [sys.executable, __file__, case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
     short = rounding(BF16_UNIT, chained=30) if case in IN_BF16 else rounding(FP32_UNIT, terms=40, chained=30)
-    for name, error in errors.items():
+    for name, error in json.loads(done.stdout.splitlines()[-1]).items():
         assert error <= (0.0 if name.startswith(("counts", "indices", "bits")) else short), name
-
-
-def outcome(case: str) -> dict[str, float] | str:
-    try:
-        return PROGRAMS[case]()
-    except Exception:
-        return traceback.format_exc()
 
 
 if __name__ == "__main__":
     torch.manual_seed(4)
-    print(json.dumps({case: outcome(case) for case in sys.argv[1:]}))
+    print(json.dumps(PROGRAMS[sys.argv[1]]()))

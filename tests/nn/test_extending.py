@@ -1,5 +1,6 @@
 """A researcher's change stays local: each is made here in under 25 lines, trained for a step, and decoded."""
 
+import copy
 import functools
 import inspect
 from typing import Any
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
-from dsmini.functional.cached_attention import cached_attention
 from dsmini.nn import Routing, route
 from dsmini.nn.cache import Past
+from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
+from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, MOVED, UNMOVED, relative_error
 
 WINDOW = 6
@@ -58,25 +60,6 @@ class AttentionWithoutPositions(nn.Module):
 def sliding(queries: Tensor, keys: Tensor) -> Tensor:
     """Hide the keys more than WINDOW - 1 tokens before a query."""
     return queries - keys >= WINDOW
-
-
-class SlidingMLA(MLA):
-    """MLA with the mask `sliding`, as a subclass that attends in its own way."""
-
-    def forward(self, x: Tensor, table: Any = None, documents: Any = None, past: Past | None = None) -> Tensor:
-        table = table or self.rope.table(torch.arange(x.shape[1]))
-        q, (c_kv, k_rope) = self.queries(x, table), self.latents(x, table)
-        positions = torch.arange(x.shape[1])[None]
-        if past is not None:
-            past.append((c_kv, k_rope))
-            c_kv, k_rope = past.store.read(past.window.end, q.dtype).tensor_split((self.kv_lora_rank,), -1)
-            positions = past.window.positions
-        k_nope, v = self.wkv_b(c_kv).unflatten(-1, (self.n_heads, -1)).tensor_split((self.qk_nope_head_dim,), -1)
-        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), -1)
-        distance = positions[..., None] - torch.arange(k.shape[1])
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        y = cached_attention(q, k, v, self.scale, (distance < 0) | (distance >= WINDOW))
-        return self.wo(y.transpose(1, 2).flatten(2))
 
 
 class SoftplusGate(Gate):
@@ -129,10 +112,14 @@ def test_another_attention_class_is_handed_to_transformer() -> None:
     check_training_and_decoding(model, "attn.wkv")
 
 
-@pytest.mark.parametrize("attention", [SlidingMLA, functools.partial(MLA, mask=sliding)], ids=["subclass", "mask"])
-def test_sliding_window_reaches_back_its_width_a_layer(attention: Any) -> None:
-    make_block = functools.partial(Block, attention_class=attention)
-    model = randomise(Transformer(**SMALL, make_block=make_block))
+def masked_model(layer: Any = MLA, /, **changes: Any) -> Transformer:
+    """Return a random model whose layers are given the mask."""
+    make_block = functools.partial(Block, attention_class=functools.partial(layer, mask=sliding))
+    return randomise(Transformer(**SMALL | changes, make_block=make_block))
+
+
+def test_sliding_window_reaches_back_its_width_a_layer() -> None:
+    model = masked_model()
     check_training_and_decoding(model, "attn.wkv_b")
     model, tokens = model.double(), torch.randint(0, SMALL["vocab_size"], (1, 30))
     other = tokens.clone()
@@ -143,52 +130,28 @@ def test_sliding_window_reaches_back_its_width_a_layer(attention: Any) -> None:
     assert moved[reach + 1 :].max() < UNMOVED < MOVED < moved[: reach + 1].min()
 
 
-def models_with_a_mask(**changes: Any) -> tuple[Transformer, Transformer]:
-    """Return a model whose layers are given the mask, and the same weights in SlidingMLA."""
-    by_mask, by_class = (
-        Transformer(**SMALL | changes, make_block=functools.partial(Block, attention_class=attention))
-        for attention in (functools.partial(MLA, mask=sliding), SlidingMLA)
-    )
-    by_class.load_state_dict(randomise(by_mask).state_dict())
-    return by_mask, by_class
-
-
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_mask_equals_a_subclass_with_and_without_a_cache(form: Any) -> None:
-    model, want = models_with_a_mask()
+@pytest.mark.parametrize(("attention", "form"), [("mla", "expanded"), ("mla", "absorbed"), ("gqa", "auto")])
+def test_mask_hides_keys_with_and_without_a_cache(attention: str, form: Any) -> None:
+    gqa = {"attention": "gqa", "n_kv_heads": 1}
+    model = masked_model() if attention == "mla" else masked_model(Attention, **gqa)
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 23))
-    lengths = torch.tensor([4, 9])
-    expected, cache = want.run(tokens, mtp=True), model.new_cache(2, form=form, mtp=True)
+    distance = torch.arange(23)[:, None] - torch.arange(23)
+    seen = ((distance >= 0) & (distance < WINDOW))[None]
+    (want, *ahead), _ = reference.model(copy.deepcopy(model).double(), tokens, model.config, seen)
+    cache = model.new_cache(2, form=form, mtp=True)
     parts = [model.run(part, cache, mtp=True) for part in tokens.split((9, 1, 13), 1)]
-    for got, wanted in zip(
-        [torch.cat([p.logits for p in parts], 1), model(tokens)], [expected.logits] * 2, strict=True
-    ):
-        assert relative_error(got, wanted) < FP32_MODEL
-    ahead = torch.cat([p.mtp_logits[0] for p in parts], 1)[:, 1:]
-    assert relative_error(ahead, expected.mtp_logits[0]) < FP32_MODEL
+    for got in (torch.cat([p.logits for p in parts], 1), model(tokens)):
+        assert relative_error(got, want) < FP32_MODEL
+    assert relative_error(torch.cat([p.mtp_logits[0] for p in parts], 1)[:, 1:-1], ahead[0][:, :-1]) < FP32_MODEL
     # rows of different lengths: padding sees no key within the window, and must not spread NaN
     cache = model.new_cache(2, form=form)
-    padded = model(tokens[:, :9], cache, lengths)
+    padded = model(tokens[:, :9], cache, torch.tensor([4, 9]))
     again = model(tokens[:, 9:21], cache, torch.tensor([12, 1]))
     assert padded.isfinite().all() and again.isfinite().all()
     row = torch.cat((tokens[:1, :4], tokens[:1, 9:21]), 1)
     assert relative_error(again[:1], model(row)[:, 4:]) < FP32_MODEL
-
-
-def test_mask_is_added_to_documents_and_works_in_gqa() -> None:
-    attention = functools.partial(Attention, mask=sliding)
-    gqa = {"attention": "gqa", "n_kv_heads": 1, "n_mtp_layers": 0}
-    make_block = functools.partial(Block, attention_class=attention)
-    model = randomise(Transformer(**SMALL | gqa, make_block=make_block))
-    tokens = torch.randint(0, SMALL["vocab_size"], (1, 20))
-    cache = model.new_cache(1)
-    want = model(tokens)
-    got = torch.cat([model(part, cache) for part in tokens.split((9, 1, 10), 1)], 1)
-    assert relative_error(got, want) < FP32_MODEL
-    assert relative_error(want, Transformer(**SMALL | gqa)(tokens)) > 0.1
-    documents = (torch.arange(20) >= 8).long()[None]
-    both = model.hidden(tokens, documents=documents)
-    alone = torch.cat([model.hidden(part) for part in tokens.split((8, 12), 1)], 1)
+    both = model.hidden(tokens[:1], documents=(torch.arange(23) >= 8).long()[None])
+    alone = torch.cat([model.hidden(part) for part in tokens[:1].split((8, 15), 1)], 1)
     assert relative_error(both, alone) < FP32_MODEL
 
 
@@ -211,11 +174,6 @@ def test_bad_mask_is_refused_in_a_sentence(mask: Any, words: str, form: Any) -> 
         model(tokens, model.new_cache(1, form=form))
 
 
-def model_with_gate(gate_class: Any) -> Transformer:
-    moe_class = functools.partial(MoE, gate_class=gate_class)
-    return Transformer(**SMALL, make_block=functools.partial(Block, moe_class=moe_class))
-
-
 @pytest.mark.parametrize("layer", [MLA, Attention])
 def test_tensor_as_a_mask_is_refused_by_the_constructor(layer: Any) -> None:
     unchecked: Any = inspect.unwrap(layer.__init__)  # without the type checks of these tests
@@ -223,30 +181,9 @@ def test_tensor_as_a_mask_is_refused_by_the_constructor(layer: Any) -> None:
         unchecked(layer.__new__(layer), mask=torch.ones(3, 3))
 
 
-@pytest.mark.parametrize(
-    ("gate_class", "words"),
-    [
-        (nn.Linear, "gate_class is Linear, want Gate, a class derived from it, or a function that makes one"),
-        (lambda config: nn.Identity(), "gate_class makes a Identity, want a Gate"),
-    ],
-)
-def test_gate_class_must_make_a_gate(gate_class: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        model_with_gate(gate_class)
-
-
-@pytest.mark.parametrize("make_block", [MLA, nn.Linear])
-def test_make_block_must_make_a_block(make_block: Any) -> None:
-    with pytest.raises(ValueError, match=r"make_block is (MLA|Linear), want Block, a class derived from it, or"):
-        Transformer(**SMALL, make_block=make_block)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 24), (5, 23), (24,)], ids=str)
-def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
-    unchecked: Any = inspect.unwrap(Gate.forward)  # without the type checks of these tests
-    with pytest.raises(ValueError, match=r"the gate got \(.*\); want \[n, 24\], a row for each token") as refused:
-        unchecked(Gate(**SMALL), torch.zeros(shape))
-    assert ("flatten" in str(refused.value)) == (shape[-1] == 24), "which does not change the width"
+def model_with_gate(gate_class: Any) -> Transformer:
+    moe_class = functools.partial(MoE, gate_class=gate_class)
+    return Transformer(**SMALL, make_block=functools.partial(Block, moe_class=moe_class))
 
 
 def test_another_gate_is_handed_to_transformer() -> None:
@@ -257,6 +194,23 @@ def test_another_gate_is_handed_to_transformer() -> None:
     assert all((r.scores > 0).all() and (r.scores.max() > 1) for r in routing)  # beyond what a sigmoid gives
 
 
-@pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SlidingMLA, SoftplusGate, sliding])
+def test_classes_that_make_something_else_are_refused() -> None:
+    want = "gate_class is Linear, want Gate, a class derived from it, or a function that makes one"
+    assert want in refusal(model_with_gate, nn.Linear)
+    assert "gate_class makes a Identity, want a Gate" in refusal(model_with_gate, lambda config: nn.Identity())
+    for kind in (MLA, nn.Linear):
+        want = f"make_block is {kind.__name__}, want Block, a class derived from it, or"
+        assert want in refusal(Transformer, **SMALL, make_block=kind)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (5, 23), (24,)], ids=str)
+def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
+    unchecked: Any = inspect.unwrap(Gate.forward)  # without the type checks of these tests
+    said = refusal(unchecked, Gate(**SMALL), torch.zeros(shape))
+    assert said.startswith("the gate got (") and "want [n, 24], a row for each token" in said
+    assert ("flatten" in said) == (shape[-1] == 24), "which does not change the width"
+
+
+@pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])
 def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25

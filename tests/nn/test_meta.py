@@ -11,7 +11,7 @@ from tests.conftest import SMALL
 from tests.helpers.configs import DSA
 
 MODELS: dict[str, dict[str, Any]] = {
-    "mla": {"embed_norm": True},
+    "mla": {"embed_norm": True, "original_seq_len": 8},
     "without q_lora": {"q_lora_rank": None, "qk_norm": True},
     "gqa": {"attention": "gqa", "n_kv_heads": 1, "qk_norm": True},
     "fp8": {"precision": "fp8"},
@@ -38,6 +38,8 @@ def test_meta_model_is_filled_by_its_modules(changes: dict[str, Any]) -> None:
     usual = Transformer(**SMALL | changes)
     torch.manual_seed(5)
     usual.reset_parameters()
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 13))
+    assert torch.equal(model(tokens), usual(tokens))
     want = usual.state_dict()
     assert model.state_dict().keys() == want.keys()
     for name, tensor in model.state_dict().items():

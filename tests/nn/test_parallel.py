@@ -5,7 +5,6 @@ This file is also the program that the processes run.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from dsmini.nn import Losses
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RANKS = 2
 
@@ -104,10 +104,9 @@ def errors(recipe: str, rank: int) -> dict[str, float]:
     return out
 
 
-def work(rank: int, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(RANKS))
+def work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     out = {recipe: errors(recipe, rank) for recipe in RECIPES}
     if rank == 0:
         print(json.dumps(out), flush=True)
@@ -116,24 +115,15 @@ def work(rank: int, port: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, dict[str, float]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    store = tmp_path_factory.mktemp("parallel") / "store"
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), port],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    options: Any = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    commands = [[sys.executable, __file__, str(rank), str(store)] for rank in range(RANKS)]
+    started = [subprocess.Popen(command, **options) for command in commands]
     try:
-        outputs = [process.communicate(timeout=240) for process in started]
+        outputs = [process.communicate() for process in started]
     finally:
         for process in started:
             process.kill()
