@@ -88,7 +88,7 @@ def index_scores(m: Any, x: Tensor, latent: Tensor, c: Any) -> Tensor:
     return torch.einsum("bsh,bhst->bst", weights, products)
 
 
-def choose(values: list[float], c: Any, of_group: int) -> list[int]:
+def choose(values: Any, c: Any, of_group: int) -> list[int]:
     """Return a token's experts, best first, from the groups whose best `of_group` sum to most; of equals the lower."""
     size = len(values) // c.n_expert_groups
     groups = [sorted(values[i : i + size])[-of_group:] for i in range(0, len(values), size)]
@@ -101,7 +101,7 @@ def route(logits: Tensor, bias: Tensor | None, c: Any) -> tuple[Tensor, Tensor, 
     """Return indices, weights, scores (V3, equations 13 to 16). Without a bias (V2) its best one speaks for a group."""
     scores = logits.sigmoid() if c.score_func == "sigmoid" else logits.softmax(-1)
     values = scores if bias is None else scores + bias
-    indices = torch.tensor([choose(row, c, 1 if bias is None else 2) for row in values.tolist()])
+    indices = torch.tensor([choose(row, c, 1 if bias is None else 2) for row in values.detach().numpy()])
     weights = scores.gather(1, indices)
     total = weights.sum(-1, keepdim=True) if c.norm_topk_prob else 1.0
     return indices, weights / total * c.route_scale, scores

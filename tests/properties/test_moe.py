@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import Experts, FeedForward, MoE
 from dsmini.functional.dispatch import sort_by_expert
 from dsmini.nn import grouped_linear
 from dsmini.numerics import products
 from dsmini.numerics.products import grouped_linear_by_expert
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
+from tests import reference_model as reference
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.helpers.watching import Operations
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 
@@ -26,11 +27,6 @@ class Visits(NamedTuple):
     indices: Tensor
     weights: Tensor
     counts: Tensor
-
-
-class Result(NamedTuple):
-    y: Tensor
-    grads: dict[str, Tensor]
 
 
 def stack(e: int, m: int, f: int) -> Experts:
@@ -47,40 +43,26 @@ def visits(n: int, k: int, e: int, m: int, empty: tuple[int, ...] = (), dtype: t
     return Visits(torch.randn(n, m, dtype=dtype), indices, torch.rand(n, k) + 0.5, counts)
 
 
-def run(experts: Experts, v: Visits, forward: Callable[..., Tensor] | None = None) -> Result:
-    """Return the output, and the gradient of a fixed random projection of it."""
+def run(experts: Experts, v: Visits, forward: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the output, and the gradients of a fixed random projection of it."""
     x, weights = v.x.detach().requires_grad_(), v.weights.detach().requires_grad_()
     named = {"x": x, "weights": weights, **dict(experts.named_parameters())}
     y = (forward or experts)(x, v.indices, weights, v.counts)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
     grads = torch.autograd.grad((y * direction).sum(), list(named.values()))
-    return Result(y.detach(), dict(zip(named, grads, strict=True)))
+    return {"y": y.detach(), **dict(zip(named, grads, strict=True))}
 
 
-def run_loop(experts: Experts, v: Visits, product_dtype: torch.dtype) -> Result:
-    """Tokens one by one, experts one by one, in FP64 on operands rounded to the products' dtype."""
+def check_against_a_loop(experts: Experts, v: Visits, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare with tokens and experts one by one, in FP64, on operands rounded to the products' dtype."""
     e, f, m = experts.w1.shape
     rounded = stack(e, m, f)
-    rounded.load_state_dict({name: p.to(product_dtype) for name, p in experts.state_dict().items()})
+    rounded.load_state_dict({name: p.to(dtype) for name, p in experts.state_dict().items()})
     rounded.double()
-
-    def forward(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        rows = []
-        for token, chosen in enumerate(indices.tolist()):
-            row = torch.zeros_like(x[token])
-            for j, i in enumerate(chosen):
-                hidden = F.silu(rounded.w1[i] @ x[token]) * (rounded.w3[i] @ x[token])
-                row = row + weights[token, j] * (rounded.w2[i] @ hidden)
-            rows.append(row)
-        return torch.stack(rows)
-
-    return run(rounded, Visits(v.x.double(), v.indices, v.weights.double(), v.counts), forward)
-
-
-def expect_equal(got: Result, want: Result, tolerance: float) -> None:
-    assert relative_error(got.y, want.y) <= tolerance
-    for name, grad in want.grads.items():
-        assert relative_error(got.grads[name], grad) <= tolerance, name
+    exact = v._replace(x=v.x.double(), weights=v.weights.double())
+    want = run(rounded, exact, lambda x, indices, weights, _: reference.experts(rounded, x, indices, weights))
+    got = run(experts, v)
+    assert {name: error for name in want if (error := relative_error(got[name], want[name])) > tolerance} == {}
 
 
 @given(st.data(), st.integers(1, 9), st.integers(1, 4), st.integers(1, 7), st.sampled_from([1, 64]))
@@ -114,7 +96,7 @@ SIZES = {"grouped product": (24, 12), "one by one": (23, 11)}
 def test_experts_equal_a_loop_in_fp32(randomise: Any, m: int, f: int, n: int, k: int) -> None:
     experts = randomise(stack(6, m, f))
     v = visits(n, k, e=6, m=m, empty=(0, 3, 5))
-    expect_equal(run(experts, v), run_loop(experts, v, torch.float32), rounding(FP32_UNIT, terms=m, chained=6))
+    check_against_a_loop(experts, v, torch.float32, rounding(FP32_UNIT, terms=m, chained=6))
 
 
 @pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
@@ -125,7 +107,7 @@ def test_experts_equal_a_loop_in_bf16(randomise: Any, m: int, f: int, n: int) ->
     experts = randomise(stack(4, m, f))
     v = visits(n, 3, e=4, m=m, empty=(2,), dtype=torch.bfloat16)
     assert v.indices.numel() >= 64 * 4 or n == 9
-    expect_equal(run(experts, v), run_loop(experts, v, torch.bfloat16), rounding(BF16_UNIT, chained=6))
+    check_against_a_loop(experts, v, torch.bfloat16, rounding(BF16_UNIT, chained=6))
 
 
 @pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
@@ -168,44 +150,17 @@ def test_same_input_gives_the_same_bits(randomise: Any, dtype: torch.dtype) -> N
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
-@pytest.mark.parametrize("n_shared_experts", [0, 1, 2])
-def test_moe_is_its_routed_and_its_shared_experts(randomise: Any, n_shared_experts: int) -> None:
-    moe = randomise(MoE(dim=24, moe_inter_dim=12, n_shared_experts=n_shared_experts)).double()
-    x = torch.randn(2, 9, 24, dtype=torch.float64)
-    y, routing = moe(x)
-    flat = x.flatten(0, 1)
-    want = moe.experts(flat, routing.indices, routing.weights, routing.counts)
-    if n_shared_experts:
-        w1, w2, w3 = (dict(moe.shared_experts.named_parameters())[f"w{i}.weight"] for i in (1, 2, 3))
-        assert w1.shape == (12 * n_shared_experts, 24)
-        want = want + (F.silu(flat @ w1.T) * (flat @ w3.T)) @ w2.T
-    assert relative_error(y.flatten(0, 1), want) <= rounding(FP64_UNIT, terms=24, chained=4)
-    assert (moe.shared_experts is None) == (n_shared_experts == 0)
-
-
-class Accumulations(TorchDispatchMode):
-    """Notes the operations that add into a floating-point tensor in no fixed order on an accelerator."""
-
-    ATOMIC = ("index_add", "scatter_add", "scatter_reduce", "index_put", "index_reduce", "embedding_dense_backward")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).split(".")[1].strip("_") in self.ATOMIC and args[0].is_floating_point():
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
+ATOMIC = ("index_add", "scatter_add", "scatter_reduce", "index_put", "index_reduce", "embedding_dense_backward")
+"""Operations that add in no fixed order on an accelerator."""
 
 
 def test_nothing_is_added_in_an_order_left_to_chance(randomise: Any) -> None:
     experts = randomise(stack(4, 24, 12))
-    v = visits(9, 3, e=4, m=24)
-    with Accumulations() as seen:
-        run(experts, v)
-        assert not seen.found
+    with Operations() as seen:
+        run(experts, visits(9, 3, e=4, m=24))
         torch.zeros(3).index_add(0, torch.tensor([1, 1]), torch.ones(2))
-    assert seen.found == ["aten.index_add.default"]
+    found = [r.operation for r in seen.results if r.operation.strip("_") in ATOMIC and r.dtype.is_floating_point]
+    assert found == ["index_add"]
 
 
 @needs_grouped_mm
@@ -234,6 +189,5 @@ def test_grouped_product_equals_one_by_one(dtype: torch.dtype, monkeypatch: pyte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uninitialised_memory_reaches_no_output_and_no_gradient(randomise: Any, n: int, dtype: torch.dtype) -> None:
     experts = stack(4, 24, 12)
-    result = run(randomise(experts), visits(n, 3, e=4, m=24, empty=(3,), dtype=dtype))
-    assert result.y.isfinite().all()
-    assert all(grad.isfinite().all() for grad in result.grads.values())
+    results = run(randomise(experts), visits(n, 3, e=4, m=24, empty=(3,), dtype=dtype))
+    assert all(result.isfinite().all() for result in results.values())
