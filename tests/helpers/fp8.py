@@ -5,10 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsmini.numerics import (
-    AMAX_MIN,
-    round_tiles,
-)
+from dsmini.numerics import AMAX_MIN, round_tiles
 
 # DeepGEMM's bounds: for quantization, and for the order of sums and the rounding of the result
 QUANTISED = 1e-3

@@ -58,16 +58,15 @@ def nearest(x: FLOAT, format: str) -> CODES:
 
 
 @functools.cache
-def decoded(format: str) -> FLOAT:
+def meanings(format: str) -> FLOAT:
     """Return the value of each code with sign, NaN for codes that `nearest` never returns."""
-    half = np.full(1 << (LAYOUT[format][0] + LAYOUT[format][1]), np.nan, np.float32)
+    half = np.full(1 << sum(LAYOUT[format][:2]), np.nan, np.float32)
     half[: len(table(format))] = [float(v) for v in table(format)]
     return np.concatenate([half, -half])
 
 
 def meant(codes: CODES, format: str) -> FLOAT:
-    """Return the values of codes with sign."""
-    return decoded(format)[codes]
+    return meanings(format)[codes]
 
 
 def stored(codes: CODES, format: str) -> NDArray[np.uint8]:

@@ -7,19 +7,6 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig
 
 
-def indexers() -> st.SearchStrategy[dict[str, Any]]:
-    """Draw the sizes and switches of an indexer that fits every model of model_configs."""
-    return st.fixed_dictionaries(
-        {
-            "index_n_heads": st.integers(1, 4),
-            "index_head_dim": st.sampled_from([16, 32, 256]),
-            "index_topk": st.integers(1, 40),
-            "indexer_rope_interleave": st.booleans(),
-            "indexer_fp8": st.booleans(),
-        }
-    )
-
-
 @st.composite
 def model_configs(draw: st.DrawFn) -> ModelConfig:
     """Draw a valid ModelConfig of small, mostly odd sizes: each attention, dense and MoE layers, groups, MTP, YaRN."""
@@ -75,6 +62,13 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         "zero_init": draw(st.booleans()),
         "embed_norm": draw(st.booleans()),
         "qk_norm": attention != "dsa" and draw(st.booleans()),
-        **(draw(indexers()) if attention == "dsa" else {}),
     }
+    if attention == "dsa":
+        values |= {
+            "index_n_heads": size(1, 4),
+            "index_head_dim": draw(st.sampled_from([16, 32, 256])),
+            "index_topk": size(1, 40),
+            "indexer_rope_interleave": draw(st.booleans()),
+            "indexer_fp8": draw(st.booleans()),
+        }
     return ModelConfig(**values)

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini.numerics import (
     AMAX_MIN,
@@ -20,8 +18,7 @@ from dsmini.numerics import (
     round_tiles,
 )
 from dsmini.numerics.tiles import STRIP
-from tests.helpers.folders import blocks_of
-from tests.helpers.quantization import (
+from tests.helpers.quantized import (
     DTYPE,
     EVERY_FORMAT,
     EVERY_SCALE,
@@ -34,8 +31,9 @@ from tests.helpers.quantization import (
     numpy,
     varied,
 )
-from tests.helpers.quantizer import quantized, quantized_groups, raw, same, stored
+from tests.helpers.quantizer import quantized, quantized_groups, raw, same, stored, tiles
 from tests.helpers.tolerances import relative_error
+from tests.helpers.watching import Operations
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 
@@ -57,7 +55,7 @@ def test_every_tile_is_close_to_what_it_was(cut: Any, scale: Any, format: Any, s
     spec = FORMATS[format]
     # below the floor a tile has the floor's scale, at most doubled to a power of two, and its numbers become subnormal
     step = 2 * SMALLEST_AMAX / spec.max * spec.min_subnormal
-    for _, _, block in blocks_of(x, tile):
+    for _, _, block in tiles(*x.shape, tile):
         if 0 < x[block].abs().max() < SMALLEST_AMAX:
             bound = torch.maximum(spec.unit * x[block].abs().double(), torch.tensor(step / 2).double())
             assert ((back[block].double() - x[block].double()).abs() <= bound).all()
@@ -147,18 +145,6 @@ def test_a_matrix_of_many_strips() -> None:
     assert agrees(x, (1, 128), "ue8m0", "e5m6", AMAX_MIN)
 
 
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest FP32 tensor that is computed inside."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dtype == torch.float32:
-            self.numel = max(self.numel, out.numel())
-        return out
-
-
 @pytest.mark.parametrize("shape", [(2048, 512), (4, 512, 512), (64, 32, 512)])
 @pytest.mark.parametrize("tile", [(1, 128), (128, 128)])
 def test_no_copy_of_a_whole_matrix_in_fp32(shape: tuple[int, ...], tile: Any) -> None:
@@ -171,9 +157,10 @@ def test_no_copy_of_a_whole_matrix_in_fp32(shape: tuple[int, ...], tile: Any) ->
         lambda: dequantize_tiles(codes, scales, tile, "e4m3", torch.bfloat16),
         lambda: round_tiles(x, tile, "ue8m0", "e4m3", AMAX_MIN, torch.bfloat16),
     ):
-        with Largest() as largest:
+        with Operations() as seen:
             call()
-        assert min(strip, x.numel()) // 2 <= largest.numel <= strip
+        largest = max(result.numel for result in seen.results if result.dtype == torch.float32)
+        assert min(strip, x.numel()) // 2 <= largest <= strip
 
 
 # Groups of rows, each with tiles of its own

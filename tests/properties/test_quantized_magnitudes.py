@@ -20,7 +20,7 @@ from dsmini.numerics import (
     tile_scales,
 )
 from tests.helpers.configs import refusal
-from tests.helpers.quantization import (
+from tests.helpers.quantized import (
     DTYPE,
     EVERY_FORMAT,
     EVERY_SCALE,
