@@ -3,11 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsmini.numerics import (
-    Accumulator,
-    fp8_matmul,
-    quantize,
-)
+from dsmini.numerics import Accumulator, fp8_matmul, quantize
 from tests.helpers.fp8 import varied
 from tests.helpers.tolerances import FP32_UNIT, SAFETY, relative_error, rounding
 

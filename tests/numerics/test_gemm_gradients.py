@@ -9,14 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmini.numerics import (
-    SMALLEST_AMAX,
-    fp8_matmul,
-    fp8_swiglu_matmul,
-    quantize,
-)
+from dsmini.numerics import SMALLEST_AMAX, fp8_matmul, fp8_swiglu_matmul, quantize
 from tests.helpers.fp8 import QUANTISED, Scale, rounded, varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_error, rounding
+from tests.helpers.watching import saved_for_backward, storage_bytes
 
 
 @pytest.mark.parametrize("grad_format", ["e4m3", "e5m2"])
@@ -68,18 +64,17 @@ def test_shared_quantized_input_is_saved_once_and_gradients_add_up() -> None:
     w = [varied(n, 256, seed=n).requires_grad_() for n in (128, 200)]
     dy = [varied(64, n, dtype=torch.bfloat16, seed=n + 1) for n in (128, 200)]
 
-    def gradients(shared: bool) -> tuple[list[Tensor], set[int]]:
-        kept: dict[int, int] = {}
+    def gradients(shared: bool) -> tuple[list[Tensor], list[int]]:
         q = quantize(x) if shared else x
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: count(t, kept), lambda t: t):
+        with saved_for_backward() as saved:
             y = [fp8_matmul(q, weight) for weight in w]
-        return list(torch.autograd.grad(y, [x, *w], dy)), set(kept.values())
+        return list(torch.autograd.grad(y, [x, *w], dy)), storage_bytes(saved)
 
     alone, _ = gradients(shared=False)
     together, bytes_kept = gradients(shared=True)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     # one storage of codes and one of scales for x, and for each weight
-    assert bytes_kept == {64 * 256, 64 * 2 * 4, 128 * 256, 2 * 4, 200 * 256, 2 * 2 * 4}
+    assert bytes_kept == sorted([64 * 256, 64 * 2 * 4, 128 * 256, 2 * 4, 200 * 256, 2 * 2 * 4])
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6"])
@@ -89,8 +84,7 @@ def test_quantized_input_multiplies_as_e4m3_and_is_saved_as_is(dtype: torch.dtyp
     w = varied(130, 200, seed=1).requires_grad_()
     dy = varied(150, 130, dtype=dtype, seed=2)
     q = quantize(x, format=format)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or saved[-1], lambda t: t):
+    with saved_for_backward() as saved:
         y = fp8_matmul(q, w)
     values = q.detach().dequantize()
     assert y.dtype == dtype
@@ -124,11 +118,6 @@ def test_e5m6_is_saved_with_power_of_two_scales(saved_format: Literal["e4m3", "e
     kept = rounded(x, (1, 128), "ue8m0" if saved_format == "e5m6" else "fp32", saved_format).float()
     want = rounded(dy, (128, 1), "fp32", amax_min=SMALLEST_AMAX).T @ rounded(kept, (128, 1), "fp32")
     assert relative_error(dw, want) < rounding(FP32_UNIT, terms=150)
-
-
-def count(t: Tensor, kept: dict[int, int]) -> Tensor:
-    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return t.detach()  # a graph that holds itself is never freed
 
 
 def test_quantized_weight_has_no_gradient() -> None:
@@ -252,8 +241,7 @@ def test_swiglu_uses_the_amax_min_of_activations() -> None:
 def test_swiglu_saves_eight_bits_of_its_inputs() -> None:
     gate, up = (varied(64, 256, dtype=torch.bfloat16, seed=s).requires_grad_() for s in (0, 1))
     w = varied(128, 256, seed=2).requires_grad_()
-    kept: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: count(t, kept), lambda t: t):
+    with saved_for_backward() as saved:
         fp8_swiglu_matmul(gate, up, w)
     codes, scales = 64 * 256, 64 * 2 * 4
-    assert sorted(kept.values()) == sorted([codes, codes, scales, scales, 128 * 256, 2 * 4])
+    assert storage_bytes(saved) == sorted([codes, codes, scales, scales, 128 * 256, 2 * 4])

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
 
 from dsmini.numerics import (
     ACTIVATION_TILE,
@@ -23,6 +22,7 @@ from tests.helpers.configs import refusal
 from tests.helpers.quantized import EVERY_CUT, EVERY_FORMAT, alike
 from tests.helpers.quantizer import quantized, same
 from tests.helpers.tolerances import relative_error
+from tests.helpers.watching import saved_for_backward
 
 
 def code_bytes(shape: tuple[int, ...], format: str) -> int:
@@ -95,16 +95,14 @@ def test_input_is_not_changed() -> None:
 
 @EVERY_CUT
 @EVERY_FORMAT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_passes_straight_through(
-    shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any, dtype: torch.dtype
+    shape: tuple[int, ...], tile: Any, tiles: tuple[int, ...], format: Any
 ) -> None:
-    x = torch.randn(shape).mul(100).to(dtype).requires_grad_()
-    q = quantize(x, tile, format=format)
-    grad = torch.randn(shape)
-    (q.dequantize() * grad).sum().backward()
-    assert x.grad is not None and x.grad.dtype == dtype
-    assert torch.equal(x.grad, grad.to(dtype))  # in x's dtype, not in that of codes
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, grad = torch.randn(shape).mul(100).to(dtype).requires_grad_(), torch.randn(shape)
+        (quantize(x, tile, format=format).dequantize() * grad).sum().backward()
+        assert x.grad is not None and x.grad.dtype == dtype
+        assert torch.equal(x.grad, grad.to(dtype))  # in x's dtype, not in that of codes
 
 
 def test_gradients_of_several_readers_add_up() -> None:
@@ -132,14 +130,8 @@ def test_no_gradient_without_requires_grad() -> None:
 
 @pytest.mark.parametrize("tile", [(1, 128), "tensor"])
 def test_graph_holds_no_tensor_of_the_size_of_x(tile: Any) -> None:
-    saved: list[Tensor] = []
     x = torch.randn(64, 256, requires_grad=True) * 1.0
-
-    def remember(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())
-        return saved[-1]
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with saved_for_backward() as saved:
         q = quantize(x, tile)
         back = q.dequantize()
     assert not saved
@@ -193,10 +185,25 @@ def test_repr() -> None:
 # Refused inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
-def test_unsupported_dtypes_are_refused(dtype: torch.dtype) -> None:
-    said = refusal(quantize, torch.ones(3, 4).to(dtype))
-    assert said == f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
+def test_what_cannot_be_quantized_is_refused() -> None:
+    x = torch.ones(3, 4)
+    for dtype in (torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        want = f"x is {dtype}; want float32, bfloat16 or float16: use x.float()"
+        assert refusal(quantize, x.to(dtype)) == want
+    want = "x has no dimensions; want at least one, which tiles cut"
+    assert refusal(quantize, torch.tensor(1.0), "tensor") == want
+    want = "tile=(128, 1) has 128 rows, and a tensor of one dimension has one; use (1, 128)"
+    assert refusal(quantize, torch.ones(300), (128, 1)) == want
+    malformed = [(0, 1), (1, -128), (1,), (1, 2, 3), "rows", "", (1.5, 2), (True, 128), ("1", 2), 128, None, {1, 128}]
+    for tile in malformed:
+        want = f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
+        assert refusal(quantize, x, tile) == want
+    for value in ("e4m3fn", "E4M3", "", "fp8", None):
+        assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
+        assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
+    for value in (0, 0.0, -1.0, 2.0**-101, float("inf"), -float("inf"), float("nan")):
+        want = f"amax_min={value}; want a finite number, 2^-100 or more: use 0.0001 or, for gradients, 2**-100"
+        assert refusal(quantize, x, amax_min=value) == want
 
 
 def test_forward_mode_derivatives_are_refused() -> None:
@@ -210,35 +217,3 @@ def test_forward_mode_derivatives_are_refused() -> None:
     with forward_ad.dual_level():
         assert refusal(quantize, forward_ad.make_dual(x, tangent)) == f"x {want}"
         assert alike(quantize(x), quantize(x)), "without a tangent it is served"
-
-
-def test_tensor_without_dimensions_is_refused() -> None:
-    said = refusal(quantize, torch.tensor(1.0), "tensor")
-    assert said == "x has no dimensions; want at least one, which tiles cut"
-
-
-@pytest.mark.parametrize(
-    "tile", [(0, 1), (1, -128), (1,), (1, 2, 3), "rows", "", (1.5, 2), (True, 128), ("1", 2), 128, None, {1, 128}]
-)
-def test_malformed_tiles_are_refused(tile: Any) -> None:
-    said = refusal(quantize, torch.ones(3, 4), tile)
-    assert said == f"tile={tile!r} is not a tile; want rows and columns such as (1, 128), or 'row' or 'tensor'"
-
-
-def test_tall_tile_of_a_vector_is_refused() -> None:
-    said = refusal(quantize, torch.ones(300), (128, 1))
-    assert said == "tile=(128, 1) has 128 rows, and a tensor of one dimension has one; use (1, 128)"
-
-
-@pytest.mark.parametrize("value", ["e4m3fn", "E4M3", "", "fp8", None])
-def test_unknown_formats_and_scales_are_refused(value: Any) -> None:
-    x = torch.ones(3, 4)
-    assert refusal(quantize, x, format=value) == f"format={value!r} is unknown; use one of e4m3, e5m2, e5m6"
-    assert refusal(quantize, x, scale=value) == f"scale={value!r} is unknown; use one of ue8m0, fp32"
-
-
-@pytest.mark.parametrize("amax_min", [0, 0.0, -1.0, 2.0**-101, float("inf"), -float("inf"), float("nan")])
-def test_amax_min_out_of_range_is_refused(amax_min: float) -> None:
-    said = refusal(quantize, torch.ones(3, 4), amax_min=amax_min)
-    assert said == f"amax_min={amax_min}; want a finite number, 2^-100 or more: use 0.0001 or, for gradients, 2**-100"
-    quantize(torch.zeros(3, 4), amax_min=SMALLEST_AMAX)
