@@ -13,23 +13,26 @@ PROMPTS = [[3, 14, 15, 92, 65, 35], [8], [9, 79, 32, 38]]
 
 def assert_same_tokens(theirs: torch.nn.Module) -> None:
     model = ours(theirs, hf.tensors(theirs, theirs.config.num_hidden_layers), 0).eval()
-    for prompt in PROMPTS:
+    alone = [dsmini.generate(model, [torch.tensor(prompt)], NEW).tokens[0].tolist() for prompt in PROMPTS]
+    for prompt, got in zip(PROMPTS, alone, strict=True):
         want = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        got = dsmini.generate(model, [torch.tensor(prompt)], NEW).tokens
-        assert got[0].tolist() == want[0].tolist()
+        assert got == want[0].tolist()
     together = dsmini.generate(model, [torch.tensor(prompt) for prompt in PROMPTS], NEW)
-    alone = [dsmini.generate(model, [torch.tensor(prompt)], NEW).tokens[0] for prompt in PROMPTS]
-    for row, length, one in zip(together.tokens, together.lengths, alone, strict=True):
-        assert row[: int(length)].tolist() == one.tolist()
+    rows = zip(together.tokens.tolist(), together.lengths.tolist(), strict=True)
+    assert [row[:length] for row, length in rows] == alone
 
 
-@pytest.mark.parametrize("case", ["v3", "no query compression", "yarn", "one group, weights as they are"])
+OTHERS = ("no query compression", "yarn", "one group, weights as they are")
+
+
+@pytest.mark.parametrize("case", ["v3", *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_v3(case: str) -> None:
     assert_same_tokens(hf.v3(3, max_position_embeddings=256, **CASES[case]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
 def test_v2(method: str) -> None:
     groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {}

@@ -82,7 +82,9 @@ def test_logits_picks_and_gradients(picked: list[Tensor], case: str) -> None:
             assert_close(parameter.grad, grads[name], GRADIENTS, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("case", ["v3.2", "yarn", "no query compression"])
+@pytest.mark.parametrize(
+    "case", ["v3.2", *(pytest.param(case, marks=pytest.mark.slow) for case in ("yarn", "no query compression"))]
+)
 def test_greedy_tokens_from_the_cache(case: str) -> None:
     theirs = hf.v32(4, max_position_embeddings=256, **CASES[case])
     model = ours(theirs).eval()
