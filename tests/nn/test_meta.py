@@ -73,6 +73,9 @@ def test_whole_model_resets_modules_of_other_classes() -> None:
             tensor.fill_(torch.nan)
     model.reset_parameters(torch.Generator().manual_seed(3))
     assert all(tensor.isfinite().all() for tensor in model.parameters())
+    again = Transformer(**SMALL)
+    again.reset_parameters(torch.Generator().manual_seed(3))
+    assert torch.equal(model.embed.weight, again.embed.weight)
 
 
 def test_fp8_codes_are_not_drawn() -> None:

@@ -108,17 +108,6 @@ def test_total_is_main_and_the_weighted_others(small_model: Model) -> None:
     assert alone.routing == [] and alone.balance == alone.mtp == 0 and torch.equal(alone.total, alone.main)
 
 
-def test_mean_gradient_of_two_halves_is_that_of_the_whole(small_model: Model) -> None:
-    model = small_model().double()
-    tokens, targets = batch()
-    whole, first, second = (
-        gradients(model, model.losses(tokens[rows], targets[rows], balance_alpha=0.5).total)
-        for rows in (slice(0, 2), slice(0, 1), slice(1, 2))
-    )
-    for name, want in whole.items():
-        assert relative_error((first[name] + second[name]) / 2, want) < UNMOVED, name
-
-
 def test_recomputation_changes_memory_and_not_one_bit(small_model: Model) -> None:
     model = small_model()
     tokens, targets = batch()
@@ -133,55 +122,17 @@ def test_recomputation_changes_memory_and_not_one_bit(small_model: Model) -> Non
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# models and runs that leave each other alone
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_theta": 50.0},
-        YARN,
-        {"score_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
-        {"route_scale": 0.5, "n_limited_groups": 4},
-        {"norm_eps": 0.1},
-        {"mtp_input": "pre_norm"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_second_model_does_not_change_the_first(small_model: Model, small_config: Any, changes: dict[str, Any]) -> None:
-    first = small_model()
-    tokens, targets = batch()
+def test_second_model_does_not_change_the_first(small_model: Model, small_config: Any) -> None:
+    first, (tokens, targets) = small_model(), batch()
     alone = first.run(tokens, mtp=True)
-
-    second = Transformer(small_config(**changes))
-    second.load_state_dict(first.state_dict(), strict=second.config.topk_method == "noaux_tc")
+    others = {"score_func": "softmax", "topk_method": "greedy", "norm_eps": 0.1, "mtp_input": "pre_norm"}
+    second = Transformer(small_config(**YARN | others, rope_theta=50.0, n_expert_groups=1, n_limited_groups=1))
+    second.load_state_dict(first.state_dict(), strict=False)
     second.losses(tokens, targets).total.backward()
-    other = second.run(tokens, mtp=True)
-    again = first.run(tokens, mtp=True)
+    other, again = second.run(tokens, mtp=True), first.run(tokens, mtp=True)
     assert torch.equal(again.logits, alone.logits)
     assert all(torch.equal(a, b) for a, b in zip(again.mtp_logits, alone.mtp_logits, strict=True))
     assert all(relative_error(a, b) > 1e-4 for a, b in zip(other.mtp_logits, alone.mtp_logits, strict=True))
-
-
-def test_two_runs_of_three_steps_end_in_the_same_bits(small_config: Any) -> None:
-    def train() -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(5)
-        model = Transformer(small_config())
-        model.reset_parameters(generator)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(3):
-            tokens, targets = torch.randint(0, VOCAB, (2, B, S), generator=generator).unbind()
-            losses = model.losses(tokens, targets)
-            optimizer.zero_grad()
-            losses.total.backward()
-            optimizer.step()
-            for gate, routing in zip(model.gates(), losses.routing, strict=True):
-                gate.update_bias(routing.counts, 1e-3)
-        return model.state_dict()
-
-    first, second = train(), train()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(first[name].any() for name in first if name.endswith("bias"))
 
 
 # dtypes
@@ -292,15 +243,3 @@ def test_blocks_after_n_dense_layers_have_experts(small_model: Model, n_dense_la
     assert [isinstance(block.ffn, MoE) for block in blocks] == [i >= n_dense_layers for i in range(4)]
     routing = model.run(batch()[0], mtp=True).routing
     assert len(routing) == len(model.gates()) == 4 - n_dense_layers
-
-
-def test_reset_parameters_draws_every_matrix_from_the_generator(small_model: Model) -> None:
-    one, other = small_model(init_std=0.3), small_model(init_std=0.3)
-    for model in (one, other):
-        model.reset_parameters(torch.Generator().manual_seed(9))
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
-        if tensor.dim() > 1:
-            assert 0.2 < tensor.std() < 0.4, name
-        else:
-            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name

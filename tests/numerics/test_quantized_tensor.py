@@ -68,13 +68,6 @@ def test_amax_min_is_passed_on(tile: Any, amax_min: float) -> None:
     assert same(q.dequantize(), values)
 
 
-def test_three_dimensions_are_matrices() -> None:
-    x = torch.randn(2, 130, 64) * torch.tensor([1.0, 1e3])[:, None, None]
-    q = quantize(x, (128, 128), "fp32")
-    for i in range(2):
-        assert same(q.dequantize()[i], quantized(x[i].numpy(), (128, 128), "fp32", "e4m3", AMAX_MIN)[2])
-
-
 def test_strided_columns() -> None:
     x = torch.randn(5, 3, 130).transpose(0, 1)
     for tile in ((2, 64), "row", "tensor"):
