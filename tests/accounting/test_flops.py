@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
-from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, explicit_attention, form_of, sized
+from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, attention_by, explicit, form_of, sized
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs
 
@@ -49,6 +49,16 @@ PLAIN: dict[str, dict[str, Any]] = {
     "mha": {"attention": "mha"},
     "gqa": {"attention": "gqa", "n_heads": 6, "n_kv_heads": 2},
     "mqa": {"attention": "mqa"},
+    "no shared experts": {"n_shared_experts": 0},
+}
+SUFFIXES = {
+    r"head": "head",
+    r"attn\.w\w+": "attention",
+    r"attn": "attention and its context",
+    r"ffn\.w[123]": "dense feed-forward",
+    r"ffn\.gate": "gates",
+    r"ffn\.shared_experts": "shared experts",
+    r"ffn\.experts": "routed experts",
 }
 B, S = 2, 13
 
@@ -62,7 +72,7 @@ def measured(config: ModelConfig, training: bool = False, losses: bool = False) 
     model = Transformer(config).double()
     tokens = torch.randint(0, config.vocab_size, (B, S))
     counter = FlopCounterMode(display=False)
-    with counter, torch.set_grad_enabled(training), explicit_attention():
+    with counter, torch.set_grad_enabled(training), attention_by(explicit, WHOLE):
         result: Tensor = model.losses(tokens, tokens).total if losses else model(tokens).sum()
         if training:
             result.backward()
@@ -77,45 +87,21 @@ def dense(**changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("case", PLAIN)
-@pytest.mark.parametrize("training", [False, True])
-def test_flops_against_torch(case: str, training: bool) -> None:
-    config = dense(**PLAIN[case])
-    counted = flops_per_token(config, S, causal=False, training=training)
-    assert measured(config, training).get_total_flops() == counted.total * B * S
-    if training:  # the chunked cross-entropy makes its products at another time, and as many
-        assert measured(config, training, losses=True).get_total_flops() == counted.total * B * S
-
-
-@pytest.mark.parametrize("case", PLAIN)
 def test_flops_of_each_module_against_torch(case: str) -> None:
-    config = dense(**PLAIN[case], n_dense_layers=1, n_shared_experts=2)
-    suffixes = {
-        r"head": "head",
-        r"attn\.w\w+": "attention",
-        r"attn": "attention and its context",
-        r"ffn\.w[123]": "dense feed-forward",
-        r"ffn\.gate": "gates",
-        r"ffn\.shared_experts": "shared experts",
-        r"ffn\.experts": "routed experts",
-    }
+    """Count exactly: torch too does not call the weighted sum of the experts' outputs a matrix product."""
+    config = dense(**{"n_dense_layers": 1, "n_shared_experts": 2} | PLAIN[case])
     torchs = Counter[str]()
     for name, counts in measured(config).get_flop_counts().items():
         inner = re.sub(r"^Transformer\.(layers\.\d+\.)?", "", name)
-        for pattern, module in suffixes.items():
+        for pattern, module in SUFFIXES.items():
             if re.fullmatch(pattern, inner):
                 torchs[module] += sum(counts.values())
     torchs["attention over the context"] = torchs.pop("attention and its context") - torchs["attention"]
     ours = flops_per_token(config, S, causal=False).by_module
-    assert {module: count * B * S for module, count in ours.items()} == torchs
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("n_shared_experts", [0, 2])
-def test_flops_of_experts_against_torch(training: bool, n_shared_experts: int) -> None:
-    """Count exactly: torch too does not call the weighted sum of the experts' outputs a matrix product."""
-    config = dense(n_dense_layers=1, n_shared_experts=n_shared_experts)
-    counted = flops_per_token(config, S, causal=False, training=training)
-    assert measured(config, training).get_total_flops() == counted.total * B * S
+    assert {module: count * B * S for module, count in ours.items()} == torchs - Counter()
+    training = flops_per_token(config, S, causal=False, training=True).total * B * S
+    # the chunked cross-entropy makes its products at another time, and as many
+    assert training == measured(config, True).get_total_flops() == measured(config, True, losses=True).get_total_flops()
 
 
 @pytest.mark.parametrize("n_mtp_layers", [1, 2])
@@ -169,16 +155,10 @@ def test_half_the_square_is_what_a_causal_mask_keeps() -> None:
     assert kept / (t * flops_per_token(dense(), t).by_module[over]) == pytest.approx((t + 1) / t, rel=1e-12)
 
 
-@pytest.mark.parametrize("seq_len", [0, -3])
-def test_a_sequence_has_tokens(seq_len: int) -> None:
-    with pytest.raises(ValueError, match=f"seq_len={seq_len} is not positive; use 1 or more"):
-        flops_per_token(V3, seq_len)
-
-
 # --- decoding
 
 
-@pytest.mark.parametrize("context", [65, 100, 128])
+@pytest.mark.parametrize("context", [65, 128])
 @pytest.mark.parametrize("case", ATTENTIONS)
 def test_flops_of_decoding_against_torch(case: str, context: int) -> None:
     """Equal where the cache has no more rows than there are tokens; else it may read some that are empty."""
@@ -229,7 +209,7 @@ def run_flops(
     model = Transformer(config, compute_dtype=DTYPES[dtype])
     tokens = torch.randint(0, 51, (b, s))
     counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
-    with counter, torch.set_grad_enabled(training), explicit_attention(block):
+    with counter, torch.set_grad_enabled(training), attention_by(explicit, block):
         if training:
             model.losses(tokens, tokens, recompute=recompute).total.backward()
         else:
@@ -238,28 +218,28 @@ def run_flops(
 
 
 STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts"]
-PRECISIONS = [("bfloat16", "native"), ("bfloat16", "fp8"), ("float32", "native")]
+PRECISIONS = [("float32", "native"), ("bfloat16", "native"), ("bfloat16", "fp8")]
+RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1:] for case in STEPS[1:]]
 
 
-@pytest.mark.parametrize("case", STEPS)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
-def test_flops_of_a_step_against_torch(case: str, training: bool, dtype: Any, precision: Any) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "precision"),
+    [*((case, *PRECISIONS[0]) for case in STEPS), *((STEPS[0], *how) for how in PRECISIONS[1:]), *RARE],
+)
+def test_flops_of_a_step_against_torch(case: str, dtype: str, precision: Any) -> None:
     """All queries at once, no padded experts, two depths."""
-    sizes = {"n_mtp_layers": 2, "precision": precision}
-    config = sized(**(ATTENTIONS.get(case, {"n_shared_experts": 0}) | sizes))
-    for recompute in {False, training}:
+    config = sized(**ATTENTIONS.get(case, {"n_shared_experts": 0}), n_mtp_layers=2, precision=precision)
+    for training, recompute in ((False, False), (True, False), (True, True)):
         how: dict[str, Any] = {"training": training, "recompute": recompute}
-        counted = step_flops(config, batch_size=2, seq_len=120, causal=False, **how)
-        assert counted.total == run_flops(config, 2, 120, dtype, **how)
+        counted = step_flops(config, batch_size=2, seq_len=30, causal=False, **how)
+        assert counted.total == run_flops(config, 2, 30, dtype, **how)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("precision", ["native", "fp8"])
-def test_flops_of_a_step_are_a_lower_bound(training: bool, precision: Any) -> None:
+@pytest.mark.parametrize("precision", ["native", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_flops_of_a_step_are_a_lower_bound(precision: Any) -> None:
     """Two blocks of queries see parts of the square, and experts are padded in BF16."""
     config = sized(n_routed_experts=4, n_mtp_layers=2, precision=precision)
-    for recompute in {False, training}:
+    for training, recompute in ((False, False), (True, False), (True, True)):
         how: dict[str, Any] = {"training": training, "recompute": recompute}
         least = step_flops(config, batch_size=2, seq_len=140, **how).total
         assert least < run_flops(config, 2, 140, "bfloat16", **how, block=70) < 1.5 * least
@@ -275,16 +255,3 @@ def test_a_step_is_its_tokens() -> None:
     last = step_flops(config, batch_size=3, seq_len=100, training=False, last_logits=True)
     assert last.by_module["head"] * 100 == counted.by_module["head"]
     assert {**last.by_module, "head": 0} == {**counted.by_module, "head": 0}
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: decode_flops_per_token(V3, context=5, form="both"), "use auto, expanded or absorbed"),  # pyright: ignore
-        (lambda: step_flops(V3, batch_size=1, seq_len=9, last_logits=True), "use training=False"),
-        (lambda: step_flops(V3, batch_size=1, seq_len=1), "too short for n_mtp_layers=1"),
-    ],
-)
-def test_refusals_of_flops(call: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        call()

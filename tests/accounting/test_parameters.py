@@ -12,7 +12,7 @@ from hypothesis import given
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import parameters
-from tests.helpers.configs import CONFIGS, DSA, released
+from tests.helpers.configs import CONFIGS, released
 from tests.helpers.strategies import model_configs
 
 V3 = released("deepseek-v3")
@@ -57,23 +57,6 @@ def check_against_the_model(config: ModelConfig) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_parameters_of_the_released_sizes(path: Path) -> None:
     check_against_the_model(ModelConfig.from_file(path))
-
-
-@pytest.mark.parametrize("kind", ["mla", "dsa", "mha", "gqa", "mqa"])
-@pytest.mark.parametrize("n_shared_experts", [0, 1, 3])
-@pytest.mark.parametrize("n_mtp_layers", [0, 2])
-@pytest.mark.parametrize("n_dense_layers", [0, 2, 3])
-def test_parameters_of_each_kind(kind: Any, n_shared_experts: int, n_mtp_layers: int, n_dense_layers: int) -> None:
-    check_against_the_model(
-        ModelConfig(
-            **(DSA if kind == "dsa" else {"attention": kind}),
-            n_kv_heads=2 if kind == "gqa" else None,
-            n_layers=3,
-            n_dense_layers=n_dense_layers,
-            n_shared_experts=n_shared_experts,
-            n_mtp_layers=n_mtp_layers,
-        )
-    )
 
 
 @given(config=model_configs())

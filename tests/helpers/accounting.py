@@ -1,4 +1,4 @@
-"""Small models for the tests of accounting, and helpers to run them."""
+"""Small models for the tests of accounting, and ways to run them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,24 +21,10 @@ WHOLE = 1 << 20
 """Number of queries in a block that holds all of them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# no width equals a number of rows read from a cache (100 or 128)
-SIZES: dict[str, Any] = {
-    "vocab_size": 51,
-    "dim": 40,
-    "inter_dim": 72,
-    "moe_inter_dim": 24,
-    "n_layers": 3,
-    "n_heads": 4,
-    "q_lora_rank": 20,
-    "kv_lora_rank": 18,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "n_routed_experts": 16,
-    "n_activated_experts": 2,
-    "n_expert_groups": 1,
-    "n_limited_groups": 1,
-}
+# no width equals a number of rows read from a cache (100 or 128), or of tokens (220)
+SIZES: dict[str, Any] = dict(vocab_size=51, dim=40, inter_dim=72, moe_inter_dim=24, n_layers=3, n_heads=4)
+SIZES |= dict(q_lora_rank=20, kv_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14)
+SIZES |= dict(n_routed_experts=16, n_activated_experts=2, n_expert_groups=1, n_limited_groups=1)
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "absorbed": {},
     "expanded": {},
@@ -48,14 +34,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "gqa": {"attention": "gqa", "n_kv_heads": 2},
     "mqa": {"attention": "mqa"},
 }
-
-
-def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of torch's grouped product, which torch's counter takes for nothing: rows by widths."""
-    return 2 * a[0] * a[1] * b[-1]
-
-
-GROUPED: dict[Any, Any] = {torch.ops.aten._grouped_mm: grouped_flops}
+# torch's counter takes its grouped product for nothing: rows by widths
+GROUPED: dict[Any, Any] = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
 
 
 def sized(**changes: Any) -> ModelConfig:
@@ -78,26 +58,18 @@ def hold_fp8(model: Transformer) -> Transformer:
 
 
 @contextmanager
-def explicit_attention(block: int = WHOLE) -> Iterator[None]:
-    """Make attention compute its logits explicitly, one block of queries at a time."""
-    with pytest.MonkeyPatch.context() as patch, _attention_by(partial(eager, method="explicit")):
+def attention_by(function: Callable[..., Tensor], block: int = 128) -> Iterator[None]:
+    """Let all attentions compute by this function, with this many queries in a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla, "causal_attention", function)  # attend calls it there
         patch.setattr(sys.modules[causal_attention_eager.__module__], "BLOCK", block)
         yield
 
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Make attention use torch's flash attention, with values in their own storage."""
-
-    def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
-        return eager(q, k, v.contiguous(), scale, documents, method="sdpa")
-
-    with _attention_by(fused):
-        yield
+explicit = partial(eager, method="explicit")
+"""Attention that makes its square of logits."""
 
 
-@contextmanager
-def _attention_by(function: Callable[..., Tensor]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mla, "causal_attention", function)  # attend calls it there, for all attentions
-        yield
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """Attend by torch's flash attention, with values in their own storage."""
+    return eager(q, k, v.contiguous(), scale, documents, method="sdpa")
