@@ -1,51 +1,45 @@
-"""The default corpus, and a small subject whose steps take milliseconds."""
+"""A small run whose steps take milliseconds, the same run with a clock of its own, and an invented machine."""
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
+from dsmini.diagnosis import contention
+from dsmini.diagnosis.contention import Contention
 from dsmini.diagnosis.decoding.subject import DecodedModel, DecodingSubject
+from dsmini.diagnosis.interventions import machine
 from dsmini.diagnosis.subject import Subject
 from dsmini.measure.rates import Curve
 from dsmini.measure.step_rates import OTHERS, Rates, StepRates
-from dsmini.training.trainer import Trainer
+from dsmini.nn import MoE
+from dsmini.training.trainer import StepResult, Trainer
 from tests.helpers.corpora import TEXTS, load
 from tests.helpers.questions import made_up_roofs
 
-MODEL = ModelConfig(
-    dim=32,
-    inter_dim=40,
-    moe_inter_dim=16,
-    n_layers=2,
-    n_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-    n_routed_experts=8,
-    n_activated_experts=2,
-    n_expert_groups=1,
-    n_limited_groups=1,
-    n_mtp_layers=1,
-    max_seq_len=8,
-)
+SIZES: dict[str, Any] = dict(dim=32, inter_dim=40, moe_inter_dim=16, n_layers=2, n_heads=2, q_lora_rank=16)
+SIZES |= dict(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8)
+SIZES |= dict(n_activated_experts=2, n_expert_groups=1, n_limited_groups=1, n_mtp_layers=1)
+MODEL = ModelConfig(**SIZES, max_seq_len=8)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def default(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Load the default corpus."""
     return load_corpus(DataConfig(), 256, 256, tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-    """Return a subject of the small model, with multi-token prediction, in FP32."""
+    """Return a subject of the small model, with multi-token prediction, in FP32; every test leaves it as it was."""
     place = tmp_path_factory.mktemp("subject")
     (place / "texts").mkdir()
     for name, text in TEXTS.items():
@@ -57,7 +51,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     trainer.loader.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rates() -> Rates:
     """Return a machine that moves a byte in 1 ns, multiplies at 1 GFLOP/s in FP32 and 2 in BF16; a call takes 1 us."""
     point, product = Curve(sizes=(1.0, 1e9), costs=(1e-9, 1.0)), Curve(sizes=(1.0, 1e3), costs=(1e9, 1e9))
@@ -70,7 +64,91 @@ def rates() -> Rates:
 @pytest.fixture
 def decoding() -> DecodingSubject:
     """Return a subject of the small model that decodes 2 sequences after 64 tokens, in FP32."""
+    return decoding_subject(dataclasses.replace(MODEL, max_seq_len=160), batch=2)
+
+
+def decoding_subject(config: ModelConfig, batch: int = 1, context: int = 64) -> DecodingSubject:
+    """Return a subject that decodes with random weights, in FP32."""
     torch.manual_seed(0)
-    model = Transformer(dataclasses.replace(MODEL, max_seq_len=160), compute_dtype=torch.float32).eval()
-    decoded = DecodedModel(model=model, trained=False, text=None, source="random tokens")
-    return DecodingSubject(decoded, batch=2, context=64)
+    model = Transformer(config, compute_dtype=torch.float32).eval()
+    return DecodingSubject(DecodedModel(model=model, trained=False, text=None, source="random tokens"), batch, context)
+
+
+def step_of(seconds: float = 0.1, wait: float = 0.0, counts: Any = None, tokens: int = 32) -> StepResult:
+    """Return a step that took these seconds, and waited for a share of them."""
+    losses: dict[str, Any] = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "grad_norm", "lr"), 1.0)
+    load = None if counts is None else torch.tensor(counts)
+    return StepResult(step=1, tokens=tokens, seconds=seconds, data_wait=wait, counts=load, skipped=False, **losses)
+
+
+@dataclasses.dataclass(kw_only=True)
+class World:
+    """A machine on which steps of a run take what the run's state costs, by a clock that only they move.
+
+    The state is seen from outside: who gives batches, what gates choose, which layers are there, threads and dtype.
+    """
+
+    subject: Subject
+    computing: float = 0.1
+    """Seconds of a step on one thread, without anything below."""
+    batch: float = 0.0
+    """Seconds to prepare a batch, while the step before computes."""
+    imbalance: float = 0.0
+    """Seconds more where experts get unequal numbers of tokens."""
+    routing: float = 0.0
+    """Seconds more where there are experts at all."""
+    cores: int = 1
+    slow_dtype: float = 1.0
+    """Factor by which FP32 is slower than BF16."""
+    others: float = 0.0
+    """Cores that other programs keep busy, which slows the probes by as much."""
+    counts: Any = None
+    """Loads of experts that steps report."""
+    noise: Callable[[], float] = lambda: 0.0
+    """Seconds that a step takes besides."""
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.loader, self.draw = self.subject.trainer.loader, np.random.default_rng(0)
+
+    def enter(self, patch: pytest.MonkeyPatch) -> "World":
+        """Let steps of the subject take their time from here."""
+        fastest = torch.bfloat16 if self.slow_dtype > 1 else torch.float32
+        seen = Contention(others=self.others, steadiness=1 - self.others / self.cores)
+        patch.setattr(time, "perf_counter", lambda: self.now)
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(self.cores)), raising=False)
+        patch.setattr(machine, "pick_dtype", lambda *_: fastest)
+        patch.setattr(contention.Watch, "end", lambda _: seen)
+        patch.setattr(self.subject.trainer, "step", self.step)
+        patch.setattr(self.subject.trainer, "forward_backward", lambda rows: self.spend(self.compute()))
+        return self
+
+    def spend(self, seconds: float) -> float:
+        """Let a time pass, of which one in a hundred is chance, and the noise."""
+        seconds = seconds * (1 + 0.01 * self.draw.standard_normal()) + self.noise()
+        self.now += seconds
+        return seconds
+
+    def compute(self) -> float:
+        """Return the seconds of a forward and backward in the state that the run has now."""
+        model = self.subject.trainer.model
+        seconds = self.computing
+        if any(isinstance(m, MoE) for m in model.modules()):
+            seconds += self.routing
+            counts = model.gates()[0](torch.linspace(-1, 1, 24 * MODEL.dim).view(24, -1)).counts
+            seconds += self.imbalance * (counts.max() - counts.min() > 1)
+        seconds /= min(torch.get_num_threads(), self.cores)
+        return float(seconds * (self.slow_dtype if model.compute_dtype == torch.float32 else 1.0))
+
+    def step(self) -> StepResult:
+        """Take a step."""
+        computing = self.compute()
+        late = self.batch - computing if self.subject.trainer.loader is self.loader else 0.0
+        seconds = self.spend(computing + max(0.0, late))
+        return step_of(seconds, max(0.0, late) / seconds, self.counts)
+
+
+@pytest.fixture
+def world(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    """Return the maker of a world that the subject's steps are in until the test ends."""
+    return lambda **costs: World(subject=subject, **costs).enter(monkeypatch)

@@ -1,16 +1,22 @@
-"""Gains of rounds, and the verdict that they allow."""
+"""Gains of rounds with their intervals, and the verdict that they allow."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds
+from dsmini.diagnosis.contention import Contention
+from dsmini.diagnosis.diagnosis import Diagnosis, conclude
+from dsmini.diagnosis.experiment import Measured
+from dsmini.diagnosis.gains import LEAST_ROUNDS, Gain, gain, gain_of_rounds, sign_test_rank
 from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.verdict import LEAST, Outcome, verdict
 from dsmini.planner.binding import Axis
+from tests.diagnosis.conftest import step_of
 
 DATA, ALGORITHM, MACHINE = Axis.DATA, Axis.ALGORITHM, Axis.MACHINE
+BINDS, NOTHING, MIXED, UNDETERMINED = Outcome.BINDS, Outcome.NOTHING_BINDS, Outcome.MIXED, Outcome.UNDETERMINED
 
 
 def exactly(low: float, high: float | None = None, rounds: int = 20) -> Gain:
@@ -22,6 +28,17 @@ def test_slow_round_cancels() -> None:
     """Check the worked example: the third round is twice as slow, on both sides."""
     found = gain([0.2, 0.21, 0.4, 0.2, 0.2], [0.1, 0.104, 0.205, 0.1, 0.1])
     assert found.value == pytest.approx(0.5) and found.low > 0.48 and found.high < 0.51 and found.rounds == 5
+
+
+def test_too_few_rounds_are_refused() -> None:
+    few = [1.0] * (LEAST_ROUNDS - 1)
+    with pytest.raises(ValueError, match="at least 5"):
+        gain(few, few)
+    with pytest.raises(ValueError, match="equally many"):
+        gain([1.0] * 6, [1.0] * 7)
+
+
+# --- intervals
 
 
 def test_interval_covers_the_truth() -> None:
@@ -37,73 +54,71 @@ def test_interval_covers_the_truth() -> None:
     assert 0.90 <= hits / 400 <= 0.99
 
 
-def test_noise_widens_the_interval() -> None:
+@pytest.mark.parametrize("rounds", [5, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8, 10, 13, 20))])
+def test_interval_of_few_rounds_holds_the_truth(rounds: int) -> None:
+    """Check 600 medians of skewed noise; 5 rounds cannot do better than 1 - 2 / 2^5 = 94 %.
+
+    The share of misses has a standard deviation of sqrt(0.05 * 0.95 / 600) = 0.9 %.
+    """
+    draw, truth = np.random.default_rng(rounds), 2 ** (1 / 1.2) - 1
+    hits = 0
+    for _ in range(600):
+        found = gain_of_rounds(draw.pareto(1.2, rounds))
+        hits += found.low <= truth <= found.high
+    assert hits / 600 >= (0.9375 if rounds == 5 else 0.95) - 3 * 0.009
+
+
+def test_noise_widens_the_interval_and_chance_does_not() -> None:
     draw = np.random.default_rng(1).standard_normal(30)
-    quiet, noisy = (gain_of_rounds(0.3 + scale * draw) for scale in (0.01, 0.2))
-    assert noisy.high - noisy.low > 10 * (quiet.high - quiet.low)
+    quiet, noisy, again = (gain_of_rounds(0.3 + scale * draw) for scale in (0.01, 0.2, 0.2))
+    assert noisy.high - noisy.low > 10 * (quiet.high - quiet.low) and noisy == again
 
 
-def test_same_rounds_give_the_same_interval() -> None:
-    values = np.random.default_rng(2).standard_normal(15)
-    assert gain_of_rounds(values) == gain_of_rounds(values)
+def test_ranks_of_the_sign_test() -> None:
+    """Check ranks of tables of the sign test: 6 to 8 draws have 1, 9 have 2, 20 have 6, 60 have 22."""
+    assert [sign_test_rank(n) for n in (5, 6, 8, 9, 12, 20, 60)] == [1, 1, 1, 2, 3, 6, 22]
+    assert 400 < sign_test_rank(1000) < 500
 
 
-def test_too_few_rounds_are_refused() -> None:
-    few = [1.0] * (LEAST_ROUNDS - 1)
-    with pytest.raises(ValueError, match="at least 5"):
-        gain(few, few)
-    with pytest.raises(ValueError, match="equally many"):
-        gain([1.0] * 6, [1.0] * 7)
+# --- verdicts
+
+# ends of the gain of Data, Algorithm and Machine; the outcome, and the axis that binds
+VERDICTS: list[tuple[list[tuple[float, float]], Outcome, Axis | None]] = [
+    ([(0.4, 0.5), (0.0, 0.05), (0.0, 0.2)], BINDS, DATA),
+    ([(0.0, 0.01), (0.11, 0.2), (0.0, 0.1)], BINDS, ALGORITHM),
+    ([(0.0, 0.0), (0.0, 0.0), (0.11, 0.12)], BINDS, MACHINE),
+    ([(0.0, 0.01), (0.0, LEAST), (0.0, 0.02)], NOTHING, None),
+    ([(0.3, 0.5), (0.2, 0.4), (0.0, 0.0)], MIXED, None),
+    ([(0.05, 0.2), (0.0, 0.05), (0.0, 0.0)], UNDETERMINED, None),
+    ([(0.2, 0.3), (-0.3, 0.4), (0.0, 0.0)], UNDETERMINED, None),
+    ([(0.2, 0.3), (0.0, 0.2), (0.0, 0.0)], UNDETERMINED, None),
+    ([(-0.2, 0.3), (-0.3, 0.2), (0.0, 0.0)], UNDETERMINED, None),
+]
 
 
-@pytest.mark.parametrize(
-    ("gains", "outcome", "axis"),
-    [
-        ({DATA: (0.4, 0.5), ALGORITHM: (0.0, 0.05), MACHINE: (0.0, 0.2)}, Outcome.BINDS, DATA),
-        ({DATA: (0.0, 0.01), ALGORITHM: (0.11, 0.2), MACHINE: (0.0, 0.1)}, Outcome.BINDS, ALGORITHM),
-        ({MACHINE: (0.11, 0.12)}, Outcome.BINDS, MACHINE),
-        ({DATA: (0.0, 0.01), ALGORITHM: (0.0, LEAST), MACHINE: (0.0, 0.02)}, Outcome.NOTHING_BINDS, None),
-        ({DATA: (0.3, 0.5), ALGORITHM: (0.2, 0.4), MACHINE: (0.0, 0.0)}, Outcome.MIXED, None),
-        ({DATA: (0.05, 0.2), ALGORITHM: (0.0, 0.05), MACHINE: (0.0, 0.0)}, Outcome.UNDETERMINED, None),
-        ({DATA: (0.2, 0.3), ALGORITHM: (-0.3, 0.4), MACHINE: (0.0, 0.0)}, Outcome.UNDETERMINED, None),
-        ({DATA: (0.2, 0.3), ALGORITHM: (0.0, 0.2), MACHINE: (0.0, 0.0)}, Outcome.UNDETERMINED, None),
-        ({DATA: (-0.2, 0.3), ALGORITHM: (-0.3, 0.2), MACHINE: (0.0, 0.0)}, Outcome.UNDETERMINED, None),
-    ],
-)
-def test_verdict(gains: dict[Axis, tuple[float, float]], outcome: Outcome, axis: Axis | None) -> None:
-    found = verdict({name: exactly(*ends) for name, ends in gains.items()})
+@pytest.mark.parametrize(("ends", "outcome", "axis"), VERDICTS)
+def test_verdict(ends: list[tuple[float, float]], outcome: Outcome, axis: Axis | None) -> None:
+    found = verdict({name: exactly(*pair) for name, pair in zip(Axis, ends, strict=True)})
     assert (found.outcome, found.axis) == (outcome, axis)
-    assert bool(found.decides) == (outcome in (Outcome.MIXED, Outcome.UNDETERMINED))
-    for name in gains:
-        if outcome is Outcome.MIXED and name is not MACHINE:
-            assert name.value in found.sentence
-    assert found.axis is None or found.axis.value in found.sentence
+    assert bool(found.decides) == (outcome in (MIXED, UNDETERMINED))
     assert "  " not in found.sentence and found.sentence.endswith(".")
-
-
-def test_every_axis_that_hides_the_answer_is_named() -> None:
-    found = verdict({DATA: exactly(0.2, 0.3), ALGORITHM: exactly(-0.3, 0.4), MACHINE: exactly(0.0)})
-    assert "Algorithm" in found.sentence and "Machine" not in found.sentence
+    assert axis is None or axis.value in found.sentence
+    if outcome is MIXED or ends[1] == (-0.3, 0.4):
+        assert "Algorithm" in found.sentence and "Machine" not in found.sentence, "every axis that hides the answer"
 
 
 def test_rounds_that_would_decide_grow_with_noise() -> None:
     """Check that four times the width asks for sixteen times the rounds, and a hopeless case for a quiet machine."""
     narrow = verdict({DATA: exactly(0.13, 0.17, 8), ALGORITHM: exactly(0.0, 0.14, 8)})
-    assert narrow.outcome is Outcome.UNDETERMINED and "--rounds" in narrow.decides
-    assert (
-        narrow.sentence
-        == "Undetermined: Data 15 % (13 to 17) of a step leads, and Algorithm 7 % (0 to 14) may be as much."
-    )
+    assert narrow.outcome is UNDETERMINED and "--rounds" in narrow.decides
+    leads = "Undetermined: Data 15 % (13 to 17) of a step leads, and Algorithm 7 % (0 to 14) may be as much."
+    assert narrow.sentence == leads
     on_the_line = verdict({DATA: exactly(0.09, 0.11), ALGORITHM: exactly(0.0)})
-    assert on_the_line.sentence.startswith(
-        "Undetermined: Data 10 % (9 to 11) of a step may be more or less than the 10%"
-    )
+    words = "Undetermined: Data 10 % (9 to 11) of a step may be more or less than the 10%"
+    assert on_the_line.sentence.startswith(words)
     assert on_the_line.decides.startswith("The interval is narrow already")
     hopeless = verdict({DATA: exactly(0.0, 0.22, 60), ALGORITHM: exactly(0.0)})
     assert "quiet machine" in hopeless.decides
-
-
-def test_no_gains_are_refused() -> None:
     with pytest.raises(ValueError, match="no gain was measured"):
         verdict({})
 
@@ -120,15 +135,50 @@ def test_change_that_noise_hides_keeps_its_axis_open() -> None:
     axes = TRAINING.by_axis(gains)
     assert (axes[ALGORITHM].low, axes[ALGORITHM].high) == (0.0, 0.6)
     assert axes[DATA].high == 0.0, "an exact gain stands alone"
-    assert verdict(axes).outcome is Outcome.UNDETERMINED
-    assert verdict(TRAINING.by_axis(gains | {"all_threads": exactly(0.15, 0.25)})).outcome is Outcome.UNDETERMINED
-    assert verdict(TRAINING.by_axis(gains | {"uniform_routing": exactly(0.0, 0.03)})).outcome is Outcome.NOTHING_BINDS
+    assert verdict(axes).outcome is UNDETERMINED
+    assert verdict(TRAINING.by_axis(gains | {"all_threads": exactly(0.15, 0.25)})).outcome is UNDETERMINED
+    assert verdict(TRAINING.by_axis(gains | {"uniform_routing": exactly(0.0, 0.03)})).outcome is NOTHING
 
 
 @pytest.mark.parametrize(("ends", "confirmed"), [((-0.01, 0.05), True), ((-0.3, 0.3), False), ((0.05, 0.08), False)])
-def test_replay_confirms_a_step_s_own_clock_only_where_it_hides_little(
-    ends: tuple[float, float], confirmed: bool
-) -> None:
-    step = SimpleNamespace(data_wait=0.0)
-    measured = SimpleNamespace(steps=[step] * 5)
-    assert bool(TRAINING.estimated(measured, {"replay": exactly(*ends)})) is confirmed  # pyright: ignore[reportArgumentType]
+def test_replay_confirms_the_clock_of_steps_only_where_it_hides_little(ends: Any, confirmed: bool) -> None:
+    measured: Any = SimpleNamespace(steps=[SimpleNamespace(data_wait=0.0)] * 5)
+    assert bool(TRAINING.estimated(measured, {"replay": exactly(*ends)})) is confirmed
+
+
+# --- verdicts under noise
+
+
+def concluded(seed: int, gain: float, rounds: int, noise: float) -> Diagnosis:
+    """Conclude from steps of 1 s, of which balanced experts gain a share; each takes Pareto noise of its own."""
+    draw = np.random.default_rng(seed)
+
+    def taken(seconds: float) -> Any:
+        return seconds * (1 + noise * draw.pareto(1.2, rounds) + 0.002 * draw.standard_normal(rounds))
+
+    free = {"replay": taken(1.0), "uniform_routing": taken(1.0 - gain)}
+    quiet = [Contention(others=0.0, steadiness=1.0)] * rounds
+    plain = [step_of(1.0)] * rounds
+    return conclude(Measured(plain=taken(1.0), free=free, contention=quiet, steps=plain), None, {}, [])
+
+
+@pytest.mark.parametrize("rounds", [7, pytest.param(20, marks=pytest.mark.slow)])
+def test_noise_alone_is_no_alarm(rounds: int) -> None:
+    """Check 200 diagnoses of runs in which nothing is to be gained: not one may name an axis.
+
+    The gain would have to be 10 % for the lower end to be above it in 2.5 % of the cases.
+    """
+    assert not any(concluded(seed, 0.0, rounds, 0.05).named for seed in range(200))
+
+
+@pytest.mark.parametrize("rounds", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 10, 13, 20))])
+def test_alarms_at_the_limit_are_as_rare_as_the_interval_says(rounds: int) -> None:
+    """Check 200 runs whose true gain is the limit itself: an alarm is a lower end above the truth.
+
+    A 95 % interval allows it in 2.5 % of the runs, 5 of 200. Chance adds three standard deviations of a binomial,
+    3 * sqrt(200 * 0.025 * 0.975) = 6.6, so that at most 11 are right.
+    """
+    most = 200 * 0.025 + 3 * (200 * 0.025 * 0.975) ** 0.5
+    found = [concluded(seed, LEAST, rounds, 0.2) for seed in range(200)]
+    assert sum(each.named == "Algorithm" for each in found) <= most
+    assert not any(each.named in ("Data", "Machine") for each in found)
