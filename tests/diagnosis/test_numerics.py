@@ -11,11 +11,10 @@ from torch import Tensor
 
 from dsmini import Transformer
 from dsmini.diagnosis.evidence import loss_gap, numerics, products
-from dsmini.diagnosis.evidence.gather import EVERY, Gathered, gather
+from dsmini.diagnosis.evidence.gather import EVERY
 from dsmini.diagnosis.evidence.loss_gap import LossGaps, Twin, loss_gaps, steps_that_fit
 from dsmini.diagnosis.evidence.numerics import NUMERICS
 from dsmini.diagnosis.evidence.products import Product, ProductErrors, collected, errors_of, product_errors, shared_twin
-from dsmini.diagnosis.pages import report_of
 from dsmini.diagnosis.subject import Subject
 from dsmini.numerics import fp8_matmul
 from dsmini.training.trainer import Trainer
@@ -176,26 +175,11 @@ def test_loss_that_is_not_finite_is_named() -> None:
 
 def test_same_dtype_has_no_gap(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that twins of one dtype end at the same bits, and that other seeds end elsewhere."""
-    monkeypatch.setattr(loss_gap, "MOST_STEPS", 4)
+    monkeypatch.setattr(loss_gap, "MOST_STEPS", 3)
     monkeypatch.setattr(loss_gap, "others_of", lambda _: ["float32 again"])
     monkeypatch.setattr(loss_gap, "with_dtype", lambda config, _: config)
     found = loss_gaps(subject, 60.0)
-    assert found.steps == 4 and found.gaps("float32 again") == [0.0] * 3 and found.band > 0
-
-
-def test_twins_leave_the_subject_as_it_is(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check parameters, optimizer state, places and the random state, after steps of twins that move."""
-    monkeypatch.setattr(loss_gap, "MOST_STEPS", 4)
-    subject.step()
-    whole: Any = subject.trainer.tensors()
-    tensors = {part: {name: t.clone() for name, t in whole[part].items()} for part in ("model", "optimizer")}
-    random, sequences = torch.get_rng_state(), subject.trainer.sequences
-    found = loss_gaps(subject, 60.0)
-    assert set(found.losses) >= {"float32", "fp8"} and all(len(each) == 3 for each in found.losses.values())
-    for part, now in whole.items():
-        assert isinstance(now, dict) and now.keys() == tensors[part].keys()
-        assert all(torch.equal(t, tensors[part][name]) for name, t in now.items())
-    assert torch.equal(torch.get_rng_state(), random) and subject.trainer.sequences == sequences
+    assert found.steps == 3 and found.gaps("float32 again") == [0.0] * 3 and found.band > 0
 
 
 def test_twin_starts_where_the_subject_is(subject: Subject) -> None:
@@ -239,30 +223,34 @@ def test_last_dtype_is_dropped_first(subject: Subject, monkeypatch: pytest.Monke
 # --- the section
 
 
-def test_section_of_a_whole_look(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_gap, "MOST_STEPS", 4)
+def test_section_of_a_whole_look_leaves_the_subject_as_it_is(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check parameters, optimizer state, places and the random state, after steps of twins that move."""
+    monkeypatch.setattr(loss_gap, "MOST_STEPS", 3)
+    subject.step()
+    whole: Any = subject.trainer.tensors()
+    tensors = {part: {name: t.clone() for name, t in whole[part].items()} for part in ("model", "optimizer")}
+    random, sequences = torch.get_rng_state(), subject.trainer.sequences
     section = NUMERICS.run(subject, None, 60.0)
+    for part, now in whole.items():
+        assert now.keys() == tensors[part].keys()
+        assert all(torch.equal(t, tensors[part][name]) for name, t in now.items())
+    assert torch.equal(torch.get_rng_state(), random) and subject.trainer.sequences == sequences
     assert NUMERICS in EVERY and section.name == "numerics" and not section.warnings
-    assert "FP8 products err by" in section.finding and "After 4 steps" in section.finding
+    assert "FP8 products err by" in section.finding and "After 3 steps" in section.finding
     metrics = {figure.metric for figure in section.figures}
     assert metrics == {"relative_error", "held_out_loss", "loss_gap", "band_of_orders"}
-    assert section.plots[0].labels and section.prose[0][1].startswith("A gap inside the band means")
+    compared = {figure.case["dtype"] for figure in section.figures if figure.metric == "loss_gap"}
+    assert "fp8" in compared and section.plots[0].labels
+    assert section.prose[0][1].startswith("A gap inside the band means")
 
 
-def test_faults_are_warnings_on_page_and_terminal(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_warnings(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = products.ProductError(
         name="head", group="head", part="forward", format="fp8", error=1.0, expected=0.04, finite=True
     )
+    nothing = LossGaps(now="float32", steps=0, losses={}, why_not="no time")
     monkeypatch.setattr(numerics, "product_errors", lambda *_: ProductErrors(errors=[bad] * 5, left_out=2))
-    found: Gathered = gather(subject, None, 1.0, every=[NUMERICS])
-    (section,) = found.sections
-    assert (
-        section.warnings[0] == "head, forward, in fp8 errs by 100.0%; rounding allows 28.9%"
-        and len(section.warnings) == 4
-    )
-    assert "2 matrices were left out" in section.about
-    from dsmini.diagnosis.pages import _warnings
-
-    whole: Any = type("Found", (), {"stopped": False})()
-    assert _warnings(whole, found) == section.warnings
-    assert report_of is not None
+    monkeypatch.setattr(numerics, "loss_gaps", lambda *_: nothing)
+    section = NUMERICS.run(subject, None, 1.0)
+    assert section.warnings[0] == "head, forward, in fp8 errs by 100.0%; rounding allows 28.9%"
+    assert len(section.warnings) == 4 and "2 matrices were left out" in section.about
