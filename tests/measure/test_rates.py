@@ -1,8 +1,11 @@
-"""Measure rates within a budget of time on invented machines with their own clock."""
+"""Rates of invented machines: measured within a budget of time, taken in turns, and stored."""
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,72 +13,114 @@ import torch
 from torch import Tensor
 
 from dsmini import machine
-from dsmini.machine import matmul_rate, pick_dtype, slow_bf16
-from dsmini.measure import calibration, timing
-from dsmini.measure.calibration import seconds_of
-from dsmini.measure.rates import Curve
-from tests.helpers.questions import made_up_roofs
+from dsmini.machine import matmul_rate, once, pick_dtype, slow_bf16
+from dsmini.measure import calibration, step_rates
+from dsmini.measure.calibration import load_or_measure, seconds_of
+from dsmini.measure.counting import CountedOperation, count
+from dsmini.measure.prediction import operation_seconds
+from dsmini.measure.rates import Roofs
+from dsmini.measure.step_rates import OTHERS, MeasuredStep, StepRates, rates_beyond, rates_of
+from dsmini.measure.timing import interleaved, ratios, spread, times
+from dsmini.measure.workloads import StepShape
+from tests.helpers.questions import TINY, plain_roofs
+from tests.measure.conftest import Clock
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 Rates = dict[torch.dtype, float]
 
+# --- turns
 
-class Clock:
-    """Clock that moves only by the cost of a product or of other work."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.largest = 0
+def test_once_waits_for_the_device(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(device: torch.device) -> None:
+        clock.log.append("wait")
+        clock.pay(10.0 * (clock.log == ["wait", "run", "wait"]))  # the device works longer than the call
 
-    def perf_counter(self) -> float:
-        return self.now
+    monkeypatch.setattr(machine, "synchronize", synchronize)
+    assert once(clock.work("run", 1.0), CPU) == 11
+    assert clock.log == ["wait", "run", "wait"]
 
-    def pay(self, seconds: float) -> None:
-        self.now += seconds
+
+def test_times_leave_out_the_warm_up(clock: Clock) -> None:
+    assert times(clock.work("a", 9.0, 1.0), CPU, seconds=0.0) == [1, 1, 1]
+    assert len(times(clock.work("a", 1.0), CPU, seconds=5.0)) == 5
+    assert len(times(clock.work("a", 1.0), CPU, seconds=0.0, least=7)) == 7
+
+
+def test_interleaved_takes_turns_after_a_warm_up(clock: Clock) -> None:
+    taken = interleaved({"a": clock.work("a", 9.0, 1.0), "b": clock.work("b", 9.0, 2.0)}, CPU, rounds=2)
+    assert clock.log == list("ababab")
+    assert taken == {"a": [1, 1], "b": [2, 2]}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (7.0, 2), (100.0, 5)])
+def test_interleaved_begins_no_round_after_its_time(clock: Clock, seconds: float, rounds: int) -> None:
+    taken = interleaved({"a": clock.work("a", 1.0), "b": clock.work("b", 2.0)}, CPU, 5, seconds)
+    assert taken == {"a": [1] * rounds, "b": [2] * rounds}
+
+
+def test_seconds_of_begins_no_round_beyond_its_budget(clock: Clock) -> None:
+    for most, rounds in ((0.0, 1), (2.5, 3), (100.0, 5)):
+        before = clock.now
+        assert seconds_of(lambda: clock.pay(1.0), CPU, rounds=5, most=most) == 1.0
+        assert clock.now - before == 1 + rounds, "the first is for warming up"
+
+
+def test_ratios_of_a_slow_round_cancel() -> None:
+    taken = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 2.0]}
+    assert ratios(taken, "theirs", "ours") == [2, 2, 2]
+    with pytest.raises(ValueError, match="zip"):
+        ratios({"a": [1.0], "b": [1.0, 2.0]}, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "median", "high"),
+    [([3.0], 3, 3, 3), ([1.0, 3.0], 1.5, 2, 2.5), ([5.0, 1.0, 2.0, 4.0, 3.0], 2, 3, 4)],
+)
+def test_spread_is_median_and_quartiles(values: list[float], low: float, median: float, high: float) -> None:
+    assert spread(values) == {"measured": median, "low": low, "high": high}
+
+
+# --- products
 
 
 @pytest.fixture
-def machine_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Clock]]:
-    """Yield the maker of a machine that multiplies at the given FLOP/s, with a wait in each product."""
+def machine_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
+    """Yield the maker of a machine of this many FLOP/s, with a wait in each product; it returns the sizes seen."""
     slow_bf16.cache_clear()
 
-    def make(rates: Rates, wait: float = 0.0) -> Clock:
-        clock = Clock()
+    def make(rates: Rates, wait: float = 0.0) -> list[int]:
+        sizes: list[int] = []
 
         def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
             if a.dtype not in rates:
                 raise RuntimeError("not implemented for 'BFloat16'")
             clock.pay(wait + 2 * len(a) ** 3 / rates[a.dtype])
-            clock.largest = max(clock.largest, len(a))
+            sizes.append(len(a))
             return out
 
         monkeypatch.setattr(torch, "mm", mm)
-        monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
-        return clock
+        return sizes
 
     yield make
     slow_bf16.cache_clear()
 
 
-@pytest.mark.parametrize("flops", [3e6, 3e8, 3e9, 1e11, 1e13])
-def test_matmul_rate_ends_within_budget(machine_of: Callable[..., Clock], flops: float) -> None:
-    clock = machine_of({BF16: flops})
-    assert matmul_rate(CPU, BF16, seconds=0.5) == pytest.approx(flops)
+@pytest.mark.parametrize(
+    ("flops", "largest"), [(3e6, 64), (3e8, 128), (3e9, 512), (1e11, 1024), (1e13, 2048)]
+)  # fmt: skip
+def test_matmul_rate_takes_the_largest_size_within_budget(
+    clock: Clock, machine_of: Callable[..., list[int]], flops: float, largest: int
+) -> None:
+    sizes = machine_of({FP32: flops})
+    assert matmul_rate(CPU, FP32, seconds=0.5) == pytest.approx(flops)
+    assert max(sizes) == largest
     # every machine measures the smallest size, after a warm-up
     assert clock.now < max(2 * 0.5, 4 * 2 * 64**3 / flops + 4 * 2 * 128**3 / flops)
 
 
-@pytest.mark.parametrize(("flops", "largest"), [(3e8, 128), (3e9, 512), (1e11, 1024), (1e13, 2048)])
-def test_matmul_rate_takes_the_largest_size_in_time(
-    machine_of: Callable[..., Clock], flops: float, largest: int
-) -> None:
-    clock = machine_of({FP32: flops})
-    matmul_rate(CPU, FP32, seconds=0.5)
-    assert clock.largest == largest
-
-
-def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., Clock]) -> None:
+def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., list[int]]) -> None:
     """Simulate threads that wait for each other, where small products do not show the rate."""
     machine_of({FP32: 1e11}, wait=0.01)
     assert matmul_rate(CPU, FP32) > 0.3e11
@@ -93,20 +138,16 @@ def test_matmul_rate_outgrows_a_wait_in_each_product(machine_of: Callable[..., C
     ],
 )
 def test_dtype_and_slow_bf16_follow_the_rates(
-    machine_of: Callable[..., Clock], rates: Rates, dtype: torch.dtype, slow: bool
+    clock: Clock, machine_of: Callable[..., list[int]], rates: Rates, dtype: torch.dtype, slow: bool
 ) -> None:
-    clock = machine_of(rates)
+    machine_of(rates)
     assert pick_dtype("auto", CPU) == dtype
+    if rates.get(BF16) == 3e8:  # a clear loss ends the trial: one turn each, with four products of the smallest size
+        assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8
     assert slow_bf16(CPU) == slow
     before = clock.now
     assert slow_bf16(CPU) == slow and clock.now == before, "measured once"
     assert clock.now < 2 * 12 * 0.06
-
-
-def test_clear_loss_of_bf16_ends_the_trial(machine_of: Callable[..., Clock]) -> None:
-    clock = machine_of({FP32: 1.7e11, BF16: 3e8})
-    assert pick_dtype("auto", CPU) == FP32
-    assert clock.now < 0.02 + 4 * 2 * 64**3 / 3e8, "one turn each, BF16 with four products of the smallest size"
 
 
 def test_measuring_keeps_threads_and_draws_no_numbers() -> None:
@@ -116,42 +157,34 @@ def test_measuring_keeps_threads_and_draws_no_numbers() -> None:
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
 
-def test_seconds_of_begins_no_round_beyond_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(calibration.time, "perf_counter", clock.perf_counter)
-    for most, rounds in ((0.0, 1), (2.5, 3), (100.0, 5)):
-        before = clock.now
-        assert seconds_of(lambda: clock.pay(1.0), CPU, rounds=5, most=most) == 1.0
-        assert clock.now - before == 1 + rounds, "the first is for warming up"
+# --- curves
 
 
 @pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Calibrate a machine with 0.1 ms for each operation and a time for each element; return the seconds too."""
+def calibrated(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Roofs]:
+    """Calibrate in 60 s a machine with 0.1 ms for each operation and a time for each element."""
 
-    def measure(per_element: float, seconds: float) -> tuple[Any, float]:
-        clock = Clock()
-
+    def measure(per_element: float) -> Roofs:
         def make(n: int, dtype: torch.dtype, device: torch.device) -> Any:
-            x = torch.zeros(1)
-            return lambda *_: clock.pay(1e-4 + per_element * n), (x,), n
+            return lambda *_: clock.pay(1e-4 + per_element * n), (torch.zeros(1),), n
 
-        monkeypatch.setattr(calibration, "POINTS", dict.fromkeys(calibration.POINTS, make))
-        monkeypatch.setattr(calibration, "PRODUCTS", dict.fromkeys(calibration.PRODUCTS, make))
-        monkeypatch.setattr(calibration, "_kernel_jobs", lambda device: [])
-        monkeypatch.setattr(calibration, "_rotating", lambda run, inputs: run)
-        monkeypatch.setattr(calibration, "matmul_rate", lambda device, dtype, seconds: 1.0)
-        for name in ("read_bandwidth", "_copy", "_call"):
-            monkeypatch.setattr(calibration, name, lambda device: 1.0)
-        monkeypatch.setattr(calibration, "probes", lambda device: {})
-        monkeypatch.setattr(calibration.time, "perf_counter", clock.perf_counter)
-        return calibration.measure(CPU, seconds=seconds), clock.now
+        for name, value in {
+            "POINTS": dict.fromkeys(calibration.POINTS, make),
+            "PRODUCTS": dict.fromkeys(calibration.PRODUCTS, make),
+            "_kernel_jobs": lambda device: [],
+            "_rotating": lambda run, inputs: run,
+            "matmul_rate": lambda device, dtype, seconds: 1.0,
+            "probes": lambda device: {},
+            **dict.fromkeys(("read_bandwidth", "_copy", "_call"), lambda device: 1.0),
+        }.items():
+            monkeypatch.setattr(calibration, name, value)
+        return calibration.measure(CPU, seconds=60.0)
 
     return measure
 
 
-def test_a_fast_machine_gets_curves_of_every_size(calibrated: Callable[..., Any]) -> None:
-    roofs, _ = calibrated(1e-10, 60.0)
+def test_a_fast_machine_gets_curves_of_every_size(calibrated: Callable[[float], Roofs]) -> None:
+    roofs = calibrated(1e-10)
     assert len(roofs.curves) == 2 * 2 * len((*calibration.POINTS, *calibration.PRODUCTS))
     for name, curve in roofs.curves.items():
         is_product = any(kind in name for kind in calibration.PRODUCTS)
@@ -160,17 +193,18 @@ def test_a_fast_machine_gets_curves_of_every_size(calibrated: Callable[..., Any]
 
 
 @pytest.mark.parametrize("per_element", [1e-7, 1e-5])
-def test_a_slow_machine_gets_shorter_curves_in_time(calibrated: Callable[..., Any], per_element: float) -> None:
-    roofs, took = calibrated(per_element, 60.0)
-    assert took < 2 * 60.0
-    lengths = [len(curve.sizes) for curve in roofs.curves.values()]
+def test_a_slow_machine_gets_shorter_curves_in_time(
+    clock: Clock, calibrated: Callable[[float], Roofs], per_element: float
+) -> None:
+    lengths = [len(curve.sizes) for curve in calibrated(per_element).curves.values()]
+    assert clock.now < 2 * 60.0
     assert min(lengths) >= 1 and sum(lengths) < 2 * 13 * 2 * 6
 
 
 def test_quick_bandwidth_is_the_stored_roof_unless_something_was_faster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cpu, keep, asked = torch.device("cpu"), tmp_path / "roofs.json", []
+    keep, asked = tmp_path / "roofs.json", []
 
     def read(device: torch.device, size: int, rounds: int) -> float:
         asked.append((size, rounds))
@@ -179,11 +213,115 @@ def test_quick_bandwidth_is_the_stored_roof_unless_something_was_faster(
         return 5e10
 
     monkeypatch.setattr(calibration, "read_bandwidth", read)
-    assert calibration.quick_bandwidth(cpu, 1e9, keep) == 5e10
-    assert calibration.quick_bandwidth(cpu, 1e9, keep) is None and not keep.exists()
-    curve = Curve(sizes=(1.0,), costs=(1.0,))
-    monkeypatch.setattr(calibration, "measure", lambda *_: made_up_roofs(curve, curve))
-    calibration.load_or_measure(cpu, keep)
-    assert calibration.quick_bandwidth(cpu, 2e10, keep) == 2e10 and len(asked) == 2
-    assert calibration.quick_bandwidth(cpu, 2.1e10, keep) == 5e10
+    assert calibration.quick_bandwidth(CPU, 1e9, keep) == 5e10
+    assert calibration.quick_bandwidth(CPU, 1e9, keep) is None and not keep.exists()
+    monkeypatch.setattr(calibration, "measure", lambda *_: plain_roofs(bandwidth=2e10))
+    calibration.load_or_measure(CPU, keep)
+    assert calibration.quick_bandwidth(CPU, 2e10, keep) == 2e10 and len(asked) == 2
+    assert calibration.quick_bandwidth(CPU, 2.1e10, keep) == 5e10
     assert all(1 << 26 <= size <= 1 << 28 and not size % 16384 and rounds == 2 for size, rounds in asked)
+
+
+# --- stored rates
+
+
+def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = list[str]()
+    here = {"processor": "a"}
+
+    def measure(device: torch.device, on_part: object) -> Roofs:
+        measured.append(here["processor"])
+        return plain_roofs(card=dict(here))
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    monkeypatch.setattr(calibration, "card", lambda device: dict(here))
+    keep = tmp_path / "cache" / "roofs.json"
+    assert load_or_measure(CPU, keep).card == load_or_measure(CPU, keep).card == here and measured == ["a"]
+    here["processor"] = "b"
+    assert load_or_measure(CPU, keep).card == here and measured == ["a", "b"]
+    load_or_measure(CPU, keep, fresh=True)
+    here["processor"] = "a"
+    load_or_measure(CPU, keep)
+    assert measured == ["a", "b", "b"], "the other machine's are still there"
+    for damaged in ("5", '{"x"', keep.read_text().replace('"probes"', '"prob"')):
+        keep.write_text(damaged)
+        assert load_or_measure(CPU, keep).card == here
+    assert len(measured) == 6
+
+
+def test_rates_of_steps_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, measured = tmp_path / "roofs.json", list[int]()
+    each = StepRates(factors={"product": 2.0, OTHERS: 1.0}, call=0.0)
+    monkeypatch.setattr(step_rates, "measure_steps", lambda *_: measured.append(1) or {"training float32": each})
+    monkeypatch.setattr(step_rates, "measure_process", lambda: 77)
+    first, second = (rates_beyond(plain_roofs(), CPU, keep) for _ in range(2))
+    assert first == second == step_rates.Rates(roofs=plain_roofs(), steps={"training float32": each}, process=77)
+    assert len(measured) == 1 and json.loads(keep.read_text())
+    rates_beyond(plain_roofs(), CPU, keep, fresh=True)
+    assert len(measured) == 2
+
+
+# --- rates of steps
+
+
+def operations() -> list[CountedOperation]:
+    x = torch.rand(64, 64)
+    return count(lambda: (x @ x + x).sum(-1)).operations
+
+
+def slower(ran: list[CountedOperation], *factors: float) -> list[CountedOperation]:
+    """Return the operations with a multiple of the seconds that each takes alone."""
+    pairs = zip(ran, factors, strict=True)
+    return [dataclasses.replace(op, seconds=f * operation_seconds(op, plain_roofs())) for op, f in pairs]
+
+
+def test_rates_of_steps_are_measured_over_predicted() -> None:
+    ran = operations()
+    taken, slow = slower(ran, 2.0, 3.0, 5.0), slower(ran, 18.0, 27.0, 45.0)  # something else ran
+    whole = sum(op.seconds for op in taken) + 0.4
+    found = rates_of([MeasuredStep(passes=[slow, taken], views=1, seconds=whole)], plain_roofs())
+    mean = sum(op.seconds for op in taken) / sum(op.seconds for op in slower(ran, 1, 1, 1))
+    assert found.factors == pytest.approx({"product": 2.0, "pointwise": 3.0, "reduction": 5.0, OTHERS: mean})
+    assert found.call == pytest.approx(0.1), "three operations and a view share what is left"
+    assert sum(found.seconds(ran, 1, plain_roofs()).values()) == pytest.approx(whole)
+
+
+def test_operations_longer_than_the_step_are_shrunk_to_it() -> None:
+    twice = slower(operations(), 2.0, 2.0, 2.0)
+    whole = sum(op.seconds for op in twice) / 4
+    found = rates_of([MeasuredStep(passes=[twice], views=0, seconds=whole)], plain_roofs())
+    assert found.call == 0 and set(found.factors.values()) == {0.5}
+
+
+def test_small_classes_share_a_factor() -> None:
+    taken = slower(operations(), 4.0, 4.0, 4.0)
+    large = dataclasses.replace(taken[0], flops=taken[0].flops * 10_000, seconds=20_000 * taken[0].seconds)
+    found = rates_of([MeasuredStep(passes=[[large, *taken[1:]]], views=0, seconds=1e9)], plain_roofs())
+    assert found.factors.keys() == {"product", OTHERS}
+    assert found.factors[OTHERS] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("delays", "kept", "runs"), [([0.02], 0, 1), ([0.9, 0.4, 0.05], 2, 3), ([0.9, 0.3, 0.5, 0.8], 1, 4)]
+)
+def test_step_is_measured_again_while_others_have_the_cores(
+    delays: list[float], kept: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the first quiet attempt counts, and where none is quiet, the quietest."""
+    seconds, moments = iter(range(1, 9)), iter(range(9))
+    shape = StepShape(work="prefill", config=TINY, dtype="float32", batch=1, tokens=8)
+    monkeypatch.setattr(step_rates, "times", lambda *_: [float(next(seconds))])
+    monkeypatch.setattr(step_rates, "count", lambda *_: SimpleNamespace(operations=[], views=0))
+
+    class Times:
+        def __init__(self) -> None:
+            self.number = next(moments)
+
+        now = classmethod(lambda cls: cls())
+
+        def rates_since(self, before: "Times") -> SimpleNamespace:
+            return SimpleNamespace(delayed=delays[before.number // 2])
+
+    monkeypatch.setattr(step_rates, "CpuTimes", Times)
+    assert step_rates._measured(shape, plain_roofs(), CPU).seconds == kept + 1.0
+    assert next(seconds) == runs + 1

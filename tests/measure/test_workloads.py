@@ -1,10 +1,13 @@
-"""Random models and caches, and their bytes."""
+"""Random models and caches, their bytes, and the activations that they save."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
 
+from dsmini import Transformer
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.workloads import dtype_name, random_cache, random_model, random_tokens
 from tests.helpers.questions import TINY
@@ -43,6 +46,16 @@ def test_saved_bytes_grow_with_tokens_and_refuse_a_width() -> None:
     assert many.total > 1.9 * few.total
     with pytest.raises(ValueError, match="64 tokens equal the rows or columns of a matrix"):
         saved_for_backward(model, random_tokens(TINY, 1, 65, CPU))
+
+
+def test_nothing_of_the_measured_graph_outlives_it() -> None:
+    """Free the parameters: a graph that refers to itself would hold them."""
+    model = Transformer(TINY, compute_dtype=torch.bfloat16)
+    held = weakref.ref(model.embed.weight)
+    saved_for_backward(model, torch.randint(0, 256, (2, 37)))
+    del model
+    gc.collect()
+    assert held() is None
 
 
 def test_dtype_name_is_that_of_the_rates() -> None:
