@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmini.config.parallel import CHUNKS
+from dsmini.distributed.pieces import joined_pieces
 from dsmini.distributed.world import World
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import Trained, train
+from tests.distributed.runs import Trained, train
 
 STEPS, PARTS, SECONDS = 50, 8, 400.0
 MODEL: dict[str, Any] = {"n_layers": 8}
@@ -33,13 +34,15 @@ def layouts() -> Iterator[tuple[int, dict[str, Any]]]:
         yield 4, {"pp": 2, "ep": 2, "schedule": schedule}
 
 
-def difference(got: Trained, want: Trained) -> tuple[float, float, int]:
+def difference(ranks: list[Trained], want: Trained) -> tuple[float, float, int]:
     """Return the largest relative difference of a loss and of a tensor, and the steps with other loads of experts."""
+    got = ranks[0]
+    tensors = {n: joined_pieces([of.pieces[n] for of in ranks if n in of.pieces]) for n in want.tensors}
     losses = ((got.losses - want.losses).abs().max() / want.losses.abs().max()).item()
     sizes = {name: max(w.abs().max().item(), 1e-30) for name, w in want.tensors.items() if name.startswith("model/")}
-    tensors = max((got.tensors[name] - want.tensors[name]).abs().max().item() / size for name, size in sizes.items())
+    moved = max((tensors[name] - want.tensors[name]).abs().max().item() / size for name, size in sizes.items())
     pairs = zip(got.steps, want.steps, strict=True)
-    return losses, tensors, sum(not (g.counts is not None and g.counts.equal(w.counts)) for g, w in pairs)
+    return losses, moved, sum(not (g.counts is not None and g.counts.equal(w.counts)) for g, w in pairs)
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
         whole = train(World(), None, model, recipe, STEPS)
         print(f"{title}: loss from {whole.steps[0].loss:.4f} to {whole.steps[-1].loss:.4f}", flush=True)
         for parts in (2, 4, PARTS):
-            found = difference(train(World(), None, model, recipe | {"grad_accum": parts}, STEPS), whole)
+            found = difference([train(World(), None, model, recipe | {"grad_accum": parts}, STEPS)], whole)
             print(_line(f"one process, {parts} parts", found), flush=True)
         for n, parallel in layouts():
             parts = PARTS if parallel.get("pp", 1) > 1 else 1
@@ -62,7 +65,7 @@ def main() -> None:
             start = time.monotonic()
             results = run_ranks(n, train, parallel, model, recipe | {"grad_accum": parts}, STEPS, seconds=SECONDS)
             taken = f"{time.monotonic() - start:.0f} s"
-            print(f"{_line(f'{n} ranks, {_words(parallel)}', difference(results[0], whole))}  {taken}", flush=True)
+            print(f"{_line(f'{n} ranks, {_words(parallel)}', difference(results, whole))}  {taken}", flush=True)
 
 
 def _words(parallel: dict[str, Any]) -> str:

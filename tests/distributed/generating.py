@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -66,11 +67,8 @@ def reads() -> Iterator[list[str]]:
         names.append(name)
         return read(self, name)
 
-    SafetensorsReader.read = recorded
-    try:
+    with mock.patch.object(SafetensorsReader, "read", recorded):
         yield names
-    finally:
-        SafetensorsReader.read = read
 
 
 def part(
@@ -99,16 +97,17 @@ def logits_of(model: Transformer) -> Tensor:
 
 def generated(model: Transformer, new: int) -> dict[str, Tensor]:
     """Return continuations of PROMPTS, drawn in each way."""
-    out: dict[str, Tensor] = {}
-    for name, options in {
+    ways = {
         "greedy": {},
         "speculative": {"speculative": True},
         "drawn": {"temperature": 0.9, "top_p": 0.9},
         "drawn speculatively": {"temperature": 0.9, "speculative": True},
-    }.items():
-        generator = torch.Generator().manual_seed(5)
-        out[name] = dsmini.generate(model, PROMPTS, new, generator=generator, **options).tokens
-    return out
+    }
+    generators = {name: torch.Generator().manual_seed(5) for name in ways}
+    return {
+        name: dsmini.generate(model, PROMPTS, new, generator=generators[name], **options).tokens
+        for name, options in ways.items()
+    }
 
 
 def saved(

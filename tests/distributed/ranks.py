@@ -1,22 +1,29 @@
-"""Run a function in several processes on the loopback interface, as torchrun does, with an end in any case."""
+"""Run functions in several processes on the loopback interface, as torchrun does, with an end in any case.
 
+`run_ranks` gives its work to processes that stay for the next work of the same file, and join the others anew for it.
+`outcomes` starts processes for one work, in which they may die.
+"""
+
+import io
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,29 +32,36 @@ from dsmini.console.command import run
 from dsmini.distributed.meeting import tell
 from dsmini.distributed.world import joined
 
-SECONDS = 60.0
-"""Time limit of a group of processes."""
+SECONDS = 200.0
+"""Time limit of a work, against hangs alone."""
+TIMEOUT = 60.0
+"""Seconds of a collective, against hangs alone."""
 START = multiprocessing.get_context("forkserver")
-PRELOADED = [
-    *("tests.distributed.ranks", "tests.distributed.faulty", "dsmini.train", "dsmini.training.start"),
-    *("dsmini.distributed.watchdog", "dsmini.distributed.checkpoint", "dsmini_kernels.cpu", "torch._dynamo"),
-]
-START.set_forkserver_preload(PRELOADED)  # torch and what else takes long is imported once
+PRELOADED = ["tests.distributed.preloaded"]
+
+
+def serve(modules: list[str]) -> list[str]:
+    """Let processes be forked from one that has imported these modules; return those of the server before."""
+    server: Any = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
+    before = server._preload_modules
+    if before != modules:
+        if server._forkserver_pid is not None:  # the next start of a process starts another one
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+            os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)
+        START.set_forkserver_preload(modules)
+    return before
+
+
+def start(work: Callable[..., None], *args: Any) -> Any:
+    """Start a process that does work(*args), and ends with this one."""
+    serve(PRELOADED)
+    process = START.Process(target=work, args=args, daemon=True)
+    process.start()
+    return process
 
 
 class RankError(AssertionError):
     """A rank raised, died or did not end in time."""
-
-
-def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = SECONDS, timeout: float = 20.0) -> list:
-    """Return the results of work(world, *args) on n ranks; raise RankError with the trace of those that failed.
-
-    Args:
-        work: a function of a module, since the processes import it.
-        timeout: seconds of a collective.
-    """
-    with _started(n, work, args, timeout, new_store(), 0) as (_, receivers):
-        return _results(receivers, time.monotonic() + seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,51 +76,122 @@ class Outcome:
     """The trace of a rank that raised; empty for one that returned, or ended without a word."""
 
 
+class Work(NamedTuple):
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, *first: Any) -> Any:
+        return self.function(*first, *self.args, **self.options)
+
+
+class Ranks:
+    """Processes that wait for work; the arguments are those of `outcomes`."""
+
+    def __init__(self, n: int, store: Any = None, late: float = 0.0) -> None:
+        self.store, self.works = store or new_store(), 0
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(n):
+            ours, theirs = START.Pipe()
+            self.pipes.append(ours)
+            self.processes.append(start(_rank, rank, n, self.store.port, late if rank == n - 1 else 0.0, theirs))
+            theirs.close()
+
+    def give(self, work: Callable[..., Any], timeout: float, attempt: int | None = None) -> None:
+        """Send work to all ranks; without an attempt, the next one."""
+        self.works += 1
+        message = pickle.dumps((work, timeout, self.works if attempt is None else attempt))
+        for pipe in self.pipes:
+            pipe.send_bytes(message)
+
+    def answers(self, seconds: float, until: Callable[[], bool] = lambda: False) -> dict[int, tuple[bool, Any]]:
+        """Return (True, result) or (False, trace) of each rank that has answered in time, or before a condition."""
+        found: dict[int, tuple[bool, Any]] = {}
+        unread, end = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), time.monotonic() + seconds
+        while unread and time.monotonic() < end:
+            ready = wait(list(unread), 0.2)
+            if not ready and until():
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = unread.pop(pipe)
+                with suppress(EOFError, ConnectionResetError):  # it died
+                    found[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+        return found
+
+    def are_stopped(self) -> bool:
+        """Return whether SIGSTOP has stopped all that live, as far as the system tells."""
+        living = [process.pid for process in self.processes if process.exitcode is None]
+        return bool(living) and all(_is_stopped(pid) for pid in living)
+
+    def close(self) -> None:
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+_waiting: dict[int, Ranks] = {}
+"""Ranks that wait for the next work, by their number."""
+
+
+def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = SECONDS, **options: Any) -> list[Any]:
+    """Return the results of work(world, *args, **options) on n ranks; raise RankError with the traces of failures.
+
+    Args:
+        work: a function of a module, since the processes import it. It leaves the process as it was.
+    """
+    ranks = _waiting.pop(n, None) or Ranks(n)
+    try:
+        ranks.give(Work(work, args, options), TIMEOUT)
+        answers = ranks.answers(seconds)
+        words = {rank: answers.get(rank, (False, "died, or did not end in time")) for rank in range(n)}
+        if failures := [f"rank {rank}: {value}" for rank, (good, value) in words.items() if not good]:
+            raise RankError("\n".join(failures))
+    except BaseException:
+        ranks.close()
+        raise
+    _waiting[n] = ranks
+    return [answers[rank][1] for rank in range(n)]
+
+
+def end_waiting_ranks() -> None:
+    while _waiting:
+        _waiting.popitem()[1].close()
+
+
 def outcomes(
     n: int,
     work: Callable[..., Any],
     *args: Any,
     seconds: float = SECONDS,
-    timeout: float = 20.0,
+    timeout: float = TIMEOUT,
     store: Any = None,
     attempt: int = 0,
     late: float = 0.0,
+    **options: Any,
 ) -> list[Outcome]:
-    """Return how work(world, *args) ended on n ranks, which may die. Ranks that SIGSTOP stopped are not waited for.
+    """Return how work(world, *args, **options) ended on n ranks, which may die, or be stopped by SIGSTOP.
 
     Args:
-        store: that of an earlier attempt, as a launcher keeps it; None: a new one.
-        attempt: number of restarts so far.
+        store: that of an earlier attempt, as a launcher holds it; None: a new one.
         late: seconds by which the last rank joins after the others.
     """
-    until = time.monotonic() + seconds
-    answers: dict[int, tuple[bool, Any]] = {}
-    with _started(n, work, args, timeout, store or new_store(), attempt, late) as (processes, receivers):
-        unread = dict(zip(receivers, range(n), strict=True))
-        living = {process.sentinel: process for process in processes}
-        while living and time.monotonic() < until and not all(_is_stopped(one.pid) for one in living.values()):
-            for ready in wait([*unread, *living], 0.2):
-                if isinstance(ready, Connection):
-                    answers |= _answer(ready, unread.pop(ready))
-                else:
-                    living.pop(ready).join()  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for receiver, rank in unread.items():
-            if receiver.poll():
-                answers |= _answer(receiver, rank)
-        statuses = [None if process.sentinel in living else process.exitcode for process in processes]
+    with closing(Ranks(n, store, late)) as ranks:
+        ranks.give(Work(work, args, options), timeout, attempt)
+        end = time.monotonic() + seconds
+        answers = ranks.answers(seconds, ranks.are_stopped)
+        for pipe in ranks.pipes:
+            pipe.close()  # no more work
+        while time.monotonic() < end and not ranks.are_stopped() and any(p.exitcode is None for p in ranks.processes):
+            wait([p.sentinel for p in ranks.processes if p.exitcode is None], 0.2)
+        statuses = [process.exitcode for process in ranks.processes]
     ends = [(status, *answers.get(rank, (False, ""))) for rank, status in enumerate(statuses)]
     return [Outcome(status=s, value=v if good else None, failure="" if good else v) for s, good, v in ends]
 
 
-def _answer(receiver: Connection, rank: int) -> dict[int, tuple[bool, Any]]:
-    try:
-        return {rank: pickle.loads(receiver.recv_bytes())}
-    except EOFError:
-        return {}
-
-
 def _is_stopped(pid: int | None) -> bool:
-    """Return whether SIGSTOP has stopped a process, as far as the system tells."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:  # it has ended
@@ -115,91 +200,40 @@ def _is_stopped(pid: int | None) -> bool:
 
 def new_store() -> Any:
     """Return a store that listens on the loopback interface, as a launcher has it."""
-    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
 
 
-@contextmanager
-def _started(
-    n: int,
-    work: Callable[..., Any],
-    args: tuple[Any, ...],
-    timeout: float,
-    store: Any,
-    attempt: int,
-    late: float = 0.0,
-) -> Iterator[tuple[list[Any], list[Connection]]]:
-    """Start the ranks; yield them and the ends of the pipes that their results come from. Kill them at the end."""
-    pairs = [START.Pipe(duplex=False) for _ in range(n)]
-    processes = [
-        START.Process(
-            target=_rank,
-            args=(rank, n, store.port, timeout, attempt, late if rank == n - 1 else 0.0, sender, work, args),
-            daemon=True,
-        )
-        for rank, (_, sender) in enumerate(pairs)
-    ]
-    try:
-        for process, (_, sender) in zip(processes, pairs, strict=True):
-            process.start()
-            sender.close()
-        yield processes, [receiver for receiver, _ in pairs]
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
-
-
-def _results(receivers: list[Connection], until: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    open_ends = {receiver: rank for rank, receiver in enumerate(receivers)}
-    while open_ends and (left := until - time.monotonic()) > 0:
-        for receiver in wait(list(open_ends), left):
-            assert isinstance(receiver, Connection)
-            rank = open_ends.pop(receiver)
-            try:
-                good, value = pickle.loads(receiver.recv_bytes())
-                (results if good else failures)[rank] = value
-            except EOFError:
-                failures[rank] = "died"
-    failures |= dict.fromkeys(open_ends.values(), "did not end in time")
-    if failures:
-        raise RankError("\n".join(f"rank {rank}: {words}" for rank, words in sorted(failures.items())))
-    return [results[rank] for rank in range(len(receivers))]
-
-
-def _rank(
-    rank: int,
-    n: int,
-    port: int,
-    timeout: float,
-    attempt: int,
-    late: float,
-    sender: Connection,
-    work: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    """Be one rank: join the others, work, and send the result."""
+def _rank(rank: int, n: int, port: int, late: float, pipe: Connection) -> None:
+    """Be one rank: join the others for each work, and send its result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     time.sleep(late)
-    os.environ |= {
-        **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
-    }
-    try:
-        if work in (command, speaking):  # they join the others themselves
-            work(*args)
-        with joined(timeout) as world:
-            result = (True, work(world, *args))
-    except BaseException:
-        result = (False, traceback.format_exc())
-    sender.send_bytes(pickle.dumps(result))  # whole: `send` would share the memory of tensors, which ends with this
-    sender.close()
-    if not result[0]:
-        sys.exit(1)
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return
+        torch.set_num_threads(1)
+        work, timeout, attempt = pickle.loads(message)
+        os.environ |= {
+            **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
+        }
+        try:
+            if work.function in (command, speaking):  # they join the others themselves
+                work()
+            with joined(timeout) as world:
+                result = (True, work(world))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        written = io.BytesIO()
+        torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
+        pipe.send_bytes(written.getbuffer())
+        if not result[0]:
+            sys.exit(1)
+
+
+# --- commands
 
 
 def command(*args: str, name: str = "train") -> None:
@@ -213,26 +247,51 @@ def command(*args: str, name: str = "train") -> None:
         os._exit(end.code if isinstance(end.code, int) else 1)
 
 
-def speaking(
-    folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str], signal_after: float
-) -> None:
-    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into files. For `outcomes`.
+class Speech:
+    """The words of a command's processes, each of which writes into files of a folder."""
 
-    Args:
-        lines: the arguments of each rank; None for one that is missing.
-        environment: changes of what the launcher sets.
-        signal_after: seconds after which SIGTERM comes; 0: never.
-    """
+    def __init__(self, folder: Path, n: int) -> None:
+        self.folder, self.n = folder, n
+        self.statuses: list[int | None] = []
+        """Exit statuses, at the end."""
+
+    def pid(self, rank: int) -> int:
+        return int(self._read("pid", rank))
+
+    @property
+    def outputs(self) -> list[str]:
+        return [self._read("output", rank) for rank in range(self.n)]
+
+    @property
+    def errors(self) -> list[str]:
+        """Texts of the standard errors."""
+        return [self._read("error", rank) for rank in range(self.n)]
+
+    def _read(self, name: str, rank: int) -> str:
+        file = self.folder / f"{name}-{rank}"
+        return file.read_text() if file.exists() else ""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come in time"
+        time.sleep(0.02)
+
+
+def speaking(folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str]) -> None:
+    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into files. For `outcomes`."""
     rank = int(os.environ["RANK"])
     line = lines[rank]
     if line is None:
         os._exit(0)
-    for descriptor, name_of_file in ((1, f"output-{rank}"), (2, f"said-{rank}")):
-        with (folder / name_of_file).open("wb") as file:
+    import_module(f"dsmini.{name}")
+    for descriptor, written in ((1, f"output-{rank}"), (2, f"error-{rank}")):
+        with (folder / written).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    wait_until(lambda: len(list(folder.glob("pid-*"))) == len(lines) - lines.count(None))  # none is late on a busy CPU
     os.environ |= environment
-    if signal_after:
-        threading.Timer(signal_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
     command(*line, name=name)
 
 
@@ -241,12 +300,23 @@ def spoken(
     *lines: Sequence[str] | None,
     name: str = "train",
     environment: Mapping[str, str] | None = None,
-    signal_after: float = 0.0,
-) -> tuple[list[int | None], list[str]]:
-    """Return the exit status of each rank of a command, and what each wrote to the standard error."""
-    ends = outcomes(len(lines), speaking, folder, name, lines, environment or {}, signal_after, seconds=50)
-    said = [folder / f"said-{rank}" for rank in range(len(lines))]
-    return [end.status for end in ends], [file.read_text() if file.exists() else "" for file in said]
+    store: Any = None,
+    meanwhile: Callable[[Speech], None] = lambda speech: None,
+) -> Speech:
+    """Return what the processes of a command said.
+
+    Args:
+        lines: the arguments of each rank; None for one that is missing.
+        environment: changes of what the launcher sets.
+        meanwhile: called while they run.
+    """
+    speech = Speech(Path(tempfile.mkdtemp(dir=folder)), len(lines))
+    other = threading.Thread(target=meanwhile, args=(speech,))
+    other.start()
+    ends = outcomes(len(lines), speaking, speech.folder, name, lines, environment or {}, store=store)
+    other.join()
+    speech.statuses = [end.status for end in ends]
+    return speech
 
 
 def free_port() -> int:

@@ -1,32 +1,156 @@
-"""Whole training runs in any layout of ranks: started, stopped, resumed, and compared."""
+"""Training steps and whole runs in any layout of ranks: with faults, stopped, started again, and compared."""
 
+import dataclasses
+import json
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from dsmini import ModelConfig, RunConfig, TrainConfig
+from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
 from dsmini.config import DataConfig
 from dsmini.config.parallel import ParallelConfig
+from dsmini.data.corpus import Corpus
+from dsmini.distributed.chaos import ChaosPlan, Fault
+from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.events import Event, read_events
+from dsmini.distributed.faults import Chaos
+from dsmini.distributed.mesh import Mesh
+from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.world import World
+from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
+from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
-from tests.distributed.training import new_trainer
+from tests.distributed.ranks import Outcome, outcomes
+from tests.helpers.runs import TIMING
+from tests.helpers.tolerances import FP32_MODEL
 
+CPU = torch.device("cpu")
+TRAIN = TrainConfig(
+    steps=50, batch_size=8, seq_len=16, optimizer="adamw", gate_lr=None, lr=1e-2, bias_speed=0.01, dtype="float32"
+)
+STEPS = 8
 RECIPE: dict[str, Any] = {
-    **{"steps": 8, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "keep": 3, "ema_decay": 0.9},
+    **{"steps": STEPS, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "keep": 3, "ema_decay": 0.9},
     **{"optimizer": "muon", "batch_size": 12, "sample_tokens": 0},
 }
+"""The train config of whole runs."""
+MOVES = 2.0 * TRAIN.lr
+"""Most that AdamW moves an element in a step: lr times at most 2 in the first steps."""
+KILLED = -signal.SIGKILL
 
 
-def new_run(world: World, folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> TrainingRun:
-    """Make a run in a folder, and restore it if it has a checkpoint."""
-    trainer = new_trainer(ParallelConfig(**(parallel or {})), {}, RECIPE | changes, world, folder)
+# --- steps
+
+
+class Trained(NamedTuple):
+    """What some steps leave on a rank."""
+
+    steps: list[StepResult]
+    pieces: dict[str, tuple[HeldRows, Tensor]]
+    """All tensors that this rank holds: model, optimizer and average."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, (_, tensor) in self.pieces.items()}
+
+    @property
+    def losses(self) -> Tensor:
+        """[steps, 3]: main, MTP and balance loss."""
+        return torch.tensor([[s.loss, s.mtp_loss, s.balance_loss] for s in self.steps], dtype=torch.float64)
+
+
+def new_trainer(
+    world: World, parallel: dict[str, Any], model: dict[str, Any], train: dict[str, Any], out: Path | None = None
+) -> Trainer:
+    recipe = dataclasses.replace(TRAIN, **train)
+    config = RunConfig(model=ModelConfig(**(SMALL | model)), train=recipe, parallel=ParallelConfig(**parallel), out=out)
+    config.parallel.check(config.model, config.train, world.size)
+    text = np.frombuffer(bytes(7 * i * i % 61 for i in range(3000)), np.uint8)
+    corpus = Corpus(train=text[:2700], val=text[2700:], source="", files=1, skipped=0, split="", sha256="")
+    torch.manual_seed(0)
+    dtype = getattr(torch, config.train.dtype)
+    if world.size == 1:
+        return Trainer(Transformer(config.model, compute_dtype=dtype), corpus, config, CPU)
+    part = ModelPart.divided(config.model, Mesh(config.parallel, CPU))
+    part.model.compute_dtype = dtype
+    part.fill(CPU)
+    return Trainer(part.model, corpus, config, CPU, part.ranks)
+
+
+def train(
+    world: World,
+    parallel: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    steps: int = 5,
+) -> Trained:
+    """Take steps in a layout."""
+    trainer = new_trainer(world, parallel or {}, model or {}, train or {})
+    return Trained([trainer.step() for _ in range(steps)], held_pieces(trainer))
+
+
+def held_pieces(trainer: Trainer) -> dict[str, tuple[HeldRows, Tensor]]:
+    """Return copies of all tensors that a rank holds, with their places in the whole."""
+    tensors = trainer.tensors()
+    pieces = trainer.pieces(tensors)
+    return {f"{part}/{n}": (pieces[part][n], t.detach().clone()) for part, of in tensors.items() for n, t in of.items()}
+
+
+def far_apart(
+    ranks: Sequence[dict[str, tuple[HeldRows, Tensor]]], want: dict[str, Tensor], allowed: Callable[[Tensor], float]
+) -> list[str]:
+    """Return the tensors of which a rank holds other values than one process, or of which no rank holds a row.
+
+    Args:
+        allowed: the largest difference for a tensor of one process; 0 compares bits.
+    """
+    found = [name for of in ranks for name in of.keys() - want.keys()]
+    for name, whole in want.items():
+        held = [of[name] for of in ranks if name in of]
+        rows = {row for piece, _ in held for row in range(piece.first, piece.first + piece.rows)}
+        good = rows == set(range(len(whole) if whole.dim() else 1))
+        for piece, got in held:
+            same = piece.shape == whole.shape and got.dtype == whole.dtype
+            good &= same and _near(got.view(piece.of(whole).shape), piece.of(whole), allowed(whole))
+        found += [] if good else [name]
+    return found
+
+
+def _near(got: Tensor, want: Tensor, allowed: float) -> bool:
+    return torch.equal(got, want) or (allowed > 0 and (got.double() - want.double()).abs().max().item() <= allowed)
+
+
+def exactly(_: Tensor) -> float:
+    return 0.0
+
+
+def up_to_sums(steps: int) -> Callable[[Tensor], float]:
+    """Return what other orders of sums may change in some steps, relative to a tensor or to a move of AdamW."""
+    return lambda whole: FP32_MODEL * steps * max(whole.double().abs().max().item(), MOVES)
+
+
+# --- runs
+
+
+def fault(kind: str, rank: int, step: int, phase: str) -> Fault:
+    return Fault(kind=kind, rank=rank, step=step, phase=phase)
+
+
+def new_run(
+    world: World, folder: Path, parallel: dict[str, Any] | None = None, faults: Sequence[Fault] = (), **changes: Any
+) -> TrainingRun:
+    """Make a run in a folder, and restore it if it has a checkpoint; faults that have come do not come again."""
+    trainer = new_trainer(world, parallel or {}, {}, RECIPE | changes, folder)
     if world.rank == 0:
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(trainer.config.to_toml())
@@ -35,25 +159,65 @@ def new_run(world: World, folder: Path, parallel: dict[str, Any] | None = None, 
         saver, share = training.saver, (world.rank, world.size)
         said: list[str] = []
         training.resume(last_checkpoint(folder, saver.parts, saver.fits, said.append, world.together, share))
+    survival = training.survival
+    survival.chaos = Chaos(ChaosPlan(faults=tuple(faults)), world.rank, folder, survival.log)
     return training
 
 
-def run(world: World, folder: Path, parallel: dict[str, Any] | None = None, until: int = 8, **changes: Any) -> bool:
-    """Train until a step, after which a signal comes to the last rank; return whether it came to the end."""
-    training = new_run(world, folder, parallel, **changes)
-    real = training.trainer.step
+def run(
+    world: World,
+    folder: Path,
+    parallel: dict[str, Any] | None = None,
+    faults: Sequence[Fault] = (),
+    until: int = 0,
+    **changes: Any,
+) -> bool:
+    """Train; return whether the run came to its end, before a signal came to the last rank in step `until`."""
+    training = new_run(world, folder, parallel, faults, **changes)
 
-    def step() -> Any:
+    def stop() -> None:
         if training.trainer.steps_done == until - 1 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real()
 
-    if until < training.config.train.steps:
-        training.trainer.step = step
+    before_each_step(training, stop)
     return training.train()
 
 
-def saved(folder: Path, step: int) -> dict[str, Tensor]:
+def before_each_step(training: TrainingRun, work: Callable[[], Any]) -> None:
+    real = training.trainer.step
+
+    def step() -> StepResult:
+        work()
+        return real()
+
+    training.trainer.step = step
+
+
+def until_end(
+    n: int, folder: Path, parallel: dict[str, Any], faults: Sequence[Fault], most: int = 16, **changes: Any
+) -> list[list[Outcome]]:
+    """Start a run again until it comes to its end; return how each attempt ended. At most `most` attempts."""
+    attempts: list[list[Outcome]] = []
+    while len(attempts) < most:
+        attempts.append(outcomes(n, run, folder, parallel, faults, **changes))
+        if all(end.status == 0 and end.value is True for end in attempts[-1]):
+            return attempts
+    raise AssertionError("\n".join(str([(e.status, e.failure[-300:]) for e in ends]) for ends in attempts))
+
+
+def statuses(ends: Sequence[Outcome]) -> list[int | None]:
+    return [end.status for end in ends]
+
+
+# --- what runs leave
+
+
+def events(folder: Path, name: str, rank: int = 0) -> list[Event]:
+    """Return the events of one name."""
+    return [event for event in read_events(folder, rank) if event.event == name]
+
+
+def saved(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint."""
     parts = (folder / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
     return {
@@ -61,6 +225,50 @@ def saved(folder: Path, step: int) -> dict[str, Tensor]:
         for path in sorted(parts)
         for name, tensor in SafetensorsReader(path).read_all().items()
     }
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what differs from run to run."""
+    return [_untimed(record.row()) for record in read_records(folder)]
+
+
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMING}
+
+
+def differences(got: Path, want: Path, step: int = STEPS) -> list[str]:
+    """Return what two runs do not have alike at a step: tensors by name, `state` and `rows`."""
+    a, b = saved(got, step), saved(want, step)
+    unequal = [name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b]
+    unequal += [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+    states = [
+        json.loads((folder / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) for folder in (got, want)
+    ]
+    first, second = (_untimed(state) | {"row": _untimed(state["row"])} for state in states)
+    unequal += ["state"] if first != second else []
+    return unequal + (["rows"] if rows(got) != rows(want) else [])
+
+
+def assert_near(got: Path, want: Path) -> None:
+    """Compare the last checkpoints of two runs up to the order of sums."""
+    tensors, wanted = saved(got), saved(want)
+    assert tensors.keys() == wanted.keys()
+    allowed = up_to_sums(STEPS)
+    assert [name for name, w in wanted.items() if not _near(tensors[name], w, allowed(w))] == []
+    assert len(rows(got)) == len(rows(want)) == STEPS
+
+
+def manifest_of_rewritten(world: World, folder: Path, parallel: dict[str, Any], step: int, **changes: Any) -> str:
+    """Load the last checkpoint, of a step, save it again, and return its manifest."""
+    training = new_run(world, folder, parallel, **changes)
+    place = folder / "checkpoints" / f"step-{step:06d}"
+    training.saver.config = RunConfig.from_run(place / "config.toml")
+    training.saver.saved_at = None
+    training.saver.save()
+    return world.first(lambda: (place / "manifest.json").read_text())
+
+
+# --- runs of the command
 
 
 def small_config(folder: Path) -> Path:

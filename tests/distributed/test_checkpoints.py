@@ -1,18 +1,16 @@
 """Checkpoints of several ranks: one format whatever the layout, so that any other layout continues."""
 
-import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dsmini.distributed.world import World
-from dsmini.training.record import read_records
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import RECIPE, run, saved
-from tests.helpers.runs import TIMING
-from tests.helpers.tolerances import FP32_MODEL
+from tests.distributed.runs import assert_near, differences, manifest_of_rewritten, run
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -23,66 +21,39 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def go(n: int, folder: Path, parallel: dict[str, Any], until: int = 8, **changes: Any) -> None:
-    if n == 1:
-        run(World(), folder, parallel, until, **changes)
-    else:
-        run_ranks(n, run, folder, parallel, until)
-
-
-def rows(folder: Path) -> list[str]:
-    return [json.dumps({k: v for k, v in r.row().items() if k not in TIMING}) for r in read_records(folder)]
-
-
-@pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("never stopped")
-    assert run(World(), folder)
+def go(layout: int, folder: Path, until: int = 0) -> Path:
+    n, parallel = LAYOUTS[layout]
+    run_ranks(n, run, folder, parallel, until=until) if n > 1 else run(World(), folder, until=until)
     return folder
 
 
-@pytest.mark.parametrize("after", [2, 4], ids="to layout {}".format)
-@pytest.mark.parametrize("before", [0, 1, 3], ids="layout {}".format)
-def test_another_layout_continues(before: int, after: int, tmp_path: Path, never_stopped: Path) -> None:
-    go(*LAYOUTS[before][:1], tmp_path / "run", LAYOUTS[before][1], 5)
-    go(*LAYOUTS[after][:1], tmp_path / "run", LAYOUTS[after][1])
-    want, got = saved(never_stopped, 8), saved(tmp_path / "run", 8)
-    assert got.keys() == want.keys()
-    lr = 0.01
-    for name, w in want.items():
-        difference = (got[name].double() - w.double()).abs().max().item()
-        assert difference <= FP32_MODEL * 8 * max(w.double().abs().max().item(), 2 * lr), name
-    assert len(rows(tmp_path / "run")) == len(rows(never_stopped)) == RECIPE["steps"]
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """Return the folder of a run of a layout that was stopped in a step; 0: of a whole run."""
+    return cache(lambda layout, until: go(layout, tmp_path_factory.mktemp("left") / "run", until))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, 2), (3, 2), (0, 4), (1, 4), (3, 4)))],
+)
+def test_another_layout_continues(before: int, after: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
+    shutil.copytree(left(before, 5), tmp_path / "run")
+    assert_near(go(after, tmp_path / "run"), left(0, 0))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [1, 3], ids="layout {}".format)
-def test_the_same_layout_continues_bit_for_bit(layout: int, tmp_path: Path) -> None:
-    n, parallel = LAYOUTS[layout]
-    go(n, tmp_path / "whole", parallel)
-    go(n, tmp_path / "stopped", parallel, 5)
-    go(n, tmp_path / "stopped", parallel)
-    want, got = saved(tmp_path / "whole", 8), saved(tmp_path / "stopped", 8)
-    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+def test_the_same_layout_continues_bit_for_bit(layout: int, tmp_path: Path, left: Callable[[int, int], Path]) -> None:
+    shutil.copytree(left(layout, 5), tmp_path / "run")
+    assert differences(go(layout, tmp_path / "run"), left(layout, 0)) == []
 
 
-def test_every_layout_writes_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_every_layout_writes_the_same_bytes(tmp_path: Path, left: Callable[[int, int], Path]) -> None:
     """Write what one process saved again, from every layout."""
-    go(1, tmp_path / "one", {}, 5)
-    want = (tmp_path / "one" / "checkpoints" / "step-000005" / "manifest.json").read_text()
+    shutil.copytree(left(0, 5), tmp_path / "run")
+    want = (tmp_path / "run" / "checkpoints" / "step-000005" / "manifest.json").read_text()
     for n, parallel in LAYOUTS[1:]:
-        (tmp_path / "one" / "events.jsonl").unlink()  # attempts without a step look like a crash loop
-        assert run_ranks(n, rewrite, tmp_path / "one", parallel)[0] == want
-
-
-def rewrite(world: World, folder: Path, parallel: dict[str, Any]) -> str:
-    """Load the last checkpoint, save it again, and return its manifest."""
-    from tests.distributed.runs import new_run
-
-    training = new_run(world, folder, parallel)
-    training.saver.config = training.saver.config.__class__.from_run(
-        folder / "checkpoints" / "step-000005" / "config.toml"
-    )
-    training.saver.saved_at = None
-    training.saver.save()
-    return world.first(lambda: (folder / "checkpoints" / "step-000005" / "manifest.json").read_text())
+        (tmp_path / "run" / "events.jsonl").unlink()  # attempts without a step look like a crash loop
+        assert run_ranks(n, manifest_of_rewritten, tmp_path / "run", parallel, 5)[0] == want

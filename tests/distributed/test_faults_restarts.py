@@ -17,16 +17,16 @@ from dsmini.distributed.goodput import goodput
 from dsmini.distributed.world import World
 from dsmini.planner.quantities.quantity import SECONDS
 from dsmini.planner.reliability import FailureInputs, effective_share
-from tests.distributed.faulty import differences, events, fault, faulty, prepared, statuses, until_end
 from tests.distributed.ranks import command, outcomes, run_ranks
-from tests.distributed.runs import saved, small_config
+from tests.distributed.runs import differences, events, fault, new_run, run, saved, small_config, statuses, until_end
 
+pytestmark = pytest.mark.slow
 EP: dict[str, Any] = {"ep": 2}
 
 
 def test_crash_loop_puts_its_checkpoint_aside(tmp_path: Path) -> None:
     """Let four attempts die in step 5: the one that saved step 4, and three that start from it."""
-    run_ranks(2, faulty, tmp_path / "whole", EP, ())
+    run_ranks(2, run, tmp_path / "whole", EP)
     faults = [fault(kind, 1, 5, "forward") for kind in ("exception", "abort", "kill", "segfault")]
     attempts = until_end(2, tmp_path / "run", EP, faults)
     assert len(attempts) == 5 and all(statuses(ends)[1] != 0 for ends in attempts[:4])
@@ -43,15 +43,6 @@ def test_crash_loop_puts_its_checkpoint_aside(tmp_path: Path) -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the config of a small run of 6 steps."""
     return small_config(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> Path:
-    """Return a run of the command without faults."""
-    folder = config.parent / "whole"
-    ends = outcomes(2, command, str(config), "--out", str(folder))
-    assert statuses(ends) == [0, 0]
-    return folder
 
 
 def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
@@ -75,8 +66,9 @@ def kills(seed: int, steps: int, mean: float) -> tuple[Fault, ...]:
     return ChaosPlan.from_seed(seed, 2, steps, mean, ("kill",)).faults
 
 
-def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
     """Let the second of two kills use up the one restart; then start all again by hand."""
+    assert statuses(outcomes(2, command, str(config), "--out", str(tmp_path / "whole"))) == [0, 0]
     seed = next(seed for seed in range(1000) if [one.step for one in kills(seed, 6, 3)] in ([2, 4], [2, 5], [3, 5]))
     args = [str(config), "--out", str(tmp_path / "run"), "--resume", "auto", "--chaos", f"{seed}:3:kill"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
@@ -87,7 +79,7 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, whole:
         torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     try:
-        said, _ = launcher.communicate(timeout=120)
+        said, _ = launcher.communicate(timeout=250)
     finally:
         launcher.terminate()  # it ends its workers
         launcher.wait(timeout=60)
@@ -95,16 +87,16 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, whole:
     assert len(events(tmp_path / "run", "started")) == 2, said
     assert events(tmp_path / "run", "started")[1].step > 0
     assert statuses(outcomes(2, command, *args)) == [0, 0]
-    got, want = saved(tmp_path / "run", 6), saved(whole, 6)
+    got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 # --- the cost
 
 
-def slow(world: World, folder: Path, faults: Any, changes: Any, seconds: float) -> bool:
+def slow(world: World, folder: Path, faults: Any, seconds: float, **changes: Any) -> bool:
     """Train with steps that take some time, as on a larger model."""
-    training = prepared(world, folder, EP, faults, **changes)
+    training = new_run(world, folder, EP, faults, **changes)
     real = training.trainer.step
 
     def step() -> Any:
@@ -117,27 +109,21 @@ def slow(world: World, folder: Path, faults: Any, changes: Any, seconds: float) 
     return training.train()
 
 
-def measured_and_predicted(folder: Path, steps: int, mean: float, seed: int, seconds: float, every: int) -> Any:
-    """Run with kills as a Poisson process; return the measured share of training, the planner's, and the account."""
-    changes = {"steps": steps, "save_every": every, "eval_every": steps, "optimizer": "adamw", "ema_decay": None}
-    faults = kills(seed, steps, mean)
+def test_goodput_under_kills_is_the_planners(tmp_path: Path) -> None:
+    """Run with kills as a Poisson process; compare the measured share of training with the planner's."""
+    faults = next(faults for seed in range(100) if len(faults := kills(seed, 100, 25)) == 5)
+    changes = {"steps": 100, "save_every": 4, "eval_every": 100, "optimizer": "adamw", "ema_decay": None}
     for _ in range(len(faults) + 1):
-        ends = outcomes(2, slow, folder, faults, changes, seconds, seconds=600.0)
+        ends = outcomes(2, slow, tmp_path / "run", faults, 0.03, **changes)
         if all(end.value is True for end in ends):
             break
     assert all(end.value is True for end in ends)
-    account = goodput(folder)
+    account = goodput(tmp_path / "run")
     assert account.failures == len(faults) and account.training_share is not None
     assert account.restart_seconds and account.saving_seconds and account.interval_seconds
     assert account.mean_seconds_between_failures
     inputs = FailureInputs(restart_time=SECONDS(account.restart_seconds), write_time=SECONDS(account.saving_seconds))
     mttf, interval = SECONDS(account.mean_seconds_between_failures), SECONDS(account.interval_seconds)
-    return account.training_share, effective_share(mttf, interval, inputs).value, account
-
-
-def test_goodput_under_kills_is_the_planners(tmp_path: Path) -> None:
-    seed = next(seed for seed in range(100) if len(kills(seed, 100, 25)) == 5)
-    measured, predicted, account = measured_and_predicted(tmp_path / "run", 100, 25, seed, 0.03, 4)
     assert sum(account.microseconds.values()) == account.total
-    assert abs(measured - predicted) < 0.05
-    assert 0.2 < measured < 0.95
+    assert abs(account.training_share - effective_share(mttf, interval, inputs).value) < 0.05
+    assert 0.2 < account.training_share < 0.95

@@ -13,13 +13,24 @@ import pytest
 import torch
 
 from dsmini.checkpoint.training_state import Checkpoint, RunState
-from dsmini.distributed.chaos import Fault
 from dsmini.distributed.spikes import SkippedBatches
 from dsmini.distributed.world import World
-from tests.distributed.faulty import differences, events, fault, faulty, prepared, rows, statuses, until_end
 from tests.distributed.ranks import outcomes, run_ranks
-from tests.distributed.runs import RECIPE, saved
+from tests.distributed.runs import (
+    RECIPE,
+    before_each_step,
+    differences,
+    events,
+    fault,
+    new_run,
+    rows,
+    run,
+    saved,
+    statuses,
+    until_end,
+)
 
+pytestmark = pytest.mark.slow
 EP: dict[str, Any] = {"ep": 2}
 ROWS = RECIPE["batch_size"]
 NANS = [fault("nan", 1, step, "forward") for step in (7, 8)]
@@ -28,21 +39,20 @@ LEFT_OUT = SkippedBatches(ranges=((60, 65),), rewinds=1)
 PARTS = ("model", "optimizer", "average", "rng")
 TIMES = ("seconds", "corpus_sha256")
 """Fields that change no step: the time so far, and what a resumed run only compares."""
+DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in TIMES)]
 
 
 def stopped_after_seven(world: World, folder: Path, stop: bool) -> bool:
     """Train with a skipped step and sequences that are left out; stop after step 7 if asked to."""
-    training = prepared(world, folder, EP, NANS)
+    training = new_run(world, folder, EP, NANS)
     training.trainer.left_out = LEFT_OUT
-    real = training.trainer.step
 
-    def step() -> Any:
+    def before() -> None:
         torch.rand(1)  # so that the random numbers are in another state after each step
         if stop and training.trainer.steps_done == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real()
 
-    training.trainer.step = step
+    before_each_step(training, before)
     return training.train()
 
 
@@ -55,39 +65,26 @@ def without(checkpoint: Checkpoint, dropped: str) -> Checkpoint:
         if dropped == "rng":
             tensors = {name: torch.Generator().manual_seed(9).get_state() for name in tensors}
         return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, dropped: tensors})
-    fresh = {"best_val_loss": None, "best_val_step": None, "left_out": {}, "corpus_sha256": ""}
-    value: Any = fresh.get(dropped, 0)
-    if dropped == "row":
-        value = {**checkpoint.state.row, "loss": 0.0}
+    fresh: dict[str, Any] = {"left_out": {}, "row": {**checkpoint.state.row, "loss": 0.0}}
+    changes = {dropped: fresh.get(dropped, 0)}
     if dropped.startswith("best_val"):  # they go together
-        return dataclasses.replace(
-            checkpoint, state=dataclasses.replace(checkpoint.state, best_val_loss=None, best_val_step=None)
-        )
-    return dataclasses.replace(checkpoint, state=dataclasses.replace(checkpoint.state, **{dropped: value}))
+        changes = {"best_val_loss": None, "best_val_step": None}
+    return dataclasses.replace(checkpoint, state=dataclasses.replace(checkpoint.state, **changes))
 
 
 def resumed_without(world: World, before: Path, place: Path, parts: Sequence[str]) -> None:
     """For each part: continue a stopped run from a checkpoint that lacks it, in a folder of its own."""
     for part in parts:
         world.first(lambda part=part: shutil.copytree(before, place / part) and None)
-        training = prepared(world, place / part, EP, NANS)
+        training = new_run(world, place / part, EP, NANS)
         checkpoint = without(training.newest_checkpoint(str), part)
         torch.manual_seed(5)
         training.saver.saved_at = None
         training.trainer.left_out = SkippedBatches()
         training.history.best = None
         training.resume(checkpoint)
-        real = training.trainer.step
-
-        def step(real: Any = real) -> Any:
-            torch.rand(1)
-            return real()
-
-        training.trainer.step = step
+        before_each_step(training, lambda: torch.rand(1))
         training.train()
-
-
-DROPPED = [*PARTS, *(f.name for f in dataclasses.fields(RunState) if f.name not in TIMES)]
 
 
 @pytest.fixture(scope="module")
@@ -114,39 +111,35 @@ def test_each_part_that_is_dropped_is_seen(part: str, resumed: Path) -> None:
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+    """Compare what the ranks hold alike after each step."""
     for rank in (0, 1):
-        run_ranks(2, checked, tmp_path / f"{rank}", [fault("nan", rank, 3, "forward")])
+        faults = [fault("nan", rank, 3, "forward")]
+        assert run_ranks(2, run, tmp_path / f"{rank}", {"dp": 2, "check_replicas": 1}, faults) == [True, True]
     assert [row["step"] for row in rows(tmp_path / "0") if row["skipped"]] == [3]
-    got, want = saved(tmp_path / "1", 8), saved(tmp_path / "0", 8)
+    got, want = saved(tmp_path / "1"), saved(tmp_path / "0")
     assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def checked(world: World, folder: Path, faults: Sequence[Fault]) -> None:
-    """Train, and compare what the ranks hold alike after each step."""
-    training = prepared(world, folder, {"dp": 2, "check_replicas": 1}, faults)
-    assert training.train()
 
 
 SPIKE: dict[str, Any] = {"steps": 40, "max_rewinds": 2, "eval_every": 40, "ema_decay": None, "optimizer": "adamw"}
 
 
+def left_out(world: World, folder: Path, ranges: Any) -> bool:
+    training = new_run(world, folder, EP, **SPIKE)
+    training.trainer.left_out = SkippedBatches(ranges=ranges, rewinds=1)
+    return training.train()
+
+
 def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
-    assert run_ranks(2, faulty, tmp_path / "run", EP, [fault("spike", 1, 36, "forward")], SPIKE) == [True, True]
+    faults = [fault("spike", 1, 36, "forward")]
+    assert run_ranks(2, run, tmp_path / "run", EP, faults, **SPIKE) == [True, True]
     (rewound,) = events(tmp_path / "run", "rewound")
     assert rewound.step == 34
     assert run_ranks(2, left_out, tmp_path / "want", ((34 * ROWS, 36 * ROWS),)) == [True, True]
     assert differences(tmp_path / "run", tmp_path / "want", 40) == []
 
 
-def left_out(world: World, folder: Path, ranges: Any) -> bool:
-    training = prepared(world, folder, EP, (), **SPIKE)
-    training.trainer.left_out = SkippedBatches(ranges=ranges, rewinds=1)
-    return training.train()
-
-
 def test_healthy_noise_does_not_rewind(tmp_path: Path) -> None:
-    changes = SPIKE | {"batch_size": 2, "lr": 3e-2}
-    assert run_ranks(2, faulty, tmp_path / "run", EP, (), changes) == [True, True]
+    assert run_ranks(2, run, tmp_path / "run", EP, **SPIKE | {"batch_size": 2, "lr": 3e-2}) == [True, True]
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert max(b - a for a, b in pairwise(losses)) > 0.05  # there is noise
     assert events(tmp_path / "run", "rewound") == []
@@ -154,15 +147,15 @@ def test_healthy_noise_does_not_rewind(tmp_path: Path) -> None:
 
 def test_more_spikes_than_rewinds_end_the_run(tmp_path: Path) -> None:
     faults = [fault("spike", rank, step, "forward") for rank, step in ((1, 36), (0, 37))]
-    ends = outcomes(2, faulty, tmp_path / "run", EP, faults, SPIKE | {"max_rewinds": 1})
+    ends = outcomes(2, run, tmp_path / "run", EP, faults, **SPIKE | {"max_rewinds": 1})
     assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)
 
 
 def test_flipped_bit_is_caught_within_its_steps_and_never_saved(tmp_path: Path) -> None:
-    layout = {"dp": 3, "check_replicas": 2}
-    run_ranks(3, faulty, tmp_path / "whole", layout, (), {"keep": 8, "optimizer": "adamw"})
+    layout, changes = {"dp": 3, "check_replicas": 2}, {"keep": 8, "optimizer": "adamw"}
+    run_ranks(3, run, tmp_path / "whole", layout, **changes)
     faults = [fault("flip", 1, 4, "between")]  # after step 3, before the step that is saved
-    attempts = until_end(3, tmp_path / "run", layout, faults, keep=8, optimizer="adamw")
+    attempts = until_end(3, tmp_path / "run", layout, faults, **changes)
     assert [statuses(ends) for ends in attempts] == [[1] * 3, [0] * 3]
     assert all("rank 1 differs in" in end.failure for end in attempts[0])
     (found,) = events(tmp_path / "run", "corrupted")

@@ -15,17 +15,17 @@ from dsmini.distributed.chaos import Fault
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.saving import NotSavedError
-from tests.distributed.faulty import STEPS, differences, fault, faulty, prepared, until_end
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import new_run
+from tests.distributed.runs import STEPS, differences, fault, new_run, run, until_end
 
+pytestmark = pytest.mark.slow
 EP: dict[str, Any] = {"ep": 2}
 THREE: dict[str, Any] = {"dp": 3}
 
 
-def told(world: World, folder: Path, faults: list[Fault], changes: Any = None) -> tuple[str, str]:
+def told(world: World, folder: Path, faults: list[Fault], **changes: Any) -> tuple[str, str]:
     """Train; return what the run says on its way, and the error of its last save."""
-    training = prepared(world, folder, THREE, faults, **(changes or {}))
+    training = new_run(world, folder, THREE, faults, **changes)
     said, error = io.StringIO(), ""
     training.console = Console(file=said, width=1000)
     try:
@@ -39,7 +39,7 @@ def told(world: World, folder: Path, faults: list[Fault], changes: Any = None) -
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of three ranks without faults."""
     folder = tmp_path_factory.mktemp("three")
-    run_ranks(3, faulty, folder, THREE, ())
+    run_ranks(3, run, folder, THREE)
     return folder
 
 
@@ -50,8 +50,7 @@ def test_storage_error_names_its_ranks_and_the_run_continues(background: bool, t
         *(fault("full_disk", rank, 4, "save:staged") for rank in (1, 2)),
         fault("full_disk", 0, 6, "save:before_rename"),
     ]
-    changes = {"save_in_background": background}
-    (said, error), *others = run_ranks(3, told, tmp_path / "run", faults, changes)
+    (said, error), *others = run_ranks(3, told, tmp_path / "run", faults, save_in_background=background)
     assert error == "" and all(other[1] == "" for other in others)
     assert "step 2: rank 1: Input/output error; no earlier one is there" in said
     assert "step 4: ranks 1, 2: No space left on device" in said
@@ -73,9 +72,9 @@ def test_failed_last_save_raises_on_all_ranks(tmp_path: Path, three: Path) -> No
 
 def background(world: World, folder: Path) -> list[str]:
     """Train with slow saves in the background; return the phases of saves and steps of this rank, in their order."""
-    training = prepared(world, folder, EP, (), save_in_background=True)
+    training = new_run(world, folder, EP, save_in_background=True)
     told: list[str] = []
-    real, at = training.trainer.step, training.saver.at
+    at = training.saver.at
 
     def slow(phase: str) -> None:
         told.append(phase)
@@ -84,6 +83,8 @@ def background(world: World, folder: Path) -> list[str]:
             while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
                 pass
         at(phase)
+
+    real = training.trainer.step
 
     def step() -> Any:
         result = real()
@@ -96,7 +97,7 @@ def background(world: World, folder: Path) -> list[str]:
 
 
 def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> None:
-    run_ranks(2, faulty, tmp_path / "whole", EP, ())
+    run_ranks(2, run, tmp_path / "whole", EP)
     told = run_ranks(2, background, tmp_path / "run")[0]
     for step in (4, 6, 8):
         assert differences(tmp_path / "run", tmp_path / "whole", step) == []
@@ -139,63 +140,59 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "no state": lambda folder: (folder / "state.json").unlink(),
 }
+ALL_DAMAGED = "all"
 
 
-def look(world: World, whole: Path, place: Path) -> dict[str, tuple[int, bool, list[str]]]:
-    """For each damage of the newest checkpoint: return the step that is read, whether nothing changed, what is said."""
+def damaged(whole: Path, place: Path) -> None:
+    """Make a copy of a run for each damage of its newest checkpoint, and one in which each checkpoint has a bad bit."""
+    for name in (*DAMAGE, ALL_DAMAGED):
+        shutil.copytree(whole, place / name)
+        for path in (place / name / "checkpoints").iterdir():
+            if name == ALL_DAMAGED or path.name == f"step-{STEPS:06d}":
+                DAMAGE.get(name, flip_a_bit)(path)
+
+
+def look(world: World, place: Path) -> dict[str, tuple[bool, int, list[str]]]:
+    """Return for each damage: whether nothing changed, the step that is read or 0, and what is said."""
     training = new_run(world, place / "live", EP)
     training.trainer.step()
     found = {}
-    for name, damage in DAMAGE.items():
-        folder = place / name
-
-        def damaged(folder: Path = folder, damage: Callable[[Path], None] = damage) -> None:
-            shutil.copytree(whole, folder)
-            damage(folder / "checkpoints" / f"step-{STEPS:06d}")
-
-        world.first(damaged)
-        said: list[str] = []
-        before = live(training)
-        training.folder = folder
-        checkpoint = training.newest_checkpoint(said.append)
-        found[name] = (checkpoint.state.step, equal(before, live(training)), said)
-    world.first(lambda: [flip_a_bit(path) for path in (place / "bit" / "checkpoints").iterdir()] and None)
-    training.folder = place / "bit"
-    before, error = live(training), ""
-    world.first(lambda: flip_a_bit(place / "bit" / "checkpoints" / f"step-{STEPS:06d}"))  # it was flipped back
-    try:
-        training.newest_checkpoint(lambda sentence: None)
-    except ValueError as failure:
-        error = str(failure)
-    return found | {"all": (0, equal(before, live(training)), [error])}
+    for name in (*DAMAGE, ALL_DAMAGED):
+        before, said, step = live(training), [], 0
+        training.folder = place / name
+        try:
+            step = training.newest_checkpoint(said.append).state.step
+        except ValueError as failure:
+            said = [str(failure)]
+        after = live(training)
+        found[name] = (all(torch.equal(after[key], tensor) for key, tensor in before.items()), step, said)
+    return found
 
 
-def live(training: Any) -> dict[str, Any]:
+def live(training: Any) -> dict[str, torch.Tensor]:
     parts = training.trainer.tensors() | {"rng": random_state(training.trainer.device)}
     tensors = {f"{part}/{name}": t.detach().clone() for part, of in parts.items() for name, t in of.items()}
     return tensors | {"steps": torch.tensor(training.trainer.steps_done)}
 
 
-def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
-def looks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, bool, list[str]]]]:
+def looks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[bool, int, list[str]]]]:
     place = tmp_path_factory.mktemp("damage")
-    run_ranks(2, faulty, place / "whole", EP, ())
-    return run_ranks(2, look, place / "whole", place)
+    run_ranks(2, run, place / "whole", EP)
+    damaged(place / "whole", place)
+    return run_ranks(2, look, place)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_checkpoint_is_refused_before_anything_changes(name: str, looks: Any) -> None:
     for of_rank in looks:
-        step, unchanged, said = of_rank[name]
-        assert step == 6 and unchanged
+        unchanged, step, said = of_rank[name]
+        assert unchanged and step == 6
         assert len(said) == 1 and f"step-{STEPS:06d}" in said[0] and "using step-000006" in said[0]
 
 
 def test_all_checkpoints_damaged_raises_on_all_ranks(looks: Any) -> None:
     for of_rank in looks:
-        _, unchanged, (error,) = of_rank["all"]
-        assert unchanged and error.count("cannot read") == 3 and "no other checkpoint" in error
+        unchanged, step, (error,) = of_rank[ALL_DAMAGED]
+        assert unchanged and step == 0
+        assert error.count("cannot read") == 3 and "no other checkpoint" in error

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from dsmini import ModelConfig, Transformer, load_pretrained
 from dsmini.checkpoint.trained_model import load_run as load_whole
 from dsmini.distributed.expert_shares import ExpertHolders
+from dsmini.distributed.generation import read_placement, sharing
 from dsmini.distributed.pretrained import load_pretrained as load_part
 from dsmini.distributed.pretrained import load_run
 from dsmini.distributed.shared_tokens import Agreement, ExpertShare, SharedTokens
@@ -24,14 +23,20 @@ from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE
 from tests.conftest import randomise
 from tests.distributed.generating import PROMPTS, SIZES, generated, logits_of, new_folder, part, placement_of
-from tests.distributed.ranks import free_port, run_ranks
-from tests.helpers.commands import place_with_run, run, start
+from tests.distributed.ranks import Speech, run_ranks, spoken, wait_until
+from tests.helpers.commands import place_with_run, run
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
 @pytest.mark.parametrize(
     ("n", "fp8", "copies"),
-    [(2, "dequantize", False), (4, "dequantize", True), (2, "keep", True), (4, "keep", False)],
+    [
+        (2, "keep", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, "dequantize", False), (4, "dequantize", True), (4, "keep", False))
+        ),
+    ],
     ids=str,
 )
 def test_ranks_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any, copies: bool) -> None:
@@ -42,11 +47,9 @@ def test_ranks_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: A
     for one in got:
         assert relative_error(one.logits, want) < FP32_MODEL
         assert one.logits.equal(got[0].logits)
-        for way in tokens:
-            assert one.tokens[way].equal(got[0].tokens[way])
-        assert one.tokens["greedy"].equal(tokens["greedy"])
-        assert one.tokens["speculative"].equal(tokens["greedy"])
-        assert one.tokens["drawn"].equal(tokens["drawn"])
+        assert all(one.tokens[way].equal(got[0].tokens[way]) for way in tokens)
+        for way, as_in in (("greedy", "greedy"), ("speculative", "greedy"), ("drawn", "drawn")):
+            assert one.tokens[way].equal(tokens[as_in]), way
 
 
 def layer_of_simulated_fp8(world: World) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,21 +66,22 @@ def layer_of_simulated_fp8(world: World) -> tuple[torch.Tensor, torch.Tensor]:
         return want, moe(x)[0]
 
 
+@pytest.mark.slow
 def test_rows_in_simulated_fp8_are_divided_too() -> None:
     for want, got in run_ranks(2, layer_of_simulated_fp8):
         assert relative_error(got, want) < FP32_MODEL
 
 
-def refusal_with_gradients(world: World, folder: Path) -> str:
+def refuse_gradients(world: World, folder: Path) -> None:
     model = load_part(world, folder)
     assert Decoder(model).parts[-1] is None, "the kernels of a step would take all experts to be here"
-    with pytest.raises(ValueError, match=r"use torch.no_grad\(\)") as refused:
+    with pytest.raises(ValueError, match=r"use torch.no_grad\(\)"):
         model(torch.tensor([[1, 2, 3]]))
-    return str(refused.value)
 
 
+@pytest.mark.slow
 def test_gradients_through_divided_experts_are_refused(tmp_path: Path) -> None:
-    assert all(run_ranks(2, refusal_with_gradients, new_folder(tmp_path / "model")))
+    run_ranks(2, refuse_gradients, new_folder(tmp_path / "model"))
 
 
 def agreement(world: World, folder: Path, what: str) -> tuple[str, int]:
@@ -104,6 +108,7 @@ def agreement(world: World, folder: Path, what: str) -> tuple[str, int]:
     return "", generation.stats.new_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "words", "steps"),
     [("stop", "KeyboardInterrupt", 5), ("seed", "ValueError the processes", 20), ("visit", "ValueError the pro", 5)],
@@ -112,6 +117,24 @@ def test_ranks_end_together_after_a_step(tmp_path: Path, what: str, words: str, 
     first, second = run_ranks(2, agreement, new_folder(tmp_path / "model"), what)
     assert first == second and first[0].startswith(words)
     assert first[1] == 3 * steps if what != "seed" else first[1] < 3 * steps
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"experts": [[0, 1]', "JSON"), ('{"experts": [0, 1]}', "want a list of layers"), ("[[0, 1.5]]", "want a list")],
+)
+def test_placement_that_is_no_table_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "placed.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_placement(tmp_path / "placed.json")
+
+
+def test_placement_for_one_process_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="there is one; start torchrun"),
+        sharing("", "cpu", Path("placed.json"), lambda: None),  # pyright: ignore[reportArgumentType]
+    ):
+        pass
 
 
 # --- the command
@@ -125,79 +148,66 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(n: int, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, stdin: int | None = None) -> list[Any]:
-    """Start a command in n processes, as a launcher does."""
-    port, processes = free_port(), []
-    for rank in range(n):
-        for name, value in {
-            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"},
-        }.items():
-            monkeypatch.setenv(name, str(value))
-        processes.append(start(command, folder, stdin if rank == 0 else subprocess.DEVNULL))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    return processes
-
-
-def ends(processes: list[Any]) -> list[tuple[int, str, str]]:
-    """Return status, output and errors of each process."""
-    try:
-        said = [process.communicate(timeout=60) for process in processes]
-        return [(process.wait(), *texts) for process, texts in zip(processes, said, strict=True)]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-
-
-def test_command_answers_as_one_process_and_rank_0_speaks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "dsmini.generate runs/x --prompt 'The qu' T --max-new-tokens 40 --temperature 0.5 --json --dtype float32"
+@pytest.mark.slow
+def test_command_answers_as_one_process_and_rank_0_speaks(place: Path) -> None:
+    line = [
+        str(place / "runs/x"),
+        "--prompt",
+        "The qu",
+        "T",
+        "--max-new-tokens",
+        "40",
+        "--temperature",
+        "0.5",
+        "--json",
+    ]
+    line += ["--dtype", "float32"]
     placed = run("dsmini.distributed.eplb runs/x --gpus 2 --redundant 4 --json", place)
     (place / "placed.json").write_text(placed.stdout)
-    want = json.loads(run(line, place).stdout)
-    for more in ("", " --placement placed.json"):
-        (status, said, _), other = ends(launch(2, line + more, place, monkeypatch))
-        got = json.loads(said)
-        assert status == 0 and other == (0, "", "")
+    want = spoken(place, line, name="generate")
+    for more in ([], ["--placement", str(place / "placed.json")]):
+        got = spoken(place, *[[*line, *more]] * 2, name="generate")
+        assert got.statuses == [0, 0] and got.errors[1] == got.outputs[1] == ""
+        answer, wanted = json.loads(got.outputs[0]), json.loads(want.outputs[0])
         for key in ("answers", "new_tokens", "moved_bytes_per_token", "cache_bytes"):
-            assert got[key] == want[key], key
+            assert answer[key] == wanted[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("n", "arguments", "words"),
+    ("n", "run_folder", "arguments", "words"),
     [
-        (2, "runs/none --prompt T", "there is no folder runs/none"),
-        (3, "runs/x --prompt T", "experts are not divisible by 3 processes"),
-        (2, f"runs/x --prompt '{'T' * 300}' --context 20", "longer than the model's context of 32"),
-        (2, "runs/x --prompt T --placement book.txt", "book.txt"),
-        (2, "runs/x --prompt T --temperature -1", "temperature"),
+        (2, "runs/none", [], "there is no folder"),
+        (3, "runs/x", [], "experts are not divisible by 3 processes"),
+        (2, "runs/x", ["--prompt", "T" * 300, "--context", "20"], "longer than the model's context of 32"),
+        (2, "runs/x", ["--placement", "{}/book.txt"], "book.txt"),
+        (2, "runs/x", ["--temperature", "-1"], "temperature"),
     ],
 )
 def test_command_says_once_what_is_wrong(
-    place: Path, monkeypatch: pytest.MonkeyPatch, n: int, arguments: str, words: str
+    place: Path, n: int, run_folder: str, arguments: list[str], words: str
 ) -> None:
-    said = ends(launch(n, f"dsmini.generate {arguments}", place, monkeypatch))
-    assert [status for status, _, _ in said] == [2] * n
-    assert said[0][2].startswith("error: ") and words in said[0][2] and len(said[0][2].splitlines()) == 1
-    assert [(out, err) for _, out, err in said[1:]] == [("", "")] * (n - 1)
+    line = [str(place / run_folder), "--prompt", "T", *(word.format(place) for word in arguments)]
+    got = spoken(place, *[line] * n, name="generate")
+    assert got.statuses == [2] * n and got.outputs == [""] * n
+    assert got.errors[0].startswith("error: ") and words in got.errors[0] and got.errors[0].count("\n") == 1
+    assert got.errors[1:] == [""] * (n - 1)
 
 
-def test_placement_for_one_process_is_refused(place: Path) -> None:
-    done = run("dsmini.generate runs/x --prompt T --placement placed.json", place)
-    assert done.returncode == 2 and "there is one; start torchrun" in done.stderr
+def stop_rank_1(speech: Speech) -> None:
+    """Send SIGTERM to rank 1 once rank 0 has written."""
+    wait_until(lambda: speech.outputs[0] != "")
+    os.kill(speech.pid(1), signal.SIGTERM)
 
 
-def test_signal_to_one_rank_ends_all_with_what_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = launch(2, "dsmini.generate runs/x --prompt T --max-new-tokens 1000000", place, monkeypatch)
-    try:
-        first = processes[0].stdout.read(3)
-        time.sleep(0.2)
-        os.kill(processes[1].pid, signal.SIGTERM)
-    finally:
-        (status, said, err), other = ends(processes)
-    assert first + said and status == 130 and "new tokens" in err and "lost" not in err
-    assert other == (130, "", "")
+@pytest.mark.slow
+def test_signal_to_one_rank_ends_all_with_what_is_written(place: Path) -> None:
+    line = [str(place / "runs/x"), "--prompt", "T", "--max-new-tokens", "1000000"]
+    got = spoken(place, line, line, name="generate", meanwhile=stop_rank_1)
+    assert (
+        got.statuses == [130, 130] and got.outputs[0] and "new tokens" in got.errors[0] and "lost" not in got.errors[0]
+    )
+    assert got.errors[1] == got.outputs[1] == ""
 
 
 def rows_of_run(world: World, run_folder: Path) -> tuple[list[str], torch.Tensor]:
@@ -209,6 +219,7 @@ def rows_of_run(world: World, run_folder: Path) -> tuple[list[str], torch.Tensor
         )
 
 
+@pytest.mark.slow
 def test_run_is_divided_from_its_checkpoint(place: Path) -> None:
     whole: Transformer = load_whole(place / "runs/x", torch.float32)[0]
     with torch.no_grad():

@@ -4,6 +4,7 @@ import dataclasses
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,7 @@ from dsmini.training.part_memory import part_bytes, refuse_oversized
 from dsmini.training.sample import write_sample
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import new_run
-from tests.distributed.training import CPU, TRAIN, new_trainer
+from tests.distributed.runs import CPU, TRAIN, new_run, new_trainer
 
 MODELS: list[dict[str, Any]] = [{}, {"n_mtp_layers": 0, "n_dense_layers": 2}, {"precision": "fp8", "n_dense_layers": 4}]
 TRAINS: list[dict[str, Any]] = [{"moments": "bfloat16", "grad_accum": 2}, {"optimizer": "muon", "dtype": "bfloat16"}]
@@ -40,7 +40,7 @@ def test_one_process_holds_what_is_counted_from_its_config(model: dict[str, Any]
 
 
 def counted_and_held(world: World, parallel: dict[str, Any], train: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-    trainer = new_trainer(ParallelConfig(**parallel), {"n_layers": 4}, train, world)
+    trainer = new_trainer(world, parallel, {"n_layers": 4}, train)
     config = trainer.config
     part = ModelPart.divided(config.model, Mesh(config.parallel, CPU))
     trainer.step()
@@ -48,6 +48,7 @@ def counted_and_held(world: World, parallel: dict[str, Any], train: dict[str, An
     return part_bytes(config, part).by_part, held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "train"),
     [
@@ -84,14 +85,15 @@ def refusal(world: World, missing: int) -> str:
     config = RunConfig(model=ModelConfig(**SMALL), train=TRAIN, parallel=ParallelConfig(ep=2))
     part = ModelPart.divided(config.model, Mesh(config.parallel, CPU))
     both = sum(world.gather(int(part_bytes(config, part).total)))
-    memory.free_bytes = lambda device: both - missing
-    try:
-        refuse_oversized(config, CPU, part, world)
-    except ValueError as error:
-        return str(error).replace(f"{both:,}", "BOTH")
+    with mock.patch.object(memory, "free_bytes", return_value=both - missing):
+        try:
+            refuse_oversized(config, CPU, part, world)
+        except ValueError as error:
+            return str(error).replace(f"{both:,}", "BOTH")
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_of_a_machine_share_its_memory() -> None:
     assert run_ranks(2, refusal, 0) == ["", ""]
     for said in run_ranks(2, refusal, 1):
@@ -106,11 +108,12 @@ def samples(world: World, folder: Path) -> tuple[str, str, str]:
         return "", "", ""
     training.console = Console(file=io.StringIO(), width=500)
     good = write_sample(training)
-    memory.free_bytes = lambda device: 7
     training.console = Console(file=io.StringIO(), width=500)
-    return good, write_sample(training), training.console.file.getvalue()
+    with mock.patch.object(memory, "free_bytes", return_value=7):
+        return good, write_sample(training), training.console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_sample_is_left_out_where_the_model_does_not_fit(tmp_path: Path) -> None:
     good, none, said = run_ranks(2, samples, tmp_path / "run")[0]
     assert len(good) > len(RunConfig().train.sample_prompt) and none == ""

@@ -55,6 +55,7 @@ ROW = {"dispatch": 128 + 4, "combine": 4 * 128, "dispatch_gradients": 4 * 128, "
 """Bytes of a row: E4M3 codes with one scale, else FP32."""
 
 
+@pytest.mark.slow
 def test_flat_exchange_sends_one_row_a_visit() -> None:
     every = run_ranks(4, exchange, 1)
     remote = [found["remote visits"] for found in every]
@@ -68,6 +69,7 @@ def test_flat_exchange_sends_one_row_a_visit() -> None:
         assert visits == pytest.approx(predicted, abs=4 * math.sqrt(predicted / 4))
 
 
+@pytest.mark.slow
 def test_two_hops_send_a_token_once_to_a_node_as_the_planner_predicts() -> None:
     every = run_ranks(4, exchange, 2)
     hardware = dataclasses.replace(load_hardware("h800"), gpus_per_node=COUNT(2, "gpus_per_node", "GPUs", "a test"))

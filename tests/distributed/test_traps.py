@@ -1,7 +1,5 @@
 """Mistakes that make several processes silently wrong: each is put in, and the comparison must see it."""
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,24 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed import data_parallel
 from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.pieces import HeldRows, joined_pieces
+from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.world import Joined, World
 from dsmini.functional.cross_entropy import IGNORE
-from tests.distributed.faulty import prepared, statuses
 from tests.distributed.ranks import new_store, outcomes, run_ranks
-from tests.distributed.training import new_trainer, whole_tensors
+from tests.distributed.runs import far_apart, held_pieces, new_run, new_trainer, run, statuses
 from tests.helpers.tolerances import FP32_MODEL
 
+pytestmark = pytest.mark.slow
 Seen = dict[str, Any]
 
 
 def one_step(world: World, parallel: dict[str, Any], train: dict[str, Any], ignore: bool) -> Seen:
-    """Take a step whose gradients are clipped; return what it computed, and all tensors, whole."""
-    trainer = new_trainer(ParallelConfig(**parallel), {}, {"grad_clip": 0.1} | train, world)
+    """Take a step whose gradients are clipped; return what it computed, and the pieces of this rank."""
+    trainer = new_trainer(world, parallel, {}, {"grad_clip": 0.1} | train)
     real = trainer._batch
 
     def batch(rows: int) -> tuple[Tensor, Tensor]:
@@ -46,42 +43,39 @@ def one_step(world: World, parallel: dict[str, Any], train: dict[str, Any], igno
 
     if ignore:
         trainer._batch = batch
-    gradients: dict[str, Tensor] = {}
+    gradients: dict[str, tuple[HeldRows, Tensor]] = {}
     clip = trainer.ranks.clip
 
     def clipped(parameters: Any, most: float) -> Tensor:
-        parameters = list(parameters)
         norm = clip(parameters, most)
-        named = dict(trainer.model.named_parameters())
-        gradients.update({n: trainer.ranks.local(p.grad).clone() for n, p in named.items() if p.grad is not None})
+        for name, p in trainer.model.named_parameters():
+            if p.grad is not None:
+                gradients[name] = trainer.ranks.piece(p), trainer.ranks.local(p.grad).clone()
         return norm
 
     trainer.ranks.clip = clipped
     result = trainer.step()
-    named = dict(trainer.model.named_parameters())
-    mine = {n: (trainer.ranks.piece(named[n]), g) for n, g in gradients.items()}
-    everyone = world.gather(mine)
-    whole = {n: joined_pieces([of[n] for of in everyone]) for n in gradients}
     return {
         "losses": torch.tensor([result.loss, result.mtp_loss, result.balance_loss]),
         "norm": torch.tensor(result.grad_norm),
         "counts": result.counts,
-        "gradients": whole,
+        "gradients": gradients,
         "bias": torch.stack([gate.bias for gate in trainer.model.gates()]),
-        "shapes": {n: tuple(t.shape) for n, t in whole_tensors(world, trainer).items()},
+        "shapes": {name: piece.shape for name, (piece, _) in held_pieces(trainer).items()},
     }
 
 
-def wrong(got: Seen, want: Seen) -> list[str]:
-    """Return what differs by more than the order of sums allows."""
-    found = [n for n in ("counts", "bias") if not torch.equal(got[n], want[n])]
-    found += ["shapes"] if got["shapes"] != want["shapes"] else []
-    pairs = {n: (got[n], want[n]) for n in ("losses", "norm")}
-    pairs |= {n: (got["gradients"][n], w) for n, w in want["gradients"].items()}
-    for name, (g, w) in pairs.items():
-        if g.shape != w.shape or (g - w).abs().max() > FP32_MODEL * w.abs().max().clamp(min=1e-6):
-            found.append(name)
-    return found
+def wrong(ranks: list[Seen], want: Seen) -> list[str]:
+    """Return what differs on a rank by more than the order of sums allows."""
+    found = [n for n in ("counts", "bias") if not all(torch.equal(got[n], want[n]) for got in ranks)]
+    found += ["shapes"] if any(got["shapes"] != want["shapes"] for got in ranks) else []
+    found += [n for n in ("losses", "norm") if any((got[n] - want[n]).abs().max() > _allowed(want[n]) for got in ranks)]
+    whole = {name: gradient for name, (_, gradient) in want["gradients"].items()}
+    return found + far_apart([got["gradients"] for got in ranks], whole, _allowed)
+
+
+def _allowed(want: Tensor) -> float:
+    return FP32_MODEL * max(want.abs().max().item(), 1e-6)
 
 
 # --- the mistakes
@@ -170,29 +164,18 @@ TRAPS: dict[str, tuple[int, dict[str, Any], dict[str, Any], bool, Callable[[], A
 }
 
 
-def steps_with_and_without(world: World, names: list[str]) -> dict[str, tuple[Seen, Seen]]:
-    results = {}
-    for name in names:
-        _, parallel, train, ignore, bug, _ = TRAPS[name]
-        good = one_step(world, parallel, train, ignore)
-        with bug():
-            results[name] = good, one_step(world, parallel, train, ignore)
-    return results
-
-
-@pytest.fixture(scope="module")
-def steps() -> dict[str, tuple[Seen, Seen]]:
-    found: dict[str, tuple[Seen, Seen]] = {}
-    for n in (2, 4):
-        found |= run_ranks(n, steps_with_and_without, [name for name, trap in TRAPS.items() if trap[0] == n])[0]
-    return found
+def with_and_without(world: World, name: str) -> tuple[Seen, Seen]:
+    _, parallel, train, ignore, bug, _ = TRAPS[name]
+    good = one_step(world, parallel, train, ignore)
+    with bug():
+        return good, one_step(world, parallel, train, ignore)
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_trap_is_avoided_and_its_bug_is_seen(name: str, steps: dict[str, tuple[Seen, Seen]]) -> None:
-    _, _, train, ignore, _, sees = TRAPS[name]
+def test_trap_is_avoided_and_its_bug_is_seen(name: str) -> None:
+    n, _, train, ignore, _, sees = TRAPS[name]
     want = one_step(World(), {}, train, ignore)
-    good, bad = steps[name]
+    good, bad = zip(*run_ranks(n, with_and_without, name), strict=True)
     assert wrong(good, want) == []
     assert any(sees in one for one in wrong(bad, want)), wrong(bad, want)
 
@@ -204,7 +187,7 @@ def saving_behind(world: World, folder: Path, bug: bool) -> bool:
     """Train with saves in the background, in which rank 1 is late."""
     if bug:
         Joined.fork = lambda self: self
-    training = prepared(world, folder, {"ep": 2}, (), save_in_background=True)
+    training = new_run(world, folder, {"ep": 2}, save_in_background=True)
     training.saver.at = lambda phase: time.sleep(0.2 * world.rank)
     return training.train()
 
@@ -219,16 +202,7 @@ def stopping(world: World, folder: Path, bug: bool) -> bool:
     """Train; a signal comes to rank 1 in step 3."""
     if bug:
         Joined.any = lambda self, flag: flag
-    training = prepared(world, folder, {"ep": 2}, (), save_every=100)
-    real = training.trainer.step
-
-    def step() -> Any:
-        if world.rank == 1 and training.trainer.steps_done == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real()
-
-    training.trainer.step = step
-    return training.train()
+    return run(world, folder, {"ep": 2}, until=3, save_every=100)
 
 
 def test_stop_flag_of_one_rank_stops_all(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.world import World
+from dsmini.distributed.world import World, _joint, _sendable
 from tests.distributed.ranks import run_ranks
 
 
@@ -19,65 +19,66 @@ class UnsendableError(ValueError):
         self.limit, self.work = limit, lambda: limit
 
 
-def raised(kind: str) -> Exception:
-    """Return an error as the code of a rank raises it."""
+def errors() -> dict[str, tuple[Exception, str, str, str]]:
+    """Return errors, the types that all ranks raise for one of rank 0 and for one of another, and their words."""
     try:
         b"\xff".decode()
     except UnicodeDecodeError as error:
         undecodable = error
+    disk = OSError(errno.ENOSPC, "No space left on device")
     return {
-        "value": ValueError("no such value"),
-        "key": KeyError("layers.3"),
-        "runtime": RuntimeError("shapes differ"),
-        "memory": MemoryError("no memory is left"),
-        "torch": torch.OutOfMemoryError("out of memory"),
-        "disk": OSError(errno.ENOSPC, "No space left on device"),
-        "unicode": undecodable,
-        "unsendable": UnsendableError("beyond the limit", 3),
-    }[kind]
+        "value": (ValueError("no such value"), "ValueError", "ValueError", "no such value"),
+        "key": (KeyError("layers.3"), "KeyError", "RuntimeError", "layers.3"),
+        "runtime": (RuntimeError("shapes differ"), "RuntimeError", "RuntimeError", "shapes differ"),
+        "memory": (MemoryError("no memory is left"), "MemoryError", "MemoryError", "no memory is left"),
+        "torch": (torch.OutOfMemoryError("too much"), "OutOfMemoryError", "OutOfMemoryError", "too much"),
+        "disk": (disk, "OSError", "OSError", "No space left on device"),
+        "unicode": (undecodable, "UnicodeDecodeError", "ValueError", "can't decode byte 0xff"),
+        "unsendable": (UnsendableError("beyond the limit", 3), "ValueError", "ValueError", "beyond the limit"),
+    }
 
 
-def caught(world: World, way: str, kind: str, at: tuple[int, ...]) -> tuple[str, str, bool]:
-    """Return type and words of the error that a rank sees when some raise one, and whether the ranks still agree."""
-
-    def work() -> Any:
-        if world.rank in at:
-            raise raised(kind)
-
-    try:
-        getattr(world, way)(work)
-    except Exception as error:
-        return type(error).__name__, str(error), world.gather(world.rank) == [0, 1]
-    return "", "", False
+@pytest.mark.parametrize("kind", errors())
+def test_error_is_sent_with_its_words_and_named_with_its_rank(kind: str) -> None:
+    error, of_first, joint, words = errors()[kind]
+    sent = _sendable(error)
+    assert type(sent).__name__ == of_first and words in str(sent)
+    of_some = _joint([None, sent])
+    assert type(of_some).__name__ == joint and "rank 1: " in str(of_some) and words in str(of_some)
 
 
-KINDS = [
-    ("value", "ValueError", "no such value"),
-    ("key", "KeyError", "layers.3"),
-    ("runtime", "RuntimeError", "shapes differ"),
-    ("memory", "MemoryError", "no memory is left"),
-    ("torch", "OutOfMemoryError", "out of memory"),
-    ("disk", "OSError", "No space left on device"),
-    ("unicode", "UnicodeDecodeError", "can't decode byte 0xff"),
-    ("unsendable", "ValueError", "beyond the limit"),
-]
+def test_ranks_with_equal_words_are_named_together() -> None:
+    a, b = ValueError("a"), OSError(errno.EIO, "b")
+    assert str(_joint([a, b, ValueError("a")])) == "ranks 0, 2: a; rank 1: b"
+    assert _joint([a, ValueError("a")]) is a
 
 
-@pytest.mark.parametrize(("kind", "name", "words"), KINDS, ids=[kind for kind, _, _ in KINDS])
-def test_error_of_rank_0_is_raised_by_all(kind: str, name: str, words: str) -> None:
-    first, second = run_ranks(2, caught, "first", kind, (0,))
-    assert first == second and first[0] == name and words in first[1] and first[2]
+def caught(world: World) -> dict[tuple[str, str], tuple[str, str, bool]]:
+    """Return type and words of the error that a rank sees where some raise one, and whether the ranks still agree."""
+    found: dict[tuple[str, str], tuple[str, str, bool]] = {}
+    for kind, (error, *_) in errors().items():
+        for way, at in (("first", (0,)), ("together", (1,)), ("all together", (0, 1))):
+
+            def work(error: Exception = error, at: tuple[int, ...] = at) -> Any:
+                if world.rank in at:
+                    raise error
+
+            try:
+                getattr(world, way.rpartition(" ")[2])(work)
+            except Exception as seen:
+                found[kind, way] = type(seen).__name__, str(seen), world.gather(world.rank) == [0, 1]
+    return found
 
 
-@pytest.mark.parametrize(("kind", "name", "words"), KINDS, ids=[kind for kind, _, _ in KINDS])
-def test_error_of_one_rank_is_raised_by_all_with_its_name(kind: str, name: str, words: str) -> None:
-    joint = {"key": "RuntimeError", "unicode": "ValueError"}.get(kind, name)
-    first, second = run_ranks(2, caught, "together", kind, (1,))
-    assert first == second and first[0] == joint and "rank 1: " in first[1] and words in first[1] and first[2]
-
-
-def test_error_of_all_ranks_keeps_its_words() -> None:
-    assert run_ranks(2, caught, "together", "value", (0, 1)) == [("ValueError", "no such value", True)] * 2
+@pytest.mark.slow
+def test_error_of_some_ranks_is_raised_by_all() -> None:
+    one, other = run_ranks(2, caught)
+    assert one == other and len(one) == 3 * len(errors()) and all(agree for *_, agree in one.values())
+    for kind, (_, of_first, joint, words) in errors().items():
+        assert one[kind, "first"][0] == of_first and words in one[kind, "first"][1]
+        assert one[kind, "together"][0] == joint and words in one[kind, "together"][1]
+        assert "rank 1: " in one[kind, "together"][1]
+    assert one["value", "all together"][:2] == ("ValueError", "no such value")
 
 
 @pytest.mark.parametrize(
