@@ -147,15 +147,13 @@ def test_fault_that_cannot_be_noted_is_not_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
-def test_flip_changes_one_bit_of_the_mantissa(dtype: torch.dtype, where: float) -> None:
-    tensor = torch.randn(5, 7).to(dtype).t()
-    before = tensor.clone()
-    flip_bit(tensor, 17, where)
-    changed = (tensor != before).nonzero()
-    assert changed.tolist() == [[3, 2]]
-    old, new = before[3, 2].item(), tensor[3, 2].item()
-    assert 0.4 < new / old < 2.1, "the exponent and the sign are the same"
+def test_flip_changes_one_bit_of_the_mantissa(dtype: torch.dtype) -> None:
+    for where in (0.0, 0.5, 0.999):
+        tensor = torch.randn(5, 7).to(dtype).t()
+        before = tensor.clone()
+        flip_bit(tensor, 17, where)
+        assert (tensor != before).nonzero().tolist() == [[3, 2]]
+        assert 0.4 < tensor[3, 2].item() / before[3, 2].item() < 2.1, "the exponent and the sign are the same"
 
 
 def test_flip_hits_one_parameter_once(tmp_path: Path) -> None:

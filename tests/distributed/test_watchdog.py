@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from dsmini.distributed import watchdog as watchdogs
 from dsmini.distributed.stalls import ENDED, Limits, Stall
-from dsmini.distributed.watchdog import STALLED, Watchdog, place_of, watchdog_store
-from tests.distributed.ranks import SECONDS, START, start
+from dsmini.distributed.watchdog import STALLED, Watchdog, _Elapsed, place_of, watchdog_store
+from tests.distributed.ranks import SECONDS, START, free_port, start, wait_until
 
 HOST = "127.0.0.1"
 LIMITS = Limits(timeout=3.0, phases={"starting": 60.0, "saving": 60.0})
@@ -88,77 +88,52 @@ def test_stall_is_found_and_told_to_all(
     assert (stall.step, stall.phase, stall.pid) == (14, "backward", os.getpid())
 
 
-# --- processes
+@pytest.mark.parametrize(("clock", "passed"), [((0.0, 1.0), 1.0), ((0.0, 100.0), 3.0)])
+def test_time_in_which_the_process_was_stopped_does_not_count(
+    clock: tuple[float, float], passed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", iter(clock).__next__)
+    assert _Elapsed(1.0).since_last() == passed
 
 
-def sleep_for_ever(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="backward")
-    time.sleep(600)
+# --- processes, of which rank 0 holds the store
 
 
-def wait_for_ever(watchdog: Watchdog) -> None:
+def wait_for_ever(watchdog: Watchdog, number: int) -> None:
     watchdog.beat(step=14, phase="backward")
     with watchdog.waiting():
         time.sleep(600)
 
 
-def stop(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="optimizer")
-    time.sleep(1)
-    os.kill(os.getpid(), signal.SIGSTOP)
+def come_by_a_signal(watchdog: Watchdog, number: int) -> None:
+    """Let a signal come once the others have seen a heartbeat of this process."""
+    signs = watchdog._signs
+    wait_until(lambda: all((beat := signs[rank].heartbeat) and beat.count > 2 for rank in signs if rank))
+    os.kill(os.getpid(), number)
 
 
-def die(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="optimizer")
-    time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_a_while(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="backward")
-    with watchdog.waiting():
-        time.sleep(7)
-
-
-def move_slowly(watchdog: Watchdog) -> None:
-    for _ in range(24):
+def move_without_a_store(watchdog: Watchdog, number: int) -> None:
+    while not watchdog.lost_store:
         watchdog.beat(step=14, phase="backward")
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
-def save_slowly(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="saving")
-    time.sleep(7)
-
-
-def end_at_once(watchdog: Watchdog) -> None:
-    watchdog.beat(step=14, phase="between")
-
-
-def _rank(rank: int, work: Callable[[Watchdog], None], size: int, port: int, store_rank: int | None, c: Any) -> None:
-    held = dist.TCPStore(HOST, port, is_master=True, wait_for_workers=False) if rank == store_rank else None
+def _rank(rank: int, work: Callable[[Watchdog, int], None], size: int, port: int, number: int, sender: Any) -> None:
+    held = dist.TCPStore(HOST, port, is_master=True, wait_for_workers=False) if rank == 0 else None
     store = watchdog_store(HOST, port, "test")
-    watchdog = Watchdog(rank, size, store, LIMITS, c.send, period=0.2, store_rank=store_rank)
-    with watchdog:
-        work(watchdog)
-    c.send(("ended", watchdog.lost_store, held is not None))
+    with Watchdog(rank, size, store, LIMITS, sender.send, period=0.2, store_rank=0) as watchdog:
+        work(watchdog, number)
+    sender.send(("ended", watchdog.lost_store, held is not None))
 
 
 @contextmanager
-def ranks(*works: Callable[[Watchdog], None], store_rank: int | None = None) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Yield the processes and the ends of pipes that they write to; kill what is left at the end."""
-    held = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    port = held.port
-    if store_rank is not None:
-        del held
-    processes, pipes = [], []
+def ranks(number: int, *works: Callable[[Watchdog, int], None]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Start rank 0, to which a signal comes, and others; yield the processes and the pipes that they write to."""
+    works, port = (come_by_a_signal, *works), free_port()
+    pipes = [START.Pipe(duplex=False) for _ in works]
+    processes = [start(_rank, rank, work, len(works), port, number, pipes[rank][1]) for rank, work in enumerate(works)]
     try:
-        for rank, work in enumerate(works):
-            read, write = START.Pipe(duplex=False)
-            processes.append(start(_rank, rank, work, len(works), port, store_rank, write))
-            pipes.append(read)
-            write.close()
-        yield processes, pipes
+        yield processes, [read for read, _ in pipes]
     finally:
         for process in processes:
             process.kill()
@@ -171,50 +146,9 @@ def heard(pipe: Connection) -> Any:
     return pipe.recv()
 
 
-def status(process: Any) -> int | None:
-    process.join(SECONDS)
-    return process.exitcode
-
-
-@pytest.mark.slow
-def test_stopped_rank_is_named_and_the_others_end() -> None:
-    with ranks(wait_for_ever, stop, wait_for_ever) as (processes, pipes):
-        first, second = heard(pipes[0]), heard(pipes[2])
-        assert first == second, "all have the same finding"
-        assert (first.kind, first.rank, first.speaker, first.pid) == ("silent", 1, 0, processes[1].pid)
-        assert (first.step, first.phase) == (14, "optimizer") and first.seconds > LIMITS.timeout
-        assert [status(processes[rank]) for rank in (0, 2)] == [STALLED] * 2
-
-
-@pytest.mark.slow
-def test_sleeping_rank_is_named_with_its_line() -> None:
-    with ranks(wait_for_ever, wait_for_ever, sleep_for_ever) as (processes, pipes):
-        found = [heard(pipe) for pipe in pipes]
-        assert {(one.kind, one.rank, one.speaker) for one in found} == {("still", 2, 0)}
-        assert found[0].sentence.startswith(f"rank 2 (pid {processes[2].pid} on ")
-        assert "step 14, backward, in tests/distributed/test_watchdog.py:" in found[0].sentence
-        assert found[0].where.endswith(" sleep_for_ever")
-        assert [status(process) for process in processes] == [STALLED] * 3, "the stalled one too"
-
-
-@pytest.mark.slow
-def test_killed_rank_is_named() -> None:
-    with ranks(wait_for_ever, die) as (_, pipes):
-        found = heard(pipes[0])
-        assert (found.kind, found.rank) == ("silent", 1)
-
-
-@pytest.mark.slow
-def test_slow_saving_or_ended_rank_gives_no_alarm() -> None:
-    """The first waits more than twice the time-out: for a rank that moves, and for one that saves."""
-    with ranks(wait_a_while, move_slowly, save_slowly, end_at_once) as (processes, pipes):
-        assert [heard(pipe) for pipe in pipes] == [("ended", False, False)] * 4
-        assert [status(process) for process in processes] == [0] * 4
-
-
 @pytest.mark.slow
 def test_stopped_rank_that_holds_the_store_is_named() -> None:
-    with ranks(stop, wait_for_ever, wait_for_ever, store_rank=0) as (processes, pipes):
+    with ranks(signal.SIGSTOP, wait_for_ever, wait_for_ever) as (processes, pipes):
         for one in map(heard, pipes[1:]):
             assert (one.kind, one.rank) == ("store", 0)
             assert one.sentence.startswith(f"rank 0 (pid {processes[0].pid} on ")
@@ -222,9 +156,10 @@ def test_stopped_rank_that_holds_the_store_is_named() -> None:
 
 @pytest.mark.slow
 def test_end_of_the_store_ends_the_watchdog_quietly() -> None:
-    with ranks(die, move_slowly, store_rank=0) as (processes, pipes):
+    with ranks(signal.SIGKILL, move_without_a_store) as (processes, pipes):
         assert heard(pipes[1]) == ("ended", True, False)
-        assert status(processes[1]) == 0
+        processes[1].join(SECONDS)
+        assert processes[1].exitcode == 0
 
 
 # --- places
