@@ -72,7 +72,7 @@ def reads() -> Iterator[list[str]]:
 
 
 def part(
-    world: World, folder: Path, fp8: Any = "dequantize", placement: list[list[int]] | None = None, new: int = 24
+    world: World, folder: Path, fp8: Any = "dequantize", placement: list[list[int]] | None = None, new: int = 12
 ) -> Part:
     """Load a part, run it and generate with it."""
     with reads() as names:

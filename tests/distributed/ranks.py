@@ -23,7 +23,7 @@ from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,16 +40,14 @@ START = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.distributed.preloaded"]
 
 
-def serve(modules: list[str]) -> list[str]:
-    """Let processes be forked from one that has imported these modules; return those of the server before."""
+def serve(modules: list[str]) -> None:
+    """Let processes be forked from one that has imported these modules."""
     server: Any = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
-    before = server._preload_modules
-    if before != modules:
+    if server._preload_modules != modules:
         if server._forkserver_pid is not None:  # the next start of a process starts another one
             os.kill(server._forkserver_pid, signal.SIGKILL)
             os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)
         START.set_forkserver_preload(modules)
-    return before
 
 
 def start(work: Callable[..., None], *args: Any) -> Any:
@@ -60,58 +58,60 @@ def start(work: Callable[..., None], *args: Any) -> Any:
     return process
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come in time"
+        time.sleep(0.02)
+
+
+def new_store() -> Any:
+    """Return a store that listens on the loopback interface, as a launcher has it."""
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 class RankError(AssertionError):
     """A rank raised, died or did not end in time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The end of one rank."""
-
-    status: int | None
-    """Exit status, or minus the number of the signal; None for one that was stopped, or did not end in time."""
-    value: Any
-    """The result of a rank that returned."""
-    failure: str
-    """The trace of a rank that raised; empty for one that returned, or ended without a word."""
-
-
-class Work(NamedTuple):
-    function: Callable[..., Any]
-    args: Sequence[Any]
-    options: Mapping[str, Any]
-
-    def __call__(self, *first: Any) -> Any:
-        return self.function(*first, *self.args, **self.options)
-
-
 class Ranks:
-    """Processes that wait for work; the arguments are those of `outcomes`."""
+    """Processes that wait for work.
 
-    def __init__(self, n: int, store: Any = None, late: float = 0.0) -> None:
+    Args:
+        store: that of an earlier attempt, as a launcher holds it; None: a new one.
+    """
+
+    def __init__(self, n: int, store: Any = None) -> None:
         self.store, self.works = store or new_store(), 0
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(n):
             ours, theirs = START.Pipe()
             self.pipes.append(ours)
-            self.processes.append(start(_rank, rank, n, self.store.port, late if rank == n - 1 else 0.0, theirs))
+            self.processes.append(start(_rank, rank, n, self.store.port, theirs))
             theirs.close()
 
-    def give(self, work: Callable[..., Any], timeout: float, attempt: int | None = None) -> None:
-        """Send work to all ranks; without an attempt, the next one."""
+    def give(self, *work: Any, attempt: int | None = None) -> None:
+        """Send a function, its arguments and a time-out to all ranks; without an attempt, the next one."""
         self.works += 1
-        message = pickle.dumps((work, timeout, self.works if attempt is None else attempt))
+        message = pickle.dumps((*work, self.works if attempt is None else attempt))
         for pipe in self.pipes:
             pipe.send_bytes(message)
 
-    def answers(self, seconds: float, until: Callable[[], bool] = lambda: False) -> dict[int, tuple[bool, Any]]:
-        """Return (True, result) or (False, trace) of each rank that has answered in time, or before a condition."""
+    def answers(self, seconds: float) -> dict[int, tuple[bool, Any]]:
+        """Return (True, result) or (False, trace) of each rank that answers in time, unless the others are stopped."""
         found: dict[int, tuple[bool, Any]] = {}
-        unread, end = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), time.monotonic() + seconds
+        unread, end = {pipe: rank for rank, pipe in enumerate(self.pipes)}, time.monotonic() + seconds
         while unread and time.monotonic() < end:
             ready = wait(list(unread), 0.2)
-            if not ready and until():
+            if not ready and self.are_stopped():
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)
@@ -123,13 +123,49 @@ class Ranks:
     def are_stopped(self) -> bool:
         """Return whether SIGSTOP has stopped all that live, as far as the system tells."""
         living = [process.pid for process in self.processes if process.exitcode is None]
-        return bool(living) and all(_is_stopped(pid) for pid in living)
+        return bool(living) and all(map(_is_stopped, living))
 
     def close(self) -> None:
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.kill()
             process.join()
             pipe.close()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
+
+
+def _rank(rank: int, n: int, port: int, pipe: Connection) -> None:
+    """Be one rank: join the others for each work, and send its result."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            work, args, options, timeout, attempt = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        torch.set_num_threads(1)
+        os.environ |= {
+            **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
+        }
+        try:
+            if timeout is None:
+                result = True, work(*args, **options)
+            else:
+                with joined(timeout) as world:
+                    result = True, work(world, *args, **options)
+        except BaseException:
+            result = False, traceback.format_exc()
+        written = io.BytesIO()
+        torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
+        pipe.send_bytes(written.getbuffer())
+        if not result[0]:
+            sys.exit(1)
 
 
 _waiting: dict[int, Ranks] = {}
@@ -144,7 +180,7 @@ def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = SEC
     """
     ranks = _waiting.pop(n, None) or Ranks(n)
     try:
-        ranks.give(Work(work, args, options), TIMEOUT)
+        ranks.give(work, args, options, TIMEOUT)
         answers = ranks.answers(seconds)
         words = {rank: answers.get(rank, (False, "died, or did not end in time")) for rank in range(n)}
         if failures := [f"rank {rank}: {value}" for rank, (good, value) in words.items() if not good]:
@@ -161,90 +197,50 @@ def end_waiting_ranks() -> None:
         _waiting.popitem()[1].close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of one rank."""
+
+    status: int | None
+    """Exit status, or minus the number of the signal; None for one that was stopped, or did not end in time."""
+    value: Any
+    """The result of a rank that returned."""
+    failure: str
+    """The trace of a rank that raised; empty for one that returned, or ended without a word."""
+
+
 def outcomes(
     n: int,
     work: Callable[..., Any],
     *args: Any,
     seconds: float = SECONDS,
-    timeout: float = TIMEOUT,
+    timeout: float | None = TIMEOUT,
     store: Any = None,
     attempt: int = 0,
-    late: float = 0.0,
     **options: Any,
 ) -> list[Outcome]:
     """Return how work(world, *args, **options) ended on n ranks, which may die, or be stopped by SIGSTOP.
 
     Args:
+        timeout: seconds of a collective; None: the work joins the others itself, and is not given a world.
         store: that of an earlier attempt, as a launcher holds it; None: a new one.
-        late: seconds by which the last rank joins after the others.
     """
-    with closing(Ranks(n, store, late)) as ranks:
-        ranks.give(Work(work, args, options), timeout, attempt)
+    with closing(Ranks(n, store)) as ranks:
+        ranks.give(work, args, options, timeout, attempt=attempt)
         end = time.monotonic() + seconds
-        answers = ranks.answers(seconds, ranks.are_stopped)
+        answers = ranks.answers(seconds)
         for pipe in ranks.pipes:
             pipe.close()  # no more work
-        while time.monotonic() < end and not ranks.are_stopped() and any(p.exitcode is None for p in ranks.processes):
-            wait([p.sentinel for p in ranks.processes if p.exitcode is None], 0.2)
+        while (living := [p.sentinel for p in ranks.processes if p.exitcode is None]) and time.monotonic() < end:
+            if ranks.are_stopped():
+                break
+            wait(living, 0.2)
         statuses = [process.exitcode for process in ranks.processes]
     ends = [(status, *answers.get(rank, (False, ""))) for rank, status in enumerate(statuses)]
     return [Outcome(status=s, value=v if good else None, failure="" if good else v) for s, good, v in ends]
 
 
-def _is_stopped(pid: int | None) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:  # it has ended
-        return False
-
-
-def new_store() -> Any:
-    """Return a store that listens on the loopback interface, as a launcher has it."""
-    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
-
-
-def _rank(rank: int, n: int, port: int, late: float, pipe: Connection) -> None:
-    """Be one rank: join the others for each work, and send its result."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    time.sleep(late)
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        torch.set_num_threads(1)
-        work, timeout, attempt = pickle.loads(message)
-        os.environ |= {
-            **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            **{"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": str(attempt)},
-        }
-        try:
-            if work.function in (command, speaking):  # they join the others themselves
-                work()
-            with joined(timeout) as world:
-                result = (True, work(world))
-        except BaseException:
-            result = (False, traceback.format_exc())
-        written = io.BytesIO()
-        torch.save(result, written)  # all tensors at once; `send` would share memory that ends with this process
-        pipe.send_bytes(written.getbuffer())
-        if not result[0]:
-            sys.exit(1)
-
-
 # --- commands
-
-
-def command(*args: str, name: str = "train") -> None:
-    """Be python -m dsmini.NAME with these arguments, as a launcher starts it on each rank. For `outcomes`."""
-    sys.argv = [f"dsmini.{name}", *args]
-    try:
-        run(import_module(f"dsmini.{name}").main, tell)
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 class Speech:
@@ -255,44 +251,18 @@ class Speech:
         self.statuses: list[int | None] = []
         """Exit statuses, at the end."""
 
-    def pid(self, rank: int) -> int:
-        return int(self._read("pid", rank))
+    def read(self, name: str) -> list[str]:
+        """Return a text of each rank: its pid, its output or its error (the standard error)."""
+        files = [self.folder / f"{name}-{rank}" for rank in range(self.n)]
+        return [file.read_text() if file.exists() else "" for file in files]
 
     @property
     def outputs(self) -> list[str]:
-        return [self._read("output", rank) for rank in range(self.n)]
+        return self.read("output")
 
     @property
     def errors(self) -> list[str]:
-        """Texts of the standard errors."""
-        return [self._read("error", rank) for rank in range(self.n)]
-
-    def _read(self, name: str, rank: int) -> str:
-        file = self.folder / f"{name}-{rank}"
-        return file.read_text() if file.exists() else ""
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not come in time"
-        time.sleep(0.02)
-
-
-def speaking(folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str]) -> None:
-    """Be python -m dsmini.NAME with this rank's line of arguments, and write its words into files. For `outcomes`."""
-    rank = int(os.environ["RANK"])
-    line = lines[rank]
-    if line is None:
-        os._exit(0)
-    import_module(f"dsmini.{name}")
-    for descriptor, written in ((1, f"output-{rank}"), (2, f"error-{rank}")):
-        with (folder / written).open("wb") as file:
-            os.dup2(file.fileno(), descriptor)
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    wait_until(lambda: len(list(folder.glob("pid-*"))) == len(lines) - lines.count(None))  # none is late on a busy CPU
-    os.environ |= environment
-    command(*line, name=name)
+        return self.read("error")
 
 
 def spoken(
@@ -303,7 +273,7 @@ def spoken(
     store: Any = None,
     meanwhile: Callable[[Speech], None] = lambda speech: None,
 ) -> Speech:
-    """Return what the processes of a command said.
+    """Return what the processes of python -m dsmini.NAME said.
 
     Args:
         lines: the arguments of each rank; None for one that is missing.
@@ -313,14 +283,28 @@ def spoken(
     speech = Speech(Path(tempfile.mkdtemp(dir=folder)), len(lines))
     other = threading.Thread(target=meanwhile, args=(speech,))
     other.start()
-    ends = outcomes(len(lines), speaking, speech.folder, name, lines, environment or {}, store=store)
+    work = (_speak, speech.folder, name, lines, environment or {})
+    speech.statuses = [end.status for end in outcomes(len(lines), *work, timeout=None, store=store)]
     other.join()
-    speech.statuses = [end.status for end in ends]
     return speech
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def _speak(folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str]) -> None:
+    rank = int(os.environ["RANK"])
+    line = lines[rank]
+    if line is None:
+        os._exit(0)
+    main = import_module(f"dsmini.{name}").main
+    for descriptor, written in ((1, f"output-{rank}"), (2, f"error-{rank}")):
+        with (folder / written).open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    wait_until(lambda: len(list(folder.glob("pid-*"))) == len(lines) - lines.count(None))  # none is late on a busy CPU
+    os.environ |= environment
+    sys.argv = [f"dsmini.{name}", *line]
+    try:
+        run(main, tell)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)

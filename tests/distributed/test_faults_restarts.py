@@ -17,7 +17,7 @@ from dsmini.distributed.goodput import goodput
 from dsmini.distributed.world import World
 from dsmini.planner.quantities.quantity import SECONDS
 from dsmini.planner.reliability import FailureInputs, effective_share
-from tests.distributed.ranks import command, outcomes, run_ranks
+from tests.distributed.ranks import outcomes, run_ranks, spoken
 from tests.distributed.runs import differences, events, fault, new_run, run, saved, small_config, statuses, until_end
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def test_crash_loop_puts_its_checkpoint_aside(tmp_path: Path) -> None:
     run_ranks(2, run, tmp_path / "whole", EP)
     faults = [fault(kind, 1, 5, "forward") for kind in ("exception", "abort", "kill", "segfault")]
     attempts = until_end(2, tmp_path / "run", EP, faults)
-    assert len(attempts) == 5 and all(statuses(ends)[1] != 0 for ends in attempts[:4])
+    assert len(attempts) == 5 and all(statuses(attempt)[1] != 0 for attempt in attempts[:4])
     assert [event.step for event in events(tmp_path / "run", "quarantined")] == [4]
     assert [event.step for event in events(tmp_path / "run", "started")] == [0, 4, 4, 4, 2]
     assert (tmp_path / "run" / "checkpoints" / "quarantined-step-000004").is_dir()
@@ -45,20 +45,25 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_config(tmp_path_factory.mktemp("config"))
 
 
+def ends(folder: Path, *line: object) -> list[int | None]:
+    """Return the exit statuses of two ranks of the command."""
+    return spoken(folder, *[[str(word) for word in line]] * 2).statuses
+
+
 def test_nothing_whole_to_start_from_is_an_error_and_no_step_zero(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    args = (str(config), "--out", str(folder), "--resume", "auto")
-    assert statuses(outcomes(2, command, *args, "--train.steps", "2")) == [0, 0]
+    line = (config, "--out", folder, "--resume", "auto", "--train.steps")
+    assert ends(tmp_path, *line, 2) == [0, 0]
     for path in folder.glob("checkpoints/*/model.safetensors"):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     before = sorted(path.name for path in folder.glob("checkpoints/*"))
     for _ in range(2):
-        assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
+        assert ends(tmp_path, *line, 4) == [2, 2]
     assert [event.step for event in events(folder, "started")] == [0]
     assert sorted(path.name for path in folder.glob("checkpoints/*")) == before
     shutil.rmtree(folder / "checkpoints")
-    assert statuses(outcomes(2, command, *args, "--train.steps", "4")) == [2, 2]
+    assert ends(tmp_path, *line, 4) == [2, 2]
     assert [event.step for event in events(folder, "started")] == [0]
 
 
@@ -68,7 +73,7 @@ def kills(seed: int, steps: int, mean: float) -> tuple[Fault, ...]:
 
 def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_path: Path) -> None:
     """Let the second of two kills use up the one restart; then start all again by hand."""
-    assert statuses(outcomes(2, command, str(config), "--out", str(tmp_path / "whole"))) == [0, 0]
+    assert ends(tmp_path, config, "--out", tmp_path / "whole") == [0, 0]
     seed = next(seed for seed in range(1000) if [one.step for one in kills(seed, 6, 3)] in ([2, 4], [2, 5], [3, 5]))
     args = [str(config), "--out", str(tmp_path / "run"), "--resume", "auto", "--chaos", f"{seed}:3:kill"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
@@ -86,7 +91,7 @@ def test_torchrun_restarts_until_its_restarts_are_exhausted(config: Path, tmp_pa
     assert launcher.returncode == 1, said
     assert len(events(tmp_path / "run", "started")) == 2, said
     assert events(tmp_path / "run", "started")[1].step > 0
-    assert statuses(outcomes(2, command, *args)) == [0, 0]
+    assert ends(tmp_path, *args) == [0, 0]
     got, want = saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
@@ -114,10 +119,10 @@ def test_goodput_under_kills_is_the_planners(tmp_path: Path) -> None:
     faults = next(faults for seed in range(100) if len(faults := kills(seed, 100, 25)) == 5)
     changes = {"steps": 100, "save_every": 4, "eval_every": 100, "optimizer": "adamw", "ema_decay": None}
     for _ in range(len(faults) + 1):
-        ends = outcomes(2, slow, tmp_path / "run", faults, 0.03, **changes)
-        if all(end.value is True for end in ends):
+        attempt = outcomes(2, slow, tmp_path / "run", faults, 0.03, **changes)
+        if all(end.value is True for end in attempt):
             break
-    assert all(end.value is True for end in ends)
+    assert all(end.value is True for end in attempt)
     account = goodput(tmp_path / "run")
     assert account.failures == len(faults) and account.training_share is not None
     assert account.restart_seconds and account.saving_seconds and account.interval_seconds

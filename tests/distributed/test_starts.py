@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from dsmini.distributed.meeting import meet, tell
 from dsmini.distributed.world import joined
-from tests.distributed.ranks import Speech, command, free_port, new_store, outcomes, spoken, wait_until
-from tests.distributed.runs import small_config, statuses
+from tests.distributed.ranks import Speech, free_port, new_store, spoken, wait_until
+from tests.distributed.runs import small_config
 
 HELD_BY_RANK_0 = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
 
@@ -99,8 +99,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(config: Path) -> Path:
     """Return a folder with a config, and with runs `one` and `two` that differ in their weights."""
     for name, seed in (("one", "1"), ("two", "2")):
-        more = ("--out", str(config.parent / name), "--train.steps", "1", "--train.seed", seed)
-        assert statuses(outcomes(2, command, str(config), *more)) == [0, 0]
+        line = [str(config), "--out", str(config.parent / name), "--train.steps", "1", "--train.seed", seed]
+        assert spoken(config.parent, line, line).statuses == [0, 0]
     return config.parent
 
 
@@ -177,7 +177,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
 
     def stop_once_it_waits(speech: Speech) -> None:
         wait_until(lambda: store.check(["meeting 0/came 0"]))
-        os.kill(speech.pid(0), signal.SIGTERM)
+        os.kill(int(speech.read("pid")[0]), signal.SIGTERM)
 
     got = spoken(tmp_path, args, None, store=store, meanwhile=stop_once_it_waits)
     assert (got.statuses, got.errors) == ([130, 0], ["stopped\n", ""])
