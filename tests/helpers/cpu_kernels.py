@@ -1,43 +1,59 @@
-"""Shared helpers of the tests of the C++ kernels: numbers of all kinds, the plain code, bitwise equality."""
+"""Shared helpers of the tests of kernels: numbers of all kinds, guarded memory, equality bit by bit."""
 
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsmini import ops
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
-from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build
 
-REASON = cpu.why_not()
-if REASON is not None:
-    pytest.skip(REASON, allow_module_level=True)
-
-REFERENCE: Any = {
-    "quantize": quantize_tiles.__wrapped__,  # pyright: ignore[reportFunctionMemberAccess]
-    "dequantize": dequantize_tiles.__wrapped__,  # pyright: ignore[reportFunctionMemberAccess]
-    "quantize_dequantize": round_tiles.__wrapped__,  # pyright: ignore[reportFunctionMemberAccess]
-}
-LIBRARY = build.library()
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = ("e4m3", "e5m2", "e5m6")
-SCALES = ("ue8m0", "fp32")
-TILES = ((1, 128), (128, 1), (128, 128), (1, 1), (3, 5), (2, 16), (1, 100), (999, 999))
-SHAPES = ((1, 1), (1, 63), (3, 64), (127, 130), (129, 576), (2, 3, 130, 63))
+FORMATS: tuple[Any, ...] = ("e4m3", "e5m2", "e5m6")
+SCALES: tuple[Any, ...] = ("ue8m0", "fp32")
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, -3e38, 2.0**-126, 448.0, 447.99997, 464.0)
-ISAS = [isa for isa in build.isas_here() if list(build.ISAS).index(isa) <= list(build.ISAS).index(LIBRARY.isa)]
-"""Instruction sets of this CPU, up to the one that DSMINI_CPU_ISA names."""
+GUARD, GARBAGE = 64, 0xA5
+"""Number of elements on each side of an output that no kernel may touch, and the byte that fills new memory."""
+
+load = functools.cache(build.load)
 
 
-@functools.cache
-def library_of(isa: str) -> build.Library:
-    """Return a library, or skip the test if this CPU lacks the instructions."""
-    if isa not in ISAS:
-        pytest.skip(f"this CPU has no {isa}")
-    return build.load(isa)
+class Guarded:
+    """Stand in for `torch` in a module of kernels: new tensors are full of garbage and lie between guards."""
+
+    def __init__(self) -> None:
+        self.wholes: list[tuple[Tensor, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+        size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        guard = GUARD * dtype.itemsize
+        whole = torch.full((size.numel() * dtype.itemsize + 2 * guard,), GARBAGE, dtype=torch.uint8, device=device)
+        self.wholes.append((whole, guard))
+        return whole[guard : len(whole) - guard].view(dtype).view(size)
+
+    def check(self) -> None:
+        for whole, guard in self.wholes:
+            assert (whole[:guard] == GARBAGE).all() and (whole[-guard:] == GARBAGE).all(), "written beyond the output"
+
+
+@contextmanager
+def guarded(module: ModuleType) -> Iterator[None]:
+    """Guard the outputs of a module of kernels, and check them at the end."""
+    stand_in = Guarded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "torch", stand_in)
+        yield
+    stand_in.check()
 
 
 def wild(*shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02) -> Tensor:
@@ -48,28 +64,45 @@ def wild(*shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02)
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
 def assert_same(got: Tensor, want: Tensor, nan: bool = True) -> None:
     """Check bitwise equality; in values any NaN equals any other."""
-    assert got.shape == want.shape and got.dtype == want.dtype
+    assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
     equal = bits(got) == bits(want)
     if nan and got.itemsize > 1:
         equal |= got.isnan() & want.isnan()
     assert equal.all(), f"{(~equal).sum()} of {equal.numel()} differ, first at {(~equal).nonzero()[0].tolist()}"
 
 
-def check_all(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float = 1e-4) -> None:
-    codes, scales = REFERENCE["quantize"](x, tile, scale, format, amax_min)
-    got = cpu.quantize(x, tile, scale, format, amax_min)
-    assert_same(got[0], codes)
-    assert_same(got[1], scales, nan=False)
-    for dtype in TYPES:
-        want = REFERENCE["quantize_dequantize"](x, tile, scale, format, amax_min, dtype)
-        assert_same(cpu.quantize_dequantize(x, tile, scale, format, amax_min, dtype), want)
-        want = REFERENCE["dequantize"](codes, scales, tile, format, dtype, x.shape[-1])
-        assert_same(cpu.dequantize(codes, scales, tile, format, dtype, x.shape[-1]), want)
+def check(operation: Callable[..., Any], *arguments: Any, backend: str = "cpu") -> None:
+    """Compare a backend's kernel with the reference, bit by bit. In scales of the CPU's, NaN has the same bits too."""
+    results = []
+    for name in (backend, "reference"):
+        with ops.use(name):
+            result = operation(*arguments)
+        results.append((result,) if isinstance(result, Tensor) else result)
+    for place, (got, want) in enumerate(zip(*results, strict=True)):
+        assert_same(got, want, nan=backend != "cpu" or place == 0)
+
+
+def check_all(
+    x: Tensor,
+    tile: tuple[int, int],
+    scale: Any,
+    format: Any,
+    amax_min: float = 1e-4,
+    dtypes: Sequence[torch.dtype] = TYPES,
+    backend: str = "cpu",
+) -> None:
+    """Compare all three operations on x, with values of these dtypes."""
+    check(quantize_tiles, x, tile, scale, format, amax_min, backend=backend)
+    with ops.use("reference"):
+        codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
+    for dtype in dtypes:
+        check(round_tiles, x, tile, scale, format, amax_min, dtype, backend=backend)
+        check(dequantize_tiles, codes, scales, tile, format, dtype, x.shape[-1], backend=backend)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,3 +115,18 @@ def round_to_bf16(x: Tensor) -> Tensor:
 
 def quantize_and_back(x: Tensor) -> Tensor:
     return dequantize_tiles(*quantize(x), (1, 128))
+
+
+def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """Return the results of a call, which must have the same bits with one, two and three threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(list(run()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_same(got, want)
+    return results[0]

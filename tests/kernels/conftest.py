@@ -1,56 +1,68 @@
-"""Fixtures for the tests of C++ kernels; nothing is built before a test needs it."""
+"""Fixtures for the tests of kernels. Nothing is built before a test needs it; slow ones build for other CPUs too."""
 
+import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dsmini import ops
-from dsmini_kernels.cpu import build, norms, panels, picks, steps
-from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.cpu_kernels import library_of
+from dsmini_kernels import cpu
+from dsmini_kernels.cpu import build, folder, muon, norms, panels, picks, steps, tiles
+from tests.helpers.cpu_kernels import guarded, load
+
+NAMED = os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1]
+"""The instruction set of this process: the best of this CPU, or another that DSMINI_CPU_ISA names."""
 
 
-@pytest.fixture(params=list(build.ISAS))
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force each instruction set that this CPU has, one after the other."""
-    forced = library_of(request.param)
-    monkeypatch.setattr(wrapper, "library", lambda: forced)
-    return request.param
+@pytest.fixture(scope="session")
+def library() -> build.Library:
+    """Return the compiled library, or skip the test where there is none."""
+    reason = cpu.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return build.library()
 
 
-@pytest.fixture(params=list(build.ISAS))
-def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Do the same for products and steps."""
-    forced = library_of(request.param)
-    for module in (steps, panels, norms, picks):
+@pytest.fixture(params=[name if name == NAMED else pytest.param(name, marks=pytest.mark.slow) for name in build.ISAS])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, library: build.Library) -> str:
+    """Force each instruction set that this CPU has, one after the other; at most the one that DSMINI_CPU_ISA names."""
+    name, names = request.param, list(build.ISAS)
+    if name not in build.isas_here() or names.index(name) > names.index(library.isa):
+        pytest.skip(f"this CPU has no {name}")
+    forced = load(name)
+    for module in (tiles, steps, panels, norms, picks, muon):
         monkeypatch.setattr(module, "library", lambda: forced)
-    return request.param
+    return name
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill outputs with garbage before a kernel writes them."""
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        out = torch.zeros(*args, **kwargs)
-        if out.numel():
-            out.view(torch.uint8).fill_(0xA5)
-        return out
-
-    class Poisoned:
-        def __getattr__(self, name: str) -> Any:
-            return empty if name == "empty" else getattr(torch, name)
-
-    monkeypatch.setattr(wrapper, "torch", Poisoned())
+@pytest.fixture
+def guarded_outputs() -> Iterator[None]:
+    """Fill new memory with garbage before a kernel of tiles writes it, and check the memory around it."""
+    with guarded(tiles):
+        yield
 
 
 @pytest.fixture
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, without_gradients: None) -> None:
+    """Serve products of any size, without gradients, and fill outputs with NaN before a kernel writes them."""
+    monkeypatch.setattr(panels, "LEAST", 0)
+
+
+@pytest.fixture
+def private_folder(tmp_path: Path) -> Path:
+    """Return the real path of a temporary folder, or skip the test where others can change all of them."""
+    try:
+        return folder.private(tmp_path, own=1)
+    except folder.UntrustedFolderError as error:
+        pytest.skip(f"the folder for temporary files does not do for compiled code: {error}")
 
 
 @pytest.fixture

@@ -4,90 +4,111 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from dsmini_kernels import cpu
-from dsmini_kernels.cpu import build
-from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.cpu_kernels import ISAS, LIBRARY
+from dsmini_kernels.cpu import build, steps
+from dsmini_kernels.cpu.muon import PIECE
+from dsmini_kernels.cpu.tiles import ERRORS
+from tests.helpers.commands import ROOT
 
-ROOT = Path(__file__).parents[2]
+HUGE = 2**62
+X, OUT, ENDS = torch.zeros(4, 128), torch.zeros(4, 128), torch.tensor([2, 4])
+STACK = torch.zeros(3, 4, 6)
+MATRICES = [torch.zeros(2, *shape) for shape in ((5, 8), (8, 5), (5, 8))]
 
 
-def raw(**changes: Any) -> int:
+def tiles(**changes: Any) -> int:
     """Return the C function's answer for a small valid call with some arguments changed."""
-    x, out = torch.zeros(4, 128), torch.zeros(4, 128)
-    arguments = {
-        **dict.fromkeys(("operation", "threads", "in", "out_type", "format", "powers"), 0),
+    fields = {
+        **{"operation": 2, "threads": 1, "in": 0, "out_type": 0, "format": 0, "powers": 0},
         **{"batch": 1, "rows": 4, "columns": 128, "tile_rows": 1, "tile_columns": 128},
-        **{"x": x.data_ptr(), "x_bytes": x.nbytes, "batch_stride": 0, "row_stride": 128},
-        **{"out": out.data_ptr(), "out_bytes": out.nbytes, "scales": 0, "scales_bytes": 0},
+        **{"x": X.data_ptr(), "x_bytes": X.nbytes, "batch_stride": 0, "row_stride": 128},
+        **{"out": OUT.data_ptr(), "out_bytes": OUT.nbytes, "scales": 0, "scales_bytes": 0},
         **{"ends": 0, "ends_bytes": 0, "groups": 0, "amax_min": 1e-4, "parallel": 0},
-        **{"operation": 2, "threads": 1},
-        **changes,
     }
-    return LIBRARY.tiles(wrapper.CALL.pack(*arguments.values()), wrapper.CALL.size)
+    assert changes.keys() <= fields.keys()
+    return build.library().tiles(build.CALL.pack(*(fields | changes).values()), build.CALL.size)
 
 
-def test_wrong_arguments_are_refused_before_memory_is_touched() -> None:
-    assert raw() == 0
-    ends = torch.tensor([2, 4])
-    good = {"ends": ends.data_ptr(), "ends_bytes": 16, "groups": 2}
-    assert raw(**good) == 0
-    huge = 2**62
-    wrong: list[tuple[str, dict[str, Any]]] = [
-        ("malformed", {"operation": 3}),
-        ("malformed", {"operation": -1}),
-        ("malformed", {"in": 3}),
-        ("malformed", {"out_type": -1}),
-        ("malformed", {"format": 3}),
-        ("malformed", {"threads": 0}),
-        ("size", {"rows": -1}),
-        ("size", {"columns": huge}),
-        ("size", {"tile_rows": 0}),
-        ("size", {"batch": -1}),
-        ("stride", {"row_stride": -128}),
-        ("stride", {"batch_stride": -1}),
-        ("beyond", {"x_bytes": 4 * 128 * 4 - 1}),
-        ("beyond", {"out_bytes": 4 * 128 * 4 - 1}),
-        ("beyond", {"row_stride": 129}),
-        ("beyond", {"row_stride": huge}),
-        ("beyond", {"rows": 5}),
-        ("beyond", {"rows": huge}),
-        ("beyond", {"batch": 2}),
-        ("beyond", {"batch": huge, "rows": huge}),
-        ("beyond", {"x": 0}),
-        ("beyond", {"out": 0}),
-        ("beyond", {"operation": 0, "scales": 0, "scales_bytes": 16}),
-        ("beyond", {"operation": 0, "scales": 16, "scales_bytes": 15}),
-        ("beyond", {"operation": 1, "columns": 129}),
-        ("ends", {**good, "ends_bytes": 15}),
-        ("ends", {**good, "groups": 1}),
-        ("ends", {**good, "groups": -1}),
-        ("ends", {**good, "operation": 0}),
-        ("ends", {**good, "batch": 2}),
-    ]
-    for word, changes in wrong:
-        error = raw(**changes)
-        assert error and word in wrapper.ERRORS[error], (changes, error)
-    assert LIBRARY.tiles(wrapper.CALL.pack(*range(22), 0.0, 0), wrapper.CALL.size - 8) == 1
+def muon(threads: int = 1, steps: int = 2, gram: int = 0, pieces: int = 1, **piece: int) -> int:
+    """Return the same for Muon's update of a stack of matrices."""
+    order = ("p", "p_bytes", "g", "g_bytes", "m", "m_bytes", "count", "rows", "columns")
+    fields = dict.fromkeys(order[0:6:2], STACK.data_ptr()) | dict.fromkeys(order[1:6:2], STACK.nbytes)
+    fields |= {"count": 3, "rows": 4, "columns": 6} | piece
+    table = torch.frombuffer(bytearray(PIECE.pack(*(fields[name] for name in order), 1)), dtype=torch.uint8)
+    numbers = torch.ones(2, 3, dtype=torch.float64)
+    spans = (table.data_ptr(), table.nbytes, numbers.data_ptr(), numbers.nbytes)
+    call = build.MUON.pack(threads, 0, gram, pieces, steps, *spans, 0.1, 0.9, 0.0)
+    return build.library().muon(call, build.MUON.size)
 
 
-def test_error_codes_of_c_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = dataclasses.replace(LIBRARY, tiles=lambda *_: 5)
-    monkeypatch.setattr(wrapper, "library", lambda: broken)
+def experts(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, index: int = 1, kind: int = 0) -> int:
+    """Return the same for experts. The first buffers are `less` bytes too short; `kind` is the type of w1."""
+    tensors = (torch.zeros(3, 8), torch.zeros(3, 8), torch.tensor([[0, 1], [0, index], [0, 1]]), torch.zeros(3, 2))
+    spans = [number for t in tensors for number in (t.data_ptr(), t.nbytes - less)]
+    w1, w2, w3 = map(steps.matrix, MATRICES)
+    call = build.EXPERTS.pack(1, *sizes, *spans, *w1[:2], kind, *w1[3:], *w2, *w3)
+    return build.library().experts(call, build.EXPERTS.size)
+
+
+GROUPS = {"ends": ENDS.data_ptr(), "ends_bytes": 16, "groups": 2}
+WRONG: list[tuple[Callable[..., int], str, list[dict[str, Any]]]] = [
+    (tiles, "malformed", [{"operation": 3}, {"operation": -1}, {"in": 3}, {"out_type": -1}, {"format": 3}]),
+    (tiles, "malformed", [{"threads": 0}]),
+    (tiles, "size", [{"rows": -1}, {"columns": HUGE}, {"tile_rows": 0}, {"batch": -1}]),
+    (tiles, "stride", [{"row_stride": -128}, {"batch_stride": -1}]),
+    (tiles, "beyond", [{"x_bytes": X.nbytes - 1}, {"out_bytes": X.nbytes - 1}, {"x": 0}, {"out": 0}, {"rows": 5}]),
+    (tiles, "beyond", [{"row_stride": 129}, {"row_stride": HUGE}, {"rows": HUGE}, {"batch": HUGE, "rows": HUGE}]),
+    (tiles, "beyond", [{"batch": 2}, {"operation": 1, "columns": 129}]),
+    (tiles, "beyond", [{"operation": 0, "scales": at, "scales_bytes": size} for at, size in ((0, 16), (16, 15))]),
+    (tiles, "ends", [GROUPS | {"ends_bytes": 15}, GROUPS | {"groups": 1}, GROUPS | {"groups": -1}]),
+    (tiles, "ends", [GROUPS | {"operation": 0}, GROUPS | {"batch": 2}]),
+    (muon, "", [{"threads": 0}, {"gram": 2}, {"steps": 0}, {"steps": 3}, {"steps": -1}, {"pieces": 2}, {"pieces": -1}]),
+    (muon, "", [{"count": 4}, {"count": -1}, {"count": 2**61}, {"rows": 0}, {"rows": 5}, {"columns": 7}]),
+    (muon, "", [{"columns": HUGE}, *({name: 0} for name in "pgm"), *({f"{n}_bytes": STACK.nbytes - 1} for n in "pgm")]),
+    (experts, "", [{"less": 1}, {"index": -1}, {"index": 2}]),
+    (experts, "", [{"kind": 3}, {"kind": 2}]),  # a type that there is not, and codes without scales
+    (experts, "", [{"sizes": sizes} for sizes in ((4, 8, 5, 2, 2, 0), (3, 9, 5, 2, 2, 0), (3, 8, 6, 2, 2, 0))]),
+    (experts, "", [{"sizes": sizes} for sizes in ((3, 8, 5, 3, 2, 0), (3, 8, 5, 2, 3, 0), (-1, 8, 5, 2, 2, 0))]),
+    (experts, "", [{"sizes": sizes} for sizes in ((3, 0, 5, 2, 2, 0), (3, 8, 5, 2, 0, 0), (HUGE, 8, 5, 2, 2, 0))]),
+    (experts, "", [{"sizes": (3, 8, 5, 2, 2, 2)}]),
+]
+
+
+@pytest.mark.usefixtures("library")
+def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
+    for call, word, wrong in WRONG:
+        assert call() == 0
+        for changes in wrong:
+            error = call(**changes)
+            assert error and word in ERRORS[error], (call.__name__, changes, error)
+    assert tiles(**GROUPS) == 0
+
+
+def test_calls_of_another_size_are_refused(library: build.Library) -> None:
+    for name, layout in build.LAYOUTS.items():
+        size = build.Struct(layout).size
+        assert ERRORS[getattr(library, name)(bytes(size), size - 8)] == "the call is malformed", name
+
+
+def test_error_codes_of_c_raise(library: build.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = dataclasses.replace(library, tiles=lambda *_: 5)
+    monkeypatch.setattr("dsmini_kernels.cpu.tiles.library", lambda: broken)
     with pytest.raises(RuntimeError, match="beyond their memory"):
         cpu.quantize(torch.randn(3, 4), (1, 128), "ue8m0", "e4m3", 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a fresh cache: the sources are compiled with sanitizers first
 @pytest.mark.parametrize("isa", list(build.ISAS))
-def test_sanitizers_find_no_memory_error(isa: str) -> None:
+def test_sanitizers_find_no_memory_error(isa: str, library: build.Library) -> None:
     """Run all operations under AddressSanitizer and UndefinedBehaviorSanitizer, in buffers of exact sizes."""
-    if isa not in ISAS:
+    if isa not in build.isas_here():
         pytest.skip(f"this CPU has no {isa}")
     command = build.find_compiler()
     found = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

@@ -10,14 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsmini import ops
 from dsmini.numerics import quantize_tiles
 from dsmini_kernels import Unserved, cpu
+from dsmini_kernels.cpu import build
 from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.cpu_kernels import LIBRARY, assert_same, quantize, quantize_and_back, round_to_bf16
+from tests.helpers.cpu_kernels import assert_same, quantize, quantize_and_back, round_to_bf16
+
+pytestmark = pytest.mark.usefixtures("library")
 
 
-def test_kernels_run_by_default(monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
+def test_kernels_run_by_default(library: build.Library, monkeypatch: pytest.MonkeyPatch, fresh_door: None) -> None:
     calls: list[int] = []
-    real = wrapper.library
-    monkeypatch.setattr(wrapper, "library", lambda: calls.append(1) or real())
+    monkeypatch.setattr(wrapper, "library", lambda: calls.append(1) or library)
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     x = torch.randn(4, 130)
     for count, call in enumerate((quantize, round_to_bf16, quantize_and_back), 1):
@@ -32,7 +34,7 @@ def test_kernels_run_by_default(monkeypatch: pytest.MonkeyPatch, fresh_door: Non
     monkeypatch.setenv(ops.VARIABLE, "cpu")
     quantize(x)
     assert len(calls) == before + 1
-    assert LIBRARY.isa in ops.explain()
+    assert library.isa in ops.explain()
 
 
 def test_unsupported_calls_raise_unserved() -> None:

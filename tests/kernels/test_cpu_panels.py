@@ -1,37 +1,33 @@
-"""Products of many rows in C++ agree with their references, on every instruction set."""
+"""Products of many rows and routed experts in C++ agree with their references: values, gradients, where they serve."""
 
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from dsmini import ops
+from dsmini import ModelConfig, Transformer, ops
 from dsmini.functional.experts import experts, quantized_experts
 from dsmini.functional.linear import linear
+from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import build, panels, steps
+from dsmini_kernels.cpu import panels
+from tests.helpers.cpu_kernels import assert_threads_change_no_bit
 from tests.helpers.decoding import WEIGHTS
 from tests.helpers.expert_calls import SHAPES, a_call, dense, exact, tolerance, weight_in
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
-
-@pytest.fixture(autouse=True)
-def _serves_all(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[None]:
-    """Serve calls of any size, without gradients, and fill outputs with NaN before a kernel writes them."""
-    monkeypatch.setattr(panels, "LEAST", 0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("library", "serves_all")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_experts_agree(every_isa: str, shape: tuple[int, ...], weights: str, dtype: torch.dtype) -> None:
+def test_experts_agree(isa: str, shape: tuple[int, ...], weights: str, dtype: torch.dtype) -> None:
     call = a_call(*shape, dtype, weights)  # pyright: ignore[reportArgumentType]
     got, want = cpu.experts(*call), exact(*call)
     assert got.dtype == dtype and got.shape == want.shape
@@ -40,9 +36,9 @@ def test_experts_agree(every_isa: str, shape: tuple[int, ...], weights: str, dty
         assert relative_error(got[token], want[token]) < 4 * tolerance(dtype, max(shape[1:3]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_linear_of_many_rows_agrees(every_isa: str, weights: str, dtype: torch.dtype) -> None:
+def test_linear_of_many_rows_agrees(isa: str, weights: str, dtype: torch.dtype) -> None:
     for n, o, i in ((33, 1, 1), (16, 40, 31), (97, 130, 63), (200, 33, 257), (600, 50, 128)):
         x, w = torch.randn(2, n, i)[1].to(dtype), weight_in(weights, o, i)
         got, want = cpu.quantized_linear(x.view(1, n, i), w), x.double() @ dense(w).T
@@ -52,15 +48,15 @@ def test_linear_of_many_rows_agrees(every_isa: str, weights: str, dtype: torch.d
         )
 
 
-def test_matrices_of_different_types_agree(every_isa: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+def test_matrices_of_different_types_agree(isa: str) -> None:
+    for dtype in DTYPES:
         call = list(a_call(40, 130, 63, 5, 2, dtype, "float32"))
         for place, weights in ((4, "fp8"), (5, "bfloat16")):
             call[place] = weight_in(weights, *call[place].shape)
         assert relative_error(cpu.experts(*call), exact(*call)) < tolerance(dtype, 130)
 
 
-def test_more_tokens_than_memory_take_turns(every_isa: str) -> None:
+def test_more_tokens_than_memory_take_turns(isa: str) -> None:
     """Beyond the memory of hidden numbers and of panels, tokens are computed in turns."""
     call = a_call(2000, 8, 4096, 3, 2, torch.float32, "float32")
     assert relative_error(cpu.experts(*call), exact(*call)) < tolerance(torch.float32, 4096)
@@ -68,21 +64,20 @@ def test_more_tokens_than_memory_take_turns(every_isa: str) -> None:
     assert relative_error(cpu.quantized_linear(x, w), x.double() @ w.double().T) < rounding(FP32_UNIT, terms=9000)
 
 
-def test_threads_change_no_bit(every_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_no_bit(isa: str) -> None:
     for dtype, weights in ((torch.bfloat16, "bfloat16"), (torch.float32, "fp8")):
-        call, results = a_call(150, 96, 70, 6, 2, dtype, weights), []
+        call = a_call(150, 96, 70, 6, 2, dtype, weights)
         held = [weight_in(kind, 370, 96) for kind in WEIGHTS]  # rows of some are converted, in memory of the thread
-        for threads in (1, 2, 3):
-            for module in (panels, steps):
-                monkeypatch.setattr(module, "n_threads", lambda n=threads: n)
-            results.append((cpu.experts(*call), *(cpu.quantized_linear(call[0], w) for w in held)))
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+        def run(call: Any = call, held: Any = held) -> list[Tensor]:
+            return [cpu.experts(*call), *(cpu.quantized_linear(call[0], w) for w in held)]
+
+        assert_threads_change_no_bit(run)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_number_stays_with_its_token(every_isa: str, bad: float) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+def test_a_bad_number_stays_with_its_token(isa: str, bad: float) -> None:
+    for dtype in DTYPES:
         call = a_call(60, 40, 20, 4, 2, dtype, "bfloat16")
         call[0][17, 3] = bad
         rows = cpu.experts(*call).isfinite().all(-1)
@@ -91,9 +86,9 @@ def test_a_bad_number_stays_with_its_token(every_isa: str, bad: float) -> None:
         assert rows.sum() == 59 and not rows[17]
 
 
-def test_a_row_ends_where_it_ends(every_isa: str) -> None:
+def test_a_row_ends_where_it_ends(isa: str) -> None:
     """With an odd width the numbers after a row's last are the next row's."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         call = list(a_call(60, 41, 21, 4, 2, dtype, str(dtype).removeprefix("torch.")))
         call[4][:, 9], call[5][:, 9] = math.nan, math.inf
         x, w = call[0], call[4][0]
@@ -102,21 +97,21 @@ def test_a_row_ends_where_it_ends(every_isa: str) -> None:
         assert cpu.experts(*call).isfinite().all(0).tolist() == [i != 9 for i in range(41)]
 
 
-def test_nan_of_a_weight_stays_where_it_is(every_isa: str) -> None:
+def test_nan_of_a_weight_stays_where_it_is(isa: str) -> None:
     """Also in rows that are converted to BF16, and NaN of any sign and payload."""
     w = torch.randn(20, 40)
     w.view(torch.int32)[7, 3], w.view(torch.int32)[9, 5] = 0x7FFFFFFF, -1
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         bad = cpu.quantized_linear(torch.ones(40, 40, dtype=dtype), w).isnan().all(0)
         assert bad.nonzero().flatten().tolist() == [7, 9]
 
 
-def test_every_code_is_decoded_for_many_rows(every_isa: str) -> None:
+def test_every_code_is_decoded_for_many_rows(isa: str) -> None:
     w = quantize(torch.randn(256, 40), WEIGHT_TILE)
     w.codes.view(torch.uint8)[:, 3] = torch.arange(256).to(torch.uint8)
     x = torch.zeros(32, 40)
     x[:, 3] = 1
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         want = w.dequantize(dtype)[:, 3]
         assert torch.equal(cpu.quantized_linear(x.to(dtype), w)[5].nan_to_num(7e7), want.nan_to_num(7e7))
 
@@ -177,47 +172,121 @@ def test_more_threads_than_a_team_has_are_fewer() -> None:
         torch.set_num_threads(threads)
 
 
-def test_a_child_after_a_fork_multiplies_many_rows() -> None:
-    """Torch's threads, which the parent borrows, are lost in a fork."""
-    code = """
-import os, torch
-from dsmini_kernels import cpu
-torch.set_num_threads(2)
-x, weight = torch.randn(64, 700), torch.randn(300, 700)
-want = cpu.linear(x, weight)
-child = os.fork()
-same = all(torch.equal(cpu.linear(x, weight), want) for _ in range(20))
-if child == 0:
-    os._exit(not same)
-print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert done.stdout == "True 0\n", done.stderr
+def gradients(call: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    """Return y and the gradients of x, weights, w1, w2 and w3 in FP64, by autograd from the reference."""
+    x, indices, weights, counts, *matrices = call
+    leaves = [t.detach().double().requires_grad_() for t in (x, weights, *matrices)]
+    with torch.enable_grad():
+        y = experts.reference(leaves[0], indices, leaves[1], counts, *leaves[2:])
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
 
 
-def test_wrong_calls_are_refused_before_memory_is_touched() -> None:
-    x, y, chosen, weights = torch.randn(3, 8), torch.empty(3, 8), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
-    matrices = [steps.matrix(torch.randn(2, *shape)) for shape in ((5, 8), (8, 5), (5, 8))]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (500, 100, 40, 2, 1)])
+def test_trained_experts_agree(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    call = a_call(*shape, dtype, "float32")  # pyright: ignore[reportArgumentType]
+    grad = torch.randn(call[0].shape).to(dtype)
+    y, gate, up = cpu.trained_experts(*call)
+    got = [y, *cpu.trained_experts_gradients(grad, *call[:4], gate, up, *call[4:])]
+    want = gradients(call, grad)
+    # sums are over the model's width, the expert's or the tokens; g and u are kept in x's dtype and rounded once more
+    limit = tolerance(dtype, max(shape[:3])) + (dtype == torch.bfloat16) * rounding(BF16_UNIT, chained=2)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < limit
+    for a, b in zip(got[3:], want[3:], strict=True):  # an expert with few tokens, or none, by itself
+        for i in range(len(a)):
+            assert relative_error(a[i], b[i]) < 4 * limit
+    assert got[0].dtype == got[1].dtype == dtype and all(t.dtype == torch.float32 for t in got[2:])
 
-    def raw(sizes: tuple[int, ...] = (3, 8, 5, 2, 2, 0), less: int = 0, w1: tuple[int, ...] = matrices[0]) -> int:
-        spans = [number for t in (x, y, chosen, weights) for number in (steps.span(t)[0], steps.span(t)[1] - less)]
-        call = (1, *sizes, *spans, *w1, *matrices[1], *matrices[2])
-        return build.library().experts(build.EXPERTS.pack(*call), build.EXPERTS.size)
 
-    assert raw() == 0
-    assert raw(less=1) != 0
-    beyond = ((4, 8, 5, 2, 2, 0), (3, 9, 5, 2, 2, 0), (3, 8, 6, 2, 2, 0), (3, 8, 5, 3, 2, 0), (3, 8, 5, 2, 3, 0))
-    senseless = (
-        (-1, 8, 5, 2, 2, 0),
-        (3, 0, 5, 2, 2, 0),
-        (3, 8, 5, 2, 0, 0),
-        (2**62, 8, 5, 2, 2, 0),
-        (3, 8, 5, 2, 2, 2),
-    )
-    for sizes in beyond + senseless:
-        assert raw(sizes) != 0
-    assert raw(w1=(*matrices[0][:2], 3, *matrices[0][3:])) != 0, "a type that there is not"
-    assert raw(w1=(*matrices[0][:2], 2, *matrices[0][3:])) != 0, "codes without scales"
-    for index in (-1, 2):
-        chosen[1, 1] = index
-        assert raw() != 0
+def test_trained_experts_agree_with_their_references() -> None:
+    for dtype in DTYPES:
+        call = a_call(70, 33, 20, 5, 2, dtype, "float32")
+        grad, limit = torch.randn(70, 33).to(dtype), 2 * tolerance(dtype, 70)
+        y, *kept = cpu.trained_experts(*call)
+        for a, b in zip((y, *kept), trained_experts.reference(*call), strict=True):
+            assert relative_error(a, b) < limit
+        arguments = (grad, *call[:4], *kept, *call[4:])
+        want = trained_experts_gradients.reference(*arguments)
+        for a, b in zip(cpu.trained_experts_gradients(*arguments), want, strict=True):
+            assert relative_error(a, b) < limit
+        for a, b in zip((y, *want), gradients(call, grad), strict=True):
+            assert relative_error(a, b) < 2 * limit
+
+
+@pytest.fixture
+def trained_call(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Return a call whose matrices are trained, by kernels although it is small."""
+    monkeypatch.setattr("dsmini.functional.trained_experts.LEAST", 0)
+    call = a_call(90, 40, 20, 8, 2, torch.float32, "float32")
+    for w in call[4:]:
+        w.requires_grad_()
+    return call
+
+
+def test_training_reaches_the_kernel_and_its_threads_change_no_bit(trained_call: tuple[Any, ...]) -> None:
+    call = (trained_call[0].bfloat16(), *trained_call[1:])
+    leaves = [call[0].requires_grad_(), call[2].requires_grad_(), *call[4:]]
+    grad = torch.randn(90, 40).bfloat16()
+
+    def run() -> list[Tensor]:
+        with torch.enable_grad():
+            y = experts(*call)
+        assert ops.chosen() == "eager" or "TrainedExperts" in type(y.grad_fn).__name__
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    got = assert_threads_change_no_bit(run)
+    with ops.use("eager"):
+        want = run()
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 4 * tolerance(torch.bfloat16, 90)
+    with torch.enable_grad(), pytest.raises(ValueError, match="second derivatives"):
+        torch.autograd.grad(experts(*call), leaves, grad, create_graph=True)
+
+
+def trained_by(call: Any, **changes: Any) -> str:
+    """Return the name of the autograd function of y, with some arguments of the call changed."""
+    names = ("x", "indices", "weights", "counts", "w1", "w2", "w3")
+    arguments = dict(zip(names, call, strict=True)) | changes
+    with torch.enable_grad():
+        return type(experts(*arguments.values()).grad_fn).__name__
+
+
+def test_training_takes_the_kernel_only_where_it_serves(
+    trained_call: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = trained_call
+    assert "TrainedExperts" in trained_by(call)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmini.functional.trained_experts.LEAST", 1 << 20)
+        assert "TrainedExperts" not in trained_by(call), "little work"
+    w1 = call[4]
+    for w in (w1.detach(), w1.detach().mT.contiguous().mT.requires_grad_(), w1.detach().bfloat16().requires_grad_()):
+        assert "TrainedExperts" not in trained_by(call, w1=w), "frozen, not contiguous, not FP32"
+    with ops.use("eager"):
+        assert "TrainedExperts" not in trained_by(call)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "TrainedExperts" not in trained_by(call)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert "TrainedExperts" not in trained_by(call), "an expert is one thread's"
+
+
+def test_backward_uses_the_forwards_backend_and_no_autocast(
+    trained_call: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = trained_call
+    with torch.enable_grad(), ops.use("cpu"):
+        total = experts(*call).sum()
+    want = torch.autograd.grad(total, call[4:], retain_graph=True)
+    seen: list[str | None] = []
+    gradient = cpu.trained_experts_gradients
+    monkeypatch.setattr(cpu, "trained_experts_gradients", lambda *a: seen.append(ops.chosen()) or gradient(*a))
+    with torch.autocast("cpu", torch.bfloat16), ops.use("eager"):
+        got = torch.autograd.grad(total, call[4:])
+    assert seen == ["cpu"] and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_model_without_numbers_still_runs() -> None:
+    with torch.device("meta"), torch.enable_grad():
+        model = Transformer(ModelConfig(n_layers=2))
+        assert model(torch.zeros(2, 64, dtype=torch.long)).requires_grad

@@ -8,10 +8,10 @@ import torch
 from dsmini import ops
 from dsmini.functional.sparse_attention import index_scores, pick_keys, picked_attention
 from dsmini_kernels import Unserved, cpu
-from dsmini_kernels.cpu import picks
+from tests.helpers.cpu_kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "without_gradients")
+pytestmark = pytest.mark.usefixtures("library", "poisoned_memory", "without_gradients")
 DTYPES = (torch.float32, torch.bfloat16)
 SCORED = (
     (1, 1, 1, 1, 1, 1),
@@ -49,7 +49,7 @@ def attended(
     return q_nope, q_rope, rows[:, :t], w_uk, w_uv, (c + r) ** -0.5, chosen
 
 
-def test_picks_are_the_keys_with_the_largest_scores(every_isa: str) -> None:
+def test_picks_are_the_keys_with_the_largest_scores(isa: str) -> None:
     for shape in SCORED:
         for dtype in DTYPES:
             q, k, weights, topk, hidden = scored(*shape, dtype)
@@ -69,7 +69,7 @@ def test_picks_are_the_keys_with_the_largest_scores(every_isa: str) -> None:
                 assert row[places].isfinite().all() and row[places].min() >= rest.max() - error
 
 
-def test_of_equal_scores_the_first_keys_are_picked(every_isa: str) -> None:
+def test_of_equal_scores_the_first_keys_are_picked(isa: str) -> None:
     q, k, weights, topk, hidden = scored(2, 9, 301, 4, 8, 16, torch.float32)
     weights = weights.abs()
     q[..., 0], k[:, :250, 0], k[:, 250:, 0] = -20.0, 1.0, 0.9  # all heads are rectified
@@ -79,7 +79,7 @@ def test_of_equal_scores_the_first_keys_are_picked(every_isa: str) -> None:
         assert torch.equal(cpu.pick_keys(q[:, order], k, weights[:, order], topk, hidden[:, order]), want)
 
 
-def test_a_score_of_nan_is_picked_and_no_hidden_key_is(every_isa: str) -> None:
+def test_a_score_of_nan_is_picked_and_no_hidden_key_is(isa: str) -> None:
     q, k, weights, topk, hidden = scored(1, 4, 200, 3, 16, 5, torch.bfloat16)
     k[0, 7], hidden[:, :2, 7], hidden[:, 2:, 7] = torch.nan, True, False
     got = cpu.pick_keys(q, k, weights, topk, hidden)[0]
@@ -87,13 +87,13 @@ def test_a_score_of_nan_is_picked_and_no_hidden_key_is(every_isa: str) -> None:
     assert not cpu.pick_keys(q, k, weights, topk, torch.ones_like(hidden)).ge(0).any()
 
 
-def test_one_mask_serves_all_sequences(every_isa: str) -> None:
+def test_one_mask_serves_all_sequences(isa: str) -> None:
     q, k, weights, topk, hidden = scored(3, 5, 140, 2, 16, 9, torch.float32)
     want = cpu.pick_keys(q, k, weights, topk, hidden[:1].expand(3, -1, -1))
     assert torch.equal(cpu.pick_keys(q, k, weights, topk, hidden[:1]), want)
 
 
-def test_attention_to_picked_rows_agrees(every_isa: str) -> None:
+def test_attention_to_picked_rows_agrees(isa: str) -> None:
     for shape in ATTENDED:
         for dtype in DTYPES:
             call = attended(*shape, dtype)
@@ -107,7 +107,7 @@ def test_attention_to_picked_rows_agrees(every_isa: str) -> None:
                 assert relative_error(a, b) < rounding(unit, terms=terms, chained=4), (shape, dtype)
 
 
-def test_the_order_of_picks_and_rows_not_picked_do_not_matter(every_isa: str) -> None:
+def test_the_order_of_picks_and_rows_not_picked_do_not_matter(isa: str) -> None:
     for dtype in DTYPES:
         *operands, scale, chosen = attended(1, 3, 200, 5, 16, 8, 64, 16, 70, dtype)
         want = cpu.picked_attention(*operands, scale, chosen)
@@ -119,17 +119,10 @@ def test_the_order_of_picks_and_rows_not_picked_do_not_matter(every_isa: str) ->
         assert torch.equal(got[0, 1], want[0, 1]) and got[0, 0].isnan().all()
 
 
-def test_threads_compute_the_same_bits(every_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, main = (
-        scored(2, 40, 300, 4, 32, 50, torch.bfloat16),
-        attended(2, 21, 300, 8, 16, 8, 64, 16, 50, torch.bfloat16),
-    )
-    results = []
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(picks, "n_threads", lambda n=threads: n)
-        results.append((cpu.pick_keys(*index), cpu.picked_attention(*main)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+def test_threads_compute_the_same_bits(isa: str) -> None:
+    index = scored(2, 40, 300, 4, 32, 50, torch.bfloat16)
+    main = attended(2, 21, 300, 8, 16, 8, 64, 16, 50, torch.bfloat16)
+    assert_threads_change_no_bit(lambda: [cpu.pick_keys(*index), cpu.picked_attention(*main)])
 
 
 def changed(call: tuple[Any, ...], place: int, value: Any) -> list[Any]:
@@ -152,16 +145,12 @@ def test_calls_that_are_not_served_say_why() -> None:
         assert torch.equal(cpu.pick_keys(*wanting), cpu.pick_keys(*index))
 
 
-@pytest.mark.parametrize("pick", [30, -2, 1 << 40])
-def test_picks_outside_the_rows_are_refused(pick: int) -> None:
+def test_picks_outside_the_rows_and_queries_without_picks_are_refused() -> None:
     main = attended(1, 2, 30, 2, 8, 4, 32, 8, 5, torch.float32)
-    main[6][0, 1, 2] = pick
-    with pytest.raises(RuntimeError, match="beyond their memory"):
-        cpu.picked_attention(*main)
-
-
-def test_a_query_without_picks_is_refused() -> None:
-    main = attended(1, 2, 30, 2, 8, 4, 32, 8, 5, torch.float32)
+    for pick in (30, -2, 1 << 40):
+        picks = main[6].index_put((torch.tensor(0), torch.tensor(1), torch.tensor(2)), torch.tensor(pick))
+        with pytest.raises(RuntimeError, match="beyond their memory"):
+            cpu.picked_attention(*changed(main, 6, picks))
     with pytest.raises(RuntimeError, match="size"):
         cpu.picked_attention(*changed(main, 6, torch.full_like(main[6], -1)))
 
