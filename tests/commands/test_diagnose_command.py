@@ -1,84 +1,160 @@
-"""python -m dsmini.diagnose as a user runs it: answers, JSON, a page, and mistakes in one sentence."""
+"""python -m dsmini.diagnose, of training and of decoding: answers, JSON, a page, mistakes, and Ctrl-C."""
 
+import hashlib
 import json
+import shutil
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsmini.console.progress import Progress
+from dsmini.diagnosis.decoding.alternatives import INTERVENTIONS
+from dsmini.diagnosis.kind import MadeFree
 from dsmini.diagnosis.training_work import TRAINING
-from tests.helpers.commands import run_all
-from tests.helpers.diagnoses import SMALL, begin, files, interrupted
+from tests.helpers.commands import check_refused, let_rates_be_invented, run, run_all
 
-QUICK = "--quick --rounds 5"
+SMALL = """
+[model]
+dim = 32
+inter_dim = 48
+moe_inter_dim = 16
+n_layers = 1
+n_dense_layers = 0
+n_routed_experts = 8
+max_seq_len = 32
+[data]
+path = "text.txt"
+[train]
+batch_size = 4
+threads = 1
+"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with a text, a config, and an unfinished, a finished and a damaged run."""
+    """Make a folder with a text, configs, an unfinished, a finished and a damaged run, and folders of a model."""
     folder = tmp_path_factory.mktemp("place")
-    begin(folder, "finished", "unfinished", "damaged")
+    (folder / "text.txt").write_text("".join(f"line {i * i % 997} of the text\n" for i in range(4000)))
+    (folder / "small.toml").write_text(SMALL)
     (folder / "lost.toml").write_text(SMALL.replace("text.txt", "lost.txt"))
+    dense = SMALL.replace("n_dense_layers = 0", "n_dense_layers = 1\nn_mtp_layers = 0")
+    (folder / "dense.toml").write_text(dense)
     (folder / "odd.toml").write_text("[model]\nn_headz = 3\n")
-    (folder / "unfinished" / "summary.json").unlink()
-    (folder / "damaged" / "summary.json").unlink()
+    (folder / "empty").mkdir()
+    few = "--train.steps 2 --train.sample-tokens 0"
+    done = run(f"dsmini.train small.toml {few} --out finished", folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("unfinished", "damaged"):
+        shutil.copytree(folder / "finished", folder / name)
+        (folder / name / "summary.json").unlink()
     for file in (folder / "damaged" / "checkpoints").glob("*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-9])
+    assert run("dsmini.convert finished folder", folder).returncode == 0
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_text((folder / "folder" / "config.json").read_text())
     return folder
 
 
-def test_answers_of_a_config_and_of_a_run(place: Path) -> None:
-    """Check verdict, JSON and page, and that the run is not changed."""
-    before = files(place / "unfinished")
-    lines = [
-        f"small.toml {QUICK} --out found",
-        f"unfinished {QUICK} --json",
-        f"small.toml {QUICK} --only replay --json",
-    ]
-    answers = run_all([("dsmini.diagnose", line) for line in lines], place, columns=100)
-    assert [status for status, _ in answers] == [0, 0, 0], answers
-    shown, of_run, only = (output for _, output in answers)
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invent the machine's rates, and let it have one core: two threads crawl where another program takes a core."""
+    let_rates_be_invented(monkeypatch)
+    monkeypatch.setattr("dsmini.diagnosis.interventions.machine.cores", lambda: 1)
+
+
+def hashes(*folders: Path) -> dict[Path, str]:
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def diagnoses(place: Path, *lines: str) -> list[tuple[str, Any]]:
+    """Return what each command says, and its JSON; fail if one of them changes what it diagnoses."""
+    before = hashes(place / "unfinished", place / "finished", place / "folder")
+    answers = run_all([("dsmini.diagnose", f"{line} --quick --rounds 5 --json") for line in lines], place, columns=110)
+    assert [status for status, _ in answers] == [0] * len(lines), answers
+    assert hashes(place / "unfinished", place / "finished", place / "folder") == before
+    return [(said, json.loads(next(line for line in said.splitlines() if line.startswith("{")))) for _, said in answers]
+
+
+def check_all(place: Path, out: str, record: Any, interventions: Sequence[MadeFree]) -> str:
+    """Check a record of all interventions, and that it is in a folder; return the page there."""
+    assert json.loads((place / out / "diagnosis.json").read_text()) == record
+    names = {each.name for each in interventions}
+    assert {record["gains"][name]["rounds"] for name in names & record["gains"].keys()} == {5}
+    assert record["gains"].keys() | record["not_tried"].keys() >= names
+    assert record["step_seconds"] > 0 and record["sentence"]
+    return (place / out / "diagnosis.html").read_text()
+
+
+def test_training_is_diagnosed_by_a_run_or_a_config(place: Path) -> None:
+    (said, of_run), (_, of_config) = diagnoses(place, "unfinished --out found", "small.toml --only replay")
     for words in ("replay", "dense_active", "5 rounds in turns", "made free", "what to do first"):
-        assert words in shown, words
-    assert "<svg" in (place / "found" / "diagnosis.html").read_text()
-    written = json.loads((place / "found" / "diagnosis.json").read_text())
-    found = json.loads(of_run.splitlines()[-1])
-    for record in (written, found):
-        assert record["gains"]["replay"]["rounds"] == 5
-        assert record["gains"].keys() | record["not_tried"].keys() >= {each.name for each in TRAINING.interventions}
-        assert record["step_seconds"] > 0 and record["sentence"]
-    one = json.loads(only.splitlines()[-1])
-    assert one["gains"].keys() <= {"replay", "waiting", "quiet_machine"}
-    assert files(place / "unfinished") == before
+        assert words in said, words
+    assert "<svg" in check_all(place, "found", of_run, TRAINING.interventions)
+    assert "replay" in of_config["gains"] and of_config["gains"].keys() <= {"replay", "waiting", "quiet_machine"}
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("nothing.toml", "there is no file nothing.toml"),
-        ("empty", "empty has no config.toml, so it is not a training run"),
-        ("odd.toml", "n_headz"),
-        ("lost.toml", "lost.txt"),
-        ("finished", "finished is finished; diagnose its config instead"),
-        ("damaged", "cannot read damaged"),
-        ("small.toml --only nonsense", "unknown intervention 'nonsense'; use one of replay"),
-        ("small.toml --only all_threads fastest_dtype --model.dim 3", "unknown flag '--model.dim'"),
-        ("small.toml --rounds 2", "--rounds 2 is not from 5 to 1000"),
-        ("small.toml --rounds x", "--rounds 'x' is not a whole number"),
-    ],
-)
-def test_mistake_is_one_sentence(place: Path, line: str, words: str) -> None:
-    ((status, output),) = run_all([("dsmini.diagnose", line)], place)
-    assert status == 2 and words in output, output
-    assert output.strip().count("\n") == 0, output
+def test_decoding_is_diagnosed_by_a_config_a_run_or_a_folder(place: Path) -> None:
+    """Routing can be made even only where several tokens are decoded together."""
+    (said, of_config), (_, of_run), (_, of_folder) = diagnoses(
+        place,
+        "small.toml --work decode --out found_decoding",
+        "finished --work decode --only uniform_routing --context 16 --batch 2",
+        "folder --work decode --only free_cache",
+    )
+    for words in ("free_cache", "expanded_mla", "dense_active", "5 rounds in turns", "made free"):
+        assert words in said, words
+    page = check_all(place, "found_decoding", of_config, INTERVENTIONS)
+    for words in ("<svg", "random weights", "24 tokens in the cache of each", "decoding waits for no data"):
+        assert words in page, words
+    assert "accepted_guesses" in {finding["name"] for finding in of_config["findings"]}
+    assert "uniform_routing" in of_config["not_tried"] and "uniform_routing" in of_run["gains"]
+    assert of_folder["gains"].keys() == {"free_cache", "quiet_machine"}
 
 
-def test_intervention_that_does_not_apply_says_why(place: Path) -> None:
-    dense = SMALL.replace("n_layers = 2", "n_layers = 2\nn_dense_layers = 2\nn_mtp_layers = 0")
-    (place / "dense.toml").write_text(dense)
-    ((status, output),) = run_all([("dsmini.diagnose", "dense.toml --only uniform_routing")], place)
-    assert status == 2 and "--only uniform_routing does not apply: the model has no routed experts" in output
+def test_mistake_is_one_sentence(place: Path) -> None:
+    bad = {
+        "nothing.toml": "there is no file nothing.toml",
+        "empty": "empty has no config.toml, so it is not a training run",
+        "odd.toml": "n_headz",
+        "lost.toml": "lost.txt",
+        "finished": "finished is finished; diagnose its config instead",
+        "damaged": "cannot read damaged",
+        "small.toml --only nonsense": "unknown intervention 'nonsense'; use one of replay",
+        "small.toml --only all_threads fastest_dtype --model.dim 3": "unknown flag '--model.dim'",
+        "small.toml --rounds 2": "--rounds 2 is not from 5 to 1000",
+        "small.toml --rounds x": "--rounds 'x' is not a whole number",
+        "dense.toml --only uniform_routing": "--only uniform_routing does not apply: the model has no routed experts",
+        "small.toml --context 8": "--context 8 is for decoding; add --work decode",
+        "small.toml --batch 8": "--batch 8 is for decoding; add --work decode",
+        "small.toml --work sleep": "--work 'sleep' is not one of train, decode",
+        "small.toml --work decode --context 32": "--context 32 is not from 1 to 31",
+        "small.toml --work decode --context 0": "--context 0 is not from 1 to 31",
+        "small.toml --work decode --batch 0": "--batch 0 is not from 1 to 1024",
+        "small.toml --work decode --only replay": "unknown intervention 'replay'; use one of free_cache",
+        "small.toml --work decode --only uniform_routing": "--only uniform_routing does not apply: one token visits",
+        "empty --work decode": "empty",
+        "bare --work decode": "bare",
+        "nothing.toml --work decode": "there is no file nothing.toml",
+    }
+    check_refused("dsmini.diagnose", bad, place)
 
 
-def test_ctrl_c_keeps_the_whole_rounds(place: Path) -> None:
-    record = interrupted("small.toml --only replay dense_active", place, 7)
-    assert record["stopped"] and record["gains"]["replay"]["rounds"] >= 7
+@pytest.mark.parametrize(("work", "only"), [("train", "replay"), ("decode", "free_cache")])
+def test_ctrl_c_keeps_the_whole_rounds(place: Path, monkeypatch: pytest.MonkeyPatch, work: str, only: str) -> None:
+    """The signal comes as the seventh round begins."""
+    update = Progress.update
+
+    def interrupted(bar: Progress, done: float) -> None:
+        if bar.label == "round 7":
+            signal.raise_signal(signal.SIGINT)
+        update(bar, done)
+
+    monkeypatch.setattr(Progress, "update", interrupted)
+    done = run(f"dsmini.diagnose small.toml --work {work} --only {only} --quick --rounds 1000 --json", place)
+    assert done.returncode == 130, done.stderr
+    record = json.loads(done.stdout)
+    assert record["stopped"] and record["gains"][only]["rounds"] == 6

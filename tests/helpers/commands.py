@@ -1,9 +1,8 @@
-"""Run commands from a test as a user does, each in a process of its own.
+"""Run commands from a test: in this process, or in one of their own for what only a process shows.
 
-Importing torch takes three seconds of CPU. A server imports it once per pytest process and forks for every command.
+Importing torch takes two seconds of CPU, so processes are for signals, closed pipes, exit statuses and imports.
 """
 
-import atexit
 import contextlib
 import io
 import multiprocessing
@@ -14,11 +13,13 @@ import signal
 import subprocess
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import reduction
-from multiprocessing.connection import Connection
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -27,136 +28,124 @@ TINY = (
     "--train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 )
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = "torch torch.optim torch._dynamo safetensors.torch tokenizers tyro rich.progress rich.table jinja2.sandbox"
-FORKS.set_forkserver_preload(IMPORTED.split())
+OF_A_PROCESS = ("EXTRA_PATH", "WORLD_SIZE")
+"""Variables of the environment that concern a whole process: a command that has them gets its own."""
 
 
-class Command:
-    """A running command, with the methods of subprocess.Popen that tests use."""
-
-    def __init__(self, arguments: list[str], folder: Path, env: dict[str, str], stdin: int | None) -> None:
-        inside = [os.open(os.devnull, os.O_RDONLY), -1, -1]
-        self.stdin: TextIO | None = None
-        if stdin == subprocess.PIPE:
-            os.close(inside[0])
-            inside[0], ours = os.pipe()
-            self.stdin = os.fdopen(ours, "w", encoding="utf-8")
-        out, inside[1] = os.pipe()
-        err, inside[2] = os.pipe()
-        self.stdout, self.stderr = os.fdopen(out, encoding="utf-8"), os.fdopen(err, encoding="utf-8")
-        self.args = arguments
-        passed = [reduction.DupFd(number) for number in inside]
-        self.process = FORKS.Process(target=_run_module, args=(arguments, folder, env, passed), daemon=True)
-        self.process.start()
-        for number in inside:
-            os.close(number)
-        assert self.process.pid is not None
-        self.pid = self.process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return self.process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def communicate(self, stdin: str | None = None, timeout: float | None = None) -> tuple[str, str]:
-        """Send stdin, then return what the command prints.
-
-        Raises: subprocess.TimeoutExpired, after the command was killed.
-        """
-        with ThreadPoolExecutor(2) as readers:
-            both = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
-            try:
-                if self.stdin is not None:
-                    with contextlib.suppress(BrokenPipeError), self.stdin:
-                        self.stdin.write(stdin or "")
-                out, err = (reader.result(timeout) for reader in both)
-                self.wait(timeout)
-            except TimeoutError:
-                self.kill()
-                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
-        self.stdout.close()
-        self.stderr.close()
-        return out, err
-
-
-def _become(folder: Path, env: dict[str, str], streams: list[int]) -> None:
-    """Give this forked process the folder, the environment and the streams of a new one."""
-    for standard, number in enumerate(streams):
-        os.dup2(number, standard)
-        os.close(number)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1, errors="backslashreplace")
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(env)
-    sys.path[:] = [str(folder), str(ROOT), *(path for path in sys.path if path not in (str(ROOT), ""))]
-
-
-def _run_module(arguments: list[str], folder: Path, env: dict[str, str], passed: list[reduction.DupFd]) -> None:
-    """Do what python -m does, to its exit status."""
-    _become(folder, env, [each.detach() for each in passed])
-    sys.argv = arguments
-    try:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-
-
-def _run_modules(commands: list[tuple[str, str]], folder: Path, env: dict[str, str], answers: Connection) -> None:
-    _become(folder, env, [os.open(os.devnull, os.O_RDONLY), os.dup(1), os.dup(2)])
-    said: list[tuple[int, str]] = []
-    for module, arguments in commands:
-        sys.argv, output, status = [module, *shlex.split(arguments)], io.StringIO(), 0
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            except SystemExit as stop:
-                status = stop.code  # type: ignore[assignment]
-            except BaseException:
-                traceback.print_exc()
-        said.append((status, output.getvalue()))
-    answers.send(said)
-
-
-def start(command: str, folder: Path, stdin: int | None = None) -> "Command | subprocess.Popen[str]":
+def start(command: str, folder: Path, stdin: int | None = subprocess.DEVNULL) -> "subprocess.Popen[str]":
     """Start python -m with this command; EXTRA_PATH names a folder whose sitecustomize.py it runs first."""
-    arguments, more = shlex.split(command), os.environ.get("EXTRA_PATH")
+    more = os.environ.get("EXTRA_PATH")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), more])), "COLUMNS": "200"}
-    if not more:
-        return Command(arguments, folder, env, stdin)
-    arguments = [sys.executable, "-m", *arguments]
     return subprocess.Popen(
-        arguments, cwd=folder, env=env, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-m", *shlex.split(command)],
+        cwd=folder, env=env, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run_apart(command: str, folder: Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, to its end."""
+    with start(command, folder, subprocess.PIPE) as process:
+        try:
+            out, err = process.communicate(stdin, timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def run(command: str, folder: Path, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
-    process = start(command, folder, None if stdin is None else subprocess.PIPE)
-    out, err = process.communicate(stdin, timeout=120)
-    return subprocess.CompletedProcess(command, process.wait(), out, err)
+    """Run a command, with the words of its process."""
+    if any(name in os.environ for name in OF_A_PROCESS):
+        return run_apart(command, folder, stdin or "")
+    out, err = io.StringIO(), io.StringIO()
+    status = call(command, folder, out, err, stdin or "")
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
+    """Run commands (module, arguments) in this process; return the status and output of each."""
+    said: list[tuple[int, str]] = []
+    for module, arguments in commands:
+        output = io.StringIO()
+        status = call(f"{module} {arguments}", folder, output, output, columns=columns)
+        said.append((status, output.getvalue()))
+    return said
+
+
+def call(command: str, folder: Path, out: TextIO, err: TextIO, stdin: str = "", columns: int = 200) -> int:
+    """Do in this process what python -m does with this command; return its exit status."""
+    module, *arguments = shlex.split(command)
+    with _as_its_process(folder, [module, *arguments], out, err, stdin, columns):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            return -signal.SIGINT
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _as_its_process(
+    folder: Path, argv: list[str], out: TextIO, err: TextIO, stdin: str, columns: int
+) -> Iterator[None]:
+    """Lend this process to a command: folder, streams, warnings, signals and threads, which are put back at the end."""
+    threads, terminated = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        patch.setenv("COLUMNS", str(columns))
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        patch.setattr(warnings, "showwarning", _show)  # pytest collects them
+        warnings.simplefilter("default")
+        for unseen in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", unseen)
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # this process has imported dsmini
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
+            torch.set_num_threads(threads)
+
+
+def _show(message: object, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))  # pyright: ignore[reportArgumentType]
+
+
+def check_refused(module: str, bad: Mapping[str, str], folder: Path) -> None:
+    """Fail unless each command line ends with status 2 and one line that has its sentence, and touches no file."""
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    before, wrong = files(), []
+    for (arguments, sentence), (status, said) in zip(
+        bad.items(), run_all([(module, a) for a in bad], folder), strict=True
+    ):
+        if status != 2 or sentence not in said or not said.startswith("error: ") or said.count("\n") != 1:
+            wrong.append((arguments, status, said))
+    assert wrong == []
+    assert files() == before
+
+
+def let_rates_be_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine have invented rates, whose measurement takes minutes."""
+    from tests.helpers.questions import invented_rates
+
+    rates = invented_rates()
+    for module in ("measure.calibration", "planner.hardware"):
+        monkeypatch.setattr(f"dsmini.{module}.load_or_measure", lambda *_, **__: rates.roofs, raising=False)
+    for module in ("measure.step_rates", "diagnosis.answer", "planner.here"):
+        monkeypatch.setattr(f"dsmini.{module}.load_or_measure_rates", lambda *_, **__: rates, raising=False)
 
 
 def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -165,16 +154,3 @@ def place_with_run(folder: Path) -> "subprocess.CompletedProcess[str]":
     done = run(f"dsmini.train --data.path book.txt --out runs/x --train.steps 5 --json {TINY}", folder)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def run_all(commands: list[tuple[str, str]], folder: Path, columns: int = 200) -> list[tuple[int, str]]:
-    """Run commands (module, arguments) in one process and return the status and output of each."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
-    ours, theirs = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=_run_modules, args=(commands, folder, env, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
