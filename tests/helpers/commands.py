@@ -128,12 +128,11 @@ def check_refused(module: str, bad: Mapping[str, str], folder: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     before, wrong = files(), []
-    for (arguments, sentence), (status, said) in zip(
-        bad.items(), run_all([(module, a) for a in bad], folder), strict=True
-    ):
+    answers = run_all([(module, arguments) for arguments in bad], folder)
+    for (arguments, sentence), (status, said) in zip(bad.items(), answers, strict=True):
         if status != 2 or sentence not in said or not said.startswith("error: ") or said.count("\n") != 1:
-            wrong.append((arguments, status, said))
-    assert wrong == []
+            wrong.append(f"{module} {arguments}: status {status}, {said}")
+    assert wrong == [], "\n".join(wrong)
     assert files() == before
 
 
