@@ -127,7 +127,6 @@ def test_mistake_is_one_sentence(place: Path) -> None:
         "small.toml --only all_threads fastest_dtype --model.dim 3": "unknown flag '--model.dim'",
         "small.toml --rounds 2": "--rounds 2 is not from 5 to 1000",
         "small.toml --rounds x": "--rounds 'x' is not a whole number",
-        "dense.toml --only uniform_routing": "--only uniform_routing does not apply: the model has no routed experts",
         "small.toml --context 8": "--context 8 is for decoding; add --work decode",
         "small.toml --batch 8": "--batch 8 is for decoding; add --work decode",
         "small.toml --work sleep": "--work 'sleep' is not one of train, decode",
@@ -135,12 +134,20 @@ def test_mistake_is_one_sentence(place: Path) -> None:
         "small.toml --work decode --context 0": "--context 0 is not from 1 to 31",
         "small.toml --work decode --batch 0": "--batch 0 is not from 1 to 1024",
         "small.toml --work decode --only replay": "unknown intervention 'replay'; use one of free_cache",
-        "small.toml --work decode --only uniform_routing": "--only uniform_routing does not apply: one token visits",
         "empty --work decode": "empty",
         "bare --work decode": "bare",
         "nothing.toml --work decode": "there is no file nothing.toml",
     }
     check_refused("dsmini.diagnose", bad, place)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [("dense.toml", "the model has no routed experts"), ("small.toml --work decode", "one token")]
+)
+def test_intervention_that_does_not_apply_says_why(place: Path, line: str, reason: str) -> None:
+    done = run(f"dsmini.diagnose {line} --only uniform_routing", place)
+    assert done.returncode == 2
+    assert f"error: --only uniform_routing does not apply: {reason}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("work", "only"), [("train", "replay"), ("decode", "free_cache")])

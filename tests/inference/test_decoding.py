@@ -19,6 +19,7 @@ from tests.helpers.decoding import GROUPED, MODELS, SPARSE, model_of
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 Model = Callable[..., Transformer]
+Change = Callable[[Transformer], None]
 
 
 @pytest.fixture(autouse=True)
@@ -133,49 +134,6 @@ def test_drafts_at_the_ends_of_a_cache_agree_with_the_modules(small_model: Model
         check_drafts(model, lengths, s, new, FP32_MODEL)
 
 
-class DoubledMTP(MTP):
-    def forward(self, *args: Any) -> Any:
-        (x, normed), routing = super().forward(*args)
-        return (2 * x, 2 * normed), routing
-
-
-def _hooked_block(model: Transformer) -> None:
-    model.mtp[1].block.ffn_norm.register_forward_hook(lambda module, args, out: out * 0.5)
-
-
-def _hooked_norm(model: Transformer) -> None:
-    model.mtp[0].hnorm.register_forward_hook(lambda module, args, out: out * 0.5)
-
-
-def _hooked(model: Transformer) -> None:
-    model.mtp[0].register_forward_hook(lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1]))
-
-
-def _subclassed(model: Transformer) -> None:
-    model.mtp[0].__class__ = DoubledMTP
-
-
-def _wrapped(model: Transformer) -> None:
-    model.mtp[1].eh_proj = Half(model.mtp[1].eh_proj)
-
-
-def _chain(model: Transformer) -> None:
-    class Twice(MTPChain):
-        def decode_depth(self, *args: Any) -> Any:
-            normed, given = super().decode_depth(*args)
-            return normed * 2, given * 2
-
-    model.mtp.__class__ = Twice
-
-
-@pytest.mark.parametrize("change", [_hooked_block, _hooked_norm, _hooked, _subclassed, _wrapped, _chain])
-def test_a_change_of_a_prediction_block_is_heeded(small_model: Model, change: Callable[[Transformer], None]) -> None:
-    model = small_model(n_mtp_layers=2)
-    change(model)
-    assert None in Decoder(model).mtp_parts
-    check_drafts(model, [9, 20], 2, tolerance=FP32_MODEL)
-
-
 class Half(nn.Module):
     """A wrapper as LoRA's, which changes what a Linear returns."""
 
@@ -198,53 +156,93 @@ class Doubled(Block):
         return 2 * y, routing
 
 
-def _wrap(path: str) -> Callable[[Transformer], None]:
+class DoubledMTP(MTP):
+    def forward(self, *args: Any) -> Any:
+        (x, normed), routing = super().forward(*args)
+        return (2 * x, 2 * normed), routing
+
+
+class Twice(MTPChain):
+    def decode_depth(self, *args: Any) -> Any:
+        normed, given = super().decode_depth(*args)
+        return normed * 2, given * 2
+
+
+def _wrap(path: str) -> Change:
+    return lambda model: model.set_submodule(path, Half(model.get_submodule(path)))
+
+
+def _hook(path: str) -> Change:
     def change(model: Transformer) -> None:
-        *parents, name = path.split(".")
-        parent = model.layers[1].get_submodule(".".join(parents))
-        setattr(parent, name, Half(parent.get_submodule(name)))
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: out * 0.5)
 
     return change
 
 
-def _hook(path: str) -> Callable[[Transformer], None]:
-    def change(model: Transformer) -> None:
-        model.layers[1].get_submodule(path).register_forward_hook(lambda module, args, out: out * 0.5)
+def _hook_depth(model: Transformer) -> None:
+    model.mtp[0].register_forward_hook(lambda module, args, out: ((out[0][0] * 2, out[0][1] * 2), out[1]))
 
-    return change
+
+def _subclass(path: str, kind: type) -> Change:
+    return lambda model: setattr(model.get_submodule(path), "__class__", kind)
+
+
+CHANGES_OF_MTP: dict[str, Change] = {
+    "hook on a norm of a block": _hook("mtp.1.block.ffn_norm"),
+    "hook on a norm": _hook("mtp.0.hnorm"),
+    "hook on a depth": _hook_depth,
+    "depth": _subclass("mtp.0", DoubledMTP),
+    "wrapped projection": _wrap("mtp.1.eh_proj"),
+    "chain": _subclass("mtp", Twice),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_OF_MTP)
+def test_a_change_of_a_prediction_block_is_heeded(small_model: Model, name: str) -> None:
+    model = small_model(n_mtp_layers=2)
+    CHANGES_OF_MTP[name](model)
+    assert None in Decoder(model).mtp_parts
+    check_drafts(model, [9, 20], 2, tolerance=FP32_MODEL)
+
+
+def _leave(model: Transformer) -> None:
+    """Change nothing: the blocks are others already."""
 
 
 def _score(model: Transformer) -> None:
     model.layers[1].ffn.gate.options["score_func"] = torch.tanh
 
 
-CHANGES: dict[str, tuple[dict[str, Any], Callable[[Transformer], None] | None]] = {
-    **{f"wrapped {path}": ({}, _wrap(path)) for path in ("attn.wkv_b", "attn.wo", "ffn.shared_experts.w2")},
-    **{f"hook on {path}": ({}, _hook(path)) for path in ("attn", "attn.kv_norm", "attn_norm", "attn.wq_a")},
-    "score function": ({}, _score),
-    "mask": ({"make_block": partial(Block, attention_class=partial(MLA, mask=lambda q, k: q - k >= 4))}, None),
-    "gate": ({"make_block": partial(Block, moe_class=partial(MoE, gate_class=OtherGate))}, None),
-    "block": ({"make_block": Doubled}, None),
-    "mask of mha": (
-        {
-            "attention": "mha",
-            "make_block": partial(Block, attention_class=partial(Attention, mask=lambda q, k: q - k >= 4)),
-        },
-        None,
-    ),
-    "hook on wk of mha": ({"attention": "mha"}, _hook("attn.wk")),
-    "wrapped wv of mha": ({"attention": "mha"}, _wrap("attn.wv")),
+def _attention(kind: type) -> Any:
+    """Return a maker of blocks whose attention sees no key closer than 4."""
+    return partial(Block, attention_class=partial(kind, mask=lambda q, k: q - k >= 4))
+
+
+# the kind of attention, the maker of blocks, and what is changed in the model
+CHANGES: dict[str, tuple[str, Any, Change]] = {
+    "wrapped attn.wkv_b": ("mla", Block, _wrap("layers.1.attn.wkv_b")),
+    "wrapped attn.wo": ("mla", Block, _wrap("layers.1.attn.wo")),
+    "wrapped ffn.shared_experts.w2": ("mla", Block, _wrap("layers.1.ffn.shared_experts.w2")),
+    "hook on attn": ("mla", Block, _hook("layers.1.attn")),
+    "hook on attn.kv_norm": ("mla", Block, _hook("layers.1.attn.kv_norm")),
+    "hook on attn_norm": ("mla", Block, _hook("layers.1.attn_norm")),
+    "hook on attn.wq_a": ("mla", Block, _hook("layers.1.attn.wq_a")),
+    "score function": ("mla", Block, _score),
+    "mask": ("mla", _attention(MLA), _leave),
+    "gate": ("mla", partial(Block, moe_class=partial(MoE, gate_class=OtherGate)), _leave),
+    "block": ("mla", Doubled, _leave),
+    "mask of mha": ("mha", _attention(Attention), _leave),
+    "hook on wk of mha": ("mha", Block, _hook("layers.1.attn.wk")),
+    "wrapped wv of mha": ("mha", Block, _wrap("layers.1.attn.wv")),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_is_heeded(name: str) -> None:
-    options, change = CHANGES[name]
-    modules = {key: value for key, value in options.items() if key != "attention"}
-    config = ModelConfig(**(SMALL | {"n_mtp_layers": 0, "attention": options.get("attention", "mla")}))
-    model = randomise(Transformer(config, **modules)).eval()
-    if change is not None:
-        change(model)
+    attention, make_block, change = CHANGES[name]
+    config = ModelConfig(**(SMALL | {"n_mtp_layers": 0, "attention": attention}))
+    model = randomise(Transformer(config, make_block=make_block)).eval()
+    change(model)
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
@@ -281,9 +279,16 @@ def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> Non
     assert torch.equal(step(), before)
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-@pytest.mark.parametrize("attention", ["mla", "mqa"])
-def test_texts_are_those_of_plain_torch(speculative: bool, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "speculative"),
+    [
+        ("mla", True),
+        ("mqa", False),
+        pytest.param("mla", False, marks=pytest.mark.slow),
+        pytest.param("mqa", True, marks=pytest.mark.slow),
+    ],
+)
+def test_texts_are_those_of_plain_torch(attention: str, speculative: bool) -> None:
     model = randomise(Transformer(ModelConfig(**(SMALL | {"max_seq_len": 256, "attention": attention})))).eval()
     prompts = [[5, 3, 8], [1], [7] * 20]
     for ends in (None, [3, 19]):  # rows that end early leave the cache
