@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -78,42 +80,37 @@ def test_rows_do_not_disturb_each_other(rows: list[list[float]], sampling: Sampl
     assert torch.equal(sampling.probabilities(logits, seen), torch.cat(alone))
 
 
-def test_temperature_0_takes_the_lowest_id_among_equals() -> None:
-    assert Sampling().probabilities(one(1, 5, 5, 5)).tolist() == [[0, 1, 0, 0]]
+LEVEL = torch.zeros(1, 1000)
+PEAK = torch.zeros(1, 1000).index_fill_(1, torch.tensor(700), 1.0)
+HALVES, QUARTERS = one(0.5, 0.25, 0.125, 0.125).log(), one(*[0.25] * 4)
+TENTHS, FALLING = one(0.4, 0.3, 0.2, 0.1).log(), one(0.5, 0.3, 0.15, 0.05).log()
 
 
-def test_ties_at_top_k_and_top_p_keep_the_lowest_ids() -> None:
-    many = torch.zeros(1, 1000)
-    many[0, 700] = 1.0
-    kept = Sampling(temperature=1.0, top_k=4).probabilities(many)[0].nonzero().flatten()
-    assert kept.tolist() == [0, 1, 2, 700]
-    kept = Sampling(temperature=1.0, top_p=3.5 / 1000).probabilities(torch.zeros(1, 1000))[0].nonzero().flatten()
-    assert kept.tolist() == [0, 1, 2, 3]
-
-
-def test_top_p_keeps_the_token_that_crosses_and_not_the_next() -> None:
-    logits = one(0.5, 0.25, 0.125, 0.125).log()
-    for p, n in ((0.4, 1), (0.51, 2), (0.76, 3), (0.9, 4), (1.0, 4)):
-        assert (Sampling(temperature=1.0, top_p=p).probabilities(logits) > 0).sum() == n, p
-    many = one(*[0.25] * 4)  # sums that floating point gets right
-    assert (Sampling(temperature=1.0, top_p=0.5).probabilities(many) > 0).sum() == 2
-
-
-def test_top_p_counts_exactly_in_a_large_vocabulary() -> None:
-    n = 200_003
-    got = Sampling(temperature=1.0, top_p=0.9).probabilities(torch.zeros(1, n))
-    assert (got > 0).sum() == math.ceil(0.9 * n)
-
-
-def test_top_p_is_of_what_top_k_left() -> None:
-    logits = one(0.4, 0.3, 0.2, 0.1).log()
-    both = Sampling(temperature=1.0, top_k=2, top_p=0.55).probabilities(logits)  # 0.4 / 0.7 is 0.57
-    assert both.tolist() == [[1, 0, 0, 0]]
-
-
-def test_min_p_is_relative_to_the_likeliest() -> None:
-    got = Sampling(temperature=1.0, min_p=0.4).probabilities(one(0.5, 0.3, 0.15, 0.05).log())
-    assert got[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+@pytest.mark.parametrize(
+    ("options", "logits", "want"),
+    [
+        pytest.param({"temperature": 0.0}, one(1.0, 5.0, 5.0, 5.0), [1], id="greedy takes the lowest of equals"),
+        pytest.param({"temperature": 1e-45}, one(1.0, 90.0, 3.0), [1], id="tiny temperature"),
+        pytest.param({"temperature": 1e-300}, one(1.0, 90.0, 3.0), [1], id="tinier than float32"),
+        pytest.param({"temperature": 5e-324}, one(1.0, 90.0, 3.0), [1], id="tiniest temperature"),
+        pytest.param({"top_k": 4}, PEAK, [0, 1, 2, 700], id="ties at top_k keep the lowest"),
+        pytest.param({"top_p": 3.5 / 1000}, LEVEL, [0, 1, 2, 3], id="ties at top_p keep the lowest"),
+        pytest.param({"top_p": 0.4}, HALVES, [0], id="top_p keeps the token that crosses"),
+        pytest.param({"top_p": 0.51}, HALVES, [0, 1], id="top_p keeps the second that crosses"),
+        pytest.param({"top_p": 0.76}, HALVES, [0, 1, 2], id="top_p keeps the third that crosses"),
+        pytest.param({"top_p": 0.9}, HALVES, [0, 1, 2, 3], id="top_p keeps the last that crosses"),
+        pytest.param({"top_p": 1.0}, HALVES, [0, 1, 2, 3], id="top_p of 1 keeps all"),
+        pytest.param({"top_p": 0.5}, QUARTERS, [0, 1], id="top_p that is met exactly"),
+        pytest.param({"top_p": 0.9}, torch.zeros(1, 200_003), range(180_003), id="top_p of many tokens"),
+        pytest.param({"top_k": 2, "top_p": 0.55}, TENTHS, [0], id="top_p is of what top_k left"),
+        pytest.param({"min_p": 0.4}, FALLING, [0, 1], id="min_p is relative to the likeliest"),
+    ],
+)
+def test_filter_keeps(options: dict[str, Any], logits: Tensor, want: Sequence[int]) -> None:
+    """What is kept has the same odds as before."""
+    got = Sampling(**({"temperature": 1.0} | options)).probabilities(logits)[0]
+    assert got.nonzero().flatten().tolist() == list(want)
+    assert torch.allclose(got[list(want)], logits[0, list(want)].softmax(0), rtol=1e-4)
 
 
 def test_penalty_makes_seen_tokens_of_any_sign_less_likely() -> None:
@@ -121,11 +118,6 @@ def test_penalty_makes_seen_tokens_of_any_sign_less_likely() -> None:
     got = Sampling(temperature=1.0, repetition_penalty=2.0).probabilities(one(2.0, -1.0, 1.0), seen)
     assert got[0].tolist() == pytest.approx(torch.tensor([1.0, -2.0, 1.0]).softmax(0).tolist())
     assert Sampling(repetition_penalty=3.0).probabilities(one(2.0, -1.0, 1.0), seen).argmax() == 2
-
-
-@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 5e-324])
-def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    assert Sampling(temperature=temperature).probabilities(one(1.0, 90.0, 3.0)).tolist() == [[0, 1, 0]]
 
 
 def test_a_huge_temperature_is_even() -> None:
