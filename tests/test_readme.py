@@ -1,13 +1,17 @@
 """README.md and the pages of docs/ say what works and exists."""
 
+import importlib
 import re
+import shlex
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import dsmini
-from tests.helpers.commands import ROOT, TINY, run_all
+from dsmini.console.commandline import _refuse_wrong, _types
+from tests.helpers.commands import ROOT, TINY, let_rates_be_invented, run_all
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text()
@@ -34,7 +38,7 @@ def smaller(module: str, arguments: str) -> str:
     if module == "dsmini.tokenize":
         return arguments.replace("FILE_OR_FOLDER", "book.txt")
     if module == "dsmini.diagnose":
-        return "small.toml --quick --rounds 5"
+        return "small.toml --quick --rounds 5 --only replay"
     if module in ("dsmini.convert", "dsmini.explain", "dsmini.plan"):
         return arguments
     if "--resume" in arguments:  # the only setting that differs from the run it goes on with
@@ -48,7 +52,29 @@ def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
     assert len(pages) >= 2 and [page.name for page in pages if "[bpe]'" not in page.read_text()] == []
 
 
-def test_every_command_runs(tmp_path: Path) -> None:
+def test_every_command_of_a_page_has_known_flags_and_files() -> None:
+    """Those in text, of several processes, and with lines that continue too; log.md tells of older ones."""
+    named: list[tuple[str, str]] = []
+    for page in PAGES:
+        if page.name != "log.md":
+            text = page.read_text().replace("\\\n", " ")
+            named += re.findall(r" -m dsmini\.(\w+)(?!\.)\b([^#`|\n]*)", text)
+    assert len(named) > 20
+    wrong = []
+    for name, arguments in dict.fromkeys(named):
+        words = [word for word in shlex.split(arguments) if word not in ("-h", "--help", "--help-all")]
+        wrong += [word for word in words if word.startswith("configs/") and not (ROOT / word).exists()]
+        kind = getattr(importlib.import_module(f"dsmini.{name}"), f"{name.capitalize()}Command")
+        try:
+            _refuse_wrong(words, dict(_types(kind)), "")
+        except ValueError as error:
+            wrong.append(f"{name} {arguments}: {error}")
+    assert wrong == [], "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_rates_be_invented(monkeypatch)
     (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 100)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "small.toml").write_text("[model]\nn_layers = 1\nn_dense_layers = 0\n[data]\npath = 'book.txt'\n")
@@ -69,27 +95,33 @@ def test_the_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert printed == re.findall(r"^print\(.*#\s*(.+)$", block, re.MULTILINE)
 
 
-def test_map_names_every_room() -> None:
+def test_map_names_every_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = {path.parent.relative_to(ROOT) for path in (ROOT / "dsmini").rglob("__init__.py")} - {Path("dsmini")}
-    assert rooms
-    assert [str(room) for room in sorted(rooms) if f"`{room}/`" not in text] == []
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "dsmini").rglob("__init__.py")} - {Path("dsmini")}
+    assert packages
+    assert [str(package) for package in sorted(packages) if f"`{package}/`" not in text] == []
 
 
 def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("[A-Z]+_PLACE|TODO|TBD", README)
 
 
+@cache
+def names_of_tests() -> set[str]:
+    """Return the names of all test functions and of their files."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    functions = re.findall(r"^ *def (test_\w+)\(", "\n".join(path.read_text() for path in files), re.MULTILINE)
+    return {*functions, *(path.stem for path in files)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_test_names_exist(page: Path) -> None:
     text = page.read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / link).exists(), link
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-    for name in set(re.findall(r"\btest_\w+\b(?!\.py)", text)):
-        assert f"def {name}(" in tests or list((ROOT / "tests").rglob(f"{name}.py")), name
-    for path in re.findall(r"\btests/[\w/]+\.py\b", text):
-        assert (ROOT / path).exists(), path
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    paths = re.findall(r"\btests/[\w/]+\.py\b", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert set(re.findall(r"\btest_\w+\b(?!\.py)", text)) - names_of_tests() == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -16,8 +16,7 @@ from matplotlib.image import imread
 
 from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
-from tests.helpers.commands import ROOT
-from tests.helpers.questions import invented_rates
+from tests.helpers.commands import ROOT, let_rates_be_invented
 
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
@@ -74,13 +73,6 @@ def printed_by(block: Code, page: Path, names: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def let_rates_be_invented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this machine have invented rates, whose measurement takes minutes."""
-    rates = invented_rates()
-    monkeypatch.setattr("dsmini.measure.calibration.load_or_measure", lambda *_, **__: rates.roofs)
-    monkeypatch.setattr("dsmini.measure.step_rates.load_or_measure_rates", lambda *_, **__: rates)
-
-
 def check_command_output(got: str, want: str) -> None:
     """Each line that the page shows was printed, whatever its numbers. Other lines may lie between them."""
     shapes = [shape(line) for line in got.splitlines()]
@@ -88,7 +80,9 @@ def check_command_output(got: str, want: str) -> None:
         assert line in shapes, (line, got)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if page.stem == "mla" else pytest.mark.slow, id=page.stem) for page in PAGES]
+)
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
