@@ -1,0 +1,51 @@
+"""One run from a text to a folder for transformers: train, resume, generate, convert, and load it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsmini
+from dsmini.checkpoint.trained_model import load_run
+from tests.helpers.commands import TINY, run
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 100
+
+
+def finished(command: str, folder: Path) -> Any:
+    """Run a command, which must succeed; return what it printed as JSON."""
+    done = run(f"dsmini.{command} --json", folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def losses(run_folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def test_run_is_trained_resumed_written_with_and_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch alone runs: kernels take half a minute to compile, and have tests of their own."""
+    monkeypatch.setenv("DSMINI_BACKEND", "eager")
+    (tmp_path / "book.txt").write_text(TEXT)
+    summary = finished(f"train --data.path book.txt --out x --train.steps 20 {TINY} --train.eval-every 20", tmp_path)
+    loss = losses(tmp_path / "x")
+    assert len(loss) == summary["steps"] == 20 and loss[-1] < loss[0] - 1
+    summary = finished("train --resume x --train.steps 24", tmp_path)
+    resumed = losses(tmp_path / "x")
+    assert len(resumed) == summary["steps"] == 24 and resumed[:20] == loss and max(resumed[20:]) < loss[0] - 1
+
+    asked = "--prompt 'The quick' --max-new-tokens 10 --temperature 0 --dtype float32"
+    written = finished(f"generate x {asked}", tmp_path)
+    assert written["text"].startswith("The quick") and written["new_tokens"] == 10
+    finished("convert x folder", tmp_path)
+    assert finished(f"generate folder {asked} --eos ignore", tmp_path)["text"] == written["text"]
+
+    ours, _ = load_run(tmp_path / "x")
+    theirs = dsmini.load_pretrained(tmp_path / "folder", torch.float32)
+    tokens = torch.tensor([list(TEXT[:32].encode())])
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(tokens), ours.eval()(tokens))
