@@ -71,9 +71,7 @@ def reads() -> Iterator[list[str]]:
         yield names
 
 
-def part(
-    world: World, folder: Path, fp8: Any = "dequantize", placement: list[list[int]] | None = None, new: int = 12
-) -> Part:
+def part(world: World, folder: Path, fp8: Any, placement: list[list[int]] | None = None) -> Part:
     """Load a part, run it and generate with it."""
     with reads() as names:
         model = load_pretrained(world, folder, torch.float32, fp8, placement=placement)
@@ -84,7 +82,7 @@ def part(
         experts=[tuple(experts) for experts in own.values()],
         read=names,
         logits=logits_of(model),
-        tokens=generated(model, new),
+        tokens=generated(model),
     )
 
 
@@ -95,8 +93,8 @@ def logits_of(model: Transformer) -> Tensor:
         return model(tokens)
 
 
-def generated(model: Transformer, new: int) -> dict[str, Tensor]:
-    """Return continuations of PROMPTS, drawn in each way."""
+def generated(model: Transformer) -> dict[str, Tensor]:
+    """Return continuations of PROMPTS by 12 tokens, drawn in each way."""
     ways = {
         "greedy": {},
         "speculative": {"speculative": True},
@@ -105,7 +103,7 @@ def generated(model: Transformer, new: int) -> dict[str, Tensor]:
     }
     generators = {name: torch.Generator().manual_seed(5) for name in ways}
     return {
-        name: dsmini.generate(model, PROMPTS, new, generator=generators[name], **options).tokens
+        name: dsmini.generate(model, PROMPTS, 12, generator=generators[name], **options).tokens
         for name, options in ways.items()
     }
 

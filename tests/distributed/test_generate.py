@@ -22,34 +22,60 @@ from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE
 from tests.conftest import randomise
-from tests.distributed.generating import PROMPTS, SIZES, generated, logits_of, new_folder, part, placement_of
+from tests.distributed.generating import PROMPTS, SIZES, Part, generated, logits_of, new_folder, part, placement_of
 from tests.distributed.ranks import Speech, run_ranks, spoken, wait_until
 from tests.helpers.commands import place_with_run, run
+from tests.helpers.folders import read
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
+def nbytes_of(model: Transformer, experts: bool) -> int:
+    """Return the bytes of all routed experts, or of all else."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return sum(t.nbytes for name, t in held if (".experts." in name) == experts)
+
+
 @pytest.mark.parametrize(
-    ("n", "fp8", "copies"),
+    ("n", "fp8"),
     [
-        (2, "keep", True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((2, "dequantize", False), (4, "dequantize", True), (4, "keep", False))
-        ),
+        (2, "keep"),
+        pytest.param(2, "dequantize", marks=pytest.mark.slow),
+        pytest.param(4, "keep", marks=pytest.mark.slow),
     ],
-    ids=str,
 )
-def test_ranks_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any, copies: bool) -> None:
+def test_ranks_hold_their_own_experts_and_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any) -> None:
     folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
     whole = load_pretrained(folder, torch.float32, fp8)
-    want, tokens = logits_of(whole), generated(whole, 12)
-    got = run_ranks(n, part, folder, fp8, placement_of(whole.config) if copies else None)
-    for one in got:
-        assert relative_error(one.logits, want) < FP32_MODEL
-        assert one.logits.equal(got[0].logits)
-        assert all(one.tokens[way].equal(got[0].tokens[way]) for way in tokens)
+    every = run_ranks(n, part, folder, fp8)
+    for rank, got in enumerate(every):
+        own = tuple(range(rank * 8 // n, (rank + 1) * 8 // n))
+        assert got.experts and all(experts == own for experts in got.experts)
+        assert got.nbytes == nbytes_of(whole, experts=False) + nbytes_of(whole, experts=True) // n
+        assert {int(name.split(".experts.")[1].split(".")[0]) for name in got.read if ".experts." in name} == set(own)
+    assert {name for got in every for name in got.read} == set(read(folder))
+    assert_alike(every, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "fp8"), [(4, "dequantize"), (2, "keep")])
+def test_copies_of_experts_generate_the_tokens_of_one_process(tmp_path: Path, n: int, fp8: Any) -> None:
+    folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
+    whole = load_pretrained(folder, torch.float32, fp8)
+    every = run_ranks(n, part, folder, fp8, placement_of(whole.config))
+    if n == 2:  # each copy once
+        assert every[0].experts[:2] == [(0, 1, 2, 3, 4, 5), (4, 5, 6, 7)]
+        assert every[1].experts[:2] == [(0, 1, 2, 3, 6, 7), (0, 1, 2, 3, 6)]
+    assert_alike(every, whole)
+
+
+def assert_alike(every: list[Part], whole: Transformer) -> None:
+    want, tokens = logits_of(whole), generated(whole)
+    for got in every:
+        assert relative_error(got.logits, want) < FP32_MODEL
+        assert got.logits.equal(every[0].logits)
+        assert all(got.tokens[way].equal(every[0].tokens[way]) for way in tokens)
         for way, as_in in (("greedy", "greedy"), ("speculative", "greedy"), ("drawn", "drawn")):
-            assert one.tokens[way].equal(tokens[as_in]), way
+            assert got.tokens[way].equal(tokens[as_in]), way
 
 
 def layer_of_simulated_fp8(world: World) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,41 +13,9 @@ from dsmini.distributed import export
 from dsmini.distributed.expert_shares import ExpertHolders, layers_of_holders
 from dsmini.distributed.pretrained import load_pretrained as load_part
 from dsmini.distributed.world import World
-from tests.distributed.generating import FP8_SIZES, SIZES, new_folder, part, placement_of, saved
+from tests.distributed.generating import FP8_SIZES, SIZES, new_folder, placement_of, saved
 from tests.distributed.ranks import run_ranks
 from tests.helpers.folders import config_of, different, read
-
-
-def nbytes_of(model: Transformer, experts: bool) -> int:
-    """Return the bytes of all routed experts, or of all else."""
-    held = [*model.named_parameters(), *model.named_buffers()]
-    return sum(t.nbytes for name, t in held if (".experts." in name) == experts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "fp8"), [(2, "dequantize"), (4, "keep")])
-def test_rank_holds_and_reads_its_own_experts_alone(tmp_path: Path, n: int, fp8: Any) -> None:
-    folder = new_folder(tmp_path / "model", fp8=fp8 == "keep")
-    whole = load_pretrained(folder, torch.float32, fp8)
-    names, read_by = set(read(folder)), set()
-    for rank, got in enumerate(run_ranks(n, part, folder, fp8, None, 1)):
-        own = tuple(range(rank * 8 // n, (rank + 1) * 8 // n))
-        assert got.experts and all(experts == own for experts in got.experts)
-        assert got.nbytes == nbytes_of(whole, experts=False) + nbytes_of(whole, experts=True) // n
-        experts = {int(name.split(".experts.")[1].split(".")[0]) for name in got.read if ".experts." in name}
-        assert experts == set(own)
-        read_by |= set(got.read)
-    assert read_by == names
-
-
-@pytest.mark.slow
-def test_placement_gives_a_rank_each_copy_once(tmp_path: Path) -> None:
-    folder = new_folder(tmp_path / "model")
-    got = run_ranks(2, part, folder, "dequantize", placement_of(ModelConfig(**SIZES)), 1)
-    assert [one.experts[:2] for one in got] == [
-        [(0, 1, 2, 3, 4, 5), (4, 5, 6, 7)],
-        [(0, 1, 2, 3, 6, 7), (0, 1, 2, 3, 6)],
-    ]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from dsmini.distributed.quarantine import crash_loops, leave_out_crash_loops, qu
 
 def events(*attempts: str) -> list[Event]:
     """Return the events of attempts, written as "started 30, step 31"."""
-    out = []
-    for number, attempt in enumerate(attempts, 1):
-        for words in attempt.split(", "):
-            name, step = words.split()
-            out.append(Event(event=name, time=0.0, attempt=number, step=int(step)))
-    return out
+    return [
+        Event(event=words.split()[0], time=0.0, attempt=number, step=int(words.split()[1]))
+        for number, attempt in enumerate(attempts, 1)
+        for words in attempt.split(", ")
+    ]
 
 
 CRASH = "started 30"

@@ -46,13 +46,9 @@ def test_healthy_noise_is_no_spike(seeds: range) -> None:
 
 def test_real_losses_are_no_spike_but_an_injected_one_is() -> None:
     losses = [float(word) for word in REAL.split()]
-    spikes = Spikes()
-    assert not any(spikes.see(step, loss) for step, loss in enumerate(losses))
-    assert spikes.see(len(losses), losses[-1] + 5)
-    for window in (16, 32, 64):
-        spikes = Spikes(window=window)
-        assert not any(spikes.see(step, loss) for step, loss in enumerate(losses)), window
-        assert spikes.see(len(losses), losses[-1] + 3)
+    for spikes, spike in ((Spikes(), 5), *((Spikes(window=window), 3) for window in (16, 32, 64))):
+        assert not any(spikes.see(step, loss) for step, loss in enumerate(losses)), spike
+        assert spikes.see(len(losses), losses[-1] + spike)
 
 
 @pytest.mark.parametrize("seed", range(0, 200, 5))
