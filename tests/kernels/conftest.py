@@ -10,10 +10,13 @@ import torch
 from dsmini import ops
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, folder, muon, norms, panels, picks, steps, tiles
-from tests.helpers.cpu_kernels import guarded, load
+from tests.helpers.gpu import gpu_device
+from tests.helpers.kernels import ISAS, Kernels, guarded, load
 
-NAMED = os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1]
-"""The instruction set of this process: the best of this CPU, or another that DSMINI_CPU_ISA names."""
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        gpu_device()
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +28,39 @@ def library() -> build.Library:
     return build.library()
 
 
-@pytest.fixture(params=[name if name == NAMED else pytest.param(name, marks=pytest.mark.slow) for name in build.ISAS])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, library: build.Library) -> str:
-    """Force each instruction set that this CPU has, one after the other; at most the one that DSMINI_CPU_ISA names."""
-    name, names = request.param, list(build.ISAS)
+def force(name: str, monkeypatch: pytest.MonkeyPatch, library: build.Library) -> str:
+    """Force an instruction set; skip the test if this CPU lacks it, or DSMINI_CPU_ISA names one before it."""
+    names = list(build.ISAS)
     if name not in build.isas_here() or names.index(name) > names.index(library.isa):
         pytest.skip(f"this CPU has no {name}")
     forced = load(name)
     for module in (tiles, steps, panels, norms, picks, muon):
         monkeypatch.setattr(module, "library", lambda: forced)
     return name
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, library: build.Library) -> str:
+    """Force each instruction set that this CPU has, one after the other."""
+    return force(request.param, monkeypatch, library)
+
+
+@pytest.fixture(params=[*ISAS, pytest.param("triton", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """Provide the kernels of tiles of each instruction set, and Triton's. Outputs lie between guards."""
+    if request.param != "triton":
+        force(request.param, monkeypatch, request.getfixturevalue("library"))
+        with guarded(tiles):
+            yield Kernels()
+        return
+    device = gpu_device()
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's kernels run on a CPU with TRITON_INTERPRET=1 alone")
+    from dsmini_kernels.triton import tiles as module
+
+    with guarded(module):
+        yield Kernels("triton", device)
 
 
 @pytest.fixture

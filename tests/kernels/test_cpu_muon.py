@@ -12,7 +12,7 @@ from dsmini import ops
 from dsmini.functional.muon import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
 from dsmini.measure.counting import count
 from dsmini_kernels import Unserved, cpu
-from tests.helpers.cpu_kernels import assert_threads_change_no_bit
+from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 STEPS = {"jordan": JORDAN, "polar express": POLAR_EXPRESS}

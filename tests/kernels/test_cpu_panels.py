@@ -15,9 +15,9 @@ from dsmini.functional.trained_experts import trained_experts, trained_experts_g
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import panels
-from tests.helpers.cpu_kernels import assert_threads_change_no_bit
 from tests.helpers.decoding import WEIGHTS
 from tests.helpers.expert_calls import SHAPES, a_call, dense, exact, tolerance, weight_in
+from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 pytestmark = pytest.mark.usefixtures("library", "serves_all")

@@ -8,7 +8,7 @@ import torch
 from dsmini import ops
 from dsmini.functional.sparse_attention import index_scores, pick_keys, picked_attention
 from dsmini_kernels import Unserved, cpu
-from tests.helpers.cpu_kernels import assert_threads_change_no_bit
+from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 pytestmark = pytest.mark.usefixtures("library", "poisoned_memory", "without_gradients")

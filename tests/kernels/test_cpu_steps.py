@@ -26,9 +26,9 @@ from dsmini.inference.parts import parts_of
 from dsmini.nn import Cache
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
-from tests.helpers.cpu_kernels import assert_threads_change_no_bit
 from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.expert_calls import dense, weight_in
+from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)

@@ -2,10 +2,11 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -13,14 +14,19 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
+from dsmini.numerics.tiles import FormatName, Scale, Tile
 from dsmini_kernels.cpu import build
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS: tuple[Any, ...] = ("e4m3", "e5m2", "e5m6")
-SCALES: tuple[Any, ...] = ("ue8m0", "fp32")
+NAMES: tuple[FormatName, ...] = get_args(FormatName)
+SCALES: tuple[Scale, ...] = get_args(Scale)
+AMAX_MIN = 1e-4
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, -3e38, 2.0**-126, 448.0, 447.99997, 464.0)
 GUARD, GARBAGE = 64, 0xA5
 """Number of elements on each side of an output that no kernel may touch, and the byte that fills new memory."""
+NAMED = os.environ.get(build.ISA_VARIABLE) or build.isas_here()[-1]
+ISAS = [name if name == NAMED else pytest.param(name, marks=pytest.mark.slow) for name in build.ISAS]
+"""Instruction sets as parameters. That of this process is this CPU's best, or another that DSMINI_CPU_ISA names."""
 
 load = functools.cache(build.load)
 
@@ -56,13 +62,6 @@ def guarded(module: ModuleType) -> Iterator[None]:
     stand_in.check()
 
 
-def wild(*shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02) -> Tensor:
-    """Return numbers of all magnitudes, whose tiles differ by powers of e^3, and some special values."""
-    x = torch.randn(shape) * torch.exp(3 * torch.randn(*shape[:-1], 1))
-    values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape)]
-    return torch.where(torch.rand(shape) < special, values, x).to(dtype)
-
-
 def bits(x: Tensor) -> Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
@@ -76,33 +75,48 @@ def assert_same(got: Tensor, want: Tensor, nan: bool = True) -> None:
     assert equal.all(), f"{(~equal).sum()} of {equal.numel()} differ, first at {(~equal).nonzero()[0].tolist()}"
 
 
-def check(operation: Callable[..., Any], *arguments: Any, backend: str = "cpu") -> None:
-    """Compare a backend's kernel with the reference, bit by bit. In scales of the CPU's, NaN has the same bits too."""
-    results = []
-    for name in (backend, "reference"):
-        with ops.use(name):
-            result = operation(*arguments)
-        results.append((result,) if isinstance(result, Tensor) else result)
-    for place, (got, want) in enumerate(zip(*results, strict=True)):
-        assert_same(got, want, nan=backend != "cpu" or place == 0)
+class Kernels(NamedTuple):
+    """A backend of tiles, and the device of its tensors."""
 
+    backend: str = "cpu"
+    device: str = "cpu"
 
-def check_all(
-    x: Tensor,
-    tile: tuple[int, int],
-    scale: Any,
-    format: Any,
-    amax_min: float = 1e-4,
-    dtypes: Sequence[torch.dtype] = TYPES,
-    backend: str = "cpu",
-) -> None:
-    """Compare all three operations on x, with values of these dtypes."""
-    check(quantize_tiles, x, tile, scale, format, amax_min, backend=backend)
-    with ops.use("reference"):
-        codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
-    for dtype in dtypes:
-        check(round_tiles, x, tile, scale, format, amax_min, dtype, backend=backend)
-        check(dequantize_tiles, codes, scales, tile, format, dtype, x.shape[-1], backend=backend)
+    def check(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        """Compare a kernel with its reference, bit by bit. In scales of the CPU's, NaN has the same bits too."""
+        results = []
+        for name in (self.backend, "reference"):
+            with ops.use(name):
+                result = operation(*arguments)
+            results.append((result,) if isinstance(result, Tensor) else result)
+        for place, (got, want) in enumerate(zip(*results, strict=True)):
+            assert_same(got, want, nan=self.backend != "cpu" or place == 0)
+
+    def check_all(
+        self,
+        x: Tensor,
+        tile: Tile,
+        scale: Any,
+        format: Any,
+        amax_min: float = AMAX_MIN,
+        dtypes: Sequence[torch.dtype] = TYPES,
+    ) -> None:
+        """Compare all three operations on x, with values of these dtypes."""
+        self.check(quantize_tiles, x, tile, scale, format, amax_min)
+        with ops.use("reference"):
+            codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
+        for dtype in dtypes:
+            self.check(round_tiles, x, tile, scale, format, amax_min, dtype)
+            self.check(dequantize_tiles, codes, scales, tile, format, dtype, x.shape[-1])
+
+    def wild(self, *shape: int, dtype: torch.dtype = torch.float32, special: float = 0.02) -> Tensor:
+        """Return numbers of all magnitudes, whose tiles differ by powers of e^3, and some special values.
+
+        They lie between NaNs in memory: a read out of bounds finds one.
+        """
+        x = torch.randn(shape) * torch.exp(3 * torch.randn(*shape[:-1], 1))
+        values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape)]
+        whole = torch.full((x.numel() + 2 * GUARD,), math.nan, dtype=dtype, device=self.device)
+        return whole[GUARD : GUARD + x.numel()].view(shape).copy_(torch.where(torch.rand(shape) < special, values, x))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
