@@ -31,6 +31,7 @@ def on_terminal(report: Report, width: int = 80) -> str:
 def text_of(page: str) -> str:
     """Return the text of a page, a line for each element and each row of a table, without the drawings."""
     body = re.sub(r"<(svg|style|head).*?</\1>", "", page, flags=re.DOTALL)
+    body = re.sub(r"</?(span|sup|a|b|code)\b[^>]*>", " ", body)
     body = re.sub(r"\s*</t[dh]>\s*<t[dh][^>]*>\s*", " | ", body)
     lines = (unescape(" ".join(part.split())) for part in re.split(r"<[^>]+>", body))
     return "".join(f"{line}\n" for line in lines if line)

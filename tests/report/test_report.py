@@ -1,7 +1,7 @@
-"""Report of any command: from figures and sentences to terminal, page and JSON."""
+"""Reports of any command: from figures and sentences to terminal, page and JSON."""
 
-import io
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,68 +9,65 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dsmini.report import Figure, Plot, Report, Section, Series, Table
+from dsmini.report import Plot, Report, Section, Series
+from dsmini.report.heat_map import DARKEST, LIGHTEST
+from dsmini.report.plots import THEMES, colours_of, drawable, legend, svg
+from tests.helpers.pages import check_page, on_terminal, text_of
+from tests.report.conftest import heat_map, planned
+
+PAGES = Path(__file__).parent / "pages"
 
 
-def planned() -> Report:
-    figures = [
-        Figure(question="fit", case={"gpus": n}, metric="bytes_per_gpu", unit="bytes", predicted=80e9 / n, note="BF16")
-        for n in (1, 2, 4)
-    ]
-    line = Series(label="BF16", x=[1, 2, 4], y=[f.predicted or 0.0 for f in figures])
-    return Report(
-        title="What to run where",
-        lead="A plan.",
-        sections=[
-            Section(
-                name="fit",
-                title="Does it fit?",
-                finding="It fits on 4 GPUs.",
-                figures=figures,
-                plots=[Plot(title="Memory", x="GPUs", y="bytes", series=[line])],
-                tables=[Table(columns=("part", "size", ""), rows=[("weights", "70 GB", "far")], numeric=("size",))],
-                warnings=["Activations are a lower bound."],
-                errors=[("gpus 8", "ValueError: there are only 4")],
-            )
-        ],
-        facts={"The machine": {"processor": "a <laptop>"}},
-    )
+# --- pages
 
 
-def test_terminal_shows_figures_tables_warnings_and_finding() -> None:
-    out = io.StringIO()
-    planned().show(Console(file=out, width=120))
-    for said in ("Does it fit?", "18.6 GiB", "weights", "It fits on 4 GPUs.", "Activations are a lower bound."):
-        assert said in out.getvalue()
+def test_terminal_and_page_of_a_plan(plan: Path) -> None:
+    """Compare both with those that are stored. Nothing was measured, so neither speaks of spread."""
+    check_page(PAGES / "plan.terminal.txt", on_terminal(planned(), 100))
+    check_page(PAGES / "plan.page.txt", text_of(plan.read_text()))
+    for part in ('<a href="#row">row</a>, n_layers', '<div id="kv_cache">', 'style="--shade: 0.47">3 ms</td>'):
+        assert part in plan.read_text()
 
 
-def test_page_shows_all_of_it() -> None:
-    page = planned().html()
-    for said in (
-        "<h1>What to run where</h1>",
-        "18.6 GiB",
-        ">weights<",
-        "It fits on 4 GPUs.",
-        "a &lt;laptop&gt;",
-        "BF16",
-    ):
-        assert said in page
-    assert page.count("<svg") == 2, "one for each theme"
-    assert "measured / predicted" not in page, "nothing was measured"
-    assert "there are only 4" in page
+def test_page_of_benchmarks(benchmarks: Path) -> None:
+    """Compare the page with the one that is stored, without the facts of the machine, the run and the traceback."""
+    text = text_of(benchmarks.read_text())
+    for hidden, shown in {
+        r"(?s)Where and when\n.*?(?=How many bytes does a token store)": "",
+        r"Traceback .*(?=RuntimeError)": "TRACEBACK ",
+        r"--threads \d+": "--threads N",
+        r"since \S*results\.jsonl": "since RESULTS",
+        r"(?s)Everything:.*": "",
+    }.items():
+        text, hits = re.subn(hidden, shown, text)
+        assert hits, hidden
+    check_page(PAGES / "benchmarks.page.txt", text)
+
+
+def test_pages_need_no_other_file_and_hold_no_script(plan: Path, benchmarks: Path) -> None:
+    for page in (plan.read_text(), benchmarks.read_text()):
+        assert not re.search(r"(src|href|url\()\s*=?\s*[\"'(]?\s*(https?:|//|file:)", page)
+        # the only addresses are XML namespaces, which nothing fetches
+        addresses = {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}
+        assert set(re.findall(r"https?://[^\"'\s<]+", page)) <= addresses
+        for raw in ("<script", "<tags>", "<this>", "<test>", "<laptop>", "<layer>", "<column"):
+            assert raw not in page, raw
+
+
+def test_ids_are_unique_and_references_lead_somewhere(plan: Path, benchmarks: Path) -> None:
+    for page in (plan.read_text(), benchmarks.read_text()):
+        ids = re.findall(r'\bid="([^"]+)"', page)
+        assert len(ids) == len(set(ids))
+        references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)
+        assert references and {one or other for one, other in references} <= set(ids)
+    assert "fake-cache-0-" in "".join(ids), "those of the plots are among them"
 
 
 def test_json_has_a_line_for_each_finding_and_figure() -> None:
     found = [json.loads(line) for line in planned().json_lines()]
-    assert [line["kind"] for line in found] == ["finding", "figure", "figure", "figure"]
+    assert [line["kind"] for line in found] == ["finding", *["figure"] * 3, "finding"]
     assert found[0]["finding"] == "It fits on 4 GPUs."
     assert found[1]["predicted"] == 80e9 and found[1]["measured"] is None
-
-
-def test_a_plot_that_cannot_be_drawn_spares_the_page() -> None:
-    broken = Plot(title="Broken", x="", y="", series=[Series(label="a", x=[1, 2, 3], y=[1.0])])
-    page = Report(title="t", sections=[Section(name="a", title="a", finding="a", plots=[broken])]).html()
-    assert "Broken" in page and "Nothing to draw yet." in page and "ValueError" in page
 
 
 def test_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -83,3 +80,59 @@ def test_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for said in ("70,272 bytes", "98 % less"):
         assert said in page and said in printed
     assert json.loads(printed.splitlines()[-1])["metric"] == "bytes_per_token"
+
+
+# --- heat maps and plots
+
+
+@pytest.mark.parametrize(
+    ("values", "shades"),
+    [
+        ([[1.0, 2.0], [None, 3.0]], [[LIGHTEST, 0.26], [None, DARKEST]]),
+        ([[5.0, 5.0]], [[0.26, 0.26]]),  # equal values are in the middle
+        ([[None]], [[None]]),
+        ([[1.0, 10.0, 100.0]], [[LIGHTEST, 0.26, DARKEST]]),  # logarithmic over more than a factor of ten
+        ([[0.0, 50.0, 100.0]], [[LIGHTEST, 0.26, DARKEST]]),  # zero has no logarithm
+    ],
+)
+def test_shades_go_from_lightest_to_darkest(values: Any, shades: Any) -> None:
+    assert heat_map(values).shades == shades
+
+
+def test_a_plot_that_cannot_be_drawn_spares_the_page() -> None:
+    broken = Plot(title="Broken", x="", y="", series=[Series(label="a", x=[1, 2, 3], y=[1.0])])
+    page = Report(title="t", sections=[Section(name="a", title="a", finding="a", plots=[broken])]).html()
+    assert "Broken" in page and "Nothing to draw yet." in page and "ValueError" in page
+
+
+def test_each_plot_has_the_colours_of_its_theme(benchmarks: Path) -> None:
+    plots = re.findall(r'<svg [^>]*class="plot (\w+)"(.*?)</svg>', benchmarks.read_text(), re.DOTALL)
+    assert [theme for theme, _ in plots] == ["light", "dark"] * 4
+    for theme, plot in plots:
+        mine = THEMES[theme]
+        assert mine.ink in plot and mine.series[0] in plot
+        allowed = {mine.ink, mine.muted, mine.rule, mine.card, *mine.series, "#000000"}  # markers' outlines in <defs>
+        assert set(re.findall(r"(?:fill|stroke): (#\w+)", plot)) <= allowed
+
+
+def test_points_stand_over_their_labels() -> None:
+    labels = ["training", "decoding", "reading"]
+    some = Series(label="another", x=[1, 2], y=[2.0, 3.0], kind="points")
+    line = Series(label="equal", x=[0, 2], y=[1.0, 1.0], dashed=True)
+    bars = Series(label="bars", x=(), y=[1.0, 2.0, 3.0], kind="bars")
+    plot = Plot(title="t", x="", y="y", series=[some, line, bars], labels=labels)
+    assert [list(drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
+
+
+def test_predictions_share_a_colour_with_what_they_predict_and_one_entry_of_the_legend() -> None:
+    def series(label: str, of: str = "") -> Series:
+        return Series(label=label, x=[1, 2], y=[3, 4], of=of, dashed=bool(of))
+
+    both = [series(label, of) for kind in ("MLA", "MHA") for label, of in ((kind, ""), (f"{kind}, predicted", kind))]
+    plot = Plot(title="Speed", x="context", y="tokens/s", series=both)
+    mla, mla_predicted, mha, mha_predicted = colours_of(both)
+    assert mla == mla_predicted != mha == mha_predicted
+    assert legend(both, plot) == {"MLA": "MLA", "MHA": "MHA", "predicted": "MLA, predicted"}
+    assert re.findall(r">([^<>]*predicted[^<>]*)</text>", svg(plot, "light", "speed") or "") == ["predicted"]
+    assert legend([series("Speed")], plot) == legend([series("measured")], plot) == {}
+    assert legend([series("batch 1")], plot) == {"batch 1": "batch 1"}

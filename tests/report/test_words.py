@@ -1,17 +1,81 @@
-"""Comparison of two runs: changes and noise."""
+"""Figures in words: units, tones of predictions, verdicts of two figures, and changes between two runs."""
 
 from typing import Any
 
 import pytest
 
-from benchmarks.case import Figure
+from dsmini.report import Figure, units
 from dsmini.report.comparison import compare
+from dsmini.report.rows import Row
+from dsmini.report.verdicts import compared
 
 
-def figure(measured: float, **given: Any) -> Figure:
+def figure(measured: float | None, **given: Any) -> Figure:
     """Return a figure whose quartiles equal its median."""
     usual: dict[str, Any] = {"question": "q", "case": {"n": 1}, "metric": "time", "unit": "s", "better": "lower"}
     return Figure(**{**usual, "low": measured, "high": measured, **given}, measured=measured)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (1310720, "bytes", "1.25 MiB"),
+        (640, "bytes/token", "640 bytes/token"),
+        (38.2e9, "bytes/s", "38.2 GB/s"),
+        (1.03e14, "FLOP/s", "103 TFLOP/s"),
+        (0.00471, "s", "4.71 ms"),
+        (3e-7, "s", "300 ns"),
+        (6363.4, "tokens/s", "6,363 tokens/s"),
+        (0.4567, "", "0.457"),
+        (2.4e-6, "", "2.40e-06"),
+        (0.0, "s", "0 s"),
+        (None, "s", units.NOTHING),
+    ],
+)
+def test_values_are_shown_in_readable_units(value: float | None, unit: str, said: str) -> None:
+    assert units.human(value, unit) == said
+    assert units.human(671_026_404_352, "", exact=True) == "671,026,404,352"
+
+
+@pytest.mark.parametrize(
+    ("measured", "predicted", "bound", "tone"),
+    [
+        (105.0, 100.0, False, "near"),
+        (80.0, 100.0, False, "off"),
+        (300.0, 100.0, False, "far"),
+        (0.0, 100.0, False, "none"),
+        (30.0, 100.0, True, "bound"),
+        (300.0, 100.0, True, "bound"),
+        (30.0, None, True, "none"),
+    ],
+)
+def test_tone_says_how_far_a_prediction_was_off(
+    measured: float, predicted: float | None, bound: bool, tone: str
+) -> None:
+    row = Row(figure(measured, unit="bytes", predicted=predicted, bound=bound))
+    assert row.tone == tone
+    if tone == "bound":
+        assert row.ratio == f"{measured / 100:.2f}"
+
+
+def spread(measured: float, share: float) -> Figure:
+    return figure(measured, low=measured * (1 - share), high=measured * (1 + share))
+
+
+@pytest.mark.parametrize(
+    ("over", "under", "said"),
+    [
+        (spread(1.6, 0.5), spread(1.0, 0.5), "0.53 to 4.80 times as fast (unclear)"),
+        (spread(1.6, 0.05), spread(1.0, 0.05), "1.60 times as fast"),
+        (spread(1.3, 0.25), 1.0, "0.98 to 1.62 times as fast (unclear)"),
+        (spread(1.0, 0.01), spread(1.0, 0.01), "1.00 times as fast"),
+        (spread(20.0, 0.5), spread(1.0, 0.0), "20.00 times as fast"),
+        (figure(3.0), figure(2.0), "1.50 times as fast"),
+        (figure(3.0, low=None, high=None), figure(3.0, low=None, high=None), "1.00 times as fast"),
+    ],
+)
+def test_verdict_needs_a_difference_above_the_spread(over: Figure, under: Figure | float, said: str) -> None:
+    assert compared(over, under, "as fast") == said
 
 
 ONCE: dict[str, Any] = {"low": None, "high": None}

@@ -1,0 +1,89 @@
+"""Two pages to look at: a plan with all parts of a report, and the benchmarks of fake questions."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from benchmarks import runner
+from dsmini.report import Detail, Figure, HeatMap, Plot, Report, Section, Series, Table
+from tests.helpers import fake_questions as fake
+
+
+def heat_map(values: list[list[float | None]]) -> HeatMap:
+    return HeatMap(
+        title="Time of a step",
+        x="hardware",
+        y="kv_lora_rank",
+        columns=[f"<column {i}>" for i in range(len(values[0]))],
+        rows=[f"row {i}" for i in range(len(values))],
+        values=values,
+        cells=[["" if v is None else f"{v:g} ms" for v in row] for row in values],
+        caption="A caption.",
+    )
+
+
+def planned() -> Report:
+    """Return a report with figures, plot, table, details, heat map, prose, a warning and a failed case."""
+    figures = [
+        Figure(question="fit", case={"gpus": n}, metric="bytes_per_gpu", unit="bytes", predicted=80e9 / n, note="BF16")
+        for n in (1, 2, 4)
+    ]
+    line = Series(label="BF16", x=[1, 2, 4], y=[f.predicted or 0.0 for f in figures])
+    cache = Detail(
+        name="kv_cache",
+        title="Cache of a token",
+        value="70.3 kB",
+        lines=["= n_layers * row", "= 61 * 1152 B"],
+        note="Source: V2 report",
+        needs=["row", "n_layers"],
+    )
+    fit = Section(
+        name="fit",
+        title="Does it fit?",
+        finding="It fits on 4 GPUs.",
+        figures=figures,
+        plots=[Plot(title="Memory", x="GPUs", y="bytes", series=[line])],
+        tables=[Table(columns=("part", "size", ""), rows=[("weights", "70 GB", "far")], numeric=("size",))],
+        warnings=["Activations are a lower bound."],
+        errors=[("gpus 8", "ValueError: there are only 4")],
+    )
+    memory = Section(
+        name="memory",
+        title="How much?",
+        finding="Little.",
+        prose=[("Machine to Algorithm", "Links are slow & dear.")],
+        details={"Cache": [cache, Detail(name="row", title="Row of a <layer>", value="1152 B")]},
+        heat_maps=[heat_map([[1.0, 2.0], [None, 3.0]])],
+    )
+    facts = {"The machine": {"processor": "a <laptop>"}}
+    numbers = [("70 kB", "a token")]
+    return Report(
+        title="A plan", lead="In short.", sections=[fit, memory], highlights=numbers, facts=facts, facts_title="Planned"
+    )
+
+
+@pytest.fixture(scope="package")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "report.html"
+    path.write_text(planned().html(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="package")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw the report of the fake questions, with changes since a run half as fast, and a case that fails."""
+    folder = tmp_path_factory.mktemp("report")
+
+    def fail(key: str) -> None:
+        if key == "dsmini 2048":
+            raise RuntimeError("no memory for <this> & that")
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        slow = {"fake_decode": fake.decode(speed=0.5)}
+        assert runner.main(["--device", "cpu", "--out", str(folder / "old")], slow, fake.roofs) == 0
+        known = {**fake.known(), "fake_decode": fake.decode(fail)}
+        arguments = ["--device", "cpu", "--out", str(folder / "new"), "--compare", str(folder / "old/results.jsonl")]
+        assert runner.main(arguments, known, fake.roofs) == 1
+    return folder / "new" / "report.html"
