@@ -60,9 +60,13 @@ PHASES: dict[str, Kill] = {
 CASES = [("rich", phase) for phase in PHASES] + [
     (options, "after backward") for options in OPTIONS if options != "rich"
 ]
+DEFAULT = {("rich", "after backward"), ("rich", "between the optimizers"), ("rich", "in the validation")}
+DEFAULT |= {(options, "after backward") for options in ("adamw", "skipped", "sparse attention")}
 
 
-@pytest.mark.parametrize(("options", "phase"), CASES)
+@pytest.mark.parametrize(
+    ("options", "phase"), [pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow) for case in CASES]
+)
 def test_a_resumed_run_is_the_one_never_stopped(
     unstopped: Callable[[str], dict[str, Any]],
     tmp_path: Path,
@@ -83,7 +87,13 @@ def test_a_resumed_run_is_the_one_never_stopped(
 # The operations of a save on the disk, and how many of each the third save (step 6) makes: that is asserted below.
 SAVING = {(os, "fsync"): 11, (os, "rename"): 2, (shutil, "rmtree"): 1, (checkpoints, "write_safetensors"): 4}
 MOMENTS = [
-    pytest.param(*place, number, after, id=f"{'after' if after else 'before'} {place[1]} {number}")
+    pytest.param(
+        *place,
+        number,
+        after,
+        id=f"{'after' if after else 'before'} {place[1]} {number}",
+        marks=[] if number in (0, times - 1) else pytest.mark.slow,
+    )
     for place, times in SAVING.items()
     for number in range(times)
     for after in ([False] if place[1] == "fsync" else [False, True])

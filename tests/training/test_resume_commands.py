@@ -38,7 +38,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 
 def wait_for(process: "subprocess.Popen[str]", path: Path) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 250
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
@@ -70,13 +70,13 @@ def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path) -> None:
     assert (folder / "sample.txt").read_text() == (never / "sample.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) -> None:
     folder = place / f"runs/stopped {number}"
     process = start(f"{TRAIN} --train.steps 100000 --out 'runs/stopped {number}'", place)
     wait_for(process, folder / "checkpoints/step-000003")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 130 and "Traceback" not in err
     done = len(rows(folder))
     (told,) = [line for line in out.splitlines() if "--resume" in line]
@@ -91,6 +91,7 @@ def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals) ->
     assert RunConfig.from_file(folder / f"config-until-step-{done:06d}.toml").train.steps == 100000
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
     """All is trained and saved; the resumed run writes the same figures and its sample."""
     folder = place / "runs/sampling"
@@ -98,7 +99,7 @@ def test_ctrl_c_in_the_sample_says_how_to_continue(place: Path) -> None:
     wait_for(process, folder / "loss.png")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 130 and err == "", (out, err)
     assert "stopped after step 4; saved in runs/sampling\nContinue with: python -m dsmini.train --resume" in out
     assert not (folder / "summary.json").exists()
@@ -207,6 +208,7 @@ def test_folder_of_a_run_killed_before_its_config_is_free(tmp_path: Path) -> Non
         refuse_taken(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file may be larger than the model's: the optimizer's does not fit."""
     folder = place / "runs/disk"
@@ -225,6 +227,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(place: Path, monkeypatch: pytes
     assert run("dsmini.train --resume runs/disk", place).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_context_is_extended_from_a_run_s_weights(place: Path) -> None:
     longer = "--model.max-seq-len 128 --model.original-seq-len 32 --model.rope-factor 4"
     done = run(
@@ -307,6 +310,7 @@ def test_a_changed_text_is_refused(place: Path) -> None:
         assert "restore that text, or name where it is now with --data.path" in said and "--init runs/x" in said
 
 
+@pytest.mark.slow
 def test_run_resumes_with_a_moved_text_and_a_lost_tokenizer(place: Path) -> None:
     (place / "moved").mkdir()
     shutil.copy(place / "book.txt", place / "moved.txt")
