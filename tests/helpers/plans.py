@@ -4,40 +4,35 @@ import ast
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import pytest
+
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.quantities.explanation import explain, named
-from dsmini.planner.quantities.quantity import (
-    BYTES,
-    BYTES_PER_SECOND,
-    COUNT,
-    DOLLARS_PER_SECOND,
-    FLOPS_PER_SECOND,
-    SECONDS,
-    WATTS,
-    Anything,
-    Quantity,
-)
+from dsmini.planner.quantities.explanation import explain
+from dsmini.planner.quantities.formula import walk
+from dsmini.planner.quantities.quantity import Anything, Quantity
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Model, Setup, setup
 from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.training_plan import training_plan
-from dsmini.planner.training.workload import Workload
 from dsmini.planner.whole import Plan, whole_plan
 from tests.helpers.configs import CONFIGS
 
+INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
 Values = Mapping[str, float]
 
 
 def hardware_of(words: str) -> Hardware:
-    """Return known hardware with some numbers multiplied, such as "h800 memory*0.5"; times 0 it has none."""
+    """Return hardware with some numbers multiplied, such as "h800 memory*0.5"; times 0 it has none."""
     name, *changes = words.split()
-    made = load_hardware(name)
+    made = load_hardware(INVENTED if name == "invented" else name)
 
     def times(old: Anything | None, factor: float) -> Any:
         labels = old and (old.name, old.title, old.source)
@@ -54,6 +49,12 @@ def hardware_of(words: str) -> Hardware:
     return made
 
 
+def numbers(hardware: Hardware) -> dict[str, Anything]:
+    """Return the quantities of hardware by name."""
+    fields = [getattr(hardware, field.name) for field in dataclasses.fields(hardware)]
+    return {q.name: q for q in (*hardware.peaks.values(), *fields) if isinstance(q, Quantity)}
+
+
 def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
     """Read what is planned: a config of configs/, hardware after @, its changes, choices, and sizes of the model.
 
@@ -64,7 +65,7 @@ def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
     given: dict[str, Any] = {}
     for name, value in (word.split("=") for word in rest if "=" in word):
         try:
-            given[name] = ast.literal_eval(value)
+            given[name] = float(value) if value in ("nan", "inf") else ast.literal_eval(value)
         except (SyntaxError, ValueError):
             given[name] = value
     choices: dict[str, Any] = {name: value for name, value in given.items() if name in CHOICES}
@@ -75,24 +76,25 @@ def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
     return model, machine, PlanRequest(hardware=hardware, **choices)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def setup_of(words: str) -> Setup:
     """Return the setup of a plan in words; see read."""
     model, hardware, request = read(words)
     return setup(request, model, hardware)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # what is collected takes no time of the garbage collector
 def plan_of(words: str) -> Plan:
     return whole_plan(setup_of(words))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def figures_of(words: str) -> dict[str, Anything]:
     """Return the figures of a plan, and all that they are computed from, by name."""
-    return named(plan_of(words).all.values())
+    return {node.name: node for node in walk(*plan_of(words).all.values()) if node.name}
 
 
+@functools.cache
 def values_of(words: str) -> dict[str, float]:
     return {name: figure.value for name, figure in figures_of(words).items()}
 
@@ -141,31 +143,15 @@ class Formulas:
         return known
 
 
-H800 = Hardware(
-    name="h800",
-    title="NVIDIA H800 SXM",
-    peaks={
-        "bfloat16": FLOPS_PER_SECOND(989e12, "bf16_peak", "Dense peak in BF16", "data sheet"),
-        "fp8": FLOPS_PER_SECOND(1979e12, "fp8_peak", "Dense peak in FP8", "data sheet"),
-    },
-    memory=BYTES(80e9, "memory", "Memory of a GPU", "data sheet"),
-    memory_bandwidth=BYTES_PER_SECOND(3.35e12, "memory_bandwidth", "Bandwidth of the memory", "data sheet"),
-    gpus_per_node=COUNT(8, "gpus_per_node", "GPUs of a node", "V3, section 3.1"),
-    fast_link=BYTES_PER_SECOND(160e9, "fast_link", "NVLink of a GPU, one direction, effective", "INS, section 4.3"),
-    slow_link=BYTES_PER_SECOND(40e9, "slow_link", "InfiniBand of a GPU, one direction, effective", "INS, section 4.3"),
-    link_latency=SECONDS(3.7e-6, "link_latency", "Latency of the slow link", "INS, table 5"),
-    price=DOLLARS_PER_SECOND(2 / 3600, "price", "Rent of a GPU", "V3, table 1: $2 an hour"),
-    power=WATTS(700, "power", "Power of a GPU", "data sheet"),
-)
-V3_LAYOUT = Layout(
-    gpus=2048,
-    pipeline=16,
-    expert=64,
-    zero=1,
-    recompute="selective",
-    precision="fp8",
-    schedule="dualpipe",
-    moments="bfloat16",
-)
-"""Layout of DeepSeek-V3 (report, section 3.2)."""
-V3_WORKLOAD = Workload.of(seq_len=4096, batch=15360, tokens=14.8e12, source="V3, section 4.2")
+PAGES = Path(__file__).parents[1] / "planner" / "pages"
+
+
+def same_page(name: str, text: str) -> None:
+    """Compare a text with its snapshot; with PLANNER_PAGES=write in the environment, write that and skip."""
+    path = PAGES / f"{name}.txt"
+    text = "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
+    if os.environ.get("PLANNER_PAGES") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        pytest.skip(f"wrote {path}")
+    assert text == path.read_text(encoding="utf-8"), f"{name} differs; PLANNER_PAGES=write pytest writes it anew"

@@ -290,13 +290,12 @@ def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.Data
     check_counts(config, **data.draw(works(config)))
 
 
-@pytest.mark.parametrize(("precision", "recompute", "cache"), [("bf16", "full", "bfloat16"), ("fp8", "none", "fp8")])
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_one_gpu_with_each_config_is_as_counted(path: Path, precision: Any, recompute: Any, cache: Any) -> None:
+def test_one_gpu_with_each_config_is_as_counted(path: Path) -> None:
     config = ModelConfig.from_file(path)
-    layout = Layout(precision=precision, recompute=recompute, micro_batch=2)
     length = min(512, config.max_seq_len)
-    dtypes = {"weight_dtype": "bfloat16", "cache_dtype": cache if config.is_mla else "bfloat16"}
+    dtypes = {"weight_dtype": "bfloat16", "cache_dtype": "fp8" if config.is_mla else "bfloat16"}
+    layout = Layout(precision="fp8", micro_batch=2)
     check_counts(config, layout, length, context=length, prompt=length, sequences=3, **dtypes)
 
 
@@ -351,23 +350,21 @@ def test_what_binds_training_gains_most_if_it_takes_no_time(words: str) -> None:
     assert found["step_seconds"] == max(found["roof_step_seconds"], found["assumed_step_seconds"])
 
 
-@pytest.mark.parametrize("speedup", [2, 10.8, 1e4])
-def test_faster_computing_gains_less_than_the_verdict_says(speedup: float) -> None:
-    """The verdict is the limit of plans on faster machines; rows of experts that computing hid bind then."""
-    found, fast = values_of("deepseek-v3"), values_of(f"deepseek-v3 bfloat16*{speedup} fp8*{speedup}")
-    gain = found["roof_step_seconds"] / fast["roof_step_seconds"]
-    assert 1 < gain < found["training_binding_ratio"] < 2.5
-    assert speedup < 1e4 or gain == pytest.approx(found["training_binding_ratio"], rel=1e-3)
-
-
 @pytest.mark.parametrize(
-    ("field", "part"), [("slow_link", "links_between"), ("fast_link", "links_within"), ("memory_bandwidth", "update")]
+    ("machine", "part"),
+    [
+        ("bfloat16*{} fp8*{}", "computing"),
+        ("slow_link*{}", "links_between"),
+        ("fast_link*{}", "links_within"),
+        ("memory_bandwidth*{}", "update"),
+    ],
 )
-def test_step_without_a_resource_is_that_of_a_fast_one(field: str, part: str) -> None:
-    layout = f"deepseek-v3 {V3_LAYOUT} tensor=2 expert=8 zero=1 schedule=dualpipe recompute=selective precision=fp8"
-    without = values_of(layout)[f"step_without_{part}"]
-    assert values_of(f"{layout} {field}*1e9")["roof_step_seconds"] == pytest.approx(without, rel=1e-6)
-    assert without < values_of(layout)["roof_step_seconds"]
+def test_step_without_a_part_is_the_limit_of_faster_machines(machine: str, part: str) -> None:
+    """So a verdict is what twice the rate never gains: other parts bind then."""
+    words = f"deepseek-v3 {V3_LAYOUT} expert=8 tensor=2 zero=1 schedule=dualpipe recompute=selective precision=fp8"
+    found, without = values_of(words)["roof_step_seconds"], values_of(words)[f"step_without_{part}"]
+    twice, fast = (values_of(f"{words} {machine.format(rate, rate)}")["roof_step_seconds"] for rate in ("2", "1e9"))
+    assert found > twice > without and fast == pytest.approx(without, rel=1e-6)
 
 
 def test_gpus_together_compute_what_their_tokens_need() -> None:
@@ -375,19 +372,6 @@ def test_gpus_together_compute_what_their_tokens_need() -> None:
     found = values_of("deepseek-v3")
     counted = decode_flops_per_token(released("deepseek-v3"), context=4096).total
     assert found["decode_matrix_flops"] + found["decode_other_flops"] == 60 * counted
-
-
-def test_verifying_reads_the_cache_once_and_computes_for_each_draft() -> None:
-    found = values_of("deepseek-v3 drafts=2")
-    assert found["verify_cache_read"] == found["decode_cache_read"]
-    for part in ("matrix_flops", "other_flops", "slow_bytes", "fast_bytes"):
-        assert found[f"verify_{part}"] == pytest.approx(3 * found[f"decode_{part}"], rel=1e-12)
-
-
-def test_drafts_gain_where_memory_binds_and_not_where_links_do() -> None:
-    assert 1.7 < values_of("deepseek-v3 memory*2 sequences=32 context=8192")["speculation_gain"] < 1.85
-    assert values_of("deepseek-v3 sequences=32 context=100")["speculation_gain"] < 1
-    assert values_of("deepseek-v3 sequences=32 context=100 slow_link*1e5 fast_link*1e5")["speculation_gain"] > 1.5
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
@@ -452,12 +436,12 @@ AXES: list[tuple[str, str, Any]] = [
     ("cache_dtype=fp8", "kv_cache", [656 / 1152]),
     ("failures_per_node_day=0.013", "mean_time_to_failure", [0.5]),
     ("context=1000,8000", "decode_tokens_per_second", DOWN),
-    ("sequences=8,16,24", "decode_tokens_per_second", DOWN),
-    ("sequences=8,16,24", "decode_gpu_tokens_per_second", UP),
-    ("acceptance=0.5,0.8,0.9", "speculation_gain", UP),
-    ("failures_per_node_day=0.001,0.01,0.1", "effective_share_at_any_rate", DOWN),
+    ("sequences=8,24", "decode_tokens_per_second", DOWN),
+    ("sequences=8,24", "decode_gpu_tokens_per_second", UP),
+    ("acceptance=0.5,0.9", "speculation_gain", UP),
+    ("failures_per_node_day=0.001,0.1", "effective_share_at_any_rate", DOWN),
     ("restart_time=100,1000", "effective_share_at_any_rate", DOWN),
-    ("checkpoint_halt=1,10,100", "elapsed_time", UP),
+    ("checkpoint_halt=1,100", "elapsed_time", UP),
     ("seq_len=2048,4096", "training_flops", UP),
     ("pipeline=16,8", "memory_needed", UP),
     ("hardware=h800,b200", "training_days", DOWN),

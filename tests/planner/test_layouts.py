@@ -1,0 +1,295 @@
+"""Choices that a user leaves open: layouts, deployments, precision; the search for layouts; and advice that fits."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmini.planner import answers
+from dsmini.planner.hardware import load_hardware
+from dsmini.planner.quantities.quantity import Quantity
+from dsmini.planner.request import PlanRequest
+from dsmini.planner.setup import Model, setup
+from dsmini.planner.training import layout_choice, layout_table
+from dsmini.planner.training.layout import Layout
+from tests.helpers.plans import figures_of, of_layout, plan_of, read, setup_of, values_of
+from tests.helpers.released_configs import HF_V3
+
+V3 = {
+    **{"gpus": 2048, "pipeline": 16, "expert": 64, "tensor": 1, "zero": 1, "recompute": "selective"},
+    **{"precision": "fp8", "schedule": "dualpipe", "moments": "bfloat16"},
+}
+"""Layout of DeepSeek-V3 (report, section 3.2)."""
+SERVED_AS_V3 = {"decode": (4, 320, 64), "prefill": (4, 32, 32), "decode how": "as DeepSeek-V3 is served"}
+LLAMA = "toy-dense @b200 memory*3.8 attention=gqa n_kv_heads=8 dim=16384 inter_dim=53248 n_layers=126 n_heads=128"
+LLAMA += " vocab_size=128256 qk_nope_head_dim=128 v_head_dim=128 n_dense_layers=126 n_mtp_layers=0 gpus=8"
+CHOSEN: dict[str, dict[str, Any]] = {
+    "deepseek-v3": V3 | SERVED_AS_V3 | {"how": "as DeepSeek-V3 was trained", "weights": "fp8"},
+    "deepseek-v3 gpus=1024 zero=2": V3
+    | {"gpus": 1024, "zero": 2, "how": "as DeepSeek-V3 was trained, but gpus=1024, zero=2"},
+    # DualPipe holds parameters twice, which does not fit without ZeRO
+    "deepseek-v3 gpus=2048 pipeline=16 expert=64 tensor=1 zero=0": {"zero": 0, "schedule": "1f1b", "fits": True},
+    "deepseek-v3 n_layers=60": {"how": "the fastest of a short list that fits, on the fewest GPUs", "fits": True},
+    "deepseek-v3 @a100-pcie": {"precision": "bf16", "weights": "bfloat16", "fits": True},
+    "deepseek-v3 pipeline=7 precision=fp8 moments=bfloat16": {"pipeline": 7, "gpus": 224, "fits": True},
+    "deepseek-v3 gpus=4096 pipeline=8": {"moments": "bfloat16"},
+    "deepseek-v2": {"precision": "bf16", "weights": "bfloat16", "decode": (1, 16, 0)},
+    "deepseek-v2-lite": {"gpus": 4, "fits": True, "decode": (1, 1, 0)},
+    "deepseek-v2-lite gpus=16 pipeline=2 expert=4 zero=1": {"gpus": 16, "pipeline": 2, "expert": 4, "zero": 1},
+    "deepseek-v2-lite @laptop": {"gpus": 1, "fits": False, "how": "the one that needs least memory, since none fits"},
+    "moonlight gpus=27 pipeline=27": {"pipeline": 27, "zero": 0, "fits": True},
+    "kimi-k2 gpus=4096": {"decode": (1, 64, 0), "decode how": "the fewest GPUs that hold weights and cache"},
+    "fp8": {"precision": "fp8", "weights": "fp8"},
+    "toy": {"gpus": 1, "optimizer": "muon", "decode": (1, 1, 0)},
+    "toy @laptop": {"precision": "fp32", "weights": "float32"},
+    LLAMA: {"decode": (8, 8, 0)},
+    "deepseek-v2 gpus=128 decode_gpus=48": {"decode": (1, 48, 32), "decode how": "as chosen"},
+    "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4 decode_redundant=80": {"decode": (4, 48, 80)},
+    "deepseek-v3 decode_redundant=64": {"decode": (1, 16, 64)},
+}
+"""What is asked for, and what is chosen: fields of the layout; tensor, GPUs and redundant experts of a deployment."""
+
+
+def chosen(words: str) -> dict[str, Any]:
+    made, plan = setup_of(words), plan_of(words)
+    found: dict[str, Any] = {name: getattr(made.layout.layout, name) for name in Layout.__dataclass_fields__}
+    found |= {"how": made.layout.how, "fits": plan.training.fits}
+    if made.serving is None:
+        return found
+    for stage, deployed in (("decode", made.serving.decode), ("prefill", made.serving.prefill)):
+        sizes = ("tensor_parallel", "expert_parallel", "redundant_experts")
+        found[stage] = tuple(round(values_of(words)[f"{stage}_{size}"]) for size in sizes)
+        found[f"{stage} how"] = deployed.how
+    return found | {"weights": made.serving.decode.deployment.weight_dtype}
+
+
+@pytest.mark.parametrize("words", CHOSEN)
+def test_what_is_left_open_is_chosen(words: str) -> None:
+    found = chosen(words)
+    assert {name: found[name] for name in CHOSEN[words]} == CHOSEN[words]
+
+
+def test_experts_get_what_the_dtype_of_weights_sends() -> None:
+    sizes = [values_of(f"deepseek-v3 weight_dtype={d}")["decode_dispatch_number"] for d in ("fp8", "bfloat16")]
+    assert sizes == [1, 2]
+
+
+def test_half_of_the_fewest_gpus_hold_nothing() -> None:
+    """Of training by all choices, of serving by the memory of a GPU."""
+    for words in ("deepseek-v2-lite gpus=2", "deepseek-v3 gpus=112 pipeline=7 precision=fp8 moments=bfloat16"):
+        gpus = setup_of(words).layout.layout.gpus
+        said = setup_of(words).layout.misfit
+        assert said.startswith(f"no layout on gpus={gpus} fits 80 GB") and said.endswith(f"; use gpus={2 * gpus}")
+    for words in ("deepseek-v2 gpus=128 decode_gpus=8 sequences=1", "kimi-k2 gpus=4096 decode_gpus=32 sequences=1"):
+        assert values_of(words)["decode_memory_share"] > 1
+    assert values_of("deepseek-v2 gpus=128 decode_gpus=16 sequences=1")["decode_memory_share"] <= 1
+
+
+FULL = [
+    ("deepseek-v2-lite", ""),
+    ("deepseek-v3 n_layers=60", "gpus=512"),
+    *(
+        pytest.param(f"{name} {machine} n_mtp_layers=0", gpus, marks=pytest.mark.slow)
+        for name, machine, gpus in itertools.product(
+            ("deepseek-v3", "deepseek-v2-lite", "kimi-k2"), ("@h800", "@a100-pcie"), ("", "gpus=512")
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "gpus"), FULL)
+def test_sizes_left_out_early_would_not_be_chosen(words: str, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = setup_of(f"{words} {gpus}").layout
+    monkeypatch.setattr(layout_choice, "SLACK", 1e9)
+    model, hardware, request = read(f"{words} {gpus}")
+    assert setup(request, model, hardware).layout == first
+
+
+def test_name_is_of_the_file_or_of_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "My-Model" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(HF_V3))
+    model = Model.from_file(path)
+    assert (read("toy")[0].name, model.name, model.run) == ("toy", "My-Model", None)
+    found = setup(PlanRequest(), model, load_hardware("h800"))
+    assert found.layout.how == "as DeepSeek-V3 was trained", "by its sizes, whatever its file"
+
+
+# --- advice
+
+UNFIT = [
+    "deepseek-v3 gpus=8",
+    "deepseek-v3 batch=1",
+    "deepseek-v3 n_layers=60 gpus=256 pipeline=1 zero=0",
+    "deepseek-v2-lite gpus=29 batch=58 zero=0",
+    "deepseek-v2-lite memory*0.325 gpus=12 batch=96 zero=0 recompute=none precision=bf16 micro_batch=1 schedule=1f1b",
+    "deepseek-v3 decode_gpus=1",
+    "deepseek-v3 prefill_gpus=3",
+    "deepseek-v3 sequences=1000000",
+]
+TAKEN = {
+    "allow ZeRO 3": "zero=3",
+    "allow recomputation": "recompute=full",
+    "use moments='bfloat16'": "moments=bfloat16",
+    "allow precision='fp8'": "precision=fp8",
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_each_advice_fits_when_it_is_taken(words: str) -> None:
+    said = setup_of(words).refused
+    assert said
+    for advice in said.rpartition("; ")[2].split(" or "):
+        if advice.startswith("leave out "):
+            changes = [advice.removeprefix("leave out ") + "="]
+        else:
+            changes = TAKEN.get(advice, advice.removeprefix("use ")).split(" and ")
+        names = tuple(change.partition("=")[0] + "=" for change in changes)
+        rest = [word for word in words.split() if not word.startswith(names)]
+        better = " ".join([*rest, *(change for change in changes if not change.endswith("="))])
+        assert setup_of(better).refused == "", advice
+
+
+def test_what_does_not_fit_is_still_explained() -> None:
+    """A figure such as the memory that is needed tells why."""
+    assert answers.explained(setup_of("deepseek-v3 gpus=8"), "memory_needed", 80).lines
+
+
+def test_either_of_training_and_serving_may_not_fit() -> None:
+    """Nobody asked for what does not fit, so the plan goes on without it and says what would."""
+    large = setup_of("deepseek-v2-lite @laptop memory*6")
+    record = answers.planned(large, "a test").record
+    assert record["fits"] is False and large.layout.misfit.startswith("no layout on gpus=1 fits 103 GB a GPU")
+    assert "decode_cost" not in record["figures"]["inference"] and record["figures"]["inference"]
+    tight = setup_of("toy @laptop memory*0.0001")
+    assert tight.refused.startswith("no layout on gpus=1 fits 1.72 MB")
+    assert tight.serving is None and tight.unserved.startswith("decode on 1 GPU does not fit: weights and cache take ")
+
+
+# --- search
+
+SEARCHED = [
+    "deepseek-v2-lite memory*0.5625 gpus=6 batch=96 precision=fp8 schedule=1f1b micro_batch=1",
+    "deepseek-v2-lite gpus=4 batch=96 precision=fp8 schedule=dualpipe",
+    "deepseek-v2-lite memory*0.5625 gpus=12 batch=96 precision=bf16 schedule=zb1p zero=1 micro_batch=2",
+]
+
+
+def found(words: str) -> list[dict[str, Any]]:
+    made, request = setup_of(words), read(words)[2]
+    return answers.searched(made, request, words, lambda done, what: None).record["layouts"]
+
+
+def every_layout(words: str) -> Iterator[Layout]:
+    """Yield all layouts that the choices of a request allow."""
+    request = read(words)[2]
+    gpus = request.gpus or 1
+    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    choices = {
+        **{name: sizes for name in ("pipeline", "tensor", "expert")},
+        **{"zero": [0, 1, 2, 3], "recompute": ["none", "selective", "full"], "micro_batch": [1, 2, 4]},
+        **{"precision": ["bf16", "fp8"], "schedule": ["1f1b", "zb1p", "dualpipe"]},
+    }
+    names = [name for name in choices if getattr(request, name) is None]
+    for values in itertools.product(*(choices[name] for name in names)):
+        try:
+            yield Layout(**(request.layout_fields | dict(zip(names, values, strict=True))))
+        except ValueError:
+            continue
+
+
+PARTS = {
+    "computing": "compute",
+    "links_between": "links between nodes",
+    "links_within": "links within a node",
+    "bubble": "bubble",
+    "update": "update",
+}
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_search_finds_the_best_of_all_plans(words: str) -> None:
+    """And what binds: the part that gains most without time, or memory, if what does not fit gains more."""
+    made, plans = setup_of(words), dict[tuple[int, ...], list[dict[str, float]]]()
+    for layout in every_layout(words):
+        try:
+            figures = {name: figure.value for name, figure in of_layout(made, layout).items()}
+        except ValueError:
+            continue
+        sizes = (layout.pipeline, layout.tensor, layout.expert, layout.micro_batch)
+        plans.setdefault(sizes, []).append(figures)
+    best: dict[tuple[int, ...], tuple[float, float, str]] = {}
+    for sizes, each in plans.items():
+        if fitting := [found for found in each if found["memory_free"] >= 0]:
+            one = min(fitting, key=lambda found: (found["roof_step_seconds"], found["memory_needed"]))
+            step = one["roof_step_seconds"]
+            gains = {word: step - one[f"step_without_{part}"] for part, word in PARTS.items()}
+            memory = step - min(found["roof_step_seconds"] for found in each)
+            binds = "memory" if memory > max(list(gains.values())[1:]) else max(gains, key=lambda word: gains[word])
+            best[sizes] = (step, one["memory_needed"], binds)
+    layouts = found(words)
+    assert sum(map(len, plans.values())) > 50 and 1 < len(layouts) == min(len(best), 12)
+    assert [one["step_seconds"] for one in layouts] == pytest.approx(sorted(step for step, _, _ in best.values())[:12])
+    for one in layouts:
+        step, memory, binds = best[one["pipeline"], one["tensor"], one["expert"], one["micro_batch"]]
+        assert (one["step_seconds"], one["memory"]) == pytest.approx((step, memory), rel=1e-12)
+        assert one["binds"] == binds
+
+
+def test_search_of_a_large_cluster_finds_the_published_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V3's own is within 5 % of the fastest, and 35,000 layouts take few formulas, which are what takes time."""
+    built = counted(monkeypatch)
+    told: list[tuple[float, str]] = []
+    made, request = setup_of("deepseek-v3 gpus=2048"), read("deepseek-v3 gpus=2048")[2]
+    layouts = answers.searched(made, request, "", lambda share, what: told.append((share, what))).record["layouts"]
+    (own,) = [one for one in layouts if V3.items() <= one.items()]
+    assert own["step_seconds"] < 1.05 * layouts[0]["step_seconds"] and own["binds"] == "compute"
+    assert 50 < len(built) <= 500
+    assert told == sorted(told, key=lambda part: part[0]) and told[-1][0] == 1 and all(what for _, what in told)
+
+
+def test_choice_for_a_trillion_parameters_builds_few_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = counted(monkeypatch)
+    model, hardware, request = read("kimi-k2")
+    setup(request, model, hardware)
+    assert 12 < len(built) <= 80
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
+    """Return a list that gets the layout of each formula that is built."""
+    built: list[Layout] = []
+    plan = layout_table.plan_unchecked
+
+    def count(m: Any, hardware: Any, layout: Layout, *rest: Any) -> Any:
+        built.append(layout)
+        return plan(m, hardware, layout, *rest)
+
+    monkeypatch.setattr(layout_table, "plan_unchecked", count)
+    return built
+
+
+def test_a_plan_is_a_few_thousand_operations() -> None:
+    seen = {id(node) for figure in figures_of("deepseek-v3").values() for node in _parts(figure)}
+    assert 1000 < len(seen) < 10_000
+
+
+def _parts(figure: Any) -> Iterator[Quantity[Any, Any]]:
+    """Yield what a figure is computed from, up to the next names."""
+    todo = [figure]
+    while todo:
+        node = todo.pop()
+        yield node
+        todo += [arg for arg in node.args if not arg.name]
+
+
+def test_search_holds_what_was_chosen() -> None:
+    words = "deepseek-v3 gpus=256 precision=fp8 schedule=1f1b recompute=full zero=3"
+    layouts = found(words)
+    held = {(one["precision"], one["schedule"], one["recompute"], one["zero"]) for one in layouts}
+    assert held == {("fp8", "1f1b", "full", 3)}
+    assert {one["moments"] for one in layouts} == {"bfloat16"}, "as the config's recipe says"
+    steps = [one["step_seconds"] for one in layouts]
+    assert steps == sorted(steps) and all(one["memory"] <= 80e9 for one in layouts)

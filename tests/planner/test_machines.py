@@ -1,0 +1,148 @@
+"""Machines: the numbers of their files, each with its source and in use, and the machine at hand with forecasts."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.measure import calibration, step_rates
+from dsmini.measure.rates import Roofs
+from dsmini.planner import answers
+from dsmini.planner.hardware import MACHINES, Hardware, known_hardware, load_hardware
+from dsmini.planner.here import MOST_TOKENS, section_here, steps_here, with_forecast
+from dsmini.planner.pages.page import plan_report
+from tests.helpers.plans import INVENTED, hardware_of, numbers, plan_of, setup_of
+from tests.helpers.questions import invented_rates
+
+KNOWN = ["a100-pcie", "ascend-910c", "b200", "gb200-nvl72", "h100", "h200", "h800", "laptop"]
+
+
+def leaves(table: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        elif not isinstance(value, str):
+            yield path + key
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "invented"])
+def test_every_number_of_a_file_is_an_input_with_its_source(name: str, tmp_path: Path) -> None:
+    """Twice a number in the file is twice one quantity."""
+    made = hardware_of(name)
+    text = (INVENTED if name == "invented" else MACHINES / f"{name}.toml").read_text(encoding="utf-8")
+    before = numbers(made)
+    assert (made.name, known_hardware()) == (name, KNOWN)
+    for key, quantity in before.items():
+        assert (quantity.op, quantity.name) == ("input", key) and quantity.title and quantity.source
+    assert isinstance(made.gpus_per_node.value, int)
+    places = list(re.finditer(r"value = ([\d.e+-]+)", text))
+    assert len(list(leaves(tomllib.loads(text)))) == len(places) == len(before) >= 4
+    changed = set()
+    for i, found in enumerate(places):
+        path = tmp_path / f"{i}.toml"
+        path.write_text(f"{text[: found.start(1)]}{2 * float(found[1])}{text[found.end(1) :]}")
+        after = {key: quantity.value for key, quantity in numbers(load_hardware(path)).items()}
+        (differs,) = [key for key in before if after[key] != before[key].value]
+        assert after[differs] == 2 * before[differs].value
+        changed.add(differs)
+    assert changed == before.keys()
+
+
+# --- the machine at hand
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, **peak: float) -> Hardware:
+    """Return `this` of a machine with these measured peaks."""
+    card = {"processor": "A processor", "device": "cpu"}
+    rates = {"bandwidth": 20e9, "copy": 15e9, "call": 2e-6, "cache_bytes": 1 << 25, "probes": {}, "curves": {}}
+    roofs = Roofs(card=card, peak=peak, **rates)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(calibration, "load_or_measure", lambda device, **_: roofs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return load_hardware("this")
+
+
+def test_this_is_the_measured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = measured(monkeypatch, float32=170e9, bfloat16=300e9)
+    assert (this.name, this.title) == ("this", "A processor")
+    assert {dtype: q.value for dtype, q in this.peaks.items()} == {"float32": 170e9, "bfloat16": 300e9}
+    assert (this.memory_bandwidth.value, this.gpus_per_node.value) == (20e9, 1) and this.memory.value > 1e8
+    assert (this.fast_link, this.slow_link, this.price) == (None, None, None)
+    (source,) = {q.source for q in numbers(this).values()}
+    assert re.fullmatch(r"measured here by dsmini\.measure, \d{4}-\d\d-\d\d", source)
+
+
+def test_this_has_no_peak_of_an_unusable_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = measured(monkeypatch, float32=170e9, bfloat16=0.3e9)
+    assert list(this.peaks) == ["float32"]
+    with pytest.raises(ValueError, match="A processor has no bfloat16 units; use one of float32"):
+        this.peak("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def invented() -> Iterator[None]:
+    """Let this machine have invented rates, and 16 GB."""
+    rates = invented_rates(process=5 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsmini.machine.memory_bytes", lambda device: 16 << 30)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(calibration, "load_or_measure", lambda *_, **__: rates.roofs)
+        patch.setattr(step_rates, "load_or_measure_rates", lambda *_, **__: rates)
+        yield
+
+
+SMALL = "n_layers=2 n_mtp_layers=0"
+
+
+def test_plan_of_this_machine_has_forecasts_of_its_steps(invented: None) -> None:
+    words = f"toy @this sequences=3 context=100 prompt=50 {SMALL}"
+    plan = plan_of(words)
+    steps = steps_here(plan)
+    shapes = {step.name: step.forecast.shape for step in steps}
+    assert {name: (s.work, s.batch, s.tokens, s.dtype) for name, s in shapes.items()} == {
+        "training step": ("training", 4, 256, "bfloat16"),
+        "prompt": ("prefill", 1, 50, "bfloat16"),
+        "decoding step": ("decode", 3, 100, "bfloat16"),
+    }
+    assert shapes["training step"].train.optimizer == "muon", "as the file says"
+    assert all(step.forecast.seconds > step.roof > 0 for step in steps), "roofs are lower bounds"
+    rows = section_here(steps).tables[0].rows
+    assert [row[:2] for row in rows] == [
+        ("training step", "4 x 256 tokens, bfloat16"),
+        ("prompt", "1 x 50 tokens, bfloat16"),
+        ("decoding step", "3 x 100 tokens, bfloat16"),
+    ]
+    assert with_forecast(plan, steps).assumptions.stated
+    stated = plan_of(f"{words} utilization=0.9")
+    assert with_forecast(stated, steps) is stated.setup, "the user's own holds"
+
+
+def test_answer_about_this_machine_shows_and_records_forecasts(invented: None) -> None:
+    words = f"toy @this batch={MOST_TOKENS // 256} sequences=2 {SMALL}"
+    made = setup_of(words)
+    answer = answers.planned(made, "plan toy")
+    assert answer.report is not None and answer.page is not None and "forecasts took" in answer.hint
+    assert answer.report.sections[-1].title == "What will this machine take?"
+    assert "here_section" in [section.name for section in answer.page().sections]
+    training, prompt = (answer.record["here"][name] for name in ("training step", "prompt"))
+    assert prompt["process_bytes"] == prompt["tensor_bytes"] + (5 << 20)
+    figures = answer.record["figures"]["training"]
+    assert figures["step_seconds"]["value"] == pytest.approx(training["seconds"])
+    assert training["seconds"] > figures["roof_step_seconds"]["value"] == pytest.approx(training["roof_seconds"])
+    days = made.workload.tokens.value / made.workload.batch.value / 256 * training["seconds"] / 86400
+    assert figures["training_days"]["value"] == pytest.approx(days)
+
+
+def test_steps_of_too_many_tokens_are_not_forecast(invented: None) -> None:
+    found = steps_here(plan_of(f"toy @this batch={MOST_TOKENS // 256 + 1} sequences=1 {SMALL}"))
+    assert [step.name for step in found] == ["prompt", "decoding step"]
+
+
+def test_other_machines_have_no_forecasts_and_this_says_what_was_measured(invented: None) -> None:
+    assert "here" not in answers.planned(setup_of("toy"), "plan toy").record
+    here = plan_report(plan_of(f"toy @this {SMALL}"), full=True)
+    assert "measured on this machine" in here.lead and "Nothing was measured" not in here.lead
+    assert here.sections[1].finding.startswith("This machine takes ")
