@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -27,15 +26,3 @@ def _cpu() -> str:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     numbers = ", ".join(f"{key} {fields.get(key, '?')}" for key in ("cpu family", "model", "stepping"))
     return f"{fields.get('model name', platform.machine())} ({numbers})"
-
-
-def multiplies_bf16() -> bool:
-    """Return True if a measured BF16 product takes at most twice as long as the same product in FP32."""
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(5):
-        for dtype in best:
-            x = torch.ones(256, 256, dtype=dtype)
-            start = time.perf_counter()
-            torch.mm(x, x)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.bfloat16] <= 2 * best[torch.float32]

@@ -186,12 +186,3 @@ HASHES: dict[str, Callable[[], str]] = {
     "saved in fp8": lambda: saved(fp8=True),
 }
 """Function of each hash of tensors without rounded sums by name; their bits are the same on all machines."""
-
-
-def model_values() -> dict[str, Any]:
-    """Compute all values of this file."""
-    return {
-        "logits": {name: measured(compute()) for name, compute in LOGITS.items()},
-        "tokens": {name: write() for name, write in TOKENS.items()},
-        "hashes": {name: compute() for name, compute in HASHES.items()},
-    }

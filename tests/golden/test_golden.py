@@ -1,10 +1,11 @@
-"""Compare with values of version 0.1.0: bitwise on the machines that recorded them, within a tolerance elsewhere.
+"""Compare with values of version 0.1.0: within tolerances on any machine, bitwise on those that recorded them.
 
 A change that keeps the behaviour keeps these values. A change of behaviour records them again with
 python -m tests.golden.record and gives the reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,16 @@ import pytest
 import torch
 
 from tests.golden.counts import NAMES, counts
-from tests.golden.fingerprint import THREADS, fingerprint, multiplies_bf16
+from tests.golden.fingerprint import THREADS, fingerprint
 from tests.golden.models import HASHES, LOGITS, TOKENS, measured
 from tests.golden.record import read
-from tests.golden.runs import FIGURES, GENERATE, RUNS, run_all
-from tests.golden.tolerances import SCHEDULE, logits_tolerance, losses_tolerance
+from tests.golden.runs import FIGURES, GENERATE, RUNS, continued, prepared, trained
+from tests.golden.tolerances import SCHEDULE, logits_tolerance, run_tolerance
 
 RECORDED = read()
-KNOWN = RECORDED["machines"].get(fingerprint())
-REFERENCE = KNOWN or next(iter(RECORDED["machines"].values()))
-needs_known_machine = pytest.mark.skipif(
-    KNOWN is None, reason=f"bits depend on the machine, and values.json has none of: {fingerprint()}"
-)
+REFERENCE = next(iter(RECORDED["machines"].values()))
+KNOWN: dict[str, Any] | None = RECORDED["machines"].get(fingerprint())
+"""Values whose bits are wanted; None on a machine that has recorded none."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,36 +35,40 @@ def _plain_code_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Train all runs once, and return their values with the generated texts."""
-    bf16 = "bf16" in KNOWN["runs"] if KNOWN else multiplies_bf16()
-    return run_all(tmp_path_factory.mktemp("runs"), bf16)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("runs"))
 
 
-def recorded_run(name: str, runs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values of a run and the recorded ones; skip if they are not comparable."""
-    if name not in runs:
-        pytest.skip("products in BF16 are emulated slowly on this machine")
-    recorded = REFERENCE["runs"][name]
-    if name == "default" and runs[name]["corpus"] != recorded["corpus"]:
-        pytest.skip("this Python's standard library is another text than the recorded one")
-    return runs[name], recorded
+@pytest.fixture(scope="module")
+def run_of(folder: Path) -> Callable[[str], dict[str, Any]]:
+    """Return a function that trains a run, once, and returns its name and its values."""
+
+    @cache
+    def train(name: str) -> dict[str, Any]:
+        got = trained(name, folder)
+        if name == "default" and got["corpus"] != REFERENCE["runs"][name]["corpus"]:  # another Python's library
+            return train("default on a book")
+        return {"name": name, **got}
+
+    return train
 
 
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits_are_as_recorded(name: str) -> None:
     got, want = measured(LOGITS[name]()), REFERENCE["logits"][name]
-    if KNOWN:
-        assert got == want
     atol = logits_tolerance(name) * want["largest"]
     torch.testing.assert_close(torch.tensor(got["floats"]), torch.tensor(want["floats"]), rtol=0, atol=atol)
     assert got["largest"] == pytest.approx(want["largest"], abs=atol)
+    if KNOWN:
+        assert got == KNOWN["logits"][name]
 
 
-@needs_known_machine
 @pytest.mark.parametrize("name", TOKENS)
 def test_written_tokens_are_as_recorded(name: str) -> None:
-    assert TOKENS[name]() == KNOWN["tokens"][name]
+    got = TOKENS[name]()
+    assert_equal_as_far_as_certain(got, REFERENCE["tokens"][name], RECORDED["certain tokens"][name])
+    if KNOWN:
+        assert got == KNOWN["tokens"][name]
 
 
 @pytest.mark.parametrize("name", HASHES)
@@ -82,32 +85,57 @@ def test_every_config_was_counted() -> None:
     assert sorted(RECORDED["counts"]) == NAMES
 
 
-@needs_known_machine
 @pytest.mark.parametrize("name", RUNS)
-def test_run_ends_with_recorded_bits(name: str, runs: dict[str, Any]) -> None:
-    """Compare weights, optimizer state, EMA, random state, and every figure of every step."""
-    got, want = recorded_run(name, runs)
-    assert got["weights"] == want["weights"]
-    assert got["others"] == want["others"]
-    assert {key: got[key] for key in FIGURES} == {key: want[key] for key in FIGURES}
+def test_run_ends_as_recorded(name: str, run_of: Callable[[str], dict[str, Any]]) -> None:
+    """Compare weights, optimizer state and EMA; where there are bits, random state and every figure of every step."""
+    got, tolerance = run_of(name), run_tolerance(name)
+    wanted = RECORDED["sums"][got["name"]]
+    assert got["sums"].keys() == wanted.keys()
+    for file, want in wanted.items():
+        half, most = tolerance.weights, tolerance.any_weights
+        if file.startswith("optimizer"):
+            half, most = tolerance.state, tolerance.any_state
+        off = {
+            name: abs(total - number) / (norm or 1)
+            for (name, (total, norm)), number in zip(got["sums"][file].items(), want, strict=True)
+        }
+        assert sorted(off.values())[len(off) // 2] <= half, file
+        assert {name: share for name, share in off.items() if share > most and not name.endswith("bias")} == {}, file
+    if KNOWN and got["name"] in KNOWN["runs"]:
+        for key in ("weights", "others", *FIGURES):
+            assert got[key] == KNOWN["runs"][got["name"]][key], key
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_run_has_losses_near_the_recorded(name: str, runs: dict[str, Any]) -> None:
-    got, want = recorded_run(name, runs)
-    assert got["corpus"] == want["corpus"]
-    assert got["tokens"] == want["tokens"]
-    assert got["lr"] == pytest.approx(want["lr"], rel=SCHEDULE)
-    for key in ("loss", "mtp_loss", "val_loss"):
+def test_run_has_losses_near_the_recorded(name: str, run_of: Callable[[str], dict[str, Any]]) -> None:
+    got, tolerance = run_of(name), run_tolerance(name)
+    want = REFERENCE["runs"][got["name"]]
+    assert (got["corpus"], got["tokens"]) == (want["corpus"], want["tokens"])
+    near = dict.fromkeys(("loss", "mtp_loss", "val_loss"), tolerance.losses)
+    near |= {"balance_loss": tolerance.balance, "grad_norm": tolerance.grad_norm, "lr": SCHEDULE}
+    for key, most in near.items():
         assert [n is None for n in got[key]] == [n is None for n in want[key]]
-        there = [[n for n in values[key] if n is not None] for values in (got, want)]
-        assert there[0] == pytest.approx(there[1], rel=losses_tolerance(name))
+        for step, (a, b) in enumerate(zip(got[key], want[key], strict=True)):
+            assert b is None or abs(a - b) <= most * abs(b), (key, step)
 
 
-@needs_known_machine
 @pytest.mark.parametrize("name", GENERATE)
-def test_resumed_run_continues_prompts_as_recorded(name: str, runs: dict[str, Any]) -> None:
-    assert runs["generate"][name] == KNOWN["generate"][name]
+def test_resumed_run_continues_prompts_as_recorded(
+    name: str, run_of: Callable[[str], dict[str, Any]], folder: Path
+) -> None:
+    run_of("resumed")
+    got = continued(name, folder)
+    assert_equal_as_far_as_certain(got, REFERENCE["generate"][name], RECORDED["certain characters"][name])
+    if KNOWN:
+        assert got == KNOWN["generate"][name]
+
+
+def assert_equal_as_far_as_certain(got: list[Any], want: list[Any], certain: list[int]) -> None:
+    """Compare rows up to the first element that another machine's rounding may change."""
+    assert list(map(len, got)) == list(map(len, want)) or isinstance(got[0], str)
+    assert [row[:n] for row, n in zip(got, certain, strict=True)] == [
+        row[:n] for row, n in zip(want, certain, strict=True)
+    ]
 
 
 def test_old_run_holds_no_path_of_this_machine() -> None:
