@@ -1,11 +1,14 @@
-"""Phases of the learning rate as a config writes them."""
+"""Phases of the learning rate as a config writes them, and the old keys of files and flags, which become phases."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from dsmini import RunConfig, TrainConfig
-from dsmini.config.lr_schedule import SPELLINGS, Phase, read_phases
+from dsmini.config.lr_schedule import Phase, read_phases
+from dsmini.config.old_schedule import KEYS, OldSchedule, without_old_flags
+from dsmini.train import _read, main
 from tests.helpers.configs import refusal, written
 
 WARMUP, REST = Phase(kind="warmup", share=0.1, level=None), Phase(kind="cosine", share=None, level=0.2)
@@ -22,84 +25,121 @@ WARMUP, REST = Phase(kind="warmup", share=0.1, level=None), Phase(kind="cosine",
 )
 def test_phases_are_read_however_split(texts: tuple[str, ...]) -> None:
     assert read_phases(texts) == (WARMUP, REST)
-    assert TrainConfig(lr_schedule=texts).lr_schedule == ("warmup 0.1", "cosine to 0.2")
+    for given in (texts, list(texts)):  # a TOML array is a list
+        assert TrainConfig(lr_schedule=given).lr_schedule == ("warmup 0.1", "cosine to 0.2")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
-    ("text", "phase"),
-    {
-        "warmup": Phase(kind="warmup", share=None, level=None),
-        "constant": Phase(kind="constant", share=None, level=None),
-        "constant 1": Phase(kind="constant", share=1.0, level=None),
-        "constant at 0.03": Phase(kind="constant", share=None, level=0.03),
-        "constant 1 at 0.03": Phase(kind="constant", share=1.0, level=0.03),
-        "cosine 1 to 0": Phase(kind="cosine", share=1.0, level=0.0),
-        "linear to 1e-05": Phase(kind="linear", share=None, level=1e-5),
-    }.items(),
+    ("text", "kind", "share", "level"),
+    [
+        ("warmup", "warmup", None, None),
+        ("constant", "constant", None, None),
+        ("constant 1", "constant", 1.0, None),
+        ("constant at 0.03", "constant", None, 0.03),
+        ("constant 1 at 0.03", "constant", 1.0, 0.03),
+        ("cosine 1 to 0", "cosine", 1.0, 0.0),
+        ("linear to 1e-05", "linear", None, 1e-5),
+        *((f"linear to {level!r}", "linear", None, level) for level in (0.1 + 0.2, 1 / 3, 5e-324, 1 - 2**-53)),
+    ],
 )
-def test_each_phase_is_read_and_written_the_same(text: str, phase: Phase) -> None:
+def test_each_phase_is_read_and_written_the_same(
+    text: str, kind: str, share: float | None, level: float | None
+) -> None:
+    phase = Phase(kind=kind, share=share, level=level)  # pyright: ignore[reportArgumentType]
     assert read_phases((text,)) == (phase,)
     assert str(phase) == text
 
 
-@pytest.mark.parametrize("value", [0.1 + 0.2, 1 / 3, 5e-324, 1e-5, 0.9999999999999999])
-def test_number_keeps_its_bits_as_text(value: float) -> None:
-    (phase,) = read_phases((f"linear to {value}",))
-    assert phase.level == value
-    assert read_phases((str(phase),)) == (phase,)
+# The old keys
+
+DEFAULT = TrainConfig().lr_schedule
+ALL = "warmup = 0.1\nconstant = 0.2\ndecay = 'linear'\nlr_final = 0.3\nfinal = 0.15\nlr_last = 0.05\nlast = 0.25\n"
+PHASES = ("warmup 0.1", "constant 0.2", "linear to 0.3", "constant 0.15", "constant 0.25 at 0.05")
+WITHOUT_OLD_SHAPE = ("cosine 0.5 to 0.3", "linear to 0")
+
+
+def read(folder: Path, train: str, base: tuple[str, ...] = DEFAULT) -> TrainConfig:
+    path = written(folder, f"[train]\n{train}", "x.toml")
+    return RunConfig.from_file(path, RunConfig(train=TrainConfig(lr_schedule=base))).train
+
+
+@pytest.mark.parametrize("base", [DEFAULT, PHASES, WITHOUT_OLD_SHAPE])
+def test_all_old_keys_become_phases(tmp_path: Path, base: tuple[str, ...]) -> None:
+    new = f"lr = 0.5\nlr_schedule = {list(PHASES)}\nsteps = 7"
+    assert read(tmp_path, f"steps = 7\n{ALL}lr = 0.5", base) == read(tmp_path, new)
+    assert read(tmp_path, ALL, base) == TrainConfig(lr_schedule=PHASES)
 
 
 @pytest.mark.parametrize(
-    ("texts", "sentence"),
+    ("train", "base", "want"),
     [
-        ((), f"train.lr_schedule is empty; write phases such as {SPELLINGS}"),
-        (("warm 0.1", "cosine to 0.1"), f"train.lr_schedule has 'warm 0.1', which is not a phase; write {SPELLINGS}"),
-        (("warmup 0.1 to 0.5",), f"train.lr_schedule has 'warmup 0.1 to 0.5', which is not a phase; write {SPELLINGS}"),
-        (("cosine",), f"train.lr_schedule has 'cosine', which is not a phase; write {SPELLINGS}"),
-        (("cosine at 0.1",), f"train.lr_schedule has 'cosine at 0.1', which is not a phase; write {SPELLINGS}"),
-        (("constant to 0.1",), f"train.lr_schedule has 'constant to 0.1', which is not a phase; write {SPELLINGS}"),
-        (("linear to nan",), f"train.lr_schedule has 'linear to nan', which is not a phase; write {SPELLINGS}"),
-        (
-            ("cosine to 1.5",),
-            "train.lr_schedule has 'cosine to 1.5', whose level is not between 0 and 1; use a share of one",
-        ),
-        (
-            ("constant -0.5", "cosine to 0"),
-            "train.lr_schedule has 'constant -0.5', whose share is not between 0 and 1; use a share of one",
-        ),
-        (
-            ("cosine to 0", "warmup 0.5"),
-            "train.lr_schedule='cosine to 0, warmup 0.5' has a warm-up that is not the first phase; "
-            "move it to the front",
-        ),
-        (
-            ("constant", "cosine to 0"),
-            "train.lr_schedule='constant, cosine to 0' leaves out the share of 'constant' and of 'cosine to 0'; "
-            "only one phase can take the remaining steps",
-        ),
-        (
-            ("warmup 0.7", "cosine to 0", "constant 0.6"),
-            "train.lr_schedule='warmup 0.7, cosine to 0, constant 0.6' takes 1.3 of the steps; want 1 or less, "
-            "what is left is the phase without a share",
-        ),
-        (
-            ("warmup 0.5", "constant 0.25"),
-            "train.lr_schedule='warmup 0.5, constant 0.25' takes only 0.75 of the steps; leave out the share of one "
-            "phase, which then takes the rest",
-        ),
+        ("warmup = 0.2", DEFAULT, ("warmup 0.2", "cosine to 0.1")),
+        ("warmup = 0", DEFAULT, ("cosine to 0.1",)),
+        ("constant = 0.2", DEFAULT, ("warmup 0.05", "constant 0.2", "cosine to 0.1")),
+        ("decay = 'linear'", DEFAULT, ("warmup 0.05", "linear to 0.1")),
+        ("lr_final = 0", DEFAULT, ("warmup 0.05", "cosine to 0")),
+        ("final = 0.2", DEFAULT, ("warmup 0.05", "cosine to 0.1", "constant 0.2")),
+        ("lr_last = 0.2", DEFAULT, DEFAULT),
+        ("last = 0.2", DEFAULT, ("warmup 0.05", "cosine to 0.1", "constant 0.2 at 0.1")),
+        ("warmup = 0.2", PHASES, ("warmup 0.2", *PHASES[1:])),
+        ("constant = 0", PHASES, (PHASES[0], *PHASES[2:])),
+        ("decay = 'cosine'", PHASES, (*PHASES[:2], "cosine to 0.3", *PHASES[3:])),
+        ("lr_final = 0.5", PHASES, (*PHASES[:2], "linear to 0.5", *PHASES[3:])),
+        ("final = 0", PHASES, (*PHASES[:3], PHASES[4])),
+        ("lr_last = 0", PHASES, (*PHASES[:4], "constant 0.25 at 0")),
+        ("last = 0.125", PHASES, (*PHASES[:4], "constant 0.125 at 0.05")),
+        ("warmup = 0.2", ("linear to 0",), ("warmup 0.2", "linear to 0")),
     ],
 )
-def test_wrong_schedule_is_refused(tmp_path: Path, texts: tuple[str, ...], sentence: str) -> None:
-    assert refusal(TrainConfig, lr_schedule=texts) == sentence
-    path = written(tmp_path, f"[train]\nlr_schedule = {list(texts)}", "x.toml")
-    assert refusal(RunConfig.from_file, path) == f"x.toml: {sentence}"
+def test_old_key_changes_its_phase_of_the_base(
+    tmp_path: Path, train: str, base: tuple[str, ...], want: tuple[str, ...]
+) -> None:
+    assert read(tmp_path, train, base) == TrainConfig(lr_schedule=want)
+    key, value = train.split(" = ")
+    value = value.strip("'")
+    for flag in (f"--train.{key}", f"--train.{key.replace('_', '-')}"):
+        new = ["--train.steps", "3", "--train.lr-schedule", *want]
+        assert without_old_flags([flag, value, "--train.steps", "3"], base) == new
+        assert without_old_flags(["--train.steps", "3", f"{flag}={value}"], base) == new
 
 
-@pytest.mark.parametrize("value", ["'cosine to 0'", "[1]", "3", "'none'"])
-def test_schedule_that_is_no_list_of_texts_is_refused(tmp_path: Path, value: str) -> None:
-    path = written(tmp_path, f"[train]\nlr_schedule = {value}", "x.toml")
-    assert refusal(RunConfig.from_file, path).endswith(" is not a list of texts")
+def test_flag_last_takes_the_level_that_a_file_gives(tmp_path: Path) -> None:
+    """With last = 0 the level is in no phase of the file."""
+    file = written(tmp_path, "[train]\nlr_last = 0.2\nlast = 0\n", "x.toml")
+    origin, command, _ = _read([str(file), "--train.last", "0.25"])
+    assert origin.config.train.lr_schedule == DEFAULT
+    assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.2")
+    _, command, _ = _read([str(file), "--train.last", "0.25", "--train.lr-last=0.05"])
+    assert command.train.lr_schedule == (*DEFAULT, "constant 0.25 at 0.05")
+    new = ["--train.lr-schedule", *DEFAULT, "constant 0.25 at 0.2"]
+    assert without_old_flags(["--train.last", "0.25"], DEFAULT, [file]) == new
+    own = written(tmp_path, "[train]\nlr_last = 0.3\nlast = 0\n", "config.toml")
+    assert without_old_flags(["--train.last", "0.25"], DEFAULT, [own, file]) == new, "a file goes before the run's own"
 
 
-def test_list_becomes_a_tuple() -> None:
-    assert TrainConfig(lr_schedule=["linear to 0"]).lr_schedule == ("linear to 0",)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("base", [DEFAULT, PHASES, ("linear to 0",), ("constant 0.9", "cosine to 1e-05")])
+def test_old_keys_of_phases_give_the_phases(base: tuple[str, ...]) -> None:
+    assert OldSchedule.from_phases(base, "").phases() == base
+
+
+def test_old_key_without_place_in_the_base_is_refused(tmp_path: Path) -> None:
+    assert refusal(read, tmp_path, "warmup = 0.1", WITHOUT_OLD_SHAPE) == (
+        "train.warmup of x.toml has no place in train.lr_schedule='cosine 0.5 to 0.3, linear to 0'; "
+        "write the phases of lr_schedule"
+    )
+
+
+@pytest.mark.parametrize("args", ["", "--train.lr-schedule linear to 0", "--data.path warmup --train.steps 3"])
+def test_command_line_without_old_flags_is_unchanged(args: str) -> None:
+    assert without_old_flags(args.split(), DEFAULT) == args.split()
+
+
+def test_train_command_takes_old_flags(tmp_path: Path) -> None:
+    assert refusal(main, ["--train.warmup", "2"]).startswith("the command line: train.warmup=2.0 is not")
+    (tmp_path / "taken").touch()
+    args = ["--train.warmup", "0.2", "--train.decay=linear", "--out", str(tmp_path)]
+    assert refusal(main, args).startswith(f"--out {tmp_path} holds other files")
+
+
+def test_old_keys_are_no_fields_any_more() -> None:
+    assert not {f.name for f in dataclasses.fields(TrainConfig)} & set(KEYS)

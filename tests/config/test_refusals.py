@@ -1,0 +1,77 @@
+"""The sentences of wrong configs; refusals.toml lists them."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from dsmini import ModelConfig, RunConfig
+from dsmini.config.lr_schedule import SPELLINGS
+from dsmini.config.old_schedule import without_old_flags
+from tests.helpers.configs import DSA, refusal, written
+from tests.helpers.released_configs import HF_V3
+
+REFUSALS = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
+
+
+def check(said: str, sentence: str, path: Path | None = None) -> None:
+    sentence = sentence.replace("{path}", str(path)).replace("{spellings}", SPELLINGS)
+    beginning = sentence.removesuffix("...")
+    assert said.startswith(beginning) if sentence.endswith("...") else said == sentence
+
+
+@pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
+@pytest.mark.parametrize("toml", REFUSALS["model"])
+def test_wrong_model_is_refused(tmp_path: Path, toml: str, kind: Any) -> None:
+    path = written(tmp_path, toml, "x.toml")
+    check(refusal(kind.from_file, path), REFUSALS["model"][toml], path)
+
+
+@pytest.mark.parametrize("toml", REFUSALS["sparse"])
+def test_wrong_sparse_attention_is_refused(tmp_path: Path, toml: str) -> None:
+    content = tomli_w.dumps({"model": DSA | tomllib.loads(toml)})
+    check(refusal(ModelConfig.from_file, written(tmp_path, content, "x.toml")), REFUSALS["sparse"][toml])
+
+
+@pytest.mark.parametrize("toml", REFUSALS["run"])
+def test_wrong_run_is_refused(tmp_path: Path, toml: str) -> None:
+    check(refusal(RunConfig.from_file, written(tmp_path, toml, "x.toml")), REFUSALS["run"][toml])
+
+
+@pytest.mark.parametrize("args", REFUSALS["flags"])
+def test_wrong_old_flags_are_refused(args: str) -> None:
+    check(refusal(without_old_flags, args.split(), ("warmup 0.05", "cosine to 0.1")), REFUSALS["flags"][args])
+
+
+@pytest.mark.parametrize("toml", REFUSALS["hugging_face"])
+def test_config_json_that_cannot_be_honoured_is_refused(tmp_path: Path, toml: str) -> None:
+    ((key, value),) = tomllib.loads(toml).items()
+    if key == "rope_scaling" and isinstance(value, dict) and "type" not in value:  # changes of YaRN's keys
+        value = HF_V3[key] | value
+        value = {name: number for name, number in value.items() if number != "left out"}
+    raw = HF_V3 | {key: value}
+    path = written(tmp_path, {name: each for name, each in raw.items() if each != "left out"})
+    check(refusal(ModelConfig.from_file, path), f"{path} {REFUSALS['hugging_face'][toml]}")
+
+
+@pytest.mark.parametrize("content", REFUSALS["inference"])
+def test_wrong_inference_json_is_refused(tmp_path: Path, content: str) -> None:
+    path = written(tmp_path, content)
+    check(refusal(ModelConfig.from_file, path), REFUSALS["inference"][content], path)
+
+
+@pytest.mark.parametrize("value", ["'cosine to 0'", "[1]", "3", "'none'"])
+def test_schedule_that_is_no_list_of_texts_is_refused(tmp_path: Path, value: str) -> None:
+    path = written(tmp_path, f"[train]\nlr_schedule = {value}", "x.toml")
+    assert refusal(RunConfig.from_file, path).endswith(" is not a list of texts")
+
+
+@pytest.mark.parametrize("kind", [RunConfig, ModelConfig])
+def test_unreadable_file_is_refused(tmp_path: Path, kind: Any) -> None:
+    missing, binary = tmp_path / "nope.toml", tmp_path / "y.toml"
+    binary.write_bytes(b"\xff\xfe")
+    assert refusal(kind.from_file, missing) == f"there is no file {missing}; check the name"
+    assert refusal(kind.from_file, tmp_path).startswith(f"cannot read {tmp_path}: it is a folder")
+    assert refusal(kind.from_file, binary).startswith(f"cannot read {binary}: 'utf-8' codec")
