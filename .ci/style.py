@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every package of dsmini, from below, with those that it may import besides SHARED. It may import only what stands above
-# it, so there is no cycle. Commands import anything, and no package imports a command.
+# Every package of dsmini, from below, with those that it may import besides SHARED. It may import only what is above it
+# here, so there is no cycle. Commands import anything, and no package imports a command.
 MAY_IMPORT = {
     **{"ops": "", "config": "", "console": "", "atomic": "", "machine": "", "reading": ""},
     "report": "console",
@@ -44,7 +44,6 @@ FORBIDDEN = (
     (r"(dsmini|benchmarks)\b", "kernels"),
     (r"(tests|benchmarks)\b", "dsmini|kernels"),
 )
-
 # words that slow a reader down, each allowed 4 times in 10,000 words of a folder
 WORDS = {
     "a clause without a subject": r"(?:^|(?<=[.:;] ))(?-i:What|Of|Whether|How|Those|Which|Whose|So many|As many)\b"
