@@ -18,6 +18,7 @@ from docs.tutorials.make_notebook import notebook
 from tests.docs.pages import TUTORIALS, Code, differences, read, shape
 from tests.helpers.commands import ROOT, let_rates_be_invented
 
+CHEAP = ("mla", "fp8_by_hand")
 PAGES = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 SMALL_TRAIN = "--train.seq-len 32 --train.batch-size 4 --train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 SMALL = (
@@ -81,7 +82,7 @@ def check_command_output(got: str, want: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=() if page.stem == "mla" else pytest.mark.slow, id=page.stem) for page in PAGES]
+    "page", [pytest.param(page, marks=() if page.stem in CHEAP else pytest.mark.slow, id=page.stem) for page in PAGES]
 )
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
