@@ -4,6 +4,7 @@ import errno
 import itertools
 import math
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,35 +86,39 @@ class Died(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("kind", "phase", "function", "argument"),
+    ("kind", "phase", "call"),
     [
-        ("kill", "backward", "os.kill", signal.SIGKILL),
-        ("terminate", "optimizer", "os.kill", signal.SIGTERM),
-        ("stop", "forward", "os.kill", signal.SIGSTOP),
-        ("kill_saving", "save:renamed", "os.kill", signal.SIGKILL),
-        ("abort", "between", "os.abort", None),
-        ("segfault", "forward", "ctypes.string_at", 0),
-        ("hang", "forward", "time.sleep", 3600),
+        ("kill", "backward", ("os.kill", signal.SIGKILL)),
+        ("terminate", "optimizer", ("os.kill", signal.SIGTERM)),
+        ("stop", "forward", ("os.kill", signal.SIGSTOP)),
+        ("kill_saving", "save:renamed", ("os.kill", signal.SIGKILL)),
+        ("abort", "between", ("os.abort", None)),
+        ("segfault", "forward", ("ctypes.string_at", 0)),
+        ("hang", "forward", ("time.sleep", 3600)),
     ],
 )
 def test_fault_does_once_what_its_kind_says(
-    kind: str, phase: str, function: str, argument: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, phase: str, call: tuple[str, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replace the function that ends or holds the process. test_faults_kills.py lets it do so."""
-    called: list[Any] = []
+    """Replace the functions that end or hold the process. test_faults_kills.py lets them do so."""
+    called: list[tuple[str, Any]] = []
 
-    def die(*arguments: Any) -> None:
-        called.append(arguments[-1] if arguments else None)
-        raise Died
+    def dying(name: str) -> Callable[..., None]:
+        def die(*arguments: Any) -> None:
+            called.append((name, arguments[-1] if arguments else None))
+            raise Died
 
-    monkeypatch.setattr(f"dsmini.distributed.faults.{function}", die)
+        return die
+
+    for name in ("os.kill", "os.abort", "ctypes.string_at", "time.sleep"):
+        monkeypatch.setattr(f"dsmini.distributed.faults.{name}", dying(name))
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)
     for _ in range(2):
         chaos = Chaos(one(kind, phase), 0, tmp_path, EventLog(log_path(tmp_path)))
         with suppress(Died):
             for step, name in itertools.product(range(1, 6), (*STEP_PHASES, "save:renamed")):
                 chaos.at(name, step)
-        assert called == [argument], "the restarted run does not repeat it"
+        assert called == [call], "the restarted run does not repeat it"
     (event,) = read_events(tmp_path)
     assert (event.event, event.step, event.fields) == ("fault", 3, {"rank": 0, "kind": kind, "phase": phase})
 
