@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> No
     assert "step" in [second for first, second in pairwise(told) if first == "save:writing"]
     phases = [phase for phase in told if phase.startswith("save:")]
     assert phases == phases[: len(phases) // 4] * 4  # one save after the other
+
+
+def late_saves(world: World, folder: Path) -> bool:
+    """Train while saves in the background wait for rank 1: their messages must not be taken for those of steps."""
+    training = new_run(world, folder, EP, save_in_background=True)
+    training.saver.at = lambda phase: time.sleep(0.1 * world.rank)
+    return training.train()
+
+
+def test_save_in_the_background_has_a_group_of_its_own(tmp_path: Path) -> None:
+    assert run_ranks(2, late_saves, tmp_path / "run") == [True, True]
 
 
 # --- damage

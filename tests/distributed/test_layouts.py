@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsmini.distributed.world import World
+from dsmini.functional.cross_entropy import IGNORE
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import Trained, exactly, far_apart, train, up_to_sums
+from tests.distributed.runs import Trained, exactly, far_apart, held_pieces, new_trainer, train, up_to_sums
 from tests.helpers.configs import DSA
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, moved_codes, rounding
 
@@ -57,6 +59,26 @@ def test_two_ranks_are_two_parts_bit_for_bit(optimizer: str) -> None:
 )
 def test_layout_equals_one_process(n: int, parallel: dict[str, Any]) -> None:
     assert_alike(run_ranks(n, train, parallel, None, None, STEPS), one_process())
+
+
+def masked(world: World, parallel: dict[str, Any]) -> Trained:
+    """Take steps of clipped gradients in which half of the rows have one target alone."""
+    trainer = new_trainer(world, parallel, {}, {"grad_clip": 0.1})
+    real = trainer._batch
+
+    def batch(rows: int) -> tuple[Tensor, Tensor]:
+        tokens, targets = real(rows)
+        first = trainer.ranks.place.part * len(targets)
+        targets = targets.clone()
+        targets[[row for row in range(len(targets)) if first + row < 4], 1:] = IGNORE
+        return tokens, targets
+
+    trainer._batch = batch
+    return Trained([trainer.step() for _ in range(STEPS)], held_pieces(trainer))
+
+
+def test_mean_is_over_the_targets_of_all_ranks() -> None:
+    assert_alike(run_ranks(2, masked, {"ep": 2}), masked(World(), {}))
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """What the ranks agree on: an error of one is raised by all, whatever its type."""
 
 import errno
+import os
+import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.world import World, _joint, _sendable
-from tests.distributed.ranks import run_ranks
+from dsmini.distributed.world import World, _joint, _sendable, joined
+from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
 class UnsendableError(ValueError):
@@ -79,6 +82,27 @@ def test_error_of_some_ranks_is_raised_by_all() -> None:
         assert one[kind, "together"][0] == joint and words in one[kind, "together"][1]
         assert "rank 1: " in one[kind, "together"][1]
     assert one["value", "all together"][:2] == ("ValueError", "no such value")
+
+
+def late_sum() -> int:
+    """Join the others, rank 1 last, and add up."""
+    time.sleep(0.5 * int(os.environ["RANK"]))
+    with joined(20.0):
+        one = torch.ones((), dtype=torch.int64)
+        dist.all_reduce(one)
+        return int(one)
+
+
+@pytest.mark.slow
+def test_attempts_on_the_same_store_do_not_meet_addresses_of_dead_ranks() -> None:
+    """Let rank 1 come late: without a prefix for each attempt, rank 0 would find the address of the dead one.
+
+    Of two ranks the one with the lower port waits for the other, so the address matters in half of the attempts.
+    """
+    store = new_store()
+    for attempt in range(6):
+        ends = outcomes(2, late_sum, timeout=None, store=store, attempt=attempt)
+        assert [end.value for end in ends] == [2, 2]
 
 
 @pytest.mark.parametrize(
