@@ -17,7 +17,9 @@ from dsmini.functional.rms_norm import rms_norm
 from dsmini.functional.rope import apply_rope
 from dsmini.functional.swiglu import swiglu
 from dsmini.nn import Rope
-from tests.helpers.backends import SIZES, forced, moved, routed, tied
+from dsmini.numerics import WEIGHT_TILE, quantize
+from tests.helpers.backends import BACKENDS, SIZES, forced, moved, routed, tied
+from tests.helpers.configs import refusal
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -97,25 +99,22 @@ def run(case: Case, implementation: Callable[..., Tensor]) -> list[Tensor]:
 
 def exact(case: Case) -> list[Tensor]:
     """Run the reference on the same numbers in FP64."""
-    wide = [
-        a.double()
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else tuple(t.double() for t in a)
-        if isinstance(a, tuple)
-        else a
-        for a in case.arguments
-    ]
-    with torch.no_grad():
-        weights = [i for i, a in enumerate(case.arguments) if isinstance(a, Tensor) and a.dtype == torch.float32]
-        if any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in case.arguments):
-            for i in weights if case.operation in (linear, experts, linear_cross_entropy) else []:
-                wide[i] = case.arguments[i].bfloat16().double()  # products round weights to the operands' dtype
-    return run(Case(case.operation, tuple(wide), case.terms), case.operation.reference)
+    floats = [a for a in case.arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    rounds = case.operation in (linear, experts, linear_cross_entropy) and floats[0].dtype == torch.bfloat16
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(map(wide, a))
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        return a.bfloat16().double() if rounds else a.double()  # products round weights to the operands' dtype
+
+    return run(case._replace(arguments=tuple(map(wide, case.arguments))), case.operation.reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: str) -> None:
     for case in cases(n, dtype):
         want = exact(case)
@@ -129,7 +128,7 @@ def test_backend_equals_reference_in_fp64(n: int, dtype: torch.dtype, backend: s
             assert error <= tolerance, f"{case.operation.name}, part {part}: {error:.1e} > {tolerance:.1e}"
 
 
-@pytest.mark.parametrize("backend", [name for name in ops.BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("n", [1, 2, 63])
 def test_without_gradients_is_the_same(n: int, backend: str) -> None:
     """Some versions take another way where no gradient is wanted."""
@@ -171,3 +170,12 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
         else:
             assert cost.flops == counter.get_total_flops(), case.operation.name
         assert cost.read == given - unread, case.operation.name
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "reference"])
+def test_a_native_linear_refuses_codes(backend: str | None) -> None:
+    x, w = torch.randn(2, 128), torch.randn(8, 128)
+    with ops.use(backend):
+        assert "multiply codes by nn.FP8Linear" in refusal(linear, quantize(x), w)
+        want = "weight is a QuantizedTensor, want a tensor; multiply codes by nn.FP8Linear, or weight.dequantize()"
+        assert refusal(linear, x, quantize(w, WEIGHT_TILE)) == want

@@ -22,12 +22,12 @@ from dsmini.numerics import (
     quantize,
 )
 from dsmini.numerics.fp8_products import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
-from tests.helpers.backends import SIZES, forced, moved, routed, tied
+from tests.helpers.backends import BACKENDS, SIZES, forced, moved, routed, tied
 from tests.helpers.fp8 import Scale, rounded, varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-EVERY_BACKEND = pytest.mark.parametrize("backend", ops.BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_SIZE = pytest.mark.parametrize("n", SIZES)
 K, O = 200, 63  # noqa: E741
 """A whole tile and a ragged one, and less than one."""

@@ -78,23 +78,6 @@ def test_error_of_each_step_alternates_four_times() -> None:
         low, high = 1 - most, 1 + most
 
 
-def test_no_change_of_a_coefficient_comes_closer() -> None:
-    def error(chain: list[Triple]) -> float:
-        x = torch.logspace(math.log10(LEAST), 0, 20_001, dtype=torch.float64)
-        for coefficients in chain:
-            x = quintic(coefficients, x)
-        return (x - 1).abs().max().item()
-
-    best = without_room(POLAR_EXPRESS)
-    least = error(best)
-    for step in range(len(best)):
-        for place in range(3):
-            for factor in (0.98, 1.02):
-                changed = [list(each) for each in best]
-                changed[step][place] *= factor
-                assert error([tuple(each) for each in changed]) > least  # pyright: ignore[reportArgumentType]
-
-
 def spectrum(steps: NewtonSchulz, values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the singular values that the steps make of these."""
     n = len(values)
@@ -109,15 +92,11 @@ def below_one(low: float) -> Tensor:
     return torch.cat([small, (1 - small.square().sum()).sqrt()[None]])
 
 
-def test_jordans_steps_bring_singular_values_near_1() -> None:
-    values = spectrum(JORDAN, below_one(0.0021))
-    assert values.min() >= 0.68 and values.max() <= 1.21
-
-
-def test_four_steps_come_as_close_to_1_as_jordans_five() -> None:
-    jordan, express = (spectrum(steps, below_one(LEAST)) for steps in (JORDAN, POLAR_EXPRESS))
-    assert jordan.min() >= 0.68 and jordan.max() <= 1.21
-    assert express.min() >= 0.79 and express.max() <= 1.21
+def test_steps_bring_singular_values_near_1() -> None:
+    """Four of the best steps come closer than five of Jordan's."""
+    for steps, low, least in ((JORDAN, 0.0021, 0.68), (JORDAN, LEAST, 0.68), (POLAR_EXPRESS, LEAST, 0.79)):
+        values = spectrum(steps, below_one(low))
+        assert values.min() >= least and values.max() <= 1.21
     assert len(POLAR_EXPRESS.coefficients) < len(JORDAN.coefficients)
 
 

@@ -63,10 +63,13 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_whose_gradient_is_wanted_loads_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may have to be compiled first, and training does not use them."""
     loaded: list[str] = []
-    monkeypatch.setattr(ops, "_load", loaded.append)
-    assert speak(torch.zeros(2, requires_grad=True)) == "eager" and not loaded
-    with torch.no_grad():
-        assert speak(torch.zeros(2, requires_grad=True)) == "eager" and loaded == ["cpu"]
+    monkeypatch.setattr(ops, "_load", lambda name: loaded.append(name) or backend(name))
+    for forced in (None, "cpu"):
+        with ops.use(forced):
+            loaded.clear()
+            assert speak(torch.zeros(2, requires_grad=True)) == "eager" and not loaded
+            with torch.no_grad():
+                assert speak(torch.zeros(2, requires_grad=True)) == "cpu" and loaded == ["cpu"]
 
 
 X = torch.zeros(2)
@@ -193,14 +196,6 @@ def test_every_declared_operation_is_explained() -> None:
     }
     assert len(declared) > 15 and set(explanation.operations()) == declared
     assert explanation.REASONS.keys() >= {cell for row in explanation.rows("cpu") for cell in row.cells.values()}
-
-
-def test_wanted_gradient_runs_pytorch_code() -> None:
-    leaf = torch.zeros(2, requires_grad=True)
-    with ops.use("cpu"):
-        assert speak(leaf) == "eager"
-        with torch.no_grad():
-            assert speak(leaf) == "cpu"
 
 
 def test_backend_without_the_operation_runs_eager() -> None:

@@ -12,11 +12,10 @@ from dsmini import ModelConfig, Transformer, ops
 from dsmini.functional.experts import experts, quantized_experts
 from dsmini.functional.linear import linear
 from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
-from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import panels
 from tests.helpers.decoding import WEIGHTS
-from tests.helpers.expert_calls import SHAPES, a_call, dense, exact, tolerance, weight_in
+from tests.helpers.expert_calls import SHAPES, a_call, exact, tolerance, weight_in
 from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
@@ -34,18 +33,6 @@ def test_experts_agree(isa: str, shape: tuple[int, ...], weights: str, dtype: to
     assert relative_error(got, want) < tolerance(dtype, max(shape[1:3]))
     for token in range(shape[0]):  # each row by itself: a wrong small row would not show in the norm of all
         assert relative_error(got[token], want[token]) < 4 * tolerance(dtype, max(shape[1:3]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_linear_of_many_rows_agrees(isa: str, weights: str, dtype: torch.dtype) -> None:
-    for n, o, i in ((33, 1, 1), (16, 40, 31), (97, 130, 63), (200, 33, 257), (600, 50, 128)):
-        x, w = torch.randn(2, n, i)[1].to(dtype), weight_in(weights, o, i)
-        got, want = cpu.quantized_linear(x.view(1, n, i), w), x.double() @ dense(w).T
-        assert got.shape == (1, n, o) and got.dtype == dtype
-        assert relative_error(got[0], want) < rounding(FP32_UNIT, terms=i) + (dtype == torch.bfloat16) * rounding(
-            BF16_UNIT
-        )
 
 
 def test_matrices_of_different_types_agree(isa: str) -> None:
@@ -104,16 +91,6 @@ def test_nan_of_a_weight_stays_where_it_is(isa: str) -> None:
     for dtype in DTYPES:
         bad = cpu.quantized_linear(torch.ones(40, 40, dtype=dtype), w).isnan().all(0)
         assert bad.nonzero().flatten().tolist() == [7, 9]
-
-
-def test_every_code_is_decoded_for_many_rows(isa: str) -> None:
-    w = quantize(torch.randn(256, 40), WEIGHT_TILE)
-    w.codes.view(torch.uint8)[:, 3] = torch.arange(256).to(torch.uint8)
-    x = torch.zeros(32, 40)
-    x[:, 3] = 1
-    for dtype in DTYPES:
-        want = w.dequantize(dtype)[:, 3]
-        assert torch.equal(cpu.quantized_linear(x.to(dtype), w)[5].nan_to_num(7e7), want.nan_to_num(7e7))
 
 
 def test_experts_of_a_model_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

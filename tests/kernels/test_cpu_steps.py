@@ -120,16 +120,19 @@ def test_feed_forward_agrees(isa: str, name: str, weights: str) -> None:
                 assert relative_error(got[2], want[2]) < STEP and relative_error(got[3], want[3]) < STEP
 
 
+FEW_ROWS = [(n, *size) for size in ((1, 1), (5, 31), (130, 200), (33, 128), (257, 65)) for n in (1, 2, 3, 5, 8, 32)]
+MANY_ROWS = [(33, 1, 1), (16, 40, 31), (97, 130, 63), (200, 33, 257), (600, 50, 128)]
+"""Rows, and the two sizes of the weight."""
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_linear_agrees(isa: str, weights: str) -> None:
-    for o, i in ((1, 1), (5, 31), (130, 200), (33, 128), (257, 65)):
-        weight = weight_in(weights, o, i)
-        for n in (1, 2, 3, 5, 8, 32):
-            x = torch.randn(n, i)
-            for dtype, unit in ((torch.float32, 0.0), (torch.bfloat16, BF16_UNIT / 2)):
-                got, want = cpu.quantized_linear(x.to(dtype), weight), x.to(dtype).double() @ dense(weight).T
-                assert got.dtype == dtype
-                assert relative_error(got, want) < rounding(unit) + rounding(FP32_UNIT, terms=i)
+    for n, o, i in FEW_ROWS + MANY_ROWS:
+        x, weight = torch.randn(2, n, i)[1:], weight_in(weights, o, i)
+        for dtype, unit in ((torch.float32, 0.0), (torch.bfloat16, BF16_UNIT / 2)):
+            got, want = cpu.quantized_linear(x.to(dtype), weight), x.to(dtype).double() @ dense(weight).T
+            assert got.dtype == dtype and got.shape == (1, n, o)
+            assert relative_error(got, want) < rounding(unit) + rounding(FP32_UNIT, terms=i)
 
 
 def test_normed_agrees(isa: str) -> None:
@@ -156,13 +159,15 @@ def test_size_of_x_loses_nothing(isa: str, weights: str) -> None:
     assert cpu.quantized_linear(torch.full((1, 200), math.inf), held).isfinite().logical_not().all()
 
 
-def test_every_code_is_decoded(isa: str) -> None:
-    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).expand(16, 256).contiguous()
-    weight = weight_in("fp8", 256, 16)
-    weight = dataclasses.replace(weight, codes=codes.T.contiguous(), scales=torch.tensor([[1.0], [3.0]]))
-    got = cpu.quantized_linear(torch.eye(16)[:1], weight)
-    want = codes[0].float() * torch.tensor([1.0, 3.0]).repeat_interleave(128)
-    assert torch.equal(got[0].nan_to_num(nan=7e7), want.nan_to_num(nan=7e7))
+@pytest.mark.parametrize("rows", [1, 32])
+def test_every_code_is_decoded(isa: str, rows: int) -> None:
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 40)
+    weight = dataclasses.replace(weight_in("fp8", 256, 40), codes=codes, scales=torch.tensor([[1.0], [3.0]]))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(rows, 40, dtype=dtype)
+        x[:, 3] = 1
+        got, want = cpu.quantized_linear(x, weight), weight.dequantize(dtype)[:, 3]
+        assert all(torch.equal(row.nan_to_num(nan=7e7), want.nan_to_num(nan=7e7)) for row in got)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *GROUPED, *SPARSE])
