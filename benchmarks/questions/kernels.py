@@ -61,7 +61,7 @@ class Work:
 
 
 def cases(setting: Setting) -> list[Case]:
-    seconds = 0.5 if setting.quick else 25.0
+    seconds = 0.6 if setting.quick else 25.0
     return cases_over("kernel={}", [(name,) for name in CALLS], seconds, partial(measure, setting))
 
 

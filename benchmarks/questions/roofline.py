@@ -39,6 +39,8 @@ def cases(setting: Setting) -> list[Case]:
         "prefill": of(work="prefill", config=served, batch=1, tokens=512),
         "train": of(work="training", config=trained, batch=8, tokens=trained.max_seq_len, train=adamw),
     }
+    if setting.quick:  # two minutes for all questions; training has the products of a prompt
+        del steps["prefill"]
     return [
         Case(key=f"step={name}", seconds=6.0, run=lambda name=name, shape=shape: measure(setting, name, shape))
         for name, shape in steps.items()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,11 +93,7 @@ def test_engine_ends_with_its_owner(python: Path) -> None:
     process = engine.process
     assert process.poll() is None
     del engine
-    for _ in range(100):
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert process.poll() is not None
+    assert process.wait(120) is not None
 
 
 def test_engine_that_cannot_load_the_model_says_why(python: Path) -> None:

@@ -114,6 +114,7 @@ def test_pipeline_is_left_out_on_one_core(tmp_path: Path, monkeypatch: pytest.Mo
     assert pipeline.finding(found) == "" and pipeline.plots(found) == []
 
 
+@pytest.mark.slow
 def test_two_processes_record_every_action_of_the_programs() -> None:
     tiny = dataclasses.replace(TINY, dim=32, n_layers=4, n_dense_layers=0)
     found = pipeline_steps.record(Size(model=tiny, sequences=1, tokens=16, warm=1, steps=2))
@@ -130,6 +131,7 @@ def test_two_processes_record_every_action_of_the_programs() -> None:
             assert min(late) >= 0  # the first action of all has none
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_an_error_with_its_words() -> None:
     too_deep = dataclasses.replace(TINY, n_layers=2, n_dense_layers=0)
     with pytest.raises(RuntimeError, match=r"(?s)rank \d of the pipeline ended with an error: .*more than model.n_lay"):
