@@ -349,59 +349,67 @@ def test_killed_run_leaves_what_is_done(go: Go, tmp_path: Path) -> None:
     assert len(watch.seen) == 6
 
 
-def test_a_killed_case_leaves_no_figures(go: Go) -> None:
-    """Ignore the figures of a case whose writing was cut off."""
-    ran = go("fake_roofline")
-    path = ran.out_folder / "results.jsonl"
-    whole = path.read_text().splitlines(keepends=True)
-    figures = [i for i, line in enumerate(whole) if json.loads(line)["kind"] == "figure"]
-    path.write_text("".join(whole[: figures[2]]))
-    ran = go("fake_roofline")
-    assert ran.status == 0 and len(ran.answer["figures"]) == len(figures) == 4
+def cut(count: int) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """Return what removes the last bytes of the results."""
+    return lambda path, patch: (path.write_bytes(path.read_bytes()[:-count]), None)[1]
 
 
-@pytest.mark.parametrize("cut", [1, 2, 30])
-def test_half_a_line_at_the_end_is_passed_over(go: Go, cut: int) -> None:
+def without_its_end(path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of the last case, whose end was not written."""
+    lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "done"
+    path.write_text("".join(lines[:-1]))
+
+
+def patched(name: str, value: object) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    return lambda path, patch: patch.setattr(f"dsmini.report.provenance.{name}", lambda: value)
+
+
+def another_backend(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("DSMINI_BACKEND", "reference")
+
+
+# what happens after a run of fake_decode, arguments of the next one, and the number of cases that it measures
+NEXT: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object] | None, str, int]] = {
+    "nothing": (None, "", 0),
+    "an end of line is missing": (cut(1), "", 0),
+    "the end of a line is missing": (cut(2), "", 1),
+    "half a line is missing": (cut(30), "", 1),
+    "a case was killed": (without_its_end, "", 1),
+    "fresh": (None, "--fresh", 8),
+    "quick": (None, "--quick", 4),
+    "another dtype": (None, "--dtype float32", 8),
+    "other threads": (None, "--threads 2", 8),
+    "other sources": (patched("code", "other"), "", 8),
+    "other versions": (patched("versions", {"torch": "another"}), "", 8),
+    "another backend": (another_backend, "", 8),
+}
+
+
+@pytest.mark.parametrize("case", NEXT)
+def test_next_run_measures_what_is_not_done(go: Go, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Check that half a line is passed over, and that figures of another setting are not among the new ones."""
+    happens, args, cases = NEXT[case]
     watch = Watch()
-    ran = go("fake_decode", known=watch.known)
-    path = ran.out_folder / "results.jsonl"
-    path.write_bytes(path.read_bytes()[:-cut])  # a cut of 1 removes only the end of line
-    assert go("--report-only", known=watch.known).status == 0
+    path = go("fake_decode", "--threads", "1", known=watch.known).out_folder / "results.jsonl"
+    if happens is not None:
+        happens(path, monkeypatch)
     watch.seen.clear()
-    ran = go("fake_decode", known=watch.known)
-    assert ran.status == 0 and watch.seen == ([] if cut == 1 else [LAST])
+    if happens is None or cases < 8:
+        assert go("--report-only", known=watch.known).status == 0 and watch.seen == []
+    ran = go("fake_decode", "--threads", "1", *args.split(), known=watch.known)
+    assert ran.status == 0 and len(watch.seen) == cases and (cases != 1 or watch.seen == [LAST])
+    assert len(ran.answer["figures"]) == (cases if cases > 1 else 8)
     assert all(ran.lines), "every line is whole again"
-
-
-@pytest.mark.parametrize("change", ["--quick", "--dtype float32", "--threads 2", "--fresh"])
-def test_other_setting_measures_again(go: Go, change: str) -> None:
-    watch, threads = Watch(), [] if "--threads" in change else ["--threads", "1"]
-    go("fake_decode", "--threads", "1", known=watch.known)
-    watch.seen.clear()
-    figures = go("fake_decode", *threads, *change.split(), known=watch.known).answer["figures"]
-    assert len(watch.seen) == (4 if "--quick" in change else 8)
-    assert len(figures) == len(watch.seen), "those of the other setting are not among them"
-
-
-def test_versions_and_kernels_are_in_the_fingerprint(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = go("fake_roofline")
     assert set(ran.lines[0]["versions"]) >= {"dsmini", "torch", "python", "kernels"}
-    monkeypatch.setenv("DSMINI_BACKEND", "reference")
-    runs = [line for line in go("fake_roofline").lines if "versions" in line]
-    assert runs[-1]["versions"]["kernels"] == "reference"
-    monkeypatch.setattr("dsmini.report.provenance.versions", lambda: {"torch": "another"})
-    go("fake_roofline")
-    assert len(read(ran.out_folder / "results.jsonl").by_fingerprint) == 3
 
 
-def test_changed_sources_measure_again(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, words = Watch(), "Measured by an earlier run than the rest"
-    go("fake_decode", known=watch.known)
+def test_question_that_was_not_measured_again_is_still_shown(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "Measured by an earlier run than the rest"
+    go("fake_decode")
     monkeypatch.setattr("dsmini.report.provenance.code", lambda: "other")
-    ran = go("fake_cache", known=watch.known)
-    assert len(watch.seen) == 8 and words in ran.page, "a question that was not measured again is still shown"
-    ran = go(known=watch.known)
-    assert len(watch.seen) == 16 and words not in ran.page
+    assert words in go("fake_cache").page
+    assert words not in go("fake_decode", "fake_cache").page
 
 
 def test_interrupted_fresh_run_ignores_old_figures(go: Go) -> None:

@@ -88,6 +88,8 @@ class World:
     subject: Subject
     computing: float = 0.1
     """Seconds of a step on one thread, without anything below."""
+    row: float = 0.0
+    """Seconds more for each sequence of a batch."""
     batch: float = 0.0
     """Seconds to prepare a batch, while the step before computes."""
     imbalance: float = 0.0
@@ -103,6 +105,8 @@ class World:
     """Loads of experts that steps report."""
     noise: Callable[[], float] = lambda: 0.0
     """Seconds that a step takes besides."""
+    jitter: float = 0.01
+    """Share of a step that is chance."""
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -121,15 +125,15 @@ class World:
         return self
 
     def spend(self, seconds: float) -> float:
-        """Let a time pass, of which one in a hundred is chance, and the noise."""
-        seconds = seconds * (1 + 0.01 * self.draw.standard_normal()) + self.noise()
+        """Let a time pass, with its chance and the noise."""
+        seconds = seconds * (1 + self.jitter * self.draw.standard_normal()) + self.noise()
         self.now += seconds
         return seconds
 
     def compute(self) -> float:
         """Return the seconds of a forward and backward in the state that the run has now."""
         model = self.subject.trainer.model
-        seconds = self.computing
+        seconds = self.computing + self.row * self.subject.config.train.batch_size
         if any(isinstance(m, MoE) for m in model.modules()):
             seconds += self.routing
             counts = model.gates()[0](torch.linspace(-1, 1, 24 * MODEL.dim).view(24, -1)).counts

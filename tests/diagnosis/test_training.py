@@ -275,13 +275,6 @@ def test_dense_twin_has_as_many_parameters(subject: Subject, total: bool, width:
     assert all(p.grad is None for p in subject.trainer.model.parameters()), "nothing is left for the next step"
 
 
-def test_dense_step_subtracts_what_routing_costs(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = iter([0.5, 0.3])
-    monkeypatch.setattr(subject, "forward_backward", lambda: next(taken))
-    with BY_NAME["dense_active"].apply(subject) as step:
-        assert step(1.0) == pytest.approx(0.8)
-
-
 def test_forward_backward_leaves_no_gradient(subject: Subject) -> None:
     before = [p.detach().clone() for p in subject.trainer.model.parameters()]
     assert subject.forward_backward() > 0
