@@ -115,10 +115,18 @@ def test_chunk_longer_than_a_block_answers_as_without_a_cache(name: str, form: A
         assert relative_error(a, b) < rounding(FP32_UNIT, terms=297, chained=80)
 
 
-@pytest.mark.parametrize("changes", [{}, DSA], ids=["mla", "dsa"])
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_of_unequal_length_answer_as_alone(small_model: Model, form: Any, changes: dict[str, Any]) -> None:
-    model, tokens = small_model(**changes), tokens_of(3, 24)
+OTHER_FORMS = [("expanded", "mla"), ("expanded", "dsa"), ("absorbed", "dsa")]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *(("auto", "mla"), ("absorbed", "mla"), ("auto", "dsa")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_FORMS),
+    ],
+)
+def test_rows_of_unequal_length_answer_as_alone(small_model: Model, form: Any, name: str) -> None:
+    model, tokens = small_model(**MODELS[name]), tokens_of(3, 24)
     want = model.run(tokens, mtp=True)
 
     @settings(max_examples=20)

@@ -110,6 +110,7 @@ def test_second_derivatives_run_on_the_reference(model: Transformer, tokens: Ten
     assert relative_error(got, want) < 1e-5  # the difference leaves out terms of 1e-10, and rounding of 1e-16 / 1e-5
 
 
+@pytest.mark.slow
 def test_export_with_any_length(model: Transformer, tokens: Tensor) -> None:
     length = torch.export.Dim("length", min=2, max=SMALL["max_seq_len"])
     exported = torch.export.export(model, (tokens,), dynamic_shapes=({1: length},)).module()

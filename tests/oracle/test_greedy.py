@@ -7,27 +7,28 @@ from test_transformers import CASES, ours
 
 import dsmini
 
-NEW = 200
 PROMPTS = [[3, 14, 15, 92, 65, 35], [8], [9, 79, 32, 38]]
 
 
-def assert_same_tokens(theirs: torch.nn.Module) -> None:
+def assert_same_tokens(theirs: torch.nn.Module, new: int = 200) -> None:
     model = ours(theirs, hf.tensors(theirs, theirs.config.num_hidden_layers), 0).eval()
-    alone = [dsmini.generate(model, [torch.tensor(prompt)], NEW).tokens[0].tolist() for prompt in PROMPTS]
+    alone = [dsmini.generate(model, [torch.tensor(prompt)], new).tokens[0].tolist() for prompt in PROMPTS]
     for prompt, got in zip(PROMPTS, alone, strict=True):
         want = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert got == want[0].tolist()
-    together = dsmini.generate(model, [torch.tensor(prompt) for prompt in PROMPTS], NEW)
+    together = dsmini.generate(model, [torch.tensor(prompt) for prompt in PROMPTS], new)
     rows = zip(together.tokens.tolist(), together.lengths.tolist(), strict=True)
     assert [row[:length] for row, length in rows] == alone
 
 
-OTHERS = ("no query compression", "yarn", "one group, weights as they are")
+def test_forty_tokens() -> None:
+    assert_same_tokens(hf.v3(3, max_position_embeddings=256), new=40)
 
 
-@pytest.mark.parametrize("case", ["v3", *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["v3", "no query compression", "yarn", "one group, weights as they are"])
 def test_v3(case: str) -> None:
     assert_same_tokens(hf.v3(3, max_position_embeddings=256, **CASES[case]))
 

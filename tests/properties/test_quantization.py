@@ -65,7 +65,7 @@ def test_every_tile_is_close_to_what_it_was(cut: Any, scale: Any, format: Any, s
 
 @EVERY_FORMAT
 @EVERY_SCALE
-@pytest.mark.parametrize("tile", [(1, 128), (128, 1), (128, 128), (7, 5)])
+@pytest.mark.parametrize("tile", [(1, 128), (128, 1), (128, 128), pytest.param((7, 5), marks=pytest.mark.slow)])
 def test_rows_and_columns_that_are_no_multiple_of_128(tile: Any, scale: Any, format: Any) -> None:
     """576 rows and 130 columns, as one of the released projections has rows, and enough numbers for rare roundings."""
     x = varied((576, 130), tile, 3)
