@@ -182,15 +182,6 @@ def test_a_score_of_nan_is_picked_by_those_who_see_it(backend: str) -> None:
     assert all(len(row) == min(t + 1, 4) for t, row in enumerate(found[0]))
 
 
-def test_picks_do_not_depend_on_how_a_sequence_was_cut() -> None:
-    q, k, weights, hidden = inputs(50, 50)
-    weights, q[..., 0] = weights.abs(), -3.0
-    whole = sets(pick_keys(q, k, weights, 12, hidden))
-    for t in (13, 30, 50):
-        alone = sets(pick_keys(q[:, t - 1 : t], k[:, :t], weights[:, t - 1 : t], 12, hidden[:, t - 1 : t, :t]))
-        assert [row[0] for row in alone] == [row[t - 1] for row in whole]
-
-
 def test_a_context_beyond_128k_is_scored_whole() -> None:
     """A buffer that was too small gave zeros there, and the last tokens won."""
     q, k, weights, hidden = inputs(1, 2**17 + 700, h=2, d=4)

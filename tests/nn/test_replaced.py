@@ -1,4 +1,4 @@
-"""Children of a model replaced by LoRA wrappers, by nn.Linear, and by subclasses: all that reads a weight sees them."""
+"""Children of a model replaced by wrappers such as LoRA's, by nn.Linear, and by subclasses: all readers see them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,82 +18,76 @@ from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
 
-class LoRA(nn.Module):
-    """The base and a product of rank 2: base(x) + B A x. It asks for the sizes by the names of nn.Linear."""
+class Added(nn.Module):
+    """A wrapper, as LoRA has it: base(x) + x D^T."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: nn.Module, delta: Tensor) -> None:
         super().__init__()
-        o, i = base.out_features, base.in_features
-        self.base = base
-        self.a, self.b = nn.Parameter(torch.randn(2, i) * i**-0.5), nn.Parameter(torch.randn(o, 2))
+        self.base, self.delta = base, nn.Parameter(delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + x @ self.a.T @ self.b.T
+        return self.base(x) + x @ self.delta.T
 
 
-class LoRALinear(Linear):
+class AddedLinear(Linear):
     """The same as a subclass."""
 
+    delta: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x @ self.a.T @ self.b.T  # pyright: ignore[reportAttributeAccessIssue]
+        return super().forward(x) + x @ self.delta.T
 
 
-class LowRank(nn.Module):
-    def __init__(self, a: Tensor, b: Tensor) -> None:
+class Shifted(nn.Module):
+    """The same as a parametrization of the weight."""
+
+    def __init__(self, delta: Tensor) -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.delta = nn.Parameter(delta)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.b @ self.a
+        return weight + self.delta
 
 
-def as_subclass(lora: LoRA) -> nn.Module:
-    layer = LoRALinear(lora.base.in_features, lora.base.out_features)
-    layer.weight, layer.a, layer.b = lora.base.weight, lora.a, lora.b  # pyright: ignore[reportAttributeAccessIssue]
+def subclass(base: Any, delta: Tensor) -> nn.Module:
+    layer = AddedLinear(base.in_features, base.out_features)
+    layer.weight, layer.delta = base.weight, nn.Parameter(delta)
     return layer
 
 
-def as_parametrization(lora: LoRA) -> nn.Module:
-    parametrize.register_parametrization(lora.base, "weight", LowRank(lora.a.detach(), lora.b.detach()))
-    return lora.base
+def parametrization(base: Any, delta: Tensor) -> nn.Module:
+    return parametrize.register_parametrization(base, "weight", Shifted(delta))
 
 
-def as_torch_linear(lora: LoRA) -> nn.Module:
+def hook(base: Any, delta: Tensor) -> nn.Module:
+    base.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ delta.T)
+    return base
+
+
+def torch_linear(base: Any, delta: Tensor) -> nn.Module:
     layer = nn.Linear(1, 1, bias=False)
-    layer.weight = nn.Parameter(merged(lora))
+    layer.weight = nn.Parameter((base.weight + delta).detach())
     return layer
 
 
-def as_hook(lora: LoRA) -> nn.Module:
-    a, b = lora.a, lora.b
-    lora.base.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ a.T @ b.T)
-    return lora.base
-
-
-def merged(lora: LoRA) -> Tensor:
-    weight: Any = lora.base.weight
-    return (weight + lora.b @ lora.a).detach().clone()
-
-
-KINDS: dict[str, Callable[[LoRA], nn.Module]] = {
-    "wrapper": lambda lora: lora,
-    "subclass": as_subclass,
-    "parametrization": as_parametrization,
-    "hook": as_hook,
-    "nn.Linear": as_torch_linear,
+KINDS: dict[str, Callable[[Any, Tensor], nn.Module]] = {
+    "wrapper": Added,
+    "subclass": subclass,
+    "parametrization": parametrization,
+    "hook": hook,
+    "nn.Linear": torch_linear,
 }
 
 
-def replace_all(model: Transformer, kind: Callable[[LoRA], nn.Module]) -> Transformer:
+def replace_all(model: Transformer, kind: Callable[[Any, Tensor], nn.Module]) -> Transformer:
     """Replace every Linear of the model, the head included, and return the model with merged weights."""
     want = Transformer(model.config)
     want.load_state_dict(model.state_dict())
-    linears = {name: module for name, module in model.named_modules() if type(module) in (Linear, FP8Linear)}
-    for name, module in linears.items():
-        lora = LoRA(module)
-        want.get_submodule(name).weight = nn.Parameter(merged(lora))
-        path, _, child = name.rpartition(".")
-        setattr(model.get_submodule(path), child, kind(lora))
+    for name in [name for name, module in model.named_modules() if type(module) is Linear]:
+        base, (path, _, child) = model.get_submodule(name), name.rpartition(".")
+        delta = torch.randn_like(base.weight) * base.weight.shape[1] ** -0.5
+        want.get_submodule(name).weight = nn.Parameter((base.weight + delta).detach())
+        setattr(model.get_submodule(path), child, kind(base, delta))
     return want
 
 
@@ -104,17 +98,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wrapper" and config != "mla"]
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
         *((kind, "mla") for kind in KINDS),
-        *(("wrapper", config) for config in CONFIGS if config != "mla"),
-        *(
-            pytest.param(kind, config, marks=pytest.mark.slow)
-            for kind in KINDS
-            for config in CONFIGS
-            if kind != "wrapper" and config != "mla"
-        ),
+        *(("wrapper", "without q_lora"), ("wrapper", "gqa")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
     ],
 )
 def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: str) -> None:
@@ -131,11 +123,8 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
         assert relative_error(got, expected) < FP32_MODEL, form
     got, losses = (m.losses(tokens[:, :-1], tokens[:, 1:], chunk_rows=7) for m in (model, want))
     assert torch.allclose(got.total, losses.total, rtol=FP32_MODEL)
-    prompts = [[1, 2, 3], [4]]
-    speculative = {"speculative": True, "max_new_tokens": 6}
-    assert dsmini.generate(model, prompts, **speculative).tokens.equal(
-        dsmini.generate(want, prompts, **speculative).tokens
-    )
+    texts = [dsmini.generate(m, [[1, 2, 3], [4]], 6, speculative=True).tokens for m in (model, want)]
+    assert torch.equal(*texts)
 
 
 def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
@@ -165,11 +154,12 @@ def test_replaced_head_and_embedding_get_gradients() -> None:
 
 def test_nothing_of_a_replaced_module_is_kept_in_the_cache() -> None:
     model = randomise(Transformer(**SMALL))
-    lora = model.layers[0].attn.wkv_b = LoRA(model.layers[0].attn.wkv_b)
+    base = model.layers[0].attn.wkv_b
+    wrapper = model.layers[0].attn.wkv_b = Added(base, torch.randn_like(base.weight))
     cache = model.new_cache(1, form="absorbed")
     model(torch.tensor([[1, 2]]), cache)
     with torch.no_grad():
-        lora.b.mul_(3)
+        wrapper.delta.mul_(3)
     got = model(torch.tensor([[3]]), cache)
     fresh = model.new_cache(1, form="absorbed")
     fresh.stores, fresh.lengths = [*cache.stores], cache.lengths.clone() - 1

@@ -39,6 +39,7 @@ SMALL = {
     "rms_norm_eps": 1e-5,
 }
 
+WITHOUT_MTP = {name: value for name, value in SMALL.items() if name != "num_mtp_layers"}
 INDEX = {"index_n_heads": 13, "index_head_dim": 16, "index_topk": 12}
 """Sizes of an indexer. It has so many heads because a key that none of them likes ties with others at zero."""
 
@@ -49,30 +50,27 @@ def yarn(**changes: Any) -> dict[str, Any]:
     return values | {"mscale": 0.707, "mscale_all_dim": 1.2, "original_max_position_embeddings": 16} | changes
 
 
-def v3(seed: int, **changes: Any) -> DeepseekV3ForCausalLM:
-    """Return a random V3 model with nonzero, mostly negative routing biases."""
+def made(model_class: Any, config_class: Any, seed: int, sizes: dict[str, Any]) -> Any:
+    """Return a random model with nonzero, mostly negative routing biases."""
     torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**(SMALL | changes), attn_implementation="eager")).eval()
+    model = model_class(config_class(**sizes, attn_implementation="eager")).eval()
     _randomise(model)
     return model
+
+
+def v3(seed: int, **changes: Any) -> DeepseekV3ForCausalLM:
+    return made(DeepseekV3ForCausalLM, DeepseekV3Config, seed, SMALL | changes)
 
 
 def v2(seed: int, **changes: Any) -> DeepseekV2ForCausalLM:
-    torch.manual_seed(seed)
-    config = {k: v for k, v in SMALL.items() if k != "num_mtp_layers"} | changes
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**config, attn_implementation="eager")).eval()
-    _randomise(model)
-    return model
+    return made(DeepseekV2ForCausalLM, DeepseekV2Config, seed, WITHOUT_MTP | changes)
 
 
 def v32(seed: int, **changes: Any) -> DeepseekV32ForCausalLM:
     """Return a random V3.2 model. q_lora_rank None, which transformers lacks, is made of its parts."""
-    torch.manual_seed(seed)
-    whole = "q_lora_rank" in changes and changes["q_lora_rank"] is None
-    config = {k: v for k, v in SMALL.items() if k != "num_mtp_layers"} | INDEX | changes
-    config |= {"q_lora_rank": config["hidden_size"]} if whole else {}
-    model = DeepseekV32ForCausalLM(DeepseekV32Config(**config, attn_implementation="eager")).eval()
-    _randomise(model)
+    whole = changes.get("q_lora_rank", 1) is None
+    sizes = WITHOUT_MTP | INDEX | changes | ({"q_lora_rank": SMALL["hidden_size"]} if whole else {})
+    model = made(DeepseekV32ForCausalLM, DeepseekV32Config, seed, sizes)
     for layer in model.model.layers if whole else ():
         layer.self_attn.q_a_proj = layer.self_attn.q_a_layernorm = torch.nn.Identity()
     return model
