@@ -57,11 +57,8 @@ def test_bytes_of_a_token_follow_from_sizes(small_model: Model) -> None:
     # baselines store keys and values of each head
     assert bytes_of(torch.float32, attention="mha") == 3 * 11 * 4 * 2
     assert bytes_of(torch.float32, attention="gqa", n_kv_heads=1) == 11 * 4 * 2
-
-
-def test_bytes_of_mtp_are_counted_apart(small_model: Model) -> None:
-    model = small_model()
-    without, with_mtp = (model.new_cache(2, 9, torch.float32, mtp=mtp) for mtp in (False, True))
+    # those of multi-token prediction are counted apart
+    without, with_mtp = (small_model().new_cache(2, 9, torch.float32, mtp=mtp) for mtp in (False, True))
     assert without.nbytes == with_mtp.nbytes and without.mtp_nbytes == 0
     assert with_mtp.mtp_nbytes == 2 * 2 * 9 * 14 * 4
 
@@ -69,11 +66,10 @@ def test_bytes_of_mtp_are_counted_apart(small_model: Model) -> None:
 # the same answers
 
 
-YARN = {"original_seq_len": 16, "mscale": 0.7, "mscale_all_dim": 1.2}
 MODELS: dict[str, dict[str, Any]] = {
     "mla": {},
     "no query compression": {"q_lora_rank": None},
-    "yarn": YARN,
+    "yarn": {"original_seq_len": 16, "mscale": 0.7, "mscale_all_dim": 1.2},
     "pre_norm": {"mtp_input": "pre_norm"},
     "dsa": DSA | {"q_lora_rank": None, "original_seq_len": 16},
     "mha": {"attention": "mha"},
@@ -82,7 +78,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "mqa": {"attention": "mqa"},
     "qk_norm": {"qk_norm": True},
 }
-FORMED = [(n, f) for n in MODELS for f in FORMS if f != "absorbed" or n not in [*MODELS][5:]]
+FORMED = [
+    *((name, "auto") for name in MODELS),
+    *((name, "absorbed") for name in [*MODELS][:5]),
+    *(("mla", "expanded"), ("dsa", "expanded")),
+    *(pytest.param(name, "expanded", marks=pytest.mark.slow) for name in MODELS if name not in ("mla", "dsa")),
+]
 CUTS = ((20,), (7, 8, 9, 16, 20), (1, 2, 3, 20), (19, 20))
 
 

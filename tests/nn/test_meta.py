@@ -52,9 +52,12 @@ def test_meta_model_is_filled_by_its_modules(changes: dict[str, Any]) -> None:
             assert 0.5 < tensor.std() / usual.config.init_std < 1.5 or name.endswith(("wo.weight", "w2", "w2.weight"))
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_meta_model_gives_the_shapes_of_its_outputs(changes: dict[str, Any]) -> None:
-    model, tokens = Transformer(**SMALL | changes), torch.zeros(2, 13, dtype=torch.int64)
+SLOW = {"fp8": pytest.mark.slow}  # torch loads its decompositions
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in MODELS])
+def test_meta_model_gives_the_shapes_of_its_outputs(name: str) -> None:
+    model, tokens = Transformer(**SMALL | MODELS[name]), torch.zeros(2, 13, dtype=torch.int64)
     want = model.run(tokens, mtp=True)
     model, tokens = model.to("meta"), tokens.to("meta")
     got = model.run(tokens, mtp=True)

@@ -188,11 +188,11 @@ def test_weight_of_another_module_is_exact(dtype: torch.dtype) -> None:
 
 def test_replaced_fp8_linears_quantize_on_their_own() -> None:
     """A wrapper that adds nothing changes no bit, wherever it stands."""
-    model = randomise(Transformer(**SMALL, precision="fp8"))
+    model = randomise(Transformer(**SMALL | {"n_mtp_layers": 0}, precision="fp8"))
     tokens = torch.randint(0, 61, (2, 9))
     want = model.losses(tokens[:, :-1], tokens[:, 1:])
     linears = [name for name, module in model.named_modules() if type(module) is FP8Linear]
-    assert len(linears) > 30
+    assert len(linears) > 15
     for name in linears:
         path, _, child = name.rpartition(".")
         parent, base = model.get_submodule(path), model.get_submodule(name)
