@@ -1,4 +1,4 @@
-"""What happens inside a call: the operations that run, and the tensors that autograd saves."""
+"""Watch a call: the operations that run, and the tensors that autograd saves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

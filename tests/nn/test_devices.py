@@ -12,7 +12,13 @@ from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, round
 
 HAVE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 DEVICES = [
-    pytest.param(name, marks=pytest.mark.skipif(not there, reason=f"this machine has no {name} device"))
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(not there, reason=f"this machine has no {name} device"),
+            *([pytest.mark.gpu] if name == "cuda" else []),
+        ],
+    )
     for name, there in HAVE.items()
 ]
 Model = Callable[..., Transformer]

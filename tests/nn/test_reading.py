@@ -1,4 +1,4 @@
-"""How much of dsmini a reader meets: the files and functions that run in a training step and in generation."""
+"""Count the files and functions of dsmini that run in a training step and in generation."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -64,7 +64,7 @@ def test_scales_next_to_powers_of_two(scale: Any, format: Any) -> None:
     assert agrees(bits.view(torch.float32), (1, 1), scale, format, SMALLEST_AMAX)
 
 
-# What is not a number
+# NaN and infinities
 
 
 @settings(max_examples=200)
