@@ -25,6 +25,7 @@ from dsmini.accounting import (
     weight_bytes,
 )
 from dsmini.accounting.tensors import tensors
+from dsmini.planner.binding import AXES, Resource, Vocabulary
 from dsmini.planner.hardware import known_hardware, load_hardware
 from dsmini.planner.pages.sections import COMPARED, HEADLINES, sections
 from dsmini.planner.quantities.explanation import named
@@ -184,7 +185,8 @@ def check_counts(config: ModelConfig, layout: Layout, seq_len: int, **serving: A
     request = PlanRequest(gpus=1, seq_len=seq_len, batch=12, tokens=1e9, **one)
     made = setup(request, Model(config=config, source="a test"), H800)
     found = {name: f.value for name, f in whole_plan(made.with_layout(layout, "a test")).all.items()}
-    wanted = _model_counts(config, seq_len) | _training_counts(config, layout, seq_len)
+    process = training(config, layout, seq_len)
+    wanted = _model_counts(config) | {ours: process.get(theirs, 0) for ours, theirs in PROCESS.items()}
     exact = {name for name, value in wanted.items() if isinstance(value, int)}
     if served:
         wanted |= _serving_counts(config, **serving)
@@ -193,7 +195,7 @@ def check_counts(config: ModelConfig, layout: Layout, seq_len: int, **serving: A
     assert {name: found.get(name, 0) for name in exact} == {name: wanted[name] for name in exact}
     assert {name: found.get(name, 0) for name in wanted} == pytest.approx(wanted, rel=1e-12)
     few = 4 * len([use for use in tensors(config) if use.parameters])  # AdamW's counts of steps
-    assert 0 <= training(config, layout, seq_len)["optimizer"] - found["process_optimizer"] <= few
+    assert 0 <= process["optimizer"] - found["process_optimizer"] <= few
     assert found["process_memory"] == sum(found[part] for part in (*PROCESS, "process_optimizer"))
     # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
     rounded = 9 * (config.n_layers + config.n_mtp_layers) if config.attention == "dsa" else 0
@@ -215,7 +217,7 @@ def training(config: ModelConfig, layout: Layout, seq_len: int) -> dict[str, int
     )
 
 
-def _model_counts(config: ModelConfig, seq_len: int) -> dict[str, float]:
+def _model_counts(config: ModelConfig) -> dict[str, float]:
     """Return what a model is: parameters by module."""
     counted = parameters(config)
     of, layers = counted.by_module, config.n_layers
@@ -258,11 +260,6 @@ def _operations(config: ModelConfig, seq_len: int) -> dict[str, float]:
     }
 
 
-def _training_counts(config: ModelConfig, layout: Layout, seq_len: int) -> dict[str, float]:
-    counted = training(config, layout, seq_len)
-    return {ours: counted.get(theirs, 0) for ours, theirs in PROCESS.items()}
-
-
 def _serving_counts(
     config: ModelConfig, *, context: int, prompt: int, sequences: int, weight_dtype: Any, cache_dtype: Any
 ) -> dict[str, float]:
@@ -301,13 +298,8 @@ def test_one_gpu_with_each_config_is_as_counted(path: Path) -> None:
 
 # --- parts and wholes
 
-SERVED = (
-    "deepseek-v3",
-    "deepseek-v3 context=32768 drafts=3",
-    "deepseek-v2-lite decode_gpus=4",
-    "toy",
-    "toy-mha @laptop",
-)
+SERVED = ["deepseek-v3", "deepseek-v3 context=32768 drafts=3", "deepseek-v2-lite decode_gpus=4", "toy-mha @laptop"]
+TRAINED = ["deepseek-v3", "deepseek-v3 slow_link*0.05", "deepseek-v2-lite", "toy", "toy @laptop"]
 RESOURCES = {
     "memory_time": "memory traffic",
     "compute_time": "compute",
@@ -337,9 +329,7 @@ def test_a_step_takes_as_long_as_its_slowest_part(words: str) -> None:
     assert found["prefill_time_to_first_token"] == found["prefill_step_time"]
 
 
-@pytest.mark.parametrize(
-    "words", ["deepseek-v3", "deepseek-v3 slow_link*0.05", "deepseek-v2-lite", "toy", "toy @laptop"]
-)
+@pytest.mark.parametrize("words", TRAINED)
 def test_what_binds_training_gains_most_if_it_takes_no_time(words: str) -> None:
     found = values_of(words)
     without = {name: found[f"step_without_{part}"] for part, name in TRAINING.items()}
@@ -350,20 +340,22 @@ def test_what_binds_training_gains_most_if_it_takes_no_time(words: str) -> None:
     assert found["step_seconds"] == max(found["roof_step_seconds"], found["assumed_step_seconds"])
 
 
-@pytest.mark.parametrize(
-    ("machine", "part"),
-    [
-        ("bfloat16*{} fp8*{}", "computing"),
-        ("slow_link*{}", "links_between"),
-        ("fast_link*{}", "links_within"),
-        ("memory_bandwidth*{}", "update"),
-    ],
-)
-def test_step_without_a_part_is_the_limit_of_faster_machines(machine: str, part: str) -> None:
+FASTER = {
+    "computing": "bfloat16*{} fp8*{}",
+    "links_between": "slow_link*{}",
+    "links_within": "fast_link*{}",
+    "update": "memory_bandwidth*{}",
+}
+
+
+@pytest.mark.parametrize("part", FASTER)
+def test_step_without_a_part_is_the_limit_of_faster_machines(part: str) -> None:
     """So a verdict is what twice the rate never gains: other parts bind then."""
     words = f"deepseek-v3 {V3_LAYOUT} expert=8 tensor=2 zero=1 schedule=dualpipe recompute=selective precision=fp8"
     found, without = values_of(words)["roof_step_seconds"], values_of(words)[f"step_without_{part}"]
-    twice, fast = (values_of(f"{words} {machine.format(rate, rate)}")["roof_step_seconds"] for rate in ("2", "1e9"))
+    twice, fast = (
+        values_of(f"{words} {FASTER[part].format(rate, rate)}")["roof_step_seconds"] for rate in ("2", "1e9")
+    )
     assert found > twice > without and fast == pytest.approx(without, rel=1e-6)
 
 
@@ -421,10 +413,24 @@ def test_zero_divides_one_part_after_the_other() -> None:
         assert {part for part in parts if after[part] == before[part]} == set(parts) - divided
 
 
+def test_resources_have_a_word_in_each_vocabulary() -> None:
+    """The article asks who owns the limit, the textbook which term of the iron law is largest."""
+    words = {
+        "WAITING": ("Data", "Data"),
+        "MEMORY": ("Machine", "Data"),
+        "LINKS_BETWEEN": ("Machine", "Machine"),
+        "LINKS_WITHIN": ("Machine", "Machine"),
+        "COMPUTE": ("Algorithm", "Machine"),
+        "LATENCY": ("Machine", "Algorithm"),
+    }
+    found = {resource.name: tuple(AXES[way][resource].value for way in Vocabulary) for resource in Resource}
+    assert found == words
+
+
 # --- variations
 
 UP, DOWN = "grows", "falls"
-AXES: list[tuple[str, str, Any]] = [
+VARIED: list[tuple[str, str, Any]] = [
     # values of one thing, a figure, and its values, factors to the plan's own, or the direction
     ("kv_lora_rank=128,256,512", "kv_cache", [192 * 122 / 70_272, 320 * 122 / 70_272, 1]),
     ("gpus=4096", "assumed_step_seconds", [0.5]),
@@ -450,7 +456,7 @@ OWN = "kv_lora_rank=512 hardware=h800 gpus=2048 batch=15360 context=4096 sequenc
 OWN += " cache_dtype=bfloat16 weight_dtype=fp8 precision=fp8 drafts=1"
 
 
-@pytest.mark.parametrize(("axis", "figure", "wanted"), AXES)
+@pytest.mark.parametrize(("axis", "figure", "wanted"), VARIED)
 def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: Any) -> None:
     made = setup_of("deepseek-v3")
     found = vary(made, PlanRequest(), [read_axis(axis)], (figure,))

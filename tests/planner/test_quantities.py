@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsmini.planner.quantities import quantity
 from dsmini.planner.quantities.display import exactly, shown
 from dsmini.planner.quantities.explanation import explain, find, named, text, wrapped
 from dsmini.planner.quantities.formula import evaluate, gradient, inputs, walk
@@ -23,19 +24,16 @@ from dsmini.planner.quantities.quantity import (
     BYTES_PER_SECOND,
     BYTES_PER_TOKEN,
     COUNT,
-    DOLLARS,
     FLOPS,
     FLOPS_PER_SECOND,
     SECONDS,
     TOKENS,
-    WATTS,
     Anything,
     Count,
     Unit,
     exponential,
     geometric_mean,
     largest,
-    per,
     power,
     rounded_down,
     rounded_up,
@@ -47,129 +45,61 @@ from tests.helpers.plans import FUNCTIONS, python
 
 ONE = COUNT(1)
 a, b, c, d = (COUNT(value, name, name) for name, value in zip("abcd", (2, 3, 5, 7), strict=True))
+NAMES = vars(quantity) | {"a": a, "b": b, "c": c, "d": d}
 
 
-def test_quantities_are_in_words() -> None:
-    """The table is words.txt."""
-    for line in (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            written, people, *digits = line.split(" | ")
-            value, _, symbol = written.partition(" ")
-            over, _, under = symbol.partition("/")
-            given = Unit[Any, Any](over.strip("1"), under)(eval(value), "given", "Given")
-            figure = given.named("figure", "Figure") if digits else given
-            assert (shown(figure), exactly(figure)) == (people, digits[0] if digits else exactly(figure)), line
+def table(name: str) -> list[list[str]]:
+    """Return the rows of a table of quantities.txt."""
+    text = (Path(__file__).parent / "quantities.txt").read_text(encoding="utf-8")
+    _, _, rest = text.partition(f"[{name}]")
+    rows = [line.split(" | ") for line in rest.partition("\n[")[0].splitlines()[1:] if not line.startswith("#")]
+    assert len(rows) > 5
+    return rows
 
 
-# --- units
-
-WRONG: dict[str, Callable[[], Any]] = {
-    "sum": lambda: BYTES(2) + SECONDS(3),  # pyright: ignore
-    "difference": lambda: BYTES(2) - SECONDS(3),  # pyright: ignore
-    "less": lambda: BYTES(2) < SECONDS(3),  # pyright: ignore
-    "greater": lambda: BYTES(2) > SECONDS(3),  # pyright: ignore
-    "at most": lambda: BYTES(2) <= SECONDS(3),  # pyright: ignore
-    "at least": lambda: BYTES(2) >= SECONDS(3),  # pyright: ignore
-    "largest": lambda: largest(BYTES(2), BYTES(2), SECONDS(3)),  # pyright: ignore
-    "smallest": lambda: smallest(BYTES(2), SECONDS(3)),  # pyright: ignore
-    "total": lambda: total([BYTES(2), SECONDS(3)]),  # pyright: ignore
-}
+def in_base_units(written: str) -> Anything:
+    value, _, symbol = written.partition(" ")
+    over, _, under = symbol.partition("/")
+    return Unit[Any, Any](over.strip("1"), under)(eval(value), "given", "Given")
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_different_units_raise_an_error_with_both(case: str) -> None:
-    with pytest.raises(TypeError, match=r"2 B .* 3 s: units differ, B and s"):
-        WRONG[case]()
-
-
-def test_a_plain_number_is_a_count() -> None:
-    with pytest.raises(TypeError, match="units differ, B and a count"):
-        BYTES(2) + 1  # pyright: ignore
-    with pytest.raises(TypeError, match="units differ, s and a count"):
-        _ = SECONDS(2) > 1  # pyright: ignore
-    for call in (rounded_up, rounded_down, exponential, lambda x: power(x, 2), lambda x: power(x, x)):
-        with pytest.raises(TypeError, match=r"of Quantity = 2 B: it takes counts without a unit"):
-            call(BYTES(2))  # pyright: ignore
+def test_figures_are_shown_in_three_digits_and_inputs_as_they_were_given() -> None:
+    for written, people, digits in table("words"):
+        figure = in_base_units(written).named("figure", "Figure")
+        assert (shown(figure), exactly(figure)) == (people, digits)
+    for written, people in table("given"):
+        assert shown(in_base_units(written)) == people
 
 
 def test_units_follow_products_and_quotients() -> None:
-    size, rate, time, peak = BYTES(6), BYTES_PER_SECOND(2), SECONDS(3), FLOPS_PER_SECOND(8)
-    units: list[tuple[Anything, float, str]] = [
-        (size / rate, 3, "s"),
-        (rate * time, 6, "B"),
-        (size / time, 2, "B/s"),
-        (2 / time, 2 / 3, "1/s"),
-        (size / size, 1, ""),
-        (peak / rate, 4, "FLOP/B"),
-        (per(size, TOKENS), 6, "B/token"),
-        (per(size, TOKENS) * TOKENS(2), 12, "B"),
-        (WATTS(5) * time, 15, "J"),
-        (geometric_mean(time, SECONDS(12)), 6, "s"),
-        (DOLLARS(3) * COUNT(2), 6, "$"),
-        (rounded_up(COUNT(7) / 2), 4, ""),
-        (rounded_down(COUNT(7) / 2), 3, ""),
-        (largest(SECONDS(2), SECONDS(7), SECONDS(3)), 7, "s"),
-        (smallest(SECONDS(2), SECONDS(7), SECONDS(3)), 2, "s"),
-    ]
-    assert [(q.value, q.units) for q, _, _ in units] == [(pytest.approx(value), unit) for _, value, unit in units]
+    for expression, value, unit in table("units"):
+        found = eval(expression, NAMES)
+        assert (found.value, found.units or "-") == (pytest.approx(eval(value), rel=1e-15), unit), expression
     assert BYTES(2) < BYTES(3) <= BYTES(3) and BYTES(3) > BYTES(2) >= BYTES(2)
     assert not (BYTES(3) < BYTES(3) or BYTES(2) >= BYTES(3))
 
 
-def test_values_are_exact_named_and_do_not_change() -> None:
-    flops = COUNT(671_026_404_353) * COUNT(1_000_003)
-    assert flops.value == 671_026_404_353 * 1_000_003 != int(671_026_404_353.0 * 1_000_003.0)
+@pytest.mark.parametrize(("expression", "said"), table("refused"))
+def test_wrong_units_raise_an_error_that_names_them(expression: str, said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        eval(expression, NAMES)
+
+
+def test_values_are_named_and_do_not_change() -> None:
+    rate = (BYTES(6) / SECONDS(3)).named("rate", "Rate of something", "a book")
+    assert (float(rate), rate.title, rate.source, repr(rate)) == (2, "Rate of something", "a book", "rate = 2 B/s")
     with pytest.raises(ZeroDivisionError, match="Quantity = 2 B divided by rate = 0 B/s"):
         _ = BYTES(2) / BYTES_PER_SECOND(0, "rate", "Rate")
     with pytest.raises(AttributeError, match="setting value"):
-        flops.value = 3
-    rate = (BYTES(6) / SECONDS(3)).named("rate", "Rate of something", "a book")
-    assert (float(rate), rate.title, rate.source, repr(rate)) == (2, "Rate of something", "a book", "rate = 2 B/s")
+        rate.value = 3
 
 
 # --- formulas
 
-FORMULAS: list[tuple[Anything, str, str]] = [
-    (a + b + c, "a + b + c", "2 + 3 + 5"),
-    (a + (b + c), "a + b + c", "2 + 3 + 5"),
-    (a - (b - c), "a - (b - c)", "2 - (3 - 5)"),
-    (a - b - c, "a - b - c", "2 - 3 - 5"),
-    (a - (b + c), "a - (b + c)", "2 - (3 + 5)"),
-    (a * (b * c), "a * b * c", "2 * 3 * 5"),
-    (a * (b / c), "a * b / c", "2 * 3 / 5"),
-    (a / (b * c), "a / (b * c)", "2 / (3 * 5)"),
-    (a / (b / c), "a / (b / c)", "2 / (3 / 5)"),
-    (a / b / c, "a / b / c", "2 / 3 / 5"),
-    ((a + b) * (c - d), "(a + b) * (c - d)", "(2 + 3) * (5 - 7)"),
-    (a * b + c / d, "a * b + c / d", "2 * 3 + 5 / 7"),
-    (power(a + b, 2), "(a + b)^2", "(2 + 3)^2"),
-    (a + (b - c), "a + b - c", "2 + 3 - 5"),
-    (a - b + c, "a - b + c", "2 - 3 + 5"),
-    (a * b / c, "a * b / c", "2 * 3 / 5"),
-    (a / b * c, "a / b * c", "2 / 3 * 5"),
-    (a - b * c, "a - b * c", "2 - 3 * 5"),
-    (power(a * b, c), "(a * b)^c", "(2 * 3)^5"),
-    (a / power(b, c), "a / b^c", "2 / 3^5"),
-    (power(power(a, b), c), "(a^b)^c", "(2^3)^5"),
-    (power(a, b * c), "a^(b * c)", "2^(3 * 5)"),
-    (a * power(b, c), "a * b^c", "2 * 3^5"),
-    (largest(a + b, c) * d, "max(a + b, c) * d", "max(2 + 3, 5) * 7"),
-    (rounded_up(a / b) / (c + d), "ceil(a / b) / (c + d)", "ceil(2 / 3) / (5 + 7)"),
-    (exponential(a / b), "exp(a / b)", "exp(2 / 3)"),
-    (geometric_mean(a, b), "sqrt(a * b)", "sqrt(2 * 3)"),
-    (a * COUNT(-3) - COUNT(-1), "a * (-3) - (-1)", "2 * (-3) - (-1)"),
-    (per(BYTES(70, "size", "Size"), TOKENS) * 2, "size per token * 2", "70 B per token * 2"),
-    (total([a, b * c, d]), "a + b * c + d", "2 + 3 * 5 + 7"),
-    (SECONDS(86400) * a, "24 h * a", "24 h * 2"),
-    (a * 1, "a * 1", "2 * 1"),
-    # 61 times 1.15 is 70.15, which is not 70.3: parts of a formula have six digits
-    (COUNT(61, "n", "") * BYTES(576 * 2).named("row", "Row"), "n * row", "61 * 1.152 kB"),
-]
 
-
-@pytest.mark.parametrize(("figure", "formula", "numbers"), FORMULAS)
-def test_formulas_have_the_fewest_parentheses(figure: Anything, formula: str, numbers: str) -> None:
-    step = explain(figure.named("x", "X")).steps[0]
+@pytest.mark.parametrize(("expression", "formula", "numbers"), table("formulas"))
+def test_formulas_have_the_fewest_parentheses(expression: str, formula: str, numbers: str) -> None:
+    step = explain(eval(expression, NAMES).named("x", "X")).steps[0]
     assert (step.formula.replace("×", "*"), step.numbers.replace("×", "*")) == (formula, numbers)  # noqa: RUF001
 
 
@@ -373,15 +303,15 @@ def test_figures_are_found_by_name_or_the_nearest_are_told() -> None:
 
 # --- by pyright
 
-REFUSED = """b + s   b - s   b + 1   1 + b   b < s   b >= s   largest(b, s)   smallest(b, s)   total([b, s])   b * b
-geometric_mean(b, s)   rounded_up(b)   power(b, 2)   exponential(s)   per(rate, TOKENS)
--> Bytes: s   -> Bytes: b / s   -> Seconds: rate / b   -> Bytes: b / rate   -> Count: n * s"""
-ACCEPTED = """-> Bytes: b + b   -> Seconds: largest(s, s)   -> Bytes: total([b, b])   -> Seconds: b / rate
--> Bytes: rate * s   -> Bytes: s * rate   -> BytesPerSecond: b / s   -> PerSecond: 1 / s   -> Count: s / s
--> Seconds: n * s / 2   -> SecondsPerToken: per(s, TOKENS)   -> Bytes: (rate * s).named('a', 'b')"""
+WRONG = """-> Bytes: SECONDS(2)   -> Bytes: BYTES(2) / SECONDS(2)   -> Seconds: BYTES_PER_SECOND(2) / BYTES(2)
+-> Bytes: BYTES(2) / BYTES_PER_SECOND(2)   -> Count: COUNT(2) * SECONDS(2)   : _ = BYTES(2) * BYTES(2)
+: _ = geometric_mean(BYTES(2), SECONDS(2))   : _ = per(BYTES_PER_SECOND(2), TOKENS)"""
+RIGHT = """-> Bytes: BYTES(2) + BYTES(2)   -> Seconds: largest(SECONDS(2), SECONDS(2))   -> Bytes: total([BYTES(2)])
+-> Seconds: BYTES(2) / BYTES_PER_SECOND(2)   -> Bytes: BYTES_PER_SECOND(2) * SECONDS(2)   -> PerSecond: 1 / SECONDS(2)
+-> Bytes: SECONDS(2) * BYTES_PER_SECOND(2)   -> BytesPerSecond: BYTES(2) / SECONDS(2)   -> Count: BYTES(2) / BYTES(2)
+-> Seconds: COUNT(2) * SECONDS(2)   -> SecondsPerToken: per(SECONDS(2), TOKENS)   -> Bytes: BYTES(2).named('a', 'b')"""
 HEADER = """from dsmini.planner.quantities.quantity import *
 from dsmini.planner.quantities.quantity import Bytes, BytesPerSecond, Count, PerSecond, Seconds, SecondsPerToken
-b, s, n, rate = BYTES(2), SECONDS(2), COUNT(2), BYTES_PER_SECOND(2)
 """
 
 
@@ -389,9 +319,9 @@ b, s, n, rate = BYTES(2), SECONDS(2), COUNT(2), BYTES_PER_SECOND(2)
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright")
 def test_pyright_refuses_wrong_units(tmp_path: Path) -> None:
     """Each case is a function on a line of its own, and the lines with errors are read back."""
-    refused, accepted = (re.split(r"   |\n", cases) for cases in (REFUSED, ACCEPTED))
-    bodies = [case if ": " in case else f": _ = {case}" for case in (*refused, *accepted)]
-    lines = [f"def f(){body.replace(': ', ': return ', 1) if '->' in body else body}" for body in bodies]
+    wrong_cases, right_cases = (re.split(r"   |\n", cases) for cases in (WRONG, RIGHT))
+    refused = [*(f": _ = {expression}" for expression, _ in table("refused")), *wrong_cases]
+    lines = [f"def f(){case.replace(': ', ': return ') if '->' in case else case}" for case in (*refused, *right_cases)]
     (tmp_path / "cases.py").write_text(HEADER + "\n".join(lines) + "\n")
     settings = {"extraPaths": [str(ROOT)], "typeCheckingMode": "standard", "reportRedeclaration": False}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
