@@ -3,8 +3,6 @@
 import io
 import itertools
 import json
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,32 @@ from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult
 from dsmini.training.watcher import BindingChange
-from tests.helpers.runs import RICH, TIMING, calls, kill, new_run, resumed, stopped, unequal, whole
+from tests.helpers.runs import RICH, TIMING, Clock, calls, kill, new_run, resumed, stopped, unequal, whole
 
 CPU = torch.device("cpu")
 SECONDS = 0.25
 """Of a step without waiting: 20 of them take 5 s, longer than a change must hold."""
+
+
+class Machine:
+    """CPU times of steps of 0.25 s on one thread. Others keep cores busy, and this process misses some."""
+
+    def __init__(self) -> None:
+        self.others = self.missed = 0.0
+        self.at = self.busy = self.delayed = 0.0
+
+    def read(self) -> CpuTimes:
+        self.at += SECONDS
+        self.busy += SECONDS * (1 + self.others)
+        self.delayed += SECONDS * self.missed
+        return CpuTimes(at=self.at, busy=self.busy, own=self.at, delayed=self.delayed)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_that_looks_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("dsmini.diagnosis.watch.cores", lambda: 1)
+    monkeypatch.setattr("dsmini.diagnosis.watch.COST_SHARE", 1e9)
 
 
 def step(number: int, seconds: float = SECONDS, wait: float = 0.0, **more: Any) -> StepResult:
@@ -33,48 +52,87 @@ def step(number: int, seconds: float = SECONDS, wait: float = 0.0, **more: Any) 
     return StepResult(step=number, seconds=seconds / (1 - wait), data_wait=wait, **fields)
 
 
-class Machine:
-    """CPU times of steps of 0.25 s, in which others keep cores busy and this process misses some that it could use."""
-
-    def __init__(self) -> None:
-        self.own, self.others, self.missed = float(torch.get_num_threads()), 0.0, 0.0
-        self._at = self._busy = self._used = self._delayed = 0.0
-
-    def read(self) -> CpuTimes:
-        self._at += SECONDS
-        self._used += SECONDS * self.own
-        self._busy += SECONDS * (self.own + self.others)
-        self._delayed += SECONDS * self.missed
-        return CpuTimes(at=self._at, busy=self._busy, own=self._used, delayed=self._delayed)
+Part = tuple[int, dict[str, Any]]
+"""Number of steps, and what they have: fields of a step, or others and missed of the machine."""
 
 
-@pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def watched(*parts: Part, machine: Machine | None = None, watch: RunWatch | None = None) -> list[BindingChange]:
+    """Return the changes that a watch says in these steps."""
+    machine = machine or Machine()
+    watch = watch or RunWatch(CPU, 1, machine.read)
+    numbers, changes = itertools.count(1), []
+    for length, fields in parts:
+        machine.others, machine.missed = (fields.get(name, 0.0) for name in ("others", "missed"))
+        of_steps = {name: value for name, value in fields.items() if name not in ("others", "missed")}
+        changes += [watch.see(step(next(numbers), **of_steps)) for _ in range(length)]
+    return [change for change in changes if change is not None]
 
 
-@pytest.fixture
-def watch(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> RunWatch:
-    """Return a watch on a machine with a core for each thread, which looks at every step."""
-    monkeypatch.setattr("dsmini.diagnosis.watch.cores", lambda: torch.get_num_threads())
-    monkeypatch.setattr("dsmini.diagnosis.watch.COST_SHARE", 1e9)
-    return RunWatch(CPU, torch.get_num_threads(), machine.read)
+def at(change: BindingChange) -> int:
+    return int(change.sentence.split(":")[0].removeprefix("step "))
 
 
-def seen(watch: RunWatch, steps: Sequence[StepResult]) -> list[tuple[int, str]]:
-    """Return the steps at which a change was said, and what binds from there."""
-    return [(s.step, change.binds) for s in steps if (change := watch.see(s)) is not None]
+SKEWED, COLLAPSED, UNEVEN, EVEN = (
+    {"counts": torch.tensor([loads])} for loads in ([40, 12, 6, 6], [32, 32, 0, 0], [40, 8, 8, 8], [16] * 4)
+)
+SLOWER: dict[str, Any] = {"seconds": 1.5 * SECONDS}
+DRIFTED: dict[str, Any] = {"seconds": 1.18 * SECONDS}
+SCRIPTS: dict[str, tuple[list[Part], list[tuple[int, str]]]] = {
+    "a slow loader and its end, within two windows": (
+        [(99, {"wait": 0.02}), (100, {"wait": 0.4}), (100, {"wait": 0.02})],
+        [(20, ""), (134, "Data"), (230, "")],
+    ),
+    # validations and new files
+    "no wait of every third step": ([(2, {}), (1, {"wait": 0.8})] * 66, [(20, "")]),
+    "no change that ends within a window": ([(99, {}), (WINDOW, {"wait": 0.4}), (80, {})], [(20, "")]),
+    "no change of short steps that takes 2.6 s": (
+        [(999, {"seconds": 1 / 64}), (100, {"seconds": 1 / 64, "wait": 0.4}), (900, {"seconds": 1 / 64})],
+        [(3 * 64, "")],
+    ),
+    "other programs that slow the steps, and their end": (
+        [(99, {}), (100, {"others": 1.0, **SLOWER}), (100, {})],
+        [(20, ""), (134, "Machine"), (230, "")],
+    ),
+    "slower steps without other programs": ([(99, {}), (100, SLOWER)], [(20, ""), (134, "Machine")]),
+    "no drift of the machine alone": ([(99, {}), (100, DRIFTED)], [(20, "")]),
+    "a drift where others run": ([(199, {}), (100, {"others": 1.0, **DRIFTED})], [(20, ""), (234, "Machine")]),
+    # others are blamed only for what this run misses, and its own crowd on nobody
+    "no programs that run from the start": ([(60, {"others": 0.5})], [(20, "")]),
+    "no thread that waits while nobody else runs": ([(60, {"missed": 0.4})], [(20, "")]),
+    "a thread that waits for a core of others": ([(60, {"missed": 0.4, "others": 0.5})], [(40, "Machine")]),
+    "no skew of experts": ([(60, SKEWED)], [(20, "")]),
+    "idle experts": ([(59, SKEWED), (100, COLLAPSED)], [(20, ""), (94, "Algorithm")]),
+    "what takes time before idle experts": ([(59, {"wait": 0.3, **COLLAPSED})], [(40, "Data")]),
+    "steps without finite gradient": (
+        [(51, {}), *([(1, {"skipped": True}), (3, {})] * 17)],
+        [(20, ""), (80, "Algorithm")],
+    ),
+    "no larger batches": ([(99, {}), (100, {"seconds": 2 * SECONDS, "tokens": 16})], [(20, "")]),
+    # a step becomes slower as more experts have work, as that of the toy does
+    "no experts in balance": ([(99, UNEVEN), (100, {"seconds": 1.3 * SECONDS, **EVEN})], [(20, "")]),
+}
+"""Steps, and the changes that are said: the step, and the axis that binds from there."""
+WORDS = {
+    "other programs that slow the steps, and their end": [
+        "a step computes for 0.375 s, and for 0.25 s when such steps were fastest",
+        *("other programs keep 1.0 of", "Stop other programs"),
+    ],
+    "slower steps without other programs": ["no other program is seen"],
+    "idle experts": ["50% of the experts", "MaxVio 1.00"],
+}
+"""Words of the second change."""
 
 
-def test_slow_loader_is_named_within_two_windows_and_so_is_its_end(watch: RunWatch) -> None:
-    steps = [step(i, wait=0.4 if 100 <= i < 200 else 0.02) for i in range(1, 300)]
-    assert seen(watch, steps) == [(20, ""), (134, "Data"), (230, "")]
-    assert 100 + 2 * WINDOW > 134
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_watch_names(case: str) -> None:
+    parts, want = SCRIPTS[case]
+    changes = watched(*parts)
+    assert [(at(change), change.binds) for change in changes] == want
+    assert [words for words in WORDS.get(case, []) if words not in changes[1].sentence] == []
 
 
-def test_sentence_has_the_figures_and_what_to_do(watch: RunWatch) -> None:
-    changes = [watch.see(step(i, wait=0.4)) for i in range(1, 60)]
-    (change,) = [c for c in changes if c is not None]
+def test_sentence_has_the_figures_and_what_to_do() -> None:
+    (change,) = watched((60, {"wait": 0.4}))
     assert change.share == pytest.approx(0.4)
     assert change.sentence == (
         "step 40: Data binds: a step waits 40% (40% to 40%) of its time for its batch. "
@@ -82,142 +140,49 @@ def test_sentence_has_the_figures_and_what_to_do(watch: RunWatch) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_of_30_percent_around_the_limit_does_not_flap(watch: RunWatch, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    steps = [step(i, wait=0.1 * rng.uniform(0.7, 1.3)) for i in range(1, 3000)]
-    assert len(seen(watch, steps)) <= 2, "what it starts with, and the one that it settles at"
+def test_waiting_is_no_slower_compute() -> None:
+    changes = watched((49, {}), (100, {"wait": 0.4}), (100, {"wait": 0.06}))
+    assert "nothing binds (waiting 6%, slower steps 0%" in changes[-1].sentence
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_of_30_percent_in_the_seconds_binds_nothing(watch: RunWatch, seed: int) -> None:
+def test_noise_of_30_percent_does_not_flap(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    assert seen(watch, [step(i, SECONDS * rng.uniform(0.7, 1.3)) for i in range(1, 3000)]) == [(20, "")]
+    near_the_limit = [(1, {"wait": 0.1 * rng.uniform(0.7, 1.3)}) for _ in range(3000)]
+    assert len(watched(*near_the_limit)) <= 2, "what it starts with, and the one that it settles at"
+    of_seconds = [(1, {"seconds": SECONDS * rng.uniform(0.7, 1.3)}) for _ in range(3000)]
+    assert [(at(change), change.binds) for change in watched(*of_seconds)] == [(20, "")]
 
 
-def test_wait_of_few_steps_is_not_named(watch: RunWatch) -> None:
-    """Check validations and new files: every third step waits for most of its time."""
-    assert seen(watch, [step(i, wait=0.8 if i % 3 == 0 else 0.0) for i in range(1, 200)]) == [(20, "")]
-
-
-def test_waiting_is_no_slower_compute(watch: RunWatch) -> None:
-    changes = [watch.see(step(i, wait=0.0 if i < 50 else 0.4 if i < 150 else 0.06)) for i in range(1, 250)]
-    last = [change for change in changes if change is not None][-1]
-    assert "nothing binds (waiting 6%, slower steps 0%" in last.sentence
-
-
-def test_change_that_ends_within_a_window_is_not_said(watch: RunWatch) -> None:
-    steps = [step(i, wait=0.4 if 100 <= i < 100 + WINDOW else 0.0) for i in range(1, 200)]
-    assert seen(watch, steps) == [(20, "")]
-
-
-def test_change_of_short_steps_must_hold_for_seconds(watch: RunWatch) -> None:
-    steps = [step(i, 1 / 64, wait=0.4 if 1000 <= i < 1100 else 0.0) for i in range(1, 2000)]
-    assert seen(watch, steps) == [(3 * 64, "")], "100 steps take 2.6 s"
-
-
-def test_other_programs_that_slow_the_steps_are_named(watch: RunWatch, machine: Machine) -> None:
-    quiet = [step(i) for i in range(1, 100)]
-    assert seen(watch, quiet) == [(20, "")]
-    machine.others = 1.0
-    changes = [watch.see(step(i, 1.5 * SECONDS)) for i in range(100, 200)]
-    (change,) = [c for c in changes if c is not None]
-    assert change.binds == "Machine" and change.share == pytest.approx(1 / 3)
-    assert "a step computes for 0.375 s, and for 0.25 s when such steps were fastest" in change.sentence
-    assert "other programs keep 1.0 of" in change.sentence and "Stop other programs" in change.sentence
-    machine.others = 0.0
-    assert [binds for _, binds in seen(watch, [step(i) for i in range(200, 300)])] == [""]
-
-
-def test_slower_steps_without_other_programs_are_named_as_such(watch: RunWatch) -> None:
-    changes = [watch.see(step(i, SECONDS if i < 100 else 1.5 * SECONDS)) for i in range(1, 200)]
-    change = [c for c in changes if c is not None][-1]
-    assert change.binds == "Machine" and "no other program is seen" in change.sentence
-
-
-def test_drift_of_the_machine_is_named_only_where_others_run(watch: RunWatch, machine: Machine) -> None:
-    assert seen(watch, [step(i, SECONDS if i < 100 else 1.18 * SECONDS) for i in range(1, 200)]) == [(20, "")]
-    machine.others = 1.0
-    assert [binds for _, binds in seen(watch, [step(i, 1.18 * SECONDS) for i in range(200, 300)])] == ["Machine"]
-
-
-def test_programs_that_run_from_the_start_bind_if_threads_wait_for_cores(watch: RunWatch, machine: Machine) -> None:
-    """Check that busy cores of others are blamed only for what this run misses, and its own crowd on nobody."""
-    threads = torch.get_num_threads()
-    machine.others = 0.5 * threads
-    assert seen(watch, [step(i) for i in range(1, 60)]) == [(20, "")], "no thread waits"
-    machine.others, machine.missed = 0.0, 0.4 * threads
-    assert seen(watch, [step(i) for i in range(60, 120)]) == [], "nobody else runs"
-    machine.others = 0.5 * threads
-    changes = [watch.see(step(i)) for i in range(120, 180)]
-    (change,) = [c for c in changes if c is not None]
-    assert change.binds == "Machine" and change.share == pytest.approx(0.4)
-    assert f"each of this run's {threads} threads waits 40% of the time for a core" in change.sentence
+def test_two_axes_that_take_turns_are_one_until_one_is_clearly_larger() -> None:
+    rng = np.random.default_rng(0)
+    fields: dict[str, Any] = {"seconds": SECONDS * (1 - 0.2)}
+    near = [(1, {"skipped": i % 5 == 0, "wait": rng.uniform(0.15, 0.25), **fields}) for i in range(1, 400)]
+    assert len(watched(*near)) == 1
 
 
 @pytest.mark.parametrize(("others", "binds"), [(0.0, "Machine"), (1.0, "")])
 def test_fewer_threads_than_cores_bind_unless_others_use_them(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, others: float, binds: str
+    monkeypatch: pytest.MonkeyPatch, others: float, binds: str
 ) -> None:
-    threads = torch.get_num_threads()
-    monkeypatch.setattr("dsmini.diagnosis.watch.cores", lambda: threads + 1)
-    monkeypatch.setattr("dsmini.diagnosis.watch.COST_SHARE", 1e9)
-    machine.others = others
-    watch = RunWatch(CPU, threads + 1, machine.read)
-    assert [b for _, b in seen(watch, [step(i) for i in range(1, 60)])] == [binds]
-    by_torch = RunWatch(CPU, threads, machine.read)
-    assert [b for _, b in seen(by_torch, [step(i) for i in range(1, 60)])] == [""], "torch chose these threads"
+    monkeypatch.setattr("dsmini.diagnosis.watch.cores", lambda: 2)
+    machine = Machine()
+    for threads, want in ((2, binds), (1, "")):  # torch chose one thread by itself
+        watch = RunWatch(CPU, threads, machine.read)
+        assert [change.binds for change in watched((60, {"others": others}), machine=machine, watch=watch)] == [want]
 
 
-def test_idle_experts_are_named_and_skew_alone_is_not(watch: RunWatch) -> None:
-    skewed, collapsed = torch.tensor([[40, 12, 6, 6]]), torch.tensor([[32, 32, 0, 0]])
-    assert seen(watch, [step(i, counts=skewed) for i in range(1, 60)]) == [(20, "")]
-    changes = [watch.see(step(i, counts=collapsed)) for i in range(60, 160)]
-    (change,) = [c for c in changes if c is not None]
-    assert (change.binds, change.share) == ("Algorithm", 0.5)
-    assert "50% of the experts" in change.sentence and "MaxVio 1.00" in change.sentence
-
-
-def test_what_takes_time_comes_before_idle_experts(watch: RunWatch) -> None:
-    collapsed = torch.tensor([[32, 32, 0, 0]])
-    assert seen(watch, [step(i, wait=0.3, counts=collapsed) for i in range(1, 60)]) == [(40, "Data")]
-
-
-def test_steps_without_finite_gradient_are_lost_time(watch: RunWatch) -> None:
-    found = seen(watch, [step(i, skipped=i > 50 and i % 4 == 0) for i in range(1, 120)])
-    assert [binds for _, binds in found] == ["", "Algorithm"]
-
-
-def test_two_axes_that_take_turns_are_one_until_one_is_clearly_larger(watch: RunWatch) -> None:
-    rng = np.random.default_rng(0)
-    near = [
-        step(i, skipped=i % 5 == 0, wait=rng.uniform(0.15, 0.25), seconds=SECONDS * (1 - 0.2)) for i in range(1, 400)
-    ]
-    assert len(seen(watch, near)) == 1
-
-
-def test_larger_batches_are_other_work(watch: RunWatch) -> None:
-    steps = [step(i, SECONDS * (1 if i < 100 else 2), tokens=8 if i < 100 else 16) for i in range(1, 200)]
-    assert seen(watch, steps) == [(20, "")]
-
-
-def test_balanced_experts_are_other_work(watch: RunWatch) -> None:
-    """Check a step that becomes slower as more experts have work, as that of the toy does."""
-    uneven, even = torch.tensor([[40, 8, 8, 8]]), torch.tensor([[16, 16, 16, 16]])
-    steps = [step(i, SECONDS * (1 if i < 100 else 1.3), counts=uneven if i < 100 else even) for i in range(1, 200)]
-    assert seen(watch, steps) == [(20, "")]
-
-
-def test_look_that_is_dear_waits_for_a_hundred_times_its_cost(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_look_that_is_dear_waits_for_a_hundred_times_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check steps of 0.25 s and looks of a second: one look in 400 steps, whatever it costs."""
-    clock = itertools.count()
-    monkeypatch.setattr("dsmini.diagnosis.watch.time.perf_counter", lambda: float(next(clock)))
-    looks: list[int] = []
-    watch = RunWatch(CPU, 1, lambda: (looks.append(0), machine.read())[1])
-    seen(watch, [step(i) for i in range(1, 1202)])
+    monkeypatch.setattr("dsmini.diagnosis.watch.COST_SHARE", 0.01)
+    seconds = itertools.count()
+    monkeypatch.setattr("dsmini.diagnosis.watch.time.perf_counter", lambda: float(next(seconds)))
+    looks, machine = [], Machine()
+    watched((1201, {}), watch=RunWatch(CPU, 1, lambda: (looks.append(0), machine.read())[1]))
     assert len(looks) == 1 + 1200 // 400
+
+
+# A run with a watcher
 
 
 class Scripted:
@@ -229,86 +194,87 @@ class Scripted:
         return BindingChange(binds="", share=None, sentence="step 6: nothing binds") if step.step == 6 else None
 
 
+def rows_of(training: TrainingRun) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (training.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in names} for row in rows]
+
+
 def test_metrics_have_what_binds_only_with_a_watcher(tmp_path: Path) -> None:
     plain = new_run(tmp_path / "plain")
     assert plain.train()
     watched, said = new_run(tmp_path / "watched"), io.StringIO()
     watched.watcher, watched.console = Scripted(), Console(file=said, width=200)
     assert watched.train()
-    rows = [json.loads(line) for line in (watched.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["binds"], row["binds_share"]) for row in rows if row["binds"] is not None] == [
-        (3, "Data", 0.5),
-        (6, "", None),
-    ]
-    assert [line for line in said.getvalue().splitlines() if "bind" in line] == [
-        "step 3: Data binds",
-        "step 6: nothing binds",
-    ]
-    kept = [{key: v for key, v in row.items() if key not in {*TIMING, "binds", "binds_share"}} for row in rows]
-    without = [json.loads(line) for line in (plain.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [list(row) for row in without] == [[*row][: -len(("binds", "binds_share"))] for row in rows]
-    assert kept == [{key: v for key, v in row.items() if key not in TIMING} for row in without]
+    rows = rows_of(watched)
+    changes = [(row["step"], row["binds"], row["binds_share"]) for row in rows if row["binds"] is not None]
+    assert changes == [(3, "Data", 0.5), (6, "", None)]
+    lines = [line for line in said.getvalue().splitlines() if "bind" in line]
+    assert lines == ["step 3: Data binds", "step 6: nothing binds"]
+    assert [list(row) for row in rows] == [[*row, "binds", "binds_share"] for row in rows_of(plain)]
+    assert without(rows, *TIMING, "binds", "binds_share") == without(rows_of(plain), *TIMING)
     assert [record.row() for record in read_records(watched.folder)] == rows
 
 
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainingRun], TrainingRun]:
-    """Return a function that gives a run a watch which looks at each step and says changes after two."""
-    for name, value in {"WINDOW": 2, "RANK": 1, "HOLD_SECONDS": 0.0, "COST_SHARE": 1e9}.items():
-        monkeypatch.setattr(f"dsmini.diagnosis.watch.{name}", value)
-
-    def give(training: TrainingRun) -> TrainingRun:
-        training.watcher = RunWatch(CPU, torch.get_num_threads())
-        return training
-
-    return give
-
-
 def test_watched_run_that_stops_and_resumes_is_the_run_without_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: Callable[[TrainingRun], TrainingRun]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in {"WINDOW": 2, "RANK": 1, "HOLD_SECONDS": 0.0}.items():  # it says changes after two steps
+        monkeypatch.setattr(f"dsmini.diagnosis.watch.{name}", value)
     never = new_run(tmp_path / "never", **RICH)
     assert never.train()
     want = whole(never)
-    training = eager(new_run(tmp_path / "watched", **RICH))
+    training = new_run(tmp_path / "watched", **RICH)
+    training.watcher = RunWatch(CPU, 1)
     with monkeypatch.context() as patch:
         kill(patch, training.trainer, "forward_backward", calls(training, 5, 0), True)
         stopped(training)
-    again = eager(resumed(tmp_path / "watched", **RICH))
+    again = resumed(tmp_path / "watched", **RICH)
+    again.watcher = RunWatch(CPU, 1)
     assert again.train()
     got = whole(again)
-    assert isinstance(again.watcher, RunWatch) and len(again.watcher.times) > 1, "it looked"
-    assert all("binds" in row for row in json.loads(got["rows"]))
-    got["rows"] = json.dumps(
-        [{k: v for k, v in row.items() if k not in ("binds", "binds_share")} for row in json.loads(got["rows"])]
-    )
+    assert len(again.watcher.times) > 1, "it looked"
+    rows = json.loads(got["rows"])
+    assert all("binds" in row for row in rows)
+    got["rows"] = json.dumps(without(rows, "binds", "binds_share"))
     assert unequal(got, want) == set()
 
 
-def test_watched_run_resumes_without_its_watch(tmp_path: Path) -> None:
+def test_watched_run_resumes_without_its_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = new_run(tmp_path)
     training.watcher = Scripted()
-    real = training.trainer.step
-    training.trainer.step = lambda: real() if training.trainer.steps_done < 4 else pytest.fail("killed")
-    with pytest.raises(BaseException, match="killed"):
-        training.train()
-    assert resumed(tmp_path).train()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert ["binds" in row for row in rows] == [True] * 4 + [False] * 4
+    with monkeypatch.context() as patch:
+        kill(patch, training.trainer, "step", calls(training, 4, 0), False)
+        stopped(training)
+    again = resumed(tmp_path)
+    assert again.train()
+    assert ["binds" in row for row in rows_of(again)] == [True] * 4 + [False] * 4
     assert [record.step for record in read_records(tmp_path)] == list(range(1, 9))
 
 
-def test_real_slow_loader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the step's own clock, the watch and the record together."""
-    training = new_run(tmp_path, steps=70, batch_size=1, eval_every=1000, save_every=1000)
-    monkeypatch.setattr("dsmini.diagnosis.watch.HOLD_SECONDS", 0.1)
-    training.watcher = RunWatch(CPU, torch.get_num_threads())
+def test_slow_loader_of_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the step's own clock, the watch, the record and what is printed, in steps of scripted times."""
+    clock = Clock(monkeypatch)
+    training = new_run(tmp_path, model={"n_dense_layers": 4}, steps=80, eval_every=1000, save_every=1000)
+    training.watcher = RunWatch(CPU, 1, lambda: CpuTimes(at=clock.now, busy=clock.now, own=clock.now, delayed=0.0))
+    training.console = Console(file=io.StringIO(), width=200)
     real = training.trainer.loader.take
 
     def take(requests: Any) -> Any:
-        time.sleep(0.1)
+        clock.now += 0.2 if training.trainer.steps_done >= 40 else 0.0
         return real(requests)
 
-    training.trainer.loader.take = take
+    def passes(*_: Any) -> tuple[torch.Tensor, None]:
+        clock.now += 0.3
+        return torch.zeros(3), None
+
+    monkeypatch.setattr(training.trainer.loader, "take", take)
+    monkeypatch.setattr(training.trainer.passes, "train", passes)
     assert training.train()
-    assert "Data" in [record.row()["binds"] for record in read_records(tmp_path)]
+    changes = [(row["step"], row["binds"], row["binds_share"]) for row in rows_of(training) if row["binds"] is not None]
+    assert changes == [(20, "", None), (75, "Data", pytest.approx(0.4))]
+    said = training.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "step 20: nothing binds" in said
+    assert "step 75: Data binds: a step waits 40% (40% to 40%) of its time for its batch." in said
