@@ -46,9 +46,12 @@ def output(process: "subprocess.Popen[str]") -> str:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    """Wait for what must come, however slow the machine is: the test has an end of its own."""
-    while not condition():
+    """Wait for what must come, also on a machine that is busy with something else."""
+    for _ in range(10_000):
+        if condition():
+            return
         time.sleep(0.02)
+    pytest.fail("it did not come in 200 s")
 
 
 @pytest.fixture
