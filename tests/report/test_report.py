@@ -124,7 +124,7 @@ def test_points_stand_over_their_labels() -> None:
     assert [list(drawable(s, plot).x) for s in plot.series] == [[1, 2], [0, 2], [0, 1, 2]]
 
 
-def test_predictions_share_a_colour_with_what_they_predict_and_one_entry_of_the_legend() -> None:
+def test_predictions_share_a_colour_and_one_entry_of_the_legend() -> None:
     def series(label: str, of: str = "") -> Series:
         return Series(label=label, x=[1, 2], y=[3, 4], of=of, dashed=bool(of))
 
