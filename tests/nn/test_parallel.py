@@ -46,10 +46,6 @@ def shard(model: Transformer, *more: nn.Module) -> None:
     fully_shard(model)
 
 
-def ddp(model: Transformer) -> Callable[..., Losses]:
-    return DistributedDataParallel(model)
-
-
 def fsdp(model: Transformer) -> Callable[..., Losses]:
     shard(model)
     return model
@@ -68,7 +64,7 @@ def fsdp_of_each(model: Transformer) -> Callable[..., Losses]:
 
 
 RECIPES: dict[str, Callable[[Transformer], Callable[..., Losses]]] = {
-    "ddp": ddp,
+    "ddp": DistributedDataParallel,
     "fsdp": fsdp,
     "fsdp, losses": fsdp_method,
     "fsdp of each": fsdp_of_each,
