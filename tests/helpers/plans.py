@@ -71,7 +71,9 @@ def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
     choices: dict[str, Any] = {name: value for name, value in given.items() if name in CHOICES}
     sizes = {name: value for name, value in given.items() if name not in CHOICES}
     model = Model.from_file(CONFIGS / f"{config}.toml")
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **sizes))
+    # lines break where a path is long, so sources name the file as from the root
+    source, changed = f"configs/{config}.toml", dataclasses.replace(model.config, **sizes)
+    model = dataclasses.replace(model, config=changed, source=source)
     machine = hardware_of(" ".join([hardware, *(word for word in rest if "*" in word)]))
     return model, machine, PlanRequest(hardware=hardware, **choices)
 

@@ -23,7 +23,6 @@ from dsmini.planner.varied_axis import read_axis
 from dsmini.planner.vary import vary
 from dsmini.report import Detail, Section
 from tests.helpers.chromium import BROWSER, Chromium
-from tests.helpers.commands import ROOT
 from tests.helpers.plans import Formulas, plan_of, read, same_page, setup_of
 
 V3 = "deepseek-v3 @invented"
@@ -170,7 +169,7 @@ def _named(answer: PlanAnswer, name: str) -> Section:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_as_it_was(name: str) -> None:
-    same_page(name, PAGES[name]().replace(f"{ROOT}/", ""))
+    same_page(name, PAGES[name]())
 
 
 # --- what snapshots do not show
