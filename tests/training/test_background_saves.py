@@ -56,12 +56,14 @@ def test_file_has_the_state_of_the_moment_it_was_asked_for(tmp_path: Path, gate:
         assert a == b
 
 
-def test_saves_come_one_after_the_other(tmp_path: Path, gate: threading.Event) -> None:
+def test_saves_come_one_after_the_other(tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate opens when the second save begins to wait for the first."""
     training = begun(tmp_path)
     training.saver.save(background=True)
     step(training)
-    threading.Timer(0.3, gate.set).start()
-    training.saver.save(background=True)  # waits for the first
+    real = training.saver.finish
+    monkeypatch.setattr(training.saver, "finish", lambda: (gate.set(), real()))
+    training.saver.save(background=True)
     assert (tmp_path / "checkpoints" / "step-000001").is_dir()
     training.saver.finish()
     assert training.saver.saved_at == 2

@@ -1,16 +1,21 @@
 """TensorBoard files, read back with TensorBoard's own reader; nothing else needs the library."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsmini.train import main
 from dsmini.training.record import StepRecord
 from dsmini.training.tensorboard import SCALARS, TensorBoard
 from tests.helpers.commands import TINY, run
+from tests.helpers.configs import refusal
 
+TEXT = "The quick brown fox jumps over the lazy dog. " * 100
+FLAGS = ["--train.tensorboard", *TINY.split()]
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 
@@ -32,7 +37,7 @@ def record(step: int, **more: Any) -> StepRecord:
 
 @needs_tensorboard
 def test_a_run_shows_the_figures_of_its_metrics(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    (tmp_path / "book.txt").write_text(TEXT)
     done = run(f"dsmini.train --data.path book.txt --out x --train.steps 4 --train.tensorboard {TINY}", tmp_path)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
@@ -75,28 +80,21 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
     assert scalars(shown(tmp_path), "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
 
 
-@pytest.fixture
-def without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a folder with a text, where Python finds no tensorboard."""
+def test_missing_library_is_a_sentence_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # Python finds none
+    (tmp_path / "book.txt").write_text(TEXT)
+    sentence = refusal(main, ["--data.path", f"{tmp_path}/book.txt", "--out", f"{tmp_path}/x", *FLAGS])
+    assert "pip install 'dsmini[tensorboard]'" in sentence
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_without_the_library_all_else_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own, in which nothing was imported before."""
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide/sitecustomize.py").write_text(
-        "import importlib.util as u, sys\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, package=None: None if name == 'tensorboard' else find(name, package)\n"
-        "sys.modules['tensorboard'] = None\n"
-    )
+    (tmp_path / "hide/sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
     monkeypatch.setenv("EXTRA_PATH", str(tmp_path / "hide"))
-    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    return tmp_path
-
-
-def test_missing_library_is_a_sentence_and_nothing_is_written(without_tensorboard: Path) -> None:
-    done = run(f"dsmini.train --data.path book.txt --out x --train.tensorboard {TINY}", without_tensorboard)
-    assert done.returncode == 2 and "pip install 'dsmini[tensorboard]'" in done.stderr, done.stderr
-    assert not (without_tensorboard / "x").exists()
-
-
-def test_without_the_library_all_else_works(without_tensorboard: Path) -> None:
-    done = run(f"dsmini.train --data.path book.txt --out x --train.steps 2 {TINY}", without_tensorboard)
+    (tmp_path / "book.txt").write_text(TEXT)
+    done = run(f"dsmini.train --data.path book.txt --out x --train.steps 2 {TINY}", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert not (without_tensorboard / "x/tensorboard").exists()
+    assert not (tmp_path / "x/tensorboard").exists()

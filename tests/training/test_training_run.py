@@ -32,6 +32,7 @@ from dsmini.training.run import TrainingRun
 from dsmini.training.summary import summarise, summary_lines
 from dsmini.training.trainer import Trainer
 from dsmini.training.validation import final_eval_tokens
+from tests.helpers.runs import Clock
 
 
 @pytest.fixture
@@ -99,14 +100,21 @@ def test_signal_in_a_validation_ends_it_and_saves(
 
 
 def test_long_saves_and_drawings_print_lines(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    training.console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr("dsmini.training.run.patience", partial(patience, seconds=0.1))
-    monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: time.sleep(0.3))
-    monkeypatch.setattr(training.saver, "save", lambda **_: time.sleep(0.3))
+    """Each lasts until its line has come, a minute at most."""
+    said = io.StringIO()
+    training.console = Console(file=said, width=200)
+
+    def until(words: str) -> None:
+        end = time.monotonic() + 60
+        while words not in said.getvalue():
+            assert time.monotonic() < end, said.getvalue()
+            time.sleep(0.001)
+
+    monkeypatch.setattr("dsmini.training.run.patience", partial(patience, seconds=0.001))
+    monkeypatch.setattr("dsmini.training.run.plot_run", lambda *_: until("drawing: 0 s so far"))
+    monkeypatch.setattr(training.saver, "save", lambda **_: until("saving: 0 s so far"))
     training._save()
     training.plot()
-    said = training.console.file.getvalue()
-    assert "saving: 0 s so far" in said and "drawing: 0 s so far" in said
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -229,20 +237,25 @@ def test_the_end_is_scored_at_a_second_context_too(training: TrainingRun) -> Non
 
 
 def test_record_has_data_wait_and_memory_of_the_step(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training.trainer.loader.take
+    """A step takes 2 s, of which it waits half a second for its batch."""
+    clock = Clock(monkeypatch)
 
-    def slow(requests: Any) -> Any:
-        time.sleep(0.5)
-        return real(requests)
+    def after(seconds: float, real: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*args: Any) -> Any:
+            clock.now += seconds
+            return real(*args)
 
-    training.trainer.step()  # the first is slow by itself
-    free = training.trainer.step()
-    monkeypatch.setattr(training.trainer.loader, "take", slow)
+        return slow
+
+    monkeypatch.setattr(training.trainer.passes, "train", after(1.5, training.trainer.passes.train))
+    assert training.trainer.step().data_wait == 0
+    monkeypatch.setattr(training.trainer.loader, "take", after(0.5, training.trainer.loader.take))
     step = training.trainer.step()
-    assert free.data_wait < 0.5 and step.data_wait * step.seconds == pytest.approx(0.5, abs=0.1)
+    assert (step.seconds, step.data_wait) == (2.0, 0.25)
     training._keep(step)
-    assert training.history.records[-1].data_wait == step.data_wait
-    assert training.history.records[-1].memory == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
+    record = training.history.records[-1]
+    assert (record.seconds, record.data_wait) == (2.0, 0.25)
+    assert record.memory == pytest.approx(peak_memory(torch.device("cpu")), rel=0.01)
 
 
 @pytest.mark.parametrize(("share", "words"), [(0.04, ""), (0.4, "data wait 40%")])
