@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,34 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """Return all of a run with these options that nothing stops; trained once."""
-    known: dict[str, dict[str, Any]] = {}
 
+    @cache
     def run(name: str) -> dict[str, Any]:
-        if name not in known:
-            training = new_run(tmp_path_factory.mktemp("unstopped"), **OPTIONS[name])
-            assert training.train()
-            known[name] = whole(training)
-        return known[name]
+        training = new_run(tmp_path_factory.mktemp("unstopped"), **OPTIONS[name])
+        assert training.train()
+        return whole(training)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def at_step_4(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], TrainingRun]:
+    """Return a function that puts a run which stopped after step 4 into a folder, ready to take step 5."""
+
+    @cache
+    def half(name: str) -> Path:
+        training = new_run(tmp_path_factory.mktemp("half"), **OPTIONS[name])
+        kill_at = calls(training, 4, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch, training.trainer, "forward_backward", kill_at, False)
+            stopped(training)
+        return training.folder
+
+    def begin(name: str, folder: Path) -> TrainingRun:
+        shutil.copytree(half(name), folder, dirs_exist_ok=True)
+        return resumed(folder, **OPTIONS[name])
+
+    return begin
 
 
 Kill = Callable[[TrainingRun, pytest.MonkeyPatch], None]
@@ -69,13 +88,14 @@ DEFAULT |= {(options, "after backward") for options in ("adamw", "skipped", "spa
 )
 def test_a_resumed_run_is_the_one_never_stopped(
     unstopped: Callable[[str], dict[str, Any]],
+    at_step_4: Callable[[str, Path], TrainingRun],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: str,
     phase: str,
 ) -> None:
     want = unstopped(options)
-    training = new_run(tmp_path, **OPTIONS[options])
+    training = at_step_4(options, tmp_path)
     with monkeypatch.context() as patch:
         PHASES[phase](training, patch)
         stopped(training)
@@ -103,6 +123,7 @@ MOMENTS = [
 @pytest.mark.parametrize(("owner", "name", "number", "after"), MOMENTS)
 def test_a_run_stopped_at_any_moment_of_a_save(
     unstopped: Callable[[str], dict[str, Any]],
+    at_step_4: Callable[[str, Path], TrainingRun],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
@@ -110,7 +131,7 @@ def test_a_run_stopped_at_any_moment_of_a_save(
     number: int,
     after: bool,
 ) -> None:
-    training = new_run(tmp_path, **RICH)
+    training = at_step_4("rich", tmp_path)
     with monkeypatch.context() as patch:
         kill(patch, owner, name, calls(training, 6, number), after)
         stopped(training)
