@@ -47,7 +47,7 @@ def test_load_takes_at_most_the_model_and_a_file(tmp_path: Path) -> None:
         ("keep", "fp8", shard // 2),
         ("dequantize", "fp8", shard // 2),
     ):
-        done = commands.run(f"measure {load} {folder}", tmp_path)
+        done = commands.run_apart(f"measure {load} {folder}", tmp_path)
         assert done.returncode == 0, done.stderr
         peak, size = map(int, done.stdout.split())
         print(f"{folder}, {load}: model {size / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, {peak / size:.2f} of the model")

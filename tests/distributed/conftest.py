@@ -6,14 +6,11 @@ import pytest
 
 from dsmini.console.command import run
 from tests.distributed import ranks
-from tests.helpers import commands
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is None or nextitem.path != item.path:
         ranks.end_waiting_ranks()
-        if nextitem is None or nextitem.path.parent != item.path.parent:
-            ranks.serve(commands.IMPORTED.split())
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ Importing torch takes two seconds of CPU, so processes are for signals, closed p
 
 import contextlib
 import io
-import multiprocessing
 import os
 import runpy
 import shlex
@@ -27,7 +26,6 @@ TINY = (
     "--model.n-routed-experts 8 --model.max-seq-len 32 --train.batch-size 4 --train.eval-every 2 "
     "--train.eval-tokens 64 --train.sample-tokens 8 --train.threads 1"
 )
-FORKS = multiprocessing.get_context("forkserver")
 OF_A_PROCESS = ("EXTRA_PATH", "WORLD_SIZE")
 """Variables of the environment that concern a whole process: a command that has them gets its own."""
 
