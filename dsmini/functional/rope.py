@@ -23,9 +23,9 @@ def apply_rope(x: Float[Tensor, "b s h r"], table: Table) -> Float[Tensor, "b s 
 
     Source: Su et al. 2021; DeepSeek's released code for the interleaved pairs.
     """
-    turn = torch.complex(*table).unsqueeze(-2)
-    pairs = x.to(torch.promote_types(x.dtype, table[0].dtype)).unflatten(-1, (-1, 2)).contiguous()
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+    even, odd = x.to(torch.promote_types(x.dtype, table[0].dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.complex(even, odd) * torch.complex(*table).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 @apply_rope.eager

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from dsmini.config import ModelConfig, layer_config
 from dsmini.functional.cached_attention import (
     BLOCK,
-    AttentionWork,
     Mask,
     cached_attention,
     hidden_keys,
@@ -55,7 +54,7 @@ class DSA(MLA):
     stage: Literal["warmup", "sparse"] | None = None
     """Stage in which the indexer learns, in training mode; None: it does not."""
     fits: list[IndexerFit] | None = None
-    """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
+    """Takes the indexer's loss of each forward in a stage; None: it is not computed."""
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
@@ -88,14 +87,12 @@ class DSA(MLA):
         # 2. the keys of each query: [b, s, k]
         picks = self.picks(x, latent, table, documents, past)
         # 3. attention to them: [b, s, h v]
-        if past is not None and self.form_for(q.shape[1], past) == "absorbed":
+        if past is not None and self.sparse_form(q.shape[1], past) == "absorbed":
             return self.wo(self._to_rows(q, new, picks, past))
         c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
         k, v = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
-        if stage is not None:
-            fit = self.fit(x, latent, table, documents, q, k, picks, stage)
-            if self.fits is not None:
-                self.fits.append(fit)
+        if stage is not None and self.fits is not None:
+            self.fits.append(self.fit(x, latent, table, documents, q, k, picks, stage))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
             y = attend(q, k, v, self.scale, past=None, documents=documents, mask=self.mask)
@@ -191,16 +188,18 @@ class DSA(MLA):
         index = self.indexer.queries(latent, table), self.indexer.keys(x, table), self.indexer.head_weights(x)
         return indexer_fit(*index, MainAttention(q, k, self.scale, hidden), picks, stage)
 
-    def form_for(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
-        """Return the form as MLA does; the absorbed one where gathering the picks has a kernel."""
-        if past.form == "auto" and is_direct(self.wkv_b) and gathers_fast(self.wkv_b.weight):
-            return "absorbed"
-        return super().form_for(queries, past)
+    def sparse_form(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
+        """Return the form in which `forward` attends to picked keys: absorbed where a kernel gathers them.
 
-    def work(self, queries: int, keys: int) -> AttentionWork:
-        """Count both forms as MLA does; the absorbed one reads index_topk keys at most."""
-        absorbed = super().work(queries, min(keys, self.indexer.topk)).absorbed
-        return dataclasses.replace(super().work(queries, keys), absorbed=absorbed)
+        Without one the cheaper form runs, as in MLA; the absorbed one reads index_topk keys at most.
+        """
+        if past.form != "auto" or self.q_head_norm is not None or not is_direct(self.wkv_b):
+            return self.form_for(queries, past)
+        if gathers_fast(self.wkv_b.weight):
+            return "absorbed"
+        keys = past.window.end
+        absorbed = self.work(queries, min(keys, self.indexer.topk)).absorbed
+        return dataclasses.replace(self.work(queries, keys), absorbed=absorbed).cheaper
 
 
 def dsa_layers(model: nn.Module) -> list[DSA]:
