@@ -59,11 +59,11 @@ class ConvertCommand:
     dsa: bool = False
     """Add a fresh indexer to every layer: V3 becomes V3.2."""
     index_n_heads: int | None = None
-    """Number of heads of a fresh indexer; left out: V3.2's 64."""
+    """Number of heads of a fresh indexer; left out: half of attention's, for V3 V3.2's 64."""
     index_head_dim: int | None = None
-    """Width of a head of a fresh indexer, a power of two; left out: V3.2's 128."""
+    """Width of a head of a fresh indexer, a power of two; left out: that of attention, for V3 V3.2's 128."""
     index_topk: int | None = None
-    """Number of keys that a query attends to with a fresh indexer; left out: V3.2's 2048."""
+    """Number of keys that a query attends to with a fresh indexer; left out: a quarter of the context, 2048 at most."""
     json: bool = False
     """Print the figures as a line of JSON, and everything else on the standard error."""
 
@@ -74,7 +74,7 @@ HELP = Help(
         "runs/toy-001 exported",
         "runs/toy-001/checkpoints/step-001600 exported --dtype bfloat16",
         "DeepSeek-V2-Lite v2-lite-fp8 --fp8 --shard-size 2GB",
-        "runs/toy-001 sparse --dsa --index-topk 64",
+        "runs/toy-001 sparse --dsa",
         "DeepSeek-V3.2 v32-mp8 --layout inference --ranks 8",
     ),
     main=("src", "dst", "fp8", "dtype", "layout", "ranks", "shard_size", "average", "dsa", "json"),

@@ -42,6 +42,7 @@ BESIDE = re.compile(
 METADATA = MappingProxyType({"format": "pt"})
 """Texts in the header of each file, which transformers asks for."""
 TENSORS = (".safetensors", ".bin", ".pt", ".pth")
+LOST = ", which no config says: the folder would be read as another model; save model.state_dict() with your code"
 LARGEST_FILE = 2**60
 """Maximum size of a file in bytes; no file system takes more."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -144,10 +145,32 @@ def plan_folder(model: Transformer, fp8: bool, dtype: torch.dtype | None, shard_
     Raises: ValueError if neither deepseek_v2 nor deepseek_v3 describes the model.
     """
     check_dtype(dtype)
+    refuse_changed_ideas(model)
     described = _described(model)
     plan = SavePlan(model, fp8, dtype)
     shards = plan_shards(plan.units(), shard_size)
     return PlannedFolder(plan, shards, _with_dtypes(described, plan, shards))
+
+
+def refuse_changed_ideas(model: Transformer) -> None:
+    """Raise ValueError for a model that computes what no config says, since it would be read back as another.
+
+    That is a method of a layer that is not dsmini's or torch's, such as a subclass's forward, a mask, and options of a
+    gate. A folder never holds code.
+    """
+    with torch.device("meta"):
+        plain = dict(Transformer(model.config).named_modules())
+    for name, module in model.named_modules():
+        for method in (n for n, value in vars(type(plain.get(name))).items() if callable(value) and n != "__init__"):
+            own = getattr(type(module), method, None)
+            said = f"its {method} is that of {getattr(own, '__qualname__', own)}"
+            require(
+                own is None or own.__module__.split(".")[0] in ("dsmini", "torch"),
+                f"{name or 'the model'}: {said}{LOST}",
+            )
+        for option in ("mask", "options"):
+            given, usual = getattr(module, option, None), getattr(plain.get(name), option, None)
+            require(name not in plain or given == usual, f"{name}.{option} is {brief(given)}{LOST}")
 
 
 @contextmanager

@@ -4,12 +4,18 @@ import dataclasses
 
 import torch
 
+from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.nn import DSA, MLA, Indexer, Transformer
 
 
 def add_indexers(
-    model: Transformer, *, n_heads: int = 64, head_dim: int = 128, topk: int = 2048, seed: int = 0
+    model: Transformer,
+    *,
+    n_heads: int | None = None,
+    head_dim: int | None = None,
+    topk: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Give every attention layer of a model, those of multi-token prediction too, a random indexer, in place.
 
@@ -17,7 +23,7 @@ def add_indexers(
     before; with more it picks at random until its indexers are trained.
 
     Args:
-        n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model; left out: V3.2's.
+        n_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk of the model; None: as `fresh_sizes` says.
 
     Raises: ValueError for a model whose attention is not plain MLA, and sizes that ModelConfig refuses.
     """
@@ -26,7 +32,8 @@ def add_indexers(
         old.attention == "mla" and all(type(part) is MLA for part in _attentions(model)),
         f"an indexer belongs to MLA, and this model has attention='{old.attention}'; use a model of DeepSeek-V3",
     )
-    sizes = {"index_n_heads": n_heads, "index_head_dim": head_dim, "index_topk": topk}
+    given = {"index_n_heads": n_heads, "index_head_dim": head_dim, "index_topk": topk}
+    sizes = fresh_sizes(old) | {name: size for name, size in given.items() if size is not None}
     model.config = dataclasses.replace(old, attention="dsa", **sizes)
     generator = torch.Generator().manual_seed(seed)
     dtype = model.embed.weight.dtype
@@ -37,6 +44,18 @@ def add_indexers(
         plain: object = attention
         plain.__class__ = DSA  # in place, so that no weight is copied
         attention.indexer = indexer.to(device=model.device, dtype=dtype).train(attention.training)
+
+
+def fresh_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return sizes of an indexer for a model: half as many heads as attention has, as wide as a head without its
+    rotary part, and a quarter of the context, 2,048 keys at most. For V3 these are V3.2's own.
+    """
+    width = max(config.qk_nope_head_dim, config.qk_rope_head_dim)
+    return {
+        "index_n_heads": max(1, config.n_heads // 2),
+        "index_head_dim": 1 << (width - 1).bit_length(),
+        "index_topk": max(1, min(2048, config.max_seq_len // 4)),
+    }
 
 
 def _attentions(model: Transformer) -> list[MLA]:

@@ -42,6 +42,10 @@ class Experts(nn.Module):
         """Return the sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
         return experts(x, indices, weights, counts, self.w1, self.w2, self.w3)
 
+    def extra_repr(self) -> str:
+        e, f, m = self.w1.shape
+        return f"{m}, {f}, {e} experts"
+
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return w1, w2 and w3 of expert i in that dtype."""
         return self.w1[i].to(dtype), self.w2[i].to(dtype), self.w3[i].to(dtype)

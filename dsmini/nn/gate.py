@@ -119,6 +119,11 @@ class Gate(FP32Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def extra_repr(self) -> str:
+        groups = "{n_limited_groups} of {n_expert_groups} groups".format_map(self.options)
+        (e, m), k = self.weight.shape, self.options["n_activated_experts"]
+        return f"{m}, {k} of {e} experts, {groups}, {self.options['score_func']}"
+
     def forward(self, x: Float[Tensor, "n m"]) -> Routing:
         """Choose experts for each token.
 

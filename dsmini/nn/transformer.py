@@ -42,6 +42,9 @@ class Embedding(nn.Module):
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
         return embedding(tokens, self.weight)
 
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weight.shape)
+
 
 class Output(NamedTuple):
     """The result of Transformer.run."""

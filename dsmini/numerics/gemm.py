@@ -218,9 +218,11 @@ def _check_operands(x: Tensor | QuantizedTensor, w: Tensor | QuantizedTensor, en
         if not isinstance(value, QuantizedTensor):
             check_source(value, name)
     if isinstance(x, QuantizedTensor) and x.tile != ACTIVATION_TILE:
-        raise ValueError(f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}; want 1x128, along the contraction")
+        got = f"x is quantized in tiles of {x.tile[0]}x{x.tile[1]}"
+        raise ValueError(f"{got}; want 1x128, along the contraction: quantize(x, tile=(1, 128))")
     if isinstance(w, QuantizedTensor) and (w.tile != WEIGHT_TILE or w.format != "e4m3"):
-        raise ValueError(f"w is quantized in {w.format} tiles of {w.tile[0]}x{w.tile[1]}; want e4m3 blocks of 128x128")
+        got = f"w is quantized in {w.format} tiles of {w.tile[0]}x{w.tile[1]}"
+        raise ValueError(f"{got}; want e4m3 blocks of 128x128: quantize(w, tile=(128, 128))")
     grouped = ends is not None
     if len(w.shape) != 2 + grouped or (grouped and (len(x.shape) != 2 or ends.shape != w.shape[:1])):
         raise ValueError(

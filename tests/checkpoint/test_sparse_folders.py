@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.fresh_indexer import add_indexers
+from dsmini.checkpoint.fresh_indexer import add_indexers, fresh_sizes
 from dsmini.convert import main
 from dsmini.nn import Indexer, dsa_layers
 from tests.helpers import folders
 from tests.helpers.configs import DSA, V32, refusal, released, written
+from tests.helpers.commands import ROOT
 from tests.helpers.released_configs import HF_V3
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
@@ -141,10 +142,14 @@ def test_fresh_indexers_learn_in_a_model_that_they_joined(small_model: Build) ->
     assert all(layer.stage is None and layer.fits is None for layer in dsa_layers(model))
 
 
-def test_fresh_indexers_take_the_sizes_of_v32(small_model: Build) -> None:
-    model = small_model()
-    add_indexers(model)
-    assert model.config == dataclasses.replace(small_model().config, **V32)
+def test_fresh_indexers_have_the_sizes_of_their_model() -> None:
+    """Those of V3 are V3.2's, those of a toy are small enough that its tokens have a choice."""
+    v3 = ModelConfig.from_file(ROOT / "configs" / "deepseek-v3.toml")
+    assert fresh_sizes(v3) == {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+    toy = fresh_sizes(ModelConfig())
+    assert toy == {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 64}
+    odd = ModelConfig(n_heads=1, qk_nope_head_dim=24, qk_rope_head_dim=48, max_seq_len=3)
+    dataclasses.replace(odd, attention="dsa", **fresh_sizes(odd))
 
 
 def test_fresh_indexers_are_the_same_each_time(small_model: Build) -> None:

@@ -1,0 +1,69 @@
+"""A model that computes what no config says is not written into a folder, which would be read as another model."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dsmini
+
+
+class OtherGate(dsmini.Gate):
+    def __init__(self, config: dsmini.ModelConfig) -> None:
+        super().__init__(config)
+        self.options["score_func"] = lambda logits: logits.exp()
+
+
+class OtherResidual(dsmini.Block):
+    def forward(self, x, table=None, documents=None, past=None):
+        y, routing = super().forward(x, table, documents, past)
+        return x + y, routing
+
+
+class OtherNorms(dsmini.Transformer):
+    def embedded(self, tokens):
+        return 2 * super().embedded(tokens)
+
+
+def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
+    if idea == "norms":
+        return OtherNorms(config)
+    make_block = {
+        "gate": functools.partial(dsmini.Block, moe_class=functools.partial(dsmini.MoE, gate_class=OtherGate)),
+        "mask": functools.partial(
+            dsmini.Block, attention_class=functools.partial(dsmini.MLA, mask=lambda q, k: q - k > 4)
+        ),
+        "residual": OtherResidual,
+    }
+    return dsmini.Transformer(config, make_block=make_block[idea])
+
+
+@pytest.mark.parametrize(
+    ("idea", "sentence"),
+    [
+        ("gate", r"layers\.1\.ffn\.gate\.options is \{.*score_func.*which no config says: .*state_dict"),
+        ("mask", r"layers\.0\.attn\.mask is .*lambda.*which no config says"),
+        ("residual", r"layers\.0: its forward is that of OtherResidual\.forward, which no config says"),
+        ("norms", r"the model: its embedded is that of OtherNorms\.embedded, which no config says"),
+    ],
+)
+def test_changed_idea_is_refused_by_name(tmp_path: Path, small_config, idea: str, sentence: str) -> None:
+    model = build(small_config(), idea)
+    with pytest.raises(ValueError, match=sentence):
+        dsmini.save_pretrained(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_same_computation_in_other_classes_is_written(tmp_path: Path, small_model) -> None:
+    """torch's Linear without a bias, and a subclass that changes no method, compute what the config says."""
+    model = small_model()
+    plain = model.layers[0].attn.wo
+    other = nn.Linear(plain.in_features, plain.out_features, bias=False)
+    other.weight = plain.weight
+    model.layers[0].attn.wo = other
+    model.layers[1].__class__ = type("FSDPBlock", (dsmini.Block,), {})
+    dsmini.save_pretrained(model, tmp_path / "x")
+    tokens = torch.randint(0, 61, (1, 9))
+    assert torch.equal(dsmini.load_pretrained(tmp_path / "x")(tokens), model(tokens))
