@@ -14,8 +14,8 @@ from dsmini.checkpoint.fresh_indexer import add_indexers, fresh_sizes
 from dsmini.convert import main
 from dsmini.nn import Indexer, dsa_layers
 from tests.helpers import folders
-from tests.helpers.configs import DSA, V32, refusal, released, written
 from tests.helpers.commands import ROOT
+from tests.helpers.configs import DSA, V32, refusal, released, written
 from tests.helpers.released_configs import HF_V3
 from tests.helpers.tolerances import FP32_MODEL, relative_error
 
