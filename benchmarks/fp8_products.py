@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmini import Experts, Linear, Transformer
+from dsmini import Experts, Transformer
 from dsmini.checkpoint.slots import fp8_weights
+from dsmini.nn import Projection
 from dsmini.nn.fp8 import FP8Linear
 from dsmini.numerics import (
     ACTIVATION_TILE,
@@ -151,7 +152,7 @@ def _gemms(
     number = int(block.split(".")[1])
     block = f"MTP {number + 1}" if block.startswith("mtp") else f"block {number}"
     linear = linear.strip(".").replace("shared_experts", "shared")
-    if isinstance(module, Linear):
+    if isinstance(module, Projection):
         x, dy = (t.float().flatten(0, -2) for t in (inputs[0], grad))
         yield Gemm(block=block, linear=linear, x=x, w=module.weight.detach(), dy=dy, saved_format=saved_format)
         return

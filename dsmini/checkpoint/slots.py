@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dsmini.checkpoint.tensor_names import is_stacked
-from dsmini.nn import Experts, Linear, Transformer
+from dsmini.nn import Experts, Projection, Transformer
 from dsmini.nn.fp8 import scale_names
 from dsmini.numerics import WEIGHT_TILE
 
@@ -35,19 +35,19 @@ def slots(state: Mapping[str, Tensor], n_experts: int | None = None) -> Iterator
             yield Slot(name, None, tuple(tensor.shape))
 
 
-def fp8_weights(model: Transformer) -> dict[str, tuple[Linear | Experts, str]]:
+def fp8_weights(model: Transformer) -> dict[str, tuple[Projection | Experts, str]]:
     """Find the parameters that DeepSeek stores in FP8, by name, each with its module and its name there.
 
     They are the matrices of attention and the feed-forwards, not embedding, head, norms, gates or MTP's eh_proj.
     """
-    out: dict[str, tuple[Linear | Experts, str]] = {}
+    out: dict[str, tuple[Projection | Experts, str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Linear | Experts) and path != "head" and not path.endswith("eh_proj"):
+        if isinstance(module, Projection | Experts) and path != "head" and not path.endswith("eh_proj"):
             out |= {f"{path}.{name}": (module, name) for name in scale_names(module)}
     return out
 
 
-def scale_slot(slot: Slot, module: Linear | Experts, attribute: str) -> Slot:
+def scale_slot(slot: Slot, module: Projection | Experts, attribute: str) -> Slot:
     """Return the slot of the scales that belong to a weight."""
     stem = slot.name.removesuffix(attribute)
     shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))

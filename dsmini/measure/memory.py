@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dsmini.machine import peak_memory
-from dsmini.nn import Experts, FeedForward, Linear, Transformer
+from dsmini.nn import Experts, FeedForward, Projection, Transformer
 
 
 def storage_bytes(model: nn.Module) -> int:
@@ -71,7 +71,7 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
     multiplying = {
         module
         for name, module in model.named_modules()
-        if isinstance(module, Linear | FeedForward | Experts) and not name.endswith(("head", "eh_proj"))
+        if isinstance(module, Projection | FeedForward | Experts) and not name.endswith(("head", "eh_proj"))
     }
 
     def enter(module: nn.Module, *_: Any) -> None:
@@ -80,7 +80,7 @@ def saved_for_backward(model: Transformer, tokens: Tensor) -> SavedBytes:
     def leave(module: nn.Module, *_: Any) -> None:
         depth[0] -= module in multiplying
 
-    # hooks of all modules: a Linear with a hook of its own would be computed, and saved, in another way
+    # hooks of all modules: a Projection with a hook of its own would be computed, and saved, in another way
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.losses(tokens[:, :-1], tokens[:, 1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.decoding import Decoder
-from dsmini.nn import Experts, Linear, Routing, Transformer
+from dsmini.nn import Experts, Projection, Routing, Transformer
 from dsmini.nn.cache import Cache, CacheDtype
 from dsmini.nn.fp8 import hold_fp8, scale_names
 from dsmini.numerics import WEIGHT_TILE, quantize
@@ -86,7 +86,9 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
 
 def hold_codes(model: Transformer) -> Transformer:
     """Let all matrices inside the blocks be E4M3 codes with scales, as a checkpoint in FP8 has them."""
-    for module in [m for part in (model.layers, model.mtp) for m in part.modules() if isinstance(m, Linear | Experts)]:
+    for module in [
+        m for part in (model.layers, model.mtp) for m in part.modules() if isinstance(m, Projection | Experts)
+    ]:
         for name in scale_names(module):
             coded = quantize(getattr(module, name).detach(), WEIGHT_TILE)
             hold_fp8(module, name, coded.codes, coded.scales)

@@ -17,7 +17,7 @@ from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, route
 from dsmini.nn.indexer import Indexer
-from dsmini.nn.linear import Linear
+from dsmini.nn.linear import Linear, Projection
 from dsmini.nn.losses import Losses
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
@@ -46,6 +46,7 @@ __all__ = [
     "Losses",
     "MoE",
     "Output",
+    "Projection",
     "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",

@@ -21,7 +21,7 @@ from dsmini.config import ModelConfig
 from dsmini.functional.experts import expert_of, fp8_experts, quantized_experts
 from dsmini.functional.linear import linear, quantized_linear
 from dsmini.nn.experts import Experts
-from dsmini.nn.linear import Linear
+from dsmini.nn.linear import Linear, Projection
 from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
 
 LINEAR_SCALES = MappingProxyType({"weight": "scale"})
@@ -31,7 +31,7 @@ REFUSAL = "FP8 weights are codes that no gradient can move; load the model with 
 
 def make_linear(
     c: ModelConfig, in_features: int, out_features: int, init_std: float | None = None, **fp8_options: Any
-) -> Linear:
+) -> Projection:
     """Make the Linear of attention and feed-forwards that config.precision asks for.
 
     Args:
@@ -44,7 +44,7 @@ def make_linear(
     return Linear(in_features, out_features, init_std=std)
 
 
-def output_linear(c: ModelConfig, width: int) -> Linear:
+def output_linear(c: ModelConfig, width: int) -> Projection:
     """Make the Linear after attention.
 
     FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
@@ -61,12 +61,12 @@ def make_experts(c: ModelConfig) -> Experts:
 
 def scale_names(module: nn.Module) -> Mapping[str, str]:
     """Return, for each parameter of a layer that may be held in FP8, the name of the buffer of its scales."""
-    if isinstance(module, Linear):
+    if isinstance(module, Projection):
         return LINEAR_SCALES
     return EXPERTS_SCALES if isinstance(module, Experts) else {}
 
 
-def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor) -> None:
+def hold_fp8(module: Projection | Experts, name: str, codes: Tensor, scales: Tensor) -> None:
     """Let the parameter `name` of a layer be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
 
     A plain layer becomes a quantized one in place, so that references to the module stay valid.
@@ -74,7 +74,7 @@ def hold_fp8(module: Linear | Experts, name: str, codes: Tensor, scales: Tensor)
     Raises: ValueError for a subclass of Linear or Experts, whose own forward would be lost.
     """
     if not isinstance(module, FP8Weights):
-        base = QuantizedLinear if isinstance(module, Linear) else QuantizedExperts
+        base = QuantizedLinear if isinstance(module, Projection) else QuantizedExperts
         if type(module) not in (Linear, Experts):
             raise ValueError(
                 f"a {type(module).__name__} has a forward of its own; to hold FP8 codes, derive it from {base.__name__}"
@@ -141,7 +141,7 @@ class FP8Weights(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class QuantizedLinear(FP8Weights, Linear):
+class QuantizedLinear(FP8Weights, Projection):
     """A Linear that holds its weight as FP8 codes, and dequantizes it to x's dtype when it is used."""
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
@@ -154,7 +154,7 @@ class QuantizedLinear(FP8Weights, Linear):
         return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
-class FP8Linear(FP8Weights, Linear):
+class FP8Linear(FP8Weights, Projection):
     """A Linear whose products are simulated FP8, forward and backward. x may be quantized already.
 
     Args:

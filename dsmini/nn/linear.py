@@ -1,6 +1,8 @@
 """y = x W^T, in the compute dtype. nn/fp8.py has the same in simulated FP8, and with a weight held in FP8.
 
-Any Linear of a model may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass
+Linear is torch's nn.Linear, so that tools find it. Layers in FP8 are not: a tool would take codes for numbers.
+
+Any of them may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass
 with a forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_direct` before.
 """
 
@@ -17,8 +19,8 @@ from dsmini.nn.fp32 import FP32Module
 from dsmini.nn.initialization import draw_normal
 
 
-class Linear(nn.Module):
-    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in."""
+class Projection(nn.Module):
+    """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes."""
 
     direct = True
     """True if `swiglu`, `dense` and the weight may stand in for forward: the same class says what they all do."""
@@ -31,25 +33,16 @@ class Linear(nn.Module):
             cls.direct = cls.reads_codes = False
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", None)
         self.init_std = init_std
         self.reset_parameters()
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
         draw_normal(self.weight, self.init_std, generator)
-
-    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return linear(x, self.weight)
 
     def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """Return forward(silu(gate) * up)."""
@@ -61,6 +54,13 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+class Linear(Projection, nn.Linear):
+    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in."""
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return linear(x, self.weight)
 
 
 class FP32Linear(FP32Module):
@@ -81,15 +81,15 @@ class FP32Linear(FP32Module):
             return linear(at_least_fp32(x), self.weight)
 
 
-def is_direct(module: nn.Module) -> TypeGuard[Linear]:
-    """Return True for a Linear that does nothing but multiply by its own weight.
+def is_direct(module: nn.Module) -> TypeGuard[Projection]:
+    """Return True for a Projection that does nothing but multiply by its own weight.
 
     Return False for a module of another class, a subclass with a forward of its own, hooks (as of FSDP on this module
     alone), and a weight that is computed (torch.nn.utils.parametrize).
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     replaced = any(hooks) or "forward" in module.__dict__
-    return isinstance(module, Linear) and module.direct and not replaced and "weight" in module._parameters
+    return isinstance(module, Projection) and module.direct and not replaced and "weight" in module._parameters
 
 
 def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:

@@ -19,7 +19,7 @@ from dsmini.nn.dsa import collected_fits
 from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.initialization import draw_normal
-from dsmini.nn.linear import FP32Linear, Linear, is_direct
+from dsmini.nn.linear import FP32Linear, Linear, Projection, is_direct
 from dsmini.nn.losses import Losses
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.norm import LayerNorm, RMSNorm
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         A module that is not dsmini's, such as nn.Linear, draws from torch's own generator.
         """
         for module in self.modules():
-            if isinstance(module, Embedding | Linear | FP32Linear | Experts | Gate | RMSNorm | LayerNorm):
+            if isinstance(module, Embedding | Projection | FP32Linear | Experts | Gate | RMSNorm | LayerNorm):
                 module.reset_parameters(generator)
             elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -13,6 +13,7 @@ from dsmini import Experts, Linear, Transformer, load_pretrained, save_pretraine
 from dsmini.checkpoint.initial_weights import find_initial_weights
 from dsmini.checkpoint.run_folder import is_model_folder
 from dsmini.functional import experts as functional_experts
+from dsmini.nn import Projection
 from dsmini.numerics import quantize_tiles
 from tests.helpers import folders
 from tests.helpers.configs import refusal
@@ -158,7 +159,7 @@ def test_dense_weights_and_experts_of_kept_fp8(fp8_folder: tuple[Path, dict[str,
     folder, meant = fp8_folder
     kept = load_pretrained(folder, fp8="keep")
     linear, experts = kept.layers[1].get_submodule("attn.wkv_b"), kept.layers[1].get_submodule("ffn.experts")
-    assert isinstance(linear, Linear)
+    assert isinstance(linear, Projection)
     assert isinstance(experts, Experts)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(linear.dense(dtype), meant["model.layers.1.self_attn.kv_b_proj.weight"].to(dtype))

@@ -12,7 +12,7 @@ from dsmini import Transformer, ops
 from dsmini.functional import experts as functional_experts
 from dsmini.functional.experts import fp8_experts
 from dsmini.measure.counting import count
-from dsmini.nn import Experts, Linear
+from dsmini.nn import Experts, Projection
 from dsmini.nn.fp8 import hold_fp8, scale_names
 from dsmini.numerics import WEIGHT_TILE, fp8_products, quantize
 from tests.helpers.backends import declared, routed
@@ -74,7 +74,7 @@ def test_reference_backend_trains_by_equations(
 def held(model: Transformer) -> Transformer:
     """Let attention and feed-forwards hold FP8 codes."""
     modules: list[Any] = [
-        m for name, m in model.named_modules() if isinstance(m, Linear | Experts) and ".eh" not in name
+        m for name, m in model.named_modules() if isinstance(m, Projection | Experts) and ".eh" not in name
     ]
     for module in modules:
         for name in scale_names(module) if module is not model.head else ():

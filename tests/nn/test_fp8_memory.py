@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsmini import Transformer, ops
 from dsmini.measure import memory
-from dsmini.nn import MLA, Attention, Experts, FeedForward, Linear, MoE
+from dsmini.nn import MLA, Attention, Experts, FeedForward, MoE, Projection
 from dsmini.numerics import quantization
 from tests.conftest import randomise
 from tests.helpers.configs import FP8_SIZES as SIZES
@@ -34,7 +34,7 @@ def codes_of(module: nn.Module, x: Tensor) -> tuple[list[int], list[tuple[int, .
 
 def weights(module: nn.Module) -> list[int]:
     """Bytes of the codes of every rounded matrix."""
-    rounded = (m for m in module.modules() if isinstance(m, Linear | Experts))
+    rounded = (m for m in module.modules() if isinstance(m, Projection | Experts))
     return [p.numel() for m in rounded for p in m.parameters(recurse=False)]
 
 

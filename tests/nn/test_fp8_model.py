@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsmini import Transformer, ops
 from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
-from dsmini.nn import Experts, Linear, MoE
+from dsmini.nn import Experts, Linear, MoE, Projection
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import (
     AMAX_MIN,
@@ -44,7 +44,7 @@ def test_only_attention_and_feed_forwards_are_rounded(small_model: Build) -> Non
         plain = {name for name, m in model.named_modules() if type(m) is Linear}
         inside = {".attn.", ".ffn."}
         assert plain == {"head", "mtp.0.eh_proj", "mtp.1.eh_proj"}
-        linears = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - plain
+        linears = {name for name, m in model.named_modules() if isinstance(m, Projection | Experts)} - plain
         assert rounded == linears
         assert all(any(part in f".{name}." for part in inside) for name in rounded)
         after_attention = {name for name, m in model.named_modules() if getattr(m, "saved_format", "") == "e5m6"}
@@ -73,7 +73,7 @@ def test_dense_model_equals_rounded_weights_and_inputs(small_config: Any, attent
         return (round_tiles(inputs[0].detach(), (1, 128), "ue8m0", "e4m3", 1e-4, torch.float32),)
 
     for name, module in native.named_modules():
-        if isinstance(module, Linear) and not name.endswith(("head", "eh_proj")):
+        if isinstance(module, Projection) and not name.endswith(("head", "eh_proj")):
             with torch.no_grad():
                 module.weight.copy_(round_tiles(module.weight, WEIGHT_TILE, "ue8m0", "e4m3", 1e-4, torch.float32))
             module.register_forward_pre_hook(round_input)

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini.diagnosis.subject import Subject
-from dsmini.nn import Experts, Linear, Transformer
+from dsmini.nn import Experts, Projection, Transformer
 from dsmini.numerics import fp8_matmul
 
 UNITS = {"fp8": 2.0**-4, "bfloat16": 2.0**-8}
@@ -191,7 +191,7 @@ def collected(subject: Subject) -> list[Product]:
         def collect(dy: Tensor) -> None:
             if isinstance(module, Experts):
                 found.extend(_of_experts(name, module, dy, *args))
-            elif isinstance(module, Linear):
+            elif isinstance(module, Projection):
                 x, dy = _some(args[0].flatten(0, -2)), _some(dy.flatten(0, -2))
                 found.append(Product(name=name, x=x, w=module.weight, dy=dy))
 
@@ -200,7 +200,7 @@ def collected(subject: Subject) -> list[Product]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, Linear | Experts):
+            if isinstance(module, Projection | Experts):
                 hook = module.register_forward_hook(lambda m, args, out, name=name: watch(name, m, args, out))
                 stack.callback(hook.remove)
         model.losses(tokens, targets).total.backward()
