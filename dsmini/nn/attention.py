@@ -13,7 +13,7 @@ from dsmini.functional.linear import quantize_once
 from dsmini.functional.rope import Table, apply_rope
 from dsmini.nn.cache import Past
 from dsmini.nn.fp8 import make_linear, output_linear
-from dsmini.nn.mla import attend
+from dsmini.nn.mla import attend, check_sequences
 from dsmini.nn.norm import RMSNorm
 from dsmini.nn.rope import Rope
 
@@ -59,6 +59,7 @@ class Attention(nn.Module):
             documents: number of each position's document. A position sees its own document only.
             past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
         """
+        check_sequences(x)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         x = quantize_once(x, self.wq, self.wk, self.wv)

@@ -39,7 +39,7 @@ from dsmini.functional.sparse_attention import gathers_fast, pick_keys, picked_a
 from dsmini.nn.cache import Past
 from dsmini.nn.indexer import Indexer
 from dsmini.nn.linear import is_direct
-from dsmini.nn.mla import MLA, attend
+from dsmini.nn.mla import MLA, attend, check_sequences
 
 
 class DSA(MLA):
@@ -73,6 +73,7 @@ class DSA(MLA):
         Args:
             table, documents, past: as in MLA. The indexer's keys are cached in any case.
         """
+        check_sequences(x)
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         longest = x.shape[1] if past is None else int(past.window.lengths.max())
         stage = self.stage if self.training and past is None else None

@@ -43,6 +43,13 @@ from dsmini.nn.rope import Rope
 from dsmini.numerics import QuantizedTensor
 
 
+def check_sequences(x: Tensor) -> None:
+    """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
+    if x.dim() != 3:
+        fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
+        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
+
+
 def attend(
     q: Float[Tensor, "b h s d"],
     k: Float[Tensor, "b g t d"],
@@ -121,6 +128,7 @@ class MLA(nn.Module):
             documents: number of each position's document. A position sees its own document only.
             past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
         """
+        check_sequences(x)
         table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         if past is not None and self.form_for(x.shape[1], past) == "absorbed":
             return self.decode(x, table, past)

@@ -6,6 +6,8 @@ import torch
 
 from dsmini import Transformer, ops
 from dsmini.nn import dsa
+from dsmini.nn.mla import check_sequences
+from dsmini.numerics import fp8_matmul, quantize
 from tests.helpers.tolerances import relative_error
 from tests.nn.test_dsa import dense_twin, model_of, tokens_of
 
@@ -55,3 +57,23 @@ def test_mtp_sees_no_other_document(small_model: Model) -> None:
     one, two = (model.mtp(t, h, model.embedded, documents)[0] for t, h in zip((tokens, changed), hidden, strict=True))
     for a, b in zip(one, two, strict=True):
         assert relative_error(a[:, 7:], b[:, 7:]) < 1e-5 < relative_error(a[:, 6:7], b[:, 6:7])
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 5, 24)])
+def test_attention_wants_sequences(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"attention got .*; want \[b, s, m\], sequences of hidden states"):
+        check_sequences(torch.zeros(shape))
+
+
+def test_layers_show_their_sizes(small_model: Model) -> None:
+    model = small_model()
+    assert "Gate(24, 3 of 8 experts, 2 of 4 groups, sigmoid)" in repr(model)
+    assert "Experts(24, 12, 8 experts)" in repr(model) and "Embedding(61, 24)" in repr(model)
+
+
+def test_operands_of_fp8_products_say_which_tiles_they_want() -> None:
+    x = quantize(torch.randn(4, 256))
+    with pytest.raises(ValueError, match=r"w is quantized .* quantize\(w, tile=\(128, 128\)\)"):
+        fp8_matmul(x, x)
+    with pytest.raises(ValueError, match=r"x is quantized .* quantize\(x, tile=\(1, 128\)\)"):
+        fp8_matmul(quantize(torch.randn(4, 256), tile=(128, 128)), x)
