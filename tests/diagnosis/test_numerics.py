@@ -107,7 +107,7 @@ def test_every_product_of_a_step_is_looked_at(subject: Subject) -> None:
     """Check the names: all linear layers, three matrices of each visited expert, and the head."""
     found = product_errors(subject, 60.0)
     names = {each.name for each in found.errors}
-    linears = {name for name, m in subject.trainer.model.named_modules() if isinstance(m, products.Linear)}
+    linears = {name for name, m in subject.trainer.model.named_modules() if isinstance(m, products.Projection)}
     assert linears <= names and found.left_out == 0 and not found.wrong
     assert {name.split(".w")[0] for name in names - linears} == {"layers.1.ffn.experts", "mtp.0.block.ffn.experts"}
     assert {each.group for each in found.errors} == {group for _, group in products.GROUPS}
