@@ -20,7 +20,10 @@ from dsmini.nn.initialization import draw_normal
 
 
 class Projection(nn.Module):
-    """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes."""
+    """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes.
+
+    A subclass has `forward` and `dense`.
+    """
 
     direct = True
     """True if `swiglu`, `dense` and the weight may stand in for forward: the same class says what they all do."""
@@ -50,7 +53,7 @@ class Projection(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """Return the whole weight in that dtype, as the products see it."""
-        return self.weight.to(dtype)
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -61,6 +64,9 @@ class Linear(Projection, nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return linear(x, self.weight)
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        return self.weight.to(dtype)
 
 
 class FP32Linear(FP32Module):

@@ -10,6 +10,7 @@ import dsmini
 from dsmini import Transformer
 from dsmini.nn import FP8Linear, QuantizedLinear
 from dsmini.nn.fp8 import hold_fp8
+from dsmini.nn.linear import is_direct
 from dsmini.numerics import WEIGHT_TILE, quantize
 from tests.helpers.tolerances import relative_error
 
@@ -20,6 +21,7 @@ def test_linear_is_torchs_and_layers_in_fp8_are_not() -> None:
     linear = dsmini.Linear(5, 3)
     assert isinstance(linear, nn.Linear) and linear.bias is None and [*linear.state_dict()] == ["weight"]
     assert not isinstance(FP8Linear(5, 3), nn.Linear) and not isinstance(QuantizedLinear(5, 3), nn.Linear)
+    assert all(map(is_direct, (linear, FP8Linear(5, 3), QuantizedLinear(5, 3))))
     codes = quantize(linear.weight.detach(), WEIGHT_TILE, scale="fp32")
     hold_fp8(linear, "weight", codes.codes, codes.scales)
     assert not isinstance(linear, nn.Linear) and (linear.in_features, linear.out_features) == (5, 3)
