@@ -53,7 +53,7 @@ def test_pages_that_make_a_tokenizer_name_the_extra() -> None:
 
 
 def test_every_command_of_a_page_has_known_flags_and_files() -> None:
-    """Those in text, of several processes, and with lines that continue too; the log tells of older ones."""
+    """Commands in text, of several processes, and with lines that continue count too; the log tells of older ones."""
     named: list[tuple[str, str]] = []
     for page in PAGES:
         if "log" not in page.parts:

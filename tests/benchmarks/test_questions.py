@@ -52,7 +52,7 @@ LONG = dataclasses.replace(TINY, max_seq_len=32768)
 
 
 class Want(NamedTuple):
-    """What the figures of a question must be."""
+    """Expected figures of a question."""
 
     predicted: str
     """Metrics with a prediction in every figure."""

@@ -143,7 +143,7 @@ def test_fresh_indexers_learn_in_a_model_that_they_joined(small_model: Build) ->
 
 
 def test_fresh_indexers_have_the_sizes_of_their_model() -> None:
-    """Those of V3 are V3.2's, those of a toy are small enough that its tokens have a choice."""
+    """V3 gets V3.2's sizes, a toy sizes so small enough that its tokens have a choice."""
     v3 = ModelConfig.from_file(ROOT / "configs" / "deepseek-v3.toml")
     assert fresh_sizes(v3) == {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
     toy = fresh_sizes(ModelConfig())

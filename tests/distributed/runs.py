@@ -53,7 +53,7 @@ KILLED = -signal.SIGKILL
 
 
 class Trained(NamedTuple):
-    """What some steps leave on a rank."""
+    """The state of a rank after some steps."""
 
     steps: list[StepResult]
     pieces: dict[str, tuple[HeldRows, Tensor]]

@@ -1,4 +1,4 @@
-"""What the ranks agree on: an error of one is raised by all, whatever its type."""
+"""Agreement of the ranks: an error of one is raised by all, whatever its type."""
 
 import errno
 import os
@@ -97,7 +97,7 @@ def late_sum() -> int:
 def test_attempts_on_the_same_store_do_not_meet_addresses_of_dead_ranks() -> None:
     """Let rank 1 come late: without a prefix for each attempt, rank 0 would find the address of the dead one.
 
-    Of two ranks the one with the lower port waits for the other, so the address matters in half of the attempts.
+    The one of two ranks with the lower port waits for the other, so the address matters in half of the attempts.
     """
     store = new_store()
     for attempt in range(6):

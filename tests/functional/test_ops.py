@@ -1,4 +1,4 @@
-"""Which backend serves a call: what is forced, by whom, and what is said about it."""
+"""The backend that serves a call, forced or not, and the words about it."""
 
 import re
 from collections.abc import Callable

@@ -107,7 +107,7 @@ TENTHS, FALLING = one(0.4, 0.3, 0.2, 0.1).log(), one(0.5, 0.3, 0.15, 0.05).log()
     ],
 )
 def test_filter_keeps(options: dict[str, Any], logits: Tensor, want: Sequence[int]) -> None:
-    """What is kept has the same odds as before."""
+    """Tokens that are kept have the same odds as before."""
     got = Sampling(**({"temperature": 1.0} | options)).probabilities(logits)[0]
     assert got.nonzero().flatten().tolist() == list(want)
     assert torch.allclose(got[list(want)], logits[0, list(want)].softmax(0), rtol=1e-4)

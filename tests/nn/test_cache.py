@@ -346,3 +346,13 @@ def test_mtp_cache_that_lags_or_goes_back_raises(small_model: Model) -> None:
     assert "has taken in [8] tokens of [16]; use mtp=True in every call" in refusal(model.run, tokens, cache, True)
     cache.truncate(0)
     model.run(tokens, cache, mtp=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", None])
+def test_odd_latent_decodes_one_token(small_model: Model, backend: str | None) -> None:
+    model = small_model(kv_lora_rank=31).eval()
+    tokens = tokens_of(1, 6)
+    with ops.use(backend):
+        want, cache = model(tokens)[:, -1], model.new_cache(1)
+        model(tokens[:, :5], cache)
+        torch.testing.assert_close(model(tokens[:, 5:], cache)[:, 0], want, rtol=1e-4, atol=1e-5)

@@ -193,3 +193,12 @@ def test_rows_in_a_cache_answer_as_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_known_bugs_of_others_are_seen(monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     assert cached_and_alone(model_of(), tokens_of(3, 20), monkeypatch, MUTANTS[mutant]) > 1e-2
+
+
+def test_prompt_up_to_k_keys_takes_the_form_of_mla() -> None:
+    model, tokens = model_of(index_topk=24), tokens_of(2, 24)
+    dense = dense_twin(model)
+    caches = [each.new_cache(2) for each in (model, dense)]
+    for part in tokens.split((20, 3, 1), 1):
+        sparse, want = (each(part, cache) for each, cache in zip((model, dense), caches, strict=True))
+        assert torch.equal(sparse, want)

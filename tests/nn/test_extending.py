@@ -214,3 +214,9 @@ def test_gate_asks_for_a_row_a_token(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("change", [ScaledResidual, AttentionWithoutPositions, SoftplusGate, sliding])
 def test_each_change_takes_under_25_lines(change: Any) -> None:
     assert len(inspect.getsource(change).splitlines()) < 25
+
+
+def test_layers_show_their_sizes() -> None:
+    model = Transformer(**SMALL)
+    assert "Gate(24, 3 of 8 experts, 2 of 4 groups, sigmoid)" in repr(model)
+    assert "Experts(24, 12, 8 experts)" in repr(model) and "Embedding(61, 24)" in repr(model)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dsmini import MLA, ModelConfig
 from dsmini.functional.causal_attention import causal_attention_eager
 from dsmini.nn import Rope, apply_rope
+from dsmini.nn.mla import check_sequences
 from tests import reference_model as reference
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
 
@@ -138,3 +139,9 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
     want = layer(x, layer.rope.table(positions))
     for moved in (positions + 20, torch.stack((positions, positions + 7))):
         assert relative_error(layer(x, layer.rope.table(moved)), want) <= 8 * ROPE_TABLE
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 5, 24)])
+def test_attention_wants_sequences(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"attention got .*; want \[b, s, m\], sequences of hidden states"):
+        check_sequences(torch.zeros(shape))

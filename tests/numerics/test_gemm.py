@@ -174,3 +174,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     assert "x is a list" in refusal(fp8_matmul, [1.0], w)
     assert "bits=1" in refusal(Accumulator, bits=1)
     assert "promote_every=100" in refusal(Accumulator, promote_every=100)
+
+
+def test_operands_of_fp8_products_say_which_tiles_they_want() -> None:
+    x = quantize(torch.randn(4, 256))
+    with pytest.raises(ValueError, match=r"w is quantized .* quantize\(w, tile=\(128, 128\)\)"):
+        fp8_matmul(x, x)
+    with pytest.raises(ValueError, match=r"x is quantized .* quantize\(x, tile=\(1, 128\)\)"):
+        fp8_matmul(quantize(torch.randn(4, 256), tile=(128, 128)), x)

@@ -50,7 +50,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4 decode_redundant=80": {"decode": (4, 48, 80)},
     "deepseek-v3 decode_redundant=64": {"decode": (1, 16, 64)},
 }
-"""What is asked for, and what is chosen: fields of the layout; tensor, GPUs and redundant experts of a deployment."""
+"""The request and the choice: fields of the layout; tensor, GPUs and redundant experts of a deployment."""
 
 
 def chosen(words: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_experts_get_what_the_dtype_of_weights_sends() -> None:
 
 
 def test_half_of_the_fewest_gpus_hold_nothing() -> None:
-    """Of training by all choices, of serving by the memory of a GPU."""
+    """Advice for training names all choices, for serving the memory of a GPU."""
     for words in ("deepseek-v2-lite gpus=2", "deepseek-v3 gpus=112 pipeline=7 precision=fp8 moments=bfloat16"):
         gpus = setup_of(words).layout.layout.gpus
         said = setup_of(words).layout.misfit

@@ -213,7 +213,7 @@ def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [V3, "toy @invented"])
 def test_few_titles_wrap_in_80_columns(words: str) -> None:
-    """Of the tables of figures at most one line in ten is the rest of a title."""
+    """At most one line in ten of the tables of figures is the rest of a title."""
     found = plan_of(words)
     lines = [line.rstrip() for line in on_terminal(planned(words), 80).splitlines()]
     rows = [i for i, line in enumerate(lines) if line.endswith(tuple(f"  {key}" for key in found.all))]

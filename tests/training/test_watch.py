@@ -21,7 +21,7 @@ from tests.helpers.runs import RICH, TIMING, Clock, calls, kill, new_run, resume
 
 CPU = torch.device("cpu")
 SECONDS = 0.25
-"""Of a step without waiting: 20 of them take 5 s, longer than a change must hold."""
+"""Seconds of a step without waiting: 20 of them take 5 s, longer than a change must hold."""
 
 
 class Machine:
