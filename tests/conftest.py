@@ -34,6 +34,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).parent
 QUICK = {"nn", "functional", "numerics", "properties", "gradients", "oracle", "test_end_to_end.py"}
 """Folders and files of `pytest -m quick`; their slow tests are left out."""
+READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
+"""Folders and files that have tests of a tier: to read all others takes longer than to run these."""
 PEAK_BYTES = 2 * 1024**3
 CPU = torch.device("cpu")
 M = TypeVar("M", bound=nn.Module)
@@ -41,7 +43,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return one process per CPU where a folder is run, none for single files: a process starts in three seconds."""
-    if any(Path(argument.split("::")[0]).is_dir() for argument in config.args):
+    if config.option.markexpr != "gpu" and any(Path(argument.split("::")[0]).is_dir() for argument in config.args):
         return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
     config.option.dist = "no"
     return 0
@@ -53,15 +55,18 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in set(re.findall(r"\w+", expression)) - known - {"and", "or", "not", "True", "False"}:
         raise pytest.UsageError(f"-m {expression!r}: no marker {name!r}; use quick, slow, gpu, or '' for all")
 
+    if expression == "gpu":
+        config.option.reportchars += "s"  # says why there is none
+
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"tests with -m {config.option.markexpr!r}; -m quick, -m slow, -m gpu and -m '' choose others"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what has no quick tests: to read those files takes longer than to run the quick ones."""
-    is_below = collection_path.parent == HERE and collection_path != HERE / "conftest.py"
-    return True if is_below and config.option.markexpr == "quick" and collection_path.name not in QUICK else None
+    """Leave out what has no tests of the tier that is asked for."""
+    read = READ.get(config.option.markexpr)
+    return True if read and collection_path.parent == HERE and collection_path.name not in read else None
 
 
 @pytest.hookimpl(tryfirst=True)
