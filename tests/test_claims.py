@@ -12,7 +12,7 @@ CASES = {
     "tests/oracle -rP": 93,
     'tests/accounting -k "printed or mha_twin"': 9,
     "tests/training -k resume": 196,
-    "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 57,
+    "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 56,
     "tests/planner/test_published.py": 130,
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
     "tests/gradients": 41,

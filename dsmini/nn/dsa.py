@@ -54,7 +54,7 @@ class DSA(MLA):
     stage: Literal["warmup", "sparse"] | None = None
     """Stage in which the indexer learns, in training mode; None: it does not."""
     fits: list[IndexerFit] | None = None
-    """Takes the indexer's loss of each forward in a stage; None: it is not computed."""
+    """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
@@ -92,8 +92,10 @@ class DSA(MLA):
             return self.wo(self._to_rows(q, new, picks, past))
         c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
         k, v = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
-        if stage is not None and self.fits is not None:
-            self.fits.append(self.fit(x, latent, table, documents, q, k, picks, stage))
+        if stage is not None:  # also where nobody takes it: recomputation in backward must do as the forward did
+            fit = self.fit(x, latent, table, documents, q, k, picks, stage)
+            if self.fits is not None:
+                self.fits.append(fit)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if stage == "warmup":
             y = attend(q, k, v, self.scale, past=None, documents=documents, mask=self.mask)

@@ -12,7 +12,7 @@ from dsmini import ModelConfig, Transformer
 from dsmini.functional import indexer_loss, sparse_attention
 from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit, kl_of_scores
 from dsmini.functional.sparse_attention import pick_keys
-from dsmini.nn import DSA, dsa, dsa_layers
+from dsmini.nn import DSA, dsa_layers
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
@@ -252,14 +252,3 @@ def test_indexers_learn_in_low_precision(stage: Any, changes: dict[str, Any]) ->
         index = [p.grad for name, p in one.named_parameters() if ".indexer." in name]
         assert all(grad is not None and grad.isfinite().all() and grad.abs().sum() > 0 for grad in index)
     assert found[0].dtype == torch.float32 and relative_error(*found) < 0.2
-
-
-def test_loss_of_indexers_is_computed_only_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = model_of("sparse"), torch.randint(0, 61, (2, 20))
-    taken: list[Any] = []
-    real = dsa.indexer_fit
-    monkeypatch.setattr(dsa, "indexer_fit", lambda *args: taken.append(1) or real(*args))
-    model(tokens)
-    assert not taken
-    model.losses(tokens[:, :-1], tokens[:, 1:])
-    assert len(taken) == len(dsa_layers(model))
