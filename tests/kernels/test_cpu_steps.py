@@ -305,7 +305,8 @@ def test_a_bad_number_stays_visible(isa: str, name: str, column: int, bad: float
             past.store.data[0, 5] = bad
             assert attend(x, part, past, table, starts).isnan().all()
         else:
-            past.store.data[0, 5, column] = bad
+            # a query may turn an infinite key to a logit of -inf, which has no weight
+            past.store.data[0, 5, column] = bad if column < 0 else math.nan
             assert not attend(x, part, past, table, starts).isfinite().any()
 
 
