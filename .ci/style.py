@@ -1,7 +1,6 @@
 """Check what ruff and pyright do not: who imports whom, and plain English. Print the size of every package.
 
-Run `python .ci/style.py` in a checkout. It exits with status 1 after naming every place that breaks a rule.
-"""
+`python .ci/style.py` exits with status 1 after naming every place that breaks a rule."""
 
 import ast
 import io
