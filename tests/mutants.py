@@ -92,7 +92,8 @@ def known_tests() -> dict[str, dict[str, list[str]]]:
         from coverage import CoverageData
 
         WORK.mkdir(exist_ok=True)
-        print(run_pytest(ROOT, "--cov=dsmini", "--cov=dsmini_kernels", "--cov-context=test", "--cov-report="))
+        print("running all tests once, with coverage by test", flush=True)
+        run_pytest(ROOT, "--cov=dsmini", "--cov=dsmini_kernels", "--cov-context=test", "--cov-report=")
         data = CoverageData(str(ROOT / ".coverage"))
         data.read()
         found = {str(Path(file).relative_to(ROOT)): data.contexts_by_lineno(file) for file in data.measured_files()}
