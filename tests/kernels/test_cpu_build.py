@@ -219,8 +219,9 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     killed.kill()
     killed.communicate()
     (left,) = folders()
-    others = [in_process(BUILD) for _ in range(3)]
-    wait_for(lambda: len(folders()) > 1)
+    ready = [tmp_path / f"ready {i}" for i in range(3)]  # all have loaded torch, and want the library
+    others = [in_process(BUILD.replace("; ", f"; open({str(path)!r}, 'w'); ", 1)) for path in ready]
+    wait_for(lambda: len(folders()) > 1 and all(path.exists() for path in ready))
     assert not list(cache.glob("*.so"))
     go.touch()
     (path,) = {Path(output(process).strip()) for process in others}
