@@ -87,7 +87,7 @@ def save_pretrained(
     Warns: if a tensor holds infinities or NaN; the first one is named.
 
     Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
-        model, or if values to quantize are not finite.
+        model, if a layer computes what no config says, or if values to quantize are not finite.
     """
     path = Path(path)
     limit = parse_size(shard_size)
@@ -161,16 +161,16 @@ def refuse_changed_ideas(model: Transformer) -> None:
     with torch.device("meta"):
         plain = dict(Transformer(model.config).named_modules())
     for name, module in model.named_modules():
-        for method in (n for n, value in vars(type(plain.get(name))).items() if callable(value) and n != "__init__"):
-            own = getattr(type(module), method, None)
+        if (usual := plain.get(name)) is None:
+            continue
+        for method in (n for n, value in vars(type(usual)).items() if callable(value) and n != "__init__"):
+            own = getattr(module, method, None)  # None: torch's Linear has fewer methods than dsmini's
+            home = (getattr(own, "__module__", None) or "").split(".")[0]
             said = f"its {method} is that of {getattr(own, '__qualname__', own)}"
-            require(
-                own is None or own.__module__.split(".")[0] in ("dsmini", "torch"),
-                f"{name or 'the model'}: {said}{LOST}",
-            )
+            require(own is None or home in ("dsmini", "torch"), f"{name or 'the model'}: {said}{LOST}")
         for option in ("mask", "options"):
-            given, usual = getattr(module, option, None), getattr(plain.get(name), option, None)
-            require(name not in plain or given == usual, f"{name}.{option} is {brief(given)}{LOST}")
+            given = getattr(module, option, None)
+            require(given == getattr(usual, option, None), f"{name}.{option} is {brief(given)}{LOST}")
 
 
 @contextmanager

@@ -47,8 +47,10 @@ def add_indexers(
 
 
 def fresh_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return sizes of an indexer for a model: half as many heads as attention has, as wide as a head without its
-    rotary part, and a quarter of the context, 2,048 keys at most. For V3 these are V3.2's own.
+    """Return the sizes of an indexer for a model. For V3 they are V3.2's own.
+
+    It has half of attention's heads, each as wide as one without its rotary part or the next power of two, and picks a
+    quarter of the context, 2,048 keys at most.
     """
     width = max(config.qk_nope_head_dim, config.qk_rope_head_dim)
     return {
