@@ -25,7 +25,9 @@ RELEASED = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384
 
 
 @pytest.mark.parametrize(
-    ("n", "k"), [pytest.param(n, k, marks=pytest.mark.slow) if n * k > 2**24 else (n, k) for n, k in RELEASED]
+    ("n", "k"),
+    # a weight of 117 million numbers in FP32 and FP64
+    [pytest.param(n, k, marks=[pytest.mark.slow, pytest.mark.memory(2)] if n * k > 2**24 else []) for n, k in RELEASED],
 )
 @pytest.mark.parametrize("m", [1, 128])
 def test_the_released_shapes(m: int, n: int, k: int) -> None:
