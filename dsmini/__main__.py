@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union
 from dsmini.console.command import run
 from dsmini.distributed.meeting import tell
 
-COMMANDS = ("train", "generate", "tokenize", "convert", "explain", "plan")
+COMMANDS = ("train", "generate", "tokenize", "convert", "explain", "plan", "diagnose")
 SHELLS = ("bash", "zsh", "fish")
 """Shells for which tyro writes completions on its own."""
 

@@ -1,5 +1,6 @@
 """python -m dsmini.diagnose: which of Data, Algorithm and Machine binds training or decoding, proved by experiment."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
+from dsmini.reading import find_config
 
 if TYPE_CHECKING:  # it loads torch: --help is instant
     from dsmini.diagnosis.answer import DiagnosisAnswer
@@ -83,6 +85,8 @@ def main(args: Sequence[str]) -> int:
     from dsmini import ops
 
     ops.check_forced()
+    if command.what is not None:
+        command = dataclasses.replace(command, what=find_config(command.what))
     console = Console(stderr=command.json)
     if command.out is not None:  # before minutes are spent
         with _written(command.out):

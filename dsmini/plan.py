@@ -1,5 +1,6 @@
 """python -m dsmini.plan: predict memory, time, traffic, cost and failures of a model, and explain each figure."""
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -16,6 +17,7 @@ from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.planner.request import PlanRequest
+from dsmini.reading import find_config
 
 if TYPE_CHECKING:
     from dsmini.planner.answers import PlanAnswer
@@ -68,6 +70,8 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(PlanCommand, "plan", args, help=HELP)
+    if command.config is not None and not command.published:
+        command = dataclasses.replace(command, config=find_config(command.config))
     _refuse(command, args)
     console = Console(stderr=command.json)
     answer = _answer(command, args, console)

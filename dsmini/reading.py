@@ -4,6 +4,7 @@ Every reader of JSON and TOML goes through this module. It knows two outcomes: a
 that names the file and, where there is one, the key. A hostile file costs no more time and memory than its size.
 """
 
+import difflib
 import json
 import math
 import os
@@ -36,6 +37,23 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def find_config(name: Path) -> Path:
+    """Return the file of a config: a path as it is, or the file of a name that dsmini comes with, such as toy-dense.
+
+    Raises: ValueError for a name that is neither, with near ones.
+    """
+    if is_there(name):
+        return name
+    installed, checkout = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
+    files = (installed if installed.is_dir() else checkout).glob("*.toml")
+    known = {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(name.stem if name.suffix in (".toml", ".json") else name.name, known)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"name a file, or one of {', '.join(known)}"
+    raise ValueError(f"there is no file {name}; {fix}")
 
 
 def check_path(path: Path, what: str) -> None:

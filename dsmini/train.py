@@ -14,12 +14,12 @@ from rich.console import Console
 
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
-from dsmini.config.old_schedule import without_old_flags
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.chaos import parse_chaos
 from dsmini.distributed.meeting import launcher, tell
+from dsmini.reading import find_config
 from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
 
 if TYPE_CHECKING:  # training loads torch, so it is imported where it is used: --help is instant
@@ -32,8 +32,8 @@ class TrainCommand(RunConfig):
 
     Without arguments: a small model and the source code of Python's standard library. On two cores that takes about 5
     minutes where the CPU has BF16 units, about 14 where it has none (AVX2, as in most laptops).
-    A config may come first: python -m dsmini.train configs/toy.toml --train.steps 200. Every field below can be set,
-    here or in that file: [train] steps = 200.
+    A config may come first, a file or the name of one: python -m dsmini.train toy-dense --train.steps 200. Every field
+    below can be set, here or in that file: [train] steps = 200.
     Several processes divide a run: torchrun --nproc-per-node 4 -m dsmini.train --parallel.ep 2. See docs/training.md.
     """
 
@@ -140,6 +140,7 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
     Returns: its origin, all values, and whether it says --resume auto.
     """
     file, rest = take_file(args)
+    file = file and find_config(file)
     resume, rest = take_folder(rest, "--resume")
     init, rest = take_folder(rest, "--init")
     auto = resume == Path("auto")
@@ -148,8 +149,6 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
     elif resume and not init and any(word.partition("=")[0] == "--out" for word in rest):
         raise ValueError(f"--resume {resume} stays in its folder; leave --out away, or start a new run with --init")
     origin = find_origin(file, resume, init, say=partial(say, Console(stderr=True, quiet=not speaks())))
-    files = [path for path in (resume and resume / "config.toml", file) if path is not None]
-    rest = without_old_flags(rest, origin.config.train.lr_schedule, files)
     default = TrainCommand(**_fields(origin.config), resume=resume, init=init)
     return origin, parse(TrainCommand, "train", rest, default, HELP), auto
 

@@ -127,7 +127,7 @@ def run_config(run: Path) -> RunConfig:
         raise ValueError(f"there is no folder {run}; name a run that dsmini.train wrote, such as runs/toy-001")
     if not is_there(run / "config.toml"):
         raise ValueError(f"{run} has no config.toml, so it is not a training run; name one that dsmini.train wrote")
-    return RunConfig.from_run(run / "config.toml")
+    return RunConfig.from_file(run / "config.toml")
 
 
 def is_model_folder(path: Path) -> bool:

@@ -172,7 +172,7 @@ def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] =
     Raises: ValueError naming the file and what is wrong with it.
     """
     verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"], share)
-    config = RunConfig.from_run(folder / "config.toml")
+    config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
     try:
         raw = read_table(folder / "state.json")

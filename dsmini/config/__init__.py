@@ -3,10 +3,9 @@
 Every field has a default; together the defaults are configs/toy.toml. None means off.
 """
 
-from dsmini.config.data import DataConfig
 from dsmini.config.fields import mask_function, require_subclass
 from dsmini.config.model import ModelConfig, layer_config
-from dsmini.config.run import RunConfig
+from dsmini.config.run import DataConfig, RunConfig
 from dsmini.config.train import TrainConfig
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "layer_config", "mask_function", "require_subclass"]

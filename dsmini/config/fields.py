@@ -1,4 +1,10 @@
-"""Checks of the fields of frozen dataclasses: names, types and ranges, with an error that names the fix."""
+"""Fields of configs: a dataclass declares the bounds of a value and the effect of a change, and is checked by that.
+
+    steps: int = setting(1600, least=1, most=10**12)
+    seed: int = setting(0, least=0, resume="refused")
+
+Each check names the field, its value, what is wanted, and a fix.
+"""
 
 import dataclasses
 import difflib
@@ -8,11 +14,53 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dsmini.reading import brief, check_path, listed
 
 C = TypeVar("C")
+
+Effect = Literal["refused", "recipe", "rounding", "none"]
+"""Effect of another value on a run that resumes: it would not be the same run; the schedule or the recipe changes from
+here on; numbers are rounded or summed otherwise; neither numbers nor the schedule change."""
+
+
+class Bounds(NamedTuple):
+    """Values that a number may have: from `least` to `most`, or above and below two that are excluded."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError for a value outside, with the nearest one inside."""
+        if (self.least is not None and value < self.least) or (self.above is not None and value <= self.above):
+            fault = "negative" if self.least == 0 else "not positive"
+            raise ValueError(
+                f"{name}={value} is {fault}; use "
+                + (f"more than {self.above:g}" if self.least is None else f"{self.least:g} or more")
+            )
+        if (self.most is not None and value > self.most) or (self.below is not None and value >= self.below):
+            largest, words = (self.below, "less than {}") if self.most is None else (self.most, "{} or less")
+            assert largest is not None
+            number = f"{largest:,}" if isinstance(largest, int) else f"{largest:g}"
+            raise ValueError(f"{name}={value} is too large; use {words.format(number)}")
+
+
+def setting(
+    default: Any, *, resume: Effect = "recipe", none_stays: bool = False, shapes: bool = False, **bounds: float
+) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        resume: the effect of another value on a run that resumes.
+        none_stays: a run that resumes may neither begin nor end to have a value.
+        shapes: it decides which tensors a model has, and their shapes.
+        bounds: least or above, most or below; see Bounds.
+    """
+    said = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "bounds": Bounds(**bounds)}
+    return dataclasses.field(default=default, metadata=said)
 
 
 def require(condition: bool, message: str) -> None:
@@ -58,18 +106,24 @@ def refuse_unknown(given: dict[str, Any], known: list[str], source: str, prefix:
 
 
 def build(cls: type[C], values: dict[str, Any], source: str, prefix: str, base: C | None = None) -> C:
-    """Make a config from parsed values: check names, read "none" as None, refuse wrong types.
+    """Make a config from parsed values, inner configs included: check names, and read "none" as None.
 
     Args:
         base: config with the values that are left out; None: the defaults.
+
+    Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
     """
     if not isinstance(values, dict):
         raise ValueError(f"'{prefix.rstrip('.')}' in {source} is {brief(values)}, want a table [{prefix.rstrip('.')}]")
-    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    refuse_unknown(values, known, source, prefix)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
+    refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], source, prefix)  # pyright: ignore[reportArgumentType]
+    given = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            given[key] = build(hints[key], value, source, f"{prefix}{key}.", base and getattr(base, key))
+        else:
+            given[key] = _from_toml(value, hints[key])
     try:
-        given = {key: _from_toml(value, hints[key]) for key, value in values.items()}
         return cls(**given) if base is None else dataclasses.replace(base, **given)  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -88,24 +142,32 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def check_types(config: Any, prefix: str = "") -> None:
-    """Refuse a value of the wrong type. An int becomes a float, and a list a tuple, where the field has that type."""
+def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: Bounds = Bounds()) -> None:
+    """Refuse a value of the wrong type or out of bounds.
+
+    An int becomes a float, and a list a tuple, where the field has that type.
+
+    Args:
+        whole, real: bounds of the whole and of the other numbers whose fields declare none.
+    """
     hints = _hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
-        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if any(_is_a(value, choice) for choice in choices):
-            if isinstance(value, Path):
-                check_path(value, f"{prefix}{f.name}")
-            continue
+        name, choices = f"{prefix}{f.name}", typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if float in choices and _is_a(value, int) and value.bit_length() < 1024:  # else it is beyond any float
-            object.__setattr__(config, f.name, float(value))
-            continue
-        if isinstance(value, list) and any(_is_a(tuple(value), choice) for choice in choices):
-            object.__setattr__(config, f.name, tuple(value))
-            continue
-        want = " or ".join(_describe(choice) for choice in choices)
-        raise ValueError(f"{prefix}{f.name}={_shown(value)} is not {want}{_nearest(value, choices)}")
+            value = float(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        if not any(_is_a(value, choice) for choice in choices):
+            want = " or ".join(_describe(choice) for choice in choices)
+            raise ValueError(f"{name}={_shown(getattr(config, f.name))} is not {want}{_nearest(value, choices)}")
+        object.__setattr__(config, f.name, value)
+        if isinstance(value, Path):
+            check_path(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            bounds = f.metadata.get("bounds", Bounds())
+            usual = whole if isinstance(value, int) else real
+            (bounds if any(bound is not None for bound in bounds) else usual).check(name, value)
 
 
 def _shown(value: Any) -> str:
@@ -131,7 +193,9 @@ def _describe(hint: Any) -> str:
 
 
 def _nearest(value: Any, choices: tuple[Any, ...]) -> str:
-    options = [arg for choice in choices if typing.get_origin(choice) is Literal for arg in typing.get_args(choice)]
+    options = [
+        str(arg) for choice in choices if typing.get_origin(choice) is Literal for arg in typing.get_args(choice)
+    ]
     near = difflib.get_close_matches(brief(value).strip("'"), options, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

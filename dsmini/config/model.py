@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmini.config.fields import build, check_types, refuse_unknown, require, require_multiple
+from dsmini.config.fields import Bounds, build, check_types, refuse_unknown, require, require_multiple, setting
 from dsmini.config.huggingface import config_from_json
-from dsmini.reading import check_path, read_table, read_toml
+from dsmini.reading import find_config, read_table, read_toml
 
 SECTIONS = ["model", "data", "train", "parallel", "out"]
 """Top-level keys of a TOML file."""
-MOST_LAYERS = 10_000
-"""Maximum number of blocks."""
 LARGEST_SIZE = 2**31 - 1
-"""Maximum value of every other whole number of a model."""
-LARGEST_FLOATS = {"norm_eps": 1.0, "init_std": 10.0}
-"""Maximum values of numbers that add to or draw the model's own; of all other numbers it is 1e30."""
+"""Maximum value of a whole number of a model."""
 LARGEST_MATRIX = 2**50
 """Maximum number of parameters in one tensor; no machine holds a petabyte."""
 
@@ -37,39 +33,39 @@ class ModelConfig:
     Raises: ValueError for every combination of sizes that cannot be built.
     """
 
-    vocab_size: int = 256
+    vocab_size: int = setting(256, shapes=True)
     """Number of token ids; 256 for bytes."""
-    dim: int = 192
+    dim: int = setting(192, shapes=True)
     """Width of the residual stream."""
-    inter_dim: int = 512
+    inter_dim: int = setting(512, shapes=True)
     """Hidden width of the dense feed-forward layers."""
-    moe_inter_dim: int = 128
+    moe_inter_dim: int = setting(128, shapes=True)
     """Hidden width of one routed expert; the shared experts are n_shared_experts times as wide."""
-    n_layers: int = 4
+    n_layers: int = setting(4, least=1, most=10_000, shapes=True)
     """Number of blocks, without those of multi-token prediction."""
-    n_dense_layers: int = 1
+    n_dense_layers: int = setting(1, least=0, most=10_000, shapes=True)
     """Number of leading blocks with a dense feed-forward; n_layers + n_mtp_layers makes the whole model dense."""
-    n_heads: int = 4
+    n_heads: int = setting(4, shapes=True)
     """Number of attention heads."""
 
-    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = "mla"
+    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = setting("mla", shapes=True)
     """Kind of attention: MLA; DSA, V3.2's MLA that reads only the keys its indexer picks; or a baseline with keys of
     qk_nope_head_dim and values of v_head_dim."""
-    n_kv_heads: int | None = None
+    n_kv_heads: int | None = setting(None, shapes=True)
     """Number of key-value heads; only for attention "gqa"."""
-    q_lora_rank: int | None = 96
+    q_lora_rank: int | None = setting(96, shapes=True)
     """Width of the compressed query; None projects the query directly."""
-    kv_lora_rank: int = 64
+    kv_lora_rank: int = setting(64, shapes=True)
     """Width of the compressed key-value latent c_kv, which is what MLA caches."""
-    qk_nope_head_dim: int = 32
+    qk_nope_head_dim: int = setting(32, shapes=True)
     """Width of a query or key head without position."""
-    qk_rope_head_dim: int = 16
+    qk_rope_head_dim: int = setting(16, shapes=True)
     """Width of the rotary part of a query head, and of the rotary key that all heads share."""
-    v_head_dim: int = 32
+    v_head_dim: int = setting(32, shapes=True)
     """Width of a value head."""
-    index_n_heads: int | None = None
+    index_n_heads: int | None = setting(None, shapes=True)
     """Number of the indexer's heads (V3.2: 64); only for attention "dsa"."""
-    index_head_dim: int | None = None
+    index_head_dim: int | None = setting(None, shapes=True)
     """Width of an indexer's head and of its key (V3.2: 128), a power of two; only for attention "dsa"."""
     index_topk: int | None = None
     """Number of keys that a query attends to (V3.2: 2048); only for attention "dsa"."""
@@ -78,9 +74,9 @@ class ModelConfig:
     indexer_fp8: bool = False
     """Simulated FP8 in the indexer: queries and keys are rounded to E4M3 with a scale for each 128 numbers."""
 
-    n_routed_experts: int = 16
+    n_routed_experts: int = setting(16, shapes=True)
     """Number of routed experts in a MoE layer."""
-    n_shared_experts: int = 1
+    n_shared_experts: int = setting(1, least=0, most=LARGEST_SIZE, shapes=True)
     """Number of shared experts, which every token uses; 0 for none."""
     n_activated_experts: int = 4
     """Number of routed experts that a token uses (top-k)."""
@@ -90,7 +86,7 @@ class ModelConfig:
     """Maximum number of expert groups a token may use."""
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
     """Function that turns the gate's logits into scores: sigmoid in V3, softmax in V2."""
-    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = setting("noaux_tc", shapes=True)
     """Method of selecting experts. noaux_tc (V3): with a bias, groups scored by their best two experts;
     group_limited_greedy (V2): no bias, groups scored by their best one; greedy (V2-Lite): no bias, no groups."""
     norm_topk_prob: bool = True
@@ -98,7 +94,7 @@ class ModelConfig:
     route_scale: float = 2.5
     """Factor on the weights of the routed experts."""
 
-    n_mtp_layers: int = 1
+    n_mtp_layers: int = setting(1, least=0, most=10_000, shapes=True)
     """Number of extra blocks for multi-token prediction, each of which predicts one token further."""
     mtp_input: Literal["post_norm", "pre_norm"] = "post_norm"
     """Hidden state given to the MTP blocks: the one after or before the final norm. The sources disagree."""
@@ -115,48 +111,33 @@ class ModelConfig:
     """Number of turns within original_seq_len above which YaRN leaves a rotary frequency as it is."""
     beta_slow: float = 1.0
     """Number of turns within original_seq_len below which YaRN divides a rotary frequency by rope_factor."""
-    mscale: float = 1.0
+    mscale: float = setting(1.0, least=0, most=1e30)
     """Coefficient of YaRN's attention temperature for the rotary part of the logit."""
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: float = setting(1.0, least=0, most=1e30)
     """Coefficient of YaRN's attention temperature for the whole logit."""
 
-    norm_eps: float = 1e-6
+    norm_eps: float = setting(1e-6, above=0, most=1.0)
     """Epsilon of RMSNorm; the two latent norms always use 1e-6, as in DeepSeek's code."""
-    init_std: float = 0.02
+    init_std: float = setting(0.02, above=0, most=10.0)
     """Standard deviation of the initial weights (V3: 0.006)."""
     zero_init: bool = False
     """Zeros as initial weights of the head and of every matrix that writes into the residual stream. Not DeepSeek's."""
-    embed_norm: bool = False
+    embed_norm: bool = setting(False, shapes=True)
     """RMSNorm of the embedding before the first block. Not DeepSeek's."""
-    qk_norm: bool = False
+    qk_norm: bool = setting(False, shapes=True)
     """RMSNorm of each head's whole query and key. DeepSeek norms the latents instead; excludes the absorbed form."""
     precision: Literal["native", "fp8"] = "native"
     """Precision of matrix products. native: the compute dtype; fp8: simulated FP8 in attention and feed-forwards."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        optional = {"n_shared_experts", "n_dense_layers", "n_mtp_layers", "mscale", "mscale_all_dim"}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in optional:
-                require(value >= 0, f"{f.name}={value} is negative; use 0 or more")
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                least = "1 or more" if isinstance(value, int) else "more than 0"
-                require(value > 0, f"{f.name}={value} is not positive; use {least}")
+        check_types(self, whole=Bounds(least=1, most=LARGEST_SIZE), real=Bounds(above=0, most=1e30))
         self._check_sizes()
         self._check_layers()
         self._check_attention()
         self._check_experts()
 
     def _check_sizes(self) -> None:
-        """Refuse sizes that no machine holds, before torch or a loop over the layers meets them."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            most = MOST_LAYERS if f.name in ("n_layers", "n_dense_layers", "n_mtp_layers") else LARGEST_SIZE
-            require(not isinstance(value, int) or value <= most, f"{f.name}={value} is too large; use {most:,} or less")
-            if isinstance(value, float):
-                most = LARGEST_FLOATS.get(f.name, 1e30)
-                require(value <= most, f"{f.name}={value} is too large; use {most:g} or less")
+        """Refuse sizes that no machine holds, before torch meets them."""
         heads = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         experts = self.moe_inter_dim * max(self.n_routed_experts, self.n_shared_experts)
         indexer = (self.index_n_heads or 0) * (self.index_head_dim or 0)
@@ -282,8 +263,7 @@ class ModelConfig:
 
         Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
         """
-        path = Path(path)
-        check_path(path, "path")
+        path = find_config(Path(path))
         if path.suffix == ".json":
             raw = read_table(path)
             return build(cls, config_from_json(raw, str(path)), path.name, "")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from dsmini.config.fields import check_types, require, require_multiple
+from dsmini.config.fields import check_types, require, require_multiple, setting
 from dsmini.config.model import ModelConfig
 from dsmini.config.train import TrainConfig
 
@@ -20,35 +20,29 @@ CHUNKS: Mapping[ScheduleName, int] = MappingProxyType(
 class ParallelConfig:
     """Layout of the processes, pp x dp x ep of them. Without torchrun or another launcher there is one process."""
 
-    pp: int = 1
+    pp: int = setting(1, least=1, resume="rounding")
     """Number of processes that the layers are divided among, as stages of a pipeline. The train.grad_accum parts of
     a step pass through them one after the other: pp parts or more with 1f1b, 2 pp or more with dualpipev. A multiple of
     pp goes with the other schedules."""
-    dp: int | None = None
+    dp: int | None = setting(None, least=1, resume="rounding")
     """Number of parts of the batch for each expert; left out: as many as there are processes for."""
-    ep: int = 1
+    ep: int = setting(1, least=1, resume="rounding")
     """Number of processes that the experts of a layer are divided among. Each has its own part of the batch too."""
-    nodes: int = 1
+    nodes: int = setting(1, least=1, resume="rounding")
     """Number of machines that the ep processes are on. With more than one a token is sent once to each machine with an
     expert of its own, and passed on there (V3: section 3.2.2)."""
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Literal[0, 1, 2, 3] = setting(0, resume="rounding")
     """Division among the processes with the same parameters: 0 nothing, 1 the optimizer state, 2 the gradients
     too, 3 the parameters too (FSDP2)."""
-    schedule: ScheduleName = "1f1b"
+    schedule: ScheduleName = setting("1f1b", resume="rounding")
     """Order of the forwards and backwards of a pipeline."""
-    timeout: float = 300.0
+    timeout: float = setting(300.0, above=0, resume="none")
     """Seconds after which a process that does not answer ends the run."""
-    check_replicas: int = 100
+    check_replicas: int = setting(100, least=0, resume="none")
     """Number of steps between two comparisons of what several processes hold alike; 0: never."""
 
     def __post_init__(self) -> None:
         check_types(self, "parallel.")
-        for name in ("pp", "dp", "ep", "nodes"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"parallel.{name}={value} is not positive; use 1 or more")
-        require(self.timeout > 0, f"parallel.timeout={self.timeout} is not positive; use a number of seconds")
-        require(self.check_replicas >= 0, f"parallel.check_replicas={self.check_replicas} is negative; use 0 for never")
-        require(self.zero in (0, 1, 2, 3), f"parallel.zero={self.zero} is unknown; use 0, 1, 2 or 3")
         require_multiple("parallel.ep", self.ep, "parallel.nodes", self.nodes)
 
     def parts(self, world_size: int) -> int:

@@ -6,13 +6,32 @@ from pathlib import Path
 
 import tomli_w
 
-from dsmini.config.data import DataConfig
-from dsmini.config.fields import build, plain, refuse_unknown, require
-from dsmini.config.model import SECTIONS, ModelConfig
-from dsmini.config.old_schedule import with_phases
+from dsmini.config.fields import build, check_types, plain, require, setting
+from dsmini.config.model import ModelConfig
 from dsmini.config.parallel import ParallelConfig
 from dsmini.config.train import TrainConfig
-from dsmini.reading import brief, check_path, read_toml
+from dsmini.reading import find_config, read_toml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Text that is trained on, and the part of it that is held out."""
+
+    path: Path | None = setting(None, resume="none")
+    """Text file, or folder of text files, plain or .gz; left out: the source code of Python's standard library."""
+    val_fraction: float = setting(0.1, above=0, below=1, resume="refused")
+    """Share of the corpus held out for validation: whole files of a folder, or the end of a single file."""
+    tokenizer: Path | None = setting(None, resume="none", none_stays=True)
+    """File tokenizer.json of the tokenizers library; left out: a token is a byte."""
+    fim_rate: float = setting(0.0, least=0, most=1, resume="refused")
+    """Share of the training documents rearranged for fill-in-the-middle, prefix-suffix-middle (V3: 0.1)."""
+    document_mask: bool = setting(False, resume="refused")
+    """Attention mask between the documents packed into a sequence. V3 has none."""
+    workers: int = setting(1, least=0, most=64, resume="none")
+    """Number of threads that prepare batches in advance; 0: each batch when it is needed. The order stays the same."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +42,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    out: Path | None = None
+    out: Path | None = setting(None, resume="refused")
     """Folder of the run; left out: the next free runs/NAME-NNN."""
 
     def __post_init__(self) -> None:
-        if self.out is not None:
-            check_path(self.out, "out")
+        check_types(self)
         require(
             self.seq_len <= self.model.max_seq_len,
             f"train.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
@@ -69,28 +87,9 @@ class RunConfig:
 
         Raises: ValueError naming the unknown key and the nearest right one, or the wrong value.
         """
-        path = Path(path)
-        check_path(path, "path")
+        path = find_config(Path(path))
         require(path.suffix == ".toml" or not path.is_file(), f"{path} is not TOML; name a file that ends in .toml")
-        sections, base = read_toml(path), base or cls()
-        train = with_phases(sections.get("train", {}), base.train.lr_schedule, path.name)
-        model = build(ModelConfig, sections.get("model", {}), path.name, "model.", base.model)
-        data = build(DataConfig, sections.get("data", {}), path.name, "data.", base.data)
-        train = build(TrainConfig, train, path.name, "train.", base.train)
-        parallel = build(ParallelConfig, sections.get("parallel", {}), path.name, "parallel.", base.parallel)
-        refuse_unknown(sections, SECTIONS, path.name, "")
-        out = sections.get("out")
-        require(out is None or isinstance(out, str), f"{path.name}: out={brief(out)} is not a path; use a text")
-        try:
-            out = base.out if out is None else Path(out)
-            return cls(model=model, data=data, train=train, parallel=parallel, out=out)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
-
-    @classmethod
-    def from_run(cls, path: str | Path) -> "RunConfig":
-        """Read the config.toml that a run saved. A key that is younger than the run means what the run did."""
-        return cls.from_file(path, cls(train=TrainConfig(newton_schulz="jordan")))
+        return build(cls, read_toml(path), path.name, "", base)
 
     def to_toml(self) -> str:
         """Return the whole config, defaults included, as the text of a TOML file that from_file reads."""

@@ -1,44 +1,37 @@
 """The changes that a run may make when it resumes (--resume), or a new run to the weights it starts from (--init)."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.config.fields import plain
-
-# --resume refuses a change of these and of every key of the model: it would not be the same run
-SAME_RUN = (
-    *("data.val_fraction", "data.fim_rate", "data.document_mask"),
-    *("train.seed", "train.seq_len", "train.optimizer", "train.moments", "train.dsa_stage", "out"),
-)
-# these change how numbers are rounded or summed
-ROUNDING = (
-    *("train.threads", "train.device", "train.dtype", "train.recompute", "train.grad_accum", "train.compile"),
-    *("parallel.pp", "parallel.dp", "parallel.ep", "parallel.nodes", "parallel.zero", "parallel.schedule"),
-)
-# these change neither the numbers nor the schedule: what is stored, shown and measured, and where the text and the
-# tokenizer are (origin.py and start.py check that they are the same)
-BESIDE = (
-    *("data.path", "data.tokenizer", "data.workers"),
-    *("train.max_skipped", "train.max_rewinds", "train.eval_every", "train.eval_tokens", "train.eval_context"),
-    "train.final_eval_tokens",
-    *("train.save_every", "train.save_in_background", "train.keep"),
-    *("train.tensorboard", "train.diagnose"),
-    *("train.sample_tokens", "train.sample_prompt", "parallel.timeout", "parallel.check_replicas"),
-)
-# --init: these decide which tensors a model has, and their shapes
-SHAPES = (
-    *("vocab_size", "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "attention"),
-    *("n_kv_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("index_n_heads", "index_head_dim"),
-    *("n_routed_experts", "n_shared_experts", "topk_method", "n_mtp_layers", "embed_norm", "qk_norm"),
-)
+from dsmini.config.fields import Effect, plain
 
 
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys that differ, such as train.lr, with the old and the new value."""
-    before, after = _flat(old), _flat(new)
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+class Change(NamedTuple):
+    """A key with another value."""
+
+    key: str
+    """Name such as train.lr."""
+    before: Any
+    after: Any
+    effect: Effect
+    """Effect on a run that resumes."""
+
+    def __str__(self) -> str:
+        return f"{self.key} ({plain(self.before)} -> {plain(self.after)})"
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[Change]:
+    """Yield the keys that differ in two configs, those of inner configs included."""
+    for f in dataclasses.fields(RunConfig if isinstance(old, RunConfig) else old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(before):
+            yield from differences(before, after, f"{f.name}.")
+        elif before != after:
+            begins = None in (before, after) and f.metadata.get("none_stays", False)
+            same = begins or isinstance(old, ModelConfig)  # another model is another run
+            yield Change(prefix + f.name, before, after, "refused" if same else f.metadata.get("resume", "recipe"))
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
@@ -47,20 +40,17 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
     Raises: ValueError naming every key that may not change, and why.
     """
     _refuse_missing_indexers(old.model, new.model, str(old.out))
-    changed = differences(old, new)
-    refused = [key for key in changed if key in SAME_RUN or key.startswith("model.")]
-    # with and without these are different runs
-    refused += [key for key in ("train.ema_decay", "data.tokenizer") if None in changed.get(key, ())]
-    if refused:
+    changes = list(differences(old, new))
+    if refused := [str(change) for change in changes if change.effect == "refused"]:
         raise ValueError(
-            f"a run cannot be resumed with another {_listed(refused, changed)}: its weights, data order or optimizer "
+            f"a run cannot be resumed with another {', '.join(refused)}: its weights, data order or optimizer "
             f"state would not fit what it did before; leave that as it was, or start a new run from its weights with "
             f"--init {old.out}"
         )
-    lines = [f"{key}: {plain(before)} -> {plain(after)}" for key, (before, after) in changed.items()]
-    if rounding := [key for key in changed if key in ROUNDING]:
+    lines = [f"{change.key}: {plain(change.before)} -> {plain(change.after)}" for change in changes]
+    if rounding := [change.key for change in changes if change.effect == "rounding"]:
         lines.append(f"with another {', '.join(rounding)} the result is no longer bit-identical to an unstopped run's")
-    if recipe := [key for key in changed if key not in ROUNDING and key not in BESIDE]:
+    if recipe := [change.key for change in changes if change.effect == "recipe"]:
         lines.append(f"with another {', '.join(recipe)} the schedule changes from here on")
     return lines
 
@@ -68,12 +58,14 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[str]:
 def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
     """Refuse a model that the weights of another do not fit, by its keys."""
     _refuse_missing_indexers(old, new, source)
-    changed = {key: (getattr(old, key), getattr(new, key)) for key in SHAPES if getattr(old, key) != getattr(new, key)}
+    shapes = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("shapes")}
+    changed = [change for change in differences(old, new) if change.key in shapes]
     if changed:
-        got = ", ".join(f"model.{key}={plain(n)} (there {plain(o)})" for key, (o, n) in changed.items())
+        got = [f"model.{change.key}={plain(change.after)} (there {plain(change.before)})" for change in changed]
         raise ValueError(
-            f"the weights of {source} do not fit {got}; leave out what changes shapes. The context may change: "
-            "max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale, mscale_all_dim"
+            f"the weights of {source} do not fit {', '.join(got)}; leave out what changes shapes. The context may "
+            "change: max_seq_len, original_seq_len, rope_theta, rope_factor, beta_fast, beta_slow, mscale and "
+            "mscale_all_dim"
         )
 
 
@@ -84,13 +76,3 @@ def _refuse_missing_indexers(old: ModelConfig, new: ModelConfig, source: str) ->
             f"{source} has no indexers, which model.attention='dsa' needs; give it some with python -m dsmini.convert "
             f"{source} OUT --dsa, and start a new run from that with --init OUT"
         )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    sections = dataclasses.asdict(config)
-    out = sections.pop("out")
-    return {"out": out} | {f"{part}.{key}": value for part, keys in sections.items() for key, value in keys.items()}
-
-
-def _listed(keys: list[str], changed: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{key} ({plain(changed[key][0])} -> {plain(changed[key][1])})" for key in keys)

@@ -95,7 +95,7 @@ def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: C
         return
     options = _options(origin, chaos)
     first, of_first = world.first(lambda: (config, options))
-    keys = sorted(differences(first, config))
+    keys = sorted(change.key for change in differences(first, config))
     unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
     if keys and not unequal:
         unequal = [f"another {', '.join(keys)}"]

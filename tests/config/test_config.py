@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
-from tests.helpers.configs import CONFIGS, written
+from dsmini.reading import find_config
+from tests.helpers.configs import CONFIGS, refusal, written
 from tests.helpers.strategies import model_configs
 
 
@@ -74,6 +75,36 @@ def test_empty_file_and_toy_file_are_the_defaults(tmp_path: Path) -> None:
     path = written(tmp_path, "", "x.toml")
     assert ModelConfig.from_file(path) == ModelConfig()
     assert RunConfig.from_file(path) == RunConfig.from_file(CONFIGS / "toy.toml") == RunConfig()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_config_is_found_by_name_from_anywhere(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ModelConfig.from_file(path.stem) == ModelConfig.from_file(path)
+    assert RunConfig.from_file(path.stem) == RunConfig.from_file(path)
+
+
+def test_own_file_comes_before_a_config_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("toy")) == CONFIGS / "toy.toml"
+    (tmp_path / "toy").touch()
+    assert find_config(Path("toy")) == Path("toy")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("toy-dens", "did you mean toy-dense or toy-dsa?"),
+        ("configs/toy-dsa.toml", "did you mean toy-dsa or toy-dense or toy-mha?"),
+        ("deepseek-v3.1", "did you mean deepseek-v3.2 or deepseek-v3 or deepseek-v2?"),
+        ("qqq", "name a file, or one of deepseek-v2, deepseek-v2-lite, "),
+    ],
+)
+def test_unknown_name_of_a_config_lists_near_ones(
+    name: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(find_config, Path(name)).startswith(f"there is no file {name}; {fix}")
 
 
 def test_none_is_a_text_where_none_may_not_be(tmp_path: Path) -> None:

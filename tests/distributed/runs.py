@@ -262,7 +262,7 @@ def manifest_of_rewritten(world: World, folder: Path, parallel: dict[str, Any], 
     """Load the last checkpoint, of a step, save it again, and return its manifest."""
     training = new_run(world, folder, parallel, **changes)
     place = folder / "checkpoints" / f"step-{step:06d}"
-    training.saver.config = RunConfig.from_run(place / "config.toml")
+    training.saver.config = RunConfig.from_file(place / "config.toml")
     training.saver.saved_at = None
     training.saver.save()
     return world.first(lambda: (place / "manifest.json").read_text())
