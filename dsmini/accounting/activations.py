@@ -15,6 +15,10 @@ storage once, however many operations saved it. For each of n tokens, in numbers
 
 In FP8 the inputs of products are codes and scales, and SwiGLU is made again from its two inputs.
 
+In backward nothing is computed again; with `full` recomputation whole blocks are; with `selective`, as in DeepSeek-V3,
+norms, MLA's up-projections and SwiGLU's product. Then attention's result is saved once, and results of experts are not
+saved, because the gradient of an expert's weight is also the product of SwiGLU's result with its gradient [assumed].
+
 What an implementation saves beyond that is measured, not predicted: softmax weights where logits are explicit, keys and
 values padded to one width or repeated for grouped heads, padded rows of experts.
 
@@ -24,14 +28,31 @@ bytes a token and layer, which is 673 MB a layer; explicit weights would be 128 
 Source: DeepSeek-V3 report, sections 3.3.3 and 3.2.3; FlashAttention (arXiv 2205.14135), section 3.1.
 """
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from dsmini.accounting.checks import check_depths, check_dtype, check_sizes
-from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, INDEXER, MTP, OVER, SIZES, Dtype, Stage, key_width
+from dsmini.accounting.table import Bytes, check_depths, check_dtype, check_sizes
+from dsmini.accounting.tensors import (
+    BLOCK,
+    INDEXER,
+    MTP,
+    OVER,
+    SIZES,
+    Dtype,
+    Stage,
+    blocks,
+    ceiling,
+    key_width,
+    largest,
+    total,
+)
 from dsmini.config import ModelConfig
 
-Amounts = Iterator[tuple[str, int]]
+Amounts = Iterator[tuple[str, Any]]
+Recompute = Literal["none", "selective", "full"]
+Part = Literal["embedding", "dense", "moe", "head", "state", "mtp"]
 STATE = "residual stream and norms"
 
 
@@ -69,167 +90,226 @@ def activation_bytes(
     check_dtype(dtype, ("float32", "bfloat16"))
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     check_depths(config, seq_len)
-    saved = _Saved(config, batch_size, dtype, kernels and config.precision == "native")
-    if dsa_stage == "warmup":
-        return Bytes.of(saved.warmup(seq_len, recompute))
-    return Bytes.of(saved.recomputed(seq_len) if recompute else saved.whole(seq_len))
+    saved = Saved(
+        c=config,
+        size=SIZES[dtype],
+        fp8=config.precision == "fp8",
+        recompute="full" if recompute else "none",
+        kernels=kernels and config.precision == "native",
+    )
+    amounts = _warmup(saved, seq_len) if dsa_stage == "warmup" else _amounts(saved, seq_len)
+    tables = (("rotary tables", rotary_table(config, s)) for s in _tables(config, seq_len, dsa_stage))
+    return Bytes.of([*((name, batch_size * amount) for name, amount in amounts), *tables])
 
 
-class _Saved:
-    """Bytes for one config, batch and dtype; sequence lengths differ between depths of multi-token prediction."""
+def _amounts(saved: "Saved", seq_len: int) -> Amounts:
+    """Yield the bytes of one sequence by name."""
+    for prefix, part, tokens in passes(saved.c, seq_len):
+        for name, amount in saved.part(part):
+            yield (name if name in UNMARKED else prefix + name), tokens * amount
+    if saved.recompute == "full":
+        yield "one block, made again", seq_len * saved.largest_block()
 
-    def __init__(self, config: ModelConfig, batch_size: int, dtype: Dtype, kernels: bool) -> None:
-        self.c, self.b, self.kernels = config, batch_size, kernels
-        self.e, self.fp8 = SIZES[dtype], config.precision == "fp8"
 
-    def whole(self, s: int) -> Amounts:
-        """Yield all that a forward saves."""
+UNMARKED = ("gates", "inputs of blocks")
+"""Parts of recomputed blocks that multi-token prediction adds to those of the main model."""
+
+
+def passes(c: ModelConfig, seq_len: Any) -> Iterator[tuple[str, Part, Any]]:
+    """Yield the parts that the tokens of a sequence pass: the prefix of the names, the part, and the tokens.
+
+    Depth k of multi-token prediction has seq_len - k positions. The state that a depth gives to the next is saved too.
+    """
+    dense, moe, mtp_dense, _ = blocks(c)
+    yield "", "embedding", seq_len
+    yield "", "dense", dense * seq_len
+    yield "", "moe", moe * seq_len
+    yield "", "head", seq_len
+    states = c.mtp_input == "post_norm"
+    if c.n_mtp_layers and states:
+        yield MTP, "state", seq_len
+    for depth in range(c.n_mtp_layers):
+        positions = seq_len - (depth + 1)
+        yield MTP, "mtp", positions
+        yield MTP, "moe" if depth >= mtp_dense else "dense", positions
+        if states and depth + 1 < c.n_mtp_layers:
+            yield MTP, "state", positions
+
+
+def _tables(c: ModelConfig, seq_len: int, stage: Stage) -> list[int]:
+    """Return the lengths of the rotary tables."""
+    lengths = [seq_len, *(seq_len - depth - 1 for depth in range(c.n_mtp_layers))]
+    return list(dict.fromkeys(lengths)) if stage == "warmup" else lengths
+
+
+def rotary_table(c: ModelConfig, positions: Any) -> Any:
+    """Return the bytes of cosines and sines in FP32, one of each a pair."""
+    return positions * (4 * (c.qk_rope_head_dim if c.is_mla else c.qk_nope_head_dim))
+
+
+def _warmup(saved: "Saved", seq_len: int) -> Amounts:
+    """Yield what the indexers save, and their inputs; with recomputation inputs of blocks, and one indexer."""
+    c = saved.c
+    again = saved.recompute == "full"
+    depths = [(MTP, seq_len - depth - 1) for depth in range(c.n_mtp_layers)]
+    if again:
+        for tokens in (c.n_layers * seq_len, *(t for _, t in depths)):
+            yield "inputs of blocks", tokens * saved.row(c.dim)
+    for tokens in [seq_len] if again else [c.n_layers * seq_len, *(t for _, t in depths)]:
+        for name, amount in saved.indexer():
+            yield name, tokens * amount
+        if not saved.fp8:
+            yield "attention", tokens * saved.row(c.dim + (c.q_lora_rank or 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """Bytes that a token saves in each part of a model."""
+
+    c: ModelConfig
+    size: int
+    """Bytes of a number between products."""
+    fp8: bool
+    """Inputs of the products in attention and feed-forwards are FP8."""
+    recompute: Recompute = "none"
+    kernels: bool = False
+    """Routed experts are trained by a CPU's kernels."""
+
+    def part(self, part: Part) -> Amounts:
+        """Yield what a token saves in a part: of a model's ends, a block, or multi-token prediction's ends."""
         c = self.c
-        yield from self.ends(s)
-        for layer in range(c.n_layers):
-            yield from self.block(layer, s)
-        for depth in range(c.n_mtp_layers):
-            t = s - depth - 1
-            yield MTP + STATE, self.b * t * (c.dim * self.e + 4 + 4)  # enorm and the inverses of enorm and hnorm
-            yield MTP + "projection", self.b * t * 2 * c.dim * self.e
-            yield from self.mtp_ends(depth, t)
-            for name, amount in self.block(c.n_layers + depth, t):
-                yield MTP + name, amount
-
-    def recomputed(self, s: int) -> Amounts:
-        """Yield inputs of blocks, what lies outside of them, and the largest block."""
-        c = self.c
-        yield from self.ends(s)
-        yield "inputs of blocks", c.n_layers * self.b * s * c.dim * self.e
-        for depth in range(c.n_mtp_layers):
-            t = s - depth - 1
-            yield MTP + "inputs of blocks", self.b * t * c.dim * self.e  # the embedding; the state is saved anyway
-            yield from self.mtp_ends(depth, t)
-        for layer in range(c.n_layers + c.n_mtp_layers):
-            t = s - max(0, layer + 1 - c.n_layers)
-            if c.is_moe(layer):
-                yield "gates", self.scores(self.b * t)
-        yield (
-            "one block, made again",
-            max(sum(amount for _, amount in self.block(layer, s)) for layer in {0, c.n_layers - 1}),
-        )
-
-    def warmup(self, s: int, recompute: bool) -> Amounts:
-        """Yield what the indexers save, and their inputs; with recomputation inputs of blocks, and one indexer."""
-        c, lengths = self.c, [s] * self.c.n_layers + [s - depth - 1 for depth in range(self.c.n_mtp_layers)]
-        for t in dict.fromkeys(lengths):
-            yield "rotary tables", self.table(t)
-        for t in lengths:
-            if recompute:
-                yield "inputs of blocks", self.b * t * c.dim * self.e
-        for t in lengths[:1] if recompute else lengths:
-            yield from self.indexer(self.b * t)
-            if not self.fp8:
-                yield "attention", self.b * t * (c.dim + (c.q_lora_rank or 0)) * self.e
-
-    def ends(self, s: int) -> Amounts:
-        """Yield what is saved before and after the blocks."""
-        c, n = self.c, self.b * s
-        yield "tokens", 8 * n
-        yield "rotary tables", self.table(s)
-        if c.embed_norm:
-            yield STATE, self.normed(n, c.dim)
-        yield STATE, self.normed(n, c.dim)
-        yield "losses", n * c.dim * self.e
-        if c.n_mtp_layers and c.mtp_input == "post_norm":
-            yield MTP + STATE, n * c.dim * self.e
-
-    def mtp_ends(self, depth: int, t: int) -> Amounts:
-        """Yield a depth's final norm, loss, and what it gives to the next."""
-        c, n = self.c, self.b * t
-        yield "rotary tables", self.table(t)
-        if c.embed_norm:
-            yield MTP + STATE, self.normed(n, c.dim)
-        yield MTP + STATE, self.normed(n, c.dim)
-        yield MTP + "losses", n * c.dim * self.e
-        if depth + 1 < c.n_mtp_layers and c.mtp_input == "post_norm":
-            yield MTP + STATE, n * c.dim * self.e
-
-    def block(self, layer: int, s: int) -> Amounts:
-        """Yield a block, from the input of its first norm to the products of its last."""
-        c, n = self.c, self.b * s
-        yield STATE, 2 * self.normed(n, c.dim)
-        yield from self.attention(n)
-        if not c.is_moe(layer):
-            yield from self.swiglu("dense feed-forward", n, c.inter_dim)
-            yield "dense feed-forward", n * self.read(c.dim)
-            return
-        # the gate reads FP32: a copy unless x is FP32, in which case experts read the same x
-        yield "gates", (n * c.dim * 4 if self.e < 4 else 0) + self.gate(n)
-        rows = n * c.n_activated_experts
-        if self.kernels:
-            yield "routed experts", rows * 2 * c.moe_inter_dim * self.e
+        if part == "embedding":
+            yield "tokens", 8
+            if c.embed_norm:
+                yield STATE, self.normed(c.dim)
+        elif part == "head":
+            yield STATE, self.normed(c.dim)
+            yield "losses", self.row(c.dim)
+        elif part == "state":
+            yield STATE, self.row(c.dim)
+        elif part == "mtp":
+            yield from self.mtp()
+        elif self.recompute == "full":
+            yield "inputs of blocks", self.row(c.dim)
+            if part == "moe":
+                yield "gates", self.scores()
         else:
-            # their inputs and results, which token a row is of, and where a visit's row is
-            yield "routed experts", rows * (self.read(c.dim) + c.dim * self.e + 8 + 8)
-            yield from self.swiglu("routed experts", rows, c.moe_inter_dim)
-        reads_x = self.kernels or (self.e == 4 and not self.fp8)
-        if c.n_shared_experts or reads_x:
-            yield "shared experts" if c.n_shared_experts else "gates", n * self.read(c.dim)
-        if self.e == 4 and self.fp8:
-            yield "gates", n * c.dim * 4
-        if c.n_shared_experts:
-            yield from self.swiglu("shared experts", n, c.n_shared_experts * c.moe_inter_dim)
+            yield STATE, 2 * self.normed(c.dim)
+            yield from self.attention()
+            yield from self.moe() if part == "moe" else self.dense()
 
-    def attention(self, n: int) -> Amounts:
+    def mtp(self) -> Amounts:
+        """Yield a depth's own norms, projection and loss."""
+        c = self.c
+        if self.recompute == "none":
+            yield STATE, self.normed(c.dim) + 4  # enorm, and the inverse of hnorm
+            yield "projection", 2 * self.row(c.dim)
+        elif self.recompute == "selective":
+            yield "projection", 3 * self.row(c.dim)
+        if c.embed_norm:
+            yield STATE, self.normed(c.dim)
+        yield STATE, self.normed(c.dim)
+        yield "losses", self.row(c.dim)
+
+    def attention(self) -> Amounts:
         """Yield the inputs of the products, then what lies between them (report, section 2.1.1)."""
         c = self.c
-        yield "attention", n * self.read(c.dim)
+        d, v, h = key_width(c), c.v_head_dim, c.n_heads
+        latent_up = self.recompute == "selective" and c.is_mla  # made again
+        yield "attention", self.norm_result(c.dim)
         if c.is_mla:
             if c.q_lora_rank is not None:
-                yield STATE, self.normed(n, c.q_lora_rank)
-                yield "attention", n * self.read(c.q_lora_rank)
-            yield STATE, self.normed(n, c.kv_lora_rank) + n * c.qk_rope_head_dim * self.e
-            yield "attention", n * self.read(c.kv_lora_rank)
-        d, v, h = key_width(c), c.v_head_dim, c.n_heads
-        if c.qk_norm:
-            yield STATE, n * (h + c.kv_heads) * (d * self.e + 4)
+                yield STATE, self.normed(c.q_lora_rank)
+                yield "attention", self.norm_result(c.q_lora_rank)
+            yield STATE, self.normed(c.kv_lora_rank) + self.row(c.qk_rope_head_dim)
+            yield "attention", self.norm_result(c.kv_lora_rank)
+        if c.qk_norm and not latent_up:
+            yield STATE, (h + c.kv_heads) * self.normed(d)
         # fused: queries and result, keys and values, and a number a query for the softmax
-        yield OVER, n * ((h + c.kv_heads) * (d + v) * self.e + h * 4)
+        if not latent_up or c.q_lora_rank is None:
+            yield OVER, h * self.row(d)
+        if not latent_up:
+            yield OVER, c.kv_heads * self.row(d + v)
+        if not self.fp8 or self.recompute == "none":
+            yield OVER, h * self.row(v)
+        yield OVER, h * 4
         if self.fp8:  # wo reads the result in E5M6, 12 bits a number (report, section 3.3.3)
-            yield "attention", n * (12 * -(-h * v // 8) + 4 * -(-h * v // BLOCK))
+            yield "attention", 12 * ceiling(h * v, 8) + 4 * ceiling(h * v, BLOCK)
         if c.attention == "dsa":
-            yield from self.indexer(n)
+            yield from self.indexer()
 
-    def indexer(self, n: int) -> Amounts:
+    def indexer(self) -> Amounts:
         """Yield an indexer's own; it reads what attention reads, in FP8 as codes of its own."""
         c, h, d = self.c, self.c.index_n_heads or 0, self.c.index_head_dim or 0
-        if self.e < 4 or self.fp8:
-            yield INDEXER, n * 4 * c.dim
+        if self.size < 4 or self.fp8:
+            yield INDEXER, 4 * c.dim
         if self.fp8:
-            yield INDEXER, n * (self.read(c.dim) + self.read(c.q_lora_rank or c.dim))
-        yield INDEXER, n * (4 * d + 8)
-        yield INDEXER, n * ((h + 1) * d * self.e + 4 * h)
+            yield INDEXER, self.read(c.dim) + self.read(c.q_lora_rank or c.dim)
+        yield INDEXER, 4 * d + 8
+        yield INDEXER, (h + 1) * self.row(d) + 4 * h
 
-    def swiglu(self, module: str, n: int, f: int) -> Amounts:
-        """Yield w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
-        yield module, n * (2 * self.read(f) if self.fp8 else 4 * f * self.e)
+    def dense(self) -> Amounts:
+        """Yield a dense feed-forward."""
+        yield "dense feed-forward", self.norm_result(self.c.dim)
+        yield "dense feed-forward", self.swiglu(self.c.inter_dim)
 
-    def gate(self, n: int) -> int:
+    def moe(self) -> Amounts:
+        """Yield the gate, the routed experts at perfect balance, and the shared ones."""
+        c, none = self.c, self.recompute == "none"
+        yield "gates", self.gate()
+        if none and (self.size < 4 or self.fp8):  # the gate reads FP32: a copy, unless experts read FP32 too
+            yield "gates", 4 * c.dim
+        if self.kernels:
+            yield "routed experts", c.n_activated_experts * (2 * self.row(c.moe_inter_dim))
+        else:
+            # their inputs and results, which token a row is of, and where a visit's row is
+            result = self.row(c.dim) if none else 0
+            visit = self.read(c.dim) + result + 8 + 8 + self.swiglu(c.moe_inter_dim)
+            yield "routed experts", c.n_activated_experts * visit
+        if none and (c.n_shared_experts or self.kernels or (self.size == 4 and not self.fp8)):
+            yield "shared experts" if c.n_shared_experts else "gates", self.read(c.dim)
+        if c.n_shared_experts:
+            yield "shared experts", self.swiglu(c.n_shared_experts * c.moe_inter_dim)
+
+    def gate(self) -> Any:
         """Return bytes of scores, of their order, of which the choice is a part, and of the weights.
 
         Normalised weights are saved twice, divided and undivided, with their sum.
         """
-        weights = 8 * self.c.n_activated_experts + 4 if self.c.norm_topk_prob else 4 * self.c.n_activated_experts
-        return self.scores(n) + n * (8 * self.c.n_routed_experts + weights)
+        k = self.c.n_activated_experts
+        return self.scores() + 8 * self.c.n_routed_experts + (8 * k + 4 if self.c.norm_topk_prob else 4 * k)
 
-    def scores(self, n: int) -> int:
+    def scores(self) -> Any:
         """Return bytes of the scores, and of their sum, which the balance loss divides by."""
-        return n * (4 * self.c.n_routed_experts + 4)
+        return 4 * self.c.n_routed_experts + 4
 
-    def read(self, width: int) -> int:
+    def swiglu(self, f: Any) -> Any:
+        """Return w1's and w3's results, silu and the product; in FP8 the results as codes, the rest is made again."""
+        if self.fp8:
+            return 2 * self.read(f)
+        return (4 if self.recompute == "none" else 2) * self.row(f)
+
+    def row(self, width: Any) -> Any:
+        """Return the bytes of a row between products."""
+        return width * self.size
+
+    def read(self, width: Any) -> Any:
         """Return the bytes that are saved of one row that a product reads."""
-        return width + 4 * -(-width // BLOCK) if self.fp8 else width * self.e
+        return width + 4 * ceiling(width, BLOCK) if self.fp8 else self.row(width)
 
-    def normed(self, n: int, width: int) -> int:
-        """Return the bytes of a norm's input and the inverse of its root mean square."""
-        return n * (width * self.e + 4)
+    def normed(self, width: Any) -> Any:
+        """Return the bytes of a norm's input, and of the inverse of its root mean square unless it is made again."""
+        return self.row(width) if self.recompute == "selective" else self.row(width) + 4
 
-    def table(self, s: int) -> int:
-        """Return the bytes of cosines and sines in FP32, one of each a pair."""
-        return 4 * s * (self.c.qk_rope_head_dim if self.c.is_mla else self.c.qk_nope_head_dim)
+    def norm_result(self, width: Any) -> Any:
+        """Return the bytes of a norm's result, which a product reads; none if it is made again."""
+        return self.read(width) if self.recompute == "none" else 0
+
+    def largest_block(self) -> Any:
+        """Return the bytes of a token of the block whose activations are made again in backward, the largest."""
+        whole, c = replace(self, recompute="none"), self.c
+        kinds: list[Part] = [
+            *(["dense"] if c.n_dense_layers else []),
+            *(["moe"] if c.n_dense_layers < c.n_layers else []),
+        ]
+        return functools.reduce(largest, (total(amount for _, amount in whole.part(kind)) for kind in kinds))

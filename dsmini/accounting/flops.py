@@ -28,10 +28,9 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 rep
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from dsmini.accounting.checks import check_context, check_depths, check_sizes
-from dsmini.accounting.table import collect
+from dsmini.accounting.table import check_context, check_depths, check_sizes
 from dsmini.accounting.tensors import (
     INDEXER,
     MTP,
@@ -39,9 +38,10 @@ from dsmini.accounting.tensors import (
     SCORES,
     Stage,
     TensorUse,
+    collect,
     key_width,
     main_tensors,
-    mtp_tensors,
+    smallest,
     tensors,
 )
 from dsmini.config import ModelConfig
@@ -93,10 +93,10 @@ def flops_per_token(
 
     def amounts() -> Iterator[tuple[str, int]]:
         for use in tensors(config) if mtp else main_tensors(config):
-            pairs = _twice_the_pairs(use.most_keys, seq_len, causal, stage) * use.per_pair // seq_len
-            yield use.module, _passes(use, stage) * (2 * use.per_token + pairs)
+            pairs = twice_the_pairs(use.most_keys, seq_len, causal, stage) * use.per_pair // seq_len
+            yield use.module, _passes(use, stage) * (2 * use.per_token + use.times * pairs)
             if stage and _part(use) == SCORES:
-                yield _loss_module(use), _loss(config, use, seq_len, causal, stage) // seq_len
+                yield _loss_module(use), use.times * (_loss(config, use, seq_len, causal, stage) // seq_len)
 
     return _flops(collect(amounts()))
 
@@ -125,7 +125,7 @@ def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "a
                 yield use.module, 2 * use.per_token
             pair = absorbed_pair(config) if use.module == OVER and absorbed else use.per_pair
             met = min(context, use.most_keys) if use.most_keys and absorbed else context
-            yield use.module, 2 * met * pair
+            yield use.module, 2 * met * use.times * pair
 
     return _flops(collect(amounts()))
 
@@ -173,19 +173,26 @@ def step_flops(
         repeated = again and use.name != "head" and not last
         passes = _passes(use, stage) + (2 if _part(use) == INDEXER else 1) * repeated
         positions = 1 if use.name == "head" and last_logits else s
-        pairs = _twice_the_pairs(use.most_keys, s, causal, stage) * use.per_pair
-        yield use.module, batch_size * passes * (2 * positions * use.per_token + pairs)
+        pairs = twice_the_pairs(use.most_keys, s, causal, stage) * use.per_pair
+        yield use.module, batch_size * passes * (2 * positions * use.per_token + use.times * pairs)
         if stage and _part(use) == SCORES:
-            yield _loss_module(use), batch_size * (1 + repeated) * _loss(config, use, s, causal, stage)
+            yield _loss_module(use), batch_size * use.times * (1 + repeated) * _loss(config, use, s, causal, stage)
 
     def amounts() -> Iterator[tuple[str, int]]:
-        for use in main_tensors(config):
-            yield from amounts_of(use, seq_len)
-        for depth in range(config.n_mtp_layers if training else 0):
-            for use in mtp_tensors(config, depth):
-                yield from amounts_of(use, seq_len - depth - 1)
+        for use in tensors(config) if training else main_tensors(config):
+            for each, positions in by_depth(use, seq_len):
+                yield from amounts_of(each, positions)
 
     return _flops(collect(amounts()))
+
+
+def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
+    """Yield a tensor with the positions of a sequence that meet it: in depth k of multi-token prediction k fewer."""
+    if not use.module.startswith(MTP):
+        yield use, seq_len
+        return
+    for depth in range(use.first, use.first + use.times):
+        yield use._replace(times=1), seq_len - depth - 1
 
 
 def _part(use: TensorUse) -> str:
@@ -204,13 +211,17 @@ def _loss_module(use: TensorUse) -> str:
 
 
 def _loss(c: ModelConfig, use: TensorUse, s: int, causal: bool, stage: Stage) -> int:
-    """Return the FLOPs of an indexer's loss over s queries: scores with their backward, and the target's logits."""
-    compared = _twice_the_pairs(c.index_topk, s, causal, stage)
-    logits = _twice_the_pairs(None, s, causal, stage) * c.n_heads * key_width(c)
-    return 3 * compared * use.per_pair + logits
+    """Return the FLOPs of an indexer's loss over s queries."""
+    compared, seen = (twice_the_pairs(most, s, causal, stage) for most in (c.index_topk, None))
+    return loss_products(c, use, compared, seen)
 
 
-def _twice_the_pairs(most_keys: int | None, s: int, causal: bool, stage: Stage | None) -> int:
+def loss_products(c: ModelConfig, use: TensorUse, compared: Any, seen: Any) -> Any:
+    """Return the products of an indexer's loss: scores with their backward, and the target's logits of all keys."""
+    return 3 * compared * use.per_pair + seen * (c.n_heads * key_width(c))
+
+
+def twice_the_pairs(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
     """Return two times the pairs of s queries with the keys that they meet, at most most_keys each.
 
     A mask hides keys and saves nothing: without `causal` all pairs count, those with keys that were not picked too. In
@@ -218,8 +229,8 @@ def _twice_the_pairs(most_keys: int | None, s: int, causal: bool, stage: Stage |
     """
     if not causal:
         return 2 * s * s
-    k = s if most_keys is None or stage == "warmup" else min(s, most_keys)
-    return k * k + 2 * k * (s - k)
+    k = s if most_keys is None or stage == "warmup" else smallest(s, most_keys)
+    return k * (2 * s - k)
 
 
 def is_absorbed(c: ModelConfig, form: Form) -> bool:
@@ -236,7 +247,7 @@ def is_absorbed(c: ModelConfig, form: Form) -> bool:
     return able and form != "expanded"
 
 
-def absorbed_pair(c: ModelConfig) -> int:
+def absorbed_pair(c: ModelConfig) -> Any:
     """Return the multiply-adds of a query with a cached row in the absorbed form, all heads."""
     return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
 

@@ -11,10 +11,10 @@ Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3" (arXiv 2505.093
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import BLOCK, MTP, SIZES
+from dsmini.accounting.tensors import BLOCK, MTP, SIZES, ceiling
 from dsmini.config import ModelConfig
 from dsmini.config.model import NO_INDEXER
 
@@ -68,14 +68,14 @@ def cache_bytes(
     return Bytes.of([("cache", config.n_layers * rows), (MTP + "cache", config.n_mtp_layers * rows if mtp else 0)])
 
 
-def row_width(c: ModelConfig) -> int:
+def row_width(c: ModelConfig) -> Any:
     """Return the numbers that a layer stores of a token for attention."""
     if c.is_mla:
         return c.kv_lora_rank + c.qk_rope_head_dim
     return c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
 
-def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
+def row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
     """Return the bytes that a layer stores of a token for attention."""
     if dtype not in ("float32", "bfloat16", "fp8"):
         raise ValueError(f"a cache of dtype={dtype!r}; use float32, bfloat16 or fp8")
@@ -83,10 +83,10 @@ def row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
         return row_width(c) * SIZES[dtype]
     if not c.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={c.attention!r}; use bfloat16")
-    return c.kv_lora_rank + 4 * -(-c.kv_lora_rank // BLOCK) + 2 * c.qk_rope_head_dim
+    return c.kv_lora_rank + 4 * ceiling(c.kv_lora_rank, BLOCK) + 2 * c.qk_rope_head_dim
 
 
-def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> int:
+def index_row_bytes(c: ModelConfig, dtype: CacheDtype) -> Any:
     """Return the bytes that a layer stores of a token for its indexer: 132 of V3.2 in FP8; 0 without an indexer."""
     d = c.index_head_dim or 0
-    return d + 4 * -(-d // BLOCK) if dtype == "fp8" else d * SIZES[dtype]
+    return d + 4 * ceiling(d, BLOCK) if dtype == "fp8" else d * SIZES[dtype]

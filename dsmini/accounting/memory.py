@@ -16,13 +16,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from dsmini.accounting.activations import activation_bytes
-from dsmini.accounting.checks import check_dtype
-from dsmini.accounting.table import Bytes
-from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, Stage, TensorUse, tensors
+from dsmini.accounting.table import Bytes, check_dtype
+from dsmini.accounting.tensors import INDEXER, SIZES, Dtype, Stage, TensorUse, WeightDtype, number_bytes, tensors
 from dsmini.config import ModelConfig
 
-WeightDtype = Literal["float32", "bfloat16", "fp8"]
-"""fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128."""
 Optimizer = Literal["adamw", "muon"]
 
 
@@ -41,10 +38,10 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
     check_dtype(dtype, ("float32", "bfloat16", "fp8"))
 
     def amounts(use: TensorUse) -> Iterator[tuple[str, int]]:
-        yield use.module, use.parameters * _number_bytes(use, dtype)
-        yield "routing biases", 4 * use.buffers
+        yield use.module, use.parameters * number_bytes(use, dtype)
+        yield "routing biases", 4 * use.times * use.buffers
         if dtype == "fp8" and use.form == "fp8":
-            yield "scales", 4 * use.scales
+            yield "scales", 4 * use.times * use.stack * use.scales
 
     return Bytes.of(a for use in tensors(config) if mtp or not use.module.startswith("mtp ") for a in amounts(use))
 
@@ -77,11 +74,20 @@ def optimizer_bytes(
         raise ValueError(f"optimizer={optimizer!r} is unknown; use adamw or muon")
 
     def amount(use: TensorUse) -> int:
-        if optimizer == "muon" and not use.module.endswith(INDEXER) and (use.form == "fp8" or use.name == "eh_proj"):
-            return 4 * use.parameters
-        return 2 * SIZES[moments] * use.parameters + (4 if use.parameters else 0)
+        count = 0 if is_muons(use, optimizer) or not use.parameters else 4 * use.times
+        return state_bytes(use, optimizer, moments) * use.parameters + count
 
     return Bytes.of((use.module, amount(use)) for use in tensors(config) if use.learns(dsa_stage))
+
+
+def is_muons(use: TensorUse, optimizer: str) -> bool:
+    """Return whether Muon updates a tensor: a matrix inside the blocks, or MTP's projection, but no indexer's."""
+    return optimizer == "muon" and not use.module.endswith(INDEXER) and (use.form == "fp8" or use.name == "eh_proj")
+
+
+def state_bytes(use: TensorUse, optimizer: str, moments: str) -> int:
+    """Return the bytes of the optimizer's state for one number of a tensor."""
+    return 4 if is_muons(use, optimizer) else 2 * SIZES[moments]
 
 
 def training_bytes(
@@ -127,16 +133,17 @@ def saved_weight_bytes(
 ) -> Bytes:
     """Return the bytes of the copies of weights that autograd saves, by kind of module; see activation_bytes."""
     uses = (use for use in tensors(config) if use.learns(dsa_stage))
-    return Bytes.of((use.module, _saved_copy(config, use, dtype, kernels)) for use in uses)
+    fp8 = config.precision == "fp8"
+    return Bytes.of((use.module, saved_copy(use, dtype, fp8=fp8, kernels=kernels)) for use in uses)
 
 
-def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> int:
-    """Return the bytes of the copy of a weight that autograd saves, besides the FP32 parameter itself.
+def saved_copy(use: TensorUse, dtype: str, *, fp8: bool, kernels: bool = False) -> Any:
+    """Return the bytes of the copies of a weight that autograd saves, besides the FP32 parameter itself.
 
     Matrices are saved in the dtype they were multiplied in; experts' w1 and w3 also in FP32, where they are joined.
     """
-    if use.form == "fp8" and c.precision == "fp8":
-        return use.parameters + 4 * use.scales
+    if use.form == "fp8" and fp8:
+        return use.parameters + 4 * use.times * use.stack * use.scales
     routed = use.module.endswith("routed experts")
     if use.module.endswith(INDEXER):  # whose inputs are detached
         return 0
@@ -144,10 +151,3 @@ def _saved_copy(c: ModelConfig, use: TensorUse, dtype: Dtype, kernels: bool) -> 
         return 0
     joined = routed and use.name != "w2"
     return use.parameters * SIZES[dtype] if joined or dtype != "float32" else 0
-
-
-def _number_bytes(use: TensorUse, dtype: WeightDtype) -> int:
-    """Return the bytes of one number of a tensor that is held in dtype, scales apart."""
-    if use.form == "fp32":
-        return 4
-    return {"float32": 4, "bfloat16": 2, "fp8": 1 if use.form == "fp8" else 2}[dtype]

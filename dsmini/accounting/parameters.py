@@ -63,7 +63,7 @@ def parameters(config: ModelConfig) -> Parameters:
         total=sum(by_module.values()),
         mtp=sum(count for module, count in by_module.items() if module.startswith(MTP)),
         active=sum(count for module, count in active.items() if not module.startswith(MTP)),
-        buffers=sum(use.buffers for use in tensors(config)),
+        buffers=sum(use.times * use.buffers for use in tensors(config)),
         by_module=by_module,
         active_by_module=active,
     )

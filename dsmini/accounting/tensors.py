@@ -1,22 +1,28 @@
 """Every tensor of a model, and what one token does with it: the one list that all counts are sums over.
 
-DeepSeek-V3's query compression in a layer is
+DeepSeek-V3's query compression is
 
-    TensorUse("attention", "wq_a", shape=(1536, 7168), visits=1, form="fp8")
+    TensorUse("attention", "wq_a", shape=(1536, 7168), visits=1, form="fp8", place="block", times=61)
 
-that is 1536 * 7168 = 11,010,048 parameters. A token is multiplied with the matrix once, so the multiply-adds of a token
-are the same number. In FP8 the matrix has 12 * 56 = 672 scales, one for each block of 128x128.
-A stack of experts, w1 of shape (256, 2048, 7168), has 3,758,096,384 parameters; a token visits 8 of the 256 matrices,
+that is 1536 * 7168 = 11,010,048 parameters in each of 61 blocks. A token is multiplied with each matrix once, so the
+multiply-adds of a token are the same number. In FP8 a matrix has 12 * 56 = 672 scales, one for each block of 128x128.
+A stack of 256 experts, w1 of [2048, 7168] each, has 3,758,096,384 parameters; a token visits 8 of the 256 matrices,
 which is 117,440,512 multiply-adds.
+
+The sizes of a config may be whole numbers, or figures that remember how they were computed (dsmini/planner/figure.py).
+Every formula here serves both: accounting returns numbers, and a plan explains the same formulas.
 
 Source: the shapes of the released checkpoints; DeepSeek-V3 report, section 4.2.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from dsmini.accounting.table import N, collect
+import numpy as np
+
 from dsmini.config import ModelConfig
 
 MTP = "mtp "
@@ -28,12 +34,47 @@ INDEXER, SCORES = "indexer", "scores of the indexer"
 
 Dtype = Literal["float32", "bfloat16"]
 """Dtype of numbers that are computed with."""
+WeightDtype = Literal["float32", "bfloat16", "fp8"]
+"""fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128."""
 Stage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
+Place = Literal["ends", "block", "dense", "moe"]
+"""Blocks that have a tensor: none, all, those with a dense feed-forward, those with experts."""
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number."""
 BLOCK = 128
 """Rows and columns of a block of FP8 weights, and numbers of a tile of FP8 activations (report, section 3.3.2)."""
+
+# Arithmetic of whole numbers, which stay exact, and of figures and arrays, to which NumPy's functions apply.
+
+
+def _whole(*numbers: Any) -> bool:
+    return all(isinstance(number, int) for number in numbers)
+
+
+def ceiling(a: Any, b: Any) -> Any:
+    """Return a / b, rounded up."""
+    return -(-a // b) if _whole(a, b) else np.ceil(a / b)
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """Return a / b; of whole numbers the whole part."""
+    return a // b if _whole(a, b) else a / b
+
+
+def smallest(a: Any, b: Any) -> Any:
+    """Return the smaller of two numbers."""
+    return min(a, b) if _whole(a, b) else np.minimum(a, b)
+
+
+def largest(a: Any, b: Any) -> Any:
+    """Return the larger of two numbers."""
+    return max(a, b) if _whole(a, b) else np.maximum(a, b)
+
+
+def total(parts: Iterable[Any]) -> Any:
+    """Return the sum; of nothing 0."""
+    return functools.reduce(operator.add, parts, 0)
 
 
 class TensorUse(NamedTuple):
@@ -43,52 +84,87 @@ class TensorUse(NamedTuple):
     """Kind of module, such as "routed experts"."""
     name: str
     """Name of the parameter in the model, without the path to it."""
-    shape: tuple[int, ...] = ()
-    """[o, i] of a matrix, [e, o, i] of stacked experts, [m] of a norm; () for products without a parameter."""
-    visits: int = 0
-    """Products of a token with matrices [o, i] of this shape."""
+    shape: tuple[Any, ...] = ()
+    """[o, i] of a matrix, [m] of a norm; () for products without a parameter."""
+    stack: Any = 1
+    """Number of such matrices: of routed experts."""
+    visits: Any = 0
+    """Products of a token with matrices [o, i]."""
     form: Literal["fp8", "plain", "fp32"] = "plain"
     """fp8: a matrix of attention or a feed-forward, which may be FP8. plain: follows the model's dtype in any case.
     fp32: a norm or gate, which stays FP32."""
+    split: Literal["whole", "heads", "up", "width"] = "whole"
+    """How GPUs that share a matrix divide it: not, by heads (up: MLA's wkv_b), or by its hidden width."""
+    place: Place = "ends"
+    times: Any = 1
+    """Number of blocks that have it."""
+    first: int = 0
+    """Depth of multi-token prediction that has it first."""
     owned: bool = True
     """False: a parameter that is listed elsewhere and used once more."""
-    per_pair: int = 0
+    per_pair: Any = 0
     """Multiply-adds of a query with one key and its value, all heads."""
-    most_keys: int | None = None
+    most_keys: Any = None
     """Number of keys above which a query chooses among them; None: it meets all."""
-    buffers: int = 0
+    buffers: Any = 0
     """Routing biases, which are state but no parameters."""
 
     @property
-    def parameters(self) -> int:
-        return math.prod(self.shape) if self.shape and self.owned else 0
+    def numbers(self) -> Any:
+        """Numbers of one matrix or norm."""
+        return math.prod(self.shape) if self.shape else 0
 
     @property
-    def per_token(self) -> int:
-        """Multiply-adds of a token, which is also the number of parameters it is multiplied with."""
-        return self.visits * math.prod(self.shape[-2:])
+    def parameters(self) -> Any:
+        """Parameters in all blocks."""
+        return self.times * self.stack * self.numbers if self.owned else 0
+
+    @property
+    def per_token(self) -> Any:
+        """Multiply-adds of a token in all blocks, which is also the number of parameters it is multiplied with."""
+        return self.times * self.visits * self.numbers
 
     def learns(self, stage: Stage) -> bool:
         """Return whether training changes it in a stage."""
         return stage == "sparse" or self.module.removeprefix(MTP) == INDEXER or self.name.startswith("k_norm.")
 
     @property
-    def widths(self) -> tuple[int, int]:
+    def widths(self) -> tuple[Any, Any]:
         """Numbers in and numbers out of all products of a token."""
-        return (self.visits * self.shape[-1], self.visits * self.shape[-2]) if self.visits else (0, 0)
+        if not self.shape:
+            return 0, 0
+        return self.times * self.visits * self.shape[-1], self.times * self.visits * self.shape[0]
 
     @property
-    def scales(self) -> int:
-        """Number of 128x128 blocks, ragged ones at the edges included: 576 rows have five."""
-        o, i = self.shape[-2:]
-        return math.prod(self.shape[:-2]) * -(-o // BLOCK) * -(-i // BLOCK)
+    def scales(self) -> Any:
+        """Number of 128x128 blocks of one matrix, ragged ones at the edges included: 576 rows have five."""
+        return ceiling(self.shape[0], BLOCK) * ceiling(self.shape[1], BLOCK)
+
+    def bytes(self, dtype: str) -> Any:
+        """Return the bytes of one matrix or norm that is held in a dtype, with its scales and routing biases."""
+        if dtype == "fp8" and self.form == "fp8":
+            return self.numbers + 4 * self.scales
+        return self.numbers * number_bytes(self, dtype) + 4 * self.buffers
+
+
+def number_bytes(use: TensorUse, dtype: str) -> int:
+    """Return the bytes of one number of a tensor that is held in dtype, scales apart."""
+    if use.form == "fp32":
+        return 4
+    return {"float32": 4, "bfloat16": 2, "fp8": 1 if use.form == "fp8" else 2}[dtype]
+
+
+def blocks(c: ModelConfig) -> tuple[Any, Any, Any, Any]:
+    """Return the number of blocks: dense, with experts; and of multi-token prediction dense, with experts."""
+    dense = smallest(c.n_dense_layers, c.n_layers)
+    mtp_dense = c.n_dense_layers - dense
+    return dense, c.n_layers - dense, mtp_dense, c.n_mtp_layers - mtp_dense
 
 
 def tensors(c: ModelConfig) -> Iterator[TensorUse]:
-    """Yield all tensors of Transformer(c), in order."""
+    """Yield all tensors of Transformer(c)."""
     yield from main_tensors(c)
-    for depth in range(c.n_mtp_layers):
-        yield from mtp_tensors(c, depth)
+    yield from mtp_tensors(c)
 
 
 def main_tensors(c: ModelConfig) -> Iterator[TensorUse]:
@@ -96,39 +172,55 @@ def main_tensors(c: ModelConfig) -> Iterator[TensorUse]:
     yield TensorUse("embedding", "embed", (c.vocab_size, c.dim))
     if c.embed_norm:
         yield _norm("embed_norm", c.dim)
-    for layer in range(c.n_layers):
-        yield from block_tensors(c, layer)
+    dense, moe, _, _ = blocks(c)
+    yield from _placed(c, {"block": c.n_layers, "dense": dense, "moe": moe})
     yield _norm("norm", c.dim)
-    yield TensorUse("head", "head", (c.vocab_size, c.dim), 1)
+    yield TensorUse("head", "head", (c.vocab_size, c.dim), visits=1)
 
 
-def mtp_tensors(c: ModelConfig, depth: int) -> Iterator[TensorUse]:
-    """Yield a multi-token prediction block, the first with depth 0; embedding and head are the main model's."""
-    for norm in ("enorm", "hnorm", "norm"):
-        yield _norm(norm, c.dim)._replace(module=MTP + "norms")
-    yield TensorUse(MTP + "projection", "eh_proj", (c.dim, 2 * c.dim), 1)
-    for use in block_tensors(c, c.n_layers + depth):
-        yield use._replace(module=MTP + use.module)
-    yield TensorUse(MTP + "head", "head", (c.vocab_size, c.dim), 1, owned=False)
+def mtp_tensors(c: ModelConfig) -> Iterator[TensorUse]:
+    """Yield the tensors of multi-token prediction; embedding and head are the main model's."""
+    if not c.n_mtp_layers:
+        return
+    _, _, dense, moe = blocks(c)
+    uses = [_norm(name, c.dim) for name in ("enorm", "hnorm", "norm")]
+    uses.append(TensorUse("projection", "eh_proj", (c.dim, 2 * c.dim), visits=1))
+    uses.append(TensorUse("head", "head", (c.vocab_size, c.dim), visits=1, owned=False))
+    for use in uses:
+        yield use._replace(module=MTP + use.module, times=c.n_mtp_layers)
+    for use in _placed(c, {"block": c.n_mtp_layers, "dense": dense, "moe": moe}):
+        yield use._replace(module=MTP + use.module, first=int(dense) if use.place == "moe" else 0)
 
 
-def block_tensors(c: ModelConfig, layer: int) -> Iterator[TensorUse]:
-    """Yield a block: attention, and a feed-forward or experts."""
+def _placed(c: ModelConfig, times: dict[Place, Any]) -> Iterator[TensorUse]:
+    """Yield the tensors of all blocks, with the number of blocks that have them."""
+    of: dict[Place, Callable[[ModelConfig], Iterator[TensorUse]]] = {"block": _block, "dense": _dense, "moe": _moe}
+    for place, number in times.items():
+        for use in of[place](c) if number else ():
+            yield use._replace(place=place, times=number)
+
+
+def _block(c: ModelConfig) -> Iterator[TensorUse]:
+    """Yield what every block has: two norms and attention."""
     yield _norm("attn_norm", c.dim)
     yield from _attention(c)
     yield _norm("ffn_norm", c.dim)
-    if not c.is_moe(layer):
-        yield from _swiglu("dense feed-forward", c.dim, c.inter_dim)
-        return
+
+
+def _dense(c: ModelConfig) -> Iterator[TensorUse]:
+    yield from _swiglu("dense feed-forward", c.dim, c.inter_dim)
+
+
+def _moe(c: ModelConfig) -> Iterator[TensorUse]:
     biases = c.n_routed_experts if c.topk_method == "noaux_tc" else 0
-    yield TensorUse("gates", "gate", (c.n_routed_experts, c.dim), 1, "fp32", buffers=biases)
+    yield TensorUse("gates", "gate", (c.n_routed_experts, c.dim), visits=1, form="fp32", buffers=biases)
     for use in _swiglu("routed experts", c.dim, c.moe_inter_dim):
-        yield use._replace(shape=(c.n_routed_experts, *use.shape), visits=c.n_activated_experts)
+        yield use._replace(stack=c.n_routed_experts, visits=c.n_activated_experts, split="whole")
     if c.n_shared_experts:
         yield from _swiglu("shared experts", c.dim, c.n_shared_experts * c.moe_inter_dim)
 
 
-def key_width(c: ModelConfig) -> int:
+def key_width(c: ModelConfig) -> Any:
     """Return the width of a head's query and key, of MLA in its expanded form."""
     return c.qk_head_dim if c.is_mla else c.qk_nope_head_dim
 
@@ -137,50 +229,58 @@ def _attention(c: ModelConfig) -> Iterator[TensorUse]:
     m, h, d, v = c.dim, c.n_heads, key_width(c), c.v_head_dim
     if c.is_mla:
         if c.q_lora_rank is None:
-            yield _attention_matrix("wq", h * d, m)
+            yield _matrix("wq", h * d, m)
         else:
-            yield _attention_matrix("wq_a", c.q_lora_rank, m)
+            yield _matrix("wq_a", c.q_lora_rank, m, "whole")
             yield _norm("q_norm", c.q_lora_rank)
-            yield _attention_matrix("wq_b", h * d, c.q_lora_rank)
-        yield _attention_matrix("wkv_a", c.kv_lora_rank + c.qk_rope_head_dim, m)
+            yield _matrix("wq_b", h * d, c.q_lora_rank)
+        yield _matrix("wkv_a", c.kv_lora_rank + c.qk_rope_head_dim, m, "whole")
         yield _norm("kv_norm", c.kv_lora_rank)
-        yield _attention_matrix("wkv_b", h * (c.qk_nope_head_dim + v), c.kv_lora_rank)
+        yield _matrix("wkv_b", h * (c.qk_nope_head_dim + v), c.kv_lora_rank, "up")
     else:
-        yield _attention_matrix("wq", h * d, m)
-        yield _attention_matrix("wk", c.kv_heads * d, m)
-        yield _attention_matrix("wv", c.kv_heads * v, m)
+        yield _matrix("wq", h * d, m)
+        yield _matrix("wk", c.kv_heads * d, m)
+        yield _matrix("wv", c.kv_heads * v, m)
     if c.qk_norm:
         yield _norm("q_head_norm", d)
         yield _norm("k_head_norm", d)
     yield TensorUse(OVER, "", per_pair=h * (d + v), most_keys=c.index_topk)
-    yield _attention_matrix("wo", m, h * v)
+    yield _matrix("wo", m, h * v)
     if c.index_n_heads is not None and c.index_head_dim is not None:
         yield from _indexer(c.index_n_heads, c.index_head_dim, m, m if c.q_lora_rank is None else c.q_lora_rank)
 
 
 def _indexer(h: int, d: int, m: int, width: int) -> Iterator[TensorUse]:
     """Yield an indexer: 13,959,424 parameters in a layer of V3.2, its norm's 256 among them."""
-    yield TensorUse(INDEXER, "wq_b", (h * d, width), 1, "fp8")
-    yield TensorUse(INDEXER, "wk", (d, m), 1, "fp8")
+    yield TensorUse(INDEXER, "wq_b", (h * d, width), visits=1, form="fp8")
+    yield TensorUse(INDEXER, "wk", (d, m), visits=1, form="fp8")
     yield from (_norm(name, d) for name in ("k_norm.weight", "k_norm.bias"))
-    yield TensorUse(INDEXER, "weights_proj", (h, m), 1, "fp32")
+    yield TensorUse(INDEXER, "weights_proj", (h, m), visits=1, form="fp32")
     yield TensorUse(SCORES, "", per_pair=h * d)
 
 
-def _attention_matrix(name: str, o: int, i: int) -> TensorUse:
-    return TensorUse("attention", name, (o, i), 1, "fp8")
+def _matrix(name: str, o: Any, i: Any, split: Literal["whole", "heads", "up"] = "heads") -> TensorUse:
+    return TensorUse("attention", name, (o, i), visits=1, form="fp8", split=split)
 
 
-def _swiglu(module: str, m: int, f: int) -> Iterator[TensorUse]:
-    yield TensorUse(module, "w1", (f, m), 1, "fp8")
-    yield TensorUse(module, "w2", (m, f), 1, "fp8")
-    yield TensorUse(module, "w3", (f, m), 1, "fp8")
+def _swiglu(module: str, m: Any, f: Any) -> Iterator[TensorUse]:
+    for name, shape in (("w1", (f, m)), ("w2", (m, f)), ("w3", (f, m))):
+        yield TensorUse(module, name, shape, visits=1, form="fp8", split="width")
 
 
-def _norm(name: str, width: int) -> TensorUse:
+def _norm(name: str, width: Any) -> TensorUse:
     return TensorUse("norms", name, (width,), form="fp32")
 
 
-def sums(uses: Iterable[TensorUse], value: Callable[[TensorUse], N]) -> dict[str, N]:
+def sums(uses: Iterable[TensorUse], value: Callable[[TensorUse], Any]) -> dict[str, Any]:
     """Return the sum of `value` for each module that has any, in order of first appearance."""
     return collect((use.module, value(use)) for use in uses)
+
+
+def collect(amounts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the sum of the amounts of each name that has any, in order of first appearance."""
+    out: dict[str, Any] = {}
+    for name, amount in amounts:
+        if amount:
+            out[name] = out[name] + amount if name in out else amount
+    return out

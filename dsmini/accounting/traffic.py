@@ -18,17 +18,15 @@ Worked example, DeepSeek-V3 in FP8 that decodes a token of one sequence at a con
 256 sequences share the weights: 2.99 GB a token, of which 2.55 GB are routed experts.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from dsmini.accounting.checks import check_context, check_depths, check_dtype, check_sizes
-from dsmini.accounting.experts import distinct_experts
-from dsmini.accounting.flops import Form, is_absorbed
+from dsmini.accounting.flops import Form, by_depth, is_absorbed
 from dsmini.accounting.kv_cache import CacheDtype, index_row_bytes, row_bytes, row_width
-from dsmini.accounting.memory import Optimizer, WeightDtype, optimizer_bytes
+from dsmini.accounting.memory import Optimizer, optimizer_bytes
 from dsmini.accounting.parameters import parameters
-from dsmini.accounting.table import Bytes
+from dsmini.accounting.table import Bytes, check_context, check_depths, check_dtype, check_sizes
 from dsmini.accounting.tensors import (
     BLOCK,
     MTP,
@@ -36,9 +34,11 @@ from dsmini.accounting.tensors import (
     SIZES,
     Dtype,
     TensorUse,
+    WeightDtype,
+    collect,
     key_width,
     main_tensors,
-    mtp_tensors,
+    tensors,
 )
 from dsmini.config import ModelConfig
 
@@ -98,13 +98,13 @@ def decode_bytes_per_token(
             yield use.module, use.parameters * size if halves else products.weights(use)
             if halves:  # of every head's query into the latent, and of its sum out of it
                 width = config.qk_nope_head_dim + 2 * config.kv_lora_rank + config.v_head_dim
-                yield "activations", batch * config.n_heads * width * size
+                yield "activations", batch * use.times * config.n_heads * width * size
             elif use.name == "head":
                 yield from products.head(batch)
             elif use.name != "wkv_b":  # which reads the cache, and writes keys and values
                 yield "activations", products.activations(use)
             if use.per_pair and use.module == SCORES:
-                yield ATTENDED, batch * use.per_pair * size
+                yield ATTENDED, batch * use.times * use.per_pair * size
         met = min(context, config.index_topk or context) if absorbed else context
         yield WRITE, config.n_layers * batch * (row + index_row)
         yield READ, config.n_layers * batch * (met * row + context * index_row)
@@ -115,7 +115,7 @@ def decode_bytes_per_token(
             made = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
             yield EXPANDED, config.n_layers * 2 * batch * context * made * size
 
-    return Traffic.of((name, amount / batch) for name, amount in amounts())
+    return Traffic.of((name, amount / batch) for name, amount in collect(amounts()).items())
 
 
 def prefill_bytes_per_token(
@@ -153,10 +153,10 @@ def prefill_bytes_per_token(
             else:
                 yield "activations", products.activations(use)
             if use.per_pair:
-                yield ATTENDED, n * _fused(config, use) * SIZES[compute]
+                yield ATTENDED, n * use.times * _fused(config, use) * SIZES[compute]
         yield WRITE, config.n_layers * n * row
 
-    return Traffic.of((name, amount / n) for name, amount in amounts())
+    return Traffic.of((name, amount / n) for name, amount in collect(amounts()).items())
 
 
 def training_bytes_per_token(
@@ -203,20 +203,19 @@ def training_bytes_per_token(
         else:
             yield "activations", 3 * products.activations(use)
         if use.per_pair and use.module.removeprefix(MTP) == SCORES:
-            yield ATTENDED, tokens * _fused(config, use) * size
+            yield ATTENDED, tokens * use.times * _fused(config, use) * size
         elif use.per_pair:
-            yield ATTENDED, tokens * (3 * _fused(config, use) + config.n_heads * config.v_head_dim) * size
+            numbers = 3 * _fused(config, use) + config.n_heads * config.v_head_dim
+            yield ATTENDED, tokens * use.times * numbers * size
 
     def amounts() -> Amounts:
-        for use in main_tensors(config):
-            yield from of(use, n)
-        for depth in range(config.n_mtp_layers):
-            for use in mtp_tensors(config, depth):
-                yield from of(use, batch_size * (seq_len - depth - 1))
+        for use in tensors(config):
+            for each, positions in by_depth(use, seq_len):
+                yield from of(each, batch_size * positions)
         yield "optimizer", 3 * 4 * parameters(config).total
         yield "optimizer", 2 * optimizer_bytes(config, optimizer, moments).total
 
-    return Traffic.of((name, amount / n) for name, amount in amounts())
+    return Traffic.of((name, amount / n) for name, amount in collect(amounts()).items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,11 +235,8 @@ class _Products:
         """Return the bytes read of a weight, with scales and routing biases."""
         if use.name == "embed":
             return self.n * self.config.dim * SIZES[self.compute]
-        share = self.experts / use.shape[0] if len(use.shape) == 3 else 1
-        numbers = share * math.prod(use.shape) if use.shape else 0
-        if self.fp8 and use.form == "fp8":
-            return numbers + share * 4 * use.scales
-        return numbers * self._size(use) + 4 * use.buffers
+        read = self.experts if use.module.removeprefix(MTP) == "routed experts" else 1
+        return use.times * read * use.bytes("fp8" if self.fp8 else self.compute)
 
     def activations(self, use: TensorUse) -> float:
         """Return the bytes that its products read of their inputs and write of their results."""
@@ -267,3 +263,32 @@ def _fused(c: ModelConfig, use: TensorUse) -> int:
 
 def _compute(dtype: WeightDtype) -> Dtype:
     return "bfloat16" if dtype == "fp8" else dtype
+
+
+def expected_experts(config: ModelConfig, tokens: Any) -> Any:
+    """Return how many of a layer's routed experts this many tokens choose together: e (1 - (1 - k/e)^tokens).
+
+    Derivation: with uniform routing, all experts alike and tokens independent, a token misses a given expert with
+    probability 1 - k/e, whatever groups it is limited to; all tokens miss it with the power; the expectation is the sum
+    over experts. Real tokens of one text are alike and choose fewer. DeepSeek-V3: one token reads 8 experts of a layer,
+    32 tokens 163, 256 tokens all 256 but for a tenth of one.
+
+    Raises: ValueError for fewer than 0 tokens.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens}; 0 or more")
+    e, k = config.n_routed_experts, config.n_activated_experts
+    return e * (1 - (1 - k / e) ** tokens)
+
+
+def distinct_experts(c: ModelConfig, tokens: int, experts: float | None) -> float:
+    """Return the number of distinct experts that was given, if it can be, or the expected one."""
+    if experts is None:
+        return expected_experts(c, tokens)
+    most = min(c.n_routed_experts, tokens * c.n_activated_experts)
+    if not c.n_activated_experts <= experts <= most:
+        raise ValueError(
+            f"experts={experts} distinct ones for {tokens} tokens that choose {c.n_activated_experts} of "
+            f"{c.n_routed_experts}; use {c.n_activated_experts} to {most}, or leave it out"
+        )
+    return experts

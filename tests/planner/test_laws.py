@@ -194,7 +194,7 @@ def check_counts(config: ModelConfig, layout: Layout, seq_len: int, **serving: A
             found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
     assert {name: found.get(name, 0) for name in exact} == {name: wanted[name] for name in exact}
     assert {name: found.get(name, 0) for name in wanted} == pytest.approx(wanted, rel=1e-12)
-    few = 4 * len([use for use in tensors(config) if use.parameters])  # AdamW's counts of steps
+    few = 4 * sum(use.times for use in tensors(config) if use.parameters)  # AdamW's counts of steps
     assert 0 <= process["optimizer"] - found["process_optimizer"] <= few
     assert found["process_memory"] == sum(found[part] for part in (*PROCESS, "process_optimizer"))
     # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
