@@ -18,7 +18,7 @@ from dsmini.functional.rope import apply_rope
 from dsmini.functional.swiglu import swiglu
 from dsmini.nn import Rope
 from dsmini.numerics import WEIGHT_TILE, quantize
-from tests.helpers.backends import BACKENDS, SIZES, forced, moved, routed, tied
+from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
 from tests.helpers.configs import refusal
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 

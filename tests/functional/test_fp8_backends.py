@@ -22,7 +22,7 @@ from dsmini.numerics import (
     quantize,
 )
 from dsmini.numerics.fp8_products import Recipe, fp8_dgrad, fp8_fprop, fp8_swiglu_fprop, fp8_wgrad
-from tests.helpers.backends import BACKENDS, SIZES, forced, moved, routed, tied
+from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
 from tests.helpers.fp8 import Scale, rounded, varied
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, moved_codes, relative_error, rounding
 

@@ -15,7 +15,7 @@ from dsmini.measure.counting import count
 from dsmini.nn import Experts, Projection
 from dsmini.nn.fp8 import hold_fp8, scale_names
 from dsmini.numerics import WEIGHT_TILE, fp8_products, quantize
-from tests.helpers.backends import declared, routed
+from tests.functional.conftest import declared, routed
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]

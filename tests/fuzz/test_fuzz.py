@@ -28,10 +28,10 @@ from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
 from dsmini.training.record import StepRecord, read_records
 from tests.conftest import randomise
+from tests.fuzz.mutations import damaged, edited, edited_toml, with_edited_header
 from tests.helpers import folders
 from tests.helpers.configs import refusal
 from tests.helpers.corpora import Files, lay_out
-from tests.helpers.mutations import damaged, edited, edited_toml, with_edited_header
 from tests.helpers.text_folders import save_text_side, save_tokenizer
 
 SIZES = {

@@ -1,6 +1,5 @@
 """Drive a headless Chromium by its DevTools protocol over a pipe."""
 
-import base64
 import json
 import os
 import shutil
@@ -84,10 +83,6 @@ class Chromium:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def save(self, path: Path, method: str = "Page.captureScreenshot", **parameters: Any) -> None:
-        """Save a screenshot, or a PDF by Page.printToPDF."""
-        path.write_bytes(base64.b64decode(self.call(method, **parameters)["data"]))
 
     def said(self, method: str) -> list[Mapping[str, Any]]:
         """Return the events of this name since the page was opened."""

@@ -15,6 +15,7 @@ from dsmini import ModelConfig, Transformer
 from dsmini.checkpoint.tensor_names import mtp_copies
 from dsmini.config.huggingface import config_to_json
 from tests.helpers.hf_names import to_hf
+from tests.helpers.quantizer import tiles
 
 FP8 = torch.float8_e4m3fn
 QUANTIZED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -68,13 +69,6 @@ def is_matrix(name: str) -> bool:
     return name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name
 
 
-def blocks_of(tensor: Tensor, tile: tuple[int, int] = (128, 128)) -> Any:
-    """Yield row, column and elements of each block of a matrix."""
-    for i in range(0, tensor.shape[0], tile[0]):
-        for j in range(0, tensor.shape[1], tile[1]):
-            yield i // tile[0], j // tile[1], (slice(i, i + tile[0]), slice(j, j + tile[1]))
-
-
 def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Quantize the matrices block by block; return codes with scales, and the dequantized FP32 values.
 
@@ -85,7 +79,7 @@ def in_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         values = tensors[name].float()
         scales = torch.empty([-(-n // 128) for n in values.shape])
         codes, exact = torch.empty(values.shape, dtype=FP8), torch.empty(values.shape)
-        for i, j, block in blocks_of(values):
+        for i, j, block in tiles(*values.shape, (128, 128)):
             grown = values[block] * float(torch.randn(()).mul(0.5).exp())
             scales[i, j] = grown.abs().max() / 448
             codes[block] = (grown / scales[i, j]).to(FP8)

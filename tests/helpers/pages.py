@@ -1,6 +1,6 @@
 """Printed pages, compared with a stored one.
 
-UPDATE_PAGES=1 pytest tests/report    writes them again; read the difference before it is committed
+UPDATE_PAGES=1 pytest tests/report    writes them anew; read what has changed before a commit
 """
 
 import io
@@ -17,6 +17,7 @@ from dsmini.report import Report
 def check_page(stored: Path, shown: str) -> None:
     """Compare lines with those of a stored page."""
     if os.environ.get("UPDATE_PAGES"):
+        stored.parent.mkdir(exist_ok=True)
         stored.write_text(shown, encoding="utf-8")
     assert shown.splitlines() == stored.read_text(encoding="utf-8").splitlines(), f"{stored} holds another page"
 

@@ -4,14 +4,11 @@ import ast
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import CodeType
 from typing import Any
-
-import pytest
 
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.quantities.explanation import explain
@@ -23,6 +20,7 @@ from dsmini.planner.training.layout import Layout
 from dsmini.planner.training.training_plan import training_plan
 from dsmini.planner.whole import Plan, whole_plan
 from tests.helpers.configs import CONFIGS
+from tests.helpers.pages import check_page
 
 INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
@@ -149,11 +147,5 @@ PAGES = Path(__file__).parents[1] / "planner" / "pages"
 
 
 def same_page(name: str, text: str) -> None:
-    """Compare a text with its snapshot; with PLANNER_PAGES=write in the environment, write that and skip."""
-    path = PAGES / f"{name}.txt"
-    text = "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
-    if os.environ.get("PLANNER_PAGES") == "write":
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        pytest.skip(f"wrote {path}")
-    assert text == path.read_text(encoding="utf-8"), f"{name} differs; PLANNER_PAGES=write pytest writes it anew"
+    """Compare a text with its snapshot, without spaces at the ends of lines."""
+    check_page(PAGES / f"{name}.txt", "".join(f"{line.rstrip()}\n" for line in text.strip().splitlines()))

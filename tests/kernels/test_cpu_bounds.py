@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, steps
 from dsmini_kernels.cpu.muon import PIECE
 from dsmini_kernels.cpu.tiles import ERRORS
-from tests.helpers.commands import ROOT
 
 HUGE = 2**62
 X, OUT, ENDS = torch.zeros(4, 128), torch.zeros(4, 128), torch.tensor([2, 4])
@@ -119,7 +119,7 @@ def test_sanitizers_find_no_memory_error(isa: str, library: build.Library) -> No
     except build.BuildError as error:
         pytest.skip(f"no sanitizer build: {error}")
     env = os.environ | {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    driver = [sys.executable, str(ROOT / "tests" / "helpers" / "sanitized.py"), str(path), *build.TRIAL_LAYOUTS]
+    driver = [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(path), *build.TRIAL_LAYOUTS]
     run = subprocess.run(driver, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     assert int(run.stdout.split()[0]) > 500

@@ -21,7 +21,7 @@ from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, processes
 from tests.helpers.commands import ROOT
-from tests.helpers.kernels import assert_same, quantize
+from tests.kernels.conftest import assert_same, quantize
 
 SUCCEEDS = '[ "$1" = --version ] && exit 0'
 BUILD = "from dsmini_kernels.cpu import build; print(build.library().path)"

@@ -12,7 +12,7 @@ from dsmini.numerics import quantize_tiles
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build
 from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.kernels import assert_same, quantize, quantize_and_back, round_to_bf16
+from tests.kernels.conftest import assert_same, quantize, quantize_and_back, round_to_bf16
 
 pytestmark = pytest.mark.usefixtures("library")
 

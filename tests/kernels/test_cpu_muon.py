@@ -12,8 +12,8 @@ from dsmini import ops
 from dsmini.functional.muon import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
 from dsmini.measure.counting import count
 from dsmini_kernels import Unserved, cpu
-from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.kernels.conftest import assert_threads_change_no_bit
 
 STEPS = {"jordan": JORDAN, "polar express": POLAR_EXPRESS}
 ONES: list[list[tuple[int, ...]]] = [[(1, 1)], [(1, 7)], [(7, 1)], [(5, 17)], [(17, 5)], [(64, 64)], [(33, 65)]]

@@ -15,12 +15,33 @@ from dsmini.functional.trained_experts import trained_experts, trained_experts_g
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import panels
 from tests.helpers.decoding import WEIGHTS
-from tests.helpers.expert_calls import SHAPES, a_call, exact, tolerance, weight_in
-from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.kernels.conftest import assert_threads_change_no_bit, dense, weight_in
 
 pytestmark = pytest.mark.usefixtures("library", "serves_all")
 DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((1, 33, 7, 4, 2), (40, 130, 63, 8, 3), (300, 64, 65, 5, 2), (130, 257, 31, 40, 4), (7, 1, 1, 1, 1))
+"""Tokens, widths of the model and of an expert, experts, and those that a token chooses."""
+
+
+def a_call(n: int, m: int, f: int, e: int, k: int, dtype: torch.dtype, weights: str) -> tuple[Any, ...]:
+    """Return the arguments of `experts`; with four experts or more the last is chosen by nobody."""
+    chosen = torch.stack([torch.randperm(e - (e > 3))[:k] for _ in range(n)])
+    matrices = (weight_in(weights, e, *shape) for shape in ((f, m), (m, f), (f, m)))
+    return (
+        *(torch.randn(n, m).to(dtype), chosen, torch.rand(n, k) - 0.3),
+        *(chosen.flatten().bincount(minlength=e), *matrices),
+    )
+
+
+def exact(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, *matrices: Any) -> Tensor:
+    return experts.reference(x.double(), indices, weights.double(), counts, *map(dense, matrices))
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Return the error of three chained products, whose operands and results are rounded once each."""
+    sums = rounding(FP32_UNIT, terms=terms, chained=3)
+    return sums if dtype == torch.float32 else sums + rounding(BF16_UNIT, chained=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,8 +8,8 @@ import torch
 from dsmini import ops
 from dsmini.functional.sparse_attention import index_scores, pick_keys, picked_attention
 from dsmini_kernels import Unserved, cpu
-from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.kernels.conftest import assert_threads_change_no_bit
 
 pytestmark = pytest.mark.usefixtures("library", "poisoned_memory", "without_gradients")
 DTYPES = (torch.float32, torch.bfloat16)

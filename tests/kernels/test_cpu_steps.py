@@ -27,9 +27,8 @@ from dsmini.nn import Cache
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
 from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
-from tests.helpers.expert_calls import dense, weight_in
-from tests.helpers.kernels import assert_threads_change_no_bit
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
+from tests.kernels.conftest import assert_threads_change_no_bit, dense, weight_in
 
 STEP = rounding(FP32_UNIT, terms=512, chained=8)
 """Eight products follow each other in a step; the longest sum has 512 terms."""

@@ -18,7 +18,7 @@ from dsmini.numerics import FORMATS, SMALLEST_AMAX, dequantize_tiles, quantize_t
 from dsmini.numerics.tiles import FormatName, Scale, Tile
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import tiles as wrapper
-from tests.helpers.kernels import AMAX_MIN, NAMES, SCALES, TYPES, Kernels, assert_same, assert_threads_change_no_bit
+from tests.kernels.conftest import AMAX_MIN, NAMES, SCALES, TYPES, Kernels, assert_same, assert_threads_change_no_bit
 
 TILES = ((1, 128), (128, 1), (128, 128), (1, 1), (3, 5), (2, 16), (1, 100), (999, 999))
 SHAPES = ((1, 1), (1, 63), (3, 64), (127, 130), (129, 576), (2, 3, 130, 63))

@@ -21,7 +21,7 @@ from dsmini.numerics import dequantize_tiles, quantize_tiles, round_tiles
 from dsmini_kernels import triton as backend
 from tests.helpers.commands import ROOT
 from tests.helpers.gpu import VARIABLE
-from tests.helpers.kernels import AMAX_MIN, Kernels
+from tests.kernels.conftest import AMAX_MIN, Kernels
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

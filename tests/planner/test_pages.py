@@ -1,6 +1,6 @@
 """Pages of the planner, each next to its snapshot in pages/: numbers of an invented machine, the same everywhere.
 
-PLANNER_PAGES=write pytest tests/planner/test_pages.py writes the snapshots anew. Read what has changed before a commit.
+UPDATE_PAGES=1 pytest tests/planner/test_pages.py writes the snapshots anew. Read what has changed before a commit.
 """
 
 import functools
