@@ -13,8 +13,7 @@ from dsmini.checkpoint.safetensors_reader import SafetensorsReader
 from dsmini.numerics import FORMATS, quantize
 from tests.helpers import folders
 from tests.helpers.configs import refusal
-from tests.helpers.quantized import EVERY_CUT, EVERY_FORMAT, alike
-from tests.helpers.quantizer import same
+from tests.helpers.quantizer import EVERY_CUT, EVERY_FORMAT, alike, same
 
 TENSORS = {
     "b": torch.arange(12.0).view(3, 4).t(),

@@ -1,6 +1,6 @@
 """Quantize a second time, in numpy, one tile after the other, from tables of exact fractions.
 
-Nothing here comes from dsmini or is computed in the same way. A code is found between the midpoints of a format's
+Nothing of it comes from dsmini or is computed in the same way. A code is found between the midpoints of a format's
 values, which float64 holds exactly, and a power of two comes from frexp. numpy divides and multiplies FP32 by the rules
 of IEEE, so all results are bitwise.
 """
@@ -12,9 +12,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dsmini.numerics import QuantizedTensor
 
 FLOAT, CODES = NDArray[np.float32], NDArray[np.int64]
 # bits of exponent and fraction, codes of the largest value and of NaN, both without sign
@@ -129,3 +132,30 @@ def same(got: Any, want: Any) -> bool:
         x = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, np.float32)
         bits.append(np.where(np.isnan(x), np.float32(np.nan), x).view(np.int32))
     return np.array_equal(*bits)
+
+
+def alike(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Return True if two quantized tensors are equal in every field and bit."""
+    fields = [(q.shape, q.tile, q.scale, q.format, q.dtype, q.codes.dtype, q.codes.shape) for q in (a, b)]
+    return fields[0] == fields[1] and raw(a.codes).tobytes() == raw(b.codes).tobytes() and same(a.scales, b.scales)
+
+
+EVERY_FORMAT = pytest.mark.parametrize("format", NAMES)
+ANY = [  # shape, tile, shape of the scales
+    ((300,), (1, 128), (3,)),
+    ((300,), "row", (1,)),
+    ((300,), "tensor", (1,)),
+    ((7, 130), (1, 128), (7, 2)),
+    ((130, 7), (128, 1), (2, 7)),
+    ((130, 576), (128, 128), (2, 5)),
+    ((7, 130), "row", (7, 1)),
+    ((7, 130), "tensor", (1, 1)),
+    ((2, 3, 130), [2, 64], (2, 2, 3)),
+    ((2, 3, 130), "row", (2, 3, 1)),
+    ((2, 3, 130), "tensor", (1, 1, 1)),
+    ((0, 130), (1, 128), (0, 2)),
+    ((0, 130), "tensor", (0, 1)),
+    ((2, 0), "row", (2, 0)),
+    ((1, 1, 5), (4, 4), (1, 1, 2)),
+]
+EVERY_CUT = pytest.mark.parametrize(("shape", "tile", "tiles"), ANY, ids=lambda case: str(case).replace(" ", ""))

@@ -19,8 +19,7 @@ from dsmini.numerics import (
     quantize,
 )
 from tests.helpers.configs import refusal
-from tests.helpers.quantized import EVERY_CUT, EVERY_FORMAT, alike
-from tests.helpers.quantizer import quantized, same
+from tests.helpers.quantizer import EVERY_CUT, EVERY_FORMAT, alike, quantized, same
 from tests.helpers.tolerances import relative_error
 from tests.helpers.watching import saved_for_backward
 

@@ -1,5 +1,6 @@
 """Tiles in short formats: bit for bit what a loop over the tiles gives, for any shape, tile, format and scale."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,35 +8,89 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from dsmini import ops
 from dsmini.numerics import (
     AMAX_MIN,
     FORMATS,
     SMALLEST_AMAX,
+    UE8M0,
     dequantize_tiles,
+    encode_tiles,
     quantize,
     quantize_tiles,
     round_tiles,
+    tile_scales,
 )
 from dsmini.numerics.tiles import STRIP
-from tests.helpers.quantized import (
-    DTYPE,
+from tests.helpers.configs import refusal
+from tests.helpers.quantizer import (
     EVERY_FORMAT,
-    EVERY_SCALE,
-    FLOOR,
-    FORMAT,
-    SCALE,
-    SEED,
-    agrees,
-    cuts,
-    numpy,
-    varied,
+    NAMES,
+    meant,
+    quantized,
+    quantized_groups,
+    raw,
+    same,
+    stored,
+    tiles,
 )
-from tests.helpers.quantizer import quantized, quantized_groups, raw, same, stored, tiles
 from tests.helpers.tolerances import relative_error
 from tests.helpers.watching import Operations
 
-pytestmark = pytest.mark.usefixtures("reference_backend")
+FORMAT, SCALE = st.sampled_from(NAMES), st.sampled_from(["ue8m0", "fp32"])
+DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+FLOOR, SEED = st.sampled_from([AMAX_MIN, SMALLEST_AMAX, 0.3]), st.integers(0, 999)
+TILES = [(1, 128), (128, 1), (128, 128), (7, 5), (16, 16), (1, 1)]
+EVERY_SCALE = pytest.mark.parametrize("scale", ["ue8m0", "fp32"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _reference_backend() -> Iterator[None]:
+    """Plain PyTorch defines the bits; fast versions are compared with it elsewhere."""
+    with ops.use("reference"):
+        yield
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Draw a tile and the shape of a matrix of up to 3 x 3 tiles, mostly ragged and sometimes empty."""
+    tile = draw(st.sampled_from(TILES))
+    shape = [draw(st.integers(0 if draw(st.integers(0, 9)) == 5 else 1, min(2 * side + 9, 290))) for side in tile]
+    return (shape[0], shape[1]), tile
+
+
+def varied(shape: tuple[int, ...], tile: tuple[int, int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return tiles of normal numbers whose magnitudes are log-normal (sigma 1.5) and powers of ten apart.
+
+    A misplaced scale then shows. Some tiles are zero, some below every amax_min, and half of all numbers tie.
+    """
+    torch.manual_seed(seed)
+    x = torch.randn(shape)
+    for matrix in x.view(-1, *shape[-2:]) if x.numel() else ():
+        for i, j, block in tiles(*matrix.shape, tile):
+            kind = (5 * i + 3 * j + seed) % 11
+            matrix[block] *= torch.randn(()).mul(1.5).exp() * {9: 0.0, 10: 1e-33}.get(kind, 10.0 ** (kind - 4))
+    return torch.where(torch.rand(shape) < 0.5, x.bfloat16().float(), x).to(dtype)
+
+
+def numpy(x: Tensor) -> Any:
+    return x.float().numpy()
+
+
+def agrees(x: Tensor, tile: tuple[int, int], scale: Any, format: Any, amax_min: float) -> bool:
+    """Return True if codes, scales and values of a matrix equal those of the loop."""
+    codes, scales = quantize_tiles(x, tile, scale, format, amax_min)
+    want_codes, want_scales, want = quantized(numpy(x), tile, scale, format, amax_min)
+    assert (codes.dtype, scales.dtype) == (FORMATS[format].dtype, torch.float32)
+    return (
+        np.array_equal(raw(codes), stored(want_codes, format))
+        and same(scales, want_scales)
+        and same(tile_scales(x, tile, scale, format, amax_min), scales)
+        and same(dequantize_tiles(codes, scales, tile, format, columns=x.shape[1]), want)
+        and same(round_tiles(x, tile, scale, format, amax_min, torch.float32), want)
+    )
 
 
 @settings(max_examples=200)
@@ -209,3 +264,106 @@ def test_groups_without_elements(shape: tuple[int, int]) -> None:
     ends = torch.tensor([0, shape[0], shape[0]])
     got = round_tiles(torch.empty(shape), (4, 4), "fp32", "e5m6", AMAX_MIN, torch.bfloat16, ends)
     assert (got.shape, got.dtype) == (shape, torch.bfloat16)
+
+
+# Magnitudes and floors
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-44, 1e-38, 1e-20, 1.0, 1e30, 3e38, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY_SCALE
+@EVERY_FORMAT
+def test_any_magnitude(magnitude: float, dtype: torch.dtype, scale: Any, format: Any) -> None:
+    x = torch.full((3, 130), min(magnitude, torch.finfo(dtype).max), dtype=dtype)
+    x[1] = 0
+    for amax_min in (AMAX_MIN, SMALLEST_AMAX):
+        assert agrees(x, (1, 128), scale, format, amax_min)
+    codes, scales = quantize_tiles(x, (1, 128), scale, format, SMALLEST_AMAX)
+    back = dequantize_tiles(codes, scales, (1, 128), format, columns=130)
+    assert scales.isfinite().all() and (scales > 0).all()
+    assert (back[1] == 0).all()
+    if magnitude == 0 or 1e-30 < magnitude < 3e38:
+        assert relative_error(back, x) <= FORMATS[format].unit
+
+
+@EVERY_SCALE
+@EVERY_FORMAT
+def test_scales_next_to_powers_of_two(scale: Any, format: Any) -> None:
+    """A logarithm is wrong for magnitudes a few bits from the format's largest times a power of two."""
+    powers = torch.arange(-60, 61, dtype=torch.float32).exp2() * FORMATS[format].max
+    bits = powers.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
+    assert agrees(bits.view(torch.float32), (1, 1), scale, format, SMALLEST_AMAX)
+
+
+# NaN and infinities
+
+
+@settings(max_examples=200)
+@given(cuts(), SCALE, FORMAT, DTYPE, st.sampled_from([torch.nan, torch.inf, -torch.inf]), SEED)
+def test_a_tile_with_what_is_no_number_is_none_as_a_whole(
+    cut: Any, scale: Any, format: Any, dtype: torch.dtype, bad: float, seed: int
+) -> None:
+    (r, c), tile = cut
+    x = varied((r, c), tile, seed).clamp(-6e4, 6e4).to(dtype)
+    if not x.numel():
+        return
+    at = divmod(seed * 7919 % (r * c), c)
+    clean = round_tiles(x, tile, scale, format, AMAX_MIN, torch.float32)
+    x[at] = bad
+    assert agrees(x, tile, scale, format, AMAX_MIN)
+    got = round_tiles(x, tile, scale, format, AMAX_MIN, torch.float32)
+    inside = torch.zeros(r, c, dtype=torch.bool)
+    first = [place // side * side for place, side in zip(at, tile, strict=True)]
+    inside[first[0] : first[0] + tile[0], first[1] : first[1] + tile[1]] = True
+    assert torch.equal(got.isnan(), inside)
+    assert same(got[~inside], clean[~inside])
+
+
+# One tile after another
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["e4m3", "e5m6"]), SEED)
+def test_other_tiles_of_the_same_codes_are_exact(r: int, c: int, format: Any, seed: int) -> None:
+    """1x128 codes re-tiled into 128x1, as the weight's gradient wants an input that is saved as codes."""
+    torch.manual_seed(seed)
+    f = FORMATS[format]
+    x = torch.randn(r, c) * torch.randn(r, 1).mul(1.5).exp()
+    once = round_tiles(x, (1, 128), "ue8m0", format, AMAX_MIN, torch.float32)
+    again = round_tiles(once, (128, 1), "ue8m0", format, AMAX_MIN, torch.float32)
+    scales = tile_scales(once, (128, 1), "ue8m0", format, AMAX_MIN).repeat_interleave(128, 0)[:r]
+    normal = once.abs() >= f.min_normal * scales
+    assert same(again[normal], once[normal])
+    assert ((again - once).abs() <= f.min_subnormal / 2 * scales)[~normal].all()
+    assert normal.float().mean() > 0.9 or r * c < 2000
+
+
+@EVERY_FORMAT
+def test_scales_rounded_after_the_codes_are_seen(format: Any) -> None:
+    """Codes belong to one scale: those of an FP32 scale mean other numbers under its power of two."""
+    x = varied((64, 512), (1, 128), 2)
+    codes, scales = quantize_tiles(x, (1, 128), "fp32", format, SMALLEST_AMAX)
+    up = UE8M0.round_up(scales)
+    wrong = dequantize_tiles(codes, up, (1, 128), format, columns=512)
+    right = dequantize_tiles(encode_tiles(x, up, (1, 128), format), up, (1, 128), format, columns=512)
+    assert relative_error(wrong, x) > 0.1
+    assert relative_error(right, x) < FORMATS[format].unit
+    assert same(right, quantized(numpy(x), (1, 128), "ue8m0", format, SMALLEST_AMAX)[2])
+
+
+def test_codes_under_scales_that_are_too_small_are_the_largest() -> None:
+    """No code is NaN for what does not fit."""
+    for format in NAMES:
+        x = torch.tensor([[1e30, -1e30, 3.0]])
+        codes = encode_tiles(x, torch.ones(1, 1), (1, 128), format)
+        f = FORMATS[format]
+        assert same(f.decode(codes, 3), [[f.max, -f.max, 3.0]])
+        assert same(meant(np.array([f.nan]), format), [torch.nan])
+
+
+def test_scales_that_are_not_one_a_tile() -> None:
+    codes, scales = quantize_tiles(torch.ones(130, 128), (128, 128), "fp32", "e4m3", AMAX_MIN)
+    want = "scales of shape [1, 1] do not fit [130, 128] in tiles of 128x128; want [2, 1]"
+    assert refusal(dequantize_tiles, codes, scales[:1], (128, 128)) == want
+    assert "want [2, 1]" in refusal(dequantize_tiles, codes, scales.mT, (128, 128))
+    assert "want [1, 2, 1]" in refusal(dequantize_tiles, codes.unsqueeze(0), scales, (128, 128))
+    assert "want [2, 1]" in refusal(encode_tiles, torch.ones(130, 128), scales[0], (128, 128))
