@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +160,34 @@ def small_config() -> Callable[..., ModelConfig]:
 def small_model(small_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
     """Return a random model of small_config with these changes."""
     return lambda **changes: randomise(Transformer(small_config(**changes)))
+
+
+class Clock:
+    """A clock in place of time.perf_counter that a test moves, with a log of what ran."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.log = 0.0, list[str]()
+        patch.setattr(time, "perf_counter", lambda: self.now)
+
+    def pay(self, seconds: float) -> float:
+        """Move by these seconds, and return the time."""
+        self.now += seconds
+        return self.now
+
+    def work(self, name: str, *seconds: float) -> Callable[[], None]:
+        """Return a run that takes these seconds in turn, and repeats the last."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.log.append(name)
+            self.pay(left.pop(0) if len(left) > 1 else left[0])
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
 
 
 @pytest.fixture

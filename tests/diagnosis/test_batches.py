@@ -23,6 +23,7 @@ from dsmini.diagnosis.findings.reading import TextRates, reading_findings, text_
 from dsmini.diagnosis.subject import Subject
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.text.tokenizer import ByteTokenizer
+from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, World, step_of
 from tests.helpers.token_texts import corpus, random_text
 
@@ -49,18 +50,7 @@ def test_targets_after_the_last_that_counts_are_for_nothing(case: str) -> None:
 
 # --- rows of experts
 
-WIDE = ModelConfig(
-    dim=64,
-    n_layers=3,
-    n_dense_layers=1,
-    n_heads=2,
-    n_routed_experts=4,
-    n_activated_experts=2,
-    n_expert_groups=1,
-    n_limited_groups=1,
-    n_mtp_layers=1,
-    max_seq_len=257,
-)
+WIDE = dataclasses.replace(MODEL, n_layers=3, n_dense_layers=1, n_routed_experts=4, max_seq_len=257)
 
 
 def rows_of(config: ModelConfig, dtype: torch.dtype, backend: str = "eager") -> Any:
@@ -243,24 +233,22 @@ def test_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = text_rates(DataConfig(path=tmp_path / "a.txt"))
     assert found is not None and found.nbytes <= reading.READ_BYTES
     assert found.tokens == pytest.approx(found.tokenised), "a token is a byte"
-    now = [0.0]
-    monkeypatch.setattr(reading.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 0.06) or now[0])
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: clock.pay(0.06))
     found = text_rates(DataConfig(path=tmp_path / "a.txt"))
     assert found is not None and found.nbytes == 1 << 20, "the first chunk takes 60 ms by this clock"
 
 
-def test_rates_are_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     """Check them by a clock that only reading and tokenising move: 10 ms a chunk, 1 us a byte, 4 bytes a token."""
-    now = [0.0]
-    monkeypatch.setattr(reading.time, "perf_counter", lambda: now[0])
 
     class Slow(ByteTokenizer):
         def encode_all(self, texts: Sequence[bytes]) -> list[Any]:
-            now[0] += 1e-6 * sum(map(len, texts))
+            clock.pay(1e-6 * sum(map(len, texts)))
             return [np.zeros(len(text) // 4, np.uint8) for text in texts]
 
     def chunks(document: Document, start: int = 0) -> Any:
-        now[0] += 0.01
+        clock.pay(0.01)
         yield b"1234567\n" * 1000, 0
 
     monkeypatch.setattr(Document, "chunks", chunks)

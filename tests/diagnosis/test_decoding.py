@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +39,7 @@ from dsmini.inference.decoding import Decoder
 from dsmini.inference.speculative import Drafter
 from dsmini.nn import MLA, Cache, FeedForward, MoE
 from dsmini.report import Report, pick, values
+from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, decoding_subject
 from tests.helpers.configs import released
 from tests.helpers.questions import invented_rates
@@ -67,18 +67,20 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "read_bandwidth", lambda *_: 1e9 * (3 + torch.get_num_threads()))
 
 
-class Clock:
-    """Clock that moves by the decoding steps alone, each by its number of cached tokens."""
+@pytest.fixture
+def paid(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], None]:
+    """Return what lets the clock move by the decoding steps alone, each by its number of cached tokens."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> None:
-        self.now, real = 0.0, Decoder.states
+    def pay(seconds: Callable[[int], float]) -> None:
+        real = Decoder.states
 
         def states(decoder: Decoder, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Any:
-            self.now += seconds(int(cache.lengths.max()))
+            clock.pay(seconds(int(cache.lengths.max())))
             return real(decoder, tokens, cache, lengths)
 
-        patch.setattr(Decoder, "states", states)
-        patch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(Decoder, "states", states)
+
+    return pay
 
 
 # --- steps
@@ -290,11 +292,9 @@ def test_threads_scale_products_and_memory_apart() -> None:
     assert scaled(classes, cold, (10.0, 4.0), (20.0, 5.0)) == pytest.approx(2.0 + 2.0 * 4 / 5 + 1.0 + 0.5)
 
 
-def test_narrow_model_tells_seconds_of_a_cached_token(
-    decoding: DecodingSubject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_narrow_model_tells_seconds_of_a_cached_token(decoding: DecodingSubject, paid: Any) -> None:
     """Check a slope of 0.1 ms a token, and that it stands in the forecast."""
-    Clock(monkeypatch, lambda cached: 1e-4 * cached)
+    paid(lambda cached: 1e-4 * cached)
     prices = Prices(decoding, invented_rates())
     found = prices.forecast(PLAIN)
     assert decoding.narrow[PLAIN, 2].slope == pytest.approx(1e-4)
@@ -303,9 +303,9 @@ def test_narrow_model_tells_seconds_of_a_cached_token(
 
 
 @pytest.mark.parametrize("slow", [True, False], ids=["by the token", "always"])
-def test_slowed_cached_attention_is_found(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+def test_slowed_cached_attention_is_found(paid: Any, slow: bool) -> None:
     """Check that steps which take longer for each cached token are named, and not those which always do."""
-    Clock(monkeypatch, lambda cached: 2e-4 * cached if slow else 0.012)
+    paid(lambda cached: 2e-4 * cached if slow else 0.012)
     plan = LookPlan(rounds=8, least=8, interventions=[BY_NAME["free_cache"]])
     found = diagnose(decoding_subject(LONG), plan, None, work=DECODING)
     assert (found.gains["free_cache"].low > 0.5) == slow

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,7 @@ from dsmini.measure.forecast import Forecast, forecast
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Section, pick
 from dsmini.training.trainer import Trainer
+from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL
 
 BY_NAME = {each.name: each for each in gather.EVERY}
@@ -174,17 +176,11 @@ def test_predictions_come_before_the_first_step(subject: Subject, quick: None, s
             assert order[0] == "predict" and order[-1] == "step" and order.count("step") == 1
 
 
-def test_turns_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_end_with_the_time(clock: Clock) -> None:
     """Check that arms of a second take turns while another turn fits, and that the first turn does not count."""
-    now = [0.0]
-    monkeypatch.setattr(evidence.time, "perf_counter", lambda: now[0])
-
-    def taken() -> float:
-        now[0] += 1.0
-        return now[0]
-
-    assert in_turns({"a": taken, "b": taken}, 8.0) == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
-    assert [len(each) for each in in_turns({"a": taken}, 0.0).values()] == [2]
+    arm = partial(clock.pay, 1.0)
+    assert in_turns({"a": arm, "b": arm}, 8.0) == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
+    assert [len(each) for each in in_turns({"a": arm}, 0.0).values()] == [2]
 
 
 # --- gathering
@@ -238,10 +234,8 @@ def test_what_is_not_gathered_says_why(subject: Subject, case: str) -> None:
     assert found.stopped == (case == "an interruption")
 
 
-def test_time_is_shared_by_weight(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(gather.time, "perf_counter", lambda: now[0])
-    slow = fake("b", lambda: now.__setitem__(0, now[0] + 60.0))
+def test_time_is_shared_by_weight(subject: Subject, clock: Clock) -> None:
+    slow = fake("b", lambda: clock.pay(60.0))
     found = gather.gather(subject, None, 60.0, every=[fake("a"), slow, fake("c")])
     assert [section.finding for section in found.sections] == ["18.5", "28.5"]
     assert found.not_tried == {"c": "the time was over"}

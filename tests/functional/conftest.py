@@ -1,7 +1,5 @@
 """Forced backends, all declared operations, and operands of routed experts."""
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import functional, numerics, ops
+from dsmini import ops
 from dsmini.numerics import QuantizedTensor
 from tests.helpers.gpu import gpu_device
 
@@ -19,14 +17,8 @@ BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) if name == "triton" else n
 """All backends as parameters. Triton's kernels run in `pytest -m gpu`."""
 
 
-def declared() -> dict[str, ops.Operation[Any, Any]]:
-    """Return every operation of functional/ and numerics/ by name."""
-    found = {}
-    for room in (functional, numerics):
-        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
-            values = vars(importlib.import_module(module.name)).values()
-            found |= {v.name: v for v in values if isinstance(v, ops.Operation)}
-    return found
+class Unserved(Exception):  # noqa: N818, as backends spell it
+    """The error of a backend that cannot serve a call."""
 
 
 @contextmanager

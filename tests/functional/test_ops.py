@@ -12,14 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
 from dsmini.ops import explanation
+from tests.functional.conftest import Unserved
 from tests.helpers.commands import ROOT
 from tests.helpers.configs import refusal
 
 KNOWN = "use one of reference, eager, cpu, triton, or auto"
-
-
-class Unserved(Exception):  # noqa: N818, as backends spell it
-    """The error of a backend that cannot serve a call."""
 
 
 def backend(name: str) -> ModuleType:

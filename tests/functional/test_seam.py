@@ -15,7 +15,8 @@ from dsmini.measure.counting import count
 from dsmini.nn import Experts, Projection
 from dsmini.nn.fp8 import hold_fp8, scale_names
 from dsmini.numerics import WEIGHT_TILE, fp8_products, quantize
-from tests.functional.conftest import declared, routed
+from dsmini.ops.explanation import operations
+from tests.functional.conftest import Unserved, routed
 from tests.helpers.tolerances import E4M3_UNIT, FP32_UNIT, relative_error, rounding
 
 Build = Callable[..., Transformer]
@@ -27,7 +28,7 @@ def only_references(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an eager version ran")
 
-    for operation in declared().values():
+    for operation in operations().values():
         monkeypatch.setattr(operation, "plain", refuse)
     for module in (functional_experts, fp8_products):
         for name in ("grouped_linear", "grouped_outer", "sort_by_expert", "combine", "_times_transposed"):
@@ -96,16 +97,12 @@ def test_reference_backend_reads_held_codes_by_equations(
     assert relative_error(got, want) <= tolerance
 
 
-class Unserved(Exception):  # noqa: N818, as backends spell it
-    """The error of a backend that cannot serve a call."""
-
-
 def stand_in(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> list[str]:
     """Let a backend for this device have a kernel for each of these operations; return what ran, in order."""
     kernels: Any = ModuleType("stand-in")
     ran: list[str] = []
     kernels.OPERATIONS, kernels.Unserved = tuple(names), Unserved
-    for name, operation in declared().items():
+    for name, operation in operations().items():
 
         def kernel(*args: Any, run: Any = operation.plain, name: str = name, **options: Any) -> Any:
             ran.append(name)

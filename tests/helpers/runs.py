@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,14 +124,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     return a == b
-
-
-class Clock:
-    """A clock in place of time.perf_counter that a test moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
 def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[[], bool], after: bool) -> None:

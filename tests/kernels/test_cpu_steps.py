@@ -276,6 +276,9 @@ def test_tiny_numbers_keep_the_eps_and_the_scales(isa: str) -> None:
         cpu.attention_step(x, attention, past, table, starts)
         rows = past.store.read(10, torch.float32)[:, 9, : attention.latent]
         assert 0 < rows.abs().max() < 1e-8 and len(rows.unique()) > attention.latent // 4
+        attention.kv_norm.zero_()
+        assert cpu.attention_step(x, attention, past, table, starts).isfinite().all()
+        assert not past.store.read(10, torch.float32)[:, 9, : attention.latent].any(), "and zeros are zeros"
 
 
 def test_equal_logits_share_their_weight(isa: str) -> None:

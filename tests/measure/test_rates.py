@@ -22,8 +22,8 @@ from dsmini.measure.rates import Roofs
 from dsmini.measure.step_rates import OTHERS, MeasuredStep, StepRates, rates_beyond, rates_of
 from dsmini.measure.timing import interleaved, ratios, spread, times
 from dsmini.measure.workloads import StepShape
+from tests.conftest import Clock
 from tests.helpers.questions import TINY, plain_roofs
-from tests.measure.conftest import Clock
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -32,7 +32,7 @@ from dsmini.training.run import TrainingRun
 from dsmini.training.summary import summarise, summary_lines
 from dsmini.training.trainer import Trainer
 from dsmini.training.validation import final_eval_tokens
-from tests.helpers.runs import Clock
+from tests.conftest import Clock
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult
 from dsmini.training.watcher import BindingChange
-from tests.helpers.runs import RICH, TIMING, Clock, calls, kill, new_run, resumed, stopped, unequal, whole
+from tests.conftest import Clock
+from tests.helpers.runs import RICH, TIMING, calls, kill, new_run, resumed, stopped, unequal, whole
 
 CPU = torch.device("cpu")
 SECONDS = 0.25
