@@ -81,7 +81,9 @@ FORCED = (
 def test_the_device_chooses_unless_something_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ops.chosen(), speak(X)) == (None, "cpu")
     assert speak(X.long()) == "eager"  # which the backend does not serve
-    assert whisper(X) == "reference"
+    for backend in (None, "cpu", "triton"):  # none of them has it, and one cannot run at all
+        with ops.use(backend):
+            assert whisper(X) == "reference"
     for value, backend, spoken in FORCED:
         monkeypatch.setenv(ops.VARIABLE, value)
         assert (ops.chosen(), speak(X)) == (backend, spoken)
@@ -193,12 +195,6 @@ def test_every_declared_operation_is_explained() -> None:
     }
     assert len(declared) > 15 and set(explanation.operations()) == declared
     assert explanation.REASONS.keys() >= {cell for row in explanation.rows("cpu") for cell in row.cells.values()}
-
-
-def test_backend_without_the_operation_runs_eager() -> None:
-    for backend in ("cpu", "triton"):  # also where that backend cannot run at all
-        with ops.use(backend):
-            assert whisper(X) == "reference"
 
 
 def test_dispatch_mode_runs_pytorch_code() -> None:

@@ -92,22 +92,15 @@ SIZES = {"grouped product": (24, 12), "one by one": (23, 11)}
 
 
 @pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("n", "k"), [(1, 3), (63, 2)])
-def test_experts_equal_a_loop_in_fp32(randomise: Any, m: int, f: int, n: int, k: int) -> None:
-    experts = randomise(stack(6, m, f))
-    v = visits(n, k, e=6, m=m, empty=(0, 3, 5))
-    check_against_a_loop(experts, v, torch.float32, rounding(FP32_UNIT, terms=m, chained=6))
-
-
-@pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("n", [9, 101])
-def test_experts_equal_a_loop_in_bf16(randomise: Any, m: int, f: int, n: int) -> None:
-    """101 tokens are enough for rows to be aligned at 64, 9 are not. Products accumulate in FP32; some six results are
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (63, 2), (130, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_equal_a_loop(randomise: Any, m: int, f: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """130 tokens are enough for rows of BF16 to be aligned at 64. Products accumulate in FP32; some six results are
     rounded on the way: two inner products, silu, their product, the outer product, the weighted sum."""
-    experts = randomise(stack(4, m, f))
-    v = visits(n, 3, e=4, m=m, empty=(2,), dtype=torch.bfloat16)
-    assert v.indices.numel() >= 64 * 4 or n == 9
-    check_against_a_loop(experts, v, torch.bfloat16, rounding(BF16_UNIT, chained=6))
+    v = visits(n, k, e=6, m=m, empty=(0, 3, 5), dtype=dtype)
+    assert (v.indices.numel() >= 64 * 6) == (n == 130)
+    unit, terms = (FP32_UNIT, max(n, m)) if dtype == torch.float32 else (BF16_UNIT, 1)
+    check_against_a_loop(randomise(stack(6, m, f)), v, dtype, rounding(unit, terms=terms, chained=6))
 
 
 @pytest.mark.parametrize(("m", "f"), SIZES.values(), ids=SIZES)
