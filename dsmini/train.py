@@ -17,7 +17,6 @@ from dsmini.config import RunConfig
 from dsmini.console.command import run, speaks
 from dsmini.console.commandline import Help, parse, take_file, take_folder
 from dsmini.console.messages import say
-from dsmini.distributed.chaos import parse_chaos
 from dsmini.distributed.meeting import launcher, tell
 from dsmini.reading import find_config
 from dsmini.training.origin import RunOrigin, find_origin, is_finished, resume_automatically
@@ -44,8 +43,6 @@ class TrainCommand(RunConfig):
     init: Path | None = None
     """Start from a DeepSeek or Hugging Face folder or a run, or one of its checkpoints. The new run has its weights,
     model and tokenizer, and the usual recipe. FP8 weights are dequantized."""
-    chaos: str | None = None
-    """Faults to inject on purpose, to see the run survive: SEED[:MEAN_STEPS[:KINDS]], such as 7:40:kill,full_disk."""
     json: bool = False
     """Print the final figures as a line of JSON, and all else to the standard error."""
 
@@ -61,7 +58,7 @@ HELP = Help(
     ),
     main=(
         *("data.path", "out", "model.dim", "train.steps", "train.batch_size", "train.optimizer", "train.lr"),
-        *("train.compile", "train.device", "parallel.pp", "parallel.ep", "resume", "init", "chaos"),
+        *("train.compile", "train.device", "parallel.pp", "parallel.ep", "resume", "init"),
     ),
 )
 
@@ -82,8 +79,7 @@ def main(args: Sequence[str]) -> int:
     ops.check_forced()
     console = Console(stderr=command.json, quiet=not speaks())
     chosen = torch.get_num_threads()
-    chaos = None if command.chaos is None else parse_chaos(command.chaos)
-    with started(origin, RunConfig(**_fields(command)), console, chaos) as training:
+    with started(origin, RunConfig(**_fields(command)), console) as training:
         if training.config.train.diagnose:
             from dsmini.diagnosis.watch import RunWatch
 

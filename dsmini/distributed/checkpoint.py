@@ -10,7 +10,7 @@ then the folder is removed.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,14 +33,12 @@ def save_pieces(
     held: Held,
     texts: Mapping[str, str],
     metadata: Mapping[str, str],
-    at: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Write a folder with the tensors that all ranks hold, whole or not at all. All ranks call it together.
 
     Args:
         texts: further files.
         metadata: texts in the header of every tensor file.
-        at: told of each phase: writing and written on all ranks; before_rename and renamed on rank 0.
 
     Raises: OSError on all ranks, naming those that met one. The folder is as before.
     """
@@ -55,20 +53,12 @@ def save_pieces(
             files = {part: partial / f"{part}.safetensors" for part in plan}
             return partial, {part: begin_safetensors(files[part], plan[part], metadata) for part in plan}
 
-        def write() -> None:
-            at("writing")
-            for part, named in my_part.items():
-                _write(partial / f"{part}.safetensors", named, places[part])
-            at("written")
-
         def finish() -> None:
             write_manifest(partial, [*(f"{part}.safetensors" for part in plan), *texts])
-            at("before_rename")
             finish_folder(partial, folder, replace=True)
-            at("renamed")
 
         partial, places = world.first(begin)
-        world.together(write)
+        world.together(lambda: _write_all(partial, my_part, places))
         world.first(finish)
 
 
@@ -91,6 +81,12 @@ def _plan(world: World, held: Held) -> tuple[dict[str, list[Entry]], Held]:
         for part, of in held.items()
     }
     return {part: list(entries.values()) for part, entries in files.items()}, my_part
+
+
+def _write_all(folder: Path, held: Held, places: Mapping[str, Mapping[str, int]]) -> None:
+    """Write pieces into files that are there."""
+    for part, named in held.items():
+        _write(folder / f"{part}.safetensors", named, places[part])
 
 
 def _write(path: Path, named: Mapping[str, tuple[HeldRows, Tensor]], places: Mapping[str, int]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from dsmini.config.fields import require
+from dsmini.distributed.meeting import launched, told
 from dsmini.distributed.pretrained import whole_checkpoint
 from dsmini.distributed.shared_tokens import Agreement, ExpertShare
-from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
 from dsmini.machine import pick_device
 from dsmini.nn import Transformer
 from dsmini.reading import brief, read_json
@@ -79,7 +80,7 @@ def sharing(
 
     Raises: ValueError if the processes cannot be reached, or were started with unequal commands.
     """
-    if world_size() == 1:
+    if launched()[1] == 1:
         require(
             placement is None,
             f"--placement {placement} divides experts among processes, and there is one; start torchrun "
@@ -88,10 +89,9 @@ def sharing(
         yield Shared(device=device, signals=signals)
         return
     device = device_of_rank(device)
-    backend = "nccl" if pick_device(device).type == "cuda" else "gloo"
     if threads := threads_of_rank(None):
         torch.set_num_threads(threads)
-    with joined(TIMEOUT, backend, longest_wait=LONGEST_WAIT if waits else None) as world:
+    with joined(TIMEOUT, pick_device(device), longest_wait=LONGEST_WAIT if waits else None) as world:
         try:
             commands = world.gather(repr(command))
             unequal = [rank for rank, other in enumerate(commands) if other != commands[0]]
@@ -105,7 +105,7 @@ def sharing(
             agree = Agreement(world, share, lambda: False)
             yield Shared(world=world, device=device, share=share, agree=agree, signals=signals)
         except ValueError as error:  # of the model, the prompts and the flags, which are the same on all
-            raise world.told(error) from None
+            raise told(error) from None
 
 
 def read_placement(path: Path) -> list[list[int]]:

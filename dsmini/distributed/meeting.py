@@ -2,7 +2,7 @@
 
 They meet in the launcher's store, each under its rank, so that those that came can say who is missing. A process that
 made a mistake before it came leaves its sentence there, and the others do not wait for it. `tell` prints one sentence,
-whoever failed: the lowest rank speaks, and the others wait until it has, because torchrun ends all once one has ended.
+whoever failed, before any process ends: torchrun ends all once one has ended.
 """
 
 import os
@@ -22,11 +22,7 @@ if TYPE_CHECKING:  # a command of one process may not need torch
 TOLD = "all ranks raise this"
 """Note in an error that all ranks raise."""
 GRACE = 10.0
-"""Longest time in seconds that a rank waits for rank 0 to speak."""
-ALONE = 1.0
-"""The same for an error that rank 0 may not have met."""
-CALL = timedelta(seconds=30)
-"""Longest time of a call of the store."""
+"""Longest time in seconds that a process which failed waits for the others."""
 
 
 class UnreachableError(ValueError):
@@ -58,81 +54,70 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def told(error: Exception) -> Exception:
+    """Return an error that all ranks raise, marked so that one of them reports it."""
+    error.add_note(TOLD)
+    return error
+
+
 def meet(seconds: float) -> None:
     """Wait until all processes have come.
 
     Raises: ValueError, the same on all that came, if one is missing after some seconds, or has made a mistake.
     """
-    store = _store(seconds)
+    rank, size = launched()
+    store, end = store_client("meeting", seconds), time.monotonic() + seconds
+    came = [f"came {other}" for other in range(size)]
     try:
-        mistake = _await_all(store, seconds)
+        store.set(came[rank], "")
+        while not store.check(came):
+            if time.monotonic() > end:
+                missing = [str(other) for other in range(size) if not store.check([came[other]])]
+                ranks = f"rank{'s' if missing[1:] else ''} {', '.join(missing[:8])}{', ...' if missing[8:] else ''}"
+                sentence = (
+                    f"{size - len(missing)} of {size} processes came to {_where()} within {seconds:g} s, without "
+                    f"{ranks}; check that all were started, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+                )
+                store.compare_set("mistake", "", sentence)
+            if store.check(["mistake"]):
+                raise told(ValueError(store.get("mistake").decode()))
+            time.sleep(0.05)
     except RuntimeError as error:
         raise _unreachable(error) from None
-    if mistake is not None:
-        failure = ValueError(mistake)
-        failure.add_note(TOLD)
-        raise failure
-
-
-def _await_all(store: "Store", seconds: float) -> str | None:
-    """Count this process in, and wait for the others; return what keeps them from meeting."""
-    (rank, size), start = launched(), time.monotonic()
-    store.set(f"came {rank}", "")
-    store.add("came", 1)
-    while store.add("came", 0) < size:
-        waited = time.monotonic() - start
-        if waited > seconds:
-            missing = [str(other) for other in range(size) if not store.check([f"came {other}"])]
-            ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}{', ...' if missing[8:] else ''}"
-            sentence = (
-                f"{size - len(missing)} of {size} processes came to {_where()} within {seconds:g} s, without {ranks}; "
-                "check that all were started, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
-            )
-            store.compare_set("mistake", "", sentence)
-        if store.check(["mistake"]):
-            return store.get("mistake").decode()
-        time.sleep(min(0.01 + waited / 20, 0.5))  # rarer with time, for there may be thousands
-    return None
 
 
 def tell(sentence: str, error: BaseException) -> None:
     """Print what is wrong, unless another process of the command does.
 
     Args:
-        error: one with the note TOLD is raised by all ranks.
+        error: one that was `told` is raised by all ranks.
     """
     rank, size = launched()
+    common = size == 1 or rank == 0 or TOLD in getattr(error, "__notes__", ())
+    words = sentence if common else f"rank {rank}: {sentence}"
     if size == 1:
-        complain(sentence)
+        complain(words)
         return
-    own = f"rank {rank}: {sentence}" if rank else sentence
     try:
         if isinstance(error, UnreachableError):
             raise error
-        store = _store(GRACE)
+        store = store_client("meeting", GRACE)
     except UnreachableError:
-        complain(own)
+        complain(f"rank {rank}: {sentence}" if rank else sentence)
         return
-    told = TOLD in getattr(error, "__notes__", ())
     # KeyboardInterrupt: torchrun ends all once one has ended; RuntimeError: rank 0 held the store, and has ended
     with suppress(KeyboardInterrupt, RuntimeError):
-        store.compare_set("mistake", "", own)
-        shared = told or store.add("came", 0) < size  # else this rank has failed alone, while the others work
-        seconds = GRACE if shared else ALONE
-        if rank and not (told and _is_lowest(store, rank)):
-            _wait(lambda: store.check(["said"]), seconds)
+        store.compare_set("mistake", "", words)
+        if rank:  # rank 0 may be about to say the same
+            _wait(lambda: store.check(["said"]), GRACE / 4)
         if store.add("speakers", 1) == 1:
-            complain(sentence if told else own)
+            complain(words)
             store.set("said", "")
+        _wait(lambda: store.check(["said"]), GRACE)
         if rank:
             store.add("heard", 1)
         elif not held_by_launcher():
-            _wait(lambda: store.add("heard", 0) >= size - 1, seconds)
-
-
-def _is_lowest(store: "Store", rank: int) -> bool:
-    """Return whether no lower rank came, which would speak."""
-    return not any(store.check([f"came {other}"]) for other in range(rank))
+            _wait(lambda: store.add("heard", 0) >= size - 1, GRACE)
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> None:
@@ -141,38 +126,52 @@ def _wait(until: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _where() -> str:
-    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-
-
-def _store(seconds: float) -> "Store":
-    """Return the store, with keys of this attempt alone, for the store of a launcher outlives one.
+def store_client(prefix: str, seconds: float) -> "Store":
+    """Return a new client of the store, with keys of this attempt alone, for the store of a launcher outlives one.
 
     Raises: UnreachableError if it does not answer within some seconds.
     """
-    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    rank, _ = launched()
-    host, end = os.environ.get("MASTER_ADDR", ""), time.monotonic() + seconds
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+    def connected() -> TCPStore:
+        if launched()[0] == 0 and not held_by_launcher():
+            _held(host, int(port))
+        _await_answer(host, int(port), seconds)  # for a client of the store would say a lot about waiting
+        return TCPStore(host, int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False)
+
     try:
-        port = _port()
-        if rank or held_by_launcher():  # here, because a client of the store would hear no signal while it waits
-            while not _answers(host, port):
-                if time.monotonic() > end:
-                    raise ValueError(f"nobody answers within {seconds:g} s")
-                time.sleep(0.1)
-        holds = rank == 0 and not held_by_launcher()
-        client = interruptible(lambda: _connected(host, port, holds), seconds)  # another service never answers
-        return PrefixStore(f"meeting {attempt()}", client)
+        if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise ValueError(f"MASTER_PORT is {port[:20]!r}, not a port from 1 to 65535")
+        client = interruptible(connected, seconds + 0.5)  # a client hears no signal, and another service never answers
     except (ValueError, RuntimeError, TimeoutError) as error:
         raise _unreachable(error) from None
+    return PrefixStore(f"{prefix} {attempt()}", client)
 
 
-def _port() -> int:
-    text = os.environ.get("MASTER_PORT", "")
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
-        raise ValueError(f"MASTER_PORT is {text[:20]!r}, not a port from 1 to 65535")
-    return int(text)
+def _await_answer(host: str, port: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise ValueError(f"nobody answers within {seconds:g} s") from None
+            time.sleep(0.1)
+
+
+@cache
+def _held(host: str, port: int) -> "Store":
+    """Hold the store in this process, to its end."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    return TCPStore(host, port, None, True, wait_for_workers=False)
+
+
+def _where() -> str:
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
 
 
 def _unreachable(error: Exception) -> UnreachableError:
@@ -181,19 +180,3 @@ def _unreachable(error: Exception) -> UnreachableError:
         f"cannot join the {launched()[1]} processes at {_where()}: {reason}; check that all were started with the same "
         "MASTER_ADDR and MASTER_PORT, and that the network lets them through"
     )
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-@cache
-def _connected(host: str, port: int, holds: bool) -> "Store":
-    """Return a client of the store. Where this process holds the store, it does so to its end."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    return TCPStore(host, port, None, holds, timeout=CALL, wait_for_workers=False)

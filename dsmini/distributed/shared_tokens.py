@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.distributed.expert_shares import ExpertHolders, layers_of_holders
+from dsmini.distributed.meeting import told
 from dsmini.distributed.world import World
 from dsmini.functional.experts import rows_of
 from dsmini.nn import Transformer
@@ -133,7 +134,6 @@ class Agreement:
 
     def __init__(self, world: World, share: ExpertShare, stop: Callable[[], bool]) -> None:
         self.world, self.share, self.stop = world, share, stop
-        self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
 
     def __call__(self, picked: Sequence[Sequence[int]]) -> None:
         """Compare the tokens of a step.
@@ -143,13 +143,13 @@ class Agreement:
         share, drawn = self.share, hash(tuple(map(tuple, picked)))
         mine = torch.tensor([self.stop(), drawn, share.computed, share.wanted])
         share.computed = share.wanted = 0
-        said = [torch.empty_like(mine.to(self.device)) for _ in range(self.world.size)]
-        dist.all_gather(said, mine.to(self.device))
-        stops, *drawn_and_wanted, computed = torch.stack(said).cpu()[:, [0, 1, 3, 2]].unbind(1)
+        said = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(said, mine)
+        stops, *drawn_and_wanted, computed = torch.stack(said)[:, [0, 1, 3, 2]].unbind(1)
         if stops.any():
             raise KeyboardInterrupt
         if any(bool((same != same[0]).any()) for same in drawn_and_wanted) or computed.sum() != mine[3]:
-            raise self.world.told(
+            raise told(
                 ValueError(
                     "the processes computed different numbers from the same tokens, so they cannot share a model; "
                     "start all on machines of one kind, with the same number of threads"

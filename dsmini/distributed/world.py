@@ -1,7 +1,4 @@
-"""The processes of a run, their ranks, and what they agree on.
-
-A run of one process has a `World` too, which has nobody to ask. `joined` makes one of several processes that torchrun
-started, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""The processes of a run, and what they agree on. `joined` makes the group of all that a launcher started.
 
 An error that all ranks would report is reported once: meeting.py. One that only some meet (a full disk on one machine)
 is raised by all of them together, and names the ranks. A rank that dies takes the others with it: no group of gloo or
@@ -10,9 +7,9 @@ NCCL survives the loss of a member. Each ends with status 1, and whoever started
 
 import contextlib
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,150 +17,106 @@ import torch
 import torch.distributed as dist
 
 from dsmini.console.command import interruptible
-from dsmini.distributed.meeting import TOLD, attempt, held_by_launcher, launched, meet
+from dsmini.distributed.meeting import TOLD, launched, meet, store_client, told
 
 T = TypeVar("T")
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Application timeout", "gloo")
-"""Parts of the messages of a collective that failed because another rank died or stood still."""
+"""Parts of the messages of gloo, whose errors have no type, for a rank that died or stood still."""
+KINDS = (OSError, ValueError, ArithmeticError, MemoryError)
+"""Errors that keep their type on the way to other ranks; any other becomes a RuntimeError."""
 
 
+@dataclass(kw_only=True)
 class World:
-    """One process. With `joined`, one of several: the same methods then ask the others.
+    """All processes of a run. They call its methods in the same order. One process has nobody to ask."""
 
-    Every rank must call the methods in the same order.
-    """
-
-    rank = 0
-    size = 1
-    attempt = 0
-    """Number of times that the launcher started all processes again."""
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    """Group to ask in; None: the default one. A background thread needs its own."""
 
     def any(self, flag: bool) -> bool:
         """Return True on all ranks if the flag is True on one."""
-        return flag
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Run work on rank 0 alone; return its result, or raise its error, on all."""
-        return work()
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Run work on all ranks; an error of some is raised by all, and names them."""
-        return work()
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in order."""
-        return [value]
-
-    def store_address(self) -> tuple[str, int, int | None]:
-        """Return host and port of the processes' store, and the rank that holds it; None: the launcher does."""
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None if held_by_launcher() else 0
-
-    def fork(self) -> "World":
-        """Return the same processes with messages of their own, for another thread. All ranks call it together."""
-        return self
-
-    def told(self, error: Exception) -> Exception:
-        """Return an error that all ranks raise, marked so that rank 0 alone reports it."""
-        error.add_note(TOLD)
-        return error
-
-
-class Joined(World):
-    """A process among several, whose default group is initialised.
-
-    Args:
-        group: group of all ranks to ask in; None: the default one. A background thread needs its own.
-    """
-
-    def __init__(self, attempt: int = 0, group: dist.ProcessGroup | None = None) -> None:
-        self.rank, self.size, self.attempt, self.group = dist.get_rank(), dist.get_world_size(), attempt, group
-        self.device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-
-    def any(self, flag: bool) -> bool:
-        highest = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        if self.size == 1:
+            return flag
+        highest = torch.tensor([flag], dtype=torch.int32)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
         return bool(highest)
 
     def first(self, work: Callable[[], T]) -> T:
-        answer: list[tuple[T | None, Exception | None]] = [(None, None)]
+        """Run work on rank 0 alone; return its result, or raise its error, on all."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                answer = [(work(), None)]
+                answer[0] = work()
             except Exception as error:
-                answer = [(None, _sendable(error))]
+                answer[1] = _Sent.of(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
-        result, error = answer[0]
-        if error is not None:
-            raise self.told(error)
-        return result  # pyright: ignore[reportReturnType]
+        if answer[1] is not None:
+            raise told(answer[1].error())
+        return answer[0]
 
     def together(self, work: Callable[[], T]) -> T:
+        """Run work on all ranks; an error of some is raised by all, and names them."""
+        if self.size == 1:
+            return work()
         result, mine = None, None
         try:
             result = work()
         except Exception as error:
-            if _tells_of_loss(error):  # nobody is left to ask
+            if tells_of_loss(error):  # nobody is left to ask
                 raise
-            mine = _sendable(error)
+            mine = _Sent.of(error)
         errors = self.gather(mine)
-        if any(error is not None for error in errors):
-            raise self.told(_joint(errors))
+        if any(errors):
+            raise told(_joint(errors))
         return result  # pyright: ignore[reportReturnType]
 
     def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def fork(self) -> World:
-        group: Any = dist.new_group(backend="gloo")
-        return Joined(self.attempt, group)
+    def fork(self) -> "World":
+        """Return the same processes with messages of their own, for another thread. All ranks call it together."""
+        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
 
-def _sendable(error: Exception) -> Exception:
-    """Return an error that another process can read: itself, or its words."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # of any kind: it may have arguments that cannot be sent, or that its class does not take
-        return _of_kind(error, str(error)).with_traceback(error.__traceback__)
-    return error
+@dataclass(frozen=True)
+class _Sent:
+    """An error on its way to other ranks."""
+
+    kind: type[Exception]
+    words: str
+    errno: int | None
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Sent":
+        kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
+        words = (isinstance(error, OSError) and error.strerror) or str(error)
+        if kind is RuntimeError and type(error) is not RuntimeError:
+            words = f"{type(error).__name__}: {words}"
+        return cls(kind, words, getattr(error, "errno", None))
+
+    def error(self) -> Exception:
+        return OSError(self.errno, self.words) if self.kind is OSError else self.kind(self.words)
 
 
-def _of_kind(error: Exception, words: str) -> Exception:
-    """Return an error with other words, whose type says the same to whoever catches it."""
-    if isinstance(error, OSError):
-        return OSError(error.errno, words)
-    with contextlib.suppress(Exception):  # a type may want other arguments, or have words of its own
-        same = type(error)(words)
-        if str(same) == words:
-            return same
-    kind = next((kind for kind in (ValueError, ArithmeticError, MemoryError) if isinstance(error, kind)), RuntimeError)
-    return kind(words if kind is not RuntimeError else f"{type(error).__name__}: {words}")
-
-
-def _joint(errors: Sequence[Exception | None]) -> Exception:
+def _joint(errors: Sequence[_Sent | None]) -> Exception:
     """Return one error for those of some ranks. Ranks with the same words are named together."""
-    met = {rank: error for rank, error in enumerate(errors) if error is not None}
-    texts = {
-        rank: (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        for rank, error in met.items()
-    }
-    first = next(iter(met.values()))
-    if len(met) == len(errors) and len(set(texts.values())) == 1:
-        return first
-    by_text: dict[str, list[int]] = {}
-    for rank, text in texts.items():
-        by_text.setdefault(text, []).append(rank)
-    return _of_kind(first, "; ".join(f"{_named(ranks)}: {text}" for text, ranks in by_text.items()))
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def world_size() -> int:
-    """Return the number of processes that a launcher started; 1 without one."""
-    return launched()[1]
+    by_words: dict[str, list[int]] = {}
+    for rank, error in enumerate(errors):
+        if error is not None:
+            by_words.setdefault(error.words, []).append(rank)
+    first = next(error for error in errors if error is not None)
+    if len(by_words[first.words]) == len(errors):
+        return first.error()
+    named = (f"rank{'s' if ranks[1:] else ''} {', '.join(map(str, ranks))}: {w}" for w, ranks in by_words.items())
+    return replace(first, words="; ".join(named)).error()
 
 
 def device_of_rank(name: str) -> str:
@@ -181,71 +134,70 @@ def threads_of_rank(threads: int | None) -> int | None:
 
 
 @contextlib.contextmanager
-def joined(timeout: float = 300.0, backend: str = "gloo", *, longest_wait: float | None = None) -> Iterator[World]:
+def joined(
+    timeout: float = 300.0, device: torch.device | None = None, *, longest_wait: float | None = None
+) -> Iterator[World]:
     """Yield the World of all processes that a launcher started, and leave it at the end; of one process without one.
 
     Args:
         timeout: seconds in which all must come.
+        device: of this process; on a GPU, tensors on it are sent by NCCL, and those on the CPU by gloo.
         longest_wait: seconds after which a collective fails in which another rank is missing; None: timeout.
 
     Raises: ValueError if one does not come, or cannot be reached. A rank that loses another ends here, with status 1.
     """
-    if world_size() == 1:
+    rank, size = launched()
+    if size == 1:
         yield World()
         return
     meet(timeout)
-    _connect(timeout, backend, timedelta(seconds=longest_wait or timeout))
-    world = Joined(attempt())
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    _connect(backend, timeout, longest_wait or timeout)
     try:
-        yield world
+        yield World(rank=rank, size=size)
     except (Exception, KeyboardInterrupt) as error:
-        _end_after(error, world.rank)
+        if TOLD not in getattr(error, "__notes__", ()) and (reason := tells_of_loss(error)):
+            words = f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume"
+            print(words, file=sys.stderr, flush=True)
+            leave(1)
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _connect(timeout: float, backend: str, longest_wait: timedelta) -> None:
+def _connect(backend: str, timeout: float, longest_wait: float) -> None:
     """Make the default group. Its store has a prefix for each attempt: addresses of dead processes stay in it."""
     rank, size = launched()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    longest = timedelta(seconds=longest_wait)
 
     def connect() -> None:
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host, port, is_master=False, timeout=longest_wait, wait_for_workers=False
-        )
-        prefixed = dist.PrefixStore(f"attempt {attempt()}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=longest_wait)
+        store = store_client("group", timeout)
+        store.set_timeout(longest)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
 
     try:
         interruptible(connect, timeout)
     except (RuntimeError, TimeoutError) as error:
         reason = (str(error).splitlines() or ["no answer"])[0]
         raise ValueError(
-            f"the {size} processes came to {host}:{port}, but cannot connect to each other: {reason}; check that the "
-            "network lets them through, and name its interface with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+            f"the {size} processes met, but cannot connect to each other: {reason}; check that the network lets them "
+            "through, and name its interface with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
         ) from None
 
 
-def _end_after(error: BaseException, rank: int) -> None:
-    """Leave at once after an error that tells of the loss of another rank, which speaks for itself."""
-    if TOLD not in getattr(error, "__notes__", ()) and (reason := _tells_of_loss(error)):
-        print(
-            f"rank {rank}: lost another process ({reason}); a run of dsmini.train continues with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        leave(1)
-
-
-def _tells_of_loss(error: BaseException) -> str | None:
+def tells_of_loss(error: BaseException) -> str | None:
     """Return the words by which an error tells that another rank died or stood still; None for another error."""
     if not isinstance(error, RuntimeError):
         return None
+    if isinstance(error, dist.DistError):  # of NCCL, or of the store
+        return type(error).__name__
     found = next((part for part in LOST if part in str(error)), None)
     cause = error.__cause__ or error.__context__  # torch's pipeline raises an error of its own
-    return found if found or cause is None else _tells_of_loss(cause)
+    return found if found or cause is None else tells_of_loss(cause)
 
 
 def leave(status: int) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +27,7 @@ from dsmini.checkpoint.training_state import (
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
-from dsmini.distributed.chaos import ChaosRequest
+from dsmini.distributed.meeting import told
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
 from dsmini.nn import Transformer
@@ -55,25 +56,17 @@ class TrainingRun:
     Args:
         config: resolved: the device, dtype and threads really used, and the folder `out`, which exists.
         world: the processes of the run; None: this one. Only rank 0 writes the folder's files, but for checkpoints.
-        chaos: faults to inject on purpose.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        trainer: Trainer,
-        console: Console,
-        world: World | None = None,
-        chaos: ChaosRequest | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, trainer: Trainer, console: Console, world: World | None = None) -> None:
         assert config.out is not None
         self.config, self.trainer, self.console = config, trainer, console
         self.world = world or World()
         self.folder: Path = config.out
         self.history = History(config.train.steps)
-        self.survival = Survival(config, self.world, self.folder, chaos)
-        self.saver = Saver(config, trainer, self.history, self.world, self.survival.phase)
-        trainer.phase, trainer.loss_factor = self.survival.phase, self.survival.loss_factor
+        self.survival = Survival(config, self.world)
+        self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.survival.note("saved", step))
+        trainer.phase = self.survival.phase
         self.board: TensorBoard | None = None
         self.watcher: Watcher | None = None
         """Told of every step, to say when what binds the run changes."""
@@ -93,8 +86,12 @@ class TrainingRun:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint of this run that its saver `fits`."""
         self.survival.begin(checkpoint.state.step)
-        with self.survival.timed("restored"):
-            lost = self.world.together(lambda: self.saver.restore(checkpoint))
+        try:
+            lost = self.saver.restore(checkpoint)
+        except KeyboardInterrupt:  # no crash of this checkpoint
+            self.survival.note("stopped", checkpoint.state.step)
+            raise
+        self.survival.note("restored", checkpoint.state.step)
         if lost:
             of = f"{lost} of {checkpoint.state.step} steps"
             say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
@@ -110,7 +107,10 @@ class TrainingRun:
             self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), self._steps_done)
         try:
             complete = self._train()
+            self.saver.finish()
         except BaseException as error:
+            with suppress(NotSavedError):  # the first error is the one to tell
+                self.saver.finish()
             self.survival.note("failed", self._steps_done, error=type(error).__name__)
             records = self.history.records
             failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
@@ -118,7 +118,6 @@ class TrainingRun:
                 self._save()
             raise
         finally:
-            self.saver.finish()
             if self.board is not None:
                 self.board.close()
         self.survival.note("finished" if complete else "stopped", self._steps_done)
@@ -167,7 +166,7 @@ class TrainingRun:
             self._validate(progress, asked)
             self._record(asked)
             if lost:
-                raise self.world.told(ArithmeticError(self._why_lost()))
+                raise told(ArithmeticError(self._why_lost()))
             validated = history.records[-1].val_loss is not None
             if validated and not last and not stopping and history.seconds >= self.next_plot:
                 self.plot()
@@ -186,15 +185,15 @@ class TrainingRun:
         if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
             progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
             return False
-        start, checkpoint = time.perf_counter(), self.newest_checkpoint(progress.say)
+        checkpoint = self.newest_checkpoint(progress.say)
         left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
-        self.world.together(lambda: self.saver.restore(checkpoint))
+        self.saver.restore(checkpoint)
         self.trainer.left_out = left_out
         self.metrics.close()
         self.metrics = self._metrics()
         if self.history.records:
             self._record(StopSignals())
-        survival.rewound(checkpoint.state.step, time.perf_counter() - start)
+        survival.rewound(checkpoint.state.step)
         progress.say(
             f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
             f"batches since (rewind {left_out.rewinds} of {most})"
@@ -229,11 +228,10 @@ class TrainingRun:
     def _validate(self, progress: TrainingProgress, asked: StopSignals) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
         self.survival.phase("validating")
-        start = time.perf_counter()
         try:
             if not asked.agreed and (scores := validate(self.trainer, progress, asked)):
                 self.history.validated(**scores)
-                self.survival.note("validated", self._steps_done, seconds=time.perf_counter() - start)
+                self.survival.note("validated", self._steps_done)
         except StopAskedError:
             self._save()
 
@@ -257,7 +255,8 @@ class TrainingRun:
     def _save(self, *, background: bool = False) -> None:
         if self.saver.saved_at == self._steps_done:
             return
-        with patience(self.console, "saving"), self.survival.timed("saved"):
+        self.survival.phase("saving")
+        with patience(self.console, "saving"):
             self.survival.check_replicas(self.trainer)  # a flipped bit must not be saved
             self.saver.save(background=background)
 
@@ -313,7 +312,7 @@ class TrainingRun:
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
-        self.survival.note("plotted", self._steps_done, seconds=taken)
+        self.survival.note("plotted", self._steps_done)
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 

@@ -16,12 +16,13 @@ from dsmini.checkpoint.training_state import (
     state_texts,
 )
 from dsmini.config import RunConfig
+from dsmini.distributed.meeting import told
 from dsmini.distributed.pieces import Pieces
-from dsmini.distributed.spikes import SkippedBatches
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
 from dsmini.training.history import History
 from dsmini.training.record import METRICS, StepRecord, read_records
+from dsmini.training.spikes import SkippedBatches
 from dsmini.training.trainer import Trainer
 
 
@@ -55,7 +56,7 @@ class Saver:
     Args:
         config: config with the run's folder `out`.
         world: the processes of the run, which save and restore together.
-        at: told of each phase of a save, as save:NAME.
+        on_saved: told the step of each checkpoint, once its files are on the disk.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class Saver:
         trainer: Trainer,
         history: History,
         world: World,
-        at: Callable[[str], None] = lambda phase: None,
+        on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.at = at
+        self.on_saved = on_saved
         self.config, self.trainer, self.history, self.world = config, trainer, history, world
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
@@ -88,7 +89,21 @@ class Saver:
         check_tensors(of_both[0], of_both[1], "rng.safetensors")
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Restore a checkpoint of this run that `fits`; return the number of steps whose records are lost."""
+        """Restore a checkpoint of this run that `fits`; return the number of steps whose records are lost.
+
+        Rank 0 alone has all records, which it writes and draws. All ranks have the last one, with its validation.
+        """
+        records: list[StepRecord] = []
+
+        def read() -> list[StepRecord]:
+            assert self.config.out is not None
+            records.extend(read_records(self.config.out))
+            return [record for record in records if record.step == checkpoint.state.step]
+
+        last = self.world.first(read)
+        return self.world.together(lambda: self._restore(checkpoint, records or last))
+
+    def _restore(self, checkpoint: Checkpoint, records: list[StepRecord]) -> int:
         state, train = checkpoint.state, self.config.train
         self.trainer.load(
             self.trainer.mine(checkpoint.tensors),
@@ -99,8 +114,7 @@ class Saver:
         if state.left_out:
             self.trainer.left_out = SkippedBatches.from_json(state.left_out)
         set_random_state(checkpoint.tensors["rng"], self.trainer.device)
-        assert self.config.out is not None
-        lost = self.history.restore(state, read_records(self.config.out), complete=state.step >= train.steps)
+        lost = self.history.restore(state, records, complete=state.step >= train.steps)
         if state.skipped_in_a_row >= train.max_skipped:  # it gave up; whoever resumes it gets that number again
             self.history.skipped_in_a_row = 0
         self.saved_at = state.step
@@ -149,7 +163,6 @@ class Saver:
         assert config.out is not None
         metrics = config.out / METRICS
         try:
-            world.together(lambda: self.at("save:staged"))
             world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
             if world.size == 1:
                 save_checkpoint(config, tensors, state)
@@ -159,8 +172,9 @@ class Saver:
             kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
             sentence = f"cannot save {config.out}'s checkpoint of step {state.step}: {error.strerror or error}; {there}"
-            raise world.told(NotSavedError(sentence)) from None
+            raise told(NotSavedError(sentence)) from None
         self.saved_at = state.step
+        self.on_saved(state.step)
 
     def _write_pieces(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
         from dsmini.distributed.checkpoint import save_pieces
@@ -168,13 +182,8 @@ class Saver:
         held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
         folder = checkpoint_folder(self.config, state.step)
         texts = state_texts(self.config, state)
-        save_pieces(world, folder, held, texts, {"step": str(state.step)}, lambda phase: self.at(f"save:{phase}"))
-        world.first(lambda: self._prune(state))
-
-    def _prune(self, state: RunState) -> None:
-        self.at("save:before_prune")
-        prune(self.config, state)
-        self.at("save:pruned")
+        save_pieces(world, folder, held, texts, {"step": str(state.step)})
+        world.first(lambda: prune(self.config, state))
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history

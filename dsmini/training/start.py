@@ -28,60 +28,58 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
-from dsmini.distributed.chaos import ChaosRequest
 from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.events import read_events
+from dsmini.distributed.meeting import launched, told
 from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.replicas import hashed
-from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank, world_size
+from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.reading import read_bytes, read_table
 from dsmini.training.changes import check_resume, differences
+from dsmini.training.events import read_events
 from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
 from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
 
+LONGEST_WAIT = 86400.0
+"""Seconds in which all ranks must come to a message. Rank 0 tokenises alone; a rank that hangs is found otherwise."""
+
 
 @contextmanager
-def started(
-    origin: RunOrigin, config: RunConfig, console: Console, chaos: ChaosRequest | None = None
-) -> Iterator[TrainingRun]:
+def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[TrainingRun]:
     """Yield a run that is ready to train, new or resumed, and lock its folder until the block ends.
 
     Where a launcher started several processes, all of them call it, and each gets its part of the run.
 
     Args:
         config: config of `origin` with the changes of the command line.
-        chaos: faults to inject on purpose.
 
     Raises: ValueError for what the origin does not allow, what is not on this machine, a text that is too short, a
         folder that is taken, processes that do not fit, and a run that has no whole checkpoint, another corpus, or
         nothing left to do.
     """
     config = origin.accept(config)
-    config.parallel.check(config.model, config.train, world_size())
+    config.parallel.check(config.model, config.train, launched()[1])
     if config.train.tensorboard:
         require_tensorboard()
     device = pick_device(device_of_rank(config.train.device))
     if threads := threads_of_rank(config.train.threads):
         torch.set_num_threads(threads)
-    timeout, backend = config.parallel.timeout, "nccl" if device.type == "cuda" else "gloo"
-    with joined(timeout, backend, longest_wait=max(1800.0, 2 * timeout)) as world:  # long: rank 0 tokenises alone
-        _refuse_unequal(world, origin, config, chaos)
+    with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world:
+        _refuse_unequal(world, origin, config)
         world.first(lambda: _check_place(origin, config))
         part = _divided(config, device, world)
         refuse_oversized(config, device, part, world)
-        corpus = world.first(lambda: _read_corpus(config, origin.resume, console))
-        if world.rank:  # the tokens are there now
-            corpus = _read_corpus(config, origin.resume, console)
+        world.first(lambda: _read_corpus(config, origin.resume, console) and None)
+        corpus = _read_corpus(config, origin.resume, console)  # the tokens are in a file now
         config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
         config = world.first(lambda: _with_folder(origin, absolute(config)))
         with ExitStack() as stack:
             world.first(lambda: stack.enter_context(sole_trainer(config.out or Path())))
             trainer = _new_trainer(origin, config, corpus, device, part, world, console)
-            training = TrainingRun(config, trainer, console, world, chaos)
+            training = TrainingRun(config, trainer, console, world)
             lines = _first_steps(origin, training)
             aside = [f"{f} was put aside: no attempt survived it" for f in training.survival.quarantined]
             for line in [*_introduction(config, corpus), *aside, *lines]:
@@ -89,11 +87,11 @@ def started(
             yield training
 
 
-def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: ChaosRequest | None) -> None:
+def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig) -> None:
     """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
     if world.size == 1:
         return
-    options = _options(origin, chaos)
+    options = _options(origin)
     first, of_first = world.first(lambda: (config, options))
     keys = sorted(change.key for change in differences(first, config))
     unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
@@ -101,7 +99,7 @@ def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: C
         unequal = [f"another {', '.join(keys)}"]
     for rank, words in enumerate(world.gather(unequal)):
         if words:
-            raise world.told(
+            raise told(
                 ValueError(
                     f"rank {rank} was started with {', '.join(words)} than rank 0; start all processes with the same "
                     "command, where they see the same files"
@@ -109,7 +107,7 @@ def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig, chaos: C
             )
 
 
-def _options(origin: RunOrigin, chaos: ChaosRequest | None) -> dict[str, str | None]:
+def _options(origin: RunOrigin) -> dict[str, str | None]:
     """Return what a run starts from, by the option that decides it; None for one that is left out."""
     weights = origin.weights
     read = None
@@ -118,8 +116,7 @@ def _options(origin: RunOrigin, chaos: ChaosRequest | None) -> dict[str, str | N
         hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
         read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
     paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
-    faults = chaos and f"{chaos.seed}:{chaos.mean_steps:g}:{','.join(chaos.kinds)}"
-    return paths | {"weights to start from": read, "--chaos": faults}
+    return paths | {"weights to start from": read}
 
 
 def _in_words(name: str, of_first: dict[str, str | None], mine: dict[str, str | None]) -> str:
@@ -190,7 +187,7 @@ def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the config with the device, dtype and threads that are in use now, and with absolute paths."""
     dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    name = str(device) if world_size() == 1 else device.type  # each process has a number of its own
+    name = str(device) if launched()[1] == 1 else device.type  # each process has a number of its own
     train = dataclasses.replace(config.train, device=name, dtype=dtype, threads=torch.get_num_threads())
     return dataclasses.replace(absolute(config), train=train)
 
@@ -214,7 +211,7 @@ def _restart(training: TrainingRun, origin: RunOrigin) -> list[str]:
     """Start a run again that was killed before its first checkpoint; return lines about what it does differently."""
     config, folder = training.config, training.folder
     assert origin.before is not None
-    if saved := [event.step for event in read_events(folder) if event.event == "saved"]:
+    if saved := [event["step"] for event in read_events(folder) if event["event"] == "saved"]:
         raise ValueError(
             f"{folder} has saved {len(saved)} checkpoints, the last after step {saved[-1]}, and they are gone; put one "
             "back into its checkpoints, or start a new run in another folder"

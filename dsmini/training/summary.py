@@ -1,7 +1,6 @@
 """The summary of a finished run: its figures, as numbers and in words."""
 
 import math
-import shlex
 import time
 from typing import Any
 
@@ -11,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmini import accounting
-from dsmini.distributed.events import read_events
-from dsmini.distributed.goodput import goodput_of
 from dsmini.machine import DTYPES, matmul_rate, peak_memory
+from dsmini.training.events import read_events, time_of_run
 from dsmini.training.run import TrainingRun
 from dsmini.training.validation import final_windows
 
@@ -34,8 +32,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     vio = [record.max_vio for record in history.recent() if record.max_vio is not None]
     best_val_loss, best_val_step = history.best or (None, None)
     nats = last.val_loss
-    events = read_events(run.folder)  # none if the disk was full
-    time_of_run = goodput_of(events) if events else None
+    time_so_far = time_of_run(read_events(run.folder))
     return {
         "run": str(run.folder),
         "steps": trainer.steps_done,
@@ -67,8 +64,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "cache_saved": 1 - cache / mha_cache,
         "max_vio": sum(vio) / len(vio) if vio else None,
         "skipped": history.skipped,
-        "attempts": 1 if time_of_run is None else time_of_run.attempts,
-        "goodput": None if time_of_run is None else time_of_run.share("productive"),
+        "attempts": time_so_far["attempts"],
+        "goodput": time_so_far["counted"] / time_so_far["seconds"] if time_so_far["seconds"] else None,
         "corpus_sha256": trainer.corpus.sha256,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -110,9 +107,11 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if s["max_vio"] is not None:
         lines.append(("balance", f"MaxVio {s['max_vio']:.2f}, mean over the layers and the last tenth of the steps"))
-    if s["attempts"] > 1:
-        report = f"python -m dsmini.distributed.goodput_report {shlex.quote(s['run'])}"
-        lines.append(("time", f"{s['goodput']:.1%} in steps that count, in {s['attempts']} attempts; {report}"))
+    if s["attempts"] > 1 and s["goodput"] is not None:
+        rest = "the rest in starts, stops, saves, validations, and steps that were done again"
+        lines.append(
+            ("time", f"started {s['attempts']} times; {s['goodput']:.0%} of the time in training steps, {rest}")
+        )
     if s["skipped"]:
         lines.append(("skipped", f"{s['skipped']} steps, for a gradient that was not finite"))
     return lines

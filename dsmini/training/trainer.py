@@ -16,7 +16,6 @@ from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows, Pieces
 from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.replicas import Replica
-from dsmini.distributed.spikes import SkippedBatches
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerFit, Transformer, max_violation
@@ -25,6 +24,7 @@ from dsmini.training.dsa_stage import begin_stage
 from dsmini.training.optim import optimizers
 from dsmini.training.optimizer_state import check_optimizer_state, load_optimizer_state, optimizer_state
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
+from dsmini.training.spikes import SkippedBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,6 @@ class Trainer:
         """Sequences of the stream that no step takes."""
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
-        self.loss_factor: Callable[[], float] = lambda: 1.0
-        """Returns the factor of this rank's losses in a step: 1.0, but for a fault that is injected."""
 
     def tensors(self) -> Tensors:
         """Return all tensors that a step reads, by part: the live ones, not copies."""
@@ -235,7 +233,7 @@ class Trainer:
             targets=targets,
             documents=self._documents(tokens),
             accumulate=train.grad_accum,
-            parts=parts / self.loss_factor(),
+            parts=parts,
             phase=self.phase,
             n_targets=(counted.clamp(min=1) / parts).to(self.device),
             options={

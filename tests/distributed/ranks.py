@@ -272,6 +272,7 @@ def spoken(
     environment: Mapping[str, str] | None = None,
     store: Any = None,
     meanwhile: Callable[[Speech], None] = lambda speech: None,
+    faults: Sequence[Any] = (),
 ) -> Speech:
     """Return what the processes of python -m dsmini.NAME said.
 
@@ -279,22 +280,31 @@ def spoken(
         lines: the arguments of each rank; None for one that is missing.
         environment: changes of what the launcher sets.
         meanwhile: called while they run.
+        faults: to inject into a run of dsmini.train.
     """
     speech = Speech(Path(tempfile.mkdtemp(dir=folder)), len(lines))
     other = threading.Thread(target=meanwhile, args=(speech,))
     other.start()
-    work = (_speak, speech.folder, name, lines, environment or {})
+    work = (_speak, speech.folder, name, lines, environment or {}, faults)
     speech.statuses = [end.status for end in outcomes(len(lines), *work, timeout=None, store=store)]
     other.join()
     return speech
 
 
-def _speak(folder: Path, name: str, lines: Sequence[Sequence[str] | None], environment: Mapping[str, str]) -> None:
+def _speak(
+    folder: Path,
+    name: str,
+    lines: Sequence[Sequence[str] | None],
+    environment: Mapping[str, str],
+    faults: Sequence[Any],
+) -> None:
     rank = int(os.environ["RANK"])
     line = lines[rank]
     if line is None:
         os._exit(0)
     main = import_module(f"dsmini.{name}").main
+    if faults:
+        import_module("tests.distributed.faults").inject_into_command(faults)
     for descriptor, written in ((1, f"output-{rank}"), (2, f"error-{rank}")):
         with (folder / written).open("wb") as file:
             os.dup2(file.fileno(), descriptor)

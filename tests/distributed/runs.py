@@ -19,17 +19,16 @@ from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
 from dsmini.config import DataConfig
 from dsmini.config.parallel import ParallelConfig
 from dsmini.data.corpus import Corpus
-from dsmini.distributed.chaos import ChaosPlan, Fault
 from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.events import Event, read_events
-from dsmini.distributed.faults import Chaos
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.world import World
+from dsmini.training.events import Event, read_events
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import SMALL
+from tests.distributed.faults import Fault, inject
 from tests.distributed.ranks import Outcome, outcomes
 from tests.helpers.runs import TIMING
 from tests.helpers.tolerances import FP32_MODEL
@@ -142,10 +141,6 @@ def up_to_sums(steps: int) -> Callable[[Tensor], float]:
 # --- runs
 
 
-def fault(kind: str, rank: int, step: int, phase: str) -> Fault:
-    return Fault(kind=kind, rank=rank, step=step, phase=phase)
-
-
 def new_run(
     world: World, folder: Path, parallel: dict[str, Any] | None = None, faults: Sequence[Fault] = (), **changes: Any
 ) -> TrainingRun:
@@ -159,8 +154,7 @@ def new_run(
         saver, share = training.saver, (world.rank, world.size)
         said: list[str] = []
         training.resume(last_checkpoint(folder, saver.parts, saver.fits, said.append, world.together, share))
-    survival = training.survival
-    survival.chaos = Chaos(ChaosPlan(faults=tuple(faults)), world.rank, folder, survival.log)
+    inject(training, faults)
     return training
 
 
@@ -214,7 +208,7 @@ def statuses(ends: Sequence[Outcome]) -> list[int | None]:
 
 def events(folder: Path, name: str, rank: int = 0) -> list[Event]:
     """Return the events of one name."""
-    return [event for event in read_events(folder, rank) if event.event == name]
+    return [event for event in read_events(folder, rank) if event["event"] == name]
 
 
 def saved(folder: Path, step: int = STEPS) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dsmini.distributed.chaos import SAVE_PHASES, STEP_PHASES, Fault
+from tests.distributed.faults import SAVE_PHASES, STEP_PHASES, Fault
 from tests.distributed.ranks import outcomes, run_ranks
-from tests.distributed.runs import KILLED, differences, events, fault, run, statuses, until_end
+from tests.distributed.runs import KILLED, differences, events, run, statuses, until_end
 
 EP: dict[str, Any] = {"ep": 2}
 LOST = {1, -signal.SIGABRT}
@@ -37,25 +37,24 @@ def assert_survived(folder: Path, faults: list[Fault], whole: Path, **changes: A
     for one, ends in zip(faults, attempts, strict=False):
         assert ends[one.rank].status == ENDS[one.kind], (one, statuses(ends), ends[one.rank].failure)
         assert ends[1 - one.rank].status in LOST, (one, statuses(ends), ends[1 - one.rank].failure)
-        assert [event.fields["kind"] for event in events(folder, "fault", one.rank)].count(one.kind) >= 1
     assert differences(folder, whole) == []
 
 
 def test_killed_rank_is_restarted_to_the_same_bits(tmp_path: Path, whole: Path) -> None:
-    assert_survived(tmp_path / "run", [fault("kill", 1, 3, "backward")], whole)
+    assert_survived(tmp_path / "run", [Fault("kill", 1, 3, "backward")], whole)
 
 
 @pytest.mark.slow
 def test_kill_in_each_phase_of_a_step_on_each_rank(tmp_path: Path, whole: Path) -> None:
     places = [(phase, rank) for phase in STEP_PHASES for rank in (0, 1)]
-    faults = [fault("kill", rank, step, phase) for step, (phase, rank) in enumerate(places, 1)]
+    faults = [Fault("kill", rank, step, phase) for step, (phase, rank) in enumerate(places, 1)]
     assert_survived(tmp_path / "run", faults, whole)
 
 
 @pytest.mark.slow
 def test_stage_that_loses_another_ends_without_a_trace(tmp_path: Path) -> None:
     """Check that nothing is raised where a stage exchanges tokens: torch's pipeline wraps the error of the exchange."""
-    faults = [fault("kill", 3, 2, "forward")]
+    faults = [Fault("kill", 3, 2, "forward")]
     ends = outcomes(4, run, tmp_path / "run", {"pp": 2, "ep": 2}, faults, grad_accum=2)
     assert ends[3].status == KILLED
     assert all(end.status in LOST and end.failure == "" for end in ends[:3]), ends
@@ -64,7 +63,7 @@ def test_stage_that_loses_another_ends_without_a_trace(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_exception_abort_and_segfault(tmp_path: Path, whole: Path) -> None:
     kinds = ("exception", "abort", "segfault")
-    faults = [fault(kind, step % 2, step, "backward") for step, kind in enumerate(kinds, 2)]
+    faults = [Fault(kind, step % 2, step, "backward") for step, kind in enumerate(kinds, 2)]
     assert_survived(tmp_path / "run", faults, whole)
 
 
@@ -72,16 +71,16 @@ def test_exception_abort_and_segfault(tmp_path: Path, whole: Path) -> None:
 @pytest.mark.parametrize(("rank", "background"), [(0, False), (1, True)], ids=["rank 0", "rank 1 in the background"])
 def test_kill_in_each_phase_of_a_save(rank: int, background: bool, tmp_path: Path, whole: Path) -> None:
     phases = SAVE_PHASES if rank == 0 else SAVE_PHASES[: SAVE_PHASES.index("before_rename")]
-    faults = [fault("kill_saving", rank, step, f"save:{phase}") for step, phase in enumerate(phases, 1)]
+    faults = [Fault("kill_saving", rank, step, f"save:{phase}") for step, phase in enumerate(phases, 1)]
     assert_survived(tmp_path / "run", faults, whole, save_in_background=background)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_on_one_rank_saves_and_ends_all(rank: int, tmp_path: Path, whole: Path) -> None:
-    folder, faults = tmp_path / "run", [fault("terminate", rank, 3, "forward")]
+    folder, faults = tmp_path / "run", [Fault("terminate", rank, 3, "forward")]
     assert run_ranks(2, run, folder, EP, faults, save_every=8) == [False, False]
-    steps = [[event.step for event in events(folder, name)] for name in ("saved", "stopped")]
+    steps = [[event["step"] for event in events(folder, name)] for name in ("saved", "stopped")]
     assert steps == [[3], [3]]
     assert run_ranks(2, run, folder, EP, faults, save_every=8) == [True, True]
     assert differences(folder, whole) == []

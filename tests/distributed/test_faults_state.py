@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from dsmini.checkpoint.training_state import Checkpoint, RunState
-from dsmini.distributed.spikes import SkippedBatches
 from dsmini.distributed.world import World
+from dsmini.training.spikes import SkippedBatches
+from tests.distributed.faults import Fault
 from tests.distributed.ranks import outcomes, run_ranks
 from tests.distributed.runs import (
     RECIPE,
     before_each_step,
     differences,
     events,
-    fault,
     new_run,
     rows,
     run,
@@ -33,7 +33,7 @@ from tests.distributed.runs import (
 pytestmark = pytest.mark.slow
 EP: dict[str, Any] = {"ep": 2}
 ROWS = RECIPE["batch_size"]
-NANS = [fault("nan", 1, step, "forward") for step in (7, 8)]
+NANS = [Fault("nan", 1, step, "forward") for step in (7, 8)]
 """Steps that are skipped before and after the stop: nothing that comes later hides a count, or the best loss."""
 LEFT_OUT = SkippedBatches(ranges=((60, 65),), rewinds=1)
 PARTS = ("model", "optimizer", "average", "rng")
@@ -113,7 +113,7 @@ def test_each_part_that_is_dropped_is_seen(part: str, resumed: Path) -> None:
 def test_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
     """Compare what the ranks hold alike after each step."""
     for rank in (0, 1):
-        faults = [fault("nan", rank, 3, "forward")]
+        faults = [Fault("nan", rank, 3, "forward")]
         assert run_ranks(2, run, tmp_path / f"{rank}", {"dp": 2, "check_replicas": 1}, faults) == [True, True]
     assert [row["step"] for row in rows(tmp_path / "0") if row["skipped"]] == [3]
     got, want = saved(tmp_path / "1"), saved(tmp_path / "0")
@@ -130,10 +130,10 @@ def left_out(world: World, folder: Path, ranges: Any) -> bool:
 
 
 def test_spike_rewinds_and_leaves_its_batches_out(tmp_path: Path) -> None:
-    faults = [fault("spike", 1, 36, "forward")]
+    faults = [Fault("spike", 1, 36, "forward")]
     assert run_ranks(2, run, tmp_path / "run", EP, faults, **SPIKE) == [True, True]
     (rewound,) = events(tmp_path / "run", "rewound")
-    assert rewound.step == 34
+    assert rewound["step"] == 34
     assert run_ranks(2, left_out, tmp_path / "want", ((34 * ROWS, 36 * ROWS),)) == [True, True]
     assert differences(tmp_path / "run", tmp_path / "want", 40) == []
 
@@ -146,7 +146,7 @@ def test_healthy_noise_does_not_rewind(tmp_path: Path) -> None:
 
 
 def test_more_spikes_than_rewinds_end_the_run(tmp_path: Path) -> None:
-    faults = [fault("spike", rank, step, "forward") for rank, step in ((1, 36), (0, 37))]
+    faults = [Fault("spike", rank, step, "forward") for rank, step in ((1, 36), (0, 37))]
     ends = outcomes(2, run, tmp_path / "run", EP, faults, **SPIKE | {"max_rewinds": 1})
     assert statuses(ends) == [1, 1] and all("spiked again after 1 rewinds" in end.failure for end in ends)
 
@@ -154,11 +154,11 @@ def test_more_spikes_than_rewinds_end_the_run(tmp_path: Path) -> None:
 def test_flipped_bit_is_caught_within_its_steps_and_never_saved(tmp_path: Path) -> None:
     layout, changes = {"dp": 3, "check_replicas": 2}, {"keep": 8, "optimizer": "adamw"}
     run_ranks(3, run, tmp_path / "whole", layout, **changes)
-    faults = [fault("flip", 1, 4, "between")]  # after step 3, before the step that is saved
+    faults = [Fault("flip", 1, 4, "between")]  # after step 3, before the step that is saved
     attempts = until_end(3, tmp_path / "run", layout, faults, **changes)
     assert [statuses(ends) for ends in attempts] == [[1] * 3, [0] * 3]
     assert all("rank 1 differs in" in end.failure for end in attempts[0])
     (found,) = events(tmp_path / "run", "corrupted")
-    assert found.step <= 3 + 2 and found.fields["rank"] == [1]
+    assert found["step"] <= 3 + 2 and found["rank"] == [1]
     for step in (2, 4, 6, 8):
         assert differences(tmp_path / "run", tmp_path / "whole", step) == []

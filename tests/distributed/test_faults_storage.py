@@ -12,12 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsmini.distributed.chaos import Fault
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
 from dsmini.training.saving import NotSavedError
+from tests.distributed.faults import Fault, of_this_process
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import STEPS, differences, fault, new_run, run, until_end
+from tests.distributed.runs import STEPS, differences, new_run, run, until_end
 
 pytestmark = pytest.mark.slow
 EP: dict[str, Any] = {"ep": 2}
@@ -47,9 +47,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("background", [False, True], ids=["in the way", "in the background"])
 def test_storage_error_names_its_ranks_and_the_run_continues(background: bool, tmp_path: Path, three: Path) -> None:
     faults = [
-        fault("io_error", 1, 2, "save:writing"),
-        *(fault("full_disk", rank, 4, "save:staged") for rank in (1, 2)),
-        fault("full_disk", 0, 6, "save:before_rename"),
+        Fault("io_error", 1, 2, "save:writing"),
+        *(Fault("full_disk", rank, 4, "save:writing") for rank in (1, 2)),
+        Fault("full_disk", 0, 6, "save:before_rename"),
     ]
     (said, error), *others = run_ranks(3, told, tmp_path / "run", faults, save_in_background=background)
     assert error == "" and all(other[1] == "" for other in others)
@@ -61,7 +61,7 @@ def test_storage_error_names_its_ranks_and_the_run_continues(background: bool, t
 
 
 def test_failed_last_save_raises_on_all_ranks(tmp_path: Path, three: Path) -> None:
-    faults = [fault("full_disk", 2, STEPS, "save:written")]
+    faults = [Fault("full_disk", 2, STEPS, "save:written")]
     results = run_ranks(3, told, tmp_path / "run", faults)
     assert all(f"step {STEPS}: rank 2: No space left on device; step 6 is still there" in error for _, error in results)
     until_end(3, tmp_path / "run", THREE, faults)
@@ -75,15 +75,13 @@ def background(world: World, folder: Path) -> list[str]:
     """Train with slow saves in the background; return the phases of saves and steps of this rank, in their order."""
     training = new_run(world, folder, EP, save_in_background=True)
     told: list[str] = []
-    at = training.saver.at
 
     def slow(phase: str) -> None:
-        told.append(phase)
+        told.extend([phase] if phase.startswith("save:") else [])
         if phase == "save:writing":
             writing = len(told)
             while len(told) == writing and training.trainer.steps_done < STEPS:  # until a step changed the parameters
                 pass
-        at(phase)
 
     real = training.trainer.step
 
@@ -92,7 +90,7 @@ def background(world: World, folder: Path) -> list[str]:
         told.append("step")
         return result
 
-    training.saver.at, training.trainer.step = slow, step
+    of_this_process[0].at, training.trainer.step = slow, step
     training.train()
     return told
 
@@ -112,7 +110,7 @@ def test_steps_while_a_save_writes_do_not_change_its_files(tmp_path: Path) -> No
 def late_saves(world: World, folder: Path) -> bool:
     """Train while saves in the background wait for rank 1: their messages must not be taken for those of steps."""
     training = new_run(world, folder, EP, save_in_background=True)
-    training.saver.at = lambda phase: time.sleep(0.1 * world.rank)
+    of_this_process[0].at = lambda phase: time.sleep(0.1 * world.rank)
     return training.train()
 
 

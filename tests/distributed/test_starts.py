@@ -39,7 +39,6 @@ def come(meeting: dist.Store, *ranks: int) -> None:
     """Count ranks in that do not exist."""
     for rank in ranks:
         meeting.set(f"came {rank}", "")
-        meeting.add("came", 1)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,9 @@ def test_sentence_is_printed_once(
     spoken_before: int, said: str, meeting: dist.Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     come(meeting, *range(4))
-    meeting.add("speakers", spoken_before)
+    if spoken_before:
+        meeting.add("speakers", 1)
+        meeting.set("said", "")
     tell("wrong", ValueError("wrong"))
     assert capsys.readouterr().err == said
 
@@ -133,8 +134,6 @@ def test_unequal_keys_are_named(config: Path, tmp_path: Path) -> None:
     [
         ([["--init", "{}/one"], ["--init", "{}/two"]], ["another --init (", "/two, not ", "weights to start from"]),
         ([["--init", "{}/one"], []], ["another --init (none, not "]),
-        ([["--chaos", "1:5:kill"], ["--chaos", "2:5:kill"]], ["another --chaos (2:5:kill, not 1:5:kill)"]),
-        ([[], ["--chaos", "2"]], ["another --chaos (2:", "not none)"]),
     ],
 )
 def test_unequal_options_are_named(
@@ -164,7 +163,7 @@ def test_missing_ranks_are_named_after_the_timeout(
 @pytest.mark.slow
 def test_missing_holder_of_the_store_is_told(config: Path, tmp_path: Path) -> None:
     args = [str(config), "--out", str(tmp_path / "run"), "--parallel.timeout", "1"]
-    for port, words in ((free_port(), "nobody answers within 1 s"), (None, "it takes longer than 1 s")):
+    for port, words in ((free_port(), "nobody answers within 1 s"), (None, "it takes longer than 1.5 s")):
         with socket.create_server(("127.0.0.1", 0)) as silent:  # another service
             environment = {"MASTER_PORT": str(port or silent.getsockname()[1]), "RANK": "1"}
             got = spoken(tmp_path, args, None, environment=HELD_BY_RANK_0 | environment)
@@ -187,7 +186,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(config: Path, tmp_path: P
 def test_network_that_refuses_is_told_once(config: Path, tmp_path: Path) -> None:
     args = [str(config), "--out", str(tmp_path / "run")]
     sentence = only_sentence(spoken(tmp_path, args, args, environment={"GLOO_SOCKET_IFNAME": "none0"}), [2, 2])
-    assert "the 2 processes came to 127.0.0.1:" in sentence and "cannot connect to each other: " in sentence
+    assert "the 2 processes met, but cannot connect to each other: " in sentence
 
 
 # --- a mistake before the processes meet

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.world import World, _joint, _sendable, joined
+from dsmini.distributed.world import World, _joint, _Sent, joined, tells_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -31,12 +31,12 @@ def errors() -> dict[str, tuple[Exception, str, str, str]]:
     disk = OSError(errno.ENOSPC, "No space left on device")
     return {
         "value": (ValueError("no such value"), "ValueError", "ValueError", "no such value"),
-        "key": (KeyError("layers.3"), "KeyError", "RuntimeError", "layers.3"),
+        "key": (KeyError("layers.3"), "RuntimeError", "RuntimeError", "layers.3"),
         "runtime": (RuntimeError("shapes differ"), "RuntimeError", "RuntimeError", "shapes differ"),
         "memory": (MemoryError("no memory is left"), "MemoryError", "MemoryError", "no memory is left"),
-        "torch": (torch.OutOfMemoryError("too much"), "OutOfMemoryError", "OutOfMemoryError", "too much"),
+        "torch": (torch.OutOfMemoryError("too much"), "RuntimeError", "RuntimeError", "too much"),
         "disk": (disk, "OSError", "OSError", "No space left on device"),
-        "unicode": (undecodable, "UnicodeDecodeError", "ValueError", "can't decode byte 0xff"),
+        "unicode": (undecodable, "ValueError", "ValueError", "can't decode byte 0xff"),
         "unsendable": (UnsendableError("beyond the limit", 3), "ValueError", "ValueError", "beyond the limit"),
     }
 
@@ -44,16 +44,22 @@ def errors() -> dict[str, tuple[Exception, str, str, str]]:
 @pytest.mark.parametrize("kind", errors())
 def test_error_is_sent_with_its_words_and_named_with_its_rank(kind: str) -> None:
     error, of_first, joint, words = errors()[kind]
-    sent = _sendable(error)
-    assert type(sent).__name__ == of_first and words in str(sent)
+    sent = _Sent.of(error)
+    assert type(sent.error()).__name__ == of_first and words in str(sent.error())
     of_some = _joint([None, sent])
     assert type(of_some).__name__ == joint and "rank 1: " in str(of_some) and words in str(of_some)
 
 
 def test_ranks_with_equal_words_are_named_together() -> None:
-    a, b = ValueError("a"), OSError(errno.EIO, "b")
-    assert str(_joint([a, b, ValueError("a")])) == "ranks 0, 2: a; rank 1: b"
-    assert _joint([a, ValueError("a")]) is a
+    a, b = _Sent.of(ValueError("a")), _Sent.of(OSError(errno.EIO, "b"))
+    assert str(_joint([a, b, a])) == "ranks 0, 2: a; rank 1: b"
+    assert str(_joint([a, a])) == "a"
+
+
+def test_loss_of_a_rank_is_known_by_the_type_of_the_error_or_the_words_of_gloo() -> None:
+    assert tells_of_loss(dist.DistBackendError("NCCL communicator was aborted on rank 1"))
+    assert tells_of_loss(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
+    assert tells_of_loss(RuntimeError("shapes differ")) is None and tells_of_loss(ValueError("closed by peer")) is None
 
 
 def caught(world: World) -> dict[tuple[str, str], tuple[str, str, bool]]:

