@@ -24,7 +24,7 @@ CASES = {
     "tests/nn/test_compile.py": 6,
     "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 81,
     "tests/distributed/test_drawing.py": 17,
-    "tests/distributed -k faults": 63,
+    "tests/distributed -k faults": 56,
     "tests/distributed/test_checkpoints.py": 9,
     "tests/commands/test_commands.py -k equal": 2,
     "tests/checkpoint/test_checkpoint.py -k damaged": 38,

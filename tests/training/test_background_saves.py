@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from dsmini.checkpoint import training_state as checkpoints
 from dsmini.training import saving
+from dsmini.training.events import read_events
 from dsmini.training.run import TrainingRun
-from tests.helpers.runs import new_run, resumed, unequal, whole
+from tests.helpers.runs import asked_after, new_run, resumed, unequal, whole
 
 BEHIND: dict[str, Any] = {"save_in_background": True, "keep": 9}
 
@@ -96,3 +98,59 @@ def test_full_disk_is_reported_and_keeps_what_was_there(tmp_path: Path, monkeypa
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000006", "step-000008"]
     assert torch.is_tensor(training.trainer.model.head.weight)
+
+
+def test_checkpoint_is_logged_once_its_files_are_on_the_disk(tmp_path: Path, gate: threading.Event) -> None:
+    """Else a run that is killed in its first save could never be resumed: the log would tell of a checkpoint."""
+    training = begun(tmp_path)
+    training.saver.save(background=True)
+    assert [event for event in read_events(tmp_path) if event["event"] == "saved"] == []
+    gate.set()
+    training.saver.finish()
+    assert [event["step"] for event in read_events(tmp_path) if event["event"] == "saved"] == [1]
+
+
+def test_first_error_is_told_and_not_that_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = new_run(tmp_path, **BEHIND)
+    real = training.trainer.step
+
+    def failing() -> Any:
+        if training.trainer.steps_done == 2:
+            raise ZeroDivisionError("the first error")
+        return real()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.trainer, "step", failing)
+    monkeypatch.setattr(saving, "save_checkpoint", full)
+    with pytest.raises(ZeroDivisionError, match="the first error"):
+        training.train()
+
+
+def test_thread_of_a_save_does_not_say_that_the_steps_move(tmp_path: Path) -> None:
+    """Else a main thread that hangs would count as saving."""
+    training = new_run(tmp_path, **BEHIND)
+    threads: set[str] = set()
+    training.survival.heartbeat = SimpleNamespace(  # type: ignore[assignment]
+        beat=lambda step, phase: threads.add(threading.current_thread().name)
+    )
+    training.trainer.phase = training.survival.phase
+    assert training.train()
+    assert threads == {"MainThread"}
+
+
+def test_interrupted_restores_put_no_good_checkpoint_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = new_run(tmp_path)
+    asked_after(training, 2)
+    assert not training.train()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(saving.Saver, "restore", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                resumed(tmp_path)
+    assert resumed(tmp_path).trainer.steps_done == 3
