@@ -21,8 +21,7 @@ from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import rate, say
 from dsmini.reading import check_path, is_there, parse_json, read_text
-from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
-from dsmini.text.tokenizer_file import MOST_VALUES
+from dsmini.text.tokenizer import MOST_VALUES, BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
     from dsmini.nn import Transformer

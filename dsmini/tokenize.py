@@ -26,7 +26,7 @@ from dsmini.text.tokenizer import BPETokenizer
 LARGEST = 1_000_000
 """Largest vocabulary."""
 MEASURED = 8 << 20
-"""Number of bytes of held-out text that are tokenised to measure the bytes per token."""
+"""Number of bytes of held-out text that are tokenized to measure the bytes per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def main(args: Sequence[str]) -> int:
         write_text(command.out, content)
     tokenizer = BPETokenizer(command.out)
     held_out = read_first(parts.val, MEASURED)
-    with patience(console, "tokenising held-out text"):
+    with patience(console, "tokenizing held-out text"):
         tokens = sum(map(len, interruptible(partial(tokenizer.encode_all, held_out))))
     figures = {
         "tokenizer": str(command.out),
@@ -75,7 +75,7 @@ def main(args: Sequence[str]) -> int:
         "held_out_bytes": sum(map(len, held_out)),
         "held_out_tokens": tokens,
         "bytes_per_token": sum(map(len, held_out)) / tokens,
-        "left_out": list(map(str, left_out)),
+        "left_out": left_out,
         "not_utf8": [document.name for document in documents if not document.utf8],
     }
     where = "the figures of --json"

@@ -1,1 +1,1 @@
-"""The corpus: text read, tokenised once, mapped into memory, and cut into batches in the order of training."""
+"""The corpus: text read, tokenized once, mapped into memory, and cut into batches in the order of training."""

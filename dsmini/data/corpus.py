@@ -17,55 +17,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsmini.config import DataConfig
-from dsmini.data.cache import CorpusCache, forget
+from dsmini.config.fields import plain
+from dsmini.data.cache import CorpusCache, CorpusFacts, forget
 from dsmini.data.documents import ProgressCallback, find, silent
 from dsmini.data.order import window_starts
 from dsmini.text.tokenizer import FIM_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Corpus(CorpusFacts):
     """Token ids of the training and the held-out text, and their source."""
 
     train: NDArray[Any]
     val: NDArray[Any]
-    source: str
-    """Sentence that names what was read."""
-    files: int
-    skipped: int
-    """Number of files of a folder that were left out because they are not text."""
-    left_out: Sequence[str] = ()
-    """Their names, each with the reason."""
-    not_utf8: Sequence[str] = ()
-    """Names of the texts that are not UTF-8."""
-    split: str
-    """Sentence that says how the held-out part was chosen."""
-    sha256: str
-    """Hash of the training tokens followed by the held-out ones."""
     end_of_document: int = ByteTokenizer.end_of_document
     """Token after every document."""
-    val_bytes: int | None = None
-    """Bytes of the held-out text, a document's end counted as one; None: a token is a byte."""
-    rearranged: int = 0
-    """Number of training documents rearranged for fill-in-the-middle."""
     cache: str = ""
     """Sentence that says where the tokens are stored."""
 
     def describe(self) -> dict[str, str | int | list[str]]:
         """Return the content of a run's corpus.json."""
-        return {
-            "source": self.source,
-            "files": self.files,
-            "skipped": self.skipped,
-            "left_out": list(self.left_out),
-            "not_utf8": list(self.not_utf8),
-            "split": self.split,
-            "train_tokens": len(self.train),
-            "val_tokens": len(self.val),
-            "val_bytes": len(self.val) if self.val_bytes is None else self.val_bytes,
-            "rearranged": self.rearranged,
-            "sha256": self.sha256,
-        }
+        return plain({f.name: getattr(self, f.name) for f in dataclasses.fields(CorpusFacts)})
 
     @property
     def bytes_per_token(self) -> float:
@@ -177,12 +149,12 @@ class Loader:
 def load_corpus(
     config: DataConfig, seq_len: int, vocab_size: int, cache: Path, seed: int = 0, progress: ProgressCallback = silent
 ) -> Corpus:
-    """Return the corpus of a run, tokenised now or by an earlier run.
+    """Return the corpus of a run, tokenized now or by an earlier run.
 
     Args:
-        cache: folder of tokenised corpora; made where it is missing.
+        cache: folder of tokenized corpora; made where it is missing.
         seed: seed of the choice of documents for fill-in-the-middle.
-        progress: told how far reading and tokenising are.
+        progress: told how far reading and tokenizing are.
 
     Raises: ValueError for a path that is missing, unreadable, empty, not text, or too short for one sequence in each
         part, and for a vocabulary or a fill-in-the-middle that the tokenizer does not have; OSError for a full disk.
@@ -200,22 +172,11 @@ def load_corpus(
                     f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
                 )
 
-    entry = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
-    check(len(entry.train), len(entry.val))
+    meta, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
+    check(meta.train_tokens, meta.val_tokens)
+    facts: dict[str, Any] = {f.name: getattr(meta, f.name) for f in dataclasses.fields(CorpusFacts)}
     return Corpus(
-        train=entry.train,
-        val=entry.val,
-        source=source.describe(entry.meta.files),
-        files=entry.meta.files,
-        skipped=entry.meta.skipped,
-        left_out=entry.meta.left_out,
-        not_utf8=entry.meta.not_utf8,
-        split=entry.meta.split,
-        sha256=entry.meta.sha256,
-        end_of_document=tokenizer.end_of_document,
-        val_bytes=entry.meta.val_bytes,
-        rearranged=entry.meta.rearranged,
-        cache=entry.words,
+        **facts, train=parts["train"], val=parts["val"], end_of_document=tokenizer.end_of_document, cache=words
     )
 
 

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from dsmini.reading import listed, open_regular
 
@@ -128,7 +127,7 @@ class Reader:
 def find(path: Path | None, leave_out: Path | None = None) -> Source:
     """Find the files of a corpus: one file, or all visible ones below a folder.
 
-    Files below leave_out are skipped, and so are training runs and tokenised corpora, which change with every run.
+    Files below leave_out are skipped, and so are training runs and tokenized corpora, which change with every run.
 
     Raises: ValueError for a path that is neither a file nor a folder, and for a folder that may not be looked into.
     """
@@ -170,7 +169,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _made_by_training(names: set[str]) -> bool:
-    """Return whether a folder with these entries is a training run or a tokenised corpus."""
+    """Return whether a folder with these entries is a training run or a tokenized corpus."""
     run = "config.toml" in names and not names.isdisjoint(("corpus.json", "metrics.jsonl", "checkpoints"))
     return run or {"meta.json", "train.bin", "val.bin"} <= names
 
@@ -198,43 +197,36 @@ def _document(root: Path, path: Path) -> Document:
     return Document(name=name, path=path, stored=stat.st_size, modified=stat.st_mtime_ns)
 
 
-class LeftOut(NamedTuple):
-    """A file of a corpus that is not text."""
+def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[str]]:
+    """Return the documents that are text, with their sizes, and the names of the files that are not.
 
-    name: str
-    reason: str
-    """empty, binary, UTF-32, UTF-16, or UTF-16LE or UTF-16BE for a text without a byte order mark."""
+    A name has the reason after it: empty, binary, or UTF-16, UTF-32, UTF-16LE or UTF-16BE for text that is not UTF-8.
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
-
-
-def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[Document], list[LeftOut]]:
-    """Return the documents that are text, with their sizes, and the files that are not.
-
-    Raises: ValueError if none is.
+    Raises: ValueError if none is text.
     """
     total, done = sum(document.stored for document in source.documents), 0
     texts: list[Document] = []
-    left_out: list[LeftOut] = []
+    left_out: list[str] = []
+    trusted = source.kind == "library"
     for document in source.documents:
-        size, reason, utf8 = 0, "empty", _UTF8Check()
+        size, reason, utf8 = 0, "" if trusted else "empty", trusted
+        decoder = codecs.getincrementaldecoder("utf-8")()
         for chunk, stored in document.chunks():
-            reason = _why_not_text(chunk, first=size == 0) if source.kind != "library" else ""
+            reason = "" if trusted else _why_not_text(chunk, first=size == 0)
+            utf8 = trusted or (_decodes(decoder, chunk) and (utf8 or size == 0))
             size += len(chunk)
-            utf8.see(chunk)
             progress("reading", done + stored, total)
             if reason:
                 break
         done += document.stored
-        if source.kind == "library" or not reason:
-            texts.append(dataclasses.replace(document, size=size, utf8=source.kind == "library" or utf8.holds()))
+        if not reason:
+            texts.append(dataclasses.replace(document, size=size, utf8=utf8 and _decodes(decoder, b"", final=True)))
+        elif source.kind == "file":
+            raise ValueError(f"data.path={document.path} {_fix(document.path, reason)}")
         else:
-            left_out.append(LeftOut(document.name, reason))
-    if source.kind == "file" and left_out:
-        raise ValueError(f"data.path={source.documents[0].path} {_fix(source.documents[0].path, left_out[0].reason)}")
+            left_out.append(f"{document.name} ({reason})")
     if not texts:
-        named = f": {listed(list(map(str, left_out)), NAMED)}" if left_out else ""
+        named = f": {listed(left_out, NAMED)}" if left_out else ""
         raise ValueError(
             f"data.path={source.root} has no text: {len(source.documents)} files, all empty or not text{named}; "
             "name a folder with text files"
@@ -242,24 +234,13 @@ def measure(source: Source, progress: ProgressCallback = silent) -> tuple[list[D
     return texts, left_out
 
 
-class _UTF8Check:
-    """A check of a text that comes in chunks."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._valid = True
-
-    def see(self, chunk: bytes, final: bool = False) -> None:
-        try:
-            self._decoder.decode(chunk if self._valid else b"", final)
-        except UnicodeDecodeError:
-            self._valid = False
-            self._decoder.reset()
-
-    def holds(self) -> bool:
-        """Return True if all chunks together are UTF-8."""
-        self.see(b"", final=True)
-        return self._valid
+def _decodes(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool = False) -> bool:
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError:
+        decoder.reset()
+        return False
+    return True
 
 
 def _why_not_text(chunk: bytes, first: bool) -> str:

@@ -5,19 +5,35 @@ sees only the messages. The messages are not trusted either. In the rendered tex
 token. A user who types <｜User｜> gets the tokens of those characters, and so does a model that spells it out.
 """
 
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dsmini.reading import is_there, read_text
-from dsmini.text.renderer import NotATemplateError, Renderer
+import jinja2
+import jinja2.nodes
+
+from dsmini.reading import is_there, read_text, readable
+from dsmini.text.template_worker import environment
 from dsmini.text.tokenizer import BPETokenizer
 
 # half a character of UTF-16: no text holds it, and Python makes another one of a byte it cannot decode
 MARK = "\ud800"
 LARGEST_TEMPLATE = 4 << 20
 """Largest size of a template file in bytes."""
+SECONDS = 2
+"""Largest CPU time of a conversation; templates that are published take milliseconds."""
+MEMORY = 512 << 20
+"""Largest memory of the process that renders a conversation."""
+LONGEST = 16 << 20
+"""Largest number of characters of a rendered conversation."""
+PATIENCE = 60.0
+"""Largest time in seconds to wait for a conversation: the machine may be busy."""
 
 
 class Message(TypedDict):
@@ -28,43 +44,68 @@ class Message(TypedDict):
 
 
 class ChatTemplate:
-    """Renders conversations as transformers' apply_chat_template does.
+    """Renders conversations as transformers' apply_chat_template does, each in a process with limits.
 
     Args:
         source: the Jinja program.
         path: its file, for errors.
         tokens: the special tokens that the program may name: bos_token, eos_token, ...
 
-    Raises: ValueError for a program that is not Jinja, or that cannot be compiled within the limits of Renderer.
+    Raises: ValueError for a program that is not Jinja.
     """
 
     def __init__(self, source: str, path: Path, tokens: Mapping[str, str]) -> None:
+        self._source, self._path, self._tokens = source, path, dict(tokens)
         try:
-            self._renderer = Renderer(source)
-        except NotATemplateError as error:
-            raise ValueError(f"the chat template of {path} is not a Jinja template: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"the chat template of {path} refuses the conversation: {error}") from None
-        self._path, self._tokens = path, dict(tokens)
-        self._says = [*self._renderer.says, *tokens.values()]
+            tree = environment().parse(source)
+        except (jinja2.TemplateSyntaxError, RecursionError) as error:
+            said = readable(" ".join(str(error).split()))
+            raise ValueError(f"the chat template of {path} is not a Jinja template: {said}") from None
+        constants = [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+        plain = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+        self._says = [*plain, *constants, *tokens.values()]
 
     def writes(self, token: str) -> bool:
         """Return whether the template itself spells this."""
         return any(token in text for text in self._says)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, seconds: int = SECONDS, memory: int = MEMORY) -> str:
         """Return the conversation as text, up to where the assistant's answer begins.
+
+        Args:
+            seconds: largest CPU time of the process.
+            memory: largest memory of the process in bytes, its interpreter included (Linux).
 
         Raises: ValueError for a conversation that the template refuses or leaves empty, and for a template that needs
             more time or memory than it may.
         """
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
+        request = {"source": self._source, "given": given, "seconds": seconds, "memory": memory, "longest": LONGEST}
         try:
-            text = self._renderer.render(messages, self._tokens)
-        except ValueError as error:
-            raise ValueError(f"the chat template of {self._path} refuses the conversation: {error}") from None
-        if not text:
+            done = subprocess.run(
+                # without site-packages' start-up files; sys.path says where Jinja is
+                [sys.executable, "-S", "-P", str(Path(__file__).with_name("template_worker.py"))],
+                input=json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for us alone
+                timeout=PATIENCE,
+            )
+            if done.returncode == -signal.SIGXCPU:
+                answer = {"refuses": f"it takes more than {seconds} s of CPU time"}
+            elif done.returncode:
+                answer = {"refuses": f"it crashes its process, with status {done.returncode}"}
+            else:
+                answer = json.loads(done.stdout.decode("utf-8", "surrogatepass"))
+        except subprocess.TimeoutExpired:
+            answer = {"refuses": f"it takes more than {PATIENCE:g} s"}
+        if "refuses" in answer:
+            said = readable(" ".join(answer["refuses"].split()))
+            raise ValueError(f"the chat template of {self._path} refuses the conversation: {said}")
+        if not answer["text"]:
             raise ValueError(f"the chat template of {self._path} renders nothing; mend it, or leave out --chat")
-        return text
+        return answer["text"]
 
 
 class Chat:

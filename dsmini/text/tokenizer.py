@@ -1,25 +1,32 @@
 """Text as token ids: bytes, which need no file, or the byte-pair encoding of a tokenizer.json.
 
-Text that is tokenised is data, never markup. A document that spells out a special token, such as DeepSeek's end of
+Text that is tokenized is data, never markup. A document that spells out a special token, such as DeepSeek's end of
 sentence, gets the tokens of those characters; it cannot end a document or open a hole.
 """
 
 import codecs
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmini.text.library import load, named
+from dsmini.reading import brief, is_there, read_table, readable
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # the token that ends a document, by the names of published tokenizers; the first of these that a file has
 END_TOKENS = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
-QUIET = 1 << 20
-"""Largest size in bytes of texts during whose encoding the standard error waits."""
+MOST_VALUES = 6_000_000
+"""Largest number of values in a tokenizer.json; one with a million tokens and a million merges has four million."""
+NOT_A_TOKENIZER = "is not a tokenizer.json of the tokenizers library"
+OTHER = "name another tokenizer.json, such as DeepSeek publishes"
 
 
 class Fim(NamedTuple):
@@ -28,45 +35,6 @@ class Fim(NamedTuple):
     begin: int
     hole: int
     end: int
-
-
-class TextStream(Protocol):
-    """A decoder for tokens that come one by one."""
-
-    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
-        """Return the text that is complete with these tokens.
-
-        The first tokens of a character are held back until its last one. `final` gives out the incomplete rest as
-        U+FFFD.
-        """
-        ...
-
-
-class Tokenizer(Protocol):
-    """A tokenizer as data and generation use it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def end_of_document(self) -> int: ...
-
-    @property
-    def fim(self) -> Fim | None:
-        """The ids for fill-in-the-middle; None if the vocabulary has no such tokens."""
-        ...
-
-    def encode(self, text: str | bytes) -> NDArray[Any]:
-        """Return the ids of a text, or of its UTF-8 bytes, without special tokens, whatever the text spells."""
-        ...
-
-    def encode_all(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """Return the ids of each text, computed on all cores if that helps."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-    def stream(self) -> TextStream: ...
 
 
 class ByteTokenizer:
@@ -78,7 +46,8 @@ class ByteTokenizer:
 
     vocab_size = 256
     end_of_document = 0
-    fim = Fim(0xFD, 0xFE, 0xFF)
+    fim: Fim | None = Fim(0xFD, 0xFE, 0xFF)
+    """The ids for fill-in-the-middle; None for a vocabulary without such tokens."""
 
     def encode(self, text: str | bytes) -> NDArray[np.uint8]:
         """Return the UTF-8 bytes of a text. Bytes that Python could not decode in an argument stay as they were."""
@@ -93,15 +62,18 @@ class ByteTokenizer:
         """Return the text of the bytes, with U+FFFD for invalid UTF-8 and for ids of 256 and more."""
         return _bytes(tokens).decode("utf-8", errors="replace")
 
-    def stream(self) -> TextStream:
-        return _ByteStream()
+    def stream(self) -> "ByteStream":
+        return ByteStream()
 
 
-class _ByteStream:
+class ByteStream:
+    """A decoder for bytes that come one by one. It holds the first bytes of a character back until its last one."""
+
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        """Return the text that is complete with these tokens; `final` gives out the incomplete rest as U+FFFD."""
         return self._decoder.decode(_bytes(tokens), final)
 
 
@@ -119,13 +91,13 @@ class BPETokenizer:
         markup: more added tokens that no text may spell. The file's special tokens, those that end documents or mark
             fill-in-the-middle, and all of the form <｜...｜> are always markup.
 
-    Raises: ValueError for a file that is missing, not a regular file, unreadable, or of unbounded cost, if the
-        tokenizers library is not installed, and in each method for a text or ids that the file's tokenizer fails on.
+    Raises: ValueError for a file that is missing, unreadable or refused by the tokenizers library, if that is not
+        installed, and in each method for a text or ids that the file's tokenizer fails on.
     """
 
     def __init__(self, path: Path, *, markup: Collection[str] = ()) -> None:
         self.path = path
-        self._tokenizer = load(path, (*END_TOKENS, *markup))
+        self._tokenizer = _load(path, (*END_TOKENS, *markup))
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self._ends = [ids[name] for name in END_TOKENS if name in ids]
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
@@ -158,32 +130,34 @@ class BPETokenizer:
     @property
     def beginning(self) -> list[int]:
         """The ids that the file itself puts before every text."""
-        with named(self.path, "fails on the text 'a'", quiet=True):
+        with _named(self.path, "fails on the text 'a'"):
             encoding = self._tokenizer.encode("a", add_special_tokens=True)
         at = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return encoding.ids[:at]
 
     def encode(self, text: str | bytes) -> NDArray[np.uint32]:
+        """Return the ids of a text, or of its UTF-8 bytes, without special tokens, whatever the text spells."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str | bytes]) -> list[NDArray[np.uint32]]:
+        """Return the ids of each text, computed on all cores."""
         # a str from a command line may hold bytes that are not UTF-8, as lone surrogates
         raw = [text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text for text in texts]
         clean = [text.decode("utf-8", errors="replace") for text in raw]
-        with named(self.path, "fails on a text", quiet=sum(map(len, raw)) <= QUIET):
+        with _named(self.path, "fails on a text"):
             encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        with named(self.path, "fails on token ids"):
+        with _named(self.path, "fails on token ids"):
             return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        return _BPEStream(self)
+    def stream(self) -> "BPEStream":
+        return BPEStream(self)
 
 
-class _BPEStream:
-    """Gives out the part of the text that can no longer change.
+class BPEStream:
+    """A decoder for tokens that come one by one. It gives out the part of the text that can no longer change.
 
     The newest tokens are decoded together with those before them, because some decoders treat the first token of a
     text differently.
@@ -196,6 +170,7 @@ class _BPEStream:
         self._shown = 0
 
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        """Return the text that is complete with these tokens; `final` gives out the incomplete rest as U+FFFD."""
         out = ""
         for token in tokens:
             self._pending.append(token)
@@ -211,6 +186,48 @@ class _BPEStream:
         if text and held == 0:
             self._context, self._pending, self._shown = self._pending, [], 0
         return out
+
+
+def _load(path: Path, markup: Collection[str]) -> "tokenizers.Tokenizer":
+    """Read a tokenizer.json. The added tokens of `markup` and those of the form <｜...｜> become special."""
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError:
+        raise ValueError(
+            f"reading {path} needs the tokenizers library; install it with: pip install 'tokenizers>=0.20'"
+        ) from None
+    if not is_there(path):
+        raise ValueError(f"there is no tokenizer file {path}; name a tokenizer.json, or leave it out for bytes")
+    with _named(path, NOT_A_TOKENIZER):
+        content = read_table(path, MOST_VALUES)
+        for token in content.get("added_tokens", []):
+            # DeepSeek's file calls <｜User｜> and others of that form ordinary, so that a text could spell them
+            name = token["content"]
+            token["special"] |= name in markup or re.fullmatch("<｜.*｜>", name) is not None
+        library = Library.from_str(json.dumps(content))
+    if dropout := content["model"].get("dropout"):
+        raise ValueError(
+            f"{path} has dropout {brief(dropout)}, which gives a text other tokens each time; want null; {OTHER}"
+        )
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+@contextmanager
+def _named(path: Path, fault: str) -> Iterator[None]:
+    """Raise ValueError with the file's name for an error of the tokenizers library, its panics included."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of no public class
+            raise
+        raise ValueError(f"{path} {fault}: {readable(' '.join(str(error).split()))}; {OTHER}") from None
+
+
+Tokenizer = ByteTokenizer | BPETokenizer
+TextStream = ByteStream | BPEStream
 
 
 def load_tokenizer(path: Path | None) -> Tokenizer:

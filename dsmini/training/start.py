@@ -44,7 +44,7 @@ from dsmini.training.tensorboard import require_tensorboard
 from dsmini.training.trainer import Trainer
 
 LONGEST_WAIT = 86400.0
-"""Seconds in which all ranks must come to a message. Rank 0 tokenises alone; a rank that hangs is found otherwise."""
+"""Seconds in which all ranks must come to a message. Rank 0 tokenizes alone; a rank that hangs is found otherwise."""
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def _check_unfinished(config: RunConfig, checkpoint: Checkpoint) -> None:
 
 
 def _read_corpus(config: RunConfig, resume: Path | None, console: Console) -> Corpus:
-    """Read the run's corpus, tokenised once into a folder next to the run. A resumed run has its own tokenizer."""
+    """Read the run's corpus, tokenized once into a folder next to the run. A resumed run has its own tokenizer."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer_file(resume, config)) if resume else config.data
     cache = (config.out or Path("runs/new")).parent / "corpus"
     with Progress(console, label="the corpus", unit="bytes") as progress:

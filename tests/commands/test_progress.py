@@ -82,12 +82,12 @@ def test_pipe_gets_a_line_of_bytes_every_ten_seconds(clock: list[float]) -> None
         clock[0] += 11
         bar.stage("reading", 1000, 2000)
         clock[0] += 5
-        bar.stage("tokenising", 100, 2000)
+        bar.stage("tokenizing", 100, 2000)
         clock[0] += 6
-        bar.stage("tokenising", 500, 2000)
+        bar.stage("tokenizing", 500, 2000)
     assert said(console).splitlines() == [
         "reading the corpus: 50% of 2,000 bytes",
-        "tokenising the corpus: 25% of 2,000 bytes",
+        "tokenizing the corpus: 25% of 2,000 bytes",
     ]
     assert bar.seconds == 22
 

@@ -1,4 +1,4 @@
-"""The cache of tokenised corpora: read when nothing changed, built when something did, whole or not there."""
+"""The cache of tokenized corpora: read when nothing changed, built when something did, whole or not there."""
 
 import json
 import multiprocessing
@@ -19,9 +19,9 @@ from tests.helpers import corpora
 Change = Callable[[Path], object]
 
 
-def test_corpus_is_tokenised_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = corpora.load(place)
-    assert "tokenised once into" in first.cache
+    assert "tokenized once into" in first.cache
     monkeypatch.setattr(ByteTokenizer, "encode_all", None)
     second = corpora.load(place, seed=1)
     assert "read from" in second.cache
@@ -43,15 +43,15 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_corpus_is_tokenised_again(place: Path, change: str) -> None:
+def test_changed_corpus_is_tokenized_again(place: Path, change: str) -> None:
     corpora.load(place)
     CHANGES[change](place / "texts")
-    assert "tokenised once" in corpora.load(place).cache and len(corpora.entries(place)) == 2
+    assert "tokenized once" in corpora.load(place).cache and len(corpora.entries(place)) == 2
 
 
 def test_each_config_has_its_entry(place: Path) -> None:
     for config in ({}, {"val_fraction": 0.2}, {"fim_rate": 0.5}, {"fim_rate": 0.5, "seed": 1}):
-        assert "tokenised once" in corpora.load(place, **config).cache, config
+        assert "tokenized once" in corpora.load(place, **config).cache, config
     assert len(corpora.entries(place)) == 4
 
 
@@ -76,7 +76,7 @@ def test_damaged_entry_is_built_again_and_said(place: Path, damage: str) -> None
     (entry,) = corpora.entries(place)
     DAMAGES[damage](entry)
     again = corpora.load(place)
-    assert "tokenised again into" in again.cache and str(entry) in again.cache
+    assert "tokenized again into" in again.cache and str(entry) in again.cache
     assert again.train.tobytes() == train and again.val.tobytes() == val and again.sha256 == first.sha256
     assert "read from" in corpora.load(place).cache and corpora.entries(place) == [entry]
 
@@ -100,9 +100,9 @@ def test_interrupted_build_leaves_nothing(place: Path, monkeypatch: pytest.Monke
         with pytest.raises(type(error)) as caught:
             corpora.load(place)
     if isinstance(error, OSError):
-        assert str(caught.value) == f"cannot tokenise the corpus into {place / 'corpus'}: No space left on device"
+        assert str(caught.value) == f"cannot tokenize the corpus into {place / 'corpus'}: No space left on device"
     assert corpora.entries(place) == []
-    assert "tokenised once" in corpora.load(place).cache
+    assert "tokenized once" in corpora.load(place).cache
 
 
 def test_leftovers_of_a_killed_build_are_removed_later(place: Path) -> None:
@@ -110,7 +110,7 @@ def test_leftovers_of_a_killed_build_are_removed_later(place: Path) -> None:
     (entry,) = corpora.entries(place)
     partial = entry.rename(entry.with_name(entry.name + ".partial-x"))
     (partial / "meta.json").unlink()
-    assert "tokenised once" in corpora.load(place).cache
+    assert "tokenized once" in corpora.load(place).cache
     assert partial.exists(), "another process may be at it"
     for path in (*partial.iterdir(), partial):
         os.utime(path, (time.time() - 4000,) * 2)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dsmini.config import DataConfig
 from dsmini.data import cache as corpus_cache
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.documents import CHUNK, Document, left_out_in_words, not_utf8_in_words
+from dsmini.data.documents import CHUNK, Document, find, left_out_in_words, not_utf8_in_words
 from dsmini.data.split import cut_once
 from tests.helpers import corpora
 from tests.helpers.configs import refusal
@@ -62,6 +62,22 @@ def test_few_files_are_split_at_the_end_of_the_text(tmp_path: Path) -> None:
     corpus = load(tmp_path, {"t": text}, path=tmp_path / "texts/t")
     assert (corpus.train.tobytes(), corpus.val.tobytes()) == (text[:180], text[180:])
     assert corpus.sha256 == hashlib.sha256(text).hexdigest()
+
+
+def test_file_of_just_the_held_out_share_is_held_out_whole(tmp_path: Path) -> None:
+    corpus = load(tmp_path, {f"{i}.txt": bytes([65 + i]) * 99 for i in range(10)})
+    assert corpus.split == "1 whole files" and len(corpus.val) == 100
+
+
+def test_library_is_read_in_the_order_of_names() -> None:
+    names = [document.name for document in find(None).documents]
+    assert names == sorted(names) and len(names) > 100
+
+
+@pytest.mark.parametrize(("text", "reason"), [("abcd", "binary"), ("abcde", "UTF-16LE")])
+def test_encoding_shows_from_nine_bytes_on(tmp_path: Path, text: str, reason: str) -> None:
+    corpus = load(tmp_path, {"a.txt": b"text " * 50, "b.txt": text.encode("utf-16-le")})
+    assert corpus.left_out == (f"b.txt ({reason})",)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 99))
@@ -146,7 +162,7 @@ def test_gz_is_read_as_the_text_in_it(place: Path) -> None:
         path.with_name(name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     packed = corpora.load(place)
-    assert "tokenised once" in packed.cache and packed.sha256 == plain.sha256 and packed.split == plain.split
+    assert "tokenized once" in packed.cache and packed.sha256 == plain.sha256 and packed.split == plain.split
     assert corpora.load(place, path=place / "texts/00.txt.gz").sha256 == one
 
 
@@ -157,7 +173,7 @@ def test_large_file_is_never_held_in_memory(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(corpus.train) > 57 * CHUNK
-    # up to 6 MiB of text are tokenised at once: they, their tokens, those before them, and what is being read
+    # up to 6 MiB of text are tokenized at once: they, their tokens, those before them, and what is being read
     assert peak < 24 * CHUNK
 
 
@@ -166,7 +182,7 @@ def test_progress_ends_at_the_total(place: Path) -> None:
     config = DataConfig(path=place / "texts")
     load_corpus(config, 8, 256, place / "corpus", progress=lambda *args: told.append(args))
     size = sum(map(len, corpora.TEXTS.values()))
-    for what in ("reading", "tokenising"):
+    for what in ("reading", "tokenizing"):
         steps = [(done, total) for name, done, total in told if name == what]
         assert steps == sorted(steps) and steps[-1] == (size, size)
     told.clear()
@@ -253,4 +269,4 @@ def test_vocabulary_that_is_not_of_bytes_is_refused(tmp_path: Path, vocab_size: 
 def test_folder_of_the_cache_that_cannot_be_made_is_named(place: Path) -> None:
     (place / "corpus").write_text("a file")
     said = refusal(corpora.load, place)
-    assert said.startswith(f"cannot store the tokenised corpus in {place / 'corpus'}: ") and "; choose another" in said
+    assert said.startswith(f"cannot store the tokenized corpus in {place / 'corpus'}: ") and "; choose another" in said

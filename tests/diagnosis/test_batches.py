@@ -180,24 +180,24 @@ def test_copying_model_accepts_every_guess() -> None:
 
 # --- rates of reading
 
-TEXT = TextRates(nbytes=2_000_000, read=800e6, tokenised=4e6, tokens=1e6)
+TEXT = TextRates(nbytes=2_000_000, read=800e6, tokenized=4e6, tokens=1e6)
 
 
 def found_of(batches: Sequence[float], workers: int = 1, seconds: float = 0.1, wait: float = 0.0) -> Any:
     text, steps = corpus(random_text(50_000), val_bytes=4_000), [step_of(seconds, wait, tokens=1000)]
     found = reading_findings(text, TEXT, batches, workers, steps)
-    assert [each.name for each in found] == ["reading", "tokenising", "loader_rate"]
+    assert [each.name for each in found] == ["reading", "tokenizing", "loader_rate"]
     return found
 
 
 def test_loader_over_steps() -> None:
     """Check 1,000 tokens in 2 ms against 1,000 in 100 ms, and twice that with two threads."""
-    read, tokenise, loader = found_of([0.002, 0.001, 0.004])
+    read, tokenize, loader = found_of([0.002, 0.001, 0.004])
     assert (loader.low, loader.value, loader.high) == pytest.approx((25, 50, 100))
     assert "can give 50 times as many tokens as steps take" in loader.sentence and not loader.is_fault
     assert "500,000 tokens/s" in loader.sentence and "10,000 tokens/s" in loader.sentence
-    assert "800 MB/s" in read.sentence and "4.00 MB/s" in tokenise.sentence and "100 times" in tokenise.sentence
-    assert "50.0 ms" in tokenise.sentence, "50,000 tokens at a million a second"
+    assert "800 MB/s" in read.sentence and "4.00 MB/s" in tokenize.sentence and "100 times" in tokenize.sentence
+    assert "50.0 ms" in tokenize.sentence, "50,000 tokens at a million a second"
     assert found_of([0.002], workers=2)[-1].value == pytest.approx(100)
     assert found_of([0.002], workers=0)[-1].value == pytest.approx(50)
 
@@ -232,7 +232,7 @@ def test_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "a.txt").write_bytes(b"a line of text\n" * 1_000_000)
     found = text_rates(DataConfig(path=tmp_path / "a.txt"))
     assert found is not None and found.nbytes <= reading.READ_BYTES
-    assert found.tokens == pytest.approx(found.tokenised), "a token is a byte"
+    assert found.tokens == pytest.approx(found.tokenized), "a token is a byte"
     clock = Clock(monkeypatch)
     monkeypatch.setattr(reading.time, "perf_counter", lambda: clock.pay(0.06))
     found = text_rates(DataConfig(path=tmp_path / "a.txt"))
@@ -240,7 +240,7 @@ def test_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rates_are_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    """Check them by a clock that only reading and tokenising move: 10 ms a chunk, 1 us a byte, 4 bytes a token."""
+    """Check them by a clock that only reading and tokenizing move: 10 ms a chunk, 1 us a byte, 4 bytes a token."""
 
     class Slow(ByteTokenizer):
         def encode_all(self, texts: Sequence[bytes]) -> list[Any]:
@@ -257,10 +257,10 @@ def test_rates_are_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / f"{i}.txt").write_text("text")
     found = text_rates(DataConfig(path=tmp_path))
     assert found is not None and found.nbytes == 32_000
-    assert (found.read, found.tokenised, found.tokens) == pytest.approx((800e3, 1e6, 250e3))
+    assert (found.read, found.tokenized, found.tokens) == pytest.approx((800e3, 1e6, 250e3))
 
 
-def test_files_that_are_no_text_are_read_and_not_tokenised(tmp_path: Path) -> None:
+def test_files_that_are_no_text_are_read_and_not_tokenized(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\0" * 1000)
     assert text_rates(DataConfig(path=tmp_path)) is None
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"text " * 1000))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.text.chat import MARK, Chat, ChatTemplate, Message
+from dsmini.text.template_worker import environment
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer
 from tests.helpers.configs import refusal
@@ -93,7 +94,14 @@ def test_texts_completed_by_the_template_spell_nothing(folder: Path, source: lis
     assert chat.tokenizer.decode(tokens).count(USER) == 2 * len(source) + 1
 
 
-def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat) -> None:
+def test_text_is_encoded_as_if_it_had_no_marks(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_once(self: ChatTemplate, messages: list[Message]) -> str:
+        """Render in this process: a process for each of the many texts would take long."""
+        given = {"messages": messages, "add_generation_prompt": True, **self._tokens}
+        return environment().from_string(self._source).render(given)
+
+    monkeypatch.setattr(ChatTemplate, "render", at_once)
+
     @given(st.text(st.sampled_from("<｜User>｜ ab/think\n日🙂"), max_size=30))
     def check(text: str) -> None:
         tokens = chat.encode(user(chat, text))

@@ -1,18 +1,14 @@
 """Chat templates that fail, or would crash, hang or fill the memory: each is refused in a sentence, within limits."""
 
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmini.text import renderer as module
-from dsmini.text.chat import MARK, ChatTemplate, read_template
-from dsmini.text.renderer import LONGEST, PROGRAM, Renderer
-from dsmini.text.template_worker import _sentence
+from dsmini.text import chat
+from dsmini.text.chat import LONGEST, MARK, ChatTemplate, read_template
+from tests.helpers.configs import refusal
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 DOUBLING = "{% set ns = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
@@ -24,7 +20,7 @@ REFUSALS: list[tuple[str, str]] = [
     ("{% if %}", "is not a Jinja template: "),
     ("{# nothing #}", "renders nothing; mend it, or leave out --chat"),
     ("{{ raise_exception('turns must alternate') }}", "refuses the conversation: turns must alternate"),
-    ("{{ raise_exception('a\x1b[2J\u202eb\nc' * 999) }}", "refuses the conversation: a�[2J�b ca"),
+    ("{{ raise_exception('a\x1b[2J\u202eb\nc' * 999) }}", "refuses the conversation: 'a\\x1b[2J\\u202eb ca"),
     ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: TypeError: "),
     ("{{ messages[7].role.x }}", "refuses the conversation: list object has no element 7"),
     ("{{ 1 / 0 }}", "refuses the conversation: ZeroDivisionError: "),
@@ -39,7 +35,7 @@ REFUSALS: list[tuple[str, str]] = [
     # what would take all of the stack or the memory
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", DEEP),
     ("{% for x in [1] recursive %}{{ loop([[1]]) }}{% endfor %}", DEEP),
-    (PARENTHESES, DEEP),
+    (PARENTHESES, "is not a Jinja template: maximum recursion depth exceeded"),
     (
         "{% for x in [1] %}" * 60 + "{% endfor %}" * 60,
         "refuses the conversation: SyntaxError: too many statically nested",
@@ -47,17 +43,19 @@ REFUSALS: list[tuple[str, str]] = [
     ("{{ '%1000000000d' % 1 }}", LARGE),
     ("{{ messages | tojson(indent=10**9) }}", LARGE),
     (
-        "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+        "{% for a in range(1999) %}{{ 'x' * 9999 }}{% endfor %}",
         f"refuses the conversation: its text would be longer than {LONGEST:,} characters",
     ),
 ]
 
 
+def render(source: str, content: Any = "hi", **limits: Any) -> str:
+    return ChatTemplate(source, Path("t.jinja"), {}).render([{"role": "user", "content": content}], **limits)
+
+
 @pytest.mark.parametrize(("source", "sentence"), REFUSALS, ids=[source[:40] for source, _ in REFUSALS])
 def test_template_that_fails_is_refused_in_a_sentence(source: str, sentence: str) -> None:
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the sentence is compared below)
-        ChatTemplate(source, Path("t.jinja"), {}).render([{"role": "user", "content": "hi"}])
-    said = str(refused.value)
+    said = refusal(render, source)
     assert said.startswith(f"the chat template of t.jinja {sentence}")
     assert said.isprintable() and len(said) < 400
 
@@ -69,61 +67,29 @@ def test_template_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "limit", "sentence"),
+    ("source", "limits", "sentence"),
     [
-        (LOOPS, {"seconds": 0.2}, r"it takes more than 0\.2 s of CPU time"),
-        ("{{ lipsum(n=10**8) }}", {"seconds": 0.2}, r"it takes more than 0\.2 s of CPU time"),
-        ("{{ 9 ** (9 ** 9) % 7 }}", {"seconds": 0.2}, r"it takes more than 0\.2 s of CPU time"),
-        (DOUBLING, {"memory": 200 << 20, "seconds": 60}, "it needs more than 200 MiB of memory"),
+        (LOOPS, {"seconds": 1}, "it takes more than 1 s of CPU time"),
+        ("{{ 9 ** (9 ** 9) % 7 }}", {"seconds": 1}, "it takes more than 1 s of CPU time"),
+        (DOUBLING, {"memory": 200 << 20}, "it needs more than 200 MiB of memory"),
     ],
-    ids=["loops", "text", "number", "doubling"],
+    ids=["loops", "number", "doubling"],
 )
-def test_template_without_end_is_stopped(source: str, limit: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
-        Renderer(source, **limit).render([], {})
+def test_template_without_end_is_stopped(source: str, limits: dict[str, Any], sentence: str) -> None:
+    assert refusal(render, source, **limits) == f"the chat template of t.jinja refuses the conversation: {sentence}"
 
 
-def test_renderer_serves_again_after_a_limit() -> None:
-    renderer = Renderer(
-        "{% for x in range(messages[0].n) %}{% for y in range(99999) %}{% endfor %}{% endfor %}ok", seconds=0.2
-    )
-    assert renderer.render([{"n": 0}], {}) == "ok"
-    with pytest.raises(ValueError, match="CPU time"):
-        renderer.render([{"n": 99999}], {})
-    assert renderer.render([{"n": 1}], {}) == "ok"
-
-
-def test_process_is_started_once_and_ends_with_its_renderer() -> None:
-    renderer = Renderer("{{ messages[0].content }}")
-    process = renderer._process
-    assert process is not None
-    for content in ("a", f"\r\n\u2028{MARK}\udc80<\x00", "日🙂"):  # what JSON and lines could change
-        assert renderer.render([{"content": content}], {}) == content
-    assert renderer._process is process and process.poll() is None
-    del renderer
-    assert process.wait(timeout=100) != 0
+@pytest.mark.parametrize("content", ["a", f"\r\n\u2028{MARK}\udc80<\x00", "日🙂"])
+def test_text_of_a_message_comes_back_as_it_is(content: str) -> None:
+    assert render("{{ messages[0].content }}", content) == content
 
 
 def test_process_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer = Renderer("x")
-    assert renderer._process is not None
-    os.kill(renderer._process.pid, signal.SIGSTOP)  # no limit of CPU time ends it
-    with monkeypatch.context() as patch:  # the next process may take longer to start
-        patch.setattr(module, "PATIENCE", 0.3)
-        with pytest.raises(ValueError, match=r"^it takes more than 0\.3 s, or more memory than there is$"):
-            renderer.render([], {})
-    assert renderer.render([], {}) == "x"
+    monkeypatch.setattr(chat, "PATIENCE", 0.01)
+    assert refusal(render, "x").endswith("refuses the conversation: it takes more than 0.01 s")
 
 
-def test_process_cannot_write_files(tmp_path: Path) -> None:
-    """Write as no template can: the limit is a second wall behind the sandbox."""
-    code = "import template_worker; open('{0}/before', 'wb', 0).write(b'x'); template_worker._limit_memory(1 << 30); "
-    code = code.format(tmp_path) + f"open('{tmp_path}/after', 'wb', 0).write(b'x')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "File too large" in done.stderr
-    assert [(tmp_path / name).stat().st_size for name in ("before", "after")] == [1, 0]
-
-
-def test_reason_is_one_short_line() -> None:
-    assert _sentence(RecursionError(), 0) == "it is nested too deeply, or calls itself without end"
-    assert len(_sentence(KeyError("x\n" * 10**6), 0)) < 320 and "\n" not in _sentence(KeyError("x\ny"), 0)
+def test_process_that_crashes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.CompletedProcess([], -11, b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: dead)
+    assert refusal(render, "x").endswith("refuses the conversation: it crashes its process, with status -11")

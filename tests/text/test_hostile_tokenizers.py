@@ -2,18 +2,14 @@
 
 import json
 import os
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmini.text.library import named
 from dsmini.text.text_side import read_text_side
-from dsmini.text.tokenizer import BPETokenizer
-from dsmini.text.tokenizer_file import MOST_VALUES
+from dsmini.text.tokenizer import MOST_VALUES, BPETokenizer
 from tests.helpers.configs import refusal
 from tests.helpers.text_folders import save_text_side, tokenizers
 
@@ -35,35 +31,10 @@ def edited(**changes: Any) -> str:
     return json.dumps(content | {"model": content["model"] | changes})
 
 
-LONG = "makes texts more than 1,000 times as long in its {}; name another"
-BOTH = dict.fromkeys(("normalizer", "pre_tokenizer"), "normalizer and pre_tokenizer")
-ANY = tk.Regex(".")
-GROWING = {
-    "doubling": ("normalizer", norm.Sequence([norm.Replace("a", "aa")] * 28)),
-    "long": ("normalizer", norm.Replace(ANY, "a" * 1_000_000)),
-    "between": ("normalizer", norm.Sequence([norm.Replace(tk.Regex("(?=a)"), "a")] * 28)),
-    "prepended": ("normalizer", norm.Prepend("a" * 1_000_000)),
-    "bytes": ("normalizer", norm.Sequence([norm.ByteLevel()] * 28)),
-    "ligatures": ("normalizer", norm.Sequence([norm.Replace(ANY, "\ufdfa"), norm.NFKD()] * 9)),
-    "bytes before splitting": ("pre_tokenizer", pre.Sequence([pre.ByteLevel()] * 28)),
-    "decoder": ("decoder", dec.Sequence([dec.Replace("a", "aa")] * 28)),
-    "spaces": ("decoder", dec.Sequence([dec.BPEDecoder(suffix="")] * 28)),
-    "template": ("post_processor", post.Sequence([post.TemplateProcessing(single="$A $A", pair="$A $B")] * 28)),
-}
-OTHER = "; name another tokenizer.json"
-LONG_TOKEN = f"has a token of 20,000 characters, want 10,000 or fewer{OTHER}"
-UNTYPED = "has a step without a type in its normalizer"
 NOT_ONE = "is not a tokenizer.json"
 REFUSALS: dict[str, tuple[str, str]] = {
-    **{name: (steps(**{part: step}), LONG.format(BOTH.get(part, part))) for name, (part, step) in GROWING.items()},
-    "list": (edited(normalizer=[{"String": "a"}, "b" * 10_000]), UNTYPED),
-    "no type": (edited(normalizer={"normalizers": []}), UNTYPED),
-    "lists": (edited(normalizer=[[]]), UNTYPED),
-    "pattern": (edited(normalizer={"pattern": {"String": "a"}, "content": ""}), UNTYPED),
-    "dropout": (edited(dropout=0.5), f"has dropout 0.5, which gives a text other tokens each time; want null{OTHER}"),
-    "same id": (edited(vocab={"a": 0, "b": 0}), f"gives 'a' and 'b' the same id 0{OTHER}"),
-    "long token": (edited(vocab={"a": 0, "b" * 20_000: 1}), LONG_TOKEN),
-    "long suffix": (edited(end_of_word_suffix="b" * 20_000), LONG_TOKEN),
+    "dropout": (edited(dropout=0.5), "has dropout 0.5, which gives a text other tokens each time; want null; name"),
+    "steps": (edited(normalizer={"type": "Sequence", "normalizers": [3]}), NOT_ONE),
     "deep lists": ("[" * 100_000, NOT_ONE),
     "deep tables": ('{"a":' * 100_000, NOT_ONE),
     "token lists": ('{"added_tokens": 3}', NOT_ONE),
@@ -78,34 +49,15 @@ REFUSALS: dict[str, tuple[str, str]] = {
 def test_file_that_cannot_be_meant_is_refused(tmp_path: Path, name: str) -> None:
     content, sentence = REFUSALS[name]
     (tmp_path / "t.json").write_text(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert f"t.json {sentence}" in refusal(BPETokenizer, tmp_path / "t.json")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_panic_of_a_regular_expression_is_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_panic_of_a_regular_expression_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(steps(pre_tokenizer=pre.Split(tk.Regex("(a+)+$"), "isolated")))
     tokenizer = BPETokenizer(tmp_path / "t.json")
     with pytest.raises(ValueError, match=r"t\.json fails on a text: .*retry-limit.*; name another tokenizer.json"):
         tokenizer.encode("a" * 50 + "!")
-    assert capfd.readouterr().err == "", "Rust's own message"
     assert tokenizer.encode("aa").tolist() == [0, 0]
-    print("later", file=sys.stderr)
-    assert capfd.readouterr().err == "later\n"
-
-
-def test_other_output_during_a_panic_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def panic(message: str) -> None:
-        with named(tmp_path, "fails", quiet=True):
-            os.write(2, b"before" + message.encode())
-            raise type("PanicException", (BaseException,), {})
-
-    for message in ("", "\nthread 'x' (3) panicked at a.rs:1\n"):
-        assert "fails" in refusal(panic, message)
-        assert capfd.readouterr().err == "before"
-    with named(tmp_path, "fails", quiet=True), named(tmp_path, "fails", quiet=True):
-        print("thread 'x' panicked at a party", file=sys.stderr)
-    assert capfd.readouterr().err == "thread 'x' panicked at a party\n"
 
 
 PUBLISHED: list[dict[str, Any]] = [
@@ -136,9 +88,9 @@ def test_vocabulary_of_any_published_size_is_taken(tmp_path: Path, monkeypatch: 
     names = ["a", "b", *(f"{i:b}".replace("0", "a").replace("1", "b") for i in range(2, 2000))]
     merges = [[name[:-1], name[-1]] for name in names[2:]]
     (tmp_path / "t.json").write_text(edited(vocab={name: id for id, name in enumerate(names)}, merges=merges))
-    monkeypatch.setattr("dsmini.text.library.MOST_VALUES", MOST_VALUES // 500)  # of 2,000 tokens
+    monkeypatch.setattr("dsmini.text.tokenizer.MOST_VALUES", MOST_VALUES // 500)  # of 2,000 tokens
     assert BPETokenizer(tmp_path / "t.json").vocab_size == 2000
-    monkeypatch.setattr("dsmini.text.library.MOST_VALUES", 2000)
+    monkeypatch.setattr("dsmini.text.tokenizer.MOST_VALUES", 2000)
     with pytest.raises(ValueError, match=r"t\.json holds about .* values, want 2,000 or fewer"):
         BPETokenizer(tmp_path / "t.json")
 

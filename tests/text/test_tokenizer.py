@@ -16,8 +16,7 @@ from dsmini.config import DataConfig
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import find, measure
 from dsmini.data.split import split
-from dsmini.data.texts import read_texts
-from dsmini.data.tokenising import lines
+from dsmini.data.texts import lines, read_texts
 from dsmini.text.bpe import SPECIAL_TOKENS, train_bpe
 from dsmini.text.tokenizer import (
     END_TOKENS,
@@ -243,7 +242,7 @@ def test_a_tokenizer_is_trained_and_trained_with(
     summary, corpus = json.loads(out), json.loads(Path("runs/x/corpus.json").read_text())
     per_token = corpus["val_bytes"] / corpus["val_tokens"]
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / np.log(2) / per_token)
-    assert "tokenised once into runs/corpus" in err and "1 training documents rearranged" in err
+    assert "tokenized once into runs/corpus" in err and "1 training documents rearranged" in err
     assert Path("runs/x/tokenizer.json").read_bytes() == Path("tokenizer.json").read_bytes()
     Path("tokenizer.json").unlink()  # the run keeps its own
     generate = import_module("dsmini.generate")  # dsmini.generate is the function
@@ -262,7 +261,7 @@ MISTAKES = {
     "book.txt --out there.json": "--out there.json exists; choose a new name, or remove it",
     "book.txt --out no/there.json": "there is no folder no for --out",
     "book.txt --out /proc/there.json": "--out /proc/there.json cannot be written: ",
-    "book.txt --val-fraction 2": "is not between 0 and 1",
+    "book.txt --val-fraction 2": "data.val_fraction=2.0 is too large; use less than 1",
     "book.txt --vocab 300": "--vocab",
 }
 

@@ -1,10 +1,10 @@
-"""Reading and tokenising: how many tokens the text gives in a second, next to those that steps take.
+"""Reading and tokenizing: how many tokens the text gives in a second, next to those that steps take.
 
-A run reads its text once and tokenises it into a cache. Its loader then takes batches from the cache. Four rates show
+A run reads its text once and tokenizes it into a cache. Its loader then takes batches from the cache. Four rates show
 which of them would be too slow:
 
     read        bytes/s of a sample of the text's own files, from the disk or from the system's memory
-    tokenise    bytes/s and tokens/s of the same sample; it happens once, before the first step
+    tokenize    bytes/s and tokens/s of the same sample; it happens once, before the first step
     load        tokens/s of batches, prepared alone, times the threads of data.workers
     take        tokens of a step over its seconds without waiting
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmini.config import DataConfig
+from dsmini.data.cache import token_dtype
 from dsmini.data.corpus import Corpus
 from dsmini.data.documents import Document, find
-from dsmini.data.texts import SIZE
-from dsmini.data.tokenising import lines, token_dtype
+from dsmini.data.texts import SIZE, lines
 from dsmini.diagnosis.finding import Finding
 from dsmini.report.units import human
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +35,7 @@ from dsmini.training.trainer import StepResult
 READ_BYTES, READ_SECONDS = 4 << 20, 0.05
 """Size of the sample: it ends with the first of both."""
 ENCODED_SECONDS = 0.04
-"""Time of a tokenising that is long enough to be timed. Samples double until then, so that all take about twice it."""
+"""Time of a tokenizing that is long enough to be timed. Samples double until then, so that all take about twice it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class TextRates:
     """Size of the sample."""
     read: float
     """Bytes read in a second."""
-    tokenised: float
-    """Bytes tokenised in a second."""
+    tokenized: float
+    """Bytes tokenized in a second."""
     tokens: float
     """Tokens made in a second."""
 
 
 def text_rates(data: DataConfig, seed: int = 0) -> TextRates | None:
-    """Read and tokenise a sample of a run's files; None where they or the tokenizer are not there any more."""
+    """Read and tokenize a sample of a run's files; None where they or the tokenizer are not there any more."""
     try:
         documents, tokenizer = find(data.path).documents, load_tokenizer(data.tokenizer)
         texts, nbytes, seconds = _read(documents, seed)
@@ -61,8 +61,8 @@ def text_rates(data: DataConfig, seed: int = 0) -> TextRates | None:
         return None
     if not texts:
         return None
-    encoded, tokens, taken = _tokenise(tokenizer, texts)
-    return TextRates(nbytes=nbytes, read=nbytes / seconds, tokenised=encoded / taken, tokens=tokens / taken)
+    encoded, tokens, taken = _tokenize(tokenizer, texts)
+    return TextRates(nbytes=nbytes, read=nbytes / seconds, tokenized=encoded / taken, tokens=tokens / taken)
 
 
 def _read(documents: Sequence[Document], seed: int) -> tuple[list[bytes], int, float]:
@@ -80,8 +80,8 @@ def _read(documents: Sequence[Document], seed: int) -> tuple[list[bytes], int, f
     return texts, nbytes, time.perf_counter() - start
 
 
-def _tokenise(tokenizer: Tokenizer, chunks: Sequence[bytes]) -> tuple[int, int, float]:
-    """Tokenise more and more of the texts; return the bytes and tokens of the last time, and its seconds."""
+def _tokenize(tokenizer: Tokenizer, chunks: Sequence[bytes]) -> tuple[int, int, float]:
+    """Tokenize more and more of the texts; return the bytes and tokens of the last time, and its seconds."""
     pieces = (chunk[i : i + SIZE] for chunk in chunks for i in range(0, len(chunk), SIZE))
     texts, dtype = list(lines(pieces, SIZE)), token_dtype(tokenizer.vocab_size)
     n = 1
@@ -97,7 +97,7 @@ def _tokenise(tokenizer: Tokenizer, chunks: Sequence[bytes]) -> tuple[int, int, 
 def reading_findings(
     corpus: Corpus, text: TextRates | None, batches: Sequence[float], workers: int, steps: Sequence[StepResult]
 ) -> list[Finding]:
-    """Return the rates of reading, of tokenising, and of the loader over that of the steps.
+    """Return the rates of reading, of tokenizing, and of the loader over that of the steps.
 
     Args:
         batches: seconds of batches that were prepared alone.
@@ -112,14 +112,14 @@ def _of_text(corpus: Corpus, text: TextRates, take: float) -> list[Finding]:
     whole = len(corpus.train) / text.tokens
     said = f"The text is read at {human(text.read, 'bytes/s')}, on a sample of {text.nbytes / 1e6:.1f} MB."
     if corpus.bytes_per_token == 1.0:
-        return [_rate("reading", text.read, "bytes/s", f"{said} A token is a byte, so that nothing is tokenised.")]
+        return [_rate("reading", text.read, "bytes/s", f"{said} A token is a byte, so that nothing is tokenized.")]
     return [
         _rate("reading", text.read, "bytes/s", said),
         _rate(
-            "tokenising",
+            "tokenizing",
             text.tokens,
             "tokens/s",
-            f"It is tokenised at {human(text.tokenised, 'bytes/s')}, {_tokens(text.tokens)}, "
+            f"It is tokenized at {human(text.tokenized, 'bytes/s')}, {_tokens(text.tokens)}, "
             f"{_times(text.tokens / take)} what steps take. That happens once, before the first step: all "
             f"{len(corpus.train):,} training tokens would take {human(whole, 's')}. Steps read the cache.",
         ),

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.data import documents, tokenising
+from dsmini.data import cache, documents
 from dsmini.data.fim import arrange
-from dsmini.data.tokenising import lines
+from dsmini.data.texts import lines
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.helpers import corpora
 
@@ -120,6 +120,13 @@ def test_documents_with_marks_or_too_large_stay_unchanged(place: Path, monkeypat
     assert corpus.rearranged == 0 and corpus.sha256 == corpora.load(place).sha256
 
 
+def test_documents_up_to_a_mebibyte_are_rearranged(place: Path) -> None:
+    (place / "texts/fits.txt").write_bytes(b"x" * 2**20)
+    (place / "texts/large.txt").write_bytes(b"y" * (2**20 + 1))
+    texts = documents_of(corpora.load(place, fim_rate=1.0, val_fraction=0.0005).train)
+    assert any(BEGIN in text and b"x" * 99 in text for text in texts) and b"y" * (2**20 + 1) in texts
+
+
 def test_only_too_large_documents_for_fim_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smallest = min(map(len, documents_of(corpora.load(place).train)))
     monkeypatch.setattr("dsmini.data.fim.LARGEST", smallest - 1)
@@ -131,6 +138,6 @@ def test_only_too_large_documents_for_fim_is_refused(place: Path, monkeypatch: p
 
 def test_tokens_do_not_depend_on_chunk_size(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK", 100)
-    monkeypatch.setattr(tokenising, "_AT_ONCE", 300)
+    monkeypatch.setattr(cache, "_AT_ONCE", 300)
     corpus = corpora.load(place)
     assert sorted(documents_of(corpus.train) + documents_of(corpus.val)) == sorted(corpora.TEXTS.values())
