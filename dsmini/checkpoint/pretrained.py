@@ -160,7 +160,7 @@ class PretrainedTensors:
         _warn_of_copies(self._plan, self._reader, stored)
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Return rows of a tensor of the state dict. Of stacked experts only those are read."""
+        """Return rows of a tensor of the state dict. Only those of stacked experts are read."""
         slots = self._slots[name]
         stacked = slots[0].expert is not None
         parts = [_read(self._plan, self._reader, slot, torch.float32) for slot in (slots[rows] if stacked else slots)]

@@ -51,7 +51,7 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
 def refuse_taken(out: Path | None) -> None:
     """Raise ValueError if the folder of a new run holds anything already.
 
-    What a run left that was killed before it had a config.toml does not count.
+    The files of a run that was killed before it had a config.toml do not count.
     """
     if out is None:
         return

@@ -28,7 +28,7 @@ from dsmini.functional.topk import stable_topk
 BLOCK_BYTES = 4 << 20
 """Bytes of products of heads with keys, and of gathered rows, that exist at a time on a CPU, to stay in its caches."""
 OFF_CPU = 16
-"""How many times as many exist on other devices, which need long operations."""
+"""Factor by which more exist on other devices, which need long operations."""
 
 
 def queries_at_a_time(x: Tensor, query_bytes: int) -> int:

@@ -124,7 +124,7 @@ class Detail:
     note: str = ""
     """Sentence below, such as the source."""
     needs: Sequence[str] = ()
-    """Names of the numbers that it was computed from. Those that the report has become links."""
+    """Names of the numbers that it was computed from. Numbers that the report has become links."""
 
 
 def pick(figures: Iterable[Figure], metric: str, **case: Value) -> list[Figure]:

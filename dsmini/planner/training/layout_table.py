@@ -37,7 +37,7 @@ class Choices:
     zeros: tuple[Zero, ...] = (0, 1, 2, 3)
     recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
     precisions: tuple[Precision, ...] = ("bf16", "fp8")
-    """Those that the hardware lacks are left out."""
+    """Dtypes that the hardware lacks are left out."""
     moments: Moments = "float32"
     micro_batches: tuple[int, ...] = (1, 2, 4)
 
