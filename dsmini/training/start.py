@@ -72,8 +72,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         world.first(lambda: _check_place(origin, config))
         part = _divided(config, device, world)
         refuse_oversized(config, device, part, world)
-        world.first(lambda: _read_corpus(config, origin.resume, console) and None)
-        corpus = _read_corpus(config, origin.resume, console)  # the tokens are in a file now
+        read: list[Corpus] = []
+        world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
+        corpus = read[0] if read else _read_corpus(config, origin.resume, console)  # the tokens are in a file now
         config = dataclasses.replace(config, train=world.first(lambda: resolved(config, device).train))
         config = world.first(lambda: _with_folder(origin, absolute(config)))
         with ExitStack() as stack:
