@@ -138,22 +138,22 @@ def test_missing_folders_are_made_private_under_any_umask(base: Path, monkeypatc
     assert {path.stat().st_mode & 0o777 for path in (made, *list(made.parents)[:3])} == {0o700}
 
 
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "group-writable": lambda path: put_library(path.parent, 0o770),
+    "link": lambda path: path.symlink_to(put_library(path.parents[2])),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "foreign": lambda path: give_away(put_library(path.parent)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("planted", ["group-writable", "link", "pipe", "folder", "foreign"])
+@pytest.mark.parametrize("planted", PLANTED)
 def test_planted_file_is_not_loaded(base: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
     path = base / "dsmini" / "kernels" / NAME
     assert found() == path
-    path.rename(base / "good.so")
-    if planted == "group-writable":
-        put_library(path.parent, 0o770)
-    elif planted == "link":
-        path.symlink_to(base / "good.so")
-    elif planted == "pipe":
-        os.mkfifo(path)
-    elif planted == "folder":
-        path.mkdir()
-    else:
-        give_away(put_library(path.parent))
+    path.unlink()
+    PLANTED[planted](path)
     monkeypatch.setattr(build, "_build", lambda *_, **__: base / "built")
     assert found() == base / "built"
 

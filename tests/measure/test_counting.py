@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import QUICK
-from dsmini import ModelConfig, Transformer, accounting, ops, quantize
+from dsmini import Transformer, accounting, ops, quantize
 from dsmini.functional import causal_attention
 from dsmini.measure.counting import Count, CountedOperation, count
 from tests.conftest import randomise
+from tests.helpers.questions import TINY
 
 F4, I8 = 4, 8
 
@@ -68,7 +69,7 @@ def test_bytes_by_hand(what: str) -> None:
 
 def test_in_inference_mode_the_same_is_counted() -> None:
     model = randomise(Transformer(CONFIG)).eval()
-    tokens = torch.randint(0, 96, (2, 70))
+    tokens = torch.randint(0, 256, (2, 70))
     with torch.no_grad():
         plain = count(lambda: model(tokens))
     with torch.inference_mode():
@@ -151,22 +152,7 @@ def test_a_row_is_a_row_on_either_side(shapes: tuple[tuple[int, int], tuple[int,
     assert op.rows == 1 and op.flops == 2 * 64 * 512
 
 
-CONFIG = ModelConfig(
-    vocab_size=96,
-    dim=64,
-    inter_dim=128,
-    moe_inter_dim=32,
-    n_layers=3,
-    n_heads=4,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    n_routed_experts=16,
-    n_mtp_layers=0,
-    max_seq_len=512,
-)
+CONFIG = dataclasses.replace(TINY, n_layers=3, max_seq_len=512)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,7 +163,7 @@ def test_flops_of_a_training_step_are_the_configs(
     """Allow 1 % for one block of queries without padding; padding and masks add FLOPs otherwise."""
     monkeypatch.setattr(causal_attention, "BLOCK", 128)
     model = randomise(Transformer(CONFIG, compute_dtype=dtype))
-    tokens, targets = torch.randint(0, 96, (2, 4, seq_len)).unbind()
+    tokens, targets = torch.randint(0, 256, (2, 4, seq_len)).unbind()
     counted = count(lambda: model.losses(tokens, targets).total.backward())
     least, square = (
         accounting.step_flops(CONFIG, batch_size=4, seq_len=seq_len, causal=causal).total for causal in (True, False)
