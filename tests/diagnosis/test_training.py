@@ -23,7 +23,7 @@ from dsmini.diagnosis.evidence.gather import Gathered
 from dsmini.diagnosis.experiment import COUNTED, UNCOUNTED, run_in_turns
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.interventions import machine
-from dsmini.diagnosis.interventions.algorithm import dense
+from dsmini.diagnosis.interventions.algorithm import dense, uniformly
 from dsmini.diagnosis.interventions.intervention import Intervention
 from dsmini.diagnosis.pages import report_of, short_report_of
 from dsmini.diagnosis.predictions import BatchTime, Prediction
@@ -33,7 +33,7 @@ from dsmini.diagnosis.training_work import TRAINING
 from dsmini.diagnosis.verdict import Outcome
 from dsmini.measure import cpu_time
 from dsmini.measure.step_rates import Rates
-from dsmini.nn import FeedForward, MoE
+from dsmini.nn import FeedForward, Gate, MoE
 from dsmini.report import Figure, Section
 from tests.diagnosis.conftest import World
 from tests.helpers.pages import check_page, on_terminal, text_of
@@ -233,7 +233,7 @@ def test_replay_takes_one_batch_again_and_again(subject: Subject, monkeypatch: p
 
 
 def test_uniform_routing_balances_every_gate(subject: Subject) -> None:
-    """Check that loads differ by one at most, a token's experts differ, and the weights are the gate's own."""
+    """Check that loads differ by one at most, and a token's experts differ."""
     gates = subject.trainer.model.gates()
     before = [gate.bias.clone() for gate in gates if gate.bias is not None]
     try:
@@ -252,9 +252,15 @@ def test_uniform_routing_balances_every_gate(subject: Subject) -> None:
         assert routing.counts.max() - routing.counts.min() <= 1
         assert routing.counts.sum() == routing.indices.numel()
         assert all(len(set(row)) == len(row) for row in routing.indices.tolist())
-        torch.testing.assert_close(routing.weights.sum(1), torch.full((len(routing.weights),), 2.5))
-        chosen = routing.scores.gather(1, routing.indices)
-        torch.testing.assert_close(routing.weights, 2.5 * chosen / chosen.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_uniform_routing_weighs_as_its_gate_does(normed: bool) -> None:
+    gate = Gate(dim=8, n_routed_experts=8, n_expert_groups=1, n_limited_groups=1, norm_topk_prob=normed)
+    found = uniformly(gate, gate.forward, torch.randn(12, 8))
+    scores = found.scores.gather(1, found.indices)
+    want = scores / scores.sum(1, keepdim=True) if normed else scores
+    torch.testing.assert_close(found.weights, gate.options["route_scale"] * want)
 
 
 @pytest.mark.parametrize(("total", "width"), [(False, 3 * 16), (True, 9 * 16)])
