@@ -13,9 +13,8 @@ The difference of two lines is what the second one explains. All together are th
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks.schedules import Action, Programs, Timeline
 from dsmini.distributed.pipeline import Row
-from dsmini.distributed.programs import Action, Programs
-from dsmini.distributed.timelines import Timeline
 
 CAUSES = ("one backward", "unequal stages", "noise", "between actions", "messages")
 Key = tuple[str, int, int]
@@ -44,7 +43,7 @@ def _medians(rows: Sequence[Row], key: Callable[[Row], object]) -> dict:
 def replay(programs: Programs, seconds: Callable[[Action], float], lag: Callable[[Action], float]) -> list[Row]:
     """Return the actions of programs that take these seconds, each with a lag before it.
 
-    The rules are those of `dsmini.distributed.schedules.simulate`: without lags, equal times give equal time lines.
+    The rules are those of `benchmarks.schedules.simulate`: without lags, equal times give equal time lines.
     """
     rows: list[Row] = []
     ends: dict[Key, float] = {}

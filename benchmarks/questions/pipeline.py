@@ -17,12 +17,9 @@ import torch.distributed as dist
 from benchmarks import pipeline_steps, replay
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
 from benchmarks.pipeline_steps import PARTS, RANKS, Size, Step
+from benchmarks.schedules import Programs, Timeline, bubble_formula, draw, programs, simulate
 from dsmini.config.parallel import CHUNKS
-from dsmini.distributed.pictures import make_folder
 from dsmini.distributed.pipeline import Row
-from dsmini.distributed.programs import Programs, programs
-from dsmini.distributed.schedules import bubble_formula, simulate
-from dsmini.distributed.timelines import Timeline, draw
 from dsmini.report.charts import over_labels
 
 NAME = "pipeline"
@@ -61,7 +58,7 @@ def measure(setting: Setting, size: Size) -> Iterator[Figure]:
         yield from (figure.left_out("bubble", {"schedule": name}, reason) for name in CHUNKS)
         return
     folder = setting.out / NAME
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, steps in pipeline_steps.record(size).items():
         program = programs(name, RANKS, PARTS)
         lines = [Timeline.measured(step.rows) for step in steps]

@@ -83,7 +83,7 @@ def load_pretrained(
             scales are held, and dequantized where they are used; such a model cannot be trained.
         say: told how many bytes were read, and how fast. A long load shows a bar on the standard error.
         holding: the experts that this process holds of those that several divide, for
-            dsmini.distributed.pretrained. Only their tensors are read. None: all.
+            dsmini.distributed.decode. Only their tensors are read. None: all.
 
     Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
         leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and

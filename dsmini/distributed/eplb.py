@@ -1,33 +1,161 @@
 """python -m dsmini.distributed.eplb: place the experts of a run on GPUs, and show the balance before and after.
 
-placement.py has the algorithm.
+Some experts receive more tokens than others, and all GPUs wait for the one with the most. DeepSeek's load balancer
+gives the busiest experts more than one copy, and spreads the copies over the GPUs. It has two policies.
+
+Hierarchical, if the nodes divide the expert groups. A token goes to few groups, so a group stays whole on one node:
+1. Pack groups into nodes, the same number in each.
+2. In each node, give one more copy to the expert with the largest load per copy, until all places are taken.
+3. In each node, pack the copies into GPUs, the same number in each.
+
+Global, otherwise: steps 2 and 3 alone, with all experts and all GPUs in one node.
+
+To pack is to take the heaviest item first, and put it into the lightest pack that has room.
+
+Source: github.com/deepseek-ai/EPLB and the DeepSeek-V3 report, sections 3.4.1 and 3.4.2.
 """
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from jaxtyping import Int
+from jaxtyping import Float, Int, Real
 from rich.console import Console
 
+from dsmini.config.fields import require
 from dsmini.console.command import run
 from dsmini.console.commandline import Help, parse
 from dsmini.console.messages import say
-from dsmini.distributed.pictures import check_picture, save
-from dsmini.distributed.placement import GpuBalance, Placement, balance, count_duplicates, place_experts
 from dsmini.reading import is_there, open_regular, parse_json
 
-__all__ = ["GpuBalance", "Placement", "balance", "count_duplicates", "loads_of_run", "place_experts"]
 
-METRICS = "metrics.jsonl"
-BEFORE, AFTER = "#c8501e", "#1f4e8c"
-MOST_LINES = 40
-"""Number of layers that a terminal shows."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Copies of the experts of each layer over GPUs. Of n GPUs with R places, g holds g * R/n to (g+1) * R/n - 1."""
+
+    experts: Int[np.ndarray, "layers replicas"]
+    """Expert at each place."""
+    counts: Int[np.ndarray, "layers e"]
+    """Number of copies of each expert."""
+
+
+def place_experts(
+    loads: Real[np.ndarray, "layers e"], n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int
+) -> Placement:
+    """Place experts and redundant copies so that the loads of the GPUs are as equal as the published heuristic gets.
+
+    Args:
+        loads: tokens that each expert received. All ranks' tokens must be in it, not those of one rank.
+        n_replicas: places of a layer, all GPUs together.
+        n_nodes: where it does not divide n_groups, the policy is global, and nodes do not count.
+
+    Raises: ValueError for sizes that do not divide, and for loads that are negative or not finite.
+    """
+    weights = _checked(loads, n_replicas, n_groups, n_nodes, n_gpus)
+    if n_groups % n_nodes:  # the global policy
+        n_groups = n_nodes = 1
+    layers = [_place_layer(w, n_replicas // n_nodes, n_groups, n_nodes, n_gpus // n_nodes) for w in weights]
+    counts = np.array([np.bincount(row, minlength=weights.shape[1]) for row in layers])
+    return Placement(experts=np.array(layers), counts=counts)
+
+
+def _place_layer(loads: np.ndarray, n_places: int, n_groups: int, n_nodes: int, n_gpus: int) -> list[int]:
+    """Return the expert at each place of a layer. Places and GPUs are those of one node."""
+    groups = np.arange(len(loads)).reshape(n_groups, -1)
+    placed: list[int] = []
+    for node in _pack(loads[groups].sum(1), n_nodes):
+        experts = groups[node].flatten()
+        copies, counts = list(range(len(experts))), np.ones(len(experts), dtype=np.int64)
+        while len(copies) < n_places:
+            copies.append(int(np.argmax(loads[experts] / counts)))
+            counts[copies[-1]] += 1
+        for gpu in _pack((loads[experts] / counts)[copies], n_gpus):
+            placed += [int(experts[copies[i]]) for i in gpu]
+    return placed
+
+
+def _pack(weights: np.ndarray, n_packs: int) -> list[list[int]]:
+    """Return the items of each pack, in the order of packing. Single items stay in their order."""
+    room = len(weights) // n_packs
+    if room == 1:
+        return [[i] for i in range(n_packs)]
+    packs: list[list[int]] = [[] for _ in range(n_packs)]
+    sums = [0.0] * n_packs
+    for item in np.argsort(-weights, kind="stable").tolist():
+        lightest = min((p for p in range(n_packs) if len(packs[p]) < room), key=lambda p: sums[p])
+        packs[lightest].append(item)
+        sums[lightest] += float(weights[item])
+    return packs
+
+
+def _checked(loads: np.ndarray, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int) -> np.ndarray:
+    """Return the loads as float64. Raises: ValueError for loads and sizes that allow no placement."""
+    for name, value in (("n_groups", n_groups), ("n_nodes", n_nodes), ("n_gpus", n_gpus)):
+        require(value >= 1, f"{name}={value} is not positive; use 1 or more")
+    weights = np.asarray(loads, dtype=np.float64)
+    table = weights.ndim == 2 and weights.size > 0
+    require(table, f"loads of shape {list(weights.shape)} are not [layers, experts]; give one row for each layer")
+    good = bool((np.isfinite(weights) & (weights >= 0)).all())
+    require(good, "loads hold a negative or non-finite number; give the number of tokens of each expert")
+    e = weights.shape[1]
+    require(e % n_groups == 0, f"n_groups={n_groups} does not divide {e} experts; use the groups of the model's gate")
+    require(
+        n_gpus % n_nodes == 0, f"n_nodes={n_nodes} does not divide n_gpus={n_gpus}; use nodes with equally many GPUs"
+    )
+    fits = -(-max(e, n_replicas) // n_gpus) * n_gpus
+    require(
+        n_replicas >= e and n_replicas % n_gpus == 0,
+        f"n_replicas={n_replicas} for {e} experts on {n_gpus} GPUs is too few or not a multiple of the GPUs; use "
+        f"{fits}, which is {fits - e} redundant",
+    )
+    most = e * (n_gpus if n_groups % n_nodes else n_gpus // n_nodes)
+    require(
+        n_replicas <= most,
+        f"n_replicas={n_replicas} is more than every expert on every GPU that may have it; use {most}",
+    )
+    return weights
+
+
+# --- the balance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuBalance:
+    """Largest load of a GPU over the mean in each layer. 1 is perfect; the time of a step grows with it."""
+
+    before: Float[np.ndarray, " layers"]
+    """With one copy of each expert, in the order of their numbers."""
+    after: Float[np.ndarray, " layers"]
+    """As placed. Each copy of an expert is taken to receive an equal share."""
+    duplicates: Int[np.ndarray, " layers"]
+    """Copies on a GPU that has another copy of the same expert, which the published heuristic makes."""
+
+
+def balance(loads: Real[np.ndarray, "layers e"], placement: Placement, n_gpus: int) -> GpuBalance:
+    """Return the balance before and after a placement.
+
+    The loads may be others than those that the placement was made from, such as those of later steps. Before, where
+    the GPUs do not divide the experts, the first GPUs have one expert more.
+    """
+    weights = np.asarray(loads, dtype=np.float64)
+    require(
+        weights.shape == placement.counts.shape and n_gpus > 0 and placement.experts.shape[1] % n_gpus == 0,
+        f"loads {list(weights.shape)} and n_gpus={n_gpus} do not fit a placement of {list(placement.counts.shape)} "
+        f"experts at {placement.experts.shape[1]} places; give the sizes that it was made with",
+    )
+    before = np.stack([part.sum(1) for part in np.array_split(weights, n_gpus, axis=1)], axis=1)
+    shares = np.take_along_axis(weights / placement.counts, placement.experts, axis=1)
+    after = shares.reshape(len(weights), n_gpus, -1).sum(2)
+    mean = before.mean(1)
+    even = np.ones_like(mean)  # a layer without any load counts as balanced
+    largest = [np.divide(loads.max(1), mean, out=even.copy(), where=mean > 0) for loads in (before, after)]
+    per_gpu = placement.experts.reshape(len(weights), n_gpus, -1).tolist()
+    duplicates = np.array([sum(len(gpu) - len(set(gpu)) for gpu in layer) for layer in per_gpu], dtype=np.int64)
+    return GpuBalance(before=largest[0], after=largest[1], duplicates=duplicates)
 
 
 def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "layers e"]:
@@ -40,90 +168,27 @@ def loads_of_run(folder: Path, last: int | None = None) -> Int[np.ndarray, "laye
 
     Raises: ValueError for a folder without such a file, a run without experts, and loads that make no table.
     """
-    if last is not None and last < 1:
-        raise ValueError(f"--last {last} is not positive; use 1 or more, or leave it out for all steps")
-    path = folder / METRICS
-    if not is_there(path):
-        raise ValueError(f"{folder} has no {METRICS}; name the folder of a training run")
+    require(last is None or last > 0, f"--last {last} is not positive; use 1 or more, or leave it out for all steps")
+    path = folder / "metrics.jsonl"
+    require(is_there(path), f"{folder} has no {path.name}; name the folder of a training run")
     steps: list[np.ndarray] = []
     with open_regular(path) as file:
         for line in file:
-            with suppress(ValueError):
-                row = parse_json(line.decode(errors="replace"), METRICS)
-                if isinstance(row, dict) and row.get("loads") is not None:
-                    steps.append(_table(row["loads"]))
-    if not steps:
-        raise ValueError(f"{path} has no loads of experts; name a run of a model with experts, not a dense one")
-    if len(sizes := {step.shape for step in steps}) > 1:
-        said = " and ".join(str(list(size)) for size in sorted(sizes))
-        raise ValueError(f"{path} has loads of different sizes, {said}; use --last to take those of one model")
+            try:
+                row = parse_json(line.decode(errors="replace"), path.name)
+                table = np.array(row.get("loads") if isinstance(row, dict) else None)
+            except ValueError:  # a torn line, or rows of different lengths
+                continue
+            if table.ndim == 2 and table.size and table.dtype.kind == "i" and (table >= 0).all():
+                steps.append(table)
+    require(bool(steps), f"{path} has no loads of experts; name a run of a model with experts, not a dense one")
+    sizes = sorted({step.shape for step in steps})
+    words = " and ".join(str(list(size)) for size in sizes)
+    require(len(sizes) == 1, f"{path} has loads of different sizes, {words}; use --last to take those of one model")
     return np.sum(steps[-(last or 0) :], axis=0)
 
 
-def _table(loads: Any) -> np.ndarray:
-    """Return the loads of a step as a table. Raises: ValueError for anything but equal rows of counts."""
-    table = np.array(loads)  # raises for rows of different lengths
-    if table.ndim != 2 or not table.size or table.dtype.kind != "i" or (table < 0).any():
-        raise ValueError("loads are not counts of tokens for each layer and expert")
-    return table
-
-
-def show(found: GpuBalance, title: str, console: Console | None = None) -> None:
-    """Print the largest load of a GPU over the mean for each layer, before and after, and the finding."""
-    from dsmini.report import Table
-    from dsmini.report.terminal import show_table
-
-    console = console or Console()
-    rows = [
-        [str(layer), f"{before:.3f}", f"{after:.3f}", str(same)]
-        for layer, (before, after, same) in enumerate(zip(found.before, found.after, found.duplicates, strict=True))
-    ]
-    columns = ("MoE layer", "before", "after", "useless copies")
-    show_table(console, Table(columns=columns, rows=rows[:MOST_LINES], numeric=columns), title)
-    if len(rows) > MOST_LINES:
-        say(console, f"... and {len(rows) - MOST_LINES} more, with --json", style="dim")
-    say(console, finding(found), style="bold cyan")
-
-
-def finding(found: GpuBalance) -> str:
-    """Return the balance in a sentence."""
-    said = f"The busiest GPU has {found.before.mean():.3f} times the mean load before, {found.after.mean():.3f} after"
-    if same := int(found.duplicates.sum()):
-        layers = int((found.duplicates > 0).sum())
-        said += f"; {same} copies in {layers} layers are useless, next to another copy of their expert on one GPU"
-    return f"{said}."
-
-
-def draw(found: GpuBalance, path: Path) -> None:
-    """Draw the largest load of each layer before and after, and above it the loads of all GPUs."""
-    from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure  # half a second to import
-    from matplotlib.ticker import MaxNLocator
-
-    layers = len(found.before)
-    tall = 1.2 + min(6.0, 0.3 * layers)
-    figure = Figure(figsize=(9, tall + 2.8), layout="constrained")
-    axes = figure.subplot_mosaic([["before", "after"], ["largest", "largest"]], height_ratios=(tall, 2.8))
-    # white is the mean load, whatever the largest is
-    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, found.loads_before.max(), found.loads_after.max()))
-    image = None
-    for name, loads in (("before", found.loads_before), ("after", found.loads_after)):
-        image = axes[name].imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
-        axes[name].set(xlabel="GPU", ylabel="MoE layer", title=f"Load of each GPU {name}, 1 = the mean")
-        for axis in (axes[name].xaxis, axes[name].yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
-    assert image is not None
-    figure.colorbar(image, ax=[axes["before"], axes["after"]])
-    below = axes["largest"]
-    for name, ratios, colour in (("before", found.before, BEFORE), ("after", found.after, AFTER)):
-        label = f"{name}, mean {ratios.mean():.3f}"
-        below.plot(range(layers), ratios, "o-", color=colour, markersize=4, linewidth=1.2, label=label)
-    below.axhline(1, color="#7a7a7a", linewidth=0.8, linestyle="--")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below.set(xlabel="MoE layer", title="Largest load of a GPU over the mean; 1 = perfect balance")
-    below.grid(alpha=0.3)
-    below.legend()
-    save(figure, path)
+# --- the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,54 +211,50 @@ class EplbCommand:
     """Number of expert groups of the model's gate: n_expert_groups of its config."""
     last: int | None = None
     """Number of steps to take the loads from, the last ones; left out: all steps."""
-    spread: bool = False
-    """Exchange copies afterwards so that fewer GPUs have two copies of one expert, without a larger load."""
-    out: Path | None = None
-    """File.png for a picture of the loads of all GPUs."""
     json: bool = False
     """Print a line of JSON instead, with the placement."""
 
 
 HELP = Help(
     usage="RUN [FLAGS]",
-    examples=("runs/toy-001 --gpus 4", "runs/toy-001 --gpus 8 --nodes 2 --groups 4 --redundant 8 --out balance.png"),
-    main=("gpus", "nodes", "redundant", "groups", "last", "spread", "out", "json"),
+    examples=("runs/toy-001 --gpus 4", "runs/toy-001 --gpus 8 --nodes 2 --groups 4 --redundant 8 --json"),
+    main=("gpus", "nodes", "redundant", "groups", "last", "json"),
 )
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(EplbCommand, "distributed.eplb", args, help=HELP)
-    if command.run is None:
-        raise ValueError("no run is named; name the folder of one, such as runs/toy-001")
-    if command.redundant < 0:
-        raise ValueError(f"--redundant {command.redundant} is negative; use 0 for one copy of each expert")
-    if command.out is not None:
-        check_picture(command.out)
-    loads = loads_of_run(command.run, command.last)
+    require(command.run is not None, "no run is named; name the folder of one, such as runs/toy-001")
+    require(command.redundant >= 0, f"--redundant {command.redundant} is negative; use 0 for one copy of each expert")
+    loads = loads_of_run(command.run or Path(), command.last)
     places = loads.shape[1] + command.redundant
-    placement = place_experts(loads, places, command.groups, command.nodes, command.gpus, spread=command.spread)
+    placement = place_experts(loads, places, command.groups, command.nodes, command.gpus)
     found = balance(loads, placement, command.gpus)
-    console = Console(stderr=command.json)
     if command.json:
-        print(json.dumps(_record(placement, found)))
+        arrays = {"before": found.before, "after": found.after, "duplicates": found.duplicates}
+        arrays |= {"experts": placement.experts, "counts": placement.counts}
+        print(json.dumps({name: array.tolist() for name, array in arrays.items()}))
     else:
-        show(found, f"Largest load over the mean, {places} places, {command.gpus} GPUs", console)
-    if command.out is not None:
-        draw(found, command.out)
-        say(console, f"written  {command.out}")
+        _show(found, f"Largest load over the mean, {places} places, {command.gpus} GPUs")
     return 0
 
 
-def _record(placement: Placement, found: GpuBalance) -> dict[str, Any]:
-    """Return the answer as JSON can hold it."""
-    return {
-        "before": found.before.tolist(),
-        "after": found.after.tolist(),
-        "duplicates": found.duplicates.tolist(),
-        "experts": placement.experts.tolist(),
-        "counts": placement.counts.tolist(),
-    }
+def _show(found: GpuBalance, title: str) -> None:
+    """Print the balance of each layer, and the finding."""
+    from dsmini.report import Table
+    from dsmini.report.terminal import show_table
+
+    console, columns = Console(), ("MoE layer", "before", "after", "useless copies")
+    rows: list[Any] = [
+        [str(layer), f"{before:.3f}", f"{after:.3f}", str(same)]
+        for layer, (before, after, same) in enumerate(zip(found.before, found.after, found.duplicates, strict=True))
+    ]
+    show_table(console, Table(columns=columns, rows=rows, numeric=columns), title)
+    words = f"The busiest GPU has {found.before.mean():.3f} times the mean load before, {found.after.mean():.3f} after"
+    if same := int(found.duplicates.sum()):
+        words += f"; {same} copies are useless, next to another copy of their expert on one GPU"
+    say(console, f"{words}.", style="bold cyan")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from dsmini.checkpoint.run_folder import is_model_folder
+from dsmini.checkpoint.trained_model import model_checkpoint
 from dsmini.config.fields import require
+from dsmini.distributed.decode import Agreement, ExpertShare
 from dsmini.distributed.meeting import launched, told
-from dsmini.distributed.pretrained import whole_checkpoint
-from dsmini.distributed.shared_tokens import Agreement, ExpertShare
 from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
 from dsmini.machine import pick_device
 from dsmini.nn import Transformer
@@ -49,7 +50,11 @@ class Shared:
         share, world = self.share, self.world
         if share is None:
             return load(path)
-        whole = world.first(lambda: whole_checkpoint(path, average, say))
+
+        def whole_folder() -> Path:  # compared with its checksums once
+            return path if is_model_folder(path) else model_checkpoint(path, average=average, say=say).folder
+
+        whole = world.first(whole_folder)
         loaded = world.together(lambda: load(whole, holding=share, verified=True))
         model: Transformer = loaded[0]
         share.connect(model)

@@ -107,6 +107,7 @@ class Heartbeat:
         self.moves += 1
 
     def __enter__(self) -> "Heartbeat":
+        self._publish(self.phase)  # from the start, so that a rank that is stopped at once is known
         self.thread.start()
         return self
 
@@ -121,7 +122,8 @@ class Heartbeat:
             while not self.closed.wait(self.period):
                 now = time.monotonic()
                 passed, last = min(now - last, 3 * self.period), now  # not the time in which this process was stopped
-                interruptible(lambda passed=passed: self.exchange(passed), self.timeout)
+                longest = self.timeout + 10 * self.period  # more than the grace of `_end`
+                interruptible(lambda passed=passed: self.exchange(passed), longest)
             self._publish(ENDED)
         except TimeoutError:
             words = f"the store, held by rank 0 or the launcher, has not answered for {self.timeout:.0f} s"

@@ -9,10 +9,8 @@ from benchmarks import pipeline_steps, replay
 from benchmarks.case import pick
 from benchmarks.pipeline_steps import PARTS, RANKS, Size, Step
 from benchmarks.questions import pipeline
+from benchmarks.schedules import Action, Timeline, programs, simulate
 from dsmini.config.parallel import CHUNKS
-from dsmini.distributed.programs import Action, programs
-from dsmini.distributed.schedules import simulate
-from dsmini.distributed.timelines import Timeline
 from tests.helpers.questions import TINY, invented_steps, setting
 
 TIMES = {"F": 1.0, "I": 1.25, "W": 0.75, "B": 2.0}

@@ -137,7 +137,6 @@ def small_sizes(corpus: Path) -> list[tuple[Any, str, Any]]:
         (shakespeare, "run_command", lambda *_: (2.0, {"loss": 2.0})),
         *((each, "run_recipe", fake_recipe) for each in (shakespeare, moe_or_dense)),
         *((pipeline, "why_not", lambda: ""), (pipeline, "draw", lambda lines, path: None)),
-        (pipeline, "make_folder", lambda path: None),
         (pipeline_steps, "record", lambda size: {name: invented_steps(name) for name in CHUNKS}),
         *((sparse_training, "run_module", fake_module), (sparse_training, "CONTEXT", 192)),
         (sparse_training, "load_run", lambda _: (random_weights, None)),

@@ -1,4 +1,4 @@
-"""The work of a rank with its part of a model, for tests: load, run, generate, save, and say what it held and read."""
+"""The work of a rank with its part of a model, for tests: load, run, generate, and say what it held and read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +13,7 @@ import dsmini
 from dsmini import ModelConfig, Transformer
 from dsmini.checkpoint import pretrained
 from dsmini.checkpoint.safetensors_reader import SafetensorsReader
-from dsmini.distributed.export import save_pretrained
-from dsmini.distributed.pretrained import load_pretrained
+from dsmini.distributed.decode import ExpertShare
 from dsmini.distributed.world import World
 from tests.conftest import SMALL, randomise
 from tests.helpers import folders
@@ -74,7 +73,7 @@ def reads() -> Iterator[list[str]]:
 def part(world: World, folder: Path, fp8: Any, placement: list[list[int]] | None = None) -> Part:
     """Load a part, run it and generate with it."""
     with reads() as names:
-        model = load_pretrained(world, folder, torch.float32, fp8, placement=placement)
+        model = load_part(world, folder, torch.float32, fp8, placement)
     held = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
     own = pretrained.held_experts(model)
     return Part(
@@ -108,15 +107,11 @@ def generated(model: Transformer) -> dict[str, Tensor]:
     }
 
 
-def saved(
-    world: World,
-    folder: Path,
-    out: Path,
-    placement: list[list[int]] | None,
-    fp8: Any,
-    options: Any,
-    dtype: torch.dtype | None = None,
-) -> int:
-    """Load a part in this dtype and save it together with the others'; return the bytes of all tensors."""
-    model = load_pretrained(world, folder, dtype, fp8, placement=placement)
-    return save_pretrained(world, model, out, **options).nbytes
+def load_part(
+    world: World, folder: Path, dtype: Any = None, fp8: Any = "dequantize", placement: Any = None
+) -> Transformer:
+    """Load a rank's part of a folder's model, as dsmini.generate does."""
+    share = ExpertShare(world, placement)
+    model = world.together(lambda: pretrained.load_pretrained(folder, dtype, fp8, holding=share))
+    share.connect(model)
+    return model

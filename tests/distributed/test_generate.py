@@ -10,19 +10,25 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, Transformer, load_pretrained
-from dsmini.checkpoint.trained_model import load_run as load_whole
-from dsmini.distributed.expert_shares import ExpertHolders
+from dsmini.distributed.decode import Agreement, ExpertHolders, ExpertShare, SharedTokens, layers_of_holders
 from dsmini.distributed.generation import read_placement, sharing
-from dsmini.distributed.pretrained import load_pretrained as load_part
-from dsmini.distributed.pretrained import load_run
-from dsmini.distributed.shared_tokens import Agreement, ExpertShare, SharedTokens
 from dsmini.distributed.world import World
 from dsmini.inference.decoding import Decoder
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE
 from tests.conftest import randomise
-from tests.distributed.generating import PROMPTS, SIZES, Part, generated, logits_of, new_folder, part, placement_of
+from tests.distributed.generating import (
+    PROMPTS,
+    SIZES,
+    Part,
+    generated,
+    load_part,
+    logits_of,
+    new_folder,
+    part,
+    placement_of,
+)
 from tests.distributed.ranks import Speech, run_ranks, spoken, wait_until
 from tests.helpers.commands import place_with_run, run
 from tests.helpers.folders import read
@@ -236,21 +242,56 @@ def test_signal_to_one_rank_ends_all_with_what_is_written(place: Path) -> None:
     assert got.errors[1] == got.outputs[1] == ""
 
 
-def rows_of_run(world: World, run_folder: Path) -> tuple[list[str], torch.Tensor]:
-    """Return the shapes of this rank's experts, and logits."""
-    model, _ = load_run(world, run_folder, torch.float32)
-    with torch.no_grad():
-        return [str(list(p.shape)) for n, p in model.named_parameters() if n.endswith("experts.w1")], model(
-            torch.tensor([[1, 2, 3]])
-        )
+# --- what ranks cannot divide
+
+
+def refusals(world: World, cases: list[tuple[Path, Any]]) -> list[str]:
+    """Return the error of each case."""
+    said: list[str] = []
+    for path, placement in cases:
+        with pytest.raises(ValueError, match=";") as error:
+            load_part(world, path, placement=placement)
+        said.append(str(error.value))
+    return said
 
 
 @pytest.mark.slow
-def test_run_is_divided_from_its_checkpoint(place: Path) -> None:
-    whole: Transformer = load_whole(place / "runs/x", torch.float32)[0]
-    with torch.no_grad():
-        want = whole(torch.tensor([[1, 2, 3]]))
-    e, *rest = next(p.shape for n, p in whole.named_parameters() if n.endswith("experts.w1"))
-    for shapes, logits in run_ranks(2, rows_of_run, place / "runs/x"):
-        assert set(shapes) == {str([e // 2, *rest])}
-        assert relative_error(logits, want) < FP32_MODEL
+def test_every_rank_raises_what_is_wrong(tmp_path: Path) -> None:
+    folder, damaged = new_folder(tmp_path / "model"), new_folder(tmp_path / "damaged")
+    dense = new_folder(tmp_path / "dense", n_dense_layers=3, n_mtp_layers=0)
+    shard = damaged / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    cases = [(tmp_path / "nothing", None), (damaged, None), (dense, None), (folder, [[0] * 8] * 4), (folder, None)]
+    first, *others = run_ranks(3, refusals, cases)
+    assert all(other == first for other in others)
+    words = ["there is no folder", "cut short", "no experts to divide", "8 places, not divisible by 3 processes"]
+    words.append("8 experts are not divisible by 3 processes; start 2, say")
+    assert [said for said, part in zip(first, words, strict=True) if part not in said] == []
+
+
+def test_what_ranks_cannot_divide_is_refused() -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**SIZES))
+    good = placement_of(model.config)
+    for n, placement, words in (
+        (9, None, "9 processes for 8 experts; start at most 8"),
+        (2, good[:2], "the placement has 2 layers, and the model has 4"),
+        (5, good, "layer 0 of the placement has 12 places, not divisible by 5 processes"),
+        (2, [*good[:3], [8] * 12], "layer 3 of the placement names expert 8; the model has experts 0 to 7"),
+        (2, [*good[:3], [0, 1, 2, 3, 4, 5, 7, 7]], "no place for expert 6; give each expert one or more"),
+        (2, [[], *good[1:]], "layer 0 of the placement has 0 places"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layers_of_holders(model, n, placement)
+
+
+def test_copies_of_an_expert_take_turns() -> None:
+    holders = ExpertHolders.of_places([0, 1, 2, 0, 3, 2, 0, 0], 4, 4)
+    assert holders.held == ((0, 1), (0, 2), (2, 3), (0,))
+    indices = torch.rand(300, 4).argsort(1)[:, :2]
+    ranks = holders.rank_of_pairs(indices)
+    for expert in range(4):
+        visits = ranks[indices == expert].bincount(minlength=4)
+        holds = torch.tensor([expert in own for own in holders.held])
+        mean = visits.sum() / holds.sum()
+        assert ((visits - holds * mean).abs() <= 4 * mean.sqrt() * (holds.sum() > 1)).all()

@@ -10,8 +10,8 @@ import torch
 from benchmarks import replay
 from benchmarks.case import Setting
 from benchmarks.pipeline_steps import PARTS, RANKS, Step
+from benchmarks.schedules import programs
 from dsmini import ModelConfig
-from dsmini.distributed.programs import programs
 from dsmini.measure.kinds import POINTS, PRODUCTS
 from dsmini.measure.rates import Curve, Roofs
 from dsmini.measure.step_rates import OTHERS, SHAPES, Rates, StepRates
