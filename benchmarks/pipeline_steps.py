@@ -129,9 +129,8 @@ def _trainer(parallel: ParallelConfig, size: Size) -> Trainer:
     text = np.random.default_rng(0).integers(0, 256, 64 * size.tokens * PARTS, np.uint8)
     corpus = Corpus(train=text, val=text[: 4 * size.tokens], source="", files=1, skipped=0, split="", sha256="")
     torch.manual_seed(0)
-    model, ranks = Transformer(config.model, compute_dtype=torch.float32), Mesh(parallel, torch.device("cpu"))
-    ranks.divide(model)
-    return Trainer(model, corpus, config, torch.device("cpu"), ranks)
+    model = Transformer(config.model, compute_dtype=torch.float32)
+    return Trainer(model, corpus, config, torch.device("cpu"), Mesh(parallel))
 
 
 def main() -> None:

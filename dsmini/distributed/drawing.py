@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig
+from dsmini.distributed.data_parallel import local
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.pieces import HeldRows
-from dsmini.distributed.ranks import Ranks
 from dsmini.nn import Transformer
 
 Rows = Callable[[str, slice], Tensor]
@@ -29,14 +30,14 @@ class ModelPart:
     """A model, or a rank's part of it, on the meta device until it is filled."""
 
     model: Transformer
-    ranks: Ranks
+    mesh: Mesh
 
     @classmethod
-    def divided(cls, config: ModelConfig, ranks: Ranks) -> "ModelPart":
+    def divided(cls, config: ModelConfig, mesh: Mesh) -> "ModelPart":
         """Divide a new model. All ranks call it together."""
-        model = _meta_model(config)
-        ranks.divide(model)
-        return cls(model=model, ranks=ranks)
+        model = meta_model(config)
+        mesh.divide(model)
+        return cls(model=model, mesh=mesh)
 
     @torch.no_grad()
     def fill(self, device: torch.device, rows: Rows | None = None) -> None:
@@ -47,18 +48,19 @@ class ModelPart:
                 draws the whole model.
         """
         self.model.to_empty(device=device)
-        self.ranks.note(self.model)
-        held = {name: (self.ranks.local(t), self.ranks.piece(t)) for name, t in _tensors(self.model, recurse=True)}
+        self.mesh.note(self.model)
+        held = {name: (local(t), self.mesh.piece(t)) for name, t in _tensors(self.model, recurse=True)}
         if rows is not None:
             for name, (tensor, piece) in ((name, of) for name, of in held.items() if of[1].rows):
                 tensor.copy_(rows(name, slice(piece.first, piece.first + piece.rows)))
             return
-        for path, module in _meta_model(self.model.config).named_modules():
+        for path, module in meta_model(self.model.config).named_modules():
             for name, _ in _tensors(module):
                 _keep(held.get(f"{path}.{name}"), _drawn(module, name))
 
 
-def _meta_model(config: ModelConfig) -> Transformer:
+def meta_model(config: ModelConfig) -> Transformer:
+    """Return a model that has shapes and no memory."""
     with torch.device("meta"):
         return Transformer(config)
 

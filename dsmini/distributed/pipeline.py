@@ -48,7 +48,7 @@ class Pipeline:
     def train(self, batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of the mean loss over the batch, for the parameters of this rank.
 
-        Return the shares of the mean losses and the loads of all MoE layers, on every rank of the pipeline.
+        Return this rank's shares of the mean losses, and of the loads of all MoE layers.
         """
         for stage in self.stages.values():
             stage.begin(batch, device)
@@ -63,23 +63,18 @@ class Pipeline:
             # a weight's backward of its own leaves views, whose strides the fused AdamW takes for those of p
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-        return self._sums(device), self._counts(device)
+        return self._figures(device)
 
-    def _sums(self, device: torch.device) -> Tensor:
+    def _figures(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's part of the losses and of the loads; those of all ranks add up to the whole."""
         last = self.stages.get(len(self.layout.layers) - 1)
         sums = torch.zeros(3, device=device) if last is None or last.sums is None else last.sums
-        dist.all_reduce(sums, group=self.group)
-        return sums
-
-    def _counts(self, device: torch.device) -> Tensor | None:
         if not any(self.layout.moe):
-            return None
-        every = torch.zeros(sum(self.layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
-        own = [stage.counts for stage in self.stages.values() if stage.counts is not None]
-        if own:
-            every[self.layout.rows(self.rank)] = torch.cat(own)
-        dist.all_reduce(every, group=self.group)
-        return every
+            return sums, None
+        counts = torch.zeros(sum(self.layout.moe), self.model.config.n_routed_experts, dtype=torch.int64, device=device)
+        if own := [stage.counts for stage in self.stages.values() if stage.counts is not None]:
+            counts[self.layout.rows(self.rank)] = torch.cat(own)
+        return sums, counts
 
     def own_counts(self, counts: Tensor) -> Tensor:
         """Return the rows of the loads of all MoE layers that belong to the gates on this rank, in their order."""

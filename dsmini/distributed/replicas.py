@@ -13,8 +13,7 @@ Source: Llama 3 report, section 3.3.4 (silent data corruption was the cause of 6
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,46 +24,25 @@ PRIME = 65_521
 """The weights of places repeat after this many words."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replica:
-    """Tensors that several ranks hold alike."""
+def unequal_replicas(world: World, held: Mapping[tuple[int, ...], Mapping[str, Tensor]]) -> tuple[list[int], str]:
+    """Return the ranks that hold a tensor unequally, and the finding in words; none and "" if nothing is unequal.
 
-    holders: tuple[int, ...]
-    """The ranks that hold them, this one included."""
-    named: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnequalReplicas:
-    """The first tensor that ranks hold unequally."""
-
-    name: str
-    ranks: tuple[int, ...]
-    """The ranks that differ from most, or all that hold it where there is no majority."""
-    majority: bool
-
-    def __str__(self) -> str:
-        """Return the finding in words."""
-        ranks = ", ".join(map(str, self.ranks))
-        if not self.majority:
-            return f"ranks {ranks} hold unequal copies of {self.name}"
-        return f"ranks {ranks} differ in {self.name}" if len(self.ranks) > 1 else f"rank {ranks} differs in {self.name}"
-
-
-def unequal_replicas(world: World, replicas: Iterable[Replica]) -> UnequalReplicas | None:
-    """Return what is unequal, the same on all ranks; None if nothing is. All ranks call it together."""
-    mine = {(replica.holders, name): hashed(t) for replica in replicas for name, t in replica.named.items()}
+    Args:
+        held: tensors that several ranks hold alike, by those ranks and by name.
+    """
+    mine = {(holders, name): hashed(t) for holders, named in held.items() for name, t in named.items()}
     everyone = world.gather(mine)
     for holders, name in sorted({key for of_rank in everyone for key in of_rank}):
         # the momentum of a matrix is at one of the ranks alone
         hashes = {rank: value for rank in holders if (value := everyone[rank].get((holders, name))) is not None}
-        if len(set(hashes.values())) == 1:
-            continue
-        (most, count), *_ = Counter(hashes.values()).most_common()
-        majority = 2 * count > len(hashes)
-        ranks = tuple(rank for rank, value in hashes.items() if value != most or not majority)
-        return UnequalReplicas(name=name, ranks=ranks, majority=majority)
-    return None
+        (most, count), *others = Counter(hashes.values()).most_common()
+        if others and 2 * count > len(hashes):
+            ranks = [rank for rank, value in hashes.items() if value != most]
+            words = f"ranks {', '.join(map(str, ranks))} differ" if ranks[1:] else f"rank {ranks[0]} differs"
+            return ranks, f"{words} in {name}"
+        if others:
+            return list(hashes), f"ranks {', '.join(map(str, hashes))} hold unequal copies of {name}"
+    return [], ""
 
 
 @torch.no_grad()

@@ -14,20 +14,20 @@ from dsmini.nn import dsa_layers
 from dsmini.training.optim import is_of_indexer
 
 
-def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[list[nn.Parameter]]:
-    """Let the parameters of a stage learn, and no others; return them in the groups whose gradients are clipped apart.
+def begin_stage(model: nn.Module, stage: Literal["warmup", "sparse"]) -> list[set[str]]:
+    """Let the parameters of a stage learn, and no others; return the names of each group that is clipped apart.
 
-    The indexers are a group of their own: the main model moves as far as it would without their loss. A model without
-    indexers is one group, whatever the stage.
+    The indexers are a group of their own: the main model moves as far as it would without their loss. There are no
+    groups in a model without indexers: it is clipped as a whole, whatever the stage.
     """
-    named = list(model.named_parameters())
+    named = dict(model.named_parameters())
     layers = dsa_layers(model)
     if not layers:
-        return [[p for _, p in named]]
+        return []
     for layer in layers:
         layer.stage = stage
-    of_indexers = [p for name, p in named if is_of_indexer(name)]
-    rest = [p for name, p in named if not is_of_indexer(name)]
-    for p in rest:
-        p.requires_grad_(stage == "sparse")
+    of_indexers = set(filter(is_of_indexer, named))
+    rest = named.keys() - of_indexers
+    for name in rest:
+        named[name].requires_grad_(stage == "sparse")
     return [rest, of_indexers] if stage == "sparse" else [of_indexers]

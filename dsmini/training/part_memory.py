@@ -11,8 +11,9 @@ from dsmini import accounting
 from dsmini.accounting import Bytes
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.config import ModelConfig, RunConfig
+from dsmini.distributed.data_parallel import local
 from dsmini.distributed.drawing import ModelPart
-from dsmini.distributed.ranks import Ranks
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
 from dsmini.nn import Transformer
 from dsmini.nn.block import Block
@@ -31,9 +32,9 @@ def part_bytes(config: RunConfig, part: ModelPart) -> Bytes:
     Args:
         part: may be on the meta device.
     """
-    train, ranks = config.train, part.ranks
+    train = config.train
     dtype = "float32" if train.dtype == "float32" else "bfloat16"
-    own, rows = _own_layers(part.model), train.batch_size // train.grad_accum // ranks.place.parts
+    own, rows = _own_layers(part.model), train.batch_size // train.grad_accum // part.mesh.parts
     activations = accounting.activation_bytes(
         own, batch_size=max(1, rows), seq_len=config.seq_len, dtype=dtype, recompute=train.recompute
     )
@@ -44,8 +45,8 @@ def part_bytes(config: RunConfig, part: ModelPart) -> Bytes:
     tensors = [*part.model.parameters(), *part.model.buffers()]
     return Bytes.of(
         [
-            ("parameters", sum(ranks.local(t).nbytes for t in tensors)),
-            ("gradients", sum(ranks.local(p).nbytes for p in part.model.parameters())),
+            ("parameters", sum(local(t).nbytes for t in tensors)),
+            ("gradients", sum(local(p).nbytes for p in part.model.parameters())),
             ("optimizer", sum(_optimizer_bytes(config, part))),
             ("activations", activations.total),
             *(("weights kept for backward", n * share[name.endswith("routed experts")]) for name, n in copies.items()),
@@ -65,7 +66,7 @@ def refuse_oversized(
         part: of this rank; None: the whole model, in one process.
         world: the ranks; None: this process.
     """
-    part, world = part or ModelPart.divided(config.model, Ranks()), world or World()
+    part, world = part or ModelPart.divided(config.model, Mesh()), world or World()
     needed = world.gather(int(part_bytes(config, part).total))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world.size > 1 else 1
     first = world.rank // here * here
@@ -82,9 +83,9 @@ def _own_layers(model: Transformer) -> ModelConfig:
 
 def _optimizer_bytes(config: RunConfig, part: ModelPart) -> Iterator[int]:
     """Yield the bytes that the optimizers store for each parameter that they move on this rank."""
-    train, local = config.train, part.ranks.local
+    train = config.train
     named = list(part.model.named_parameters())
     by_muon: list[nn.Parameter] = [p for name, p in named if train.optimizer == "muon" and is_inner_matrix(name, p)]
-    yield from (local(p).nbytes for p in part.ranks.owned(by_muon))
+    yield from (local(p).nbytes for p in part.mesh.owned(by_muon))
     moments = 2 * getattr(torch, train.moments).itemsize
     yield from (moments * local(p).numel() + 4 for p in {p for _, p in named} - set(by_muon))

@@ -130,7 +130,7 @@ class TrainingRun:
     def _train(self) -> bool:
         progress = TrainingProgress(self.console, self.config.train.steps, self.config.seq_len)
         self.survival.begin(self._steps_done)
-        with self.survival.watched(), asked_to_stop(self.world.any) as asked, progress:
+        with self.survival.watched(), asked_to_stop(self.world.any if self.world.size > 1 else None) as asked, progress:
             self.metrics = self._metrics()
             try:
                 self._take_steps(progress, asked)
@@ -142,13 +142,14 @@ class TrainingRun:
 
     def _take_steps(self, progress: TrainingProgress, asked: StopSignals) -> None:
         train, history = self.config.train, self.history
+        self.trainer.stop = lambda: bool(asked.numbers)
         if history.records:  # resumed: the last step may not have been validated yet
             if history.records[-1].val_loss is None:
                 self._validate(progress, asked)
             self._record(asked)
-        while self._steps_done < train.steps and not (asked.came() and history.records):
+        while self._steps_done < train.steps and not (asked.agreed and history.records):
             step = self.trainer.step()
-            stopping = asked.came()
+            stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watcher is None else self.watcher.see(step)
             self.survival.after_step(self.trainer, step.seconds)
             if self._rewind(step, progress):

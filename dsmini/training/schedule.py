@@ -55,17 +55,20 @@ def _share_within(phase: Phase, step: int, length: int, before: float) -> float:
     return level + (before - level) * above
 
 
-def batch_size(step: int, config: TrainConfig) -> int:
+def batch_size(step: int, config: TrainConfig, parts: int = 1) -> int:
     """Return the number of sequences in this step.
 
-    It grows linearly from batch_start to batch_size, rounded down to multiples of grad_accum. The first step after the
-    ramp has batch_size.
+    It grows linearly from batch_start to batch_size, rounded down so that each of the parts of the batch has a multiple
+    of grad_accum. The first step after the ramp has batch_size.
+
+    Args:
+        parts: number of processes that share the batch.
     """
     ramp = round(config.batch_ramp * config.steps)
     if config.batch_start is None or step >= ramp:
         return config.batch_size
-    parts = (config.batch_size - config.batch_start) // config.grad_accum
-    return config.batch_start + parts * step // ramp * config.grad_accum
+    unit = config.grad_accum * parts
+    return config.batch_start + (config.batch_size - config.batch_start) // unit * step // ramp * unit
 
 
 def bias_speed(step: int, config: TrainConfig) -> float:

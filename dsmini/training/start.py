@@ -28,9 +28,9 @@ from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.corpus import Corpus, load_corpus
 from dsmini.data.documents import left_out_in_words, not_utf8_in_words
-from dsmini.distributed.drawing import ModelPart
+from dsmini.distributed.drawing import ModelPart, meta_model
 from dsmini.distributed.meeting import launched, told
-from dsmini.distributed.ranks import Ranks
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.replicas import hashed
 from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
 from dsmini.machine import DTYPES, pick_device, pick_dtype
@@ -70,7 +70,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world:
         _refuse_unequal(world, origin, config)
         world.first(lambda: _check_place(origin, config))
-        part = _divided(config, device, world)
+        part = ModelPart.divided(config.model, Mesh(config.parallel, device))  # without memory yet
         refuse_oversized(config, device, part, world)
         read: list[Corpus] = []
         world.first(lambda: read.append(_read_corpus(config, origin.resume, console)))
@@ -113,7 +113,7 @@ def _options(origin: RunOrigin) -> dict[str, str | None]:
     weights = origin.weights
     read = None
     if weights is not None:
-        names = ModelPart.divided(weights.run.model, Ranks()).model.state_dict()
+        names = meta_model(weights.run.model).state_dict()
         hashes = [(name, hashed(weights.rows(name, slice(1)))) for name in names]  # no rank reads all of them
         read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
     paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
@@ -140,15 +140,6 @@ def _with_folder(origin: RunOrigin, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, out=origin.resume or new_run_folder(config.out, origin.name))
 
 
-def _divided(config: RunConfig, device: torch.device, world: World) -> ModelPart:
-    """Return this rank's part of the model, without memory yet."""
-    if world.size == 1:
-        return ModelPart.divided(config.model, Ranks())
-    from dsmini.distributed.mesh import Mesh
-
-    return ModelPart.divided(config.model, Mesh(config.parallel, device))
-
-
 def _new_trainer(
     origin: RunOrigin,
     config: RunConfig,
@@ -167,7 +158,7 @@ def _new_trainer(
     if config.train.optimizer == "muon":  # its kernel may have to be compiled
         with patience(console, "preparing kernels"):
             world.first(lambda: ops.serving(device.type) and None)
-    return Trainer(part.model, corpus, config, device, part.ranks)
+    return Trainer(part.model, corpus, config, device, part.mesh)
 
 
 def _first_steps(origin: RunOrigin, training: TrainingRun) -> list[str]:

@@ -14,21 +14,31 @@ class StopSignals:
     """The signals that asked a run to stop.
 
     Args:
-        agree: returns True in all processes of the run if its argument is True in one.
+        agree: returns True in all processes of the run if its argument is True in one; None: this process is alone.
     """
 
-    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
+    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
         self.numbers: list[int] = []
-        self.agree, self.agreed = agree, False
+        self.agree, self._agreed = agree, False
+
+    @property
+    def agreed(self) -> bool:
+        """True in all processes once they know that a signal came to one. It stays True."""
+        return self._agreed or (self.agree is None and bool(self.numbers))
+
+    @agreed.setter
+    def agreed(self, agreed: bool) -> None:
+        self._agreed = agreed
 
     def came(self) -> bool:
-        """Return True in all processes if a signal came to one. All ask together; the answer stays True."""
-        self.agreed = self.agreed or self.agree(bool(self.numbers))
+        """Ask the others, which all ask together; return True in all if a signal came to one."""
+        if self.agree is not None and not self._agreed:
+            self._agreed = self.agree(bool(self.numbers))
         return self.agreed
 
 
 @contextmanager
-def asked_to_stop(agree: Callable[[bool], bool] = bool) -> Iterator[StopSignals]:
+def asked_to_stop(agree: Callable[[bool], bool] | None = None) -> Iterator[StopSignals]:
     """Yield the signals so far: Ctrl-C, SIGTERM, a closed terminal. A second Ctrl-C interrupts at once.
 
     The others often come repeatedly (from a scheduler, then from a shell that passes them on), so none interrupts.

@@ -75,12 +75,12 @@ class Survival:
             return
         from dsmini.distributed.replicas import unequal_replicas
 
-        unequal = unequal_replicas(self.world, trainer.replicas())
-        if unequal is not None:
-            self.note("corrupted", self.step, rank=unequal.ranks)
+        ranks, words = unequal_replicas(self.world, trainer.held_alike())
+        if words:
+            self.note("corrupted", self.step, rank=ranks)
             raise told(
                 ArithmeticError(
-                    f"after step {self.step} {unequal}: a bit flipped in memory; the run continues from its last "
+                    f"after step {self.step} {words}: a bit flipped in memory; the run continues from its last "
                     f"checkpoint with --resume {self.folder}"
                 )
             )

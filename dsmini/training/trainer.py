@@ -1,6 +1,5 @@
-"""The training loop: one step, and the validation."""
+"""One optimizer step, read top to bottom, and the validation."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +11,16 @@ from torch import Tensor
 from dsmini.checkpoint.training_state import Tensors, check_tensors
 from dsmini.config import RunConfig
 from dsmini.data.corpus import Corpus, Loader, Windows
+from dsmini.distributed.data_parallel import divided_like, local
+from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows, Pieces
-from dsmini.distributed.ranks import Ranks
-from dsmini.distributed.replicas import Replica
 from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
 from dsmini.nn import IndexerFit, Transformer, max_violation
 from dsmini.training.average import ParameterAverage
 from dsmini.training.dsa_stage import begin_stage
-from dsmini.training.optim import optimizers
-from dsmini.training.optimizer_state import check_optimizer_state, load_optimizer_state, optimizer_state
+from dsmini.training.optim import check_optimizer_state, load_optimizer_state, optimizer_state, optimizers
 from dsmini.training.schedule import batch_size, bias_speed, learning_rate_share, mtp_weight
 from dsmini.training.spikes import SkippedBatches
 
@@ -54,6 +52,8 @@ class StepResult:
     """Figures of IndexerFit by name, of each layer whose indexer learns; None without any."""
     work: tuple[float, ...] = ()
     """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process."""
+    stopping: bool = False
+    """A process of the run was asked to stop, as all agree."""
 
     @property
     def spread(self) -> float | None:
@@ -70,28 +70,25 @@ class Trainer:
     """Trains a model on a corpus as a RunConfig says; the caller decides when to step, validate and stop.
 
     Args:
-        ranks: the processes that train together, each with its part of the model and of the batch; None: this one.
+        mesh: the processes that train together, each with its part of the model and of the batch; None: this one.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        corpus: Corpus,
-        config: RunConfig,
-        device: torch.device,
-        ranks: Ranks | None = None,
+        self, model: Transformer, corpus: Corpus, config: RunConfig, device: torch.device, mesh: Mesh | None = None
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.mesh = mesh or Mesh()
+        if not self.mesh.names:
+            self.mesh.divide(model)
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
-        self.clipped = begin_stage(model, config.train.dsa_stage)
+        groups = begin_stage(model, config.train.dsa_stage) or [set(self.mesh.names)]
+        self.clipped = [[place for place, name in enumerate(self.mesh.names) if name in group] for group in groups]
+        """Places in mesh.names of the parameters of each group whose gradient is clipped by its own norm."""
         dtype = model.compute_dtype or torch.float32
-        self.optimizers = optimizers(model, config.train, dtype, self.ranks.muon_update, self.ranks.owned)
+        self.optimizers = optimizers(model, config.train, dtype, self.mesh.muon_update, self.mesh.owned)
         decay = config.train.ema_decay
         self.average = None if decay is None else ParameterAverage(self._here(), decay)
-        self.passes = self.ranks.passes(model, config.train.compile)
+        self.passes = self.mesh.passes(model, config.train.compile)
         self.loader = Loader(corpus, config.seq_len, config.train.seed, config.data.workers)
-        self.work: tuple[float, ...] = ()
-        """As in StepResult, of the last forward and backward."""
         self.steps_done = 0
         self.sequences = 0
         """Place in the corpus's stream of sequences where the data continues."""
@@ -99,97 +96,41 @@ class Trainer:
         """Sequences of the stream that no step takes."""
         self.phase: Callable[[str], None] = lambda name: None
         """Told where a phase of a step begins: forward, backward, optimizer."""
+        self.stop: Callable[[], bool] = lambda: False
+        """Says whether this process was asked to stop. All hear of it in the message of a step."""
 
-    def tensors(self) -> Tensors:
-        """Return all tensors that a step reads, by part: the live ones, not copies."""
-        local = self.ranks.local
-        state = optimizer_state(self.optimizers, self.model.named_parameters())
-        parts = {
-            "model": {name: local(t) for name, t in self.model.state_dict().items()},
-            "optimizer": {name: local(t) for name, t in state.items()},
-        }
-        return parts if self.average is None else {**parts, "average": self.average.tensors}
-
-    def _here(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parts of the parameters that are on this rank."""
-        return ((name, self.ranks.local(p)) for name, p in self.model.named_parameters())
-
-    def pieces(self, tensors: Tensors) -> Pieces:
-        """Return which piece each tensor of `tensors` is of the whole run's."""
-        parameter_of = self._parameters()
-
-        def piece(name: str, tensor: Tensor) -> HeldRows:
-            parameter = parameter_of(name)
-            alike = parameter is not None and self.ranks.local(parameter).shape == tensor.shape
-            return self.ranks.piece(parameter if alike and parameter is not None else tensor)
-
-        return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
-
-    def mine(self, tensors: Tensors) -> Tensors:
-        """Return this rank's pieces of the tensors of a whole run."""
-        parameter_of = self._parameters()
-
-        def cut(name: str, tensor: Tensor) -> Tensor:
-            parameter = parameter_of(name)
-            piece = None if parameter is None else self.ranks.piece(parameter)
-            return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
-
-        elsewhere = self.ranks.elsewhere
-        return {
-            part: {
-                name: cut(name, t)
-                for name, t in of.items()
-                if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
-            }
-            for part, of in tensors.items()
-        }
-
-    def _parameters(self) -> Callable[[str], torch.nn.Parameter | None]:
-        """Return a function that finds the parameter of a saved tensor, which has its name, or NAME/MOMENT."""
-        named = dict(self.model.named_parameters())
-        return lambda name: named.get(name, named.get(name.rpartition("/")[0]))
-
-    def check(self, tensors: Tensors) -> None:
-        """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
-        want = {name: self.ranks.local(t) for name, t in self.model.state_dict().items()}
-        check_tensors(tensors["model"], want, "model.safetensors")
-        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.local)
-        if self.average is not None:
-            check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
-
-    def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
-        """Load the tensors of a run after this many steps. All are checked before anything changes."""
-        self.check(tensors)
-        _copy({name: self.ranks.local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
-        self.ranks.release(self.model)
-        load_optimizer_state(
-            tensors["optimizer"], self.optimizers, self.model.named_parameters(), self.ranks.divided_like
-        )
-        if self.average is not None:
-            self.average.load(tensors["average"], average_updates)
-        self.steps_done, self.sequences = steps_done, sequences
+    # --- a step
 
     def step(self) -> StepResult:
-        """Take one optimizer step: forward and backward of every part of the batch, clipping, update, routing bias."""
-        start = time.perf_counter()
-        train = self.config.train
-        share = learning_rate_share(self.steps_done, train)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
-        rows = batch_size(self.steps_done, train)
+        """Take one optimizer step."""
+        start, train, mesh = time.perf_counter(), self.config.train, self.mesh
+        rows = batch_size(self.steps_done, train, mesh.parts)
+        # 1. this rank's gradients, and its share of the losses and the loads
+        begin = time.thread_time()
         sums, counts, waited = self.forward_backward(rows)
+        work = torch.zeros(mesh.parts, dtype=torch.float64)
+        work[mesh.part] = time.thread_time() - begin
+        # 2. the sums over all ranks: gradients, then all figures in one message
         self.phase("optimizer")
-        self.ranks.sum_gradients(self.model.parameters())
-        norm, *others = [self.ranks.clip(group, train.grad_clip) for group in self.clipped]
-        finite = all(math.isfinite(n.item()) for n in (norm, *others)) and bool(sums.isfinite().all())
+        mesh.sum_gradients(self.model.parameters())
+        here = [sums, mesh.squared_norms(self.model), work, torch.tensor(float(self.stop()))]
+        sums, squares, work, stopping, *loads = mesh.sum_all(*here, *([] if counts is None else [counts]))
+        # 3. clip each group of parameters by its norm; nothing changes unless all is finite
+        norms = [torch.linalg.vector_norm(squares[places].sqrt().float()) for places in self.clipped]
+        finite = all(norm.isfinite() for norm in norms) and bool(sums.isfinite().all())
+        share = learning_rate_share(self.steps_done, train)
         if finite:
+            for places, norm in zip(self.clipped, norms, strict=True):
+                self._clip({mesh.names[place] for place in places}, norm)
+            # 4. move the parameters, the routing biases and the average
             for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * share
                 optimizer.step()
-            self.ranks.exchange_moved()
+            mesh.exchange_moved()
             speed = bias_speed(self.steps_done, train)
-            loads = [] if counts is None else self.passes.own_counts(counts)
-            for gate, load in zip(self.model.gates(), loads, strict=True):
+            own = self.passes.own_counts(loads[0]) if loads else []
+            for gate, load in zip(self.model.gates(), own, strict=True):
                 gate.update_bias(load, speed)
             if self.average is not None:
                 self.average.update(self._here())
@@ -204,30 +145,28 @@ class Trainer:
             loss=main,
             mtp_loss=mtp,
             balance_loss=balance,
-            grad_norm=norm.item(),
+            grad_norm=norms[0].item(),
             lr=train.lr * share,
             tokens=rows * self.config.seq_len,
             seconds=seconds,
             data_wait=waited / seconds,
-            counts=None if counts is None else counts.cpu(),
+            counts=loads[0].cpu() if loads else None,
             skipped=not finite,
             indexers={name: fits[i::3] for i, name in enumerate(IndexerFit._fields)} if fits else None,
-            work=self.work,
+            work=tuple(work.tolist()) if mesh.parts > 1 else (),
+            stopping=bool(stopping),
         )
 
     def forward_backward(self, rows: int) -> tuple[Tensor, Tensor | None, float]:
-        """Add up the gradients of the mean loss over this rank's part of the step's batch.
+        """Add up the gradients of the mean loss over this rank's part of a step of so many rows.
 
-        Return the means as Passes.train does and the summed loads, of the whole batch, and the seconds of waiting for
-        this rank's part.
+        Return this rank's shares of the means, as Passes.train does, its loads, and the seconds of waiting for data.
         """
-        train = self.config.train
-        start = time.perf_counter()
+        train, start = self.config.train, time.perf_counter()
         tokens, targets = self._batch(rows)
         waited = time.perf_counter() - start
-        parts = train.grad_accum * self.ranks.place.parts
-        counted = (targets != IGNORE).sum()
-        self.ranks.sum_parts(counted)
+        parts = train.grad_accum * self.mesh.parts
+        counted = self.mesh.sum_parts((targets != IGNORE).sum())  # of all ranks: every loss is divided by it once
         batch = StepBatch(
             tokens=tokens,
             targets=targets,
@@ -243,14 +182,14 @@ class Trainer:
                 "recompute": train.recompute,
             },
         )
-        start = time.thread_time()
-        sums, counts = self.passes.train(batch, self.device)
-        place = self.ranks.place
-        work = torch.zeros(place.parts if place.parts > 1 else 0, dtype=torch.float64)
-        work[place.part : place.part + 1] = time.thread_time() - start
-        self.ranks.sum_parts(sums, work, *([] if counts is None else [counts]))
-        self.work = tuple(work.tolist())
-        return sums, counts, waited
+        return *self.passes.train(batch, self.device), waited
+
+    def _clip(self, names: set[str], norm: Tensor) -> None:
+        """Scale the gradients of some parameters so that their norm is at most train.grad_clip."""
+        share = (self.config.train.grad_clip / (norm + 1e-6)).clamp(max=1.0).to(self.device)
+        grads = [local(p.grad) for name, p in self.model.named_parameters() if name in names and p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, share)  # pyright: ignore[reportPrivateImportUsage]
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
         """Return the documents to mask from each other; None without such a mask."""
@@ -268,22 +207,13 @@ class Trainer:
         """Return this rank's sequences of this step, and of those that the workers prepare at the same time."""
         steps, at = [], self.sequences
         for step in range(self.steps_done, self.steps_done + 1 + self.config.data.workers):
-            rows = rows if step == self.steps_done else batch_size(step, self.config.train)
+            rows = rows if step == self.steps_done else batch_size(step, self.config.train, self.mesh.parts)
             ranges = self.left_out.next(at, rows)
-            steps.append(self.ranks.share(ranges))
+            steps.append(self.mesh.share(ranges))
             at = ranges[-1][1]
         return steps
 
-    def replicas(self) -> list[Replica]:
-        """Return what other ranks hold alike, by the ranks that do."""
-        parameter_of = self._parameters()
-        held: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        for part, tensors in self.tensors().items():
-            for name, tensor in tensors.items():
-                parameter = parameter_of(name)
-                holders = self.ranks.holders(tensor if parameter is None else parameter)
-                held.setdefault(holders, {})[f"{part}/{name}"] = tensor
-        return [Replica(holders=holders, named=of) for holders, of in held.items() if len(holders) > 1]
+    # --- a validation
 
     @torch.no_grad()
     def validate(
@@ -299,7 +229,7 @@ class Trainer:
             on_part: told the share that is done. An exception that it raises ends the validation.
         """
         windows = windows or self.corpus.windows(self.config.seq_len)
-        mine, real = windows.share(self.ranks.place.part, self.ranks.place.parts)
+        mine, real = windows.share(self.mesh.part, self.mesh.parts)
         rows = max(1, tokens_at_a_time // windows.seq_len)
         total = torch.zeros((), dtype=torch.float64)
         done = 0
@@ -315,10 +245,8 @@ class Trainer:
                 on_part(done / len(mine))
         finally:
             self.model.train()
-            self.ranks.release(self.model)
-        self.ranks.sum_parts(total)
-        self.ranks.sum_stages(total)
-        return total.item() / windows.tokens
+            self.mesh.release(self.model)
+        return self.mesh.sum_all(total)[0].item() / windows.tokens
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -327,12 +255,91 @@ class Trainer:
         named = dict(self._here())
         live = {name: p.detach().clone() for name, p in named.items()}
         _copy(named, self.average.tensors)
-        self.ranks.release(self.model)
+        self.mesh.release(self.model)
         try:
             yield
         finally:
             _copy(named, live)
-            self.ranks.release(self.model)
+            self.mesh.release(self.model)
+
+    # --- the state
+
+    def tensors(self) -> Tensors:
+        """Return all tensors that a step reads, by part: the live ones, not copies."""
+        state = optimizer_state(self.optimizers, self.model.named_parameters())
+        parts = {
+            "model": {name: local(t) for name, t in self.model.state_dict().items()},
+            "optimizer": {name: local(t) for name, t in state.items()},
+        }
+        return parts if self.average is None else {**parts, "average": self.average.tensors}
+
+    def _here(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts of the parameters that are on this rank."""
+        return ((name, local(p)) for name, p in self.model.named_parameters())
+
+    def pieces(self, tensors: Tensors) -> Pieces:
+        """Return which piece each tensor of `tensors` is of the whole run's."""
+        parameter_of = self._parameters()
+
+        def piece(name: str, tensor: Tensor) -> HeldRows:
+            parameter = parameter_of(name)
+            alike = parameter is not None and local(parameter).shape == tensor.shape
+            return self.mesh.piece(parameter if alike and parameter is not None else tensor)
+
+        return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
+
+    def mine(self, tensors: Tensors) -> Tensors:
+        """Return this rank's pieces of the tensors of a whole run."""
+        parameter_of = self._parameters()
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            parameter = parameter_of(name)
+            piece = None if parameter is None else self.mesh.piece(parameter)
+            return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
+
+        elsewhere = self.mesh.elsewhere
+        return {
+            part: {
+                name: cut(name, t)
+                for name, t in of.items()
+                if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
+            }
+            for part, of in tensors.items()
+        }
+
+    def _parameters(self) -> Callable[[str], torch.nn.Parameter | None]:
+        """Return a function that finds the parameter of a saved tensor, which has its name, or NAME/MOMENT."""
+        named = dict(self.model.named_parameters())
+        return lambda name: named.get(name, named.get(name.rpartition("/")[0]))
+
+    def held_alike(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
+        """Return the tensors that other ranks hold too, by those ranks."""
+        parameter_of = self._parameters()
+        held: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        for part, tensors in self.tensors().items():
+            for name, tensor in tensors.items():
+                parameter = parameter_of(name)
+                holders = self.mesh.holders(tensor if parameter is None else parameter)
+                held.setdefault(holders, {})[f"{part}/{name}"] = tensor
+        return {holders: named for holders, named in held.items() if len(holders) > 1}
+
+    def check(self, tensors: Tensors) -> None:
+        """Refuse tensors that `load` cannot take; ValueError names the first. Changes nothing."""
+        want = {name: local(t) for name, t in self.model.state_dict().items()}
+        check_tensors(tensors["model"], want, "model.safetensors")
+        check_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters())
+        if self.average is not None:
+            check_tensors(tensors["average"], self.average.tensors, "average.safetensors")
+
+    def load(self, tensors: Tensors, *, steps_done: int, sequences: int, average_updates: int) -> None:
+        """Load the tensors of a run after this many steps. All are checked before anything changes."""
+        self.check(tensors)
+        _copy({name: local(t) for name, t in self.model.state_dict().items()}, tensors["model"])
+        self.mesh.release(self.model)
+        load_optimizer_state(tensors["optimizer"], self.optimizers, self.model.named_parameters(), divided_like)
+        if self.average is not None:
+            self.average.load(tensors["average"], average_updates)
+        self.steps_done, self.sequences = steps_done, sequences
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 
 from dsmini import ModelConfig, TrainConfig, Transformer, ops
 from dsmini.accounting import Bytes, gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
-from dsmini.training.optim import optimizers
-from dsmini.training.optimizer_state import optimizer_state
+from dsmini.training.optim import optimizer_state, optimizers
 from tests.helpers.accounting import DTYPES, attention_by, fused, hold_fp8
 from tests.helpers.configs import DSA, released
 from tests.helpers.strategies import model_configs

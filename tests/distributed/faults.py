@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dsmini.console.command import run
 from dsmini.distributed import checkpoint
+from dsmini.distributed.data_parallel import local
 from dsmini.distributed.meeting import tell
 from dsmini.training import saving
 from dsmini.training.run import TrainingRun
@@ -78,7 +79,7 @@ class Faults:
             do(fault)
         if phase == "between" and (fault := self.take(phase, "flip")):
             trainer = self.training.trainer
-            flip_a_bit([trainer.ranks.local(p) for p in trainer.model.parameters()], str(fault))
+            flip_a_bit([local(p) for p in trainer.model.parameters()], str(fault))
 
 
 def do(fault: Fault) -> None:

@@ -83,7 +83,7 @@ def new_trainer(
     part = ModelPart.divided(config.model, Mesh(config.parallel, CPU))
     part.model.compute_dtype = dtype
     part.fill(CPU)
-    return Trainer(part.model, corpus, config, CPU, part.ranks)
+    return Trainer(part.model, corpus, config, CPU, part.mesh)
 
 
 def train(

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from dsmini import ModelConfig, Transformer, load_pretrained
 from dsmini.checkpoint.pretrained import PretrainedTensors
 from dsmini.config.parallel import ParallelConfig
+from dsmini.distributed.data_parallel import local
 from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.world import World
 from tests.conftest import SMALL
 from tests.distributed.generating import new_folder, reads
@@ -76,7 +76,7 @@ def test_drawn_parts_are_those_of_one_process(parallel: dict[str, Any]) -> None:
 def test_one_process_draws_in_the_order_of_its_modules(changes: dict[str, Any]) -> None:
     config = ModelConfig(**SMALL | changes)
     torch.manual_seed(1)
-    part = ModelPart.divided(config, Ranks())
+    part = ModelPart.divided(config, Mesh())
     part.fill(CPU)
     state = torch.get_rng_state()
     torch.manual_seed(1)
@@ -91,9 +91,9 @@ def filled_from(world: World, folder: Path, parallel: dict[str, Any]) -> tuple[d
     part = ModelPart.divided(there.config, Mesh(ParallelConfig(**parallel), CPU))
     with reads() as names:
         part.fill(CPU, there.rows)
-    ranks, model = part.ranks, part.model
+    model = part.model
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (ranks.piece(t), ranks.local(t).detach().clone()) for name, t in held}, names
+    return {name: (part.mesh.piece(t), local(t).detach().clone()) for name, t in held}, names
 
 
 @pytest.mark.parametrize("parallel", [SLOW_BUT_ONE[0], *SLOW_BUT_ONE[1:3]], ids=str)

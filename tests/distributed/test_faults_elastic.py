@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
+from dsmini.distributed.data_parallel import local
 from dsmini.distributed.world import World
-from dsmini.training.optimizer_state import optimizer_state
+from dsmini.training.optim import optimizer_state
 from dsmini.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import RECIPE, STEPS, assert_near, new_trainer, rows, run
@@ -60,7 +61,7 @@ def lonely(world: World, parallel: dict[str, Any], avoided: list[int]) -> dict[s
         if name == "optimizer":
             for p_name, p in trainer.model.named_parameters():
                 if ".experts." in p_name:
-                    grads[p_name] = None if p.grad is None else trainer.ranks.local(p.grad).clone()
+                    grads[p_name] = None if p.grad is None else local(p.grad).clone()
 
     trainer.phase = phase
     for _ in range(2):
@@ -70,7 +71,7 @@ def lonely(world: World, parallel: dict[str, Any], avoided: list[int]) -> dict[s
         assert result.counts is not None and not result.counts[:, avoided].any() and result.counts.sum() > 0
     state = optimizer_state(trainer.optimizers, trainer.model.named_parameters())
     steps = {name: t.item() for name, t in state.items() if name.endswith("/step")}
-    moments = {name: trainer.ranks.local(t).clone() for name, t in state.items() if "exp_avg" in name}
+    moments = {name: local(t).clone() for name, t in state.items() if "exp_avg" in name}
     return {"grads": grads, "steps": steps, "moments": moments, "bias": [gate.bias.clone() for gate in gates]}
 
 

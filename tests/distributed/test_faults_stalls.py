@@ -41,7 +41,7 @@ def stalled(folder: Path, n: int = 2) -> list[Any]:
 def mute(world: World, folder: Path, rank: int, how: str) -> bool:
     """Train; in step 3 one rank leaves out a collective, waits in one that the others never join, or sleeps."""
     training = new_run(world, folder, LAYOUT)
-    real = training.trainer.ranks.sum_gradients
+    real = training.trainer.mesh.sum_gradients
 
     def sum_gradients(parameters: Any) -> None:
         if world.rank == rank and training.trainer.steps_done == 2:
@@ -50,7 +50,7 @@ def mute(world: World, folder: Path, rank: int, how: str) -> bool:
             time.sleep(3600)
         real(parameters)
 
-    training.trainer.ranks.sum_gradients = sum_gradients
+    training.trainer.mesh.sum_gradients = sum_gradients
     return training.train()
 
 

@@ -61,6 +61,18 @@ def test_layout_equals_one_process(n: int, parallel: dict[str, Any]) -> None:
     assert_alike(run_ranks(n, train, parallel, None, None, STEPS), one_process())
 
 
+@pytest.mark.parametrize(
+    ("size", "start", "grad_accum"), [(4, 2, 1), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=str
+)
+def test_growing_batch_takes_the_sequences_of_one_process(size: int, start: int, grad_accum: int) -> None:
+    """One process grows by as many sequences if its batch is in as many parts."""
+    ramp = {"batch_size": size, "batch_start": start, "batch_ramp": 1.0, "steps": 16}
+    want = train(World(), None, None, {**ramp, "grad_accum": 2 * grad_accum}, 16)
+    for got in run_ranks(2, train, {"dp": 2}, None, {**ramp, "grad_accum": grad_accum}, 16):
+        assert [step.tokens for step in got.steps] == [step.tokens for step in want.steps]
+        assert (got.losses - want.losses).abs().max() < rounding(FP32_UNIT, 48, 80) * want.losses.abs().max() * 16
+
+
 def masked(world: World, parallel: dict[str, Any]) -> Trained:
     """Take steps of clipped gradients in which half of the rows have one target alone."""
     trainer = new_trainer(world, parallel, {}, {"grad_clip": 0.1})
@@ -68,7 +80,7 @@ def masked(world: World, parallel: dict[str, Any]) -> Trained:
 
     def batch(rows: int) -> tuple[Tensor, Tensor]:
         tokens, targets = real(rows)
-        first = trainer.ranks.place.part * len(targets)
+        first = trainer.mesh.part * len(targets)
         targets = targets.clone()
         targets[[row for row in range(len(targets)) if first + row < 4], 1:] = IGNORE
         return tokens, targets

@@ -14,7 +14,6 @@ from dsmini.checkpoint import memory
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.ranks import Ranks
 from dsmini.distributed.world import World
 from dsmini.training.part_memory import part_bytes, refuse_oversized
 from dsmini.training.sample import write_sample
@@ -36,7 +35,7 @@ def test_one_process_holds_what_is_counted_from_its_config(model: dict[str, Any]
         **{"batch_size": t.batch_size // t.grad_accum, "seq_len": config.seq_len, "recompute": t.recompute},
         **{"dtype": t.dtype, "optimizer": t.optimizer, "moments": t.moments},
     )
-    assert part_bytes(config, ModelPart.divided(config.model, Ranks())) == want
+    assert part_bytes(config, ModelPart.divided(config.model, Mesh())) == want
 
 
 def counted_and_held(world: World, parallel: dict[str, Any], train: dict[str, Any]) -> tuple[Any, dict[str, int]]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import schedules as programs
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
-from dsmini.distributed import programs
 from dsmini.distributed.pipeline import Pipeline, record_timeline
 from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.stages import StageLayout, divided

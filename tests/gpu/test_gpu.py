@@ -20,7 +20,7 @@ from dsmini.config.parallel import ParallelConfig
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.world import Joined
+from dsmini.distributed.world import World
 from dsmini.nn.cache import CacheDtype
 from dsmini.train import main
 from dsmini.training.record import StepRecord, read_records
@@ -142,7 +142,7 @@ def new_trainer(config: RunConfig, device: str, ranks: Mesh | None = None) -> Tr
     if part is None:
         return Trainer(Transformer(config.model).to(device), CORPUS, config, torch.device(device))
     part.fill(torch.device(device))
-    return Trainer(part.model, CORPUS, config, torch.device(device), part.ranks)
+    return Trainer(part.model, CORPUS, config, torch.device(device), part.mesh)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -153,17 +153,17 @@ def test_training_steps_have_the_losses_of_the_cpu(device: str, optimizer: Any) 
 
 
 @pytest.fixture
-def world(device: str) -> Iterator[Joined]:
+def world(device: str) -> Iterator[World]:
     """Join a group of this process alone, over NCCL on a GPU."""
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield Joined()
+    yield World()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_a_mesh_of_one_process_trains_as_no_mesh(device: str, world: Joined, zero: Any) -> None:
-    assert world.device == device and world.first(lambda: 7) == 7 and world.gather("a") == ["a"]
+def test_a_mesh_of_one_process_trains_as_no_mesh(device: str, world: World, zero: Any) -> None:
+    assert world.first(lambda: 7) == 7 and world.gather("a") == ["a"]
     assert world.any(True) and not world.any(False)
     config = recipe(device)
     want = losses_of(new_trainer(config, device))

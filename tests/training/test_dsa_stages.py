@@ -42,13 +42,13 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 def test_warmup_moves_the_indexers_alone(new: New, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new(optimizer=optimizer, bias_speed=0.1, ema_decay=0.9, **WARMUP)
     before, graded = state(trainer), set()
-    real = trainer.ranks.clip
+    real = trainer.mesh.squared_norms
 
-    def clip(params: Any, most: float) -> Tensor:
+    def squared_norms(model: Any) -> Tensor:
         graded.update(name for name, p in trainer.model.named_parameters() if p.grad is not None)
-        return real(params, most)
+        return real(model)
 
-    monkeypatch.setattr(trainer.ranks, "clip", clip)
+    monkeypatch.setattr(trainer.mesh, "squared_norms", squared_norms)
     steps = [trainer.step() for _ in range(3)]
     indexers = {name for name, _ in trainer.model.named_parameters() if ".indexer." in name}
     assert graded == indexers and len(indexers) == 5 * LAYERS
@@ -67,6 +67,17 @@ def test_sparse_moves_all_and_adamw_the_indexers(new: New, optimizer: str) -> No
     assert {f"model/{name}" for name in named} <= changed(before, state(trainer))
     moments = {f"{name}/exp_avg" for name in named if ".indexer." in name}
     assert moments <= trainer.tensors()["optimizer"].keys()
+
+
+def test_gradient_of_the_indexers_alone_that_is_not_finite_skips_the_step(new: New) -> None:
+    trainer = new(optimizer="adamw")
+    before = state(trainer)
+    named = dict(trainer.model.named_parameters())
+    indexer = next(p for name, p in named.items() if ".indexer." in name)
+    indexer.register_hook(lambda grad: grad * torch.nan)
+    step = trainer.step()
+    assert step.skipped and math.isfinite(step.grad_norm)
+    assert changed(before, state(trainer)) == set()
 
 
 def test_warmup_brings_the_indexers_nearer(new: New) -> None:

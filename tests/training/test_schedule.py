@@ -30,6 +30,14 @@ def batches(train: TrainConfig) -> list[int]:
     return [batch_size(step, train) for step in range(train.steps)]
 
 
+@pytest.mark.parametrize(("grad_accum", "parts"), [(1, 1), (1, 2), (4, 2), (2, 3)])
+def test_growing_batch_is_divisible_by_processes_and_parts(grad_accum: int, parts: int) -> None:
+    train = TrainConfig(steps=40, batch_size=96, batch_start=24, batch_ramp=0.9, grad_accum=grad_accum)
+    rows = [batch_size(step, train, parts) for step in range(40)]
+    assert rows[0] == 24 and rows[36:] == [96] * 4 and rows == sorted(rows)
+    assert all(n % (grad_accum * parts) == 0 for n in rows) and len(set(rows)) > 2
+
+
 # DeepSeek-V3's recipe, copied from the report's section 4.2. Tokens seen when a phase is over:
 T, B = 10**12, 10**9
 GROWN, CONSTANT, DECAYED, FINAL, ALL = 469 * B, 10 * T, 14300 * B, 14633 * B, 14800 * B
