@@ -312,6 +312,20 @@ def test_a_bad_number_stays_visible(isa: str, name: str, column: int, bad: float
             assert not attend(x, part, past, table, starts).isfinite().any()
 
 
+@pytest.mark.parametrize(("experts", "weight"), [([5], math.nan), (slice(None), -1e3)], ids=["NaN", "scores of zero"])
+def test_scores_at_their_ends_are_those_of_the_reference(isa: str, experts: Any, weight: float) -> None:
+    """An expert whose score is NaN is chosen, so that it shows. Weights of zero are not divided by their sum."""
+    model = model_of("odd")
+    part = [part for _, part, *_ in layers(model, model.new_cache(1, 8), 1)][-1]
+    part.gate[experts] = weight
+    x = torch.ones(2, model.config.dim)
+    with ops.use("reference"):
+        want = feed_forward_step(x, part)
+    got = cpu.feed_forward_step(x, part)
+    assert torch.equal(got[1], want[1]) and torch.equal(got[0].isnan(), want[0].isnan())
+    assert got[0].isnan().all() == math.isnan(weight) and (got[2].nan_to_num() == 0).all()
+
+
 @pytest.mark.parametrize("column", [5, 129])
 def test_a_code_of_nan_stays_visible(isa: str, column: int) -> None:
     """Both where whole vectors are read and in the rest of a row."""
