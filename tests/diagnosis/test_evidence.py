@@ -216,7 +216,7 @@ GATHERED: dict[str, tuple[Sequence[Evidence], float, float, list[str], dict[str,
         *(60.0, 0.0, ["a", "e"]),
         {"b": "it failed: no memory", "c": "no experts", "d": "this machine's rates are not measured"},
     ),
-    "ten steps of 2 s in shares of 30 s": ([fake("a"), fake("b")], 60.0, 2.0, ["a", "b"], {}),
+    "ten steps of 2 s in shares of 15 s": ([fake("a"), fake("b")], 30.0, 2.0, ["a", "b"], {}),  # not far longer
     "ten steps of 2 s in 10 s": ([fake("a")], 10.0, 2.0, [], {"a": "it takes about 20 s, and has 10"}),
     "an interruption": (
         [fake("a"), fake("b", raising(KeyboardInterrupt())), fake("c")],
