@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini import Experts, Transformer
-from dsmini.checkpoint.slots import fp8_weights
+from dsmini.checkpoint.load import fp8_weights
 from dsmini.nn import Projection
 from dsmini.nn.fp8 import FP8Linear
 from dsmini.numerics import (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsmini import accounting, nn, numerics, ops
-    from dsmini.checkpoint.export import save_pretrained
-    from dsmini.checkpoint.pretrained import load_pretrained
+    from dsmini.checkpoint.load import load_pretrained
+    from dsmini.checkpoint.save import save_pretrained
     from dsmini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
     from dsmini.inference import generate
     from dsmini.nn import (
@@ -67,8 +67,8 @@ __all__ = [
 
 # module -> names that the package takes from it, as the imports for type checkers above
 HOMES = {
-    "dsmini.checkpoint.export": ("save_pretrained",),
-    "dsmini.checkpoint.pretrained": ("load_pretrained",),
+    "dsmini.checkpoint.save": ("save_pretrained",),
+    "dsmini.checkpoint.load": ("load_pretrained",),
     "dsmini.config": ("DataConfig", "ModelConfig", "RunConfig", "TrainConfig"),
     "dsmini.inference": ("generate",),
     "dsmini.nn": (

@@ -87,9 +87,8 @@ def main(args: Sequence[str]) -> int:
     import torch
 
     from dsmini import accounting, ops
-    from dsmini.checkpoint.export import parse_size, refuse_filled, save_pretrained
     from dsmini.checkpoint.fresh_indexer import add_indexers
-    from dsmini.checkpoint.inference_layout import save_inference
+    from dsmini.checkpoint.save import parse_size, refuse_filled, save_inference, save_pretrained
 
     ops.check_forced()
     tell = partial(say, Console(stderr=command.json))
@@ -171,7 +170,7 @@ def _read(
     command: ConvertCommand, tell: Callable[[str], None]
 ) -> "tuple[Transformer, int, float, dict[str, str], dict[str, Any]]":
     """Read SRC; return its model, the bytes and seconds of that, and a run's tokenizer files and special ids."""
-    from dsmini.checkpoint.pretrained import origin_of, read_pretrained
+    from dsmini.checkpoint.load import origin_of, read_pretrained
     from dsmini.checkpoint.trained_model import load_run
 
     start = time.monotonic()

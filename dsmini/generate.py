@@ -136,7 +136,7 @@ def _answer(writer: "Writer", command: GenerateCommand, shared: "Shared") -> int
 
 
 def _writer(command: GenerateCommand, phases: Phases, shared: "Shared") -> "Writer":
-    from dsmini.checkpoint.text_model import load_text_model
+    from dsmini.checkpoint.trained_model import load_text_model
     from dsmini.inference.sampling import Sampling
     from dsmini.inference.writer import Writer
 

@@ -39,6 +39,10 @@ _KINDS = {
 }
 
 
+class UnreadableError(ValueError):
+    """A file or folder of which nobody knows whether it is whole: the system cannot read it now, or this version."""
+
+
 def find_config(name: Path) -> Path:
     """Return the file of a config: a path as it is, or the file of a name that dsmini comes with, such as toy-dense.
 
@@ -103,7 +107,7 @@ def is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise ValueError(f"cannot look at {path}: {error.strerror}; check its permissions") from None
+        raise UnreadableError(f"cannot look at {path}: {error.strerror}; check its permissions") from None
     return True
 
 
@@ -126,7 +130,7 @@ def open_regular(path: Path) -> BufferedReader:
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; check the name") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+        raise UnreadableError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     try:
         _refuse_special(path, os.fstat(descriptor).st_mode)  # it may have been replaced in between
     except ValueError:
@@ -149,7 +153,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
             while len(content) <= largest and (chunk := file.read(1 << 20)):
                 content += chunk
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}; check the disk") from None
+            raise UnreadableError(f"cannot read {path}: {error.strerror}; check the disk") from None
     if len(content) > largest:
         raise ValueError(f"cannot read {path}: it has more than {largest:,} bytes; name another file")
     return bytes(content)

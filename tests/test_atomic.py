@@ -4,13 +4,12 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dsmini.atomic import STALE_AFTER, new_file, new_folder, partial_folder, remove_folders, write_text
-from dsmini.checkpoint.manifest import MANIFEST, write_folder
+from dsmini.checkpoint.training_state import MANIFEST, write_manifest
 from tests.helpers.runs import Killed
 
 
@@ -27,7 +26,10 @@ def test_folder_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append(f"now {new.name}"), rename(old, new)))
     folder = tmp_path / "checkpoints/step-000002"
-    write_folder(folder, {name: partial(shutil.copy, __file__) for name in ("a", "b")})  # pyright: ignore[reportArgumentType]
+    with new_folder(folder, replace=True) as partial:
+        for name in ("a", "b"):
+            shutil.copy(__file__, partial / name)
+        write_manifest(partial, ("a", "b"))
     *before, folders, above = ((folder / path).stat().st_ino for path in ("a", "b", MANIFEST, ".", "..", "../.."))
     assert done == [*before, "now step-000002", folders, above]
 

@@ -19,7 +19,7 @@ from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, v
 from benchmarks.fp8_products import operand_error
 from benchmarks.trained import recipe, trainer
 from dsmini import RunConfig, Transformer, accounting, ops, quantize
-from dsmini.checkpoint.slots import fp8_weights
+from dsmini.checkpoint.load import fp8_weights
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios

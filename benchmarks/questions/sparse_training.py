@@ -18,7 +18,7 @@ from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, cases_o
 from benchmarks.needles import hide_pairs, share_answered, test_text
 from benchmarks.trained import plots_by_seed, run_module
 from dsmini.atomic import write_text
-from dsmini.checkpoint.pretrained import load_pretrained
+from dsmini.checkpoint.load import load_pretrained
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.nn import Transformer
 from dsmini.report.charts import over_labels

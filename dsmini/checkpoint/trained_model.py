@@ -1,21 +1,34 @@
-"""The saved model of a training run, to evaluate it or to start another run."""
+"""The model of a training run or of a folder: to evaluate it, to write texts with it, or to start another run."""
 
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from dsmini.checkpoint.held_experts import Holding, held_experts, hold_experts
-from dsmini.checkpoint.manifest import NO_CHECKSUMS
+from dsmini.checkpoint.load import Holding, PretrainedTensors, held_experts, hold_experts, load_pretrained
 from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
-from dsmini.checkpoint.run_folder import run_config
-from dsmini.checkpoint.training_state import Checkpoint, check_tensors, last_checkpoint, read_checkpoint
+from dsmini.checkpoint.run_folder import is_model_folder, run_config, run_tokenizer
+from dsmini.checkpoint.training_state import (
+    NO_CHECKSUMS,
+    Checkpoint,
+    check_tensors,
+    last_checkpoint,
+    read_checkpoint,
+)
 from dsmini.config import RunConfig
+from dsmini.console.command import speaks
+from dsmini.console.messages import say as print_line
+from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.nn import Transformer
-from dsmini.reading import check_path
+from dsmini.reading import check_path, is_there, read_text
+from dsmini.text.text_side import TextSide, read_text_side
+from dsmini.text.tokenizer import byte_tokenizer_json
 
 
 def load_run(
@@ -85,3 +98,69 @@ def model_checkpoint(
 def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return a model's state dict, with the average in place of the last parameters where that was read."""
     return checkpoint.tensors["model"] | checkpoint.tensors.get("average", {})
+
+
+def load_text_model(
+    path: Path,
+    dtype: str,
+    device: str,
+    average: bool,
+    tokenizer: str | None,
+    chat: bool,
+    fp8: Literal["keep", "dequantize"],
+    *,
+    holding: Holding | None = None,
+    verified: bool = False,
+) -> tuple[Transformer, TextSide, bool]:
+    """Load a model; return it, its text side, and whether it is a training run's. The arguments are the flags of
+    python -m dsmini.generate. Damaged checkpoints that are passed over and warnings are lines on the standard error.
+
+    Args:
+        holding, verified: as in load_run.
+
+    Raises: ValueError for a path that is neither a run nor a folder, and for a flag of the other kind.
+    """
+    note = partial(print_line, Console(stderr=True, quiet=not speaks()))
+    place = pick_device(device)
+    if is_model_folder(path):
+        if average:
+            raise ValueError(f"--average is for a training run, and {path} is a model's folder; leave it out")
+        side = read_text_side(path, tokenizer=tokenizer, chat=chat)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(str(message))
+            stored_or = None if dtype == "auto" else DTYPES[dtype]
+            model = load_pretrained(path, dtype=stored_or, fp8=fp8, device=place, holding=holding)
+        got, want = side.tokenizer.vocab_size, model.config.vocab_size
+        if got > want:
+            file = tokenizer or path / "tokenizer.json"
+            note(f"{file} has token ids up to {got - 1}, the model of {path} only to {want - 1}")
+        return model, side, False
+    for flag, wanted in (("--chat", chat), ("--tokenizer", tokenizer), ("--fp8 keep", fp8 == "keep")):
+        if wanted:
+            raise ValueError(
+                f"{flag} is for a DeepSeek or Hugging Face folder, and {path} is a training run; leave it out"
+            )
+    model, config = load_run(
+        path, pick_dtype(dtype, place), average=average, say=note, holding=holding, verified=verified
+    )
+    own = run_tokenizer(path, config)
+    return model.to(place), TextSide(tokenizer=own, ends=(own.end_of_document,)), True
+
+
+class InitialWeights(NamedTuple):
+    """The start of a training run from a DeepSeek or Hugging Face folder."""
+
+    tensors: PretrainedTensors
+    """Its model, of which nothing is read yet."""
+    tokenizer: Path | None
+    """The folder's tokenizer.json; None if it has none, or that of bytes, which dsmini.convert writes."""
+
+
+def find_initial_weights(folder: Path) -> InitialWeights:
+    """Find the weights of a folder that training may start from.
+
+    Raises: ValueError for a folder that load_pretrained refuses.
+    """
+    tokenizer = folder / "tokenizer.json"
+    own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
+    return InitialWeights(PretrainedTensors(folder), tokenizer if own else None)

@@ -11,22 +11,27 @@ runs/NAME/checkpoints/step-000030/
 """
 
 import dataclasses
+import hashlib
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from dsmini.atomic import as_json, remove_folders
-from dsmini.checkpoint.manifest import verify, write_folder
-from dsmini.checkpoint.safetensors_file import entries_of, write_safetensors
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.atomic import as_json, new_folder, remove_folders, remove_leftovers
+from dsmini.checkpoint.safetensors_files import SafetensorsReader, entries_of, write_safetensors
 from dsmini.config import RunConfig
 from dsmini.config.fields import build, check_types
-from dsmini.reading import check_path, read_table
+from dsmini.reading import UnreadableError, check_path, is_there, open_regular, parse_json, read_table, read_text
 
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of a checkpoint's manifest."""
+NO_CHECKSUMS = (1, 1)
+"""The share of a process in `verify` for whom others have computed all checksums."""
 Tensors = dict[str, dict[str, Tensor]]
 """Tensors by the stem of their file, and by name."""
 
@@ -81,11 +86,14 @@ def save_checkpoint(config: RunConfig, tensors: Tensors, state: RunState) -> Pat
     Raises: OSError; every earlier checkpoint is still there.
     """
     folder = checkpoint_folder(config, state.step)
-    files: dict[str, Callable[[Path], None]] = {
-        f"{part}.safetensors": partial(_save_tensors, named, state.step) for part, named in tensors.items()
-    }
-    files |= {name: partial(_save_text, text) for name, text in state_texts(config, state).items()}
-    write_folder(folder, files)
+    remove_leftovers(folder.parent)  # no other process is writing there
+    with new_folder(folder, replace=True) as partial:
+        for part, named in tensors.items():
+            write_safetensors(partial / f"{part}.safetensors", entries_of(named), {"step": str(state.step)})
+        texts = state_texts(config, state)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        write_manifest(partial, [*(f"{part}.safetensors" for part in tensors), *texts])
     prune(config, state)
     return folder
 
@@ -110,12 +118,61 @@ def prune(config: RunConfig, state: RunState) -> None:
     remove_folders(one for one in there if one not in kept)
 
 
-def _save_tensors(named: Mapping[str, Tensor], step: int, path: Path) -> None:
-    write_safetensors(path, entries_of(named), {"step": str(step)})
+def write_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Write the manifest of these files of a folder, as they are now."""
+    manifest = {"format": FORMAT, "files": {name: _fingerprint(folder / name) for name in names}}
+    (folder / MANIFEST).write_text(as_json(manifest), encoding="utf-8")
 
 
-def _save_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+def verify(folder: Path, names: Iterable[str], share: tuple[int, int] = (0, 1)) -> None:
+    """Check these files against the manifest, which must list them.
+
+    Args:
+        share: (i, n) computes the checksums of every n-th file, from number i: n processes share the work.
+
+    Raises: ValueError naming the file and what is wrong with it; UnreadableError if that is not known.
+    """
+    listed = _read_manifest(folder / MANIFEST)
+    for number, name in enumerate(names):
+        if name not in listed:
+            raise ValueError(f"{MANIFEST} does not list {name}")
+        if not is_there(folder / name):
+            raise ValueError(f"{name} is missing")
+        if number % share[1] != share[0]:
+            continue
+        want, got = listed[name], _fingerprint(folder / name)
+        if got["bytes"] != want["bytes"]:
+            raise ValueError(f"{name} has {got['bytes']} bytes, {MANIFEST} says {want['bytes']}")
+        if got["sha256"] != want["sha256"]:
+            raise ValueError(f"{name} has sha256 {got['sha256'][:12]}..., {MANIFEST} says {want['sha256'][:12]}...")
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    if not is_there(path):
+        raise ValueError(f"{MANIFEST} is missing")
+    text = read_text(path)
+    raw = parse_json(text, MANIFEST)
+    if text != as_json(raw) or not isinstance(raw, dict):
+        raise ValueError(f"{MANIFEST} is damaged: it is not as it was written")
+    form, files = raw.get("format"), raw.get("files")
+    if isinstance(form, int) and form > FORMAT:
+        raise UnreadableError(f"{MANIFEST} has format {form}, this dsmini reads {FORMAT}")
+    whole = isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+    if form != FORMAT or not whole:
+        raise ValueError(f"{MANIFEST} is damaged: it gives no format {FORMAT}, or not bytes and sha256 for every file")
+    return files  # pyright: ignore[reportReturnType]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            return {"bytes": nbytes, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise UnreadableError(f"cannot read {path.name}: {error.strerror}") from None
 
 
 def last_checkpoint(
@@ -135,7 +192,8 @@ def last_checkpoint(
         together: calls a function in all processes that read the run; it raises in all if it raises in one.
         share: (i, n) computes the checksums of every n-th file, from number i.
 
-    Raises: ValueError if there is none, with all the reasons.
+    Raises: ValueError if there is none, with all the reasons; and for one that may be whole, but cannot be read now, or
+        by this version of dsmini.
     """
     check_path(run, "run")
     if not run.is_dir():
@@ -153,6 +211,10 @@ def last_checkpoint(
 
         try:
             checkpoint = together(read)
+        except UnreadableError as error:  # it may be whole, and a later save would remove it
+            raise ValueError(
+                f"cannot read {folder}: {error}; try again, or move that folder away to continue from the one before"
+            ) from None
         except ValueError as error:
             reasons.append(f"cannot read {folder}: {error}")
             continue
@@ -174,8 +236,8 @@ def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] =
     verify(folder, [*(f"{part}.safetensors" for part in parts), "config.toml", "state.json"], share)
     config = RunConfig.from_file(folder / "config.toml")
     tensors = {part: _read_tensors(folder / f"{part}.safetensors") for part in parts}
+    raw = read_table(folder / "state.json")
     try:
-        raw = read_table(folder / "state.json")
         state = build(RunState, raw, "state.json", "")
     except (ValueError, TypeError) as error:  # the last: a field is missing
         raise ValueError(f"state.json is not understood: {error}") from None
@@ -187,6 +249,8 @@ def read_checkpoint(folder: Path, parts: Sequence[str], share: tuple[int, int] =
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return SafetensorsReader(path).read_all()
+    except UnreadableError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path.name} is not understood: {error}") from None
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers
-from dsmini.checkpoint.manifest import write_manifest
-from dsmini.checkpoint.safetensors_file import Entry, begin_safetensors, bytes_of, write_at
+from dsmini.checkpoint.safetensors_files import Entry, begin_safetensors, bytes_of, write_at
+from dsmini.checkpoint.training_state import write_manifest
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.world import World
 

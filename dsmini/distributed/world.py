@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from dsmini.console.command import interruptible
 from dsmini.distributed.meeting import TOLD, launched, meet, store_client, told
+from dsmini.reading import UnreadableError
 
 T = TypeVar("T")
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Application timeout", "gloo")
 """Parts of the messages of gloo, whose errors have no type, for a rank that died or stood still."""
-KINDS = (OSError, ValueError, ArithmeticError, MemoryError)
+KINDS = (OSError, UnreadableError, ValueError, ArithmeticError, MemoryError)
 """Errors that keep their type on the way to other ranks; any other becomes a RuntimeError."""
 
 

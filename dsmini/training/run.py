@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import run_tokenizer
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.checkpoint.safetensors_files import SafetensorsReader
 from dsmini.checkpoint.training_state import (
     Checkpoint,
     checkpoint_folder,

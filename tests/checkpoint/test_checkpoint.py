@@ -1,6 +1,7 @@
 """Checkpoints on disk: what is damaged is named and passed over, what is saved is whole, what is old goes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -13,11 +14,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsmini.checkpoint import safetensors_files
 from dsmini.checkpoint import training_state as checkpoints
-from dsmini.checkpoint.manifest import MANIFEST, verify, write_manifest
 from dsmini.checkpoint.run_folder import read_summary, sole_trainer
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import last_checkpoint, read_checkpoint
+from dsmini.checkpoint.training_state import MANIFEST, last_checkpoint, read_checkpoint, verify, write_manifest
 from dsmini.machine import random_state
 from dsmini.training.record import read_records
 from dsmini.training.run import TrainingRun
@@ -136,19 +137,57 @@ def test_misfit_is_refused_before_anything_is_loaded(run: Path) -> None:
 
 def test_run_whose_checkpoints_are_all_damaged_is_refused(run: Path) -> None:
     first, last = run / "checkpoints/step-000002", run / "checkpoints/step-000004"
-    manifest = (last / MANIFEST).read_text()
-    (last / MANIFEST).write_text(manifest.replace('"format": 1', '"format": 2'))
     first.rename(run / "checkpoints/step-000007")
-    words = r"is of step 2, the folder's name says 7; .* has format 2, this dsmini reads 1"
-    with pytest.raises(ValueError, match=words):
+    cut(last / MANIFEST, 0.5)
+    with pytest.raises(ValueError, match=r"is of step 2, the folder's name says 7; .*manifest.json is not JSON"):
         resumed(run, **OPTIONS)
     (run / "checkpoints/step-000007").rename(first)
-    (last / MANIFEST).write_text(manifest)
+    write_manifest(last, FILES[:-1])
     flip(last / "optimizer.safetensors", 0.5)
     cut(first / "state.json", 0.5)
     words = r"step-000004: optimizer.* has sha256 .*step-000002: state.json has \d+ bytes"
     with pytest.raises(ValueError, match=words):
         resumed(run, **OPTIONS)
+
+
+def failing_once(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Let the first call of a function fail as a disk does that is out of reach for a moment."""
+    real = getattr(owner, name)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        patch.setattr(owner, name, real)
+        raise OSError(5, "Input/output error")
+
+    patch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(hashlib, "file_digest"), (os, "open"), (safetensors_files, "safe_open")], ids=lambda x: str(x)
+)
+def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """A later save would remove it, although it may be whole."""
+    with monkeypatch.context() as patch:
+        training = new_run(run, **OPTIONS)
+        failing_once(patch, owner, name)
+        said = refusal(last_checkpoint, run, training.saver.parts, training.saver.fits, pytest.fail)
+    assert said.startswith(f"cannot read {run}/checkpoints/step-000004: cannot read ")
+    assert "Input/output error" in said and said.endswith(
+        "; try again, or move that folder away to continue from the one before"
+    )
+    assert resumed(run, **OPTIONS).trainer.steps_done == 4
+    assert names(run) == ["step-000002", "step-000004"]
+
+
+def test_checkpoint_of_a_newer_version_is_not_passed_over(run: Path) -> None:
+    path = run / "checkpoints/step-000004" / MANIFEST
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    said = refusal(resumed, run, **OPTIONS)
+    assert said.startswith(
+        f"cannot read {path.parent}: manifest.json has format 2, this dsmini reads 1; try again, or "
+    )
+    assert names(run) == ["step-000002", "step-000004"]
 
 
 def test_model_loads_without_the_other_files(run: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.inference_layout import RankPlan, save_inference
+from dsmini.checkpoint.save import RankPlan, save_inference
 from dsmini.convert import main
 from tests.helpers import folders
 from tests.helpers.configs import refusal

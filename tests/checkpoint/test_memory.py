@@ -35,23 +35,25 @@ print(peak, sum(t.nbytes for t in model.state_dict().values()))
 @NEEDS_PROC
 @pytest.mark.usefixtures("folder")
 def test_load_takes_at_most_the_model_and_a_file(tmp_path: Path) -> None:
-    """At most the model, one file, and a tenth more; measured in processes of their own."""
+    """At most the model, a file of 30 MB, and a tenth more, also of one file; measured in processes of their own."""
     sizes = {"vocab_size": 1000, "dim": 512, "inter_dim": 1024, "moe_inter_dim": 512, "n_layers": 6, "n_heads": 4}
     model = Transformer(ModelConfig(**sizes, n_mtp_layers=0, max_seq_len=32)).to(torch.bfloat16)
     shard = 30_000_000
     save_pretrained(model, tmp_path / "bf16", shard_size=shard)
     save_pretrained(model, tmp_path / "fp8", fp8=True, shard_size=shard // 2)
+    save_pretrained(model, tmp_path / "whole")
     (tmp_path / "measure.py").write_text(MEASURE)
     for load, folder, largest in (
         ("keep", "bf16", shard),
         ("keep", "fp8", shard // 2),
         ("dequantize", "fp8", shard // 2),
+        ("keep", "whole", shard),
     ):
         done = commands.run_apart(f"measure {load} {folder}", tmp_path)
         assert done.returncode == 0, done.stderr
         peak, size = map(int, done.stdout.split())
         print(f"{folder}, {load}: model {size / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, {peak / size:.2f} of the model")
-        assert len(list((tmp_path / folder).glob("model-*.safetensors"))) > 4
+        assert len(list((tmp_path / folder).glob("model-*.safetensors"))) > 4 or folder == "whole"
         assert peak <= 1.1 * (size + largest)
 
 
@@ -60,7 +62,7 @@ def test_model_larger_than_the_memory_is_refused(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need)
     load_pretrained(folder)
     monkeypatch.setattr("dsmini.checkpoint.memory.free_bytes", lambda device: need - 1)
-    monkeypatch.setattr("dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr("dsmini.checkpoint.load._allocate", lambda *_: pytest.fail("memory was taken"))
     assert refusal(load_pretrained, folder) == (
         f"the model of {folder} needs {need:,} bytes of memory, and this machine has {need - 1:,} left on cpu; use a "
         "smaller model or a shorter dtype"
@@ -74,6 +76,13 @@ def test_free_memory_is_at_most_what_there_is() -> None:
     assert 2**20 < free < 2**50
     refuse_too_large(2**20, "it", CPU)
     assert "it needs 1,125,899,906,842,624 bytes of memory" in refusal(refuse_too_large, 2**50, "it", CPU)
+
+
+def test_swap_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "MemTotal: 999 kB\nMemAvailable: 100 kB\nSwapFree: 40 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: said if path == Path("/proc/meminfo") else "none")
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
+    assert free_bytes(CPU) == 140 << 10
 
 
 @NEEDS_PROC

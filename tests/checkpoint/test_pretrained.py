@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsmini import Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.pretrained import read_pretrained
+from dsmini.checkpoint.load import read_pretrained
 from tests.helpers import folders
 from tests.helpers.configs import DSA, refusal
 
@@ -104,7 +104,7 @@ def bf16_folder(tmp_path: Path, small_model: Build) -> Path:
 def test_stored_bf16_warns_where_bf16_is_slow(
     bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, fp8: Any
 ) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda device: device.type == "cpu")
+    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda device: device.type == "cpu")
     load_pretrained(bf16_folder, fp8=fp8)
     (warned,) = recwarn
     assert str(warned.message) == (
@@ -117,9 +117,9 @@ def test_stored_bf16_warns_where_bf16_is_slow(
 def test_no_warning_where_bf16_is_fast_chosen_or_absent(
     bf16_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: False)
+    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda _: False)
     load_pretrained(bf16_folder)
-    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
+    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda _: True)
     for dtype in (torch.float32, torch.bfloat16):
         load_pretrained(bf16_folder, dtype=dtype)
     load_pretrained(folder)

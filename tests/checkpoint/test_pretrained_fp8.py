@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsmini import Experts, Linear, Transformer, load_pretrained, save_pretrained
-from dsmini.checkpoint.initial_weights import find_initial_weights
 from dsmini.checkpoint.run_folder import is_model_folder
+from dsmini.checkpoint.trained_model import find_initial_weights
 from dsmini.functional import experts as functional_experts
 from dsmini.nn import Projection
 from dsmini.numerics import quantize_tiles
@@ -48,7 +48,7 @@ def test_fp8_folder_warns_of_slow_bf16_by_what_is_held(
     tensors, _ = folders.in_fp8(folders.tensors_of(model, torch.bfloat16))
     raw = folders.config_json(model.config, quantization_config=folders.QUANTIZED)
     folder = folders.write(tmp_path / "fp8", tensors, raw)
-    monkeypatch.setattr("dsmini.checkpoint.pretrained.slow_bf16", lambda _: True)
+    monkeypatch.setattr("dsmini.checkpoint.load.slow_bf16", lambda _: True)
     with pytest.warns(UserWarning, match=f"{stored}, which this CPU .*, {memory}$"):
         load_pretrained(folder, fp8=fp8)
 

@@ -133,18 +133,29 @@ FOLDERS: dict[str, list[tuple[Damage, str]]] = {  # by the folder that is damage
         (lambda folder: written(folder, "{}", INDEX), f"{{folder}} has both {FILE} and {INDEX}"),
         (renamed(FILE, "model0-mp1000000000.safetensors"), "{folder} has 1 files of 1,000,000,000 ranks, by their nam"),
         # damaged files
-        (content(lambda file: file[:-5]), "{folder}/model.safetensors is cut short: it has"),
-        (content(lambda file: file[:1000]), "model.safetensors has 1,000 bytes and a header of"),
-        (content(lambda file: b""), "/model.safetensors has 0 bytes and a header of 0: it is cut short or no"),
-        (content(lambda file: file + b"x"), "/model.safetensors has 1 bytes after its last tensor"),
+        *(
+            (content(change), "{folder}/model.safetensors is no safetensors file, is cut short or damaged: ")
+            for change in (
+                lambda file: file[:-5],
+                lambda file: file[:1000],
+                lambda file: b"",
+                lambda file: file + b"x",
+                lambda file: struct.pack("<Q", 4) + b"{{{{",
+                lambda file: struct.pack("<Q", 2) + b"[]",
+                lambda file: struct.pack("<Q", 2**40) + file[8:],
+            )
+        ),
         (content(lambda file: b"version https://git-lfs.github.com/spec/v1\n"), f"{FILE} is a Git LFS pointer"),
-        (content(lambda file: struct.pack("<Q", 4) + b"{{{{"), "the header of {folder}/model.safetensors is not JSON"),
-        (content(lambda file: struct.pack("<Q", 2) + b"[]"), "the header of {folder}/model.safetensors is a list"),
-        (header("lm_head.weight", shape=[61, 25]), "want 6,100; fetch"),
-        (header("lm_head.weight", shape=[-1]), "{folder}/model.safetensors describes lm_head.w"),
-        (header("lm_head.weight", dtype="F4"), "in the dtype 'F4'"),
-        (header("model.norm.weight", data_offsets=[0, 96]), "overlap"),
-        (header("lm_head.weight", dtype=None), "want dtype, shape and data_offsets"),
+        *(
+            (header(*change[:1], **change[1]), "model.safetensors is no safetensors file, is cut short or damaged: ")
+            for change in (
+                ("lm_head.weight", {"shape": [61, 25]}),
+                ("lm_head.weight", {"shape": [-1]}),
+                ("lm_head.weight", {"dtype": "F9"}),
+                ("lm_head.weight", {"dtype": None}),
+                ("model.norm.weight", {"data_offsets": [0, 96]}),
+            )
+        ),
         # tensors
         (tensors(many_faults), ALL_FAULTS),
         (tensors(lambda t: t.update({TITLE: torch.ones(1)})), f"it has tensors that belong nowhere: {TITLE!r};"),
@@ -237,7 +248,7 @@ def test_folder_is_refused(
     sentence: str,
     treatment: Any,
 ) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.pretrained._allocate", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr("dsmini.checkpoint.load._allocate", lambda *_: pytest.fail("memory was taken"))
     folder = request.getfixturevalue(start)
     damage(folder)
     assert sentence.format(folder=folder) in refusal(load_pretrained, folder, fp8=treatment)
@@ -247,7 +258,7 @@ def test_folder_is_refused(
 def test_config_is_refused_before_a_model_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sentence: str
 ) -> None:
-    monkeypatch.setattr("dsmini.checkpoint.pretrained.Transformer", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr("dsmini.checkpoint.load.Transformer", lambda *_: pytest.fail("a model was made"))
     config(**changes)(folder)
     assert sentence.format(folder=folder) in refusal(load_pretrained, folder)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import dsmini
 from dsmini import ModelConfig, Transformer
-from dsmini.checkpoint import pretrained
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.checkpoint import load
+from dsmini.checkpoint.safetensors_files import SafetensorsReader
 from dsmini.distributed.decode import ExpertShare
 from dsmini.distributed.world import World
 from tests.conftest import SMALL, randomise
@@ -75,7 +75,7 @@ def part(world: World, folder: Path, fp8: Any, placement: list[list[int]] | None
     with reads() as names:
         model = load_part(world, folder, torch.float32, fp8, placement)
     held = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    own = pretrained.held_experts(model)
+    own = load.held_experts(model)
     return Part(
         nbytes=sum(t.nbytes for t in held.values()),
         experts=[tuple(experts) for experts in own.values()],

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
-from dsmini.checkpoint.safetensors_reader import SafetensorsReader
+from dsmini.checkpoint.safetensors_files import SafetensorsReader
 from dsmini.checkpoint.training_state import checkpoint_folders, last_checkpoint
 from dsmini.config import DataConfig
 from dsmini.config.parallel import ParallelConfig

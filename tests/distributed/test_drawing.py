@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dsmini import ModelConfig, Transformer, load_pretrained
-from dsmini.checkpoint.pretrained import PretrainedTensors
+from dsmini.checkpoint.load import PretrainedTensors
 from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed.data_parallel import local
 from dsmini.distributed.drawing import ModelPart

@@ -19,10 +19,9 @@ import torch
 
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer, load_pretrained
 from dsmini.atomic import as_json
-from dsmini.checkpoint.manifest import MANIFEST, write_manifest
 from dsmini.checkpoint.run_folder import read_summary, run_config, run_tokenizer
 from dsmini.checkpoint.trained_model import load_run
-from dsmini.checkpoint.training_state import RunState, save_checkpoint
+from dsmini.checkpoint.training_state import MANIFEST, RunState, save_checkpoint, write_manifest
 from dsmini.data.cache import _damage
 from dsmini.text.text_side import read_text_side
 from dsmini.text.tokenizer import BPETokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, quantize
-from dsmini.checkpoint.slots import fp8_weights
+from dsmini.checkpoint.load import fp8_weights
 from dsmini.functional.causal_attention import causal_attention_eager
 from dsmini.nn import fp8, mla
 from dsmini.numerics import WEIGHT_TILE

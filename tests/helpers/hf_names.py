@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer
-from dsmini.checkpoint.slots import Slot, slots
+from dsmini.checkpoint.load import Slot, slots
 from dsmini.checkpoint.tensor_names import hf_name, mtp_copies
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dsmini import accounting
+from dsmini.checkpoint.load import load_pretrained
 from dsmini.checkpoint.memory import refuse_too_large
-from dsmini.checkpoint.pretrained import load_pretrained
 from dsmini.checkpoint.run_folder import is_model_folder, tokenizer_file
 from dsmini.checkpoint.trained_model import load_run
 from dsmini.config import RunConfig

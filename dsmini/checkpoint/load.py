@@ -1,0 +1,493 @@
+"""load_pretrained: a DeepSeek model from a folder of safetensors files, as published or for DeepSeek's inference code.
+
+Headers and config are checked first: each tensor of the folder has its place in the model, or is named as wrong. Then
+the model is made without memory, on torch's meta device, and filled tensor by tensor from the mapped files. Nothing is
+unpickled, and no code is run.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dsmini.checkpoint.memory import refuse_more_parts, refuse_too_large
+from dsmini.checkpoint.safetensors_files import DTYPES, SafetensorsReader, Stored, is_inference_layout
+from dsmini.checkpoint.tensor_names import (
+    hf_name,
+    inference_name,
+    is_derived,
+    is_indexer,
+    is_stacked,
+    mtp_copies,
+    mtp_prefixes,
+)
+from dsmini.config import ModelConfig
+from dsmini.config.fields import require
+from dsmini.config.huggingface import is_hugging_face, is_quantized
+from dsmini.console.command import speaks
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
+from dsmini.machine import pick_device, slow_bf16
+from dsmini.nn import Experts, Projection, Transformer
+from dsmini.nn.fp8 import EXPERTS_SCALES, hold_fp8, scale_names
+from dsmini.nn.fp32 import FP32Module
+from dsmini.nn.gate import Gate
+from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
+from dsmini.reading import check_path, is_there, listed, read_table
+
+HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = ("BF16", "F32", "F16")
+"""Stored dtypes of tensors that are not FP8."""
+SCALES = ("F32", "F8_E8M0")
+"""Stored dtypes of the scales of FP8 weights."""
+FP8 = torch.float8_e4m3fn
+RELEASED = 16 << 20
+"""Bytes that are read between two releases of the mapped files, so that these do not count as memory twice."""
+Holding = Callable[[Transformer], Sequence[Sequence[int]]]
+"""Returns the experts that this process holds of each layer with experts, in the order of the model's modules. It is
+called with the whole model on the meta device, and raises ValueError for one that it does not fit."""
+
+
+class Slot(NamedTuple):
+    """A part of a model that is one tensor of a folder."""
+
+    name: str
+    """Name in the state dict."""
+    expert: int | None
+    """Index in a stacked tensor; None if it is not stacked."""
+    shape: tuple[int, ...]
+
+
+def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
+    """Yield the slots of a state dict, experts one by one."""
+    for name, tensor in state.items():
+        if is_stacked(name):
+            yield from (Slot(name, i, tuple(tensor.shape[1:])) for i in range(tensor.shape[0]))
+        else:
+            yield Slot(name, None, tuple(tensor.shape))
+
+
+def fp8_weights(model: Transformer) -> dict[str, tuple[Projection | Experts, str]]:
+    """Find the parameters that DeepSeek stores in FP8, by name, each with its module and its name there.
+
+    They are the matrices of attention and the feed-forwards, not embedding, head, norms, gates or MTP's eh_proj.
+    """
+    out: dict[str, tuple[Projection | Experts, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Projection | Experts) and path != "head" and not path.endswith("eh_proj"):
+            out |= {f"{path}.{name}": (module, name) for name in scale_names(module)}
+    return out
+
+
+def scale_slot(slot: Slot, module: Projection | Experts, attribute: str) -> Slot:
+    """Return the slot of the scales that belong to a weight."""
+    stem = slot.name.removesuffix(attribute)
+    shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
+    return Slot(stem + scale_names(module)[attribute], slot.expert, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedOrigin:
+    """The source of a loaded model, from which save_pretrained writes the same folder again."""
+
+    folder: Path
+    raw: Mapping[str, Any]
+    """Content of its config.json; empty if that is not a Hugging Face one."""
+    dtypes: Mapping[str, torch.dtype]
+    """Stored dtype of each tensor by its Hugging Face name, the MTP blocks' copies of embedding and head too."""
+    nbytes: int
+    """Bytes of tensors read."""
+    seconds: float
+    """Time of reading."""
+
+
+ORIGIN = "pretrained_origin"
+"""Name of the attribute of a loaded Transformer that has its PretrainedOrigin."""
+
+
+def origin_of(model: Transformer) -> PretrainedOrigin | None:
+    """Return the source of a loaded model; None for a model that was not loaded."""
+    return getattr(model, ORIGIN, None)
+
+
+def load_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    fp8: Literal["dequantize", "keep"] = "dequantize",
+    device: str | torch.device = "cpu",
+    *,
+    say: Callable[[str], None] | None = None,
+    holding: Holding | None = None,
+) -> Transformer:
+    """Return the model of a DeepSeek or Hugging Face folder (deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2).
+
+    Folders in DeepSeek's inference layout work too: the files of all ranks next to their config JSON. The model is
+    ready to be evaluated.
+
+    Args:
+        dtype: dtype of matrices and embedding; None: as each is stored. Norms and gates are FP32 in any case.
+        fp8: treatment of FP8 weights. "dequantize": they are held in `dtype`, by default BF16. "keep": codes and
+            scales are held, and dequantized where they are used; such a model cannot be trained.
+        say: told how many bytes were read, and how fast. A long load shows a bar on the standard error.
+        holding: the experts that this process holds of those that several divide, for
+            dsmini.distributed.decode. Only their tensors are read. None: all.
+
+    Warns: if config.json promises multi-token prediction blocks of which the folder holds nothing (transformers
+        leaves them out when it saves a model); the model has none then. If those blocks' copies of embedding and
+        head are not what the model's are, which are used. If matrices are held in BF16 for want of a dtype, and this
+        CPU multiplies BF16 slowly.
+
+    Raises: ValueError for a folder that does not hold the model its config describes, with all that is wrong; for a
+        config that cannot be honoured; for a damaged file. Before memory for the model is taken.
+    """
+    model = read_pretrained(folder, dtype, fp8, device, say=say, holding=holding)
+    if dtype is None:
+        _warn_of_slow_bf16(model, Path(folder), kept=fp8 == "keep")
+    return model
+
+
+def read_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    fp8: Literal["dequantize", "keep"] = "dequantize",
+    device: str | torch.device = "cpu",
+    *,
+    say: Callable[[str], None] | None = None,
+    holding: Holding | None = None,
+) -> Transformer:
+    """Load a model without the warning about slow BF16, to write or train it. See load_pretrained."""
+    require(fp8 in ("dequantize", "keep"), f"fp8={fp8!r} is unknown; use 'dequantize' or 'keep'")
+    check_dtype(dtype)
+    place = pick_device(str(device))
+    there = PretrainedTensors(Path(folder))
+    model, kinds = there.model, there.kinds()
+    if fp8 == "keep":
+        mixed = [name for name, of in kinds.items() if FP8 in of and len(of) > 1]
+        fix = f"in {listed(mixed)}; load it with fp8='dequantize'"
+        require(not mixed, f"{there.folder} has some experts in FP8 and others not, {fix}")
+    if holding is not None:
+        hold_experts(model, holding(model))
+    rows = _rows_of(model, there.names)
+    there.refuse_bad_values(rows)
+    held = {name: FP8 if fp8 == "keep" and FP8 in of else _held(model, name, of, dtype) for name, of in kinds.items()}
+    state = model.state_dict()
+    nbytes = sum(tensor.numel() * held[name].itemsize for name, tensor in state.items())
+    refuse_too_large(nbytes, f"the model of {there.folder}", place)
+    _allocate(model, held, place)
+    console = Console(stderr=True, quiet=not speaks())
+    total = sum(there.nbytes(slot) for slot in rows) + there.nbytes_of_copies
+    with Progress(console, total, f"reading {there.folder.name}", unit="bytes") as progress:
+        there.fill(model, rows, progress.add)
+    origin = PretrainedOrigin(
+        folder=there.folder.absolute(),
+        raw=there.raw if is_hugging_face(there.raw) else {},
+        dtypes=there.dtypes(),
+        nbytes=int(progress.done),
+        seconds=progress.seconds,
+    )
+    setattr(model, ORIGIN, origin)
+    if say is not None:
+        say(rate("read", origin.nbytes, origin.seconds))
+    return model.eval()
+
+
+class PretrainedTensors:
+    """The tensors of a folder, each with its place in the model that the folder's config describes.
+
+    Warns and raises: as load_pretrained, for headers and config, when it is made. No tensor is read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw, config = _read_config(folder)
+        """Content of the config file."""
+        self._reader = SafetensorsReader(folder)
+        tensors = {name: stored for name, stored in self._reader.tensors.items() if not is_derived(name)}
+        self.config = _without_absent_mtp(config, tensors, folder)
+        """Config of the model, without multi-token prediction blocks that the folder does not hold."""
+        refuse_more_parts(self.config, len(tensors), str(folder))
+        with torch.device("meta"):
+            self.model = Transformer(self.config)
+        """The model without memory."""
+        self.names: dict[Slot, str] = {}
+        """The folder's names of all weights, and of the scales of those that it stores in FP8."""
+        self.scales: dict[Slot, Slot] = {}
+        """Scales of each FP8 weight."""
+        copies = mtp_copies(self.config.n_layers, range(self.config.n_mtp_layers))
+        self.copies = {theirs: ours for theirs, ours in copies.items() if theirs in tensors}
+        """The MTP blocks' copies of embedding and head that are there, each with our name of the original."""
+        self._find(tensors)
+
+    def _find(self, tensors: Mapping[str, Stored]) -> None:
+        """Find the model's tensors among the folder's. Raises: ValueError listing all that do not fit."""
+        inference = is_inference_layout(self.folder)
+        used, missing, wrong = set[str](), list[str](), list[str]()
+
+        def take(name: str, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Stored | None:
+            used.add(name)
+            got = tensors.get(name)
+            if got is None:
+                missing.append(name)
+            elif got.shape != shape:
+                wrong.append(f"{name} is {list(got.shape)}, want {list(shape)}")
+            elif got.dtype not in kinds:
+                wrong.append(f"{name} is {got.dtype}, want {' or '.join(kinds)}")
+            return got
+
+        def place(slot: Slot, kinds: tuple[str, ...]) -> Stored | None:
+            of = (slot.name, slot.expert)
+            name = inference_name(*of) if inference else hf_name(slot.name, self.config.n_layers, slot.expert)
+            self.names[slot] = name
+            return take(name, slot.shape, kinds)
+
+        weights = fp8_weights(self.model) if not is_hugging_face(self.raw) or is_quantized(self.raw) else {}
+        for slot in slots(self.model.state_dict()):
+            got = place(slot, ("F8_E4M3", *PLAIN) if slot.name in weights else PLAIN)
+            if got is not None and slot.name in weights and got.dtype == "F8_E4M3":
+                self.scales[slot] = scale_slot(slot, *weights[slot.name])
+                place(self.scales[slot], SCALES)
+        for theirs, ours in self.copies.items():
+            take(theirs, tuple(self.model.get_parameter(ours).shape), PLAIN)
+        lost = [name for name in missing if is_indexer(name)]
+        require(
+            not lost or lost != missing or any(map(is_indexer, tensors)),
+            f"{self.folder} has an indexer in its config and no tensor of one, of which it wants {len(lost):,}; fetch "
+            "the files of DeepSeek-V3.2, or give V3's config.json to V3's tensors and add a fresh indexer by python -m "
+            "dsmini.convert --dsa",
+        )
+        unknown = sorted(tensors.keys() - used)
+        parts = [f"it lacks {listed(missing)}"] if missing else []
+        parts += [f"it has tensors that belong nowhere: {listed(unknown)}"] if unknown else []
+        parts += [*wrong[:50], *([f"and {len(wrong) - 50:,} more"] if len(wrong) > 50 else [])]
+        require(
+            not parts,
+            f"{self.folder} does not hold the model that its config describes: {'; '.join(parts)}; "
+            "fetch its files again, or mend the config",
+        )
+
+    def nbytes(self, slot: Slot) -> int:
+        """Return the stored bytes of a slot."""
+        return self._reader.tensors[self.names[slot]].nbytes
+
+    @property
+    def nbytes_of_copies(self) -> int:
+        """Bytes of the MTP blocks' copies of embedding and head."""
+        return sum(self._reader.tensors[name].nbytes for name in self.copies)
+
+    def kinds(self) -> dict[str, set[torch.dtype]]:
+        """Return the stored dtypes of the parts of each tensor of the state dict."""
+        out: dict[str, set[torch.dtype]] = {name: set() for name in self.model.state_dict()}
+        for slot, name in self.names.items():
+            if slot.name in out:  # scales are not
+                out[slot.name].add(DTYPES[self._reader.tensors[name].dtype])
+        return out
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the stored dtype of each tensor by its Hugging Face name."""
+        theirs = {hf_name(slot.name, self.config.n_layers, slot.expert): name for slot, name in self.names.items()}
+        theirs |= {name: name for name in self.copies}
+        return {hf: DTYPES[self._reader.tensors[name].dtype] for hf, name in theirs.items()}
+
+    def read(self, slot: Slot, dtype: torch.dtype) -> Tensor:
+        """Return the tensor of a slot. FP8 codes are dequantized to a dtype that is not theirs; others may differ."""
+        value = self._reader.read(self.names[slot])
+        if slot not in self.scales or dtype == value.dtype:
+            return value
+        scales = self._reader.read(self.names[self.scales[slot]]).float()
+        return dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", dtype)
+
+    @functools.cached_property
+    def _checked(self) -> dict[str, list[Slot]]:
+        """The slots of each tensor of the state dict, once bad values are refused and other copies are told."""
+        self.refuse_bad_values(self.names)
+        by_name: dict[str, list[Slot]] = {}
+        for slot in self.names:
+            by_name.setdefault(slot.name, []).append(slot)
+        self.warn_of_copies({ours: self.read(by_name[ours][0], torch.float32) for ours in self.copies.values()})
+        return by_name
+
+    def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
+        of = self._checked[name]
+        stacked = of[0].expert is not None
+        parts = [self.read(slot, torch.float32) for slot in (of[rows] if stacked else of)]
+        return (torch.stack(parts) if stacked else parts[0][rows]).float()
+
+    def refuse_bad_values(self, wanted: Iterable[Slot]) -> None:
+        """Raise ValueError for scales and selection biases of these slots that have no meaning."""
+        scales = set(self.scales.values())
+        for slot in wanted:
+            module, _, attribute = slot.name.rpartition(".")
+            is_bias = attribute == "bias" and isinstance(self.model.get_submodule(module), Gate)
+            if not is_bias and slot not in scales:
+                continue
+            name = self.names[slot]
+            values = self._reader.read(name).float()
+            good = values.isfinite() if is_bias else values.isfinite() & (values > 0)
+            if bool(good.all()):
+                continue
+            worst = float(values[~good].flatten()[0])
+            words = "selection bias {}; want finite ones" if is_bias else "FP8 scale {}; want finite ones above 0"
+            raise ValueError(f"{self.folder}: {name} has the {words.format(worst)}: fetch the file again")
+
+    def warn_of_copies(self, originals: Mapping[str, Tensor]) -> None:
+        """Warn if the MTP blocks' copies of embedding and head are not the originals, given by our names."""
+        if different := [n for n, ours in self.copies.items() if not _equal(self._reader.read(n), originals[ours])]:
+            warnings.warn(
+                f"{self.folder} has {listed(different)} other than the model's own; dsmini's multi-token prediction "
+                "uses the model's embedding and head",
+                stacklevel=5,
+            )
+
+    def fill(self, model: Transformer, rows: Mapping[Slot, int | None], read: Callable[[int], None]) -> None:
+        """Copy tensors into a model in the order of the files, and let go of each file's memory on the way.
+
+        Args:
+            rows: the row of each slot in its tensor; None for the whole tensor.
+        """
+        state, unreleased = model.state_dict(), 0
+        order = {name: number for number, name in enumerate(self._reader.tensors)}
+        for slot in sorted(rows, key=lambda slot: order[self.names[slot]]):
+            if slot.name in state:  # scales are not, where weights are dequantized
+                row = rows[slot]
+                target = state[slot.name] if row is None else state[slot.name][row]
+                target.copy_(self.read(slot, target.dtype))
+            read(self.nbytes(slot))
+            unreleased += self.nbytes(slot)
+            if unreleased > RELEASED:
+                self._reader.release()
+                unreleased = 0
+        self.warn_of_copies(state)
+        self._reader.release()
+        read(self.nbytes_of_copies)
+
+
+def _warn_of_slow_bf16(model: Transformer, folder: Path, kept: bool) -> None:
+    cpu = torch.device("cpu")
+    held = {p.dtype for p in model.parameters() if p.dim() > 1 and p.device == cpu}
+    if torch.bfloat16 not in held or not slow_bf16(cpu):
+        return
+    origin = origin_of(model)
+    assert origin is not None
+    stored, cost = "is stored in bfloat16", "at twice the memory"
+    if FP8 in origin.dtypes.values():
+        stored = "is stored in FP8 and dequantized to bfloat16"
+        if kept:
+            stored, cost = "keeps FP8 weights and has the others in bfloat16", "at twice the memory of the others"
+    warnings.warn(
+        f"{folder} {stored}, which this CPU multiplies many times more slowly than float32; load it "
+        f"with dtype=torch.float32 (--dtype float32 on the command line), {cost}",
+        stacklevel=3,
+    )
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype that weights cannot have."""
+    require(dtype is None or dtype in HELD, f"dtype={dtype} is not for weights; use torch.bfloat16 or torch.float32")
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    check_path(folder, "folder")
+    require(folder.is_dir(), f"there is no folder {folder}; name one that holds config.json and safetensors files")
+    inference = is_inference_layout(folder)
+    path = folder / "config.json"
+    others = sorted(folder.glob("config*.json"))
+    if inference and not is_there(path) and len(others) == 1:  # DeepSeek's are config_16B.json, config_671B.json
+        path = others[0]
+    if not is_there(path):
+        fix = "name a folder that holds a model"
+        if is_there(folder / "config.toml"):
+            fix = "it is a training run, so use python -m dsmini.convert"
+        elif inference:
+            fix = "copy the one of DeepSeek's inference code there, such as config_671B.json"
+        raise ValueError(f"{folder} has no config.json; {fix}")
+    raw = read_table(path)
+    require(
+        inference or is_hugging_face(raw),
+        f"{path} has no model_type; want the config.json of a deepseek_v2, deepseek_v3, deepseek_v32 or kimi_k2 model",
+    )
+    return raw, ModelConfig.from_file(path)
+
+
+def _without_absent_mtp(config: ModelConfig, tensors: Iterable[str], folder: Path) -> ModelConfig:
+    prefixes = mtp_prefixes(config.n_layers, config.n_mtp_layers)
+    if not prefixes or any(name.startswith(prefixes) for name in tensors):
+        return config
+    warnings.warn(
+        f"{folder} holds nothing of the {config.n_mtp_layers} multi-token prediction layers that its config.json "
+        "promises; the model is loaded without them",
+        stacklevel=5,
+    )
+    return dataclasses.replace(config, n_mtp_layers=0)
+
+
+def hold_experts(model: Transformer, held: Sequence[Sequence[int]]) -> None:
+    """Leave only these experts of each layer in a model on the meta device, in this order. No process makes the others.
+
+    Args:
+        held: for each layer with experts, in the order of the model's modules.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    for experts, own in zip(layers.values(), held, strict=True):
+        for name in EXPERTS_SCALES:
+            weight = getattr(experts, name)
+            assert weight.is_meta, "the experts that are left out have no memory"
+            setattr(experts, name, nn.Parameter(torch.empty((len(own), *weight.shape[1:]), device="meta")))
+    model.held_experts = {name: tuple(own) for name, own in zip(layers, held, strict=True)}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def held_experts(model: Transformer) -> Mapping[str, Sequence[int]]:
+    """Return the experts that a model's stacked tensors hold, in order, by the name of their module."""
+    held: Mapping[str, Sequence[int]] = getattr(model, "held_experts", {})
+    every = range(model.config.n_routed_experts)
+    return {name: held.get(name, every) for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def _rows_of(model: Transformer, wanted: Iterable[Slot]) -> dict[Slot, int | None]:
+    """Return the row of each slot in the model's tensor, without the experts that this process does not hold."""
+    rows = {module: {expert: row for row, expert in enumerate(own)} for module, own in held_experts(model).items()}
+    found: dict[Slot, int | None] = {}
+    for slot in wanted:
+        if slot.expert is None:
+            found[slot] = None
+        elif (row := rows[slot.name.rpartition(".")[0]].get(slot.expert)) is not None:
+            found[slot] = row
+    return found
+
+
+def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which a tensor is held that was stored in these."""
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), FP32Module):
+        return torch.float64 if dtype == torch.float64 else torch.float32
+    plain = {torch.bfloat16 if kind == FP8 else kind for kind in kinds}
+    return dtype or functools.reduce(torch.promote_types, plain)
+
+
+def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+    """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
+    weights = fp8_weights(model)
+    for name, tensor in model.state_dict().items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if held_dtypes[name] == FP8:
+            holder, attribute = weights[name]
+            blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape
+            codes = torch.empty(tensor.shape, dtype=FP8, device=device)
+            scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
+            hold_fp8(holder, attribute, codes, scales)
+            continue
+        held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
+        is_parameter = attribute in dict(module.named_parameters(recurse=False))
+        setattr(module, attribute, nn.Parameter(held) if is_parameter else held)
+
+
+def _equal(copy: Tensor, original: Tensor, rows: int = 1024) -> bool:
+    pairs = zip(copy.split(rows), original.split(rows), strict=True)
+    return all(torch.equal(a.to(b.dtype), b.cpu()) for a, b in pairs)

@@ -1,0 +1,465 @@
+"""save_pretrained and save_inference: write a folder that transformers loads, or that DeepSeek's inference code reads.
+
+Tensors are made one at a time when their turn comes, in the dtype that they are written in. An unchanged model gives
+the folder it was loaded from. In the inference layout each rank of a group has a file: rows or columns of attention,
+feed-forwards, embedding and head are divided over the ranks, routed experts are dealt out whole, and every rank has all
+else, as in DeepSeek's convert.py.
+"""
+
+import dataclasses
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dsmini.atomic import as_json, new_folder
+from dsmini.checkpoint.load import FP8, PretrainedOrigin, Slot, check_dtype, fp8_weights, origin_of, scale_slot, slots
+from dsmini.checkpoint.safetensors_files import INDEX, ONE_FILE, Entry, write_safetensors
+from dsmini.checkpoint.tensor_names import hf_name, inference_name, inference_split, mtp_copies
+from dsmini.config import ModelConfig
+from dsmini.config.fields import require
+from dsmini.config.huggingface import (
+    UNKNOWN_IDS,
+    config_from_json,
+    config_to_json,
+    is_hugging_face,
+    with_dtypes,
+    with_mtp_layers,
+)
+from dsmini.config.inference_json import BIASED_DIM, inference_to_json
+from dsmini.console.messages import rate
+from dsmini.console.progress import Progress
+from dsmini.nn import Transformer
+from dsmini.nn.fp8 import scale_names
+from dsmini.nn.gate import Gate
+from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, dequantize_tiles, encode_tiles, tile_scales
+from dsmini.reading import brief, check_path
+
+# files of a model's folder apart from its tensors and config.json; code is copied and never run
+BESIDE = re.compile(
+    r".*token.*|.*\.tiktoken|special_tokens_map\.json|added_tokens\.json|chat_template.*|generation_config\.json|vocab\..*|"
+    r"merges\.txt|.*\.model|.*\.py|LICENSE.*"
+)
+TENSORS = (".safetensors", ".bin", ".pt", ".pth")
+LOST = ", which no config says: the folder would be read as another model; save model.state_dict() with your code"
+LARGEST_FILE = 2**60
+"""Maximum size of a file in bytes; no file system takes more."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class Saved(NamedTuple):
+    """The result of a save."""
+
+    nbytes: int
+    """Bytes of tensors."""
+    seconds: float
+    files: list[str]
+    """Names of the files with tensors."""
+
+
+def save_pretrained(
+    model: Transformer,
+    path: str | Path,
+    fp8: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: int | str = "5GB",
+    files: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Saved:
+    """Write the model as a new Hugging Face folder: safetensors, config.json, and the small files it came with.
+
+    The tensors of a loaded model are written in their stored dtypes, whatever they are held in, so a folder that is
+    loaded and saved has the same tensors. Its tokenizer and other small files are copied. A model that was not loaded
+    is written as it is held. The folder is written whole or not at all.
+
+    Args:
+        fp8: write the matrices of attention and feed-forwards as E4M3 codes with FP32 scales for 128x128 blocks.
+            Matrices held in FP8 are written as they are, also without it.
+        dtype: dtype of all that is not FP8, except gates, which stay FP32; without `fp8` of all. None: see above.
+        shard_size: maximum size of a file in bytes, or a text such as "5GB"; a larger tensor has a file of its own.
+        files: texts of further files, by name; they replace copied ones of the same name.
+        config: further keys of config.json, such as eos_token_id.
+        say: told how many bytes were written, and how fast. A long save shows a bar on the standard error.
+
+    Warns: if a tensor holds infinities or NaN; the first one is named.
+
+    Raises: ValueError if the folder holds anything already, if neither deepseek_v2 nor deepseek_v3 describes the
+        model, if a layer computes what no config says, or if values to quantize are not finite.
+    """
+    path = Path(path)
+    limit = parse_size(shard_size)
+    refuse_filled(path)
+    check_dtype(dtype)
+    refuse_changed_ideas(model)
+    raw = _described(model)
+    plan = SavePlan(model, fp8, dtype)
+    shards = _plan_shards(plan.units(), limit)
+    written = {entry.name: entry.dtype for entries in shards.values() for entry in entries}
+    raw = with_dtypes(
+        raw,
+        str(written[hf_name("embed.weight", 0)]).removeprefix("torch."),
+        replace=dtype is not None,
+        fp8=FP8 in written.values(),
+        keep_quantization=not plan.quantizes,
+    )
+    texts = {**(files or {}), "config.json": as_json(raw | dict(config or {}))}
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
+        total = sum(entry.nbytes for entries in shards.values() for entry in entries)
+        texts[INDEX] = as_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return _write(model, path, shards, texts, {path: plan}, say)
+
+
+def save_inference(
+    model: Transformer,
+    path: str | Path,
+    ranks: int = 1,
+    fp8: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Saved:
+    """Write the model as a new folder for DeepSeek's inference code on this many ranks. See save_pretrained.
+
+    The JSON file of its sizes is config.json. Multi-token prediction blocks are left out, as DeepSeek leaves them.
+
+    Warns: if there are such blocks; if gates have a bias that DeepSeek's code has no place for; as save_pretrained.
+
+    Raises: ValueError if the folder holds anything already, or if the layout cannot hold the model on these ranks.
+    """
+    path = Path(path)
+    check_dtype(dtype)
+    refuse_filled(path)
+    config = model.config
+    raw = inference_to_json(dataclasses.asdict(config), config.extended)
+    _refuse_ranks(config, ranks)
+    plans = {f"model{rank}-mp{ranks}.safetensors": RankPlan(model, fp8, dtype, rank, ranks) for rank in range(ranks)}
+    shards = {name: plan.entries() for name, plan in plans.items()}
+    has_fp8 = any(entry.dtype == FP8 for entries in shards.values() for entry in entries)
+    raw["dtype"] = "fp8" if has_fp8 else "bf16"
+    origin, plan = origin_of(model), next(iter(plans.values()))
+    stated = None if origin is None or plan.quantizes else origin.raw.get("quantization_config")
+    if has_fp8 and stated is not None and stated.get("scale_fmt") == "ue8m0":
+        raw["scale_fmt"] = "ue8m0"
+    texts = {**(files or {}), "config.json": as_json(raw)}
+    return _write(model, path, shards, texts, plans, say, _losses(config, path))
+
+
+def _write(
+    model: Transformer,
+    path: Path,
+    shards: Mapping[str, Sequence[Entry]],
+    texts: Mapping[str, str],
+    plans: Mapping[Any, "SavePlan"],
+    say: Callable[[str], None] | None,
+    losses: Sequence[str] = (),
+) -> Saved:
+    """Write a new folder, whole or not at all: the tensors of each file, what the model came with, and further texts.
+
+    Args:
+        losses: what the folder does not hold of the model, for warnings.
+    """
+    nbytes = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(new_folder(path))
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
+        with Progress(Console(stderr=True), nbytes, f"writing {path.name}", unit="bytes") as progress, torch.no_grad():
+            for name, entries in shards.items():
+                write_safetensors(folder / name, entries, {"format": "pt"}, progress.add)
+        _copy_beside(origin_of(model), folder)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    damaged = [plan.not_finite for plan in plans.values() if plan.not_finite is not None]
+    words = [f"{path} has infinities or NaN in {name}, as the model has; check it" for name in damaged[:1]]
+    for warning in (*losses, *words):
+        warnings.warn(warning, stacklevel=3)
+    if say is not None:
+        say(rate("wrote", nbytes, progress.seconds))
+    return Saved(nbytes, progress.seconds, list(shards))
+
+
+class SavePlan:
+    """The tensors of a model's folder, each with the dtype that it is written in.
+
+    Args:
+        fp8: write matrices as FP8 codes; see save_pretrained.
+        dtype: dtype of all that is not FP8; None: as it was stored, or is held.
+    """
+
+    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None) -> None:
+        self.model, self.fp8, self.dtype = model, fp8, dtype
+        self.n_layers = model.config.n_layers
+        self.state, self.weights = model.state_dict(), fp8_weights(model)
+        self.copies = mtp_copies(self.n_layers, range(model.config.n_mtp_layers))
+        """Names of the MTP blocks' copies of embedding and head, each with our name of the original."""
+        origin = origin_of(model)
+        self.stored: Mapping[str, torch.dtype] | None = None if origin is None else origin.dtypes
+        """Stored dtypes of a loaded model by their Hugging Face names."""
+        self.gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gate))
+        self.quantizes = fp8 and any(self.state[name].dtype != FP8 for name in self.weights)
+        self.not_finite: str | None = None
+        """Name of the first written tensor with infinities or NaN."""
+        self.scales: dict[Slot, Tensor] = {}
+        """Scales of weights that are being quantized: made when they are written, and used again for the codes."""
+
+    def units(self) -> Iterator[Sequence[Entry]]:
+        """Yield the entries of the folder in the order of the model, a weight and its scales together."""
+        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
+        for slot in self.parts():
+            if slot.name not in scales:
+                yield self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
+
+    def parts(self) -> Iterator[Slot]:
+        """Yield the parts of the model that are written."""
+        yield from slots(self.state)
+        for theirs, ours in self.copies.items():
+            if self.stored is None or theirs in self.stored:
+                yield Slot(theirs, None, tuple(self.state[ours].shape))
+
+    def _hf_name(self, slot: Slot) -> str:
+        return slot.name if slot.name in self.copies else hf_name(slot.name, self.n_layers, slot.expert)
+
+    def name(self, slot: Slot) -> str:
+        """Return the name that a part of the model is written under."""
+        return self._hf_name(slot)
+
+    def value(self, slot: Slot) -> Tensor:
+        """Return the values of a part of the model, as they are held."""
+        whole = self.state[self.copies.get(slot.name, slot.name)]
+        return whole if slot.expert is None else whole[slot.expert]
+
+    def _plain(self, slot: Slot) -> Entry:
+        """Return the entry of a part that is not FP8."""
+        held = self.value(slot).dtype
+        dtype = (self.stored or {}).get(self._hf_name(slot), held)
+        if dtype == FP8:  # and dequantized since
+            dtype = torch.bfloat16 if held == FP8 else held
+        if self.dtype is not None:
+            dtype = torch.float32 if slot.name.startswith(self.gates) else self.dtype
+        return self._entry(slot, dtype)
+
+    def _entry(self, slot: Slot, dtype: torch.dtype) -> Entry:
+        def make() -> Tensor:
+            return self._looked_at(slot).to(dtype)
+
+        return Entry(self.name(slot), dtype, slot.shape, make)
+
+    def _looked_at(self, slot: Slot) -> Tensor:
+        value = self.value(slot)
+        if self.not_finite is None and not _is_finite(value):
+            self.not_finite = self.name(slot)
+        return value
+
+    def _matrix(self, slot: Slot) -> list[Entry]:
+        """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
+        scale = scale_slot(slot, *self.weights[slot.name])
+        kept = self.state[slot.name].dtype == FP8
+        if kept and (self.fp8 or self.dtype is None):
+            stored = (self.stored or {}).get(self._hf_name(scale), torch.float32)
+            return [self._entry(slot, FP8), self._entry(scale, stored)]
+        if self.fp8:
+            return [
+                Entry(self.name(slot), FP8, slot.shape, partial(self._codes, slot)),
+                Entry(self.name(scale), torch.float32, scale.shape, partial(self._new_scales, slot)),
+            ]
+        if kept:
+            assert self.dtype is not None
+            return [Entry(self.name(slot), self.dtype, slot.shape, partial(self._dequantized, slot, scale, self.dtype))]
+        return [self._plain(slot)]
+
+    def _dequantized(self, slot: Slot, scale: Slot, dtype: torch.dtype) -> Tensor:
+        return dequantize_tiles(self._looked_at(slot), self.value(scale).float(), WEIGHT_TILE, "e4m3", dtype)
+
+    def _new_scales(self, slot: Slot) -> Tensor:
+        scales = tile_scales(self.value(slot), WEIGHT_TILE, "fp32", "e4m3", SMALLEST_AMAX)
+        if not scales.isfinite().all():
+            raise ValueError(f"{slot.name} holds infinities or NaN; E4M3 has no codes for them; save without fp8=True")
+        self.scales[slot] = scales
+        return scales
+
+    def _codes(self, slot: Slot) -> Tensor:
+        # scales are the wider type, so that they come first in a file
+        return encode_tiles(self.value(slot), self.scales.pop(slot), WEIGHT_TILE)
+
+
+class RankPlan(SavePlan):
+    """The tensors of one rank's file in the inference layout, each with the dtype that it is written in."""
+
+    def __init__(self, model: Transformer, fp8: bool, dtype: torch.dtype | None, rank: int, ranks: int) -> None:
+        super().__init__(model, fp8, dtype)
+        self.rank, self.ranks = rank, ranks
+
+    def entries(self) -> list[Entry]:
+        """Return all entries of the file. Raises: ValueError if a rank's part would cut a block of FP8 scales."""
+        out = [entry for unit in self.units() for entry in unit]
+        for entry in out:
+            dim = inference_split(entry.name)
+            if entry.dtype == FP8 and dim is not None and self.ranks > 1:
+                n, tile = entry.shape[dim], WEIGHT_TILE[dim]
+                require(
+                    n % tile == 0,
+                    f"{entry.name} in FP8 has {n} {('rows', 'columns')[dim]} on each of {self.ranks} ranks, want a "
+                    f"multiple of {tile}, the side of a block with one scale; use fewer ranks, or another dtype",
+                )
+        return out
+
+    def parts(self) -> Iterator[Slot]:
+        """Yield the parts of the model that are in this rank's file, with the shapes that they have there."""
+        n = self.model.config.n_routed_experts // self.ranks
+        for slot in slots(self.state):
+            if slot.name.startswith("mtp.") or (slot.expert is not None and slot.expert // n != self.rank):
+                continue
+            shape, dim = list(slot.shape), inference_split(self.name(slot))
+            if dim is not None:
+                shape[dim] //= self.ranks
+            yield slot._replace(shape=tuple(shape))
+
+    def name(self, slot: Slot) -> str:
+        return inference_name(slot.name, slot.expert)
+
+    def value(self, slot: Slot) -> Tensor:
+        whole, dim = super().value(slot), inference_split(self.name(slot))
+        return whole if dim is None else whole.chunk(self.ranks, dim)[self.rank]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither infinities nor NaN, without a copy of it."""
+    if tensor.dtype == FP8:  # its largest code, with either sign, is NaN
+        return all(int((part.view(torch.uint8) & 0x7F).max()) < 0x7F for part in tensor.reshape(-1).split(1 << 20))
+    least, most = torch.aminmax(tensor)
+    return math.isfinite(least) and math.isfinite(most)
+
+
+def _plan_shards(units: Iterator[Sequence[Entry]], shard_size: int) -> dict[str, list[Entry]]:
+    """Spread entries over files of at most shard_size bytes, unless one unit alone is larger.
+
+    Args:
+        units: groups of entries that stay in one file, such as a weight and its scales.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for unit in units:
+        more = sum(entry.nbytes for entry in unit)
+        if shards[-1] and size + more > shard_size:
+            shards.append([])
+            size = 0
+        shards[-1] += unit
+        size += more
+    if len(shards) == 1:
+        return {ONE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def refuse_changed_ideas(model: Transformer) -> None:
+    """Raise ValueError for a model that computes what no config says, since it would be read back as another.
+
+    That is a method of a layer that is not dsmini's or torch's, such as a subclass's forward, a mask, and options of a
+    gate. A folder never holds code.
+    """
+    with torch.device("meta"):
+        plain = dict(Transformer(model.config).named_modules())
+    for name, module in model.named_modules():
+        if (usual := plain.get(name)) is None:
+            continue
+        for method in (n for n, value in vars(type(usual)).items() if callable(value) and n != "__init__"):
+            own = getattr(module, method, None)  # None: torch's Linear has fewer methods than dsmini's
+            home = (getattr(own, "__module__", None) or "").split(".")[0]
+            said = f"its {method} is that of {getattr(own, '__qualname__', own)}"
+            require(own is None or home in ("dsmini", "torch"), f"{name or 'the model'}: {said}{LOST}")
+        for option in ("mask", "options"):
+            given = getattr(module, option, None)
+            require(given == getattr(usual, option, None), f"{name}.{option} is {brief(given)}{LOST}")
+
+
+def parse_size(size: int | str) -> int:
+    """Return bytes from a number or a text such as "5GB", "500MB" or "2GiB"."""
+    text = str(size).strip().upper() if isinstance(size, str) or abs(size) < LARGEST_FILE else ""
+    part = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?|)B?", text)
+    nbytes = 0 if part is None else int(float(part[1]) * UNITS[part[2]])
+    require(
+        0 < nbytes <= LARGEST_FILE, f"shard size {brief(size)} is not the size of a file; use for example 5GB or 500MB"
+    )
+    return nbytes
+
+
+def refuse_filled(path: Path) -> None:
+    """Raise ValueError unless `path` is a new or an empty folder that can be made."""
+    check_path(path, "folder")
+    try:
+        filled = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise ValueError(f"cannot look into {path}: {error.strerror}; choose another folder") from None
+    require(not filled, f"{path} holds files already; choose a new folder, or remove that one")
+
+
+def _described(model: Transformer) -> dict[str, Any]:
+    """Return a config.json without the dtypes of tensors: the one that was loaded, if it still fits the model."""
+    origin = origin_of(model)
+    if origin is not None and is_hugging_face(origin.raw):
+        read = ModelConfig(**config_from_json(origin.raw, "config.json"))
+        # it may have been loaded without its MTP blocks
+        if dataclasses.replace(read, n_mtp_layers=model.config.n_mtp_layers) == model.config:
+            return with_mtp_layers(origin.raw, model.config.n_mtp_layers)
+    return {**UNKNOWN_IDS, **config_to_json(dataclasses.asdict(model.config))}
+
+
+def _copy_beside(origin: PretrainedOrigin | None, folder: Path) -> None:
+    """Copy the tokenizer and the other small files that a model came with."""
+    if origin is None:
+        return
+    if not origin.folder.is_dir():
+        warnings.warn(
+            f"{origin.folder}, from which the model was loaded, is gone; its tokenizer is not copied",
+            stacklevel=4,
+        )
+        return
+    for path in sorted(origin.folder.iterdir()):
+        if path.is_file() and BESIDE.fullmatch(path.name) and path.suffix not in TENSORS:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _refuse_ranks(config: ModelConfig, ranks: int) -> None:
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_heads")}
+    blocks = [config.is_moe(layer) for layer in range(config.n_layers)]
+    if any(blocks):
+        sizes["n_routed_experts"] = config.n_routed_experts
+        sizes["the width of shared experts"] = config.n_shared_experts * config.moe_inter_dim
+    if not all(blocks):
+        sizes["inter_dim"] = config.inter_dim
+    require(ranks >= 1, f"ranks={ranks} is not positive; use 1 or more")
+    for name, size in sizes.items():
+        require(
+            size % ranks == 0,
+            f"{name}={size} is not divisible by ranks={ranks}; use {math.gcd(*sizes.values())} or a divisor of it",
+        )
+
+
+def _losses(config: ModelConfig, path: Path) -> list[str]:
+    """Return a sentence for each part of a model that DeepSeek's inference code does not read."""
+    out = []
+    if config.n_mtp_layers:
+        out.append(
+            f"{path} has no multi-token prediction layers, of which the model has {config.n_mtp_layers}: DeepSeek's "
+            "inference layout leaves them out"
+        )
+    biased = config.topk_method == "noaux_tc" and config.n_dense_layers < config.n_layers
+    if biased and config.dim != BIASED_DIM:
+        out.append(
+            f"{path} has routing biases, for which DeepSeek's inference code has a place at dim={BIASED_DIM} alone, "
+            f"and the model has dim={config.dim}; dsmini reads them"
+        )
+    return out
