@@ -304,18 +304,21 @@ class PretrainedTensors:
         return dequantize_tiles(value, scales, WEIGHT_TILE, "e4m3", dtype)
 
     @functools.cached_property
-    def _checked(self) -> dict[str, list[Slot]]:
-        """The slots of each tensor of the state dict, once bad values are refused and other copies are told."""
-        self.refuse_bad_values(self.names)
+    def _slots(self) -> dict[str, list[Slot]]:
+        """The slots of each tensor of the state dict."""
         by_name: dict[str, list[Slot]] = {}
         for slot in self.names:
             by_name.setdefault(slot.name, []).append(slot)
-        self.warn_of_copies({ours: self.read(by_name[ours][0], torch.float32) for ours in self.copies.values()})
         return by_name
+
+    def check(self) -> None:
+        """Refuse values without a meaning, and warn of copies that are not the originals, before rows are read."""
+        self.refuse_bad_values(self.names)
+        self.warn_of_copies({ours: self.rows(ours) for ours in self.copies.values()})
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return rows of a tensor of the state dict in FP32. Only those of stacked experts are read."""
-        of = self._checked[name]
+        of = self._slots[name]
         stacked = of[0].expert is not None
         parts = [self.read(slot, torch.float32) for slot in (of[rows] if stacked else of)]
         return (torch.stack(parts) if stacked else parts[0][rows]).float()

@@ -151,7 +151,7 @@ class InitialWeights(NamedTuple):
     """The start of a training run from a DeepSeek or Hugging Face folder."""
 
     tensors: PretrainedTensors
-    """Its model, of which nothing is read yet."""
+    """Its model, checked."""
     tokenizer: Path | None
     """The folder's tokenizer.json; None if it has none, or that of bytes, which dsmini.convert writes."""
 
@@ -163,4 +163,6 @@ def find_initial_weights(folder: Path) -> InitialWeights:
     """
     tokenizer = folder / "tokenizer.json"
     own = is_there(tokenizer) and read_text(tokenizer) != byte_tokenizer_json()
-    return InitialWeights(PretrainedTensors(folder), tokenizer if own else None)
+    tensors = PretrainedTensors(folder)
+    tensors.check()
+    return InitialWeights(tensors, tokenizer if own else None)
