@@ -112,6 +112,6 @@ def load_part(
 ) -> Transformer:
     """Load a rank's part of a folder's model, as dsmini.generate does."""
     share = ExpertShare(world, placement)
-    model = world.together(lambda: pretrained.load_pretrained(folder, dtype, fp8, holding=share))
+    model = world.together(lambda: load.load_pretrained(folder, dtype, fp8, holding=share))
     share.connect(model)
     return model
