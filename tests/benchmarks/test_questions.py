@@ -1,8 +1,10 @@
 """Run all questions of benchmarks/ in small sizes: figures are complete, and counts equal their predictions."""
 
+import ctypes
 import dataclasses
 import json
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,6 +272,21 @@ def test_nanogpt_learns_a_text() -> None:
 
 
 # --- kernels, and machines without BF16 units
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this is not glibc")
+def test_freed_memory_is_kept_only_inside() -> None:
+    """Count the pages that the system gives for a tensor of 128 MiB when it is made again."""
+
+    def pages() -> int:
+        torch.ones(1 << 25)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 25)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with quantize.freed_memory_kept():
+        assert pages() < 20
+    assert pages() > 50
 
 
 def test_kernel_whose_bits_differ_is_an_error() -> None:
