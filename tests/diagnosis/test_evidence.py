@@ -332,6 +332,19 @@ def test_predicted_delay(workers: int, cpu: float, want: list[float], monkeypatc
         assert loader_delay.slack_of(delays, want, workers) == pytest.approx(slack), "where slope and level meet"
 
 
+@pytest.mark.parametrize(("workers", "slack"), [(0, 0.0), (1, 0.18), (2, 0.38)])
+def test_predicted_slack(
+    subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch, workers: int, slack: float
+) -> None:
+    """Check a step of 200 ms and batches of 20, which each thread prepares for a step of its own."""
+    data = dataclasses.replace(subject.config.data, workers=workers)
+    monkeypatch.setattr(subject.trainer, "config", dataclasses.replace(subject.config, data=data))
+    monkeypatch.setattr(loader_delay, "forecast", lambda *_: SimpleNamespace(seconds=0.2))
+    monkeypatch.setattr(loader_delay, "time_batches", lambda _: BatchTime(seconds=0.02, cpu=0.0))
+    monkeypatch.setattr(loader_delay, "in_turns", lambda arms, _: {name: [1.0] for name in arms})
+    assert loader_delay.numbers(subject, rates, 0.0).predicted_slack == pytest.approx(slack)
+
+
 def test_held_batches_are_let_go(subject: Subject) -> None:
     """Check that a batch held for an hour is there when the experiment is over; else this test ends by its limit."""
     with loader_delay.delayed(subject) as delay:

@@ -145,6 +145,15 @@ def test_a_cache_keeps_what_was_used_last() -> None:
         del results
 
 
+@pytest.mark.parametrize(("n", "first", "again"), [(1000, 4000, 0), (3000, 24_000, 24_000)])
+def test_a_kernel_finds_in_the_cache_what_was_used_last(n: int, first: int, again: int) -> None:
+    """Count a kernel that changes a tensor in place: one that a cache of 8,100 bytes holds, and a larger one."""
+    counter, x = Count(8100), torch.rand(n)
+    for _ in range(2):
+        counter.kernel_ran("kernel", ops.Cost(x.nbytes, x.nbytes, 0), None, 1.0, [x])
+    assert [op.cold for op in counter.operations] == [first, again]
+
+
 @pytest.mark.parametrize("shapes", [((1, 64), (64, 512)), ((512, 64), (64, 1))])
 def test_a_row_is_a_row_on_either_side(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
     a, b = map(torch.rand, shapes)

@@ -49,6 +49,7 @@ def test_curves_are_followed_between_and_beyond_their_sizes() -> None:
     assert point_seconds(machine, "move", "float32", 1e8, 1.0) == pytest.approx(4e-2)
     assert flops_rate(machine, "product", "float32", 1e3, 0.0) == pytest.approx(1e11)
     assert flops_rate(machine, "product", "float32", 1e6, 1.0) == pytest.approx(1e11 / 4)
+    assert flops_rate(machine, "product", "float32", 1e6, 0.5) == pytest.approx(1e11 / 2.5), "their seconds add up"
 
 
 def test_products_go_by_matrix_size_softmax_by_its_curve() -> None:
