@@ -1,5 +1,10 @@
-"""The optimizers: Muon for the matrices inside the blocks, AdamW for the rest or for all; and their state."""
+"""The optimizers: Muon for the matrices inside the blocks, AdamW for the rest or for all; and their state.
 
+Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) turns a matrix's momentum into the nearest matrix whose
+singular values are all 1, so that no direction of the update is lost next to a few large ones.
+"""
+
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +14,102 @@ from torch.optim import Optimizer
 
 from dsmini.config import TrainConfig
 from dsmini.distributed.data_parallel import local
-from dsmini.functional.muon import NEWTON_SCHULZ, muon_update
-from dsmini.training.adamw import AdamWBF16
-from dsmini.training.muon import Muon
+from dsmini.functional.muon import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
+
+
+class AdamWBF16(Optimizer):
+    """AdamW whose two moments are stored in BF16 and computed in FP32, as in DeepSeek-V3: half the optimizer's memory.
+
+    The stored moments are rounded, the update is not. The rounding errors, of at most u = 2^-8 each, fade as the
+    moments do: the error of the second moment is at most u / (1 - beta2), 8 % at 0.95. With beta2 above 0.998 it could
+    never fall again: a step takes away less than half a BF16 step.
+
+    Source: DeepSeek-V3 report, section 3.3.3.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                t = state["step"].item()
+                grad = p.grad.float()
+                m = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(v)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = v.div_(1 - beta2**t).sqrt_().add_(group["eps"])
+                p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**t))
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: each matrix [o, i] moves by -lr sqrt(max(1, o/i)) times the matrix nearest to its
+    (Nesterov) momentum with singular values of about 1. A stack [e, o, i] is e matrices.
+
+    Weight decay is decoupled and multiplied by lr. Matrices of one size, tall or wide, are iterated on together.
+
+    Only directions count, not sizes. The rest of the momentum of an expert that no token visited would become a whole
+    step. So in a stack a matrix whose gradient is zero only decays (docs/log.md).
+
+    Args:
+        update: computes `muon_update`, also of matrices that are divided among processes.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        matmul_dtype: torch.dtype = torch.float32,
+        newton_schulz: NewtonSchulz = JORDAN,
+        update: Callable[..., None] = muon_update,
+    ) -> None:
+        self.matmul_dtype, self.newton_schulz, self.update = matmul_dtype, newton_schulz, update
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            by_size: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_size[tuple(sorted(p.shape[-2:]))].append(p)
+            for params in by_size.values():
+                self.update(
+                    MuonMatrices(
+                        params=params,
+                        grads=[p.grad for p in params if p.grad is not None],
+                        momenta=[self._momentum(p) for p in params],
+                    ),
+                    self.newton_schulz,
+                    lr=group["lr"],
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                    matmul_dtype=self.matmul_dtype,
+                )
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """Return the momentum of a parameter, zeros at first."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
 
 
 def optimizers(

@@ -1,11 +1,13 @@
-"""A whole training run: its steps and validations up to the end or a stop, recorded and saved."""
+"""A whole training run: the loop of batch, step, log, save and validate, up to the end or a stop."""
 
 import io
 import json
 import os
+import signal
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,21 +29,22 @@ from dsmini.checkpoint.training_state import (
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.console.messages import say
 from dsmini.console.progress import patience
-from dsmini.distributed.meeting import told
+from dsmini.distributed.heartbeat import Heartbeat
+from dsmini.distributed.meeting import held_by_launcher, store_client, told
+from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.world import World
 from dsmini.machine import peak_memory
 from dsmini.nn import Transformer
 from dsmini.text.tokenizer import Tokenizer
-from dsmini.training.history import History
+from dsmini.training.events import EventLog, log_path, put_aside_crash_loops, read_events
 from dsmini.training.plots import plot_run
-from dsmini.training.progress import TrainingProgress
-from dsmini.training.record import METRICS, StepRecord
+from dsmini.training.progress import TrainingProgress, validate
+from dsmini.training.record import METRICS, History, StepRecord
 from dsmini.training.saving import NotSavedError, Saver
+from dsmini.training.spikes import Spikes
 from dsmini.training.stopping import StopAskedError, StopSignals, asked_to_stop
-from dsmini.training.survival import Survival
 from dsmini.training.tensorboard import TensorBoard
 from dsmini.training.trainer import StepResult, Trainer
-from dsmini.training.validation import validate
 from dsmini.training.watcher import BindingChange, Watcher
 
 PLOT_EVERY = 30.0
@@ -64,9 +67,13 @@ class TrainingRun:
         self.world = world or World()
         self.folder: Path = config.out
         self.history = History(config.train.steps)
-        self.survival = Survival(config, self.world)
-        self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.survival.note("saved", step))
-        trainer.phase = self.survival.phase
+        attempt, self.put_aside = self.world.first(self._look_back)
+        self.log = EventLog(log_path(self.folder, self.world.rank), attempt)
+        self.begun = False
+        self.saver = Saver(config, trainer, self.history, self.world, lambda step: self.note("saved", step))
+        self.spikes = Spikes()
+        self.heartbeat: Heartbeat | None = None
+        trainer.phase = self.phase
         self.board: TensorBoard | None = None
         self.watcher: Watcher | None = None
         """Told of every step, to say when what binds the run changes."""
@@ -77,24 +84,7 @@ class TrainingRun:
         self.plot_seconds = 0.0
         self.next_plot = 1 / PLOT_SHARE  # as if drawing took a second
 
-    def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
-        """Return the newest checkpoint that is whole and fits, as all processes read it. Raises: as last_checkpoint."""
-        saver, world = self.saver, self.world
-        share = (world.rank, world.size)
-        return last_checkpoint(self.folder, saver.parts, saver.fits, say, world.together, share)
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Restore a checkpoint of this run that its saver `fits`."""
-        self.survival.begin(checkpoint.state.step)
-        try:
-            lost = self.saver.restore(checkpoint)
-        except KeyboardInterrupt:  # no crash of this checkpoint
-            self.survival.note("stopped", checkpoint.state.step)
-            raise
-        self.survival.note("restored", checkpoint.state.step)
-        if lost:
-            of = f"{lost} of {checkpoint.state.step} steps"
-            say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
+    # --- the loop
 
     def train(self) -> bool:
         """Run the steps that are left, or those until a signal, and save the state; return whether it came to the end.
@@ -103,67 +93,52 @@ class TrainingRun:
             differ, and after more than train.max_rewinds spikes; OSError, or rich's exit for a closed pipe, where
             something could not be written, after saving the state if that can be done.
         """
-        if self.config.train.tensorboard and self.world.rank == 0:
-            self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), self._steps_done)
+        progress = TrainingProgress(self.console, self.config.train.steps, self.config.seq_len)
+        self._begin(self.trainer.steps_done)
         try:
-            complete = self._train()
+            with self._watched(), asked_to_stop(self.world.any if self.world.size > 1 else None) as asked, progress:
+                self._open_records()
+                self._take_steps(progress, asked)
+            if self.failure is not None:
+                raise self.failure
             self.saver.finish()
         except BaseException as error:
             with suppress(NotSavedError):  # the first error is the one to tell
                 self.saver.finish()
-            self.survival.note("failed", self._steps_done, error=type(error).__name__)
+            self.note("failed", error=type(error).__name__)
             records = self.history.records
             failed_to_write = isinstance(error, OSError | SystemExit) and not isinstance(error, NotSavedError)
-            if failed_to_write and self.world.size == 1 and records and records[-1].step == self._steps_done:
+            whole = bool(records) and records[-1].step == self.trainer.steps_done
+            if failed_to_write and self.world.size == 1 and whole:
                 self._save()
             raise
         finally:
-            if self.board is not None:
-                self.board.close()
-        self.survival.note("finished" if complete else "stopped", self._steps_done)
-        return complete
-
-    @property
-    def _steps_done(self) -> int:
-        return self.trainer.steps_done
-
-    def _train(self) -> bool:
-        progress = TrainingProgress(self.console, self.config.train.steps, self.config.seq_len)
-        self.survival.begin(self._steps_done)
-        with self.survival.watched(), asked_to_stop(self.world.any if self.world.size > 1 else None) as asked, progress:
-            self.metrics = self._metrics()
-            try:
-                self._take_steps(progress, asked)
-            finally:
-                self.metrics.close()
-        if self.failure is not None:
-            raise self.failure
+            self._close_records()
+        self.note("stopped" if asked.agreed else "finished")
         return not asked.agreed
 
     def _take_steps(self, progress: TrainingProgress, asked: StopSignals) -> None:
-        train, history = self.config.train, self.history
-        self.trainer.stop = lambda: bool(asked.numbers)
+        train, history, trainer = self.config.train, self.history, self.trainer
+        trainer.stop = lambda: bool(asked.numbers)
         if history.records:  # resumed: the last step may not have been validated yet
             if history.records[-1].val_loss is None:
                 self._validate(progress, asked)
             self._record(asked)
-        while self._steps_done < train.steps and not (asked.agreed and history.records):
-            step = self.trainer.step()
+        while trainer.steps_done < train.steps and not (asked.agreed and history.records):
+            step = trainer.step()
             stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watcher is None else self.watcher.see(step)
-            self.survival.after_step(self.trainer, step.seconds)
-            if self._rewind(step, progress):
+            self._after_step(step)
+            if train.max_rewinds and self.spikes.see(step.step, step.loss) and self._rewind(step, progress):
                 continue
             self._keep(step, change)
-            progress.show(step, history.tokens_per_s())
-            if change is not None:
-                progress.say(change.sentence)
+            progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
             last, lost = step.step == train.steps, history.skipped_in_a_row >= train.max_skipped
             if last or stopping or lost:
-                self._finish_saving(progress)
+                self._tell_failure(self.saver.finish, progress)
                 self._save()
             elif step.step % train.save_every == 0 and not step.skipped:  # else nothing new is to be saved
-                self._save_if_possible(progress)
+                self._tell_failure(lambda: self._save(background=train.save_in_background), progress)
             self._validate(progress, asked)
             self._record(asked)
             if lost:
@@ -173,46 +148,6 @@ class TrainingRun:
                 self.plot()
         if asked.agreed:
             self._save()  # if the signal came after the last save
-
-    def _rewind(self, step: StepResult, progress: TrainingProgress) -> bool:
-        """Return to the last checkpoint if the loss of a step is a spike, and leave out the batches since.
-
-        Raises: ArithmeticError after train.max_rewinds of them.
-        """
-        most, survival = self.config.train.max_rewinds, self.survival
-        if not most or not survival.spikes.see(step.step, step.loss):
-            return False
-        self._finish_saving(progress)
-        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
-            progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
-            return False
-        checkpoint = self.newest_checkpoint(progress.say)
-        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
-        self.saver.restore(checkpoint)
-        self.trainer.left_out = left_out
-        self.metrics.close()
-        self.metrics = self._metrics()
-        if self.history.records:
-            self._record(StopSignals())
-        survival.rewound(checkpoint.state.step)
-        progress.say(
-            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
-            f"batches since (rewind {left_out.rewinds} of {most})"
-        )
-        return True
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer in the run's folder, or that of bytes."""
-        return run_tokenizer(self.folder, self.config)
-
-    def _metrics(self) -> TextIO:
-        """Open metrics.jsonl to append, with the lines of all steps before the last record, and no others."""
-        if self.world.rank:
-            return open(os.devnull, "w", encoding="utf-8")
-        path = self.folder / METRICS
-        write_text(path, "".join(json.dumps(record.row()) + "\n" for record in self.history.records[:-1]))
-        return path.open("a", encoding="utf-8")
 
     def _keep(self, step: StepResult, change: BindingChange | None = None) -> None:
         """Add a step to the history, with the change that the watcher saw at it."""
@@ -228,13 +163,105 @@ class TrainingRun:
 
     def _validate(self, progress: TrainingProgress, asked: StopSignals) -> None:
         """Validate the last step if that is due, and save it if a signal comes: a resumed run validates it again."""
-        self.survival.phase("validating")
+        self.phase("validating")
         try:
             if not asked.agreed and (scores := validate(self.trainer, progress, asked)):
                 self.history.validated(**scores)
-                self.survival.note("validated", self._steps_done)
+                self.note("validated")
         except StopAskedError:
             self._save()
+
+    def _save(self, *, background: bool = False) -> None:
+        if self.saver.saved_at == self.trainer.steps_done:
+            return
+        self.phase("saving")
+        with patience(self.console, "saving"):
+            self._compare_replicas()  # a flipped bit must not be saved
+            self.saver.save(background=background)
+
+    def _tell_failure(self, save: Callable[[], None], progress: TrainingProgress) -> None:
+        """Do something for a checkpoint on the way. A failure is only reported: nothing is lost yet."""
+        try:
+            save()
+        except NotSavedError as error:
+            progress.say(f"{error}; training continues")
+
+    def _rewind(self, step: StepResult, progress: TrainingProgress) -> bool:
+        """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
+
+        Raises: ArithmeticError after train.max_rewinds of them.
+        """
+        most = self.config.train.max_rewinds
+        self._tell_failure(self.saver.finish, progress)
+        if not self.world.first(lambda: bool(checkpoint_folders(self.folder))):
+            progress.say(f"step {step.step}: the loss is a spike; there is no checkpoint to return to")
+            return False
+        checkpoint = self.newest_checkpoint(progress.say)
+        left_out = self.trainer.left_out.skip(checkpoint.state.sequences, self.trainer.sequences, most_rewinds=most)
+        self._close_records()
+        self.saver.restore(checkpoint)
+        self.trainer.left_out = left_out
+        self.spikes.rewind(self.trainer.steps_done)
+        self.note("rewound")
+        self._open_records()
+        self._record(StopSignals())
+        progress.say(
+            f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
+            f"batches since (rewind {left_out.rewinds} of {most})"
+        )
+        return True
+
+    def _why_lost(self) -> str:
+        """Return in words what happened, and where to continue with a smaller learning rate."""
+        train, step, skipped = self.config.train, self.trainer.steps_done, self.history.skipped_in_a_row
+        lower = f"--train.lr {train.lr / 2:g}"
+        if train.optimizer == "muon":
+            lower += f" --train.muon-lr {train.muon_lr / 2:g}"
+        before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
+        further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
+        return (
+            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or continue more "
+            f"slowly with --resume {self.folder} {lower}{further_back}"
+        )
+
+    # --- checkpoints
+
+    def newest_checkpoint(self, say: Callable[[str], None]) -> Checkpoint:
+        """Return the newest checkpoint that is whole and fits, as all processes read it. Raises: as last_checkpoint."""
+        saver, world = self.saver, self.world
+        share = (world.rank, world.size)
+        return last_checkpoint(self.folder, saver.parts, saver.fits, say, world.together, share)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Restore a checkpoint of this run that its saver `fits`."""
+        self._begin(checkpoint.state.step)
+        try:
+            lost = self.saver.restore(checkpoint)
+        except KeyboardInterrupt:  # no crash of this checkpoint
+            self.note("stopped", checkpoint.state.step)
+            raise
+        self.note("restored")
+        if lost:
+            of = f"{lost} of {checkpoint.state.step} steps"
+            say(self.console, f"{METRICS} lacks {of}; the plots leave them out")
+
+    # --- what is written on the way
+
+    def _open_records(self) -> None:
+        """Open metrics.jsonl to append, with the lines of all steps before the last record, which comes again."""
+        if self.world.rank:
+            return
+        path, records = self.folder / METRICS, self.history.records
+        write_text(path, "".join(json.dumps(record.row()) + "\n" for record in records[:-1]))
+        self.metrics = path.open("a", encoding="utf-8")
+        if self.config.train.tensorboard:
+            first = records[-1].step if records else 1
+            self.board = TensorBoard(self.folder / "tensorboard", moe_layers(self.config.model), first)
+
+    def _close_records(self) -> None:
+        self.metrics.close()
+        if self.board is not None:
+            self.board.close()
 
     def _record(self, asked: StopSignals) -> None:
         """Write the record of the last step, which is complete now.
@@ -242,6 +269,8 @@ class TrainingRun:
         Where there are other processes, an error asks all to stop after this step, and comes after their save.
         """
         record = self.history.close_last()
+        if self.world.rank:
+            return
         try:
             self.metrics.write(json.dumps(record.row()) + "\n")
             self.metrics.flush()
@@ -253,55 +282,10 @@ class TrainingRun:
             self.failure = error
             asked.numbers.append(0)
 
-    def _save(self, *, background: bool = False) -> None:
-        if self.saver.saved_at == self._steps_done:
-            return
-        self.survival.phase("saving")
-        with patience(self.console, "saving"):
-            self.survival.check_replicas(self.trainer)  # a flipped bit must not be saved
-            self.saver.save(background=background)
-
-    def _save_if_possible(self, progress: TrainingProgress) -> None:
-        """Save a checkpoint on the way. A failure is only reported: nothing is lost yet."""
-        try:
-            self._save(background=self.config.train.save_in_background)
-        except NotSavedError as error:
-            progress.say(f"{error}; training continues")
-
-    def _finish_saving(self, progress: TrainingProgress) -> None:
-        """Wait for a save in the background. A failure is only reported, as that of any save on the way."""
-        try:
-            self.saver.finish()
-        except NotSavedError as error:
-            progress.say(f"{error}; training continues")
-
-    def _why_lost(self) -> str:
-        """Return in words what happened, and where to continue with a smaller learning rate."""
-        train, step, skipped = self.config.train, self._steps_done, self.history.skipped_in_a_row
-        lower = f"--train.lr {train.lr / 2:g}"
-        if train.optimizer == "muon":
-            lower += f" --train.muon-lr {train.muon_lr / 2:g}"
-        before = [folder for folder in checkpoint_folders(self.folder) if checkpoint_step(folder) < step - skipped]
-        further_back = f", or from further back with --init {before[0]} {lower}" if before else ""
-        return (
-            f"no finite gradient in the {skipped} steps up to step {step}; look at the data, or continue more "
-            f"slowly with --resume {self.folder} {lower}{further_back}"
-        )
-
-    def whole_model(self) -> Transformer:
-        """Return the model, or where several processes have parts of it, the saved one, whose memory is the file's.
-
-        Raises: ValueError for one that does not fit into this process next to its part.
-        """
-        if self.world.size == 1:
-            return self.trainer.model
-        reader = SafetensorsReader(checkpoint_folder(self.config, self._steps_done) / "model.safetensors")
-        nbytes, device = sum(stored.nbytes for stored in reader.tensors.values()), self.trainer.device
-        refuse_too_large(nbytes, "the whole model in one process", device)
-        with torch.device("meta"):
-            model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
-        model.load_state_dict(reader.read_all(), assign=True)
-        return model.to(device)
+    def note(self, event: str, step: int | None = None, **fields: Any) -> None:
+        """Log an event of the whole run, once."""
+        if self.world.rank == 0:
+            self.log.write(event, self.trainer.steps_done if step is None else step, **fields)
 
     def plot(self) -> None:
         """Draw the records so far, and set next_plot so that drawing takes at most PLOT_SHARE of the time."""
@@ -313,13 +297,107 @@ class TrainingRun:
         with patience(self.console, "drawing"):
             plot_run(self.folder, self.history.records, loads)
         taken = time.perf_counter() - start
-        self.survival.note("plotted", self._steps_done)
+        self.note("plotted")
         self.plot_seconds += taken
         self.next_plot = max(self.history.seconds + PLOT_EVERY, (self.plot_seconds + taken) / PLOT_SHARE)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run: with it the run is complete."""
         write_json(self.folder / "summary.json", summary)
+
+    # --- survival
+
+    def _look_back(self) -> tuple[int, list[Path]]:
+        """Return the number of this attempt, and the checkpoints that no attempt survived, which are put aside."""
+        before = read_events(self.folder)
+        attempt = 1 + max((event["attempt"] for event in before), default=0)
+        return attempt, put_aside_crash_loops(self.config, EventLog(log_path(self.folder), attempt), before)
+
+    def _begin(self, step: int) -> None:
+        """Log the start of this attempt, once, from the checkpoint of a step or from none."""
+        if not self.begun:
+            self.begun, parallel = True, self.config.parallel
+            dp = parallel.parts(self.world.size) // parallel.ep
+            layout = {"pp": parallel.pp, "dp": dp, "ep": parallel.ep}
+            self.note("started", step, world_size=self.world.size, layout=layout)
+
+    def phase(self, name: str) -> None:
+        """Tell the others that the main thread moved: forward, backward, optimizer, between, validating, saving."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.trainer.steps_done, name)
+
+    def _after_step(self, step: StepResult) -> None:
+        """Log a step, and compare replicas from time to time."""
+        self.note("step", seconds=step.seconds)
+        self.phase("between")
+        every = self.config.parallel.check_replicas
+        if every and step.step % every == 0:
+            self._compare_replicas()
+
+    def _compare_replicas(self) -> None:
+        """Compare what several ranks hold alike, bit for bit.
+
+        Raises: ArithmeticError on all ranks, naming those that differ.
+        """
+        if self.world.size == 1:
+            return
+        ranks, words = unequal_replicas(self.world, self.trainer.held_alike())
+        if words:
+            self.note("corrupted", rank=ranks)
+            raise told(
+                ArithmeticError(
+                    f"after step {self.trainer.steps_done} {words}: a bit flipped in memory; the run continues from "
+                    f"its last checkpoint with --resume {self.folder}"
+                )
+            )
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Watch over the processes of the run inside the block."""
+        world, timeout = self.world, self.config.parallel.timeout
+        if world.size == 1:
+            yield
+            return
+
+        def on_stall(rank: int, seconds: float, sentence: str) -> None:
+            self.log.write("stalled", self.trainer.steps_done, rank=rank, sentence=sentence, seconds=seconds)
+            words = f"{sentence}; the run continues from its last checkpoint with --resume\n"
+            os.write(sys.stderr.fileno(), words.encode())  # the main thread may hold the lock of print
+
+        def on_lost() -> None:
+            if held_by_launcher():
+                if world.rank == 0:
+                    print("the launcher has ended, so the run is saved and stops", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        store = store_client("heartbeat", timeout)
+        with Heartbeat(world.rank, world.size, store, timeout, on_stall, on_lost) as self.heartbeat:
+            try:
+                yield
+            finally:
+                self.heartbeat = None
+
+    # --- for the end
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in the run's folder, or that of bytes."""
+        return run_tokenizer(self.folder, self.config)
+
+    def whole_model(self) -> Transformer:
+        """Return the model, or where several processes have parts of it, the saved one, whose memory is the file's.
+
+        Raises: ValueError for one that does not fit into this process next to its part.
+        """
+        if self.world.size == 1:
+            return self.trainer.model
+        reader = SafetensorsReader(checkpoint_folder(self.config, self.trainer.steps_done) / "model.safetensors")
+        nbytes, device = sum(stored.nbytes for stored in reader.tensors.values()), self.trainer.device
+        refuse_too_large(nbytes, "the whole model in one process", device)
+        with torch.device("meta"):
+            model = Transformer(self.config.model, compute_dtype=self.trainer.model.compute_dtype)
+        model.load_state_dict(reader.read_all(), assign=True)
+        return model.to(device)
 
 
 def moe_layers(config: ModelConfig) -> list[str]:

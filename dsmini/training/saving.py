@@ -1,8 +1,7 @@
 """Save the state of a run in checkpoints, and restore it from one."""
 
-import threading
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from dsmini.atomic import sync
 from dsmini.checkpoint.training_state import (
@@ -16,38 +15,18 @@ from dsmini.checkpoint.training_state import (
     state_texts,
 )
 from dsmini.config import RunConfig
+from dsmini.distributed.checkpoint import save_pieces
 from dsmini.distributed.meeting import told
 from dsmini.distributed.pieces import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state, set_random_state
-from dsmini.training.history import History
-from dsmini.training.record import METRICS, StepRecord, read_records
+from dsmini.training.record import METRICS, History, StepRecord, read_records
 from dsmini.training.spikes import SkippedBatches
 from dsmini.training.trainer import Trainer
 
 
 class NotSavedError(OSError):
     """A checkpoint could not be written; the earlier ones are still there."""
-
-
-class _Writing:
-    """A save in a thread of its own."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(write,), name="saving")
-        self._thread.start()
-
-    def _run(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except BaseException as error:  # raised where somebody waits for the thread
-            self._error = error
-
-    def finish(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
 
 
 class Saver:
@@ -72,7 +51,8 @@ class Saver:
         self.saved_at: int | None = None
         """Step of the last checkpoint."""
         self._behind: World | None = None
-        self._writing: _Writing | None = None
+        self._thread = ThreadPoolExecutor(1, "saving")
+        self._writing: Future[None] | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -126,7 +106,11 @@ class Saver:
         Args:
             background: copy the tensors, and let a thread write them. The next save waits for it, and raises its error.
         """
-        failed = self._outcome()
+        failed: NotSavedError | None = None
+        try:
+            self.finish()
+        except NotSavedError as error:
+            failed = error
         if self.saved_at == self.trainer.steps_done:
             return
         tensors = {**self.trainer.tensors(), "rng": random_state(self.trainer.device)}
@@ -139,35 +123,31 @@ class Saver:
         staged = {
             part: {name: t.detach().to("cpu", copy=True) for name, t in of.items()} for part, of in tensors.items()
         }
-        self._writing = _Writing(partial(self._write, staged, pieces, state, self._behind))
+        self._writing = self._thread.submit(self._write, staged, pieces, state, self._behind)
         if failed is not None:
             raise failed
-
-    def _outcome(self) -> NotSavedError | None:
-        """Wait for a save in the background; return its error."""
-        try:
-            self.finish()
-        except NotSavedError as error:
-            return error
-        return None
 
     def finish(self) -> None:
         """Wait for a save in the background; raise NotSavedError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.finish()
+            writing.result()
 
     def _write(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
         """Write a checkpoint of these tensors, with those of the other processes."""
         config = self.config
         assert config.out is not None
-        metrics = config.out / METRICS
         try:
-            world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
+            world.first(
+                lambda: sync(config.out / METRICS)
+            )  # the lines before the state's own must not be lost after it
             if world.size == 1:
                 save_checkpoint(config, tensors, state)
             else:
-                self._write_pieces(tensors, pieces, state, world)
+                held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
+                texts, metadata = state_texts(config, state), {"step": str(state.step)}
+                save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
+                world.first(lambda: prune(config, state))
         except OSError as error:
             kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
@@ -175,15 +155,6 @@ class Saver:
             raise told(NotSavedError(sentence)) from None
         self.saved_at = state.step
         self.on_saved(state.step)
-
-    def _write_pieces(self, tensors: Tensors, pieces: Pieces, state: RunState, world: World) -> None:
-        from dsmini.distributed.checkpoint import save_pieces
-
-        held = {part: {name: (pieces[part][name], t) for name, t in of.items()} for part, of in tensors.items()}
-        folder = checkpoint_folder(self.config, state.step)
-        texts = state_texts(self.config, state)
-        save_pieces(world, folder, held, texts, {"step": str(state.step)})
-        world.first(lambda: prune(self.config, state))
 
     def _state(self) -> RunState:
         trainer, history = self.trainer, self.history

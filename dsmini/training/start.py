@@ -35,9 +35,8 @@ from dsmini.distributed.replicas import hashed
 from dsmini.distributed.world import World, device_of_rank, joined, threads_of_rank
 from dsmini.machine import DTYPES, pick_device, pick_dtype
 from dsmini.reading import read_bytes, read_table
-from dsmini.training.changes import check_resume, differences
 from dsmini.training.events import read_events
-from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute
+from dsmini.training.origin import INIT, FirstWeights, RunOrigin, absolute, check_resume, differences
 from dsmini.training.part_memory import refuse_oversized
 from dsmini.training.run import TrainingRun
 from dsmini.training.tensorboard import require_tensorboard
@@ -82,7 +81,7 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
             trainer = _new_trainer(origin, config, corpus, device, part, world, console)
             training = TrainingRun(config, trainer, console, world)
             lines = _first_steps(origin, training)
-            aside = [f"{f} was put aside: no attempt survived it" for f in training.survival.quarantined]
+            aside = [f"{f} was put aside: no attempt survived it" for f in training.put_aside]
             for line in [*_introduction(config, corpus), *aside, *lines]:
                 say(console, line)
             yield training

@@ -1,6 +1,7 @@
-"""The summary of a finished run: its figures, as numbers and in words."""
+"""The end of a finished run: its figures, as numbers and in words, and a sample of what it writes."""
 
 import math
+import shlex
 import time
 from typing import Any
 
@@ -10,14 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmini import accounting
-from dsmini.machine import DTYPES, matmul_rate, peak_memory
+from dsmini.console.messages import say
+from dsmini.console.printable import printable
+from dsmini.inference.generation import Generation
+from dsmini.inference.sampling import Sampling
+from dsmini.machine import DTYPES, peak_memory
 from dsmini.training.events import read_events, time_of_run
+from dsmini.training.progress import final_windows
 from dsmini.training.run import TrainingRun
-from dsmini.training.validation import final_windows
+
+TEMPERATURE = 0.8
+PROMPT_WORDS = 3
+"""Maximum number of words in the prompt that a run offers."""
+PROMPT_CHARACTERS = 40
+"""Maximum number of characters in it."""
 
 
 def summarise(run: TrainingRun) -> dict[str, Any]:
-    """Return the figures of the whole run. Measures this machine's matrix peak (a second)."""
+    """Return the figures of the whole run."""
     config, trainer, model = run.config, run.trainer, run.trainer.model.config
     history, last = run.history, run.history.records[-1]
     device, dtype = trainer.device, DTYPES[config.train.dtype]
@@ -26,7 +37,6 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     rate = tokens / history.seconds
     stage = config.train.dsa_stage
     flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=stage).total * rate
-    peak = matmul_rate(device, dtype)
     cache = accounting.kv_bytes_per_token(model, dtype.itemsize)
     mha_cache = accounting.mha_kv_bytes_per_token(model, dtype.itemsize)
     vio = [record.max_vio for record in history.recent() if record.max_vio is not None]
@@ -53,8 +63,6 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "parameters": parameters.total,
         "active_parameters": parameters.active,
         "flops_per_s": flops,
-        "matrix_peak": peak,
-        "peak_share": flops / peak,
         "dtype": config.train.dtype,
         "device": config.train.device,
         "threads": torch.get_num_threads(),
@@ -97,11 +105,7 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [
         ("parameters", f"{s['parameters']:,}, of which {s['active_parameters']:,} are active for a token"),
         ("training", f"{s['tokens']:,} tokens in {s['train_seconds']:.0f} s: {s['tokens_per_s']:,.0f} tokens/s"),
-        (
-            "speed",
-            f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s, {s['peak_share']:.0%} of the {s['matrix_peak'] / 1e9:.0f} that "
-            f"this machine reached in {s['dtype']} matrix products",
-        ),
+        ("speed", f"{s['flops_per_s'] / 1e9:.1f} GFLOP/s in {s['dtype']}"),
         ("memory", f"{s['peak_memory'] / 2**20:,.0f} MiB at the peak"),
         ("cache", f"{s['cache_bytes_per_token']:,} bytes a token in {s['dtype']}; {vs}"),
     ]
@@ -115,3 +119,58 @@ def summary_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     if s["skipped"]:
         lines.append(("skipped", f"{s['skipped']} steps, for a gradient that was not finite"))
     return lines
+
+
+def write_sample(run: TrainingRun) -> str:
+    """Let a trained model continue train.sample_prompt; return the whole text, "" if none is wanted or possible.
+
+    On the screen control characters are pictures. The text that is returned has them as they are.
+    """
+    train, console = run.config.train, run.console
+    if not train.sample_tokens:
+        return ""
+    try:
+        model = run.whole_model().eval()
+    except ValueError as error:
+        say(console, f"no sample: {error}")
+        return ""
+    tokenizer = run.tokenizer
+    decoder, text = tokenizer.stream(), train.sample_prompt
+    console.rule(f"a sample at temperature {TEMPERATURE}")
+    console.out(printable(text), end="", highlight=False)
+    generation = Generation(
+        model,
+        [tokenizer.encode(text).tolist()],
+        train.sample_tokens,
+        sampling=Sampling(temperature=TEMPERATURE),
+        generator=torch.Generator().manual_seed(train.seed),
+        slide=True,
+    )
+    try:
+        for (tokens,) in generation:
+            piece = decoder.decode(tokens)
+            console.out(printable(piece), end="", highlight=False)
+            text += piece
+    except ValueError as error:  # a model whose training failed has no finite logits
+        say(console, f"no sample: {error}")
+    finally:
+        console.print()
+        console.rule()
+    return text + decoder.decode([], final=True)
+
+
+def offered_prompt(run: TrainingRun) -> str:
+    """Return a prompt from the text that a run was trained on, as a shell takes it."""
+    if run.config.data.path is None:  # the source code of Python's library
+        return "'def '"
+    corpus = run.trainer.corpus
+    text = corpus.val if corpus.rearranged else corpus.train  # held-out text is never rearranged
+    tokens = text[:256].tolist()
+    first = tokens[: tokens.index(corpus.end_of_document)] if corpus.end_of_document in tokens else tokens
+    lines = run.tokenizer.decode(first).splitlines()
+    for words in (line.split()[:PROMPT_WORDS] for line in lines):
+        prompt = " ".join(words)
+        fits = 0 < len(prompt) <= PROMPT_CHARACTERS and prompt.isprintable() and "\ufffd" not in prompt
+        if fits and not prompt.startswith("-"):  # else the command line takes it for a flag
+            return shlex.quote(prompt)
+    return "TEXT"

@@ -29,14 +29,14 @@ class TensorBoard:
     Args:
         folder: folder of the event files; made if missing.
         layers: names of the MoE layers, in the order of a record's `layer_max_vio` and `loads`.
-        steps_done: number of the run's steps before this process. Later ones of an earlier process are not shown.
+        first: number of the first step that is added. That one and later ones of an earlier process are not shown.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[str], steps_done: int = 0) -> None:
+    def __init__(self, folder: Path, layers: Sequence[str], first: int = 1) -> None:
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         self.layers = layers
-        purge_step = steps_done + 1 if folder.exists() else None
+        purge_step = first if folder.exists() else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def add(self, record: StepRecord) -> None:

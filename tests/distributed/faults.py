@@ -64,7 +64,7 @@ class Faults:
 
     def take(self, phase: str, *kinds: str) -> Fault | None:
         """Return a fault that is due, after it was noted."""
-        step = self.training.survival.step + 1
+        step = self.training.trainer.steps_done + 1
         due = (f for f in self.left if f.step <= step and f.phase == phase and (f.kind in kinds) == bool(kinds))
         fault = next((one for one in due if kinds or one.kind not in (*LOSS, "flip")), None)
         if fault is not None:
@@ -112,7 +112,7 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
     """Let a run meet faults."""
     mine, trainer = Faults(faults, training), training.trainer
     of_this_process[:] = [mine]
-    real_phase, real_passes = training.survival.phase, trainer.passes.train
+    real_phase, real_passes = training.phase, trainer.passes.train
 
     def phase(name: str) -> None:
         real_phase(name)
@@ -123,10 +123,10 @@ def inject(training: TrainingRun, faults: Sequence[Fault]) -> None:
         factor = 1.0 if fault is None else LOSS[fault.kind]
         return real_passes(dataclasses.replace(batch, parts=batch.parts / factor), device)
 
-    training.survival.phase = trainer.phase = phase
+    training.phase = trainer.phase = phase
     trainer.passes.train = passes
     for module, name, before, after in (
-        (checkpoint, "save_pieces", "staged", None),
+        (saving, "save_pieces", "staged", None),
         (checkpoint, "_write_all", "writing", "written"),
         (checkpoint, "finish_folder", "before_rename", "renamed"),
         (saving, "prune", "before_prune", "pruned"),

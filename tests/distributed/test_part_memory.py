@@ -16,7 +16,7 @@ from dsmini.distributed.drawing import ModelPart
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
 from dsmini.training.part_memory import part_bytes, refuse_oversized
-from dsmini.training.sample import write_sample
+from dsmini.training.summary import write_sample
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import CPU, TRAIN, new_run, new_trainer

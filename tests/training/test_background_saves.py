@@ -132,10 +132,9 @@ def test_thread_of_a_save_does_not_say_that_the_steps_move(tmp_path: Path) -> No
     """Else a main thread that hangs would count as saving."""
     training = new_run(tmp_path, **BEHIND)
     threads: set[str] = set()
-    training.survival.heartbeat = SimpleNamespace(  # type: ignore[assignment]
+    training.heartbeat = SimpleNamespace(  # type: ignore[assignment]
         beat=lambda step, phase: threads.add(threading.current_thread().name)
     )
-    training.trainer.phase = training.survival.phase
     assert training.train()
     assert threads == {"MainThread"}
 

@@ -10,7 +10,7 @@ import torch
 from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.fields import plain
 from dsmini.config.parallel import ParallelConfig
-from dsmini.training.changes import check_init, check_resume, differences
+from dsmini.training.origin import check_init, check_resume, differences
 from tests.helpers.configs import DSA
 
 OLD = RunConfig(

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from dsmini import TrainConfig, Transformer
 from dsmini.functional.muon import JORDAN, NEWTON_SCHULZ, NewtonSchulz
-from dsmini.training.adamw import AdamWBF16
 from dsmini.training.average import ParameterAverage
-from dsmini.training.muon import Muon
-from dsmini.training.optim import optimizers
+from dsmini.training.optim import AdamWBF16, Muon, optimizers
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, FP64_UNIT, relative_error, rounding
 
 # Who moves what

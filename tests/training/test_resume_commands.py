@@ -44,14 +44,27 @@ def wait_for(process: "subprocess.Popen[str]", path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path) -> None:
-    """kill -9 at some moment after the first checkpoint; while it lives nobody else may train in its folder."""
-    folder, slow = place / "runs/killed", "--train.eval-tokens 448"
-    process = start(
-        f"{TRAIN} --train.steps 200 --train.save-every 60 --train.ema-decay 0.9 {slow} --out {folder}", place
-    )
-    wait_for(process, folder / "checkpoints/step-000060")
-    process.send_signal(signal.SIGSTOP)  # so that it is there as long as the other needs to start
+STOP_AT_THE_CHECKPOINT = """
+import os, signal
+real = os.rename
+def rename(old, new):
+    real(old, new)
+    if str(new).endswith("step-000006"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+os.rename = rename
+"""
+"""Stops a command at the moment when its checkpoint of step 6 is there."""
+
+
+def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 right after a checkpoint; while the run lives nobody else may train in its folder."""
+    folder, line = place / "runs/killed", f"{TRAIN} --train.steps 12 --train.ema-decay 0.9"
+    (place / "stop").mkdir()
+    (place / "stop/sitecustomize.py").write_text(STOP_AT_THE_CHECKPOINT)
+    with monkeypatch.context() as patch:
+        patch.setenv("EXTRA_PATH", str(place / "stop"))
+        process = start(f"{line} --out {folder}", place)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
     ((status, said),) = run_all([("dsmini.train", f"--resume {folder}")], place)
     assert status == 2 and "another process is training in" in said
     process.kill()
@@ -59,13 +72,11 @@ def test_a_run_killed_outright_goes_on_to_the_same_end(place: Path) -> None:
     assert not (folder / "summary.json").exists()
     done = run(f"dsmini.train --resume {folder}", place)
     assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stdout and "of 200 from" in done.stdout
-    never = place / "runs/never"
-    done = run(f"{TRAIN} --train.steps 200 --train.save-every 60 --train.ema-decay 0.9 {slow} --out {never}", place)
-    assert done.returncode == 0, done.stderr
+    assert "resuming after step 6 of 12 from" in done.stdout
+    never = place / "runs/x"
     assert rows(folder) == rows(never)
     for name in CHECKPOINT:
-        at_the_end = [(one / "checkpoints/step-000200" / name).read_bytes() for one in (folder, never)]
+        at_the_end = [(one / "checkpoints/step-000012" / name).read_bytes() for one in (folder, never)]
         assert at_the_end[0] == at_the_end[1], name
     assert (folder / "sample.txt").read_text() == (never / "sample.txt").read_text()
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dsmini import DataConfig
 from dsmini.training.run import TrainingRun
-from dsmini.training.sample import offered_prompt, write_sample
+from dsmini.training.summary import offered_prompt, write_sample
 from tests.helpers.runs import new_run
 
 

@@ -13,6 +13,7 @@ from dsmini.training.record import StepRecord
 from dsmini.training.tensorboard import SCALARS, TensorBoard
 from tests.helpers.commands import TINY, run
 from tests.helpers.configs import refusal
+from tests.helpers.runs import calls, kill, new_run, resumed, stopped
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 FLAGS = ["--train.tensorboard", *TINY.split()]
@@ -68,16 +69,14 @@ def test_layers_have_the_curves_and_histograms_of_the_record(tmp_path: Path) -> 
 
 @needs_tensorboard
 def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
-    """The first process came to step 5, its last checkpoint is of step 3."""
-    first = TensorBoard(tmp_path, [])
-    for step in range(1, 6):
-        first.add(record(step, loss=1.0))
-    first.close()
-    second = TensorBoard(tmp_path, [], steps_done=3)
-    for step in range(4, 8):
-        second.add(record(step, loss=2.0))
-    second.close()
-    assert scalars(shown(tmp_path), "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+    """The first process came to step 5, its last checkpoint is of step 4, which is recorded again."""
+    first = new_run(tmp_path, tensorboard=True)
+    kill_at = calls(first, 5, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, first.trainer, "forward_backward", kill_at, False)
+        stopped(first)
+    assert resumed(tmp_path, tensorboard=True).train()
+    assert [step for step, _ in scalars(shown(tmp_path / "tensorboard"), "loss")] == list(range(1, 9))
 
 
 def test_missing_library_is_a_sentence_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

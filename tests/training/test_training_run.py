@@ -26,12 +26,11 @@ from dsmini.data.corpus import Corpus, Windows
 from dsmini.machine import peak_memory
 from dsmini.training.average import ParameterAverage
 from dsmini.training.plots import plot_run
-from dsmini.training.progress import TrainingProgress
+from dsmini.training.progress import TrainingProgress, final_eval_tokens
 from dsmini.training.record import StepRecord, read_records
 from dsmini.training.run import TrainingRun
 from dsmini.training.summary import summarise, summary_lines
 from dsmini.training.trainer import Trainer
-from dsmini.training.validation import final_eval_tokens
 from tests.conftest import Clock
 
 
@@ -155,8 +154,8 @@ def test_a_second_ctrl_c_interrupts_at_once(training: TrainingRun, monkeypatch: 
 
 
 def test_signal_before_the_first_step_stops_after_it(training: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training._metrics
-    monkeypatch.setattr(training, "_metrics", lambda: (os.kill(os.getpid(), TERM), real())[1])
+    real = training._open_records
+    monkeypatch.setattr(training, "_open_records", lambda: (os.kill(os.getpid(), TERM), real()))
     before = signal.signal(TERM, lambda *_: pytest.fail("nobody was listening"))
     try:
         assert not training.train()
