@@ -22,7 +22,7 @@ CASES = {
     "tests/nn/test_cache.py": 73,
     "tests/inference/test_generation.py -k guesses": 13,
     "tests/nn/test_compile.py": 6,
-    "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 81,
+    "tests/distributed/test_layouts.py tests/distributed/test_pipeline.py": 83,
     "tests/distributed/test_drawing.py": 17,
     "tests/distributed -k faults": 56,
     "tests/distributed/test_checkpoints.py": 9,
