@@ -20,20 +20,22 @@ from dsmini.planner.request import PlanRequest
 from dsmini.reading import find_config
 
 if TYPE_CHECKING:
-    from dsmini.planner.answers import PlanAnswer
+    from dsmini.planner.answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand(PlanRequest):
     """Predict memory, time, traffic, cost and failures of a model on hardware, from its config alone.
 
-    CONFIG is a TOML file, Hugging Face's config.json or DeepSeek's inference JSON. Nothing is built or measured.
-    Training or serving that does not fit the memory is told in its section, with what would fit. It is an error if
-    you chose anything of its layout, deployment or workload, or if neither fits.
+    CONFIG is a TOML file, Hugging Face's config.json, DeepSeek's inference JSON, or a name such as deepseek-v3. Nothing
+    is built or measured. Training or serving that does not fit the memory is told, with what would fit; it is an error
+    if neither fits.
     """
 
     config: Annotated[Path | None, tyro.conf.Positional] = None
-    """The config of the model: .toml or .json."""
+    """The config of the model: .toml or .json, or a name."""
+    all: bool = False
+    """Show the tables of all main figures, and not only ten lines."""
     search: bool = False
     """Search all layouts for the GPUs of --gpus: those that fit, fastest first, each with what binds it."""
     vary: tuple[str, ...] = ()
@@ -53,7 +55,7 @@ class PlanCommand(PlanRequest):
 HELP = Help(
     usage="CONFIG [FLAGS]",
     examples=(
-        "configs/deepseek-v3.toml --hardware h800",
+        "deepseek-v3 --hardware h800",
         "configs/deepseek-v3.toml --gpus 1024 --search",
         "configs/deepseek-v3.toml --vary kv_lora_rank=128,256,512 hardware=h100,h800 --out plan",
         "configs/toy.toml --hardware this --explain list",
@@ -61,8 +63,8 @@ HELP = Help(
     ),
     main=(
         *("hardware", "gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "batch", "seq_len"),
-        *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "search", "vary", "explain"),
-        *("published", "out", "json"),
+        *("tokens", "context", "sequences", "weight_dtype", "cache_dtype", "decode_gpus", "all", "search", "vary"),
+        *("explain", "published", "out", "json"),
     ),
 )
 
@@ -88,7 +90,7 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
     """Raise ValueError for questions that contradict each other."""
     if sum(arg.partition("=")[0] == "--vary" for arg in args) > 1:
         raise ValueError("--vary is given twice; write both after one: --vary kv_lora_rank=256,512 hardware=h100,h800")
-    alone = [name for name in ("explain", "search", "vary", "published") if getattr(command, name)]
+    alone = [name for name in ("explain", "search", "vary", "published", "all") if getattr(command, name)]
     if len(alone) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in alone)} are different questions; ask them one by one")
     if command.config is None and not command.published:
@@ -109,28 +111,32 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
 
 
 def _refuse_config(config: Path, published: bool) -> None:
-    """Raise ValueError for a config beside --published, and for a path that cannot be a config."""
+    """Raise ValueError for a config next to --published, and for a path that is no config."""
     if published:
         raise ValueError(f"--published compares published runs, and takes no config; leave out {config} or --published")
     if config.is_dir():
         raise ValueError(f"{config} is a folder; name the config in it, such as {config / 'config.json'}")
-    if config.exists() and config.suffix not in (".toml", ".json"):
+    if config.suffix not in (".toml", ".json"):
         raise ValueError(f"{config} is no .toml or .json; name a config, such as configs/deepseek-v3.toml")
 
 
-def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "PlanAnswer":
+def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Answer":
     # what loads numpy and jinja2 is imported after --help
     from dsmini.planner import answers
-    from dsmini.planner.hardware import load_hardware
+    from dsmini.planner.hardware import load_hardware, this_machine
     from dsmini.planner.setup import Model, setup
 
     def progress(label: str) -> Progress:
         return Progress(console, 1.0, label, delay=2.0)
 
+    if command.out is not None:
+        answers.check_folder(command.out)
     if command.published:
         return answers.published()
     assert command.config is not None, "a plan without a config is refused"
     model = Model.from_file(command.config)
+    if command.hardware == "this" and (refused := setup(command, model, this_machine()).refused):
+        raise ValueError(refused)  # before its rates are measured, which takes minutes
     with progress("measuring this machine") as bar:
         made = setup(command, model, load_hardware(command.hardware, bar.update))
     if command.explain is not None:
@@ -138,12 +144,12 @@ def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Pla
     line = shlex.join(["python", "-m", "dsmini.plan", *args])
     if command.search:
         with progress("searching layouts") as bar:
-            return answers.searched(made, command, line, bar.update)
+            return answers.searched(made, line, bar.update)
     if command.vary:
         with progress("varying the plan") as bar:
-            return answers.varied(made, command, command.vary, command.of, line, bar.update)
+            return answers.varied(made, command.vary, command.of, line, bar.update)
     with progress("forecasting steps") as bar:
-        return answers.planned(made, line, bar.update)
+        return answers.planned(made, line, bar.update, whole=command.all)
 
 
 if __name__ == "__main__":

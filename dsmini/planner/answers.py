@@ -1,49 +1,47 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes."""
 
+import dataclasses
 import errno
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from dsmini.atomic import write_json, write_text
+from dsmini.atomic import try_writing, write_json, write_text
 from dsmini.console.messages import say
-from dsmini.planner import record
+from dsmini.planner.display import shown
+from dsmini.planner.explanation import explain, find, named, text
+from dsmini.planner.figure import Figure
 from dsmini.planner.here import record_here, section_here, steps_here, with_forecast
-from dsmini.planner.model.references import is_v3
-from dsmini.planner.pages.comparison import search_section, variation_section
-from dsmini.planner.pages.coverage import coverage
-from dsmini.planner.pages.page import facts, plan_report
-from dsmini.planner.published.published import published_figures
-from dsmini.planner.quantities.explanation import explain, find, named, shown, text
-from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import V3_SOURCE, Setup
-from dsmini.planner.training.search import allowed_choices, search
-from dsmini.planner.varied_axis import read_axis
-from dsmini.planner.vary import vary
-from dsmini.planner.whole import Plan, whole_plan
+from dsmini.planner.pages import heading, plan_report, search_section, ten_lines, variation_section
+from dsmini.planner.plan import SECTIONS, Plan, changed, plan
+from dsmini.planner.published import published_figures, published_record, published_section
+from dsmini.planner.search import Candidate, Choices, search
+from dsmini.planner.setup import Setup, problem_of
+from dsmini.planner.vary import Variation, read_axis, vary
 from dsmini.report import Report, Section, Table
+from dsmini.report.figures import plain
 
 OnPart = Callable[[float, str], None]
-HINT = "Ask for any figure that has a name: --explain kv_cache. All names: --explain list. A page: --out plan"
+Record = dict[str, Any]
+FILES = ("plan.html", "plan.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanAnswer:
-    """PlanAnswer to one question."""
+class Answer:
+    """Answer to one question."""
 
     record: Any
-    """PlanAnswer as JSON."""
+    """Answer as JSON."""
     lines: Sequence[str] = ()
     """Lines to print before the report."""
     report: Report | None = None
-    """What a terminal shows."""
+    """Report for a terminal."""
     page: Callable[[], Report] | None = None
-    """What a page shows; made on demand, since its formulas and plots take longer than a plan."""
-    hint: str = ""
+    """Report for the page; made on demand, since its formulas and plots take longer than a plan."""
 
     def show(self, console: Console) -> None:
         """Print the answer."""
@@ -51,133 +49,160 @@ class PlanAnswer:
             say(console, line)
         if self.report is not None:
             self.report.show(console)
-        if self.hint:
-            say(console)
-            say(console, self.hint, style="dim")
 
     def write(self, folder: Path) -> list[Path]:
-        """Write plan.html and plan.json into a folder, which is made if it is not there; return their paths.
-
-        Raises: ValueError for a folder that cannot be written.
-        """
-        made = self.page or (lambda: self.report)
-        report = made()
+        """Write plan.html and plan.json into a folder that check_folder has seen; return their paths."""
+        report = self.page() if self.page is not None else self.report
         assert report is not None, "an answer without a report has no page"
-        paths = [folder / "plan.html", folder / "plan.json"]
-        try:
-            if folder.exists() and not folder.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(paths[0], report.html())
-            write_json(paths[1], self.record)
-        except OSError as error:
-            raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
-        return paths
+        page, record = (folder / name for name in FILES)
+        write_text(page, report.html())
+        write_json(record, self.record)
+        return [page, record]
 
 
-def planned(setup: Setup, command: str, on_part: OnPart = lambda done, what: None) -> PlanAnswer:
-    """Return the whole plan; of this machine, with forecasts of its steps.
+def check_folder(folder: Path) -> None:
+    """Make a folder for the page if it is not there. Raises: ValueError for one that cannot be written."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+            try_writing(folder / name)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
 
-    Raises: ValueError for what does not fit, if it was asked for or if nothing fits.
+
+def planned(made: Setup, command: str, on_part: OnPart = lambda done, what: None, *, whole: bool = False) -> Answer:
+    """Return the plan in ten lines, or with all tables; of this machine, with forecasts of its steps.
+
+    Raises: ValueError if neither training nor serving fits.
     """
-    if setup.refused:
-        raise ValueError(setup.refused)
-    plan = whole_plan(setup)
-    found = record.plan_record(plan)
+    if made.refused:
+        raise ValueError(made.refused)
+    found, more, extra = plan(made), list[Section](), Record()
     start = time.perf_counter()
-    if setup.hardware.name != "this" or not (steps := steps_here(plan, on_part)):
-        return _answer(plan, found, (), command, hint=HINT)
-    hint = f"The forecasts took {time.perf_counter() - start:.1f} s to count, and have no formula. {HINT}"
-    plan = whole_plan(with_forecast(plan, steps))
-    found, more = record.plan_record(plan), [section_here(steps)]
-    sections = plan_report(plan, full=False, more=more).sections
-    return _answer(plan, found | {"here": record_here(steps)}, sections, command, on_page=more, hint=hint)
+    if made.hardware.name == "this" and (steps := steps_here(found, on_part)):
+        section, extra = section_here(steps), {"here": record_here(steps)}
+        more = [replace(section, about=f"{section.about} They took {time.perf_counter() - start:.1f} s to count.")]
+        found = plan(with_forecast(made, found, steps))
+    sections = plan_report(found, full=False).sections if whole else []
+    return Answer(
+        record=plan_record(found) | extra,
+        lines=[heading(found)] if whole else ten_lines(found),
+        report=Report(title="", sections=[*sections, *more]),
+        page=lambda: plan_report(found, full=True, more=more, command=command),
+    )
 
 
-def searched(setup: Setup, request: PlanRequest, command: str, on_part: OnPart) -> PlanAnswer:
-    """Return the layouts that fit, fastest first, and the plan of the fastest on the page."""
-    s, layout = setup, setup.layout.layout
-    choices = allowed_choices(layout, request.layout_fields)
-    cluster = (s.m, s.hardware, s.workload, layout.gpus)
-    found = search(*cluster, choices=choices, assumptions=s.assumptions, on_part=on_part)
-    shown_there, on_page = (search_section(found, full=full) for full in (False, True))
-    plan = whole_plan(setup.with_layout(found[0].layout, "the fastest of all that fit"))
-    return _answer(plan, {"layouts": record.search_record(found)}, (shown_there,), command, on_page=(on_page,))
+def searched(made: Setup, command: str, on_part: OnPart = lambda done, what: None) -> Answer:
+    """Return the layouts that fit, fastest first, and the plan of the fastest on the page.
+
+    Raises: ValueError if no layout fits, with what would fit.
+    """
+    given, layout = made.asked.layout_fields, made.layout
+    every = Choices(precisions=("fp32",)) if layout.precision == "fp32" else Choices()
+    problem = problem_of(made.request, made.model, made.hardware)
+    problem = replace(problem, gpus=layout.gpus, choices=every.held(given))
+    found = search(problem, on_part=on_part)
+    changes = {name: getattr(found[0].layout, name) for name in layout.__dataclass_fields__}
+    best = plan(changed(made, changes, made.hardware, "the fastest of all that fit"))
+    peak = made.hardware.value("peak_float32" if layout.precision == "fp32" else "peak_bfloat16")
+    there, on_page = (search_section(found, peak, full=full) for full in (False, True))
+    return Answer(
+        record={"layouts": [_candidate_record(candidate, peak) for candidate in found]},
+        lines=[heading(best)],
+        report=Report(title="", sections=[there]),
+        page=lambda: plan_report(best, full=True, more=[on_page], command=command),
+    )
 
 
 def varied(
-    setup: Setup, request: PlanRequest, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart
-) -> PlanAnswer:
+    made: Setup, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = lambda done, what: None
+) -> Answer:
     """Return the plans of all values of one thing or of two."""
-    found = vary(setup, request, [read_axis(axis) for axis in axes], names, on_part)
-    shown_there, on_page = (variation_section(found, full=full) for full in (False, True))
-    return _answer(whole_plan(setup), record.variation_record(found), (shown_there,), command, on_page=(on_page,))
+    found = vary(made, [read_axis(axis) for axis in axes], names, on_part)
+    there, on_page = (variation_section(found, full=full) for full in (False, True))
+    return Answer(
+        record=variation_record(found),
+        lines=[f"{made.model.name} on {made.hardware.title}"],
+        report=Report(title="", sections=[there]),
+        page=lambda: plan_report(plan(made), full=True, more=[on_page], command=command),
+    )
 
 
-def published() -> PlanAnswer:
+def published() -> Answer:
     """Return the published figures next to ours."""
     figures = published_figures()
-    report = Report(title="Published figures, and ours", sections=[coverage(figures, full=False)])
-    return PlanAnswer(record=record.published_record(figures), report=report)
+    there, on_page = (published_section(figures, full=full) for full in (False, True))
+    title = "Published figures, and ours"
+    return Answer(
+        record=published_record(figures),
+        report=Report(title=title, sections=[there]),
+        page=lambda: Report(title=title, sections=[on_page]),
+    )
 
 
-def explained(setup: Setup, name: str, width: int) -> PlanAnswer:
+def explained(made: Setup, name: str, width: int) -> Answer:
     """Return the explanation of a figure, or all names for "list".
 
     Raises: ValueError for an unknown figure, with the nearest known ones.
     """
-    figures = whole_plan(setup).all
+    figures = plan(made).figures
     if name != "list":
         found = explain(find(figures.values(), name))
-        return PlanAnswer(record=record.explanation_record(found), lines=[text(found, width).rstrip()])
+        return Answer(record=dataclasses.asdict(found), lines=[text(found, width).rstrip()])
     every = named(figures.values())
-    rows = [(key, shown(figure), figure.title) for key, figure in every.items()]
+    rows = [(key, shown(figure), figure.title.title) for key, figure in every.items()]
     table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
     section = Section(name="names", title="Figures", finding=f"{len(every)} figures and inputs.", tables=[table])
-    return PlanAnswer(record=record.figures_record(every), report=Report(title="Figures", sections=[section]))
+    return Answer(record=figures_record(every), report=Report(title="Figures", sections=[section]))
 
 
-def _answer(
-    plan: Plan,
-    found: Any,
-    more: Sequence[Section],
-    command: str,
-    *,
-    on_page: Sequence[Section] | None = None,
-    hint: str = "",
-) -> PlanAnswer:
-    """Return an answer that prints the plan, or only the sections that were asked for, and a page with both.
-
-    Args:
-        more: sections that were asked for.
-        on_page: the same as a page shows them, if it does so in another way.
-    """
-    sections = more or plan_report(plan, full=False).sections
-    return PlanAnswer(
-        record=found,
-        lines=_heading(plan),
-        report=Report(title="", sections=sections),
-        page=lambda: plan_report(plan, full=True, more=on_page or more, command=command),
-        hint=hint,
-    )
+# --- JSON
 
 
-def _heading(plan: Plan) -> list[str]:
-    """Return what is planned in a few lines."""
-    cards = facts(plan)
-    lines = [f"{plan.setup.model.name} on {plan.setup.hardware.title}"]
-    layout = plan.training.layout
-    sizes = ", ".join(
-        f"{name} {getattr(layout, name)}"
-        for name in ("gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "schedule")
-    )
-    lines.append(f"training  {sizes}; {plan.setup.layout.how}")
-    work = plan.training.workload
-    how = work.tokens.source
-    if V3_SOURCE in how and not is_v3(plan.setup.m):
-        how += "; choose --tokens, --batch and --seq-len"
-    lines.append(f"workload  {shown(work.tokens)}, {work.batch.value:,.0f} x {shown(work.seq_len)} a step; {how}")
-    if "Serving" in cards:
-        serving = cards["Serving"]
-        lines.append(f"serving   decode on {serving['decode']}; prefill on {serving['prefill']}")
-    return lines
+def plan_record(found: Plan) -> Record:
+    """Return a plan: its setup, what binds, and its figures by section and name."""
+    made = found.setup
+    return {
+        "config": made.model.source,
+        "hardware": made.hardware.name,
+        "layout": dataclasses.asdict(made.layout) | {"chosen": made.sources["layout"]},
+        "fits": found.fits,
+        "misfit": dict(made.misfit),
+        "unserved": made.unserved,
+        "binds": {stage: binding.first for stage, binding in found.binds.items()},
+        "figures": {section: figures_record(found.sheet.section(section)) for section in SECTIONS},
+    }
+
+
+def figures_record(figures: Mapping[str, Figure]) -> Record:
+    """Return figures by name: value, unit in base units, title and source."""
+    return {
+        name: {"value": plain(f.value), "unit": f.title.unit, "title": f.title.title, "source": f.source}
+        for name, f in figures.items()
+    }
+
+
+def _candidate_record(found: Candidate, peak: float) -> Record:
+    return dataclasses.asdict(found.layout) | {
+        "memory": found.memory,
+        "step_seconds": found.step,
+        "utilization": found.flops / peak / found.step,
+        "binds": found.binds,
+    }
+
+
+def variation_record(variation: Variation) -> Record:
+    """Return a variation: the axes, and for each place its figures or why there are none."""
+    plans: list[Record] = []
+    for place in sorted({*variation.plans, *variation.problems}):
+        found = {axis.name: axis.values[i] for axis, i in zip(variation.axes, place, strict=True)}
+        found["problem"] = variation.problems.get(place)
+        if place in variation.plans:
+            there = {name: f.value for name in variation.names if (f := variation.figure(name, place)) is not None}
+            found |= {"fits": variation.plans[place].fits} | there
+        plans.append(found)
+    return {"axes": {axis.name: list(axis.values) for axis in variation.axes}, "plans": plans}

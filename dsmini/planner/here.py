@@ -1,4 +1,4 @@
-"""What this machine will take for the steps of a plan: forecasts from counted operations, next to the roofs.
+"""Time of a plan's steps on this machine: forecasts from counted operations, next to the roofs.
 
 Roofs are lower bounds: a peak and a bandwidth. A small model on a CPU is far from both, because most of its time goes
 into small operations. dsmini.measure.forecast counts what the model would run here, without running it, and prices
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsmini.config import TrainConfig
+from dsmini.planner.layout import DTYPES
+from dsmini.planner.plan import Plan
 from dsmini.planner.setup import Setup
-from dsmini.planner.training.layout import DTYPES
-from dsmini.planner.whole import Plan
 from dsmini.report import Section, Table
 from dsmini.report.units import human
 
@@ -58,39 +58,39 @@ def steps_here(plan: Plan, on_part: Callable[[float, str], None] = lambda done, 
     return [StepHere(name=name, roof=roof, forecast=forecast(shape, rates)) for name, roof, shape in known]
 
 
-def with_forecast(plan: Plan, steps: Sequence[StepHere]) -> Setup:
-    """Return a plan's setup in which a step takes as long as its forecast, unless the user gave a utilization."""
+def with_forecast(made: Setup, planned: Plan, steps: Sequence[StepHere]) -> Setup:
+    """Return a setup in which a step takes as long as its forecast, unless the user gave a utilization."""
     seconds = [step.forecast.seconds for step in steps if step.name == "training step"]
-    setup, step = plan.setup, plan.training.step
-    if not seconds or setup.assumptions.stated:
-        return setup
-    reached = (step.assumed_step * setup.assumptions.utilization).value / seconds[0]
-    return replace(setup, assumptions=setup.assumptions.of(reached, "forecast of a step of this machine"))
+    if not seconds or made.request.utilization is not None:
+        return made
+    reached = float(planned.sheet.assumed_step_seconds * planned.sheet.utilization) / seconds[0]
+    sources = {**made.sources, "utilization": "forecast of a step of this machine"}
+    return replace(made, request=replace(made.request, utilization=reached), sources=sources)
 
 
 def _shapes(plan: Plan) -> Iterator[tuple[str, float, "StepShape"]]:
     """Yield the name, the seconds by roofs, and the shape of each step."""
     from dsmini.measure.workloads import ROOM, StepShape
 
-    setup, layout, config = plan.setup, plan.training.layout, plan.setup.m.config
-    run = setup.model.run
-    if layout.gpus == 1 and (run is not None or setup.workload.batch.value * config.max_seq_len <= MOST_TOKENS):
+    r, s, layout, config = plan.setup.request, plan.sheet, plan.setup.layout, plan.setup.model.config
+    run = plan.setup.model.run
+    assert r.batch is not None and r.seq_len is not None, "the request is complete"
+    if plan.fits and layout.gpus == 1 and (run is not None or r.batch * config.max_seq_len <= MOST_TOKENS):
         train = run.train if run is not None else TrainConfig(optimizer=layout.optimizer, moments=layout.moments)
-        batch, tokens = round(setup.workload.batch.value), round(setup.workload.seq_len.value)
-        shape = StepShape(
-            work="training", config=config, dtype=DTYPES[layout.precision], batch=batch, tokens=tokens, train=train
+        sizes = {"batch": r.batch, "tokens": r.seq_len, "config": config}
+        yield (
+            "training step",
+            float(s.roof_step_seconds),
+            StepShape(work="training", dtype=DTYPES[layout.precision], train=train, **sizes),
         )
-        yield "training step", plan.training.step.roof_step.value, shape
-    if setup.serving is None or plan.serving is None:
+    if not plan.setup.served:
         return
-    dtype, work = setup.serving.decode.deployment.weight_dtype, setup.serving.workload
-    prompts, prompt = round(work.prompts.value), round(work.prompt.value)
-    read = StepShape(work="prefill", config=config, dtype=dtype, batch=prompts, tokens=prompt)
-    yield "prompt", plan.serving.prefill.times.step.value, read
-    sequences, context = round(work.sequences.value), round(work.context.value)
-    context = min(context, config.max_seq_len - ROOM)
-    decode = StepShape(work="decode", config=config, dtype=dtype, batch=sequences, tokens=context)
-    yield "decoding step", plan.serving.decode.times.step.value, decode
+    assert r.weight_dtype and r.prompt and r.context and r.sequences, "the request is complete"
+    read = StepShape(work="prefill", config=config, dtype=r.weight_dtype, batch=1, tokens=r.prompt)
+    yield "prompt", float(s.prefill_step_time), read
+    context = min(r.context, config.max_seq_len - ROOM)
+    decode = StepShape(work="decode", config=config, dtype=r.weight_dtype, batch=r.sequences, tokens=context)
+    yield "decoding step", float(s.decode_step_time), decode
 
 
 def section_here(steps: Sequence[StepHere]) -> Section:

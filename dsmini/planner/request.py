@@ -1,15 +1,19 @@
-"""Request of a plan: everything that a user may choose, each with a check. None is chosen for the user (setup.py).
+"""Request of a plan: everything that a user may choose, each with a check. A field that is None is left open.
 
-Numbers that are hardware's are in a hardware file, numbers that are the model's in its config. What is left is here:
-how the model is trained, how it is served, and how often the machines fail.
+setup.py fills in what is left open, and returns a complete request. Numbers that are hardware's are in a hardware file,
+numbers that are the model's in its config. All else is here: how the model is trained, how it is served, and how
+often the machines fail.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
+from dsmini.accounting.activations import Recompute
 from dsmini.accounting.kv_cache import CacheDtype
-from dsmini.accounting.memory import WeightDtype
-from dsmini.planner.training.layout import Moments, Optimizer, Precision, Recompute, Schedule, Zero
+from dsmini.accounting.memory import Optimizer
+from dsmini.accounting.tensors import Dtype, WeightDtype
+from dsmini.planner.layout import Layout, Precision, Schedule, Zero
 from dsmini.reading import brief
 
 LARGEST = 1e18
@@ -47,7 +51,7 @@ class PlanRequest:
     """Pipeline schedule."""
     optimizer: Optimizer | None = None
     """Optimizer of the matrices in blocks; AdamW for all else."""
-    moments: Moments | None = None
+    moments: Dtype | None = None
     """Dtype of AdamW's moments."""
     batch: int | None = None
     """Number of sequences in an optimizer step; left out, as seq_len and tokens: the config's [train], or V3's."""
@@ -66,8 +70,8 @@ class PlanRequest:
     """Number of tokens of a prompt; left out: as context."""
     weight_dtype: WeightDtype | None = None
     """Dtype of weights in serving."""
-    cache_dtype: CacheDtype = "bfloat16"
-    """Dtype of the cache in serving; fp8 is for MLA."""
+    cache_dtype: CacheDtype | None = None
+    """Dtype of the cache in serving; left out: bfloat16. fp8 is for MLA."""
     decode_gpus: int | None = None
     """Number of GPUs that decode together; left out: as DeepSeek-V3 was served, or the fewest that fit."""
     decode_tensor: int | None = None
@@ -81,7 +85,7 @@ class PlanRequest:
     prefill_redundant: int | None = None
     """Number of redundant experts in reading prompts."""
     drafts: int = 1
-    """Number of tokens that multi-token prediction drafts in a step."""
+    """Number of tokens that multi-token prediction drafts in a step; 0: plain decoding."""
     acceptance: float = 0.85
     """Probability that a draft is accepted, if those before it were (V3: 0.85 to 0.9)."""
 
@@ -108,19 +112,22 @@ class PlanRequest:
         _refuse_contradictions(self)
 
     @property
-    def layout_fields(self) -> dict[str, int | str]:
-        """Fields of the training layout that were chosen, by name."""
-        names = ("gpus", "pipeline", "expert", "tensor", "zero", "recompute", "precision", "micro_batch", "schedule")
-        found = {name: getattr(self, name) for name in (*names, "optimizer", "moments")}
-        return {name: value for name, value in found.items() if value is not None}
+    def layout_fields(self) -> dict[str, Any]:
+        """Fields of the training layout that are chosen, by name."""
+        names = (field.name for field in dataclasses.fields(Layout))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of a complete request. Raises: ValueError for a layout that contradicts itself."""
+        return Layout(**self.layout_fields)
 
     @property
     def serving_fields(self) -> list[str]:
-        """Names of the fields of serving that were chosen."""
-        names = ["context", "sequences", "prompt", "weight_dtype"]
+        """Names of the fields of serving that are chosen."""
+        names = ["context", "sequences", "prompt", "weight_dtype", "cache_dtype"]
         names += [f"{stage}_{name}" for stage in ("decode", "prefill") for name in ("gpus", "tensor", "redundant")]
-        chosen = [name for name in names if getattr(self, name) is not None]
-        return chosen if self.cache_dtype == "bfloat16" else [*chosen, "cache_dtype"]
+        return [name for name in names if getattr(self, name) is not None]
 
 
 def _refuse_contradictions(request: PlanRequest) -> None:

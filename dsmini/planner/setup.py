@@ -1,38 +1,67 @@
 """Setup of a plan: a request with everything that it leaves open filled in, and where each choice comes from.
 
-Sources of choices, the first that has one: the command line; the file's section [train]; DeepSeek-V3's published run.
-Layout and deployments that are left open are chosen by layout_choice.py and deployment_choice.py.
+Sources of choices, the first that has one: the command line; the file's section [train]; DeepSeek-V3's published run
+(presets.toml). Layouts that are left open are chosen by search.py. A deployment is the published one for
+DeepSeek-V3's sizes, else the fewest GPUs whose memory holds weights and cache: with experts 1, 2, 4, 8 ... GPUs that
+divide them, and if none hold it, GPUs that also share attention; without experts GPUs of a node that divide its
+matrices.
 
-Links count as reached, not as on data sheets, where a hardware file has both: an H800 sends 160 of 200 GB/s within a
-node and 40 of 50 between nodes.
+A complete request is planned as it is. So another plan is a complete request with a change, completed again.
 """
 
-import dataclasses
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from dsmini.accounting.memory import WeightDtype
 from dsmini.config import ModelConfig, RunConfig
-from dsmini.planner.hardware import Hardware
-from dsmini.planner.model.references import is_v3_family
-from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import COUNT, DOLLARS_PER_SECOND, SECONDS
-from dsmini.planner.reliability import HALT, NODE_FAILURES, RESTART, FailureInputs
+from dsmini.config.fields import build
+from dsmini.planner.display import rounded, shown
+from dsmini.planner.figure import Figure, Sheet
+from dsmini.planner.hardware import USER, Hardware
+from dsmini.planner.layout import DTYPES, Layout, Precision
+from dsmini.planner.model import cache_figures, placed_tensors, weight_figures, without_indexer
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.serving.decoding import decode_plan
-from dsmini.planner.serving.deployment import ServingWorkload, serving_workload
-from dsmini.planner.serving.deployment_choice import ChosenDeployment, Serving, choose_deployment, misfit
-from dsmini.planner.training.assumptions import Assumptions
-from dsmini.planner.training.layout import DTYPES, Layout, Precision
-from dsmini.planner.training.layout_choice import ChosenLayout, Cluster, choose_layout
-from dsmini.planner.training.workload import Workload
-from dsmini.reading import read_table, read_toml
+from dsmini.planner.search import Chosen, Problem, choose_layout
+from dsmini.planner.serving import Deployment, Stage, deployment_figures
+from dsmini.reading import find_config, read_table, read_toml
+from dsmini.report.units import plural
 
-USER = "the command line"
-V3_BATCH, V3_SEQ_LEN, V3_TOKENS = 15360, 4096, 14.8e12
-V3_SOURCE = "as DeepSeek-V3: V3 report, section 4.2"
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
+NODES = (1, 2, 4, 8, 16, 32, 64)
+UNSIZED = {field.name for field in fields(ModelConfig)} - {
+    *("vocab_size", "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "n_kv_heads"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts"),
+    *("n_shared_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups", "n_mtp_layers", "attention"),
+    *("index_n_heads", "index_head_dim", "index_topk"),
+}
+"""Fields of a config that are not sizes: training, context and RoPE."""
+
+
+@functools.cache
+def presets() -> dict[str, Any]:
+    """Return the published runs and models of presets.toml."""
+    return read_toml(Path(__file__).parent / "presets.toml")
+
+
+@functools.cache
+def reference(name: str) -> ModelConfig:
+    """Return a model of published figures by name: of configs/, or a dense one of presets.toml."""
+    if name in presets()["models"]:
+        return build(ModelConfig, presets()["models"][name], "presets.toml", f"models.{name}.")
+    return ModelConfig.from_file(find_config(Path(name)))
+
+
+def same_sizes(a: ModelConfig, b: ModelConfig) -> bool:
+    """Return True for two models with equal sizes, whatever their training, context and RoPE."""
+    return all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name not in UNSIZED)
+
+
+def is_v3(config: ModelConfig) -> bool:
+    """Return True for a model with DeepSeek-V3's sizes."""
+    return same_sizes(config, reference("deepseek-v3"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,190 +96,304 @@ class Setup:
     """Everything that a plan is computed from."""
 
     model: Model
-    m: ModelInputs
     hardware: Hardware
-    """Hardware with links as reached."""
-    layout: ChosenLayout
-    workload: Workload
-    assumptions: Assumptions
-    serving: "Served | None"
-    unserved: str
-    """Reason why nothing is planned of serving, in one sentence; "" if it is."""
-    refused: str
-    """Sentence about a plan that does not fit although it was asked for, or because nothing does; "" if all does."""
-    failures: FailureInputs
+    request: PlanRequest
+    """Complete request. Where serving has no plan, decode_gpus is None."""
+    asked: PlanRequest
+    """Request as it was before it was completed."""
+    sources: Mapping[str, str]
+    """Source of each field of the request that is an input of a figure, in words."""
+    misfit: Mapping[str, str]
+    """Sentences about what does not fit, with what would: of training, decode and prefill."""
+    published: bool
+    """Deployments of DeepSeek-V3's sizes send rows as its own do: it is the model, or one that is varied from it."""
+    unserved: str = ""
+    """Reason why serving has no plan, in one sentence; "" if it has one."""
 
-    def with_layout(self, layout: Layout, how: str) -> "Setup":
-        """Return the same with another layout."""
-        return dataclasses.replace(self, layout=ChosenLayout(layout=layout, how=how))
+    @property
+    def layout(self) -> Layout:
+        """Layout of training."""
+        return self.request.layout
+
+    def deployment(self, stage: Stage) -> Deployment:
+        """Return the deployment of a stage; there must be one."""
+        r = self.request
+        sizes = [getattr(r, f"{stage}_{name}") for name in ("gpus", "tensor", "redundant")]
+        return _deployment(self.published, stage, r, *sizes)
+
+    @property
+    def served(self) -> bool:
+        """True if serving has a plan."""
+        return self.request.decode_gpus is not None
+
+    @property
+    def refused(self) -> str:
+        """Sentence about a plan in which nothing fits; "" if training or serving does."""
+        fits = "training" not in self.misfit or (self.served and not {"decode", "prefill"} & self.misfit.keys())
+        return "" if fits else next(iter(self.misfit.values()))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
-    """Deployments, and what they serve."""
-
-    decode: ChosenDeployment
-    prefill: ChosenDeployment
-    workload: ServingWorkload
-    misfit: str = ""
-    """Sentence about what does not fit; "" if both deployments do."""
-
-
-def setup(request: PlanRequest, model: Model, hardware: Hardware) -> Setup:
+def setup(request: PlanRequest, model: Model, hardware: Hardware, base: Setup | None = None) -> Setup:
     """Return a request with everything that it leaves open.
 
-    Raises: ValueError for choices that the model or the hardware cannot have, and if nothing fits what was chosen.
+    Args:
+        base: setup that this one is varied from, with the sources of the fields that are given; left out: these are of
+            the command line.
+
+    Raises: ValueError for choices that the model or the hardware cannot have.
     """
     if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
         raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
-    m = ModelInputs.of(model.config, model.source)
-    reached = hardware_of(request, hardware)
-    precision = _precision(m, reached)
-    workload = workload_of(request, model)
-    measured = request.utilization
-    assumptions = Assumptions.of(measured, USER) if measured is not None else Assumptions.of()
-    defaults = _default_layout(model, precision)
-    cluster = Cluster(m=m, hardware=reached, workload=workload, assumptions=assumptions, defaults=defaults)
-    layout = choose_layout(cluster, request.layout_fields)
-    serving, unserved, refused = None, "", ""
-    try:
-        serving = serve(request, m, reached, DTYPES[precision])
-    except ValueError as error:
-        if request.serving_fields:
-            raise
-        unserved = str(error)
-    if serving is not None and serving.misfit:
-        refused = serving.misfit
-        if not request.serving_fields:
-            serving, unserved, refused = None, refused, ""
-    of_training = request.layout_fields or any((request.batch, request.seq_len, request.tokens, measured))
-    if layout.misfit and (of_training or serving is None):
-        refused = layout.misfit
-    return Setup(
+    hardware, sources = hardware.at_price(request.price), base.sources if base else {}
+    said = {f.name: USER for f in fields(request) if getattr(request, f.name) is not None} | dict(sources)
+    filled, found = _workload(request, model)
+    said = found | said
+    chosen = _layout(filled, model, hardware)
+    said = {name: chosen.how for name in Layout.__dataclass_fields__} | said
+    said["layout"] = sources.get("layout", chosen.how)
+    layout = {name: getattr(chosen.made, name) for name in Layout.__dataclass_fields__}
+    filled = replace(filled, **layout)
+    misfit = {"training": chosen.misfit} if chosen.misfit else {}
+    made = Setup(
         model=model,
-        m=m,
-        hardware=reached,
-        layout=layout,
-        workload=workload,
-        assumptions=assumptions,
-        serving=serving,
-        unserved=unserved,
-        refused=refused,
-        failures=failures_of(request),
+        hardware=hardware,
+        request=filled,
+        asked=base.asked if base else request,
+        sources=said,
+        misfit=misfit,
+        published=base.published if base else is_v3(model.config),
     )
+    try:
+        return _served(made, sources)
+    except ValueError as error:
+        if request.serving_fields and base is None:
+            raise
+        open_ = dict.fromkeys(("decode_gpus", "prefill_gpus"))
+        return replace(made, request=replace(filled, **open_), unserved=str(error))
 
 
-def with_reached_links(hardware: Hardware) -> Hardware:
-    """Return hardware whose links are those that programs reach, where its file has them."""
-    return dataclasses.replace(
-        hardware,
-        fast_link=hardware.fast_link_effective or hardware.fast_link,
-        slow_link=hardware.slow_link_effective or hardware.slow_link,
-    )
+def _workload(r: PlanRequest, model: Model) -> tuple[PlanRequest, dict[str, str]]:
+    """Return the request with the training's sequences, steps and tokens, and their sources."""
+    longest = model.config.max_seq_len
+    if r.seq_len is not None and r.seq_len > longest:
+        raise ValueError(f"seq_len={r.seq_len} is longer than max_seq_len={longest} of {model.source}; shorten it")
+    preset = presets()["deepseek-v3"]
+    work, source = dict(preset["workload"]), preset["sources"]["workload"]
+    work["seq_len"] = min(work["seq_len"], longest)
+    if model.run is not None:
+        train, source = model.run.train, f"{model.source}: [train]"
+        fewer = (train.batch_size - (train.batch_start or train.batch_size)) / 2 * train.batch_ramp  # in equal steps
+        tokens = train.steps * (train.batch_size - fewer) * model.run.seq_len
+        work = {"seq_len": model.run.seq_len, "batch": train.batch_size, "tokens": tokens}
+    given = {name: getattr(r, name) or value for name, value in work.items()}
+    return replace(r, **given), dict.fromkeys(work, source)
 
 
-def hardware_of(request: PlanRequest, hardware: Hardware) -> Hardware:
-    """Return hardware at the request's price, with links as reached."""
-    return with_reached_links(_with_price(hardware, request.price))
-
-
-def _with_price(hardware: Hardware, dollars_an_hour: float | None) -> Hardware:
-    if dollars_an_hour is None:
-        return hardware
-    price = DOLLARS_PER_SECOND(dollars_an_hour / 3600, "gpu_price", "Rent of an accelerator", USER)
-    return dataclasses.replace(hardware, price=price)
-
-
-def _precision(m: ModelInputs, hardware: Hardware) -> Precision:
+def _precision(config: ModelConfig, hardware: Hardware) -> Precision:
     """Return the precision of products where the user leaves it open: FP8 for V3 and for configs that say so."""
-    if "fp8" in hardware.peaks and (m.config.precision == "fp8" or is_v3_family(m)):
+    if "fp8" in hardware.peaks and (config.precision == "fp8" or is_v3(without_indexer(config))):
         return "fp8"
     return "bf16" if "bfloat16" in hardware.peaks else "fp32"
 
 
-def _default_layout(model: Model, precision: Precision) -> Layout:
-    """Return precision, optimizer and moments where the user leaves them open."""
-    if model.run is None:
-        return Layout(precision=precision)
-    train = model.run.train
-    if train.dtype == "float32":
-        precision = "fp32"
-    return Layout(precision=precision, optimizer=train.optimizer, moments=train.moments)
-
-
-def workload_of(request: PlanRequest, model: Model) -> Workload:
-    """Return the training's sequences, steps and tokens."""
-    r, source = request, V3_SOURCE
-    seq_len, batch, tokens = min(V3_SEQ_LEN, model.config.max_seq_len), V3_BATCH, V3_TOKENS
+def problem_of(r: PlanRequest, model: Model, hardware: Hardware) -> Problem:
+    """Return the problem of a layout, with the optimizer and the precision that are given or the recipe's."""
+    state = Layout(precision=_precision(model.config, hardware))
     if model.run is not None:
-        train, source = model.run.train, f"{model.source}: [train]"
-        seq_len, batch = model.run.seq_len, train.batch_size
-        fewer = (batch - (train.batch_start or batch)) / 2 * train.batch_ramp  # the batch grows in equal steps
-        tokens = train.steps * (batch - fewer) * seq_len
-    given = [r.seq_len, r.batch, r.tokens]
-    if any(given) and not all(given):
-        source = f"{USER}, and {source}"
-    longest = model.config.max_seq_len
-    if r.seq_len is not None and r.seq_len > longest:
-        raise ValueError(f"seq_len={r.seq_len} is longer than max_seq_len={longest} of {model.source}; shorten it")
-    return Workload.of(
-        seq_len=r.seq_len or seq_len,
-        batch=r.batch or batch,
-        tokens=r.tokens or tokens,
-        source=USER if all(given) else source,
+        train = model.run.train
+        precision: Precision = "fp32" if train.dtype == "float32" else state.precision
+        state = Layout(precision=precision, optimizer=train.optimizer, moments=train.moments)
+    given = {name: value for name in ("precision", "optimizer", "moments") if (value := getattr(r, name)) is not None}
+    assert r.batch is not None and r.seq_len is not None, "the workload is filled in"
+    return Problem(
+        config=model.config, hardware=hardware, batch=r.batch, seq_len=r.seq_len, state=replace(state, **given)
     )
 
 
-def serve(request: PlanRequest, m: ModelInputs, hardware: Hardware, weight_dtype: WeightDtype) -> Served:
-    """Return both deployments and the workload; as many sequences as fit where the user leaves them open.
+def _layout(r: PlanRequest, model: Model, hardware: Hardware) -> Chosen:
+    """Return the layout with the fields that are given, and what is best for the others."""
+    problem, given = problem_of(r, model, hardware), r.layout_fields
+    if len(given) == len(Layout.__dataclass_fields__):  # complete
+        layout = Layout(**given)
+        s = problem.planned(layout)
+        needed, memory = float(s.memory_needed), hardware.value("gpu_memory")
+        fix = "use more GPUs, ZeRO, recomputation, or --search"
+        return Chosen(made=layout, how="", misfit=fix if needed > memory else "")
+    preset = presets()["deepseek-v3"] if is_v3(model.config) else {"training": {}, "sources": {"training": ""}}
+    return choose_layout(problem, given, preset["training"], preset["sources"]["training"])
 
-    Args:
-        weight_dtype: where the user leaves it open.
+
+# --- serving
+
+
+def _deployment(published: bool, stage: Stage, r: PlanRequest, gpus: int, tensor: int, redundant: int) -> Deployment:
+    """Return a deployment of these sizes: V3's own has its ways to send rows."""
+    dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
+    sizes = {"gpus": gpus, "tensor": tensor, "redundant": redundant}
+    preset = presets()["deepseek-v3"][stage]
+    if published and sizes == {name: preset[name] for name in sizes}:
+        return Deployment(stage=stage, **preset, **dtypes)
+    ways = {"micro_batches": 1 if gpus == 1 else 2, "two_hop": stage == "prefill"}
+    return Deployment(stage=stage, **sizes, **ways, **dtypes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Serving:
+    """All that a deployment is chosen for."""
+
+    config: ModelConfig
+    hardware: Hardware
+    request: PlanRequest
+    stage: Stage
+    published: bool
+
+    def given(self, name: Literal["gpus", "tensor", "redundant"]) -> int | None:
+        return getattr(self.request, f"{self.stage}_{name}")
+
+    def made(self, gpus: int, tensor: int, redundant: int | None) -> Deployment:
+        more = -self.config.n_routed_experts % gpus if redundant is None else redundant
+        return _deployment(self.published, self.stage, self.request, gpus, tensor, more)
+
+    def memory(self, d: Deployment) -> Sheet:
+        """Return the memory of a deployment. Raises: ValueError for one that does not divide the model."""
+        d.check(self.config, self.hardware)
+        r, s = self.request, Sheet()
+        self.hardware.put(s)
+        placed_tensors(s, self.config)
+        for name in ("context", "prompt", "sequences"):
+            s.put(name, getattr(r, name), "")
+        weight_figures(s, self.config, d.weight_dtype)
+        cache_figures(s, self.config, d.cache_dtype)
+        return deployment_figures(s, self.config, self.hardware, d, "")
+
+    def fits(self, d: Deployment) -> bool:
+        return self.memory(d).memory_share <= 1
+
+
+def _served(made: Setup, sources: Mapping[str, str]) -> Setup:
+    """Return the setup with both deployments, and as many sequences as fit where the user leaves them open.
+
+    Raises: ValueError for what the model or the hardware cannot have.
     """
-    r = request
-    asked = served_workload(r, m, r.sequences or 1)
-    serving = Serving(
-        m=m,
-        hardware=hardware,
-        workload=asked,
-        weight_dtype=r.weight_dtype or weight_dtype,
-        cache_dtype=r.cache_dtype,
-    )
-    decode = choose_deployment(serving, "decode", r.decode_gpus, r.decode_tensor, r.decode_redundant)
-    prefill = choose_deployment(serving, "prefill", r.prefill_gpus, r.prefill_tensor, r.prefill_redundant)
-    if r.sequences is None:
-        made = decode.deployment
-        fit = decode_plan(m, hardware, asked, made).memory.sequences.value / made.micro_batches.value
-        asked = served_workload(r, m, max(1, min(SEQUENCES, int(fit))))
-    serving = dataclasses.replace(serving, workload=asked)
-    wrong = misfit(serving, "decode", decode.deployment) or misfit(serving, "prefill", prefill.deployment)
-    return Served(decode=decode, prefill=prefill, workload=asked, misfit=wrong)
-
-
-def served_workload(request: PlanRequest, m: ModelInputs, sequences: int) -> ServingWorkload:
-    """Return what is served. Raises: ValueError for a context or a prompt that is longer than the model takes."""
-    r, longest = request, m.config.max_seq_len
+    config, hardware, r = made.model.config, made.hardware, made.request
+    longest = config.max_seq_len
     for name in ("context", "prompt"):
         tokens = getattr(r, name)
         if tokens is not None and tokens > longest:
             raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
+    assert r.precision is not None, "the layout is filled in"
     context = r.context or min(CONTEXT, longest)
-    return serving_workload(
-        sequences=sequences,
+    r = replace(
+        r,
         context=context,
         prompt=r.prompt or context,
-        drafts=r.drafts or 1,
-        acceptance=r.acceptance,
+        weight_dtype=r.weight_dtype or DTYPES[r.precision],
+        cache_dtype=r.cache_dtype or "bfloat16",
     )
+    one, said = replace(r, sequences=r.sequences or 1), dict(made.sources)
+
+    def at(request: PlanRequest, stage: Stage) -> _Serving:
+        return _Serving(config=config, hardware=hardware, request=request, stage=stage, published=made.published)
+
+    stages: dict[Stage, Deployment] = {}
+    for stage in ("decode", "prefill"):
+        chosen = _choose(at(one, stage))
+        stages[stage] = chosen.made
+        said[stage] = sources.get(stage, chosen.how)
+        sizes = {"gpus": chosen.made.gpus, "tensor": chosen.made.tensor, "redundant": chosen.made.redundant}
+        r = replace(r, **{f"{stage}_{name}": size for name, size in sizes.items()})
+    if r.sequences is None:
+        fit = at(one, "decode").memory(stages["decode"])
+        most = float(fit.sequences_that_fit) / stages["decode"].micro_batches
+        r = replace(r, sequences=max(1, min(SEQUENCES, int(most))))
+    misfit = dict(made.misfit)
+    for stage, deployment in stages.items():
+        if sentence := _misfit(at(r, stage), deployment):
+            misfit[stage] = sentence
+    said = dict.fromkeys(("context", "prompt", "sequences", "drafts", "acceptance"), "chosen") | said
+    return replace(made, request=r, sources=said, misfit=misfit)
 
 
-def failures_of(request: PlanRequest) -> FailureInputs:
-    """Return the failures of nodes and their costs."""
-    r = request
-    return FailureInputs(
-        failures_per_node_day=NODE_FAILURES
-        if r.failures_per_node_day is None
-        else COUNT(r.failures_per_node_day, NODE_FAILURES.name, NODE_FAILURES.title, USER),
-        restart_time=RESTART if r.restart_time is None else SECONDS(r.restart_time, RESTART.name, RESTART.title, USER),
-        write_time=HALT if r.checkpoint_halt is None else SECONDS(r.checkpoint_halt, HALT.name, HALT.title, USER),
+def _choose(serving: _Serving) -> Chosen:
+    """Return the deployment with the given numbers, and what is best for the others.
+
+    Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
+    """
+    config, hardware, stage = serving.config, serving.hardware, serving.stage
+    gpus, tensor, redundant = serving.given("gpus"), serving.given("tensor"), serving.given("redundant")
+    if serving.published and hardware.networked and gpus is None and tensor is None and redundant is None:
+        sizes = presets()["deepseek-v3"][stage]
+        published = serving.made(sizes["gpus"], sizes["tensor"], sizes["redundant"])
+        if serving.fits(published):
+            return Chosen(made=published, how=presets()["deepseek-v3"]["sources"][stage])
+    if gpus is not None:
+        made = serving.made(gpus, tensor or 1, redundant)
+        made.check(config, hardware)
+        return Chosen(made=made, how="as chosen")
+    counts = list(_counts(serving, tensor))
+    if not counts:
+        raise ValueError(_cannot_share(serving, tensor))
+    slots = config.n_routed_experts + (redundant or 0)
+    divide = [(count, shared) for count, shared in counts if redundant is None or slots % count == 0]
+    tried: list[Deployment] = []
+    for count, shared in divide:
+        tried.append(serving.made(count, shared, redundant))
+        if serving.fits(tried[-1]):
+            return Chosen(made=tried[-1], how="the fewest GPUs that hold weights and cache")
+    if not tried or divide != counts:
+        raise ValueError(
+            f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
+            f"model divides; leave it out, or name {stage}_gpus too"
+        )
+    memory = [serving.memory(made) for made in tried]
+    best = max(range(len(tried)), key=lambda i: (float(memory[i].sequences_that_fit), -float(memory[i].memory_share)))
+    return Chosen(made=tried[best], how="what has memory for most sequences, since none fits")
+
+
+def _cannot_share(serving: _Serving, tensor: int | None) -> str:
+    """Return why this many GPUs cannot share the heads, and how many can."""
+    node, heads = serving.hardware.node, serving.config.n_heads
+    possible = ", ".join(str(n) for n in range(1, node + 1) if any(_counts(serving, n)))
+    why = (
+        f"does not divide n_heads={heads}"
+        if tensor and heads % tensor
+        else f"is more than {plural(node, 'GPU')} of a node"
+    )
+    return f"{serving.stage}_tensor={tensor} {why}; use {possible}"
+
+
+def _counts(serving: _Serving, tensor: int | None) -> Iterator[tuple[int, int]]:
+    """Yield numbers of GPUs to try, and how many of them share heads."""
+    config, hardware, most = serving.config, serving.hardware, serving.hardware.node
+    node, moe = round(hardware.value("gpus_per_node")), config.n_dense_layers < config.n_layers
+    if moe and hardware.networked:
+        most = max(node, config.n_routed_experts)
+    few = [2**i for i in range(node.bit_length()) if 2**i < node] + [node]
+    for width in [tensor] if tensor else few if moe else [None]:
+        for count in (*few[:-1], *(node * nodes for nodes in NODES)):
+            shared = width or count
+            divides = count % shared == 0 and shared <= node and config.n_heads % shared == 0
+            if count <= most and divides:
+                yield count, shared
+
+
+def _misfit(serving: _Serving, made: Deployment) -> str:
+    """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
+    memory, stage = serving.memory(made), serving.stage
+    if memory.memory_share <= 1:
+        return ""
+    fixes: list[str] = []
+    if stage == "decode" and (fit := int(float(memory.sequences_that_fit) / made.micro_batches)):
+        fixes.append(f"use sequences={fit}")
+    elif memory.longest_context >= 1:
+        fixes.append(f"use {'context' if stage == 'decode' else 'prompt'}={float(memory.longest_context):.0f}")
+    for count, shared in _counts(serving, None if made.tensor == 1 else made.tensor):
+        if count > made.gpus and serving.fits(serving.made(count, shared, None)):
+            more = f" and {stage}_tensor={shared}" if shared != made.tensor else ""
+            fixes.append(f"use {stage}_gpus={count}{more}")
+            break
+    capacity = Figure(serving.hardware.value("gpu_memory"), "input", (), "gpu_memory")
+    return (
+        f"{stage} on {plural(made.gpus, 'GPU')} does not fit: weights and cache take {shown(memory.gpu_memory)} of "
+        f"{rounded(capacity)}; {' or '.join(fixes) or 'use hardware with more memory'}"
     )

@@ -13,7 +13,7 @@ from dsmini.report.units import shown, words
 
 STYLES = {"near": "green", "equal": "green", "off": "yellow", "far": "red", "unequal": "bold red", "better": "green"}
 STYLES |= {"worse": "red", "new": "cyan", "gone": "cyan", "changed": "yellow", "reproduced": "green"}
-STYLES |= {"misses": "red", "misprint": "yellow", "worked out": "green", "follows": "green"}
+STYLES |= {"missed": "red", "fitted": "yellow", "misprint": "yellow", "worked out": "green", "follows": "green"}
 LONGEST = 30
 """Number of figures of a question that a terminal shows; the page has all."""
 

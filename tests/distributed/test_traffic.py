@@ -12,10 +12,9 @@ from dsmini.config.parallel import ParallelConfig
 from dsmini.distributed.expert_parallel import moe_layers
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
+from dsmini.planner.exchange import training_exchange
+from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.quantities.inputs import ModelInputs
-from dsmini.planner.quantities.quantity import COUNT
-from dsmini.planner.training.dispatch import dispatch_figures
 from tests.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 
@@ -72,11 +71,13 @@ def test_flat_exchange_sends_one_row_a_visit() -> None:
 @pytest.mark.slow
 def test_two_hops_send_a_token_once_to_a_node_as_the_planner_predicts() -> None:
     every = run_ranks(4, exchange, 2)
-    hardware = dataclasses.replace(load_hardware("h800"), gpus_per_node=COUNT(2, "gpus_per_node", "GPUs", "a test"))
-    m = ModelInputs.of(ModelConfig(**MODEL), "a test")
-    predicted = dispatch_figures(m, hardware, COUNT(4, "expert", "GPUs", "a test"), "fp8")
-    assert predicted.dispatch_row.value == ROW["dispatch"]
-    copies = TOKENS * predicted.slow_copies.value
+    predicted, hardware = Sheet(explained=False), load_hardware("h800")
+    predicted.put("gpus_per_node", 2, "a test")
+    predicted.put("expert", 4, "a test")
+    hardware.put(predicted)
+    training_exchange(predicted, ModelConfig(**MODEL), hardware, nodes=2, dtype="fp8")
+    assert predicted.dispatch_row == ROW["dispatch"]
+    copies = TOKENS * predicted.slow_copies
     for found in every:
         assert found["slow"]["dispatch"] == found["remote nodes"] * ROW["dispatch"]
         assert found["remote nodes"] == pytest.approx(copies, abs=4 * math.sqrt(copies))

@@ -10,47 +10,36 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from dsmini.planner.exchange import places_hit
+from dsmini.planner.explanation import named, step_of
+from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import Hardware, load_hardware
-from dsmini.planner.quantities.explanation import explain
-from dsmini.planner.quantities.formula import walk
-from dsmini.planner.quantities.quantity import Anything, Quantity
+from dsmini.planner.plan import Plan, changed, plan
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Model, Setup, setup
-from dsmini.planner.training.layout import Layout
-from dsmini.planner.training.training_plan import training_plan
-from dsmini.planner.whole import Plan, whole_plan
+from dsmini.planner.setup import Model, Setup, problem_of, setup
 from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page
 
 INVENTED = Path(__file__).parents[1] / "planner" / "invented.toml"
 CHOICES = {field.name for field in dataclasses.fields(PlanRequest)}
-Values = Mapping[str, float]
+FIGURES = {"memory": "gpu_memory", "price": "gpu_price", "power": "gpu_power"}
+FIGURES |= {dtype: f"peak_{dtype}" for dtype in ("float32", "bfloat16", "fp8")}
 
 
 def hardware_of(words: str) -> Hardware:
     """Return hardware with some numbers multiplied, such as "h800 memory*0.5"; times 0 it has none."""
     name, *changes = words.split()
     made = load_hardware(INVENTED if name == "invented" else name)
-
-    def times(old: Anything | None, factor: float) -> Any:
-        labels = old and (old.name, old.title, old.source)
-        return Quantity(old.value * factor, old.unit, "input", (), labels) if old and labels and factor else None
-
+    numbers = dict(made.numbers)
     for change in changes:
         field, factor = change.split("*")
-        if field in made.peaks:
-            peaks = {**made.peaks, field: times(made.peaks[field], float(factor))}
-            made = dataclasses.replace(made, peaks={dtype: peak for dtype, peak in peaks.items() if peak})
-            continue
-        names = [name for name in (field, f"{field}_effective") if hasattr(made, name)]
-        made = dataclasses.replace(made, **{name: times(getattr(made, name), float(factor)) for name in names})
-    return made
-
-
-def numbers(hardware: Hardware) -> dict[str, Anything]:
-    """Return the quantities of hardware by name."""
-    fields = [getattr(hardware, field.name) for field in dataclasses.fields(hardware)]
-    return {q.name: q for q in (*hardware.peaks.values(), *fields) if isinstance(q, Quantity)}
+        key = FIGURES.get(field, field)
+        if not float(factor):
+            del numbers[key]
+        elif key in numbers:
+            value, source = numbers[key]
+            numbers[key] = (value * float(factor), source)
+    return dataclasses.replace(made, numbers=numbers)
 
 
 def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
@@ -70,8 +59,8 @@ def read(words: str) -> tuple[Model, Hardware, PlanRequest]:
     sizes = {name: value for name, value in given.items() if name not in CHOICES}
     model = Model.from_file(CONFIGS / f"{config}.toml")
     # lines break where a path is long, so sources name the file as from the root
-    source, changed = f"configs/{config}.toml", dataclasses.replace(model.config, **sizes)
-    model = dataclasses.replace(model, config=changed, source=source)
+    source, other = f"configs/{config}.toml", dataclasses.replace(model.config, **sizes)
+    model = dataclasses.replace(model, config=other, source=source)
     machine = hardware_of(" ".join([hardware, *(word for word in rest if "*" in word)]))
     return model, machine, PlanRequest(hardware=hardware, **choices)
 
@@ -85,13 +74,13 @@ def setup_of(words: str) -> Setup:
 
 @functools.lru_cache(maxsize=16)  # what is collected takes no time of the garbage collector
 def plan_of(words: str) -> Plan:
-    return whole_plan(setup_of(words))
+    return plan(setup_of(words))
 
 
 @functools.lru_cache(maxsize=16)
-def figures_of(words: str) -> dict[str, Anything]:
-    """Return the figures of a plan, and all that they are computed from, by name."""
-    return {node.name: node for node in walk(*plan_of(words).all.values()) if node.name}
+def figures_of(words: str) -> dict[str, Figure]:
+    """Return the figures of a plan, and all inputs that they are computed from, by name."""
+    return named(plan_of(words).figures.values())
 
 
 @functools.cache
@@ -99,48 +88,49 @@ def values_of(words: str) -> dict[str, float]:
     return {name: figure.value for name, figure in figures_of(words).items()}
 
 
-def of_layout(made: Setup, layout: Layout) -> dict[str, Anything]:
-    """Return the figures of training in another layout."""
-    return training_plan(made.m, made.hardware, layout, made.workload, made.assumptions).figures()
+def in_layout(made: Setup, **layout: Any) -> Sheet:
+    """Return the training figures of a setup in another layout, as plain numbers."""
+    problem = problem_of(made.request, made.model, made.hardware)
+    return problem.planned(dataclasses.replace(made.layout, **layout))
+
+
+def planned_with(made: Setup, **changes: Any) -> Plan:
+    """Return the plan of a setup with some changes."""
+    return plan(changed(made, changes, made.hardware))
 
 
 FUNCTIONS = {"max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "ceil": math.ceil, "floor": math.floor}
-UNIT = re.compile(r"\b(\d+) (?:FLOP/token|FLOP|tokens|B|s)\b")
-
-
-def python(formula: str) -> str:
-    """Return a formula of an explanation in Python."""
-    code = formula.replace("×", "*").replace("^", "**").replace(" per token", "").replace("24 h", "86400")  # noqa: RUF001
-    return UNIT.sub(r"\1", code)
+FUNCTIONS["places_hit"] = places_hit
 
 
 class Formulas:
     """Formulas of figures as their explanations write them, computed by Python alone."""
 
-    def __init__(self, figures: Iterable[Anything]) -> None:
-        self.steps = {}
-        for figure in reversed(list(figures)):  # the last ones need most of the others
-            if figure.name not in self.steps and figure.op != "input":
-                self.steps |= {step.name: step for step in explain(figure).steps}
+    def __init__(self, figures: Iterable[Figure]) -> None:
+        self.steps = {f.name: step_of(f) for f in named(figures).values() if f.op != "input"}
         self._code: dict[str, CodeType] = {
             name: compile(python(step.formula), name, "eval") for name, step in self.steps.items()
         }
 
-    def values(self, inputs: Values, names: Iterable[str] | None = None) -> dict[str, float]:
+    def values(self, inputs: Mapping[str, float], names: Iterable[str] | None = None) -> dict[str, float]:
         """Return the values of some figures, or of all, that these inputs give, and all that they need."""
         known = dict(inputs)
         todo = list(self.steps if names is None else names)
         while todo:
             name = todo[-1]
-            if name in known:
+            missing = [] if name in known else [need for need in self.steps[name].needs if need not in known]
+            todo += missing
+            if not missing:
                 todo.pop()
-                continue
-            missing = [need for need in self.steps[name].needs if need not in known]
-            if missing:
-                todo += missing
-                continue
-            known[name] = eval(self._code[name], {"__builtins__": {}, **FUNCTIONS}, known)
+            if not missing and name not in known:
+                known[name] = eval(self._code[name], {"__builtins__": {}, **FUNCTIONS}, known)
         return known
+
+
+def python(formula: str) -> str:
+    """Return a formula of an explanation in Python; large numbers are written in words there."""
+    code = formula.replace("×", "*").replace("^", "**").replace("1 trillion", "1e12")  # noqa: RUF001
+    return re.sub(r"(?<=\d),(?=\d{3})", "", code)
 
 
 PAGES = Path(__file__).parents[1] / "planner" / "pages"

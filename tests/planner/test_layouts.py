@@ -1,5 +1,6 @@
 """Choices that a user leaves open: layouts, deployments, precision; the search for layouts; and advice that fits."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -8,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner import answers
+from dsmini.planner import answers, search
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.quantities.quantity import Quantity
+from dsmini.planner.layout import Layout
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.setup import Model, setup
-from dsmini.planner.training import layout_choice, layout_table
-from dsmini.planner.training.layout import Layout
-from tests.helpers.plans import figures_of, of_layout, plan_of, read, setup_of, values_of
+from dsmini.planner.setup import Model, problem_of, setup
+from dsmini.planner.training import WITHOUT
+from tests.helpers.plans import plan_of, read, setup_of, values_of
 from tests.helpers.released_configs import HF_V3
 
 V3 = {
@@ -49,21 +49,21 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "deepseek-v2 gpus=128 decode_gpus=48": {"decode": (1, 48, 32), "decode how": "as chosen"},
     "deepseek-v2 gpus=128 decode_gpus=48 decode_tensor=4 decode_redundant=80": {"decode": (4, 48, 80)},
     "deepseek-v3 decode_redundant=64": {"decode": (1, 16, 64)},
+    "kimi-k2 optimizer=muon": {"optimizer": "muon"},
+    "toy optimizer=adamw moments=bfloat16": {"optimizer": "adamw", "moments": "bfloat16"},
 }
 """The request and the choice: fields of the layout; tensor, GPUs and redundant experts of a deployment."""
 
 
 def chosen(words: str) -> dict[str, Any]:
     made, plan = setup_of(words), plan_of(words)
-    found: dict[str, Any] = {name: getattr(made.layout.layout, name) for name in Layout.__dataclass_fields__}
-    found |= {"how": made.layout.how, "fits": plan.training.fits}
-    if made.serving is None:
-        return found
-    for stage, deployed in (("decode", made.serving.decode), ("prefill", made.serving.prefill)):
-        sizes = ("tensor_parallel", "expert_parallel", "redundant_experts")
-        found[stage] = tuple(round(values_of(words)[f"{stage}_{size}"]) for size in sizes)
-        found[f"{stage} how"] = deployed.how
-    return found | {"weights": made.serving.decode.deployment.weight_dtype}
+    found: dict[str, Any] = {name: getattr(made.layout, name) for name in Layout.__dataclass_fields__}
+    found |= {"how": made.sources["layout"], "fits": plan.fits, "weights": made.request.weight_dtype}
+    for stage in ("decode", "prefill") if made.served else ():
+        deployed = made.deployment(stage)
+        found[stage] = (deployed.tensor, deployed.gpus, deployed.redundant)
+        found[f"{stage} how"] = made.sources[stage]
+    return found
 
 
 @pytest.mark.parametrize("words", CHOSEN)
@@ -72,16 +72,10 @@ def test_what_is_left_open_is_chosen(words: str) -> None:
     assert {name: found[name] for name in CHOSEN[words]} == CHOSEN[words]
 
 
-def test_experts_get_what_the_dtype_of_weights_sends() -> None:
-    sizes = [values_of(f"deepseek-v3 weight_dtype={d}")["decode_dispatch_number"] for d in ("fp8", "bfloat16")]
-    assert sizes == [1, 2]
-
-
 def test_half_of_the_fewest_gpus_hold_nothing() -> None:
     """Advice for training names all choices, for serving the memory of a GPU."""
     for words in ("deepseek-v2-lite gpus=2", "deepseek-v3 gpus=112 pipeline=7 precision=fp8 moments=bfloat16"):
-        gpus = setup_of(words).layout.layout.gpus
-        said = setup_of(words).layout.misfit
+        gpus, said = setup_of(words).layout.gpus, setup_of(words).misfit["training"]
         assert said.startswith(f"no layout on gpus={gpus} fits 80 GB") and said.endswith(f"; use gpus={2 * gpus}")
     for words in ("deepseek-v2 gpus=128 decode_gpus=8 sequences=1", "kimi-k2 gpus=4096 decode_gpus=32 sequences=1"):
         assert values_of(words)["decode_memory_share"] > 1
@@ -103,7 +97,7 @@ FULL = [
 @pytest.mark.parametrize(("words", "gpus"), FULL)
 def test_sizes_left_out_early_would_not_be_chosen(words: str, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = setup_of(f"{words} {gpus}").layout
-    monkeypatch.setattr(layout_choice, "SLACK", 1e9)
+    monkeypatch.setattr(search, "SLACK", 1e9)
     model, hardware, request = read(f"{words} {gpus}")
     assert setup(request, model, hardware).layout == first
 
@@ -115,7 +109,7 @@ def test_name_is_of_the_file_or_of_its_folder(tmp_path: Path) -> None:
     model = Model.from_file(path)
     assert (read("toy")[0].name, model.name, model.run) == ("toy", "My-Model", None)
     found = setup(PlanRequest(), model, load_hardware("h800"))
-    assert found.layout.how == "as DeepSeek-V3 was trained", "by its sizes, whatever its file"
+    assert found.sources["layout"] == "as DeepSeek-V3 was trained", "by its sizes, whatever its file"
 
 
 # --- advice
@@ -140,8 +134,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("words", UNFIT)
 def test_each_advice_fits_when_it_is_taken(words: str) -> None:
-    said = setup_of(words).refused
-    assert said
+    (said,) = setup_of(words).misfit.values()
     for advice in said.rpartition("; ")[2].split(" or "):
         if advice.startswith("leave out "):
             changes = [advice.removeprefix("leave out ") + "="]
@@ -150,7 +143,7 @@ def test_each_advice_fits_when_it_is_taken(words: str) -> None:
         names = tuple(change.partition("=")[0] + "=" for change in changes)
         rest = [word for word in words.split() if not word.startswith(names)]
         better = " ".join([*rest, *(change for change in changes if not change.endswith("="))])
-        assert setup_of(better).refused == "", advice
+        assert setup_of(better).misfit == {}, advice
 
 
 def test_what_does_not_fit_is_still_explained() -> None:
@@ -159,14 +152,14 @@ def test_what_does_not_fit_is_still_explained() -> None:
 
 
 def test_either_of_training_and_serving_may_not_fit() -> None:
-    """Nobody asked for what does not fit, so the plan goes on without it and says what would."""
+    """A plan goes on without what does not fit, and says what would; it is refused if nothing fits."""
     large = setup_of("deepseek-v2-lite @laptop memory*6")
     record = answers.planned(large, "a test").record
-    assert record["fits"] is False and large.layout.misfit.startswith("no layout on gpus=1 fits 103 GB a GPU")
+    assert record["fits"] is False and record["misfit"]["training"].startswith("no layout on gpus=1 fits 103 GB a GPU")
     assert "decode_cost" not in record["figures"]["inference"] and record["figures"]["inference"]
     tight = setup_of("toy @laptop memory*0.0001")
-    assert tight.refused.startswith("no layout on gpus=1 fits 1.72 MB")
-    assert tight.serving is None and tight.unserved.startswith("decode on 1 GPU does not fit: weights and cache take ")
+    assert tight.refused == tight.misfit["training"] and tight.refused.startswith("no layout on gpus=1 fits 1.72 MB")
+    assert tight.misfit["decode"].startswith("decode on 1 GPU does not fit: weights and cache take ")
 
 
 # --- search
@@ -179,8 +172,7 @@ SEARCHED = [
 
 
 def found(words: str) -> list[dict[str, Any]]:
-    made, request = setup_of(words), read(words)[2]
-    return answers.searched(made, request, words, lambda done, what: None).record["layouts"]
+    return answers.searched(setup_of(words), words).record["layouts"]
 
 
 def every_layout(words: str) -> Iterator[Layout]:
@@ -196,37 +188,31 @@ def every_layout(words: str) -> Iterator[Layout]:
     names = [name for name in choices if getattr(request, name) is None]
     for values in itertools.product(*(choices[name] for name in names)):
         try:
-            yield Layout(**(request.layout_fields | dict(zip(names, values, strict=True))))
+            state = problem_of(setup_of(words).request, *read(words)[:2]).state
+            yield dataclasses.replace(state, **(request.layout_fields | dict(zip(names, values, strict=True))))
         except ValueError:
             continue
-
-
-PARTS = {
-    "computing": "compute",
-    "links_between": "links between nodes",
-    "links_within": "links within a node",
-    "bubble": "bubble",
-    "update": "update",
-}
 
 
 @pytest.mark.parametrize("words", SEARCHED)
 def test_search_finds_the_best_of_all_plans(words: str) -> None:
     """And what binds: the part that gains most without time, or memory, if what does not fit gains more."""
     made, plans = setup_of(words), dict[tuple[int, ...], list[dict[str, float]]]()
+    problem = dataclasses.replace(problem_of(made.request, made.model, made.hardware), gpus=made.layout.gpus)
+    names = ["memory_free", "memory_needed", "roof_step_seconds", *(f"step_without_{part}" for part in WITHOUT)]
     for layout in every_layout(words):
         try:
-            figures = {name: figure.value for name, figure in of_layout(made, layout).items()}
+            planned = problem.planned(layout)
         except ValueError:
             continue
         sizes = (layout.pipeline, layout.tensor, layout.expert, layout.micro_batch)
-        plans.setdefault(sizes, []).append(figures)
+        plans.setdefault(sizes, []).append({name: float(planned.get(name)) for name in names})
     best: dict[tuple[int, ...], tuple[float, float, str]] = {}
     for sizes, each in plans.items():
         if fitting := [found for found in each if found["memory_free"] >= 0]:
             one = min(fitting, key=lambda found: (found["roof_step_seconds"], found["memory_needed"]))
             step = one["roof_step_seconds"]
-            gains = {word: step - one[f"step_without_{part}"] for part, word in PARTS.items()}
+            gains = {word: step - one[f"step_without_{part}"] for part, word in WITHOUT.items()}
             memory = step - min(found["roof_step_seconds"] for found in each)
             binds = "memory" if memory > max(list(gains.values())[1:]) else max(gains, key=lambda word: gains[word])
             best[sizes] = (step, one["memory_needed"], binds)
@@ -243,8 +229,8 @@ def test_search_of_a_large_cluster_finds_the_published_layout(monkeypatch: pytes
     """V3's own is within 5 % of the fastest, and 35,000 layouts take few formulas, which are what takes time."""
     built = counted(monkeypatch)
     told: list[tuple[float, str]] = []
-    made, request = setup_of("deepseek-v3 gpus=2048"), read("deepseek-v3 gpus=2048")[2]
-    layouts = answers.searched(made, request, "", lambda share, what: told.append((share, what))).record["layouts"]
+    made = setup_of("deepseek-v3 gpus=2048")
+    layouts = answers.searched(made, "", lambda share, what: told.append((share, what))).record["layouts"]
     (own,) = [one for one in layouts if V3.items() <= one.items()]
     assert own["step_seconds"] < 1.05 * layouts[0]["step_seconds"] and own["binds"] == "compute"
     assert 50 < len(built) <= 500
@@ -259,30 +245,16 @@ def test_choice_for_a_trillion_parameters_builds_few_formulas(monkeypatch: pytes
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
-    """Return a list that gets the layout of each formula that is built."""
+    """Return a list that gets the layout of each formula that is computed."""
     built: list[Layout] = []
-    plan = layout_table.plan_unchecked
+    figures = search.training_figures
 
-    def count(m: Any, hardware: Any, layout: Layout, *rest: Any) -> Any:
+    def count(s: Any, c: Any, hardware: Any, layout: Layout) -> None:
         built.append(layout)
-        return plan(m, hardware, layout, *rest)
+        figures(s, c, hardware, layout)
 
-    monkeypatch.setattr(layout_table, "plan_unchecked", count)
+    monkeypatch.setattr(search, "training_figures", count)
     return built
-
-
-def test_a_plan_is_a_few_thousand_operations() -> None:
-    seen = {id(node) for figure in figures_of("deepseek-v3").values() for node in _parts(figure)}
-    assert 1000 < len(seen) < 10_000
-
-
-def _parts(figure: Any) -> Iterator[Quantity[Any, Any]]:
-    """Yield what a figure is computed from, up to the next names."""
-    todo = [figure]
-    while todo:
-        node = todo.pop()
-        yield node
-        todo += [arg for arg in node.args if not arg.name]
 
 
 def test_search_holds_what_was_chosen() -> None:
@@ -293,3 +265,10 @@ def test_search_holds_what_was_chosen() -> None:
     assert {one["moments"] for one in layouts} == {"bfloat16"}, "as the config's recipe says"
     steps = [one["step_seconds"] for one in layouts]
     assert steps == sorted(steps) and all(one["memory"] <= 80e9 for one in layouts)
+
+
+def test_search_counts_the_optimizer_that_was_chosen() -> None:
+    least = {
+        o: min(one["memory"] for one in found(f"deepseek-v2-lite gpus=16 optimizer={o}")) for o in ("adamw", "muon")
+    }
+    assert least["muon"] < least["adamw"]

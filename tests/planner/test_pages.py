@@ -1,6 +1,6 @@
 """Pages of the planner, each next to its snapshot in pages/: numbers of an invented machine, the same everywhere.
 
-UPDATE_PAGES=1 pytest tests/planner/test_pages.py writes the snapshots anew. Read what has changed before a commit.
+UPDATE_PAGES=1 pytest tests/planner/test_pages.py writes the snapshots again. Read what changed before a commit.
 """
 
 import functools
@@ -8,91 +8,68 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from dsmini.planner import answers
-from dsmini.planner.answers import PlanAnswer
-from dsmini.planner.pages.comparison import variation_section
-from dsmini.planner.pages.sections import sections
-from dsmini.planner.pages.why import why
-from dsmini.planner.quantities.explanation import named, shown
-from dsmini.planner.varied_axis import read_axis
-from dsmini.planner.vary import vary
-from dsmini.report import Detail, Section
+from dsmini.planner.answers import Answer, check_folder
+from dsmini.planner.explanation import step_of
+from dsmini.planner.hardware import known_hardware
+from dsmini.planner.pages import findings, ten_lines, variation_section
+from dsmini.planner.vary import read_axis, vary
+from dsmini.report import Section
 from tests.helpers.chromium import BROWSER, Chromium
-from tests.helpers.plans import Formulas, plan_of, read, same_page, setup_of
+from tests.helpers.plans import figures_of, plan_of, same_page, setup_of, values_of
 
 V3 = "deepseek-v3 @invented"
 SMALL = "deepseek-v2-lite @invented gpus=8 batch=96 schedule=1f1b precision=bf16 micro_batch=1 zero=1"
 SLOW = f"{V3} gpus=2048 pipeline=1 expert=256 tensor=8 zero=3 recompute=full schedule=1f1b precision=fp8"
 FOUND = (
-    *("deepseek-v3 @h800", SLOW, f"{V3} utilization=0.5", f"{V3} expert=16", "deepseek-v3.2 @invented"),
-    *("deepseek-v2-lite @laptop memory*6", "toy @laptop", "toy-mha @invented", "toy-dense @laptop"),
-    *("shakespeare @invented", f"{V3} memory*0.7 tokens=1e12 price=5 failures_per_node_day=0.1"),
+    *("deepseek-v3 @h800", SLOW, f"{V3} utilization=0.5", f"{V3} decode_gpus=8", "deepseek-v3.2 @invented"),
+    *("deepseek-v2-lite @laptop memory*6", "toy @laptop", "toy-dense @laptop", "shakespeare @invented"),
+    f"{V3} memory*0.7 tokens=1e12 price=5 failures_per_node_day=0.1 restart_time=1000",
 )
-"""Plans of which headings, findings, warnings and reasons are shown."""
+"""Plans of which the ten lines are shown."""
 
 
 @functools.cache
-def planned(words: str) -> PlanAnswer:
-    return answers.planned(setup_of(words), f"python -m dsmini.plan {words}")
+def planned(words: str, whole: bool = False) -> Answer:
+    return answers.planned(setup_of(words), f"python -m dsmini.plan {words}", whole=whole)
 
 
-@functools.cache
-def searched(words: str) -> PlanAnswer:
-    return answers.searched(setup_of(words), read(words)[2], words, lambda done, what: None)
+def varied(*axes: str, of: tuple[str, ...] = (), words: str = V3) -> Answer:
+    return answers.varied(setup_of(words), axes, of, "")
 
 
-def varied(*axes: str, of: tuple[str, ...] = (), words: str = V3) -> PlanAnswer:
-    return answers.varied(setup_of(words), read(words)[2], axes, of, "", lambda done, what: None)
-
-
-def compared(*axes: str, of: tuple[str, ...] = ()) -> Section:
-    """Return the section of a variation as a page shows it."""
-    return variation_section(vary(setup_of(V3), read(V3)[2], [read_axis(axis) for axis in axes], of), full=True)
-
-
-def on_terminal(answer: PlanAnswer, width: int = 100) -> str:
+def on_terminal(answer: Answer, width: int = 100) -> str:
     out = io.StringIO()
     answer.show(Console(file=out, width=width))
     return out.getvalue()
 
 
-def on_page(found: Iterable[Section]) -> str:
-    """Return all that a page shows of some sections, but the formulas of figures."""
-    return "\n".join(line for section in found for line in _lines(section))
+def on_page(*axes: str, of: tuple[str, ...] = ()) -> str:
+    """Return the plots, warnings and tables of a variation as a page shows them."""
+    section = variation_section(vary(setup_of(V3), [read_axis(axis) for axis in axes], of), full=True)
+    return "\n".join(_lines(section))
 
 
 def _lines(section: Section) -> Iterator[str]:
     yield from ("", f"## {section.title}", section.finding)
     yield from (f"! {warning}" for warning in section.warnings)
-    yield from (f"{heading}: {paragraph}" for heading, paragraph in section.prose)
     for table in section.tables:
         yield from (" | ".join(row) for row in (table.columns, *table.rows))
     for plot in section.plots:
         yield f"plot: {plot.title}, {plot.y} over {plot.x}; logarithmic {plot.log_x} {plot.log_y}; {plot.labels}"
-        for series in plot.series:
-            yield f"  {series.kind} {_rounded(series.x)} {_rounded(series.y)}"
+        yield from (f"  {series.kind} {_rounded(series.x)} {_rounded(series.y)}" for series in plot.series)
     for heat in section.heat_maps:
         yield f"heat map: {heat.title}; {heat.y} {list(heat.rows)} by {heat.x} {list(heat.columns)}"
         for values, cells in zip(heat.values, heat.cells, strict=True):
             yield f"  {_rounded(values)} {list(cells)}"
-    for heading, details in {**section.details, **section.folded}.items():
-        yield f"- {heading}"
-        yield from (f"  {detail.name} | {detail.title} | {detail.value} | {_last(detail)}" for detail in details)
-    yield section.about
 
 
 def _rounded(values: Iterable[float | None]) -> list[str]:
     return ["" if value is None else f"{value:.4g}" for value in values]
-
-
-def _last(detail: Detail) -> str:
-    """Return the last line of a figure, which has all its digits, or the choice of a largest or smallest."""
-    return detail.lines[-1] if len(detail.lines) > 1 else detail.note
 
 
 def formulas() -> str:
@@ -100,49 +77,28 @@ def formulas() -> str:
     seen: set[str] = set()
     lines: list[str] = []
     for words in (V3, "toy @invented", "toy-dsa @invented", SMALL):
-        steps = Formulas(plan_of(words).all.values()).steps
-        lines += ["", f"## {words}", *(f"{name} = {steps[name].formula}" for name in sorted(steps.keys() - seen))]
+        steps = {name: step_of(f).formula for name, f in figures_of(words).items() if f.op != "input"}
+        lines += ["", f"## {words}", *(f"{name} = {steps[name]}" for name in sorted(steps.keys() - seen))]
         seen |= steps.keys()
-    return "\n".join(lines)
-
-
-def findings() -> str:
-    lines: list[str] = []
-    for words in FOUND:
-        plan = plan_of(words)
-        lines += [
-            "",
-            f"# {words}",
-            *(answers.planned(setup_of(words), words).lines if not setup_of(words).refused else []),
-        ]
-        for section in sections(plan):
-            lines += [f"{section.name}: {section.finding}", *(f"! {warning}" for warning in section.warnings)]
-        lines += [f"{heading}: {paragraph}" for heading, paragraph in why(plan)]
     return "\n".join(lines)
 
 
 PAGES: dict[str, Callable[[], str]] = {
     "plan": lambda: on_terminal(planned(V3)),
-    "page": lambda: on_page(_page(planned(V3)).sections),
+    "tables": lambda: on_terminal(planned(V3, whole=True)),
     "formulas": formulas,
-    "findings": findings,
-    "explanation": lambda: "\n".join(
-        line
-        for name, width in (("decode_gpu_weights", 100), ("effective_share", 70), ("n_layers", 80))
-        for line in (*answers.explained(setup_of(V3), name, width).lines, "")
+    "findings": lambda: "\n\n".join("\n".join([f"# {words}", *ten_lines(plan_of(words))]) for words in FOUND),
+    "explanation": lambda: "\n\n".join(
+        "\n".join(answers.explained(setup_of(V3), name, width).lines)
+        for name, width in (("slow_bytes", 100), ("effective_share", 70), ("n_layers", 80))
     ),
-    "search": lambda: on_terminal(searched(SMALL)) + on_page([_named(searched(SMALL), "search_section")]),
+    "search": lambda: on_terminal(answers.searched(setup_of(SMALL), SMALL)),
     "variation": lambda: (
-        on_terminal(varied("context=4096,1024", "precision=fp8", of=("decode_gpu_cache", "decode_cost")))
+        on_terminal(varied("context=4096,1024,65536", of=("decode_gpu_cache", "decode_cost")))
         + on_terminal(varied("pipeline=8,7,16"))
-        + on_page(
-            (
-                compared("context=4096,1024,65536", of=("decode_gpu_cache", "decode_cost")),
-                compared("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_days", "kv_cache")),
-                compared("hardware=h100", "max_seq_len=2048,8192"),
-                compared("weight_dtype=fp8,bfloat16", of=("roof_step_seconds", "decode_time_per_token")),
-            )
-        )
+        + on_page("context=4096,1024,65536", of=("decode_sequences", "decode_cost"))
+        + on_page("precision=fp8,bf16", "zero=0,1", of=("memory_needed", "training_days"))
+        + on_page("weight_dtype=fp8,bfloat16", of=("roof_step_seconds", "decode_time_per_token"))
     ),
     "heat-map": lambda: on_terminal(
         varied(
@@ -157,16 +113,6 @@ PAGES: dict[str, Callable[[], str]] = {
 """Snapshots by name."""
 
 
-def _page(answer: PlanAnswer) -> Any:
-    assert answer.page is not None
-    return answer.page()
-
-
-def _named(answer: PlanAnswer, name: str) -> Section:
-    (found,) = [section for section in _page(answer).sections if section.name == name]
-    return found
-
-
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_as_it_was(name: str) -> None:
     same_page(name, PAGES[name]())
@@ -175,9 +121,35 @@ def test_page_is_as_it_was(name: str) -> None:
 # --- what snapshots do not show
 
 
+def test_plan_is_about_ten_lines_and_says_context_with_sequences() -> None:
+    lines = ten_lines(plan_of("deepseek-v3"))
+    assert 9 <= len(lines) <= 13 and lines[-1].startswith("next ")
+    assert "60 sequences of 4,096 tokens a GPU take 77.7 GB of 80 GB" in "\n".join(lines)
+
+
+MODELS = ["deepseek-v3", "deepseek-v2-lite", "toy", "toy-dense", "toy-mha", "shakespeare"]
+QUICK = {("deepseek-v3", "a100-pcie"), ("deepseek-v3", "laptop"), ("deepseek-v2-lite", "gb200-nvl72")}
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware"),
+    [
+        pytest.param(name, hardware, marks=[] if name == "toy" or (name, hardware) in QUICK else pytest.mark.slow)
+        for name in MODELS
+        for hardware in known_hardware()
+    ],
+)
+def test_every_model_is_planned_on_every_machine(name: str, hardware: str) -> None:
+    plan = plan_of(f"{name} @{hardware}")
+    found = findings(plan)
+    assert all(finding.endswith(".") and "None" not in finding for finding in found.values()), found
+    assert plan.fits == ("reliability" in found) != ("It does not fit: no " in found["training"])
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "new" / "plan.html"
+    check_folder(path.parent)
     assert planned(V3).write(path.parent) == [path, path.parent / "plan.json"]
     return path
 
@@ -185,7 +157,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_figure_is_on_the_page_once_and_each_link_leads_to_one(page: Path) -> None:
     text = page.read_text()
     ids = re.findall(r'\bid="([^"]+)"', text)
-    assert len(ids) == len(set(ids)) and set(named(plan_of(V3).all.values())) <= set(ids)
+    assert len(ids) == len(set(ids)) and set(figures_of(V3)) <= set(ids)
     links = set(re.findall(r'href="#([^"]+)"', text))
     assert len(links) > 150 and links <= set(ids)
 
@@ -207,32 +179,84 @@ def test_page_asks_for_nothing_and_says_what_is_planned(page: Path) -> None:
 
 def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--out .*file cannot be written: it is a file; choose another folder"):
-        planned("toy @invented").write(tmp_path / "file")
+    (tmp_path / "taken" / "plan.html").mkdir(parents=True)
+    for name, why in (("file", "it is a file"), ("taken", "plan.html in it is a folder")):
+        with pytest.raises(ValueError, match=rf"--out .*{name} cannot be written: {why}; choose another folder"):
+            check_folder(tmp_path / name)
 
 
 @pytest.mark.parametrize("words", [V3, "toy @invented"])
 def test_few_titles_wrap_in_80_columns(words: str) -> None:
     """At most one line in ten of the tables of figures is the rest of a title."""
-    found = plan_of(words)
-    lines = [line.rstrip() for line in on_terminal(planned(words), 80).splitlines()]
-    rows = [i for i, line in enumerate(lines) if line.endswith(tuple(f"  {key}" for key in found.all))]
+    lines = [line.rstrip() for line in on_terminal(planned(words, whole=True), 80).splitlines()]
+    rows = [i for i, line in enumerate(lines) if line.endswith(tuple(f"  {key}" for key in figures_of(words)))]
     wrapped = [lines[i + 1] for i in rows if lines[i + 1] and i + 1 not in rows]
     assert len(rows) > 40 and len(wrapped) <= 0.1 * len(rows), wrapped
 
 
-def test_multi_head_attention_of_the_reasons_is_that_of_a_variation() -> None:
-    plan = plan_of("deepseek-v3")
-    found = vary(plan.setup, read("deepseek-v3 sequences=30")[2], [read_axis("attention=mla,mha")]).plans
-    said = " ".join(dict(why(plan)).values())
-    for place, names in ((0, ["sequences_that_fit"]), (1, ["sequences_that_fit", "longest_context"])):
-        for name in names:
-            assert shown(found[place,].all[f"decode_{name}"]) in said, name
+# --- variations
+
+UP, DOWN = "grows", "falls"
+VARIED: list[tuple[str, str, list[float] | str]] = [
+    # values of one thing, a figure, and its values, factors to the plan's own, or the direction
+    ("kv_lora_rank=128,256,512", "kv_cache", [192 * 122 / 70_272, 320 * 122 / 70_272, 1]),
+    ("gpus=4096", "assumed_step_seconds", [0.5]),
+    ("tokens=7.4e12", "training_days", [0.5]),
+    ("price=4", "training_cost", [2]),
+    ("utilization=0.7788", "assumed_step_seconds", [0.5]),
+    ("context=8192,16384", "decode_sequences", [0.5, 14 / 60]),
+    ("sequences=15", "decode_gpu_cache", [0.5]),
+    ("cache_dtype=fp8", "kv_cache", [656 / 1152]),
+    ("failures_per_node_day=0.013", "mean_time_to_failure", [0.5]),
+    ("sequences=8,24", "decode_tokens_per_second", DOWN),
+    ("sequences=8,24", "decode_gpu_tokens_per_second", UP),
+    ("acceptance=0.5,0.9", "speculation_gain", UP),
+    ("restart_time=100,1000", "effective_share_at_any_rate", DOWN),
+    ("checkpoint_halt=1,100", "elapsed_time", UP),
+    ("seq_len=2048,4096", "training_flops", UP),
+    ("pipeline=16,8", "memory_needed", UP),
+    ("hardware=h800,b200", "roof_step_seconds", DOWN),
+]
+OWN = "kv_lora_rank=512 hardware=h800 gpus=2048 batch=15360 context=4096 sequences=30 price=2"
+OWN += " cache_dtype=bfloat16 weight_dtype=fp8 precision=fp8 drafts=1"
+
+
+@pytest.mark.parametrize(("axis", "figure", "wanted"), VARIED)
+def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: list[float] | str) -> None:
+    made = setup_of("deepseek-v3")
+    found = vary(made, [read_axis(axis)], (figure,))
+    values = [plan.figures[figure].value for plan in found.plans.values()]
+    assert len(values) == len(found.axes[0].values) and found.names == (figure,)
+    if isinstance(wanted, list):
+        assert values == pytest.approx([factor * values_of("deepseek-v3")[figure] for factor in wanted], rel=1e-4)
+    else:
+        assert values == sorted(set(values), reverse=wanted == DOWN)
+    assert {plan.setup.sources["layout"] for plan in found.plans.values()} == {made.sources["layout"]}
+
+
+@pytest.mark.parametrize("axis", OWN.split())
+def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
+    (plan,) = vary(setup_of("deepseek-v3"), [read_axis(axis)]).plans.values()
+    assert {name: f.value for name, f in plan.figures.items()} == pytest.approx(
+        {name: f.value for name, f in plan_of("deepseek-v3").figures.items()}, rel=1e-12
+    )
+
+
+def test_figures_of_drafts_are_marked_where_decoding_does_not_fit() -> None:
+    found = vary(setup_of("deepseek-v3"), [read_axis("sequences=30,300")], ("speculation_gain", "verify_step_time"))
+    for name in found.names:
+        assert [found.cell(name, (i,)).startswith("! ") for i in range(2)] == [False, True], name
+
+
+def test_sequences_that_were_asked_for_stay_when_the_context_grows() -> None:
+    found = vary(setup_of("deepseek-v3 sequences=30"), [read_axis("context=4096,8192")], ("decode_sequences",))
+    assert [plan.sheet.decode_sequences.value for plan in found.plans.values()] == [60, 60]
+    assert found.cell("decode_sequences", (1,)) == "! 60"
 
 
 def test_progress_of_a_variation_is_told() -> None:
     seen: list[tuple[float, str]] = []
-    vary(setup_of(V3), read(V3)[2], [read_axis("context=100,200")], (), lambda done, what: seen.append((done, what)))
+    vary(setup_of(V3), [read_axis("context=100,200")], (), lambda done, what: seen.append((done, what)))
     assert seen == [(0.5, "1 of 2 plans"), (1.0, "2 of 2 plans")]
 
 
@@ -266,13 +290,3 @@ def test_link_opens_a_figure_inside_a_folded_list(page: Path, browser: Chromium)
     browser.evaluate("document.querySelector('a[href=\"#memory_first\"]').click()")
     waited = "new Promise(done => setTimeout(() => done(document.getElementById('memory_first').offsetHeight), 100))"
     assert browser.evaluate(waited) > 0 and browser.evaluate(is_open)
-
-
-@pytest.mark.slow
-def test_print_shows_headlines_and_whole_tables(page: Path, browser: Chromium) -> None:
-    browser.open(page, 720, prefers_color_scheme="dark")
-    browser.call("Emulation.setEmulatedMedia", media="print")
-    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    hidden = "[...document.querySelectorAll('.scroll')].filter(s => s.scrollHeight > s.clientHeight + 2).length"
-    assert browser.evaluate(hidden) == 0
-    browser.call("Emulation.setEmulatedMedia", media="")

@@ -1,7 +1,7 @@
 """Refusals: every mistake of a user is one sentence, which refusals.txt has below what was asked for.
 
 A line of [plan] and [search] asks as tests.helpers.plans.read does. [vary] has axes and --of of DeepSeek-V3's plan.
-[hardware] and [sizes] have an edit of a good file, in which \\n is the end of a line: old --> new.
+[hardware] has an edit of a good file: old --> new, in which \\n is the end of a line.
 """
 
 import dataclasses
@@ -13,27 +13,26 @@ import pytest
 
 from dsmini.planner import answers
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.model.sizes_files import FOLDER, read_sizes
-from dsmini.planner.model.sparse_attention import SparseSizes
-from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import setup
 from tests.helpers.configs import refusal
 from tests.helpers.plans import INVENTED, read, setup_of
 
 
 def planned(words: str, folder: Path) -> None:
-    answers.planned(setup_of(words), words)
+    made = setup_of(words)
+    answers.planned(made, words)
+    for sentence in made.misfit.values():  # told in the plan, and no error
+        raise ValueError(sentence)
 
 
 def searched(words: str, folder: Path) -> None:
-    answers.searched(setup_of(words), read(words)[2], words, lambda done, what: None)
+    answers.searched(setup_of(words), words)
 
 
 def varied(words: str, folder: Path) -> None:
     names = re.findall(r"--of (\S+)", words)
     words = re.sub(r"1\.\.(\d+)", lambda last: ",".join(map(str, range(1, int(last[1]) + 1))), words)
-    axes = re.sub(r"--of \S+", "", words).split()
-    answers.varied(setup_of("deepseek-v3"), PlanRequest(), axes, names, "", lambda done, what: None)
+    answers.varied(setup_of("deepseek-v3"), re.sub(r"--of \S+", "", words).split(), names, "")
 
 
 def edited(text: str, edit: str, path: Path) -> Path:
@@ -47,16 +46,11 @@ def hardware(edit: str, folder: Path) -> None:
     load_hardware(edited(INVENTED.read_text(), edit, folder / "mine.toml") if "-->" in edit else edit)
 
 
-def sizes(edit: str, folder: Path) -> None:
-    read_sizes(SparseSizes, edited((FOLDER / "deepseek-v3.2.toml").read_text(), edit, folder / "x.toml"))
-
-
 KINDS: dict[str, Callable[[str, Path], None]] = {
     "plan": planned,
     "search": searched,
     "vary": varied,
     "hardware": hardware,
-    "sizes": sizes,
 }
 
 

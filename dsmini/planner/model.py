@@ -1,0 +1,264 @@
+"""Figures of a model alone: parameters, operations, weights, cache, and what V3.2's indexer would save.
+
+All follow from the one list of dsmini.accounting: the sizes of a config become figures, and the sums over its tensors
+explain themselves. Each part of a block has a name, so that a formula reads
+
+    parameters_main = vocabulary_parameters + dim + n_layers × (attention_parameters + norm_parameters) + ...
+
+Worked example, DeepSeek-V3 at 4096 tokens: 671,026,404,352 parameters, of which a token uses 36,624,596,992; training
+takes 6 * 36.62e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 250.4 GFLOP a token, printed as 250.
+
+Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv 2505.09343), tables 1 and 2.
+"""  # noqa: RUF002
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dsmini.accounting.flops import absorbed_pair, loss_products, twice_the_pairs
+from dsmini.accounting.kv_cache import index_row_bytes, row_bytes, row_width
+from dsmini.accounting.tensors import (
+    INDEXER,
+    MTP,
+    OVER,
+    SCORES,
+    SIZES,
+    TensorUse,
+    blocks,
+    key_width,
+    main_tensors,
+    mtp_tensors,
+    total,
+)
+from dsmini.config import ModelConfig
+from dsmini.config.model import NO_INDEXER
+from dsmini.planner.figure import Sheet, titles
+
+PARAMETERS = {
+    ("ends", "embedding"): "vocabulary_parameters",
+    ("ends", "head"): "vocabulary_parameters",
+    ("ends", "norms"): "final_norm_parameters",
+    ("block", "norms"): "norm_parameters",
+    ("block", "attention"): "attention_parameters",
+    ("block", INDEXER): "indexer_parameters",
+    ("dense", "dense feed-forward"): "dense_parameters",
+    ("moe", "gates"): "gate_parameters",
+    ("moe", "routed experts"): "expert_parameters",
+    ("moe", "shared experts"): "shared_parameters",
+    ("ends", "mtp norms"): "mtp_norm_layer",
+    ("ends", "mtp projection"): "mtp_projection_layer",
+}
+"""Names of the parameters of a part: by the blocks that have it, and its module."""
+PARTS = {
+    "head_matrices": ("block", "heads"),
+    "latent_up": ("block", "up"),
+    "latent_down": ("block", "whole"),
+    "dense_ffn": ("dense", "dense feed-forward"),
+    "expert": ("moe", "routed experts"),
+    "shared_experts": ("moe", "shared experts"),
+    "gate": ("moe", "gates"),
+    "block_norms": ("block", "fp32"),
+    "final_norms": ("ends", "norms"),
+    "mtp_projection": ("ends", "mtp"),
+}
+"""Parts of serving: what expert and tensor parallelism divide differently."""
+
+
+class ModelSizes:
+    """Stand-in for a ModelConfig whose sizes are inputs of a sheet; accounting's formulas take either."""
+
+    def __init__(self, config: ModelConfig, sheet: Sheet, source: str) -> None:
+        self._config, self._sheet, self._source = config, sheet, source
+
+    def __getattr__(self, name: str) -> Any:
+        kind = getattr(ModelConfig, name)
+        if isinstance(kind, property) and kind.fget is not None:
+            return kind.fget(self)
+        value = getattr(self._config, name)
+        if isinstance(value, int) and not isinstance(value, bool) and name in titles():
+            return self._sheet.put(name, value, self._source)
+        return value
+
+
+def placed_tensors(s: Sheet, c: ModelConfig) -> tuple[list[TensorUse], list[TensorUse]]:
+    """Return the tensors of the model and of multi-token prediction, whose numbers of blocks are figures."""
+    s.dense_layers, s.moe_layers, s.mtp_dense_layers, s.mtp_moe_layers = blocks(c)
+    times = {"ends": 1, "block": c.n_layers, "dense": s.dense_layers, "moe": s.moe_layers}
+    mtp_times = {
+        "ends": c.n_mtp_layers,
+        "block": c.n_mtp_layers,
+        "dense": s.mtp_dense_layers,
+        "moe": s.mtp_moe_layers,
+    }
+    main = [use._replace(times=times[use.place]) for use in main_tensors(c)]
+    return main, [use._replace(times=mtp_times[use.place]) for use in mtp_tensors(c)]
+
+
+def model_figures(s: Sheet, c: ModelConfig) -> None:
+    """Name the parameters and the operations of a token; the sheet has seq_len."""
+    main, mtp = placed_tensors(s, c)
+    s.parameters_main = _summed(s, main, lambda use: use.times * use.stack)
+    own = [use for use in mtp if use.owned and use.name != "eh_proj"]
+    s.mtp_parameters_without_projection = _summed(s, own, lambda use: use.times * use.stack)
+    s.mtp_projection_parameters = _summed(s, [use for use in mtp if use.name == "eh_proj"], lambda use: use.times)
+    s.mtp_parameters = s.mtp_parameters_without_projection + s.mtp_projection_parameters
+    s.parameters_total = s.parameters_main + s.mtp_parameters
+    s.routing_biases = total(use.times * use.buffers for use in main + mtp if use.buffers)
+    s.parameters_active = _summed(s, [use for use in main if use.visits], lambda use: use.times * use.visits)
+    s.parameters_active_with_embedding = s.parameters_active + s.vocabulary_parameters
+    s.mtp_active = _summed(s, [use for use in mtp if use.visits], lambda use: use.times * use.visits)
+    s.mtp_active_printed = s.mtp_active - s.mtp_projection_parameters + c.n_mtp_layers * s.vocabulary_parameters
+    _operations(s, c, {use.module: use for use in main})
+
+
+def _summed(s: Sheet, uses: Iterable[TensorUse], times: Any) -> Any:
+    """Return a sum over tensors, in which the parameters of each part are a figure of its name."""
+    parts: dict[str, list[TensorUse]] = {}
+    for use in uses:
+        if use.shape:
+            module = use.module if use.place == "ends" and use.module != "mtp head" else use.module.removeprefix(MTP)
+            parts.setdefault(f"{use.place} {module}", []).append(use)
+    terms: list[Any] = []
+    for key, found in parts.items():
+        place, _, module = key.partition(" ")
+        name = PARAMETERS[place, module]
+        setattr(s, name, total(use.numbers for use in found))
+        terms.append(times(found[0]) * getattr(s, name))
+    return total(terms)
+
+
+def _operations(s: Sheet, c: ModelConfig, uses: dict[str, TensorUse]) -> None:
+    """Name the operations of a token: 2 for each active parameter, and attention's over the context.
+
+    DSA is counted in the sparse stage of its training.
+    """
+    over, scores = uses[OVER], uses.get(SCORES)
+    keys = _twice_the_keys(over.most_keys, s.seq_len)
+    s.pair_products = over.per_pair
+    s.attention_flops = c.n_layers * s.pair_products * keys
+    training = 3 * (2 * s.parameters_active + s.attention_flops)
+    mtp = 3 * (2 * s.mtp_active + c.n_mtp_layers * s.pair_products * keys)
+    square = 3 * (2 * s.parameters_active + c.n_layers * s.pair_products * (2 * s.seq_len))
+    if scores is None:
+        s.forward_flops = 2 * s.parameters_active + s.attention_flops
+    else:
+        of_layer = scores.per_pair * s.seq_len + loss_products(c, scores, keys, s.seq_len)
+        every = 2 * s.seq_len  # a mask hides keys that were not picked, and saves nothing
+        square = square + c.n_layers * (scores.per_pair * every + loss_products(c, scores, every, every))
+        s.indexer_flops = c.n_layers * of_layer
+        s.forward_flops = 2 * s.parameters_active + s.attention_flops + c.n_layers * scores.per_pair * s.seq_len
+        training = training + s.indexer_flops
+        mtp = mtp + c.n_mtp_layers * of_layer
+    s.training_flops = training
+    s.training_flops_full_square = square
+    s.training_flops_mtp = s.training_flops + mtp
+
+
+def _twice_the_keys(most_keys: Any, seq_len: Any) -> Any:
+    """Return twice the mean number of keys that a token of a sequence meets."""
+    return seq_len if most_keys is None else twice_the_pairs(most_keys, seq_len) / seq_len
+
+
+def mean_keys(c: ModelConfig, seq_len: Any) -> Any:
+    """Return the mean number of keys that a token of a sequence attends to, causal."""
+    return _twice_the_keys(c.index_topk, seq_len) / 2
+
+
+def keys_met(c: ModelConfig, context: Any) -> Any:
+    """Return the number of keys that a new token attends to, of those of its context."""
+    return context if c.index_topk is None else np.minimum(context, c.index_topk)
+
+
+def cache_figures(s: Sheet, c: ModelConfig, dtype: Any) -> None:
+    """Name the cache of a token in a dtype. Raises: ValueError for "fp8" where attention is not MLA."""
+    row = row_bytes(c, dtype)
+    if c.attention == "dsa":
+        s.index_row = index_row_bytes(c, dtype)
+        row = row + s.index_row
+    s.cache_row = row
+    s.kv_cache = c.n_layers * s.cache_row
+    head = c.qk_nope_head_dim + c.v_head_dim
+    s.mha_kv_cache = c.n_layers * (c.n_heads * head * SIZES.get(dtype, 2))
+    s.cache_saving = (s.mha_kv_cache - s.kv_cache) / s.mha_kv_cache
+    numbers = row_width(c) + (c.index_head_dim or 0)
+    s.equal_gqa_groups = numbers / head
+    s.cache_heads = numbers / c.v_head_dim
+
+
+def weight_figures(s: Sheet, c: ModelConfig, dtype: str) -> None:
+    """Name the bytes and the multiply-adds of the parts that a deployment treats differently.
+
+    A matrix [o, i] takes o * i multiply-adds of a token that meets it. Its bytes are 4 or 2 a number, or in FP8 one and
+    an FP32 scale for each block of 128x128. `absorbed` are the two halves of wkv_b that decoding applies to queries and
+    sums: as many numbers, in the compute dtype.
+    """
+    size = SIZES.get(dtype, 2)
+    main, mtp = placed_tensors(s, c)
+    parts: dict[str, list[TensorUse]] = {name: [] for name in PARTS}
+    for use in [*main, *(use for use in mtp if use.place == "ends" and use.owned)]:
+        key = use.split if use.place == "block" and use.form == "fp8" else use.module
+        key = "fp32" if use.place == "block" and use.form == "fp32" else key
+        key = "mtp" if use.module.startswith(MTP) else key
+        for name in [name for name, where in PARTS.items() if where == (use.place, key)]:
+            parts[name].append(use)
+    for name, uses in parts.items():
+        setattr(s, f"{name}_bytes", total(use.bytes(dtype) for use in uses))
+        if name != "final_norms":
+            setattr(s, f"{name}_products", total(use.numbers for use in uses if use.visits))
+    s.absorbed_bytes = s.latent_up_products * size
+    s.vocabulary_bytes = c.vocab_size * c.dim * size
+    s.vocabulary_products = c.vocab_size * c.dim
+    block = s.head_matrices_bytes + s.latent_up_bytes + s.latent_down_bytes + s.block_norms_bytes
+    experts = c.n_routed_experts * s.expert_bytes + s.shared_experts_bytes + s.gate_bytes
+    inside = c.n_layers * block + s.dense_layers * s.dense_ffn_bytes + s.moe_layers * experts
+    s.model_bytes = inside + 2 * s.vocabulary_bytes + s.final_norms_bytes
+
+
+def context_products(c: ModelConfig) -> Any:
+    """Return the multiply-adds of a token with one cached token in a layer, all heads; MLA absorbed."""
+    return absorbed_pair(c) if c.is_mla else c.n_heads * (key_width(c) + c.v_head_dim)
+
+
+def sparse_figures(s: Sheet, c: ModelConfig, context: Any, indexer: ModelConfig) -> None:
+    """Name what an indexer saves a decoded token that sees this many cached tokens, next to dense MLA.
+
+    Every layer has an indexer whose heads score all t cached tokens in FP8; attention reads only the k best. At 128K
+    tokens V3.2 takes 2.15 GFLOP of scores and 0.57 of attention a layer, dense 36.5: 13.4 times fewer. Bytes read are
+    4.6 times fewer. From t = k / (1 - 16384 / 278528) = 2176 tokens on, scores and k tokens are less work than all
+    tokens. The cache grows by the keys: 48,068 bytes a token. Where scores cost more than attention, as in a model with
+    few narrow heads, the indexer never computes less.
+
+    Args:
+        c: a model with MLA or DSA.
+        indexer: config with the sizes of the indexer: the model's own, or V3.2's.
+    """
+    h, d, k = indexer.index_n_heads, indexer.index_head_dim, indexer.index_topk
+    assert h is not None and d is not None and k is not None, "the config has an indexer"
+    chosen = np.minimum(context, k)
+    s.v32_row = row_bytes(c, "fp8")
+    s.v32_index_row = index_row_bytes(indexer, "fp8")
+    s.v32_kv_cache = c.n_layers * (s.v32_row + s.v32_index_row)
+    s.v32_cache_ratio = (s.v32_row + s.v32_index_row) / s.v32_row
+    score, attend = 2 * (h * d), 2 * absorbed_pair(c)
+    s.v32_index_flops = score * context
+    s.v32_attention_flops = attend * chosen
+    s.v32_dense_flops = attend * context
+    s.v32_flops_ratio = s.v32_dense_flops / (s.v32_index_flops + s.v32_attention_flops)
+    if score < attend:
+        s.v32_crossover = k * (attend / (attend - score))
+    s.v32_read = s.v32_index_row * context + s.v32_row * chosen
+    s.v32_dense_read = s.v32_row * context
+    s.v32_read_ratio = s.v32_dense_read / s.v32_read
+    active = s.parameters_active
+    if c.index_n_heads is None:
+        width = c.dim if c.q_lora_rank is None else c.q_lora_rank
+        active = active + c.n_layers * (h * d * width + d * c.dim + h * c.dim)
+    s.v32_context_flops = c.n_layers * (s.v32_index_flops + 2 * s.v32_attention_flops)
+    s.v32_token_flops = 2 * active + s.v32_context_flops
+
+
+def without_indexer(config: ModelConfig) -> ModelConfig:
+    """Return the same model with MLA in place of DSA."""
+    return replace(config, attention="mla", **NO_INDEXER) if config.attention == "dsa" else config

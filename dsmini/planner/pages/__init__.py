@@ -1,1 +1,0 @@
-"""A plan in words, as sections of a report."""

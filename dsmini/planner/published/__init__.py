@@ -1,1 +1,0 @@
-"""Published figures next to what the planner computes."""

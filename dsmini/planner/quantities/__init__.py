@@ -1,1 +1,0 @@
-"""Numbers with a unit that know how they were computed. Start with quantity."""

@@ -1,1 +1,0 @@
-"""Serving: deployments, prefill, decoding, speculation, and the memory that they take."""

@@ -1,0 +1,520 @@
+"""Training: memory of each GPU, and the time of an optimizer step from its parts.
+
+Memory. A parameter of a matrix takes 2 + 4 + 4 + 8 = 18 bytes in BF16 (weight, FP32 gradient, master weight,
+moments), and 1 + 4 + 4 + 4 = 13 with FP8 and BF16 moments. ZeRO divides them over the GPUs that hold the same: `data`
+of them for a matrix, data * tensor / expert for an expert, twice as many with DualPipe, whose halves hold the same
+stages. Activations are those of the micro-batches in flight. It is a lower bound: buffers of communication and
+temporary results are left out.
+
+Stages. Layers are placed as evenly as they divide, the first stages one more. The first stage has the embedding; the
+last has the head, multi-token prediction and its copy of the embedding. Only some GPUs can hold most: the first, the
+second with dense layers that the first has no room for, one in the middle, and the last. In flight, with PP stages:
+1F1B PP less the stages before, ZB1P PP, DualPipe PP + 1 in both of a GPU's stages together (V3, table 2).
+
+Time. A stage computes at the peaks times the shares that are reached while computing, on the multiprocessors that
+carry no rows. Rows of experts are exchange.py's. With DualPipe a forward and a backward hide each other's rows. A
+bubble is
+
+    1F1B (PP - 1) (F + B)       ZB1P (PP - 1) (F + B - 2 W)       DualPipe (PP / 2 - 1) (F&B + B - 3 W)
+
+Worked example, DeepSeek-V3 as published: the first GPU needs 65 GB of 80. A stage computes a micro-batch in 144 ms,
+as the times that DeepSeek printed imply, because fp8_efficiency is fitted to them. With rows, bubble and gradients a
+step takes 20 s; 19.93 are printed.
+
+Estimates: experts are perfectly balanced. Two all-reduces a layer of matrices that `tensor` GPUs share are not
+hidden. ZeRO 0 and 1 exchange once a step, not hidden; ZeRO 2 and 3 in every micro-batch, hidden by computing.
+Activations between stages are hidden. All weights are sent as wide as those of matrices.
+
+Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.02054); INS, table 4.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dsmini.accounting.activations import Saved, passes, rotary_table
+from dsmini.accounting.memory import saved_copy, state_bytes
+from dsmini.accounting.tensors import INDEXER, SIZES, TensorUse, largest, main_tensors, smallest, total
+from dsmini.config import ModelConfig
+from dsmini.planner.exchange import training_exchange
+from dsmini.planner.figure import Figure, Sheet
+from dsmini.planner.hardware import Hardware
+from dsmini.planner.layout import Layout, Schedule
+from dsmini.planner.model import placed_tensors
+
+BF16_EFFICIENCY = (0.51, "LL3, table 4: 0.43 of the peak in a whole step, its bubbles and all-reduces taken out")
+FP8_EFFICIENCY = (0.29, "fitted to the 143.8 ms of a forward with a backward that INS, table 4, implies")
+UTILIZATION = (0.3894, "INS, table 4")
+CARRYING = (20, "V3, section 3.2.2")
+ZERO3_GATHERED = 2
+"""Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
+WITHOUT = {
+    "computing": "compute",
+    "links_between": "links between nodes",
+    "links_within": "links within a node",
+    "bubble": "waiting in the pipeline",
+    "update": "update of the weights",
+}
+"""Resources without which a step is computed again: the figure's last words, and the words of a verdict."""
+
+
+def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> None:
+    """Name the figures of a training run.
+
+    Args:
+        s: sheet with the model's figures, the hardware's numbers, and as inputs the sizes of the layout, batch, seq_len
+            and tokens. In a search the sizes are arrays of layouts, of which `layout` is one.
+
+    Raises: ValueError for a precision or a link that the hardware lacks.
+    """
+    s.data = s.gpus / (s.pipeline * s.tensor)
+    s.expert_data = s.data * s.tensor / s.expert
+    s.experts_per_gpu = c.n_routed_experts / s.expert
+    s.micro_batches = s.batch / (s.data * s.micro_batch)
+    s.micro_batch_tokens = s.micro_batch * s.seq_len / s.tensor
+    s.layers_first = np.ceil(c.n_layers / s.pipeline)
+    s.layers_last = np.floor(c.n_layers / s.pipeline)
+    _state(s, layout)
+    _activations(s, c, layout)
+    gpus = _memory(s, c, layout)
+    if layout.gpus == 1:
+        _process(s, c, layout)
+    s.memory_needed = s.process_memory if layout.gpus == 1 else _most(gpu.memory for gpu in gpus)
+    s.memory_free = s.gpu_memory - s.memory_needed
+    _compute(s, c, hardware, layout)
+    _step(s, c, hardware, layout, gpus)
+
+
+# --- memory
+
+
+def _state(s: Sheet, layout: Layout) -> None:
+    """Name the bytes of the training state of one parameter of a matrix, undivided."""
+    fp32, moment = layout.precision == "fp32", SIZES[layout.moments]
+    s.state_weight = {"fp32": 4, "bf16": 2, "fp8": 1 + 4 / (128 * 128)}[layout.precision]
+    s.state_gradient = 4
+    s.state_master = 0 if fp32 else 4  # in FP32 the weight is its own master
+    s.state_moments = 2 * moment if layout.optimizer == "adamw" else 4
+    s.state_parameter = s.state_weight + s.state_gradient + s.state_master + s.state_moments
+
+
+def _saved(c: ModelConfig, layout: Layout) -> Saved:
+    size = 4 if layout.precision == "fp32" else 2
+    return Saved(c=c, size=size, fp8=layout.precision == "fp8", recompute=layout.recompute)
+
+
+def _activations(s: Sheet, c: ModelConfig, layout: Layout) -> None:
+    """Name the bytes that a token saves for backward in each part of the model."""
+    saved = _saved(c, layout)
+    for part in ("embedding", "dense", "moe", "head", "state", "mtp"):
+        setattr(s, f"activations_{part}", total(amount for _, amount in saved.part(part)))
+    if layout.recompute == "full":
+        s.activations_again = saved.largest_block()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Contents of a pipeline stage, and the micro-batches in flight in it."""
+
+    dense: Any
+    """Dense layers, those of multi-token prediction included."""
+    moe: Any
+    """MoE layers, those of multi-token prediction included."""
+    in_flight: Any
+    vocabularies: int = 0
+    """Matrices of the size of the embedding: embedding, head, copy for multi-token prediction."""
+    mtp: Any = 0
+    """Depths of multi-token prediction."""
+    first: bool = False
+    last: bool = False
+
+
+def _stages(s: Sheet, c: ModelConfig, layout: Layout) -> dict[str, list[Stage]]:
+    """Return the stages of each kind of GPU: the only one, or the first, a second, a middle one and the last."""
+    most, least = s.layers_first, s.layers_last
+    if layout.pipeline == 1:
+        dense, moe = s.dense_layers + s.mtp_dense_layers, s.moe_layers + s.mtp_moe_layers
+        ends: dict[str, Any] = {"vocabularies": 2, "mtp": c.n_mtp_layers, "first": True, "last": True}
+        return {"only": [Stage(dense=dense, moe=moe, in_flight=1, **ends)]}
+    dense_first = smallest(s.dense_layers, most)
+    first = Stage(dense=dense_first, moe=most - dense_first, in_flight=s.pipeline, vocabularies=1, first=True)
+    dense_last = largest(0, s.dense_layers - (c.n_layers - least))
+    last = Stage(
+        dense=dense_last + s.mtp_dense_layers,
+        moe=least - dense_last + s.mtp_moe_layers,
+        in_flight=s.pipeline if layout.schedule == "zb1p" else 1,
+        vocabularies=1 if layout.schedule == "dualpipe" or not c.n_mtp_layers else 2,
+        mtp=c.n_mtp_layers,
+        last=True,
+    )
+    in_flight = {"1f1b": s.pipeline - 1, "zb1p": s.pipeline, "dualpipe": (s.pipeline + 1) / 2}[layout.schedule]
+    dense_second, moe_middle = smallest(s.dense_layers - dense_first, most), smallest(s.moe_layers, most)
+    second = Stage(dense=dense_second, moe=most - dense_second, in_flight=in_flight)
+    middle = Stage(dense=most - moe_middle, moe=moe_middle, in_flight=in_flight)
+    dual = layout.schedule == "dualpipe"
+    found = {"first": [first, last] if dual else [first]}
+    if layout.pipeline > 2 and c.n_dense_layers > 1:
+        found["second"] = [second, middle] if dual else [second]
+    if layout.pipeline > 2:
+        found["middle"] = [middle, middle] if dual else [middle]
+    return found if dual else found | {"last": [last]}
+
+
+def _memory(s: Sheet, c: ModelConfig, layout: Layout) -> list[Sheet]:
+    """Name the parameters and the memory of each kind of GPU; return its part of the sheet."""
+    main = list(main_tensors(c))
+    block = [use for use in main if use.place == "block"]
+    shared = [use for use in main if use.module == "shared experts"]
+    s.local_dense = _on_gpu(s, [*block, *(use for use in main if use.place == "dense")])
+    s.local_moe = _on_gpu(s, [*block, *shared])
+    s.local_experts = s.experts_per_gpu * s.or_zero("expert_parameters")
+    plain = total(use.numbers for use in block if use.form == "fp32")
+    working = _working(s, c, layout)
+    found: list[Sheet] = []
+    for place, stages in _stages(s, c, layout).items():
+        gpu = s.each(f"{{}}_{place}")
+        matrices = total(stage.dense * s.local_dense + stage.moe * s.local_moe for stage in stages)
+        outside = total(_plain(s, c, stage, plain) for stage in stages)
+        gpu.expert_parameters = total(stage.moe for stage in stages) * s.local_experts
+        gpu.parameters = matrices + outside + gpu.expert_parameters
+        _gpu_state(s, gpu, layout, matrices, outside)
+        gpu.memory_activations = total(_in_flight(s, stage) for stage in stages) * s.micro_batch_tokens
+        gpu.memory_working = working
+        held = gpu.memory_weights + gpu.memory_gradients + gpu.memory_master + gpu.memory_moments
+        gpu.memory = held + gpu.memory_activations + gpu.memory_working
+        found.append(gpu)
+    return found
+
+
+def _on_gpu(s: Sheet, uses: list[TensorUse]) -> Any:
+    """Return the numbers that a GPU holds of matrices that `tensor` GPUs share."""
+    whole = total(use.numbers for use in uses if use.form == "fp8" and use.split == "whole")
+    return total(use.numbers for use in uses if use.form == "fp8" and use.split != "whole") / s.tensor + whole
+
+
+def _plain(s: Sheet, c: ModelConfig, stage: Stage, of_block: Any) -> Any:
+    """Return the parameters of a stage that are never FP8: vocabulary, gates, norms, MTP's projection."""
+    parts = [(stage.dense + stage.moe) * of_block, stage.moe * s.or_zero("gate_parameters")]
+    if stage.vocabularies:
+        parts.append(stage.vocabularies * s.vocabulary_parameters / s.tensor)
+    if stage.last:
+        parts += [c.dim, stage.mtp * (3 * c.dim + 2 * c.dim * c.dim)]
+    if stage.first and c.embed_norm:
+        parts.append(c.dim)
+    return total(parts)
+
+
+def _gpu_state(s: Sheet, gpu: Sheet, layout: Layout, matrices: Any, plain: Any) -> None:
+    """Name the bytes of the training state of a GPU, each part divided from a stage of ZeRO on."""
+
+    def share(stage_of_zero: int, of_matrices: Any, of_plain: Any) -> Any:
+        rest, experts = matrices * of_matrices + plain * of_plain, gpu.expert_parameters * of_matrices
+        if layout.zero < stage_of_zero:
+            return rest + experts
+        return rest / (s.data * layout.copies) + experts / (s.expert_data * layout.copies)
+
+    gpu.memory_weights = share(3, s.state_weight, 4 if layout.precision == "fp32" else 2)
+    gpu.memory_gradients = share(2, s.state_gradient, s.state_gradient)
+    gpu.memory_master = share(1, s.state_master, s.state_master)
+    gpu.memory_moments = share(1, s.state_moments, 2 * SIZES[layout.moments])
+
+
+def _in_flight(s: Sheet, stage: Stage) -> Any:
+    """Return the bytes of a token in all micro-batches in flight of a stage."""
+    parts = [stage.dense * s.activations_dense, stage.moe * s.activations_moe]
+    if stage.first:
+        parts.append(s.activations_embedding)
+    if stage.last:
+        parts += [s.activations_head, stage.mtp * s.activations_mtp]
+    return stage.in_flight * total(parts)
+
+
+def _working(s: Sheet, c: ModelConfig, layout: Layout) -> Any:
+    """Return the bytes of a block that is made again, and of layers whose weights are gathered."""
+    parts = [s.activations_again * s.micro_batch_tokens] if layout.recompute == "full" else []
+    if layout.zero == 3:
+        has_moe = c.n_dense_layers < c.n_layers + c.n_mtp_layers
+        widest = largest(s.local_dense, s.local_moe + s.local_experts) if has_moe else s.local_dense
+        parts.append(ZERO3_GATHERED * widest * s.state_weight)
+    return total(parts)
+
+
+def _process(s: Sheet, c: ModelConfig, layout: Layout) -> None:
+    """Name what one process holds at the end of a forward, as dsmini itself trains; see dsmini.accounting.memory.
+
+    Left out: AdamW's counts of steps, 4 bytes a tensor.
+    """
+    main, mtp = placed_tensors(s, c)
+    dtype = "float32" if layout.precision == "fp32" else "bfloat16"
+    owned = [use for use in main + mtp if use.owned]
+    s.process_parameters = 4 * (s.parameters_total + s.routing_biases)
+    s.process_gradients = 4 * s.parameters_total
+    if layout.optimizer == "adamw":
+        s.process_optimizer = 2 * SIZES[layout.moments] * s.parameters_total
+    else:
+        s.process_optimizer = total(state_bytes(use, "muon", layout.moments) * use.parameters for use in owned)
+    copies = (saved_copy(use, dtype, fp8=layout.precision == "fp8") for use in owned)
+    s.process_copies = total(copies)
+    s.process_head_gradient = 4 * (1 + c.n_mtp_layers) * s.vocabulary_parameters
+    parts = (tokens * getattr(s, f"activations_{part}") for _, part, tokens in passes(c, s.seq_len))
+    again = [s.seq_len * s.activations_again] if layout.recompute == "full" else []
+    tables = (rotary_table(c, s.seq_len - depth) for depth in range(int(c.n_mtp_layers) + 1))
+    s.process_activations = s.micro_batch * total([*parts, *again]) + total(tables)
+    held = s.process_parameters + s.process_gradients + s.process_optimizer + s.process_activations
+    s.process_memory = held + s.process_copies + s.process_head_gradient
+
+
+# --- time
+
+
+def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> None:
+    """Name the computing time of a token, and of a micro-batch in a stage."""
+    s.put("bf16_efficiency", *BF16_EFFICIENCY)
+    s.put("fp8_efficiency", *FP8_EFFICIENCY)
+    share = 1
+    if layout.expert > 1 and "multiprocessors" in hardware.numbers:
+        share = 1 - s.put("communication_multiprocessors", *CARRYING) / s.multiprocessors
+    s.computing_share = share
+    peak = hardware.peak(s, "float32" if layout.precision == "fp32" else "bfloat16")
+    s.plain_rate = peak * s.bf16_efficiency * s.computing_share
+    fp8 = layout.precision == "fp8"
+    s.fp8_rate = hardware.peak(s, "fp8") * s.fp8_efficiency * s.computing_share if fp8 else s.plain_rate
+    pairs = s.attention_flops
+    if s.get("indexer_flops") is not None:  # of which backward takes two thirds, as of all products
+        pairs = pairs + s.indexer_flops / 3
+    s.pair_seconds = pairs / c.n_layers / s.plain_rate
+    block = total(use.numbers for use in main_tensors(c) if use.place == "block" and use.visits and use.form == "fp8")
+    weights = [use.numbers for use in main_tensors(c) if use.module == INDEXER and use.form == "fp32"]
+    pairs_and_weights = s.pair_seconds + 2 * total(weights) / s.plain_rate
+    chosen = c.n_activated_experts * s.or_zero("expert_parameters") + s.or_zero("shared_parameters")
+    if s.get("dense_parameters") is not None:
+        s.dense_layer_seconds = 2 * (block + s.dense_parameters) / s.fp8_rate + pairs_and_weights
+    if s.get("expert_parameters") is not None:
+        s.moe_layer_seconds = (
+            2 * (block + chosen) / s.fp8_rate + 2 * s.gate_parameters / s.plain_rate + pairs_and_weights
+        )
+    heads = (1 + c.n_mtp_layers) * s.vocabulary_parameters + s.mtp_projection_parameters
+    s.outside_seconds = 2 * heads / s.plain_rate
+    dense, moe = s.dense_layers + s.mtp_dense_layers, s.moe_layers + s.mtp_moe_layers
+    inside = dense * s.or_zero("dense_layer_seconds") + moe * s.or_zero("moe_layer_seconds")
+    s.context_seconds = (c.n_layers + c.n_mtp_layers) * s.pair_seconds
+    s.forward_seconds = inside + s.outside_seconds
+    s.again_seconds = _again(c, layout, inside, s.fp8_rate)
+    s.stage_share = largest(1 / s.pipeline, s.layers_first * _least(s, c) / s.forward_seconds)
+    s.chunk_forward = s.forward_seconds * s.micro_batch_tokens * s.stage_share
+    s.chunk_backward = (2 * s.forward_seconds + s.again_seconds) * s.micro_batch_tokens * s.stage_share
+    # W makes no gradients of attention over the context, whose factors are no weights
+    s.chunk_weights = (s.forward_seconds - s.context_seconds) * s.micro_batch_tokens * s.stage_share
+
+
+def _again(c: ModelConfig, layout: Layout, inside: Any, rate: Any) -> Any:
+    """Return the time of a token's forward that backward repeats: whole blocks, or MLA's up-projections."""
+    if layout.recompute == "full":
+        return inside
+    if layout.recompute == "none" or not c.is_mla:
+        return 0.0
+    up = [use.numbers for use in main_tensors(c) if use.name in ("wkv_b", "wq_b") and use.module == "attention"]
+    return (c.n_layers + c.n_mtp_layers) * (2 * total(up)) / rate
+
+
+def _least(s: Sheet, c: ModelConfig) -> Any:
+    """Return the time of the layer with less work among the kinds that the main model has."""
+    if not c.n_dense_layers:
+        return s.moe_layer_seconds
+    if c.n_dense_layers >= c.n_layers:
+        return s.dense_layer_seconds
+    return smallest(s.dense_layer_seconds, s.moe_layer_seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """Times of one micro-batch in a stage and pass, and of one step, before any of it hides another."""
+
+    forward: Any
+    backward: Any
+    weights: Any
+    rows: Any
+    reduce: Any
+    state: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunks:
+    """Times of one micro-batch in one stage."""
+
+    forward: Any
+    backward: Any
+    """Whole backward: gradients of inputs and of weights."""
+    weights: Any
+    """Part of backward that makes the gradients of weights."""
+    both: Any
+    """A forward and a backward at the same time."""
+
+
+def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> None:
+    """Name the parts of a step's time, and the step without each resource."""
+    rows = between = within = 0.0
+    if layout.expert > 1:
+        nodes = layout.expert / hardware.value("gpus_per_node")
+        training_exchange(s, c, hardware, nodes, "fp8" if layout.precision == "fp8" else "bfloat16")
+        s.stage_moe_layers = (s.moe_layers + s.mtp_moe_layers) / s.pipeline
+        s.chunk_slow, s.chunk_fast = (
+            seconds * s.micro_batch_tokens * s.stage_moe_layers
+            for seconds in (s.dispatch_slow_seconds, s.dispatch_fast_seconds)
+        )
+        s.chunk_dispatch = s.dispatch_seconds * s.micro_batch_tokens * s.stage_moe_layers
+        s.compute_to_dispatch = (s.chunk_forward + s.chunk_backward) / (2 * s.chunk_dispatch)
+        rows, between, within = s.chunk_dispatch, s.chunk_slow, s.chunk_fast
+    s.chunk_tensor = _reduce_seconds(s, c, hardware, layout)
+    s.state_seconds = _state_seconds(s, hardware, layout, gpus)
+    moved = s.state_gradient + 2 * s.state_master + 2 * s.state_moments + s.state_weight
+    if layout.precision == "fp32":
+        moved = moved + s.state_weight  # its own master: read too
+    s.update_seconds = _most(_owned(s, layout, gpu) for gpu in gpus) * moved / s.memory_bandwidth
+    load = Load(
+        forward=s.chunk_forward,
+        backward=s.chunk_backward,
+        weights=s.chunk_weights,
+        rows=rows,
+        reduce=s.chunk_tensor,
+        state=s.state_seconds,
+    )
+    parts = _parts(s, layout, load)
+    s.computing_seconds, s.dispatching_seconds, s.reducing_seconds, s.bubble_seconds, s.exchange_seconds = parts
+    waiting = s.computing_seconds + s.dispatching_seconds + s.reducing_seconds + s.bubble_seconds
+    s.roof_step_seconds = waiting + s.exchange_seconds + s.update_seconds
+    one_node = layout.gpus <= hardware.value("gpus_per_node")
+    changes = {
+        "computing": {"forward": 0.0, "backward": 0.0, "weights": 0.0},
+        "links_between": {"rows": within, "state": load.state if one_node else 0.0},
+        "links_within": {"rows": between, "reduce": 0.0, "state": 0.0 if one_node else load.state},
+    }
+    for name, change in changes.items():
+        setattr(s, f"step_without_{name}", total(_parts(s, layout, replace(load, **change))) + s.update_seconds)
+    s.step_without_bubble = s.roof_step_seconds - s.bubble_seconds
+    s.step_without_update = s.roof_step_seconds - s.update_seconds
+
+
+def _parts(s: Sheet, layout: Layout, load: Load) -> tuple[Any, Any, Any, Any, Any]:
+    """Return what a GPU waits for in a step: computing, rows, all-reduces, the pipeline, gradients and weights."""
+    dual, number = layout.schedule == "dualpipe", s.micro_batches
+    alone, rows = load.forward + load.backward, 2 * load.rows
+    chunks = Chunks(
+        forward=load.forward + load.rows + load.reduce,
+        backward=load.backward + load.rows + load.reduce,
+        weights=load.weights,
+        both=(largest(alone, rows) if dual else alone + rows) + 2 * load.reduce,
+    )
+    computing, reducing, dispatching = number * alone, number * (2 * load.reduce), number * rows
+    if dual:  # in the middle of a step, a forward and a backward hide each other's rows
+        hidden = alone + rows - largest(alone, rows)
+        dispatching = dispatching - (number - s.pipeline) * hidden
+    bubble = bubble_seconds(layout.schedule, s.pipeline, chunks)
+    exchange = load.state if layout.zero < 2 else largest(0.0, load.state - computing)
+    return computing, dispatching, reducing, bubble, exchange
+
+
+def bubble_seconds(schedule: Schedule, pipeline: Any, t: Chunks) -> Any:
+    """Return the time that a GPU waits in a step. Source: DeepSeek-V3 report, table 2."""
+    if schedule == "dualpipe":
+        return (pipeline / 2 - 1) * (t.both + t.backward - 3 * t.weights)
+    if schedule == "zb1p":
+        return (pipeline - 1) * (t.forward + t.backward - 2 * t.weights)
+    return (pipeline - 1) * (t.forward + t.backward)
+
+
+def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> Any:
+    """Return the time of two all-reduces a layer in one pass; each moves every row twice but for the own part."""
+    if layout.tensor == 1:
+        return 0.0
+    if not hardware.linked:
+        raise ValueError(f"{hardware.title} has no fast link between GPUs, which tensor={layout.tensor} needs; use 1")
+    layers = (c.n_layers + c.n_mtp_layers) / s.pipeline
+    return 2 * c.dim * s.micro_batch_tokens * (4 * (s.tensor - 1) * layers) / s.fast_link
+
+
+def _state_seconds(s: Sheet, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> Any:
+    """Return the time of gradients and weights between data-parallel GPUs, before computing hides any of it."""
+    if layout.gpus == 1:
+        return 0.0
+    one_node = layout.gpus <= hardware.value("gpus_per_node")
+    if not (hardware.linked if one_node else hardware.networked):
+        most = f"{hardware.node} or fewer" if hardware.linked else 1
+        raise ValueError(f"{hardware.title} has no link that gpus={layout.gpus} need; use {most}")
+    s.sent_gradients, s.sent_weights = (
+        _most(_sent(s, layout, gpu, size) for gpu in gpus) for size in (s.state_gradient, s.state_weight)
+    )
+    sent = {
+        0: 2 * s.sent_gradients,
+        1: s.sent_gradients + s.sent_weights,
+        2: s.micro_batches * s.sent_gradients + s.sent_weights,
+        3: s.micro_batches * (s.sent_gradients + 2 * s.sent_weights),
+    }[layout.zero]
+    return sent / (s.fast_link if one_node else s.slow_link)
+
+
+def _sent(s: Sheet, layout: Layout, gpu: Sheet, size: Any) -> Any:
+    """Return the bytes that a GPU sends when a number of `size` for each parameter is reduced or gathered once."""
+    rest = (gpu.parameters - gpu.expert_parameters) * (1 - 1 / (s.data * layout.copies))
+    return (rest + gpu.expert_parameters * (1 - 1 / (s.expert_data * layout.copies))) * size
+
+
+def _owned(s: Sheet, layout: Layout, gpu: Sheet) -> Any:
+    """Return the parameters that a GPU updates."""
+    if layout.zero == 0:
+        return gpu.parameters
+    rest = (gpu.parameters - gpu.expert_parameters) / (s.data * layout.copies)
+    return rest + gpu.expert_parameters / (s.expert_data * layout.copies)
+
+
+def _most(amounts: Iterable[Any]) -> Any:
+    return functools.reduce(largest, amounts)
+
+
+# --- the whole run
+
+
+def run_figures(s: Sheet, hardware: Hardware, layout: Layout, utilization: tuple[float, str] | None) -> None:
+    """Name the time and the cost of a run, at the assumed utilization or by the parts of a step if these take longer.
+
+    Operations are those of training_flops, without multi-token prediction and recomputation. The peak is that of BF16
+    also where products are FP8. DeepSeek counts both like this.
+
+    Args:
+        utilization: the share of the peak that the user measured, and its source; None: V3's 0.3894.
+    """
+    s.put("utilization", *(utilization or UTILIZATION))
+    peak = s.gpus * hardware.peak(s, "float32" if layout.precision == "fp32" else "bfloat16")
+    s.step_tokens = s.batch * s.seq_len
+    s.step_flops = s.training_flops * s.step_tokens
+    s.assumed_step_seconds = s.step_flops / (peak * s.utilization)
+    s.roof_utilization = s.step_flops / (peak * s.roof_step_seconds)
+    s.step_seconds = s.assumed_step_seconds if utilization else largest(s.assumed_step_seconds, s.roof_step_seconds)
+    s.training_binding_ratio = s.roof_step_seconds / functools.reduce(
+        smallest, (getattr(s, f"step_without_{name}") for name in WITHOUT)
+    )
+    speed_figures(s, s.step_seconds)
+    if layout.expert > 1 and hardware.networked:
+        passes_of_stage = 2 * s.stage_moe_layers
+        tokens = s.training_tokens_per_second / (s.data * s.tensor)
+        s.slow_link_rate = tokens * passes_of_stage * s.slow_bytes
+        s.slow_link_share = s.slow_link_rate / s.slow_link
+        s.slow_link_share_unlimited = tokens * passes_of_stage * s.slow_bytes_unlimited / s.slow_link
+
+
+def speed_figures(s: Sheet, step: Figure) -> None:
+    """Name time, cost and operations a second of a run from the time of a step, predicted or measured."""
+    s.training_tokens_per_second = s.step_tokens / step
+    s.training_tokens_per_day = s.training_tokens_per_second * 86400
+    s.training_hours_per_trillion = s.gpus * (1e12 / s.training_tokens_per_second) / 3600
+    s.training_days_per_trillion = 1e12 / s.training_tokens_per_second / 86400
+    s.training_time = s.tokens / s.training_tokens_per_second
+    s.training_gpu_hours = s.gpus * s.training_time / 3600
+    s.training_days = s.training_time / 86400
+    if s.get("gpu_price") is not None:
+        s.training_cost = s.training_gpu_hours * 3600 * s.gpu_price
+    s.flops_per_gpu = s.training_tokens_per_second * s.training_flops / s.gpus
+    s.flops_per_gpu_full_square = s.training_tokens_per_second * s.training_flops_full_square / s.gpus

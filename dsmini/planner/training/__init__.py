@@ -1,1 +1,0 @@
-"""Training on many GPUs: layouts, memory, time, traffic, cost, and the search of layouts."""

@@ -1,0 +1,155 @@
+"""A plan of one GPU counts what dsmini.accounting counts, which real models are held to."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmini import ModelConfig
+from dsmini.accounting import (
+    decode_bytes_per_token,
+    decode_flops_per_token,
+    expected_experts,
+    flops_per_token,
+    kv_bytes_per_token,
+    mha_kv_bytes_per_token,
+    parameters,
+    prefill_bytes_per_token,
+    step_flops,
+    training_bytes,
+    weight_bytes,
+)
+from dsmini.accounting.tensors import tensors
+from dsmini.planner.hardware import load_hardware
+from dsmini.planner.plan import plan
+from dsmini.planner.request import PlanRequest
+from dsmini.planner.setup import Model, setup
+from tests.helpers.configs import CONFIGS, released
+from tests.helpers.plans import values_of
+from tests.helpers.strategies import model_configs
+
+H800 = load_hardware("h800")
+BASES = {
+    "parameters_main": "main",
+    "mtp_parameters": "mtp",
+    "parameters_total": "total",
+    "parameters_active": "active",
+    "routing_biases": "buffers",
+}
+PROCESS = {
+    "process_parameters": "parameters",
+    "process_gradients": "gradients",
+    "process_activations": "activations",
+    "process_copies": "weights kept for backward",
+    "process_head_gradient": "the head's gradient",
+}
+
+
+@st.composite
+def works(draw: st.DrawFn, config: ModelConfig) -> dict[str, Any]:
+    """Draw what one GPU does with a model: its training, the sequences that it serves, and dtypes."""
+    length = st.integers(config.n_mtp_layers + 1, config.max_seq_len)
+    return {
+        "micro_batch": draw(st.integers(1, 4)),
+        "recompute": draw(st.sampled_from(["none", "full"])),
+        "precision": draw(st.sampled_from(["fp32", "bf16", "fp8"])),
+        "optimizer": draw(st.sampled_from(["adamw", "muon"])),
+        "moments": draw(st.sampled_from(["float32", "bfloat16"])),
+        **{name: draw(length) for name in ("seq_len", "context", "prompt")},
+        "sequences": draw(st.integers(1, 40)),
+        "weight_dtype": draw(st.sampled_from(["float32", "bfloat16", "fp8"])),
+        "cache_dtype": draw(st.sampled_from(["bfloat16", "fp8"] if config.is_mla else ["bfloat16"])),
+    }
+
+
+def check_counts(config: ModelConfig, **work: Any) -> None:
+    config = dataclasses.replace(config, precision="fp8" if work["precision"] == "fp8" else "native")
+    served = not (config.is_mla and config.qk_norm)
+    serving = {"context", "prompt", "sequences", "weight_dtype", "cache_dtype"}
+    given_ = {name: value for name, value in work.items() if served or name not in serving}
+    deployed = {"decode_gpus": 1, "prefill_gpus": 1} if served else {}
+    request = PlanRequest(gpus=1, batch=12, tokens=1e9, **deployed, **given_)
+    found = {n: f.value for n, f in plan(setup(request, Model(config=config, source="a test"), H800)).figures.items()}
+    counted, process = parameters(config), process_bytes(config, work)
+    exact = {ours: getattr(counted, theirs) for ours, theirs in BASES.items()}
+    exact |= {ours: process.get(theirs, 0) for ours, theirs in PROCESS.items()}
+    exact["mtp_active"] = sum(n for module, n in counted.active_by_module.items() if module.startswith("mtp "))
+    assert {name: found[name] for name in exact} == exact
+    few = 4 * sum(use.times for use in tensors(config) if use.parameters)  # AdamW's counts of steps
+    assert 0 <= process["optimizer"] - found["process_optimizer"] <= few
+    assert found["process_memory"] == sum(found[part] for part in (*PROCESS, "process_optimizer"))
+    # a mean of chosen keys is not a whole number, and accounting rounds three products a layer down
+    rounded = 9 * (config.n_layers + config.n_mtp_layers) if config.attention == "dsa" else 0
+    for name, value in operations(config, work["seq_len"]).items():
+        assert found.get(name, 0) == pytest.approx(value, rel=1e-12, abs=rounded), name
+    if served:
+        for stage in ("decode", "prefill"):
+            found[f"{stage}_flops"] = found[f"{stage}_matrix_flops"] + found[f"{stage}_other_flops"]
+        wanted = serving_counts(config, **{name: work[name] for name in serving})
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+def process_bytes(config: ModelConfig, work: dict[str, Any]) -> dict[str, Any]:
+    names = ("seq_len", "optimizer", "moments")
+    dtype = "float32" if work["precision"] == "fp32" else "bfloat16"
+    how: dict[str, Any] = {name: work[name] for name in names} | {"dtype": dtype}
+    how |= {"recompute": work["recompute"] == "full", "batch_size": work["micro_batch"]}
+    return dict(training_bytes(config, **how).by_part)
+
+
+def operations(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    learning = flops_per_token(config, seq_len, training=True, mtp=False)
+    return {
+        "forward_flops": flops_per_token(config, seq_len).total,
+        "training_flops": learning.total,
+        "training_flops_mtp": flops_per_token(config, seq_len, training=True).total,
+        "training_flops_full_square": flops_per_token(config, seq_len, causal=False, training=True, mtp=False).total,
+        "attention_flops": flops_per_token(config, seq_len).by_module["attention over the context"],
+        "indexer_flops": sum(n for name, n in learning.by_module.items() if name.endswith(" of the indexer")),
+    }
+
+
+def serving_counts(
+    config: ModelConfig, *, context: int, prompt: int, sequences: int, weight_dtype: Any, cache_dtype: Any
+) -> dict[str, float]:
+    """Return what one GPU holds, reads and computes. The expected number of experts is a fraction."""
+    n, dtypes = sequences, {"dtype": weight_dtype, "cache_dtype": cache_dtype}
+    moved = decode_bytes_per_token(config, context=context, batch=n, **dtypes)
+    read = prefill_bytes_per_token(config, seq_len=prompt, batch=1, dtype=weight_dtype)
+    first = step_flops(config, batch_size=1, seq_len=prompt, training=False, last_logits=True)
+    moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
+    return {
+        "model_bytes": weight_bytes(config, weight_dtype, mtp=False).total,
+        "kv_cache": kv_bytes_per_token(config, dtype=cache_dtype),
+        "mha_kv_cache": mha_kv_bytes_per_token(config, 2),
+        **({"decode_experts_read": expected_experts(config, n)} if moe else {}),
+        "decode_weights_read": n * (moved.weights - moved.by_part["embedding"]),
+        "decode_cache_read": n * moved.by_part["cache read"],
+        "prefill_weights_read": prompt * (read.weights - read.by_part["embedding"]),
+        "decode_flops": n * decode_flops_per_token(config, context=context).total,
+        "prefill_flops": first.total,
+    }
+
+
+@given(config=model_configs(), data=st.data())
+def test_one_gpu_with_any_model_is_as_counted(config: ModelConfig, data: st.DataObject) -> None:
+    check_counts(config, **data.draw(works(config)))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_one_gpu_with_each_config_is_as_counted(path: Path) -> None:
+    config = ModelConfig.from_file(path)
+    length = min(512, config.max_seq_len)
+    work: dict[str, Any] = dict.fromkeys(("seq_len", "context", "prompt"), length) | {"sequences": 3, "micro_batch": 2}
+    work |= {"weight_dtype": "bfloat16", "cache_dtype": "fp8" if config.is_mla else "bfloat16", "precision": "fp8"}
+    check_counts(config, **work, recompute="none", optimizer="adamw", moments="float32")
+
+
+def test_gpus_together_compute_what_their_tokens_need() -> None:
+    """320 GPUs with 60 sequences each: nothing is computed twice, and nothing is left out."""
+    found = values_of("deepseek-v3")
+    counted = decode_flops_per_token(released("deepseek-v3"), context=4096).total
+    assert found["decode_matrix_flops"] + found["decode_other_flops"] == 60 * counted

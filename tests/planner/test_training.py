@@ -1,0 +1,249 @@
+"""Training: what GPUs hold together, steps against simulated pipelines, rows against the gate, and the optimizer."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dsmini.accounting import parameters
+from dsmini.nn import route
+from dsmini.planner.exchange import places_hit
+from dsmini.planner.layout import Layout, Schedule
+from dsmini.planner.search import Problem
+from dsmini.planner.setup import reference
+from dsmini.planner.training import WITHOUT
+from tests.helpers.plans import hardware_of, in_layout, plan_of, setup_of, values_of
+
+# --- what GPUs hold
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 4), (2, 8)])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2"])
+def test_gpus_together_hold_the_model(name: str, schedule: Any, tensor: int, expert: int) -> None:
+    """Sum over two stages: all parameters, those that tensor parallelism repeats, and a copy of the embedding."""
+    made = setup_of(f"{name} gpus=1 batch=1024")
+    found = in_layout(
+        made, gpus=16, pipeline=2, tensor=tensor, expert=expert, schedule=schedule, zero=0, recompute="none"
+    )
+    kinds = [kind for kind in ("first", "last") if found.get(f"parameters_{kind}") is not None]
+    experts = sum(found.get(f"expert_parameters_{kind}") for kind in kinds)
+    counted = parameters(made.model.config)
+    of = counted.by_module
+    assert experts * expert == of["routed experts"] + of["mtp routed experts"]
+    repeated = sum(n for key, n in of.items() if key.endswith(("norms", "gates", "mtp projection", "indexer")))
+    repeated += 62 * 7168 * (1536 + 512 + 64)
+    copy = 0 if schedule == "dualpipe" else of["embedding"]
+    rest = sum(found.get(f"parameters_{kind}") for kind in kinds) - experts
+    assert rest * tensor == counted.total - experts * expert + copy + (tensor - 1) * repeated
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "toy", "toy-dense"])
+def test_activations_of_one_stage_are_those_of_one_process(recompute: Any, name: str) -> None:
+    """Apart are the shorter sequences of multi-token prediction, RoPE's tables, and states between its depths."""
+    made = setup_of(f"{name} gpus=1 batch=8")
+    config, length = made.model.config, made.request.seq_len
+    assert length is not None
+    one, four = (
+        in_layout(made, gpus=gpus, pipeline=1, expert=1, recompute=recompute, micro_batch=2, zero=0, schedule="1f1b")
+        for gpus in (1, 4)
+    )
+    size = 4 if made.layout.precision == "fp32" else 2
+    between = 2 * length * config.dim * size * config.n_mtp_layers
+    tables = length * 4 * config.qk_rope_head_dim * (1 + config.n_mtp_layers)
+    found = four.memory_activations_only + four.memory_working_only
+    assert found == pytest.approx(one.process_activations - between - tables, rel=1 / length)
+
+
+def test_zero_divides_one_part_after_the_other() -> None:
+    parts = ("weights", "gradients", "master", "moments", "activations")
+
+    def held(zero: Any) -> dict[str, float]:
+        found = in_layout(setup_of("deepseek-v3"), zero=zero)
+        return {part: found.get(f"memory_{part}_middle") for part in parts}
+
+    for zero, divided in ((1, {"master", "moments"}), (2, {"gradients"}), (3, {"weights"})):
+        before, after = held(zero - 1), held(zero)
+        assert {part for part in parts if after[part] < before[part] / 3} == divided
+        assert {part for part in parts if after[part] == before[part]} == set(parts) - divided
+
+
+@pytest.mark.parametrize("name", ["kimi-k2", "deepseek-v2", "toy", "deepseek-v3"])
+def test_optimizer_that_was_chosen_is_planned(name: str) -> None:
+    """Muon has one FP32 moment of a matrix where AdamW has two."""
+    adamw, muon = (values_of(f"{name} gpus=1024 optimizer={optimizer} batch=4096") for optimizer in ("adamw", "muon"))
+    assert muon["state_moments"] == 4 and adamw["state_moments"] in (4, 8)
+    moved = (adamw["state_moments"] - muon["state_moments"]) / 8
+    assert muon["update_seconds"] <= adamw["update_seconds"] and (moved == 0 or muon != adamw)
+    assert setup_of(f"{name} gpus=1024 optimizer=muon batch=4096").layout.optimizer == "muon"
+
+
+# --- rows of experts
+
+
+@pytest.mark.parametrize(
+    ("groups", "limited", "method"), [(8, 4, "noaux_tc"), (8, 3, "group_limited_greedy"), (1, 1, "greedy")]
+)
+def test_places_are_those_that_the_gate_reaches(groups: int, limited: int, method: Any) -> None:
+    """Random logits through the model's own gate; free choices by a formula, limited ones within half a percent."""
+    e, k, n = 64, 6, 20_000
+    how: dict[str, Any] = {"n_activated_experts": k, "n_expert_groups": groups, "n_limited_groups": limited}
+    indices = route(torch.randn(n, e), torch.zeros(e) if method == "noaux_tc" else None, **how).indices
+    for places in (4, 8, 32):
+        there = torch.zeros(n, places).scatter(1, indices * places // e, 1.0).sum(1)
+        ours = places_hit(e, k, groups, limited, 2 if method == "noaux_tc" else 1, places)
+        assert ours == pytest.approx(float(there.mean()), abs=0.006 * places)
+
+
+def test_redundant_experts_fill_all_places() -> None:
+    assert places_hit(256, 8, 8, 4, 2, 320) == pytest.approx(8)
+    assert places_hit(256, 8, 1, 1, 2, 8) == pytest.approx(5.2947, abs=1e-4)
+
+
+def test_rows_of_both_passes_have_the_scales_of_fp8() -> None:
+    found = values_of("deepseek-v3")
+    assert found["dispatch_row"] == found["decode_dispatch_row"] == found["prefill_dispatch_row"] == 7168 + 4 * 56
+    assert found["combine_row"] == 14_336 == values_of("deepseek-v3 weight_dtype=bfloat16")["decode_dispatch_row"]
+    assert found["slow_link_rate"] == pytest.approx(
+        found["training_tokens_per_second"] / 128 * 2 * 59 / 16 * found["slow_bytes"]
+    ), "58 MoE layers, and that of multi-token prediction"
+
+
+def test_multiprocessors_that_carry_rows_are_those_of_the_hardware() -> None:
+    assert values_of("deepseek-v3")["computing_share"] == pytest.approx(112 / 132)
+    assert values_of("deepseek-v3 multiprocessors*0")["computing_share"] == 1
+
+
+def test_efficiencies_give_the_printed_runs() -> None:
+    """Llama 3's 43 % of a whole step, with all-reduces and the bubble of 8 interleaved stages; V3's 143.8 ms."""
+    config, layout = reference("llama-3.1-405b"), Layout(gpus=8192, pipeline=16, tensor=8, zero=1)
+    problem = Problem(config=config, hardware=hardware_of("h100"), batch=2048, seq_len=8192, state=layout, gpus=8192)
+    s = problem.planned(layout)
+    whole = (s.computing_seconds + s.reducing_seconds) * (1 + 15 / (8 * s.micro_batches))
+    assert s.training_flops * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.01)
+    v3 = values_of("deepseek-v3")
+    assert v3["chunk_forward"] + v3["chunk_backward"] == pytest.approx(13.95 / (120 - 23), rel=0.002)
+
+
+# --- the step
+
+TRAINED = ["deepseek-v3", "deepseek-v3 slow_link*0.05", "deepseek-v2-lite", "toy", "toy @laptop"]
+
+
+@pytest.mark.parametrize("words", TRAINED)
+def test_what_binds_training_gains_most_if_it_takes_no_time(words: str) -> None:
+    found, binds = values_of(words), plan_of(words).binds["training"]
+    without = {word: found[f"step_without_{part}"] for part, word in WITHOUT.items()}
+    assert binds.first == min(without, key=lambda name: without[name])
+    assert binds.ratio == pytest.approx(found["roof_step_seconds"] / min(without.values()))
+    parts = ("computing", "dispatching", "reducing", "bubble", "exchange", "update")
+    assert found["roof_step_seconds"] == pytest.approx(sum(found[f"{part}_seconds"] for part in parts))
+    assert found["step_seconds"] == max(found["roof_step_seconds"], found["assumed_step_seconds"])
+
+
+FASTER = {
+    "computing": "bfloat16*{} fp8*{}",
+    "links_between": "slow_link*{}",
+    "links_within": "fast_link*{}",
+    "update": "memory_bandwidth*{}",
+}
+
+
+@pytest.mark.parametrize("part", FASTER)
+def test_step_without_a_part_is_the_limit_of_faster_machines(part: str) -> None:
+    """So a verdict is what twice the rate never gains: other parts bind then."""
+    words = "deepseek-v3 gpus=2048 pipeline=16 expert=8 tensor=2 zero=1 schedule=dualpipe recompute=selective"
+    words += " precision=fp8 micro_batch=1"
+    found, without = values_of(words)["roof_step_seconds"], values_of(words)[f"step_without_{part}"]
+    twice, fast = (
+        values_of(f"{words} {FASTER[part].format(rate, rate)}")["roof_step_seconds"] for rate in ("2", "1e9")
+    )
+    assert found > twice > without and fast == pytest.approx(without, rel=1e-6)
+
+
+SIZES = [(4, 8), (8, 20), (16, 120)]
+"""Stages and micro-batches."""
+MACHINES = [("", 1, "none"), ("fast_link*0.05", 1, "full"), ("fast_link*0.3", 2, "none")]
+"""Links, GPUs that share matrices, and recomputation, by which the times of chunks differ."""
+Program = Callable[[int, int, int], list[str]]
+
+
+def one_f_one_b(rank: int, stages: int, micro_batches: int) -> list[str]:
+    """Return the chunks of a GPU under 1F1B, F or B and the direction, which is always 0."""
+    ahead = min(stages - rank - 1, micro_batches)
+    return ["F0"] * ahead + ["F0", "B0"] * (micro_batches - ahead) + ["B0"] * ahead
+
+
+def dualpipe(rank: int, stages: int, micro_batches: int) -> list[str]:
+    """Return DualPipe's program of a GPU: b is a backward without W; direction 0 is the one that it is nearer to."""
+    half, h = stages // 2, min(rank, stages - 1 - rank)
+    ends = ["B1", "B0"] * (h + 1)
+    ends[h + 1 :] = [chunk.lower() for chunk in ends[h + 1 :]]
+    return [
+        *["F0"] * (2 * (half - h - 1)),
+        *["F0", "F1"] * (h + 1),
+        *["b1", "W", "F1"] * (half - h - 1),
+        *["F0&B1", "F1&B0"] * (micro_batches // 2 - stages + h + 1),
+        *["B1", "F1&B0"] * (half - h - 1),
+        *ends,
+        *["W", "b0"] * (half - h - 1),
+        *["W"] * (h + 1),
+    ]
+
+
+def simulate(program: Program, stages: int, micro_batches: int, cost: dict[str, float]) -> tuple[float, list[float]]:
+    """Return the time of a step, and how long each GPU works. A chunk starts when its GPU and its input are ready."""
+    programs = [program(rank, stages, micro_batches) for rank in range(stages)]
+    done: dict[tuple[str, int, int, int], float] = {}
+    clock, busy, seen = [0.0] * stages, [0.0] * stages, [Counter[tuple[str, int]]() for _ in range(stages)]
+    while any(programs):
+        before = sum(map(len, programs))
+        for rank, chunks in enumerate(programs):
+            while chunks:
+                parts = [(part[0], part[1:]) for part in chunks[0].split("&")]
+                turned = rank >= stages // 2 > 0 and program is dualpipe
+                keys = [(kind.upper(), int(phase) ^ turned) for kind, phase in parts if phase]
+                needs = [need(kind, way, seen[rank][kind, way], rank, stages) for kind, way in keys]
+                if not all(key is None or key in done for key in needs):
+                    break
+                length = cost["both" if len(parts) == 2 else parts[0][0]]
+                clock[rank] = max([clock[rank], *(done[key] for key in needs if key)]) + length
+                busy[rank] += length
+                for kind, way in keys:
+                    done[kind, way, seen[rank][kind, way], rank] = clock[rank]
+                    seen[rank][kind, way] += 1
+                chunks.pop(0)
+        assert sum(map(len, programs)) < before, "nothing can run"
+    return max(clock), busy
+
+
+def need(kind: str, way: int, i: int, rank: int, stages: int) -> tuple[str, int, int, int] | None:
+    """Return the chunk that makes the input of micro-batch i: of the stage before, in backward of the stage after."""
+    step = -1 if way else 1
+    stage = stages - 1 - rank if way else rank
+    if kind == "F":
+        return ("F", way, i, rank - step) if stage else None
+    return ("B", way, i, rank + step) if stage < stages - 1 else ("F", way, i, rank)
+
+
+@pytest.mark.parametrize(("machine", "tensor", "recompute"), MACHINES)
+@pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
+def test_step_is_that_of_a_simulated_pipeline(
+    schedule: Schedule, stages: int, micro_batches: int, machine: str, tensor: int, recompute: Any
+) -> None:
+    """Compare the whole step, and the wait of the GPU in the middle, which is longest in DualPipe."""
+    made = setup_of(f"deepseek-v3 {machine} gpus=1 batch={8 * micro_batches}")
+    sizes: dict[str, Any] = {"gpus": 8 * tensor * stages, "pipeline": stages, "expert": 8, "tensor": tensor, "zero": 0}
+    s = in_layout(made, **sizes, schedule=schedule, recompute=recompute)
+    sent, alone = s.chunk_dispatch + s.chunk_tensor, s.chunk_forward + s.chunk_backward
+    backward, weights = s.chunk_backward + sent, s.chunk_weights
+    both = max(alone, 2 * s.chunk_dispatch) + 2 * s.chunk_tensor
+    cost = {"F": s.chunk_forward + sent, "B": backward, "b": backward - weights, "W": weights, "both": both}
+    whole, busy = simulate(dualpipe if schedule == "dualpipe" else one_f_one_b, stages, micro_batches, cost)
+    parts = s.computing_seconds + s.dispatching_seconds + s.reducing_seconds + s.bubble_seconds
+    assert whole == pytest.approx(parts)
+    assert whole - busy[stages // 2 - 1] == pytest.approx(s.bubble_seconds)
