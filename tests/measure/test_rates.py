@@ -201,6 +201,16 @@ def test_a_slow_machine_gets_shorter_curves_in_time(
     assert min(lengths) >= 1 and sum(lengths) < 2 * 13 * 2 * 6
 
 
+def test_a_smaller_call_takes_no_longer_than_a_larger_one(clock: Clock) -> None:
+    """Check calls on 1, 4 and 16 numbers, of a millisecond each, where something else ran during those on 4."""
+
+    def make(n: int, dtype: torch.dtype, device: torch.device) -> Any:
+        return lambda *_: clock.pay(5.0 if n == 4 else 1e-3 * n), (torch.zeros(1),), n
+
+    curve = calibration._curve(make, (4, 16, 64), False, FP32, CPU, False, 1e3)
+    assert curve.costs == pytest.approx([0.001, 0.016, 0.016])
+
+
 def test_quick_bandwidth_is_the_stored_roof_unless_something_was_faster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -247,6 +257,8 @@ def test_stored_rates_are_those_of_one_machine(tmp_path: Path, monkeypatch: pyte
         keep.write_text(damaged)
         assert load_or_measure(CPU, keep).card == here
     assert len(measured) == 6
+    monkeypatch.setattr(calibration, "VERSION", 0)
+    assert load_or_measure(CPU, keep).card == here and len(measured) == 7, "another version measures again"
 
 
 def test_rates_of_steps_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
