@@ -332,13 +332,17 @@ def test_predicted_delay(workers: int, cpu: float, want: list[float], monkeypatc
         assert loader_delay.slack_of(delays, want, workers) == pytest.approx(slack), "where slope and level meet"
 
 
+def with_workers(subject: Subject, workers: int, patch: pytest.MonkeyPatch) -> None:
+    data = dataclasses.replace(subject.config.data, workers=workers)
+    patch.setattr(subject.trainer, "config", dataclasses.replace(subject.config, data=data))
+
+
 @pytest.mark.parametrize(("workers", "slack"), [(0, 0.0), (1, 0.18), (2, 0.38)])
 def test_predicted_slack(
     subject: Subject, rates: Rates, monkeypatch: pytest.MonkeyPatch, workers: int, slack: float
 ) -> None:
     """Check a step of 200 ms and batches of 20, which each thread prepares for a step of its own."""
-    data = dataclasses.replace(subject.config.data, workers=workers)
-    monkeypatch.setattr(subject.trainer, "config", dataclasses.replace(subject.config, data=data))
+    with_workers(subject, workers, monkeypatch)
     monkeypatch.setattr(loader_delay, "forecast", lambda *_: SimpleNamespace(seconds=0.2))
     monkeypatch.setattr(loader_delay, "time_batches", lambda _: BatchTime(seconds=0.02, cpu=0.0))
     monkeypatch.setattr(loader_delay, "in_turns", lambda arms, _: {name: [1.0] for name in arms})
@@ -443,13 +447,19 @@ def test_loader_that_binds_next_bounds_the_gain(batch: float, attention: list[fl
 
 
 @pytest.mark.parametrize(
-    ("batch", "attention", "loader"), [(0.02, [0.15, 0.3, 0.45], [0.0] * 3), (0.4, [0.0] * 3, [0.25, 0.5, 0.5])]
+    ("workers", "batch", "attention", "loader"),
+    [
+        (1, 0.02, [0.15, 0.3, 0.45], [0.0] * 3),
+        (1, 0.4, [0.0] * 3, [0.25, 0.5, 0.5]),
+        (2, 0.8, [0.0] * 3, [0.25, 0.5, 0.5]),
+    ],
 )
 def test_delays_show_what_a_speedup_would_gain(
-    subject: Subject, batch: float, attention: list[float], loader: list[float], monkeypatch: pytest.MonkeyPatch
+    subject: Subject, workers: int, batch: float, attention: list[float], loader: list[float], monkeypatch: Any
 ) -> None:
     """Check the experiment on a pipeline whose times are known, of which attention is 120 of 200 ms."""
     delays = {"computing": 0.0, "loading": 0.0}
+    with_workers(subject, workers, monkeypatch)
 
     def setter(name: str) -> Any:
         return nullcontext(lambda seconds: delays.__setitem__(name, seconds))
@@ -459,7 +469,7 @@ def test_delays_show_what_a_speedup_would_gain(
         "clocked": lambda _: {"attention": 0.12},
         "delayed": lambda _: setter("loading"),
         "late_takes": lambda _: setter("computing"),
-        "_turn": lambda _subject, off: max(0.2 + delays["computing"], batch + delays["loading"]) - off,
+        "_turn": lambda _subject, off: max(0.2 + delays["computing"], (batch + delays["loading"]) / workers) - off,
     }.items():
         monkeypatch.setattr(virtual_speedup, name, value)
     found = virtual_speedup.numbers(subject, None, 0.0)
