@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.schedules import Row, record_timeline
 from benchmarks.trained import ROOT
 from dsmini import ModelConfig, RunConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
 from dsmini.data.corpus import Corpus
 from dsmini.distributed.mesh import Mesh
-from dsmini.distributed.pipeline import Pipeline, Row, record_timeline
+from dsmini.distributed.pipeline import Pipeline
 from dsmini.distributed.world import World, joined
 from dsmini.training.trainer import Trainer
 

@@ -13,8 +13,7 @@ The difference of two lines is what the second one explains. All together are th
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.schedules import Action, Programs, Timeline
-from dsmini.distributed.pipeline import Row
+from benchmarks.schedules import Action, Programs, Row, Timeline
 
 CAUSES = ("one backward", "unequal stages", "noise", "between actions", "messages")
 Key = tuple[str, int, int]

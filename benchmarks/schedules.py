@@ -5,7 +5,9 @@ runs. DualPipe, with two copies of the weights, is not in torch; its program is 
 """
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +272,45 @@ def _held(spans: Sequence[Span]) -> Iterator[int]:
     yield from (change for _, change in sorted(events))
 
 
+Row = tuple[int, str, int, int, float, float]
+"""Rank, kind (F, B, I or W), stage, micro-batch, and the seconds of start and end."""
+
+
+@contextmanager
+def record_timeline(schedule: Any) -> Iterator[list[Row]]:
+    """Yield a list that gets a row for each action of this rank's stages, in order.
+
+    F is a forward, B a whole backward, I the backward of the input, W that of the weights. Times include none of the
+    communication. The processes of one machine have one clock.
+    """
+    rows: list[Row] = []
+    stages: list[Any] = getattr(schedule, "_stages", None) or [schedule._stage]
+
+    def watch(stage: Any, method: str) -> None:
+        run = getattr(stage, method)
+
+        def timed(part: int, *args: Any, **kwargs: Any) -> Any:
+            kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(method)
+            kind = kind or ("B" if kwargs.get("full_backward", True) else "I")
+            start = time.perf_counter()
+            result = run(part, *args, **kwargs)
+            rows.append((stage.group_rank, kind, stage.stage_index, part, start, time.perf_counter()))
+            return result
+
+        setattr(stage, method, timed)
+
+    methods = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+    for stage in stages:
+        for method in methods:
+            watch(stage, method)
+    try:
+        yield rows
+    finally:
+        for stage in stages:
+            for method in methods:
+                delattr(stage, method)
+
+
 # --- the simulation
 
 
@@ -346,12 +387,12 @@ def _result(action: Action) -> tuple[str, int, int]:
 def _spans(together: Sequence[Action], start: float, times: Sequence[float], overlap: float | None) -> list[Span]:
     """Return one action, or two: at the same time if they overlap, else one after the other."""
     spans: list[Span] = []
-    for action, time in zip(together, times, strict=True):
+    for action, seconds in zip(together, times, strict=True):
         if len(together) == 2 and overlap is not None:
             begin, end = start, start + overlap
         else:
             begin = spans[-1].end if spans else start
-            end = begin + time
+            end = begin + seconds
         spans.append(Span(kind=action.kind, stage=action.stage, microbatch=action.microbatch, start=begin, end=end))
     return spans
 

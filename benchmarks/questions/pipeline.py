@@ -17,9 +17,8 @@ import torch.distributed as dist
 from benchmarks import pipeline_steps, replay
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, pick
 from benchmarks.pipeline_steps import PARTS, RANKS, Size, Step
-from benchmarks.schedules import Programs, Timeline, bubble_formula, draw, programs, simulate
+from benchmarks.schedules import Programs, Row, Timeline, bubble_formula, draw, programs, simulate
 from dsmini.config.parallel import CHUNKS
-from dsmini.distributed.pipeline import Row
 from dsmini.report.charts import over_labels
 
 NAME = "pipeline"

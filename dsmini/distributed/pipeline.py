@@ -5,16 +5,12 @@ has of targets, so gradients are summed and never scaled. Its default, scale_gra
 that two stages of one rank share.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from dsmini.config.parallel import ScheduleName
 from dsmini.distributed.passes import StepBatch
@@ -127,42 +123,3 @@ class Pipeline:
             # second time, so I is the whole backward here, and W is nothing
             made.dw_builder = lambda: lambda: None
         return made
-
-
-Row = tuple[int, str, int, int, float, float]
-"""Rank, kind (F, B, I or W), stage, micro-batch, and the seconds of start and end."""
-
-
-@contextmanager
-def record_timeline(schedule: Any) -> Iterator[list[Row]]:
-    """Yield a list that gets a row for each action of this rank's stages, in order.
-
-    F is a forward, B a whole backward, I the backward of the input, W that of the weights. Times include none of the
-    communication. The processes of one machine have one clock.
-    """
-    rows: list[Row] = []
-    stages: list[_PipelineStageBase] = getattr(schedule, "_stages", None) or [schedule._stage]
-
-    def watch(stage: Any, method: str) -> None:
-        run = getattr(stage, method)
-
-        def timed(part: int, *args: Any, **kwargs: Any) -> Any:
-            kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(method)
-            kind = kind or ("B" if kwargs.get("full_backward", True) else "I")
-            start = time.perf_counter()
-            result = run(part, *args, **kwargs)
-            rows.append((stage.group_rank, kind, stage.stage_index, part, start, time.perf_counter()))
-            return result
-
-        setattr(stage, method, timed)
-
-    methods = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
-    for stage in stages:
-        for method in methods:
-            watch(stage, method)
-    try:
-        yield rows
-    finally:
-        for stage in stages:
-            for method in methods:
-                delattr(stage, method)

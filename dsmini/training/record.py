@@ -71,22 +71,13 @@ class StepRecord:
         """Return the record of a step before its validation."""
         counts = step.counts
         indexers = {f"indexer_{name}": _all_finite(of_layers) for name, of_layers in (step.indexers or {}).items()}
-        means = {name: sum(of_layers) / len(of_layers) for name, of_layers in indexers.items() if of_layers}
-        means |= {name: None for name, of_layers in indexers.items() if of_layers is None}
+        means = {name: of_layers and sum(of_layers) / len(of_layers) for name, of_layers in indexers.items()}
+        same = ((name, getattr(step, name)) for name in KINDS if hasattr(step, name))
+        figures: dict[str, Any] = {name: _finite(v) if isinstance(v, float) else v for name, v in same}
         return cls(
-            step=step.step,
-            loss=_finite(step.loss),
-            lr=_finite(step.lr),
+            **figures,
             tokens_per_s=_finite(step.tokens / step.seconds),
-            max_vio=_finite(step.max_vio),
-            skipped=step.skipped,
-            mtp_loss=_finite(step.mtp_loss),
-            balance_loss=_finite(step.balance_loss),
-            grad_norm=_finite(step.grad_norm),
-            data_wait=_finite(step.data_wait),
             memory=memory,
-            tokens=step.tokens,
-            seconds=step.seconds,
             layer_max_vio=None if counts is None else max_violation(counts).tolist(),
             loads=None if counts is None else counts.tolist(),
             scores={**scores, **means, **{f"layer_{name}": of_layers for name, of_layers in indexers.items()}},

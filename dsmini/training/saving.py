@@ -137,10 +137,9 @@ class Saver:
         """Write a checkpoint of these tensors, with those of the other processes."""
         config = self.config
         assert config.out is not None
+        metrics = config.out / METRICS
         try:
-            world.first(
-                lambda: sync(config.out / METRICS)
-            )  # the lines before the state's own must not be lost after it
+            world.first(lambda: sync(metrics))  # the lines before the state's own must not be lost after it
             if world.size == 1:
                 save_checkpoint(config, tensors, state)
             else:

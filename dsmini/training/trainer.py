@@ -277,50 +277,41 @@ class Trainer:
         """Yield the parts of the parameters that are on this rank."""
         return ((name, local(p)) for name, p in self.model.named_parameters())
 
+    def _like(self) -> Callable[[str, Tensor], Tensor]:
+        """Return a function that finds the parameter which a saved tensor is divided as: NAME, or NAME/MOMENT."""
+        named = dict(self.model.named_parameters())
+        return lambda name, tensor: named.get(name, named.get(name.rpartition("/")[0], tensor))
+
     def pieces(self, tensors: Tensors) -> Pieces:
         """Return which piece each tensor of `tensors` is of the whole run's."""
-        parameter_of = self._parameters()
+        like = self._like()
 
         def piece(name: str, tensor: Tensor) -> HeldRows:
-            parameter = parameter_of(name)
-            alike = parameter is not None and local(parameter).shape == tensor.shape
-            return self.mesh.piece(parameter if alike and parameter is not None else tensor)
+            parameter = like(name, tensor)
+            return self.mesh.piece(parameter if local(parameter).shape == tensor.shape else tensor)
 
         return {part: {name: piece(name, t) for name, t in of.items()} for part, of in tensors.items()}
 
     def mine(self, tensors: Tensors) -> Tensors:
         """Return this rank's pieces of the tensors of a whole run."""
-        parameter_of = self._parameters()
+        like, elsewhere = self._like(), self.mesh.elsewhere
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            parameter = parameter_of(name)
-            piece = None if parameter is None else self.mesh.piece(parameter)
-            return piece.of(tensor) if piece is not None and piece.shape == tuple(tensor.shape) else tensor
+            piece = self.mesh.piece(like(name, tensor))
+            return piece.of(tensor) if piece.shape == tuple(tensor.shape) else tensor
 
-        elsewhere = self.mesh.elsewhere
-        return {
-            part: {
-                name: cut(name, t)
-                for name, t in of.items()
-                if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
-            }
-            for part, of in tensors.items()
-        }
+        def is_here(name: str) -> bool:
+            return name not in elsewhere and name.rpartition("/")[0] not in elsewhere
 
-    def _parameters(self) -> Callable[[str], torch.nn.Parameter | None]:
-        """Return a function that finds the parameter of a saved tensor, which has its name, or NAME/MOMENT."""
-        named = dict(self.model.named_parameters())
-        return lambda name: named.get(name, named.get(name.rpartition("/")[0]))
+        return {part: {name: cut(name, t) for name, t in of.items() if is_here(name)} for part, of in tensors.items()}
 
     def held_alike(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
         """Return the tensors that other ranks hold too, by those ranks."""
-        parameter_of = self._parameters()
+        like = self._like()
         held: dict[tuple[int, ...], dict[str, Tensor]] = {}
         for part, tensors in self.tensors().items():
             for name, tensor in tensors.items():
-                parameter = parameter_of(name)
-                holders = self.mesh.holders(tensor if parameter is None else parameter)
-                held.setdefault(holders, {})[f"{part}/{name}"] = tensor
+                held.setdefault(self.mesh.holders(like(name, tensor)), {})[f"{part}/{name}"] = tensor
         return {holders: named for holders, named in held.items() if len(holders) > 1}
 
     def check(self, tensors: Tensors) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import schedules as programs
+from benchmarks.schedules import record_timeline
 from dsmini import ModelConfig, TrainConfig, Transformer
 from dsmini.config.parallel import CHUNKS, ParallelConfig
-from dsmini.distributed.pipeline import Pipeline, record_timeline
+from dsmini.distributed.pipeline import Pipeline
 from dsmini.distributed.replicas import unequal_replicas
 from dsmini.distributed.stages import StageLayout, divided
 from dsmini.distributed.world import World
