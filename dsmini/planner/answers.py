@@ -109,12 +109,12 @@ def searched(made: Setup, command: str, on_part: OnPart = lambda done, what: Non
     changes = {name: getattr(found[0].layout, name) for name in layout.__dataclass_fields__}
     best = plan(changed(made, changes, made.hardware, "the fastest of all that fit"))
     peak = made.hardware.value("peak_float32" if layout.precision == "fp32" else "peak_bfloat16")
-    there, on_page = (search_section(found, peak, full=full) for full in (False, True))
+    section = search_section(found, peak)
     return Answer(
         record={"layouts": [_candidate_record(candidate, peak) for candidate in found]},
         lines=[heading(best)],
-        report=Report(title="", sections=[there]),
-        page=lambda: plan_report(best, full=True, more=[on_page], command=command),
+        report=Report(title="", sections=[section]),
+        page=lambda: plan_report(best, full=True, more=[section], command=command),
     )
 
 

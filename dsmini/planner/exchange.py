@@ -57,11 +57,12 @@ def places_hit(experts: int, chosen: int, groups: int, limited: int, best: int, 
 @functools.cache
 def _routed(experts: int, chosen: int, groups: int, limited: int, best: int) -> npt.NDArray[np.int64]:
     """Return the experts of tokens with random scores: the best of the groups with the largest sum of best scores."""
-    scores = np.random.default_rng(0).standard_normal((TOKENS, groups, experts // groups))
-    of_group = np.sort(scores, axis=2)[:, :, -best:].sum(axis=2)
-    least = np.sort(of_group, axis=1)[:, -limited, None]
+    logits = np.random.default_rng(0).standard_normal((TOKENS, groups, experts // groups), dtype=np.float32)
+    scores = 1 / (1 + np.exp(-logits))
+    of_group = np.partition(scores, -best, axis=2)[:, :, -best:].sum(axis=2)
+    least = np.partition(of_group, -limited, axis=1)[:, -limited, None]
     allowed = np.where((of_group >= least)[:, :, None], scores, -np.inf).reshape(TOKENS, experts)
-    return np.argsort(allowed, axis=1)[:, -chosen:]
+    return np.argpartition(allowed, -chosen, axis=1)[:, -chosen:]
 
 
 def reached(c: ModelConfig, places: Any, limited: bool = True) -> Any:

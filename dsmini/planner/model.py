@@ -205,11 +205,10 @@ def weight_figures(s: Sheet, c: ModelConfig, dtype: str) -> None:
             parts[name].append(use)
     for name, uses in parts.items():
         setattr(s, f"{name}_bytes", total(use.bytes(dtype) for use in uses))
-        if name != "final_norms":
-            setattr(s, f"{name}_products", total(use.numbers for use in uses if use.visits))
+    for name in ("head_matrices", "latent_up", "latent_down", "block_norms"):  # others have one module's parameters
+        setattr(s, f"{name}_products", total(use.numbers for use in parts[name] if use.visits))
     s.absorbed_bytes = s.latent_up_products * size
     s.vocabulary_bytes = c.vocab_size * c.dim * size
-    s.vocabulary_products = c.vocab_size * c.dim
     block = s.head_matrices_bytes + s.latent_up_bytes + s.latent_down_bytes + s.block_norms_bytes
     experts = c.n_routed_experts * s.expert_bytes + s.shared_experts_bytes + s.gate_bytes
     inside = c.n_layers * block + s.dense_layers * s.dense_ffn_bytes + s.moe_layers * experts

@@ -294,64 +294,51 @@ def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def facts(plan: Plan) -> dict[str, dict[str, str]]:
     """Return what is planned, in cards: model, hardware, training, serving."""
-    made, s, config, hardware = plan.setup, plan.sheet, plan.setup.model.config, plan.setup.hardware
-    moe = config.n_dense_layers < config.n_layers
+    made, s, config = plan.setup, plan.sheet, plan.setup.model.config
     model = {
         "file": made.model.source,
         "layers": f"{config.n_layers}, {min(config.n_dense_layers, config.n_layers)} dense",
         "width": f"{config.dim:,}",
         "attention": f"{config.attention.upper()}, {config.n_heads} heads",
-        "routed experts": f"{config.n_activated_experts} of {config.n_routed_experts}" if moe else "",
         "MTP depths": str(config.n_mtp_layers),
     }
-    links = {"within a node": "fast_link", "between nodes": "slow_link", "rent": "gpu_price"}
-    machine = {
-        "device": hardware.title,
-        **{f"peak, {dtype}": shown(s.get(f"peak_{dtype}")) for dtype in hardware.peaks},
-        "memory": f"{rounded(s.gpu_memory)} at {shown(s.memory_bandwidth)}",
-        **{words_: shown(s.get(name)) for words_, name in links.items() if name in hardware.numbers},
-    }
-    training = {
-        "layout": made.sources["layout"],
-        **{name.replace("_", " "): str(value) for name, value in dataclasses.asdict(made.layout).items()},
-        "sequences a step": f"{float(s.batch):,.0f} of {shown(s.seq_len)}",
-        "tokens": shown(s.tokens),
-    }
-    cards = {"Model": model, "Hardware": machine, "Training": training}
+    if config.n_dense_layers < config.n_layers:
+        model["routed experts"] = f"{config.n_activated_experts} of {config.n_routed_experts}"
+    numbers = (s.get(name) for name in made.hardware.numbers)
+    machine = {"device": made.hardware.title} | {figure.title.title: rounded(figure) for figure in numbers}
+    training = {"layout": made.sources["layout"], "sequences a step": f"{float(s.batch):,.0f} of {shown(s.seq_len)}"}
+    training |= {name.replace("_", " "): str(value) for name, value in dataclasses.asdict(made.layout).items()}
+    cards = {"Model": model, "Hardware": machine, "Training": training | {"tokens": shown(s.tokens)}}
     if made.served:
-        cards["Serving"] = {
-            **{
-                stage: f"{plural(made.deployment(stage).gpus, 'GPU')}, {made.sources[stage]}"
-                for stage in ("decode", "prefill")
-            },
-            "weights": str(made.request.weight_dtype),
-            "cache": str(made.request.cache_dtype),
-            "sequences of a GPU": f"{float(s.decode_sequences):,.0f}",
-            "context": shown(s.context),
-            "prompt": shown(s.prompt),
-        }
-    return {title: {name: value for name, value in card.items() if value} for title, card in cards.items()}
+        stages = ("decode", "prefill")
+        serving = {f"{x}": f"{plural(made.deployment(x).gpus, 'GPU')}, {made.sources[x]}" for x in stages}
+        serving |= {"weights": str(made.request.weight_dtype), "cache": str(made.request.cache_dtype)}
+        serving |= {"sequences of a GPU": f"{float(s.decode_sequences):,.0f} of {shown(s.context)}"}
+        cards["Serving"] = serving | {"prompt": shown(s.prompt)}
+    return cards
 
 
 # --- comparisons
 
 
-def search_section(candidates: Sequence[Candidate], peak: float, *, full: bool) -> Section:
+def search_section(candidates: Sequence[Candidate], peak: float) -> Section:
     """Return the section of a search: layouts that fit, fastest first.
 
     Args:
         peak: operations a second that a utilization refers to.
-        full: for a page, with a column for each choice; else for a terminal, with the layout in one.
     """
     best = candidates[0]
-    names = ("pipeline", "expert", "tensor", "zero", "recompute", "precision", "micro_batch", "schedule")
-    layouts = [[str(getattr(c.layout, name)) for name in names] if full else [_in_short(c.layout)] for c in candidates]
     rows = [
-        (str(i + 1), in_unit(c.step, "s"), c.binds, in_unit(c.memory, "B"), f"{c.flops / peak / c.step:.3f}", *layout)
-        for i, (layout, c) in enumerate(zip(layouts, candidates, strict=True))
+        (
+            str(i),
+            in_unit(c.step, "s"),
+            c.binds,
+            in_unit(c.memory, "B"),
+            f"{c.flops / peak / c.step:.3f}",
+            _options(c.layout),
+        )
+        for i, c in enumerate(candidates, 1)
     ]
-    columns = ("", "step", "binds", "memory", "MFU", *(names if full else ("layout",)))
-    numeric = ("", "pipeline", "expert", "tensor", "zero", "micro_batch", "memory", "step", "MFU")
     return Section(
         name="search_section",
         title=f"Which layouts fit {best.layout.gpus:,} GPUs?",
@@ -359,12 +346,18 @@ def search_section(candidates: Sequence[Candidate], peak: float, *, full: bool) 
             f"The fastest takes {in_unit(best.step, 's')} a step with {in_unit(best.memory, 'B')} on the fullest GPU. "
             f"What binds: {best.binds}."
         ),
-        tables=[Table(columns=columns, rows=rows, numeric=numeric)],
+        tables=[
+            Table(
+                columns=("", "step", "binds", "memory", "MFU", "layout"),
+                rows=rows,
+                numeric=("", "step", "memory", "MFU"),
+            )
+        ],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
     )
 
 
-def _in_short(layout: Layout) -> str:
+def _options(layout: Layout) -> str:
     """Return a layout as the options that ask for it."""
     sizes = f"pipeline {layout.pipeline}, expert {layout.expert}, tensor {layout.tensor}, zero {layout.zero}"
     return f"{sizes}, micro-batch {layout.micro_batch}, {layout.schedule}, {layout.recompute}, {layout.precision}"
@@ -374,7 +367,7 @@ def variation_section(variation: Variation, *, full: bool) -> Section:
     """Return the section of a variation: over one axis as table and plots, over two as heat maps.
 
     Args:
-        full: for a page, with plots and a wide table; else for a terminal, with a line and a bar for each value.
+        full: with the plots of a page.
     """
     axes = variation.axes
     one = len(axes) == 1
@@ -387,7 +380,7 @@ def variation_section(variation: Variation, *, full: bool) -> Section:
         finding=_finding(variation),
         plots=list(_plots(variation)) if one and full else (),
         heat_maps=() if one else list(_heat_maps(variation)),
-        tables=[_table(variation) if full else _bars(variation)] if one else (),
+        tables=[_bars(variation)] if one else (),
         warnings=[*problems, *unfit],
         about="All else is as in the plan: layout and deployments stay; sequences follow the context.",
     )
@@ -414,15 +407,6 @@ def _at(axes: Sequence[VariedAxis], place: tuple[int, ...]) -> str:
 def _title(variation: Variation, name: str) -> str:
     there = (figure for place in variation.plans if (figure := variation.figure(name, place)) is not None)
     return next(there).title.title
-
-
-def _table(variation: Variation) -> Table:
-    (axis,) = variation.axes
-    rows = [
-        (_title(variation, name), *(variation.cell(name, (i,)) for i in range(len(axis.values))))
-        for name in variation.names
-    ]
-    return Table(columns=(axis.name, *axis.labels), rows=rows, numeric=axis.labels)
 
 
 def _bars(variation: Variation) -> Table:

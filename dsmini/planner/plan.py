@@ -113,7 +113,7 @@ def _serving(s: Sheet, c: Any, made: Setup) -> dict[str, Binding]:
     decode, prefill = made.deployment("decode"), made.deployment("prefill")
     for stage, deployment in (("decode", decode), ("prefill", prefill)):
         deployment.check(made.model.config, hardware)
-        deployment_figures(s, c, hardware, deployment, made.sources[stage])
+        deployment_figures(s, c, deployment, made.sources[stage])
     serving_figures(s, c, hardware, decode, prefill)
     stages = {stage: s.each(f"{stage}_{{}}") for stage in ("decode", "prefill")}
     return {stage: overlapping(demands(t), t.binding_ratio) for stage, t in stages.items()}

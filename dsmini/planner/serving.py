@@ -122,7 +122,7 @@ class Work:
     """wkv_b is applied as two halves in the compute dtype."""
 
 
-def deployment_figures(s: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment, source: str) -> Sheet:
+def deployment_figures(s: Sheet, c: ModelConfig, d: Deployment, source: str) -> Sheet:
     """Name the sizes and the memory of a deployment; return its part of the sheet.
 
     Args:
@@ -195,7 +195,7 @@ def _drafts(s: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment) -> None
     _step(s, verify, decode, c, hardware, d, _main_blocks(s, c), _decode_work(s, c, decode, d, s.drafts + 1))
     moe = 1 if c.n_dense_layers <= c.n_layers else 0
     blocks = Blocks(
-        layers=1, dense=1 - moe, moe=moe, end_bytes=s.mtp_projection_bytes, end_products=s.mtp_projection_products
+        layers=1, dense=1 - moe, moe=moe, end_bytes=s.mtp_projection_bytes, end_products=s.mtp_projection_layer
     )
     work = _decode_work(s, c, decode, d, 1, layers=1)
     _step(s, draft, decode, c, hardware, d, blocks, work)
@@ -288,14 +288,14 @@ def demands(t: Sheet) -> dict[str, Any]:
 
 def _flops(s: Sheet, t: Sheet, c: ModelConfig, blocks: Blocks, work: Work, parts: Any) -> None:
     """Name the operations of a GPU in a step: in the weights' dtype, and in the compute dtype."""
-    experts = c.n_activated_experts * s.expert_products + s.shared_experts_products
+    experts = c.n_activated_experts * s.or_zero("expert_parameters") + s.or_zero("shared_parameters")
     attention = s.head_matrices_products + s.latent_down_products
-    others = blocks.moe * s.gate_products + blocks.end_products + blocks.layers * s.block_norms_products
+    others = blocks.moe * s.or_zero("gate_parameters") + blocks.end_products + blocks.layers * s.block_norms_products
     if work.absorbed:
         others = others + blocks.layers * s.latent_up_products
     else:
         attention = attention + s.latent_up_products
-    matrices = blocks.layers * attention + blocks.dense * s.dense_ffn_products + blocks.moe * experts
-    over = blocks.layers * work.pairs + work.logits * s.vocabulary_products
+    matrices = blocks.layers * attention + blocks.dense * s.or_zero("dense_parameters") + blocks.moe * experts
+    over = blocks.layers * work.pairs + work.logits * s.vocabulary_parameters
     t.matrix_flops = 2 * parts * (t.rows * matrices)
     t.other_flops = 2 * parts * (t.rows * others + over)

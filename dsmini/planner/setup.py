@@ -13,12 +13,12 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsmini.config import ModelConfig, RunConfig
 from dsmini.config.fields import build
-from dsmini.planner.display import rounded, shown
-from dsmini.planner.figure import Figure, Sheet
+from dsmini.planner.display import in_unit, shown
+from dsmini.planner.figure import Sheet, titles
 from dsmini.planner.hardware import USER, Hardware
 from dsmini.planner.layout import DTYPES, Layout, Precision
 from dsmini.planner.model import cache_figures, placed_tensors, weight_figures, without_indexer
@@ -31,13 +31,9 @@ from dsmini.report.units import plural
 CONTEXT, SEQUENCES = 4096, 32
 """Tokens of a decoding sequence, and the most sequences of a GPU in a micro-batch, where the user leaves them open."""
 NODES = (1, 2, 4, 8, 16, 32, 64)
-UNSIZED = {field.name for field in fields(ModelConfig)} - {
-    *("vocab_size", "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "n_kv_heads"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts"),
-    *("n_shared_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups", "n_mtp_layers", "attention"),
-    *("index_n_heads", "index_head_dim", "index_topk"),
-}
-"""Fields of a config that are not sizes: training, context and RoPE."""
+STAGES: tuple[Stage, ...] = ("decode", "prefill")
+SIZES = ("gpus", "tensor", "redundant")
+"""Sizes of a deployment."""
 
 
 @functools.cache
@@ -56,7 +52,8 @@ def reference(name: str) -> ModelConfig:
 
 def same_sizes(a: ModelConfig, b: ModelConfig) -> bool:
     """Return True for two models with equal sizes, whatever their training, context and RoPE."""
-    return all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name not in UNSIZED)
+    sizes = ["attention", *(field.name for field in fields(a) if field.name in titles())]
+    return all(getattr(a, name) == getattr(b, name) for name in sizes)
 
 
 def is_v3(config: ModelConfig) -> bool:
@@ -115,11 +112,18 @@ class Setup:
         """Layout of training."""
         return self.request.layout
 
-    def deployment(self, stage: Stage) -> Deployment:
-        """Return the deployment of a stage; there must be one."""
-        r = self.request
-        sizes = [getattr(r, f"{stage}_{name}") for name in ("gpus", "tensor", "redundant")]
-        return _deployment(self.published, stage, r, *sizes)
+    def deployment(self, stage: Stage, **sizes: int) -> Deployment:
+        """Return the deployment of a stage in the request, or one of other sizes: gpus, tensor, redundant.
+
+        V3's own has its ways to send rows.
+        """
+        r, preset = self.request, presets()["deepseek-v3"][stage]
+        sizes = sizes or {name: getattr(r, f"{stage}_{name}") for name in SIZES}
+        ways = {"micro_batches": 1 if sizes["gpus"] == 1 else 2, "two_hop": stage == "prefill"}
+        if self.published and sizes == {name: preset[name] for name in SIZES}:
+            ways = {name: value for name, value in preset.items() if name not in SIZES}
+        dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
+        return Deployment(stage=stage, **sizes, **ways, **dtypes)
 
     @property
     def served(self) -> bool:
@@ -226,145 +230,105 @@ def _layout(r: PlanRequest, model: Model, hardware: Hardware) -> Chosen:
 # --- serving
 
 
-def _deployment(published: bool, stage: Stage, r: PlanRequest, gpus: int, tensor: int, redundant: int) -> Deployment:
-    """Return a deployment of these sizes: V3's own has its ways to send rows."""
-    dtypes: dict[str, Any] = {"weight_dtype": r.weight_dtype, "cache_dtype": r.cache_dtype}
-    sizes = {"gpus": gpus, "tensor": tensor, "redundant": redundant}
-    preset = presets()["deepseek-v3"][stage]
-    if published and sizes == {name: preset[name] for name in sizes}:
-        return Deployment(stage=stage, **preset, **dtypes)
-    ways = {"micro_batches": 1 if gpus == 1 else 2, "two_hop": stage == "prefill"}
-    return Deployment(stage=stage, **sizes, **ways, **dtypes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Serving:
-    """All that a deployment is chosen for."""
-
-    config: ModelConfig
-    hardware: Hardware
-    request: PlanRequest
-    stage: Stage
-    published: bool
-
-    def given(self, name: Literal["gpus", "tensor", "redundant"]) -> int | None:
-        return getattr(self.request, f"{self.stage}_{name}")
-
-    def made(self, gpus: int, tensor: int, redundant: int | None) -> Deployment:
-        more = -self.config.n_routed_experts % gpus if redundant is None else redundant
-        return _deployment(self.published, self.stage, self.request, gpus, tensor, more)
-
-    def memory(self, d: Deployment) -> Sheet:
-        """Return the memory of a deployment. Raises: ValueError for one that does not divide the model."""
-        d.check(self.config, self.hardware)
-        r, s = self.request, Sheet()
-        self.hardware.put(s)
-        placed_tensors(s, self.config)
-        for name in ("context", "prompt", "sequences"):
-            s.put(name, getattr(r, name), "")
-        weight_figures(s, self.config, d.weight_dtype)
-        cache_figures(s, self.config, d.cache_dtype)
-        return deployment_figures(s, self.config, self.hardware, d, "")
-
-    def fits(self, d: Deployment) -> bool:
-        return self.memory(d).memory_share <= 1
-
-
 def _served(made: Setup, sources: Mapping[str, str]) -> Setup:
     """Return the setup with both deployments, and as many sequences as fit where the user leaves them open.
 
     Raises: ValueError for what the model or the hardware cannot have.
     """
-    config, hardware, r = made.model.config, made.hardware, made.request
-    longest = config.max_seq_len
+    r, longest = made.request, made.model.config.max_seq_len
     for name in ("context", "prompt"):
         tokens = getattr(r, name)
         if tokens is not None and tokens > longest:
             raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     assert r.precision is not None, "the layout is filled in"
     context = r.context or min(CONTEXT, longest)
-    r = replace(
-        r,
-        context=context,
-        prompt=r.prompt or context,
-        weight_dtype=r.weight_dtype or DTYPES[r.precision],
-        cache_dtype=r.cache_dtype or "bfloat16",
-    )
-    one, said = replace(r, sequences=r.sequences or 1), dict(made.sources)
-
-    def at(request: PlanRequest, stage: Stage) -> _Serving:
-        return _Serving(config=config, hardware=hardware, request=request, stage=stage, published=made.published)
-
-    stages: dict[Stage, Deployment] = {}
-    for stage in ("decode", "prefill"):
-        chosen = _choose(at(one, stage))
-        stages[stage] = chosen.made
+    open_ = {"context": context, "prompt": context, "weight_dtype": DTYPES[r.precision], "cache_dtype": "bfloat16"}
+    r = replace(r, **{name: getattr(r, name) or value for name, value in open_.items()})
+    said = dict.fromkeys(("context", "prompt", "sequences", "drafts", "acceptance"), "chosen") | dict(made.sources)
+    made = replace(made, request=replace(r, sequences=r.sequences or 1))
+    for stage in STAGES:
+        chosen = _choose(made, stage)
         said[stage] = sources.get(stage, chosen.how)
-        sizes = {"gpus": chosen.made.gpus, "tensor": chosen.made.tensor, "redundant": chosen.made.redundant}
-        r = replace(r, **{f"{stage}_{name}": size for name, size in sizes.items()})
+        r = replace(r, **{f"{stage}_{name}": getattr(chosen.made, name) for name in SIZES})
     if r.sequences is None:
-        fit = at(one, "decode").memory(stages["decode"])
-        most = float(fit.sequences_that_fit) / stages["decode"].micro_batches
+        decode = replace(made, request=replace(r, sequences=1)).deployment("decode")
+        most = float(_memory(made, decode).sequences_that_fit) / decode.micro_batches
         r = replace(r, sequences=max(1, min(SEQUENCES, int(most))))
-    misfit = dict(made.misfit)
-    for stage, deployment in stages.items():
-        if sentence := _misfit(at(r, stage), deployment):
-            misfit[stage] = sentence
-    said = dict.fromkeys(("context", "prompt", "sequences", "drafts", "acceptance"), "chosen") | said
-    return replace(made, request=r, sources=said, misfit=misfit)
+    made = replace(made, request=r, sources=said)
+    misfit = {stage: sentence for stage in STAGES if (sentence := _misfit(made, stage))}
+    return replace(made, misfit={**made.misfit, **misfit})
 
 
-def _choose(serving: _Serving) -> Chosen:
+def _memory(made: Setup, d: Deployment) -> Sheet:
+    """Return the memory of a deployment. Raises: ValueError for one that does not divide the model."""
+    config, s = made.model.config, Sheet()
+    d.check(config, made.hardware)
+    made.hardware.put(s)
+    placed_tensors(s, config)
+    for name in ("context", "prompt", "sequences"):
+        s.put(name, getattr(made.request, name), "")
+    weight_figures(s, config, d.weight_dtype)
+    cache_figures(s, config, d.cache_dtype)
+    return deployment_figures(s, config, d, "")
+
+
+def _fits(made: Setup, d: Deployment) -> bool:
+    return _memory(made, d).memory_share <= 1
+
+
+def _choose(made: Setup, stage: Stage) -> Chosen:
     """Return the deployment with the given numbers, and what is best for the others.
 
     Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
     """
-    config, hardware, stage = serving.config, serving.hardware, serving.stage
-    gpus, tensor, redundant = serving.given("gpus"), serving.given("tensor"), serving.given("redundant")
-    if serving.published and hardware.networked and gpus is None and tensor is None and redundant is None:
-        sizes = presets()["deepseek-v3"][stage]
-        published = serving.made(sizes["gpus"], sizes["tensor"], sizes["redundant"])
-        if serving.fits(published):
-            return Chosen(made=published, how=presets()["deepseek-v3"]["sources"][stage])
+    experts, preset = made.model.config.n_routed_experts, presets()["deepseek-v3"]
+    gpus, tensor, redundant = (getattr(made.request, f"{stage}_{name}") for name in SIZES)
+    if made.published and made.hardware.networked and gpus is None and tensor is None and redundant is None:
+        published = made.deployment(stage, **{name: preset[stage][name] for name in SIZES})
+        if _fits(made, published):
+            return Chosen(made=published, how=preset["sources"][stage])
+
+    def of(count: int, shared: int) -> Deployment:
+        return made.deployment(
+            stage, gpus=count, tensor=shared, redundant=-experts % count if redundant is None else redundant
+        )
+
     if gpus is not None:
-        made = serving.made(gpus, tensor or 1, redundant)
-        made.check(config, hardware)
-        return Chosen(made=made, how="as chosen")
-    counts = list(_counts(serving, tensor))
+        of(gpus, tensor or 1).check(made.model.config, made.hardware)
+        return Chosen(made=of(gpus, tensor or 1), how="as chosen")
+    counts = list(_counts(made, tensor))
     if not counts:
-        raise ValueError(_cannot_share(serving, tensor))
-    slots = config.n_routed_experts + (redundant or 0)
-    divide = [(count, shared) for count, shared in counts if redundant is None or slots % count == 0]
+        raise ValueError(_cannot_share(made, stage, tensor))
+    slots = experts + (redundant or 0)
     tried: list[Deployment] = []
-    for count, shared in divide:
-        tried.append(serving.made(count, shared, redundant))
-        if serving.fits(tried[-1]):
-            return Chosen(made=tried[-1], how="the fewest GPUs that hold weights and cache")
-    if not tried or divide != counts:
+    for count, shared in counts:
+        if redundant is None or slots % count == 0:
+            tried.append(of(count, shared))
+            if _fits(made, tried[-1]):
+                return Chosen(made=tried[-1], how="the fewest GPUs that hold weights and cache")
+    if len(tried) < len(counts):
         raise ValueError(
             f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
             f"model divides; leave it out, or name {stage}_gpus too"
         )
-    memory = [serving.memory(made) for made in tried]
+    memory = [_memory(made, deployment) for deployment in tried]
     best = max(range(len(tried)), key=lambda i: (float(memory[i].sequences_that_fit), -float(memory[i].memory_share)))
     return Chosen(made=tried[best], how="what has memory for most sequences, since none fits")
 
 
-def _cannot_share(serving: _Serving, tensor: int | None) -> str:
+def _cannot_share(made: Setup, stage: Stage, tensor: int | None) -> str:
     """Return why this many GPUs cannot share the heads, and how many can."""
-    node, heads = serving.hardware.node, serving.config.n_heads
-    possible = ", ".join(str(n) for n in range(1, node + 1) if any(_counts(serving, n)))
-    why = (
-        f"does not divide n_heads={heads}"
-        if tensor and heads % tensor
-        else f"is more than {plural(node, 'GPU')} of a node"
-    )
-    return f"{serving.stage}_tensor={tensor} {why}; use {possible}"
+    node, heads = made.hardware.node, made.model.config.n_heads
+    possible = ", ".join(str(n) for n in range(1, node + 1) if any(_counts(made, n)))
+    why = f"is more than {plural(node, 'GPU')} of a node"
+    if tensor and heads % tensor:
+        why = f"does not divide n_heads={heads}"
+    return f"{stage}_tensor={tensor} {why}; use {possible}"
 
 
-def _counts(serving: _Serving, tensor: int | None) -> Iterator[tuple[int, int]]:
+def _counts(made: Setup, tensor: int | None) -> Iterator[tuple[int, int]]:
     """Yield numbers of GPUs to try, and how many of them share heads."""
-    config, hardware, most = serving.config, serving.hardware, serving.hardware.node
+    config, hardware, most = made.model.config, made.hardware, made.hardware.node
     node, moe = round(hardware.value("gpus_per_node")), config.n_dense_layers < config.n_layers
     if moe and hardware.networked:
         most = max(node, config.n_routed_experts)
@@ -377,23 +341,22 @@ def _counts(serving: _Serving, tensor: int | None) -> Iterator[tuple[int, int]]:
                 yield count, shared
 
 
-def _misfit(serving: _Serving, made: Deployment) -> str:
+def _misfit(made: Setup, stage: Stage) -> str:
     """Return one sentence for a deployment that does not hold weights and cache, with what would; "" if it does."""
-    memory, stage = serving.memory(made), serving.stage
+    d, experts = made.deployment(stage), made.model.config.n_routed_experts
+    memory, fixes = _memory(made, d), list[str]()
     if memory.memory_share <= 1:
         return ""
-    fixes: list[str] = []
-    if stage == "decode" and (fit := int(float(memory.sequences_that_fit) / made.micro_batches)):
+    if stage == "decode" and (fit := int(float(memory.sequences_that_fit) / d.micro_batches)):
         fixes.append(f"use sequences={fit}")
     elif memory.longest_context >= 1:
         fixes.append(f"use {'context' if stage == 'decode' else 'prompt'}={float(memory.longest_context):.0f}")
-    for count, shared in _counts(serving, None if made.tensor == 1 else made.tensor):
-        if count > made.gpus and serving.fits(serving.made(count, shared, None)):
-            more = f" and {stage}_tensor={shared}" if shared != made.tensor else ""
-            fixes.append(f"use {stage}_gpus={count}{more}")
+    for count, shared in _counts(made, None if d.tensor == 1 else d.tensor):
+        more = made.deployment(stage, gpus=count, tensor=shared, redundant=-experts % count)
+        if count > d.gpus and _fits(made, more):
+            fixes.append(f"use {stage}_gpus={count}" + (f" and {stage}_tensor={shared}" if shared != d.tensor else ""))
             break
-    capacity = Figure(serving.hardware.value("gpu_memory"), "input", (), "gpu_memory")
     return (
-        f"{stage} on {plural(made.gpus, 'GPU')} does not fit: weights and cache take {shown(memory.gpu_memory)} of "
-        f"{rounded(capacity)}; {' or '.join(fixes) or 'use hardware with more memory'}"
+        f"{stage} on {plural(d.gpus, 'GPU')} does not fit: weights and cache take {shown(memory.gpu_memory)} of "
+        f"{in_unit(made.hardware.value('gpu_memory'), 'B')}; {' or '.join(fixes) or 'use hardware with more memory'}"
     )
