@@ -111,22 +111,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Best choice for each sizes: arrays of one row for each."""
+    """Time and memory of all layouts: arrays [choice, sizes], infinite where there is no such layout."""
 
+    problem: Problem
     sizes: list[Sizes]
     choices: list[Choice]
-    best: Values
-    """Time of the fastest choice that fits; infinite where none does."""
+    time: Values
     memory: Values
-    """Memory of that choice."""
-    choice: Values
-    """Number of that choice."""
-    fastest: Values
-    """Time of the fastest choice, also where it does not fit."""
-    least: Values
-    """Least memory of all choices."""
-    leanest: Values
-    """Number of the choice with the least memory."""
+
+    @property
+    def fitting(self) -> Values:
+        """Time of what fits; infinite elsewhere."""
+        return np.where(self.memory <= self.problem.hardware.value("gpu_memory"), self.time, np.inf)
+
+    def layout(self, choice: int, row: int) -> Layout:
+        """Return the layout of a place in the arrays."""
+        return self.problem.layout(self.sizes[row], self.choices[choice])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,18 +154,22 @@ def search(problem: Problem, most: int = 12, on_part: OnPart | None = None) -> l
         raise ValueError(f"{problem.hardware.title} has no units for {', '.join(wanted)}; allow another precision")
     problem = replace(problem, choices=replace(problem.choices, precisions=precisions))
     table = evaluate(problem, on_part)
-    rows = [int(row) for row in np.lexsort((table.memory, table.best))[:most] if np.isfinite(table.best[row])]
-    if not rows:
-        raise ValueError(what_would_fit(problem, table))
-    return [_candidate(problem, table, row) for row in rows]
+    fitting = table.fitting
+    if not np.isfinite(fitting).any():
+        raise ValueError(what_would_fit(table))
+    rows = np.arange(len(table.sizes))
+    choice = np.lexsort((table.memory, fitting), axis=0)[0]  # of equal times the one with less memory
+    best = fitting[choice, rows]
+    order = [row for row in np.lexsort((table.memory[choice, rows], best))[:most] if np.isfinite(best[row])]
+    costs = {row: float(best[row] - table.time[:, row].min()) for row in order}
+    return [_candidate(problem, table.layout(choice[row], row), costs[row]) for row in order]
 
 
-def _candidate(problem: Problem, table: Table, row: int) -> Candidate:
-    layout = problem.layout(table.sizes[row], table.choices[int(table.choice[row])])
+def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
+    """Return a layout with what binds it; `costs` are the seconds that the limit of memory costs at its sizes."""
     s = problem.planned(layout)
     gains = {words: float(s.roof_step_seconds - getattr(s, f"step_without_{part}")) for part, words in WITHOUT.items()}
     others = max(gain for words, gain in gains.items() if words != "compute")
-    costs = float(table.best[row] - table.fastest[row])
     return Candidate(
         layout=layout,
         memory=float(s.memory_needed),
@@ -179,30 +183,36 @@ def _candidate(problem: Problem, table: Table, row: int) -> Candidate:
 
 
 def evaluate(problem: Problem, on_part: OnPart | None = None, sizes: list[Sizes] | None = None) -> Table:
-    """Return the best choice for each sizes of parallelism; without `sizes`, for all that the GPUs allow."""
+    """Return the time and the memory of all choices; without `sizes`, for all sizes that the GPUs allow."""
     if sizes is None:
         sizes = [each for each in all_sizes(problem) if _held(problem, each)]
     given = problem.choices
     choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
-    infinite, nothing = np.full(len(sizes), np.inf), np.zeros(len(sizes))
-    table = Table(
-        sizes=sizes,
-        choices=choices,
-        best=infinite,
-        memory=infinite.copy(),
-        choice=nothing,
-        fastest=infinite.copy(),
-        least=infinite.copy(),
-        leanest=nothing.copy(),
-    )
+    time, memory = (np.full((len(choices), len(sizes)), np.inf) for _ in range(2))
     base = problem.sheet()
     groups = {schedule: _groups(problem, schedule, sizes) for schedule in given.schedules}
     for number, choice in enumerate(choices):
         for rows in groups[choice[0]]:
-            _add(problem, base, table, number, rows)
+            copies = 2 if choice[0] == "dualpipe" else 1
+            if choice[1]:  # ZeRO needs GPUs to divide the state over
+                rows = [row for row in rows if problem.gpus * copies > sizes[row][0] * sizes[row][1]]
+            if rows:
+                s = _planned(problem, base, [sizes[row] for row in rows], choice)
+                time[number, rows], memory[number, rows] = s.roof_step_seconds, s.memory_needed
         if on_part is not None:
             on_part((number + 1) / len(choices), f"{choice[0]}, ZeRO {choice[1]}, {choice[2]}, {choice[3]}")
-    return table
+    return Table(problem=problem, sizes=sizes, choices=choices, time=time, memory=memory)
+
+
+def _planned(problem: Problem, base: Sheet, sizes: list[Sizes], choice: Choice) -> Sheet:
+    """Return the training figures of a choice for several sizes that have one formula, as arrays."""
+    # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
+    layout, s = problem.layout(max(sizes, key=lambda each: each[1]), choice), base.copy()
+    s.put("gpus", problem.gpus, "")
+    for name, column in zip(SIZES, np.array(sizes, dtype=np.float64).T, strict=True):
+        s.put(name, column, "")
+    training_figures(s, problem.config, problem.hardware, layout)
+    return s
 
 
 def all_sizes(problem: Problem) -> Iterator[Sizes]:
@@ -243,34 +253,6 @@ def _groups(problem: Problem, schedule: Schedule, sizes: list[Sizes]) -> list[li
     return list(groups.values())
 
 
-def _add(problem: Problem, base: Sheet, table: Table, number: int, rows: list[int]) -> None:
-    """Evaluate a choice for a group of rows, and note where it is better than those before."""
-    choice = table.choices[number]
-    copies = 2 if choice[0] == "dualpipe" else 1
-    if choice[1]:  # ZeRO needs GPUs to divide the state over
-        rows = [row for row in rows if problem.gpus * copies > table.sizes[row][0] * table.sizes[row][1]]
-    if not rows:
-        return
-    # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
-    layout = problem.layout(max((table.sizes[row] for row in rows), key=lambda sizes: sizes[1]), choice)
-    s = base.copy()
-    s.put("gpus", problem.gpus, "")
-    for name, column in zip(SIZES, np.array([table.sizes[row] for row in rows], dtype=np.float64).T, strict=True):
-        s.put(name, column, "")
-    training_figures(s, problem.config, problem.hardware, layout)
-    memory, step = (
-        np.broadcast_to(np.asarray(f, np.float64), len(rows)) for f in (s.memory_needed, s.roof_step_seconds)
-    )
-    at = np.array(rows)
-    table.fastest[at] = np.minimum(table.fastest[at], step)
-    lean = memory < table.least[at]
-    table.leanest[at[lean]], table.least[at[lean]] = number, memory[lean]
-    tie = (step == table.best[at]) & (memory < table.memory[at])
-    better = (memory <= problem.hardware.value("gpu_memory")) & ((step < table.best[at]) | tie)
-    table.best[at[better]], table.memory[at[better]] = step[better], memory[better]
-    table.choice[at[better]] = number
-
-
 # --- the layout that a user leaves open
 
 
@@ -303,22 +285,25 @@ def choose_layout(problem: Problem, given: Mapping[str, Any], preset: Mapping[st
         lean = replace(problem, gpus=gpus, held=held, choices=_leanest(problem.state, given, gpus))
         table = evaluate(lean)
         most = SLACK * problem.hardware.value("gpu_memory")
-        hopeful = [sizes for sizes, least in zip(table.sizes, table.least, strict=True) if least <= most]
+        hopeful = [table.sizes[row] for row in np.flatnonzero((table.memory <= most).any(axis=0))]
         for choices in _lists(problem.state, given) if hopeful else ():
             found = evaluate(replace(lean, choices=choices), sizes=hopeful)
-            if np.isfinite(found.best).any():
-                row = int(np.argmin(found.best))
-                layout = lean.layout(found.sizes[row], found.choices[int(found.choice[row])])
+            if np.isfinite(found.fitting).any():
                 fewest = "" if "gpus" in given else ", on the fewest GPUs"
-                return Chosen(made=layout, how=f"the fastest of a short list that fits{fewest}")
+                best = found.layout(*_smallest(found.fitting))
+                return Chosen(made=best, how=f"the fastest of a short list that fits{fewest}")
     assert lean is not None and table is not None, "there is at least one GPU"
-    if not np.isfinite(table.least).any():
+    if not np.isfinite(table.memory).any():
         problem.check(replace(problem.state, **{"gpus": _least_gpus(given)} | dict(given)))  # raises what contradicts
-        raise ValueError(what_would_fit(lean, table))
-    row = int(np.argmin(table.least))
-    layout = lean.layout(table.sizes[row], table.choices[int(table.leanest[row])])
+        raise ValueError(what_would_fit(table))
     how = "the one that needs least memory, since none fits"
-    return Chosen(made=layout, how=how, misfit=what_would_fit(lean, table))
+    return Chosen(made=table.layout(*_smallest(table.memory)), how=how, misfit=what_would_fit(table))
+
+
+def _smallest(values: Values) -> tuple[int, int]:
+    """Return the choice and the row of the smallest value; of equal ones those of the first sizes."""
+    row, choice = np.unravel_index(np.argmin(values.T), values.T.shape)
+    return int(choice), int(row)
 
 
 def _published(problem: Problem, preset: Mapping[str, Any], given: Mapping[str, Any]) -> Layout | None:
@@ -382,19 +367,19 @@ def most_gpus(hardware: Hardware) -> float:
     return math.inf if hardware.networked else hardware.node
 
 
-def what_would_fit(problem: Problem, table: Table) -> str:
+def what_would_fit(table: Table) -> str:
     """Return one sentence for a problem that no layout fits: the least memory there is, and what would fit."""
+    problem = table.problem
     gpus, memory = problem.gpus, problem.hardware.value("gpu_memory")
-    if not np.isfinite(table.least).any():
+    if not np.isfinite(table.memory).any():
         return (
             f"gpus={gpus} allow no layout for a step of batch={problem.batch} sequences; "
             "use a batch that the GPUs divide"
         )
-    row = int(np.argmin(table.least))
-    layout = problem.layout(table.sizes[row], table.choices[int(table.leanest[row])])
+    layout = table.layout(*_smallest(table.memory))
     needs = (
         f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU: the smallest needs "
-        f"{in_unit(float(table.least[row]), 'B')}, with pipeline={layout.pipeline}, tensor={layout.tensor}, "
+        f"{in_unit(float(table.memory.min()), 'B')}, with pipeline={layout.pipeline}, tensor={layout.tensor}, "
         f"expert={layout.expert}, zero={layout.zero}, recompute={layout.recompute!r}, precision={layout.precision!r}"
     )
     return f"{needs}; {' or '.join(_remedies(problem)) or 'use hardware with more memory'}"
@@ -428,4 +413,4 @@ def _fits(problem: Problem) -> bool:
     given = problem.choices
     zeros = tuple({min(given.zeros), max(given.zeros)})  # from 1 on they need GPUs that divide a batch
     least = replace(given, zeros=zeros, recomputes=given.recomputes[-1:], precisions=given.precisions[-1:])
-    return bool(np.isfinite(evaluate(replace(problem, choices=least)).best).any())
+    return bool(np.isfinite(evaluate(replace(problem, choices=least)).fitting).any())
