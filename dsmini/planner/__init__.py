@@ -1,4 +1,5 @@
 """Plans: memory, time, traffic, cost and failures of a model on hardware, from first principles.
 
-Start with quantity: every figure is a Quantity, which carries its unit and the way it was computed.
+Start with figure.py: a figure is a number that remembers how it was computed, and a sheet names it. The formulas are in
+model, training, exchange, serving and reliability; all counts of a model come from dsmini.accounting's list of tensors.
 """
