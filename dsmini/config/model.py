@@ -28,10 +28,7 @@ NO_INDEXER = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes and choices of a DeepSeek-V3 style transformer.
-
-    Raises: ValueError for every combination of sizes that cannot be built.
-    """
+    """Sizes and choices of a DeepSeek-V3 style transformer."""
 
     vocab_size: int = setting(256, shapes=True)
     """Number of token ids; 256 for bytes."""
@@ -130,6 +127,7 @@ class ModelConfig:
     """Precision of matrix products. native: the compute dtype; fp8: simulated FP8 in attention and feed-forwards."""
 
     def __post_init__(self) -> None:
+        """Raise ValueError for every combination of sizes that cannot be built."""
         check_types(self, whole=Bounds(least=1, most=LARGEST_SIZE), real=Bounds(above=0, most=1e30))
         self._check_sizes()
         self._check_layers()
@@ -281,5 +279,7 @@ def layer_config(config: ModelConfig | None, arguments: dict[str, Any]) -> Model
         config is None or isinstance(config, ModelConfig),
         f"a layer is made from a ModelConfig or keyword arguments, got a {type(config).__name__}; use ModelConfig(...)",
     )
+    if not arguments:  # a model asks for every part of every layer
+        return config or ModelConfig()
     refuse_unknown(arguments, [f.name for f in dataclasses.fields(ModelConfig)], "the arguments", "")
     return dataclasses.replace(config or ModelConfig(), **arguments)

@@ -10,7 +10,8 @@ from dsmini.console.printable import printable
 class Page:
     """Shows texts that grow at the same time, one below the other.
 
-    The first text that has not ended streams, and those below it wait.
+    The first text that has not ended streams, and those below it wait. Nothing is shown before there is a text, so that
+    a mistake can still be told alone.
 
     Args:
         headings: one for each text; a single text is shown without its heading.
@@ -21,10 +22,11 @@ class Page:
         self._waiting = [""] * len(headings)
         self._ended = [False] * len(headings)
         self._at = -1
-        self._turn()
 
     def add(self, i: int, piece: str) -> None:
         """Append to a text."""
+        if self._at < 0:
+            self._turn()
         if i == self._at:
             self._write(piece)
         else:
@@ -32,6 +34,8 @@ class Page:
 
     def end(self, i: int) -> None:
         """End a text, so that the next one is shown. A second call changes nothing."""
+        if self._at < 0:
+            self._turn()
         self._ended[i] = True
         while self._at < len(self._ended) and self._ended[self._at]:
             self._write("\n")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dsmini import accounting, ops
 from dsmini.atomic import remove_leftovers, write_bytes, write_json, write_text
+from dsmini.checkpoint.memory import refuse_too_large
 from dsmini.checkpoint.run_folder import (
     new_run_folder,
     read_summary,
@@ -69,6 +70,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
     with joined(config.parallel.timeout, device, longest_wait=LONGEST_WAIT) as world:
         _refuse_unequal(world, origin, config)
         world.first(lambda: _check_place(origin, config))
+        if world.size == 1:  # before each layer of an absurd model is made, even without memory
+            least = 4 * accounting.parameters(config.model).total
+            refuse_too_large(least, "training this model with such a batch", device)
         part = ModelPart.divided(config.model, Mesh(config.parallel, device))  # without memory yet
         refuse_oversized(config, device, part, world)
         read: list[Corpus] = []

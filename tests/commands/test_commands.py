@@ -18,6 +18,7 @@ from dsmini import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dsmini.config.parallel import ParallelConfig
 from dsmini.console.commandline import _clipped, field_docstrings
 from tests.helpers.commands import TINY, check_refused, place_with_run, run, run_all, run_apart, start
+from tests.helpers.configs import refusal
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,12 @@ def test_ctrl_c_stops_after_the_step_and_saves(place: Path) -> None:
     assert (place / f"runs/long/checkpoints/step-{steps:06d}/model.safetensors").exists()
     assert (place / "runs/long/loss.png").exists()
     assert run("dsmini.generate runs/long --max-new-tokens 2", place).returncode == 0
+
+
+def test_model_of_absurd_depth_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dsmini.training.start.ModelPart.divided", lambda *_: pytest.fail("layers were made"))
+    deep = ["--model.n-layers", "9999", "--model.dim", "8192", "--out", str(tmp_path / "x")]
+    assert "training this model with such a batch needs " in refusal(importlib.import_module("dsmini.train").main, deep)
 
 
 def test_a_config_file_comes_first_and_flags_change_it(place: Path) -> None:

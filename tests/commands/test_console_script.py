@@ -37,6 +37,11 @@ def test_script_lists_the_commands_and_runs_them(tmp_path: Path) -> None:
     assert dsmini.generate is function, "the command of that name does not replace it"
 
 
+def test_no_help_speaks_of_python(tmp_path: Path) -> None:
+    for status, said in run_all([(f"dsmini.{name}", "--help-all") for name in COMMANDS if name != "explain"], tmp_path):
+        assert status == 0 and "Raises" not in said and "ValueError" not in said
+
+
 def test_script_is_installed_as_dsmini() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts["dsmini"].partition(":")

@@ -21,6 +21,7 @@ from dsmini.text.page import Page
 from dsmini.text.text_side import read_text_side
 from tests.conftest import SMALL, randomise
 from tests.helpers.commands import call, check_refused, place_with_run, run, run_all, run_apart, start
+from tests.helpers.configs import refusal
 from tests.helpers.text_folders import ASSISTANT, EOS, USER, save_text_side, save_tokenizer
 
 
@@ -197,11 +198,12 @@ def test_a_reader_that_goes_away_ends_it_quietly(place: Path) -> None:
 
 BAD = {
     "runs/x --prompt - -": "standard input can be read only once",
-    "runs/x --prompt a --context 5": "more than the cache's 5; use max_new_tokens=5, or a shorter prompt",
+    "runs/x --prompt a --context 5": "and 400 new ones; use --max-new-tokens 5 or fewer, or a shorter prompt",
+    "runs/x --prompt abcdef --context 5": "of 6 tokens and 400 new ones; use a longer context, or a shorter prompt",
     "runs/x --context 0": "--context 0 is less than 1",
     "runs/x --context 999": "--context 999 is more than the model's",
     "runs/x --prompt 'much longer than the 32 tokens of its context'": "longer than the model's context of 32",
-    "runs/x --prompt a ''": "prompt 1 is empty",
+    "runs/x --prompt a ''": "error: prompt 2 is empty; give it a character, or leave it out\n",
     "runs/x --prompt-file nothing.txt": "cannot read the prompt file nothing.txt: No such file",
     "runs/x --prompt-file runs": "cannot read the prompt file runs: Is a directory",
     "runs/x --prompt a --stop ''": "a stop string is empty",
@@ -240,6 +242,12 @@ def test_mistakes_are_sentences_and_status_2(place: Path) -> None:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize("mistake", [["a", ""], ["a", "much longer than the 32 tokens of its context"]])
+def test_refused_prompts_show_no_heading(place: Path, capsys: pytest.CaptureFixture[str], mistake: list[str]) -> None:
+    refusal(importlib.import_module("dsmini.generate").main, [str(place / "runs/x"), "--prompt", *mistake])
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_text_that_has_not_ended_streams() -> None:
