@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dsmini.checkpoint.training_state import check_tensors
 from dsmini.config import TrainConfig
 from dsmini.distributed.data_parallel import local
 from dsmini.functional.muon import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
@@ -191,31 +192,21 @@ def optimizer_state(optimizers: Iterable[Optimizer], named: Iterable[tuple[str, 
 
 
 def check_optimizer_state(
-    tensors: Mapping[str, Tensor],
-    optimizers: Iterable[Optimizer],
-    named: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer], named: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Refuse tensors that cannot be the state of these optimizers for the parts of parameters that are here.
 
     Raises: ValueError naming the first.
     """
-    names = {p: name for name, p in named}
-    moved = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    elsewhere = {name for p, name in names.items() if p not in moved}  # moved in other processes
-    unknown = {name for name in tensors if name.rpartition("/")[0] not in elsewhere}
+    names, want, moved = {p: name for name, p in named}, {}, set()
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
+            moved.add(names[p])
             kinds = {f"{names[p]}/{key}": kind for key, kind in _kinds(optimizer, local(p)).items()}
-            there = kinds.keys() & tensors.keys()
-            unknown -= there
-            if there and there != kinds.keys():
-                raise ValueError(f"optimizer.safetensors lacks tensor {min(kinds.keys() - there)}")
-            for name in sorted(there):
-                got, want = (tensors[name].dtype, tensors[name].shape), kinds[name]
-                if got != want:
-                    raise ValueError(f"optimizer.safetensors: {name} is {_described(*got)}, want {_described(*want)}")
-    if unknown:
-        raise ValueError(f"optimizer.safetensors has an unknown tensor {min(unknown)}")
+            want |= kinds if kinds.keys() & tensors.keys() else {}
+    elsewhere = set(names.values()) - moved  # moved in other processes
+    here = {name: t for name, t in tensors.items() if name.rpartition("/")[0] not in elsewhere}
+    check_tensors(here, want, "optimizer.safetensors")
 
 
 def load_optimizer_state(
@@ -247,17 +238,10 @@ def _placed(value: Tensor, p: Tensor, fused: bool, divided_like: Callable[[Tenso
     return divided_like(p, copied) if copied.dim() else copied
 
 
-def _kinds(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Return dtype and shape of all that an optimizer stores for a parameter it has moved."""
+def _kinds(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """Return tensors without memory like those that an optimizer stores for a parameter it has moved."""
+    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     if isinstance(optimizer, Muon):
-        return {"momentum": (p.dtype, p.shape)}
-    moments = torch.bfloat16 if isinstance(optimizer, AdamWBF16) else p.dtype
-    return {
-        "step": (torch.float32, torch.Size()),
-        "exp_avg": (moments, p.shape),
-        "exp_avg_sq": (moments, p.shape),
-    }
-
-
-def _described(dtype: torch.dtype, shape: torch.Size) -> str:
-    return f"{dtype} {list(shape)}"
+        return {"momentum": like}
+    moments = like.bfloat16() if isinstance(optimizer, AdamWBF16) else like
+    return {"step": torch.empty((), device="meta"), "exp_avg": moments, "exp_avg_sq": moments}

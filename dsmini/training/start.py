@@ -95,17 +95,19 @@ def _refuse_unequal(world: World, origin: RunOrigin, config: RunConfig) -> None:
     """Refuse processes that were started with unequal options or configs, or that read unequal weights."""
     if world.size == 1:
         return
-    options = _options(origin)
-    first, of_first = world.first(lambda: (config, options))
+    mine = _options(origin)
+    first, of_first = world.first(lambda: (config, mine))
+    unequal = [
+        f"{name} ({mine[name] or 'none'}, not {of_first[name] or 'none'})"
+        for name in mine
+        if mine[name] != of_first[name]
+    ]
     keys = sorted(change.key for change in differences(first, config))
-    unequal = [_in_words(name, of_first, options) for name in options if options[name] != of_first[name]]
-    if keys and not unequal:
-        unequal = [f"another {', '.join(keys)}"]
-    for rank, words in enumerate(world.gather(unequal)):
+    for rank, words in enumerate(world.gather(", another ".join(unequal) or ", ".join(keys))):
         if words:
             raise told(
                 ValueError(
-                    f"rank {rank} was started with {', '.join(words)} than rank 0; start all processes with the same "
+                    f"rank {rank} was started with another {words} than rank 0; start all processes with the same "
                     "command, where they see the same files"
                 )
             )
@@ -121,10 +123,6 @@ def _options(origin: RunOrigin) -> dict[str, str | None]:
         read = f"step {weights.step}, hash {sha256(repr(hashes).encode()).hexdigest()[:16]}"
     paths = {name: path and str(path) for name, path in (("--resume", origin.resume), ("--init", origin.init))}
     return paths | {"weights to start from": read}
-
-
-def _in_words(name: str, of_first: dict[str, str | None], mine: dict[str, str | None]) -> str:
-    return f"another {name} ({mine[name] or 'none'}, not {of_first[name] or 'none'})"
 
 
 def _check_place(origin: RunOrigin, config: RunConfig) -> None:

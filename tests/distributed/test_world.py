@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsmini.distributed import world as worlds
 from dsmini.distributed.meeting import launcher
-from dsmini.distributed.world import World, _joint, _Sent, joined, tells_of_loss
+from dsmini.distributed.world import World, _joint, _Sent, device_of_rank, joined, tells_of_loss
 from tests.distributed.ranks import new_store, outcomes, run_ranks
 
 
@@ -125,3 +126,24 @@ def test_command_to_continue_starts_as_many_processes(
     monkeypatch.setenv("WORLD_SIZE", str(size))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     assert launcher() == words
+
+
+@pytest.mark.parametrize(("local", "device"), [(None, "cuda"), ("3", "cuda:3")])
+def test_each_process_has_a_gpu_of_its_own(local: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert device_of_rank("cuda") == device and device_of_rank("cpu") == "cpu" and device_of_rank("cuda:1") == "cuda:1"
+
+
+def test_gpus_are_chosen_before_nccl_and_gloo_sends_what_is_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, object]] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(worlds, "meet", lambda seconds: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("set_device", device)))
+    monkeypatch.setattr(worlds, "_connect", lambda backend, *_: called.append(("connect", backend)))
+    with joined(1.0, torch.device("cuda:1")) as world:
+        assert (world.rank, world.size) == (1, 2)
+    assert called == [("set_device", torch.device("cuda:1")), ("connect", "cpu:gloo,cuda:nccl")]
