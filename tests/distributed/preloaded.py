@@ -5,7 +5,7 @@ from importlib import import_module
 
 # none is a command: `python -m` warns of a module that is imported already
 for name in (
-    *("tests.distributed.runs", "dsmini.training.start", "dsmini.inference.generation", "dsmini.distributed.watchdog"),
+    *("tests.distributed.runs", "dsmini.training.start", "dsmini.inference.generation", "dsmini.distributed.heartbeat"),
     *("dsmini.distributed.checkpoint", "dsmini_kernels.cpu", "torch._dynamo"),
 ):
     import_module(name)

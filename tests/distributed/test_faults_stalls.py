@@ -1,4 +1,4 @@
-"""Ranks that stop without dying: the watchdog names them after parallel.timeout, and all processes end.
+"""Ranks that stop without dying: the heartbeat names them after parallel.timeout, and all processes end.
 
 With the collectives of gloo, in which the others wait until the time-out of the group. That is longer, so the exit
 status tells who ended a process.
