@@ -22,7 +22,7 @@ from dsmini.diagnosis.evidence.evidence import to_try
 from dsmini.diagnosis.evidence.gather import Gathered
 from dsmini.diagnosis.experiment import COUNTED, UNCOUNTED, run_in_turns
 from dsmini.diagnosis.finding import Finding
-from dsmini.diagnosis.interventions import machine
+from dsmini.diagnosis.interventions import algorithm, machine
 from dsmini.diagnosis.interventions.algorithm import dense, uniformly
 from dsmini.diagnosis.interventions.intervention import Intervention
 from dsmini.diagnosis.pages import report_of, short_report_of
@@ -279,6 +279,16 @@ def test_dense_twin_has_as_many_parameters(subject: Subject, total: bool, width:
     assert [tuple(shape) for shape in seen].count((width, 32)) == 2
     assert all(isinstance(block.ffn, MoE) for block in subject.blocks())
     assert all(p.grad is None for p in subject.trainer.model.parameters()), "nothing is left for the next step"
+
+
+@pytest.mark.parametrize(("base", "free"), [(1.0, 0.8), (0.3, 0.15)])
+def test_pair_of_a_slow_moment_is_no_longer_than_its_step(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, base: float, free: float
+) -> None:
+    """Check 0.4 s with experts and 0.2 without, next to plain steps of 1 s and of 0.3."""
+    monkeypatch.setattr(algorithm, "dense_pair", lambda *_: nullcontext(lambda: (0.4, 0.2)))
+    with dense(subject) as step:
+        assert step(base) == pytest.approx(free)
 
 
 def test_forward_backward_leaves_no_gradient(subject: Subject) -> None:

@@ -67,6 +67,10 @@ def test_seconds_of_begins_no_round_beyond_its_budget(clock: Clock) -> None:
         assert clock.now - before == 1 + rounds, "the first is for warming up"
 
 
+def test_seconds_of_is_the_second_fastest_round(clock: Clock) -> None:
+    assert seconds_of(clock.work("a", 9.0, 1.0, 3.0, 2.0, 5.0, 4.0), CPU, rounds=5) == 2.0
+
+
 def test_ratios_of_a_slow_round_cancel() -> None:
     taken = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 2.0]}
     assert ratios(taken, "theirs", "ours") == [2, 2, 2]
