@@ -129,7 +129,8 @@ class TrainingRun:
             stopping = asked.agreed = asked.agreed or step.stopping
             change = None if self.watcher is None else self.watcher.see(step)
             self._after_step(step)
-            if train.max_rewinds and self.spikes.see(step.step, step.loss) and self._rewind(step, progress):
+            spiked = train.max_rewinds > 0 and self.spikes.see(step.step, step.loss)
+            if spiked and self._rewind(step, progress, asked):
                 continue
             self._keep(step, change)
             progress.show(step, history.tokens_per_s(), "" if change is None else change.sentence)
@@ -186,7 +187,7 @@ class TrainingRun:
         except NotSavedError as error:
             progress.say(f"{error}; training continues")
 
-    def _rewind(self, step: StepResult, progress: TrainingProgress) -> bool:
+    def _rewind(self, step: StepResult, progress: TrainingProgress, asked: StopSignals) -> bool:
         """Return to the last checkpoint after a spike, and leave out the batches since; False if there is none.
 
         Raises: ArithmeticError after train.max_rewinds of them.
@@ -204,7 +205,9 @@ class TrainingRun:
         self.spikes.rewind(self.trainer.steps_done)
         self.note("rewound")
         self._open_records()
-        self._record(StopSignals())
+        self._record(asked)
+        self.saver.saved_at = None  # saved again, so that a run that is killed now knows what it leaves out
+        self._tell_failure(self._save, progress)
         progress.say(
             f"step {step.step}: the loss {step.loss:.3f} is a spike; back to step {checkpoint.state.step}, without the "
             f"batches since (rewind {left_out.rewinds} of {most})"

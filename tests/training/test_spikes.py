@@ -3,12 +3,15 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmini.training.spikes import SkippedBatches, Spikes
+from tests.distributed.faults import Fault, inject
+from tests.helpers.runs import kill, new_run, resumed, stopped
 
 REAL = """
 5.70 5.62 5.44 5.31 5.17 4.96 4.69 4.40 4.33 4.07 3.92 3.87 3.66 3.70 3.52 3.83 3.32 3.04 3.30 3.27 3.13 3.06
@@ -125,3 +128,15 @@ def test_damaged_bookkeeping_is_refused(ranges: object, rewinds: object) -> None
     value = {"ranges": ranges, "rewinds": rewinds} if ranges is not None else {}
     with pytest.raises(ValueError, match="skipped batches are"):
         SkippedBatches.from_json(value)
+
+
+def test_rewind_is_remembered_by_a_run_that_is_killed_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"steps": 40, "max_rewinds": 2, "eval_every": 40}
+    training = new_run(tmp_path, **options)
+    inject(training, [Fault("spike", 0, 36, "forward")])
+    with monkeypatch.context() as patch:
+        kill(patch, training.trainer, "forward_backward", lambda: training.trainer.left_out.rewinds == 1, False)
+        stopped(training)
+    again = resumed(tmp_path, **options)
+    assert again.trainer.steps_done == 34
+    assert again.trainer.left_out == SkippedBatches(ranges=((34 * 4, 36 * 4),), rewinds=1)
