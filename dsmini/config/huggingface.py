@@ -8,35 +8,27 @@ from dsmini.config.fields import refuse_unread, token_ids
 from dsmini.config.inference_json import inference_from_json
 from dsmini.reading import brief
 
+# keys of config.json with the same name here
+_SAME = ("vocab_size", "n_routed_experts", "n_shared_experts", "topk_method", "norm_topk_prob", "rope_theta")
+_SAME += ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # theirs -> ours, for config.json
-_CONFIG = {
-    "vocab_size": "vocab_size",
+_CONFIG = {name: name for name in _SAME} | {
     "hidden_size": "dim",
     "intermediate_size": "inter_dim",
     "moe_intermediate_size": "moe_inter_dim",
     "num_hidden_layers": "n_layers",
     "first_k_dense_replace": "n_dense_layers",
     "num_attention_heads": "n_heads",
-    "n_routed_experts": "n_routed_experts",
-    "n_shared_experts": "n_shared_experts",
     "num_experts_per_tok": "n_activated_experts",
     "n_group": "n_expert_groups",
     "topk_group": "n_limited_groups",
     "scoring_func": "score_func",
-    "topk_method": "topk_method",
-    "norm_topk_prob": "norm_topk_prob",
     "routed_scaling_factor": "route_scale",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
     "max_position_embeddings": "max_seq_len",
     "rms_norm_eps": "norm_eps",
     "initializer_range": "init_std",
     "num_nextn_predict_layers": "n_mtp_layers",
     "num_mtp_layers": "n_mtp_layers",
-    "rope_theta": "rope_theta",
 }
 # theirs -> ours, for the config.json of deepseek_v32
 _INDEXER = {"index_n_heads": "index_n_heads", "index_head_dim": "index_head_dim", "index_topk": "index_topk"}
