@@ -290,19 +290,19 @@ def choose_layout(problem: Problem, given: Mapping[str, Any], preset: Mapping[st
             found = evaluate(replace(lean, choices=choices), sizes=hopeful)
             if np.isfinite(found.fitting).any():
                 fewest = "" if "gpus" in given else ", on the fewest GPUs"
-                best = found.layout(*_smallest(found.fitting))
+                best = found.layout(*_smallest(found.fitting, found.memory))
                 return Chosen(made=best, how=f"the fastest of a short list that fits{fewest}")
     assert lean is not None and table is not None, "there is at least one GPU"
     if not np.isfinite(table.memory).any():
         problem.check(replace(problem.state, **{"gpus": _least_gpus(given)} | dict(given)))  # raises what contradicts
         raise ValueError(what_would_fit(table))
     how = "the one that needs least memory, since none fits"
-    return Chosen(made=table.layout(*_smallest(table.memory)), how=how, misfit=what_would_fit(table))
+    return Chosen(made=table.layout(*_smallest(table.memory, table.memory)), how=how, misfit=what_would_fit(table))
 
 
-def _smallest(values: Values) -> tuple[int, int]:
-    """Return the choice and the row of the smallest value; of equal ones those of the first sizes."""
-    row, choice = np.unravel_index(np.argmin(values.T), values.T.shape)
+def _smallest(values: Values, memory: Values) -> tuple[int, int]:
+    """Return the choice and the row of the smallest value; of equal ones those of least memory, then of first sizes."""
+    row, choice = np.unravel_index(np.lexsort((memory.T.ravel(), values.T.ravel()))[0], values.T.shape)
     return int(choice), int(row)
 
 
@@ -376,7 +376,7 @@ def what_would_fit(table: Table) -> str:
             f"gpus={gpus} allow no layout for a step of batch={problem.batch} sequences; "
             "use a batch that the GPUs divide"
         )
-    layout = table.layout(*_smallest(table.memory))
+    layout = table.layout(*_smallest(table.memory, table.memory))
     needs = (
         f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU: the smallest needs "
         f"{in_unit(float(table.memory.min()), 'B')}, with pipeline={layout.pipeline}, tensor={layout.tensor}, "

@@ -240,9 +240,9 @@ def _served(made: Setup, sources: Mapping[str, str]) -> Setup:
         tokens = getattr(r, name)
         if tokens is not None and tokens > longest:
             raise ValueError(f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
-    assert r.precision is not None, "the layout is filled in"
     context = r.context or min(CONTEXT, longest)
-    open_ = {"context": context, "prompt": context, "weight_dtype": DTYPES[r.precision], "cache_dtype": "bfloat16"}
+    weights = DTYPES[_precision(made.model.config, made.hardware)]  # however training multiplies
+    open_ = {"context": context, "prompt": context, "weight_dtype": weights, "cache_dtype": "bfloat16"}
     r = replace(r, **{name: getattr(r, name) or value for name, value in open_.items()})
     said = dict.fromkeys(("context", "prompt", "sequences", "drafts", "acceptance"), "chosen") | dict(made.sources)
     made = replace(made, request=replace(r, sequences=r.sequences or 1))
