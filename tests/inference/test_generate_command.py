@@ -329,6 +329,7 @@ def test_a_conversation_is_a_line_a_turn(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert [first["prompt"], second["prompt"]] == ["hello", "and then"]
+    assert {first["finish"], second["finish"]} <= {"end", "length"}
     turns = ("user", "hello"), ("assistant", first["answer"]), ("user", "and then")
     assert second["prompt_tokens"] == n_tokens(folder, *turns)
     shown = run("dsmini.generate m --chat --max-new-tokens 4", folder, "hello")
