@@ -222,7 +222,7 @@ BAD = {
     "runs/x --prompt": "--prompt needs a value, got nothing; give it one, or leave the flag out",
     "runs/x --stop --seed 3": "--stop needs a value, got --seed",
     "runs/x --prompt_file": "--prompt_file needs a value",
-    "runs/x --prompt ''": "prompt 0 is empty",
+    "runs/x --prompt ''": "prompt 1 is empty; give it a character, or leave it out",
     "runs/x --temperature -1": "temperature=-1.0 is not 0 or more",
     "runs/x --temperature nan": "temperature=nan is not 0 or more",
     "runs/x --seed 99999999999999999999": "is too large",
