@@ -185,6 +185,15 @@ def test_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             check_folder(tmp_path / name)
 
 
+def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", deny)  # root may write anywhere
+    with pytest.raises(ValueError, match="cannot be written: Permission denied; choose another folder"):
+        check_folder(tmp_path)
+
+
 @pytest.mark.parametrize("words", [V3, "toy @invented"])
 def test_few_titles_wrap_in_80_columns(words: str) -> None:
     """At most one line in ten of the tables of figures is the rest of a title."""
