@@ -175,6 +175,7 @@ def load_corpus(
     meta, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)
     check(meta.train_tokens, meta.val_tokens)
     facts: dict[str, Any] = {f.name: getattr(meta, f.name) for f in dataclasses.fields(CorpusFacts)}
+    facts["source"] = source.describe(meta.files)  # as it is named now
     return Corpus(
         **facts, train=parts["train"], val=parts["val"], end_of_document=tokenizer.end_of_document, cache=words
     )

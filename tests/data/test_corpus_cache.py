@@ -34,6 +34,13 @@ def test_corpus_is_tokenized_once(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (entry / "meta.json").stat().st_size < 1000
 
 
+def test_source_is_named_as_in_this_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpora.load(place)
+    monkeypatch.chdir(place)
+    again = corpora.load(place, path=Path("texts"))
+    assert "read from" in again.cache and again.source == "texts (40 files)"
+
+
 CHANGES: dict[str, Change] = {
     "content": lambda texts: (texts / "00.txt").write_bytes(b"other " * 40),
     "time": lambda texts: os.utime(texts / "00.txt", ns=(1, 1)),
