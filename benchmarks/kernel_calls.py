@@ -13,12 +13,12 @@ from benchmarks import shapes
 from benchmarks.case import Setting
 from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
 from dsmini.functional import trained_experts as training
-from dsmini.functional.decoding import NormPart
-from dsmini.functional.muon import JORDAN, MuonMatrices
-from dsmini.inference.parts import parts_of
+from dsmini.inference.fused.operations import NormPart
+from dsmini.inference.fused.weights import parts_of
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
 from dsmini.nn.cache import CacheDtype
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE
+from dsmini.numerics.orthogonalize import JORDAN, MuonMatrices
 
 CACHES = 4
 """Total size of the operands that take turns, as a multiple of the last-level cache."""
@@ -96,16 +96,16 @@ def attention_step(setting: Setting) -> Iterator[Calls]:
 
 
 def _place(model: Transformer, batch: int, context: int, dtype: CacheDtype) -> tuple[Any, ...]:
-    """Return a layer's filled cache, the rotary table of a new token, and its positions."""
-    pasts, table, starts = _cache(model, batch, context, dtype)
-    return pasts[0], table, starts
+    """Return a layer's filled cache, the rotary angles of a new token, and its positions."""
+    views, cos_sin, starts = _cache(model, batch, context, dtype)
+    return views[0], cos_sin, starts
 
 
 def _cache(model: Transformer, batch: int, context: int, dtype: CacheDtype) -> tuple[Any, ...]:
     """Do the same for all layers."""
     cache = random_cache(model, batch, context, 64, dtype)
-    window = cache.place(model.config, random_tokens(model.config, batch, 1, model.device), None)
-    return cache.pasts(window), model.rope.table(window.positions), cache.lengths
+    at = cache.place(model.config, random_tokens(model.config, batch, 1, model.device))
+    return cache.views(at), model.rope.cos_sin(at.positions), cache.lengths
 
 
 def feed_forward_step(setting: Setting) -> Iterator[Calls]:

@@ -12,7 +12,7 @@ CASES = {
     "tests/oracle -rP": 93,
     'tests/accounting -k "printed or mha_twin"': 9,
     "tests/training -k resume": 196,
-    "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 56,
+    "tests/oracle/test_sparse_attention.py tests/nn/test_indexer_loss.py": 57,
     "tests/planner/test_published.py": 103,
     'tests/nn/test_transformer.py tests/nn/test_mtp.py -k "changed_token or sees_tokens"': 14,
     "tests/gradients": 41,
@@ -30,10 +30,10 @@ CASES = {
     "tests/checkpoint/test_checkpoint.py -k damaged": 38,
     "tests/training/test_trainer.py -k finite": 18,
     "tests/training/test_trainer.py -k bias": 6,
-    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1069,
-    "tests/numerics/test_gemm.py tests/numerics/test_gemm_gradients.py": 77,
+    "tests/numerics/test_formats.py tests/properties/test_quantization.py tests/kernels": 1193,
+    "tests/numerics/test_gemm.py tests/numerics/test_gemm_gradients.py": 76,
     "tests/numerics/test_accumulation.py -k 14_bits": 1,
-    "tests/kernels/test_cpu_steps.py tests/inference/test_decoding.py": 406,
+    "tests/kernels/test_cpu_steps.py tests/inference/test_decoding.py": 412,
 }
 """Number of cases of each pytest command, without its -m. A smaller number needs a reason in its commit."""
 COLLECT = """

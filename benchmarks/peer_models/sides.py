@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.case import Setting
 from dsmini import ModelConfig, Transformer
 from dsmini.config.huggingface import config_to_json
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.measure.workloads import random_cache
 from dsmini.nn.cache import CacheDtype
 

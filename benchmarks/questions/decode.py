@@ -16,7 +16,7 @@ from benchmarks import shapes
 from benchmarks.case import Case, Figure, Plot, Setting, cases_over, pick
 from benchmarks.steps import distinct_experts, over_bound, step_figures
 from dsmini import accounting
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.measure.counting import count
 from dsmini.measure.memory import reset_peak
 from dsmini.measure.timing import times

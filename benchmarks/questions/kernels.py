@@ -26,6 +26,7 @@ from benchmarks.questions.quantize import freed_memory_kept, why_not
 from benchmarks.steps import FASTEST, check_bandwidth
 from dsmini import ops
 from dsmini.machine import once
+from dsmini.measure.costs import Cost, cost_of
 from dsmini.measure.timing import interleaved
 from dsmini.ops.explanation import instruction_set, operations
 from dsmini.report.charts import over_labels
@@ -44,15 +45,13 @@ figure = Figures(NAME, higher={"share_of_roof": "", "over_eager": "x", "over_ref
 
 
 class Work:
-    """Work of the kernels that ran, by their declared costs."""
+    """Work of the kernels that ran, by the costs of their operations."""
 
     def __init__(self) -> None:
-        self.costs: list[ops.Cost] = []
+        self.costs: list[Cost] = []
 
-    def kernel_ran(
-        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None:
-        self.costs.append(cost)
+    def kernel_ran(self, call: ops.Call) -> None:
+        self.costs.append(cost_of(call.name, call.result, *call.args, **call.kwargs))
 
     def mean(self) -> tuple[float, float]:
         """Return the bytes and the FLOPs of a call."""

@@ -20,8 +20,8 @@ from benchmarks import shapes
 from benchmarks.case import Case, Figure, Figures, Plot, Setting, cases_over, pick
 from benchmarks.steps import LEAST, decode_in_turns, distinct_experts
 from dsmini import ModelConfig, Transformer, accounting
-from dsmini.inference.decoding import Decoder
-from dsmini.inference.prefill import prefill
+from dsmini.inference.fused.decoder import Decoder
+from dsmini.inference.generation import prefill
 from dsmini.measure import prediction
 from dsmini.measure.counting import count
 from dsmini.measure.timing import interleaved, ratios

@@ -37,8 +37,8 @@ from dsmini.console.progress import Progress
 from dsmini.machine import pick_device, slow_bf16
 from dsmini.nn import Experts, Projection, Transformer
 from dsmini.nn.fp8 import EXPERTS_SCALES, hold_fp8, scale_names
-from dsmini.nn.fp32 import FP32Module
 from dsmini.nn.gate import Gate
+from dsmini.nn.layers import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
 from dsmini.reading import check_path, is_there, listed, read_table
 

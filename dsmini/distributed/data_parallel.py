@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from dsmini.nn.experts import Experts
+from dsmini.nn.moe import Experts
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], zero: int, parts: DeviceMesh, dp: DeviceMesh | None) -> None:

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from dsmini.distributed.meeting import told
 from dsmini.distributed.world import World
-from dsmini.functional.experts import rows_of
 from dsmini.nn import Transformer
-from dsmini.nn.experts import Experts
 from dsmini.nn.gate import Routing
-from dsmini.nn.moe import MoE
+from dsmini.nn.moe import Experts, MoE
+from dsmini.numerics import rows_of
 
 Rows = Any
 """Tokens [n, m]: a tensor, or a QuantizedTensor."""

@@ -24,13 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.distributed.exchange import Route, RowExchange, SentBytes, exchange_counts, scattered_sum
-from dsmini.functional.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
-from dsmini.functional.experts import rows_of
-from dsmini.nn.experts import Experts
 from dsmini.nn.fp8 import EXPERTS_SCALES
 from dsmini.nn.gate import Routing
-from dsmini.nn.moe import MoE
-from dsmini.numerics import QuantizedTensor
+from dsmini.nn.moe import Experts, MoE
+from dsmini.numerics import QuantizedTensor, rows_of
+from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 
 Visits = Any
 """Visits [n, m]: a tensor, or a QuantizedTensor."""

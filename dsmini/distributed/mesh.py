@@ -29,8 +29,8 @@ from dsmini.distributed.muon import MatrixOwners, muon_update_divided
 from dsmini.distributed.passes import Passes
 from dsmini.distributed.pieces import HeldRows
 from dsmini.distributed.stages import StageLayout
-from dsmini.functional.muon import muon_update
 from dsmini.nn import Transformer
+from dsmini.numerics.orthogonalize import muon_update
 
 BUCKET = 1 << 23
 """Numbers of gradients that are summed in one message."""

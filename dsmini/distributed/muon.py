@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dsmini.distributed.data_parallel import local
-from dsmini.functional.muon import MuonMatrices, NewtonSchulz, muon_update
+from dsmini.numerics.orthogonalize import MuonMatrices, NewtonSchulz, muon_update
 
 
 class Messages:

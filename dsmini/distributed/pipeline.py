@@ -83,9 +83,9 @@ class Pipeline:
             if not stage.first and index - 1 not in self.stages:
                 x = torch.empty(*tokens.shape, self.model.config.dim, dtype=self.dtype, device=tokens.device)
                 dist.recv(x, self._global_rank(index - 1), group=self.group)
-            x, routing = stage.hidden(x, documents)
+            x, _ = stage.hidden(x, documents)
             if stage.last:
-                hidden = stage.states(x, routing).normed
+                hidden = self.model.norm(x)
                 total = self.model.cross_entropy(hidden[: len(targets)].flatten(0, 1), targets.flatten())
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self._global_rank(index + 1), group=self.group)

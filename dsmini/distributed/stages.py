@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config.parallel import CHUNKS, ParallelConfig
 from dsmini.distributed.passes import StepBatch
-from dsmini.functional.recompute import recomputed
-from dsmini.nn import Transformer
+from dsmini.nn import Routing, Transformer
+from dsmini.nn.attention import AttentionContext
 from dsmini.nn.balance import sequence_balance_loss
-from dsmini.nn.gate import Routing
+from dsmini.nn.block import Aux
 from dsmini.nn.moe import MoE
-from dsmini.nn.transformer import States
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,45 +162,45 @@ class ModelStage(nn.Module):
         batch = self.batch
         assert batch is not None
         model = self._model()
-        x, routing = self.hidden(x, documents, batch.options["recompute"])
+        x, found = self.hidden(x, documents, batch.options["recompute"])
         if not self.last:
+            routing = [aux.routing for aux in found if aux.routing is not None]
             self._count(routing)
-            options = (tokens.shape[0], batch.options["balance_counts"])
-            new = [sequence_balance_loss(r.scores, r.indices, *options) for r in routing]
+            new = [self._balance(r, tokens) for r in routing]
             balances = [*([] if before is None else [before]), *([torch.stack(new)] if new else [])]
             return (x, torch.cat(balances)) if balances else x
-        losses = model.losses(
-            tokens,
-            targets,
-            documents=documents,
-            n_targets=batch.n_targets,
-            states=self.states(x, routing),
-            balances=() if before is None else before.unbind(),
-            **batch.options,
+        states = model.states_of(x, found)
+        losses = model.losses_of(
+            states, tokens, targets, documents=documents, n_targets=batch.n_targets, **batch.options
         )
         self._count(losses.routing)
+        # the balance losses of all layers, added in the order of one process
+        balance, weight = losses.balance, batch.options
+        if before is not None:
+            own = [self._balance(routing, tokens) for routing in losses.routing]
+            balance = torch.cat((before, *(loss[None] for loss in own))).sum().to(losses.main.dtype)
+        total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
         assert self.sums is not None
-        self.sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach() / batch.parts
-        return losses.total / batch.parts
+        self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
+        return total / batch.parts
 
-    def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Routing]]:
-        """Return the output of the last block, and the routing."""
+    def hidden(self, x: Tensor, documents: Tensor | None, recompute: bool = False) -> tuple[Tensor, list[Aux]]:
+        """Return the output of the last block, and what all blocks found."""
         model = self._model()
         if self.first:
             x = model.embedded(x)
-        table = model.rope.table(torch.arange(x.shape[1], device=x.device))
-        routing: list[Routing] = []
+        cos_sin = model.rope.cos_sin(torch.arange(x.shape[1], device=x.device))
+        context = AttentionContext(cos_sin=cos_sin, documents=documents)
+        found: list[Aux] = []
         for block in self.blocks:
-            inputs = (x, table, documents)
-            x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
-            routing += [] if decided is None else [decided]
-        return x, routing
+            x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+            found.append(aux)
+        return x, found
 
-    def states(self, x: Tensor, routing: list[Routing]) -> States:
-        """Return what the losses are made of, from the output of the last block."""
-        model = self._model()
-        normed = model.norm(x)
-        return States(normed, x if model.config.mtp_input == "pre_norm" else normed, routing)
+    def _balance(self, routing: Routing, tokens: Tensor) -> Tensor:
+        assert self.batch is not None
+        counts = self.batch.options["balance_counts"]
+        return sequence_balance_loss(routing.scores, routing.indices, tokens.shape[0], counts)
 
     def _count(self, routing: list[Routing]) -> None:
         if routing:

@@ -1,34 +1,17 @@
-"""Root mean square normalisation: x / sqrt(mean(x^2) + eps) * weight."""
+"""Root mean square normalisation with a backward of its own, for training on a CPU."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.fp32 import at_least_fp32
+from dsmini.numerics import at_least_fp32
 
 
-def _cost(x: Tensor, weight: Tensor, eps: float) -> ops.Cost:
-    return ops.Cost(x.nbytes + weight.nbytes, x.nbytes, 0)
-
-
-@ops.operation("rms_norm", cost=_cost)
-def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float) -> Float[Tensor, "*batch m"]:
-    """Return x / sqrt(mean(x^2) + eps) * weight, computed in FP32, in x's dtype.
-
-    In training on a CPU the eager version has first derivatives only.
-
-    Source: Zhang and Sennrich 2019.
-    """
-    y = at_least_fp32(x)
-    return (y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(x.dtype)
-
-
-@rms_norm.eager
-def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+@ops.eager("rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]

@@ -1,11 +1,12 @@
 """The routed experts in training, with a backward of their own: two operations, which kernels can serve.
 
-Forward keeps what w1 and w3 made of each visit, g and u. Of a visit with weight p and the gradient dy of its token:
+Forward keeps what w1 and w3 made of each token-expert pair, g and u. Of a pair with weight p and the gradient dy of its
+token:
 
     h  = silu(g) u,    dh = p w2^T dy,    dg = dh u silu'(g),    du = dh silu(g)
     dp = h (w2^T dy),  dx = w1^T dg + w3^T du,  dw1 = dg x^T,  dw3 = du x^T,  dw2 = p dy h^T
 
-dx is summed over a token's visits, the weights' gradients over an expert's. experts.py takes this way where a kernel
+dx is summed over a token's pairs, the weights' gradients over an expert's. experts.py takes this way where a kernel
 serves it; elsewhere autograd differentiates the eager version.
 """
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.dispatch import sort_by_expert, weight_of_slots
+from dsmini.numerics.dispatch import sort_by_expert, weight_of_slots
 
 LEAST = 1 << 20
 """Number of multiplications of a forward below which autograd's operations cost no more."""
@@ -26,32 +27,7 @@ W1 = Float[Tensor, "e f m"]
 W2 = Float[Tensor, "e m f"]
 
 
-def _forward_cost(
-    x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
-) -> ops.Cost:
-    kept = 2 * indices.numel() * w1.shape[1] * x.element_size()
-    read = sum(t.nbytes for t in (x, indices, weights, counts, w1, w2, w3))
-    matrix, rows = w1[0].numel(), indices.numel() / w1.shape[0]
-    return ops.Cost(read, x.nbytes + kept, 6 * indices.numel() * matrix, rows, matrix=matrix)
-
-
-def _backward_cost(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    counts: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    *matrices: Tensor,
-) -> ops.Cost:
-    held = sum(w.nbytes for w in matrices)
-    read = sum(t.nbytes for t in (grad, x, indices, weights, counts, gate, up)) + held
-    matrix, rows = matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
-    return ops.Cost(read, x.nbytes + weights.nbytes + held, 12 * indices.numel() * matrix, rows, matrix=matrix)
-
-
-@ops.operation("trained_experts", cost=_forward_cost)
+@ops.operation("trained_experts")
 def trained_experts(
     x: Float[Tensor, "n m"],
     indices: Int[Tensor, "n k"],
@@ -61,20 +37,20 @@ def trained_experts(
     w2: W2,
     w3: W1,
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n*k f"], Float[Tensor, "n*k f"]]:
-    """Return y, and g and u of each visit, in the order of experts, and of tokens within an expert."""
+    """Return y, and g and u of each token-expert pair, in the order of experts, and of tokens within an expert."""
     token, slot, ends = sort_by_expert(indices, counts)
     y = torch.zeros_like(x)
     gate, up = (x.new_empty(token.shape[0], w1.shape[1]) for _ in range(2))
     share = weight_of_slots(weights, slot, gate)
-    for i, visits in _groups(ends):
-        rows = x[token[visits]]
-        gate[visits], up[visits] = rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T
-        out = (F.silu(gate[visits]) * up[visits]) @ w2[i].to(x.dtype).T
-        y = y.index_add(0, token[visits], share[visits, None] * out)
+    for i, pairs in _groups(ends):
+        rows = x[token[pairs]]
+        gate[pairs], up[pairs] = rows @ w1[i].to(x.dtype).T, rows @ w3[i].to(x.dtype).T
+        out = (F.silu(gate[pairs]) * up[pairs]) @ w2[i].to(x.dtype).T
+        y = y.index_add(0, token[pairs], share[pairs, None] * out)
     return y, gate, up
 
 
-@ops.operation("trained_experts_gradients", cost=_backward_cost)
+@ops.operation("trained_experts_gradients")
 def trained_experts_gradients(
     grad: Float[Tensor, "n m"],
     x: Float[Tensor, "n m"],
@@ -92,21 +68,21 @@ def trained_experts_gradients(
     share = weight_of_slots(weights, slot, gate)
     dx, dp = torch.zeros_like(x), torch.empty_like(share)
     dw1, dw2, dw3 = (torch.zeros_like(w) for w in (w1, w2, w3))
-    for i, visits in _groups(ends):
-        dy, rows, g, u = grad[token[visits]], x[token[visits]], gate[visits], up[visits]
+    for i, pairs in _groups(ends):
+        dy, rows, g, u = grad[token[pairs]], x[token[pairs]], gate[pairs], up[pairs]
         sigmoid = g.sigmoid()
         swish = g * sigmoid
         dh = dy @ w2[i].to(x.dtype)
-        dp[visits] = (dh * swish * u).sum(-1)
-        dh = share[visits, None] * dh
+        dp[pairs] = (dh * swish * u).sum(-1)
+        dh = share[pairs, None] * dh
         dg, du = dh * u * (sigmoid + swish * (1 - sigmoid)), dh * swish
-        dx = dx.index_add(0, token[visits], dg @ w1[i].to(x.dtype) + du @ w3[i].to(x.dtype))
-        dw1[i], dw3[i], dw2[i] = dg.T @ rows, du.T @ rows, (share[visits, None] * dy).T @ (swish * u)
+        dx = dx.index_add(0, token[pairs], dg @ w1[i].to(x.dtype) + du @ w3[i].to(x.dtype))
+        dw1[i], dw3[i], dw2[i] = dg.T @ rows, du.T @ rows, (share[pairs, None] * dy).T @ (swish * u)
     return dx, dp[slot].to(weights.dtype), dw1, dw2, dw3
 
 
 def _groups(ends: Tensor) -> list[tuple[int, slice]]:
-    """Return the experts with visits, each with their slots."""
+    """Return the experts that some token chose, each with their slots."""
     bounds = [0, *ends.tolist()]
     return [(i, slice(a, b)) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
 

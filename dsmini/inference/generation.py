@@ -1,22 +1,25 @@
 """Continuing rows of tokens from a cache, one token a step, or several with multi-token prediction as a draft."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsmini.inference.decoding import Decoder
-from dsmini.inference.prefill import padded, prefill
-from dsmini.inference.prompts import check_request, check_room, rows_of
+from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, likeliest
 from dsmini.inference.speculative import Drafter, accept, agreed
-from dsmini.inference.stats import Stats
-from dsmini.inference.traffic import StepTraffic
-from dsmini.nn import Transformer
-from dsmini.nn.cache import CacheDtype
+from dsmini.inference.stats import Stats, StepTraffic
+from dsmini.nn import Cache, Transformer
+from dsmini.nn.cache import CacheDtype, last_valid
+
+PREFILL = 512
+"""Number of tokens of each prompt that are read at a time."""
+MOST_NEW_TOKENS = 2**31 - 1
+"""Largest number of new tokens of a row."""
 
 
 class Generated(NamedTuple):
@@ -265,3 +268,113 @@ class Generation:
             read = bool(again[i]) and self._left[row] > 0
             contexts.append(self.rows[row][self._begin[row] : -1] if read else [])
         prefill(self.model, self.cache, contexts, self.drafter)
+
+
+def prefill(
+    model: Transformer,
+    cache: Cache,
+    contexts: list[list[int]],
+    drafter: Drafter | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "b v"]:
+    """Append the tokens of each row to the cache, PREFILL at a time; return the logits after each row's last.
+
+    Args:
+        contexts: one list of token ids for each row of the cache; an empty one appends nothing.
+        drafter: is shown the same tokens.
+        watch: called after each part with the number of tokens read so far and that of all.
+    """
+    device = model.device
+    lengths = torch.tensor([len(context) for context in contexts])
+    last: Tensor | None = None
+    for start in range(0, max(map(len, contexts)), PREFILL):
+        # 1. right-padded rows of new tokens: [b, s]
+        new = (lengths - start).clamp(0, PREFILL)
+        tokens = padded([context[start : start + PREFILL] for context in contexts]).to(device)
+        uneven = None if bool((new == tokens.shape[1]).all()) else new
+        # 2. hidden states of all of them, of which the last in each row are needed: [b, m]
+        states = model.states(tokens, cache, uneven)
+        if drafter is not None:
+            drafter.read(tokens, states.given, uneven)
+        last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)
+        if watch is not None:
+            watch(int(lengths.clamp(max=start + PREFILL).sum()), int(lengths.sum()))
+    assert last is not None, "some row has tokens"
+    return model.head(last)
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    """Return rows of token ids as a tensor [b, longest], padded with 0 on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def rows_of(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return prompts as lists of token ids.
+
+    Raises: ValueError for a row that does not hold whole numbers.
+    """
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or not all(_is_whole(token) for token in row):
+            raise ValueError(
+                f"prompt {i} is not a row of whole numbers; want prompts [b, s], or a list of rows of token ids"
+            )
+    return [list(row) for row in rows]  # pyright: ignore[reportArgumentType]
+
+
+def check_request(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Collection[int],
+    speculative: bool,
+) -> None:
+    """Raise ValueError for prompts or options that this model cannot serve."""
+    vocab_size = model.config.vocab_size
+    if not prompts:
+        raise ValueError("there is no prompt; give at least one")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty; give it at least one token")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompt {i} has token id {token}, outside the vocabulary; want 0 to {vocab_size - 1}")
+    if not _is_whole(max_new_tokens):
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not a whole number; use for example 64")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is negative; use 0 or more")
+    if max_new_tokens > MOST_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is more than {MOST_NEW_TOKENS}; use that or less")
+    for token in ends:
+        if not _is_whole(token) or not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {vocab_size - 1}, or None")
+    if speculative and not len(model.mtp):
+        raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
+
+
+def check_room(model: Transformer, longest: int, max_new_tokens: int, room: int, slide: bool) -> None:
+    """Raise ValueError if prompts of up to `longest` tokens cannot be continued in a cache of `room` tokens a row.
+
+    Args:
+        slide: a row that fills the cache continues in its newer half, so that only its first new token must fit.
+    """
+    context = model.config.max_seq_len
+    if longest > context:
+        raise ValueError(f"a prompt of {longest} tokens is longer than the model's context of {context}; shorten it")
+    if longest > room:
+        raise ValueError(f"a prompt of {longest} tokens is longer than the cache's {room}; make that larger")
+    max_new_tokens = 1 if slide else max_new_tokens
+    # the last new token is never fed back
+    if longest + max_new_tokens - 1 > room:
+        limit = f"the model's context of {context}" if room >= context else f"the cache's {room}"
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
+            f"use max_new_tokens={max(0, room - longest + 1)}, or a shorter prompt"
+        )
+    if slide and room < 2:
+        raise ValueError(f"a cache of {room} token cannot forget its older half; use 2 or more")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

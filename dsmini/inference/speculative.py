@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, likeliest
 from dsmini.nn import Cache
-from dsmini.nn.positions import last_valid
+from dsmini.nn.cache import last_valid
 
 
 class Drafter:
@@ -95,7 +95,7 @@ class Drafter:
         """
         if k + 1 == self.depths:
             return
-        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.window(1, ahead=k), list(given)
+        embedding, window, before = self.model.embedded(guess[:, None]), self.mtp.place(1, ahead=k), list(given)
         for deeper in range(k + 1, self.depths):
             normed, gives = self.decoder.mtp_depth(deeper, embedding, before[deeper][:, None], self.mtp, window)
             states[deeper] = normed[:, 0]

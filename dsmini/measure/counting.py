@@ -1,7 +1,7 @@
 """Count bytes and FLOPs of every operation that runs.
 
 The bytes are those that an operation must move; torch_operations.py has the rules. PyTorch cannot see into dsmini's own
-kernels. For them the cost counts that the operation declares in dsmini.functional or dsmini.numerics.
+kernels. For them the cost counts that costs.py has for their operation.
 """
 
 import statistics
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmini import ops
 from dsmini.machine import once, synchronize
+from dsmini.measure.costs import cost_of
 from dsmini.measure.torch_operations import Work, is_composite, is_free, name_of, size_of, tensors_in, work_of
 
 
@@ -103,17 +104,16 @@ class Count(TorchDispatchMode):
         dtype = next((t.dtype for t in [*tensors_in(out), *work.touched] if t.is_floating_point()), torch.int64)
         self._add(name_of(func), work, cold, dtype, tensors_in([*args, *kwargs.values()])[:3], seconds)
 
-    def kernel_ran(
-        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None:
-        """Count a kernel by the declared cost of its operation. What is read beyond the operands is cold."""
-        results = tensors_in(result) or list(operands)  # no result: it changes its operands
+    def kernel_ran(self, call: ops.Call) -> None:
+        """Count a kernel by the cost of its operation. What is read beyond the operands is cold."""
+        cost, operands = cost_of(call.name, call.result, *call.args, **call.kwargs), call.operands
+        results = tensors_in(call.result) or operands  # no result: it changes its operands
         warm = sum(size_of(t) - self.cache.touch(t, size_of(t)) for t in operands)
         cold = max(0, cost.read - warm) + min(cost.written, sum(self.cache.touch(t, size_of(t)) for t in results))
         kind, rows = ("product", cost.rows) if cost.flops else ("move", 0)
         work = Work(cost.read, cost.written, cost.flops, rows, kind, results)
         more = {"is_kernel": True, "attention": cost.attention, "scores": cost.scores, "matrix": cost.matrix}
-        self._add(name, work, cold, cost.dtype or results[0].dtype, results, max(1e-7, seconds), **more)
+        self._add(call.name, work, cold, cost.dtype or results[0].dtype, results, max(1e-7, call.seconds), **more)
 
     def _add(
         self,

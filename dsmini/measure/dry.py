@@ -11,8 +11,10 @@ Simulated: experts are chosen at random, each token's distinct, all alike likely
 (`item()`) is 1, and a comparison of floating-point numbers is true.
 """
 
+import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,6 @@ from torch.utils._pytree import tree_map
 from dsmini import ops
 from dsmini.measure.counting import Count
 from dsmini.measure.torch_operations import is_free, name_of, tensors_in
-from dsmini.ops.idle import without_running
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.bool))
 """Dtypes of numbers that shapes depend on."""
@@ -53,12 +54,10 @@ class Holding(Count):
     def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def kernel_ran(
-        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None:
+    def kernel_ran(self, call: ops.Call) -> None:
         """Count a kernel as Count does, and hold its results."""
-        super().kernel_ran(name, cost, result, seconds, operands)
-        for t in tensors_in(result):
+        super().kernel_ran(call)
+        for t in tensors_in(call.result):
             self._hold(t)
 
     def _hold(self, t: Tensor) -> None:
@@ -117,12 +116,13 @@ class Dry(Holding):
         drawn = torch.rand(*places.shape[:-1], choices, generator=self.generator)
         return drawn.argsort(-1)[..., : places.shape[-1]].contiguous()
 
-    def fill(self, name: str, result: Any) -> None:
-        """Choose experts for the tokens of a kernel that would have chosen them."""
-        if name == "feed_forward_step" and result[1].numel():
-            _, indices, _, scores, counts = result
+    def kernel_ran(self, call: ops.Call) -> None:
+        """Count a kernel, after experts are chosen for the tokens of one that would have chosen them."""
+        if call.name == "feed_forward_step" and call.result[1].numel():
+            _, indices, _, scores, counts = call.result
             indices.copy_(self._chosen(indices, scores.shape[1]))
             counts.copy_(torch.bincount(indices.flatten(), minlength=scores.shape[1]))
+        super().kernel_ran(call)
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -167,8 +167,19 @@ def dry_count(make: Callable[[], Callable[[], object]], cache_bytes: int = 32 <<
     `peak` is the most that existed in a step, with all that `make` made; `left` is what a step leaves.
     """
     counted = Dry(cache_bytes)
-    with without_running(counted.fill):
+    with idle_kernels():
         return counted_twice(make, counted)
+
+
+@contextmanager
+def idle_kernels() -> Iterator[None]:
+    """Let kernels on CPUs check their calls and make their results, but compute nothing."""
+    try:
+        idle = importlib.import_module("dsmini_kernels.cpu").without_running()
+    except ImportError:  # there are none
+        idle = nullcontext()
+    with idle:
+        yield
 
 
 def counted_twice(make: Callable[[], Callable[[], object]], counted: H) -> H:

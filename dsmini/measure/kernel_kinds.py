@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.functional.decoding import AttentionPart, attention_step
-from dsmini.functional.experts import experts, quantized_experts
-from dsmini.functional.linear import linear, quantized_linear
-from dsmini.functional.muon import NEWTON_SCHULZ, MuonMatrices, muon_update
-from dsmini.functional.sparse_attention import pick_keys, picked_attention
 from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
-from dsmini.inference.parts import parts_of
+from dsmini.inference.fused.operations import AttentionPart, attention_step
+from dsmini.inference.fused.weights import parts_of
+from dsmini.measure.costs import cost_of
 from dsmini.measure.kinds import Job, Maker
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn.dsa import pick_keys, picked_attention
+from dsmini.nn.fp8 import quantized_experts, quantized_linear
+from dsmini.nn.layers import linear
+from dsmini.nn.moe import experts
 from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, quantize
+from dsmini.numerics.orthogonalize import NEWTON_SCHULZ, MuonMatrices, muon_update
 
 FP8 = torch.float8_e4m3fn
 STEP_ROWS = 32
@@ -120,7 +122,7 @@ def _muon(side: int, dtype: torch.dtype, device: torch.device) -> Job:
         muon_update(MuonMatrices(params=[params], grads=[grads], momenta=[momenta]), steps, **how)
 
     matrices = MuonMatrices(params=[tensors[0]], grads=[tensors[1]], momenta=[tensors[2]])
-    return call, tensors, muon_update.cost(matrices, steps, **how).flops
+    return call, tensors, cost_of("muon_update", None, matrices, steps, **how).flops
 
 
 def _quantize(n: int, dtype: torch.dtype, device: torch.device) -> Job:
@@ -150,26 +152,26 @@ def _attention_step(part: Literal["attention", "scores"]) -> Maker:
         config = ModelConfig(dim=64, inter_dim=64, n_layers=1, n_dense_layers=1, max_seq_len=keys + 64, **sizes)
         model = random_model(config, device, dtype)
         cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
-        window = cache.place(config, token, None)
-        taken, past = parts_of(model.layers[0]), cache.pasts(window)[0]
+        at = cache.place(config, token)
+        taken, view = parts_of(model.layers[0]), cache.views(at)[0]
         assert taken is not None and isinstance(taken[0], AttentionPart), "a plain block of MLA can be taken apart"
         attention = taken[0]
-        x, table = model.embedded(token).float(), model.rope.table(window.positions)
+        x, cos_sin = model.embedded(token).float(), model.rope.cos_sin(at.positions)
         starts = torch.full((1,), keys)
 
-        index = past.store.index
-        cached = past.store if index is None else index
+        index = view.store.index
+        cached = view.store if index is None else index
 
         def call(data: Tensor) -> Tensor:
-            store, own = copy(past.store), copy(cached)
+            store, own = copy(view.store), copy(cached)
             own.data = data
             if index is None:
                 store = own
             else:
                 store.index = own
-            return attention_step(x, attention, replace(past, store=store), table, starts)
+            return attention_step(x, attention, replace(view, store=store), cos_sin, starts)
 
-        return call, (cached.data,), getattr(attention_step.cost(x, attention, past, table, starts), part)
+        return call, (cached.data,), getattr(cost_of("attention_step", None, x, attention, view, cos_sin, starts), part)
 
     return make
 
@@ -179,7 +181,7 @@ def _pick_keys(keys: int, dtype: torch.dtype, device: torch.device) -> Job:
     q, k = _numbers(dtype, device, 1, QUERIES, 8, 64), _numbers(dtype, device, 1, keys, 64)
     weights = _numbers(torch.float32, device, 1, QUERIES, 8)
     hidden = torch.zeros(1, QUERIES, keys, dtype=torch.bool, device=device)
-    flops = pick_keys.cost(q, k, weights, keys // 4, hidden).flops
+    flops = cost_of("pick_keys", None, q, k, weights, keys // 4, hidden).flops
     return lambda q, k: pick_keys(q, k, weights, keys // 4, hidden), (q, k), flops
 
 
@@ -189,7 +191,11 @@ def _picked_attention(picks: int, dtype: torch.dtype, device: torch.device) -> J
     tensors = tuple(_numbers(dtype, device, *shape) for shape in shapes)
     chosen = torch.rand(1, QUERIES, 4 * picks, device=device).topk(picks).indices
     run: Any = picked_attention
-    return lambda *tensors: run(*tensors, 0.1, chosen), tensors, run.cost(*tensors, 0.1, chosen).flops
+    return (
+        lambda *tensors: run(*tensors, 0.1, chosen),
+        tensors,
+        cost_of("picked_attention", None, *tensors, 0.1, chosen).flops,
+    )
 
 
 KERNEL_PRODUCTS: Mapping[str, Maker] = {

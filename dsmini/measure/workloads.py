@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dsmini.config import ModelConfig, TrainConfig
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.nn import Experts, Projection, Routing, Transformer
-from dsmini.nn.cache import Cache, CacheDtype
+from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
 from dsmini.nn.fp8 import hold_fp8, scale_names
 from dsmini.numerics import WEIGHT_TILE, quantize
 from dsmini.training.optim import optimizers
@@ -65,8 +65,9 @@ def random_cache(model: Transformer, batch: int, context: int, room: int, dtype:
     cache = model.new_cache(batch, context + room, dtype=dtype)
     generator = torch.Generator(cache.stores[0].data.device).manual_seed(0)
     for store in [*cache.stores, *cache.index_stores]:
-        if store.data.dtype == torch.uint8:  # codes and scales, encoded like real rows
-            rows = torch.randn(batch, context, store.c + store.r, generator=generator, device=store.data.device)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(store, FP8LayerCache):  # codes and scales, encoded like real rows
+            numbers = store.widths[0] + store.widths[2] // 2
+            rows = torch.randn(batch, context, numbers, generator=generator, device=store.data.device)
             store.data[:, :context] = store._encode(rows)
         else:
             store.data[:, :context].normal_(generator=generator)

@@ -1,30 +1,24 @@
-"""The specification: the layers of the papers, one idea per file.
+"""The model: the layers of the papers, one idea per file, with its equation.
 
-Each works alone, from a ModelConfig or from plain arguments. Fast code is in dsmini.functional and the kernels.
+Each works alone, from a ModelConfig or from plain arguments. Nothing else is needed; dsmini.functional and the kernels
+have faster versions of some functions.
 """
 
-from dsmini.functional.cached_attention import cached_attention
-from dsmini.functional.causal_attention import causal_attention
-from dsmini.functional.cross_entropy import linear_cross_entropy
-from dsmini.functional.indexer_loss import IndexerFit
-from dsmini.functional.rope import apply_rope
-from dsmini.nn.attention import Attention
+from dsmini import ops
+from dsmini.nn.attention import Attention, AttentionContext, cached_attention, causal_attention
 from dsmini.nn.balance import max_violation, sequence_balance_loss
-from dsmini.nn.block import Block
+from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache
-from dsmini.nn.dsa import DSA, dsa_layers
-from dsmini.nn.experts import Experts
+from dsmini.nn.dsa import DSA, Indexer, IndexerLoss, dsa_layers
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedExperts, QuantizedLinear
 from dsmini.nn.gate import Gate, Routing, route
-from dsmini.nn.indexer import Indexer
-from dsmini.nn.linear import Linear, Projection
-from dsmini.nn.losses import Losses
+from dsmini.nn.layers import Embedding, Linear, Projection, RMSNorm
+from dsmini.nn.losses import Losses, linear_cross_entropy
 from dsmini.nn.mla import MLA
-from dsmini.nn.moe import FeedForward, MoE
+from dsmini.nn.moe import Experts, FeedForward, MoE
 from dsmini.nn.mtp import MTP
-from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Rope
-from dsmini.nn.transformer import Embedding, Output, Transformer
+from dsmini.nn.rope import Rope, apply_rope
+from dsmini.nn.transformer import Output, Transformer
 from dsmini.numerics import grouped_linear
 
 __all__ = [
@@ -32,6 +26,8 @@ __all__ = [
     "MLA",
     "MTP",
     "Attention",
+    "AttentionContext",
+    "Aux",
     "Block",
     "Cache",
     "Embedding",
@@ -41,7 +37,7 @@ __all__ = [
     "FeedForward",
     "Gate",
     "Indexer",
-    "IndexerFit",
+    "IndexerLoss",
     "Linear",
     "Losses",
     "MoE",
@@ -63,3 +59,5 @@ __all__ = [
     "route",
     "sequence_balance_loss",
 ]
+
+ops.load_eager()

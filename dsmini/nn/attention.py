@@ -1,21 +1,167 @@
-"""MHA, GQA and MQA: the baselines of MLA."""
+"""Causal attention, what it needs besides its input, and MHA, GQA and MQA: the baselines of MLA."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
-from dsmini.functional.cached_attention import Mask
-from dsmini.functional.linear import quantize_once
-from dsmini.functional.rope import Table, apply_rope
-from dsmini.nn.cache import Past
-from dsmini.nn.fp8 import make_linear, output_linear
-from dsmini.nn.mla import attend, check_sequences
-from dsmini.nn.norm import RMSNorm
-from dsmini.nn.rope import Rope
+from dsmini.nn.cache import LayerCacheView
+from dsmini.nn.layers import RMSNorm, make_linear, output_linear, quantize_once
+from dsmini.nn.rope import CosSin, Rope, apply_rope
+from dsmini.numerics import at_least_fp32
+
+Mask = Callable[[Tensor, Tensor], Tensor]
+"""A function of the positions of queries [b, s, 1] and of keys [t]. It returns a bool tensor [b, s, t], True for keys
+that a query may not see. Keys after the query are hidden in any case. b is 1 where all rows have the same positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What attention needs of a call besides its input. It is the same for all layers but for the cache."""
+
+    cos_sin: CosSin
+    """Rotary angles of each new position."""
+    documents: Int[Tensor, "b s"] | None = None
+    """Number of each position's document. A position sees its own document only. None: there is one."""
+    cache: LayerCacheView | None = None
+    """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
+    train_indexers: bool = False
+    """Compute the loss of indexers that learn (dsa.py)."""
+
+    def mask(self, mask: Mask | None, start: int, stop: int, t: int) -> Bool[Tensor, "#b n t"]:
+        """Return True for those of t keys that the new tokens in columns start to stop may not see.
+
+        Args:
+            mask: the layer's own, which hides more keys than those after a query.
+        """
+        if self.cache is None:
+            device = self.cos_sin[0].device
+            hidden = attention_mask(mask, torch.arange(start, stop, device=device)[None], t)
+        else:
+            # positions of padding may lie after all keys
+            hidden = attention_mask(mask, self.cache.at.positions[:, start:stop].clamp(max=t - 1), t)
+        if self.documents is None:
+            return hidden
+        return hidden | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
+
+
+def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
+    """Return True for the keys 0 to t - 1 that a query may not see: those after it, and those that a mask hides.
+
+    Raises: ValueError for a mask of another type or shape. In eager mode on a CPU also for a query that sees no key.
+    """
+    keys, positions = torch.arange(t, device=queries.device), queries[..., None]
+    if mask is None:
+        return keys > positions
+    hidden = mask(positions, keys)
+    shape = (*queries.shape, t)
+    if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or not _expands(hidden.shape, shape):
+        got = f"{hidden.dtype} {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(
+            f"mask returned {got}, want torch.bool {shape}, True for keys that a query may not see; compare the "
+            "positions that it is given"
+        )
+    hidden = hidden | (keys > positions)
+    if ops.shows_numbers(hidden) and bool((blind := hidden.all(-1)).any()):
+        raise ValueError(
+            f"mask hides all keys from the query at position {int(queries[blind][0])}; let each query see itself"
+        )
+    return hidden
+
+
+def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Return True if a tensor of this shape can be expanded to the wanted one."""
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in pairs)
+
+
+@ops.operation("causal_attention")
+def causal_attention(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s v"],
+    scale: float,
+    documents: Int[Tensor, "b s"] | None = None,
+) -> Float[Tensor, "b h s v"]:
+    """Return softmax(scale q k^T) v over the positions up to each query's own. The softmax runs in FP32.
+
+    Args:
+        documents: number of each position's document. A query sees its own document only.
+    """
+    logits = at_least_fp32(einsum(q, k, "b h s d, b h t d -> b h s t")) * scale
+    seen = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return einsum(logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype), v, "b h s t, b h t v -> b h s v")
+
+
+@ops.operation("cached_attention")
+def cached_attention(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b g t v"],
+    scale: float,
+    mask: Bool[Tensor, "#b s t"] | None,
+) -> Float[Tensor, "b h s v"]:
+    """Return softmax(scale q k^T) v for queries that come after most of the keys, as in decoding.
+
+    Every key head serves h / g query heads. The softmax runs in FP32.
+
+    Args:
+        mask: True for keys that a query may not see. None: each query sees all keys.
+    """
+    k, v = (rows.repeat_interleave(q.shape[1] // k.shape[1], 1) for rows in (k, v))
+    logits = at_least_fp32(einsum(q, k, "b h s d, b h t d -> b h s t")) * scale
+    if mask is not None:
+        logits = logits.masked_fill(mask[:, None], -torch.inf)
+    return einsum(logits.softmax(-1).to(v.dtype), v, "b h s t, b h t v -> b h s v")
+
+
+def attend(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b g t v"],
+    scale: float,
+    context: AttentionContext,
+    mask: Mask | None,
+) -> Float[Tensor, "b h s v"]:
+    """Attend causally: to the new tokens, or to all rows of a cache.
+
+    Args:
+        mask: hides more keys than those after a query.
+    """
+    cache = context.cache
+    if cache is not None and not cache.at.fresh:
+        return cached_attention(q, k, v, scale, cached_mask(cache, mask))
+    if mask is not None:
+        return cached_attention(q, k, v, scale, context.mask(mask, 0, q.shape[2], q.shape[2]))
+    k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (k, v))
+    return causal_attention(q, k, v, scale, context.documents)
+
+
+def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s t"] | None:
+    """Return True for the keys of a cache that the new tokens may not see; None if each sees all."""
+    if mask is None:
+        return cache.at.mask
+    return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
+
+
+def check_sequences(x: Tensor) -> None:
+    """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
+    if x.dim() != 3:
+        fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
+        raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
+
+
+def context_of(x: Float[Tensor, "b s m"], rope: Rope) -> AttentionContext:
+    """Return the context of whole sequences: positions 0, 1, ..., and no cache."""
+    return AttentionContext(cos_sin=rope.cos_sin(torch.arange(x.shape[1], device=x.device)))
 
 
 class Attention(nn.Module):
@@ -45,33 +191,21 @@ class Attention(nn.Module):
         self.k_head_norm = RMSNorm(c.qk_nope_head_dim, c.norm_eps) if c.qk_norm else None
         self.wo = output_linear(c, c.n_heads * c.v_head_dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b s m"],
-        table: Table | None = None,
-        documents: Int[Tensor, "b s"] | None = None,
-        past: Past | None = None,
-    ) -> Float[Tensor, "b s m"]:
-        """Attend causally.
-
-        Args:
-            table: rope.table(positions). None: that of positions 0, 1, ...
-            documents: number of each position's document. A position sees its own document only.
-            past: this layer's part of a cache. The new tokens are appended to it and attend to all its rows.
-        """
+    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
+        """Attend causally, to the sequence or, with a cache in the context, to all its rows."""
         check_sequences(x)
+        context = context or context_of(x, self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
-        table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
         x = quantize_once(x, self.wq, self.wk, self.wv)
-        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), table)
-        k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), table)
+        q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), context.cos_sin)
+        k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), context.cos_sin)
         if self.q_head_norm is not None and self.k_head_norm is not None:
             q, k = self.q_head_norm(q), self.k_head_norm(k)
         # 2. rows as they are cached, keys and values of all heads side by side: [b, s, g d] and [b, s, g v]
         q, k, v = q.transpose(1, 2), k.flatten(2), self.wv(x)
-        if past is not None:
-            k, v = past.extend((k, v), q.dtype)
+        if context.cache is not None:
+            k, v = context.cache.extend((k, v), q.dtype)
         # 3. attention: [b, h, s, v]
         k, v = (rearrange(rows, "b t (g d) -> b g t d", g=self.n_kv_heads) for rows in (k, v))
-        y = attend(q, k, v, self.scale, past=past, documents=documents, mask=self.mask)
+        y = attend(q, k, v, self.scale, context, self.mask)
         return self.wo(rearrange(y, "b h s d -> b s (h d)"))

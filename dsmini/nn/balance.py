@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsmini.functional.topk import stable_topk
+from dsmini.nn.gate import stable_topk
 
 
 def sequence_balance_loss(

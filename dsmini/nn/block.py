@@ -1,20 +1,27 @@
 """A transformer block: attention, then a feed-forward or its mixture of experts, each normed first and added back."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.rope import Table
-from dsmini.nn.attention import Attention
-from dsmini.nn.cache import Past
-from dsmini.nn.dsa import DSA
+from dsmini.nn.attention import Attention, AttentionContext
+from dsmini.nn.dsa import DSA, IndexerLoss
 from dsmini.nn.gate import Routing
+from dsmini.nn.layers import RMSNorm
 from dsmini.nn.mla import MLA
 from dsmini.nn.moe import FeedForward, MoE
-from dsmini.nn.norm import RMSNorm
+
+
+class Aux(NamedTuple):
+    """What a block found besides its output. It travels in the result: no layer stores anything of a forward."""
+
+    routing: Routing | None = None
+    """Of a MoE layer."""
+    indexer_loss: IndexerLoss | None = None
+    """Of DSA while its indexer learns."""
 
 
 class Block(nn.Module):
@@ -49,16 +56,17 @@ class Block(nn.Module):
         self.ffn = moe_class(c) if c.is_moe(layer) else FeedForward(c)
 
     def forward(
-        self,
-        x: Float[Tensor, "b s m"],
-        table: Table | None = None,
-        documents: Int[Tensor, "b s"] | None = None,
-        past: Past | None = None,
-    ) -> tuple[Float[Tensor, "b s m"], Routing | None]:
-        """Return the block's output and, from a MoE layer, its routing."""
-        x = x + self.attn(self.attn_norm(x), table, documents, past)
+        self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None
+    ) -> tuple[Float[Tensor, "b s m"], Aux]:
+        """Return the block's output, and what it found on the way."""
+        normed, indexer_loss = self.attn_norm(x), None
+        if isinstance(self.attn, DSA) and context is not None and self.attn.learns(context):
+            y, indexer_loss = self.attn.learn(normed, context)
+        else:
+            y = self.attn(normed, context)
+        x = x + y
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, FeedForward):
-            return x + self.ffn(normed), None
+            return x + self.ffn(normed), Aux(None, indexer_loss)
         y, routing = self.ffn(normed)
-        return x + y, routing
+        return x + y, Aux(routing, indexer_loss)

@@ -1,58 +1,264 @@
-"""The cache of decoding: for each layer, one row of numbers for each token that it has seen (layer_cache.py).
+"""The cache of decoding: for each layer, one row of numbers for each token that it has seen.
+
+MLA stores one row [c_kv | k_rope] for all heads together: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
+Its baselines MHA, GQA and MQA store [k | v] of every key-value head. DSA stores MLA's row, and the indexer's key in a
+LayerCache of its own.
+
+In FP8 a row of MLA is a run of bytes, as in DeepSeek-V3.2: the latent in E4M3, an FP32 scale for each 128 of its
+numbers, and the rotary key in BF16. At V3's sizes that is 512 + 4 * 4 + 2 * 64 = 656 bytes, compared with 1152 in BF16.
+The indexer's key is 128 codes and a scale, a power of two: 132 bytes, compared with 256.
 
 All memory is allocated when a cache is made, max_seq_len rows for each sequence. The rows of a batch may have different
-valid lengths; dsmini/nn/positions.py says where the new tokens of a call go.
+valid lengths. `CachePositions` says where the new tokens of a call go, `LayerCacheView` is what a layer gets of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.nn.layer_cache import FP8IndexCache, FP8LatentCache, IndexCache, KeyValueCache, LatentCache, LayerCache
-from dsmini.nn.positions import Window, last_valid, whole_numbers
+from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
 Form = Literal["auto", "expanded", "absorbed"]
+"""A way in which MLA attends to a cache (mla.py); auto is whichever is less work."""
+FormPolicy = Callable[[Any, int, "LayerCacheView"], Literal["expanded", "absorbed"]]
+"""Chooses the form from a layer, the number of new tokens and its view of the cache."""
+
+KEY_STEP = 64
+"""Step in which the number of keys grows that attention reads."""
+TILE = 128
+
+
+class LayerCache:
+    """The stored rows of one layer, [b, max_seq_len, width], as numbers."""
+
+    def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
+        self.data = torch.zeros(batch_size, max_seq_len, width, dtype=dtype, device=device)
+        self.index: LayerCache | None = None
+        """The indexer's keys, which have the same places; None without an indexer."""
+        self._prepared: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+    def write(self, rows: Float[Tensor, "b s w"], positions: "CachePositions") -> None:
+        """Store the rows of new tokens in their places, and those of padding nowhere."""
+        encoded = self._encode(rows)
+        if positions.start is not None:
+            self.data[:, positions.start : positions.start + rows.shape[1]] = encoded
+            return
+        assert positions.valid is not None, "rows of different lengths say which columns are valid"
+        sequence, column = positions.valid.nonzero(as_tuple=True)
+        position = positions.positions.expand(len(rows), -1)[sequence, column]
+        self.data[sequence, position] = encoded[sequence, column]
+
+    def read(self, end: int, dtype: torch.dtype) -> Float[Tensor, "b {end} w"]:
+        """Return the first `end` rows of every sequence as numbers of dtype."""
+        return self.data[:, :end].to(dtype)
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Return True if rows of dtype are read as other numbers than were written."""
+        return self.data.dtype != dtype
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        return rows.to(self.data.dtype)
+
+    def prepared(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return make(), called once and again when the key changes.
+
+        MLA stores the absorbed halves of wkv_b here: they are of use only while something is decoded.
+        """
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = (key, make())
+        return self._prepared[1]
+
+    def select(self, index: Int[Tensor, " n"]) -> None:
+        """Keep the rows of these sequences, in this order."""
+        self.data = self.data[index.to(self.data.device)]
+        if self.index is not None:
+            self.index.select(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, used or not, with that of the indexer's keys."""
+        return self.data.untyped_storage().nbytes() + (0 if self.index is None else self.index.nbytes)
+
+
+class FP8LayerCache(LayerCache):
+    """Rows as bytes: c numbers as E4M3 codes with an FP32 scale for each 128, then r numbers in BF16.
+
+    Args:
+        scale, amax_min: as in quantize; DeepSeek-V3.2 has powers of two for the indexer's key alone.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        c: int,
+        r: int,
+        device: torch.device,
+        scale: Literal["fp32", "ue8m0"] = "fp32",
+        amax_min: float = SMALLEST_AMAX,
+    ) -> None:
+        tiles = -(-c // TILE)
+        self.widths = (c, 4 * tiles, 2 * r)
+        self.scale: Literal["fp32", "ue8m0"] = scale
+        self.amax_min = amax_min
+        super().__init__(batch_size, max_seq_len, sum(self.widths), torch.uint8, device)
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        latent, k_rope = rows.split((self.widths[0], self.widths[2] // 2), -1)
+        codes, scales = quantize_tiles(latent.float(), (1, TILE), self.scale, "e4m3", self.amax_min)
+        parts = (codes, scales.contiguous(), k_rope.to(torch.bfloat16).contiguous())
+        return torch.cat([part.view(torch.uint8) for part in parts], -1)
+
+    def read(self, end: int, dtype: torch.dtype) -> Tensor:
+        # copies: a view as wider numbers needs an aligned start
+        codes, scales, k_rope = (
+            part.clone(memory_format=torch.contiguous_format) for part in self.data[:, :end].split(self.widths, -1)
+        )
+        codes, scales = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
+        latent = dequantize_tiles(codes, scales, (1, TILE), "e4m3", dtype)
+        return torch.cat((latent, k_rope.view(torch.bfloat16).to(dtype)), -1) if self.widths[2] else latent
+
+
+def new_layer_cache(
+    c: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device
+) -> LayerCache:
+    """Return the empty cache of one layer of a model, with that of its indexer."""
+    sizes = (batch_size, max_seq_len)
+    if c.is_mla and dtype == "fp8":
+        layer = FP8LayerCache(*sizes, c.kv_lora_rank, c.qk_rope_head_dim, device)
+    else:
+        assert dtype != "fp8", "Cache refuses it"
+        latent, heads = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        layer = LayerCache(*sizes, latent if c.is_mla else heads, dtype, device)
+    if c.attention == "dsa":
+        assert c.index_head_dim is not None
+        if dtype == "fp8":
+            layer.index = FP8LayerCache(*sizes, c.index_head_dim, 0, device, "ue8m0", AMAX_MIN)
+        else:
+            layer.index = LayerCache(*sizes, c.index_head_dim, dtype, device)
+    return layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
+class CachePositions:
+    """The place of the s new tokens of a call in each row of the cache, and the keys that they may see."""
+
+    positions: Int[Tensor, "#b s"]
+    """Position of each new token, on the device; one row if all rows are equally long."""
+    start: int | None
+    """First position of the new tokens if all rows are equally long and have no padding, else None."""
+    fresh: bool
+    """True if all rows begin with the new tokens: there are no older keys to see."""
+    end: int
+    """Number of keys to read, t: the longest row with its new tokens, and perhaps some that the mask hides."""
+    valid: Bool[Tensor, "b s"] | None
+    """True where a new token is not padding; None if there is no padding."""
+    lengths: Int[Tensor, " b"]
+    """Valid length of each row with its new tokens, on the CPU."""
+
+    @classmethod
+    def after(
+        cls, before: Tensor, s: int, new: Tensor | None, max_seq_len: int, device: torch.device
+    ) -> "CachePositions":
+        """Place s new tokens after rows of valid lengths `before` [b].
+
+        Args:
+            new: number of new tokens of each row, [b], which are padded to s on the right; None: s in every row.
+
+        Raises: ValueError if they do not fit.
+        """
+        if new is not None:
+            new = whole_numbers(new, "lengths=")
+            if new.shape != before.shape or int(new.min()) < 0 or int(new.max()) > s:
+                raise ValueError(
+                    f"lengths={new.tolist()} for {len(before)} sequences of {s} columns; want one of 0 to {s} each"
+                )
+        lengths = before + (s if new is None else new)
+        starts, longest = before.tolist(), int(lengths.max())
+        if longest > max_seq_len:
+            raise ValueError(
+                f"the cache holds {max_seq_len} tokens a sequence, and this call would make {longest}; "
+                "make it with a larger max_seq_len, or truncate it"
+            )
+        columns = torch.arange(s)
+        alike = min(starts) == max(starts) and (new is None or bool((new == s).all()))
+        positions = (before[:1] if alike else before)[:, None] + columns
+        valid = None if alike else (columns < lengths[:, None] - before[:, None]).to(device)
+        # a CPU prepares a BF16 product again for each number of rows, so that number grows in steps (docs/log.md)
+        end = min(max_seq_len, -(-longest // KEY_STEP) * KEY_STEP)
+        return cls(
+            positions=positions.to(device),
+            start=starts[0] if alike else None,
+            fresh=not any(starts),
+            end=end,
+            valid=valid,
+            lengths=lengths,
+        )
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "#b s t"] | None:
+        """The mask: True for keys that a new token may not see, those after it; None if it may see all."""
+        if self.start is not None and self.start + 1 == self.end:
+            return None
+        keys = torch.arange(self.end, device=self.positions.device)
+        return keys > self.positions[..., None]
+
+    def before(self, depth: int) -> "CachePositions":
+        """Return the positions for the multi-token prediction block of this depth.
+
+        Its entry for a token lies `depth` positions before the token. The first `depth` tokens of a row have none.
+        """
+        positions, lengths = self.positions - depth, (self.lengths - depth).clamp(min=0)
+        start = valid = None
+        if self.start is not None and self.start >= depth:
+            start = self.start - depth
+        else:
+            valid = positions >= 0 if self.valid is None else self.valid & (positions >= 0)
+            valid, positions = valid.expand(len(lengths), -1), positions.clamp(min=0)
+        return CachePositions(positions=positions, start=start, fresh=False, end=self.end, valid=valid, lengths=lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCacheView:
     """One layer's part of a call with a cache."""
 
     store: LayerCache
-    window: Window
-    form: Form = "auto"
-    """The way MLA attends to the store: auto counts the work of both forms."""
+    at: CachePositions
+    form: Form | FormPolicy = "auto"
+    """The way MLA attends to the store, or what chooses it; auto is `forms.cheapest_form`."""
 
     @property
-    def index(self) -> "Past":
+    def index(self) -> "LayerCacheView":
         """The same call's part for the indexer's keys."""
         assert self.store.index is not None, "a cache of DSA has the indexer's keys"
-        return Past(store=self.store.index, window=self.window)
+        return LayerCacheView(store=self.store.index, at=self.at)
 
     def append(self, parts: tuple[Tensor, ...]) -> None:
         """Write the rows of the new tokens, whose parts [b, s, ...] lie side by side."""
-        self.store.write(torch.cat(parts, -1), self.window)
+        self.store.write(torch.cat(parts, -1), self.at)
 
     def extend(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Append, and return the parts of all rows to attend to: those of a fresh cache as they came."""
         self.append(parts)
-        if self.window.fresh and not self.store.rounds(dtype):
+        if self.at.fresh and not self.store.rounds(dtype):
             return parts
-        rows = self.store.read(parts[0].shape[1] if self.window.fresh else self.window.end, dtype)
+        rows = self.store.read(parts[0].shape[1] if self.at.fresh else self.at.end, dtype)
         return rows.split([part.shape[-1] for part in parts], -1)
 
 
 class MTPCache:
     """The cache of the multi-token prediction blocks, which may have fewer tokens than the layers' cache."""
 
-    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form) -> None:
-        self.form: Form = form
+    def __init__(self, stores: list[LayerCache], hidden: Float[Tensor, "b m"], form: Form | FormPolicy) -> None:
+        self.form: Form | FormPolicy = form
         self.stores = stores
         """One layer cache for each depth."""
         self.last = [hidden.clone() for _ in stores]
@@ -60,10 +266,10 @@ class MTPCache:
         self.lengths = torch.zeros(len(hidden), dtype=torch.int64)
         """[b], on the CPU: number of tokens of each row that the blocks have seen."""
 
-    def window(self, s: int, new: Tensor | None = None, ahead: int = 0) -> Window:
+    def place(self, s: int, new: Tensor | None = None, ahead: int = 0) -> CachePositions:
         """Return the place of s new tokens, or of `new` [b] tokens padded to s, `ahead` tokens after the last."""
         data = self.stores[0].data
-        return Window.after(self.lengths + ahead, s, new, data.shape[1], data.device)
+        return CachePositions.after(self.lengths + ahead, s, new, data.shape[1], data.device)
 
     def shift(
         self, k: int, hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None
@@ -86,7 +292,7 @@ class Cache:
 
     Args:
         mtp: also make a cache for the multi-token prediction blocks.
-        form: how MLA attends to what is stored: auto counts the work of both forms at each call.
+        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
         hidden_dtype: dtype of the hidden states between the multi-token prediction blocks.
     """
 
@@ -99,23 +305,15 @@ class Cache:
         device: torch.device,
         *,
         mtp: bool = False,
-        form: Form = "auto",
+        form: Form | FormPolicy = "auto",
         hidden_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check(config, batch_size, max_seq_len, dtype, form)
         self.config, self.max_seq_len = config, max_seq_len
-        self.form: Form = form
+        self.form: Form | FormPolicy = form
 
         def store() -> LayerCache:
-            sizes = (config, batch_size, max_seq_len)
-            if dtype == "fp8":
-                rows, keys = FP8LatentCache(*sizes, device), FP8IndexCache
-            else:
-                rows = (LatentCache if config.is_mla else KeyValueCache)(*sizes, dtype, device)
-                keys = partial(IndexCache, dtype=dtype)
-            if config.attention == "dsa":
-                rows.index = keys(*sizes, device=device)
-            return rows
+            return new_layer_cache(config, batch_size, max_seq_len, dtype, device)
 
         self.stores = [store() for _ in range(config.n_layers)]
         """One layer cache for each layer."""
@@ -156,15 +354,8 @@ class Cache:
         """Bytes of those that are keys of indexers."""
         return sum(store.nbytes for store in self.index_stores) / (self.batch_size * self.max_seq_len)
 
-    def window(self, s: int, new: Tensor | None = None) -> Window:
-        """Return the place of s new tokens in every row, or of `new` [b] tokens padded to s.
-
-        Raises: ValueError if they do not fit.
-        """
-        return Window.after(self.lengths, s, new, self.max_seq_len, self.stores[0].data.device)
-
-    def place(self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None) -> Window:
-        """Return the place of a model's new tokens.
+    def place(self, config: ModelConfig, tokens: Int[Tensor, "b s"], new: Tensor | None = None) -> CachePositions:
+        """Return the place of a model's s new tokens in every row, or of `new` [b] tokens padded to s.
 
         Raises: ValueError if the cache is of another model or number of rows, or if they do not fit.
         """
@@ -172,11 +363,12 @@ class Cache:
             raise ValueError("the cache was made by a model of another config; use this model's new_cache")
         if len(tokens) != self.batch_size:
             raise ValueError(f"{len(tokens)} rows of tokens for a cache of {self.batch_size} sequences; want as many")
-        return self.window(tokens.shape[1], new)
+        device = self.stores[0].data.device
+        return CachePositions.after(self.lengths, tokens.shape[1], new, self.max_seq_len, device)
 
-    def pasts(self, window: Window) -> list[Past]:
+    def views(self, at: CachePositions) -> list[LayerCacheView]:
         """Return each layer's part of a call."""
-        return [Past(store=store, window=window, form=self.form) for store in self.stores]
+        return [LayerCacheView(store=store, at=at, form=self.form) for store in self.stores]
 
     def truncate(self, lengths: Int[Tensor, " b"] | int) -> None:
         """Forget all but the first tokens of each row. Multi-token prediction must not have seen more.
@@ -228,7 +420,7 @@ class Cache:
         return self.mtp
 
 
-def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: str) -> None:
+def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheDtype, form: Any) -> None:
     if batch_size < 1 or max_seq_len < 1:
         raise ValueError(f"a cache of {batch_size} sequences of {max_seq_len} tokens; want 1 or more of each")
     if max_seq_len > config.max_seq_len:
@@ -240,7 +432,33 @@ def _check(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: CacheD
         raise ValueError(f"a cache of dtype {dtype!r}; want torch.bfloat16, torch.float32 or 'fp8'")
     if dtype == "fp8" and not config.is_mla:
         raise ValueError(f"dtype='fp8' is the layout of MLA's latent, not of attention={config.attention!r}; use BF16")
-    if form not in ("auto", "expanded", "absorbed"):
-        raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
+    if form not in ("auto", "expanded", "absorbed") and not callable(form):
+        raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):
         raise ValueError("form='absorbed' is MLA's without qk_norm; use expanded")
+
+
+def whole_numbers(given: Any, what: str) -> Int[Tensor, "..."]:
+    """Return numbers as an int64 tensor on the CPU.
+
+    Raises: ValueError for what is not a whole number, such as 2.7, True or NaN.
+    """
+    numbers = torch.as_tensor(given).cpu()
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(f"{what} {numbers.tolist()}: {numbers.dtype}; want whole numbers, such as int64")
+    return numbers.to(torch.int64)
+
+
+def last_valid(
+    hidden: Float[Tensor, "b s m"], lengths: Int[Tensor, " b"] | None, old: Float[Tensor, "b m"]
+) -> Float[Tensor, "b m"]:
+    """Return the hidden state of each row's last valid column, or the old one for a row that has none.
+
+    Args:
+        lengths: number of valid columns of each row; None: all.
+    """
+    if lengths is None:
+        return hidden[:, -1]
+    at = lengths.to(hidden.device)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), (at - 1).clamp(min=0)]
+    return torch.where((at > 0)[:, None], last, old.to(last.dtype))

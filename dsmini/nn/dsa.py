@@ -1,208 +1,428 @@
-"""DeepSeek Sparse Attention: MLA in which a query attends to the keys that its indexer picks.
+"""DeepSeek Sparse Attention: MLA in which a query attends to the keys that its indexer chooses.
 
     1. queries, latent and rotary key as in MLA
     2. the indexer's scores of all keys that a query sees, and the index_topk largest of them
     3. MLA's attention to these keys alone
 
-With no more than index_topk keys there is nothing to choose, and the layer is MLA. MLA's two forms remain. Expanded
-makes keys and values of all tokens and hides those that were not picked: training, and short prompts. Absorbed gathers
-the picked rows of the cache, so that a decoded token reads index_topk rows of it, whatever the context.
+The lightning indexer has small heads that score every key for every query. For a token with hidden state h, and its
+query latent c_q, from which MLA makes its own queries:
+    q_j = H RoPE(W_QB c_q)_j        a query for each of index_n_heads heads
+    k   = H RoPE(LayerNorm(W_K h))  one key for all heads: cached
+    w_j = W_w h                     a weight for each head, in FP32
+    I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]) / sqrt(heads * head dim)
+RoPE turns the first qk_rope_head_dim numbers, where MLA turns the last ones, and it pairs the two halves of them, where
+MLA pairs neighbours; its angles are MLA's, YaRN included. H is the Hadamard transform. It leaves all products as they
+are, and makes the rounding to FP8 harmless: no number of a row is much larger than the others.
 
-The picks are constants: no gradient of the output reaches the indexer, which learns from a loss of its own. In training
-there are two stages (section 2.1.1). In the dense warm-up attention reads all keys, and the indexer learns to foresee
-it; in the sparse stage attention reads the picks, and the indexer learns to foresee it among them.
+With no more than index_topk keys there is nothing to choose, and the layer is MLA. MLA's two forms remain. Expanded
+makes keys and values of all tokens and masks those that were not chosen: training, and short prompts. Absorbed gathers
+the chosen rows of the cache, so that a decoded token reads index_topk rows of it, whatever the context.
+
+The choice is a constant: no gradient of the output reaches the indexer, which learns from a loss of its own. In
+training there are two stages (section 2.1.1). In the dense warm-up attention reads all keys, and the indexer learns to
+predict it; in the sparse stage attention reads the chosen keys, and the indexer learns to predict it among them.
+
+Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's released inference code.
 """
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.cached_attention import (
-    BLOCK,
-    Mask,
-    cached_attention,
-    hidden_keys,
-    keys_and_values,
-)
-from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit
-from dsmini.functional.linear import quantize_once
-from dsmini.functional.rope import Table
-from dsmini.functional.sparse_attention import gathers_fast, pick_keys, picked_attention, unpicked
-from dsmini.nn.cache import Past
-from dsmini.nn.indexer import Indexer
-from dsmini.nn.linear import is_direct
-from dsmini.nn.mla import MLA, attend, check_sequences
+from dsmini.nn.attention import AttentionContext, Mask, attend, cached_attention, check_sequences, context_of
+from dsmini.nn.cache import LayerCacheView
+from dsmini.nn.forms import form_of
+from dsmini.nn.gate import stable_topk
+from dsmini.nn.layers import FP32Linear, LayerNorm, make_linear, quantize_once
+from dsmini.nn.mla import MLA, absorbed_attention
+from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
+from dsmini.numerics import at_least_fp32, quantize
+
+BLOCK = 128
+"""Queries that are masked, scored and attended together: of a long context no tensor of all pairs exists."""
+
+
+def hadamard(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Return x H / sqrt(d), with Sylvester's matrix H of ones and minus ones. Computed in FP32, returned in x's dtype.
+
+    H / sqrt(d) is orthogonal and its own inverse: two transformed rows have the product that they had before. With
+    H_2n = [[H_n, H_n], [H_n, -H_n]] each of log2(d) steps adds and subtracts the halves of groups of 2n numbers.
+
+    Raises: ValueError if d is not a power of two.
+    """
+    d = x.shape[-1]
+    if d < 1 or d & (d - 1):
+        raise ValueError(f"x is {tuple(x.shape)}; the Hadamard transform wants a power of two as its last dimension")
+    y, n = at_least_fp32(x), 1
+    while n < d:
+        first, second = y.unflatten(-1, (-1, 2, n)).unbind(-2)
+        y = torch.stack((first + second, first - second), -2).flatten(-3)
+        n *= 2
+    return (y * d**-0.5).to(x.dtype)
+
+
+def rope_hadamard(x: Float[Tensor, "b s h d"], cos_sin: CosSin, *, halves: bool) -> Float[Tensor, "b s h d"]:
+    """Return an indexer's queries or keys with their first numbers rotated by position, and then transformed.
+
+    Args:
+        halves: RoPE pairs the halves of the first numbers, not neighbours.
+    """
+    rope, nope = x.tensor_split((2 * cos_sin[0].shape[-1],), -1)
+    rope = (apply_rope_to_halves if halves else apply_rope)(rope, cos_sin)
+    return hadamard(torch.cat((rope, nope), -1))
+
+
+@ops.operation("index_scores")
+def index_scores(
+    q: Float[Tensor, "b s h d"], k: Float[Tensor, "b t d"], weights: Float[Tensor, "b s h"]
+) -> Float[Tensor, "b s t"]:
+    """Return the indexer's score of each query and key, in FP32.
+
+    ReLU comes before the weight, which may be negative. A key whose products are all negative scores exactly zero.
+
+    Args:
+        weights: weight of each head, with all constant factors.
+
+    Source: DeepSeek-V3.2 report, equation 1.
+    """
+    # fp32: scores in BF16 tie, and ties pick different keys on different devices
+    products = einsum(at_least_fp32(q), at_least_fp32(k), "b s h d, b t d -> b s h t")
+    return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
+
+
+@ops.operation("pick_keys")
+@torch.no_grad()
+def pick_keys(
+    q: Float[Tensor, "b s h d"],
+    k: Float[Tensor, "b t d"],
+    weights: Float[Tensor, "b s h"],
+    topk: int,
+    mask: Bool[Tensor, "#b s t"],
+) -> Int[Tensor, "b s k"]:
+    """Return the keys with the topk largest index_scores of each query; min(topk, t) of them.
+
+    A query that sees fewer keys than that chooses them all, and -1 in the other places. Equal scores are common, since
+    ReLU makes exact zeros. Any of them are right at the edge; here the earlier keys win, so that the choice does not
+    depend on how a sequence was cut into calls. It has no order and no gradient.
+
+    Args:
+        mask: True for keys that a query may not see.
+
+    Source: DeepSeek-V3.2 report, equation 2; -1 as in FlashMLA's kernels.
+    """
+    scores = index_scores.reference(q, k, weights).masked_fill(mask, -torch.inf)
+    indices = stable_topk(scores.flatten(0, 1), topk).unflatten(0, scores.shape[:2])
+    return indices.masked_fill(scores.gather(-1, indices).isneginf(), -1)
+
+
+def topk_mask(topk_indices: Int[Tensor, "b s k"], t: int) -> Bool[Tensor, "b s t"]:
+    """Return True for those of t keys that a query did not choose. An index of -1 is none."""
+    mask = torch.ones(*topk_indices.shape[:2], t + 1, dtype=torch.bool, device=topk_indices.device)
+    return mask.scatter_(-1, torch.where(topk_indices < 0, t, topk_indices), False)[..., :t]
+
+
+@ops.operation("picked_attention")
+def picked_attention(
+    q_nope: Float[Tensor, "b s h n"],
+    q_rope: Float[Tensor, "b s h r"],
+    rows: Float[Tensor, "b t w"],
+    w_uk: Float[Tensor, "h n c"],
+    w_uv: Float[Tensor, "h c v"],
+    scale: float,
+    topk_indices: Int[Tensor, "b s k"],
+) -> Float[Tensor, "b s hv"]:
+    """Return absorbed_attention of each query to the rows that it chose, with the heads concatenated.
+
+    All heads read the same rows, so that one choice serves all of them. The plain version masks all other rows; fast
+    ones gather, and read k rows a query.
+
+    Args:
+        topk_indices: distinct rows of each query, at least one; -1 is none.
+
+    Source: DeepSeek-V3.2 report, equation 2.
+    """
+    mask = topk_mask(topk_indices, rows.shape[1])
+    return absorbed_attention.reference(q_nope, q_rope, rows, w_uk, w_uv, scale, mask)
+
+
+class Indexer(nn.Module):
+    """The indexer of a layer. From a config, or from plain arguments with the three index sizes."""
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
+        if c.index_n_heads is None or c.index_head_dim is None or c.index_topk is None:
+            raise ValueError(f"attention={c.attention!r} has no indexer; use attention='dsa'")
+        self.n_heads, self.head_dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
+        self.interleaved = c.indexer_rope_interleave
+        self.fp8 = c.indexer_fp8
+        width = c.dim if c.q_lora_rank is None else c.q_lora_rank
+        self.wq_b = make_linear(c, width, self.n_heads * self.head_dim)
+        self.wk = make_linear(c, c.dim, self.head_dim)
+        self.k_norm = LayerNorm(self.head_dim)
+        self.weights_proj = FP32Linear(c.dim, self.n_heads, init_std=c.init_std)
+
+    def forward(
+        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin, keys: Float[Tensor, "b t d"]
+    ) -> Float[Tensor, "b s t"]:
+        """Return the scores I[t, s] of new tokens and keys, in FP32, with gradients and without a mask.
+
+        Args:
+            latent: the normed compressed query of MLA, or x where it compresses none.
+            keys: `keys` of all tokens that may be scored.
+        """
+        return index_scores(self.queries(latent, cos_sin), keys, self.head_weights(x))
+
+    def all_of(
+        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], cos_sin: CosSin
+    ) -> tuple[Float[Tensor, "b s h d"], Float[Tensor, "b s d"], Float[Tensor, "b s h"]]:
+        """Return queries, keys and head weights of the same tokens."""
+        return self.queries(latent, cos_sin), self.keys(x, cos_sin), self.head_weights(x)
+
+    def queries(self, latent: Float[Tensor, "b s l"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
+        """Return the query of each head."""
+        return self._rotated(rearrange(self.wq_b(latent), "b s (h d) -> b s h d", h=self.n_heads), cos_sin)
+
+    def keys(self, x: Float[Tensor, "b t m"], cos_sin: CosSin) -> Float[Tensor, "b t d"]:
+        """Return the key of each token, which is cached."""
+        return self._rotated(self.k_norm(self.wk(x)).unsqueeze(2), cos_sin).squeeze(2)
+
+    def head_weights(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s h"]:
+        """Return the weight of each head, in FP32, with both constant factors of the score."""
+        return self.weights_proj(x) * (self.n_heads * self.head_dim) ** -0.5
+
+    def _rotated(self, x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
+        x = rope_hadamard(x, cos_sin, halves=not self.interleaved)
+        # a scale is a power of two: products of rounded numbers are those of the codes, times both scales
+        return quantize(x).dequantize(x.dtype) if self.fp8 else x
+
+
+class IndexerLoss(NamedTuple):
+    """The agreement of an indexer with the main model's attention, FP32 scalars."""
+
+    kl: Float[Tensor, ""]
+    """KL divergence in nats, mean over queries: the loss of the indexer."""
+    recall: Float[Tensor, ""]
+    """Share of the top-k keys by attention that were chosen, over the queries that see more than k keys; 1 without."""
+    mass: Float[Tensor, ""]
+    """Share of the attention to all keys that went to chosen ones, mean over queries."""
+
+
+def head_sum(logits: Float[Tensor, "b h s t"], mask: Bool[Tensor, "#b s t"]) -> Float[Tensor, "b s t"]:
+    """Return softmax(logits) over the keys that are not masked, summed over heads and L1-normalised."""
+    return logits.masked_fill(mask[:, None], -torch.inf).softmax(-1).mean(1)  # each head's row sums to 1
+
+
+def kl_of_scores(
+    target: Float[Tensor, "*rows t"], scores: Float[Tensor, "*rows t"], mask: Bool[Tensor, "*rows t"]
+) -> Float[Tensor, "*rows"]:
+    """Return KL(target || softmax(scores)) of each row in nats, over the keys that are not masked.
+
+    The logarithm of the softmax is computed from the scores: no small number is added inside it.
+
+    Args:
+        target: sums to 1 over the keys that are not masked, and is 0 elsewhere.
+    """
+    log_q = scores.masked_fill(mask, -torch.inf).log_softmax(-1).masked_fill(mask, 0.0)
+    return (torch.xlogy(target, target) - target * log_q).sum(-1)
+
+
+@ops.operation("indexer_agreement")
+def indexer_agreement(
+    q: Float[Tensor, "b s h d"],
+    k: Float[Tensor, "b t d"],
+    weights: Float[Tensor, "b s h"],
+    main_q: Float[Tensor, "b s heads width"],
+    main_k: Float[Tensor, "b t heads width"],
+    scale: float,
+    topk_indices: Int[Tensor, "b s k"],
+    mask: Callable[[int, int], Bool[Tensor, "#b s t"]],
+    stage: Literal["warmup", "sparse"],
+    start: int = 0,
+) -> Float[Tensor, " 4"]:
+    """Compare an indexer's scores with the main model's attention, for the queries from `start` on.
+
+        p[t, s] = the main model's attention of t to s, summed over heads and L1-normalised: the target, a constant
+        dense warm-up    KL(p[t, :] || softmax I[t, :])            all keys that t sees
+        sparse stage     KL(p[t, S_t] || softmax I[t, S_t])        the chosen S_t, p normalised over them
+
+    Args:
+        q, k, weights: of the indexer, as in index_scores; t is start + s.
+        main_q, main_k: queries and keys of the main model, detached.
+        mask: returns for queries start to stop True for those of the keys 0 to stop that they may not see.
+
+    Returns:
+        Sums over queries: the KL divergence, which alone has a gradient; the share of attention that went to chosen
+        keys; the number of chosen keys among the top-k by attention, and the number of the latter, both over the
+        queries that see more than k keys.
+
+    Source: DeepSeek-V3.2 report, section 2.1.1, equations 3 and 4.
+    """
+    t, topk = k.shape[1], topk_indices.shape[2]
+    # 1. the attention of the main model to all keys: [b, s, t]
+    hidden, left_out = mask(start, t), topk_mask(topk_indices, t)
+    logits = at_least_fp32(einsum(main_q, main_k, "b s h d, b t h d -> b h s t")) * scale
+    attention = head_sum(logits, hidden)
+    # 2. the indexer's scores next to it, of the keys that are compared
+    target, compared = (head_sum(logits, left_out), left_out) if stage == "sparse" else (attention, hidden)
+    kl = kl_of_scores(target, index_scores(q, k, weights), compared.expand_as(left_out)).sum()
+    # 3. how much of the attention was chosen
+    mass = attention.masked_fill(left_out, 0.0).sum()
+    wanted = attention.topk(min(topk, t), sorted=False).indices
+    many = ((~hidden).sum(-1) > topk).expand(left_out.shape[:2])
+    found = ((~left_out).gather(-1, wanted) & many[..., None]).sum()
+    return torch.stack((kl, mass.detach(), found.to(kl.dtype), (many.sum() * topk).to(kl.dtype)))
 
 
 class DSA(MLA):
     """DeepSeek Sparse Attention. From a config, or from plain arguments with the three index sizes.
 
     Args:
-        mask: as in MLA; the indexer picks among the keys that it leaves.
+        mask: as in MLA; the indexer chooses among the keys that it leaves.
 
     Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1.
     """
 
     stage: Literal["warmup", "sparse"] | None = None
     """Stage in which the indexer learns, in training mode; None: it does not."""
-    fits: list[IndexerFit] | None = None
-    """Takes the indexer's loss of each forward in a stage; None: it is dropped."""
 
     def __init__(self, config: ModelConfig | None = None, /, *, mask: Mask | None = None, **arguments: Any) -> None:
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b s m"],
-        table: Table | None = None,
-        documents: Int[Tensor, "b s"] | None = None,
-        past: Past | None = None,
-    ) -> Float[Tensor, "b s m"]:
-        """Attend to the picks, expanded or absorbed; to all keys where there are no more than index_topk.
+    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
+        """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
 
-        Args:
-            table, documents, past: as in MLA. The indexer's keys are cached in any case.
+        The indexer's keys are cached in any case.
         """
         check_sequences(x)
-        table = table or self.rope.table(torch.arange(x.shape[1], device=x.device))
-        longest = x.shape[1] if past is None else int(past.window.lengths.max())
-        stage = self.stage if self.training and past is None else None
-        if longest <= self.indexer.topk and stage is None:
-            if past is not None:
-                past.index.append((self.indexer.keys(x, table),))
-            return super().forward(x, table, documents, past)
+        context = context or context_of(x, self.rope)
+        cache = context.cache
+        longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
+        if longest <= self.indexer.topk or (self.training and cache is None and self.stage == "warmup"):
+            if cache is not None:
+                cache.index.append((self.indexer.keys(x, context.cos_sin),))
+            return super().forward(x, context)
         # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
-        given = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
-        latent = x if self.wq_a is None or self.q_norm is None else self.q_norm(self.wq_a(given))
-        q, new = self.queries(given, table, latent), self.latents(given, table)
+        latent, q, new = self.queries_and_latents(x, context.cos_sin)
         # 2. the keys of each query: [b, s, k]
-        picks = self.picks(x, latent, table, documents, past)
+        topk_indices = self.select_topk(x, latent, context)
         # 3. attention to them: [b, s, h v]
-        if past is not None and self.sparse_form(q.shape[1], past) == "absorbed":
-            return self.wo(self._to_rows(q, new, picks, past))
-        c_kv, k_rope = new if past is None else past.extend(new, q.dtype)
-        k, v = keys_and_values(self.wkv_b(c_kv), k_rope, self.n_heads, self.qk_nope_head_dim)
-        if stage is not None:  # also where nobody takes it: recomputation in backward must do as the forward did
-            fit = self.fit(x, latent, table, documents, q, k, picks, stage)
-            if self.fits is not None:
-                self.fits.append(fit)
+        if cache is not None and form_of(self, x.shape[1], cache, self.indexer.topk) == "absorbed":
+            return self.wo(self.gathered(q, new, topk_indices, cache))
+        c_kv, k_rope = new if cache is None else cache.extend(new, q.dtype)
+        return self.wo(self.masked(q, *self.keys_and_values(c_kv, k_rope), topk_indices, cache))
+
+    def learns(self, context: AttentionContext) -> bool:
+        """Return True if `learn` is to be called in the place of forward."""
+        return context.train_indexers and context.cache is None and self.training and self.stage is not None
+
+    def learn(self, x: Float[Tensor, "b s m"], context: AttentionContext) -> tuple[Float[Tensor, "b s m"], IndexerLoss]:
+        """Return what forward returns, and the indexer's loss in its stage.
+
+        The loss moves the indexer, and nothing else: its inputs are detached.
+        """
+        check_sequences(x)
+        latent, q, new = self.queries_and_latents(x, context.cos_sin)
+        topk_indices = self.select_topk(x, latent, context)
+        k, v = self.keys_and_values(*new)
+        loss = self.indexer_loss(x, latent, q, k, topk_indices, context)
+        if self.stage == "sparse":
+            return self.wo(self.masked(q, k, v, topk_indices, None)), loss
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        if stage == "warmup":
-            y = attend(q, k, v, self.scale, past=None, documents=documents, mask=self.mask)
-        else:
-            y = self._to_keys(q, k, v, picks, past)
-        return self.wo(rearrange(y, "b h s v -> b s (h v)"))
+        y = attend(q, k, v, self.scale, context, self.mask)
+        return self.wo(rearrange(y, "b h s v -> b s (h v)")), loss
 
-    def _to_rows(
-        self,
-        q: Float[Tensor, "b s h d"],
-        new: tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]],
-        picks: Int[Tensor, "b s k"],
-        past: Past,
-    ) -> Float[Tensor, "b s hv"]:
-        """Append the new rows to the cache and attend to the picked ones, absorbed."""
-        past.append(new)
-        rows = past.store.read(past.window.end, q.dtype)
-        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
-        w_uk, w_uv = self._absorbed_halves(q.dtype, past)
-        return picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, picks)
-
-    def _to_keys(
-        self,
-        q: Float[Tensor, "b h s d"],
-        k: Float[Tensor, "b h t d"],
-        v: Float[Tensor, "b h t v"],
-        picks: Int[Tensor, "b s k"],
-        past: Past | None,
-    ) -> Float[Tensor, "b h s v"]:
-        """Attend to the keys that are picked, expanded, a block of queries at a time."""
-        y = []
-        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 2), picks.split(BLOCK, 1), strict=True)):
-            t = _keys_before((i + 1) * BLOCK, k.shape[2], past)
-            y.append(cached_attention(part, k[:, :, :t], v[:, :, :t], self.scale, unpicked(chosen, t)))
-        return torch.cat(y, 2)
-
-    @torch.no_grad()
-    def picks(
+    def indexer_loss(
         self,
         x: Float[Tensor, "b s m"],
         latent: Float[Tensor, "b s l"],
-        table: Table,
-        documents: Int[Tensor, "b s"] | None = None,
-        past: Past | None = None,
+        q: Float[Tensor, "b s h d"],
+        k: Float[Tensor, "b s h d"],
+        topk_indices: Int[Tensor, "b s k"],
+        context: AttentionContext,
+    ) -> IndexerLoss:
+        """Compare the indexer with attention, whose queries and keys are q and k."""
+        assert self.stage is not None, "an indexer that learns is in a stage"
+
+        def mask(start: int, stop: int) -> Bool[Tensor, "#b n t"]:
+            return context.mask(self.mask, start, stop, stop)
+
+        index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
+        sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, self.stage)
+        kl, mass, found, asked = sums.unbind()
+        queries = x.shape[0] * x.shape[1]
+        recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
+        return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
+
+    def queries_and_latents(
+        self, x: Float[Tensor, "b s m"], cos_sin: CosSin
+    ) -> tuple[Float[Tensor, "b s l"], Float[Tensor, "b s h d"], tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]]]:
+        """Return the query latent, the queries, and what is cached: MLA's latent and rotary key."""
+        codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
+        latent = self.query_latent(codes)
+        q, new = self.queries(latent, cos_sin), self.latents(codes, cos_sin)
+        return (latent if isinstance(latent, Tensor) else x), q, new
+
+    @torch.no_grad()
+    def select_topk(
+        self, x: Float[Tensor, "b s m"], latent: Float[Tensor, "b s l"], context: AttentionContext
     ) -> Int[Tensor, "b s k"]:
         """Return the positions of the keys that each new token attends to; -1 where it sees fewer than index_topk.
 
-        With a past the indexer's keys are appended to it.
+        With a cache the indexer's keys are appended to it.
 
         Args:
             latent: the normed compressed query, or x where none is compressed.
         """
-        q, weights = self.indexer.queries(latent, table), self.indexer.head_weights(x)
-        keys = self.indexer.keys(x, table)
-        if past is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        else:
-            (keys,) = past.index.extend((keys,), keys.dtype)
-            positions = past.window.positions.clamp(max=keys.shape[1] - 1)  # those of padding may lie after all keys
+        q, keys, weights = self.indexer.all_of(x, latent, context.cos_sin)
+        if context.cache is not None:
+            (keys,) = context.cache.index.extend((keys,), keys.dtype)
         blocks, k = [], min(self.indexer.topk, keys.shape[1])
         for start in range(0, x.shape[1], BLOCK):
-            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], past)
-            hidden = hidden_keys(self.mask, positions[:, part], t)
-            if documents is not None:
-                hidden = hidden | (documents[:, part, None] != documents[:, None, :t])
-            chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, hidden)
+            part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context.cache)
+            mask = context.mask(self.mask, start, min(start + BLOCK, x.shape[1]), t)
+            chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)
 
-    def fit(
+    def gathered(
         self,
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        table: Table,
-        documents: Int[Tensor, "b s"] | None,
         q: Float[Tensor, "b s h d"],
-        k: Float[Tensor, "b s h d"],
-        picks: Int[Tensor, "b s k"],
-        stage: Literal["warmup", "sparse"],
-    ) -> IndexerFit:
-        """Compare the indexer with attention. Its inputs are detached: the loss moves the indexer, and nothing else.
+        new: tuple[Float[Tensor, "b s c"], Float[Tensor, "b s r"]],
+        topk_indices: Int[Tensor, "b s k"],
+        cache: LayerCacheView,
+    ) -> Float[Tensor, "b s hv"]:
+        """Append the new rows to the cache and attend to the chosen ones, absorbed."""
+        cache.append(new)
+        rows = cache.store.read(cache.at.end, q.dtype)
+        q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
+        w_uk, w_uv = self.prepared_halves(q.dtype, cache)
+        return picked_attention(q_nope, q_rope, rows, w_uk, w_uv, self.scale, topk_indices)
 
-        Args:
-            latent: as in `picks`.
-            q, k: queries and keys of attention.
-        """
-        x, latent, q, k = (t.detach() for t in (x, latent, q, k))
-
-        def hidden(start: int, end: int) -> Bool[Tensor, "#b n t"]:
-            mask = hidden_keys(self.mask, torch.arange(start, end, device=x.device)[None], end)
-            return mask if documents is None else mask | (documents[:, start:end, None] != documents[:, None, :end])
-
-        index = self.indexer.queries(latent, table), self.indexer.keys(x, table), self.indexer.head_weights(x)
-        return indexer_fit(*index, MainAttention(q, k, self.scale, hidden), picks, stage)
-
-    def sparse_form(self, queries: int, past: Past) -> Literal["expanded", "absorbed"]:
-        """Return the form in which `forward` attends to picked keys: absorbed where a kernel gathers them.
-
-        Without one the cheaper form runs, as in MLA; the absorbed one reads index_topk keys at most.
-        """
-        if past.form != "auto" or self.q_head_norm is not None or not is_direct(self.wkv_b):
-            return self.form_for(queries, past)
-        if gathers_fast(self.wkv_b.weight):
-            return "absorbed"
-        keys = past.window.end
-        absorbed = self.work(queries, min(keys, self.indexer.topk)).absorbed
-        return dataclasses.replace(self.work(queries, keys), absorbed=absorbed).cheaper
+    def masked(
+        self,
+        q: Float[Tensor, "b s h d"],
+        k: Float[Tensor, "b t h d"],
+        v: Float[Tensor, "b t h v"],
+        topk_indices: Int[Tensor, "b s k"],
+        cache: LayerCacheView | None,
+    ) -> Float[Tensor, "b s hv"]:
+        """Attend to keys and values of every head, all but the chosen ones masked."""
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        y = []
+        for i, (part, chosen) in enumerate(zip(q.split(BLOCK, 2), topk_indices.split(BLOCK, 1), strict=True)):
+            t = _keys_before((i + 1) * BLOCK, k.shape[2], cache)
+            y.append(cached_attention(part, k[:, :, :t], v[:, :, :t], self.scale, topk_mask(chosen, t)))
+        return rearrange(torch.cat(y, 2), "b h s v -> b s (h v)")
 
 
 def dsa_layers(model: nn.Module) -> list[DSA]:
@@ -210,24 +430,6 @@ def dsa_layers(model: nn.Module) -> list[DSA]:
     return [module for module in model.modules() if isinstance(module, DSA)]
 
 
-@contextmanager
-def collected_fits(model: nn.Module) -> Iterator[list[IndexerFit]]:
-    """Yield the list that takes the losses of a model's indexers, also in the place of a list outside.
-
-    A forward that backward repeats adds nothing.
-    """
-    fits: list[IndexerFit] = []
-    layers = dsa_layers(model)
-    before = [layer.fits for layer in layers]
-    for layer in layers:
-        layer.fits = fits
-    try:
-        yield fits
-    finally:
-        for layer, outer in zip(layers, before, strict=True):
-            layer.fits = outer
-
-
-def _keys_before(stop: int, t: int, past: Past | None) -> int:
+def _keys_before(stop: int, t: int, cache: LayerCacheView | None) -> int:
     """Return the number of t keys that new tokens before column `stop` may see, as far as shapes alone tell."""
-    return min(stop, t) if past is None or past.window.fresh else t
+    return min(stop, t) if cache is None or cache.at.fresh else t

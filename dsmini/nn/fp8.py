@@ -4,59 +4,87 @@
     FP8Linear, FP8Experts                precision "fp8": products in simulated FP8, forward and backward
     QuantizedLinear, QuantizedExperts    products in the compute dtype of weights that are held as FP8 codes
 
-`make_linear` and `make_experts` pick the class that a config asks for. `hold_fp8` puts codes into any of them. A held
-weight is E4M3 codes with an FP32 scale for each 128x128 block.
+A layer is made of the class that config.precision names. `hold_fp8` puts codes into any of them. A held weight is E4M3
+codes with an FP32 scale for each 128x128 block.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsmini.config import ModelConfig
-from dsmini.functional.experts import expert_of, fp8_experts, quantized_experts
-from dsmini.functional.linear import linear, quantized_linear
-from dsmini.nn.experts import Experts
-from dsmini.nn.linear import Linear, Projection
-from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
+from dsmini import ops
+from dsmini.nn.layers import Linear, Projection, linear
+from dsmini.nn.moe import Experts, experts
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, matrix_of, quantize, rows_of
 
 LINEAR_SCALES = MappingProxyType({"weight": "scale"})
 EXPERTS_SCALES = MappingProxyType({"w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
 REFUSAL = "FP8 weights are codes that no gradient can move; load the model with fp8='dequantize' to train it"
 
 
-def make_linear(
-    c: ModelConfig, in_features: int, out_features: int, init_std: float | None = None, **fp8_options: Any
-) -> Projection:
-    """Make the Linear of attention and feed-forwards that config.precision asks for.
+Weight = Tensor | QuantizedTensor
 
-    Args:
-        init_std: left out: the config's.
-        fp8_options: of FP8Linear.
+
+@ops.operation("quantized_linear")
+def quantized_linear(x: Float[Tensor, "*batch i"], weight: QuantizedTensor) -> Float[Tensor, "*batch o"]:
+    """Return x W^T for a weight that is held as codes: its values in x's dtype, multiplied in x's dtype."""
+    return F.linear(x, weight.dequantize(x.dtype))
+
+
+@ops.operation("quantized_experts")
+def quantized_experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> Float[Tensor, "n m"]:
+    """Compute `experts` with stacked matrices that may be FP8 codes. Products take their values in x's dtype."""
+    return experts.reference(x, indices, weights, counts, *(_dense(w, x.dtype) for w in (w1, w2, w3)))
+
+
+@ops.operation("fp8_experts")
+def fp8_experts(
+    x: QuantizedTensor,
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> Float[Tensor, "n m"]:
+    """Compute `experts` with simulated FP8 products, forward and backward.
+
+    Source: DeepSeek-V3 report, section 3.3.
     """
-    std = c.init_std if init_std is None else init_std
-    if c.precision == "fp8":
-        return FP8Linear(in_features, out_features, init_std=std, **fp8_options)
-    return Linear(in_features, out_features, init_std=std)
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for i in counts.nonzero().flatten().tolist():
+        token, choice = (indices == i).nonzero(as_tuple=True)
+        rows = rows_of(x, token)
+        gate, up = fp8_matmul(rows, matrix_of(w1, i)), fp8_matmul(rows, matrix_of(w3, i))
+        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i))
+        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * out)
+    return y
 
 
-def output_linear(c: ModelConfig, width: int) -> Projection:
-    """Make the Linear after attention.
-
-    FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
-    3.3.3).
-    """
-    options = {"saved_format": "e5m6"}
-    return make_linear(c, width, c.dim, c.output_init_std, **options)
+def _refuse_transforms(*_: Any, **__: Any) -> Any:
+    raise ValueError("experts in FP8 have no version for torch.func and torch.export; use a model without FP8")
 
 
-def make_experts(c: ModelConfig) -> Experts:
-    """Make the Experts that config.precision asks for."""
-    return FP8Experts(c) if c.precision == "fp8" else Experts(c)
+for _name in ("quantized_experts", "fp8_experts"):
+    ops.for_transforms(_name)(_refuse_transforms)
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 def scale_names(module: nn.Module) -> Mapping[str, str]:
@@ -150,11 +178,10 @@ class QuantizedLinear(FP8Weights, Projection):
         return multiply(untrainable(x), weight)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        weight = self.operand("weight")
-        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+        return _dense(self.operand("weight"), dtype)
 
 
-class FP8Linear(FP8Weights, Projection):
+class FP8Linear(FP8Weights, Projection, precision="fp8"):
     """A Linear whose products are simulated FP8, forward and backward. x may be quantized already.
 
     Args:
@@ -203,12 +230,11 @@ class QuantizedExperts(FP8Weights, Experts):
         return quantized_experts(untrainable(x), indices, weights, counts, w1, w2, w3)
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (expert_of(self.operand(name), i) for name in EXPERTS_SCALES)
-        dense = (w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype) for w in (w1, w2, w3))
-        return cast(tuple[Tensor, Tensor, Tensor], tuple(dense))
+        w1, w2, w3 = (matrix_of(self.operand(name), i) for name in EXPERTS_SCALES)
+        return _dense(w1, dtype), _dense(w2, dtype), _dense(w3, dtype)
 
 
-class FP8Experts(FP8Weights, Experts):
+class FP8Experts(FP8Weights, Experts, precision="fp8"):
     """Experts whose products are simulated FP8, forward and backward.
 
     Source: DeepSeek-V3 report, section 3.3.
@@ -229,7 +255,7 @@ class FP8Experts(FP8Weights, Experts):
         return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (_as_multiplied(expert_of(self.operand(name), i), dtype) for name in EXPERTS_SCALES)
+        w1, w2, w3 = (_as_multiplied(matrix_of(self.operand(name), i), dtype) for name in EXPERTS_SCALES)
         return w1, w2, w3
 
 

@@ -10,11 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.fp32 import at_least_fp32, without_autocast
-from dsmini.functional.linear import linear
-from dsmini.functional.topk import stable_topk
-from dsmini.nn.fp32 import FP32Module
-from dsmini.nn.initialization import draw_normal
+from dsmini.nn.layers import FP32Module, draw_normal, linear
+from dsmini.numerics import at_least_fp32, without_autocast
 
 ScoreFunc = Callable[[Tensor], Tensor]
 SCORE_FUNCS: Mapping[str, ScoreFunc] = MappingProxyType(
@@ -33,6 +30,14 @@ class Routing(NamedTuple):
     """All unbiased scores, FP32, for the balance loss."""
     counts: Int[Tensor, " e"]
     """Number of the n tokens that chose each expert."""
+
+
+def stable_topk(x: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
+    """Return the indices of the k largest in each row, largest first, the lowest index first among equals.
+
+    torch.topk promises neither order.
+    """
+    return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def route(

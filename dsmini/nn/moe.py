@@ -1,17 +1,18 @@
-"""DeepSeekMoE: many small routed experts, of which a token visits a few, and shared experts that all tokens visit."""
+"""DeepSeekMoE: many small routed experts, of which a token chooses a few, and shared experts that serve all tokens."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from jaxtyping import Float
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
-from dsmini.functional.linear import quantize_once
-from dsmini.functional.swiglu import swiglu
-from dsmini.nn.fp8 import make_experts, make_linear
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.linear import is_direct
+from dsmini.nn.layers import draw_normal, is_direct, make_linear, quantize_once
 from dsmini.numerics import QuantizedTensor
 
 
@@ -21,15 +22,97 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig | None = None, /, inter_dim: int | None = None, **arguments: Any) -> None:
         super().__init__()
         c = layer_config(config, arguments)
-        hidden = c.inter_dim if inter_dim is None else inter_dim
-        self.w1 = make_linear(c, c.dim, hidden)
-        self.w2 = make_linear(c, hidden, c.dim, c.output_init_std)
-        self.w3 = make_linear(c, c.dim, hidden)
+        width = c.inter_dim if inter_dim is None else inter_dim
+        self.w1 = make_linear(c, c.dim, width)
+        self.w2 = make_linear(c, width, c.dim, c.output_init_std)
+        self.w3 = make_linear(c, c.dim, width)
 
     def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
         x = quantize_once(x, self.w1, self.w3)
         gate, up = self.w1(x), self.w3(x)
-        return self.w2.swiglu(gate, up) if is_direct(self.w2) else self.w2(swiglu(gate, up))
+        return self.w2.swiglu(gate, up) if is_direct(self.w2) else self.w2(F.silu(gate) * up)
+
+
+@ops.operation("experts")
+def experts(
+    x: Float[Tensor, "n m"],
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    counts: Int[Tensor, " e"],
+    w1: Float[Tensor, "e f m"],
+    w2: Float[Tensor, "e m f"],
+    w3: Float[Tensor, "e f m"],
+) -> Float[Tensor, "n m"]:
+    """Return the weighted sum of each token's chosen experts' outputs. The products run in x's dtype.
+
+        y_n = sum over k of weights[n, k] * w2[i] (silu(w1[i] x_n) * w3[i] x_n),  i = indices[n, k]
+
+    Args:
+        counts: number of the n tokens that chose each expert.
+    """
+    y = torch.zeros_like(x)
+    for i in counts.nonzero().flatten().tolist():
+        token, choice = (indices == i).nonzero(as_tuple=True)
+        rows = x[token]
+        inner = F.silu(rows @ w1[i].to(x.dtype).T) * (rows @ w3[i].to(x.dtype).T)
+        y = y.index_add(0, token, weights[token, choice, None].to(x.dtype) * (inner @ w2[i].to(x.dtype).T))
+    return y
+
+
+@ops.for_transforms("experts")
+def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    w1, w2, w3 = (w.to(x.dtype) for w in (w1, w2, w3))
+    # every expert runs every token, with weight 0 where it was not chosen: [n, e] and [n, e, f]
+    share = weights.new_zeros(x.shape[0], w1.shape[0]).scatter(1, indices, weights).to(x.dtype)
+    inner = F.silu(einsum(x, w1, "n m, e f m -> n e f")) * einsum(x, w3, "n m, e f m -> n e f")
+    return einsum(share.unsqueeze(-1) * inner, w2, "n e f, e m f -> n m")
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer: w1, w3 [e, f, m], w2 [e, m, f]; each is a SwiGLU. No token is dropped."""
+
+    by_precision: ClassVar[dict[str, Callable[[ModelConfig], "Experts"]]] = {}
+    """Classes that multiply in another precision than the compute dtype's, by config.precision."""
+    reads_codes = False
+    """True if x may be quantized already."""
+
+    def __init_subclass__(cls, precision: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if precision is not None:
+            cls.by_precision[precision] = cls
+
+    def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
+        super().__init__()
+        c = layer_config(config, arguments)
+        e, f, m = c.n_routed_experts, c.moe_inter_dim, c.dim
+        self.w1 = nn.Parameter(torch.empty(e, f, m))
+        self.w2 = nn.Parameter(torch.empty(e, m, f))
+        self.w3 = nn.Parameter(torch.empty(e, f, m))
+        self.init_std, self.output_init_std = c.init_std, c.output_init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights from a normal distribution."""
+        for weight, std in ((self.w1, self.init_std), (self.w2, self.output_init_std), (self.w3, self.init_std)):
+            draw_normal(weight, std, generator)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n m"],
+        indices: Int[Tensor, "n k"],
+        weights: Float[Tensor, "n k"],
+        counts: Int[Tensor, " e"],
+    ) -> Float[Tensor, "n m"]:
+        """Return the sum of each token's chosen experts' outputs times their weights; `counts` as in Routing."""
+        return experts(x, indices, weights, counts, self.w1, self.w2, self.w3)
+
+    def extra_repr(self) -> str:
+        e, f, m = self.w1.shape
+        return f"{m}, {f}, {e} experts"
+
+    def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return w1, w2 and w3 of expert i in that dtype."""
+        return self.w1[i].to(dtype), self.w2[i].to(dtype), self.w3[i].to(dtype)
 
 
 class MoE(nn.Module):
@@ -55,7 +138,7 @@ class MoE(nn.Module):
         if not isinstance(self.gate, Gate):
             kind = type(self.gate).__name__
             raise ValueError(f"gate_class makes a {kind}, want a Gate, whose bias training moves; derive it from Gate")
-        self.experts = make_experts(c)
+        self.experts = Experts.by_precision.get(c.precision, Experts)(c)
         shared = c.n_shared_experts * c.moe_inter_dim
         self.shared_experts = FeedForward(c, inter_dim=shared) if shared else None
 

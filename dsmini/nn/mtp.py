@@ -12,15 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.functional.recompute import recomputed
-from dsmini.functional.rope import Table
-from dsmini.nn.block import Block
-from dsmini.nn.cache import MTPCache, Past
-from dsmini.nn.gate import Routing
-from dsmini.nn.linear import Linear
-from dsmini.nn.norm import RMSNorm
-from dsmini.nn.positions import Window
+from dsmini.nn.attention import AttentionContext
+from dsmini.nn.block import Aux, Block
+from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
+from dsmini.nn.layers import Linear, RMSNorm
 from dsmini.nn.rope import Rope
 
 
@@ -57,12 +54,10 @@ class MTP(nn.Module):
         self,
         hidden: Float[Tensor, "b s m"],
         embedding: Float[Tensor, "b s m"],
-        table: Table | None = None,
-        documents: Int[Tensor, "b s"] | None = None,
-        past: Past | None = None,
+        context: AttentionContext | None = None,
         both: bool = False,
-    ) -> tuple[Float[Tensor, "b s m"] | tuple[Tensor, Tensor], Routing | None]:
-        """Return the block's output before `norm`, and its routing.
+    ) -> tuple[Float[Tensor, "b s m"] | tuple[Tensor, Tensor], Aux]:
+        """Return the block's output before `norm`, and what it found.
 
         Args:
             hidden: hidden states of the depth before.
@@ -70,8 +65,8 @@ class MTP(nn.Module):
             both: return the output before and after `norm`, as a pair.
         """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        x, routing = self.block(x, table, documents, past)
-        return (x, self.norm(x)) if both else x, routing
+        x, aux = self.block(x, context)
+        return (x, self.norm(x)) if both else x, aux
 
 
 class MTPChain(nn.ModuleList):
@@ -93,16 +88,18 @@ class MTPChain(nn.ModuleList):
         embed: Callable[[Tensor], Tensor],
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
-    ) -> tuple[list[Tensor], list[Routing]]:
-        """Return the normed hidden states of each depth k = 1, 2, ..., [b, s - k, m], and their routing.
+        train_indexers: bool = False,
+    ) -> tuple[list[Tensor], list[Aux]]:
+        """Return the normed hidden states of each depth k = 1, 2, ..., [b, s - k, m], and what each block found.
 
         Args:
             hidden: the main model's hidden states.
             embed: makes embeddings of token ids.
             documents, recompute: as in Transformer.losses.
+            train_indexers: as in AttentionContext.
         """
         all_normed: list[Tensor] = []
-        routing: list[Routing] = []
+        found: list[Aux] = []
         for k, block in enumerate(cast(list[MTP], list(self)), 1):
             if tokens.shape[1] <= k:
                 raise ValueError(f"a sequence of {tokens.shape[1]} tokens is too short for MTP depth {k}; want {k + 1}")
@@ -110,16 +107,19 @@ class MTPChain(nn.ModuleList):
             embedding = embed(tokens[:, k:])
             n = embedding.shape[1]
             hidden = hidden[:, :n]
-            table = self.rope.table(torch.arange(n, device=tokens.device))
-            within = None if documents is None else documents[:, :n]
+            context = AttentionContext(
+                cos_sin=self.rope.cos_sin(torch.arange(n, device=tokens.device)),
+                documents=None if documents is None else documents[:, :n],
+                train_indexers=train_indexers,
+            )
             # 2. run the block: [b, s - k, m]
-            inputs = (hidden, embedding, table, within, None, True)
-            (x, normed), decided = recomputed(block, *inputs) if recompute else block(*inputs)
+            inputs = (hidden, embedding, context, True)
+            (x, normed), aux = ops.recomputed(block, *inputs) if recompute else block(*inputs)
             # 3. the head reads the normed states; the next depth those before or after the norm
             hidden = x if self.pre_norm else normed
             all_normed.append(normed)
-            routing += [] if decided is None else [decided]
-        return all_normed, routing
+            found.append(aux)
+        return all_normed, found
 
     def decode(
         self,
@@ -135,14 +135,14 @@ class MTPChain(nn.ModuleList):
             before: the main model's hidden state at the position before each new token.
             lengths: number of new tokens of each row, padded on the right; None: all columns are tokens.
         """
-        window = cache.window(embedding.shape[1], lengths)
+        at = cache.place(embedding.shape[1], lengths)
         all_normed: list[Tensor] = []
         for k in range(len(self)):
-            normed, given = self.decode_depth(k, embedding, before, cache, window)
+            normed, given = self.decode_depth(k, embedding, before, cache, at)
             all_normed.append(normed)
             if k + 1 < len(self):
                 before = cache.shift(k + 1, given, lengths)
-        cache.lengths = window.lengths
+        cache.lengths = at.lengths
         return all_normed
 
     def decode_depth(
@@ -151,10 +151,11 @@ class MTPChain(nn.ModuleList):
         embedding: Float[Tensor, "b s m"],
         before: Float[Tensor, "b s m"],
         cache: MTPCache,
-        window: Window,
+        at: CachePositions,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
         """Run block k (0, 1, ...) on new tokens; return its normed states, and what the next depth reads of them."""
-        block, shifted = cast(MTP, self[k]), window.shifted(k + 1)
-        past = Past(store=cache.stores[k], window=shifted, form=cache.form)
-        (x, normed), _ = block(before, embedding, self.rope.table(shifted.positions), None, past, True)
+        block, at = cast(MTP, self[k]), at.before(k + 1)
+        view = LayerCacheView(store=cache.stores[k], at=at, form=cache.form)
+        context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=view)
+        (x, normed), _ = block(before, embedding, context, True)
         return normed, x if self.pre_norm else normed

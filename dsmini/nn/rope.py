@@ -12,16 +12,40 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
-from dsmini.functional.rope import Table
+
+CosSin = tuple[Float[Tensor, "*#b s pairs"], Float[Tensor, "*#b s pairs"]]
+"""Cosine and sine of every position's angles, in FP32."""
+
+
+def apply_rope(x: Float[Tensor, "b s h r"], cos_sin: CosSin) -> Float[Tensor, "b s h r"]:
+    """Rotate adjacent pairs of x's last dimension. The result is computed in FP32 and returned in x's dtype.
+
+    A pair (x0, x1) is the complex number x0 + i x1, multiplied by cos + i sin.
+
+    Source: Su et al. 2021; DeepSeek's released code for the interleaved pairs.
+    """
+    cos, sin = (t.unsqueeze(-2) for t in cos_sin)
+    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def apply_rope_to_halves(x: Float[Tensor, "b s h r"], cos_sin: CosSin) -> Float[Tensor, "b s h r"]:
+    """Rotate pairs of x's two halves, (x_j, x_{j + r/2}), by the same angles as apply_rope the adjacent ones.
+
+    Source: DeepSeek-V3.2's indexer; GPT-NeoX, whose order most other models have.
+    """
+    pairs = rearrange(x, "b s h (two p) -> b s h (p two)", two=2)
+    return rearrange(apply_rope(pairs, cos_sin), "b s h (p two) -> b s h (two p)", two=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The rotary embedding of `dim` dimensions; it holds no tensors, tables are made where they are needed.
+    """The rotary embedding of `dim` dimensions; it holds no tensors.
 
     original_seq_len None turns YaRN off.
     """
@@ -66,7 +90,7 @@ class Rope:
         assert self.original_seq_len is not None
         return self.dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
-    def table(self, positions: Int[Tensor, "*b s"]) -> Table:
+    def cos_sin(self, positions: Int[Tensor, "*b s"]) -> CosSin:
         """Return cos and sin of each position's angles, FP32; with YaRN, times m(mscale) / m(mscale_all_dim)."""
         angles = positions[..., None].float() * self.frequencies(positions.device)
         if self.original_seq_len is None:

@@ -1,6 +1,6 @@
 """The whole model: embedding, blocks, norm, head, and the multi-token prediction blocks after them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -8,42 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
-from dsmini.functional.cross_entropy import IGNORE, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
-from dsmini.functional.embedding import check_ids, embedding
-from dsmini.functional.recompute import recomputed
+from dsmini.nn.attention import AttentionContext
 from dsmini.nn.balance import sequence_balance_loss
-from dsmini.nn.block import Block
-from dsmini.nn.cache import Cache, CacheDtype, Form
-from dsmini.nn.dsa import collected_fits
-from dsmini.nn.experts import Experts
+from dsmini.nn.block import Aux, Block
+from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
+from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.initialization import draw_normal
-from dsmini.nn.linear import FP32Linear, Linear, Projection, is_direct
-from dsmini.nn.losses import Losses
+from dsmini.nn.layers import Embedding, FP32Linear, LayerNorm, Linear, Projection, RMSNorm, check_ids, is_direct
+from dsmini.nn.losses import IGNORE, Losses, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
+from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
-from dsmini.nn.norm import LayerNorm, RMSNorm
 from dsmini.nn.rope import Rope
-
-
-class Embedding(nn.Module):
-    """One row of the weight for each token id."""
-
-    def __init__(self, vocab_size: int, dim: int, *, init_std: float = 0.02) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.init_std = init_std
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weight from a normal distribution with the standard deviation init_std."""
-        draw_normal(self.weight, self.init_std, generator)
-
-    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
-        return embedding(tokens, self.weight)
-
-    def extra_repr(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
 
 
 class Output(NamedTuple):
@@ -61,13 +38,14 @@ class Output(NamedTuple):
 
 
 class States(NamedTuple):
-    """The hidden states of a forward, from which `head` makes logits, and its routing."""
+    """The hidden states of a forward, from which `head` makes logits, and what its blocks found."""
 
     normed: Float[Tensor, "b s m"]
     """Hidden states after the final norm."""
     given: Float[Tensor, "b s m"]
     """Hidden states that the first MTP block reads: before or after the final norm, as config.mtp_input says."""
     routing: list[Routing]
+    indexers: list[IndexerLoss]
 
 
 class Transformer(nn.Module):
@@ -149,12 +127,14 @@ class Transformer(nn.Module):
         lengths: Int[Tensor, " b"] | None = None,
         documents: Int[Tensor, "b s"] | None = None,
         recompute: bool = False,
+        train_indexers: bool = False,
     ) -> States:
-        """Run all that lies between token ids and the head.
+        """Return the hidden states from which the head makes logits.
 
         Args:
             cache, lengths: as in forward.
             documents, recompute: as in losses; not with a cache, whose rows are one document each.
+            train_indexers: as in AttentionContext.
         """
         if cache is not None and documents is not None:
             raise ValueError("documents do not go with a cache, which holds one document a row; leave out one of them")
@@ -162,21 +142,26 @@ class Transformer(nn.Module):
             # 1. token ids to hidden states: [b, s, m]
             x = self.embedded(tokens)
             # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
-            window = None if cache is None else cache.place(self.config, tokens, lengths)
-            positions = torch.arange(tokens.shape[1], device=tokens.device) if window is None else window.positions
-            table = self.rope.table(positions)
+            at = None if cache is None else cache.place(self.config, tokens, lengths)
+            cos_sin = self.rope.cos_sin(torch.arange(tokens.shape[1], device=x.device) if at is None else at.positions)
             # 3. the blocks, each with its layer's part of the cache: [b, s, m]
-            pasts = [None] * len(self.layers) if cache is None or window is None else cache.pasts(window)
-            routing: list[Routing] = []
-            for block, past in zip(self.layers, pasts, strict=True):
-                inputs = (x, table, documents, past)
-                x, decided = recomputed(block, *inputs) if recompute else block(*inputs)
-                routing += [] if decided is None else [decided]
-            if cache is not None and window is not None:
-                cache.lengths = window.lengths
+            views = [None] * len(self.layers) if cache is None or at is None else cache.views(at)
+            found: list[Aux] = []
+            for block, view in zip(self.layers, views, strict=True):
+                context = AttentionContext(
+                    cos_sin=cos_sin, documents=documents, cache=view, train_indexers=train_indexers
+                )
+                x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+                found.append(aux)
+            if cache is not None and at is not None:
+                cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
-            normed = self.norm(x)
-            return States(normed, x if self.config.mtp_input == "pre_norm" else normed, routing)
+            return self.states_of(x, found)
+
+    def states_of(self, x: Float[Tensor, "b s m"], found: list[Aux]) -> States:
+        """Return the states after the last block, whose output is x, and what all blocks found."""
+        normed = self.norm(x)
+        return States(normed, x if self.config.mtp_input == "pre_norm" else normed, *_listed(found))
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.
@@ -212,17 +197,17 @@ class Transformer(nn.Module):
         mtp: bool = False,
         lengths: Int[Tensor, " b"] | None = None,
     ) -> Output:
-        """Run forward and return all that there is to see; with mtp also the logits of multi-token prediction."""
+        """Return forward's logits, hidden states and routing; with mtp also multi-token prediction's logits."""
         if cache is None:
             states = self.states(tokens)
-            normed, routing = self.mtp(tokens, states.given, self.embedded) if mtp else ([], [])
+            normed, found = self.mtp(tokens, states.given, self.embedded) if mtp else ([], [])
             mtp_logits = [self.head(h) for h in normed]
-            return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + routing)
+            return Output(self.head(states.normed), states.normed, mtp_logits, states.routing + _listed(found)[0])
         with torch.no_grad():
             seen = cache.checked_mtp() if mtp else None
             states, mtp_logits = self.states(tokens, cache, lengths), []
             if seen is not None:
-                positions = seen.window(tokens.shape[1], lengths).positions
+                positions = seen.place(tokens.shape[1], lengths).positions
                 before = seen.shift(0, states.given, lengths)
                 normed = self.mtp.decode(self.embedded(tokens), before, seen, lengths)
                 for k, h in enumerate(normed, 1):
@@ -235,7 +220,7 @@ class Transformer(nn.Module):
         max_seq_len: int | None = None,
         dtype: CacheDtype | None = None,
         mtp: bool = False,
-        form: Form = "auto",
+        form: Form | FormPolicy = "auto",
     ) -> Cache:
         """Return an empty cache, with all its memory allocated.
 
@@ -243,7 +228,8 @@ class Transformer(nn.Module):
             max_seq_len: number of tokens of each sequence it has room for; None: the model's.
             dtype: dtype of what is stored, or "fp8" for V3.2's layout; None: the compute dtype.
             mtp: also store what the multi-token prediction blocks need, for `run(..., mtp=True)` and for drafting.
-            form: how MLA attends to it; auto counts the work of both ways at each call.
+            form: how MLA attends to it: expanded, absorbed, or auto, whichever is less work; or a function of a layer,
+                the number of new tokens and the layer's view of the cache that returns one of the two.
         """
         if mtp and not len(self.mtp):
             raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
@@ -271,8 +257,6 @@ class Transformer(nn.Module):
         recompute: bool = False,
         chunk_rows: int | None = None,
         n_targets: Float[Tensor, ""] | None = None,
-        states: States | None = None,
-        balances: Iterable[Tensor] = (),
     ) -> Losses:
         """Compute the training losses without a tensor [b, s, vocab].
 
@@ -284,8 +268,6 @@ class Transformer(nn.Module):
             chunk_rows: number of rows of logits that exist at a time.
             n_targets: number of targets that the cross-entropies are divided by; None: those of this call. The parts
                 of a batch whose losses are averaged share the mean of theirs.
-            states, balances: of a pipeline: the states of the tokens, otherwise computed here, and the balance
-                losses of earlier MoE layers, whose routing is not in them.
 
         A depth k of MTP is scored at s - k positions and, as published, divided by the number of targets of the main
         loss. Source: DeepSeek-V3 report, equations 17 to 20 (balance), 24 and 25 (MTP); DeepSeek-V3.2
@@ -295,29 +277,57 @@ class Transformer(nn.Module):
             got = f"targets are {tuple(targets.shape)}, tokens {tuple(tokens.shape)}"
             raise ValueError(f"{got}; want a target for each token: losses(x[:, :-1], x[:, 1:])")
         check_ids("target", targets.masked_fill(targets == IGNORE, 0), self.config.vocab_size)
+        states = self.states(tokens, documents=documents, recompute=recompute, train_indexers=True)
+        return self.losses_of(
+            states,
+            tokens,
+            targets,
+            mtp_weight=mtp_weight,
+            balance_alpha=balance_alpha,
+            balance_counts=balance_counts,
+            documents=documents,
+            recompute=recompute,
+            chunk_rows=chunk_rows,
+            n_targets=n_targets,
+        )
+
+    def losses_of(
+        self,
+        states: States,
+        tokens: Int[Tensor, "b s"],
+        targets: Int[Tensor, "b s"],
+        *,
+        mtp_weight: float,
+        balance_alpha: float,
+        balance_counts: Literal["published", "routed"],
+        documents: Int[Tensor, "b s"] | None,
+        recompute: bool,
+        n_targets: Float[Tensor, ""] | None,
+        chunk_rows: int | None = None,
+    ) -> Losses:
+        """Compute `losses` from the states of the tokens, as the last stage of a pipeline has them."""
         counted = (targets != IGNORE).sum().clamp(min=1) if n_targets is None else n_targets
 
         def cross_entropy(hidden: Tensor, target: Tensor) -> Tensor:
             return self.cross_entropy(hidden.flatten(0, 1), target.flatten(), chunk_rows) / counted
 
         # 1. the next token, from hidden states [b, s, m]
-        with collected_fits(self) as indexers:
-            if states is None:
-                states = self.states(tokens, documents=documents, recompute=recompute)
-            main = cross_entropy(states.normed, targets)
-            # 2. the tokens after it, from those of each depth k, [b, s - k, m]
-            normed, mtp_routing = self.mtp(tokens, states.given, self.embedded, documents, recompute)
+        main = cross_entropy(states.normed, targets)
+        # 2. the tokens after it, from those of each depth k, [b, s - k, m]
+        normed, found = self.mtp(tokens, states.given, self.embedded, documents, recompute, train_indexers=True)
         mtp = balance = torch.zeros_like(main)
         if normed:
             depths = [cross_entropy(h, targets[:, k:]) for k, h in enumerate(normed, 1)]
             mtp = torch.stack(depths).mean()
         # 3. the balance of each MoE layer, from its scores [b * s, e]
-        routing = states.routing + mtp_routing
-        own = [sequence_balance_loss(r.scores, r.indices, tokens.shape[0], balance_counts) for r in routing]
-        if parts := [*balances, *own]:
-            balance = torch.stack(parts).sum().to(main.dtype)
+        of_mtp, indexers_of_mtp = _listed(found)
+        routing, indexers = states.routing + of_mtp, states.indexers + indexers_of_mtp
+        if routing:
+            sizes = (tokens.shape[0], balance_counts)
+            balances = [sequence_balance_loss(r.scores, r.indices, *sizes) for r in routing]
+            balance = torch.stack(balances).sum().to(main.dtype)
         # 4. what each indexer missed of attention, which moves its own parameters alone
-        total = sum((fit.kl for fit in indexers), main + mtp_weight * mtp + balance_alpha * balance)
+        total = sum((loss.kl for loss in indexers), main + mtp_weight * mtp + balance_alpha * balance)
         return Losses(main, mtp, balance, total, routing, indexers)
 
     def cross_entropy(
@@ -336,3 +346,9 @@ class Transformer(nn.Module):
     def gates(self) -> list[Gate]:
         """Return the gates in the order of Output.routing."""
         return [module for module in self.modules() if isinstance(module, Gate)]
+
+
+def _listed(found: list[Aux]) -> tuple[list[Routing], list[IndexerLoss]]:
+    """Return the routing of all MoE layers, and the losses of all indexers, of what blocks found."""
+    routing = [aux.routing for aux in found if aux.routing is not None]
+    return routing, [aux.indexer_loss for aux in found if aux.indexer_loss is not None]

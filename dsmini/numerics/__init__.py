@@ -1,7 +1,9 @@
 """Short number formats, tiles with a scale each, and products of them."""
 
 from dsmini.numerics.accumulation import Accumulator
+from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert
 from dsmini.numerics.formats import E4M3, E5M2, E5M6, FORMATS, UE8M0, Format
+from dsmini.numerics.fp32 import at_least_fp32, without_autocast
 from dsmini.numerics.gemm import fp8_matmul, fp8_swiglu_matmul
 from dsmini.numerics.products import grouped_linear, grouped_outer
 from dsmini.numerics.quantization import (
@@ -11,8 +13,10 @@ from dsmini.numerics.quantization import (
     TOKEN_TILE,
     WEIGHT_TILE,
     QuantizedTensor,
+    matrix_of,
     number_dtype,
     quantize,
+    rows_of,
 )
 from dsmini.numerics.tiles import dequantize_tiles, encode_tiles, quantize_tiles, round_tiles, tile_scales
 
@@ -30,15 +34,23 @@ __all__ = [
     "Accumulator",
     "Format",
     "QuantizedTensor",
+    "at_least_fp32",
+    "combine",
     "dequantize_tiles",
+    "dispatch",
+    "dispatch_quantized",
     "encode_tiles",
     "fp8_matmul",
     "fp8_swiglu_matmul",
     "grouped_linear",
     "grouped_outer",
+    "matrix_of",
     "number_dtype",
     "quantize",
     "quantize_tiles",
     "round_tiles",
+    "rows_of",
+    "sort_by_expert",
     "tile_scales",
+    "without_autocast",
 ]

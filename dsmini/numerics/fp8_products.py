@@ -13,8 +13,7 @@ Arguments of all of them:
     ends            row after each expert's last; None: one matrix for all rows
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from dsmini.numerics.tiles import (
     FormatName,
     Scale,
     dequantize_tiles,
-    group_sizes,
     listed_sizes,
     quantize_tiles,
     round_tiles,
@@ -61,27 +59,7 @@ class Recipe(NamedTuple):
         return torch.bfloat16 if exact and self.out_dtype == torch.bfloat16 else torch.float32
 
 
-def _used(w: Tensor, ends: Tensor | None) -> float:
-    """Return the share of the experts that have rows."""
-    if ends is None:
-        return 1.0
-    return (group_sizes(ends) > 0).sum().item() / max(1, w.shape[0])
-
-
-def _product_cost(*args: Any, by: int = -2) -> ops.Cost:
-    """Count a product of rows with weights, whose arguments end with w_codes, w_scales, ends and recipe.
-
-    Args:
-        by: dimension of the weights that the result has: -2 for o, -1 for k.
-    """
-    *rows_of, codes, scales, ends, recipe = args
-    weights = round(_used(codes, ends) * (codes.nbytes + scales.nbytes)) + (0 if ends is None else ends.nbytes)
-    (rows, inner), outer = rows_of[0].shape, codes.shape[by]
-    read = sum(t.nbytes for t in rows_of) + weights
-    return ops.Cost(read, rows * outer * recipe.out_dtype.itemsize, 2 * rows * outer * inner)
-
-
-@ops.operation("fp8_fprop", cost=_product_cost)
+@ops.operation("fp8_fprop")
 def fp8_fprop(
     x_codes: Tensor,
     x_scales: Float[Tensor, "rows kt"],
@@ -100,7 +78,7 @@ def fp8_fprop(
     return torch.cat(y).to(recipe.out_dtype)
 
 
-@fp8_fprop.eager
+@ops.eager("fp8_fprop")
 def _(
     x_codes: Tensor, x_scales: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe
 ) -> Tensor:
@@ -108,7 +86,7 @@ def _(
     return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
 
 
-@ops.operation("fp8_swiglu_fprop", cost=_product_cost)
+@ops.operation("fp8_swiglu_fprop")
 def fp8_swiglu_fprop(
     gate: Float[Tensor, "rows k"],
     up: Float[Tensor, "rows k"],
@@ -123,14 +101,14 @@ def fp8_swiglu_fprop(
     return fp8_fprop.reference(codes, scales, w_codes, w_scales, ends, recipe)
 
 
-@fp8_swiglu_fprop.eager
+@ops.eager("fp8_swiglu_fprop")
 def _(gate: Tensor, up: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
     hidden = F.silu(gate).mul_(up)
     x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
     return _times_transposed(x, _weights(w_codes, w_scales, recipe), ends, recipe)
 
 
-@ops.operation("fp8_dgrad", cost=partial(_product_cost, by=-1))
+@ops.operation("fp8_dgrad")
 def fp8_dgrad(
     dy: Float[Tensor, "rows o"],
     w_codes: Tensor,
@@ -145,23 +123,14 @@ def fp8_dgrad(
     return torch.cat(dx).to(recipe.out_dtype)
 
 
-@fp8_dgrad.eager
+@ops.eager("fp8_dgrad")
 def _(dy: Tensor, w_codes: Tensor, w_scales: Tensor, ends: Tensor | None, recipe: Recipe) -> Tensor:
     w = _weights(w_codes, w_scales, recipe)
     g = round_tiles(dy, ACTIVATION_TILE, recipe.scale, recipe.grad_format, SMALLEST_AMAX, recipe.operands)
     return _times_transposed(g, w.mT, ends, recipe)
 
 
-def _wgrad_cost(
-    dy: Tensor, x: Tensor, x_scales: Tensor | None, columns: int, ends: Tensor | None, recipe: Recipe
-) -> ops.Cost:
-    rows, o = dy.shape
-    read = dy.nbytes + sum(t.nbytes for t in (x, x_scales, ends) if t is not None)
-    matrices = 1 if ends is None else len(ends)
-    return ops.Cost(read, matrices * o * columns * recipe.out_dtype.itemsize, 2 * rows * o * columns)
-
-
-@ops.operation("fp8_wgrad", cost=_wgrad_cost)
+@ops.operation("fp8_wgrad")
 def fp8_wgrad(
     dy: Float[Tensor, "rows o"],
     x: Tensor,
@@ -187,7 +156,7 @@ def fp8_wgrad(
     return dw[0] if ends is None else torch.stack(dw)
 
 
-@fp8_wgrad.eager
+@ops.eager("fp8_wgrad")
 def _(dy: Tensor, x: Tensor, x_scales: Tensor | None, columns: int, ends: Tensor | None, recipe: Recipe) -> Tensor:
     if x_scales is not None:
         x = dequantize_tiles(x, x_scales, ACTIVATION_TILE, recipe.saved_format, recipe.operands, columns)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -122,9 +122,27 @@ class QuantizedTensor:
         )
 
 
+X = TypeVar("X", Tensor, QuantizedTensor)
+
+
 def number_dtype(x: Tensor | QuantizedTensor) -> torch.dtype:
     """Return the dtype of the numbers in memory: the tensor's, or that of the codes."""
     return x.dtype if isinstance(x, Tensor) else x.codes.dtype
+
+
+def matrix_of(w: Tensor | QuantizedTensor, i: int) -> Tensor | QuantizedTensor:
+    """Return matrix i of a stack."""
+    if isinstance(w, Tensor):
+        return w[i]
+    codes = w.codes[i]
+    return replace(w, codes=codes, scales=w.scales[i], shape=codes.shape)
+
+
+def rows_of(x: X, rows: Int[Tensor, " rows"]) -> X:
+    """Return some rows of a matrix, with their gradient."""
+    if isinstance(x, Tensor):
+        return x.index_select(0, rows)
+    return replace(x.select_rows(rows), source=None if x.source is None else x.source.index_select(0, rows))
 
 
 def quantize(

@@ -17,7 +17,6 @@ NaN as a whole, its scale and all its codes, so that the error stays visible. Fr
 number, a finite tile may have an infinite value.
 """
 
-import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Literal
@@ -39,44 +38,7 @@ STRIP = 1 << 18
 made (except by round_tiles with groups of rows)."""
 
 
-def _quantize_cost(x: Tensor, tile: Tile, scale: Scale, format: FormatName, amax_min: float) -> ops.Cost:
-    return ops.Cost(x.nbytes, _code_bytes(x.shape, format) + _scale_bytes(x.shape, tile), 0)
-
-
-def _dequantize_cost(
-    codes: Tensor,
-    scales: Tensor,
-    tile: Tile,
-    format: FormatName = "e4m3",
-    dtype: torch.dtype = torch.float32,
-    columns: int | None = None,
-) -> ops.Cost:
-    shape = (*codes.shape[:-1], codes.shape[-1] if columns is None else columns)
-    return ops.Cost(codes.nbytes + scales.nbytes, math.prod(shape) * dtype.itemsize, 0)
-
-
-def _round_cost(
-    x: Tensor,
-    tile: Tile,
-    scale: Scale,
-    format: FormatName,
-    amax_min: float,
-    dtype: torch.dtype,
-    ends: Tensor | None = None,
-) -> ops.Cost:
-    return ops.Cost(x.nbytes, x.numel() * dtype.itemsize, 0)
-
-
-def _code_bytes(shape: torch.Size, format: FormatName) -> int:
-    last = -(-shape[-1] // 8) * 12 if FORMATS[format].packed else shape[-1]
-    return math.prod(shape[:-1]) * last
-
-
-def _scale_bytes(shape: torch.Size, tile: Tile) -> int:
-    return 4 * math.prod(shape[:-2]) * -(-shape[-2] // tile[0]) * -(-shape[-1] // tile[1])
-
-
-@ops.operation("quantize", cost=_quantize_cost, differentiable=False)
+@ops.operation("quantize", differentiable=False)
 def quantize_tiles(
     x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
 ) -> tuple[Tensor, Float[Tensor, "*batch rt ct"]]:
@@ -90,7 +52,7 @@ def quantize_tiles(
     return encode_tiles(x, scales, tile, format), scales
 
 
-@ops.operation("dequantize", cost=_dequantize_cost, differentiable=False)
+@ops.operation("dequantize", differentiable=False)
 def dequantize_tiles(
     codes: Tensor,
     scales: Float[Tensor, "*batch rt ct"],
@@ -116,7 +78,7 @@ def dequantize_tiles(
     return _in_strips(shape, scales, tile, lambda strip, s: f.decode(codes[..., strip, :], c) * s, dtype)
 
 
-@ops.operation("quantize_dequantize", cost=_round_cost, differentiable=False)
+@ops.operation("quantize_dequantize", differentiable=False)
 def round_tiles(
     x: Float[Tensor, "*batch r c"],
     tile: Tile,

@@ -1,28 +1,29 @@
-"""Dispatch: choose the implementation that runs an operation.
+"""Choose the implementation that runs an operation.
 
-An operation is declared once, on its reference, which is the equation:
+An operation is declared once, on its plain version, the equation, in the file of the idea it belongs to:
 
-    @ops.operation("rms_norm", cost=...)
+    @ops.operation("rms_norm")
     def rms_norm(x, weight, eps):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
-    @rms_norm.eager
+A faster version is found by the operation's name, wherever it is written:
+
+    @ops.eager("rms_norm")
     def _(x, weight, eps): ...          # the same, fast in plain PyTorch
 
 A call then runs the first of these that can serve it:
 
     cpu, triton   the kernel of that name in dsmini_kernels.cpu (tensors in main memory) or dsmini_kernels.triton (GPU)
-    eager         the tuned PyTorch version, or the reference if there is none
-    reference     only on request: DSMINI_BACKEND=reference, or `with ops.use("reference")`
+    eager         the tuned PyTorch version, or the plain one if there is none
+    reference     the plain version, only on request: DSMINI_BACKEND=reference, or `with ops.use("reference")`
 
 Each call chooses again. Kernels compute no gradients. So PyTorch code runs a call whose gradient is wanted, and a call
 under torch.compile, fake tensors or a dispatch mode. Under torch.func and torch.export a version runs whose shapes
-depend on shapes alone, mostly the reference. An autograd function calls operations with gradients off, in forward and
+depend on shapes alone, mostly the plain one. An autograd function calls operations with gradients off, in forward and
 in backward: kernels can serve them. It stores the backend of the forward for backward: `backend = ops.chosen()`, later
 `with ops.use(backend)`.
 
-`cost` returns the least that a call must move and compute. PyTorch cannot see into a kernel, so a counter of bytes
-(`ops.counting`) receives this cost for each call that a kernel served.
+PyTorch cannot see into a kernel, so a counter (`ops.counting`) is told of each call that a kernel served.
 """
 
 import functools
@@ -34,13 +35,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-from dsmini.ops.idle import filled
+from torch.utils.checkpoint import checkpoint
 
 BACKENDS = ("reference", "eager", "cpu", "triton")
 FOR_DEVICE = {"cpu": "cpu", "cuda": "triton"}
@@ -53,32 +53,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Cost(NamedTuple):
-    """Lower bound of a call: each operand is read once, each result is written once."""
+class Call(NamedTuple):
+    """A call that a kernel served."""
 
-    read: int
-    """Bytes."""
-    written: int
-    """Bytes."""
-    flops: int
-    """Floating-point operations of products. A multiply-add counts as two."""
-    rows: float = 1.0
-    """Rows that share a matrix, the mean over all numbers of the matrices; for Muon, the smaller side of a matrix."""
-    dtype: torch.dtype | None = None
-    """Dtype of the matrices, or of the products where it is another, if not that of the result."""
-    attention: int = 0
-    scores: int = 0
-    """Parts of the FLOPs that multiply with rows of a cache, and with an indexer's cached keys."""
-    matrix: int = 0
-    """Numbers of an expert's matrix; 0 where time does not depend on it."""
+    name: str
+    """Name of the operation."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    seconds: float
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [t for argument in (*self.args, *self.kwargs.values()) for t in tensors_of(argument)]
 
 
 class Counter(Protocol):
     """Receiver of the work of kernels, such as `Count` of dsmini.measure."""
 
-    def kernel_ran(
-        self, name: str, cost: Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None: ...
+    def kernel_ran(self, call: Call) -> None: ...
 
 
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -88,33 +82,27 @@ _counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
 
 
 class Operation(Generic[P, R]):
-    """An operation with several implementations. Call it like its reference; make it with `operation`."""
+    """An operation with several implementations. Call it like its plain version; make it with `operation`."""
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable[P, R],
-        cost: Callable[..., Cost],
-        differentiable: bool = True,
-        cost_of_result: bool = False,
-    ) -> None:
+    fast: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {}
+    """Versions by kind, "eager" or "static", and by name. They may be there before their operation."""
+    declared: ClassVar[dict[str, "Operation[..., Any]"]] = {}
+    """All operations by name."""
+
+    def __init__(self, name: str, reference: Callable[P, R], differentiable: bool = True) -> None:
         functools.update_wrapper(self, reference)
-        self.cost_of_result = cost_of_result
-        self.name, self.reference, self.cost, self.differentiable = name, reference, cost, differentiable
-        self.plain = reference
-        """Version in plain PyTorch that runs where no kernel does."""
-        self.static = reference
+        self.name, self.reference, self.differentiable = name, reference, differentiable
+        self.declared[name] = self
+
+    @property
+    def plain(self) -> Callable[P, R]:
+        """Version in PyTorch that runs where no kernel does."""
+        return self.fast.get(("eager", self.name), self.reference)
+
+    @property
+    def static(self) -> Callable[P, R]:
         """Version for torch.func and torch.export, whose shapes depend on shapes alone."""
-
-    def eager(self, version: Callable[P, R]) -> Callable[P, R]:
-        """Declare the tuned PyTorch version, as a decorator."""
-        self.plain = version
-        return version
-
-    def for_transforms(self, version: Callable[P, R]) -> Callable[P, R]:
-        """Declare the version for torch.func and torch.export, as a decorator. Without one the reference runs."""
-        self.static = version
-        return version
+        return self.fast.get(("static", self.name), self.reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # cheap checks first: decoding one token calls hundreds of operations, each a few microseconds long
@@ -137,11 +125,11 @@ class Operation(Generic[P, R]):
     def _try_kernel(self, backend: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the backend's kernel for this call, or PyTorch code where it cannot serve the call."""
         every = (*args, *kwargs.values())
-        if _is_watched(every[0] if isinstance(every[0], Tensor) else next(t for a in every for t in _tensors_of(a))):
+        if _is_watched(every[0] if isinstance(every[0], Tensor) else next(t for a in every for t in tensors_of(a))):
             return self.plain(*args, **kwargs)
         # asked before kernels are loaded, which may compile them
         wanted = self.differentiable and torch.is_grad_enabled()
-        if wanted and any(t.requires_grad for a in every for t in _tensors_of(a)):
+        if wanted and any(t.requires_grad for a in every for t in tensors_of(a)):
             return self.plain(*args, **kwargs)
         kernels = _load(backend)
         if not isinstance(kernels, ModuleType):
@@ -168,28 +156,48 @@ class Operation(Generic[P, R]):
         with torch._C._DisableTorchDispatch():
             result = kernel(*args, **kwargs)
         seconds = time.perf_counter() - start
-        filled(self.name, result)
-        declared: Any = self.cost
-        more = {"result": result} if self.cost_of_result else {}
-        operands = [t for a in (*args, *kwargs.values()) for t in _tensors_of(a)]
-        with torch._C._DisableTorchDispatch():  # operations of the cost are no work of the call
-            cost = declared(*args, **kwargs, **more)
-        counter.kernel_ran(self.name, cost, result, seconds, operands)
+        with torch._C._DisableTorchDispatch():  # what a counter computes is no work of the call
+            counter.kernel_ran(Call(self.name, args, kwargs, result, seconds))
         return result
 
 
-def operation(
-    name: str, *, cost: Callable[..., Cost], differentiable: bool = True, cost_of_result: bool = False
-) -> Callable[[Callable[P, R]], Operation[P, R]]:
-    """Declare an operation on its reference. A kernel of that name takes the same arguments.
+def operation(name: str, *, differentiable: bool = True) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Declare an operation on its plain version. A kernel of that name takes the same arguments.
 
     Args:
-        cost: function of the arguments of a call that returns its lower bound.
         differentiable: if True, PyTorch code runs a call whose gradient is wanted. If False, kernels get such calls too
             and must refuse them.
-        cost_of_result: cost also depends on the result of the call, and takes it as `result`.
     """
-    return lambda reference: Operation(name, reference, cost, differentiable, cost_of_result)
+    return lambda reference: Operation(name, reference, differentiable)
+
+
+def eager(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare the tuned PyTorch version of the operation of that name."""
+    return functools.partial(_declare, "eager", name)
+
+
+def for_transforms(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare the version for torch.func and torch.export of the operation of that name."""
+    return functools.partial(_declare, "static", name)
+
+
+def _declare(kind: str, name: str, version: Callable[P, R]) -> Callable[P, R]:
+    Operation.fast[kind, name] = version
+    return version
+
+
+def load_eager() -> None:
+    """Import the tuned PyTorch versions, so that torch.compile finds them; without them the plain ones run."""
+    try:
+        importlib.import_module("dsmini.functional")
+    except ModuleNotFoundError as error:
+        if error.name != "dsmini.functional":
+            raise
+
+
+def find(name: str) -> Operation[..., Any]:
+    """Return the operation of that name."""
+    return Operation.declared[name]
 
 
 @contextmanager
@@ -301,7 +309,7 @@ def _load(backend: str) -> ModuleType | str:
     return reason
 
 
-def _tensors_of(argument: Any) -> Sequence[Tensor]:
+def tensors_of(argument: Any) -> Sequence[Tensor]:
     """Return the tensors of an argument: itself, or the parts of a quantized tensor."""
     return (argument,) if isinstance(argument, Tensor) else getattr(argument, "tensors", ())
 
@@ -331,6 +339,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return traced(ctx, *grads)
 
     return wrapper
+
+
+def recomputed(run: Callable[..., Any], *args: Any) -> Any:
+    """Return run(*args). Its inputs alone are saved; backward runs it again, on the backend of the forward."""
+    if torch.compiler.is_compiling():
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    backend = chosen()
+
+    def on_the_same_backend(*inputs: Any) -> Any:
+        with use(backend):
+            return run(*inputs)
+
+    return checkpoint(on_the_same_backend, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _is_watched(tensor: Tensor) -> bool:

@@ -2,11 +2,10 @@
 
 import importlib
 import os
-import pkgutil
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,8 @@ from dsmini import ops
 from dsmini.ops import BACKENDS, FOR_DEVICE, VARIABLE, Operation
 
 ISA_VARIABLE = "DSMINI_CPU_ISA"
-ROOMS = ("dsmini.numerics", "dsmini.functional")
-"""Packages whose modules declare operations."""
+DECLARE = ("dsmini.nn", "dsmini.numerics", "dsmini.inference.fused", "dsmini.numerics.orthogonalize")
+"""Modules that declare operations."""
 RUNS = "runs"
 REASONS = {
     RUNS: "this implementation serves a call",
@@ -39,14 +38,11 @@ class Implementations(NamedTuple):
     cells: dict[str, str]
 
 
-def operations() -> dict[str, Operation]:
+def operations() -> dict[str, Operation[..., Any]]:
     """Return the operations of dsmini by name."""
-    found: dict[str, Operation] = {}
-    for room in ROOMS:
-        for module in pkgutil.iter_modules(importlib.import_module(room).__path__):
-            parts = vars(importlib.import_module(f"{room}.{module.name}")).values()
-            found |= {part.name: part for part in parts if isinstance(part, Operation)}
-    return dict(sorted(found.items()))
+    for module in DECLARE:
+        importlib.import_module(module)
+    return dict(sorted(Operation.declared.items()))
 
 
 def rows(device: str) -> list[Implementations]:
@@ -62,7 +58,7 @@ def rows(device: str) -> list[Implementations]:
     ]
 
 
-def _cells(operation: Operation, device: str, forced: str | None, wanted: str) -> dict[str, str]:
+def _cells(operation: Operation[..., Any], device: str, forced: str | None, wanted: str) -> dict[str, str]:
     is_tuned = operation.plain is not operation.reference
     cells = {backend: _kernel_cell(operation.name, backend, device, forced) for backend in FOR_DEVICE.values()}
     by_kernel = {RUNS, "raises"} & set(cells.values())

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dsmini.checkpoint.training_state import check_tensors
 from dsmini.config import TrainConfig
 from dsmini.distributed.data_parallel import local
-from dsmini.functional.muon import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.numerics.orthogonalize import JORDAN, NEWTON_SCHULZ, MuonMatrices, NewtonSchulz, muon_update
 
 
 class AdamWBF16(Optimizer):

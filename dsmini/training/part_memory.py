@@ -17,8 +17,7 @@ from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.world import World
 from dsmini.nn import Transformer
 from dsmini.nn.block import Block
-from dsmini.nn.experts import Experts
-from dsmini.nn.moe import MoE
+from dsmini.nn.moe import Experts, MoE
 from dsmini.training.optim import is_inner_matrix
 
 

@@ -63,7 +63,7 @@ class StepRecord:
     """Optional figures, in metrics.jsonl keys like the others. Validation losses of the last step: val_loss_ema, with
     the EMA of the parameters, and val_loss_at_eval_context. With several processes: spread, as in StepResult, and
     busiest, the number of the part of the batch with most work. With DSA: indexer_kl, indexer_recall and indexer_mass,
-    means over the layers of what IndexerFit says, and layer_indexer_* of each layer. With train.diagnose, where what
+    means over the layers of what IndexerLoss says, and layer_indexer_* of each layer. With train.diagnose, where what
     binds the run has changed: binds, "Data", "Algorithm", "Machine" or "" for nothing, and binds_share."""
 
     @classmethod

@@ -15,9 +15,9 @@ from dsmini.distributed.data_parallel import divided_like, local
 from dsmini.distributed.mesh import Mesh
 from dsmini.distributed.passes import StepBatch
 from dsmini.distributed.pieces import HeldRows, Pieces
-from dsmini.functional.cross_entropy import IGNORE
 from dsmini.machine import synchronize
-from dsmini.nn import IndexerFit, Transformer, max_violation
+from dsmini.nn import IndexerLoss, Transformer, max_violation
+from dsmini.nn.losses import IGNORE
 from dsmini.training.average import ParameterAverage
 from dsmini.training.dsa_stage import begin_stage
 from dsmini.training.optim import check_optimizer_state, load_optimizer_state, optimizer_state, optimizers
@@ -49,7 +49,7 @@ class StepResult:
     skipped: bool
     """The gradient or a loss was not finite, so nothing was changed."""
     indexers: Mapping[str, list[float]] | None = None
-    """Figures of IndexerFit by name, of each layer whose indexer learns; None without any."""
+    """Figures of IndexerLoss by name, of each layer whose indexer learns; None without any."""
     work: tuple[float, ...] = ()
     """CPU seconds of each part of the batch in forward and backward, without waiting; empty for a single process."""
     stopping: bool = False
@@ -152,7 +152,7 @@ class Trainer:
             data_wait=waited / seconds,
             counts=loads[0].cpu() if loads else None,
             skipped=not finite,
-            indexers={name: fits[i::3] for i, name in enumerate(IndexerFit._fields)} if fits else None,
+            indexers={name: fits[i::3] for i, name in enumerate(IndexerLoss._fields)} if fits else None,
             work=tuple(work.tolist()) if mesh.parts > 1 else (),
             stopping=bool(stopping),
         )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmini import ModelConfig, Transformer
 from dsmini.accounting import decode_flops_per_token, flops_per_token, parameters, step_flops
+from dsmini.nn.forms import attention_work
 from tests.helpers.accounting import ATTENTIONS, DTYPES, GROUPED, WHOLE, attention_by, explicit, form_of, sized
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs
@@ -186,7 +187,7 @@ def test_the_form_counted_is_the_one_the_layer_takes(config: ModelConfig) -> Non
     if not config.is_mla or config.qk_norm:
         assert counted == decode_flops_per_token(config, context=config.max_seq_len, form="expanded")
         return
-    form = Transformer(config).layers[0].attn.work(1, 64).cheaper  # pyright: ignore
+    form = attention_work(Transformer(config).layers[0].attn, 1, 64).cheaper  # pyright: ignore
     assert form == "absorbed"
     assert counted == decode_flops_per_token(config, context=config.max_seq_len, form=form)
 

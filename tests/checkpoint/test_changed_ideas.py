@@ -17,9 +17,9 @@ class OtherGate(dsmini.Gate):
 
 
 class OtherResidual(dsmini.Block):
-    def forward(self, x, table=None, documents=None, past=None):
-        y, routing = super().forward(x, table, documents, past)
-        return x + y, routing
+    def forward(self, x, context=None):
+        y, aux = super().forward(x, context)
+        return x + y, aux
 
 
 class OtherNorms(dsmini.Transformer):

@@ -93,8 +93,8 @@ def test_only_chosen_experts_are_dequantized(
 ) -> None:
     kept = load_pretrained(fp8_folder[0], fp8="keep")
     taken: list[int] = []
-    plain = functional_experts.expert_of
-    monkeypatch.setattr(functional_experts, "expert_of", lambda w, i: taken.append(i) or plain(w, i))
+    plain = functional_experts.matrix_of
+    monkeypatch.setattr(functional_experts, "matrix_of", lambda w, i: taken.append(i) or plain(w, i))
     out = kept.run(torch.randint(0, 61, (1, 1)))
     assert sorted(set(taken)) == out.routing[0].indices.flatten().sort().values.tolist()
     assert len(taken) == 3 * kept.config.n_activated_experts  # w1, w2 and w3

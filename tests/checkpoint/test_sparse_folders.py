@@ -139,7 +139,7 @@ def test_fresh_indexers_learn_in_a_model_that_they_joined(small_model: Build) ->
     model = small_model()
     add_indexers(model, n_heads=3, head_dim=32, topk=8)
     model.train()(torch.randint(0, 61, (2, 20))).sum().backward()
-    assert all(layer.stage is None and layer.fits is None for layer in dsa_layers(model))
+    assert all(layer.stage is None for layer in dsa_layers(model))
 
 
 def test_fresh_indexers_have_the_sizes_of_their_model() -> None:

@@ -17,7 +17,7 @@ def test_explain_command_prints_a_table_or_json(tmp_path: Path, monkeypatch: pyt
     said = json.loads(line.splitlines()[-1])
     assert said.keys() == explanation.operations().keys()
     assert {cells["cpu"] for cells in said.values()} == {"forced away", "no kernel"}
-    assert said["linear"]["eager"] == "runs"
+    assert said["experts"]["eager"] == "runs"
 
 
 def test_unknown_backend_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

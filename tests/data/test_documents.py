@@ -1,5 +1,6 @@
 """The cross-document mask: a document in a packed sequence is treated as if it stood alone."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.functional.causal_attention import causal_attention_eager
+from dsmini.functional.attention import causal_attention_eager
+from dsmini.nn.attention import context_of
 from tests.helpers.tolerances import FP32_UNIT, ROPE_TABLE, relative_error, rounding
 
 SIZES: dict[str, Any] = {"dim": 24, "n_heads": 3, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -23,7 +25,7 @@ def test_each_document_attends_as_if_alone(randomise: Any, kind: str, borders: l
     documents = torch.zeros(2, 37, dtype=torch.int64)
     for border in borders:
         documents[:, border:] += 1
-    packed = layer(x, documents=documents)
+    packed = layer(x, dataclasses.replace(context_of(x, layer.rope), documents=documents))
     alone = torch.cat([layer(part) for part in x.tensor_split(borders, 1)], 1)
     assert relative_error(packed, alone) <= 8 * ROPE_TABLE
     assert relative_error(layer(x), alone) > 1e-3

@@ -21,7 +21,7 @@ from dsmini.diagnosis.findings.guesses import acceptance
 from dsmini.diagnosis.findings.padding import padded_rows, padding
 from dsmini.diagnosis.findings.reading import TextRates, reading_findings, text_rates
 from dsmini.diagnosis.subject import Subject
-from dsmini.functional.cross_entropy import IGNORE
+from dsmini.nn.losses import IGNORE
 from dsmini.text.tokenizer import ByteTokenizer
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, World, step_of
@@ -89,7 +89,9 @@ def test_kernel_multiplies_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "row_alignment", told)
     model = Transformer(WIDE, compute_dtype=torch.bfloat16)
     first: Any = model.layers[1]
-    first.ffn.experts.register_forward_hook(lambda *_: seen[0].kernel_ran("trained_experts", None))
+    first.ffn.experts.register_forward_hook(
+        lambda *_: seen[0].kernel_ran(ops.Call("trained_experts", (), {}, None, 0.0))
+    )
     found = padded_rows(model, torch.randint(0, 256, (1, 257)))
     assert found is not None and seen.count("asked") == 2, "that of two layers, and none of the first"
 

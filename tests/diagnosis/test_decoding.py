@@ -35,9 +35,9 @@ from dsmini.diagnosis.diagnosis import LookPlan, diagnose
 from dsmini.diagnosis.evidence import evidence
 from dsmini.diagnosis.record import record_of
 from dsmini.diagnosis.verdict import Outcome
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.speculative import Drafter
-from dsmini.nn import MLA, Cache, FeedForward, MoE
+from dsmini.nn import MLA, Cache, FeedForward, MoE, mla
 from dsmini.report import Report, pick, values
 from tests.conftest import Clock
 from tests.diagnosis.conftest import MODEL, decoding_subject
@@ -168,14 +168,14 @@ def test_forms_are_those_asked_for(
 ) -> None:
     """Check the forms of both layers, and that the token is the subject's: rows and tokens are shared."""
     seen: list[str] = []
-    real = MLA.form_for
+    real = mla.form_of
 
-    def form_for(self: MLA, queries: int, past: Any) -> Any:
-        seen.append(real(self, queries, past))
+    def form_of(layer: MLA, queries: int, cache: Any) -> Any:
+        seen.append(real(layer, queries, cache))
         return seen[-1]
 
     run, want = arm.steps(decoding.model, decoding.point), decoding._run()
-    monkeypatch.setattr(MLA, "form_for", form_for)
+    monkeypatch.setattr(mla, "form_of", form_of)
     got: Any = run()
     assert seen == [form] * 2 and isinstance(want, Tensor) and torch.equal(got, want)
 

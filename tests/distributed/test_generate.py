@@ -13,7 +13,7 @@ from dsmini import ModelConfig, Transformer, load_pretrained
 from dsmini.distributed.decode import Agreement, ExpertHolders, ExpertShare, SharedTokens, layers_of_holders
 from dsmini.distributed.generation import read_placement, sharing
 from dsmini.distributed.world import World
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.generation import Generation
 from dsmini.inference.sampling import Sampling
 from dsmini.nn.moe import MoE

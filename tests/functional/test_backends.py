@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.cached_attention import absorbed_attention, cached_attention
-from dsmini.functional.causal_attention import causal_attention
-from dsmini.functional.cross_entropy import IGNORE, linear_cross_entropy
-from dsmini.functional.experts import experts
-from dsmini.functional.linear import linear
-from dsmini.functional.rms_norm import rms_norm
-from dsmini.functional.rope import apply_rope
-from dsmini.functional.swiglu import swiglu
-from dsmini.nn import Rope
+from dsmini.measure.costs import COSTS, cost_of
+from dsmini.nn.attention import cached_attention, causal_attention
+from dsmini.nn.layers import linear, rms_norm
+from dsmini.nn.losses import IGNORE, linear_cross_entropy
+from dsmini.nn.mla import absorbed_attention
+from dsmini.nn.moe import experts
 from dsmini.numerics import WEIGHT_TILE, quantize
 from tests.functional.conftest import BACKENDS, SIZES, forced, moved, routed, tied
 from tests.helpers.configs import refusal
@@ -52,6 +49,7 @@ def mask_of(s: int, t: int, batch: int) -> Tensor:
 def expert_case(
     n: int, dtype: torch.dtype, m: int = 24, f: int = 16, e: int = 6, k: int = 2, routing: Routing | None = None
 ) -> Case:
+    torch.manual_seed(n)  # the gradient of a routing weight is one product, whose terms may cancel
     indices, weights, counts = routing or routed(n, k, e, empty=(0, 3))
     w1, w3 = normal(e, f, m, dtype=torch.float32, scale=m**-0.5), normal(e, f, m, dtype=torch.float32, scale=m**-0.5)
     w2 = normal(e, m, f, dtype=torch.float32, scale=f**-0.5)
@@ -66,8 +64,6 @@ def cases(n: int, dtype: torch.dtype) -> Iterator[Case]:
 
     yield Case(linear, (x(2, n, 23), normal(31, 23, dtype=torch.float32)), terms=23)
     yield Case(rms_norm, (x(2, n, 23), torch.rand(23) + 0.5, 1e-6), terms=23)
-    yield Case(apply_rope, (x(2, n, 3, 8), Rope(dim=8).table(torch.arange(n) + 5)), terms=2)
-    yield Case(swiglu, (x(2, n, 17), x(2, n, 17)), terms=1)
     documents = (torch.arange(n) // 20).expand(2, n)
     for given in (None, documents):
         heads = (x(2, 3, n, 12), x(2, 3, n, 12), x(2, 3, n, 7))
@@ -146,23 +142,18 @@ def test_cost_counts_operands_once_and_products(n: int) -> None:
     """Every tensor of a call is read once, its result written once, FLOPs are those of torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for case in cases(n, torch.float32):
-        cost = case.operation.cost(*case.arguments)
+    of_kernels = [case for case in cases(n, torch.float32) if case.operation.name in COSTS]
+    assert {case.operation for case in of_kernels} == {linear, experts}
+    for case in of_kernels:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             y = case.operation.reference(*case.arguments)
-        tensors = [t for a in case.arguments for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
-        assert cost.written == y.nbytes
+        cost = cost_of(case.operation.name, y, *case.arguments)
         unread = 0
-        if case.operation is experts:  # those that nobody chose stay where they are
+        if case.operation is experts:  # those that no token chose are not read
             counts, *matrices = case.arguments[3:]
             unread = int((counts == 0).sum()) * sum(w[0].nbytes for w in matrices)
-        given = sum(t.nbytes for t in tensors if t.dtype != torch.bool)
-        if case.operation is causal_attention:  # of two triangles one is computed; documents are whole numbers
-            assert cost.flops == counter.get_total_flops() * (n + 1) // (2 * n)
-            given -= sum(t.nbytes for t in tensors if not t.is_floating_point())
-        else:
-            assert cost.flops == counter.get_total_flops(), case.operation.name
-        assert cost.read == given - unread, case.operation.name
+        assert cost.flops == counter.get_total_flops() and cost.written == y.nbytes
+        assert cost.read == sum(t.nbytes for t in case.arguments if isinstance(t, Tensor)) - unread
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "reference"])

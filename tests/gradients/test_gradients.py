@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from dsmini import MLA, MTP, Attention, Experts, FeedForward, ModelConfig, MoE, RMSNorm, Transformer
-from dsmini.functional.cross_entropy import IGNORE
-from dsmini.functional.rms_norm import rms_norm
 from dsmini.nn import DSA, Rope, apply_rope, linear_cross_entropy, sequence_balance_loss
+from dsmini.nn.layers import rms_norm
+from dsmini.nn.losses import IGNORE
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 
 TINY: dict[str, Any] = {
@@ -82,7 +82,7 @@ def test_rms_norm_on_a_cpu_equals_torchs(randomise: Any, dtype: torch.dtype, siz
 def test_norms_and_rotations_of_bf16_round_only_their_result(randomise: Any) -> None:
     """Computed in FP32 they are the exact result rounded, but for the few that lie halfway between two BF16 numbers."""
     norm, x = randomise(RMSNorm(64)), torch.randn(1, 130, 1, 64).bfloat16()
-    cos, sin = Rope(dim=64).table(torch.arange(130))
+    cos, sin = Rope(dim=64).cos_sin(torch.arange(130))
     exact = [rms_norm(x.double(), norm.weight.double(), norm.eps), apply_rope(x.double(), (cos.double(), sin.double()))]
     for got, want in zip([norm(x), apply_rope(x, (cos, sin))], exact, strict=True):
         assert got.dtype == torch.bfloat16
@@ -92,7 +92,7 @@ def test_norms_and_rotations_of_bf16_round_only_their_result(randomise: Any) -> 
 @pytest.mark.parametrize("original_seq_len", [None, 8])
 def test_apply_rope(original_seq_len: int | None) -> None:
     rope = Rope(dim=6, original_seq_len=original_seq_len, factor=8.0, mscale=0.7)
-    table = rope.table(torch.tensor([0, 3, 11]))
+    table = rope.cos_sin(torch.tensor([0, 3, 11]))
     assert gradcheck(lambda x: apply_rope(x, table), (rand(2, 3, 1, 6),))
 
 

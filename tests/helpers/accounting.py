@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, quantize
 from dsmini.checkpoint.load import fp8_weights
-from dsmini.functional.causal_attention import causal_attention_eager
-from dsmini.nn import fp8, mla
+from dsmini.functional.attention import causal_attention_eager
+from dsmini.nn import attention, fp8
 from dsmini.numerics import WEIGHT_TILE
 
 eager: Any = causal_attention_eager  # with its methods, which the type of the operation lacks
@@ -61,7 +61,7 @@ def hold_fp8(model: Transformer) -> Transformer:
 def attention_by(function: Callable[..., Tensor], block: int = 128) -> Iterator[None]:
     """Let all attentions compute by this function, with this many queries in a block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mla, "causal_attention", function)  # attend calls it there
+        patch.setattr(attention, "causal_attention", function)  # attend calls it there
         patch.setattr(sys.modules[causal_attention_eager.__module__], "BLOCK", block)
         yield
 

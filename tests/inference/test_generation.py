@@ -203,7 +203,7 @@ def test_a_long_prompt_is_read_in_parts(small_model: Model, monkeypatch: pytest.
     model = small_model().eval()
     prompts = [torch.randint(0, 61, (n,)) for n in (20, 3, 11)]
     want = dsmini.generate(model, prompts, 8, speculative=True)
-    monkeypatch.setattr("dsmini.inference.prefill.PREFILL", 4)
+    monkeypatch.setattr("dsmini.inference.generation.PREFILL", 4)
     assert torch.equal(dsmini.generate(model, prompts, 8, speculative=True).tokens, want.tokens)
     read: list[tuple[int, int]] = []
     generation = Generation(model, [row.tolist() for row in prompts], 2, watch=lambda *done: read.append(done))

@@ -1,7 +1,6 @@
 """Bytes that a generation says its steps moved: those that the kernels' costs count, and those of accounting."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from dsmini.accounting import traffic
 from dsmini.inference.generation import Generation
 from dsmini.inference.stats import Stats
 from dsmini.inference.writer import figures_in_words
+from dsmini.measure.costs import Cost, cost_of
 from dsmini.measure.counting import count
 from dsmini.measure.workloads import random_model
 from dsmini.nn.cache import CacheDtype
@@ -28,12 +28,10 @@ class Costs:
     """The costs of the kernels that ran, by the name of the operation."""
 
     def __init__(self) -> None:
-        self.of: list[tuple[str, ops.Cost]] = []
+        self.of: list[tuple[str, Cost]] = []
 
-    def kernel_ran(
-        self, name: str, cost: ops.Cost, result: Any, seconds: float, operands: Sequence[Tensor] = ()
-    ) -> None:
-        self.of.append((name, cost))
+    def kernel_ran(self, call: ops.Call) -> None:
+        self.of.append((call.name, cost_of(call.name, call.result, *call.args, **call.kwargs)))
 
 
 def generation(weights: str, prompts: list[list[int]], speculative: bool = False, **changes: Any) -> Generation:

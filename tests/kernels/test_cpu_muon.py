@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.muon import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
+from dsmini.measure.costs import cost_of
 from dsmini.measure.counting import count
+from dsmini.numerics.orthogonalize import JORDAN, POLAR_EXPRESS, MuonMatrices, NewtonSchulz, muon_update
 from dsmini_kernels import Unserved, cpu
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit
@@ -169,7 +170,7 @@ def test_a_counter_gets_the_cost() -> None:
     given = copy_of(matrices_of([(3, 5, 9), (9, 5)]))
     counted = count(lambda: muon_update(given, JORDAN, **HOW, matmul_dtype=torch.float32))
     (one,) = (op for op in counted.operations if op.name == "muon_update")
-    cost = muon_update.cost(given, JORDAN, **HOW, matmul_dtype=torch.float32)
+    cost = cost_of("muon_update", None, given, JORDAN, **HOW, matmul_dtype=torch.float32)
     assert (one.read, one.written, one.flops) == cost[:3]
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dsmini import ModelConfig, Transformer, ops
-from dsmini.functional.experts import experts, quantized_experts
-from dsmini.functional.linear import linear
 from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
+from dsmini.nn.fp8 import quantized_experts
+from dsmini.nn.layers import linear
+from dsmini.nn.moe import experts
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import panels
 from tests.helpers.decoding import WEIGHTS

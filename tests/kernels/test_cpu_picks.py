@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmini import ops
-from dsmini.functional.sparse_attention import index_scores, pick_keys, picked_attention
+from dsmini.nn.dsa import index_scores, pick_keys, picked_attention
 from dsmini_kernels import Unserved, cpu
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit

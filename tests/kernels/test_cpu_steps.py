@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmini import Transformer, ops
-from dsmini.functional.decoding import (
+from dsmini.inference.fused.operations import (
     GroupedAttentionPart,
     NormPart,
     attention_step,
@@ -22,7 +22,7 @@ from dsmini.functional.decoding import (
     grouped_attention_step,
     normed,
 )
-from dsmini.inference.parts import parts_of
+from dsmini.inference.fused.weights import parts_of
 from dsmini.nn import Cache
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
@@ -50,8 +50,8 @@ def layers(model: Transformer, cache: Cache, s: int) -> Iterator[tuple[Any, ...]
     """Yield each block's parts with its part of the cache, the table of positions, and the starts."""
     tokens = torch.zeros(cache.batch_size, s, dtype=torch.int64)
     window = cache.place(model.config, tokens)
-    table = model.rope.table(window.positions)
-    for block, past in zip(model.layers, cache.pasts(window), strict=True):
+    table = model.rope.cos_sin(window.positions)
+    for block, past in zip(model.layers, cache.views(window), strict=True):
         parts = parts_of(block)
         assert parts is not None
         yield *parts, past, table, cache.lengths

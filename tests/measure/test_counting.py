@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import QUICK
 from dsmini import Transformer, accounting, ops, quantize
-from dsmini.functional import causal_attention
+from dsmini.functional import attention
+from dsmini.measure import counting
+from dsmini.measure.costs import Cost
 from dsmini.measure.counting import Count, CountedOperation, count
 from tests.conftest import randomise
 from tests.helpers.questions import TINY
@@ -146,11 +148,14 @@ def test_a_cache_keeps_what_was_used_last() -> None:
 
 
 @pytest.mark.parametrize(("n", "first", "again"), [(1000, 4000, 0), (3000, 24_000, 24_000)])
-def test_a_kernel_finds_in_the_cache_what_was_used_last(n: int, first: int, again: int) -> None:
+def test_a_kernel_finds_in_the_cache_what_was_used_last(
+    monkeypatch: pytest.MonkeyPatch, n: int, first: int, again: int
+) -> None:
     """Count a kernel that changes a tensor in place: one that a cache of 8,100 bytes holds, and a larger one."""
     counter, x = Count(8100), torch.rand(n)
+    monkeypatch.setattr(counting, "cost_of", lambda *_: Cost(x.nbytes, x.nbytes, 0))
     for _ in range(2):
-        counter.kernel_ran("kernel", ops.Cost(x.nbytes, x.nbytes, 0), None, 1.0, [x])
+        counter.kernel_ran(ops.Call("kernel", (x,), {}, None, 1.0))
     assert [op.cold for op in counter.operations] == [first, again]
 
 
@@ -170,7 +175,7 @@ def test_flops_of_a_training_step_are_the_configs(
     seq_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Allow 1 % for one block of queries without padding; padding and masks add FLOPs otherwise."""
-    monkeypatch.setattr(causal_attention, "BLOCK", 128)
+    monkeypatch.setattr(attention, "BLOCK", 128)
     model = randomise(Transformer(CONFIG, compute_dtype=dtype))
     tokens, targets = torch.randint(0, 256, (2, 4, seq_len)).unbind()
     counted = count(lambda: model.losses(tokens, targets).total.backward())
@@ -214,7 +219,7 @@ def test_kernels_are_counted_by_their_declared_cost() -> None:
         kernel = count(lambda: quantize(x))
     with ops.use("eager"):
         plain = count(lambda: quantize(x))
-    declared = ops.Cost(x.nbytes, x.numel() + 4 * 256 * 3, 0)
+    declared = Cost(x.nbytes, x.numel() + 4 * 256 * 3, 0)
     (ran,) = [op for op in kernel.operations if op.name == "quantize"]
     assert (ran.read, ran.written, ran.flops) == declared[:3]
     assert not [op for op in plain.operations if op.name == "quantize"]

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dsmini import ModelConfig, TrainConfig
 from dsmini.measure.counting import Count, count
-from dsmini.measure.dry import Dry, Holding, counted_twice, dry_count
+from dsmini.measure.dry import Dry, Holding, counted_twice, dry_count, idle_kernels
 from dsmini.measure.workloads import StepDtype, StepShape, Work
-from dsmini.ops.idle import without_running
 from tests.helpers.questions import TINY
 
 CPU = torch.device("cpu")
@@ -104,12 +103,12 @@ def test_kernels_compute_again_after_a_dry_run() -> None:
     want = x @ weight.T
 
     def linear() -> Tensor:
-        from dsmini.functional.linear import linear as multiply
+        from dsmini.nn.layers import linear as multiply
 
         with torch.no_grad():
             return multiply(x, weight)
 
-    with without_running(lambda name, result: None), torch.no_grad():
+    with idle_kernels(), torch.no_grad():
         idle = count(linear)
     assert [op.name for op in idle.operations] == ["linear"]
     torch.testing.assert_close(linear(), want, rtol=1e-4, atol=1e-3)

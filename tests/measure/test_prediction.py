@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dsmini import TrainConfig, Transformer, ops
-from dsmini.functional.trained_experts import trained_experts
-from dsmini.measure import prediction
+from dsmini.measure import counting, prediction
+from dsmini.measure.costs import Cost
 from dsmini.measure.counting import Count, CountedOperation, count
 from dsmini.measure.forecast import forecast, forecast_decode, forecast_prefill, forecast_training
 from dsmini.measure.prediction import operation_seconds, predicted_seconds
@@ -91,22 +91,23 @@ def test_narrow_experts_are_slower_by_flop(width: int, hidden: int, rate: float)
     x, matrices = torch.ones(4, width), [torch.ones(2, *shape) for shape in ((hidden, width), (width, hidden)) * 2][:3]
     routing = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), torch.tensor([4, 0])
     counter = Count()
-    counter.kernel_ran("trained_experts", trained_experts.cost(x, *routing, *matrices), x, 1.0)
+    counter.kernel_ran(ops.Call("trained_experts", (x, *routing, *matrices), {}, x, 1.0))
     (op,) = counter.operations
     assert op.flops == 6 * 4 * width * hidden
     assert operation_seconds(op, there) == pytest.approx(op.flops / rate)
 
 
-def test_each_part_of_a_kernel_has_a_rate_of_its_own() -> None:
+def test_each_part_of_a_kernel_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {"linear": 1e9, "cached attention": 2e9, "index scores": 5e8, "pick keys": 4e9}
     machine, x = plain_roofs(kernels=kinds), torch.ones(8)
-    whole = ops.Cost(32, 32, 7_000_000, attention=4_000_000, scores=1_000_000)
+    whole = Cost(32, 32, 7_000_000, attention=4_000_000, scores=1_000_000)
     for name, cost, want in (
         ("attention_step", whole, 2e6 / 1e9 + 4e6 / 2e9 + 1e6 / 5e8),
-        ("pick_keys", ops.Cost(32, 32, 8_000_000), 8e6 / 4e9),
+        ("pick_keys", Cost(32, 32, 8_000_000), 8e6 / 4e9),
     ):
         counter = Count()
-        counter.kernel_ran(name, cost, x, 1.0)
+        monkeypatch.setattr(counting, "cost_of", lambda *_, cost=cost: cost)
+        counter.kernel_ran(ops.Call(name, (), {}, x, 1.0))
         (op,) = counter.operations
         assert operation_seconds(op, machine) == pytest.approx(want), name
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, FeedForward, ModelConfig, MoE, ops
-from dsmini.functional import cached_attention as attention
+from dsmini.functional import attention
 from tests import reference_model as reference
 from tests.conftest import SMALL
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
@@ -49,7 +49,7 @@ def test_decoding_in_parts_equals_attention_by_hand(
     k, v = (part.unflatten(-1, (groups, -1)).transpose(1, 2) for part in rows.tensor_split((groups * d,), -1))
     hidden = torch.zeros(batch, 2, t, dtype=torch.bool)
     hidden[:, 0, -1] = hidden[0, :, 70:90] = True
-    got = attention.cached_attention(q, k, v, d**-0.5, hidden)
+    got = attention.cached_attention_eager(q, k, v, d**-0.5, hidden)
 
     whole_k, whole_v = (x.double().repeat_interleave(6 // groups, 1) for x in (k, v))
     logits = (torch.einsum("bhsd,bhtd->bhst", q.double(), whole_k) * d**-0.5).masked_fill(hidden[:, None], -torch.inf)
@@ -57,16 +57,16 @@ def test_decoding_in_parts_equals_attention_by_hand(
     unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
     # sums of 8 and of 200 terms in FP32; what is rounded to dtype are logits, weights and the parts' sums
     assert relative_error(got, want) <= rounding(FP32_UNIT, terms=200, chained=2) + rounding(unit, chained=3)
-    assert [part.shape[2] for part in attention.parts_of(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
+    assert [part.shape[2] for part in attention.split_keys(k)] == ([t] if batch * groups == 1 else [64, 64, 64, 8])
 
 
 def test_only_what_is_large_goes_in_parts_of_a_quarter() -> None:
     rows = torch.empty(1, 65536, 2, 256, dtype=torch.bfloat16, device="cpu")  # 64 MiB, no page of it is touched
     whole = rows.transpose(1, 2)
-    assert [part.shape[2] for part in attention.parts_of(whole)] == [8192] * 8
-    assert len(attention.parts_of(whole[:, :, :32767])) == 1
-    assert len(attention.parts_of(whole[:, :, :32768])) == 4
-    assert len(attention.parts_of(whole[:, :1])) == 1 and len(attention.parts_of(whole.contiguous())) == 1
+    assert [part.shape[2] for part in attention.split_keys(whole)] == [8192] * 8
+    assert len(attention.split_keys(whole[:, :, :32767])) == 1
+    assert len(attention.split_keys(whole[:, :, :32768])) == 4
+    assert len(attention.split_keys(whole[:, :1])) == 1 and len(attention.split_keys(whole.contiguous())) == 1
 
 
 def test_parts_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

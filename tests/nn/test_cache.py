@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsmini import MLA, Linear, ModelConfig, Transformer, ops
 from dsmini.nn import Cache
-from dsmini.nn.cache import Past
+from dsmini.nn.forms import attention_work, form_of
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.tolerances import BF16_CACHE, E4M3_CACHE, FP32_MODEL, FP32_UNIT, relative_error, rounding
@@ -243,11 +243,11 @@ def test_absorbed_halves_are_prepared_again_after_a_change(small_model: Model, m
 def test_the_form_with_less_work_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by hand: h=4, c=64, nope=32, rope=16, v=32."""
     mla = MLA()
-    one = mla.work(1, 100)
+    one = attention_work(mla, 1, 100)
     assert one.to_expand == 2 * 100 * 64 * 4 * (32 + 32)
     assert one.expanded == one.to_expand + 2 * 100 * 4 * (32 + 16 + 32)
     assert one.absorbed == 2 * 4 * 64 * (32 + 32) + 2 * 100 * 4 * (64 + 16 + 64)
-    assert one.cheaper == "absorbed" and mla.work(100, 100).cheaper == "expanded"
+    assert one.cheaper == "absorbed" and attention_work(mla, 100, 100).cheaper == "expanded"
     assert str(one).startswith("absorbed, for 1 queries and 100 keys: expanded 3.3 MFLOP, 3.3 of them to expand")
 
 
@@ -275,7 +275,8 @@ def test_a_form_can_be_forced(small_model: Model, form: Any) -> None:
     mla = model.layers[0].attn
     for s in (1, 20):
         cache = model.new_cache(1, 32, form=form)
-        assert mla.form_for(s, Past(store=cache.stores[0], window=cache.window(s), form=form)) == form
+        (view, *_) = cache.views(cache.place(model.config, tokens_of(1, s)))
+        assert form_of(mla, s, view) == form
 
 
 # what is refused
@@ -294,7 +295,7 @@ def test_fractions_are_no_lengths_and_no_rows(small_model: Model) -> None:
     ):
         said = refusal(method, cache, given_value)
         assert said.startswith(words) and said.endswith("; want whole numbers, such as int64")
-    assert "want whole numbers" in refusal(cache.window, 2, torch.tensor([1.5, 1.0]))
+    assert "want whole numbers" in refusal(cache.place, cache.config, tokens_of(2, 2), torch.tensor([1.5, 1.0]))
 
 
 def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -> None:
@@ -302,11 +303,19 @@ def test_call_that_does_not_fit_raises_and_changes_nothing(small_model: Model) -
     cache = model.new_cache(2, 16, torch.float32)
     model(tokens[:, :10], cache)
     before = [store.data.clone() for store in cache.stores]
+    place = inspect.unwrap(Cache.place)  # no type checks
     for words, call, *arguments in (
         ("holds 16 tokens a sequence, and this call would make 17; make it with", model, tokens[:, :7], cache),
         ("1 rows of tokens for a cache of 2", model, tokens[:1, :2], cache),
         ("lengths=[3, 1] for 2 sequences of 2", model, tokens[:, :2], cache, torch.tensor([3, 1])),
-        ("lengths=[1] for 2 sequences", cache.window, 2, torch.tensor([1])),
+        (
+            "lengths=[1] for 2 sequences",
+            place,
+            cache,
+            cache.config,
+            tokens[:, :2],
+            torch.tensor([1]),
+        ),
         ("truncate to [11, 11], but the lengths are [10, 10]", cache.truncate, 11),
         ("truncate to [-1, 3]", cache.truncate, torch.tensor([-1, 3])),
         ("truncate to [1]; want one length for all 2", cache.truncate, torch.tensor([1])),

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dsmini import MLA, ModelConfig, Transformer, ops
 from dsmini.functional import sparse_attention
-from dsmini.functional.cached_attention import cached_attention
-from dsmini.functional.sparse_attention import picked_attention, unpicked
-from dsmini.nn import DSA, Cache, dsa
-from dsmini.nn.layer_cache import LayerCache
+from dsmini.nn import DSA, Cache, attention, dsa
+from dsmini.nn.attention import cached_attention, context_of
+from dsmini.nn.cache import LayerCache
+from dsmini.nn.dsa import picked_attention, topk_mask
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
@@ -72,7 +72,7 @@ def test_a_sliding_window_leaves_the_rest_to_pick_from() -> None:
     x = torch.randn(1, 30, 23)
     layer.mask = lambda q, k: q - k >= 6
     latent = layer.q_norm(layer.wq_a(x))  # pyright: ignore[reportOptionalCall]
-    for t, row in enumerate(layer.picks(x, latent, layer.rope.table(torch.arange(30)))[0]):
+    for t, row in enumerate(layer.select_topk(x, latent, context_of(x, layer.rope))[0]):
         assert set(row[row >= 0].tolist()) <= set(range(t - 5, t + 1)) and (row >= 0).sum() == min(4, t + 1)
 
 
@@ -111,7 +111,7 @@ def test_mask_and_gather_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_mask_of_picks_hides_all_others() -> None:
-    mask = unpicked(torch.tensor([[[2, -1, 0], [-1, -1, 3]]]), 5)
+    mask = topk_mask(torch.tensor([[[2, -1, 0], [-1, -1, 3]]]), 5)
     assert mask.int().tolist() == [[[0, 1, 0, 1, 1], [1, 1, 1, 0, 1]]]
 
 
@@ -166,10 +166,10 @@ def cached_and_alone(model: Transformer, tokens: Tensor, monkeypatch: pytest.Mon
     return max(relative_error(got[i, 0], row) for i, row in enumerate(want))
 
 
-def keys_of_short_contexts_skipped(self: DSA, x: Tensor, table: Any, documents: Any, past: Any) -> Tensor:
-    if past is not None and int(past.window.lengths.max()) <= self.indexer.topk:
-        return MLA.forward(self, x, table, documents, past)
-    return FORWARD(self, x, table, documents, past)
+def keys_of_short_contexts_skipped(self: DSA, x: Tensor, context: Any) -> Tensor:
+    if context.cache is not None and int(context.cache.at.lengths.max()) <= self.indexer.topk:
+        return MLA.forward(self, x, context)
+    return FORWARD(self, x, context)
 
 
 def first_keys_selected(self: LayerCache, index: Tensor) -> None:
@@ -178,10 +178,14 @@ def first_keys_selected(self: LayerCache, index: Tensor) -> None:
         self.index.data = self.index.data[: len(index)]
 
 
+def nothing_masked(mask: Any, queries: Tensor, t: int) -> Tensor:
+    return torch.zeros(*queries.shape, t).bool()
+
+
 FORWARD = DSA.forward
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "keys of short contexts are not stored": (DSA, "forward", keys_of_short_contexts_skipped),
-    "later keys and padding are picked": (dsa, "hidden_keys", lambda mask, q, t: torch.zeros(*q.shape, t).bool()),
+    "later keys and padding are chosen": (attention, "attention_mask", nothing_masked),
     "keys stay where their row is gone": (LayerCache, "select", first_keys_selected),
 }
 

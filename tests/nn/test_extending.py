@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini import MLA, Attention, Block, Gate, Linear, ModelConfig, MoE, Transformer
-from dsmini.nn import Routing, route
-from dsmini.nn.cache import Past
+from dsmini.nn import AttentionContext, Aux, Routing, route
 from tests import reference_model as reference
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import refusal
@@ -29,11 +28,11 @@ class ScaledResidual(Block):
         super().__init__(*args, **kwargs)
         self.alpha = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x: Tensor, table: Any = None, documents: Any = None, past: Past | None = None) -> Any:
-        x = x + self.alpha[0] * self.attn(self.attn_norm(x), table, documents, past)
+    def forward(self, x: Tensor, context: AttentionContext | None = None) -> tuple[Tensor, Aux]:
+        x = x + self.alpha[0] * self.attn(self.attn_norm(x), context)
         y = self.ffn(self.ffn_norm(x))
         y, routing = y if isinstance(y, tuple) else (y, None)
-        return x + self.alpha[1] * y, routing
+        return x + self.alpha[1] * y, Aux(routing)
 
 
 class AttentionWithoutPositions(nn.Module):
@@ -45,13 +44,13 @@ class AttentionWithoutPositions(nn.Module):
         self.wq, self.wkv = Linear(c.dim, c.n_heads * self.d), Linear(c.dim, self.d + self.v)
         self.wo = Linear(c.n_heads * self.v, c.dim)
 
-    def forward(self, x: Tensor, table: Any = None, documents: Any = None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext | None = None) -> Tensor:
         q = self.wq(x).unflatten(-1, (self.n_heads, self.d)).transpose(1, 2)
         rows, mask = self.wkv(x), torch.ones(x.shape[1], x.shape[1]).tril().bool()
-        if past is not None:
-            past.store.write(rows, past.window)
-            rows = past.store.read(past.window.end, x.dtype)
-            mask = past.window.positions[:, None, :, None] >= torch.arange(past.window.end)
+        if context is not None and (cache := context.cache) is not None:
+            cache.append((rows,))
+            rows = cache.store.read(cache.at.end, x.dtype)
+            mask = cache.at.positions[:, None, :, None] >= torch.arange(cache.at.end)
         k, v = rows.unsqueeze(1).split((self.d, self.v), -1)
         y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(2))

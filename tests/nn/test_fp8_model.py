@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dsmini import Transformer, ops
-from dsmini.functional.dispatch import dispatch_quantized, sort_by_expert
 from dsmini.nn import Experts, Linear, MoE, Projection
 from dsmini.nn.fp8 import FP8Experts, FP8Linear, QuantizedLinear, hold_fp8
 from dsmini.numerics import (
@@ -21,6 +20,7 @@ from dsmini.numerics import (
     quantize,
     round_tiles,
 )
+from dsmini.numerics.dispatch import dispatch_quantized, sort_by_expert
 from tests.conftest import randomise
 from tests.helpers.configs import DSA, refusal
 from tests.helpers.configs import FP8_SIZES as SIZES

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from dsmini import MoE, Transformer, ops
-from dsmini.functional.experts import experts
+from dsmini.nn.moe import experts
 from tests.conftest import SMALL, randomise
 from tests.helpers.tolerances import BF16_UNIT, FP32_MODEL, relative_error, rounding
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from dsmini import ModelConfig, ops
 from dsmini.functional import sparse_attention
-from dsmini.functional.hadamard import hadamard
-from dsmini.functional.rope import apply_rope, apply_rope_to_halves
-from dsmini.functional.sparse_attention import index_scores, pick_keys
-from dsmini.nn import Indexer, Rope
-from dsmini.nn.linear import FP32Linear
+from dsmini.nn import Indexer, Rope, dsa
+from dsmini.nn.dsa import hadamard, index_scores, pick_keys
+from dsmini.nn.layers import FP32Linear
+from dsmini.nn.rope import apply_rope, apply_rope_to_halves
 from dsmini.numerics import quantize
 from tests import reference_model as reference
 from tests.conftest import randomise
@@ -36,7 +35,7 @@ def made(case: str = "plain", dtype: torch.dtype = torch.float64, **changes: Any
     x = torch.randn(2, 19, c.dim, dtype=dtype, requires_grad=True)
     rank = c.q_lora_rank
     latent = x if rank is None else torch.randn(2, 19, rank, dtype=dtype, requires_grad=True)
-    return layer, c, x, latent, Rope.from_config(c).table(torch.arange(19))
+    return layer, c, x, latent, Rope.from_config(c).cos_sin(torch.arange(19))
 
 
 def scores(layer: Indexer, x: Tensor, latent: Tensor, table: Any) -> Tensor:
@@ -100,7 +99,7 @@ def test_a_layer_that_is_not_sparse_has_no_indexer() -> None:
 # what others got wrong, each seen by the tests above
 
 
-def last_numbers_turned(layer: Indexer, x: Tensor, table: Any) -> Tensor:
+def last_numbers_rotated(layer: Indexer, x: Tensor, table: Any) -> Tensor:
     nope, rope = x.tensor_split((x.shape[-1] - 2 * table[0].shape[-1],), -1)
     return hadamard(torch.cat((nope, apply_rope_to_halves(rope, table)), -1))
 
@@ -110,9 +109,9 @@ def in_bf16(layer: FP32Linear, x: Tensor) -> Tensor:
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "interleaved pairs": (sparse_attention, "apply_rope_to_halves", apply_rope),
-    "the last numbers turned": (Indexer, "_turned", last_numbers_turned),
-    "hadamard of queries alone": (sparse_attention, "hadamard", lambda x: hadamard(x) if x.shape[2] > 1 else x),
+    "interleaved pairs": (dsa, "apply_rope_to_halves", apply_rope),
+    "the last numbers rotated": (Indexer, "_rotated", last_numbers_rotated),
+    "hadamard of queries alone": (dsa, "hadamard", lambda x: hadamard(x) if x.shape[2] > 1 else x),
     "no relu": (Tensor, "relu", lambda x: x),
     "weights_proj in BF16": (FP32Linear, "forward", in_bf16),
 }
@@ -198,7 +197,7 @@ def test_products_of_all_heads_with_a_long_context_never_exist_together(monkeypa
         rows.append(part.shape[1])
         return index_scores(part, *rest)
 
-    monkeypatch.setattr(sparse_attention, "index_scores", watched)
+    monkeypatch.setitem(ops.Operation.declared, "index_scores", watched)
     with ops.use("eager"):
         pick_keys(q, k, weights, 16, hidden)
     most = max(rows) * 2 * 8 * 20_000 * 4
@@ -217,7 +216,7 @@ def test_picks_of_bf16_are_those_of_fp32_products() -> None:
 
 def test_halves_are_turned_as_pairs_are() -> None:
     rope, x = Rope(dim=6, theta=100.0), torch.randn(1, 5, 2, 6)
-    table = rope.table(torch.arange(5))
+    table = rope.cos_sin(torch.arange(5))
     order = [0, 3, 1, 4, 2, 5]
     assert torch.equal(apply_rope_to_halves(x, table)[..., order], apply_rope(x[..., order], table))
     assert (apply_rope_to_halves(x, table) - apply_rope(x, table)).abs().max() > 0.1

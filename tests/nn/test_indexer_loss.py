@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
-from dsmini.functional import indexer_loss, sparse_attention
-from dsmini.functional.indexer_loss import IndexerFit, MainAttention, indexer_fit, kl_of_scores
-from dsmini.functional.sparse_attention import pick_keys
-from dsmini.nn import DSA, dsa_layers
+from dsmini.functional import sparse_attention
+from dsmini.nn import DSA, dsa, dsa_layers
+from dsmini.nn.attention import context_of
+from dsmini.nn.dsa import IndexerLoss, indexer_agreement, kl_of_scores, pick_keys
 from tests.conftest import SMALL, randomise
 from tests.helpers import configs
 from tests.helpers.tolerances import FP32_MODEL, FP32_UNIT, FP64_UNIT, relative_error, rounding
@@ -29,7 +30,21 @@ EXACT = rounding(FP64_UNIT, terms=S * 8, chained=8)
 Index = tuple[Tensor, Tensor, Tensor]
 
 
-def problem(s: int = S, topk: int = TOPK, documents: Tensor | None = None) -> tuple[Index, MainAttention, Tensor]:
+class Main(NamedTuple):
+    """The attention of the main model that an indexer learns from."""
+
+    q: Tensor
+    k: Tensor
+    mask: Callable[[int, int], Tensor]
+
+
+def compare(index: Index, main: Main, topk_indices: Tensor, stage: Any) -> IndexerLoss:
+    kl, mass, found, asked = indexer_agreement(*index, main.q, main.k, SCALE, topk_indices, main.mask, stage)
+    queries = main.q.shape[0] * main.q.shape[1]
+    return IndexerLoss(kl / queries, found / asked if asked else torch.ones(()), mass / queries)
+
+
+def problem(s: int = S, topk: int = TOPK, documents: Tensor | None = None) -> tuple[Index, Main, Tensor]:
     """Return queries, keys and head weights of an indexer, the attention to learn from, and the picks."""
     q, k = torch.randn(2, 2, s, 4, 6, dtype=torch.float64).unbind()
     late = torch.ones(s, s, dtype=torch.bool).triu(1)[None]
@@ -38,13 +53,13 @@ def problem(s: int = S, topk: int = TOPK, documents: Tensor | None = None) -> tu
     a, b, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     index = a, b, c
     picks = pick_keys(*index, topk, mask)
-    return index, MainAttention(q, k, SCALE, lambda start, end: mask[:, start:end, :end]), picks
+    return index, Main(q, k, lambda start, end: mask[:, start:end, :end]), picks
 
 
-def by_the_report(index: Index, main: MainAttention, picks: Tensor, stage: str) -> IndexerFit:
+def by_the_report(index: Index, main: Main, picks: Tensor, stage: str) -> IndexerLoss:
     """Equations 3 and 4, recall and mass, from the probabilities of all pairs."""
     q, k, weights = index
-    seen = ~main.hidden(0, S).expand(2, S, S)
+    seen = ~main.mask(0, S).expand(2, S, S)
     picked = torch.zeros(2, S, S + 1).scatter(2, picks % (S + 1), 1.0)[..., :S].bool()  # -1 is a column that is cut
 
     def p_of(keys: Tensor) -> Tensor:
@@ -61,7 +76,7 @@ def by_the_report(index: Index, main: MainAttention, picks: Tensor, stage: str) 
     full = p_of(seen)
     best = torch.zeros_like(full).scatter(2, full.topk(TOPK).indices, 1.0).bool()
     recalls = (best & picked).sum(-1)[seen.sum(-1) > TOPK] / TOPK
-    return IndexerFit(kl, recalls.double().mean(), (full * picked).sum(-1).mean())
+    return IndexerLoss(kl, recalls.double().mean(), (full * picked).sum(-1).mean())
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 2 * 4 * S * 5, 1 << 26])
@@ -73,9 +88,9 @@ def test_losses_and_gradients_follow_the_report(
     monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", block_bytes)
     of = torch.tensor([[0] * 4 + [1] * 9, [0] * 11 + [1] * 2]) if documents else None
     index, main, picks = problem(documents=of)
-    got, want = indexer_fit(*index, main, picks, stage), by_the_report(index, main, picks, stage)
+    got, want = compare(index, main, picks, stage), by_the_report(index, main, picks, stage)
     assert 0 < want.recall < 1 and 0 < want.mass < 1
-    for name in IndexerFit._fields:
+    for name in IndexerLoss._fields:
         assert relative_error(getattr(got, name), getattr(want, name)) <= (
             EXACT if name == "kl" else rounding(FP32_UNIT)
         )
@@ -88,7 +103,7 @@ def test_gradients_are_finite_differences(stage: str) -> None:
     index, main, picks = problem(s=6, topk=2)
 
     def run(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
-        return indexer_fit(q, k, weights, main, picks, stage).kl
+        return compare((q, k, weights), main, picks, stage).kl
 
     assert torch.autograd.gradcheck(run, index, eps=1e-6, atol=1e-7, fast_mode=True)
 
@@ -119,9 +134,9 @@ def test_a_perfect_indexer_has_no_loss() -> None:
     _, main, _ = problem()
     q, k = main.q[:, :, :1].abs(), main.k[:, :, :1].abs()  # no product is cut by the ReLU
     weights = torch.full((2, S, 1), SCALE, dtype=torch.float64)
-    picks = pick_keys(q, k[:, :, 0], weights, TOPK, main.hidden(0, S))
+    picks = pick_keys(q, k[:, :, 0], weights, TOPK, main.mask(0, S))
     for stage in ("warmup", "sparse"):
-        fit = indexer_fit(q, k[:, :, 0], weights, main._replace(q=q, k=k), picks, stage)
+        fit = compare((q, k[:, :, 0], weights), main._replace(q=q, k=k), picks, stage)
         assert abs(fit.kl.item()) < EXACT and fit.recall == 1 and fit.mass < 1
 
 
@@ -130,7 +145,7 @@ def test_no_more_than_a_block_of_scores_exists(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sparse_attention, "BLOCK_BYTES", 4 * 2 * heads * s * 3)
     index, main, picks = problem(s, topk=4)
     with Operations() as seen:
-        indexer_fit(*index, main, picks, "warmup").kl.backward()
+        compare(index, main, picks, "warmup").kl.backward()
     # the gradient of all queries is more than three rows of pairs
     assert seen.largest <= 2 * s * heads * 8 < 2 * s * s
 
@@ -144,17 +159,16 @@ def test_a_layer_compares_its_own_attention(stage: Any, case: str) -> None:
     """The target is the attention that the layer really computes: it is read out with values that are unit vectors."""
     c: dict[str, Any] = SIZES | CASES[case] | INDEX | {"n_heads": 3, "v_head_dim": 16}
     layer = randomise(DSA(**c)).double()
-    layer.stage, layer.fits = stage, []
+    layer.stage = stage
     s, seen, read = 16, [], []
-    real, wo = indexer_loss.head_sum, layer.wo.forward
+    real, wo = dsa.head_sum, layer.wo.forward
     x = torch.randn(1, s, SIZES["dim"], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexer_loss, "head_sum", lambda *args: (seen.append(real(*args)), seen[-1])[1])
+        patch.setattr(dsa, "head_sum", lambda *args: (seen.append(real(*args)), seen[-1])[1])
         patch.setattr(layer.wkv_b, "forward", _unit_values(layer, s))
         patch.setattr(layer.wo, "forward", lambda y: (read.append(y.unflatten(-1, (3, s))), wo(y))[1])
-        layer(x)
+        _, fit = layer.learn(x, context_of(x, layer.rope))
     assert relative_error(seen[-1], read[0].mean(2)) <= FP32_MODEL
-    (fit,) = layer.fits
     assert fit.kl > 0 and fit.kl.requires_grad and not fit.recall.requires_grad
 
 
@@ -216,11 +230,18 @@ def test_warmup_attends_to_all_keys_and_evaluation_to_the_picks() -> None:
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
-def test_recomputation_changes_no_gradient_and_keeps_no_loss(stage: Any) -> None:
+def test_recomputation_changes_no_gradient(stage: Any) -> None:
     model = model_of(stage)
     want, got = gradients(model), gradients(model, recompute=True)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-    assert all(layer.fits is None for layer in dsa_layers(model))
+
+
+def test_no_loss_is_computed_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("sparse")
+    monkeypatch.setattr(DSA, "indexer_loss", None)
+    model(torch.randint(0, SMALL["vocab_size"], (2, 24)))
+    with pytest.raises(TypeError):
+        gradients(model)
 
 
 def test_losses_name_every_indexer() -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import Transformer
-from dsmini.functional.cross_entropy import IGNORE
 from dsmini.nn import linear_cross_entropy
+from dsmini.nn.losses import IGNORE
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, assert_agree, relative_error, rounding
 from tests.helpers.watching import Operations, saved_for_backward
 

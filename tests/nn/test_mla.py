@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsmini import MLA, ModelConfig
-from dsmini.functional.causal_attention import causal_attention_eager
-from dsmini.nn import Rope, apply_rope
+from dsmini.functional.attention import causal_attention_eager
+from dsmini.nn import AttentionContext, Rope, apply_rope
 from dsmini.nn.mla import check_sequences
 from tests import reference_model as reference
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, ROPE_TABLE, assert_agree, relative_error, rounding
@@ -114,7 +114,7 @@ def test_temperature_multiplies_the_whole_logit(randomise: Any) -> None:
 
 def test_rope_turns_adjacent_pairs_and_leaves_them_there() -> None:
     rope = Rope(dim=6, theta=100.0)
-    turned = apply_rope(torch.eye(6).view(1, 1, 6, 6), rope.table(torch.tensor([3])))[0, 0]
+    turned = apply_rope(torch.eye(6).view(1, 1, 6, 6), rope.cos_sin(torch.tensor([3])))[0, 0]
     for j in range(3):
         angle = 3 * 100 ** (-2 * j / 6)
         block = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -130,15 +130,16 @@ def test_logit_depends_only_on_the_difference_of_positions(randomise: Any, rope:
     positions = torch.tensor([0, 1, 2, 5, 6, 11, 12, 13, 20])
 
     def logits(at: Tensor) -> Tensor:
-        table = layer.rope.table(at)
-        q_rope = layer.queries(x, table)[..., layer.qk_nope_head_dim :]
-        return torch.einsum("b s h r, b t r -> b h s t", q_rope, layer.latents(x, table)[1])
+        cos_sin = layer.rope.cos_sin(at)
+        q_rope = layer.queries(layer.query_latent(x), cos_sin)[..., layer.qk_nope_head_dim :]
+        return torch.einsum("b s h r, b t r -> b h s t", q_rope, layer.latents(x, cos_sin)[1])
 
     assert relative_error(logits(positions + 20), logits(positions)) <= 8 * ROPE_TABLE
     assert relative_error(logits(2 * positions), logits(positions)) > 0.1
-    want = layer(x, layer.rope.table(positions))
+    want = layer(x, AttentionContext(cos_sin=layer.rope.cos_sin(positions)))
     for moved in (positions + 20, torch.stack((positions, positions + 7))):
-        assert relative_error(layer(x, layer.rope.table(moved)), want) <= 8 * ROPE_TABLE
+        got = layer(x, AttentionContext(cos_sin=layer.rope.cos_sin(moved)))
+        assert relative_error(got, want) <= 8 * ROPE_TABLE
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 5, 24)])

@@ -10,7 +10,7 @@ import dsmini
 from dsmini import Transformer
 from dsmini.nn import FP8Linear, QuantizedLinear
 from dsmini.nn.fp8 import hold_fp8
-from dsmini.nn.linear import is_direct
+from dsmini.nn.layers import is_direct
 from dsmini.numerics import WEIGHT_TILE, quantize
 from tests.helpers.tolerances import relative_error
 

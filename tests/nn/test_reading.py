@@ -47,10 +47,10 @@ def generate(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("call", "backend", "files", "functions"),
     [
-        (losses, "reference", 24, 45),
-        (losses, None, 28, 70),
-        (generate, "reference", 33, 117),
-        (generate, None, 37, 145),
+        (losses, "reference", 13, 45),
+        (losses, None, 20, 70),
+        (generate, "reference", 20, 116),
+        (generate, None, 27, 144),
     ],
 )
 def test_few_files_and_functions_run(

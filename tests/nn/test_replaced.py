@@ -12,7 +12,7 @@ import dsmini
 from dsmini import Transformer
 from dsmini.nn import Embedding, FP8Linear, Linear
 from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
-from dsmini.nn.linear import dense_weight, is_direct
+from dsmini.nn.layers import dense_weight, is_direct
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error

@@ -50,8 +50,8 @@ def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def picked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return a list that gets the picks of each of our layers."""
     seen: list[Tensor] = []
-    real = DSA.picks
-    monkeypatch.setattr(DSA, "picks", lambda *args: (seen.append(real(*args)), seen[-1])[1])
+    real = DSA.select_topk
+    monkeypatch.setattr(DSA, "select_topk", lambda *args: (seen.append(real(*args)), seen[-1])[1])
     return seen
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmini import Experts, FeedForward, MoE
-from dsmini.functional.dispatch import sort_by_expert
 from dsmini.nn import grouped_linear
 from dsmini.numerics import products
+from dsmini.numerics.dispatch import sort_by_expert
 from dsmini.numerics.products import grouped_linear_by_expert
 from tests import reference_model as reference
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, RunConfig, TrainConfig
 from dsmini.config.parallel import ParallelConfig
-from dsmini.nn import IndexerFit, dsa_layers
+from dsmini.nn import IndexerLoss, dsa_layers
 from dsmini.training.plots import plot_run
 from dsmini.training.progress import TrainingProgress
 from dsmini.training.record import StepRecord, read_records
@@ -146,7 +146,7 @@ def test_figures_are_means_over_the_parts_of_the_batch(new: New, stage: Any) -> 
 
     trainer.passes.losses = losses
     figures = trainer.step().indexers
-    assert figures is not None and list(figures) == list(IndexerFit._fields)
+    assert figures is not None and list(figures) == list(IndexerLoss._fields)
     want = torch.tensor(fits).mean(0).T
     got = torch.tensor(list(figures.values()))
     assert got.shape == (3, LAYERS) and relative_error(got, want) <= FP32_MODEL
@@ -160,7 +160,7 @@ def test_metrics_bar_and_picture_show_them(tmp_path: Path, capsys: pytest.Captur
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(records) == 4
     for row, record in zip(rows, records, strict=True):
-        for name in IndexerFit._fields:
+        for name in IndexerLoss._fields:
             of_layers = row[f"layer_indexer_{name}"]
             assert len(of_layers) == LAYERS and row[f"indexer_{name}"] == pytest.approx(sum(of_layers) / LAYERS)
         assert StepRecord.from_row(row).row() == row == record.row()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsmini import MLA, Attention, Transformer
-from dsmini.functional.rms_norm import rms_norm
-from dsmini.functional.rope import apply_rope
+from dsmini.nn.layers import rms_norm
+from dsmini.nn.rope import apply_rope
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 Config = Callable[..., Any]
@@ -18,9 +18,8 @@ def test_with_zero_init_a_model_starts_undecided_and_can_learn(small_config: Con
     model = Transformer(small_config(zero_init=True))
     tokens = torch.randint(0, 61, (2, 21))
     x = model.embed(tokens)
-    table = model.rope.table(torch.arange(21))
     for block in model.layers:
-        y, _ = block(x, table)
+        y, _ = block(x)
         assert torch.equal(y, x)
     assert model(tokens).abs().max() == 0
     losses = model.losses(tokens[:, :-1], tokens[:, 1:])
@@ -74,7 +73,7 @@ def test_qk_norm_norms_each_head_whole(randomise: Any, kind: str) -> None:
     plain.load_state_dict({n: p for n, p in layer.state_dict().items() if "head_norm" not in n})
     assert relative_error(plain(x), before) > 1e-2
     if kind == "mha":  # by hand
-        table = layer.rope.table(torch.arange(9))
+        table = layer.rope.cos_sin(torch.arange(9))
         q, k = (apply_rope((x @ w.T).unflatten(-1, (3, 6)), table) for w in (layer.wq.weight, layer.wk.weight))
         q, k = (h / h.square().mean(-1, keepdim=True).add(1e-6).sqrt() for h in (q, k))
         logits = torch.einsum("bshd,bthd->bhst", q * layer.q_head_norm.weight, k * layer.k_head_norm.weight) / 6**0.5

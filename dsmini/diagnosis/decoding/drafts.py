@@ -23,7 +23,7 @@ import torch
 from dsmini.diagnosis.decoding.steps import Point, Run, fill, tokens_of
 from dsmini.diagnosis.finding import Finding
 from dsmini.inference import Generation
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.sampling import Sampling, likeliest
 from dsmini.inference.speculative import Drafter, agreed
 from dsmini.measure.workloads import ROOM

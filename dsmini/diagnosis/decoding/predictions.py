@@ -34,12 +34,12 @@ from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.interventions.machine import THREADS, cores
 from dsmini.diagnosis.predictions import Prediction
 from dsmini.diagnosis.scaling import rates_by_threads
-from dsmini.functional.cached_attention import KEY_STEP
 from dsmini.measure.dry import Dry, dry_count
 from dsmini.measure.forecast import Forecast
 from dsmini.measure.step_rates import Rates, class_of
 from dsmini.measure.workloads import StepShape
 from dsmini.nn import Transformer
+from dsmini.nn.cache import KEY_STEP
 
 WIDTH = 16
 """Width of all that is narrow in a narrow model."""

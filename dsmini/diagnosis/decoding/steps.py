@@ -17,12 +17,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsmini.diagnosis.evidence.evidence import patched
-from dsmini.inference.decoding import Decoder
+from dsmini.inference.fused.decoder import Decoder
 from dsmini.inference.sampling import likeliest
 from dsmini.measure.workloads import ROOM, random_cache, random_tokens
 from dsmini.nn import Cache, Transformer
-from dsmini.nn.cache import Form
-from dsmini.nn.layer_cache import LayerCache
+from dsmini.nn.cache import Form, LayerCache
 
 TURN = 0.02
 """Least seconds of the steps that are timed together: a single one of a small model is shorter than a clock's noise."""

@@ -16,7 +16,7 @@ from dsmini.config import ModelConfig
 from dsmini.diagnosis.decoding.arm import Arm, Narrow
 from dsmini.diagnosis.decoding.drafts import Acceptance, acceptance
 from dsmini.diagnosis.decoding.steps import Point, Run, seconds_of, steps_in_turn, steps_with
-from dsmini.inference.prefill import prefill
+from dsmini.inference.generation import prefill
 from dsmini.inference.sampling import likeliest
 from dsmini.measure.workloads import ROOM, StepDtype, dtype_name
 from dsmini.nn import Transformer

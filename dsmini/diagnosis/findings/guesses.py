@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dsmini.diagnosis.finding import Finding
 from dsmini.diagnosis.findings.passages import Z_95
-from dsmini.functional.cross_entropy import rows_at_a_time
 from dsmini.nn import Transformer
+from dsmini.nn.losses import rows_at_a_time
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dsmini import ops
 from dsmini.diagnosis.finding import Finding
-from dsmini.functional.cross_entropy import IGNORE
-from dsmini.functional.dispatch import sort_by_expert
 from dsmini.functional.experts import row_alignment
 from dsmini.nn import Experts, Transformer
+from dsmini.nn.losses import IGNORE
+from dsmini.numerics.dispatch import sort_by_expert
 
 MUCH = 0.10
 """Share of positions whose work is for nothing that is worth an action."""
@@ -60,8 +60,8 @@ class _Ran:
     def __init__(self) -> None:
         self.names: set[str] = set()
 
-    def kernel_ran(self, name: str, *_: Any, **__: Any) -> None:
-        self.names.add(name)
+    def kernel_ran(self, call: ops.Call) -> None:
+        self.names.add(call.name)
 
 
 def padded_rows(model: Transformer, tokens: Tensor) -> Finding | None:

@@ -22,7 +22,7 @@ from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.batch_sweep import BatchSweep, knee_of
 from dsmini.diagnosis.evidence.evidence import Evidence, in_ms, in_turns, medians, none_of, timed, to_try
-from dsmini.inference.decoding import MOST_TOKENS
+from dsmini.inference.fused.decoder import MOST_TOKENS
 from dsmini.machine import memory_bytes
 from dsmini.measure.step_rates import Rates
 from dsmini.report import Figure, Plot, Section

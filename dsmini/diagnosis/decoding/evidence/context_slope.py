@@ -31,10 +31,10 @@ from dsmini.diagnosis.decoding.predictions import Prices
 from dsmini.diagnosis.decoding.steps import Point, seconds_of, steps_in_turn
 from dsmini.diagnosis.decoding.subject import DecodingSubject
 from dsmini.diagnosis.evidence.evidence import Evidence, in_turns, timed
-from dsmini.functional.cached_attention import KEY_STEP
 from dsmini.machine import memory_bytes
 from dsmini.measure.rates import Roofs
 from dsmini.measure.step_rates import Rates
+from dsmini.nn.cache import KEY_STEP
 from dsmini.report import Figure, Plot, Section, Series
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)

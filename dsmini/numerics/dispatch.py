@@ -1,8 +1,8 @@
 """Dispatch and combine: send tokens to the experts that they chose, and sum the results by token.
 
-Dispatch sorts the n*k visits by expert, so that the rows of each expert are contiguous. Combine gathers the results by
-token and adds them in the order of k. No row is dropped and no addition is atomic, so the same input gives the same
-bits. The eager versions in experts.py use these functions. The references there index and add instead.
+Dispatch sorts the n*k token-expert pairs by expert, so that the rows of each expert are contiguous. Combine gathers
+the results by token and adds them in the order of k. No row is dropped and no addition is atomic, so the same input
+gives the same bits. Plain versions index and add instead.
 """
 
 from dataclasses import replace
@@ -14,22 +14,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics import QuantizedTensor
+from dsmini.numerics.quantization import QuantizedTensor
 
 
 class Slots(NamedTuple):
-    """Positions of the visits' rows after sorting by expert. Some slots may be padding."""
+    """Positions of the pairs' rows after sorting by expert. Some slots may be padding."""
 
     token: Int[Tensor, " rows"]
     """Token in each slot. 0 in padding."""
     slot: Int[Tensor, "n k"]
-    """Slot of each visit, never one of padding."""
+    """Slot of each pair of token and expert, never one of padding."""
     ends: Int[Tensor, " e"]
     """Slot after each expert's last."""
 
 
 def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align: int = 1) -> Slots:
-    """Assign a slot to each visit, in the order of experts, and of tokens within an expert.
+    """Assign a slot to each token-expert pair, in the order of experts, and of tokens within an expert.
 
     Args:
         align: multiple at which each expert starts. Above 1 the number of slots depends on the sizes alone, and the
@@ -39,12 +39,12 @@ def sort_by_expert(indices: Int[Tensor, "n k"], counts: Int[Tensor, " e"], align
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     rows = n * k if align == 1 else -(-(n * k + e * (align - 1)) // align) * align
-    room = (counts + align - 1) // align * align
-    shift = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
+    aligned = (counts + align - 1) // align * align
+    shift = (aligned.cumsum(0) - aligned) - (counts.cumsum(0) - counts)
     slot_in_order = torch.arange(n * k, device=flat.device) + shift[flat[order]]
     slot = torch.empty_like(flat).scatter(0, order, slot_in_order)
     token = torch.zeros(rows, dtype=torch.int64, device=flat.device).scatter(0, slot_in_order, order // k)
-    ends = room.cumsum(0)
+    ends = aligned.cumsum(0)
     last = torch.full_like(ends[-1:], rows)
     return Slots(token, slot.view(n, k), torch.cat((ends[:-1], last)))
 
@@ -60,7 +60,7 @@ def combine(rows: Float[Tensor, "rows m"], weights: Float[Tensor, "n k"], slots:
 
 
 def weight_of_slots(weights: Tensor, slot: Int[Tensor, "n k"], rows: Tensor) -> Float[Tensor, " rows"]:
-    """Return the weight of the visit in each slot, in the rows' dtype; 0 in padding."""
+    """Return the weight of the pair in each slot, in the rows' dtype; 0 in padding."""
     return rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
 
 
@@ -73,9 +73,9 @@ def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
     """
     token, slot, _ = slots
     (n, _), rows = slot.shape, token.shape[0]
-    visited = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
+    chosen_slots = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
     with_zeros = replace(x, codes=F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)), scales=F.pad(x.scales, (0, 0, 0, 1)))
-    chosen = with_zeros.select_rows(torch.where(visited, token, n))
+    chosen = with_zeros.select_rows(torch.where(chosen_slots, token, n))
     source = None if x.source is None else cast(Tensor, _QuantizedDispatch.apply(x.source, slot, rows))
     return replace(chosen, codes=chosen.codes.view(x.codes.dtype), source=source)
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsmini.functional.decoding import (
+from dsmini.inference.fused.operations import (
     AttentionPart,
     FeedForwardPart,
     GroupedAttentionPart,
@@ -19,15 +18,24 @@ from dsmini.functional.decoding import (
     NormPart,
     Weight,
 )
-from dsmini.nn import MLA, MTP, Block, FeedForward, MoE, RMSNorm
-from dsmini.nn.attention import Attention
-from dsmini.nn.dsa import DSA
-from dsmini.nn.experts import Experts
-from dsmini.nn.fp8 import QuantizedExperts, QuantizedLinear
-from dsmini.nn.gate import Gate, route
-from dsmini.nn.indexer import Indexer
-from dsmini.nn.linear import FP32Linear, Linear
-from dsmini.nn.norm import LayerNorm
+from dsmini.nn import (
+    DSA,
+    MLA,
+    MTP,
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    Gate,
+    Indexer,
+    Linear,
+    MoE,
+    QuantizedExperts,
+    QuantizedLinear,
+    RMSNorm,
+    route,
+)
+from dsmini.nn.layers import FP32Linear, LayerNorm
 
 Parts = tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]
 
@@ -71,9 +79,9 @@ def mtp_parts_of(module: nn.Module) -> MTPParts | None:
     )
 
 
-def norm_of(norm: nn.Module) -> NormPart | None:
+def norm_of(norm: Any) -> NormPart | None:
     """Return a plain norm's weight and eps, or None."""
-    return NormPart(_weight(norm), _eps(norm)) if is_plain(norm, RMSNorm) else None
+    return NormPart(norm.weight.detach(), norm.eps) if is_plain(norm, RMSNorm) else None
 
 
 def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
@@ -84,7 +92,7 @@ def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
     return not any(hooks)
 
 
-def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
+def _attention_part(attn: Any, norm: Any) -> AttentionPart | None:
     norms = [norm, attn.kv_norm, *([] if attn.q_norm is None else [attn.q_norm])]
     linears = [attn.wkv_a, attn.wkv_b, attn.wo, *([attn.wq] if attn.wq_a is None else [attn.wq_a, attn.wq_b])]
     fine = attn.mask is None and attn.q_head_norm is None and all(is_plain(n, RMSNorm) for n in norms)
@@ -93,12 +101,12 @@ def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
     if not fine or not all(is_plain(module, Linear, QuantizedLinear) for module in linears):
         return None
     return AttentionPart(
-        norm=_weight(norm),
+        norm=norm.weight.detach(),
         wq_a=None if attn.wq_a is None else _operand(attn.wq_a),
-        q_norm=None if attn.q_norm is None else _weight(attn.q_norm),
+        q_norm=None if attn.q_norm is None else attn.q_norm.weight.detach(),
         wq_b=_operand(attn.wq if attn.wq_a is None else attn.wq_b),
         wkv_a=_operand(attn.wkv_a),
-        kv_norm=_weight(attn.kv_norm),
+        kv_norm=attn.kv_norm.weight.detach(),
         wkv_b=_operand(attn.wkv_b),
         wo=_operand(attn.wo),
         n_heads=attn.n_heads,
@@ -106,9 +114,9 @@ def _attention_part(attn: Any, norm: nn.Module) -> AttentionPart | None:
         rope=attn.rope.dim,
         value=attn.v_head_dim,
         scale=attn.scale,
-        eps=_eps(norm),
-        q_eps=0.0 if attn.q_norm is None else _eps(attn.q_norm),
-        kv_eps=_eps(attn.kv_norm),
+        eps=norm.eps,
+        q_eps=0.0 if attn.q_norm is None else attn.q_norm.eps,
+        kv_eps=attn.kv_norm.eps,
         indexer=indexer,
     )
 
@@ -121,23 +129,23 @@ def _indexer_part(indexer: Any) -> IndexerPart | None:
     return IndexerPart(
         wq_b=_operand(indexer.wq_b),
         wk=_operand(indexer.wk),
-        k_norm=_weight(indexer.k_norm),
+        k_norm=indexer.k_norm.weight.detach(),
         k_bias=indexer.k_norm.bias.detach(),
         weights_proj=indexer.weights_proj.weight.detach(),
         n_heads=indexer.n_heads,
         topk=indexer.topk,
         halves=not indexer.interleaved,
-        k_eps=_eps(indexer.k_norm),
+        k_eps=indexer.k_norm.eps,
     )
 
 
-def _grouped_part(attn: Any, norm: nn.Module) -> GroupedAttentionPart | None:
+def _grouped_part(attn: Any, norm: Any) -> GroupedAttentionPart | None:
     fine = attn.mask is None and attn.q_head_norm is None and is_plain(norm, RMSNorm)
     if not fine or not all(is_plain(w, Linear, QuantizedLinear) for w in (attn.wq, attn.wk, attn.wv, attn.wo)):
         return None
     return GroupedAttentionPart(
-        norm=_weight(norm),
-        eps=_eps(norm),
+        norm=norm.weight.detach(),
+        eps=norm.eps,
         wq=_operand(attn.wq),
         wk=_operand(attn.wk),
         wv=_operand(attn.wv),
@@ -148,12 +156,12 @@ def _grouped_part(attn: Any, norm: nn.Module) -> GroupedAttentionPart | None:
     )
 
 
-def _feed_forward_part(ffn: nn.Module, norm: nn.Module) -> FeedForwardPart | None:
+def _feed_forward_part(ffn: Any, norm: Any) -> FeedForwardPart | None:
     if not is_plain(norm, RMSNorm):
         return None
     if isinstance(ffn, FeedForward):
         dense = _dense(ffn)
-        return None if dense is None else FeedForwardPart(norm=_weight(norm), eps=_eps(norm), **dense)
+        return None if dense is None else FeedForwardPart(norm=norm.weight.detach(), eps=norm.eps, **dense)
     if not isinstance(ffn, MoE) or not is_plain(ffn, MoE) or not is_plain(ffn.gate, Gate):
         return None
     if ffn.exchange is not None:  # other processes have some of the experts
@@ -165,8 +173,8 @@ def _feed_forward_part(ffn: nn.Module, norm: nn.Module) -> FeedForwardPart | Non
         return None
     gate, bias = ffn.gate.weight.detach(), None if ffn.gate.bias is None else ffn.gate.bias.detach()
     return FeedForwardPart(
-        norm=_weight(norm),
-        eps=_eps(norm),
+        norm=norm.weight.detach(),
+        eps=norm.eps,
         **shared,
         gate=gate,
         bias=bias,
@@ -191,11 +199,3 @@ def _operand(module: Any, name: str = "weight") -> Weight:
     """Return a weight as products take it. It is detached: its memory stays, even if the module gets another."""
     weight = module.operand(name) if isinstance(module, QuantizedLinear | QuantizedExperts) else getattr(module, name)
     return weight.detach() if isinstance(weight, Tensor) else weight
-
-
-def _weight(norm: Any) -> Float[Tensor, " m"]:
-    return norm.weight.detach()
-
-
-def _eps(norm: Any) -> float:
-    return norm.eps

@@ -12,14 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.decoding import blocks_step, multiply, normed
-from dsmini.inference.parts import Parts, mtp_parts_of, norm_of, parts_of
-from dsmini.nn import Cache, Transformer
-from dsmini.nn.cache import MTPCache, Past
-from dsmini.nn.gate import Routing
+from dsmini.inference.fused.operations import blocks_step, multiply, normed
+from dsmini.inference.fused.weights import Parts, mtp_parts_of, norm_of, parts_of
+from dsmini.nn import Cache, Routing, Transformer
+from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
 from dsmini.nn.mtp import MTPChain
-from dsmini.nn.positions import Window
-from dsmini.nn.rope import Rope
+from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 
 MOST_TOKENS = 32
@@ -62,14 +60,14 @@ class Decoder:
             # 1. token ids to hidden states: [b, s, m]
             x = model.embedded(tokens).float()
             # 2. positions, and the place in the cache
-            window = cache.place(model.config, tokens, lengths)
-            table = self._angles.at(window)
+            at = cache.place(model.config, tokens, lengths)
+            cos_sin = self._angles.at(at)
             # 3. the blocks, in one call
-            x, routing = _run(x, [parts for parts in self.parts if parts], cache.pasts(window), table, starts)
-            cache.lengths = window.lengths
+            x, routing = _run(x, [parts for parts in self.parts if parts], cache.views(at), cos_sin, starts)
+            cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
             states = model.norm(x) if self._norm is None else normed(x, self._norm)
-            return States(states, x if model.config.mtp_input == "pre_norm" else states, routing)
+            return States(states, x if model.config.mtp_input == "pre_norm" else states, routing, [])
 
     def mtp(
         self,
@@ -79,14 +77,14 @@ class Decoder:
         lengths: Int[Tensor, " b"] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode does. States are FP32 of a block that is taken apart."""
-        window = cache.window(embedding.shape[1], lengths)
+        at = cache.place(embedding.shape[1], lengths)
         states: list[Tensor] = []
         for k in range(len(self.mtp_parts)):
-            normed_states, given = self.mtp_depth(k, embedding, before, cache, window)
+            normed_states, given = self.mtp_depth(k, embedding, before, cache, at)
             states.append(normed_states)
             if k + 1 < len(self.mtp_parts):
                 before = cache.shift(k + 1, given, lengths)
-        cache.lengths = window.lengths
+        cache.lengths = at.lengths
         return states
 
     def mtp_depth(
@@ -95,22 +93,22 @@ class Decoder:
         embedding: Float[Tensor, "b s m"],
         before: Float[Tensor, "b s m"],
         cache: MTPCache,
-        window: Window,
+        at: CachePositions,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode_depth does, with padding as in `states`."""
         parts, depth, chain = self.mtp_parts[k], k + 1, self.model.mtp
-        starts = (window.positions[:, 0] - depth).expand(len(embedding))
+        starts = (at.positions[:, 0] - depth).expand(len(embedding))
         short = cache.form == "expanded" or not _is_step(embedding, starts, cache.stores[k].data.shape[1])
         with torch.no_grad():
             if parts is None or short:
-                return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, window)
+                return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
             # 1. join what the depth before knows with the embedding: [b, s, m]
             joined = normed(embedding.float(), parts.embedding_norm, before.float(), parts.hidden_norm)
             x = multiply(joined, parts.projection)
             # 2. the block and its norm
-            shifted = window.shifted(depth)
-            past = Past(store=cache.stores[k], window=shifted, form=cache.form)
-            x, _ = _run(x, [parts.block], [past], self._angles.at(shifted), starts)
+            at = at.before(depth)
+            view = LayerCacheView(store=cache.stores[k], at=at, form=cache.form)
+            x, _ = _run(x, [parts.block], [view], self._angles.at(at), starts)
             states = normed(x, parts.norm)
             return states, x if chain.pre_norm else states
 
@@ -118,14 +116,14 @@ class Decoder:
 def _run(
     x: Float[Tensor, "b s m"],
     blocks: list[Parts],
-    pasts: Sequence[Past],
-    table: tuple[Tensor, Tensor],
+    caches: Sequence[LayerCacheView],
+    cos_sin: CosSin,
     starts: Int[Tensor, " b"],
 ) -> tuple[Float[Tensor, "b s m"], list[Routing]]:
     """Run blocks that are taken apart. A counter of work sees each operation of theirs."""
     run = blocks_step.reference if ops.is_counting() else blocks_step
-    x, *decided = run(x, blocks, pasts, table, starts)
-    return x, [Routing(*decided[i : i + 4]) for i in range(0, len(decided), 4)]
+    x, *routing = run(x, blocks, caches, cos_sin, starts)
+    return x, [Routing(*routing[i : i + 4]) for i in range(0, len(routing), 4)]
 
 
 def _is_step(x: Tensor, starts: Int[Tensor, " b"], room: int) -> bool:
@@ -138,18 +136,18 @@ def _is_step(x: Tensor, starts: Int[Tensor, " b"], room: int) -> bool:
 
 
 class _Angles:
-    """The rotary table of positions 0, 1, ..., as far as they have been asked for."""
+    """Cos and sin of positions 0, 1, ..., as far as they have been asked for."""
 
     def __init__(self, rope: Rope) -> None:
         self.rope, self.known = rope, 0
 
-    def at(self, window: Window) -> tuple[Float[Tensor, "#b s p"], Float[Tensor, "#b s p"]]:
-        """Return cos and sin of a window's positions: [#b, s, pairs]."""
-        positions = window.positions
-        end = int(positions.max()) + 1 if window.start is None else window.start + positions.shape[1]
+    def at(self, place: CachePositions) -> CosSin:
+        """Return cos and sin of the angles of new tokens: [#b, s, pairs]."""
+        positions, start = place.positions, place.start
+        end = int(positions.max()) + 1 if start is None else start + positions.shape[1]
         if end > self.known:
             self.known = max(256, 2 * end)
-            self.cos, self.sin = self.rope.table(torch.arange(self.known)[None])
-        if window.start is None:
+            self.cos, self.sin = self.rope.cos_sin(torch.arange(self.known)[None])
+        if start is None:
             return self.cos[0, positions], self.sin[0, positions]
-        return self.cos[:, window.start : end], self.sin[:, window.start : end]
+        return self.cos[:, start:end], self.sin[:, start:end]

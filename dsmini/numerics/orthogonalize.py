@@ -70,19 +70,7 @@ class MuonMatrices:
         return (*self.params, *self.grads, *self.momenta)
 
 
-def _cost(matrices: MuonMatrices, steps: NewtonSchulz, *, matmul_dtype: torch.dtype, **_: object) -> ops.Cost:
-    moved = sum(p.nbytes for p in matrices.params)
-    flops, sides = 0, 0
-    for p in matrices.params:
-        o, i = sorted(p.shape[-2:])
-        # X X^T and its square are symmetric, so that half of their products is enough
-        sides += p.numel() * o
-        flops += p.numel() // (o * i) * len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
-    side = sides / max(1, sum(p.numel() for p in matrices.params))
-    return ops.Cost(3 * moved, 2 * moved, flops, side, matmul_dtype)
-
-
-@ops.operation("muon_update", cost=_cost)
+@ops.operation("muon_update")
 def muon_update(
     matrices: MuonMatrices,
     steps: NewtonSchulz,
@@ -112,7 +100,7 @@ def muon_update(
                 p.add_(direction.to(p.dtype), alpha=-lr * max(1, size[0] / size[1]) ** 0.5)
 
 
-@muon_update.eager
+@ops.eager("muon_update")
 def _(
     matrices: MuonMatrices,
     steps: NewtonSchulz,

@@ -1,0 +1,149 @@
+"""Fast attention in plain PyTorch: causal, as in training and prefill, and of new tokens to a cache."""
+
+import functools
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dsmini import ops
+from dsmini.numerics import at_least_fp32
+
+# Up to this many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
+EXPLICIT_UP_TO = 128
+EXPLICIT_UP_TO_BF16 = 1024
+EXPLICIT_UP_TO_COMPILED = 512
+BLOCK = 128
+"""Queries whose logits exist at a time."""
+SPLIT_FROM, PART = 32 << 20, 8 << 20
+"""Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
+
+
+@ops.eager("causal_attention")
+def causal_attention_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    documents: Tensor | None = None,
+    method: Literal["auto", "explicit", "sdpa"] = "auto",
+) -> Tensor:
+    """Compute causal_attention by one of two ways.
+
+    Args:
+        method: "explicit" computes the logits in q's dtype, for 128 queries at a time and the keys up to the last of
+            them. "sdpa" runs torch's flash attention. It needs q, k and v of equal width, so zeros are appended to the
+            narrower ones. "auto" runs explicit for short sequences on a CPU, else sdpa.
+    """
+    if not q.numel():
+        return ops.find("causal_attention").reference(q, k, v, scale, documents)
+    if method == "auto":
+        method = "explicit" if q.device.type == "cpu" and q.shape[2] <= _explicit_up_to(q.dtype) else "sdpa"
+    if method == "sdpa":
+        return _sdpa(q, k, v, scale, documents)
+    if method != "explicit":
+        raise ValueError(f"method={method!r} is unknown; use auto, explicit or sdpa")
+    return _explicit(q, k, v, scale, _mask(documents, q.shape[2], q.device))
+
+
+def _explicit_up_to(dtype: torch.dtype) -> int:
+    short = EXPLICIT_UP_TO_BF16 if dtype == torch.bfloat16 else EXPLICIT_UP_TO
+    return max(short, EXPLICIT_UP_TO_COMPILED) if torch.compiler.is_compiling() else short
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+    width = max(q.shape[-1], v.shape[-1])
+    wide_q, wide_k, wide_v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    seen = None if documents is None else ~_mask(documents, q.shape[2], q.device)
+    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, seen, is_causal=seen is None, scale=scale)
+    return y[..., : v.shape[-1]]
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Compute attention block by block of queries.
+
+    One operation multiplies q and k, scales the product and adds the mask. The softmax reads and writes q's dtype and
+    computes in FP32.
+    """
+    b, h, s, _ = q.shape
+    added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -torch.inf)
+    added = added if added.dim() == 2 else added.expand(b, h, s, s).flatten(0, 1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    blocks = []
+    for start in range(0, s, BLOCK):
+        end = min(s, start + BLOCK)
+        logits = torch.baddbmm(added[..., start:end, :end], q[:, start:end], k[:, :end].mT, alpha=scale)
+        blocks.append(logits.softmax(-1) @ v[:, :end])
+    return torch.cat(blocks, 1).unflatten(0, (b, h))
+
+
+def _mask(documents: Tensor | None, s: int, device: torch.device) -> Bool[Tensor, "..."]:
+    """Return the mask [s, s] or [b, 1, s, s], True for later positions and for other documents."""
+    future = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
+    return future if documents is None else future | (documents[:, None, :, None] != documents[:, None, None, :])
+
+
+@ops.eager("cached_attention")
+def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Compute cached_attention for 128 queries at a time, with logits in q's dtype."""
+    if not q.numel() or not k.numel():
+        return ops.find("cached_attention").reference(q, k, v, scale, mask)
+    (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
+    blocks = []
+    for start in range(0, s, BLOCK):
+        part = q[:, :, start : start + BLOCK]
+        rows = part.reshape(b * g, -1, q.shape[-1])
+        # keys times queries: with few queries a CPU takes a sixth of the time of queries times keys (docs/log.md)
+        few = rows.shape[1] < t
+        logits = _times(k, rows.mT).mT if few else rows @ k.reshape(b * g, t, -1).mT
+        logits = at_least_fp32(logits).mul(scale)
+        if mask is not None:
+            heads = logits.reshape(b, h, -1, t)
+            logits = heads.masked_fill(mask[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
+        y = _weighted(logits.softmax(-1).to(v.dtype), v)
+        blocks.append(y.view(b, h, -1, v.shape[-1]))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+@ops.eager("absorbed_attention")
+def _(
+    q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    b, s = q_nope.shape[:2]
+    q_latent = rearrange(rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk, "h (b s) c -> b h s c", b=b)
+    query = torch.cat((q_latent, q_rope.transpose(1, 2)), -1)
+    keys = rows.unsqueeze(1)
+    latent = cached_attention_eager(query, keys, keys[..., : w_uk.shape[-1]], scale, mask)
+    y = rearrange(latent, "b h s c -> h (b s) c") @ w_uv
+    return rearrange(y, "h (b s) v -> b s (h v)", s=s)
+
+
+def _times(keys: Tensor, queries: Tensor) -> Tensor:
+    """Multiply keys [b, g, t, d] by queries [b * g, d, n]."""
+    parts = [part.flatten(0, 1) @ queries for part in split_keys(keys)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply weights [b * g, n, t] by values [b, g, t, v]. The products of parts are added in FP32."""
+    parts = split_keys(values)
+    if len(parts) == 1:
+        return weights @ values.flatten(0, 1)
+    shares = weights.split(parts[0].shape[2], 2)
+    sums = (at_least_fp32(w @ part.flatten(0, 1)) for w, part in zip(shares, parts, strict=True))
+    return functools.reduce(torch.add, sums).to(values.dtype)
+
+
+def split_keys(x: Float[Tensor, "b g t c"]) -> tuple[Tensor, ...]:
+    """Split keys or values along t where torch would copy all of them for a product on a CPU.
+
+    torch copies matrices that are interleaved in memory, as the heads of a cache's rows are. A copy of 32 MB or more
+    gets new memory from the system each time. It takes 6 times as long as several small copies (docs/log.md).
+    """
+    b, g, t, c = x.shape
+    if b * g == 1 or x.device.type != "cpu" or x.is_contiguous() or x.numel() * x.element_size() < SPLIT_FROM:
+        return (x,)
+    return x.split(max(64, min(t, PART // (b * g * c * x.element_size()))), 2)

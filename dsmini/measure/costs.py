@@ -1,0 +1,264 @@
+"""The least that a call of a kernel must move and compute: each operand is read once, each result is written once.
+
+PyTorch counts its own operations, and cannot see into a kernel. So each operation with a kernel has a cost here, a
+function of the result of a call and of its arguments.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsmini.numerics import FORMATS, QuantizedTensor, number_dtype
+
+Weight = Tensor | QuantizedTensor
+
+
+class Cost(NamedTuple):
+    """Lower bound of a call."""
+
+    read: int
+    """Bytes."""
+    written: int
+    """Bytes."""
+    flops: int
+    """Floating-point operations of products. A multiply-add counts as two."""
+    rows: float = 1.0
+    """Rows that share a matrix, the mean over all numbers of the matrices; for Muon, the smaller side of a matrix."""
+    dtype: torch.dtype | None = None
+    """Dtype of the matrices, or of the products where it is another, if not that of the result."""
+    attention: int = 0
+    scores: int = 0
+    """Parts of the FLOPs that multiply with rows of a cache, and with an indexer's cached keys."""
+    matrix: int = 0
+    """Numbers of an expert's matrix; 0 where time does not depend on it."""
+
+
+def cost_of(name: str, result: Any, *args: Any, **kwargs: Any) -> Cost:
+    """Return the cost of a call of the operation of that name.
+
+    Raises: ValueError for an operation without a cost: a count leaves nothing out in silence.
+    """
+    if name not in COSTS:
+        raise ValueError(
+            f"the kernel of {name} has no cost, so it cannot be counted; add one to dsmini/measure/costs.py"
+        )
+    return COSTS[name](result, *args, **kwargs)
+
+
+def _nbytes(*operands: Any) -> int:
+    return sum(operand.nbytes for operand in operands if operand is not None)
+
+
+def _numbers(*weights: Any) -> int:
+    """Return how many numbers some matrices have, however they are stored."""
+    return sum(math.prod(weight.shape) for weight in weights if weight is not None)
+
+
+# number formats
+
+
+def _quantize(result: Any, x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min: float) -> Cost:
+    last = -(-x.shape[-1] // 8) * 12 if FORMATS[format].packed else x.shape[-1]
+    tiles = math.prod(x.shape[:-2]) * -(-x.shape[-2] // tile[0]) * -(-x.shape[-1] // tile[1])
+    return Cost(x.nbytes, math.prod(x.shape[:-1]) * last + 4 * tiles, 0)
+
+
+def _dequantize(
+    result: Any,
+    codes: Tensor,
+    scales: Tensor,
+    tile: Any,
+    format: str = "e4m3",
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+) -> Cost:
+    shape = (*codes.shape[:-1], codes.shape[-1] if columns is None else columns)
+    return Cost(_nbytes(codes, scales), math.prod(shape) * dtype.itemsize, 0)
+
+
+def _round(
+    result: Any, x: Tensor, tile: Any, scale: str, format: str, amax_min: float, dtype: torch.dtype, ends: Any = None
+) -> Cost:
+    return Cost(x.nbytes, x.numel() * dtype.itemsize, 0)
+
+
+# products
+
+
+def _linear(result: Any, x: Tensor, weight: Weight) -> Cost:
+    rows, (o, i) = math.prod(x.shape[:-1]), weight.shape
+    return Cost(_nbytes(x, weight), rows * o * x.element_size(), 2 * rows * o * i, rows, number_dtype(weight))
+
+
+def _experts(
+    result: Any,
+    x: Tensor | QuantizedTensor,
+    indices: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+) -> Cost:
+    chosen, (e, f, m) = int((counts > 0).sum()), w1.shape
+    read = _nbytes(x, indices, weights, counts) + _nbytes(w1, w2, w3) * chosen // e  # only what some token chose
+    rows = indices.numel() / max(1, chosen)
+    return Cost(read, math.prod(x.shape) * x.dtype.itemsize, 6 * indices.numel() * f * m, rows, number_dtype(w1))
+
+
+def _trained_experts(
+    result: Any, x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> Cost:
+    saved = 2 * indices.numel() * w1.shape[1] * x.element_size()
+    matrix, rows = w1[0].numel(), indices.numel() / w1.shape[0]
+    read = _nbytes(x, indices, weights, counts, w1, w2, w3)
+    return Cost(read, x.nbytes + saved, 6 * indices.numel() * matrix, rows, matrix=matrix)
+
+
+def _trained_experts_gradients(
+    result: Any,
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *matrices: Tensor,
+) -> Cost:
+    matrix, rows = matrices[0][0].numel(), indices.numel() / matrices[0].shape[0]
+    read = _nbytes(grad, x, indices, weights, counts, gate, up, *matrices)
+    return Cost(read, _nbytes(x, weights, *matrices), 12 * indices.numel() * matrix, rows, matrix=matrix)
+
+
+def _muon(result: Any, matrices: Any, steps: Any, *, matmul_dtype: torch.dtype, **_: object) -> Cost:
+    moved, numbers = _nbytes(*matrices.params), sum(p.numel() for p in matrices.params)
+    flops, sides = 0, 0
+    for p in matrices.params:
+        o, i = sorted(p.shape[-2:])
+        # X X^T and its square are symmetric, so that half of their products is enough
+        sides += p.numel() * o
+        flops += p.numel() // (o * i) * len(steps.coefficients) * (o * (o + 1) * (i + o) + 2 * o * o * i)
+    return Cost(3 * moved, 2 * moved, flops, sides / max(1, numbers), matmul_dtype)
+
+
+# attention to the keys that an indexer chose
+
+
+def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Cost:
+    (b, s, h, d), t = q.shape, k.shape[1]
+    return Cost(_nbytes(q, k, weights), 4 * b * s * t, 2 * b * s * h * t * d, t, q.dtype)
+
+
+def _pick_keys(result: Any, q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) -> Cost:
+    (b, s), chosen = q.shape[:2], min(topk, k.shape[1])
+    scores = _scores(q, k, weights)
+    return scores._replace(read=scores.read + mask.nbytes, written=8 * b * s * chosen)
+
+
+def _picked_attention(
+    result: Any, q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, chosen: Tensor
+) -> Cost:
+    (b, s, h, n), width, (c, v), k = q_nope.shape, rows.shape[2], w_uv.shape[1:], chosen.shape[2]
+    read = _nbytes(q_nope, q_rope, w_uk, w_uv, chosen) + chosen.numel() * rows[0, 0].nbytes
+    flops = 2 * b * s * h * (c * (n + v) + k * (width + c))
+    return Cost(read, b * s * h * v * q_nope.element_size(), flops, k, rows.dtype)
+
+
+# a decoding step in few calls
+
+
+def _normed(result: Any, x: Tensor, norm: Any, y: Tensor | None = None, y_norm: Any = None) -> Cost:
+    inputs = 1 if y is None else 2
+    return Cost(inputs * _nbytes(x, norm.weight), inputs * x.nbytes, 0)
+
+
+def _attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
+    b, s, _ = x.shape
+    keys, data = int(starts.sum()) + b * s, cache.store.data
+    row = data.shape[2] * data.element_size()
+    products = _numbers(part.wq_a, part.wq_b, part.wkv_a, part.wkv_b, part.wo)
+    read_keys, scores, index_row = keys, 0, 0
+    if (i := part.indexer) is not None:
+        index = cache.store.index.data
+        index_row = index.shape[2] * index.element_size()
+        products += (index.shape[2] + i.n_heads) * x.shape[2]
+        read_keys = sum(min(start + s, i.topk) for start in starts.tolist())
+        if int(starts.max()) + s > i.topk:  # or nothing is scored
+            products += _numbers(i.wq_b)
+            scores = 2 * s * keys * i.n_heads * len(i.k_norm)
+    attention = 2 * s * read_keys * part.n_heads * (2 * part.latent + part.rope)
+    read = _nbytes(x, *part.tensors) + read_keys * row + (keys if scores else 0) * index_row
+    written = x.nbytes + b * s * (row + index_row)
+    flops = 2 * b * s * products + attention + scores
+    return Cost(read, written, flops, b * s, number_dtype(part.wo), attention, scores)
+
+
+def _grouped_attention_step(result: Any, x: Tensor, part: Any, cache: Any, cos_sin: Any, starts: Tensor) -> Cost:
+    b, s, _ = x.shape
+    keys, data = int(starts.sum()) + b * s, cache.store.data
+    row = data.shape[2] * data.element_size()
+    widths = part.wq.shape[0] + part.wo.shape[1]  # of all heads: a key's, and a value's
+    attention = 2 * s * keys * widths
+    flops = 2 * b * s * _numbers(part.wq, part.wk, part.wv, part.wo) + attention
+    read = _nbytes(x, *part.tensors) + keys * row
+    return Cost(read, x.nbytes + b * s * row, flops, b * s, number_dtype(part.wo), attention)
+
+
+def _feed_forward_step(result: Sequence[Tensor], x: Tensor, part: Any) -> Cost:
+    read = _nbytes(x, part.norm, part.w1, part.w2, part.w3)
+    products = numbers = _numbers(part.w1, part.w2, part.w3)
+    weight = part.w2 if part.e2 is None else part.e2
+    if part.gate is not None:
+        e, k = part.gate.shape[0], part.options["n_activated_experts"]
+        chosen = int((result[-1] > 0).sum())  # matrices that no token chose are not read
+        expert = _numbers(part.e1, part.e2, part.e3) // e
+        read += part.gate.nbytes + _nbytes(part.e1, part.e2, part.e3) * chosen // e
+        products += part.gate.numel() + k * expert
+        numbers += part.gate.numel() + chosen * expert
+    rows = x.shape[0] * products / max(1, numbers)
+    return Cost(read, x.nbytes, 2 * x.shape[0] * products, rows, None if weight is None else number_dtype(weight))
+
+
+def _blocks_step(
+    result: Sequence[Tensor], x: Tensor, blocks: Sequence[Any], caches: Sequence[Any], cos_sin: Any, starts: Tensor
+) -> Cost:
+    routing, total = iter(result[1:]), [0, 0, 0]
+    for (attention, feed_forward), cache in zip(blocks, caches, strict=True):
+        of_block = tuple(islice(routing, 4)) if feed_forward.gate is not None else ()
+        attend = _attention_step if hasattr(attention, "wkv_b") else _grouped_attention_step
+        costs = (
+            attend(None, x, attention, cache, cos_sin, starts),
+            _feed_forward_step(of_block, x.flatten(0, 1), feed_forward),
+        )
+        total = [sum(each) for each in zip(total, *(cost[:3] for cost in costs), strict=True)]
+    return Cost(total[0], total[1], total[2])
+
+
+COSTS: MappingProxyType[str, Callable[..., Cost]] = MappingProxyType(
+    {
+        "quantize": _quantize,
+        "dequantize": _dequantize,
+        "quantize_dequantize": _round,
+        "linear": _linear,
+        "quantized_linear": _linear,
+        "experts": _experts,
+        "quantized_experts": _experts,
+        "trained_experts": _trained_experts,
+        "trained_experts_gradients": _trained_experts_gradients,
+        "muon_update": _muon,
+        "pick_keys": _pick_keys,
+        "picked_attention": _picked_attention,
+        "normed": _normed,
+        "attention_step": _attention_step,
+        "grouped_attention_step": _grouped_attention_step,
+        "feed_forward_step": _feed_forward_step,
+        "blocks_step": _blocks_step,
+    }
+)
+"""A function from the result and the arguments of a call, by the name of the operation."""

@@ -1,0 +1,285 @@
+"""The small layers: linear maps, norms and the embedding, and what keeps some of them in FP32."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dsmini import ops
+from dsmini.config import ModelConfig
+from dsmini.numerics import QuantizedTensor, at_least_fp32, quantize, without_autocast
+
+
+def draw_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Draw a weight from a normal distribution. On the meta device there are no numbers to draw."""
+    # the first random number on meta would load torch's compiler, which takes more than a second
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std, generator=generator)
+
+
+class FP32Module(nn.Module):
+    """Base of the norms and the gate. `.to(torch.bfloat16)` and `.half()` leave their tensors in FP32.
+
+    A router in BF16 ties scores and picks other experts on other devices; a bias rounded to BF16 no longer
+    moves by its update speed. `.double()` and moves between devices work as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP32Module":
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return tensor.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
+
+        return super()._apply(keep, recurse)
+
+
+@ops.operation("linear")
+def linear(x: Tensor | QuantizedTensor, weight: Tensor | QuantizedTensor) -> Float[Tensor, "*batch o"]:
+    """Return x W^T for x [*batch, i] and W [o, i], computed in x's dtype. The weight may have another dtype."""
+    for name, given in (("x", x), ("weight", weight)):
+        if not isinstance(given, Tensor):
+            fix = f"multiply codes by nn.FP8Linear, or {name}.dequantize()"
+            raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
+    assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+    if x.shape[-1:] != weight.shape[-1:]:
+        raise ValueError(f"x is {tuple(x.shape)}, want [..., {weight.shape[-1]}], as wide as the layer's input")
+    return F.linear(x, weight.to(x.dtype))
+
+
+class Projection(nn.Module):
+    """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes (fp8.py).
+
+    Any of them may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass with a
+    forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_direct` before.
+    """
+
+    by_precision: ClassVar[dict[str, Callable[..., "Projection"]]] = {}
+    """Classes that multiply in another precision than the compute dtype's, by config.precision."""
+    direct = True
+    """True if `swiglu`, `dense` and the weight may stand in for forward: the same class says what they all do."""
+    reads_codes = False
+    """True if x may be quantized already."""
+
+    def __init_subclass__(cls, precision: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if precision is not None:
+            cls.by_precision[precision] = cls
+        if "forward" in cls.__dict__ and "dense" not in cls.__dict__:
+            cls.direct = cls.reads_codes = False
+
+    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", None)
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        draw_normal(self.weight, self.init_std, generator)
+
+    def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """Return forward(silu(gate) * up)."""
+        return self(F.silu(gate) * up)
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        """Return the whole weight in that dtype, as the products see it."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class Linear(Projection, nn.Linear):
+    """y = x W^T without a bias. The product runs in x's dtype, whatever dtype the weight is stored in.
+
+    It is torch's nn.Linear, so that tools find it. Layers in FP8 are not: a tool would take codes for numbers.
+    """
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return linear(x, self.weight)
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        return self.weight.to(dtype)
+
+
+def make_linear(
+    c: ModelConfig, in_features: int, out_features: int, init_std: float | None = None, **options: Any
+) -> Projection:
+    """Make the linear layer of attention and feed-forwards that config.precision asks for.
+
+    Args:
+        init_std: None: the config's.
+        options: of the class of that precision; Linear has none.
+    """
+    std = c.init_std if init_std is None else init_std
+    if c.precision in Projection.by_precision:
+        return Projection.by_precision[c.precision](in_features, out_features, init_std=std, **options)
+    return Linear(in_features, out_features, init_std=std)
+
+
+def output_linear(c: ModelConfig, width: int) -> Projection:
+    """Make the linear layer after attention.
+
+    FP8 training saves its input in E5M6, with more bits: the backward of attention reads it too (report, section
+    3.3.3).
+    """
+    return make_linear(c, width, c.dim, c.output_init_std, saved_format="e5m6")
+
+
+def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> Any:
+    """Return x quantized for all that read it, if each of them multiplies codes; else as it is.
+
+    Readers that are None do not count. Where another module takes the place of one of them, all get x itself, and the
+    others quantize it on their own, to the same codes.
+    """
+    every = all(getattr(reader, "reads_codes", False) for reader in readers if reader is not None)
+    return quantize(x) if every and isinstance(x, Tensor) else x
+
+
+class FP32Linear(FP32Module):
+    """y = x W^T without a bias. Weight, product and result are FP32, whatever dtype x has."""
+
+    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        draw_normal(self.weight, self.init_std, generator)
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        with without_autocast(x):
+            return linear(at_least_fp32(x), self.weight)
+
+
+def is_direct(module: nn.Module) -> TypeGuard[Projection]:
+    """Return True for a Projection that does nothing but multiply by its own weight.
+
+    Return False for a module of another class, a subclass with a forward of its own, hooks (as of FSDP on this module
+    alone), and a weight that is computed (torch.nn.utils.parametrize).
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    replaced = any(hooks) or "forward" in module.__dict__
+    return isinstance(module, Projection) and module.direct and not replaced and "weight" in module._parameters
+
+
+def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+    """Return the matrix by which a module multiplies, in that dtype.
+
+    It is the output for the identity, which is exact: each sum has one term that is not zero.
+
+    Raises: ValueError for a module that adds a bias.
+    """
+    if is_direct(module):
+        return module.dense(dtype)
+    identity = torch.eye(in_features, dtype=dtype, device=next(module.parameters()).device)
+    if module(torch.zeros_like(identity[:1])).any():
+        raise ValueError(
+            f"a {type(module).__name__} adds a bias, which absorbed weights cannot hold; use form='expanded'"
+        )
+    return module(identity).T.to(dtype)
+
+
+@ops.operation("rms_norm")
+def rms_norm(x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float) -> Float[Tensor, "*batch m"]:
+    """Return x / sqrt(mean(x^2) + eps) * weight, computed in FP32, in x's dtype.
+
+    In training on a CPU the eager version has first derivatives only.
+
+    Source: Zhang and Sennrich 2019.
+    """
+    y = at_least_fp32(x)
+    return (y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(x.dtype)
+
+
+class RMSNorm(FP32Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in FP32, returned in x's dtype.
+
+    Source: Zhang and Sennrich 2019; DeepSeek-V3 adds one after each compressed latent (report, section 4.2).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the weight to 1; nothing is drawn."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(FP32Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed in FP32, returned in x's dtype.
+
+    Source: Ba et al. 2016; DeepSeek-V3.2 has it on the indexer's key alone.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the weight to 1 and the bias to 0; nothing is drawn."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        y = at_least_fp32(x)
+        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
+        return F.layer_norm(y, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Embedding(nn.Module):
+    """One row of the weight for each token id."""
+
+    def __init__(self, vocab_size: int, dim: int, *, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from a normal distribution with the standard deviation init_std."""
+        draw_normal(self.weight, self.init_std, generator)
+
+    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch m"]:
+        """Return a row for each id.
+
+        Raises: ValueError for ids that check_ids refuses.
+        """
+        check_ids("token", tokens, self.weight.shape[0])
+        return F.embedding(tokens, self.weight)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weight.shape)
+
+
+def check_ids(what: str, ids: Int[Tensor, "*batch"], vocab_size: int) -> None:
+    """Raise ValueError for an id outside the vocabulary, in eager mode on a CPU.
+
+    On an accelerator the check would wait for the device in every step. There the commands check their data once.
+    """
+    if ops.shows_numbers(ids) and ids.numel():
+        low, high = (int(i) for i in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{what} id {wrong} is outside the vocabulary; want 0 to {vocab_size - 1}")
