@@ -27,8 +27,8 @@ from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, dequantize_tiles, quantize_
 CacheDtype = torch.dtype | Literal["fp8"]
 Form = Literal["auto", "expanded", "absorbed"]
 """A way in which MLA attends to a cache (mla.py); auto is whichever is less work."""
-FormPolicy = Callable[[Any, int, "LayerCacheView"], Literal["expanded", "absorbed"]]
-"""Chooses the form from a layer, the number of new tokens and its view of the cache."""
+FormPolicy = Callable[[Any, int, Any], Literal["expanded", "absorbed"]]
+"""Chooses the form from a layer, the number of new tokens and its LayerCacheView."""
 
 KEY_STEP = 64
 """Step in which the number of keys grows that attention reads."""
