@@ -152,8 +152,11 @@ def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s 
     return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
 
 
-def check_sequences(x: Tensor) -> None:
+def check_sequences(x: Tensor, context: AttentionContext | None) -> None:
     """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
+    if not isinstance(context, AttentionContext | None):
+        got = type(context).__name__
+        raise ValueError(f"attention got a {got} as its context; want AttentionContext(cos_sin=..., cache=...) or None")
     if x.dim() != 3:
         fix = "x[None] is one sequence" if x.dim() == 2 else "join its first dimensions"
         raise ValueError(f"attention got {tuple(x.shape)}; want [b, s, m], sequences of hidden states; {fix}")
@@ -193,7 +196,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
         """Attend causally, to the sequence or, with a cache in the context, to all its rows."""
-        check_sequences(x)
+        check_sequences(x, context)
         context = context or context_of(x, self.rope)
         # 1. queries and keys, rotated: [b, s, h, d] and [b, s, g, d]
         x = quantize_once(x, self.wq, self.wk, self.wv)

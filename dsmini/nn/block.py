@@ -16,12 +16,12 @@ from dsmini.nn.moe import FeedForward, MoE
 
 
 class Aux(NamedTuple):
-    """What a block found besides its output. It travels in the result: no layer stores anything of a forward."""
+    """A block's findings besides its output. They travel in the result: no layer stores anything of a forward."""
 
     routing: Routing | None = None
-    """Of a MoE layer."""
+    """The decision of a MoE layer's gate."""
     indexer_loss: IndexerLoss | None = None
-    """Of DSA while its indexer learns."""
+    """The loss of DSA's indexer while it learns."""
 
 
 class Block(nn.Module):
@@ -59,14 +59,9 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None
     ) -> tuple[Float[Tensor, "b s m"], Aux]:
         """Return the block's output, and what it found on the way."""
-        normed, indexer_loss = self.attn_norm(x), None
-        if isinstance(self.attn, DSA) and context is not None and self.attn.learns(context):
-            y, indexer_loss = self.attn.learn(normed, context)
-        else:
-            y = self.attn(normed, context)
+        y = self.attn(self.attn_norm(x), context)
+        y, indexer_loss = y if isinstance(y, tuple) else (y, None)
         x = x + y
-        normed = self.ffn_norm(x)
-        if isinstance(self.ffn, FeedForward):
-            return x + self.ffn(normed), Aux(None, indexer_loss)
-        y, routing = self.ffn(normed)
+        y = self.ffn(self.ffn_norm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
         return x + y, Aux(routing, indexer_loss)

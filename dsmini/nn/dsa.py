@@ -298,13 +298,16 @@ class DSA(MLA):
         super().__init__(c, mask=mask)
         self.indexer = Indexer(c)
 
-    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Float[Tensor, "b s m"]:
+    def forward(self, x: Float[Tensor, "b s m"], context: AttentionContext | None = None) -> Any:
         """Attend to the keys that the indexer chooses; to all where there are no more than index_topk.
 
-        The indexer's keys are cached in any case.
+        The indexer's keys are cached in any case. While the indexer learns, and the context asks for its loss, the
+        result is the output [b, s, m] and an IndexerLoss.
         """
-        check_sequences(x)
+        check_sequences(x, context)
         context = context or context_of(x, self.rope)
+        if self.learns(context):
+            return self.learn(x, context)
         cache = context.cache
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
         if longest <= self.indexer.topk or (self.training and cache is None and self.stage == "warmup"):
@@ -316,21 +319,20 @@ class DSA(MLA):
         # 2. the keys of each query: [b, s, k]
         topk_indices = self.select_topk(x, latent, context)
         # 3. attention to them: [b, s, h v]
-        if cache is not None and form_of(self, x.shape[1], cache, self.indexer.topk) == "absorbed":
+        if cache is not None and form_of(self, x.shape[1], cache) == "absorbed":
             return self.wo(self.gathered(q, new, topk_indices, cache))
         c_kv, k_rope = new if cache is None else cache.extend(new, q.dtype)
         return self.wo(self.masked(q, *self.keys_and_values(c_kv, k_rope), topk_indices, cache))
 
     def learns(self, context: AttentionContext) -> bool:
-        """Return True if `learn` is to be called in the place of forward."""
+        """Return True if the indexer is in a stage of training, and its loss is wanted."""
         return context.train_indexers and context.cache is None and self.training and self.stage is not None
 
     def learn(self, x: Float[Tensor, "b s m"], context: AttentionContext) -> tuple[Float[Tensor, "b s m"], IndexerLoss]:
-        """Return what forward returns, and the indexer's loss in its stage.
+        """Return the output, and the indexer's loss in its stage.
 
         The loss moves the indexer, and nothing else: its inputs are detached.
         """
-        check_sequences(x)
         latent, q, new = self.queries_and_latents(x, context.cos_sin)
         topk_indices = self.select_topk(x, latent, context)
         k, v = self.keys_and_values(*new)

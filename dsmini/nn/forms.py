@@ -5,7 +5,7 @@ cheapest_form.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsmini import ops
 from dsmini.nn.cache import LayerCacheView
@@ -63,18 +63,20 @@ def attention_work(layer: "MLA", queries: int, keys: int, gathered: int | None =
     )
 
 
-def form_of(layer: "MLA", queries: int, cache: LayerCacheView, topk: int | None = None) -> Form:
+def form_of(layer: "MLA", queries: int, cache: LayerCacheView) -> Form:
     """Return the form in which a layer attends to a cache: the one that the cache asks for, or the policy's choice.
 
-    Args:
-        topk: number of keys that each query reads, where an indexer chooses them.
+    Raises: ValueError for a policy that returns anything else.
     """
-    if callable(cache.form):
-        return cache.form(layer, queries, cache)
-    return cheapest_form(layer, queries, cache, topk) if cache.form == "auto" else cache.form
+    if not callable(cache.form):
+        return cheapest_form(layer, queries, cache) if cache.form == "auto" else cache.form
+    form = cache.form(layer, queries, cache)
+    if form not in ("expanded", "absorbed"):
+        raise ValueError(f"form= is a function that returned {form!r}; want expanded or absorbed")
+    return form
 
 
-def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView, topk: int | None = None) -> Form:
+def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView) -> Form:
     """Return the form with less work; absorbed for the keys that an indexer chose, where a kernel gathers them.
 
     Attention with a mask then takes longer than the gather, also where it needs fewer operations (docs/log.md).
@@ -83,6 +85,8 @@ def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView, topk: int |
     """
     if layer.q_head_norm is not None or not is_direct(layer.wkv_b):
         return "expanded"
+    indexer: Any = getattr(layer, "indexer", None)
+    topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk
     if topk is not None and ops.serves("picked_attention", layer.wkv_b.weight):
         return "absorbed"
     keys = cache.at.end

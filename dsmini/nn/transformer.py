@@ -152,6 +152,11 @@ class Transformer(nn.Module):
                     cos_sin=cos_sin, documents=documents, cache=view, train_indexers=train_indexers
                 )
                 x, aux = ops.recomputed(block, x, context) if recompute else block(x, context)
+                if not isinstance(aux, Aux):
+                    got = type(aux).__name__
+                    raise ValueError(
+                        f"a block returned its output and a {got}; want dsmini.nn.Aux(routing, indexer_loss)"
+                    )
                 found.append(aux)
             if cache is not None and at is not None:
                 cache.lengths = at.lengths

@@ -279,6 +279,23 @@ def test_a_form_can_be_forced(small_model: Model, form: Any) -> None:
         assert form_of(mla, s, view) == form
 
 
+def test_another_policy_chooses_the_form(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, asked = small_model(), tokens_of(2, 9), []
+
+    def policy(layer: MLA, queries: int, view: Any) -> Any:
+        asked.append((layer, queries, view.at.end))
+        return "expanded"
+
+    ran: list[str] = []
+    monkeypatch.setattr(MLA, "absorbed", lambda *_: ran.append("absorbed"))
+    cache = model.new_cache(2, 16, form=policy)
+    for part in tokens.split((8, 1), 1):
+        model(part, cache)
+    assert not ran and [(queries, end) for _, queries, end in asked[::2]] == [(8, 16), (1, 16)]
+    wrong = model.new_cache(2, 16, form=lambda *_: "absorbd")
+    assert "returned 'absorbd'; want expanded or absorbed" in refusal(model, tokens, wrong)
+
+
 # what is refused
 
 

@@ -219,3 +219,12 @@ def test_layers_show_their_sizes() -> None:
     model = Transformer(**SMALL)
     assert "Gate(24, 3 of 8 experts, 2 of 4 groups, sigmoid)" in repr(model)
     assert "Experts(24, 12, 8 experts)" in repr(model) and "Embedding(61, 24)" in repr(model)
+
+
+def test_a_block_that_returns_something_else_is_told_what_is_wanted() -> None:
+    class Old(Block):
+        def forward(self, x: Tensor, context: AttentionContext | None = None) -> Any:
+            return super().forward(x, context)[0], None
+
+    model = Transformer(**SMALL, make_block=Old)
+    assert "a NoneType; want dsmini.nn.Aux(routing, indexer_loss)" in refusal(model, torch.zeros(1, 4).long())

@@ -273,3 +273,23 @@ def test_indexers_learn_in_low_precision(stage: Any, changes: dict[str, Any]) ->
         index = [p.grad for name, p in one.named_parameters() if ".indexer." in name]
         assert all(grad is not None and grad.isfinite().all() and grad.abs().sum() > 0 for grad in index)
     assert found[0].dtype == torch.float32 and relative_error(*found) < 0.2
+
+
+class Wrapper(torch.nn.Module):
+    """A module around another one, as tools put them."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_hooks_and_wrappers_around_attention_keep_the_loss() -> None:
+    model, ran = model_of("sparse"), []
+    for block in model.layers:
+        block.attn.register_forward_hook(lambda *_: ran.append(True))
+        block.attn = Wrapper(block.attn)
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, 25))
+    assert len(model.losses(tokens[:, :-1], tokens[:, 1:]).indexers) == 4 and len(ran) == len(model.layers)

@@ -1,6 +1,6 @@
 """Decoding steps in few calls: one operation for all blocks, in place of the thirty of each block's modules.
 
-A model is taken apart into its weights once for each generation (`parts.py`). If one of its layers is not plain, all
+A model is taken apart into its weights once for each generation (weights.py). If one of its layers is not plain, all
 run as they are. A multi-token prediction block that is not plain runs as it is. Numbers between layers are FP32.
 Weights and the cache stay as they are stored.
 """

@@ -171,7 +171,7 @@ def attention_step(
 ) -> Float[Tensor, "b s m"]:
     """Return x + MLA(norm(x)) for new tokens, absorbed, and append their rows to the cache.
 
-    With an indexer a token attends to the keys that it topk_indices, where some token sees more than topk.
+    With an indexer a token attends to the keys that it chooses, where some token sees more than topk.
 
     Args:
         cache: the layer's part of the cache. All its new columns are tokens.

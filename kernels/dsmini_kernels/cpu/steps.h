@@ -75,7 +75,7 @@ struct Indexer {
   Matrix wq, wk, weights;
 };
 
-// x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: functional/decoding.py has the equations.
+// x + MLA(norm(x)) for s tokens of each of b sequences, absorbed: dsmini/inference/fused has the equations.
 struct AttentionCall {
   int64_t threads;
   int64_t b, s, dim, heads, nope, rope, latent, value, q_rank;  // q_rank 0: wq_b reads the normed x
