@@ -178,7 +178,7 @@ class ModelStage(nn.Module):
         balance, weight = losses.balance, batch.options
         if before is not None:
             own = [self._balance(routing, tokens) for routing in losses.routing]
-            balance = torch.cat((before, *(loss[None] for loss in own))).sum().to(losses.main.dtype)
+            balance = torch.stack([*before.unbind(), *own]).sum().to(losses.main.dtype)
         total = losses.main + weight["mtp_weight"] * losses.mtp + weight["balance_alpha"] * balance
         assert self.sums is not None
         self.sums += torch.stack([losses.main, losses.mtp, balance]).detach() / batch.parts
