@@ -152,7 +152,7 @@ def cached_mask(cache: LayerCacheView, mask: Mask | None) -> Bool[Tensor, "#b s 
     return attention_mask(mask, cache.at.positions.clamp(max=cache.at.end - 1), cache.at.end)
 
 
-def check_sequences(x: Tensor, context: AttentionContext | None) -> None:
+def check_sequences(x: Tensor, context: AttentionContext | None = None) -> None:
     """Raise ValueError for hidden states that are not [b, s, m], such as the rows [n, m] that a gate takes."""
     if not isinstance(context, AttentionContext | None):
         got = type(context).__name__

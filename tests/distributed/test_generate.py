@@ -211,7 +211,12 @@ def test_command_answers_as_one_process_and_rank_0_speaks(place: Path) -> None:
     [
         (2, "runs/none", [], "there is no folder"),
         (3, "runs/x", [], "experts are not divisible by 3 processes"),
-        (2, "runs/x", ["--prompt", "T" * 300, "--context", "20"], "--context 20 has no room for a prompt of 300 tokens"),
+        (
+            2,
+            "runs/x",
+            ["--prompt", "T" * 300, "--context", "20"],
+            "--context 20 has no room for a prompt of 300 tokens",
+        ),
         (2, "runs/x", ["--placement", "{}/book.txt"], "book.txt"),
         (2, "runs/x", ["--temperature", "-1"], "temperature"),
     ],
