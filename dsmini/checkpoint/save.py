@@ -375,7 +375,9 @@ def refuse_changed_ideas(model: Transformer) -> None:
     for name, module in model.named_modules():
         if (usual := plain.get(name)) is None:
             continue
-        for method in (n for n, value in vars(type(usual)).items() if callable(value) and n != "__init__"):
+        # methods that a class of dsmini inherits from another are its own too
+        ours = [vars(kind) for kind in type(usual).__mro__ if kind.__module__.startswith("dsmini.")]
+        for method in sorted({n for of in ours for n, value in of.items() if callable(value)} - {"__init__"}):
             own = getattr(module, method, None)  # None: torch's Linear has fewer methods than dsmini's
             home = (getattr(own, "__module__", None) or "").split(".")[0]
             said = f"its {method} is that of {getattr(own, '__qualname__', own)}"

@@ -15,7 +15,9 @@ from dsmini import ops
 from dsmini.functional.trained_experts import train_experts
 from dsmini.numerics import (
     QuantizedTensor,
+    Weight,
     combine,
+    dense,
     dispatch,
     dispatch_quantized,
     fp8_matmul,
@@ -26,8 +28,6 @@ from dsmini.numerics import (
     sort_by_expert,
 )
 
-Weight = Tensor | QuantizedTensor
-"""A matrix for each expert."""
 X = TypeVar("X", Tensor, QuantizedTensor)
 
 
@@ -44,7 +44,7 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w
 @ops.eager("quantized_experts")
 def _(x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Weight, w2: Weight, w3: Weight) -> Tensor:
     def swiglu(i: int, rows: Tensor) -> Tensor:  # only chosen experts are dequantized, one after the other
-        return _swiglu(rows, *(_dense(matrix_of(w, i), rows.dtype) for w in (w1, w2, w3)))
+        return _swiglu(rows, *(dense(matrix_of(w, i), rows.dtype) for w in (w1, w2, w3)))
 
     return run_experts(x, indices, weights, counts, swiglu)
 
@@ -112,7 +112,3 @@ def _grouped_swiglu(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tens
 def _fp8_swiglu(rows: QuantizedTensor, w1: Weight, w2: Weight, w3: Weight, ends: Tensor | None = None) -> Tensor:
     gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
     return fp8_swiglu_matmul(gate, up, w2, ends=ends)
-
-
-def _dense(w: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    return w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype)

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmini.numerics import FORMATS, QuantizedTensor, number_dtype
-
-Weight = Tensor | QuantizedTensor
+from dsmini.numerics import FORMATS, QuantizedTensor, Weight, number_dtype
 
 
 class Cost(NamedTuple):

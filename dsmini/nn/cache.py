@@ -25,9 +25,11 @@ from dsmini.config import ModelConfig
 from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, dequantize_tiles, quantize_tiles
 
 CacheDtype = torch.dtype | Literal["fp8"]
-Form = Literal["auto", "expanded", "absorbed"]
-"""A way in which MLA attends to a cache (mla.py); auto is whichever is less work."""
-FormPolicy = Callable[[Any, int, Any], Literal["expanded", "absorbed"]]
+ChosenForm = Literal["expanded", "absorbed"]
+"""A way in which MLA attends to a cache (mla.py)."""
+Form = Literal["auto"] | ChosenForm
+"""The same; auto is whichever is less work."""
+FormPolicy = Callable[[Any, int, Any], ChosenForm]
 """Chooses the form from a layer, the number of new tokens and its LayerCacheView."""
 
 KEY_STEP = 64

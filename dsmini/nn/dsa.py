@@ -334,9 +334,10 @@ class DSA(MLA):
         The loss moves the indexer, and nothing else: its inputs are detached.
         """
         latent, q, new = self.queries_and_latents(x, context.cos_sin)
-        topk_indices = self.select_topk(x, latent, context)
         k, v = self.keys_and_values(*new)
-        loss = self.indexer_loss(x, latent, q, k, topk_indices, context)
+        index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
+        topk_indices = self.topk_of(index, context)
+        loss = self.indexer_loss(index, q, k, topk_indices, context)
         if self.stage == "sparse":
             return self.wo(self.masked(q, k, v, topk_indices, None)), loss
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
@@ -345,23 +346,21 @@ class DSA(MLA):
 
     def indexer_loss(
         self,
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        q: Float[Tensor, "b s h d"],
-        k: Float[Tensor, "b s h d"],
+        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
+        q: Float[Tensor, "b s h n"],
+        k: Float[Tensor, "b s h n"],
         topk_indices: Int[Tensor, "b s k"],
         context: AttentionContext,
     ) -> IndexerLoss:
-        """Compare the indexer with attention, whose queries and keys are q and k."""
+        """Compare the indexer's queries, keys and head weights with attention by the queries q and keys k."""
         assert self.stage is not None, "an indexer that learns is in a stage"
 
         def mask(start: int, stop: int) -> Bool[Tensor, "#b n t"]:
             return context.mask(self.mask, start, stop, stop)
 
-        index = self.indexer.all_of(x.detach(), latent.detach(), context.cos_sin)
         sums = indexer_agreement(*index, q.detach(), k.detach(), self.scale, topk_indices, mask, self.stage)
         kl, mass, found, asked = sums.unbind()
-        queries = x.shape[0] * x.shape[1]
+        queries = q.shape[0] * q.shape[1]
         recall = torch.where(asked > 0, found / asked.clamp(min=1), 1.0)
         return IndexerLoss(kl / queries, recall.detach(), mass.detach() / queries)
 
@@ -385,13 +384,22 @@ class DSA(MLA):
         Args:
             latent: the normed compressed query, or x where none is compressed.
         """
-        q, keys, weights = self.indexer.all_of(x, latent, context.cos_sin)
+        return self.topk_of(self.indexer.all_of(x, latent, context.cos_sin), context)
+
+    @torch.no_grad()
+    def topk_of(
+        self,
+        index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]],
+        context: AttentionContext,
+    ) -> Int[Tensor, "b s k"]:
+        """Do what select_topk does with the indexer's queries, keys and head weights of the new tokens."""
+        q, keys, weights = index
         if context.cache is not None:
             (keys,) = context.cache.index.extend((keys,), keys.dtype)
         blocks, k = [], min(self.indexer.topk, keys.shape[1])
-        for start in range(0, x.shape[1], BLOCK):
+        for start in range(0, q.shape[1], BLOCK):
             part, t = slice(start, start + BLOCK), _keys_before(start + BLOCK, keys.shape[1], context.cache)
-            mask = context.mask(self.mask, start, min(start + BLOCK, x.shape[1]), t)
+            mask = context.mask(self.mask, start, min(start + BLOCK, q.shape[1]), t)
             chosen = pick_keys(q[:, part], keys[:, :t], weights[:, part], k, mask)
             blocks.append(F.pad(chosen, (0, k - chosen.shape[2]), value=-1))
         return torch.cat(blocks, 1)

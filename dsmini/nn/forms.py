@@ -5,16 +5,14 @@ cheapest_form.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dsmini import ops
-from dsmini.nn.cache import LayerCacheView
+from dsmini.nn.cache import ChosenForm, LayerCacheView
 from dsmini.nn.layers import is_direct
 
 if TYPE_CHECKING:
     from dsmini.nn.mla import MLA
-
-Form = Literal["expanded", "absorbed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class AttentionWork:
     absorbed: int
 
     @property
-    def cheaper(self) -> Form:
+    def cheaper(self) -> ChosenForm:
         """Form with fewer operations."""
         return "absorbed" if self.absorbed < self.expanded else "expanded"
 
@@ -63,7 +61,7 @@ def attention_work(layer: "MLA", queries: int, keys: int, gathered: int | None =
     )
 
 
-def form_of(layer: "MLA", queries: int, cache: LayerCacheView) -> Form:
+def form_of(layer: "MLA", queries: int, cache: LayerCacheView) -> ChosenForm:
     """Return the form in which a layer attends to a cache: the one that the cache asks for, or the policy's choice.
 
     Raises: ValueError for a policy that returns anything else.
@@ -76,7 +74,7 @@ def form_of(layer: "MLA", queries: int, cache: LayerCacheView) -> Form:
     return form
 
 
-def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView) -> Form:
+def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView) -> ChosenForm:
     """Return the form with less work; absorbed for the keys that an indexer chose, where a kernel gathers them.
 
     Attention with a mask then takes longer than the gather, also where it needs fewer operations (docs/log.md).

@@ -21,14 +21,21 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.nn.layers import Linear, Projection, linear
 from dsmini.nn.moe import Experts, experts
-from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, matrix_of, quantize, rows_of
+from dsmini.numerics import (
+    WEIGHT_TILE,
+    QuantizedTensor,
+    Weight,
+    dense,
+    fp8_matmul,
+    fp8_swiglu_matmul,
+    matrix_of,
+    quantize,
+    rows_of,
+)
 
 LINEAR_SCALES = MappingProxyType({"weight": "scale"})
 EXPERTS_SCALES = MappingProxyType({"w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
 REFUSAL = "FP8 weights are codes that no gradient can move; load the model with fp8='dequantize' to train it"
-
-
-Weight = Tensor | QuantizedTensor
 
 
 @ops.operation("quantized_linear")
@@ -48,7 +55,7 @@ def quantized_experts(
     w3: Weight,
 ) -> Float[Tensor, "n m"]:
     """Compute `experts` with stacked matrices that may be FP8 codes. Products take their values in x's dtype."""
-    return experts.reference(x, indices, weights, counts, *(_dense(w, x.dtype) for w in (w1, w2, w3)))
+    return experts.reference(x, indices, weights, counts, *(dense(w, x.dtype) for w in (w1, w2, w3)))
 
 
 @ops.operation("fp8_experts")
@@ -81,10 +88,6 @@ def _refuse_transforms(*_: Any, **__: Any) -> Any:
 
 for _name in ("quantized_experts", "fp8_experts"):
     ops.for_transforms(_name)(_refuse_transforms)
-
-
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 def scale_names(module: nn.Module) -> Mapping[str, str]:
@@ -178,7 +181,7 @@ class QuantizedLinear(FP8Weights, Projection):
         return multiply(untrainable(x), weight)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        return _dense(self.operand("weight"), dtype)
+        return dense(self.operand("weight"), dtype)
 
 
 class FP8Linear(FP8Weights, Projection, precision="fp8"):
@@ -231,7 +234,7 @@ class QuantizedExperts(FP8Weights, Experts):
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         w1, w2, w3 = (matrix_of(self.operand(name), i) for name in EXPERTS_SCALES)
-        return _dense(w1, dtype), _dense(w2, dtype), _dense(w3, dtype)
+        return dense(w1, dtype), dense(w2, dtype), dense(w3, dtype)
 
 
 class FP8Experts(FP8Weights, Experts, precision="fp8"):

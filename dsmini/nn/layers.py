@@ -38,11 +38,10 @@ class FP32Module(nn.Module):
 @ops.operation("linear")
 def linear(x: Tensor | QuantizedTensor, weight: Tensor | QuantizedTensor) -> Float[Tensor, "*batch o"]:
     """Return x W^T for x [*batch, i] and W [o, i], computed in x's dtype. The weight may have another dtype."""
-    for name, given in (("x", x), ("weight", weight)):
-        if not isinstance(given, Tensor):
-            fix = f"multiply codes by nn.FP8Linear, or {name}.dequantize()"
-            raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
-    assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        name, given = ("weight", weight) if isinstance(x, Tensor) else ("x", x)
+        fix = f"multiply codes by nn.FP8Linear, or {name}.dequantize()"
+        raise ValueError(f"{name} is a {type(given).__name__}, want a tensor; {fix}")
     if x.shape[-1:] != weight.shape[-1:]:
         raise ValueError(f"x is {tuple(x.shape)}, want [..., {weight.shape[-1]}], as wide as the layer's input")
     return F.linear(x, weight.to(x.dtype))

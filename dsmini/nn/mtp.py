@@ -135,15 +135,7 @@ class MTPChain(nn.ModuleList):
             before: the main model's hidden state at the position before each new token.
             lengths: number of new tokens of each row, padded on the right; None: all columns are tokens.
         """
-        at = cache.place(embedding.shape[1], lengths)
-        all_normed: list[Tensor] = []
-        for k in range(len(self)):
-            normed, given = self.decode_depth(k, embedding, before, cache, at)
-            all_normed.append(normed)
-            if k + 1 < len(self):
-                before = cache.shift(k + 1, given, lengths)
-        cache.lengths = at.lengths
-        return all_normed
+        return decode_depths(self.decode_depth, embedding, before, cache, lengths)
 
     def decode_depth(
         self,
@@ -159,3 +151,22 @@ class MTPChain(nn.ModuleList):
         context = AttentionContext(cos_sin=self.rope.cos_sin(at.positions), cache=view)
         (x, normed), _ = block(before, embedding, context, True)
         return normed, x if self.pre_norm else normed
+
+
+def decode_depths(
+    run: Callable[[int, Tensor, Tensor, MTPCache, CachePositions], tuple[Tensor, Tensor]],
+    embedding: Float[Tensor, "b s m"],
+    before: Float[Tensor, "b s m"],
+    cache: MTPCache,
+    lengths: Int[Tensor, " b"] | None,
+) -> list[Float[Tensor, "b s m"]]:
+    """Run one depth after the other on new tokens, by MTPChain.decode_depth or what does the same."""
+    at = cache.place(embedding.shape[1], lengths)
+    all_normed: list[Tensor] = []
+    for k in range(len(cache.stores)):
+        normed, given = run(k, embedding, before, cache, at)
+        all_normed.append(normed)
+        if k + 1 < len(cache.stores):
+            before = cache.shift(k + 1, given, lengths)
+    cache.lengths = at.lengths
+    return all_normed

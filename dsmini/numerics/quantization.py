@@ -122,6 +122,8 @@ class QuantizedTensor:
         )
 
 
+Weight = Tensor | QuantizedTensor
+"""A matrix, or a stack of them, as numbers or as codes."""
 X = TypeVar("X", Tensor, QuantizedTensor)
 
 
@@ -130,7 +132,12 @@ def number_dtype(x: Tensor | QuantizedTensor) -> torch.dtype:
     return x.dtype if isinstance(x, Tensor) else x.codes.dtype
 
 
-def matrix_of(w: Tensor | QuantizedTensor, i: int) -> Tensor | QuantizedTensor:
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weight's numbers in dtype."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
+def matrix_of(w: Weight, i: int) -> Weight:
     """Return matrix i of a stack."""
     if isinstance(w, Tensor):
         return w[i]

@@ -85,24 +85,18 @@ class Operation(Generic[P, R]):
     """An operation with several implementations. Call it like its plain version; make it with `operation`."""
 
     fast: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {}
-    """Versions by kind, "eager" or "static", and by name. They may be there before their operation."""
+    """Versions by attribute, "plain" or "static", and by name. They may come before their operation."""
     declared: ClassVar[dict[str, "Operation[..., Any]"]] = {}
     """All operations by name."""
 
     def __init__(self, name: str, reference: Callable[P, R], differentiable: bool = True) -> None:
         functools.update_wrapper(self, reference)
         self.name, self.reference, self.differentiable = name, reference, differentiable
-        self.declared[name] = self
-
-    @property
-    def plain(self) -> Callable[P, R]:
+        self.plain: Callable[P, R] = self.fast.get(("plain", name), reference)
         """Version in PyTorch that runs where no kernel does."""
-        return self.fast.get(("eager", self.name), self.reference)
-
-    @property
-    def static(self) -> Callable[P, R]:
+        self.static: Callable[P, R] = self.fast.get(("static", name), reference)
         """Version for torch.func and torch.export, whose shapes depend on shapes alone."""
-        return self.fast.get(("static", self.name), self.reference)
+        self.declared[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # cheap checks first: decoding one token calls hundreds of operations, each a few microseconds long
@@ -173,7 +167,7 @@ def operation(name: str, *, differentiable: bool = True) -> Callable[[Callable[P
 
 def eager(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare the tuned PyTorch version of the operation of that name."""
-    return functools.partial(_declare, "eager", name)
+    return functools.partial(_declare, "plain", name)
 
 
 def for_transforms(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -183,6 +177,8 @@ def for_transforms(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _declare(kind: str, name: str, version: Callable[P, R]) -> Callable[P, R]:
     Operation.fast[kind, name] = version
+    if name in Operation.declared:
+        setattr(Operation.declared[name], kind, version)
     return version
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dsmini
+from tests.helpers import configs
 
 
 class OtherGate(dsmini.Gate):
@@ -27,6 +28,12 @@ class OtherNorms(dsmini.Transformer):
         return 2 * super().embedded(tokens)
 
 
+class OtherLatents(dsmini.DSA):
+    def latents(self, x, cos_sin):
+        c_kv, k_rope = super().latents(x, cos_sin)
+        return 2 * c_kv, k_rope
+
+
 def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
     if idea == "norms":
         return OtherNorms(config)
@@ -36,6 +43,7 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
             dsmini.Block, attention_class=functools.partial(dsmini.MLA, mask=lambda q, k: q - k > 4)
         ),
         "residual": OtherResidual,
+        "latents": functools.partial(dsmini.Block, attention_class=OtherLatents),
     }
     return dsmini.Transformer(config, make_block=make_block[idea])
 
@@ -46,11 +54,12 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
         ("gate", r"layers\.1\.ffn\.gate\.options is \{.*score_func.*which no config says: .*state_dict"),
         ("mask", r"layers\.0\.attn\.mask is .*lambda.*which no config says"),
         ("residual", r"layers\.0: its forward is that of OtherResidual\.forward, which no config says"),
+        ("latents", r"layers\.0\.attn: its latents is that of OtherLatents\.latents, which no config says"),
         ("norms", r"the model: its embedded is that of OtherNorms\.embedded, which no config says"),
     ],
 )
 def test_changed_idea_is_refused_by_name(tmp_path: Path, small_config, idea: str, sentence: str) -> None:
-    model = build(small_config(), idea)
+    model = build(small_config(**(configs.DSA if idea == "latents" else {})), idea)
     with pytest.raises(ValueError, match=sentence):
         dsmini.save_pretrained(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()

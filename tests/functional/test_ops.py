@@ -186,6 +186,11 @@ def test_explain_names_what_each_implementation_does(
     assert ops.explain() == f"{ops.VARIABLE}: {ops.VARIABLE}='gpu' is unknown; {KNOWN}"
 
 
+def test_every_fast_version_has_an_operation() -> None:
+    """A version under a misspelt name would never run."""
+    assert {name for _, name in ops.Operation.fast} <= explanation.operations().keys()
+
+
 def test_every_declared_operation_is_explained() -> None:
     declared = {
         name

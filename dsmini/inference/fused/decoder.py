@@ -16,7 +16,7 @@ from dsmini.inference.fused.operations import blocks_step, multiply, normed
 from dsmini.inference.fused.weights import Parts, mtp_parts_of, norm_of, parts_of
 from dsmini.nn import Cache, Routing, Transformer
 from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
-from dsmini.nn.mtp import MTPChain
+from dsmini.nn.mtp import MTPChain, decode_depths
 from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
 
@@ -77,15 +77,7 @@ class Decoder:
         lengths: Int[Tensor, " b"] | None = None,
     ) -> list[Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode does. States are FP32 of a block that is taken apart."""
-        at = cache.place(embedding.shape[1], lengths)
-        states: list[Tensor] = []
-        for k in range(len(self.mtp_parts)):
-            normed_states, given = self.mtp_depth(k, embedding, before, cache, at)
-            states.append(normed_states)
-            if k + 1 < len(self.mtp_parts):
-                before = cache.shift(k + 1, given, lengths)
-        cache.lengths = at.lengths
-        return states
+        return decode_depths(self.mtp_depth, embedding, before, cache, lengths)
 
     def mtp_depth(
         self,

@@ -23,9 +23,7 @@ from dsmini.nn.fp8 import quantized_experts, quantized_linear
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.mla import absorbed_attention
 from dsmini.nn.rope import CosSin, apply_rope
-from dsmini.numerics import QuantizedTensor
-
-Weight = Tensor | QuantizedTensor
+from dsmini.numerics import Weight, dense
 
 
 class NormPart(NamedTuple):
@@ -138,11 +136,6 @@ class FeedForwardPart:
 def multiply(x: Tensor, weight: Weight) -> Tensor:
     """Return x W^T in x's dtype."""
     return linear(x, weight) if isinstance(weight, Tensor) else quantized_linear(x, weight)
-
-
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return the weight's numbers in dtype."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 def _tensors_of(weights: tuple[Weight | None, ...]) -> tuple[Tensor, ...]:

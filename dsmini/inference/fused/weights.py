@@ -16,7 +16,6 @@ from dsmini.inference.fused.operations import (
     GroupedAttentionPart,
     IndexerPart,
     NormPart,
-    Weight,
 )
 from dsmini.nn import (
     DSA,
@@ -36,6 +35,7 @@ from dsmini.nn import (
     route,
 )
 from dsmini.nn.layers import FP32Linear, LayerNorm
+from dsmini.numerics import Weight
 
 Parts = tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]
 
