@@ -45,7 +45,7 @@ def formulas_of(words_: str) -> Formulas:
 @pytest.mark.parametrize("words_", CASES)
 def test_explained_formulas_give_the_figures(words_: str) -> None:
     inputs = {name: f.value for name, f in figures_of(words_).items() if f.op == "input"}
-    assert formulas_of(words_).values(inputs) == pytest.approx(values_of(words_), rel=1e-9)
+    assert formulas_of(words_).values(inputs) == pytest.approx(values_of(words_), rel=1e-12)
 
 
 @pytest.mark.parametrize("words_", CASES)
@@ -61,7 +61,7 @@ def test_explained_formulas_predict_a_plan_of_other_inputs(words_: str) -> None:
     inputs = {name: value for name, value in found.items() if name not in formulas.steps}
     predicted = formulas.values(before_values(words_) | inputs, both)
     assert len(both) > 60
-    assert {name: predicted[name] for name in both} == pytest.approx({name: found[name] for name in both}, rel=1e-9)
+    assert {name: predicted[name] for name in both} == pytest.approx({name: found[name] for name in both}, rel=1e-12)
     acting = {name for name in inputs if name in before and inputs[name] != before[name].value}
     unfit = (
         set() if other.fits and plan_of(words_).fits else {"failures_per_node_day", "restart_time", "checkpoint_halt"}
