@@ -339,10 +339,9 @@ class Transformer(nn.Module):
         self, hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int | None = None
     ) -> Float[Tensor, ""]:
         """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [n, vocab]."""
-        rows = rows_at_a_time(chunk_rows, self.config.vocab_size)
         if is_direct(self.head):
-            return linear_cross_entropy(hidden, self.head.weight, targets, rows)
-        return chunked_cross_entropy(self.head, hidden, targets, rows)
+            return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
+        return chunked_cross_entropy(self.head, hidden, targets, rows_at_a_time(chunk_rows, self.config.vocab_size))
 
     @property
     def device(self) -> torch.device:
