@@ -9,10 +9,10 @@ width, T the tokens of a sequence, t those that a new token sees. T stands for h
 which a causal mask leaves. In DSA a query attends to min(t, index_topk) keys, after scores of all of them, which take
 2 index_n_heads index_head_dim t.
 
-An indexer in training runs twice, to pick and in its loss, and only its weights have gradients: three times a forward
-of its matrices. Its scores run once for all keys, and in its loss three times, for those that the stage compares: all
-keys in the warm-up, the picked ones in the sparse stage. The target of the loss, the main model's logits of all keys,
-takes 2 H d_qk t more. In the warm-up all else runs forward only, with attention to all keys.
+Only the weights of an indexer have gradients, not what it reads: two times a forward of its matrices. Its scores run
+once for all keys, and in its loss three times, for those that the stage compares: all keys in the warm-up, the picked
+ones in the sparse stage. The target of the loss, the main model's logits of all keys, takes 2 H d_qk t more. In the
+warm-up all else runs forward only, with attention to all keys.
 
 Worked example, DeepSeek-V3.2 that decodes at 128K tokens, one layer: scores 2.15 GFLOP and attention 0.57, dense 36.5.
 
@@ -171,7 +171,7 @@ def step_flops(
         if dsa_stage == "warmup" and config.attention == "dsa":  # the last result that it needs is the indexer's
             last = use.name == "wo" or _part(use) not in (INDEXER, SCORES, "attention", "projection")
         repeated = again and use.name != "head" and not last
-        passes = _passes(use, stage) + (2 if _part(use) == INDEXER else 1) * repeated
+        passes = _passes(use, stage) + repeated
         positions = 1 if use.name == "head" and last_logits else s
         pairs = twice_the_pairs(use.most_keys, s, causal, stage) * use.per_pair
         yield use.module, batch_size * passes * (2 * positions * use.per_token + use.times * pairs)
@@ -203,7 +203,9 @@ def _passes(use: TensorUse, stage: Stage | None) -> int:
     """Return how many times the work of a forward is done; a stage is that of a training step."""
     if stage is None or _part(use) == SCORES:
         return 1
-    return 1 if stage == "warmup" and _part(use) != INDEXER else 3
+    if _part(use) == INDEXER:
+        return 2
+    return 1 if stage == "warmup" else 3
 
 
 def _loss_module(use: TensorUse) -> str:

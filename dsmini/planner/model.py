@@ -146,11 +146,12 @@ def _operations(s: Sheet, c: ModelConfig, uses: dict[str, TensorUse]) -> None:
     else:
         of_layer = scores.per_pair * s.seq_len + loss_products(c, scores, keys, s.seq_len)
         every = 2 * s.seq_len  # a mask hides keys that were not picked, and saves nothing
-        square = square + c.n_layers * (scores.per_pair * every + loss_products(c, scores, every, every))
+        inputs = 2 * s.indexer_parameters  # have no gradient
+        square = square + c.n_layers * (scores.per_pair * every + loss_products(c, scores, every, every) - inputs)
         s.indexer_flops = c.n_layers * of_layer
         s.forward_flops = 2 * s.parameters_active + s.attention_flops + c.n_layers * scores.per_pair * s.seq_len
-        training = training + s.indexer_flops
-        mtp = mtp + c.n_mtp_layers * of_layer
+        training = training + s.indexer_flops - c.n_layers * inputs
+        mtp = mtp + c.n_mtp_layers * (of_layer - inputs)
     s.training_flops = training
     s.training_flops_full_square = square
     s.training_flops_mtp = s.training_flops + mtp

@@ -113,7 +113,7 @@ def test_the_loss_of_an_indexer_compares_all_keys_or_the_picked_ones() -> None:
         loss = 2 * (3 * 64 * 128 * compared + 128 * 192 * all_)
         assert counted["loss of the indexer"] == 61 * loss / 4096
         assert counted[SCORES] == 61 * 2 * 64 * 128 * 4096 / 2
-        assert counted["indexer"] == 61 * 3 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)
+        assert counted["indexer"] == 61 * 2 * 2 * (8192 * 1536 + 128 * 7168 + 64 * 7168)
 
 
 def test_the_main_model_learns_in_the_sparse_stage_alone() -> None:
