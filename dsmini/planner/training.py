@@ -287,8 +287,9 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> No
         pairs = pairs + s.indexer_flops / 3
     s.pair_seconds = pairs / c.n_layers / s.plain_rate
     block = total(use.numbers for use in main_tensors(c) if use.place == "block" and use.visits and use.form == "fp8")
-    weights = [use.numbers for use in main_tensors(c) if use.module == INDEXER and use.form == "fp32"]
-    pairs_and_weights = s.pair_seconds + 2 * total(weights) / s.plain_rate
+    indexer = [use for use in main_tensors(c) if use.module == INDEXER]
+    plain = 2 * total(use.numbers for use in indexer if use.form == "fp32") / s.plain_rate
+    pairs_and_weights = s.pair_seconds + plain
     chosen = c.n_activated_experts * s.or_zero("expert_parameters") + s.or_zero("shared_parameters")
     if s.get("dense_parameters") is not None:
         s.dense_layer_seconds = 2 * (block + s.dense_parameters) / s.fp8_rate + pairs_and_weights
@@ -305,7 +306,12 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> No
     s.again_seconds = _again(c, layout, inside, s.fp8_rate)
     s.stage_share = largest(1 / s.pipeline, s.layers_first * _least(s, c) / s.forward_seconds)
     s.chunk_forward = s.forward_seconds * s.micro_batch_tokens * s.stage_share
-    s.chunk_backward = (2 * s.forward_seconds + s.again_seconds) * s.micro_batch_tokens * s.stage_share
+    backward = 2 * s.forward_seconds + s.again_seconds
+    if indexer:
+        fp8 = 2 * total(use.numbers for use in indexer if use.form == "fp8") / s.fp8_rate
+        s.detached_seconds = (c.n_layers + c.n_mtp_layers) * (plain + fp8)
+        backward = backward - s.detached_seconds
+    s.chunk_backward = backward * s.micro_batch_tokens * s.stage_share
     # W makes no gradients of attention over the context, whose factors are no weights
     s.chunk_weights = (s.forward_seconds - s.context_seconds) * s.micro_batch_tokens * s.stage_share
 

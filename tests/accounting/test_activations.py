@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "softmax": {"score_func": "softmax", "norm_topk_prob": False},
     "query not compressed": {"q_lora_rank": None},
     "dense": {"n_dense_layers": 3},
+    "depths with and without experts": {"n_mtp_layers": 2, "n_dense_layers": 3},
 }
 WIDE = {"wide values": {"v_head_dim": 64}, "values as wide as keys": {"v_head_dim": 48}}
 PRECISIONS: list[Any] = [(p, d) for p in ("native", "fp8") for d in ("bfloat16", "float32")]

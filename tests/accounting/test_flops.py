@@ -218,7 +218,8 @@ def run_flops(
     return counter.get_total_flops()
 
 
-STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts"]
+MIXED = "depths with and without experts"
+STEPS = ["absorbed", "query not compressed", "mha", "gqa", "no shared experts", MIXED]
 PRECISIONS = [("float32", "native"), ("bfloat16", "native"), ("bfloat16", "fp8")]
 RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1:] for case in STEPS[1:]]
 
@@ -228,8 +229,9 @@ RARE = [pytest.param(case, *how, marks=pytest.mark.slow) for how in PRECISIONS[1
     [*((case, *PRECISIONS[0]) for case in STEPS), *((STEPS[0], *how) for how in PRECISIONS[1:]), *RARE],
 )
 def test_flops_of_a_step_against_torch(case: str, dtype: str, precision: Any) -> None:
-    """All queries at once, no padded experts, two depths."""
-    config = sized(**ATTENTIONS.get(case, {"n_shared_experts": 0}), n_mtp_layers=2, precision=precision)
+    """All queries at once, no padded experts, two depths, of which the mixed case has one dense."""
+    others: dict[str, dict[str, Any]] = {"no shared experts": {"n_shared_experts": 0}, MIXED: {"n_dense_layers": 4}}
+    config = sized(**(ATTENTIONS | others)[case], n_mtp_layers=2, precision=precision)
     for training, recompute in ((False, False), (True, False), (True, True)):
         how: dict[str, Any] = {"training": training, "recompute": recompute}
         counted = step_flops(config, batch_size=2, seq_len=30, causal=False, **how)

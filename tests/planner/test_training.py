@@ -128,6 +128,14 @@ def test_efficiencies_give_the_printed_runs() -> None:
     assert v3["chunk_forward"] + v3["chunk_backward"] == pytest.approx(13.95 / (120 - 23), rel=0.002)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite n_mtp_layers=1"])
+def test_time_of_computing_follows_the_count_of_operations(name: str) -> None:
+    """Where one rate serves all products, and backward repeats nothing; an indexer's inputs have no gradient."""
+    found = in_layout(setup_of(f"{name} gpus=1 batch=8"), recompute="none", precision="bf16", moments="float32", zero=0)
+    computed = (found.chunk_forward + found.chunk_backward) / found.micro_batch_tokens * found.plain_rate
+    assert computed == pytest.approx(found.training_flops_mtp, rel=1e-12)
+
+
 # --- the step
 
 TRAINED = ["deepseek-v3", "deepseek-v3 slow_link*0.05", "deepseek-v2-lite", "toy", "toy @laptop"]
