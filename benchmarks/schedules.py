@@ -6,12 +6,13 @@ runs. DualPipe, with two copies of the weights, is not in torch; its program is 
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -23,10 +24,6 @@ from dsmini.console.messages import say
 from dsmini.report import Table
 from dsmini.report.terminal import show_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Kind = Literal["F", "B", "I", "W"]
 KINDS: Mapping[str, tuple[str, str, str]] = {
     "F": ("forward", "#3f77b8", "#a9c6e8"),
     "B": ("backward, whole", "#3d8b5f", "#abd6bd"),
@@ -34,25 +31,6 @@ KINDS: Mapping[str, tuple[str, str, str]] = {
     "W": ("backward of the weights", "#c9942a", "#efd39a"),
 }
 """Words and colours of each kind of action: the colour of a rank's first stage, and of its others."""
-WIDTH, ROW = 14.0, 0.34
-"""Width of a picture, and height of the row of a rank, in inches."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Action:
-    """One action of a rank, on one stage and one micro-batch."""
-
-    kind: Kind
-    """F forward, B the whole backward, I the backward of the input, W the backward of the weights."""
-    stage: int
-    microbatch: int
-    overlaps: bool = False
-    """The action runs together with the next one: a forward and a backward that hide each other's communication."""
-
-
-Programs = Sequence[Sequence[Action]]
-"""For each rank its actions, in order."""
-
 CHUNKS: Mapping[str, int] = {**STAGES, "dualpipe": 1}
 """Stages of the model for each rank. A rank of DualPipe holds two, each for half of the micro-batches."""
 _CLASSES = {
@@ -61,6 +39,24 @@ _CLASSES = {
     "zbv": "ScheduleZBVZeroBubble",
     "dualpipev": "ScheduleDualPipeV",
 }
+
+
+class Action(NamedTuple):
+    """One action of a rank, on one stage and one micro-batch."""
+
+    kind: str
+    """F forward, B the whole backward, I the backward of the input, W the backward of the weights."""
+    stage: int
+    microbatch: int
+    overlaps: bool = False
+    """The action runs together with the next one: a forward and a backward that hide each other's communication."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} of stage {self.stage}, micro-batch {self.microbatch}"
+
+
+Programs = Sequence[Sequence[Action]]
+"""For each rank its actions, in order."""
 
 
 def programs(name: str, n_ranks: int, n_microbatches: int) -> Programs:
@@ -82,11 +78,10 @@ def programs(name: str, n_ranks: int, n_microbatches: int) -> Programs:
         return [_dualpipe(rank, n_ranks, n_microbatches) for rank in range(n_ranks)]
     from torch.distributed.pipelining import schedules
 
-    n_stages = n_ranks * CHUNKS[name]
-    stage: Any = {"group_size": n_ranks, "group_rank": 0, "num_stages": n_stages, "submod": None}
-    stages = [SimpleNamespace(stage_index=i, **stage) for i in range(CHUNKS[name])]
-    made = getattr(schedules, _CLASSES[name])(stages, n_microbatches)
-    return [_actions(made.pipeline_order[rank]) for rank in range(n_ranks)]
+    known: Any = {"group_size": n_ranks, "group_rank": 0, "num_stages": n_ranks * CHUNKS[name], "submod": None}
+    stages = [SimpleNamespace(stage_index=i, **known) for i in range(CHUNKS[name])]
+    order = getattr(schedules, _CLASSES[name])(stages, n_microbatches).pipeline_order
+    return [_actions(order[rank]) for rank in range(n_ranks)]
 
 
 def _check(name: str, n_ranks: int, n_microbatches: int) -> None:
@@ -113,127 +108,118 @@ def _check(name: str, n_ranks: int, n_microbatches: int) -> None:
 
 def _actions(order: Sequence[Any]) -> list[Action]:
     """Return the computations of torch's order of a rank."""
-    found: list[Action] = []
-    for action in order:
-        pair = [] if action is None else action.sub_actions or (action,)
-        for i, one in enumerate(pair):
-            if (kind := one.computation_type.value) in KINDS:
-                overlaps = i + 1 < len(pair)
-                found.append(Action(kind=kind, stage=one[0], microbatch=one[2], overlaps=overlaps))
-    return found
+    pairs = [() if action is None else action.sub_actions or (action,) for action in order]
+    return [
+        Action(one.computation_type.value, one[0], one[2], overlaps=i + 1 < len(pair))
+        for pair in pairs
+        for i, one in enumerate(pair)
+        if one.computation_type.value in KINDS
+    ]
 
 
 def _one_forward_one_backward(rank: int, n_ranks: int, n_microbatches: int) -> list[Action]:
     """Return 1F1B: forwards until the first backward can come, then one of each in turns, then the other backwards."""
     ahead = min(n_microbatches, n_ranks - rank)
-    found = [Action(kind="F", stage=rank, microbatch=i) for i in range(ahead)]
+    found = [Action("F", rank, i) for i in range(ahead)]
     for i in range(n_microbatches):
-        found.append(Action(kind="B", stage=rank, microbatch=i))
+        found.append(Action("B", rank, i))
         if ahead + i < n_microbatches:
-            found.append(Action(kind="F", stage=rank, microbatch=ahead + i))
+            found.append(Action("F", rank, ahead + i))
     return found
-
-
-class _Writer:
-    """The program of a rank of DualPipe while it is written: it counts micro-batches and pending weight backwards."""
-
-    def __init__(self, rank: int, n_ranks: int, n_microbatches: int) -> None:
-        there, back = (rank, 0), (n_ranks - 1 - rank, n_microbatches // 2)
-        # the stage and the first micro-batch of directions 0 and 1; the ranks of the second half swap them
-        self.directions = (there, back) if rank < n_ranks // 2 else (back, there)
-        self.counts = {(kind, d): 0 for kind in "FB" for d in (0, 1)}
-        self.pending: list[tuple[int, int]] = []
-        self.actions: list[Action] = []
-
-    def add(self, kind: Kind, direction: int, overlaps: bool = False) -> None:
-        """Append the next F, B or I of a direction. The W of an I is pending until `weights` is called."""
-        stage, first = self.directions[direction]
-        key = ("F" if kind == "F" else "B", direction)
-        microbatch = first + self.counts[key]
-        self.counts[key] += 1
-        self.actions.append(Action(kind=kind, stage=stage, microbatch=microbatch, overlaps=overlaps))
-        if kind == "I":
-            self.pending.append((stage, microbatch))
-
-    def weights(self) -> None:
-        """Append the oldest pending W."""
-        stage, microbatch = self.pending.pop(0)
-        self.actions.append(Action(kind="W", stage=stage, microbatch=microbatch))
-
-    def pair(self, forward: int, backward: int, overlaps: bool = True) -> None:
-        """Append an overlapped forward and backward."""
-        self.add("F", forward, overlaps)
-        self.add("B", backward)
 
 
 def _dualpipe(rank: int, n_ranks: int, n_microbatches: int) -> list[Action]:
     """Return DualPipe, where micro-batches enter at both ends. Source: github.com/deepseek-ai/DualPipe, 3da1bbe."""
     half, h = n_ranks // 2, min(rank, n_ranks - 1 - rank)
     far = half - h - 1  # distance from the middle
-    write = _Writer(rank, n_ranks, n_microbatches)
+    there, back = (rank, 0), (n_ranks - 1 - rank, n_microbatches // 2)
+    # the stage and the first micro-batch of directions 0 and 1; the ranks of the second half swap them
+    directions = (there, back) if rank < half else (back, there)
+    counts: Counter[tuple[bool, int]] = Counter()
+    pending: list[tuple[int, int]] = []
+    actions: list[Action] = []
+
+    def add(kind: str, direction: int, overlaps: bool = False) -> None:
+        """Append the next F, B or I of a direction. The W of an I is pending until `weights` is called."""
+        stage, first = directions[direction]
+        key = (kind == "F", direction)
+        actions.append(Action(kind, stage, first + counts[key], overlaps))
+        if kind == "I":
+            pending.append((stage, first + counts[key]))
+        counts[key] += 1
+
+    def weights() -> None:
+        """Append the oldest pending W."""
+        actions.append(Action("W", *pending.pop(0)))
+
+    def pair(forward: int, backward: int, overlaps: bool = True) -> None:
+        """Append an overlapped forward and backward."""
+        add("F", forward, overlaps)
+        add("B", backward)
+
     for _ in range(2 * far):
-        write.add("F", 0)
+        add("F", 0)
     for _ in range(h + 1):
-        write.add("F", 0)
-        write.add("F", 1)
+        add("F", 0)
+        add("F", 1)
     for _ in range(far):
-        write.add("I", 1)
-        write.weights()
-        write.add("F", 1)
+        add("I", 1)
+        weights()
+        add("F", 1)
     for i in range(n_microbatches // 2 - n_ranks + h + 1):
         # the middle ranks do not overlap their first pair: the backward would wait for its forward
-        write.pair(0, 1, overlaps=i > 0 or far > 0)
-        write.pair(1, 0)
+        pair(0, 1, overlaps=i > 0 or far > 0)
+        pair(1, 0)
     for _ in range(far):
-        write.add("B", 1)
-        write.pair(1, 0)
+        add("B", 1)
+        pair(1, 0)
     for i in range(2 * (h + 1)):  # B1 and B0 in turns, the second half split
-        write.add("B" if i < h + 1 else "I", 1 - i % 2)
+        add("B" if i < h + 1 else "I", 1 - i % 2)
     for _ in range(far):
-        write.weights()
-        write.add("I", 0)
+        weights()
+        add("I", 0)
     for _ in range(h + 1):
-        write.weights()
-    return write.actions
+        weights()
+    return actions
 
 
 # --- time lines
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """One action of a rank with its start and its end."""
+class Row(NamedTuple):
+    """An action of a rank with its start and its end, in any unit of time."""
 
-    kind: Kind
+    rank: int
+    kind: str
     stage: int
     microbatch: int
     start: float
     end: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True)
 class Timeline:
-    """Actions of every rank over time. It begins with the first action of any rank and ends with the last."""
+    """Actions over time, rank after rank. It begins with the first of any rank and ends with the last."""
 
-    ranks: tuple[tuple[Span, ...], ...]
+    rows: tuple[Row, ...]
 
     @classmethod
-    def measured(cls, rows: Iterable[tuple[int, str, int, int, float, float]]) -> "Timeline":
-        """Return the time line of rows (rank, kind, stage, microbatch, start, end). The first start becomes 0."""
-        found = sorted(rows, key=lambda row: (row[0], row[4]))
-        first = min(row[4] for row in found)
-        spans: list[list[Span]] = [[] for _ in range(found[-1][0] + 1)]
-        for rank, kind, stage, microbatch, start, end in found:
-            known: Any = kind
-            span = Span(kind=known, stage=stage, microbatch=microbatch, start=start - first, end=end - first)
-            spans[rank].append(span)
-        return cls(ranks=tuple(map(tuple, spans)))
+    def measured(cls, rows: Iterable[Sequence[Any]]) -> "Timeline":
+        """Return the time line of rows in any order. The first start becomes 0."""
+        found = sorted(map(Row._make, rows), key=lambda row: (row.rank, row.start))
+        first = min(row.start for row in found)
+        return cls(tuple(row._replace(start=row.start - first, end=row.end - first) for row in found))
+
+    @property
+    def ranks(self) -> list[list[Row]]:
+        """Actions of each rank."""
+        n = 1 + max(row.rank for row in self.rows)
+        return [[row for row in self.rows if row.rank == rank] for rank in range(n)]
 
     @property
     def total(self) -> float:
         """Time from the first start to the last end."""
-        spans = [span for rank in self.ranks for span in rank]
-        return max(span.end for span in spans) - min(span.start for span in spans)
+        return max(row.end for row in self.rows) - min(row.start for row in self.rows)
 
     @property
     def bubbles(self) -> list[float]:
@@ -243,7 +229,7 @@ class Timeline:
     @property
     def bubble_share(self) -> float:
         """Time that ranks compute nothing, of the time of all ranks."""
-        return sum(self.bubbles) / (len(self.ranks) * self.total)
+        return sum(self.bubbles) / (len(self.bubbles) * self.total)
 
     @property
     def most_in_flight(self) -> list[int]:
@@ -254,10 +240,10 @@ class Timeline:
         return [max(itertools.accumulate(_held(rank)), default=0) for rank in self.ranks]
 
 
-def _busy(spans: Sequence[Span]) -> list[tuple[float, float]]:
+def _busy(rows: Iterable[Row]) -> list[tuple[float, float]]:
     """Return the times in which a rank computes, without overlaps."""
     busy: list[tuple[float, float]] = []
-    for start, end in sorted((span.start, span.end) for span in spans):
+    for start, end in sorted((row.start, row.end) for row in rows):
         if busy and start <= busy[-1][1]:
             busy[-1] = (busy[-1][0], max(end, busy[-1][1]))
         else:
@@ -265,50 +251,42 @@ def _busy(spans: Sequence[Span]) -> list[tuple[float, float]]:
     return busy
 
 
-def _held(spans: Sequence[Span]) -> Iterator[int]:
+def _held(rows: Sequence[Row]) -> Iterator[int]:
     """Yield the change of the number of activations at each start and end. At one time ends come first."""
-    events = [(span.start, 1) for span in spans if span.kind == "F"]
-    events += [(span.end, -1) for span in spans if span.kind in ("B", "W")]
+    events = [(row.start, 1) for row in rows if row.kind == "F"]
+    events += [(row.end, -1) for row in rows if row.kind in "BW"]
     yield from (change for _, change in sorted(events))
-
-
-Row = tuple[int, str, int, int, float, float]
-"""Rank, kind (F, B, I or W), stage, micro-batch, and the seconds of start and end."""
 
 
 @contextmanager
 def record_timeline(schedule: Any) -> Iterator[list[Row]]:
-    """Yield a list that gets a row for each action of this rank's stages, in order.
+    """Yield a list that gets a row for each action of this rank's stages, in order, in seconds.
 
-    F is a forward, B a whole backward, I the backward of the input, W that of the weights. Times include none of the
-    communication. The processes of one machine have one clock.
+    Times include none of the communication. The processes of one machine have one clock.
     """
     rows: list[Row] = []
     stages: list[Any] = getattr(schedule, "_stages", None) or [schedule._stage]
+    kinds = {"forward_one_chunk": "F", "backward_one_chunk": "", "backward_weight_one_chunk": "W"}
 
-    def watch(stage: Any, method: str) -> None:
+    def watched(stage: Any, method: str, kind: str) -> Callable[..., Any]:
         run = getattr(stage, method)
 
         def timed(part: int, *args: Any, **kwargs: Any) -> Any:
-            kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(method)
-            kind = kind or ("B" if kwargs.get("full_backward", True) else "I")
             start = time.perf_counter()
             result = run(part, *args, **kwargs)
-            rows.append((stage.group_rank, kind, stage.stage_index, part, start, time.perf_counter()))
+            what = kind or ("B" if kwargs.get("full_backward", True) else "I")
+            rows.append(Row(stage.group_rank, what, stage.stage_index, part, start, time.perf_counter()))
             return result
 
-        setattr(stage, method, timed)
+        return timed
 
-    methods = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
-    for stage in stages:
-        for method in methods:
-            watch(stage, method)
+    for stage, (method, kind) in itertools.product(stages, kinds.items()):
+        setattr(stage, method, watched(stage, method, kind))
     try:
         yield rows
     finally:
-        for stage in stages:
-            for method in methods:
-                delattr(stage, method)
+        for stage, method in itertools.product(stages, kinds):
+            delattr(stage, method)
 
 
 # --- the simulation
@@ -339,66 +317,51 @@ def simulate(
     times = {"F": forward, "I": backward_input, "W": backward_weight, "B": backward_input + backward_weight}
     if min(*times.values(), send, overlap or 0.0) < 0 or max(times.values()) <= 0:
         raise ValueError(f"times {times}, overlap={overlap}, send={send} are not times; use numbers from 0, not all 0")
-    last_stage = max((action.stage for program in programs for action in program), default=0)
+    last = max((action.stage for program in programs for action in program), default=0)
     ends: dict[tuple[str, int, int], tuple[float, int]] = {}  # when each result is there, and on which rank
     at, free = [0] * len(programs), [0.0] * len(programs)
-    spans: list[list[Span]] = [[] for _ in programs]
+    ranks: list[list[Row]] = [[] for _ in programs]
     moved = True
     while moved:
         moved = False
         for rank, program in enumerate(programs):
             while at[rank] < len(program):
                 together = program[at[rank] : at[rank] + 1 + program[at[rank]].overlaps]
-                arrivals = [_arrival(action, rank, last_stage, ends, send) for action in together]
-                if None in arrivals:
+                needs = [need for action in together for need in _needs(action, last)]
+                if any(need not in ends for need in needs):
                     break
-                start = max(free[rank], *(arrival for arrival in arrivals if arrival is not None))
-                spans[rank] += _spans(together, start, [times[action.kind] for action in together], overlap)
-                free[rank] = spans[rank][-1].end
+                arrivals = [end + send * (place != rank) for end, place in (ends[need] for need in needs)]
+                start = max([free[rank], *arrivals])
+                for action in together:
+                    begin, end = start, start + times[action.kind]
+                    if len(together) == 2 and overlap is not None:
+                        end = start + overlap
+                    else:
+                        start = end
+                    ranks[rank].append(Row(rank, action.kind, action.stage, action.microbatch, begin, end))
+                free[rank] = ranks[rank][-1].end
                 ends |= {_result(action): (free[rank], rank) for action in together}
                 at[rank] += len(together)
                 moved = True
-    stuck = [f"rank {r} at {_words(p[i])}" for r, (p, i) in enumerate(zip(programs, at, strict=True)) if i < len(p)]
+    stuck = [f"rank {r} at {p[i]}" for r, (p, i) in enumerate(zip(programs, at, strict=True)) if i < len(p)]
     if stuck:
         raise ValueError(f"the programs wait for results that never come, {', '.join(stuck)}; check their order")
-    return Timeline(ranks=tuple(map(tuple, spans)))
+    return Timeline(tuple(itertools.chain(*ranks)))
 
 
-def _arrival(
-    action: Action, rank: int, last_stage: int, ends: dict[tuple[str, int, int], tuple[float, int]], send: float
-) -> float | None:
-    """Return when all that an action needs is on its rank; None if some of it is not computed yet."""
+def _needs(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
+    """Return the results that an action needs."""
     stage, microbatch = action.stage, action.microbatch
-    needs = {
-        "F": [("F", stage - 1, microbatch)] if stage else [],
-        "W": [("input", stage, microbatch)],
-    }.get(action.kind, [("F", stage, microbatch)])
-    if action.kind in "BI" and stage < last_stage:
-        needs = [*needs, ("input", stage + 1, microbatch)]
-    if any(need not in ends for need in needs):
-        return None
-    return max((end + (send if place != rank else 0.0) for end, place in (ends[n] for n in needs)), default=0.0)
+    if action.kind == "F":
+        return [("F", stage - 1, microbatch)] if stage else []
+    if action.kind == "W":
+        return [("input", stage, microbatch)]
+    after = [("input", stage + 1, microbatch)] if stage < last_stage else []
+    return [("F", stage, microbatch), *after]
 
 
 def _result(action: Action) -> tuple[str, int, int]:
     return "input" if action.kind in "BI" else action.kind, action.stage, action.microbatch
-
-
-def _spans(together: Sequence[Action], start: float, times: Sequence[float], overlap: float | None) -> list[Span]:
-    """Return one action, or two: at the same time if they overlap, else one after the other."""
-    spans: list[Span] = []
-    for action, seconds in zip(together, times, strict=True):
-        if len(together) == 2 and overlap is not None:
-            begin, end = start, start + overlap
-        else:
-            begin = spans[-1].end if spans else start
-            end = begin + seconds
-        spans.append(Span(kind=action.kind, stage=action.stage, microbatch=action.microbatch, start=begin, end=end))
-    return spans
-
-
-def _words(action: Action) -> str:
-    return f"{action.kind} of stage {action.stage}, micro-batch {action.microbatch}"
 
 
 def bubble_formula(
@@ -422,28 +385,30 @@ def bubble_formula(
     if name in ("zero_bubble", "zbv"):
         return (n_ranks - 1) * (forward + backward - 2 * backward_weight)
     together = forward + backward if overlap is None else overlap
-    stages = n_ranks * CHUNKS[name]
-    return (stages / 2 - 1) * (together + backward - 3 * backward_weight)
+    return (n_ranks * CHUNKS[name] / 2 - 1) * (together + backward - 3 * backward_weight)
 
 
 # --- pictures
+
+WIDTH, HEIGHT = 14.0, 0.34
+"""Width of a picture, and height of the row of a rank, in inches."""
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
     """Draw time lines below each other, by title: a row for each rank, the number of the micro-batch in each box.
 
-    Boxes that share a time, such as an overlapped forward and backward, are half as high. Each time line has its own
-    scale, so that a simulated one can stand above a measured one in seconds.
+    An overlapped forward and backward are half as high. Each time line has its own scale, so that a simulated one can
+    stand above a measured one in seconds.
     """
     from matplotlib.figure import Figure  # half a second to import
     from matplotlib.patches import Patch
 
-    rows = [len(timeline.ranks) for timeline in timelines.values()]
-    figure = Figure(figsize=(WIDTH, 0.5 + sum(0.8 + ROW * n for n in rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 1, height_ratios=[0.8 + ROW * n for n in rows], squeeze=False)
-    for one, (title, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
-        _draw(one, title, timeline)
-    shown = {span.kind for timeline in timelines.values() for rank in timeline.ranks for span in rank}
+    heights = [0.8 + HEIGHT * len(line.ranks) for line in timelines.values()]
+    figure = Figure(figsize=(WIDTH, 0.5 + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
+    for one, (title, line) in zip(axes[:, 0], timelines.items(), strict=True):
+        _draw(one, title, line)
+    shown = {row.kind for line in timelines.values() for row in line.rows}
     handles = [Patch(color=colour, label=words) for kind, (words, colour, _) in KINDS.items() if kind in shown]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
     figure.text(0.99, 0.995, "paler: later stages of a rank", ha="right", va="top", fontsize=9, color="#656c75")
@@ -451,49 +416,33 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _draw(axes: "Axes", title: str, timeline: Timeline) -> None:
+def _draw(axes: Any, title: str, line: Timeline) -> None:
     """Draw one time line."""
-    total, first = timeline.total, min(span.start for rank in timeline.ranks for span in rank)
-    for rank, spans in enumerate(timeline.ranks):
-        lowest = min((span.stage for span in spans), default=0)
-        for span, lane, lanes in _lanes(spans):
-            _, colour, pale = KINDS[span.kind]
-            high = 0.84 / lanes
-            low = rank - 0.42 + lane * high
-            box = [(span.start, span.end - span.start)]
-            face = colour if span.stage == lowest else pale
+    total, first = line.total or 1.0, min(row.start for row in line.rows)
+    for rank, rows in enumerate(line.ranks):
+        lowest = min(row.stage for row in rows)
+        for before, row, after in zip([None, *rows], rows, [*rows[1:], None], strict=False):
+            shares = any(other is not None and _overlap(row, other) > 1e-9 * total for other in (before, after))
+            high = 0.42 if shares else 0.84
+            low = rank + (0.0 if shares and row.kind != "F" else -0.42)
+            _, colour, pale = KINDS[row.kind]
+            face, ink = (colour, "white") if row.stage == lowest else (pale, "#22262b")
+            box = [(row.start, row.end - row.start)]
             axes.broken_barh(box, (low, high), facecolors=face, edgecolors="white", linewidth=0.5)
-            words = str(span.microbatch)
-            wide = (span.end - span.start) / (total or 1) * WIDTH * 0.93
+            words, wide = str(row.microbatch), (row.end - row.start) / total * WIDTH * 0.93
             if wide > 0.075 * len(words) + 0.02:
-                ink = "white" if span.stage == lowest else "#22262b"
-                size = 7 if lanes == 1 else 5.5
-                middle = (span.start + span.end) / 2
-                axes.text(middle, low + high / 2, words, ha="center", va="center_baseline", fontsize=size, color=ink)
-    axes.set(xlim=(first, first + (total or 1)), ylim=(len(timeline.ranks) - 0.5, -0.5), ylabel="rank")
-    axes.set_yticks(range(len(timeline.ranks)))
-    axes.set_title(f"{title}: {timeline.bubble_share:.1%} bubbles, {total:.4g} in total", loc="left", fontsize=10)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+                place = (row.start + row.end) / 2, low + high / 2
+                size = 5.5 if shares else 7
+                axes.text(*place, words, ha="center", va="center_baseline", fontsize=size, color=ink)
+    ranks = len(line.ranks)
+    axes.set(xlim=(first, first + total), ylim=(ranks - 0.5, -0.5), ylabel="rank", yticks=range(ranks))
+    axes.set_title(f"{title}: {line.bubble_share:.1%} bubbles, {line.total:.4g} in total", loc="left", fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _lanes(spans: Sequence[Span]) -> Iterator[tuple[Span, int, int]]:
-    """Yield each span with its lane and the number of lanes. Spans that share no time have one lane."""
-    clusters: list[list[Span]] = []
-    end = float("-inf")
-    for span in sorted(spans, key=lambda span: span.start):
-        if not clusters or span.start >= end - 1e-9 * abs(end):
-            clusters.append([])
-        clusters[-1].append(span)
-        end = max(end, span.end)
-    for cluster in clusters:
-        free: list[float] = []
-        placed: list[tuple[Span, int]] = []
-        for span in cluster:
-            lane = next((i for i, until in enumerate(free) if until <= span.start), len(free))
-            free[lane : lane + 1] = [span.end]
-            placed.append((span, lane))
-        yield from ((span, lane, len(free)) for span, lane in placed)
+def _overlap(one: Row, other: Row) -> float:
+    """Return the time that two actions share."""
+    return min(one.end, other.end) - max(one.start, other.start)
 
 
 # --- the command
@@ -528,7 +477,8 @@ HELP = Help(
 def main(args: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     command = parse(SchedulesCommand, "schedules", args, help=HELP)
-    console, rows, lines, left_out = Console(), [], {}, []
+    console, rows, left_out = Console(), [], []
+    lines: dict[str, Timeline] = {}
     for name, chunks in CHUNKS.items():
         times = 1.0 / chunks, 1.0 / chunks, 1.0 / chunks
         overlap = None if command.overlap is None else command.overlap / chunks

@@ -4,7 +4,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,7 +152,7 @@ def test_wrong_orders_never_end_and_are_named() -> None:
         simulate(backward_first, 1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="never come, rank 1 at F of stage 1, micro-batch 1"):
         simulate([[a for a in order[0] if a.microbatch == 0], order[1]], 1.0, 1.0, 1.0)
-    weight_first = [[replace(order[1][0], stage=0, kind=kind) for kind in ("F", "W", "I")]]
+    weight_first = [[order[1][0]._replace(stage=0, kind=kind) for kind in ("F", "W", "I")]]
     with pytest.raises(ValueError, match="rank 0 at W of stage 0"):
         simulate(weight_first, 1.0, 1.0, 1.0)
 
