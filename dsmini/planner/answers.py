@@ -202,7 +202,8 @@ def variation_record(variation: Variation) -> Record:
         found = {axis.name: axis.values[i] for axis, i in zip(variation.axes, place, strict=True)}
         found["problem"] = variation.problems.get(place)
         if place in variation.plans:
-            there = {name: f.value for name in variation.names if (f := variation.figure(name, place)) is not None}
-            found |= {"fits": variation.plans[place].fits} | there
+            there = {name: variation.found(name).get(place) for name in variation.names}
+            found["fits"] = variation.plans[place].fits
+            found |= {name: f.value for name, f in there.items() if f is not None}
         plans.append(found)
     return {"axes": {axis.name: list(axis.values) for axis in variation.axes}, "plans": plans}

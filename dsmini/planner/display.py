@@ -31,9 +31,13 @@ def rounded(figure: Figure) -> str:
 
 def short(figure: Figure) -> str:
     """Return `shown` for a narrow table: 273B tokens, $0.238/M tokens."""
-    text = shown(figure).replace(" per million tokens", "/M tokens")
-    for word, letter in ((" trillion ", "T "), (" billion ", "B "), (" million ", "M ")):
-        text = text.replace(word, letter)
+    return narrow(shown(figure).replace(" per million tokens", "/M tokens"))
+
+
+def narrow(text: str) -> str:
+    """Return a text with T, B and M for trillion, billion and million."""
+    for word in (" trillion ", " billion ", " million "):
+        text = text.replace(word, f"{word[1].upper()} ")
     return text
 
 

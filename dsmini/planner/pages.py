@@ -1,23 +1,24 @@
 """Plans in words: ten lines for a terminal, tables of figures, and the page whose numbers open their formulas.
 
-A figure that a plan lacks, such as the cost on hardware without a price, is left out of lines, tables and sentences.
+Sentences are in words.toml. A figure that a plan lacks, such as the cost on hardware without a price, is left out of
+lines, tables and sentences.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmini.planner.binding import Binding
 from dsmini.planner.display import in_unit, in_words, percent, rounded, short, shown
 from dsmini.planner.explanation import named, step_of
 from dsmini.planner.figure import Figure
 from dsmini.planner.layout import Layout
 from dsmini.planner.plan import Plan
 from dsmini.planner.search import Candidate
-from dsmini.planner.setup import is_v3, presets
-from dsmini.planner.vary import UNFIT, Variation, VariedAxis
+from dsmini.planner.setup import STAGES, is_v3, presets
+from dsmini.planner.vary import UNFIT, Variation
 from dsmini.reading import read_toml
 from dsmini.report import Detail, HeatMap, Plot, Report, Section, Series, Table
 from dsmini.report.units import plural
@@ -33,12 +34,52 @@ BAR = 12
 """Length of the longest bar of a terminal, in characters."""
 WIDE = 20.0
 """Ratio of the largest to the smallest value from which on an axis is logarithmic."""
+WAYS: Mapping[str, Callable[[Figure], str]] = {
+    "": shown,
+    "3": rounded,
+    "g": lambda figure: f"{float(figure):.3g}",
+    "n": lambda figure: f"{float(figure):,.0f}",
+    "%": percent,
+    "words": lambda figure: in_words(figure.value),
+    "amount": lambda figure: shown(figure).partition("/")[0],
+}
+"""Ways to write a figure in a sentence: in three digits, whole, in percent, in words, without its "a token"."""
 
 
 @functools.cache
 def words() -> dict[str, Any]:
-    """Return the questions of sections, and the figures that they show first."""
+    """Return the sentences, the questions of sections, and the figures that they show first."""
     return read_toml(Path(__file__).parent / "words.toml")
+
+
+class _Words(dict[str, Any]):
+    """Words of a sentence: those given, and the figures of a plan, which are written by WAYS."""
+
+    def __init__(self, plan: Plan, given: Mapping[str, str]) -> None:
+        super().__init__(given)
+        self.sheet = plan.sheet
+
+    def __missing__(self, name: str) -> "_Written":
+        return _Written(getattr(self.sheet, name))
+
+    def says(self, part: re.Match[str]) -> str:
+        """Return the part in brackets if all its figures are there."""
+        names = re.findall(r"{(\w+)", part[1])
+        return part[1] if all(name in self or self.sheet.or_zero(name) > 0 for name in names) else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    figure: Figure
+
+    def __format__(self, way: str) -> str:
+        return WAYS[way](self.figure)
+
+
+def sentence(plan: Plan, name: str, **given: str) -> str:
+    """Return a sentence of words.toml about a plan, with words for what is no figure."""
+    known = _Words(plan, given)
+    return re.sub(r"\[(.*?)\]", known.says, words()["sentences"][name]).format_map(known)
 
 
 # --- ten lines
@@ -52,105 +93,70 @@ def heading(plan: Plan) -> str:
 def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in about ten lines: the model, what fits, time, cost, what binds, and what to ask next."""
     said = findings(plan)
-    lines = {"model": said["model"], "training": _layout_words(plan), "time": said["training"]}
+    lines = [("model", said["model"]), ("training", _layout_words(plan)), ("time", said["training"])]
     if plan.fits:
-        lines |= {"failures": said["reliability"], "binds": binds_words(plan.binds["training"])}
+        lines += [("failures", said["reliability"]), ("binds", binds_words(plan, "training"))]
     if plan.setup.served:
-        lines |= {"decode": decode_words(plan), " binds": binds_words(plan.binds["decode"])}
-        lines |= {"prefill": prefill_words(plan), "  binds": binds_words(plan.binds["prefill"])}
+        for stage, line in _serving(plan).items():
+            lines += [(stage, line), ("binds", binds_words(plan, stage))]
     else:
-        lines["serving"] = f"not planned: {plan.setup.unserved}"
-    notes = (f"note      {warning}" for warning in warnings(plan))
-    return [heading(plan), *(f"{label.strip():9} {line}" for label, line in lines.items()), *notes, f"next      {NEXT}"]
+        lines.append(("serving", f"not planned: {plan.setup.unserved}"))
+    lines += [*(("note", warning) for warning in warnings(plan)), ("next", NEXT)]
+    return [heading(plan), *(f"{label:9} {line}" for label, line in lines)]
 
 
 def _layout_words(plan: Plan) -> str:
     """Return the layout, the workload, and where both come from."""
-    layout, setup, s = plan.setup.layout, plan.setup, plan.sheet
-    numbers = {name: getattr(layout, name) for name in ("pipeline", "expert", "tensor")}
-    sizes = [f"{name} {value}" for name, value in numbers.items() if value > 1]
-    sizes += [f"zero {layout.zero}"] if layout.zero else []
-    sizes += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
-    sizes += [layout.precision, layout.optimizer] + ([layout.schedule] if layout.pipeline > 1 else [])
-    how = setup.sources["tokens"]
-    if how == presets()["deepseek-v3"]["sources"]["workload"] and not is_v3(setup.model.config):
-        how += "; choose --tokens, --batch and --seq-len"
-    return (
-        f"{plural(layout.gpus, 'GPU')} ({', '.join(sizes)}), {setup.sources['layout']}; steps of "
-        f"{float(s.batch):,.0f} x {shown(s.seq_len)}, {how}"
-    )
+    layout, sources = plan.setup.layout, plan.setup.sources
+    options = [f"{name} {value}" for name in ("pipeline", "expert", "tensor") if (value := getattr(layout, name)) > 1]
+    options += [f"zero {layout.zero}"] * (layout.zero > 0)
+    options += [f"recompute {layout.recompute}"] * (layout.recompute != "none")
+    options += [layout.precision, layout.optimizer, *([layout.schedule] if layout.pipeline > 1 else [])]
+    work = sources["tokens"]
+    if work == presets()["deepseek-v3"]["sources"]["workload"] and not is_v3(plan.setup.model.config):
+        work += "; choose --tokens, --batch and --seq-len"
+    given = {"options": ", ".join(options), "layout_source": sources["layout"], "work_source": work}
+    return sentence(plan, "layout", gpus_shown=plural(layout.gpus, "GPU"), **given)
 
 
-def decode_words(plan: Plan) -> str:
-    """Return the decoding of a GPU: how many sequences of which length, and how fast."""
-    s, setup = plan.sheet, plan.setup
-    cost = f", {shown(s.decode_cost)}" if s.get("decode_cost") is not None else ""
-    gain = s.get("speculation_gain")
-    drafts = f"; {plural(setup.request.drafts, 'draft')} a step: {float(gain):.3g} times" if gain is not None else ""
-    memory = f"{shown(s.decode_gpu_memory)} of {rounded(s.gpu_memory)}"
-    return (
-        f"{plural(setup.deployment('decode').gpus, 'GPU')}, {setup.sources['decode']}. "
-        f"{float(s.decode_sequences):,.0f} sequences of {shown(s.context)} a GPU take {memory}: "
-        f"{shown(s.decode_tokens_per_second)} each, {shown(s.decode_gpu_tokens_per_second)} a GPU{cost}{drafts}."
-    )
+def _serving(plan: Plan) -> dict[str, str]:
+    """Return how many sequences decode on a GPU, and how prompts are read."""
+    made = plan.setup
+    given = {f"{stage}_gpus": plural(made.deployment(stage).gpus, "GPU") for stage in STAGES}
+    given |= {f"{stage}_source": made.sources[stage] for stage in STAGES}
+    drafts = plural(made.request.drafts, "draft")
+    return {stage: sentence(plan, stage, **given, drafts_shown=drafts) for stage in STAGES}
 
 
-def prefill_words(plan: Plan) -> str:
-    """Return how prompts are read."""
-    s, setup = plan.sheet, plan.setup
-    cost = f", {shown(s.prefill_cost)}" if s.get("prefill_cost") is not None else ""
-    return (
-        f"{plural(setup.deployment('prefill').gpus, 'GPU')}, {setup.sources['prefill']}. The first token of "
-        f"{shown(s.prompt)} comes after {shown(s.prefill_time_to_first_token)}; "
-        f"{shown(s.prefill_gpu_tokens_per_second)} of prompts a GPU{cost}."
-    )
-
-
-def binds_words(binding: Binding) -> str:
+def binds_words(plan: Plan, stage: str) -> str:
     """Return what binds a step, by how much, and what is next."""
-    then = f"; next: {binding.second}" if binding.second else ""
-    return f"{binding.first}: without it at most {in_unit(binding.ratio, '')} times as fast{then}"
+    b = plan.binds[stage]
+    then = f"; next: {b.second}" if b.second else ""
+    return sentence(plan, "binds", first=b.first, ratio=in_unit(b.ratio, "")) + then
 
 
 def findings(plan: Plan) -> dict[str, str]:
     """Return the answer of each section in a sentence or two."""
-    s, setup = plan.sheet, plan.setup
-    saved = f", {percent(s.cache_saving)} less than multi-head attention" if s.cache_saving > 0 else ""
-    found = {
-        "model": (
-            f"{in_words(s.parameters_main.value)} parameters, of which a token uses "
-            f"{in_words(s.parameters_active.value)}: {shown(s.training_flops)} in training. A token's cache takes "
-            f"{_bytes(s.kv_cache)}{saved}."
-        ),
-        "training": _training(plan),
-    }
-    if setup.served:
-        found["inference"] = f"Decode: {decode_words(plan)} Prefill: {prefill_words(plan)}"
+    found = {"model": sentence(plan, "model"), "training": _training(plan)}
+    if plan.setup.served:
+        found["inference"] = " ".join(f"{stage.capitalize()}: {line}" for stage, line in _serving(plan).items())
     else:
-        found["inference"] = f"Serving is not planned: {setup.unserved}."
-    if s.get("v32_flops_ratio") is not None:
+        found["inference"] = f"Serving is not planned: {plan.setup.unserved}."
+    if plan.sheet.get("v32_flops_ratio") is not None:
         found["attention"] = _attention(plan)
     if plan.fits:
-        found["reliability"] = (
-            f"A failure every {shown(s.mean_time_to_failure)}: {percent(s.effective_share_at_any_rate)} of the time "
-            f"trains, with a checkpoint every {shown(s.checkpoint_interval)}. The whole run takes "
-            f"{shown(s.elapsed_time)}."
-        )
+        found["reliability"] = sentence(plan, "reliability")
     return found
 
 
 def _training(plan: Plan) -> str:
-    s, setup, layout = plan.sheet, plan.setup, plan.setup.layout
-    fullest = "It" if layout.gpus == 1 else "The fullest GPU"
-    needs = f"{fullest} needs {shown(s.memory_needed)} of {rounded(s.gpu_memory)}."
+    gpus = plan.setup.layout.gpus
+    fullest = "It" if gpus == 1 else "The fullest GPU"
     if not plan.fits:
-        return f"It does not fit: {setup.misfit['training']}. {needs}"
-    one = "This machine takes" if setup.hardware.name == "this" else "One device takes"
-    gpus = one if layout.gpus == 1 else f"{layout.gpus:,} GPUs take"
-    cost = f" and {shown(s.training_cost)}" if s.get("training_cost") is not None else ""
-    by = f"by the parts of a step, at an MFU of {in_unit(s.roof_utilization.value, '')}"
-    by = by if plan.is_slowed else f"at an MFU of {_assumed(plan)}"
-    return f"{gpus} {shown(s.training_time)}{cost} for {in_words(float(s.tokens))} tokens, {by}. {needs}"
+        return sentence(plan, "unfit", misfit=plan.setup.misfit["training"], fullest=fullest)
+    one = "This machine takes" if plan.setup.hardware.name == "this" else "One device takes"
+    by = sentence(plan, "slowed" if plan.is_slowed else "assumed", assumed_utilization=_assumed(plan))
+    return sentence(plan, "training", takers=one if gpus == 1 else f"{gpus:,} GPUs take", by=by, fullest=fullest)
 
 
 def _assumed(plan: Plan) -> str:
@@ -160,22 +166,16 @@ def _assumed(plan: Plan) -> str:
 
 
 def _attention(plan: Plan) -> str:
-    s, own = plan.sheet, plan.setup.model.config.attention == "dsa"
-    crossover = s.get("v32_crossover")
-    saves = "costs more operations than it saves at any length"
-    if crossover is not None:
-        saves = f"saves operations from {shown(crossover)} on"
-    seen, whose = s.context if plan.setup.served else s.seq_len, "its" if own else "V3.2's"
-    both = in_unit(float(s.v32_index_flops + s.v32_attention_flops), "FLOP")
-    return (
-        f"At {shown(seen)} a layer's attention of a token takes {both} with {whose} indexer, "
-        f" {shown(s.v32_dense_flops)} without. It {saves}. Its keys make the cache "
-        f"{percent(s.v32_cache_ratio - 1)} larger: {_bytes(s.v32_kv_cache)} a token in FP8."
+    s, saves = plan.sheet, "costs more operations than it saves at any length"
+    return sentence(
+        plan,
+        "attention",
+        seen=shown(s.context if plan.setup.served else s.seq_len),
+        both=in_unit(float(s.v32_index_flops + s.v32_attention_flops), "FLOP"),
+        whose="its" if plan.setup.model.config.attention == "dsa" else "V3.2's",
+        saves=sentence(plan, "saves") if s.get("v32_crossover") is not None else saves,
+        larger=percent(s.v32_cache_ratio - 1),
     )
-
-
-def _bytes(rate: Figure) -> str:
-    return shown(rate).partition("/")[0]
 
 
 def warnings(plan: Plan, section: str = "") -> Iterator[str]:
@@ -183,16 +183,12 @@ def warnings(plan: Plan, section: str = "") -> Iterator[str]:
     s, setup = plan.sheet, plan.setup
     if plan.fits and section in ("", "training"):
         if s.memory_free < NARROW * s.gpu_memory:
-            left = f"{shown(s.memory_free)} of {rounded(s.gpu_memory)}"
-            yield f"Memory is a lower bound, and only {left} are left."
+            yield sentence(plan, "full")
         if s.roof_utilization < (1 - NARROW) * s.utilization:
             used = ", which days and rent are computed with" if plan.is_slowed else ""
-            reached = in_unit(s.roof_utilization.value, "")
-            yield f"The parts of a step reach an MFU of {reached}{used}, not {_assumed(plan)}."
+            yield sentence(plan, "slow", used=used, assumed_utilization=_assumed(plan))
     if section in ("", "inference"):
-        for stage in ("decode", "prefill"):
-            if sentence := setup.misfit.get(stage):
-                yield f"{sentence[0].upper()}{sentence[1:]}."
+        yield from (f"{said[0].upper()}{said[1:]}." for stage in STAGES if (said := setup.misfit.get(stage)))
     assumed = setup.request.failures_per_node_day is None
     if plan.fits and section == "reliability" and assumed and s.gpus_per_node < s.gpus_per_failing_node:
         yield "The rate of failures is that of Meta's nodes of eight GPUs; for yours use --failures-per-node-day."
@@ -208,13 +204,11 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
         full: all figures with their formulas and inputs, for a page; else the tables of a terminal.
         more: sections to add, such as a search or a variation.
     """
-    made = [*_sections(plan, full), _binds(plan), *more]
-    if full:
-        made.append(_rest(plan))
+    lead = LEAD_HERE if plan.setup.hardware.name == "this" else LEAD
     return Report(
         title=heading(plan),
-        lead=(LEAD_HERE if plan.setup.hardware.name == "this" else LEAD) if full else "",
-        sections=made,
+        lead=lead if full else "",
+        sections=[*_sections(plan, full), _binds(plan), *more, *([_inputs(plan)] if full else [])],
         highlights=list(_highlights(plan)),
         facts_title="What is planned",
         facts=facts(plan),
@@ -222,38 +216,43 @@ def plan_report(plan: Plan, *, full: bool, more: Sequence[Section] = (), command
     )
 
 
+def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the large numbers of a page, of training its time where it has no price."""
+    for name, (text, said) in words()["highlights"].items():
+        unfit = name.startswith("training_") and not plan.fits
+        instead = name == "training_time" and plan.sheet.get("training_cost") is not None
+        if plan.sheet.get(name) is not None and not unfit and not instead:
+            yield text.format_map(_Words(plan, {})), said
+
+
 def _sections(plan: Plan, full: bool) -> Iterator[Section]:
     """Yield a section for each question that the plan answers."""
     for name, finding in findings(plan).items():
-        figures = plan.sheet.section(name)
+        figures, question = plan.sheet.section(name), words()["questions"][name]
         first = words()["headlines"]["unfit" if name == "training" and not plan.fits else name]
-        headlines = [figures[key] for key in first if key in figures and figures[key].value]
-        there = {figure.name for figure in headlines}
-        others = [figure for key, figure in figures.items() if key not in there]
+        headlines = [figures.pop(key) for key in first if key in figures and figures[key].value]
         details = [_detail(f) if full else Detail(name=f.name, title=f.title.title, value=short(f)) for f in headlines]
-        question = words()["questions"][name]
+        others = [_detail(figure) for figure in figures.values()] if full else []
         yield Section(
             name=f"{name}_section",
             title=question,
             finding=finding,
             details={"" if full else question: details} if details else {},
-            folded={plural(len(others), "other figure"): [_detail(f) for f in others]} if full and others else {},
+            folded={plural(len(others), "other figure"): others} if others else {},
             warnings=list(warnings(plan, name)),
         )
 
 
 def _detail(figure: Figure) -> Detail:
     step = step_of(figure)
+    formulas = [f"= {line}" for line in dict.fromkeys((step.formula, step.numbers)) if line]
+    exact = [f"= {step.exact}"] if formulas and step.exact != step.value else []
     note = f"Source: {step.source}" if step.source else ""
-    if figure.op == "input":
-        return Detail(name=step.name, title=step.title, value=step.value, note=note)
-    exact = [] if step.exact == step.value else [f"= {step.exact}"]
-    formulas = [f"= {line}" for line in dict.fromkeys((step.formula, step.numbers))]
     lines = [*formulas, *exact, *step.choices]
     return Detail(name=step.name, title=step.title, value=step.value, lines=lines, note=note, needs=step.needs)
 
 
-def _rest(plan: Plan) -> Section:
+def _inputs(plan: Plan) -> Section:
     """Return the section of all inputs."""
     every = named(plan.figures.values())
     inputs = [_detail(f) for f in every.values() if f.op == "input"]
@@ -281,17 +280,6 @@ def _binds(plan: Plan) -> Section:
     )
 
 
-def _highlights(plan: Plan) -> Iterator[tuple[str, str]]:
-    s = plan.sheet
-    yield _bytes(s.kv_cache), "of cache a token"
-    yield shown(s.memory_needed), "of memory on the fullest GPU in training"
-    if plan.fits:
-        cost = s.get("training_cost")
-        yield (shown(s.training_time), "of training") if cost is None else (shown(cost), "rent of the training")
-    if plan.setup.served:
-        yield shown(s.decode_tokens_per_second), "for each decoding sequence"
-
-
 def facts(plan: Plan) -> dict[str, dict[str, str]]:
     """Return what is planned, in cards: model, hardware, training, serving."""
     made, s, config = plan.setup, plan.sheet, plan.setup.model.config
@@ -310,8 +298,7 @@ def facts(plan: Plan) -> dict[str, dict[str, str]]:
     training |= {name.replace("_", " "): str(value) for name, value in dataclasses.asdict(made.layout).items()}
     cards = {"Model": model, "Hardware": machine, "Training": training | {"tokens": shown(s.tokens)}}
     if made.served:
-        stages = ("decode", "prefill")
-        serving = {f"{x}": f"{plural(made.deployment(x).gpus, 'GPU')}, {made.sources[x]}" for x in stages}
+        serving = {x: f"{plural(made.deployment(x).gpus, 'GPU')}, {made.sources[x]}" for x in STAGES}
         serving |= {"weights": str(made.request.weight_dtype), "cache": str(made.request.cache_dtype)}
         serving |= {"sequences of a GPU": f"{float(s.decode_sequences):,.0f} of {shown(s.context)}"}
         cards["Serving"] = serving | {"prompt": shown(s.prompt)}
@@ -327,32 +314,18 @@ def search_section(candidates: Sequence[Candidate], peak: float) -> Section:
     Args:
         peak: operations a second that a utilization refers to.
     """
-    best = candidates[0]
-    rows = [
-        (
-            str(i),
-            in_unit(c.step, "s"),
-            c.binds,
-            in_unit(c.memory, "B"),
-            f"{c.flops / peak / c.step:.3f}",
-            _options(c.layout),
-        )
-        for i, c in enumerate(candidates, 1)
-    ]
+    best, rows = candidates[0], list[tuple[str, ...]]()
+    for i, c in enumerate(candidates, 1):
+        step, memory = in_unit(c.step, "s"), in_unit(c.memory, "B")
+        rows.append((str(i), step, c.binds, memory, f"{c.flops / peak / c.step:.3f}", _options(c.layout)))
+    columns = ("", "step", "binds", "memory", "MFU", "layout")
     return Section(
         name="search_section",
         title=f"Which layouts fit {best.layout.gpus:,} GPUs?",
         finding=(
-            f"The fastest takes {in_unit(best.step, 's')} a step with {in_unit(best.memory, 'B')} on the fullest GPU. "
-            f"What binds: {best.binds}."
+            f"The fastest takes {rows[0][1]} a step with {rows[0][3]} on the fullest GPU. What binds: {best.binds}."
         ),
-        tables=[
-            Table(
-                columns=("", "step", "binds", "memory", "MFU", "layout"),
-                rows=rows,
-                numeric=("", "step", "memory", "MFU"),
-            )
-        ],
+        tables=[Table(columns=columns, rows=rows, numeric=("", "step", "memory", "MFU"))],
         about="One layout for each sizes of parallelism, with its fastest choices that fit. Memory is a lower bound.",
     )
 
@@ -369,44 +342,30 @@ def variation_section(variation: Variation, *, full: bool) -> Section:
     Args:
         full: with the plots of a page.
     """
-    axes = variation.axes
-    one = len(axes) == 1
-    cells = [variation.cell(name, place) for name in variation.names for place in variation.plans]
-    problems = [f"{_at(axes, place)}: {reason}" for place, reason in variation.problems.items()]
-    unfit = [f"{UNFIT.strip()} does not fit into the memory of a GPU"] * any(c.startswith(UNFIT) for c in cells)
+    one = len(variation.axes) == 1
+    unfit = any(variation.plans[place].unfit(name) for name in variation.names for place in variation.found(name))
+    problems = [f"{variation.at(place)}: {reason}" for place, reason in variation.problems.items()]
     return Section(
         name="variation_section",
-        title=f"What changes with {' and '.join(axis.name for axis in axes)}?",
-        finding=_finding(variation),
-        plots=list(_plots(variation)) if one and full else (),
-        heat_maps=() if one else list(_heat_maps(variation)),
+        title=f"What changes with {' and '.join(axis.name for axis in variation.axes)}?",
+        finding=_range(variation, variation.names[0]),
+        plots=[_plot(variation, name) for name in variation.names[:MOST_PLOTS]] if one and full else (),
+        heat_maps=() if one else [_heat_map(variation, name) for name in variation.names[:MOST_PLOTS]],
         tables=[_bars(variation)] if one else (),
-        warnings=[*problems, *unfit],
+        warnings=[*problems, *[f"{UNFIT.strip()} does not fit into the memory of a GPU"] * unfit],
         about="All else is as in the plan: layout and deployments stay; sequences follow the context.",
     )
 
 
-def _finding(variation: Variation) -> str:
-    """Tell between which values the first figure lies."""
-    name = variation.names[0]
-    found = [(place, figure) for place in variation.plans if (figure := variation.figure(name, place)) is not None]
-    low, high = min(found, key=lambda pair: pair[1].value), max(found, key=lambda pair: pair[1].value)
-    title = low[1].title.title
-    if low[1].value == high[1].value:
-        return f"{title}: {shown(low[1])} everywhere."
-    return (
-        f"{title}: from {shown(low[1])} at {_at(variation.axes, low[0])} to {shown(high[1])} at "
-        f"{_at(variation.axes, high[0])}."
-    )
-
-
-def _at(axes: Sequence[VariedAxis], place: tuple[int, ...]) -> str:
-    return ", ".join(f"{axis.name}={axis.labels[i]}" for axis, i in zip(axes, place, strict=True))
-
-
-def _title(variation: Variation, name: str) -> str:
-    there = (figure for place in variation.plans if (figure := variation.figure(name, place)) is not None)
-    return next(there).title.title
+def _range(variation: Variation, name: str) -> str:
+    """Tell between which values a figure lies."""
+    found = variation.found(name)
+    low, high = (most(found, key=lambda place: found[place].value) for most in (min, max))
+    title = found[low].title.title
+    if found[low].value == found[high].value:
+        return f"{title}: {shown(found[low])} everywhere."
+    ends = (f"{shown(found[place])} at {variation.at(place)}" for place in (low, high))
+    return f"{title}: from {' to '.join(ends)}."
 
 
 def _bars(variation: Variation) -> Table:
@@ -414,30 +373,27 @@ def _bars(variation: Variation) -> Table:
     (axis,) = variation.axes
     rows: list[tuple[str, ...]] = []
     for name in variation.names:
-        found = {i: figure for i in range(len(axis.values)) if (figure := variation.figure(name, (i,))) is not None}
-        largest = max((abs(float(figure)) for figure in found.values()), default=0.0) or 1.0
-        title = _title(variation, name)
-        for i, figure in found.items():
+        found = variation.found(name)
+        largest = max(abs(float(figure)) for figure in found.values()) or 1.0
+        for place, figure in found.items():
+            title = "" if rows and place != next(iter(found)) else figure.title.title
             bar = "█" * round(BAR * abs(float(figure)) / largest)
-            rows.append((title, axis.labels[i], variation.cell(name, (i,)), bar))
-            title = ""
+            rows.append((title, axis.labels[place[0]], variation.cell(name, place), bar))
     return Table(columns=("figure", axis.name, "value", ""), rows=rows, numeric=(axis.name, "value"))
 
 
-def _plots(variation: Variation) -> Iterator[Plot]:
-    """Yield a plot for each figure: a line over numbers, bars over names."""
-    (axis,) = variation.axes
-    for name in variation.names[:MOST_PLOTS]:
-        pairs = [(i, f) for i in range(len(axis.values)) if (f := variation.figure(name, (i,))) is not None]
-        label, unit, y = pairs[0][1].title.title, pairs[0][1].title.unit, [float(figure) for _, figure in pairs]
-        if axis.numeric:
-            x = [float(axis.values[i]) for i, _ in pairs]
-            order = sorted(range(len(x)), key=x.__getitem__)
-            series = [Series(label="", x=[x[i] for i in order], y=[y[i] for i in order])]
-            yield Plot(title=label, x=axis.name, y=unit, series=series, log_x=_is_wide(x), log_y=_is_wide(y))
-        else:
-            series = [Series(label="", x=[float(i) for i, _ in pairs], y=y, kind="bars")]
-            yield Plot(title=label, x="", y=unit, series=series, labels=axis.labels)
+def _plot(variation: Variation, name: str) -> Plot:
+    """Return the plot of a figure: a line over numbers, bars over names."""
+    (axis,), found = variation.axes, variation.found(name)
+    title = next(iter(found.values())).title
+    points = [(float(axis.values[i]) if axis.numeric else float(i), float(figure)) for (i,), figure in found.items()]
+    x, y = zip(*(sorted(points) if axis.numeric else points), strict=True)
+    if axis.numeric:
+        lines = [Series(label="", x=x, y=y)]
+        wide_x, wide_y = _is_wide(x), _is_wide(y)
+        return Plot(title=title.title, x=axis.name, y=title.unit, series=lines, log_x=wide_x, log_y=wide_y)
+    series = [Series(label="", x=x, y=y, kind="bars")]
+    return Plot(title=title.title, x="", y=title.unit, series=series, labels=axis.labels)
 
 
 def _is_wide(values: Iterable[float]) -> bool:
@@ -445,17 +401,15 @@ def _is_wide(values: Iterable[float]) -> bool:
     return min(found) > 0 and max(found) > WIDE * min(found)
 
 
-def _heat_maps(variation: Variation) -> Iterator[HeatMap]:
-    down, across = variation.axes
-    for name in variation.names[:MOST_PLOTS]:
-        places = [[(i, j) for j in range(len(across.values))] for i in range(len(down.values))]
-        figures = [[variation.figure(name, place) for place in row] for row in places]
-        yield HeatMap(
-            title=_title(variation, name),
-            x=across.name,
-            y=down.name,
-            columns=across.labels,
-            rows=down.labels,
-            values=[[None if figure is None else figure.value for figure in row] for row in figures],
-            cells=[[variation.cell(name, place) for place in row] for row in places],
-        )
+def _heat_map(variation: Variation, name: str) -> HeatMap:
+    (down, across), found = variation.axes, variation.found(name)
+    places = [[(i, j) for j in range(len(across.values))] for i in range(len(down.values))]
+    return HeatMap(
+        title=next(iter(found.values())).title.title,
+        x=across.name,
+        y=down.name,
+        columns=across.labels,
+        rows=down.labels,
+        values=[[found[place].value if place in found else None for place in row] for row in places],
+        cells=[[variation.cell(name, place) for place in row] for row in places],
+    )

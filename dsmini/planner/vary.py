@@ -127,23 +127,25 @@ class Variation:
     names: tuple[str, ...] = ()
     """Figures that are compared."""
 
-    def figure(self, name: str, place: tuple[int, ...]) -> Figure | None:
-        """Return a figure at a place; None without a plan, or in a plan that lacks it."""
-        return self.plans[place].sheet.get(name) if place in self.plans else None
+    def found(self, name: str) -> dict[tuple[int, ...], Figure]:
+        """Return a figure in all plans that have it, by place."""
+        return {place: f for place, plan in self.plans.items() if (f := plan.sheet.get(name)) is not None}
 
     def cell(self, name: str, place: tuple[int, ...]) -> str:
         """Return a figure at a place in words, with a mark if its plan does not fit; "" without one."""
-        figure = self.figure(name, place)
+        figure = self.found(name).get(place)
         return "" if figure is None else (UNFIT if self.plans[place].unfit(name) else "") + short(figure)
+
+    def at(self, place: tuple[int, ...]) -> str:
+        """Return the values at a place, in words."""
+        return ", ".join(f"{axis.name}={axis.labels[i]}" for axis, i in zip(self.axes, place, strict=True))
 
     def differs(self, name: str, axis: int) -> bool:
         """Return whether a figure has several values along an axis, all else equal."""
         values: dict[tuple[int, ...], set[float]] = {}
-        for place in self.plans:
-            figure = self.figure(name, place)
-            if figure is not None:
-                values.setdefault(place[:axis] + place[axis + 1 :], set()).add(figure.value)
-        return any(len(found) > 1 for found in values.values())
+        for place, figure in self.found(name).items():
+            values.setdefault(place[:axis] + place[axis + 1 :], set()).add(figure.value)
+        return any(len(several) > 1 for several in values.values())
 
 
 def vary(
@@ -190,5 +192,4 @@ def _that_differ(variation: Variation) -> tuple[str, ...]:
     """Return the figures of COMPARED that are not the same in all plans: first those that differ along every axis."""
     along = {name: sum(variation.differs(name, axis) for axis in range(len(variation.axes))) for name in COMPARED}
     found = sorted((name for name in COMPARED if along[name]), key=lambda name: -along[name])
-    there = (name for name in COMPARED if any(variation.figure(name, place) is not None for place in variation.plans))
-    return tuple(found or there)
+    return tuple(found or (name for name in COMPARED if variation.found(name)))
