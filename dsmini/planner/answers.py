@@ -19,7 +19,7 @@ from dsmini.planner.here import record_here, section_here, steps_here, with_fore
 from dsmini.planner.pages import heading, plan_report, search_section, ten_lines, variation_section
 from dsmini.planner.plan import SECTIONS, Plan, changed, plan
 from dsmini.planner.published import published_figures, published_record, published_section
-from dsmini.planner.search import Candidate, Choices, search
+from dsmini.planner.search import Candidate, search
 from dsmini.planner.setup import Setup, problem_of
 from dsmini.planner.vary import Variation, read_axis, vary
 from dsmini.report import Report, Section, Table
@@ -101,17 +101,15 @@ def searched(made: Setup, command: str, on_part: OnPart = lambda done, what: Non
 
     Raises: ValueError if no layout fits, with what would fit.
     """
-    given, layout = made.asked.layout_fields, made.layout
-    every = Choices(precisions=("fp32",)) if layout.precision == "fp32" else Choices()
-    problem = problem_of(made.request, made.model, made.hardware)
-    problem = replace(problem, gpus=layout.gpus, choices=every.held(given))
+    layout, given = made.layout, {name: (value,) for name, value in made.asked.layout_fields.items()}
+    options = {"gpus": (layout.gpus,), **({"precision": ("fp32",)} if layout.precision == "fp32" else {}), **given}
+    problem = problem_of(made.request, made.model, made.hardware).of(**options)
     found = search(problem, on_part=on_part)
     changes = {name: getattr(found[0].layout, name) for name in layout.__dataclass_fields__}
     best = plan(changed(made, changes, made.hardware, "the fastest of all that fit"))
-    peak = made.hardware.value("peak_float32" if layout.precision == "fp32" else "peak_bfloat16")
-    section = search_section(found, peak)
+    section = search_section(found)
     return Answer(
-        record={"layouts": [_candidate_record(candidate, peak) for candidate in found]},
+        record={"layouts": [_candidate_record(candidate) for candidate in found]},
         lines=[heading(best)],
         report=Report(title="", sections=[section]),
         page=lambda: plan_report(best, full=True, more=[section], command=command),
@@ -186,13 +184,9 @@ def figures_record(figures: Mapping[str, Figure]) -> Record:
     }
 
 
-def _candidate_record(found: Candidate, peak: float) -> Record:
-    return dataclasses.asdict(found.layout) | {
-        "memory": found.memory,
-        "step_seconds": found.step,
-        "utilization": found.flops / peak / found.step,
-        "binds": found.binds,
-    }
+def _candidate_record(found: Candidate) -> Record:
+    more = {"memory": found.memory, "step_seconds": found.step, "utilization": found.utilization, "binds": found.binds}
+    return dataclasses.asdict(found.layout) | more
 
 
 def variation_record(variation: Variation) -> Record:

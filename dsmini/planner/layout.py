@@ -64,11 +64,11 @@ class Layout:
             require(value >= 1, f"{name}={value} is not positive; use 1 or more")
         if self.gpus % (self.pipeline * self.tensor):
             fit = [n for n in range(1, self.gpus // self.tensor + 1) if self.gpus % (n * self.tensor) == 0]
-            fix = f"use a pipeline of {_listed(fit)}" if fit else f"use a tensor of {_listed(_divisors(self.gpus))}"
+            fix = f"use a pipeline of {_listed(fit)}" if fit else f"use a tensor of {_listed(divisors(self.gpus))}"
             raise ValueError(f"pipeline={self.pipeline} and tensor={self.tensor} do not divide gpus={self.gpus}; {fix}")
         width = self.gpus // self.pipeline
         if width % self.expert:
-            fit = _listed(_divisors(width))
+            fit = _listed(divisors(width))
             raise ValueError(
                 f"expert={self.expert} does not divide the {width} GPUs of a stage; use an expert of {fit}"
             )
@@ -105,7 +105,7 @@ def check_layout(layout: Layout, config: ModelConfig, gpus_per_node: int, batch:
     moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
     require(moe or e == 1, f"expert={e} but the model has no MoE layers; use expert=1")
     if routed % e:
-        raise ValueError(f"n_routed_experts={routed} is not divisible by expert={e}; use {_listed(_divisors(routed))}")
+        raise ValueError(f"n_routed_experts={routed} is not divisible by expert={e}; use {_listed(divisors(routed))}")
     require(
         e % gpus_per_node == 0 or gpus_per_node % e == 0,
         f"expert={e} neither fills nodes of {gpus_per_node} GPUs nor divides one; use a multiple or a divisor",
@@ -116,10 +116,10 @@ def check_layout(layout: Layout, config: ModelConfig, gpus_per_node: int, batch:
     )
     for name, heads in (("n_heads", config.n_heads), ("n_kv_heads", config.kv_heads)):
         if heads % t:
-            raise ValueError(f"{name}={heads} is not divisible by tensor={t}; use {_listed(_divisors(heads))}")
+            raise ValueError(f"{name}={heads} is not divisible by tensor={t}; use {_listed(divisors(heads))}")
     rows = layout.data * layout.micro_batch
     if batch % layout.micro_batch:
-        fit = _listed(_divisors(batch))
+        fit = _listed(divisors(batch))
         raise ValueError(f"micro_batch={layout.micro_batch} does not divide batch={batch} sequences; use {fit}")
     require(
         batch % rows == 0,
@@ -136,8 +136,9 @@ def check_layout(layout: Layout, config: ModelConfig, gpus_per_node: int, batch:
     require(number >= p, f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}")
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """Return the divisors of a number, up to `most`."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
 
 
 def _listed(numbers: list[int]) -> str:

@@ -308,16 +308,12 @@ def facts(plan: Plan) -> dict[str, dict[str, str]]:
 # --- comparisons
 
 
-def search_section(candidates: Sequence[Candidate], peak: float) -> Section:
-    """Return the section of a search: layouts that fit, fastest first.
-
-    Args:
-        peak: operations a second that a utilization refers to.
-    """
+def search_section(candidates: Sequence[Candidate]) -> Section:
+    """Return the section of a search: layouts that fit, fastest first."""
     best, rows = candidates[0], list[tuple[str, ...]]()
     for i, c in enumerate(candidates, 1):
         step, memory = in_unit(c.step, "s"), in_unit(c.memory, "B")
-        rows.append((str(i), step, c.binds, memory, f"{c.flops / peak / c.step:.3f}", _options(c.layout)))
+        rows.append((str(i), step, c.binds, memory, f"{c.utilization:.3f}", _options(c.layout)))
     columns = ("", "step", "binds", "memory", "MFU", "layout")
     return Section(
         name="search_section",

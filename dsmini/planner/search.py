@@ -19,49 +19,47 @@ Estimates: the time is that of training.py. Memory is a lower bound: a layout th
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsmini.accounting.activations import Recompute
 from dsmini.config import ModelConfig
 from dsmini.planner.display import in_unit
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.layout import DTYPES, Layout, Precision, Schedule, Zero, check_layout
+from dsmini.planner.layout import DTYPES, Layout, check_layout, divisors
 from dsmini.planner.model import model_figures
 from dsmini.planner.training import WITHOUT, training_figures
 
 OnPart = Callable[[float, str], None]
 Values = npt.NDArray[np.float64]
-Sizes = tuple[int, int, int, int]
-"""Pipeline, tensor, expert, micro_batch."""
-SIZES: tuple[str, ...] = ("pipeline", "tensor", "expert", "micro_batch")
-Choice = tuple[Schedule, Zero, Recompute, Precision]
+SIZES = ("pipeline", "tensor", "expert", "micro_batch")
+CHOICES = ("schedule", "zero", "recompute", "precision")
+Options = Mapping[str, tuple[Any, ...]]
+"""Values of the fields of a layout that may be taken, those first that need more memory; of a size that is not in it,
+all that divide the GPUs."""
+EVERY: Options = {
+    "micro_batch": (1, 2, 4),
+    "schedule": ("1f1b", "zb1p", "dualpipe"),
+    "zero": (0, 1, 2, 3),
+    "recompute": ("none", "selective", "full"),
+    "precision": ("bf16", "fp8"),
+}
+SHORT: Options = {
+    "micro_batch": (1,),
+    "schedule": ("1f1b", "dualpipe"),
+    "zero": (0, 1),
+    "recompute": ("none", "selective"),
+}
+"""Options of a layout that the user leaves open, and those that need less memory."""
+LONGER: Options = {**SHORT, "zero": (0, 1, 3), "recompute": ("selective", "full")}
 LEAST_STATE = 8.0
 """Bytes of training state that a parameter has at least, with which the search for enough GPUs begins."""
 MOST_GPUS = 2**20
 SLACK = 1.5
 """Memory that sizes may need with the leanest choice, over what there is: for some sizes another choice is leaner."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choices:
-    """Choices that a search may make. Precisions that the hardware lacks are left out."""
-
-    schedules: tuple[Schedule, ...] = ("1f1b", "zb1p", "dualpipe")
-    zeros: tuple[Zero, ...] = (0, 1, 2, 3)
-    recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
-    precisions: tuple[Precision, ...] = ("bf16", "fp8")
-    micro_batches: tuple[int, ...] = (1, 2, 4)
-
-    def held(self, given: Mapping[str, Any]) -> "Choices":
-        """Return these choices, in which those that the user made are the only ones."""
-        names = {"schedule": "schedules", "zero": "zeros", "recompute": "recomputes", "precision": "precisions"}
-        names["micro_batch"] = "micro_batches"
-        return replace(self, **{many: (given[one],) for one, many in names.items() if one in given})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +72,28 @@ class Problem:
     seq_len: int
     state: Layout
     """Layout with the optimizer, its moments, and the precision where the user leaves it open."""
-    gpus: int = 1
-    choices: Choices = field(default_factory=Choices)
-    held: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Sizes that the user chose, by name."""
+    options: Options
+
+    def of(self, **options: tuple[Any, ...]) -> "Problem":
+        """Return the problem with some options in place of its own."""
+        return replace(self, options={**self.options, **options})
+
+    def lean(self) -> "Problem":
+        """Return the problem with the options that need least memory; ZeRO also 0, since 1 to 3 divide a batch."""
+        given = self.options
+        zeros = tuple(dict.fromkeys((given["zero"][0], given["zero"][-1])))
+        least = {"recompute": given["recompute"][-1:], "precision": given["precision"][-1:]}
+        return self.of(schedule=given["schedule"][:1], zero=zeros, **least)
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs, where only one is left."""
+        return self.options["gpus"][0]
+
+    @property
+    def most_gpus(self) -> float:
+        """Most GPUs that the hardware's links connect."""
+        return math.inf if self.hardware.networked else self.hardware.node
 
     def sheet(self) -> Sheet:
         """Return a sheet of plain numbers with the model, the hardware and the workload."""
@@ -88,12 +104,9 @@ class Problem:
         model_figures(s, self.config)
         return s
 
-    def layout(self, sizes: Sizes, choice: Choice) -> Layout:
+    def layout(self, sizes: tuple[int, ...], choice: tuple[Any, ...]) -> Layout:
         """Return a layout from its sizes and choices. Raises: ValueError for what contradicts itself."""
-        (pipeline, tensor, expert, micro_batch), (schedule, zero, recompute, precision) = sizes, choice
-        named: dict[str, Any] = {"pipeline": pipeline, "tensor": tensor, "expert": expert, "micro_batch": micro_batch}
-        named |= {"schedule": schedule, "zero": zero, "recompute": recompute, "precision": precision}
-        return replace(self.state, gpus=self.gpus, **named)
+        return replace(self.state, gpus=self.gpus, **dict(zip((*SIZES, *CHOICES), (*sizes, *choice), strict=True)))
 
     def check(self, layout: Layout) -> None:
         """Raise ValueError for a layout that the model, the nodes or the batch cannot have."""
@@ -114,8 +127,10 @@ class Table:
     """Time and memory of all layouts: arrays [choice, sizes], infinite where there is no such layout."""
 
     problem: Problem
-    sizes: list[Sizes]
-    choices: list[Choice]
+    sizes: list[tuple[int, ...]]
+    """Pipeline, tensor, expert and micro-batch."""
+    choices: list[tuple[Any, ...]]
+    """Schedule, ZeRO, recomputation and precision."""
     time: Values
     memory: Values
 
@@ -124,8 +139,10 @@ class Table:
         """Time of what fits; infinite elsewhere."""
         return np.where(self.memory <= self.problem.hardware.value("gpu_memory"), self.time, np.inf)
 
-    def layout(self, choice: int, row: int) -> Layout:
-        """Return the layout of a place in the arrays."""
+    def smallest(self, values: Values) -> Layout:
+        """Return the layout of the smallest value; of equal ones those of least memory, then of first sizes."""
+        order = np.lexsort((self.memory.T.ravel(), values.T.ravel()))
+        row, choice = divmod(int(order[0]), len(self.choices))
         return self.problem.layout(self.sizes[row], self.choices[choice])
 
 
@@ -137,8 +154,8 @@ class Candidate:
     memory: float
     step: float
     """Seconds of a step from its parts."""
-    flops: float
-    """Operations of a GPU in a step, which a utilization counts."""
+    utilization: float
+    """Share of the peak of BF16, or FP32 where products are."""
     binds: str
     """Part that gains most if it took no time, or "memory" if its limit costs more than any part but computing."""
 
@@ -148,12 +165,11 @@ def search(problem: Problem, most: int = 12, on_part: OnPart | None = None) -> l
 
     Raises: ValueError if no layout fits, with what would fit: other choices, or a number of GPUs.
     """
-    wanted, peaks = problem.choices.precisions, problem.hardware.peaks
+    wanted, peaks = problem.options["precision"], problem.hardware.peaks
     precisions = tuple(p for p in wanted if DTYPES[p] in peaks)
     if not precisions:
         raise ValueError(f"{problem.hardware.title} has no units for {', '.join(wanted)}; allow another precision")
-    problem = replace(problem, choices=replace(problem.choices, precisions=precisions))
-    table = evaluate(problem, on_part)
+    table = evaluate(problem.of(precision=precisions), on_part)
     fitting = table.fitting
     if not np.isfinite(fitting).any():
         raise ValueError(what_would_fit(table))
@@ -161,8 +177,8 @@ def search(problem: Problem, most: int = 12, on_part: OnPart | None = None) -> l
     choice = np.lexsort((table.memory, fitting), axis=0)[0]  # of equal times the one with less memory
     best = fitting[choice, rows]
     order = [row for row in np.lexsort((table.memory[choice, rows], best))[:most] if np.isfinite(best[row])]
-    costs = {row: float(best[row] - table.time[:, row].min()) for row in order}
-    return [_candidate(problem, table.layout(choice[row], row), costs[row]) for row in order]
+    layouts = {row: problem.layout(table.sizes[row], table.choices[choice[row]]) for row in order}
+    return [_candidate(problem, layouts[row], float(best[row] - table.time[:, row].min())) for row in order]
 
 
 def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
@@ -170,11 +186,13 @@ def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
     s = problem.planned(layout)
     gains = {words: float(s.roof_step_seconds - getattr(s, f"step_without_{part}")) for part, words in WITHOUT.items()}
     others = max(gain for words, gain in gains.items() if words != "compute")
+    peak = problem.hardware.value("peak_float32" if layout.precision == "fp32" else "peak_bfloat16")
+    flops = s.training_flops * s.batch * s.seq_len / layout.gpus
     return Candidate(
         layout=layout,
         memory=float(s.memory_needed),
         step=float(s.roof_step_seconds),
-        flops=float(s.training_flops * s.batch * s.seq_len / layout.gpus),
+        utilization=float(flops) / peak / float(s.roof_step_seconds),
         binds="memory" if costs > others else max(gains, key=lambda words: gains[words]),
     )
 
@@ -182,29 +200,27 @@ def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
 # --- all layouts at once
 
 
-def evaluate(problem: Problem, on_part: OnPart | None = None, sizes: list[Sizes] | None = None) -> Table:
+def evaluate(problem: Problem, on_part: OnPart | None = None, sizes: list[tuple[int, ...]] | None = None) -> Table:
     """Return the time and the memory of all choices; without `sizes`, for all sizes that the GPUs allow."""
-    if sizes is None:
-        sizes = [each for each in all_sizes(problem) if _held(problem, each)]
-    given = problem.choices
-    choices = list(itertools.product(given.schedules, given.zeros, given.recomputes, given.precisions))
+    sizes = list(all_sizes(problem)) if sizes is None else sizes
+    choices = list(itertools.product(*(problem.options[name] for name in CHOICES)))
     time, memory = (np.full((len(choices), len(sizes)), np.inf) for _ in range(2))
-    base = problem.sheet()
-    groups = {schedule: _groups(problem, schedule, sizes) for schedule in given.schedules}
+    base, groups = problem.sheet(), {name: _groups(problem, name, sizes) for name in problem.options["schedule"]}
     for number, choice in enumerate(choices):
-        for rows in groups[choice[0]]:
-            copies = 2 if choice[0] == "dualpipe" else 1
-            if choice[1]:  # ZeRO needs GPUs to divide the state over
+        schedule, zero, *_ = choice
+        copies = 2 if schedule == "dualpipe" else 1
+        for rows in groups[schedule]:
+            if zero:  # which needs GPUs to divide the state over
                 rows = [row for row in rows if problem.gpus * copies > sizes[row][0] * sizes[row][1]]
             if rows:
                 s = _planned(problem, base, [sizes[row] for row in rows], choice)
                 time[number, rows], memory[number, rows] = s.roof_step_seconds, s.memory_needed
         if on_part is not None:
-            on_part((number + 1) / len(choices), f"{choice[0]}, ZeRO {choice[1]}, {choice[2]}, {choice[3]}")
+            on_part((number + 1) / len(choices), f"{schedule}, ZeRO {', '.join(map(str, choice[1:]))}")
     return Table(problem=problem, sizes=sizes, choices=choices, time=time, memory=memory)
 
 
-def _planned(problem: Problem, base: Sheet, sizes: list[Sizes], choice: Choice) -> Sheet:
+def _planned(problem: Problem, base: Sheet, sizes: list[tuple[int, ...]], choice: tuple[Any, ...]) -> Sheet:
     """Return the training figures of a choice for several sizes that have one formula, as arrays."""
     # a formula with tensor parallelism holds for tensor=1 too, and one with several nodes for one
     layout, s = problem.layout(max(sizes, key=lambda each: each[1]), choice), base.copy()
@@ -215,33 +231,28 @@ def _planned(problem: Problem, base: Sheet, sizes: list[Sizes], choice: Choice) 
     return s
 
 
-def all_sizes(problem: Problem) -> Iterator[Sizes]:
+def all_sizes(problem: Problem) -> Iterator[tuple[int, ...]]:
     """Yield the sizes of parallelism that divide the GPUs, the heads, the experts and the batch."""
-    config, gpus, batch = problem.config, problem.gpus, problem.batch
+    config, options, gpus, batch = problem.config, problem.options, problem.gpus, problem.batch
     node = round(problem.hardware.value("gpus_per_node"))
     moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
-    for pipeline in _divisors(gpus, config.n_layers):
-        for tensor in _divisors(gpus // pipeline, node):
+
+    def sizes(name: str, number: int, most: int) -> list[int]:
+        return [n for n in divisors(number, most) if n in options.get(name, (n,))]
+
+    for pipeline in sizes("pipeline", gpus, config.n_layers):
+        for tensor in sizes("tensor", gpus // pipeline, node):
             if config.n_heads % tensor or config.kv_heads % tensor:
                 continue
             data = gpus // (pipeline * tensor)
-            for expert in _divisors(gpus // pipeline, config.n_routed_experts if moe else 1):
-                fills = expert % node == 0 or node % expert == 0
-                for micro_batch in problem.choices.micro_batches if fills else ():
-                    if config.n_routed_experts % expert == 0 and batch % (data * micro_batch) == 0:
+            for expert in sizes("expert", gpus // pipeline, config.n_routed_experts if moe else 1):
+                fills = config.n_routed_experts % expert == 0 and (expert % node == 0 or node % expert == 0)
+                for micro_batch in options["micro_batch"] if fills else ():
+                    if batch % (data * micro_batch) == 0:
                         yield pipeline, tensor, expert, micro_batch
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
-
-
-def _held(problem: Problem, sizes: Sizes) -> bool:
-    named = dict(zip(SIZES, sizes, strict=True))
-    return all(named[name] == size for name, size in problem.held.items())
-
-
-def _groups(problem: Problem, schedule: Schedule, sizes: list[Sizes]) -> list[list[int]]:
+def _groups(problem: Problem, schedule: str, sizes: list[tuple[int, ...]]) -> list[list[int]]:
     """Return the rows that a schedule allows, in groups that have one formula for each choice."""
     groups: dict[tuple[int, bool], list[int]] = {}
     for row, one in enumerate(sizes):
@@ -256,21 +267,13 @@ def _groups(problem: Problem, schedule: Schedule, sizes: list[Sizes]) -> list[li
 # --- the layout that a user leaves open
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chosen:
-    """A layout or a deployment, and how it was chosen, in words."""
-
-    made: Any
-    how: str
-    misfit: str = ""
-    """One sentence for what does not fit, with what would; "" for what fits."""
-
-
-def choose_layout(problem: Problem, given: Mapping[str, Any], preset: Mapping[str, Any], how: str) -> Chosen:
-    """Return the layout with the given fields, and what is best for the others.
+def choose_layout(
+    problem: Problem, given: Mapping[str, Any], preset: Mapping[str, Any], how: str
+) -> tuple[Layout, str, str]:
+    """Return the layout with the given fields and what is best for the others, how it was chosen, and what would fit.
 
     Args:
-        problem: with the numbers of GPUs, choices and sizes still open.
+        problem: with SHORT options.
         preset: layout of a published run of this model; empty for other models.
         how: words for that.
 
@@ -278,32 +281,25 @@ def choose_layout(problem: Problem, given: Mapping[str, Any], preset: Mapping[st
     """
     if preset and (layout := _published(problem, preset, given)):
         but = ", ".join(f"{name}={value}" for name, value in given.items())
-        return Chosen(made=layout, how=f"{how}{but and f', but {but}'}")
-    held = {name: given[name] for name in SIZES if name in given}
-    lean = table = None
-    for gpus in [given["gpus"]] if "gpus" in given else _gpu_counts(problem, given):
-        lean = replace(problem, gpus=gpus, held=held, choices=_leanest(problem.state, given, gpus))
-        table = evaluate(lean)
+        return layout, f"{how}{but and f', but {but}'}", ""
+    held = {name: (value,) for name, value in given.items()}
+    lists = [problem.of(**{**options, "precision": (problem.state.precision,), **held}) for options in (SHORT, LONGER)]
+    table = None
+    for gpus in held.get("gpus") or _gpu_counts(problem, given):
+        table = evaluate(lists[-1].lean().of(gpus=(gpus,)))
         most = SLACK * problem.hardware.value("gpu_memory")
         hopeful = [table.sizes[row] for row in np.flatnonzero((table.memory <= most).any(axis=0))]
-        for choices in _lists(problem.state, given) if hopeful else ():
-            found = evaluate(replace(lean, choices=choices), sizes=hopeful)
+        for options in lists if hopeful else ():
+            found = evaluate(options.of(gpus=(gpus,)), sizes=hopeful)
             if np.isfinite(found.fitting).any():
                 fewest = "" if "gpus" in given else ", on the fewest GPUs"
-                best = found.layout(*_smallest(found.fitting, found.memory))
-                return Chosen(made=best, how=f"the fastest of a short list that fits{fewest}")
-    assert lean is not None and table is not None, "there is at least one GPU"
+                return found.smallest(found.fitting), f"the fastest of a short list that fits{fewest}", ""
+    assert table is not None, "there is at least one GPU"
     if not np.isfinite(table.memory).any():
         problem.check(replace(problem.state, **{"gpus": _least_gpus(given)} | dict(given)))  # raises what contradicts
         raise ValueError(what_would_fit(table))
-    how = "the one that needs least memory, since none fits"
-    return Chosen(made=table.layout(*_smallest(table.memory, table.memory)), how=how, misfit=what_would_fit(table))
-
-
-def _smallest(values: Values, memory: Values) -> tuple[int, int]:
-    """Return the choice and the row of the smallest value; of equal ones those of least memory, then of first sizes."""
-    row, choice = np.unravel_index(np.lexsort((memory.T.ravel(), values.T.ravel()))[0], values.T.shape)
-    return int(choice), int(row)
+    leanest = table.smallest(table.memory)
+    return leanest, "the one that needs least memory, since none fits", what_would_fit(table)
 
 
 def _published(problem: Problem, preset: Mapping[str, Any], given: Mapping[str, Any]) -> Layout | None:
@@ -312,8 +308,7 @@ def _published(problem: Problem, preset: Mapping[str, Any], given: Mapping[str, 
     if not problem.hardware.networked:
         return None
     try:
-        fields: dict[str, Any] = {"precision": precision, **preset, **given}
-        layout = Layout(**fields)
+        layout = Layout(**{"precision": precision, **preset, **given})
         needed = problem.planned(layout).memory_needed
     except ValueError:
         return None
@@ -325,46 +320,23 @@ def _least_gpus(given: Mapping[str, Any]) -> int:
     return given.get("pipeline", 1) * math.lcm(given.get("tensor", 1), given.get("expert", 1))
 
 
-def _gpu_counts(problem: Problem, given: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the numbers of GPUs to try, from the first that might hold the training state.
+def _gpu_counts(problem: Problem, given: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of GPUs to try, from the first that might hold the training state.
 
     The given sizes divide them, and a step has a sequence for each pipeline stage and part of the batch.
     """
     config, least = problem.config, _least_gpus(given)
     node, memory = (round(problem.hardware.value(name)) for name in ("gpus_per_node", "gpu_memory"))
-    most = min(MOST_GPUS, most_gpus(problem.hardware), problem.batch * given.get("tensor", node))
+    most = min(MOST_GPUS, problem.most_gpus, problem.batch * given.get("tensor", node))
     counts = [2**i for i in range(node.bit_length()) if 2**i < node]
     counts += [node * 2**i for i in range(MOST_GPUS.bit_length())]
     experts = (config.n_layers + config.n_mtp_layers - config.n_dense_layers) * config.n_routed_experts
     allowed = sorted({count for each in counts if (count := math.lcm(each, least)) <= most}) or [least]
     state = experts * 3 * config.dim * config.moe_inter_dim * LEAST_STATE
-    yield from [count for count in allowed if count * memory >= state] or allowed[-1:]
-
-
-def _lists(state: Layout, given: Mapping[str, Any]) -> list[Choices]:
-    """Return the short list of choices, and the longer one."""
-    every = Choices(schedules=("1f1b", "dualpipe"), precisions=(state.precision,), micro_batches=(1,))
-    short = replace(every, zeros=(0, 1), recomputes=("none", "selective"))
-    longer = replace(every, zeros=(0, 1, 3), recomputes=("selective", "full"))
-    return [short.held(given), longer.held(given)]
-
-
-def _leanest(state: Layout, given: Mapping[str, Any], gpus: int) -> Choices:
-    """Return the choices that need least memory, by which numbers of GPUs that are too few are left out early.
-
-    ZeRO 0 is one of them, since other stages need GPUs that divide a batch.
-    """
-    longer = _lists(state, given)[-1]
-    zeros = (longer.zeros[0], longer.zeros[-1]) if gpus > 1 and len(longer.zeros) > 1 else longer.zeros[:1]
-    return replace(longer, schedules=longer.schedules[:1], zeros=zeros, recomputes=longer.recomputes[-1:])
+    return [count for count in allowed if count * memory >= state] or allowed[-1:]
 
 
 # --- what would fit
-
-
-def most_gpus(hardware: Hardware) -> float:
-    """Return the most GPUs that the hardware's links connect."""
-    return math.inf if hardware.networked else hardware.node
 
 
 def what_would_fit(table: Table) -> str:
@@ -376,7 +348,7 @@ def what_would_fit(table: Table) -> str:
             f"gpus={gpus} allow no layout for a step of batch={problem.batch} sequences; "
             "use a batch that the GPUs divide"
         )
-    layout = table.layout(*_smallest(table.memory, table.memory))
+    layout = table.smallest(table.memory)
     needs = (
         f"no layout on gpus={gpus} fits {in_unit(memory, 'B')} a GPU: the smallest needs "
         f"{in_unit(float(table.memory.min()), 'B')}, with pipeline={layout.pipeline}, tensor={layout.tensor}, "
@@ -385,32 +357,28 @@ def what_would_fit(table: Table) -> str:
     return f"{needs}; {' or '.join(_remedies(problem)) or 'use hardware with more memory'}"
 
 
-def _remedies(problem: Problem) -> Iterator[str]:
+def _remedies(p: Problem) -> Iterator[str]:
     """Yield what would make some layout fit: a choice that was not allowed, more GPUs, or with them a larger batch."""
-    every, given, p = Choices(), problem.choices, problem
-    freed: list[tuple[str, Problem]] = [
-        ("allow ZeRO 3", replace(p, choices=replace(given, zeros=every.zeros))),
-        ("allow recomputation", replace(p, choices=replace(given, recomputes=every.recomputes))),
-        ("use moments='bfloat16'", replace(p, state=replace(p.state, moments="bfloat16"))),
-    ]
+    freed = {
+        "allow ZeRO 3": p.of(zero=EVERY["zero"]),
+        "allow recomputation": p.of(recompute=EVERY["recompute"]),
+        "use moments='bfloat16'": replace(p, state=replace(p.state, moments="bfloat16")),
+    }
     if "fp8" in p.hardware.peaks:
-        freed.append(("allow precision='fp8'", replace(p, choices=replace(given, precisions=("fp8",)))))
-    for name in p.held:
-        freed.append((f"leave out {name}", replace(p, held={n: size for n, size in p.held.items() if n != name})))
-    for remedy, other in freed:
-        if other != p and _fits(other):
-            yield remedy
-    factors = [2**i for i in range(1, 21) if 2**i * p.gpus <= most_gpus(p.hardware)]
-    most, words = p.batch * p.config.n_layers, "use gpus={}"
-    more = [(words.format(f * p.gpus), replace(p, gpus=f * p.gpus)) for f in factors if f * p.gpus <= most]
-    words += " and batch={}"
-    more += [(words.format(f * p.gpus, f * p.batch), replace(p, gpus=f * p.gpus, batch=f * p.batch)) for f in factors]
-    yield from itertools.islice((remedy for remedy, other in more if _fits(other)), 1)
+        freed["allow precision='fp8'"] = p.of(precision=("fp8",))
+    for name in ("pipeline", "tensor", "expert"):
+        if name in p.options:
+            freed[f"leave out {name}"] = replace(p, options={n: held for n, held in p.options.items() if n != name})
+    yield from (remedy for remedy, other in freed.items() if other != p and _fits(other))
+    factors = [2**i for i in range(1, 21) if 2**i * p.gpus <= p.most_gpus]
+    more = {
+        f"use gpus={f * p.gpus}": p.of(gpus=(f * p.gpus,)) for f in factors if f <= p.batch * p.config.n_layers / p.gpus
+    }
+    for f in factors:
+        more[f"use gpus={f * p.gpus} and batch={f * p.batch}"] = replace(p.of(gpus=(f * p.gpus,)), batch=f * p.batch)
+    yield from itertools.islice((remedy for remedy, other in more.items() if _fits(other)), 1)
 
 
 def _fits(problem: Problem) -> bool:
     """Return True if some layout fits, by the choices that need least memory."""
-    given = problem.choices
-    zeros = tuple({min(given.zeros), max(given.zeros)})  # from 1 on they need GPUs that divide a batch
-    least = replace(given, zeros=zeros, recomputes=given.recomputes[-1:], precisions=given.precisions[-1:])
-    return bool(np.isfinite(evaluate(replace(problem, choices=least)).fitting).any())
+    return bool(np.isfinite(evaluate(problem.lean()).fitting).any())

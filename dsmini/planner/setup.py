@@ -23,7 +23,7 @@ from dsmini.planner.hardware import USER, Hardware
 from dsmini.planner.layout import DTYPES, Layout, Precision
 from dsmini.planner.model import cache_figures, placed_tensors, weight_figures, without_indexer
 from dsmini.planner.request import PlanRequest
-from dsmini.planner.search import Chosen, Problem, choose_layout
+from dsmini.planner.search import EVERY, Problem, choose_layout
 from dsmini.planner.serving import Deployment, Stage, deployment_figures
 from dsmini.reading import find_config, read_table, read_toml
 from dsmini.report.units import plural
@@ -152,19 +152,17 @@ def setup(request: PlanRequest, model: Model, hardware: Hardware, base: Setup | 
     said = {f.name: USER for f in fields(request) if getattr(request, f.name) is not None} | dict(sources)
     filled, found = _workload(request, model)
     said = found | said
-    chosen = _layout(filled, model, hardware)
-    said = {name: chosen.how for name in Layout.__dataclass_fields__} | said
-    said["layout"] = sources.get("layout", chosen.how)
-    layout = {name: getattr(chosen.made, name) for name in Layout.__dataclass_fields__}
-    filled = replace(filled, **layout)
-    misfit = {"training": chosen.misfit} if chosen.misfit else {}
+    layout, how, misfit = _layout(filled, model, hardware)
+    said = dict.fromkeys(Layout.__dataclass_fields__, how) | said
+    said["layout"] = sources.get("layout", how)
+    filled = replace(filled, **{name: getattr(layout, name) for name in Layout.__dataclass_fields__})
     made = Setup(
         model=model,
         hardware=hardware,
         request=filled,
         asked=base.asked if base else request,
         sources=said,
-        misfit=misfit,
+        misfit={"training": misfit} if misfit else {},
         published=base.published if base else is_v3(model.config),
     )
     try:
@@ -208,21 +206,17 @@ def problem_of(r: PlanRequest, model: Model, hardware: Hardware) -> Problem:
         precision: Precision = "fp32" if train.dtype == "float32" else state.precision
         state = Layout(precision=precision, optimizer=train.optimizer, moments=train.moments)
     given = {name: value for name in ("precision", "optimizer", "moments") if (value := getattr(r, name)) is not None}
-    assert r.batch is not None and r.seq_len is not None, "the workload is filled in"
-    return Problem(
-        config=model.config, hardware=hardware, batch=r.batch, seq_len=r.seq_len, state=replace(state, **given)
-    )
+    work = {"batch": r.batch or 1, "seq_len": r.seq_len or 1}
+    return Problem(config=model.config, hardware=hardware, **work, state=replace(state, **given), options=EVERY)
 
 
-def _layout(r: PlanRequest, model: Model, hardware: Hardware) -> Chosen:
-    """Return the layout with the fields that are given, and what is best for the others."""
+def _layout(r: PlanRequest, model: Model, hardware: Hardware) -> tuple[Layout, str, str]:
+    """Return the layout with the fields that are given and what is best for the others, why, and what would fit."""
     problem, given = problem_of(r, model, hardware), r.layout_fields
     if len(given) == len(Layout.__dataclass_fields__):  # complete
         layout = Layout(**given)
-        s = problem.planned(layout)
-        needed, memory = float(s.memory_needed), hardware.value("gpu_memory")
-        fix = "use more GPUs, ZeRO, recomputation, or --search"
-        return Chosen(made=layout, how="", misfit=fix if needed > memory else "")
+        fits = problem.planned(layout).memory_needed <= hardware.value("gpu_memory")
+        return layout, "", "" if fits else "use more GPUs, ZeRO, recomputation, or --search"
     preset = presets()["deepseek-v3"] if is_v3(model.config) else {"training": {}, "sources": {"training": ""}}
     return choose_layout(problem, given, preset["training"], preset["sources"]["training"])
 
@@ -247,9 +241,9 @@ def _served(made: Setup, sources: Mapping[str, str]) -> Setup:
     said = dict.fromkeys(("context", "prompt", "sequences", "drafts", "acceptance"), "chosen") | dict(made.sources)
     made = replace(made, request=replace(r, sequences=r.sequences or 1))
     for stage in STAGES:
-        chosen = _choose(made, stage)
-        said[stage] = sources.get(stage, chosen.how)
-        r = replace(r, **{f"{stage}_{name}": getattr(chosen.made, name) for name in SIZES})
+        deployment, how = _choose(made, stage)
+        said[stage] = sources.get(stage, how)
+        r = replace(r, **{f"{stage}_{name}": getattr(deployment, name) for name in SIZES})
     if r.sequences is None:
         decode = replace(made, request=replace(r, sequences=1)).deployment("decode")
         most = float(_memory(made, decode).sequences_that_fit) / decode.micro_batches
@@ -276,8 +270,8 @@ def _fits(made: Setup, d: Deployment) -> bool:
     return _memory(made, d).memory_share <= 1
 
 
-def _choose(made: Setup, stage: Stage) -> Chosen:
-    """Return the deployment with the given numbers, and what is best for the others.
+def _choose(made: Setup, stage: Stage) -> tuple[Deployment, str]:
+    """Return the deployment with the given numbers and what is best for the others, and how it was chosen.
 
     Raises: ValueError for a deployment that does not divide the model or that the hardware has no links or units for.
     """
@@ -286,7 +280,7 @@ def _choose(made: Setup, stage: Stage) -> Chosen:
     if made.published and made.hardware.networked and gpus is None and tensor is None and redundant is None:
         published = made.deployment(stage, **{name: preset[stage][name] for name in SIZES})
         if _fits(made, published):
-            return Chosen(made=published, how=preset["sources"][stage])
+            return published, preset["sources"][stage]
 
     def of(count: int, shared: int) -> Deployment:
         return made.deployment(
@@ -295,7 +289,7 @@ def _choose(made: Setup, stage: Stage) -> Chosen:
 
     if gpus is not None:
         of(gpus, tensor or 1).check(made.model.config, made.hardware)
-        return Chosen(made=of(gpus, tensor or 1), how="as chosen")
+        return of(gpus, tensor or 1), "as chosen"
     counts = list(_counts(made, tensor))
     if not counts:
         raise ValueError(_cannot_share(made, stage, tensor))
@@ -305,7 +299,7 @@ def _choose(made: Setup, stage: Stage) -> Chosen:
         if redundant is None or slots % count == 0:
             tried.append(of(count, shared))
             if _fits(made, tried[-1]):
-                return Chosen(made=tried[-1], how="the fewest GPUs that hold weights and cache")
+                return tried[-1], "the fewest GPUs that hold weights and cache"
     if len(tried) < len(counts):
         raise ValueError(
             f"{stage}_redundant={redundant} makes {slots} experts of a layer, which no number of GPUs that holds the "
@@ -313,7 +307,7 @@ def _choose(made: Setup, stage: Stage) -> Chosen:
         )
     memory = [_memory(made, deployment) for deployment in tried]
     best = max(range(len(tried)), key=lambda i: (float(memory[i].sequences_that_fit), -float(memory[i].memory_share)))
-    return Chosen(made=tried[best], how="what has memory for most sequences, since none fits")
+    return tried[best], "what has memory for most sequences, since none fits"
 
 
 def _cannot_share(made: Setup, stage: Stage, tensor: int | None) -> str:

@@ -200,7 +200,7 @@ def every_layout(words: str) -> Iterator[Layout]:
 def test_search_finds_the_best_of_all_plans(words: str) -> None:
     """And what binds: the part that gains most without time, or memory, if what does not fit gains more."""
     made, plans = setup_of(words), dict[tuple[int, ...], list[dict[str, float]]]()
-    problem = dataclasses.replace(problem_of(made.request, made.model, made.hardware), gpus=made.layout.gpus)
+    problem = problem_of(made.request, made.model, made.hardware)
     names = ["memory_free", "memory_needed", "roof_step_seconds", *(f"step_without_{part}" for part in WITHOUT)]
     for layout in every_layout(words):
         try:

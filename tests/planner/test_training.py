@@ -120,7 +120,7 @@ def test_multiprocessors_that_carry_rows_are_those_of_the_hardware() -> None:
 def test_efficiencies_give_the_printed_runs() -> None:
     """Llama 3's 43 % of a whole step, with all-reduces and the bubble of 8 interleaved stages; V3's 143.8 ms."""
     config, layout = reference("llama-3.1-405b"), Layout(gpus=8192, pipeline=16, tensor=8, zero=1)
-    problem = Problem(config=config, hardware=hardware_of("h100"), batch=2048, seq_len=8192, state=layout, gpus=8192)
+    problem = Problem(config=config, hardware=hardware_of("h100"), batch=2048, seq_len=8192, state=layout, options={})
     s = problem.planned(layout)
     whole = (s.computing_seconds + s.reducing_seconds) * (1 + 15 / (8 * s.micro_batches))
     assert s.training_flops * 2048 * 8192 / whole / (8192 * 989.4e12) == pytest.approx(0.43, rel=0.01)
