@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini import Experts, Transformer
-from dsmini.checkpoint.load import fp8_weights
 from dsmini.nn import Projection
-from dsmini.nn.fp8 import FP8Linear
+from dsmini.nn.fp8 import FP8Linear, fp8_weights
 from dsmini.numerics import (
     ACTIVATION_TILE,
     AMAX_MIN,
@@ -128,7 +127,7 @@ def capture(model: Transformer, tokens: Tensor, targets: Tensor) -> list[Gemm]:
         seen[name] = tuple(t.detach() for t in inputs)
         output.register_hook(lambda grad: grads.__setitem__(name, grad.detach()))
 
-    modules = {name.rsplit(".", 1)[0]: module for name, (module, _) in fp8_weights(model).items()}
+    modules = {name.rsplit(".", 1)[0]: module for name, module in fp8_weights(model).items()}
     with torch.device("meta"):
         rounding = Transformer(dataclasses.replace(model.config, precision="fp8"))
     formats = {name: m.saved_format for name, m in rounding.named_modules() if isinstance(m, FP8Linear)}

@@ -13,9 +13,9 @@ from benchmarks import shapes
 from benchmarks.case import Setting
 from dsmini import ModelConfig, QuantizedTensor, Transformer, quantize
 from dsmini.functional import trained_experts as training
-from dsmini.inference.fused.operations import NormPart
-from dsmini.inference.fused.weights import parts_of
+from dsmini.inference.fused.weights import extract_weights
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
+from dsmini.nn import RMSNorm
 from dsmini.nn.cache import CacheDtype
 from dsmini.numerics import AMAX_MIN, WEIGHT_TILE
 from dsmini.numerics.orthogonalize import JORDAN, MuonMatrices
@@ -213,7 +213,7 @@ def grouped_attention_step(setting: Setting) -> Iterator[Calls]:
 def normed(setting: Setting) -> Iterator[Calls]:
     """Yield the norm of one and of several states, and of two side by side as multi-token prediction joins them."""
     dim = shapes.wide(setting.quick).dim
-    norm = NormPart(torch.ones(dim), 1e-6)
+    norm = RMSNorm(dim)
     for rows in (1, BATCH):
         xs = [torch.randn(2, rows, dim) for _ in range(turns(setting, 8 * rows * dim))]
         yield Calls("FP32", rows, [(x[0], norm) for x in xs])
@@ -227,7 +227,7 @@ def _part(model: Transformer, which: int, weights: CacheDtype, block: int = 0) -
         which: 0 for attention, 1 for the feed-forward.
         weights: "fp8" quantizes the matrices, except the gate.
     """
-    parts = parts_of(model.layers[block])  # pyright: ignore[reportArgumentType]
+    parts = extract_weights(model.layers[block])  # pyright: ignore[reportArgumentType]
     assert parts is not None, "a plain block"
     if weights != "fp8":
         return parts[which]

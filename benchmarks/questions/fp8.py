@@ -19,13 +19,12 @@ from benchmarks.case import Case, Figure, Figures, Plot, Setting, Value, pick, v
 from benchmarks.fp8_products import operand_error
 from benchmarks.trained import recipe, trainer
 from dsmini import RunConfig, Transformer, accounting, ops, quantize
-from dsmini.checkpoint.load import fp8_weights
 from dsmini.measure.memory import saved_for_backward, storage_bytes
 from dsmini.measure.rates import why_unusable
 from dsmini.measure.timing import interleaved, ratios
 from dsmini.measure.workloads import random_model, random_tokens
 from dsmini.nn.cache import Cache
-from dsmini.nn.fp8 import hold_fp8
+from dsmini.nn.fp8 import fp8_weights, hold_fp8
 from dsmini.numerics import E4M3, WEIGHT_TILE
 from dsmini.report.charts import over_labels
 from dsmini.report.verdicts import compared
@@ -82,12 +81,12 @@ def hold_in_fp8(model: Transformer) -> tuple[Transformer, float]:
     """
     held = copy.deepcopy(model)
     off = size = 0.0
-    for module, name in fp8_weights(held).values():
-        weight = getattr(module, name).detach()
+    for name in fp8_weights(held):
+        weight = held.get_parameter(name).detach()
         q = quantize(weight, WEIGHT_TILE, "fp32")
         off += (q.dequantize() - weight.float()).square().sum().item()
         size += weight.float().square().sum().item()
-        hold_fp8(module, name, q.codes, q.scales)
+        hold_fp8(held, name, q.codes, q.scales)
     return held, (off / size) ** 0.5
 
 

@@ -35,8 +35,9 @@ from dsmini.console.command import speaks
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.machine import pick_device, slow_bf16
-from dsmini.nn import Experts, Projection, Transformer
-from dsmini.nn.fp8 import EXPERTS_SCALES, hold_fp8, scale_names
+from dsmini.nn import Experts, Transformer
+from dsmini.nn.fp8 import SCALES as FP8_SCALES
+from dsmini.nn.fp8 import fp8_weights, hold_fp8
 from dsmini.nn.gate import Gate
 from dsmini.nn.layers import FP32Module
 from dsmini.numerics import WEIGHT_TILE, dequantize_tiles
@@ -74,23 +75,11 @@ def slots(state: Mapping[str, Tensor]) -> Iterator[Slot]:
             yield Slot(name, None, tuple(tensor.shape))
 
 
-def fp8_weights(model: Transformer) -> dict[str, tuple[Projection | Experts, str]]:
-    """Find the parameters that DeepSeek stores in FP8, by name, each with its module and its name there.
-
-    They are the matrices of attention and the feed-forwards, not embedding, head, norms, gates or MTP's eh_proj.
-    """
-    out: dict[str, tuple[Projection | Experts, str]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Projection | Experts) and path != "head" and not path.endswith("eh_proj"):
-            out |= {f"{path}.{name}": (module, name) for name in scale_names(module)}
-    return out
-
-
-def scale_slot(slot: Slot, module: Projection | Experts, attribute: str) -> Slot:
+def scale_slot(slot: Slot) -> Slot:
     """Return the slot of the scales that belong to a weight."""
-    stem = slot.name.removesuffix(attribute)
+    path, _, attribute = slot.name.rpartition(".")
     shape = tuple(-(-n // t) for n, t in zip(slot.shape, WEIGHT_TILE, strict=True))
-    return Slot(stem + scale_names(module)[attribute], slot.expert, shape)
+    return Slot(f"{path}.{FP8_SCALES[attribute]}", slot.expert, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +240,7 @@ class PretrainedTensors:
         for slot in slots(self.model.state_dict()):
             got = place(slot, ("F8_E4M3", *PLAIN) if slot.name in weights else PLAIN)
             if got is not None and slot.name in weights and got.dtype == "F8_E4M3":
-                self.scales[slot] = scale_slot(slot, *weights[slot.name])
+                self.scales[slot] = scale_slot(slot)
                 place(self.scales[slot], SCALES)
         for theirs, ours in self.copies.items():
             take(theirs, tuple(self.model.get_parameter(ours).shape), PLAIN)
@@ -439,7 +428,7 @@ def hold_experts(model: Transformer, held: Sequence[Sequence[int]]) -> None:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     for experts, own in zip(layers.values(), held, strict=True):
-        for name in EXPERTS_SCALES:
+        for name in ("w1", "w2", "w3"):
             weight = getattr(experts, name)
             assert weight.is_meta, "the experts that are left out have no memory"
             setattr(experts, name, nn.Parameter(torch.empty((len(own), *weight.shape[1:]), device="meta")))
@@ -475,17 +464,15 @@ def _held(model: Transformer, name: str, kinds: set[torch.dtype], dtype: torch.d
 
 def _allocate(model: Transformer, held_dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Allocate memory for every parameter and buffer of a model on the meta device; values come later."""
-    weights = fp8_weights(model)
     for name, tensor in model.state_dict().items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
         if held_dtypes[name] == FP8:
-            holder, attribute = weights[name]
-            blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:])), holder, attribute).shape
+            blocks = scale_slot(Slot(name, None, tuple(tensor.shape[-2:]))).shape
             codes = torch.empty(tensor.shape, dtype=FP8, device=device)
             scales = torch.empty((*tensor.shape[:-2], *blocks), dtype=torch.float32, device=device)
-            hold_fp8(holder, attribute, codes, scales)
+            hold_fp8(model, name, codes, scales)
             continue
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
         held = torch.empty(tensor.shape, dtype=held_dtypes[name], device=device)
         is_parameter = attribute in dict(module.named_parameters(recurse=False))
         setattr(module, attribute, nn.Parameter(held) if is_parameter else held)

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP8, PretrainedOrigin, Slot, check_dtype, fp8_weights, origin_of, scale_slot, slots
+from dsmini.checkpoint.load import FP8, PretrainedOrigin, Slot, check_dtype, origin_of, scale_slot, slots
 from dsmini.checkpoint.safetensors_files import INDEX, ONE_FILE, Entry, write_safetensors
 from dsmini.checkpoint.tensor_names import hf_name, inference_name, inference_split, mtp_copies
 from dsmini.config import ModelConfig
@@ -39,7 +39,7 @@ from dsmini.config.inference_json import BIASED_DIM, inference_to_json
 from dsmini.console.messages import rate
 from dsmini.console.progress import Progress
 from dsmini.nn import Transformer
-from dsmini.nn.fp8 import scale_names
+from dsmini.nn.fp8 import fp8_weights
 from dsmini.nn.gate import Gate
 from dsmini.numerics import SMALLEST_AMAX, WEIGHT_TILE, dequantize_tiles, encode_tiles, tile_scales
 from dsmini.reading import brief, check_path
@@ -218,7 +218,7 @@ class SavePlan:
 
     def units(self) -> Iterator[Sequence[Entry]]:
         """Yield the entries of the folder in the order of the model, a weight and its scales together."""
-        scales = {f"{p[: -len(a)]}{scale_names(m)[a]}" for p, (m, a) in self.weights.items()}
+        scales = {scale_slot(Slot(name, None, (1, 1))).name for name in self.weights}
         for slot in self.parts():
             if slot.name not in scales:
                 yield self._matrix(slot) if slot.name in self.weights else [self._plain(slot)]
@@ -266,7 +266,7 @@ class SavePlan:
 
     def _matrix(self, slot: Slot) -> list[Entry]:
         """Return the entry of a weight that may be FP8, and if it is, that of its scales."""
-        scale = scale_slot(slot, *self.weights[slot.name])
+        scale = scale_slot(slot)
         kept = self.state[slot.name].dtype == FP8
         if kept and (self.fp8 or self.dtype is None):
             stored = (self.stored or {}).get(self._hf_name(scale), torch.float32)

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsmini.distributed.exchange import Route, RowExchange, SentBytes, exchange_counts, scattered_sum
-from dsmini.nn.fp8 import EXPERTS_SCALES
+from dsmini.nn.fp8 import SCALES
 from dsmini.nn.gate import Routing
 from dsmini.nn.moe import Experts, MoE
 from dsmini.numerics import QuantizedTensor, rows_of
@@ -129,8 +129,8 @@ def keep_own_experts(moe: MoE, rank: int, size: int) -> None:
     """Leave only the experts of rank `rank` of `size` in a layer, whose tensors shrink to [e/size, ...]."""
     experts = moe.experts
     assert isinstance(experts, Experts)
-    for name, scales in EXPERTS_SCALES.items():
-        weight = getattr(experts, name)
+    for name in ("w1", "w2", "w3"):
+        weight, scales = getattr(experts, name), SCALES[name]
         own = weight.detach().chunk(size)[rank].clone()
         setattr(experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
         if getattr(experts, scales, None) is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dsmini.config import ModelConfig
 from dsmini.functional.trained_experts import trained_experts, trained_experts_gradients
-from dsmini.inference.fused.operations import AttentionPart, attention_step
-from dsmini.inference.fused.weights import parts_of
+from dsmini.inference.fused.operations import attention_step
+from dsmini.inference.fused.weights import AttentionWeights, extract_weights
 from dsmini.measure.costs import cost_of
 from dsmini.measure.kinds import Job, Maker
 from dsmini.measure.workloads import random_cache, random_model, random_tokens
@@ -153,9 +153,9 @@ def _attention_step(part: Literal["attention", "scores"]) -> Maker:
         model = random_model(config, device, dtype)
         cache, token = random_cache(model, 1, keys, 64), random_tokens(config, 1, 1, device)
         at = cache.place(config, token)
-        taken, view = parts_of(model.layers[0]), cache.views(at)[0]
-        assert taken is not None and isinstance(taken[0], AttentionPart), "a plain block of MLA can be taken apart"
-        attention = taken[0]
+        taken, view = extract_weights(model.layers[0]), cache.views(at)[0]
+        attention = None if taken is None else taken.attention
+        assert isinstance(attention, AttentionWeights), "a plain block of MLA can be taken apart"
         x, cos_sin = model.embedded(token).float(), model.rope.cos_sin(at.positions)
         starts = torch.full((1,), keys)
 

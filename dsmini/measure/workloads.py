@@ -13,10 +13,9 @@ from torch import Tensor
 
 from dsmini.config import ModelConfig, TrainConfig
 from dsmini.inference.fused.decoder import Decoder
-from dsmini.nn import Experts, Projection, Routing, Transformer
+from dsmini.nn import Routing, Transformer
 from dsmini.nn.cache import Cache, CacheDtype, FP8LayerCache
-from dsmini.nn.fp8 import hold_fp8, scale_names
-from dsmini.numerics import WEIGHT_TILE, quantize
+from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizers
 
 Step = Callable[[], list[Routing]]
@@ -48,7 +47,7 @@ class StepShape:
             config = replace(self.config, precision="fp8") if self.dtype == "fp8" else self.config
             return training_step(config, self.train, compute, self.batch, self.tokens, device)
         model = random_model(self.config, device, compute)
-        model = hold_codes(model) if self.dtype == "fp8" else model
+        model = hold_all_fp8(model) if self.dtype == "fp8" else model
         make = prefill_step if self.work == "prefill" else decoding_step
         return make(model, self.batch, self.tokens)
 
@@ -83,17 +82,6 @@ def random_tokens(config: ModelConfig, batch: int, length: int, device: torch.de
 def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     """Return the name of a dtype in accounting and in this machine's rates."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
-
-
-def hold_codes(model: Transformer) -> Transformer:
-    """Let all matrices inside the blocks be E4M3 codes with scales, as a checkpoint in FP8 has them."""
-    for module in [
-        m for part in (model.layers, model.mtp) for m in part.modules() if isinstance(m, Projection | Experts)
-    ]:
-        for name in scale_names(module):
-            coded = quantize(getattr(module, name).detach(), WEIGHT_TILE)
-            hold_fp8(module, name, coded.codes, coded.scales)
-    return model
 
 
 def training_step(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsmini import ops
 from dsmini.nn.cache import ChosenForm, LayerCacheView
-from dsmini.nn.layers import is_direct
+from dsmini.nn.layers import is_plain
 
 if TYPE_CHECKING:
     from dsmini.nn.mla import MLA
@@ -81,7 +81,7 @@ def cheapest_form(layer: "MLA", queries: int, cache: LayerCacheView) -> ChosenFo
     Normed heads have no absorbed form. A module in the place of wkv_b, such as a LoRA wrapper, is absorbed on
     request alone: its weight is computed again in each call.
     """
-    if layer.q_head_norm is not None or not is_direct(layer.wkv_b):
+    if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
         return "expanded"
     indexer: Any = getattr(layer, "indexer", None)
     topk = None if indexer is None or int(cache.at.lengths.max()) <= indexer.topk else indexer.topk

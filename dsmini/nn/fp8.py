@@ -4,11 +4,11 @@
     FP8Linear, FP8Experts                precision "fp8": products in simulated FP8, forward and backward
     QuantizedLinear, QuantizedExperts    products in the compute dtype of weights that are held as FP8 codes
 
-A layer is made of the class that config.precision names. `hold_fp8` puts codes into any of them. A held weight is E4M3
+A layer is made of the class that config.precision names. `hold_fp8` puts codes into a model's. A held weight is E4M3
 codes with an FP32 scale for each 128x128 block.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -32,9 +32,11 @@ from dsmini.numerics import (
     quantize,
     rows_of,
 )
+from dsmini.numerics.tiles import Scale
 
-LINEAR_SCALES = MappingProxyType({"weight": "scale"})
-EXPERTS_SCALES = MappingProxyType({"w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
+SCALES = MappingProxyType({"weight": "scale", "w1": "w1_scale", "w2": "w2_scale", "w3": "w3_scale"})
+"""Names of the buffers that hold the scales of matrices in FP8."""
+M = TypeVar("M", bound=nn.Module)
 REFUSAL = "FP8 weights are codes that no gradient can move; load the model with fp8='dequantize' to train it"
 
 
@@ -90,32 +92,47 @@ for _name in ("quantized_experts", "fp8_experts"):
     ops.for_transforms(_name)(_refuse_transforms)
 
 
-def scale_names(module: nn.Module) -> Mapping[str, str]:
-    """Return, for each parameter of a layer that may be held in FP8, the name of the buffer of its scales."""
-    if isinstance(module, Projection):
-        return LINEAR_SCALES
-    return EXPERTS_SCALES if isinstance(module, Experts) else {}
+def fp8_weights(model: nn.Module) -> dict[str, "Projection | Experts"]:
+    """Find the parameters that DeepSeek stores in FP8, by name, each with its layer.
+
+    They are the matrices of attention and the feed-forwards, not embedding, head, norms, gates or MTP's eh_proj.
+    """
+    return {
+        f"{path}.{name}": module
+        for path, module in model.named_modules()
+        if isinstance(module, Projection | Experts) and path != "head" and not path.endswith("eh_proj")
+        for name in SCALES
+        if name in module._parameters
+    }
 
 
-def hold_fp8(module: Projection | Experts, name: str, codes: Tensor, scales: Tensor) -> None:
-    """Let the parameter `name` of a layer be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
+def hold_fp8(model: nn.Module, name: str, codes: Tensor, scales: Tensor) -> None:
+    """Let the parameter of that name be these E4M3 codes, with FP32 scales of its last two dimensions' blocks.
 
-    A plain layer becomes a quantized one in place, so that references to the module stay valid.
+    A layer of a class that holds codes takes the place of a plain one.
 
     Raises: ValueError for a subclass of Linear or Experts, whose own forward would be lost.
     """
-    if not isinstance(module, FP8Weights):
-        base = QuantizedLinear if isinstance(module, Projection) else QuantizedExperts
-        if type(module) not in (Linear, Experts):
+    path, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, FP8Weights):
+        holds = QuantizedLinear if isinstance(layer, Projection) else QuantizedExperts
+        if type(layer) not in (Linear, Experts):
             raise ValueError(
-                f"a {type(module).__name__} has a forward of its own; to hold FP8 codes, derive it from {base.__name__}"
+                f"a {type(layer).__name__} has a forward of its own; to hold FP8 codes, derive it from {holds.__name__}"
             )
-        plain: Any = module
-        plain.__class__ = base
-        for buffer in scale_names(module).values():
-            module.register_buffer(buffer, None)
-    setattr(module, name, nn.Parameter(codes, requires_grad=False))
-    setattr(module, scale_names(module)[name], scales)
+        layer = holds.in_place_of(layer)
+        model.set_submodule(path, layer)
+    layer.hold(attribute, codes, scales)
+
+
+@torch.no_grad()
+def hold_all_fp8(model: M, scale: Scale = "fp32") -> M:
+    """Let all `fp8_weights` of a model be the codes of their values, and return the model."""
+    for name in fp8_weights(model):
+        q = quantize(model.get_parameter(name).float(), WEIGHT_TILE, scale)
+        hold_fp8(model, name, q.codes, q.scales)
+    return model
 
 
 class FP8Weights(nn.Module):
@@ -127,12 +144,32 @@ class FP8Weights(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for buffer in scale_names(self).values():
-            self.register_buffer(buffer, None)
+        self._add_buffers()
+
+    def _add_buffers(self) -> None:
+        for name, buffer in SCALES.items():
+            if name in self._parameters:
+                self.register_buffer(buffer, None)
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module) -> "FP8Weights":
+        """Return a layer of this class with the parameters and sizes of a plain one."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        vars(made).update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
+        for name, parameter in layer._parameters.items():
+            made.register_parameter(name, parameter)
+        made._add_buffers()
+        return made
+
+    def hold(self, name: str, codes: Tensor, scales: Tensor) -> None:
+        """Let the parameter `name` be these codes, with these scales."""
+        setattr(self, name, nn.Parameter(codes, requires_grad=False))
+        setattr(self, SCALES[name], scales)
 
     @property
     def holds_fp8(self) -> bool:
-        return any(self._buffers.get(name) is not None for name in scale_names(self).values())
+        return any(self._buffers.get(name) is not None for name in SCALES.values())
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.holds_fp8:
@@ -141,7 +178,7 @@ class FP8Weights(nn.Module):
 
     def operand(self, name: str) -> Tensor | QuantizedTensor:
         """Return the parameter `name` as products take it: itself, or its codes."""
-        weight, scales = self._parameters[name], self._buffers[scale_names(self)[name]]  # faster than getattr
+        weight, scales = self._parameters[name], self._buffers[SCALES[name]]  # faster than getattr
         assert weight is not None
         if scales is None:
             return weight
@@ -161,7 +198,7 @@ class FP8Weights(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Weights":
-        scales = {id(getattr(self, name)) for name in scale_names(self).values()}
+        scales = {id(self._buffers[name]) for name in SCALES.values() if name in self._buffers}
 
         def keep(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.float8_e4m3fn:
@@ -193,8 +230,6 @@ class FP8Linear(FP8Weights, Projection, precision="fp8"):
     Source: DeepSeek-V3 report, section 3.3.
     """
 
-    reads_codes = True
-
     def __init__(
         self,
         in_features: int,
@@ -213,6 +248,8 @@ class FP8Linear(FP8Weights, Projection, precision="fp8"):
         return fp8_matmul(x, self.operand("weight"), saved_format=self.saved_format)
 
     def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """Return forward(silu(gate) * up), which saves gate and up alone for backward."""
+        up = untrainable(up) if self.holds_fp8 else up
         return fp8_swiglu_matmul(gate, up, self.operand("weight"))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
@@ -229,11 +266,11 @@ class QuantizedExperts(FP8Weights, Experts):
         weights: Float[Tensor, "n k"],
         counts: Int[Tensor, " e"],
     ) -> Float[Tensor, "n m"]:
-        w1, w2, w3 = (self.operand(name) for name in EXPERTS_SCALES)
+        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
         return quantized_experts(untrainable(x), indices, weights, counts, w1, w2, w3)
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (matrix_of(self.operand(name), i) for name in EXPERTS_SCALES)
+        w1, w2, w3 = (matrix_of(self.operand(name), i) for name in ("w1", "w2", "w3"))
         return dense(w1, dtype), dense(w2, dtype), dense(w3, dtype)
 
 
@@ -242,8 +279,6 @@ class FP8Experts(FP8Weights, Experts, precision="fp8"):
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-
-    reads_codes = True
 
     def forward(
         self,
@@ -254,11 +289,11 @@ class FP8Experts(FP8Weights, Experts, precision="fp8"):
     ) -> Float[Tensor, "n m"]:
         codes = quantize(x) if isinstance(x, Tensor) else x
         codes = untrainable(codes) if self.holds_fp8 else codes
-        w1, w2, w3 = (self.operand(name) for name in EXPERTS_SCALES)
+        w1, w2, w3 = (self.operand(name) for name in ("w1", "w2", "w3"))
         return fp8_experts(codes, indices, weights, counts, w1, w2, w3)
 
     def expert(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w2, w3 = (_as_multiplied(matrix_of(self.operand(name), i), dtype) for name in EXPERTS_SCALES)
+        w1, w2, w3 = (_as_multiplied(matrix_of(self.operand(name), i), dtype) for name in ("w1", "w2", "w3"))
         return w1, w2, w3
 
 

@@ -1,7 +1,7 @@
 """The small layers: linear maps, norms and the embedding, and what keeps some of them in FP32."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,22 +51,17 @@ class Projection(nn.Module):
     """Base of the layers y = x W^T without a bias, whose weight is numbers or FP8 codes (fp8.py).
 
     Any of them may be replaced: by nn.Linear, by a wrapper that adds a low-rank product (LoRA), or by a subclass with a
-    forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_direct` before.
+    forward of its own. So whoever reads a weight, or calls another method than forward, asks `is_plain` before.
     """
 
     by_precision: ClassVar[dict[str, Callable[..., "Projection"]]] = {}
     """Classes that multiply in another precision than the compute dtype's, by config.precision."""
-    direct = True
-    """True if `swiglu`, `dense` and the weight may stand in for forward: the same class says what they all do."""
-    reads_codes = False
-    """True if x may be quantized already."""
+    precision = "native"
 
     def __init_subclass__(cls, precision: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if precision is not None:
-            cls.by_precision[precision] = cls
-        if "forward" in cls.__dict__ and "dense" not in cls.__dict__:
-            cls.direct = cls.reads_codes = False
+            cls.by_precision[precision], cls.precision = cls, precision
 
     def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
         nn.Module.__init__(self)
@@ -79,10 +74,6 @@ class Projection(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from a normal distribution with the standard deviation init_std."""
         draw_normal(self.weight, self.init_std, generator)
-
-    def swiglu(self, gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """Return forward(silu(gate) * up)."""
-        return self(F.silu(gate) * up)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """Return the whole weight in that dtype, as the products see it."""
@@ -129,14 +120,28 @@ def output_linear(c: ModelConfig, width: int) -> Projection:
     return make_linear(c, width, c.dim, c.output_init_std, saved_format="e5m6")
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return True for a layer of exactly a class of dsmini.nn, with its own forward and without hooks.
+
+    Return False for a module of another class, such as a wrapper, a subclass, a layer whose weight is computed
+    (torch.nn.utils.parametrize makes a subclass), and hooks, as of FSDP on this module alone.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module).__module__.startswith("dsmini.nn.") and not any(hooks) and "forward" not in module.__dict__
+
+
+def reads_codes(*modules: nn.Module | None) -> bool:
+    """Return True if each module, but for None, is a plain layer that multiplies FP8 codes."""
+    return all(getattr(m, "precision", None) == "fp8" and is_plain(m) for m in modules if m is not None)
+
+
 def quantize_once(x: Tensor | QuantizedTensor, *readers: nn.Module | None) -> Any:
     """Return x quantized for all that read it, if each of them multiplies codes; else as it is.
 
-    Readers that are None do not count. Where another module takes the place of one of them, all get x itself, and the
-    others quantize it on their own, to the same codes.
+    FP8 training then saves one copy of x for backward. Where another module takes the place of a reader, all get x
+    itself, and the others quantize it on their own, to the same codes.
     """
-    every = all(getattr(reader, "reads_codes", False) for reader in readers if reader is not None)
-    return quantize(x) if every and isinstance(x, Tensor) else x
+    return quantize(x) if isinstance(x, Tensor) and reads_codes(*readers) else x
 
 
 class FP32Linear(FP32Module):
@@ -157,17 +162,6 @@ class FP32Linear(FP32Module):
             return linear(at_least_fp32(x), self.weight)
 
 
-def is_direct(module: nn.Module) -> TypeGuard[Projection]:
-    """Return True for a Projection that does nothing but multiply by its own weight.
-
-    Return False for a module of another class, a subclass with a forward of its own, hooks (as of FSDP on this module
-    alone), and a weight that is computed (torch.nn.utils.parametrize).
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = any(hooks) or "forward" in module.__dict__
-    return isinstance(module, Projection) and module.direct and not replaced and "weight" in module._parameters
-
-
 def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Float[Tensor, "o i"]:
     """Return the matrix by which a module multiplies, in that dtype.
 
@@ -175,7 +169,7 @@ def dense_weight(module: nn.Module, in_features: int, dtype: torch.dtype) -> Flo
 
     Raises: ValueError for a module that adds a bias.
     """
-    if is_direct(module):
+    if isinstance(module, Projection) and is_plain(module):
         return module.dense(dtype)
     identity = torch.eye(in_features, dtype=dtype, device=next(module.parameters()).device)
     if module(torch.zeros_like(identity[:1])).any():

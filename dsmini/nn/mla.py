@@ -27,7 +27,7 @@ from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import AttentionContext, Mask, attend, cached_mask, check_sequences, context_of
 from dsmini.nn.cache import LayerCacheView
 from dsmini.nn.forms import form_of
-from dsmini.nn.layers import RMSNorm, dense_weight, is_direct, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import RMSNorm, dense_weight, is_plain, make_linear, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor, at_least_fp32
 
@@ -181,7 +181,7 @@ class MLA(nn.Module):
 
         Nothing tells when the weight of another module changes, so it is prepared in each call.
         """
-        if not is_direct(self.wkv_b):
+        if not is_plain(self.wkv_b):
             return self.absorbed_halves(dtype)
         weight = self.wkv_b.weight
         version = None if weight.is_inference() else weight._version

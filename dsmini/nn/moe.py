@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import draw_normal, is_direct, make_linear, quantize_once
+from dsmini.nn.layers import draw_normal, make_linear, quantize_once, reads_codes
 from dsmini.numerics import QuantizedTensor
 
 
@@ -29,8 +29,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch m"] | QuantizedTensor) -> Float[Tensor, "*batch m"]:
         x = quantize_once(x, self.w1, self.w3)
+        w2: Any = self.w2
         gate, up = self.w1(x), self.w3(x)
-        return self.w2.swiglu(gate, up) if is_direct(self.w2) else self.w2(F.silu(gate) * up)
+        return w2.swiglu(gate, up) if reads_codes(w2) else w2(F.silu(gate) * up)
 
 
 @ops.operation("experts")
@@ -73,13 +74,12 @@ class Experts(nn.Module):
 
     by_precision: ClassVar[dict[str, Callable[[ModelConfig], "Experts"]]] = {}
     """Classes that multiply in another precision than the compute dtype's, by config.precision."""
-    reads_codes = False
-    """True if x may be quantized already."""
+    precision = "native"
 
     def __init_subclass__(cls, precision: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if precision is not None:
-            cls.by_precision[precision] = cls
+            cls.by_precision[precision], cls.precision = cls, precision
 
     def __init__(self, config: ModelConfig | None = None, /, **arguments: Any) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from dsmini.nn.block import Aux, Block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.gate import Gate, Routing
-from dsmini.nn.layers import Embedding, FP32Linear, LayerNorm, Linear, Projection, RMSNorm, check_ids, is_direct
+from dsmini.nn.layers import Embedding, FP32Linear, LayerNorm, Linear, Projection, RMSNorm, check_ids, is_plain
 from dsmini.nn.losses import IGNORE, Losses, chunked_cross_entropy, linear_cross_entropy, rows_at_a_time
 from dsmini.nn.moe import Experts
 from dsmini.nn.mtp import MTPChain
@@ -339,7 +339,7 @@ class Transformer(nn.Module):
         self, hidden: Float[Tensor, "n m"], targets: Int[Tensor, " n"], chunk_rows: int | None = None
     ) -> Float[Tensor, ""]:
         """Return the sum over rows of the head's cross-entropy, in nats, FP32, without a tensor [n, vocab]."""
-        if is_direct(self.head):
+        if is_plain(self.head):
             return linear_cross_entropy(hidden, self.head.weight, targets, chunk_rows)
         return chunked_cross_entropy(self.head, hidden, targets, rows_at_a_time(chunk_rows, self.config.vocab_size))
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 
 from dsmini import ModelConfig, TrainConfig, Transformer, ops
 from dsmini.accounting import Bytes, gradient_bytes, optimizer_bytes, training_bytes, weight_bytes
+from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.training.optim import optimizer_state, optimizers
-from tests.helpers.accounting import DTYPES, attention_by, fused, hold_fp8
+from tests.helpers.accounting import DTYPES, attention_by, fused
 from tests.helpers.configs import DSA, released
 from tests.helpers.strategies import model_configs
 
@@ -27,12 +28,12 @@ def test_bytes_of_weights_are_those_of_a_model(config: ModelConfig) -> None:
     model = Transformer(config)
     assert weight_bytes(config, "float32").total == bytes_of(model)
     assert weight_bytes(config, "bfloat16").total == bytes_of(model.to(torch.bfloat16))
-    assert weight_bytes(config, "fp8").total == bytes_of(hold_fp8(model))
+    assert weight_bytes(config, "fp8").total == bytes_of(hold_all_fp8(model.eval()))
 
 
 @pytest.mark.parametrize("config", [ModelConfig(dim=192, kv_lora_rank=130, moe_inter_dim=129), released("fp8")])
 def test_bytes_of_weights_with_ragged_blocks(config: ModelConfig) -> None:
-    model = hold_fp8(Transformer(config).to(torch.bfloat16))
+    model = hold_all_fp8(Transformer(config).to(torch.bfloat16).eval())
     counted = weight_bytes(config, "fp8")
     assert counted.total == bytes_of(model)
     scales = {name: buffer for name, buffer in model.named_buffers() if name.endswith("scale")}

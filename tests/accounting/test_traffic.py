@@ -23,8 +23,9 @@ from dsmini.accounting import (
     weight_bytes,
 )
 from dsmini.nn import route
+from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import randomise
-from tests.helpers.accounting import ATTENTIONS, DTYPES, form_of, hold_fp8, sized
+from tests.helpers.accounting import ATTENTIONS, DTYPES, form_of, sized
 from tests.helpers.configs import released
 from tests.helpers.strategies import model_configs
 
@@ -74,7 +75,7 @@ def measured(
     """One decoding step, the third call with a cache, so that absorbed halves are there; and how many distinct experts
     a layer read."""
     model = randomise(Transformer(config)).to(DTYPES[dtype]).eval()
-    model = hold_fp8(model) if fp8 else model
+    model = hold_all_fp8(model.eval()) if fp8 else model
     tokens = torch.randint(0, config.vocab_size, (batch, context))
     cache = model.new_cache(batch, context, dtype=DTYPES[cache_dtype or dtype], form=form)
     model(tokens[:, :-2], cache=cache)

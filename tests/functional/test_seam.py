@@ -12,8 +12,7 @@ from dsmini import Transformer, ops
 from dsmini.functional import experts as functional_experts
 from dsmini.measure.costs import COSTS
 from dsmini.measure.counting import count
-from dsmini.nn import Experts, Projection
-from dsmini.nn.fp8 import fp8_experts, hold_fp8, scale_names
+from dsmini.nn.fp8 import fp8_experts, hold_all_fp8
 from dsmini.numerics import WEIGHT_TILE, fp8_products, quantize
 from dsmini.ops.explanation import operations
 from tests.functional.conftest import Unserved, routed
@@ -73,23 +72,11 @@ def test_reference_backend_trains_by_equations(
     assert wrong <= tolerance * torch.cat([b.flatten() for b in want]).norm()
 
 
-def held(model: Transformer) -> Transformer:
-    """Let attention and feed-forwards hold FP8 codes."""
-    modules: list[Any] = [
-        m for name, m in model.named_modules() if isinstance(m, Projection | Experts) and ".eh" not in name
-    ]
-    for module in modules:
-        for name in scale_names(module) if module is not model.head else ():
-            q = quantize(getattr(module, name).detach(), WEIGHT_TILE, "fp32")
-            hold_fp8(module, name, q.codes, q.scales)
-    return model.eval()
-
-
 @pytest.mark.parametrize("precision", ["native", "fp8"])
 def test_reference_backend_reads_held_codes_by_equations(
     monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str
 ) -> None:
-    model, tokens = held(small_model(precision=precision, n_mtp_layers=0)), torch.randint(0, 61, (2, 20))
+    model, tokens = hold_all_fp8(small_model(precision=precision, n_mtp_layers=0)).eval(), torch.randint(0, 61, (2, 20))
     with torch.no_grad():
         want = model(tokens)
         only_references(monkeypatch)
@@ -143,7 +130,7 @@ def test_kernels_serve_inference_and_are_counted_by_cost(
     monkeypatch: pytest.MonkeyPatch, small_model: Build, precision: str, hold: bool, served: set[str]
 ) -> None:
     model: nn.Module = small_model(precision=precision, n_mtp_layers=0)
-    model = held(model) if hold else model.eval()
+    model = hold_all_fp8(model).eval() if hold else model.eval()
     tokens = torch.randint(0, 61, (2, 20))
     with torch.no_grad():
         want = model(tokens)

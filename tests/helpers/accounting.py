@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmini import ModelConfig, Transformer, quantize
-from dsmini.checkpoint.load import fp8_weights
+from dsmini import ModelConfig
 from dsmini.functional.attention import causal_attention_eager
-from dsmini.nn import attention, fp8
-from dsmini.numerics import WEIGHT_TILE
+from dsmini.nn import attention
 
 eager: Any = causal_attention_eager  # with its methods, which the type of the operation lacks
 WHOLE = 1 << 20
@@ -47,14 +45,6 @@ def form_of(case: str) -> Any:
     if case in ("expanded", "normed heads"):
         return "expanded"
     return "auto" if case in ("mha", "gqa", "mqa") else "absorbed"
-
-
-def hold_fp8(model: Transformer) -> Transformer:
-    """Return the model with all matrices in FP8 that may be."""
-    for module, name in fp8_weights(model.eval()).values():
-        q = quantize(getattr(module, name).detach().float(), WEIGHT_TILE, scale="fp32")
-        fp8.hold_fp8(module, name, q.codes, q.scales)
-    return model
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import Cache
-from dsmini.nn.fp8 import hold_fp8, scale_names
-from dsmini.numerics import WEIGHT_TILE, quantize
+from dsmini.nn.fp8 import hold_all_fp8
 from tests.conftest import SMALL, randomise
 
 WEIGHTS = ("float32", "bfloat16", "fp8")
@@ -60,11 +59,7 @@ def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer
     ).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)
-    for module in [*model.layers.modules(), *model.mtp.modules()] if weights == "fp8" else []:
-        for parameter in scale_names(module):
-            q = quantize(getattr(module, parameter).detach(), WEIGHT_TILE)
-            hold_fp8(module, parameter, q.codes, q.scales)  # pyright: ignore[reportArgumentType]
-    return model
+    return hold_all_fp8(model, "ue8m0") if weights == "fp8" else model
 
 
 def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:

@@ -47,7 +47,7 @@ def both(model: Transformer, lengths: list[int], s: int, new: torch.Tensor | Non
 @pytest.mark.parametrize("name", MODELS | GROUPED | SPARSE)
 def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     model = model_of(name, weights)
-    assert None not in Decoder(model).parts
+    assert None not in Decoder(model).blocks
     for lengths, s in (([70], 1), ([9, 66, 1], 3)):
         (want, a), (got, b) = both(model, lengths, s)
         assert relative_error(got.normed, want.normed) < FP32_MODEL * 4  # sums of 512 terms
@@ -120,7 +120,7 @@ def check_drafts(
 @pytest.mark.parametrize("mtp_input", ["pre_norm", "post_norm"])
 def test_drafts_agree_with_the_modules(weights: str, mtp_input: str) -> None:
     model = model_of("blocks", weights, n_mtp_layers=2, mtp_input=mtp_input)
-    assert None not in Decoder(model).mtp_parts
+    assert None not in Decoder(model).mtp_blocks
     check_drafts(model, [70], 1)
     check_drafts(model, [9, 66, 5], 3)
     check_drafts(model, [9, 66, 5], 3, [2, 0, 3])
@@ -201,7 +201,7 @@ CHANGES_OF_MTP: dict[str, Change] = {
 def test_a_change_of_a_prediction_block_is_heeded(small_model: Model, name: str) -> None:
     model = small_model(n_mtp_layers=2)
     CHANGES_OF_MTP[name](model)
-    assert None in Decoder(model).mtp_parts
+    assert None in Decoder(model).mtp_blocks
     check_drafts(model, [9, 20], 2, tolerance=FP32_MODEL)
 
 
@@ -211,6 +211,12 @@ def _leave(model: Transformer) -> None:
 
 def _score(model: Transformer) -> None:
     model.layers[1].ffn.gate.options["score_func"] = torch.tanh
+
+
+def _method(model: Transformer) -> None:
+    attn: Any = model.layers[1].attn
+    latents = attn.latents
+    attn.latents = lambda x, cos_sin: tuple(2 * each for each in latents(x, cos_sin))
 
 
 def _attention(kind: type) -> Any:
@@ -228,6 +234,7 @@ CHANGES: dict[str, tuple[str, Any, Change]] = {
     "hook on attn_norm": ("mla", Block, _hook("layers.1.attn_norm")),
     "hook on attn.wq_a": ("mla", Block, _hook("layers.1.attn.wq_a")),
     "score function": ("mla", Block, _score),
+    "method of attn": ("mla", Block, _method),
     "mask": ("mla", _attention(MLA), _leave),
     "gate": ("mla", partial(Block, moe_class=partial(MoE, gate_class=OtherGate)), _leave),
     "block": ("mla", Doubled, _leave),
@@ -250,7 +257,7 @@ def test_a_change_of_the_model_is_heeded(name: str) -> None:
 @pytest.mark.parametrize("attention", ["mla", "mha"])
 def test_normed_heads_run_as_they_are(small_model: Model, attention: str) -> None:
     model = small_model(n_mtp_layers=0, attention=attention, qk_norm=True)
-    assert set(Decoder(model).parts) == {None}
+    assert set(Decoder(model).blocks) == {None}
     (want, _), (got, _) = both(model, [9, 20], 1)
     assert relative_error(got.normed, want.normed) < FP32_MODEL
 
@@ -258,7 +265,7 @@ def test_normed_heads_run_as_they_are(small_model: Model, attention: str) -> Non
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_forced_backends_run_the_model_itself(small_model: Model, backend: str) -> None:
     with ops.use(backend):
-        assert set(Decoder(small_model()).parts) == {None}
+        assert set(Decoder(small_model()).blocks) == {None}
 
 
 def test_a_moved_model_leaves_the_decoder_its_weights(small_model: Model) -> None:

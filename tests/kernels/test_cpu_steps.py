@@ -14,16 +14,14 @@ from torch import Tensor
 
 from dsmini import Transformer, ops
 from dsmini.inference.fused.operations import (
-    GroupedAttentionPart,
-    NormPart,
     attention_step,
     blocks_step,
     feed_forward_step,
     grouped_attention_step,
     normed,
 )
-from dsmini.inference.fused.weights import parts_of
-from dsmini.nn import Cache
+from dsmini.inference.fused.weights import GroupedAttentionWeights, extract_weights
+from dsmini.nn import Cache, RMSNorm
 from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
 from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
@@ -52,14 +50,14 @@ def layers(model: Transformer, cache: Cache, s: int) -> Iterator[tuple[Any, ...]
     window = cache.place(model.config, tokens)
     table = model.rope.cos_sin(window.positions)
     for block, past in zip(model.layers, cache.views(window), strict=True):
-        parts = parts_of(block)
+        parts = extract_weights(block)
         assert parts is not None
         yield *parts, past, table, cache.lengths
 
 
 def attend(x: Tensor, part: Any, *more: Any, reference: bool = False) -> Tensor:
     """Run the step of this kind of attention, in C++ or as its reference."""
-    grouped = isinstance(part, GroupedAttentionPart)
+    grouped = isinstance(part, GroupedAttentionWeights)
     if reference:
         with ops.use("reference"):
             return (grouped_attention_step if grouped else attention_step)(x, part, *more)
@@ -138,10 +136,16 @@ def test_linear_agrees(isa: str, weights: str) -> None:
             assert torch.equal(cpu.quantized_linear(short, weight), once)
 
 
+def norm_of(weight: Tensor, eps: float) -> RMSNorm:
+    norm = RMSNorm(len(weight), eps)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm
+
+
 def test_normed_agrees(isa: str) -> None:
     for dim, n in ((1, 1), (31, 2), (200, 7), (513, 32)):
         x, y = torch.randn(n, dim), torch.randn(n, 2 * dim)[:, ::2]  # y is not contiguous
-        one, two = NormPart(torch.randn(dim), 1e-6), NormPart(torch.randn(dim), 0.5)
+        one, two = norm_of(torch.randn(dim), 1e-6), norm_of(torch.randn(dim), 0.5)
         with ops.use("reference"):
             want, pair = normed(x, one), normed(x, one, y, two)
         assert relative_error(cpu.normed(x, one), want) < rounding(FP32_UNIT, terms=dim)
@@ -368,7 +372,7 @@ def test_score_of_nan_is_picked_and_stays_visible(isa: str) -> None:
 
 
 def test_what_is_not_served_says_why() -> None:
-    x, one = torch.randn(1, 1, 24), NormPart(torch.ones(24), 0.0)
+    x, one = torch.randn(1, 1, 24), norm_of(torch.ones(24), 0.0)
     model = model_of("odd", "fp8")
     attention, feed_forward, *more = next(layers(model, filled(model, [3], torch.float32), 1))
     _, grouped, past, *after = step("gqa", [3])
@@ -396,7 +400,7 @@ def test_what_is_not_served_says_why() -> None:
         ),
         (lambda: cpu.feed_forward_step(x[0].expand(33, 24), feed_forward), "33 tokens"),
         (lambda: cpu.normed(x.half(), one), "numbers of torch.float16"),
-        (lambda: cpu.normed(x, NormPart(torch.ones(24).double(), 0.0)), "a norm or gate in torch.float64"),
+        (lambda: cpu.normed(x, norm_of(torch.ones(24).double(), 0.0)), "a norm or gate in torch.float64"),
         (lambda: cpu.normed(x, one, x[0], one), r"\[1, 24\] numbers of torch.float32 next to"),
         (lambda: cpu.linear(torch.randn(1, 301).half(), large), "x of torch.float16"),
         (lambda: cpu.linear(torch.randn(1, 301), large.half()), "a weight of torch.float16"),

@@ -30,10 +30,10 @@ Build = Callable[..., Transformer]
 EXPERTS = {"n_routed_experts": 8, "n_activated_experts": 3, "n_expert_groups": 1, "n_limited_groups": 1}
 
 
-def hold(layer: Any, name: str = "weight", scale: Any = "ue8m0") -> QuantizedTensor:
-    """Make a parameter of the layer FP8 codes, and return them."""
-    q = quantize(getattr(layer, name).detach(), WEIGHT_TILE, scale)
-    hold_fp8(layer, name, q.codes, q.scales)
+def hold(model: Any, name: str = "weight", scale: Any = "ue8m0") -> QuantizedTensor:
+    """Let a parameter be FP8 codes, and return them."""
+    q = quantize(model.get_parameter(name).detach(), WEIGHT_TILE, scale)
+    hold_fp8(model, name, q.codes, q.scales)
     return q
 
 
@@ -179,7 +179,7 @@ def test_an_fp8_linear_multiplies_codes_it_holds() -> None:
 def test_what_holds_fp8_refuses_a_gradient(n: int) -> None:
     moe, linear = randomise(MoE(**SIZES, **EXPERTS)), FP8Linear(128, 8)
     for name in ("w1", "w2", "w3"):
-        hold(moe.experts, name)
+        hold(moe, f"experts.{name}")
     hold(linear)
     x = torch.randn(n, 128, requires_grad=True)
     for y in (moe(torch.randn(n, 256, requires_grad=True))[0], linear(x), linear(quantize(x))):
@@ -230,9 +230,9 @@ def test_holding_fp8_keeps_a_subclass_from_losing_its_forward() -> None:
     class OtherExperts(Experts):
         pass
 
-    said = refusal(hold, Doubled(200, 130))
+    said = refusal(hold, nn.Sequential(Doubled(200, 130)), "0.weight")
     assert said.startswith("a Doubled has a forward of its own;") and said.endswith("derive it from QuantizedLinear")
-    said = refusal(hold, OtherExperts(), "w1")
+    said = refusal(hold, nn.Sequential(OtherExperts()), "0.w1")
     assert said.startswith("a OtherExperts has") and said.endswith("derive it from QuantizedExperts")
 
 

@@ -9,9 +9,8 @@ from torch import nn
 import dsmini
 from dsmini import Transformer
 from dsmini.nn import FP8Linear, QuantizedLinear
-from dsmini.nn.fp8 import hold_fp8
-from dsmini.nn.layers import is_direct
-from dsmini.numerics import WEIGHT_TILE, quantize
+from dsmini.nn.fp8 import hold_all_fp8
+from dsmini.nn.layers import is_plain
 from tests.helpers.tolerances import relative_error
 
 Build = Callable[..., Transformer]
@@ -21,10 +20,9 @@ def test_linear_is_torchs_and_layers_in_fp8_are_not() -> None:
     linear = dsmini.Linear(5, 3)
     assert isinstance(linear, nn.Linear) and linear.bias is None and [*linear.state_dict()] == ["weight"]
     assert not isinstance(FP8Linear(5, 3), nn.Linear) and not isinstance(QuantizedLinear(5, 3), nn.Linear)
-    assert all(map(is_direct, (linear, FP8Linear(5, 3), QuantizedLinear(5, 3))))
-    codes = quantize(linear.weight.detach(), WEIGHT_TILE, scale="fp32")
-    hold_fp8(linear, "weight", codes.codes, codes.scales)
-    assert not isinstance(linear, nn.Linear) and (linear.in_features, linear.out_features) == (5, 3)
+    assert all(map(is_plain, (linear, FP8Linear(5, 3), QuantizedLinear(5, 3))))
+    (held,) = hold_all_fp8(nn.Sequential(linear))
+    assert not isinstance(held, nn.Linear) and isinstance(held, QuantizedLinear) and held.holds_fp8
 
 
 def test_lora_by_peft_trains_adapters_and_merges(small_model: Build) -> None:

@@ -12,7 +12,7 @@ import dsmini
 from dsmini import Transformer
 from dsmini.nn import Embedding, FP8Linear, Linear
 from dsmini.nn.fp8 import QuantizedLinear, hold_fp8
-from dsmini.nn.layers import dense_weight, is_direct
+from dsmini.nn.layers import dense_weight, is_plain
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import refusal
 from tests.helpers.tolerances import FP32_MODEL, relative_error
@@ -112,7 +112,7 @@ OTHERS = [(kind, config) for kind in KINDS for config in CONFIGS if kind != "wra
 def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: str) -> None:
     model = randomise(Transformer(**SMALL | CONFIGS[config]))
     want = replace_all(model, KINDS[kind])
-    assert not is_direct(model.head) and not is_direct(model.layers[0].ffn.w2)
+    assert not is_plain(model.head) and not is_plain(model.layers[0].ffn.w2)
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 13))
     expected = want(tokens)
     assert relative_error(model(tokens), expected) < FP32_MODEL
@@ -128,8 +128,9 @@ def test_replaced_linears_are_seen_by_all_that_reads_weights(kind: str, config: 
 
 
 def test_sizes_of_a_linear_that_holds_codes_are_its_weights() -> None:
-    layer: Any = Linear(130, 3)
-    hold_fp8(layer, "weight", torch.zeros(3, 130).to(torch.float8_e4m3fn), torch.ones(1, 2))
+    layers = nn.ModuleList([Linear(130, 3)])
+    hold_fp8(layers, "0.weight", torch.zeros(3, 130).to(torch.float8_e4m3fn), torch.ones(1, 2))
+    layer: Any = layers[0]
     assert type(layer) is QuantizedLinear and (layer.in_features, layer.out_features) == (130, 3)
     assert (FP8Linear(130, 3).in_features, FP8Linear(130, 3).out_features) == (130, 3)
 

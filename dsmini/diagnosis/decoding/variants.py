@@ -15,9 +15,9 @@ from torch import nn
 
 from dsmini.accounting.kv_cache import mha_twin
 from dsmini.diagnosis.interventions.algorithm import uniformly
-from dsmini.measure.workloads import hold_codes
 from dsmini.nn import Block, FeedForward, MoE, Rope, Transformer
 from dsmini.nn.attention import Attention
+from dsmini.nn.fp8 import hold_all_fp8
 from dsmini.nn.mtp import MTPChain
 
 M = TypeVar("M", bound=nn.Module)
@@ -88,4 +88,4 @@ def with_weights_in(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 def with_fp8_weights(model: Transformer) -> Transformer:
     """Return a variant whose matrices in the blocks are held as E4M3 codes with scales, and the rest in BF16."""
-    return hold_codes(with_weights_in(model, torch.bfloat16))
+    return hold_all_fp8(with_weights_in(model, torch.bfloat16))

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.inference.fused.operations import blocks_step, multiply, normed
-from dsmini.inference.fused.weights import Parts, mtp_parts_of, norm_of, parts_of
-from dsmini.nn import Cache, Routing, Transformer
+from dsmini.inference.fused.operations import blocks_step, normed
+from dsmini.inference.fused.weights import BlockWeights, extract_mtp_weights, extract_weights, supports_fused
+from dsmini.nn import MTP, Cache, Routing, Transformer
 from dsmini.nn.cache import CachePositions, LayerCacheView, MTPCache
 from dsmini.nn.mtp import MTPChain, decode_depths
 from dsmini.nn.rope import CosSin, Rope
@@ -35,12 +35,12 @@ class Decoder:
         floats = (torch.float32, torch.bfloat16)
         dtype = model.compute_dtype or model.embed.weight.dtype
         fast = dtype in floats and model.device.type == "cpu" and ops.serving("cpu") == "cpu"
-        self.parts: list[Parts | None] = [parts_of(block) if fast else None for block in model.layers]
-        """The parts of each block, or None for one that runs as it is."""
+        self.blocks: list[BlockWeights | None] = [extract_weights(block) if fast else None for block in model.layers]
+        """The weights of each block, or None for one that runs as it is."""
         fast_chain = fast and type(model.mtp) is MTPChain
-        self.mtp_parts = [mtp_parts_of(block) if fast_chain else None for block in model.mtp]
+        self.mtp_blocks = [extract_mtp_weights(block) if fast_chain else None for block in model.mtp]
         """The same of the multi-token prediction blocks."""
-        self._norm = norm_of(model.norm)
+        self._plain_norm = supports_fused(model.norm)
         self._angles = _Angles(model.rope)
 
     def logits(self, tokens: Int[Tensor, "b s"], cache: Cache) -> Float[Tensor, "b s v"]:
@@ -54,7 +54,7 @@ class Decoder:
         Padding is computed too. What is written of it lies after the end of its row, and is overwritten later.
         """
         model, starts = self.model, cache.lengths
-        if None in self.parts or not _is_step(tokens, starts, cache.max_seq_len) or cache.form == "expanded":
+        if None in self.blocks or not _is_step(tokens, starts, cache.max_seq_len) or cache.form == "expanded":
             return model.states(tokens, cache, lengths)
         with torch.no_grad():
             # 1. token ids to hidden states: [b, s, m]
@@ -63,10 +63,10 @@ class Decoder:
             at = cache.place(model.config, tokens, lengths)
             cos_sin = self._angles.at(at)
             # 3. the blocks, in one call
-            x, routing = _run(x, [parts for parts in self.parts if parts], cache.views(at), cos_sin, starts)
+            x, routing = _run(x, [block for block in self.blocks if block], cache.views(at), cos_sin, starts)
             cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
-            states = model.norm(x) if self._norm is None else normed(x, self._norm)
+            states = normed(x, model.norm) if self._plain_norm else model.norm(x)
             return States(states, x if model.config.mtp_input == "pre_norm" else states, routing, [])
 
     def mtp(
@@ -88,26 +88,26 @@ class Decoder:
         at: CachePositions,
     ) -> tuple[Float[Tensor, "b s m"], Float[Tensor, "b s m"]]:
         """Do what MTPChain.decode_depth does, with padding as in `states`."""
-        parts, depth, chain = self.mtp_parts[k], k + 1, self.model.mtp
+        weights, depth, chain = self.mtp_blocks[k], k + 1, self.model.mtp
+        module: MTP = chain[k]
         starts = (at.positions[:, 0] - depth).expand(len(embedding))
         short = cache.form == "expanded" or not _is_step(embedding, starts, cache.stores[k].data.shape[1])
         with torch.no_grad():
-            if parts is None or short:
+            if weights is None or short:
                 return chain.decode_depth(k, embedding, before.to(embedding.dtype), cache, at)
             # 1. join what the depth before knows with the embedding: [b, s, m]
-            joined = normed(embedding.float(), parts.embedding_norm, before.float(), parts.hidden_norm)
-            x = multiply(joined, parts.projection)
+            x = module.eh_proj(normed(embedding.float(), module.enorm, before.float(), module.hnorm))
             # 2. the block and its norm
             at = at.before(depth)
             view = LayerCacheView(store=cache.stores[k], at=at, form=cache.form)
-            x, _ = _run(x, [parts.block], [view], self._angles.at(at), starts)
-            states = normed(x, parts.norm)
+            x, _ = _run(x, [weights], [view], self._angles.at(at), starts)
+            states = normed(x, module.norm)
             return states, x if chain.pre_norm else states
 
 
 def _run(
     x: Float[Tensor, "b s m"],
-    blocks: list[Parts],
+    blocks: list[BlockWeights],
     caches: Sequence[LayerCacheView],
     cos_sin: CosSin,
     starts: Int[Tensor, " b"],

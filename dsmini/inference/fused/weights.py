@@ -1,107 +1,153 @@
-"""A model's blocks taken apart into their weights, for the operations of a decoding step.
+"""A block's weights as the kernels of a decoding step take them: bare tensors, with the sizes and options beside them.
 
-That is done only where the modules are dsmini's own and plain: a subclass, a hook, a mask, normed heads, simulated FP8
-or a wrapper such as LoRA keeps its block as it is.
+Only a block whose modules are all dsmini's own is taken apart: with a subclass, a hook, a mask, normed heads, simulated
+FP8, experts on other processes or a wrapper such as LoRA it runs as a module.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsmini.inference.fused.operations import (
-    AttentionPart,
-    FeedForwardPart,
-    GroupedAttentionPart,
-    IndexerPart,
-    NormPart,
-)
-from dsmini.nn import (
-    DSA,
-    MLA,
-    MTP,
-    Attention,
-    Block,
-    Experts,
-    FeedForward,
-    Gate,
-    Indexer,
-    Linear,
-    MoE,
-    QuantizedExperts,
-    QuantizedLinear,
-    RMSNorm,
-    route,
-)
-from dsmini.nn.layers import FP32Linear, LayerNorm
+from dsmini.nn import DSA, MLA, MTP, Attention, Block, FeedForward, Indexer, MoE, QuantizedExperts, QuantizedLinear
+from dsmini.nn.layers import is_plain
 from dsmini.numerics import Weight
 
-Parts = tuple[AttentionPart | GroupedAttentionPart, FeedForwardPart]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexerWeights:
+    """The weights of an indexer. Its queries are projections of what MLA's wq_b reads."""
+
+    wq_b: Weight
+    wk: Weight
+    k_norm: Float[Tensor, " d"]
+    k_bias: Float[Tensor, " d"]
+    weights_proj: Float[Tensor, "h m"]
+    n_heads: int
+    topk: int
+    halves: bool
+    """RoPE pairs the halves of the first numbers, not neighbours."""
+    k_eps: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class MTPParts:
-    """The weights of a multi-token prediction block."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepWeights:
+    """One half of a block: the norm, and what comes between it and the residual sum."""
 
-    embedding_norm: NormPart
-    hidden_norm: NormPart
-    projection: Weight
-    block: Parts
-    norm: NormPart
+    norm: Float[Tensor, " m"]
+    eps: float
+    modules: tuple[Any, nn.Module]
+    """The norm's module, and that of attention or of the feed-forward: the plain version of a step runs them."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend makes of the weights, by its name."""
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors; those of a quantized weight are codes and scales."""
+        indexer = getattr(self, "indexer", None)
+        values = [*vars(self).values(), *(() if indexer is None else vars(indexer).values())]
+        return tuple(t for v in values for t in ((v,) if isinstance(v, Tensor) else getattr(v, "parts", ())))
 
 
-def parts_of(block: nn.Module) -> Parts | None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionWeights(StepWeights):
+    """MLA. wq_a None: wq_b projects the query directly."""
+
+    wq_a: Weight | None
+    q_norm: Float[Tensor, " q"] | None
+    wq_b: Weight
+    wkv_a: Weight
+    kv_norm: Float[Tensor, " c"]
+    wkv_b: Weight
+    wo: Weight
+    n_heads: int
+    nope: int
+    rope: int
+    value: int
+    scale: float
+    q_eps: float
+    kv_eps: float
+    indexer: IndexerWeights | None
+
+    @property
+    def latent(self) -> int:
+        """kv_lora_rank."""
+        return self.kv_norm.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedAttentionWeights(StepWeights):
+    """MHA, GQA or MQA."""
+
+    wq: Weight
+    wk: Weight
+    wv: Weight
+    wo: Weight
+    n_heads: int
+    n_kv_heads: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeedForwardWeights(StepWeights):
+    """A dense feed-forward, or a gate, its experts and the shared ones, which are w1 to w3."""
+
+    w1: Weight | None
+    w2: Weight | None
+    w3: Weight | None
+    gate: Float[Tensor, "e m"] | None = None
+    bias: Float[Tensor, " e"] | None = None
+    e1: Weight | None = None
+    e2: Weight | None = None
+    e3: Weight | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `nn.route`."""
+
+
+class BlockWeights(NamedTuple):
+    """The two halves of a block."""
+
+    attention: AttentionWeights | GroupedAttentionWeights
+    feed_forward: FeedForwardWeights
+
+
+def supports_fused(module: nn.Module) -> bool:
+    """Return True if each part of a module does what its class says, and the kernels know the class's options."""
+    for part in module.modules():
+        replaced = any(callable(value) and hasattr(type(part), name) for name, value in vars(part).items())
+        other = getattr(part, "precision", "native") != "native" or getattr(part, "fp8", False)
+        changed = any(getattr(part, name, None) is not None for name in ("mask", "q_head_norm", "exchange"))
+        if replaced or other or changed or not is_plain(part):
+            return False
+    return True
+
+
+def extract_weights(block: nn.Module) -> BlockWeights | None:
     """Take a block apart, or return None if some module of it must run as it is."""
-    if not (isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, MLA, DSA, Attention)):
+    if type(block) is not Block or not supports_fused(block):
         return None
-    take_apart = _attention_part if isinstance(block.attn, MLA) else _grouped_part
-    attention, feed_forward = (
-        take_apart(block.attn, block.attn_norm),
-        _feed_forward_part(block.ffn, block.ffn_norm),
-    )
-    return None if attention is None or feed_forward is None else (attention, feed_forward)
-
-
-def mtp_parts_of(module: nn.Module) -> MTPParts | None:
-    """Take a multi-token prediction block apart, or return None if some module of it must run as it is."""
-    if not (isinstance(module, MTP) and is_plain(module, MTP) and is_plain(module.eh_proj, Linear, QuantizedLinear)):
+    norm, attn, ffn = block.attn_norm, block.attn, block.ffn
+    take_apart = {MLA: _mla, DSA: _mla, Attention: _grouped}.get(type(attn))
+    if take_apart is None or type(ffn) not in (FeedForward, MoE):
         return None
-    block, norms = parts_of(module.block), [norm_of(norm) for norm in (module.enorm, module.hnorm, module.norm)]
-    if block is None or norms[0] is None or norms[1] is None or norms[2] is None:
-        return None
-    return MTPParts(
-        embedding_norm=norms[0],
-        hidden_norm=norms[1],
-        projection=_operand(module.eh_proj),
-        block=block,
-        norm=norms[2],
-    )
+    return BlockWeights(take_apart(attn, **_half(norm, attn)), _feed_forward(ffn, **_half(block.ffn_norm, ffn)))
 
 
-def norm_of(norm: Any) -> NormPart | None:
-    """Return a plain norm's weight and eps, or None."""
-    return NormPart(norm.weight.detach(), norm.eps) if is_plain(norm, RMSNorm) else None
+def extract_mtp_weights(module: nn.Module) -> BlockWeights | None:
+    """Take the block of a multi-token prediction module apart, or return None if the module must run as it is."""
+    return extract_weights(module.block) if type(module) is MTP and supports_fused(module) else None
 
 
-def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
-    """Return True for a module of exactly one of these classes, with its own forward, no hooks, and stored weights."""
-    if module is None or type(module) not in classes or "forward" in module.__dict__:
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks)
+def _half(norm: Any, module: nn.Module) -> dict[str, Any]:
+    return {"norm": norm.weight.detach(), "eps": norm.eps, "modules": (norm, module)}
 
 
-def _attention_part(attn: Any, norm: Any) -> AttentionPart | None:
-    norms = [norm, attn.kv_norm, *([] if attn.q_norm is None else [attn.q_norm])]
-    linears = [attn.wkv_a, attn.wkv_b, attn.wo, *([attn.wq] if attn.wq_a is None else [attn.wq_a, attn.wq_b])]
-    fine = attn.mask is None and attn.q_head_norm is None and all(is_plain(n, RMSNorm) for n in norms)
-    indexer = _indexer_part(attn.indexer) if isinstance(attn, DSA) else None
-    fine = fine and (indexer is not None) == isinstance(attn, DSA)
-    if not fine or not all(is_plain(module, Linear, QuantizedLinear) for module in linears):
-        return None
-    return AttentionPart(
-        norm=norm.weight.detach(),
+def _mla(attn: Any, **half: Any) -> AttentionWeights:
+    return AttentionWeights(
+        **half,
         wq_a=None if attn.wq_a is None else _operand(attn.wq_a),
         q_norm=None if attn.q_norm is None else attn.q_norm.weight.detach(),
         wq_b=_operand(attn.wq if attn.wq_a is None else attn.wq_b),
@@ -114,19 +160,14 @@ def _attention_part(attn: Any, norm: Any) -> AttentionPart | None:
         rope=attn.rope.dim,
         value=attn.v_head_dim,
         scale=attn.scale,
-        eps=norm.eps,
         q_eps=0.0 if attn.q_norm is None else attn.q_norm.eps,
         kv_eps=attn.kv_norm.eps,
-        indexer=indexer,
+        indexer=_indexer(attn.indexer) if isinstance(attn, DSA) else None,
     )
 
 
-def _indexer_part(indexer: Any) -> IndexerPart | None:
-    fine = is_plain(indexer, Indexer) and is_plain(indexer.k_norm, LayerNorm) and not indexer.fp8
-    fine = fine and is_plain(indexer.weights_proj, FP32Linear)
-    if not fine or not all(is_plain(module, Linear, QuantizedLinear) for module in (indexer.wq_b, indexer.wk)):
-        return None
-    return IndexerPart(
+def _indexer(indexer: Indexer) -> IndexerWeights:
+    return IndexerWeights(
         wq_b=_operand(indexer.wq_b),
         wk=_operand(indexer.wk),
         k_norm=indexer.k_norm.weight.detach(),
@@ -139,60 +180,21 @@ def _indexer_part(indexer: Any) -> IndexerPart | None:
     )
 
 
-def _grouped_part(attn: Any, norm: Any) -> GroupedAttentionPart | None:
-    fine = attn.mask is None and attn.q_head_norm is None and is_plain(norm, RMSNorm)
-    if not fine or not all(is_plain(w, Linear, QuantizedLinear) for w in (attn.wq, attn.wk, attn.wv, attn.wo)):
-        return None
-    return GroupedAttentionPart(
-        norm=norm.weight.detach(),
-        eps=norm.eps,
-        wq=_operand(attn.wq),
-        wk=_operand(attn.wk),
-        wv=_operand(attn.wv),
-        wo=_operand(attn.wo),
-        n_heads=attn.n_heads,
-        n_kv_heads=attn.n_kv_heads,
-        scale=attn.scale,
-    )
+def _grouped(attn: Any, **half: Any) -> GroupedAttentionWeights:
+    matrices = {name: _operand(getattr(attn, name)) for name in ("wq", "wk", "wv", "wo")}
+    sizes = {"n_heads": attn.n_heads, "n_kv_heads": attn.n_kv_heads, "scale": attn.scale}
+    return GroupedAttentionWeights(**half, **matrices, **sizes)
 
 
-def _feed_forward_part(ffn: Any, norm: Any) -> FeedForwardPart | None:
-    if not is_plain(norm, RMSNorm):
-        return None
+def _feed_forward(ffn: Any, **half: Any) -> FeedForwardWeights:
+    dense = ffn if isinstance(ffn, FeedForward) else ffn.shared_experts
+    half |= {name: None if dense is None else _operand(getattr(dense, name)) for name in ("w1", "w2", "w3")}
     if isinstance(ffn, FeedForward):
-        dense = _dense(ffn)
-        return None if dense is None else FeedForwardPart(norm=norm.weight.detach(), eps=norm.eps, **dense)
-    if not isinstance(ffn, MoE) or not is_plain(ffn, MoE) or not is_plain(ffn.gate, Gate):
-        return None
-    if ffn.exchange is not None:  # other processes have some of the experts
-        return None
-    shared: dict[str, Any] | None = (
-        dict.fromkeys(("w1", "w2", "w3")) if ffn.shared_experts is None else _dense(ffn.shared_experts)
-    )
-    if shared is None or not is_plain(ffn.experts, Experts, QuantizedExperts):
-        return None
-    gate, bias = ffn.gate.weight.detach(), None if ffn.gate.bias is None else ffn.gate.bias.detach()
-    return FeedForwardPart(
-        norm=norm.weight.detach(),
-        eps=norm.eps,
-        **shared,
-        gate=gate,
-        bias=bias,
-        e1=_operand(ffn.experts, "w1"),
-        e2=_operand(ffn.experts, "w2"),
-        e3=_operand(ffn.experts, "w3"),
-        options=ffn.gate.options,
-        route=partial(route, bias=bias, **ffn.gate.options),
-    )
-
-
-def _dense(ffn: Any) -> dict[str, Any] | None:
-    """Return the weights of a plain FeedForward by name, or None."""
-    if not is_plain(ffn, FeedForward) or not all(
-        is_plain(w, Linear, QuantizedLinear) for w in (ffn.w1, ffn.w2, ffn.w3)
-    ):
-        return None
-    return {"w1": _operand(ffn.w1), "w2": _operand(ffn.w2), "w3": _operand(ffn.w3)}
+        return FeedForwardWeights(**half)
+    gate, bias = ffn.gate, ffn.gate.bias
+    half |= {f"e{i}": _operand(ffn.experts, f"w{i}") for i in (1, 2, 3)}
+    half |= {"gate": gate.weight.detach(), "bias": None if bias is None else bias.detach(), "options": gate.options}
+    return FeedForwardWeights(**half)
 
 
 def _operand(module: Any, name: str = "weight") -> Weight:
