@@ -13,7 +13,8 @@ import dsmini
 from dsmini.console.commandline import _refuse_wrong, _types
 from tests.helpers.commands import ROOT, TINY, let_rates_be_invented, run_all
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
+PAGES = [*map(ROOT.joinpath, NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text()
 
 
@@ -122,6 +123,24 @@ def test_links_and_test_names_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert set(re.findall(r"\btest_\w+\b(?!\.py)", text)) - names_of_tests() == set()
+
+
+def test_links_to_headings_exist() -> None:
+    for page in PAGES:
+        for link, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", page.read_text()):
+            titles = re.findall(r"^#+ (.*)$", ((page.parent / link) if link else page).read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], page
+
+
+def test_no_twelve_words_stand_on_two_pages() -> None:
+    """A thing is said on one page, and others link to it. claims.md alone repeats what the README claims."""
+    found: dict[str, Path] = {}
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|\]\(.*?\)", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        words = re.findall(r"[\w.,%-]+", text) if page.name != "claims.md" else []
+        for i in range(len(words) - 11):
+            passage = " ".join(words[i : i + 12])
+            assert found.setdefault(passage, page) == page, f"{page}, {found[passage]}: {passage}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
