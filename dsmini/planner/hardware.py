@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsmini.config.fields import refuse_unknown
+from dsmini.config.fields import refuse_unknown, require
 from dsmini.planner.figure import Sheet
 from dsmini.reading import brief, read_toml
 
+OnPart = Callable[[float, str], None]
+"""Progress of a long work: the share that is done, and a short text."""
 USER = "the command line"
 DTYPES = ("float32", "bfloat16", "fp8")
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -103,9 +105,7 @@ def known_hardware() -> list[str]:
     return sorted(_machines())
 
 
-def load_hardware(
-    name_or_path: str | Path, on_part: Callable[[float, str], None] = lambda done, what: None
-) -> Hardware:
+def load_hardware(name_or_path: str | Path, on_part: OnPart = lambda done, what: None) -> Hardware:
     """Return known hardware by name, that of your own TOML file by path, or this machine's, measured, for "this".
 
     Args:
@@ -115,7 +115,7 @@ def load_hardware(
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "this":
-        return _measured(on_part)
+        return this_machine(on_part)
     if name in known_hardware():
         return read(_machines()[name], name, f"[{name}]")
     if path.suffix != ".toml":
@@ -136,12 +136,10 @@ def read(raw: dict[str, Any], name: str, file: str) -> Hardware:
         raise ValueError(f"{file} has no peaks; add a table [peaks.bfloat16] with value, unit and source")
     refuse_unknown(peaks, list(DTYPES), file, "peaks.")
     for key in NEEDED:
-        if key not in raw:
-            raise ValueError(f"{file} has no {key}; add a table [{key}]")
-    numbers = {
-        f"peak_{dtype}": _number(f"peaks.{dtype}", peaks[dtype], SPEEDS, file) for dtype in DTYPES if dtype in peaks
-    }
-    numbers |= {name: _number(key, raw[key], units, file) for key, (name, units) in NUMBERS.items() if key in raw}
+        require(key in raw, f"{file} has no {key}; add a table [{key}]")
+    there = [(f"peak_{dtype}", f"peaks.{dtype}", peaks[dtype], SPEEDS) for dtype in DTYPES if dtype in peaks]
+    there += [(figure, key, raw[key], units) for key, (figure, units) in NUMBERS.items() if key in raw]
+    numbers = {figure: _number(key, table, units, file) for figure, key, table, units in there}
     return Hardware(name=name, title=title, numbers=numbers)
 
 
@@ -156,46 +154,37 @@ def _number(key: str, table: Any, units: Mapping[str, float], file: str) -> tupl
         raise ValueError(f"{key} in {file} has no source; add source = the text that says where it comes from")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key}.value in {file} is {brief(value)}, want a positive finite number")
-    if not units and value != int(value):
-        raise ValueError(f"{key}.value in {file} is {value}, want a whole number")
-    if units and unit not in units:
-        raise ValueError(f"{key}.unit in {file} is {brief(unit)}, want {', '.join(units)}")
+    require(bool(units) or value == int(value), f"{key}.value in {file} is {value}, want a whole number")
+    require(not units or unit in units, f"{key}.unit in {file} is {brief(unit)}, want {', '.join(units)}")
     scaled = value * units.get(unit, 1)
-    if not 0 < scaled < math.inf:
-        raise ValueError(f"{key} in {file} is {value} {unit}, beyond what a float can hold; check its unit")
+    beyond = f"{key} in {file} is {value} {unit}, beyond what a float can hold; check its unit"
+    require(0 < scaled < math.inf, beyond)
     return (int(scaled) if float(scaled).is_integer() and scaled < 2.0**53 else scaled), source
 
 
-def this_machine() -> Hardware:
-    """Return this machine with its memory, and rates of 1 in place of measured ones: enough to see what fits."""
+def this_machine(on_part: OnPart | None = None) -> Hardware:
+    """Return this machine: its memory, and its measured rates; without `on_part` 1 in place of each rate.
+
+    That is enough to see what fits. Rates are those of its stored roofs, or are measured now.
+    """
     import torch
 
     from dsmini import machine
+    from dsmini.measure.calibration import load_or_measure
+    from dsmini.measure.rates import why_unusable
 
     device = machine.pick_device("auto")
     memory = machine.memory_bytes(device)
     if not memory:
         raise ValueError("the memory of this machine is unknown; write its numbers into a .toml file of your own")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
+    title, numbers = "", {"gpu_memory": memory, "gpus_per_node": count}
+    rates: dict[str, float] = dict.fromkeys(("peak_float32", "peak_bfloat16", "memory_bandwidth"), 1.0)
+    if on_part is not None:
+        roofs = load_or_measure(device, on_part=on_part)
+        usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
+        rates = {f"peak_{dtype}": roofs.peak[dtype] for dtype in DTYPES if dtype in usable}
+        rates["memory_bandwidth"] = roofs.bandwidth
+        title = roofs.card["device" if device.type == "cuda" else "processor"]
     source = f"measured here by dsmini.measure, {datetime.date.today()}"
-    rates = dict.fromkeys(("peak_float32", "peak_bfloat16", "memory_bandwidth"), (1.0, source))
-    return Hardware(
-        name="this", title="", numbers={"gpu_memory": (memory, source), "gpus_per_node": (count, source), **rates}
-    )
-
-
-def _measured(on_part: Callable[[float, str], None]) -> Hardware:
-    """Return the machine at hand: rates of its stored roofs, or measured now."""
-    from dsmini import machine
-    from dsmini.measure.calibration import load_or_measure
-    from dsmini.measure.rates import why_unusable
-
-    unmeasured, device = this_machine(), machine.pick_device("auto")
-    roofs = load_or_measure(device, on_part=on_part)
-    source = unmeasured.numbers["gpu_memory"][1]
-    numbers = {name: unmeasured.numbers[name] for name in ("gpu_memory", "gpus_per_node")}
-    usable = [name for name, dtype in machine.DTYPES.items() if why_unusable(dtype, roofs.peak) is None]
-    numbers |= {f"peak_{dtype}": (roofs.peak[dtype], source) for dtype in DTYPES if dtype in usable}
-    numbers["memory_bandwidth"] = (roofs.bandwidth, source)
-    title = roofs.card["device" if device.type == "cuda" else "processor"]
-    return Hardware(name="this", title=title, numbers=numbers)
+    return Hardware(name="this", title=title, numbers={key: (x, source) for key, x in {**numbers, **rates}.items()})

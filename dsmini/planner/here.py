@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsmini.config import TrainConfig
-from dsmini.planner.layout import DTYPES
 from dsmini.planner.plan import Plan
+from dsmini.planner.request import DTYPES
 from dsmini.planner.setup import Setup
 from dsmini.report import Section, Table
 from dsmini.report.units import human

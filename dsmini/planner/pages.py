@@ -14,8 +14,8 @@ from typing import Any
 from dsmini.planner.display import in_unit, in_words, percent, rounded, short, shown
 from dsmini.planner.explanation import named, step_of
 from dsmini.planner.figure import Figure
-from dsmini.planner.layout import Layout
 from dsmini.planner.plan import Plan
+from dsmini.planner.request import Layout
 from dsmini.planner.search import Candidate
 from dsmini.planner.setup import STAGES, is_v3, presets
 from dsmini.planner.vary import UNFIT, Variation

@@ -30,7 +30,7 @@ from dsmini.planner.reliability import FAILURES, failure_rate, first_order_share
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving import accepted_tokens
 from dsmini.planner.setup import Model, reference, setup
-from dsmini.planner.training import Chunks, bubble_seconds, speed_figures
+from dsmini.planner.training import bubble_seconds, speed_figures
 from dsmini.reading import read_toml
 from dsmini.report import Section, Table
 
@@ -149,7 +149,7 @@ def token_exchange(link: float, width: float = 7000) -> float:
 
 def bubble(schedule: Any) -> float:
     """Return the bubble of 16 stages and times of 1, 2, 1 and 3."""
-    return bubble_seconds(schedule, 16, Chunks(forward=1, backward=2, weights=1, both=3))
+    return bubble_seconds(schedule, 16, forward=1, backward=2, weights=1, both=3)
 
 
 def v3_bubble() -> float:
@@ -157,7 +157,7 @@ def v3_bubble() -> float:
     alone = 3 * 16 / 2 - 1
     backward, weights = (TIMES["backward"] + TIMES["weights"]) / alone, TIMES["weights"] / (16 - 1)
     both = TIMES["pairs"] / (120 - alone)
-    return bubble_seconds("dualpipe", 16, Chunks(forward=0, backward=backward, weights=weights, both=both))
+    return bubble_seconds("dualpipe", 16, forward=0, backward=backward, weights=weights, both=both)
 
 
 def v3_link_share() -> float:

@@ -25,7 +25,7 @@ import numpy as np
 
 from dsmini.planner.display import shown
 from dsmini.planner.figure import Sheet
-from dsmini.planner.layout import Layout
+from dsmini.planner.request import Layout
 
 KOKOLIS = "Kokolis et al. (arXiv 2410.21680)"
 FAILURES = {

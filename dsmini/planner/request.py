@@ -1,20 +1,147 @@
-"""Request of a plan: everything that a user may choose, each with a check. A field that is None is left open.
+"""Choices of a plan: the layout of a training run, and the request, which is everything that a user may choose.
 
-setup.py fills in what is left open, and returns a complete request. Numbers that are hardware's are in a hardware file,
-numbers that are the model's in its config. All else is here: how the model is trained, how it is served, and how
+A field of a request that is None is left open; setup.py fills it in. Numbers that are hardware's are in a hardware
+file, those that are the model's in its config. All else is here: how the model is trained, how it is served, and how
 often the machines fail.
+
+    gpus = pipeline * data * tensor       each GPU is in one pipeline stage, one part of the batch, one part of matrices
+    experts: data * tensor GPUs of a stage are divided into groups of `expert`, each of which holds all experts once
+
+Worked example, DeepSeek-V3: 2048 GPUs, 16 stages, no tensor parallelism: 2048 / 16 = 128 parts of the batch. 64 of them
+share the 256 experts, 4 on each GPU, over 8 nodes; the experts exist 128 / 64 = 2 times. 15360 sequences a step are 120
+micro-batches of one sequence for each part.
+
+Source: DeepSeek-V3 report, section 3.2.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dsmini.accounting.activations import Recompute
 from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.memory import Optimizer
 from dsmini.accounting.tensors import Dtype, WeightDtype
-from dsmini.planner.layout import Layout, Precision, Schedule, Zero
+from dsmini.config import ModelConfig
+from dsmini.config.fields import Bounds, check_types, require
 from dsmini.reading import brief
+
+Zero = Literal[0, 1, 2, 3]
+Precision = Literal["fp32", "bf16", "fp8"]
+DTYPES: Mapping[Precision, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
+"""Dtype of weights and of the products' peak, by precision."""
+Schedule = Literal["1f1b", "zb1p", "dualpipe"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Parallelism, precision and recomputation of a training run. The defaults are one process.
+
+    Raises: ValueError for numbers that do not divide each other, and options that contradict each other.
+    """
+
+    gpus: int = 1
+    """Number of GPUs."""
+    pipeline: int = 1
+    """Number of pipeline stages."""
+    expert: int = 1
+    """Number of GPUs that share the routed experts of a layer."""
+    tensor: int = 1
+    """Number of GPUs that share each matrix, and with sequence parallelism the activations; experts are not divided."""
+    zero: Zero = 0
+    """Stage of ZeRO: 1 divides the optimizer's state over the data-parallel GPUs, 2 gradients too, 3 weights too."""
+    recompute: Recompute = "none"
+    """Activations computed again in backward. selective (V3): norms, MLA's up-projections and SwiGLU; full: blocks."""
+    precision: Precision = "bf16"
+    """Precision of matrix products. fp8: those of attention and feed-forwards; activations between them stay BF16."""
+    micro_batch: int = 1
+    """Number of sequences that go through a stage at a time."""
+    schedule: Schedule = "1f1b"
+    """Pipeline schedule."""
+    optimizer: Optimizer = "adamw"
+    """Optimizer of the matrices in blocks; AdamW for all else."""
+    moments: Dtype = "float32"
+    """Dtype of AdamW's moments."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("gpus", "pipeline", "expert", "tensor", "micro_batch"):
+            Bounds(least=1).check(name, getattr(self, name))
+        gpus, p, t = self.gpus, self.pipeline, self.tensor
+        if gpus % (p * t):
+            fit = [n for n in range(1, gpus // t + 1) if gpus % (n * t) == 0]
+            fix = f"use a pipeline of {_listed(fit)}" if fit else f"use a tensor of {_listed(divisors(gpus))}"
+            raise ValueError(f"pipeline={p} and tensor={t} do not divide gpus={gpus}; {fix}")
+        if gpus // p % self.expert:
+            fit = _listed(divisors(gpus // p))
+            raise ValueError(
+                f"expert={self.expert} does not divide the {gpus // p} GPUs of a stage; use an expert of {fit}"
+            )
+        require(
+            self.schedule != "dualpipe" or p % 2 == 0,
+            f"schedule='dualpipe' pairs stages, got pipeline={p}; use an even number, or 1f1b",
+        )
+        require(
+            self.zero == 0 or self.data * self.copies > 1,
+            f"zero={self.zero} divides the state over data-parallel GPUs, of which there is one; use zero=0",
+        )
+
+    @property
+    def data(self) -> int:
+        """Number of parts of the batch that are computed at the same time."""
+        return self.gpus // (self.pipeline * self.tensor)
+
+    @property
+    def copies(self) -> int:
+        """Number of copies of the parameters in a pipeline: two with DualPipe, whose halves hold the same stages."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+
+def check_layout(layout: Layout, config: ModelConfig, node: int, batch: int) -> None:
+    """Refuse a layout that this model, nodes of this many GPUs or this batch cannot have, with one sentence.
+
+    Args:
+        batch: sequences in an optimizer step.
+    """
+    p, e, t, m, most = layout.pipeline, layout.expert, layout.tensor, layout.micro_batch, config.n_layers
+    require(p <= most, f"pipeline={p} is more than n_layers={most}; use {most} or fewer stages")
+    moe = config.n_dense_layers < config.n_layers + config.n_mtp_layers
+    require(moe or e == 1, f"expert={e} but the model has no MoE layers; use expert=1")
+    _check_divides("n_routed_experts", config.n_routed_experts, "expert", e)
+    fills = e % node == 0 or node % e == 0
+    require(fills, f"expert={e} neither fills nodes of {node} GPUs nor divides one; use a multiple or a divisor")
+    require(t <= node, f"tensor={t} is more than the {node} GPUs of a node; use {node} or fewer")
+    _check_divides("n_heads", config.n_heads, "tensor", t)
+    _check_divides("n_kv_heads", config.kv_heads, "tensor", t)
+    if batch % m:
+        raise ValueError(f"micro_batch={m} does not divide batch={batch} sequences; use {_listed(divisors(batch))}")
+    rows = layout.data * m
+    whole = f"a step of batch={batch} sequences is not divisible by data={layout.data} parts of micro_batch={m}"
+    require(batch % rows == 0, f"{whole}; use a batch of {max(rows, batch // rows * rows)}")
+    number, fix = batch // rows, "use a larger batch, a smaller micro_batch or fewer stages"
+    needs = f"schedule='dualpipe' with pipeline={p} needs an even number of micro-batches from {2 * p}, got {number}"
+    fits = layout.schedule != "dualpipe" or (number >= 2 * p and number % 2 == 0)
+    require(fits, f"{needs}; {fix}")
+    require(number >= p, f"pipeline={p} needs at least {p} micro-batches a step, got {number}; {fix}")
+
+
+def _check_divides(name: str, number: int, of: str, parts: int) -> None:
+    if number % parts:
+        raise ValueError(f"{name}={number} is not divisible by {of}={parts}; use {_listed(divisors(number))}")
+
+
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """Return the divisors of a number, up to `most`."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    shown = numbers if len(numbers) <= 8 else [*numbers[:7], numbers[-1]]
+    return f"{', '.join(map(str, shown[:-1]))} or {shown[-1]}"
+
 
 LARGEST = 1e18
 """Maximum of every number, so that products of some of them are floats."""
@@ -130,17 +257,13 @@ class PlanRequest:
         return [name for name in names if getattr(self, name) is not None]
 
 
-def _refuse_contradictions(request: PlanRequest) -> None:
-    r = request
-    if r.gpus is not None:
-        for name in ("pipeline", "expert", "tensor"):
-            size = getattr(r, name)
-            if size is not None and r.gpus % size:
-                raise ValueError(f"{name}={size} does not divide gpus={r.gpus}; change one of them")
-    for stage in ("decode", "prefill"):
-        gpus, tensor = getattr(r, f"{stage}_gpus"), getattr(r, f"{stage}_tensor")
-        if gpus is not None and tensor is not None and gpus % tensor:
-            raise ValueError(f"{stage}_tensor={tensor} does not divide {stage}_gpus={gpus}; change one of them")
+def _refuse_contradictions(r: PlanRequest) -> None:
+    sizes = {name: "gpus" for name in ("pipeline", "expert", "tensor")}
+    sizes |= {f"{stage}_tensor": f"{stage}_gpus" for stage in ("decode", "prefill")}
+    for name, whole in sizes.items():
+        part, gpus = getattr(r, name), getattr(r, whole)
+        if part is not None and gpus is not None and gpus % part:
+            raise ValueError(f"{name}={part} does not divide {whole}={gpus}; change one of them")
     if r.schedule == "dualpipe" and (r.pipeline == 1 or r.gpus == 1):
         raise ValueError("schedule='dualpipe' needs pipeline stages, got one; use pipeline=2 or more, or leave it out")
     if r.zero and r.gpus == 1:

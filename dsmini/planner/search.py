@@ -29,8 +29,8 @@ from dsmini.config import ModelConfig
 from dsmini.planner.display import in_unit
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.layout import DTYPES, Layout, check_layout, divisors
 from dsmini.planner.model import model_figures
+from dsmini.planner.request import DTYPES, Layout, check_layout, divisors
 from dsmini.planner.training import WITHOUT, training_figures
 
 OnPart = Callable[[float, str], None]

@@ -30,7 +30,7 @@ Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviatha
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from dsmini.accounting.kv_cache import CacheDtype
 from dsmini.accounting.tensors import WeightDtype, key_width, largest, smallest, total
 from dsmini.accounting.traffic import expected_experts
 from dsmini.config import ModelConfig
+from dsmini.config.fields import require
 from dsmini.planner.exchange import serving_exchange
 from dsmini.planner.figure import Sheet
 from dsmini.planner.hardware import Hardware
@@ -76,49 +77,37 @@ class Deployment:
     def check(self, config: ModelConfig, hardware: Hardware) -> None:
         """Refuse a model or hardware that it does not go with. Raises: ValueError with the number to change."""
         slots, node = config.n_routed_experts + self.redundant, round(hardware.value("gpus_per_node"))
-        if self.gpus % self.tensor:
-            raise ValueError(
-                f"{self.gpus} GPUs are no multiple of tensor_parallel={self.tensor}; use a divisor of {self.gpus}"
-            )
-        if self.tensor > node:
-            raise ValueError(f"tensor_parallel={self.tensor} is more than a node has; use {node}")
-        if slots % self.gpus:
-            raise ValueError(
-                f"{slots} experts, redundant ones included, do not divide by {self.gpus} GPUs; "
-                f"add {-slots % self.gpus} redundant ones"
-            )
-        if self.gpus > node and not hardware.networked:
-            raise ValueError(f"{hardware.title} has no slow link, want one for several nodes; plan one node")
-        if self.gpus > 1 and not hardware.linked:
-            raise ValueError(f"{hardware.title} has no fast link, want one for several GPUs in a node; plan one GPU")
-        if config.is_mla and config.qk_norm and self.stage == "decode":
-            raise ValueError("qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
+        gpus, tensor, title = self.gpus, self.tensor, hardware.title
+        require(gpus % tensor == 0, f"{gpus} GPUs are no multiple of tensor_parallel={tensor}; use a divisor of {gpus}")
+        require(tensor <= node, f"tensor_parallel={tensor} is more than a node has; use {node}")
+        divide = f"{slots} experts, redundant ones included, do not divide by {gpus} GPUs"
+        require(slots % gpus == 0, f"{divide}; add {-slots % gpus} redundant ones")
+        networked, linked = hardware.networked or gpus <= node, hardware.linked or gpus == 1
+        require(networked, f"{title} has no slow link, want one for several nodes; plan one node")
+        require(linked, f"{title} has no fast link, want one for several GPUs in a node; plan one GPU")
+        absorbed = not (config.is_mla and config.qk_norm and self.stage == "decode")
+        require(absorbed, "qk_norm=True has no absorbed form, which decoding is planned in; use qk_norm=False")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blocks:
-    """Blocks that a step runs, followed by the head, and the ends that go with them."""
+class Work(NamedTuple):
+    """Work of a GPU in one micro-batch."""
 
     layers: Any
+    """Blocks that it runs, and those of them that are dense and have experts."""
     dense: Any
     moe: Any
     end_bytes: Any
+    """Weights that go with these blocks and the head; and multiply-adds of a token with them."""
     end_products: Any = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """Work of a GPU in one micro-batch."""
-
-    rows: Any
+    rows: Any = 0
     """Tokens that pass the blocks."""
-    logits: Any
+    logits: Any = 0
     """Tokens that the head is asked for."""
-    pairs: Any
+    pairs: Any = 0
     """Multiply-adds of attention over the context in one block, all tokens."""
-    cache: Any
+    cache: Any = 0
     """Cache that attention reads; 0 for prompts, whose keys are fresh."""
-    absorbed: bool
+    absorbed: bool = False
     """wkv_b is applied as two halves in the compute dtype."""
 
 
@@ -135,8 +124,9 @@ def deployment_figures(s: Sheet, c: ModelConfig, d: Deployment, source: str) -> 
     t.put("micro_batches", d.micro_batches, source)
     t.data_parallel = t.expert_parallel / t.tensor_parallel
     t.gpu_experts = (c.n_routed_experts + t.redundant_experts) / t.expert_parallel
-    main = _main_blocks(s, c)
-    t.gpu_weights = _weights(s, t, d, main, t.gpu_experts, s.latent_up_bytes) + s.vocabulary_bytes / t.tensor_parallel
+    t.gpu_weights = (
+        _weights(s, t, d, _main(s, c), t.gpu_experts, s.latent_up_bytes) + s.vocabulary_bytes / t.tensor_parallel
+    )
     group = t.tensor_parallel if c.is_mla else t.tensor_parallel / smallest(t.tensor_parallel, c.kv_heads)
     t.sequence_cache = s.kv_cache * group
     mine = t.micro_batches * (s.sequences if d.stage == "decode" else 1)
@@ -152,12 +142,12 @@ def deployment_figures(s: Sheet, c: ModelConfig, d: Deployment, source: str) -> 
     return t
 
 
-def _main_blocks(s: Sheet, c: ModelConfig) -> Blocks:
+def _main(s: Sheet, c: ModelConfig) -> Work:
     """Return all blocks of the model without multi-token prediction."""
-    return Blocks(layers=c.n_layers, dense=s.dense_layers, moe=s.moe_layers, end_bytes=s.final_norms_bytes)
+    return Work(layers=c.n_layers, dense=s.dense_layers, moe=s.moe_layers, end_bytes=s.final_norms_bytes)
 
 
-def _weights(s: Sheet, t: Sheet, d: Deployment, blocks: Blocks, experts: Any, up: Any) -> Any:
+def _weights(s: Sheet, t: Sheet, d: Deployment, blocks: Work, experts: Any, up: Any) -> Any:
     """Return the bytes of these blocks and the head on one GPU, with this many routed experts in each MoE block."""
     attention = (s.head_matrices_bytes + up) / t.tensor_parallel + s.latent_down_bytes + s.block_norms_bytes
     moe = experts * s.expert_bytes + s.gate_bytes + (0 if d.shared_remote else s.shared_experts_bytes)
@@ -168,18 +158,16 @@ def _weights(s: Sheet, t: Sheet, d: Deployment, blocks: Blocks, experts: Any, up
 def serving_figures(s: Sheet, c: ModelConfig, hardware: Hardware, decode: Deployment, prefill: Deployment) -> None:
     """Name the time of decoding, of prompts, and of drafts where the sheet has some; deployments are there already."""
     d, p = s.each("decode_{}"), s.each("prefill_{}")
-    work = _decode_work(s, c, d, decode, 1)
     _exchange(s, d, c, decode)
-    _step(s, d, d, c, hardware, decode, _main_blocks(s, c), work)
+    _step(s, d, d, c, hardware, decode, _decode_work(s, c, d, _main(s, c)))
     s.decode_time_per_token = d.step_time
     s.decode_tokens_per_second = 1 / d.step_time
     s.decode_gpu_tokens_per_second = s.decode_sequences / d.step_time
     pairs = mean_keys(c, s.prompt) * (c.n_heads * (key_width(c) + c.v_head_dim))
     if c.attention == "dsa":
         pairs = pairs + s.prompt / 2 * _scores(c)
-    prompt = Work(rows=s.prompt, logits=1, pairs=s.prompt * pairs, cache=0, absorbed=False)
     _exchange(s, p, c, prefill)
-    _step(s, p, p, c, hardware, prefill, _main_blocks(s, c), prompt)
+    _step(s, p, p, c, hardware, prefill, _main(s, c)._replace(rows=s.prompt, logits=1, pairs=s.prompt * pairs))
     s.prefill_time_to_first_token = p.step_time
     s.prefill_gpu_tokens_per_second = p.micro_batches * s.prompt / p.step_time
     if s.get("gpu_price") is not None:
@@ -192,13 +180,12 @@ def serving_figures(s: Sheet, c: ModelConfig, hardware: Hardware, decode: Deploy
 def _drafts(s: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment) -> None:
     """Name what drafts gain. A draft runs its block over one token of each sequence; rejecting takes no time."""
     decode, verify, draft = s.each("decode_{}"), s.each("verify_{}"), s.each("draft_{}")
-    _step(s, verify, decode, c, hardware, d, _main_blocks(s, c), _decode_work(s, c, decode, d, s.drafts + 1))
+    _step(s, verify, decode, c, hardware, d, _decode_work(s, c, decode, _main(s, c), s.drafts + 1))
     moe = 1 if c.n_dense_layers <= c.n_layers else 0
-    blocks = Blocks(
+    block = Work(
         layers=1, dense=1 - moe, moe=moe, end_bytes=s.mtp_projection_bytes, end_products=s.mtp_projection_layer
     )
-    work = _decode_work(s, c, decode, d, 1, layers=1)
-    _step(s, draft, decode, c, hardware, d, blocks, work)
+    _step(s, draft, decode, c, hardware, d, _decode_work(s, c, decode, block))
     s.tokens_per_step = accepted_tokens(s.acceptance, s.drafts)
     s.speculative_step = verify.step_time + s.drafts * draft.step_time
     s.speculation_gain = s.tokens_per_step * (decode.step_time / s.speculative_step)
@@ -210,19 +197,19 @@ def accepted_tokens(acceptance: Any, drafts: Any) -> Any:
     return (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
 
 
-def _decode_work(s: Sheet, c: ModelConfig, decode: Sheet, d: Deployment, positions: Any, layers: Any = None) -> Work:
-    """Return the work of a GPU in a micro-batch whose sequences each bring this many tokens: 1, or drafts to verify.
+def _decode_work(s: Sheet, c: ModelConfig, decode: Sheet, blocks: Work, positions: Any = 1) -> Work:
+    """Return the work of a micro-batch whose sequences each bring this many tokens: 1, or drafts to verify.
 
     The tokens of a sequence share one read of its cache.
     """
     rows, met = s.sequences * positions, keys_met(c, s.context)
     pairs = met * context_products(c)
-    row = decode.sequence_cache if layers is None else decode.sequence_cache / c.n_layers * layers
+    row = decode.sequence_cache if blocks.layers is c.n_layers else decode.sequence_cache / c.n_layers * blocks.layers
     if c.attention == "dsa":  # an indexer's keys are read whole, and of attention's rows those that it picked
         pairs = pairs + s.context * _scores(c)
         row = row * ((s.index_row + (s.cache_row - s.index_row) * met / s.context) / s.cache_row)
     cache = s.sequences * (s.context * row)
-    return Work(rows=rows, logits=rows, pairs=rows * pairs, cache=cache, absorbed=c.is_mla)
+    return blocks._replace(rows=rows, logits=rows, pairs=rows * pairs, cache=cache, absorbed=c.is_mla)
 
 
 def _scores(c: Any) -> Any:
@@ -237,9 +224,7 @@ def _exchange(s: Sheet, t: Sheet, c: ModelConfig, d: Deployment) -> None:
         serving_exchange(s, t, c, two_hop=d.two_hop, chosen=chosen, dtype=d.weight_dtype)
 
 
-def _step(
-    s: Sheet, t: Sheet, of: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment, blocks: Blocks, work: Work
-) -> None:
+def _step(s: Sheet, t: Sheet, of: Sheet, c: ModelConfig, hardware: Hardware, d: Deployment, work: Work) -> None:
     """Name the times of a step, and what they are computed from.
 
     Args:
@@ -253,16 +238,16 @@ def _step(
     share = expected_experts(c, t.rows * of.expert_parallel) / c.n_routed_experts
     t.experts_read = of.gpu_experts * share
     up = s.absorbed_bytes if work.absorbed else s.latent_up_bytes
-    t.weights_read = parts * _weights(s, of, d, blocks, t.experts_read, up)
+    t.weights_read = parts * _weights(s, of, d, work, t.experts_read, up)
     t.weights_time = t.weights_read / s.memory_bandwidth
     if work.cache:
         t.cache_read = parts * work.cache
         t.cache_time = t.cache_read / s.memory_bandwidth
     t.memory_time = t.weights_time + t.or_zero("cache_time")
-    _flops(s, t, c, blocks, work, parts)
+    _flops(s, t, c, work, parts)
     other = "float32" if d.weight_dtype == "float32" else "bfloat16"
     t.compute_time = t.matrix_flops / hardware.peak(s, d.weight_dtype) + t.other_flops / hardware.peak(s, other)
-    sent = parts * t.rows * blocks.moe
+    sent = parts * t.rows * work.moe
     if d.gpus > hardware.value("gpus_per_node"):
         t.slow_bytes = sent * of.slow_row_bytes
         t.slow_link_time = t.slow_bytes / s.slow_link
@@ -270,7 +255,7 @@ def _step(
     if d.tensor > 1:
         gathered = c.dim if not c.is_mla or c.q_lora_rank is None else c.q_lora_rank
         gathered = gathered + (c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else 0)
-        fast.append(parts * t.rows * blocks.layers * (2 * (gathered + c.dim)) * (of.tensor_parallel - 1))
+        fast.append(parts * t.rows * work.layers * (2 * (gathered + c.dim)) * (of.tensor_parallel - 1))
     if fast:
         t.fast_bytes = total(fast)
         t.fast_link_time = t.fast_bytes / s.fast_link
@@ -286,16 +271,16 @@ def demands(t: Sheet) -> dict[str, Any]:
     return {words: t.get(name) for name, words in RESOURCES.items() if t.get(name) is not None}
 
 
-def _flops(s: Sheet, t: Sheet, c: ModelConfig, blocks: Blocks, work: Work, parts: Any) -> None:
+def _flops(s: Sheet, t: Sheet, c: ModelConfig, work: Work, parts: Any) -> None:
     """Name the operations of a GPU in a step: in the weights' dtype, and in the compute dtype."""
     experts = c.n_activated_experts * s.or_zero("expert_parameters") + s.or_zero("shared_parameters")
     attention = s.head_matrices_products + s.latent_down_products
-    others = blocks.moe * s.or_zero("gate_parameters") + blocks.end_products + blocks.layers * s.block_norms_products
+    others = work.moe * s.or_zero("gate_parameters") + work.end_products + work.layers * s.block_norms_products
     if work.absorbed:
-        others = others + blocks.layers * s.latent_up_products
+        others = others + work.layers * s.latent_up_products
     else:
         attention = attention + s.latent_up_products
-    matrices = blocks.layers * attention + blocks.dense * s.or_zero("dense_parameters") + blocks.moe * experts
-    over = blocks.layers * work.pairs + work.logits * s.vocabulary_parameters
+    matrices = work.layers * attention + work.dense * s.or_zero("dense_parameters") + work.moe * experts
+    over = work.layers * work.pairs + work.logits * s.vocabulary_parameters
     t.matrix_flops = 2 * parts * (t.rows * matrices)
     t.other_flops = 2 * parts * (t.rows * others + over)

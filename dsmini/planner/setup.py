@@ -20,9 +20,8 @@ from dsmini.config.fields import build
 from dsmini.planner.display import in_unit, shown
 from dsmini.planner.figure import Sheet, titles
 from dsmini.planner.hardware import USER, Hardware
-from dsmini.planner.layout import DTYPES, Layout, Precision
 from dsmini.planner.model import cache_figures, placed_tensors, weight_figures, without_indexer
-from dsmini.planner.request import PlanRequest
+from dsmini.planner.request import DTYPES, Layout, PlanRequest, Precision
 from dsmini.planner.search import EVERY, Problem, choose_layout
 from dsmini.planner.serving import Deployment, Stage, deployment_figures
 from dsmini.reading import find_config, read_table, read_toml

@@ -30,7 +30,7 @@ Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.0205
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ from dsmini.config import ModelConfig
 from dsmini.planner.exchange import training_exchange
 from dsmini.planner.figure import Figure, Sheet
 from dsmini.planner.hardware import Hardware
-from dsmini.planner.layout import Layout, Schedule
 from dsmini.planner.model import placed_tensors
+from dsmini.planner.request import Layout, Schedule
 
 BF16_EFFICIENCY = (0.51, "LL3, table 4: 0.43 of the peak in a whole step, its bubbles and all-reduces taken out")
 FP8_EFFICIENCY = (0.29, "fitted to the 143.8 ms of a forward with a backward that INS, table 4, implies")
@@ -335,31 +335,6 @@ def _least(s: Sheet, c: ModelConfig) -> Any:
     return smallest(s.dense_layer_seconds, s.moe_layer_seconds)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """Times of one micro-batch in a stage and pass, and of one step, before any of it hides another."""
-
-    forward: Any
-    backward: Any
-    weights: Any
-    rows: Any
-    reduce: Any
-    state: Any
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunks:
-    """Times of one micro-batch in one stage."""
-
-    forward: Any
-    backward: Any
-    """Whole backward: gradients of inputs and of weights."""
-    weights: Any
-    """Part of backward that makes the gradients of weights."""
-    both: Any
-    """A forward and a backward at the same time."""
-
-
 def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> None:
     """Name the parts of a step's time, and the step without each resource."""
     rows = between = within = 0.0
@@ -367,69 +342,74 @@ def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: li
         nodes = layout.expert / hardware.value("gpus_per_node")
         training_exchange(s, c, hardware, nodes, "fp8" if layout.precision == "fp8" else "bfloat16")
         s.stage_moe_layers = (s.moe_layers + s.mtp_moe_layers) / s.pipeline
-        s.chunk_slow, s.chunk_fast = (
-            seconds * s.micro_batch_tokens * s.stage_moe_layers
-            for seconds in (s.dispatch_slow_seconds, s.dispatch_fast_seconds)
-        )
+        s.chunk_slow = s.dispatch_slow_seconds * s.micro_batch_tokens * s.stage_moe_layers
+        s.chunk_fast = s.dispatch_fast_seconds * s.micro_batch_tokens * s.stage_moe_layers
         s.chunk_dispatch = s.dispatch_seconds * s.micro_batch_tokens * s.stage_moe_layers
         s.compute_to_dispatch = (s.chunk_forward + s.chunk_backward) / (2 * s.chunk_dispatch)
-        rows, between, within = s.chunk_dispatch, s.chunk_slow, s.chunk_fast
+        between, within, rows = s.chunk_slow, s.chunk_fast, s.chunk_dispatch
     s.chunk_tensor = _reduce_seconds(s, c, hardware, layout)
     s.state_seconds = _state_seconds(s, hardware, layout, gpus)
     moved = s.state_gradient + 2 * s.state_master + 2 * s.state_moments + s.state_weight
     if layout.precision == "fp32":
         moved = moved + s.state_weight  # its own master: read too
     s.update_seconds = _most(_owned(s, layout, gpu) for gpu in gpus) * moved / s.memory_bandwidth
-    load = Load(
-        forward=s.chunk_forward,
-        backward=s.chunk_backward,
-        weights=s.chunk_weights,
-        rows=rows,
-        reduce=s.chunk_tensor,
-        state=s.state_seconds,
-    )
-    parts = _parts(s, layout, load)
-    s.computing_seconds, s.dispatching_seconds, s.reducing_seconds, s.bubble_seconds, s.exchange_seconds = parts
+    computing = {"forward": s.chunk_forward, "backward": s.chunk_backward, "weights": s.chunk_weights}
+    load = {**computing, "rows": rows, "reduce": s.chunk_tensor, "state": s.state_seconds}
+    for name, part in _parts(s, layout, **load).items():
+        setattr(s, f"{name}_seconds", part)
     waiting = s.computing_seconds + s.dispatching_seconds + s.reducing_seconds + s.bubble_seconds
     s.roof_step_seconds = waiting + s.exchange_seconds + s.update_seconds
     one_node = layout.gpus <= hardware.value("gpus_per_node")
-    changes = {
-        "computing": {"forward": 0.0, "backward": 0.0, "weights": 0.0},
-        "links_between": {"rows": within, "state": load.state if one_node else 0.0},
-        "links_within": {"rows": between, "reduce": 0.0, "state": 0.0 if one_node else load.state},
-    }
-    for name, change in changes.items():
-        setattr(s, f"step_without_{name}", total(_parts(s, layout, replace(load, **change))) + s.update_seconds)
+    for name, change in {
+        "computing": dict.fromkeys(computing, 0.0),
+        "links_between": {"rows": within, "state": s.state_seconds if one_node else 0.0},
+        "links_within": {"rows": between, "reduce": 0.0, "state": 0.0 if one_node else s.state_seconds},
+    }.items():
+        parts = _parts(s, layout, **{**load, **change})
+        setattr(s, f"step_without_{name}", total(parts.values()) + s.update_seconds)
     s.step_without_bubble = s.roof_step_seconds - s.bubble_seconds
     s.step_without_update = s.roof_step_seconds - s.update_seconds
 
 
-def _parts(s: Sheet, layout: Layout, load: Load) -> tuple[Any, Any, Any, Any, Any]:
-    """Return what a GPU waits for in a step: computing, rows, all-reduces, the pipeline, gradients and weights."""
+def _parts(
+    s: Sheet, layout: Layout, forward: Any, backward: Any, weights: Any, rows: Any, reduce: Any, state: Any
+) -> dict[str, Any]:
+    """Return what a GPU waits for in a step: computing, rows, all-reduces, the pipeline, gradients and weights.
+
+    Args:
+        forward, backward, weights, rows, reduce: times of a micro-batch in a stage and pass, before any hides another.
+        state: time of gradients and weights of a step.
+    """
     dual, number = layout.schedule == "dualpipe", s.micro_batches
-    alone, rows = load.forward + load.backward, 2 * load.rows
-    chunks = Chunks(
-        forward=load.forward + load.rows + load.reduce,
-        backward=load.backward + load.rows + load.reduce,
-        weights=load.weights,
-        both=(largest(alone, rows) if dual else alone + rows) + 2 * load.reduce,
-    )
-    computing, reducing, dispatching = number * alone, number * (2 * load.reduce), number * rows
+    alone, sent = forward + backward, 2 * rows
+    both = largest(alone, sent) if dual else alone + sent
+    found = {"computing": number * alone, "dispatching": number * sent, "reducing": number * (2 * reduce)}
     if dual:  # in the middle of a step, a forward and a backward hide each other's rows
-        hidden = alone + rows - largest(alone, rows)
-        dispatching = dispatching - (number - s.pipeline) * hidden
-    bubble = bubble_seconds(layout.schedule, s.pipeline, chunks)
-    exchange = load.state if layout.zero < 2 else largest(0.0, load.state - computing)
-    return computing, dispatching, reducing, bubble, exchange
+        found["dispatching"] = found["dispatching"] - (number - s.pipeline) * (alone + sent - both)
+    found["bubble"] = bubble_seconds(
+        layout.schedule,
+        s.pipeline,
+        forward=forward + rows + reduce,
+        backward=backward + rows + reduce,
+        weights=weights,
+        both=both + 2 * reduce,
+    )
+    found["exchange"] = state if layout.zero < 2 else largest(0.0, state - found["computing"])
+    return found
 
 
-def bubble_seconds(schedule: Schedule, pipeline: Any, t: Chunks) -> Any:
-    """Return the time that a GPU waits in a step. Source: DeepSeek-V3 report, table 2."""
+def bubble_seconds(schedule: Schedule, pipeline: Any, *, forward: Any, backward: Any, weights: Any, both: Any) -> Any:
+    """Return the time that a GPU waits in a step. Source: DeepSeek-V3 report, table 2.
+
+    Args:
+        forward, backward: times of a micro-batch in a stage; backward makes all gradients.
+        weights: the part of backward that makes the gradients of weights.
+        both: time of a forward and a backward at the same time.
+    """
     if schedule == "dualpipe":
-        return (pipeline / 2 - 1) * (t.both + t.backward - 3 * t.weights)
-    if schedule == "zb1p":
-        return (pipeline - 1) * (t.forward + t.backward - 2 * t.weights)
-    return (pipeline - 1) * (t.forward + t.backward)
+        return (pipeline / 2 - 1) * (both + backward - 3 * weights)
+    alone = forward + backward
+    return (pipeline - 1) * (alone - 2 * weights if schedule == "zb1p" else alone)
 
 
 def _reduce_seconds(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> Any:

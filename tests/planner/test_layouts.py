@@ -11,8 +11,7 @@ import pytest
 
 from dsmini.planner import answers, search
 from dsmini.planner.hardware import load_hardware
-from dsmini.planner.layout import Layout
-from dsmini.planner.request import PlanRequest
+from dsmini.planner.request import Layout, PlanRequest
 from dsmini.planner.setup import Model, problem_of, setup
 from dsmini.planner.training import WITHOUT
 from tests.helpers.plans import plan_of, read, setup_of, values_of

@@ -10,7 +10,7 @@ import torch
 from dsmini.accounting import parameters
 from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
-from dsmini.planner.layout import Layout, Schedule
+from dsmini.planner.request import Layout, Schedule
 from dsmini.planner.search import Problem
 from dsmini.planner.setup import reference
 from dsmini.planner.training import WITHOUT
