@@ -1,10 +1,9 @@
 """Answers of the command: what it prints, what --json prints, and the page that --out writes."""
 
-import dataclasses
 import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from dsmini.console.messages import say
 from dsmini.planner.display import shown
 from dsmini.planner.explanation import explain, find, named, text
 from dsmini.planner.figure import Figure
+from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.here import record_here, section_here, steps_here, with_forecast
 from dsmini.planner.pages import heading, plan_report, search_section, ten_lines, variation_section
 from dsmini.planner.plan import SECTIONS, Plan, changed, plan
@@ -25,7 +25,6 @@ from dsmini.planner.vary import Variation, read_axis, vary
 from dsmini.report import Report, Section, Table
 from dsmini.report.figures import plain
 
-OnPart = Callable[[float, str], None]
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
 
@@ -74,7 +73,7 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
 
 
-def planned(made: Setup, command: str, on_part: OnPart = lambda done, what: None, *, whole: bool = False) -> Answer:
+def planned(made: Setup, command: str, on_part: OnPart = quiet, *, whole: bool = False) -> Answer:
     """Return the plan in ten lines, or with all tables; of this machine, with forecasts of its steps.
 
     Raises: ValueError if neither training nor serving fits.
@@ -96,29 +95,25 @@ def planned(made: Setup, command: str, on_part: OnPart = lambda done, what: None
     )
 
 
-def searched(made: Setup, command: str, on_part: OnPart = lambda done, what: None) -> Answer:
+def searched(made: Setup, command: str, on_part: OnPart = quiet) -> Answer:
     """Return the layouts that fit, fastest first, and the plan of the fastest on the page.
 
     Raises: ValueError if no layout fits, with what would fit.
     """
     layout, given = made.layout, {name: (value,) for name, value in made.asked.layout_fields.items()}
     options = {"gpus": (layout.gpus,), **({"precision": ("fp32",)} if layout.precision == "fp32" else {}), **given}
-    problem = problem_of(made.request, made.model, made.hardware).of(**options)
-    found = search(problem, on_part=on_part)
-    changes = {name: getattr(found[0].layout, name) for name in layout.__dataclass_fields__}
-    best = plan(changed(made, changes, made.hardware, "the fastest of all that fit"))
+    found = search(problem_of(made.request, made.model, made.hardware).of(**options), on_part=on_part)
+    best = plan(changed(made, asdict(found[0].layout), made.hardware, "the fastest of all that fit"))
     section = search_section(found)
     return Answer(
-        record={"layouts": [_candidate_record(candidate) for candidate in found]},
+        record={"layouts": [_candidate_record(one) for one in found]},
         lines=[heading(best)],
         report=Report(title="", sections=[section]),
         page=lambda: plan_report(best, full=True, more=[section], command=command),
     )
 
 
-def varied(
-    made: Setup, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = lambda done, what: None
-) -> Answer:
+def varied(made: Setup, axes: Sequence[str], names: Sequence[str], command: str, on_part: OnPart = quiet) -> Answer:
     """Return the plans of all values of one thing or of two."""
     found = vary(made, [read_axis(axis) for axis in axes], names, on_part)
     there, on_page = (variation_section(found, full=full) for full in (False, True))
@@ -150,7 +145,7 @@ def explained(made: Setup, name: str, width: int) -> Answer:
     figures = plan(made).figures
     if name != "list":
         found = explain(find(figures.values(), name))
-        return Answer(record=dataclasses.asdict(found), lines=[text(found, width).rstrip()])
+        return Answer(record=asdict(found), lines=[text(found, width).rstrip()])
     every = named(figures.values())
     rows = [(key, shown(figure), figure.title.title) for key, figure in every.items()]
     table = Table(columns=("name", "value", "figure"), rows=rows, numeric=("value",))
@@ -167,7 +162,7 @@ def plan_record(found: Plan) -> Record:
     return {
         "config": made.model.source,
         "hardware": made.hardware.name,
-        "layout": dataclasses.asdict(made.layout) | {"chosen": made.sources["layout"]},
+        "layout": asdict(made.layout) | {"chosen": made.sources["layout"]},
         "fits": found.fits,
         "misfit": dict(made.misfit),
         "unserved": made.unserved,
@@ -185,8 +180,9 @@ def figures_record(figures: Mapping[str, Figure]) -> Record:
 
 
 def _candidate_record(found: Candidate) -> Record:
-    more = {"memory": found.memory, "step_seconds": found.step, "utilization": found.utilization, "binds": found.binds}
-    return dataclasses.asdict(found.layout) | more
+    """Return a layout with its memory, seconds of a step, utilization and what binds."""
+    record = asdict(found)
+    return record.pop("layout") | record
 
 
 def variation_record(variation: Variation) -> Record:

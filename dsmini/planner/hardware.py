@@ -19,6 +19,12 @@ from dsmini.reading import brief, read_toml
 
 OnPart = Callable[[float, str], None]
 """Progress of a long work: the share that is done, and a short text."""
+
+
+def quiet(done: float, what: str) -> None:
+    """Tell nobody."""
+
+
 USER = "the command line"
 DTYPES = ("float32", "bfloat16", "fp8")
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -105,7 +111,7 @@ def known_hardware() -> list[str]:
     return sorted(_machines())
 
 
-def load_hardware(name_or_path: str | Path, on_part: OnPart = lambda done, what: None) -> Hardware:
+def load_hardware(name_or_path: str | Path, on_part: OnPart = quiet) -> Hardware:
     """Return known hardware by name, that of your own TOML file by path, or this machine's, measured, for "this".
 
     Args:

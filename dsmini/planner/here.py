@@ -7,11 +7,12 @@ each operation with rates that were measured on this machine.
 Only `--hardware this` comes here; it imports torch. Other plans do not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsmini.config import TrainConfig
+from dsmini.planner.hardware import OnPart, quiet
 from dsmini.planner.plan import Plan
 from dsmini.planner.request import DTYPES
 from dsmini.planner.setup import Setup
@@ -39,7 +40,7 @@ class StepHere:
     forecast: "Forecast"
 
 
-def steps_here(plan: Plan, on_part: Callable[[float, str], None] = lambda done, what: None) -> list[StepHere]:
+def steps_here(plan: Plan, on_part: OnPart = quiet) -> list[StepHere]:
     """Return the steps of a plan on this machine's CPU; none on a GPU, whose operations have no rates here.
 
     Args:

@@ -312,7 +312,7 @@ def search_section(candidates: Sequence[Candidate]) -> Section:
     """Return the section of a search: layouts that fit, fastest first."""
     best, rows = candidates[0], list[tuple[str, ...]]()
     for i, c in enumerate(candidates, 1):
-        step, memory = in_unit(c.step, "s"), in_unit(c.memory, "B")
+        step, memory = in_unit(c.step_seconds, "s"), in_unit(c.memory, "B")
         rows.append((str(i), step, c.binds, memory, f"{c.utilization:.3f}", _options(c.layout)))
     columns = ("", "step", "binds", "memory", "MFU", "layout")
     return Section(

@@ -18,7 +18,7 @@ Estimates: the time is that of training.py. Memory is a lower bound: a layout th
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,12 +28,11 @@ import numpy.typing as npt
 from dsmini.config import ModelConfig
 from dsmini.planner.display import in_unit
 from dsmini.planner.figure import Sheet
-from dsmini.planner.hardware import Hardware
+from dsmini.planner.hardware import Hardware, OnPart, quiet
 from dsmini.planner.model import model_figures
 from dsmini.planner.request import DTYPES, Layout, check_layout, divisors
 from dsmini.planner.training import WITHOUT, training_figures
 
-OnPart = Callable[[float, str], None]
 Values = npt.NDArray[np.float64]
 SIZES = ("pipeline", "tensor", "expert", "micro_batch")
 CHOICES = ("schedule", "zero", "recompute", "precision")
@@ -152,7 +151,7 @@ class Candidate:
 
     layout: Layout
     memory: float
-    step: float
+    step_seconds: float
     """Seconds of a step from its parts."""
     utilization: float
     """Share of the peak of BF16, or FP32 where products are."""
@@ -160,7 +159,7 @@ class Candidate:
     """Part that gains most if it took no time, or "memory" if its limit costs more than any part but computing."""
 
 
-def search(problem: Problem, most: int = 12, on_part: OnPart | None = None) -> list[Candidate]:
+def search(problem: Problem, most: int = 12, on_part: OnPart = quiet) -> list[Candidate]:
     """Return the fastest layouts that fit, fastest first; one for each sizes of parallelism.
 
     Raises: ValueError if no layout fits, with what would fit: other choices, or a number of GPUs.
@@ -191,7 +190,7 @@ def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
     return Candidate(
         layout=layout,
         memory=float(s.memory_needed),
-        step=float(s.roof_step_seconds),
+        step_seconds=float(s.roof_step_seconds),
         utilization=float(flops) / peak / float(s.roof_step_seconds),
         binds="memory" if costs > others else max(gains, key=lambda words: gains[words]),
     )
@@ -200,7 +199,7 @@ def _candidate(problem: Problem, layout: Layout, costs: float) -> Candidate:
 # --- all layouts at once
 
 
-def evaluate(problem: Problem, on_part: OnPart | None = None, sizes: list[tuple[int, ...]] | None = None) -> Table:
+def evaluate(problem: Problem, on_part: OnPart = quiet, sizes: list[tuple[int, ...]] | None = None) -> Table:
     """Return the time and the memory of all choices; without `sizes`, for all sizes that the GPUs allow."""
     sizes = list(all_sizes(problem)) if sizes is None else sizes
     choices = list(itertools.product(*(problem.options[name] for name in CHOICES)))
@@ -215,8 +214,7 @@ def evaluate(problem: Problem, on_part: OnPart | None = None, sizes: list[tuple[
             if rows:
                 s = _planned(problem, base, [sizes[row] for row in rows], choice)
                 time[number, rows], memory[number, rows] = s.roof_step_seconds, s.memory_needed
-        if on_part is not None:
-            on_part((number + 1) / len(choices), f"{schedule}, ZeRO {', '.join(map(str, choice[1:]))}")
+        on_part((number + 1) / len(choices), f"{schedule}, ZeRO {', '.join(map(str, choice[1:]))}")
     return Table(problem=problem, sizes=sizes, choices=choices, time=time, memory=memory)
 
 

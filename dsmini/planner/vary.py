@@ -11,11 +11,12 @@ no plan, such as a pipeline that does not divide the GPUs, are left out, and the
 Worked example: kv_lora_rank=256,512 gives a cache of (256 + 64) * 61 * 2 = 39,040 and of 70,272 bytes a token.
 """
 
+import contextlib
 import difflib
 import itertools
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from dsmini.config import ModelConfig
 from dsmini.planner.display import short
 from dsmini.planner.explanation import find, named
 from dsmini.planner.figure import Figure
-from dsmini.planner.hardware import load_hardware
+from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.plan import Plan, changed, plan
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.setup import Setup
@@ -84,35 +85,23 @@ def read_axis(text: str) -> VariedAxis:
 def _value(name: str, word: str, hint: Any) -> Any:
     """Return a word as a value of a type."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    options: dict[str, Any] = {"none": None} if type(None) in choices else {}
+    options: dict[str, Any] = {"true": True, "false": False} if bool in choices else {}
     for choice in choices:
         if typing.get_origin(choice) is typing.Literal:
             options |= {str(option): option for option in typing.get_args(choice)}
-        elif choice is bool:
-            options |= {"true": True, "false": False}
-    if word in options:
-        return options[word]
-    for choice in choices:
-        if choice is str:
-            return word
-        try:
-            if choice in (int, float):
-                return choice(word) if choice is float or word.lstrip("+-").isdigit() else _whole(word)
-        except ValueError:
-            continue
-    allowed = [option for option in options if option != "none"]
-    fix = f"use {'' if bool in choices else 'one of '}{(' or ' if bool in choices else ', ').join(allowed)}"
+    known = options | ({"none": None} if type(None) in choices else {})
+    if word in known or str in choices:
+        return known.get(word, word)
+    whole = word.lstrip("+-").isdigit()
+    with contextlib.suppress(ValueError):
+        if float in choices:
+            return float(word)
+        if int in choices and (whole or float(word).is_integer()):
+            return int(word) if whole else int(float(word))
+    fix = f"use {'' if bool in choices else 'one of '}{(' or ' if bool in choices else ', ').join(options)}"
     raise ValueError(
-        f"--vary {name} has the value {brief(word)}, which it cannot have; {fix if allowed else 'use numbers like 128'}"
+        f"--vary {name} has the value {brief(word)}, which it cannot have; {fix if options else 'use numbers like 128'}"
     )
-
-
-def _whole(word: str) -> int:
-    """Return a whole number written like 1e6."""
-    number = float(word)
-    if not number.is_integer():
-        raise ValueError(f"{word} is not whole")
-    return int(number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +141,7 @@ def vary(
     made: Setup,
     axes: Sequence[VariedAxis],
     names: Sequence[str] = (),
-    on_part: Callable[[float, str], None] = lambda done, what: None,
+    on_part: OnPart = quiet,
 ) -> Variation:
     """Return the plans of one axis, or of all pairs of two.
 
