@@ -49,7 +49,13 @@ class Bounds(NamedTuple):
 
 
 def setting(
-    default: Any, *, resume: Effect = "recipe", none_stays: bool = False, shapes: bool = False, **bounds: float
+    default: Any,
+    *,
+    resume: Effect = "recipe",
+    none_stays: bool = False,
+    shapes: bool = False,
+    function: bool = False,
+    **bounds: float,
 ) -> Any:
     """Declare a field of a config.
 
@@ -57,9 +63,11 @@ def setting(
         resume: the effect of another value on a run that resumes.
         none_stays: a run that resumes may neither begin nor end to have a value.
         shapes: it decides which tensors a model has, and their shapes.
+        function: in Python it may be a function too. Its type stays that of files and flags.
         bounds: least or above, most or below; see Bounds.
     """
-    said = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "bounds": Bounds(**bounds)}
+    said: dict[str, Any] = {"resume": resume, "none_stays": none_stays, "shapes": shapes, "function": function}
+    said["bounds"] = Bounds(**bounds)
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -158,7 +166,8 @@ def check_types(config: Any, prefix: str = "", whole: Bounds = Bounds(), real: B
             value = float(value)
         if isinstance(value, list):
             value = tuple(value)
-        if not any(_is_a(value, choice) for choice in choices):
+        function = callable(value) and f.metadata.get("function")
+        if not function and not any(_is_a(value, choice) for choice in choices):
             want = " or ".join(_describe(choice) for choice in choices)
             raise ValueError(f"{name}={_shown(getattr(config, f.name))} is not {want}{_nearest(value, choices)}")
         object.__setattr__(config, f.name, value)
@@ -232,4 +241,6 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if value is None:
         return "none"
+    if callable(value):
+        raise ValueError(f"a config with the function {brief(value)} cannot be written; give one that has a name")
     return str(value) if isinstance(value, Path) else value

@@ -211,7 +211,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     kind = "deepseek_v2" if v2 else v3
     methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
     wanted: dict[str, tuple[Any, ...]] = {"attention": ("mla",) if v2 else ("mla", "dsa"), "topk_method": methods}
-    wanted |= {"embed_norm": (False,), "qk_norm": (False,)}
+    wanted |= {"embed_norm": (False,), "qk_norm": (False,), "score_func": ("sigmoid", "softmax")}
     wanted |= {"norm_topk_prob": (False,)} if v2 else {}
     wanted |= {"mtp_input": ("post_norm",)} if fields["n_mtp_layers"] else {}
     for key, allowed in wanted.items():
