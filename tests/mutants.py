@@ -2,9 +2,10 @@
 
     python -m tests.mutants SEED NUMBER [FOLDER ...]    # folders of dsmini or kernels to draw from; needs pytest-cov
 
-First all tests but slow ones run once, to know those of each line (.mutants/map.json). A bug, in a copy of the checkout,
-meets the tests of its line, those of its own package first, until one fails, then all tests of its package, slow ones
-too. Lines of C++ meet those of kernels/ and inference/. Results are in .mutants/SEED.jsonl; the same command continues where it was stopped.
+First all tests but slow ones run once, to know those of each line (.mutants/map.json). A bug, in a copy of the
+checkout, meets the tests of its line, those of its own package first, until one fails, then all tests of its package,
+slow ones too. Lines of C++ meet those of kernels/ and inference/. Results are in .mutants/SEED.jsonl; the same command
+continues where it was stopped.
 """
 
 import io
@@ -93,7 +94,8 @@ def known_tests() -> dict[str, dict[str, list[str]]]:
 
         WORK.mkdir(exist_ok=True)
         print("running all tests once, with coverage by test", flush=True)
-        run_pytest(ROOT, "-m", "not gpu and not slow", "--cov=dsmini", "--cov=dsmini_kernels", "--cov-context=test", "--cov-report=")
+        coverage = ("--cov=dsmini", "--cov=dsmini_kernels", "--cov-context=test", "--cov-report=")
+        run_pytest(ROOT, "-m", "not gpu and not slow", *coverage)
         data = CoverageData(str(ROOT / ".coverage"))
         data.read()
         found = {str(Path(file).relative_to(ROOT)): data.contexts_by_lineno(file) for file in data.measured_files()}

@@ -82,8 +82,8 @@ class ModelConfig:
     n_limited_groups: int = 2
     """Maximum number of expert groups a token may use."""
     score_func: Literal["sigmoid", "softmax"] = setting("sigmoid", function=True)
-    """Function that turns the gate's logits into scores: sigmoid in V3, softmax in V2. In Python also a function of logits
-    [n, e], which no file can hold."""
+    """Function that turns the gate's logits into scores: sigmoid in V3, softmax in V2. In Python also a function,
+    from logits [n, e] to scores, which no file can hold."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = setting("noaux_tc", shapes=True)
     """Method of selecting experts. noaux_tc (V3): with a bias, groups scored by their best two experts;
     group_limited_greedy (V2): no bias, groups scored by their best one; greedy (V2-Lite): no bias, no groups."""

@@ -35,6 +35,8 @@ class OtherLatents(dsmini.DSA):
 
 
 def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
+    if idea == "score":
+        return dsmini.Transformer(config, score_func=torch.exp)
     if idea == "norms":
         return OtherNorms(config)
     make_block = {
@@ -52,6 +54,10 @@ def build(config: dsmini.ModelConfig, idea: str) -> dsmini.Transformer:
     ("idea", "sentence"),
     [
         ("gate", r"layers\.1\.ffn\.gate\.options is \{.*score_func.*which no config says: .*state_dict"),
+        (
+            "score",
+            r"a model with score_func=<built-in method exp .* has no deepseek_v3 folder; want 'sigmoid' or 'softmax'",
+        ),
         ("mask", r"layers\.0\.attn\.mask is .*lambda.*which no config says"),
         ("residual", r"layers\.0: its forward is that of OtherResidual\.forward, which no config says"),
         ("latents", r"layers\.0\.attn: its latents is that of OtherLatents\.latents, which no config says"),

@@ -191,6 +191,10 @@ def test_another_gate_is_handed_to_transformer() -> None:
     check_training_and_decoding(model, "gate.weight", ALL_LAYERS - SMALL["n_dense_layers"])
     routing = model.run(torch.randint(0, SMALL["vocab_size"], (1, 9))).routing
     assert all((r.scores > 0).all() and (r.scores.max() > 1) for r in routing)  # beyond what a sigmoid gives
+    by_config = Transformer(**SMALL, score_func=lambda logits: F.softplus(logits).sqrt())
+    by_config.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, SMALL["vocab_size"], (1, 9))
+    assert torch.equal(by_config(tokens), model(tokens))
 
 
 def test_classes_that_make_something_else_are_refused() -> None:
