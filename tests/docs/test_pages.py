@@ -45,3 +45,10 @@ def test_sizes_in_the_text_are_those_of_the_code() -> None:
     decided = "up to {} tokens in BF16 ({} in FP32, {} compiled)".format(*limits)
     assert decided in page("decisions.md") and f"logits, {attention.BLOCK} queries at a time" in page("decisions.md")
     assert f"{generation.PREFILL} tokens at a time" in page("architecture.md")
+
+
+def test_gallery_shows_every_picture_of_its_folder() -> None:
+    shown = set(re.findall(r"\]\(gallery/(.+?)\)", page("gallery.md")))
+    files = list((ROOT / "docs" / "gallery").iterdir())
+    assert shown == {file.name for file in files}
+    assert sum(file.stat().st_size for file in files) < 1_500_000
