@@ -53,6 +53,8 @@ WORDS = {
     "is no (is not a)": r"(?<!\bthere )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|bigger\b|worse\b)",
     "beside (next to, compared with)": r"\bbeside\b",
     "twin (baseline)": r"\btwins?\b",
+    "room (package)": r"\brooms\b|\b(?:a|the|this|each|every|per|no) room\b(?! for)",
+    "foresee (predict)": r"\bforesee\w*",
     "go on (continue, run)": r"\b(?:go|goes|going|went) on\b",
 }
 MUTATORS = {"append", "add", "update", "extend", "pop", "popitem", "clear", "remove", "setdefault", "insert", "discard"}

@@ -16,7 +16,7 @@ def enter(entry: "ctypes._NamedFuncPointer", call: bytes) -> int:
 
 @contextmanager
 def without_running() -> Iterator[None]:
-    """Let calls inside the context be checked and described, and compute nothing: their results stay unwritten."""
+    """Let calls inside the context be checked and described, and compute nothing: their results are not written."""
     token = _runs.set(False)
     try:
         yield

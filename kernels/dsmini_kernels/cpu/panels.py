@@ -45,7 +45,7 @@ quantized_experts = experts
 def trained_experts(
     x: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `experts`, and the results of w1 and w3 for each visit, sorted by expert."""
+    """Return `experts`, and the results of w1 and w3 for each token-expert pair, sorted by expert."""
     call, (x, indices, weights) = _trained_call(x, indices, weights, (w1, w2, w3))
     y, gate, up = torch.empty_like(x), *(x.new_empty(indices.numel(), w1.shape[1]) for _ in range(2))
     _run_trained(call, (x, y, None, indices, weights), (gate, up), None, (None,) * 4, (w1, w2, w3))

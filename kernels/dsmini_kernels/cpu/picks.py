@@ -1,4 +1,4 @@
-"""The picks of an indexer and attention to them, for any number of queries: checks, and the calls for the C++."""
+"""The keys that an indexer chooses, and attention to them, for any number of queries: checks, and calls of the C++."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def pick_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, hidden: Tensor) 
 def picked_attention(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, picks: Tensor
 ) -> Tensor:
-    """Return absorbed attention of each query to the rows that it picked. Sums are FP32, of BF16 numbers if rows are.
+    """Return absorbed attention of each query to the rows that it chose. Sums are FP32, of BF16 numbers if rows are.
 
     A CPU without products of BF16 numbers takes them as FP32.
     """

@@ -266,7 +266,7 @@ def _matrices(weights: Sequence[Any]) -> tuple[int, ...]:
 
 
 def n_threads() -> int:
-    """Return torch's number of threads, or what the C++ takes at most."""
+    """Return torch's number of threads, limited to the C++'s maximum."""
     return min(torch.get_num_threads(), MOST_THREADS)
 
 
@@ -276,7 +276,7 @@ def span(x: Tensor | None) -> tuple[int, int]:
 
 
 def weight_matrix(weight: Any) -> tuple[int, ...]:
-    """Describe a weight whose gradient nobody asks for.
+    """Describe a weight whose gradient is not asked for.
 
     Raises: Unserved as `matrix` does, and for a weight that is not the numbers in its memory.
     """

@@ -237,7 +237,7 @@ def muon_call(memory: Memory, bf16: int, by_gram: int) -> tuple[float, ...]:
 
 
 def _choose(at: int, visits: int, experts: int) -> None:
-    """Let most visits choose the first expert, an odd number the last, and none the one before."""
+    """Let most token-expert pairs have the first expert, an odd number the last, and none the one before."""
     chosen = [experts - 1 if i % 7 == 3 else i % 3 % (experts - 2) for i in range(visits)]
     ctypes.memmove(at, Struct(f"={visits}q").pack(*chosen), 8 * visits)
 

@@ -29,7 +29,7 @@ def quantize_program(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Quantize TILES neighbours in one row of tiles: a block [TALL, TILES, WIDE] of contiguous x [batch * r, c].
+    """Quantize TILES neighbors in one row of tiles: a block [TALL, TILES, WIDE] of contiguous x [batch * r, c].
 
     floor is the bits of amax_min; TALL, WIDE and GROUPS are HEIGHT, WIDTH and groups rounded up to powers of two.
     """
