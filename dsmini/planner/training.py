@@ -30,7 +30,6 @@ Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.0205
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,6 +58,11 @@ WITHOUT = {
     "update": "update of the weights",
 }
 """Resources without which a step is computed again: the figure's last words, and the words of a verdict."""
+
+
+Stage = dict[str, Any]
+"""Contents of a pipeline stage: layers that are dense and that have experts, those of multi-token prediction included;
+its depths; 1 for embedding and head; matrices of the size of the vocabulary; and the micro-batches in flight."""
 
 
 def training_figures(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> None:
@@ -101,62 +105,39 @@ def _state(s: Sheet, layout: Layout) -> None:
     s.state_parameter = s.state_weight + s.state_gradient + s.state_master + s.state_moments
 
 
-def _saved(c: ModelConfig, layout: Layout) -> Saved:
-    size = 4 if layout.precision == "fp32" else 2
-    return Saved(c=c, size=size, fp8=layout.precision == "fp8", recompute=layout.recompute)
-
-
 def _activations(s: Sheet, c: ModelConfig, layout: Layout) -> None:
     """Name the bytes that a token saves for backward in each part of the model."""
-    saved = _saved(c, layout)
+    size = 4 if layout.precision == "fp32" else 2
+    saved = Saved(c=c, size=size, fp8=layout.precision == "fp8", recompute=layout.recompute)
     for part in ("embedding", "dense", "moe", "head", "state", "mtp"):
         setattr(s, f"activations_{part}", total(amount for _, amount in saved.part(part)))
     if layout.recompute == "full":
         s.activations_again = saved.largest_block()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """Contents of a pipeline stage, and the micro-batches in flight in it."""
-
-    dense: Any
-    """Dense layers, those of multi-token prediction included."""
-    moe: Any
-    """MoE layers, those of multi-token prediction included."""
-    in_flight: Any
-    vocabularies: int = 0
-    """Matrices of the size of the embedding: embedding, head, copy for multi-token prediction."""
-    mtp: Any = 0
-    """Depths of multi-token prediction."""
-    first: bool = False
-    last: bool = False
-
-
 def _stages(s: Sheet, c: ModelConfig, layout: Layout) -> dict[str, list[Stage]]:
     """Return the stages of each kind of GPU: the only one, or the first, a second, a middle one and the last."""
-    most, least = s.layers_first, s.layers_last
+    dual, most, least = layout.schedule == "dualpipe", s.layers_first, s.layers_last
+
+    def stage(layers: Any, dense: Any, in_flight: Any, **ends: Any) -> Stage:
+        return {"dense": dense, "moe": layers - dense, "in_flight": in_flight, **ends}
+
+    def with_mtp(found: Stage, vocabularies: int, **ends: Any) -> Stage:
+        mtp = {"dense": found["dense"] + s.mtp_dense_layers, "moe": found["moe"] + s.mtp_moe_layers}
+        return {**found, **mtp, "mtp": c.n_mtp_layers, "head": 1, "vocabulary": vocabularies, **ends}
+
     if layout.pipeline == 1:
-        dense, moe = s.dense_layers + s.mtp_dense_layers, s.moe_layers + s.mtp_moe_layers
-        ends: dict[str, Any] = {"vocabularies": 2, "mtp": c.n_mtp_layers, "first": True, "last": True}
-        return {"only": [Stage(dense=dense, moe=moe, in_flight=1, **ends)]}
-    dense_first = smallest(s.dense_layers, most)
-    first = Stage(dense=dense_first, moe=most - dense_first, in_flight=s.pipeline, vocabularies=1, first=True)
+        return {"only": [with_mtp(stage(c.n_layers, s.dense_layers, 1), vocabularies=2, embedding=1)]}
+    dense = smallest(s.dense_layers, most)
+    first = stage(most, dense, s.pipeline, embedding=1, vocabulary=1)
     dense_last = largest(0, s.dense_layers - (c.n_layers - least))
-    last = Stage(
-        dense=dense_last + s.mtp_dense_layers,
-        moe=least - dense_last + s.mtp_moe_layers,
-        in_flight=s.pipeline if layout.schedule == "zb1p" else 1,
-        vocabularies=1 if layout.schedule == "dualpipe" or not c.n_mtp_layers else 2,
-        mtp=c.n_mtp_layers,
-        last=True,
-    )
+    last = stage(least, dense_last, s.pipeline if layout.schedule == "zb1p" else 1)
+    last = with_mtp(last, vocabularies=1 if dual or not c.n_mtp_layers else 2)  # a copy of the embedding
     in_flight = {"1f1b": s.pipeline - 1, "zb1p": s.pipeline, "dualpipe": (s.pipeline + 1) / 2}[layout.schedule]
-    dense_second, moe_middle = smallest(s.dense_layers - dense_first, most), smallest(s.moe_layers, most)
-    second = Stage(dense=dense_second, moe=most - dense_second, in_flight=in_flight)
-    middle = Stage(dense=most - moe_middle, moe=moe_middle, in_flight=in_flight)
-    dual = layout.schedule == "dualpipe"
+    middle = stage(most, most - smallest(s.moe_layers, most), in_flight)
     found = {"first": [first, last] if dual else [first]}
     if layout.pipeline > 2 and c.n_dense_layers > 1:
+        second = stage(most, smallest(s.dense_layers - dense, most), in_flight)
         found["second"] = [second, middle] if dual else [second]
     if layout.pipeline > 2:
         found["middle"] = [middle, middle] if dual else [middle]
@@ -167,24 +148,34 @@ def _memory(s: Sheet, c: ModelConfig, layout: Layout) -> list[Sheet]:
     """Name the parameters and the memory of each kind of GPU; return its part of the sheet."""
     main = list(main_tensors(c))
     block = [use for use in main if use.place == "block"]
-    shared = [use for use in main if use.module == "shared experts"]
     s.local_dense = _on_gpu(s, [*block, *(use for use in main if use.place == "dense")])
-    s.local_moe = _on_gpu(s, [*block, *shared])
+    s.local_moe = _on_gpu(s, [*block, *(use for use in main if use.module == "shared experts")])
     s.local_experts = s.experts_per_gpu * s.or_zero("expert_parameters")
-    plain = total(use.numbers for use in block if use.form == "fp32")
+    norms = total(use.numbers for use in block if use.form == "fp32")
+    parts = {
+        "dense": (s.local_dense, norms, s.activations_dense),
+        "moe": (s.local_moe, norms + s.or_zero("gate_parameters"), s.activations_moe),
+        "embedding": (0, c.dim if c.embed_norm else 0, s.activations_embedding),
+        "head": (0, c.dim, s.activations_head),
+        "mtp": (0, 3 * c.dim + 2 * c.dim * c.dim, s.activations_mtp),
+        "vocabulary": (0, s.vocabulary_parameters / s.tensor, 0),
+    }  # of each part the numbers of matrices, those of what is never FP8, and the bytes that a token saves
     working = _working(s, c, layout)
     found: list[Sheet] = []
     for place, stages in _stages(s, c, layout).items():
         gpu = s.each(f"{{}}_{place}")
-        matrices = total(stage.dense * s.local_dense + stage.moe * s.local_moe for stage in stages)
-        outside = total(_plain(s, c, stage, plain) for stage in stages)
-        gpu.expert_parameters = total(stage.moe for stage in stages) * s.local_experts
-        gpu.parameters = matrices + outside + gpu.expert_parameters
-        _gpu_state(s, gpu, layout, matrices, outside)
-        gpu.memory_activations = total(_in_flight(s, stage) for stage in stages) * s.micro_batch_tokens
+        held = [[(one[part], *parts[part]) for part in parts if part in one] for one in stages]
+        matrices = total(number * each for one in held for number, each, _, _ in one)
+        plain = total(number * each for one in held for number, _, each, _ in one)
+        gpu.expert_parameters = total(one["moe"] for one in stages) * s.local_experts
+        gpu.parameters = matrices + plain + gpu.expert_parameters
+        _gpu_state(s, gpu, layout, matrices, plain)
+        tokens = [total(number * saved for number, _, _, saved in one) for one in held]
+        saved = total(one["in_flight"] * amount for one, amount in zip(stages, tokens, strict=True))
+        gpu.memory_activations = saved * s.micro_batch_tokens
         gpu.memory_working = working
-        held = gpu.memory_weights + gpu.memory_gradients + gpu.memory_master + gpu.memory_moments
-        gpu.memory = held + gpu.memory_activations + gpu.memory_working
+        state = gpu.memory_weights + gpu.memory_gradients + gpu.memory_master + gpu.memory_moments
+        gpu.memory = state + gpu.memory_activations + gpu.memory_working
         found.append(gpu)
     return found
 
@@ -195,41 +186,18 @@ def _on_gpu(s: Sheet, uses: list[TensorUse]) -> Any:
     return total(use.numbers for use in uses if use.form == "fp8" and use.split != "whole") / s.tensor + whole
 
 
-def _plain(s: Sheet, c: ModelConfig, stage: Stage, of_block: Any) -> Any:
-    """Return the parameters of a stage that are never FP8: vocabulary, gates, norms, MTP's projection."""
-    parts = [(stage.dense + stage.moe) * of_block, stage.moe * s.or_zero("gate_parameters")]
-    if stage.vocabularies:
-        parts.append(stage.vocabularies * s.vocabulary_parameters / s.tensor)
-    if stage.last:
-        parts += [c.dim, stage.mtp * (3 * c.dim + 2 * c.dim * c.dim)]
-    if stage.first and c.embed_norm:
-        parts.append(c.dim)
-    return total(parts)
-
-
 def _gpu_state(s: Sheet, gpu: Sheet, layout: Layout, matrices: Any, plain: Any) -> None:
     """Name the bytes of the training state of a GPU, each part divided from a stage of ZeRO on."""
-
-    def share(stage_of_zero: int, of_matrices: Any, of_plain: Any) -> Any:
+    for part, divided_from, of_matrices, of_plain in (
+        ("weights", 3, s.state_weight, 4 if layout.precision == "fp32" else 2),
+        ("gradients", 2, s.state_gradient, s.state_gradient),
+        ("master", 1, s.state_master, s.state_master),
+        ("moments", 1, s.state_moments, 2 * SIZES[layout.moments]),
+    ):
         rest, experts = matrices * of_matrices + plain * of_plain, gpu.expert_parameters * of_matrices
-        if layout.zero < stage_of_zero:
-            return rest + experts
-        return rest / (s.data * layout.copies) + experts / (s.expert_data * layout.copies)
-
-    gpu.memory_weights = share(3, s.state_weight, 4 if layout.precision == "fp32" else 2)
-    gpu.memory_gradients = share(2, s.state_gradient, s.state_gradient)
-    gpu.memory_master = share(1, s.state_master, s.state_master)
-    gpu.memory_moments = share(1, s.state_moments, 2 * SIZES[layout.moments])
-
-
-def _in_flight(s: Sheet, stage: Stage) -> Any:
-    """Return the bytes of a token in all micro-batches in flight of a stage."""
-    parts = [stage.dense * s.activations_dense, stage.moe * s.activations_moe]
-    if stage.first:
-        parts.append(s.activations_embedding)
-    if stage.last:
-        parts += [s.activations_head, stage.mtp * s.activations_mtp]
-    return stage.in_flight * total(parts)
+        if layout.zero >= divided_from:
+            rest, experts = rest / (s.data * layout.copies), experts / (s.expert_data * layout.copies)
+        setattr(gpu, f"memory_{part}", rest + experts)
 
 
 def _working(s: Sheet, c: ModelConfig, layout: Layout) -> Any:
@@ -282,57 +250,42 @@ def _compute(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout) -> No
     s.plain_rate = peak * s.bf16_efficiency * s.computing_share
     fp8 = layout.precision == "fp8"
     s.fp8_rate = hardware.peak(s, "fp8") * s.fp8_efficiency * s.computing_share if fp8 else s.plain_rate
-    pairs = s.attention_flops
-    if s.get("indexer_flops") is not None:  # of which backward takes two thirds, as of all products
-        pairs = pairs + s.indexer_flops / 3
-    s.pair_seconds = pairs / c.n_layers / s.plain_rate
-    block = total(use.numbers for use in main_tensors(c) if use.place == "block" and use.visits and use.form == "fp8")
-    indexer = [use for use in main_tensors(c) if use.module == INDEXER]
-    plain = 2 * total(use.numbers for use in indexer if use.form == "fp32") / s.plain_rate
-    pairs_and_weights = s.pair_seconds + plain
+    # of an indexer's operations over the context, as of all products, backward takes two thirds
+    s.pair_seconds = (s.attention_flops + s.or_zero("indexer_flops") / 3) / c.n_layers / s.plain_rate
+    block = [use for use in main_tensors(c) if use.place == "block" and use.visits]
+    indexer, blocks = [use for use in block if use.module == INDEXER], c.n_layers + c.n_mtp_layers
+    inside = _products(s, block) + s.pair_seconds
     chosen = c.n_activated_experts * s.or_zero("expert_parameters") + s.or_zero("shared_parameters")
+    kinds: list[Any] = []
     if s.get("dense_parameters") is not None:
-        s.dense_layer_seconds = 2 * (block + s.dense_parameters) / s.fp8_rate + pairs_and_weights
+        s.dense_layer_seconds = 2 * s.dense_parameters / s.fp8_rate + inside
+        kinds += [s.dense_layer_seconds] * (c.n_dense_layers > 0)
     if s.get("expert_parameters") is not None:
-        s.moe_layer_seconds = (
-            2 * (block + chosen) / s.fp8_rate + 2 * s.gate_parameters / s.plain_rate + pairs_and_weights
-        )
+        s.moe_layer_seconds = 2 * chosen / s.fp8_rate + 2 * s.gate_parameters / s.plain_rate + inside
+        kinds += [s.moe_layer_seconds] * (c.n_dense_layers < c.n_layers)
     heads = (1 + c.n_mtp_layers) * s.vocabulary_parameters + s.mtp_projection_parameters
     s.outside_seconds = 2 * heads / s.plain_rate
     dense, moe = s.dense_layers + s.mtp_dense_layers, s.moe_layers + s.mtp_moe_layers
-    inside = dense * s.or_zero("dense_layer_seconds") + moe * s.or_zero("moe_layer_seconds")
-    s.context_seconds = (c.n_layers + c.n_mtp_layers) * s.pair_seconds
-    s.forward_seconds = inside + s.outside_seconds
-    s.again_seconds = _again(c, layout, inside, s.fp8_rate)
-    s.stage_share = largest(1 / s.pipeline, s.layers_first * _least(s, c) / s.forward_seconds)
-    s.chunk_forward = s.forward_seconds * s.micro_batch_tokens * s.stage_share
-    backward = 2 * s.forward_seconds + s.again_seconds
+    layers = dense * s.or_zero("dense_layer_seconds") + moe * s.or_zero("moe_layer_seconds")
+    s.context_seconds = blocks * s.pair_seconds
+    s.forward_seconds = layers + s.outside_seconds
+    up = [use for use in block if use.name in ("wkv_b", "wq_b") and use.module == "attention"]
+    again = {"none": 0.0, "selective": blocks * _products(s, up) if c.is_mla else 0.0, "full": layers}
+    s.again_seconds = again[layout.recompute]
     if indexer:
-        fp8 = 2 * total(use.numbers for use in indexer if use.form == "fp8") / s.fp8_rate
-        s.detached_seconds = (c.n_layers + c.n_mtp_layers) * (plain + fp8)
-        backward = backward - s.detached_seconds
+        s.detached_seconds = blocks * _products(s, indexer)
+    s.stage_share = largest(1 / s.pipeline, s.layers_first * functools.reduce(smallest, kinds) / s.forward_seconds)
+    s.chunk_forward = s.forward_seconds * s.micro_batch_tokens * s.stage_share
+    backward = 2 * s.forward_seconds + s.again_seconds - s.or_zero("detached_seconds")
     s.chunk_backward = backward * s.micro_batch_tokens * s.stage_share
     # W makes no gradients of attention over the context, whose factors are no weights
     s.chunk_weights = (s.forward_seconds - s.context_seconds) * s.micro_batch_tokens * s.stage_share
 
 
-def _again(c: ModelConfig, layout: Layout, inside: Any, rate: Any) -> Any:
-    """Return the time of a token's forward that backward repeats: whole blocks, or MLA's up-projections."""
-    if layout.recompute == "full":
-        return inside
-    if layout.recompute == "none" or not c.is_mla:
-        return 0.0
-    up = [use.numbers for use in main_tensors(c) if use.name in ("wkv_b", "wq_b") and use.module == "attention"]
-    return (c.n_layers + c.n_mtp_layers) * (2 * total(up)) / rate
-
-
-def _least(s: Sheet, c: ModelConfig) -> Any:
-    """Return the time of the layer with less work among the kinds that the main model has."""
-    if not c.n_dense_layers:
-        return s.moe_layer_seconds
-    if c.n_dense_layers >= c.n_layers:
-        return s.dense_layer_seconds
-    return smallest(s.dense_layer_seconds, s.moe_layer_seconds)
+def _products(s: Sheet, uses: list[TensorUse]) -> Any:
+    """Return the time of a token with some matrices of a block: at the rate of FP8 those that may be FP8."""
+    fp8 = 2 * total(use.numbers for use in uses if use.form == "fp8") / s.fp8_rate
+    return fp8 + 2 * total(use.numbers for use in uses if use.form == "fp32") / s.plain_rate
 
 
 def _step(s: Sheet, c: ModelConfig, hardware: Hardware, layout: Layout, gpus: list[Sheet]) -> None:
