@@ -57,11 +57,6 @@ def ceiling(a: Any, b: Any) -> Any:
     return -(-a // b) if _whole(a, b) else np.ceil(a / b)
 
 
-def quotient(a: Any, b: Any) -> Any:
-    """Return a / b; of whole numbers the whole part."""
-    return a // b if _whole(a, b) else a / b
-
-
 def smallest(a: Any, b: Any) -> Any:
     """Return the smaller of two numbers."""
     return min(a, b) if _whole(a, b) else np.minimum(a, b)

@@ -83,14 +83,11 @@ def decode_bytes_per_token(
     Raises: ValueError for a context outside 1 to max_seq_len, a batch below 1, more or fewer experts than can be, and
         form="absorbed" of what has none.
     """
-    check_dtype(dtype, ("float32", "bfloat16", "fp8"))
     check_context(config, context)
     check_sizes(batch=batch)
-    compute = _compute(dtype)
-    size, absorbed = SIZES[compute], is_absorbed(config, form)
-    row, index_row = (count(config, cache_dtype or compute) for count in (row_bytes, index_row_bytes))
-    distinct = distinct_experts(config, batch, experts)
-    products = _Products(config=config, n=batch, compute=compute, fp8=dtype == "fp8", experts=distinct)
+    products = _products(config, batch, dtype, experts)
+    size, absorbed = products.size, is_absorbed(config, form)
+    row, index_row = (count(config, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
@@ -138,12 +135,10 @@ def prefill_bytes_per_token(
 
     Raises: ValueError for sizes below 1, and more or fewer experts than can be.
     """
-    check_dtype(dtype, ("float32", "bfloat16", "fp8"))
     check_sizes(seq_len=seq_len, batch=batch)
-    n, compute = batch * seq_len, _compute(dtype)
-    row = row_bytes(config, cache_dtype or compute) + index_row_bytes(config, cache_dtype or compute)
-    distinct = distinct_experts(config, n, experts)
-    products = _Products(config=config, n=n, compute=compute, fp8=dtype == "fp8", experts=distinct)
+    n = batch * seq_len
+    products = _products(config, n, dtype, experts)
+    row = sum(count(config, cache_dtype or products.compute) for count in (row_bytes, index_row_bytes))
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
@@ -153,7 +148,7 @@ def prefill_bytes_per_token(
             else:
                 yield "activations", products.activations(use)
             if use.per_pair:
-                yield ATTENDED, n * use.times * _fused(config, use) * SIZES[compute]
+                yield ATTENDED, n * use.times * _fused(config, use) * products.size
         yield WRITE, config.n_layers * n * row
 
     return Traffic.of((name, amount / n) for name, amount in collect(amounts()).items())
@@ -231,24 +226,33 @@ class _Products:
     experts: float
     """Number of distinct routed experts in a layer."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return SIZES[self.compute]
+
     def weights(self, use: TensorUse) -> float:
         """Return the bytes read of a weight, with scales and routing biases."""
         if use.name == "embed":
-            return self.n * self.config.dim * SIZES[self.compute]
+            return self.n * self.config.dim * self.size
         read = self.experts if use.module.removeprefix(MTP) == "routed experts" else 1
         return use.times * read * use.bytes("fp8" if self.fp8 else self.compute)
 
     def activations(self, use: TensorUse) -> float:
         """Return the bytes that its products read of their inputs and write of their results."""
-        return self.n * sum(use.widths) * self._size(use)
+        return self.n * sum(use.widths) * (4 if use.form == "fp32" else self.size)
 
     def head(self, rows: int) -> Amounts:
         """Yield what the head reads of the rows it is asked for, and the logits that it writes."""
-        yield "activations", rows * self.config.dim * SIZES[self.compute]
-        yield "logits", rows * self.config.vocab_size * SIZES[self.compute]
+        yield "activations", rows * self.config.dim * self.size
+        yield "logits", rows * self.config.vocab_size * self.size
 
-    def _size(self, use: TensorUse) -> int:
-        return 4 if use.form == "fp32" else SIZES[self.compute]
+
+def _products(config: ModelConfig, n: int, dtype: WeightDtype, experts: float | None) -> _Products:
+    """Return the products of n tokens with weights of a dtype; FP8's are computed in BF16."""
+    check_dtype(dtype, ("float32", "bfloat16", "fp8"))
+    compute, distinct = "bfloat16" if dtype == "fp8" else dtype, distinct_experts(config, n, experts)
+    return _Products(config=config, n=n, compute=compute, fp8=dtype == "fp8", experts=distinct)
 
 
 def _fused(c: ModelConfig, use: TensorUse) -> int:
@@ -259,10 +263,6 @@ def _fused(c: ModelConfig, use: TensorUse) -> int:
     if use.module.removeprefix(MTP) == SCORES:
         return use.per_pair + (c.index_head_dim or 0)
     return (c.n_heads + c.kv_heads) * (key_width(c) + c.v_head_dim)
-
-
-def _compute(dtype: WeightDtype) -> Dtype:
-    return "bfloat16" if dtype == "fp8" else dtype
 
 
 def expected_experts(config: ModelConfig, tokens: Any) -> Any:

@@ -126,11 +126,6 @@ class Figure(NDArrayOperatorsMixin):
         return f"{self.name or 'Figure'} = {self.value:.6g}"
 
 
-def value_of(number: Any) -> Any:
-    """Return the value of a figure, or a plain number."""
-    return number.value if isinstance(number, Figure) else number
-
-
 def call(sign: str, function: Callable[..., Any], *args: Any) -> Any:
     """Return a function of numbers, figures or arrays; a formula shows it as sign(...)."""
     if any(isinstance(arg, Figure) for arg in args):

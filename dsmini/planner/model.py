@@ -11,7 +11,7 @@ takes 6 * 36.62e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 250.4 GFLOP a token, pri
 Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv 2505.09343), tables 1 and 2.
 """  # noqa: RUF002
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -52,18 +52,19 @@ PARAMETERS = {
 }
 """Names of the parameters of a part: by the blocks that have it, and its module."""
 PARTS = {
-    "head_matrices": ("block", "heads"),
-    "latent_up": ("block", "up"),
-    "latent_down": ("block", "whole"),
-    "dense_ffn": ("dense", "dense feed-forward"),
-    "expert": ("moe", "routed experts"),
-    "shared_experts": ("moe", "shared experts"),
-    "gate": ("moe", "gates"),
-    "block_norms": ("block", "fp32"),
-    "final_norms": ("ends", "norms"),
-    "mtp_projection": ("ends", "mtp"),
+    ("block", "heads"): "head_matrices",
+    ("block", "up"): "latent_up",
+    ("block", "whole"): "latent_down",
+    ("dense", "dense feed-forward"): "dense_ffn",
+    ("moe", "routed experts"): "expert",
+    ("moe", "shared experts"): "shared_experts",
+    ("moe", "gates"): "gate",
+    ("block", "fp32"): "block_norms",
+    ("ends", "norms"): "final_norms",
+    ("ends", MTP): "mtp_projection",
 }
-"""Parts of serving: what expert and tensor parallelism divide differently."""
+"""Names of parts of serving, which expert and tensor parallelism divide differently: by the blocks that have it, and
+its module or how it is divided."""
 
 
 class ModelSizes:
@@ -99,34 +100,38 @@ def placed_tensors(s: Sheet, c: ModelConfig) -> tuple[list[TensorUse], list[Tens
 def model_figures(s: Sheet, c: ModelConfig) -> None:
     """Name the parameters and the operations of a token; the sheet has seq_len."""
     main, mtp = placed_tensors(s, c)
-    s.parameters_main = _summed(s, main, lambda use: use.times * use.stack)
-    own = [use for use in mtp if use.owned and use.name != "eh_proj"]
-    s.mtp_parameters_without_projection = _summed(s, own, lambda use: use.times * use.stack)
-    s.mtp_projection_parameters = _summed(s, [use for use in mtp if use.name == "eh_proj"], lambda use: use.times)
+    projections = [use for use in mtp if use.name == "eh_proj"]
+
+    def held(use: TensorUse) -> Any:
+        return use.times * use.stack
+
+    def met(use: TensorUse) -> Any:
+        return use.times * use.visits
+
+    s.parameters_main = _summed(s, main, held)
+    own = [use for use in mtp if use.owned and use not in projections]
+    s.mtp_parameters_without_projection = _summed(s, own, held)
+    s.mtp_projection_parameters = _summed(s, projections, held)
     s.mtp_parameters = s.mtp_parameters_without_projection + s.mtp_projection_parameters
     s.parameters_total = s.parameters_main + s.mtp_parameters
     s.routing_biases = total(use.times * use.buffers for use in main + mtp if use.buffers)
-    s.parameters_active = _summed(s, [use for use in main if use.visits], lambda use: use.times * use.visits)
+    s.parameters_active = _summed(s, [use for use in main if use.visits], met)
     s.parameters_active_with_embedding = s.parameters_active + s.vocabulary_parameters
-    s.mtp_active = _summed(s, [use for use in mtp if use.visits], lambda use: use.times * use.visits)
+    s.mtp_active = _summed(s, [use for use in mtp if use.visits], met)
     s.mtp_active_printed = s.mtp_active - s.mtp_projection_parameters + c.n_mtp_layers * s.vocabulary_parameters
     _operations(s, c, {use.module: use for use in main})
 
 
-def _summed(s: Sheet, uses: Iterable[TensorUse], times: Any) -> Any:
+def _summed(s: Sheet, uses: Iterable[TensorUse], times: Callable[[TensorUse], Any]) -> Any:
     """Return a sum over tensors, in which the parameters of each part are a figure of its name."""
-    parts: dict[str, list[TensorUse]] = {}
+    parts: dict[tuple[str, str], list[TensorUse]] = {}
     for use in uses:
         if use.shape:
-            module = use.module if use.place == "ends" and use.module != "mtp head" else use.module.removeprefix(MTP)
-            parts.setdefault(f"{use.place} {module}", []).append(use)
-    terms: list[Any] = []
-    for key, found in parts.items():
-        place, _, module = key.partition(" ")
-        name = PARAMETERS[place, module]
-        setattr(s, name, total(use.numbers for use in found))
-        terms.append(times(found[0]) * getattr(s, name))
-    return total(terms)
+            own = use.place == "ends" and use.module != "mtp head"
+            parts.setdefault((use.place, use.module if own else use.module.removeprefix(MTP)), []).append(use)
+    for part, found in parts.items():
+        setattr(s, PARAMETERS[part], total(use.numbers for use in found))
+    return total(times(found[0]) * getattr(s, PARAMETERS[part]) for part, found in parts.items())
 
 
 def _operations(s: Sheet, c: ModelConfig, uses: dict[str, TensorUse]) -> None:
@@ -196,16 +201,13 @@ def weight_figures(s: Sheet, c: ModelConfig, dtype: str) -> None:
     sums: as many numbers, in the compute dtype.
     """
     size = SIZES.get(dtype, 2)
-    main, mtp = placed_tensors(s, c)
-    parts: dict[str, list[TensorUse]] = {name: [] for name in PARTS}
-    for use in [*main, *(use for use in mtp if use.place == "ends" and use.owned)]:
-        key = use.split if use.place == "block" and use.form == "fp8" else use.module
-        key = "fp32" if use.place == "block" and use.form == "fp32" else key
-        key = "mtp" if use.module.startswith(MTP) else key
-        for name in [name for name, where in PARTS.items() if where == (use.place, key)]:
-            parts[name].append(use)
-    for name, uses in parts.items():
-        setattr(s, f"{name}_bytes", total(use.bytes(dtype) for use in uses))
+    parts: dict[str, list[TensorUse]] = {name: [] for name in PARTS.values()}
+    for use in [*main_tensors(c), *(use for use in mtp_tensors(c) if use.place == "ends" and use.owned)]:
+        inside = "fp32" if use.form == "fp32" else use.split
+        key = MTP if use.module.startswith(MTP) else inside if use.place == "block" else use.module
+        parts.setdefault(PARTS.get((use.place, key), ""), []).append(use)
+    for name in PARTS.values():
+        setattr(s, f"{name}_bytes", total(use.bytes(dtype) for use in parts[name]))
     for name in ("head_matrices", "latent_up", "latent_down", "block_norms"):  # others have one module's parameters
         setattr(s, f"{name}_products", total(use.numbers for use in parts[name] if use.visits))
     s.absorbed_bytes = s.latent_up_products * size
