@@ -58,6 +58,16 @@ def slow_bf16(device: torch.device) -> bool:
     return fp32 >= 5 * bf16
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Return True if this CPU has units for BF16 products that torch uses; without them FP32 products are faster."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return platform.machine() not in ("x86_64", "AMD64") or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
 def product_rates(device: torch.device) -> tuple[float, float]:
     """Return the rates of FP32 and BF16 matrix products in FLOP/s, to compare; 0 for BF16 on a device without it.
 

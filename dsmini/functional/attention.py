@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dsmini import ops
+from dsmini import machine, ops
 from dsmini.numerics import at_least_fp32
 
 # Up to this many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
@@ -18,6 +18,8 @@ EXPLICIT_UP_TO_BF16 = 1024
 EXPLICIT_UP_TO_COMPILED = 512
 BLOCK = 128
 """Queries whose logits exist at a time."""
+FEW_ROWS = 32
+"""Queries of a key head, of all its heads, up to which BF16 products are as fast as FP32 ones on any CPU."""
 SPLIT_FROM, PART = 32 << 20, 8 << 20
 """Bytes of keys or values from which a product on a CPU runs in parts, and bytes of a part."""
 
@@ -50,8 +52,17 @@ def causal_attention_eager(
 
 
 def _explicit_up_to(dtype: torch.dtype) -> int:
+    if dtype == torch.bfloat16 and not torch.compiler.is_compiling() and not machine.multiplies_bf16():
+        return 0  # flash attention multiplies in FP32
     short = EXPLICIT_UP_TO_BF16 if dtype == torch.bfloat16 else EXPLICIT_UP_TO
     return max(short, EXPLICIT_UP_TO_COMPILED) if torch.compiler.is_compiling() else short
+
+
+def _takes_fp32(x: Tensor, rows: int) -> bool:
+    """Return True where a CPU without BF16 units multiplies many rows faster in FP32: 2 to 14 times (docs/log.md)."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or rows <= FEW_ROWS or torch.compiler.is_compiling():
+        return False
+    return not machine.multiplies_bf16()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
@@ -92,6 +103,8 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
     if not q.numel() or not k.numel():
         return ops.find("cached_attention").reference(q, k, v, scale, mask)
     (b, h, s, _), (g, t) = q.shape, k.shape[1:3]
+    if _takes_fp32(q, s * h // g):
+        return cached_attention_eager(q.float(), k.float(), v.float(), scale, mask).to(v.dtype)
     blocks = []
     for start in range(0, s, BLOCK):
         part = q[:, :, start : start + BLOCK]
@@ -109,10 +122,13 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
 
 
 @ops.eager("absorbed_attention")
-def _(
+def absorbed_attention_eager(
     q_nope: Tensor, q_rope: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    b, s = q_nope.shape[:2]
+    b, s, h, _ = q_nope.shape
+    if _takes_fp32(q_nope, s * h):
+        queries, keys = (q_nope.float(), q_rope.float()), rows.float()
+        return absorbed_attention_eager(*queries, keys, w_uk.float(), w_uv.float(), scale, mask).to(rows.dtype)
     q_latent = rearrange(rearrange(q_nope, "b s h n -> h (b s) n") @ w_uk, "h (b s) c -> b h s c", b=b)
     query = torch.cat((q_latent, q_rope.transpose(1, 2)), -1)
     keys = rows.unsqueeze(1)
