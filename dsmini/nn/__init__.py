@@ -1,7 +1,7 @@
 """The model: the layers of the papers, one idea per file, with its equation.
 
-Each works alone, from a ModelConfig or from plain arguments. Nothing else is needed; dsmini.functional and the kernels
-have faster versions of some functions.
+Each works alone, from a ModelConfig or from plain arguments. Of dsmini they need config, numerics and ops; functional
+and the kernels have faster versions of some functions.
 """
 
 from dsmini import ops

@@ -48,7 +48,10 @@ class AttentionContext:
             hidden = attention_mask(mask, self.cache.at.positions[:, start:stop].clamp(max=t - 1), t)
         if self.documents is None:
             return hidden
-        return hidden | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
+        hidden = hidden | (self.documents[:, start:stop, None] != self.documents[:, None, :t])
+        if mask is not None:  # which may leave keys of other documents alone
+            refuse_blind(hidden, torch.arange(start, stop, device=hidden.device)[None])
+        return hidden
 
 
 def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> Bool[Tensor, "#b s t"]:
@@ -68,11 +71,15 @@ def attention_mask(mask: Mask | None, queries: Int[Tensor, "#b s"], t: int) -> B
             "positions that it is given"
         )
     hidden = hidden | (keys > positions)
-    if ops.shows_numbers(hidden) and bool((blind := hidden.all(-1)).any()):
-        raise ValueError(
-            f"mask hides all keys from the query at position {int(queries[blind][0])}; let each query see itself"
-        )
+    refuse_blind(hidden, queries)
     return hidden
+
+
+def refuse_blind(hidden: Bool[Tensor, "#b s t"], queries: Int[Tensor, "#b s"]) -> None:
+    """Raise ValueError for a query that sees no key, in eager mode on a CPU."""
+    if ops.shows_numbers(hidden) and bool((blind := hidden.all(-1)).any()):
+        position = int(queries.expand(blind.shape)[blind][0])
+        raise ValueError(f"mask hides all keys from the query at position {position}; let each query see itself")
 
 
 def _expands(shape: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -43,7 +43,7 @@ from dsmini.nn.gate import stable_topk
 from dsmini.nn.layers import FP32Linear, LayerNorm, make_linear, quantize_once
 from dsmini.nn.mla import MLA, absorbed_attention
 from dsmini.nn.rope import CosSin, apply_rope, apply_rope_to_halves
-from dsmini.numerics import at_least_fp32, quantize
+from dsmini.numerics import at_least_fp32, quantize, without_autocast
 
 BLOCK = 128
 """Queries that are masked, scored and attended together: of a long context no tensor of all pairs exists."""
@@ -93,8 +93,9 @@ def index_scores(
     Source: DeepSeek-V3.2 report, equation 1.
     """
     # fp32: scores in BF16 tie, and ties pick different keys on different devices
-    products = einsum(at_least_fp32(q), at_least_fp32(k), "b s h d, b t d -> b s h t")
-    return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
+    with without_autocast(q):
+        products = einsum(at_least_fp32(q), at_least_fp32(k), "b s h d, b t d -> b s h t")
+        return einsum(products.relu(), weights, "b s h t, b s h -> b s t")
 
 
 @ops.operation("pick_keys")

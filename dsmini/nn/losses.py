@@ -49,6 +49,7 @@ def linear_cross_entropy(
     Args:
         chunk_rows: rows of logits that exist at a time. None: about 16 MiB of them. The plain version holds all rows.
     """
+    rows_at_a_time(chunk_rows, weight.shape[0])
     logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 

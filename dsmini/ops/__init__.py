@@ -90,6 +90,9 @@ class Operation(Generic[P, R]):
     """All operations by name."""
 
     def __init__(self, name: str, reference: Callable[P, R], differentiable: bool = True) -> None:
+        if name in self.declared:
+            other = self.declared[name].reference.__module__
+            raise ValueError(f"{reference.__module__} declares the operation {name!r} again; it is that of {other}")
         functools.update_wrapper(self, reference)
         self.name, self.reference, self.differentiable = name, reference, differentiable
         self.plain: Callable[P, R] = self.fast.get(("plain", name), reference)

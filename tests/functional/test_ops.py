@@ -191,6 +191,11 @@ def test_every_fast_version_has_an_operation() -> None:
     assert {name for _, name in ops.Operation.fast} <= explanation.operations().keys()
 
 
+def test_a_name_is_declared_once() -> None:
+    with pytest.raises(ValueError, match=r"declares the operation 'linear' again; it is that of dsmini\.nn\.layers"):
+        ops.operation("linear")(lambda x: x)
+
+
 def test_every_declared_operation_is_explained() -> None:
     declared = {
         name

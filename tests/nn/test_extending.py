@@ -173,6 +173,16 @@ def test_bad_mask_is_refused_in_a_sentence(mask: Any, words: str, form: Any) -> 
         model(tokens, model.new_cache(1, form=form))
 
 
+def test_mask_and_documents_that_leave_a_query_no_key_are_refused() -> None:
+    """Each lets every query see one key, both together not all of them."""
+    layer = MLA(**SMALL, mask=lambda q, k: (q == k) & (q > 0))
+    context = AttentionContext(
+        cos_sin=layer.rope.cos_sin(torch.arange(6)), documents=torch.tensor([[0, 0, 0, 1, 1, 1]])
+    )
+    with pytest.raises(ValueError, match="mask hides all keys from the query at position 3"):
+        layer(torch.randn(1, 6, SMALL["dim"]), context)
+
+
 @pytest.mark.parametrize("layer", [MLA, Attention])
 def test_tensor_as_a_mask_is_refused_by_the_constructor(layer: Any) -> None:
     unchecked: Any = inspect.unwrap(layer.__init__)  # without the type checks of these tests

@@ -220,3 +220,10 @@ def test_halves_are_turned_as_pairs_are() -> None:
     order = [0, 3, 1, 4, 2, 5]
     assert torch.equal(apply_rope_to_halves(x, table)[..., order], apply_rope(x[..., order], table))
     assert (apply_rope_to_halves(x, table) - apply_rope(x, table)).abs().max() > 0.1
+
+
+def test_autocast_leaves_scores_in_fp32() -> None:
+    q, k, weights = torch.randn(1, 5, 2, 16), torch.randn(1, 9, 16), torch.randn(1, 5, 2)
+    with ops.use("reference"), torch.autocast("cpu", torch.bfloat16):
+        got = index_scores(q, k, weights)
+    assert torch.equal(got, index_scores.reference(q, k, weights))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmini import Transformer
+from dsmini import Transformer, ops
 from dsmini.nn import linear_cross_entropy
 from dsmini.nn.losses import IGNORE
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, assert_agree, relative_error, rounding
@@ -42,6 +42,12 @@ def test_loss_and_gradients_are_those_of_torchs_cross_entropy(chunk_rows: int | 
     assert got.dtype == dtype
     tolerance = 1e-13 if dtype == torch.float64 else rounding(FP32_UNIT, terms=VOCAB)
     assert_agree(got, want, [hidden, weight], tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_rows_of_a_chunk_are_one_or_more(backend: str) -> None:
+    with ops.use(backend), pytest.raises(ValueError, match="chunk_rows=0 is less than 1; use 1 or more"):
+        linear_cross_entropy(*problem(torch.float32), 0)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, None])
