@@ -26,8 +26,9 @@ the mask. dsmini.measure.counting counts those that ran.
 Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 report, section 2.1.2 (absorption).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from dsmini.accounting.table import check_context, check_depths, check_sizes
@@ -69,6 +70,7 @@ def flops_per_token(
     training: bool = False,
     mtp: bool | None = None,
     dsa_stage: Stage = "sparse",
+    uses: Iterable[TensorUse] | None = None,
 ) -> Flops:
     """Return the FLOPs of a token, the mean over a sequence of seq_len tokens: 2 N + L H (d_qk + d_v) seq_len.
 
@@ -82,7 +84,6 @@ def flops_per_token(
         mtp: with the multi-token prediction blocks; left out: as training does, since plain decoding does not run
             them. The published figures are without. Simplified: depth k is counted at all positions, of which it has
             seq_len - k.
-        dsa_stage: the stage in which indexers learn, in training.
 
     Source: "Insights into DeepSeek-V3", table 2. Raises: ValueError for a seq_len below 1.
     """
@@ -91,12 +92,16 @@ def flops_per_token(
 
     stage = dsa_stage if training else None
 
-    def amounts() -> Iterator[tuple[str, int]]:
-        for use in tensors(config) if mtp else main_tensors(config):
-            pairs = twice_the_pairs(use.most_keys, seq_len, causal, stage) * use.per_pair // seq_len
+    if uses is None:
+        uses = tensors(config) if mtp else main_tensors(config)
+
+    def amounts() -> Iterator[tuple[str, Any]]:
+        for use in uses:
+            pairs = whole(twice_the_keys(use.most_keys, seq_len, causal, stage) * use.per_pair)
             yield use.module, _passes(use, stage) * (2 * use.per_token + use.times * pairs)
             if stage and _part(use) == SCORES:
-                yield _loss_module(use), use.times * (_loss(config, use, seq_len, causal, stage) // seq_len)
+                compared, seen = (twice_the_keys(most, seq_len, causal, stage) for most in (config.index_topk, None))
+                yield _loss_module(use), use.times * whole(_loss(config, use, compared, seen))
 
     return _flops(collect(amounts()))
 
@@ -173,10 +178,11 @@ def step_flops(
         repeated = again and use.name != "head" and not last
         passes = _passes(use, stage) + repeated
         positions = 1 if use.name == "head" and last_logits else s
-        pairs = twice_the_pairs(use.most_keys, s, causal, stage) * use.per_pair
+        pairs = whole(s * twice_the_keys(use.most_keys, s, causal, stage) * use.per_pair)
         yield use.module, batch_size * passes * (2 * positions * use.per_token + use.times * pairs)
         if stage and _part(use) == SCORES:
-            yield _loss_module(use), batch_size * use.times * (1 + repeated) * _loss(config, use, s, causal, stage)
+            keys = (s * twice_the_keys(most, s, causal, stage) for most in (config.index_topk, None))
+            yield _loss_module(use), batch_size * use.times * (1 + repeated) * whole(_loss(config, use, *keys))
 
     def amounts() -> Iterator[tuple[str, int]]:
         for use in tensors(config) if training else main_tensors(config):
@@ -212,27 +218,29 @@ def _loss_module(use: TensorUse) -> str:
     return use.module.replace(SCORES, LOSS)
 
 
-def _loss(c: ModelConfig, use: TensorUse, s: int, causal: bool, stage: Stage) -> int:
-    """Return the FLOPs of an indexer's loss over s queries."""
-    compared, seen = (twice_the_pairs(most, s, causal, stage) for most in (c.index_topk, None))
-    return loss_products(c, use, compared, seen)
-
-
-def loss_products(c: ModelConfig, use: TensorUse, compared: Any, seen: Any) -> Any:
+def _loss(c: ModelConfig, use: TensorUse, compared: Any, seen: Any) -> Any:
     """Return the products of an indexer's loss: scores with their backward, and the target's logits of all keys."""
     return 3 * compared * use.per_pair + seen * (c.n_heads * key_width(c))
 
 
-def twice_the_pairs(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
-    """Return two times the pairs of s queries with the keys that they meet, at most most_keys each.
+def twice_the_keys(most_keys: Any, s: Any, causal: bool = True, stage: Stage | None = None) -> Any:
+    """Return two times the keys that a query meets, at most most_keys, the mean over s queries.
 
-    A mask hides keys and saves nothing: without `causal` all pairs count, those with keys that were not picked too. In
-    the warm-up every query meets all keys.
+    A mask hides keys and saves nothing: without `causal` all keys count, those that were not picked too. In the warm-up
+    every query meets all keys.
     """
     if not causal:
-        return 2 * s * s
-    k = s if most_keys is None or stage == "warmup" else smallest(s, most_keys)
-    return k * (2 * s - k)
+        return 2 * s
+    if most_keys is None or stage == "warmup":
+        return s
+    k = smallest(s, most_keys)
+    pairs = k * (2 * s - k)
+    return Fraction(pairs, s) if isinstance(pairs, int) else pairs / s
+
+
+def whole(number: Any) -> Any:
+    """Return the whole part of a fraction, and any other number as it is."""
+    return int(number) if isinstance(number, Fraction) else number
 
 
 def is_absorbed(c: ModelConfig, form: Form) -> bool:

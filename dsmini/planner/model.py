@@ -11,13 +11,13 @@ takes 6 * 36.62e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 250.4 GFLOP a token, pri
 Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv 2505.09343), tables 1 and 2.
 """  # noqa: RUF002
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from dsmini.accounting.flops import absorbed_pair, loss_products, twice_the_pairs
+from dsmini.accounting.flops import LOSS, absorbed_pair, flops_per_token, twice_the_keys
 from dsmini.accounting.kv_cache import index_row_bytes, row_bytes, row_width
 from dsmini.accounting.tensors import (
     INDEXER,
@@ -97,79 +97,54 @@ def placed_tensors(s: Sheet, c: ModelConfig) -> tuple[list[TensorUse], list[Tens
     return main, [use._replace(times=mtp_times[use.place]) for use in mtp_tensors(c)]
 
 
-def model_figures(s: Sheet, c: ModelConfig) -> None:
-    """Name the parameters and the operations of a token; the sheet has seq_len."""
-    main, mtp = placed_tensors(s, c)
-    projections = [use for use in mtp if use.name == "eh_proj"]
-
-    def held(use: TensorUse) -> Any:
-        return use.times * use.stack
-
-    def met(use: TensorUse) -> Any:
-        return use.times * use.visits
-
-    s.parameters_main = _summed(s, main, held)
-    own = [use for use in mtp if use.owned and use not in projections]
-    s.mtp_parameters_without_projection = _summed(s, own, held)
-    s.mtp_projection_parameters = _summed(s, projections, held)
-    s.mtp_parameters = s.mtp_parameters_without_projection + s.mtp_projection_parameters
-    s.parameters_total = s.parameters_main + s.mtp_parameters
-    s.routing_biases = total(use.times * use.buffers for use in main + mtp if use.buffers)
-    s.parameters_active = _summed(s, [use for use in main if use.visits], met)
-    s.parameters_active_with_embedding = s.parameters_active + s.vocabulary_parameters
-    s.mtp_active = _summed(s, [use for use in mtp if use.visits], met)
-    s.mtp_active_printed = s.mtp_active - s.mtp_projection_parameters + c.n_mtp_layers * s.vocabulary_parameters
-    _operations(s, c, {use.module: use for use in main})
-
-
-def _summed(s: Sheet, uses: Iterable[TensorUse], times: Callable[[TensorUse], Any]) -> Any:
-    """Return a sum over tensors, in which the parameters of each part are a figure of its name."""
+def named_parts(s: Sheet, uses: Iterable[TensorUse]) -> Iterator[TensorUse]:
+    """Yield one use for each part of a block or of the ends, whose numbers are a figure of its name."""
     parts: dict[tuple[str, str], list[TensorUse]] = {}
     for use in uses:
-        if use.shape:
-            own = use.place == "ends" and use.module != "mtp head"
-            parts.setdefault((use.place, use.module if own else use.module.removeprefix(MTP)), []).append(use)
-    for part, found in parts.items():
-        setattr(s, PARAMETERS[part], total(use.numbers for use in found))
-    return total(times(found[0]) * getattr(s, PARAMETERS[part]) for part, found in parts.items())
+        own = use.place == "ends" and use.module != "mtp head"
+        parts.setdefault((use.place, use.module if own else use.module.removeprefix(MTP)), []).append(use)
+    for (place, module), found in parts.items():
+        if module == OVER:
+            s.pair_products = found[0].per_pair
+            yield found[0]._replace(per_pair=s.pair_products)
+        elif module == SCORES:
+            yield found[0]
+        else:
+            name = PARAMETERS[place, module]
+            setattr(s, name, total(use.numbers for use in found))
+            yield found[0]._replace(shape=(getattr(s, name),))
 
 
-def _operations(s: Sheet, c: ModelConfig, uses: dict[str, TensorUse]) -> None:
-    """Name the operations of a token: 2 for each active parameter, and attention's over the context.
+def model_figures(s: Sheet, c: ModelConfig) -> None:
+    """Name the parameters and the operations of a token; the sheet has seq_len.
 
     DSA is counted in the sparse stage of its training.
     """
-    over, scores = uses[OVER], uses.get(SCORES)
-    keys = _twice_the_keys(over.most_keys, s.seq_len)
-    s.pair_products = over.per_pair
-    s.attention_flops = c.n_layers * s.pair_products * keys
-    training = 3 * (2 * s.parameters_active + s.attention_flops)
-    mtp = 3 * (2 * s.mtp_active + c.n_mtp_layers * s.pair_products * keys)
-    square = 3 * (2 * s.parameters_active + c.n_layers * s.pair_products * (2 * s.seq_len))
-    if scores is None:
-        s.forward_flops = 2 * s.parameters_active + s.attention_flops
-    else:
-        of_layer = scores.per_pair * s.seq_len + loss_products(c, scores, keys, s.seq_len)
-        every = 2 * s.seq_len  # a mask hides keys that were not picked, and saves nothing
-        inputs = 2 * s.indexer_parameters  # have no gradient
-        square = square + c.n_layers * (scores.per_pair * every + loss_products(c, scores, every, every) - inputs)
-        s.indexer_flops = c.n_layers * of_layer
-        s.forward_flops = 2 * s.parameters_active + s.attention_flops + c.n_layers * scores.per_pair * s.seq_len
-        training = training + s.indexer_flops - c.n_layers * inputs
-        mtp = mtp + c.n_mtp_layers * (of_layer - inputs)
-    s.training_flops = training
-    s.training_flops_full_square = square
-    s.training_flops_mtp = s.training_flops + mtp
-
-
-def _twice_the_keys(most_keys: Any, seq_len: Any) -> Any:
-    """Return twice the mean number of keys that a token of a sequence meets."""
-    return seq_len if most_keys is None else twice_the_pairs(most_keys, seq_len) / seq_len
+    uses, mtp_uses = placed_tensors(s, c)
+    main, mtp = list(named_parts(s, uses)), list(named_parts(s, mtp_uses))
+    s.parameters_main = total(use.parameters for use in main)
+    s.mtp_parameters_without_projection = total(use.parameters for use in mtp if use.name != "eh_proj")
+    s.mtp_projection_parameters = total(use.parameters for use in mtp if use.name == "eh_proj")
+    s.mtp_parameters = s.mtp_parameters_without_projection + s.mtp_projection_parameters
+    s.parameters_total = s.parameters_main + s.mtp_parameters
+    s.routing_biases = total(use.times * use.buffers for use in uses + mtp_uses if use.buffers)
+    s.parameters_active = total(use.per_token for use in main)
+    s.parameters_active_with_embedding = s.parameters_active + s.vocabulary_parameters
+    s.mtp_active = total(use.per_token for use in mtp)
+    s.mtp_active_printed = s.mtp_active - s.mtp_projection_parameters + c.n_mtp_layers * s.vocabulary_parameters
+    forward, training = (flops_per_token(c, s.seq_len, training=it, uses=main) for it in (False, True))
+    s.attention_flops = forward.by_module[OVER]
+    s.forward_flops = forward.total
+    if SCORES in training.by_module:
+        s.indexer_flops = training.by_module[SCORES] + training.by_module[LOSS]
+    s.training_flops = training.total
+    s.training_flops_full_square = flops_per_token(c, s.seq_len, causal=False, training=True, uses=main).total
+    s.training_flops_mtp = s.training_flops + flops_per_token(c, s.seq_len, training=True, uses=mtp).total
 
 
 def mean_keys(c: ModelConfig, seq_len: Any) -> Any:
     """Return the mean number of keys that a token of a sequence attends to, causal."""
-    return _twice_the_keys(c.index_topk, seq_len) / 2
+    return twice_the_keys(c.index_topk, seq_len) / 2
 
 
 def keys_met(c: ModelConfig, context: Any) -> Any:

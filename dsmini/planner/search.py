@@ -99,7 +99,7 @@ class Problem:
         s = Sheet(explained=False)
         self.hardware.put(s)
         s.put("batch", self.batch, "")
-        s.put("seq_len", self.seq_len, "")
+        s.put("seq_len", float(self.seq_len), "")  # not whole: means are not rounded
         model_figures(s, self.config)
         return s
 
